@@ -1,0 +1,233 @@
+"""Checks of flags against one another and against the disk; none needs a model.
+
+Each raises `UserError` with one line that names the flag and what to do.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from errors import UserError
+
+
+SIZE_STEP = 16  # the VAE compresses 8 times in space, the transformer's patches twice more
+LORA_LEARNING_RATE_FLOOR = 5e-5  # below it users report a LoRA "without effect" after thousands of steps
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """Heights and widths are multiples of 16."""
+    # --height and --width come first: they may have become the buckets, and the message must name what the user typed.
+    for flag, sizes in (
+        ("--height", [args.height]),
+        ("--width", [args.width]),
+        ("--height_buckets", args.height_buckets),
+        ("--width_buckets", args.width_buckets),
+    ):
+        for size in sizes:
+            if size % SIZE_STEP:
+                below = size // SIZE_STEP * SIZE_STEP
+                nearest = _name_nearest("size", [n for n in (below, below + SIZE_STEP) if n])
+                raise UserError(f"{flag}: {size} is not divisible by {SIZE_STEP}; {nearest}")
+
+
+def check_frames(args: argparse.Namespace) -> None:
+    """Frame counts are ones that the VAE takes, and some bucket is within --max_num_frames."""
+    for flag, counts in (("--max_num_frames", [args.max_num_frames]), ("--frame_buckets", args.frame_buckets)):
+        for count in counts:
+            if not _is_frame_count(count):
+                below = next(n for n in range(count, 0, -1) if _is_frame_count(n))
+                above = next(n for n in range(count, count + 4) if _is_frame_count(n))
+                raise UserError(f"{flag}: {count} is not 4k or 4k+1; {_name_nearest('count', [below, above])}")
+    shortest = min(args.frame_buckets)
+    if shortest > args.max_num_frames:
+        raise UserError(
+            f"--frame_buckets: all exceed --max_num_frames {args.max_num_frames}; raise it to --max_num_frames "
+            f"{max(args.frame_buckets)} or give a shorter bucket"
+        )
+
+
+def _is_frame_count(count: int) -> bool:
+    """True for lengths which the VAE's fourfold compression in time takes without a remainder."""
+    return count == 1 or (count >= 4 and count % 4 in (0, 1))
+
+
+def _name_nearest(noun: str, values: list[int]) -> str:
+    if len(values) == 1:
+        return f"nearest valid {noun} is {values[0]}"
+    return f"nearest valid {noun}s are {values[0]} and {values[1]}"
+
+
+def check_validation(args: argparse.Namespace, task: str) -> None:
+    """No prompt is empty, nothing is scheduled without prompts, and images match them."""
+    prompts, images = args.validation_prompts, args.validation_images
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise UserError(
+                f"--validation_prompt: prompt {number} of {len(prompts)} is empty; prompts are separated by "
+                f"'{args.validation_prompt_separator}'"
+            )
+    for flag in ("validation_steps", "validation_epochs"):
+        if getattr(args, flag) and not prompts:
+            raise UserError(f"--{flag}: there is nothing to validate; add --validation_prompt")
+    if task == "image-to-video" and len(images) != len(prompts):
+        raise UserError(
+            f"--validation_images: {len(images)} for {len(prompts)} in --validation_prompt; give one image per "
+            f"prompt, separated by '{args.validation_prompt_separator}'"
+        )
+
+
+def check_validation_images(args: argparse.Namespace, task: str) -> None:
+    """Validation images exist or are URLs; image-to-video only."""
+    if task != "image-to-video":
+        return
+    args.validation_images = [os.path.expanduser(image) for image in args.validation_images]
+    for image in args.validation_images:
+        if not image.startswith(("http://", "https://")) and not os.path.isfile(image):
+            raise UserError(f"--validation_images: no file '{image}'; give a path or an http(s) URL")
+
+
+def check_low_bit(args: argparse.Namespace) -> None:
+    """Low-bit and offloaded optimizers exist for the optimizer chosen, and are not contradictory."""
+    is_adam = args.optimizer in ("adam", "adamw")
+    if args.use_8bit and args.use_4bit:
+        raise UserError("--use_8bit and --use_4bit: only one is possible; leave out the other")
+    for flag in ("use_8bit", "use_4bit", "use_cpu_offload_optimizer"):
+        if getattr(args, flag) and not is_adam:
+            raise UserError(f"--{flag}: not available for {args.optimizer}; use --optimizer adamw or leave it out")
+    if args.use_4bit and not args.use_torchao:
+        raise UserError("--use_4bit: only torchao has 4-bit optimizers; add --use_torchao")
+    if args.use_cpu_offload_optimizer and args.use_8bit and not args.use_torchao:
+        raise UserError(
+            "--use_cpu_offload_optimizer: works with the 8-bit optimizers of torchao only; add --use_torchao or "
+            "leave out --use_8bit"
+        )
+    if args.offload_gradients and not args.use_cpu_offload_optimizer:
+        raise UserError("--offload_gradients: needs the offloaded optimizer; add --use_cpu_offload_optimizer")
+    if args.offload_gradients and args.gradient_accumulation_steps > 1:
+        raise UserError(
+            "--offload_gradients: torchao frees gradients after every backward pass, so they cannot be accumulated; "
+            "leave it out or use --gradient_accumulation_steps 1"
+        )
+
+
+def check_optimizer(args: argparse.Namespace, given: set[str]) -> None:
+    """No flag of another optimizer is given."""
+    if "beta3" in given and args.optimizer not in ("prodigy", "came"):
+        raise UserError(
+            f"--beta3: {args.optimizer} has no third beta; leave it out or use --optimizer prodigy or came"
+        )
+    for flag in ("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"):
+        if getattr(args, flag) and args.optimizer != "prodigy":
+            raise UserError(f"--{flag}: no effect on {args.optimizer}; leave it out or use --optimizer prodigy")
+
+
+def check_hub(args: argparse.Namespace) -> None:
+    """Hub flags come with --push_to_hub."""
+    for flag in ("hub_token", "hub_model_id"):
+        if getattr(args, flag) and not args.push_to_hub:
+            raise UserError(f"--{flag}: nothing would be uploaded; add --push_to_hub or leave it out")
+
+
+def check_files(
+    *,
+    model: str,
+    data_root: str,
+    dataset_file: str | None,
+    output_dir: str,
+    model_flag: str = "--pretrained_model_name_or_path",
+) -> None:
+    """Check everything on disk that a run needs, without creating anything that stays.
+
+    Args:
+        model: hub id (`org/name`) or folder in the diffusers layout.
+        data_root: folder of the clips.
+        dataset_file: CSV file, or None.
+        output_dir: folder to write to; it need not exist yet.
+        model_flag: the flag which `model` came from, for messages.
+
+    Raises:
+        UserError: a folder or file is missing or of the wrong kind, or `output_dir` cannot be written.
+    """
+    _check_model(model, model_flag)
+    if not os.path.isdir(data_root):
+        raise UserError(f"--data_root: no folder '{data_root}'; give the folder which holds your clips")
+    if dataset_file is not None and not os.path.isfile(dataset_file):
+        inside = os.path.join(data_root, dataset_file)
+        advice = f"did you mean '{inside}'?" if os.path.isfile(inside) else "give the path of a CSV file"
+        raise UserError(f"--dataset_file: no file '{dataset_file}'; {advice}")
+    _check_writable(output_dir)
+
+
+def _check_model(model: str, flag: str) -> None:
+    if os.path.isdir(model):
+        if not os.path.isfile(os.path.join(model, "model_index.json")):
+            raise UserError(f"{flag}: no model_index.json in '{model}'; give the folder of a whole diffusers pipeline")
+        return
+    is_hub_id = model.count("/") == 1 and not model.startswith(("/", ".", "~")) and not os.path.exists(model)
+    if not is_hub_id:
+        raise UserError(
+            f"{flag}: no folder '{model}'; give a local folder in the diffusers layout or a hub id such as "
+            "THUDM/CogVideoX-5b"
+        )
+
+
+def _check_writable(output_dir: str) -> None:
+    """Raise unless `output_dir` can be created and written.
+
+    Processes of one launch run this at the same time, so it creates no folder: it tries a nameless
+    temporary file in the nearest folder that exists.
+    """
+    existing = Path(output_dir).absolute()
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--output_dir: '{existing}' is not a folder; give another place for the output")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output_dir: cannot write to '{existing}' ({error.strerror}); change its permissions or give another "
+            "place for the output"
+        ) from None
+
+
+def find_checkpoint(args: argparse.Namespace) -> None:
+    """Replace a checkpoint's bare name by its path inside the output folder."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or wanted == "latest":
+        return
+    for folder in (wanted, os.path.join(args.output_dir, wanted)):
+        if os.path.isdir(folder):
+            args.resume_from_checkpoint = folder
+            return
+    raise UserError(f"--resume_from_checkpoint: no folder '{wanted}'; give a checkpoint's folder, or latest")
+
+
+def training_warnings(args: argparse.Namespace, given: set[str], task: str, method: str) -> list[str]:
+    """What is odd but allowed, a line each."""
+    lines = []
+    if task == "text-to-video":
+        for flag in ("noised_image_dropout", "ignore_learned_positional_embeddings", "validation_images"):
+            if flag in given:
+                lines.append(f"--{flag} has no effect on text-to-video training")
+    if method == "sft":
+        lines += [f"--{flag} has no effect on full fine-tuning" for flag in ("rank", "lora_alpha") if flag in given]
+    if args.use_torchao and not (args.use_8bit or args.use_4bit or args.use_cpu_offload_optimizer):
+        lines.append("--use_torchao has no effect without --use_8bit or --use_4bit")
+    return lines + _learning_rate_warnings(args, method)
+
+
+def _learning_rate_warnings(args: argparse.Namespace, method: str) -> list[str]:
+    # Zero is a deliberate test of saving and loading; a scaled rate is known only when the number of devices is.
+    if args.learning_rate == 0 or args.scale_lr:
+        return []
+    if args.optimizer == "prodigy" and args.learning_rate < 0.1:
+        return [f"--learning_rate {args.learning_rate:g} is low for prodigy, which finds its own step size; give 1"]
+    if method == "lora" and args.optimizer in ("adam", "adamw") and args.learning_rate < LORA_LEARNING_RATE_FLOOR:
+        return [
+            f"--learning_rate {args.learning_rate:g} is low for a LoRA, which may show no effect; published runs use "
+            "1e-4 to 1e-3"
+        ]
+    return []

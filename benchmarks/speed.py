@@ -1,0 +1,104 @@
+"""Measure the speed of training steps, preparation and raw clip loading on this machine.
+
+    make benchmark
+
+The clips are 16 real ones (see assets/make_real_clips.py), the model is a tiny one of the real classes: 4 layers of 4
+heads of 32, a VAE of 0.55 M parameters. Writes the figures as JSON and prints them.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from args import parse_args, parse_prepare_args
+from buckets import BucketBatchSampler
+from dataset import ClipDataset, make_loader
+from finetune import set_up, train
+from make_real_clips import make_real_clips
+from make_tiny_model import make_tiny_model
+from methods import Lora
+from plan import plan_raw_clips, plan_training_data
+from preparation import prepare
+from tasks import TextToVideo
+
+
+SMALL = ["--height_buckets", "96", "--width_buckets", "144", "--height", "96", "--width", "144"]
+NATIVE = ["--height_buckets", "480", "--width_buckets", "720"]
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure_preparation(model: Path, clips: Path, prepared: Path) -> float:
+    """Clips a second from mp4 files to latents, embeddings and previews on disk at 49x96x144; models are loaded twice."""
+    flags = ["--model_id", str(model), "--data_root", str(clips), "--output_dir", str(prepared), *SMALL]
+    flags += ["--batch_size", "2", "--dataloader_num_workers", "1", "--save_latents_and_embeddings"]
+    args = parse_prepare_args(flags)
+    planned = plan_raw_clips(args)
+    return len(planned) / seconds(lambda: prepare(args, planned))
+
+
+def measure_training(model: Path, prepared: Path, output: Path, steps: int = 100) -> float:
+    """Optimizer steps a second of a LoRA of rank 16 on prepared 49x96x144 clips, batch size 1, float32, after warm-up."""
+
+    def run(name: str, num_steps: int) -> float:
+        flags = ["--pretrained_model_name_or_path", str(model), "--data_root", str(prepared), "--load_tensors"]
+        flags += ["--output_dir", str(output / name), "--max_train_steps", str(num_steps), "--rank", "16"]
+        flags += ["--lora_alpha", "16", "--train_batch_size", "1", "--seed", "0", "--report_to", "none", *SMALL]
+        args = parse_args(flags, task="text-to-video", method="lora")
+        task, method = TextToVideo(), Lora(args.rank, args.lora_alpha)
+        prepared_run = set_up(args, plan_training_data(args), task, method)
+        return seconds(lambda: train(args, prepared_run))
+
+    run("warm-up", 10)
+    return steps / run("measured", steps)
+
+
+def measure_loading(clips: Path, output: Path, num_workers: int, epochs: int = 2) -> float:
+    """Clips a second decoded and resized to 49x480x720 by the training's own loader, workers' start included."""
+    args = parse_prepare_args(["--data_root", str(clips), "--output_dir", str(output), "--model_id", "o/m", *NATIVE])
+    planned = plan_raw_clips(args)
+    sampler = BucketBatchSampler([plan.bucket for plan in planned], 1, seed=0)
+    sampler.total_batches = epochs * sampler.batches_per_epoch
+    dataset = ClipDataset(planned, reshape_mode=args.video_reshape_mode, random_flip=None, seed=0)
+    loader = make_loader(dataset, sampler, num_workers=num_workers)
+    return epochs * len(planned) / seconds(lambda: [batch.names for batch in loader])
+
+
+def main() -> None:
+    """Run all measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_file", type=Path, default=Path("benchmarks/speed.json"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        model = make_tiny_model("5b", root / "model", height=96, width=144, num_frames=49)
+        make_real_clips(root / "clips")
+        figures = {
+            "raw clips/s at 49x480x720, 0 workers": measure_loading(root / "clips", root / "unused", 0),
+            "raw clips/s at 49x480x720, 2 workers": measure_loading(root / "clips", root / "unused", 2),
+            "prepared clips/s at 49x96x144": measure_preparation(model, root / "clips", root / "prepared"),
+            "training steps/s at 49x96x144": measure_training(model, root / "prepared", root / "output"),
+        }
+    machine = {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count()}
+    machine["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    args.output_file.write_text(
+        json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n", encoding="utf-8"
+    )
+    for name, value in figures.items():
+        print(f"{name:40} {value:7.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The objective, latents and positions against independent float64 computations and the pipeline's own."""
+
+import math
+
+import pytest
+import torch
+from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+
+from diffusion import (
+    pad_latent_frames,
+    rotary_embeddings,
+    sample_latents,
+    sample_timesteps,
+    step_generator,
+    velocity_loss,
+)
+
+
+def make_scheduler(snr_shift_scale: float) -> CogVideoXDPMScheduler:
+    return CogVideoXDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        snr_shift_scale=snr_shift_scale,
+    )
+
+
+def alphas_cumprod(snr_shift_scale: float) -> list[float]:
+    """The noise schedule, from its published definition, in float64."""
+    roots = [math.sqrt(0.00085) + (math.sqrt(0.012) - math.sqrt(0.00085)) * i / 999 for i in range(1000)]
+    products, product = [], 1.0
+    for root in roots:
+        product *= 1 - root**2
+        products.append(product / (snr_shift_scale + (1 - snr_shift_scale) * product))
+    # Zero terminal SNR (https://arxiv.org/abs/2305.08891): shift and scale sqrt(ac) so that it ends at 0.
+    first, last = math.sqrt(products[0]), math.sqrt(products[-1])
+    return [((math.sqrt(ac) - last) * first / (first - last)) ** 2 for ac in products]
+
+
+@pytest.mark.parametrize("snr_shift_scale", [3.0, 1.0])
+@pytest.mark.parametrize("timestep", [0, 1, 250, 500, 900, 998, 999])
+def test_the_loss_is_the_published_weighted_one_computed_in_float64(snr_shift_scale, timestep):
+    scheduler = make_scheduler(snr_shift_scale)
+    generator = torch.Generator().manual_seed(timestep)
+    latents, noise, prediction = (torch.randn(2, 3, 4, 5, 6, generator=generator) for _ in range(3))
+    timesteps = torch.full((2,), timestep)
+    loss = velocity_loss(prediction, scheduler.get_velocity(latents, noise, timesteps))
+
+    ac = alphas_cumprod(snr_shift_scale)[timestep]
+    total = 0.0
+    for z0, e, v in zip(*(tensor.flatten().tolist() for tensor in (latents, noise, prediction)), strict=True):
+        zt = math.sqrt(ac) * z0 + math.sqrt(1 - ac) * e
+        z0_hat = math.sqrt(ac) * zt - math.sqrt(1 - ac) * v
+        total += (z0_hat - z0) ** 2 / (1 - ac)
+    assert loss.item() == pytest.approx(total / latents.numel(), rel=1e-5)
+
+
+@pytest.mark.parametrize("timestep", [0, 400, 999])
+def test_predicting_the_true_velocity_gives_no_loss_and_the_clean_latents(timestep):
+    scheduler = make_scheduler(1.0)
+    latents, noise = torch.randn(2, 1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([timestep])
+    velocity = scheduler.get_velocity(latents, noise, timesteps)
+    assert velocity_loss(velocity, scheduler.get_velocity(latents, noise, timesteps)) == 0
+    ac = scheduler.alphas_cumprod[timestep]
+    recovered = ac.sqrt() * scheduler.add_noise(latents, noise, timesteps) - (1 - ac).sqrt() * velocity
+    torch.testing.assert_close(recovered, latents, atol=1e-5, rtol=0)
+
+
+def test_latents_are_a_scaled_draw_from_the_posterior():
+    generator = torch.Generator().manual_seed(0)
+    mean, logvar = torch.full((1, 2, 3, 64, 64), 5.0), torch.full((1, 2, 3, 64, 64), 2 * math.log(0.5))
+    latents = sample_latents(torch.cat([mean, logvar], dim=1), 0.7, generator)
+    assert latents.shape == (1, 3, 2, 64, 64)
+    assert latents.mean().item() == pytest.approx(5.0 * 0.7, abs=0.01)
+    assert latents.std().item() == pytest.approx(0.5 * 0.7, rel=0.02)
+
+
+def test_latents_decode_in_the_pipelines_own_scale_and_layout(tiny_models):
+    """What the pipeline hands to the VAE's decoder is what the encoder gave."""
+    pipeline = CogVideoXPipeline.from_pretrained(tiny_models("2b"))
+    mean = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    moments = torch.cat([mean, torch.full_like(mean, -30.0)], dim=1)  # e^-30: no noise to speak of
+    latents = sample_latents(moments, pipeline.vae.config.scaling_factor, torch.Generator())
+    torch.testing.assert_close(
+        pipeline.decode_latents(latents), pipeline.vae.decode(mean).sample, atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("frames", "patch_size_t", "padded"), [(13, None, 13), (13, 2, 14), (21, 2, 22), (12, 2, 12)])
+def test_odd_latent_frames_are_padded_in_front_with_the_first(frames, patch_size_t, padded):
+    latents = torch.randn(2, frames, 3, 4, 5)
+    result = pad_latent_frames(latents, patch_size_t)
+    extra = padded - frames
+    assert result.shape[1] == padded
+    assert torch.equal(result[:, extra:], latents)
+    assert all(torch.equal(result[:, i], latents[:, 0]) for i in range(extra))
+
+
+class Seen(Exception):
+    """Carries what the transformer was called with out of the sampling."""
+
+
+class RotarySpy(torch.nn.Module):
+    """Stands in for the transformer and stops the sampling at its first call."""
+
+    def __init__(self, transformer: CogVideoXTransformer3DModel):
+        super().__init__()
+        self.transformer = transformer
+        self.config, self.dtype, self.cache_context = transformer.config, transformer.dtype, transformer.cache_context
+
+    def forward(self, hidden_states, image_rotary_emb, **_):
+        raise Seen(hidden_states.shape, image_rotary_emb)
+
+
+@pytest.mark.parametrize("kind", ["2b", "5b", "1.5-5b"])
+@pytest.mark.parametrize("size", [(17, 64, 96), (9, 64, 96), (17, 96, 64), (25, 32, 128)])
+def test_positions_are_exactly_those_that_sampling_uses(tiny_models, kind, size):
+    num_frames, height, width = size
+    pipeline = CogVideoXPipeline.from_pretrained(tiny_models(kind))
+    transformer = pipeline.transformer
+    pipeline.register_modules(transformer=RotarySpy(transformer))
+    with pytest.raises(Seen) as caught:
+        pipeline("a circle", height=height, width=width, num_frames=num_frames, num_inference_steps=1)
+    latents_shape, sampled = caught.value.args
+    trained = rotary_embeddings(transformer, latents_shape[1], height, width, torch.device("cpu"))
+    if kind == "2b":
+        assert sampled is None
+        assert trained is None
+    else:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(trained, sampled, strict=True))
+
+
+def test_timesteps_are_uniform_over_the_whole_schedule():
+    timesteps = sample_timesteps(100_000, 1000, torch.Generator().manual_seed(0))
+    assert timesteps.min() == 0
+    assert timesteps.max() == 999
+    counts = torch.histc(timesteps.float(), bins=10, min=0, max=1000)
+    assert ((counts - 10_000).abs() < 500).all()
+
+
+def test_a_steps_noise_depends_on_its_place_in_the_run_alone():
+    def draw(*position: int) -> torch.Tensor:
+        return torch.randn(4, generator=step_generator(torch.device("cpu"), *position))
+
+    first = draw(42, 7, 0, 0)
+    torch.randn(100)
+    assert torch.equal(draw(42, 7, 0, 0), first)
+    assert not any(
+        torch.equal(draw(*other), first) for other in [(43, 7, 0, 0), (42, 8, 0, 0), (42, 7, 1, 0), (42, 7, 0, 1)]
+    )

@@ -1,0 +1,94 @@
+"""Pure tensor functions of the training objective: latents, noise, velocity, positions."""
+
+import hashlib
+
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils.torch_utils import randn_tensor
+
+
+def step_generator(device: torch.device, seed: int, *position: int) -> torch.Generator:
+    """A random generator that depends on nothing but `seed` and the place in the run (step, micro-batch, rank).
+
+    Noise drawn from it is the same after a resume, whatever validation or data loading did to the global generators.
+    """
+    digest = hashlib.sha256(repr((seed, *position)).encode()).digest()
+    # torch takes 64-bit seeds; 63 bits keep it positive.
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def sample_latents(moments: torch.Tensor, scaling_factor: float, generator: torch.Generator) -> torch.Tensor:
+    """Draw scaled latents from the VAE's posterior.
+
+    Args:
+        moments: `[B, 2C, F, H, W]`, mean and log-variance on the channel axis.
+        scaling_factor: the VAE's; brings the latents to about unit variance.
+        generator: on the device of `moments`.
+
+    Returns:
+        `[B, F, C, H, W]`, float32, in the transformer's layout.
+
+    Source: the inverse of `CogVideoXPipeline.decode_latents`.
+    """
+    latents = DiagonalGaussianDistribution(moments.float()).sample(generator) * scaling_factor
+    return latents.permute(0, 2, 1, 3, 4)
+
+
+def pad_latent_frames(latents: torch.Tensor, patch_size_t: int | None) -> torch.Tensor:
+    """Repeat the first latent frame in front until the frame count divides by `patch_size_t` (CogVideoX 1.5).
+
+    Args:
+        latents: `[B, F, C, H, W]`.
+        patch_size_t: frames per patch; None for the models that do not patch in time.
+
+    Source: `CogVideoXPipeline.__call__` samples as many extra frames in front and discards them before decoding.
+    """
+    missing = -latents.shape[1] % (patch_size_t or 1)
+    return torch.cat([latents[:, :1]] * missing + [latents], dim=1) if missing else latents
+
+
+def sample_timesteps(batch_size: int, num_train_timesteps: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw one timestep per sample, uniform over `0..num_train_timesteps - 1`. Returns `[B]`, int64."""
+    return torch.randint(num_train_timesteps, (batch_size,), generator=generator, device=generator.device)
+
+
+def sample_noise(latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw standard normal noise of the shape, device and dtype of `latents`."""
+    return randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+
+
+def velocity_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the predicted velocity, in float32.
+
+    With `z0_hat = sqrt(ac) zt - sqrt(1 - ac) v`, CogVideoX's published loss `mean((z0_hat - z0)^2) / (1 - ac)` is in
+    exact arithmetic `mean((v - v_target)^2)` with `v_target = sqrt(ac) noise - sqrt(1 - ac) z0`. This form needs no
+    division, which loses digits as ac nears 1.
+
+    Args:
+        velocity: `[B, F, C, H, W]`, what the transformer predicts.
+        target: the same shape, `scheduler.get_velocity(latents, noise, timesteps)`.
+
+    Source: v-prediction, https://arxiv.org/abs/2202.00512; the loss of CogVideoX, https://arxiv.org/abs/2408.06072.
+    """
+    return torch.nn.functional.mse_loss(velocity.float(), target.float())
+
+
+def rotary_embeddings(
+    transformer: CogVideoXTransformer3DModel, num_latent_frames: int, height: int, width: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The pipeline's own rotary position embeddings for a video of this size; None for models without them.
+
+    Args:
+        transformer: only its config is read.
+        num_latent_frames: after padding.
+        height, width: of the video, in pixels.
+
+    Returns:
+        cos and sin, each `[tokens, head_dim]`, float32.
+    """
+    if not transformer.config.use_rotary_positional_embeddings:
+        return None
+    # Calling the pipeline's method, private as it is, is what keeps training and sampling from drifting apart.
+    pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=None)
+    return pipeline._prepare_rotary_positional_embeddings(height, width, num_latent_frames, device)

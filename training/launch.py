@@ -1,0 +1,62 @@
+"""Start a run as the launcher configured it: devices, precision, process group, logging, trackers."""
+
+import argparse
+import logging
+import os
+import random
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+
+from errors import UserError
+
+
+logger = logging.getLogger(__name__)
+
+
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Set up devices, precision and process group from the flags and the launch configuration.
+
+    Raises:
+        UserError: the precision asked for does not exist on this device, or a tracker is not installed.
+    """
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no on a CPU")
+    # Naming a backend makes accelerate look for a process group even where there is one process.
+    backend = None if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "nccl" if torch.cuda.is_available() else "gloo"
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+        ),
+        kwargs_handlers=[InitProcessGroupKwargs(backend, timeout=timedelta(seconds=args.nccl_timeout))],
+    )
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", force=True)
+    for chatty in ("accelerate", "httpx", "torchao", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Open the trackers with the run's settings; the hub token stays out of them."""
+    settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    # TensorBoard takes plain values only.
+    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.items()}
+    accelerator.init_trackers(args.tracker_name or Path(args.output_dir).name, config=plain)
+
+
+def shared_seed(accelerator: Accelerator, seed: int | None) -> int:
+    """The seed given, or a random one that all ranks agree on."""
+    if seed is not None:
+        return seed
+    drawn = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
+    logger.info("seed %d (none was given)", drawn)
+    return drawn

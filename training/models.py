@@ -1,0 +1,150 @@
+"""Load a model's components from a folder or the hub, one at a time, and encode text and video with them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+
+from errors import UserError
+
+
+NoiseScheduler = CogVideoXDDIMScheduler | CogVideoXDPMScheduler
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelConfigs:
+    """The facts that tell the model kinds apart, as `from_pretrained` reads them; the path's name says nothing."""
+
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    scheduler: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a CogVideoX model lies: a local folder in the diffusers layout, or a hub id."""
+
+    path: str
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        return {"revision": self.revision, "cache_dir": self.cache_dir}
+
+    def configs(self) -> ModelConfigs:
+        """Read the three configs; loads no weights.
+
+        Raises:
+            UserError: the folder or hub repository is no CogVideoX model, or cannot be reached.
+        """
+        try:
+            transformer = CogVideoXTransformer3DModel.load_config(self.path, subfolder="transformer", **self._where)
+            vae = AutoencoderKLCogVideoX.load_config(self.path, subfolder="vae", **self._where)
+            scheduler = CogVideoXDPMScheduler.load_config(self.path, subfolder="scheduler", **self._where)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--pretrained_model_name_or_path: cannot read the model '{self.path}': {reason}"
+            ) from error
+        for config, expected in (
+            (transformer, CogVideoXTransformer3DModel.__name__),
+            (vae, AutoencoderKLCogVideoX.__name__),
+        ):
+            if config.get("_class_name") != expected:
+                raise UserError(
+                    f"--pretrained_model_name_or_path: '{self.path}' is no CogVideoX model: it holds a "
+                    f"{config.get('_class_name')} where a {expected} is needed"
+                )
+        return ModelConfigs(transformer, vae, scheduler)
+
+    def load_scheduler(self) -> NoiseScheduler:
+        """Load the noise scheduler of the class that the model's own config names."""
+        name = CogVideoXDPMScheduler.load_config(self.path, subfolder="scheduler", **self._where)["_class_name"]
+        scheduler_class = CogVideoXDDIMScheduler if name == "CogVideoXDDIMScheduler" else CogVideoXDPMScheduler
+        return scheduler_class.from_pretrained(self.path, subfolder="scheduler", **self._where)
+
+    def load_transformer(self, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+        """Load the transformer straight in `dtype`."""
+        return CogVideoXTransformer3DModel.from_pretrained(
+            self.path, subfolder="transformer", torch_dtype=dtype, variant=self.variant, **self._where
+        )
+
+    def load_vae(self, dtype: torch.dtype, *, slicing: bool, tiling: bool) -> AutoencoderKLCogVideoX:
+        """Load the frozen VAE straight in `dtype`."""
+        vae = AutoencoderKLCogVideoX.from_pretrained(
+            self.path, subfolder="vae", torch_dtype=dtype, variant=self.variant, **self._where
+        )
+        if slicing:
+            vae.enable_slicing()
+        if tiling:
+            vae.enable_tiling()
+        return vae.requires_grad_(False).eval()
+
+    def load_text_pipeline(self, dtype: torch.dtype) -> CogVideoXPipeline:
+        """Load tokenizer and text encoder as a pipeline that has nothing else, for its own `encode_prompt`."""
+        pipeline = CogVideoXPipeline.from_pretrained(
+            self.path,
+            transformer=None,
+            vae=None,
+            scheduler=None,
+            torch_dtype=dtype,
+            variant=self.variant,
+            **self._where,
+        )
+        pipeline.text_encoder.requires_grad_(False)
+        return pipeline
+
+    def fingerprint(self) -> str:
+        """What tells this model from another one in caches: the absolute folder, or the hub id and its revision."""
+        folder = Path(self.path).expanduser()
+        return str(folder.resolve()) if folder.exists() else f"{self.path}@{self.revision or 'main'}"
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: CogVideoXPipeline, prompts: list[str], max_sequence_length: int = 226) -> torch.Tensor:
+    """Embed prompts exactly as sampling does.
+
+    Args:
+        pipeline: with tokenizer and text encoder, on the device to use.
+        prompts: B of them; longer ones than `max_sequence_length` tokens are cut.
+
+    Returns:
+        `[B, max_sequence_length, D]`, in the text encoder's dtype and on its device.
+    """
+    prompt_embeds, _ = pipeline.encode_prompt(
+        prompts,
+        do_classifier_free_guidance=False,
+        max_sequence_length=max_sequence_length,
+        device=pipeline.text_encoder.device,
+        dtype=pipeline.text_encoder.dtype,
+    )
+    return prompt_embeds
+
+
+@torch.no_grad()
+def encode_videos(vae: AutoencoderKLCogVideoX, videos: torch.Tensor) -> torch.Tensor:
+    """Encode videos to the moments of the VAE's posterior.
+
+    Args:
+        vae: on the device to use.
+        videos: `[B, F, 3, H, W]`, uint8 on any device; F = 4k or 4k + 1.
+
+    Returns:
+        `[B, 2C, F', H / 8, W / 8]`: mean and log-variance on the channel axis, unscaled, in the VAE's dtype.
+    """
+    # In this layout the CPU's 3D convolutions are several times as fast.
+    layout = torch.channels_last_3d if vae.device.type == "cpu" else torch.contiguous_format
+    pixels = videos.to(vae.device).permute(0, 2, 1, 3, 4).to(vae.dtype, memory_format=layout)
+    pixels = pixels.div_(127.5).sub_(1.0)
+    return vae.encode(pixels).latent_dist.parameters

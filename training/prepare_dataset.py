@@ -1,0 +1,33 @@
+"""Encode clips and captions once, so that training needs neither the VAE nor the text encoder.
+
+    bash prepare_dataset.sh
+
+or
+
+    python training/prepare_dataset.py --model_id THUDM/CogVideoX-5b --data_root clips --output_dir prepared \
+      --height_buckets 480 --width_buckets 720 --dtype bf16 --save_latents_and_embeddings
+
+and on several GPUs with `torchrun --nproc_per_node=N` or `accelerate launch` in the place of `python`. A second run
+does only what is missing.
+"""
+
+from collections.abc import Sequence
+
+from args import parse_prepare_args
+from errors import one_line_errors
+from plan import plan_raw_clips
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script with the given flags; None for those of the command line."""
+    with one_line_errors():
+        args = parse_prepare_args(argv)
+        clips = plan_raw_clips(args)
+        # Importing torch and diffusers takes many seconds: flags and clips are found good first.
+        from preparation import prepare
+
+        prepare(args, clips)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Where a run stands: which batches make up a step, and what each step's values were."""
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """Which batches of the stream over all epochs make up an optimizer step.
+
+    An epoch's last step takes the batches that are left, so that no step mixes epochs and no batch is dropped.
+    """
+
+    batches_per_epoch: int  # of one rank
+    accumulation: int  # batches a step, but for an epoch's last
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return math.ceil(self.batches_per_epoch / self.accumulation)
+
+    def batches_before(self, step: int) -> int:
+        """How many batches of a rank the steps before `step` take together."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        return epoch * self.batches_per_epoch + step_of_epoch * self.accumulation
+
+    def is_due(self, done: int, every_steps: int | None, every_epochs: int | None) -> bool:
+        """Whether something that happens every so many steps or epochs is due when `done` steps are done."""
+        periods = (every_steps, every_epochs and every_epochs * self.steps_per_epoch)
+        return any(period and done % period == 0 for period in periods)
+
+
+class StepLog:
+    """Progress bar and trackers, fed without making the device wait.
+
+    Loss and gradient norm stay on the device until `interval` steps have gathered; then they are fetched in one go,
+    and each step's values are logged.
+    """
+
+    def __init__(self, accelerator: Accelerator, first_step: int, total_steps: int, interval: int):
+        self.accelerator = accelerator
+        self.interval = interval
+        self.step = first_step
+        self.pending: list[torch.Tensor] = []
+        self.learning_rates: list[float] = []
+        self.losses: list[float] = []
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc="Training", disable=not accelerator.is_local_main_process
+        )
+
+    def add(self, loss: torch.Tensor, grad_norm: torch.Tensor | float | None, learning_rate: float) -> None:
+        """Note one optimizer step. DeepSpeed gives no gradient norm at the clip call: it is logged as NaN then."""
+        grad_norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, dtype=loss.dtype, device=loss.device)
+        self.pending.append(torch.stack([loss, grad_norm]))
+        self.learning_rates.append(learning_rate)
+        self.step += 1
+        self.bar.update()
+        if len(self.pending) >= self.interval:
+            self.flush()
+
+    def flush(self) -> None:
+        """Fetch and log what is pending; called on every rank alike."""
+        if not self.pending:
+            return
+        values = self.accelerator.reduce(torch.stack(self.pending), reduction="mean").tolist()
+        first = self.step - len(values) + 1
+        for step, (loss, grad_norm), rate in zip(
+            range(first, self.step + 1), values, self.learning_rates, strict=True
+        ):
+            self.accelerator.log({"loss": loss, "grad_norm": grad_norm, "lr": rate}, step=step)
+            self.losses.append(loss)
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2e}", grad_norm=f"{grad_norm:.3f}")
+        self.pending.clear()
+        self.learning_rates.clear()
+
+    def close(self) -> None:
+        """Log what is pending, and how the loss went: its mean over the run's first and last 50 steps."""
+        self.flush()
+        self.bar.close()
+        count = min(50, len(self.losses) // 2)
+        if count:
+            first, last = sum(self.losses[:count]) / count, sum(self.losses[-count:]) / count
+            logger.info("mean loss: %.4f over the first %d steps, %.4f over the last %d", first, count, last, count)

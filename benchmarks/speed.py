@@ -41,7 +41,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def measure_preparation(model: Path, clips: Path, prepared: Path) -> float:
-    """Clips a second from mp4 files to latents, embeddings and previews on disk at 49x96x144; models are loaded twice."""
+    """Clips a second from mp4 files to latents, embeddings and previews at 49x96x144, loading of models included."""
     flags = ["--model_id", str(model), "--data_root", str(clips), "--output_dir", str(prepared), *SMALL]
     flags += ["--batch_size", "2", "--dataloader_num_workers", "1", "--save_latents_and_embeddings"]
     args = parse_prepare_args(flags)
@@ -50,7 +50,7 @@ def measure_preparation(model: Path, clips: Path, prepared: Path) -> float:
 
 
 def measure_training(model: Path, prepared: Path, output: Path, steps: int = 100) -> float:
-    """Optimizer steps a second of a LoRA of rank 16 on prepared 49x96x144 clips, batch size 1, float32, after warm-up."""
+    """Optimizer steps a second of a LoRA of rank 16 on prepared 49x96x144 clips, batch 1, float32, after warm-up."""
 
     def run(name: str, num_steps: int) -> float:
         flags = ["--pretrained_model_name_or_path", str(model), "--data_root", str(prepared), "--load_tensors"]

@@ -15,6 +15,7 @@ from flag_checks import (
     check_frames,
     check_hub,
     check_low_bit,
+    check_no_earlier_run,
     check_optimizer,
     check_sizes,
     check_validation,
@@ -83,6 +84,7 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
             dataset_file=args.dataset_file,
             output_dir=args.output_dir,
         )
+        check_no_earlier_run(args)
         check_validation_images(args, task)
         find_checkpoint(args)
     except UserError as error:

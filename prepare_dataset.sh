@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Encode a dataset's clips and captions once, so that training needs neither the VAE nor the text encoder.
+# Change the values below, or set them in the environment; flags given to this script are passed on.
+#
+#   DATA_ROOT=my-clips OUTPUT_DIR=prepared bash prepare_dataset.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# Give the model that is going to be trained.
+MODEL_ID="${MODEL_ID:-THUDM/CogVideoX-5b}"
+
+# DATA_ROOT holds the clips and two lists with a line for each: CAPTION_COLUMN and VIDEO_COLUMN. With DATASET_FILE, a
+# CSV file, they name its columns.
+DATA_ROOT="${DATA_ROOT:-clips}"
+DATASET_FILE="${DATASET_FILE:-}"
+CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"
+VIDEO_COLUMN="${VIDEO_COLUMN:-videos.txt}"
+OUTPUT_DIR="${OUTPUT_DIR:-prepared}"
+
+# Sizes to choose from for each clip, separated by spaces.
+HEIGHT_BUCKETS="${HEIGHT_BUCKETS:-480}"
+WIDTH_BUCKETS="${WIDTH_BUCKETS:-720}"
+FRAME_BUCKETS="${FRAME_BUCKETS:-49}"
+MAX_NUM_FRAMES="${MAX_NUM_FRAMES:-49}"
+
+DTYPE="${DTYPE:-bf16}"
+BATCH_SIZE="${BATCH_SIZE:-1}"
+NUM_WORKERS="${NUM_WORKERS:-2}"
+NUM_GPUS="${NUM_GPUS:-1}"
+
+launcher=(python)
+if ((NUM_GPUS > 1)); then
+  launcher=(torchrun "--nproc_per_node=$NUM_GPUS")
+fi
+# shellcheck disable=SC2206 # the bucket lists are meant to split at spaces
+command=(
+  "${launcher[@]}" training/prepare_dataset.py
+  --model_id "$MODEL_ID"
+  --data_root "$DATA_ROOT"
+  --caption_column "$CAPTION_COLUMN"
+  --video_column "$VIDEO_COLUMN"
+  --output_dir "$OUTPUT_DIR"
+  --height_buckets $HEIGHT_BUCKETS
+  --width_buckets $WIDTH_BUCKETS
+  --frame_buckets $FRAME_BUCKETS
+  --max_num_frames "$MAX_NUM_FRAMES"
+  --dtype "$DTYPE"
+  --batch_size "$BATCH_SIZE"
+  --dataloader_num_workers "$NUM_WORKERS"
+  --use_slicing --use_tiling
+  --save_latents_and_embeddings
+)
+if [[ -n "$DATASET_FILE" ]]; then
+  command+=(--dataset_file "$DATASET_FILE")
+fi
+"${command[@]}" "$@"

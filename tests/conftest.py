@@ -1,0 +1,29 @@
+"""What many tests need: tiny models and clips, made once a session, and a world without network."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "offline"}
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> Callable[[str], Path]:
+    """Give the folder of a tiny model of a kind (2b, 5b, 5b-i2v, 1.5-5b, 1.5-5b-i2v), native size 17 x 64 x 96."""
+    from make_tiny_model import make_tiny_model
+
+    root = tmp_path_factory.mktemp("models")
+    return lambda kind: make_tiny_model(kind, root / kind)
+
+
+@pytest.fixture(scope="session")
+def demo_clips(tmp_path_factory) -> Path:
+    """A folder of 16 drawn clips with prompts.txt, videos.txt and metadata.csv."""
+    from make_demo_clips import make_demo_clips
+
+    folder = tmp_path_factory.mktemp("clips") / "demo"
+    make_demo_clips(folder, count=16)
+    return folder

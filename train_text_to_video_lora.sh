@@ -16,6 +16,7 @@ OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"
 
 # How to launch. More GPUs: accelerate_configs/ddp.yaml.
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-accelerate_configs/single_gpu.yaml}"
+CPU_THREADS="${CPU_THREADS:-2}"
 MIXED_PRECISION="${MIXED_PRECISION:-bf16}"
 WANDB_MODE="${WANDB_MODE:-offline}"
 REPORT_TO="${REPORT_TO:-tensorboard}"
@@ -49,7 +50,8 @@ for learning_rate in $LEARNING_RATES; do
       for steps in $MAX_TRAIN_STEPS; do
         output_dir="$OUTPUT_ROOT/cogvideox-lora__${optimizer}__${steps}-steps__${lr_schedule}__lr-${learning_rate}"
         command=(
-          accelerate launch --config_file "$ACCELERATE_CONFIG" training/cogvideox_text_to_video_lora.py
+          accelerate launch --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_process "$CPU_THREADS"
+          training/cogvideox_text_to_video_lora.py
           --pretrained_model_name_or_path "$MODEL_PATH"
           --data_root "$DATA_ROOT"
           --height "$HEIGHT" --width "$WIDTH"

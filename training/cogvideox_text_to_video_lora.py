@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from args import parse_args
 from errors import one_line_errors
 from plan import plan_training_data
+from quiet import quiet_libraries
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         args = parse_args(argv, task="text-to-video", method="lora")
         data = plan_training_data(args)
+        quiet_libraries()
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
         from finetune import finetune
         from methods import Lora

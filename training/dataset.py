@@ -139,7 +139,7 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
-        pin_memory=pin_memory,
+        pin_memory=pin_memory and torch.cuda.is_available(),  # torch warns about it where there is no GPU
         # A loader takes a base seed from a generator; from the global one it would move the training's random numbers.
         generator=torch.Generator().manual_seed(0),
     )

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from args import parse_prepare_args
 from errors import one_line_errors
 from plan import plan_raw_clips
+from quiet import quiet_libraries
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         args = parse_prepare_args(argv)
         clips = plan_raw_clips(args)
+        quiet_libraries()
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
         from preparation import prepare
 

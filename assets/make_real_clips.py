@@ -128,7 +128,6 @@ def read_frames(path: Path, start: int, count: int) -> Iterator[np.ndarray]:
     stop = start + count
     decoded = 0
     with av.open(str(path)) as container:
-        container.streams.video[0].thread_type = "AUTO"
         for frame in container.decode(video=0):
             if decoded >= start:
                 yield frame.to_ndarray(format="rgb24")

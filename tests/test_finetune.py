@@ -131,6 +131,7 @@ def test_raw_clips_train_without_preparation_and_are_validated(tiny_models, demo
     flags += ("--dataloader_num_workers", "2", "--random_flip", "0.5", "--report_to", "all", "--train_batch_size", "2")
     file = train(tiny_models("5b"), demo_clips, tmp_path, *flags, "--validation_prompt", prompt)
     assert file.is_file()
+    assert list((tmp_path / "logs" / "wandb").glob("offline-run-*/*.wandb"))
     for step in (1, 2):
         videos = sorted((tmp_path / "validation" / f"step-{step}").glob("*.mp4"))
         assert len(videos) == 2

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     tenths of a second on some disks, and what is written here by the thousand can be made again after a power cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    partial = path.with_name(f".{os.getpid()}-{threading.get_ident()}.partial.{path.name}")
     try:
         yield partial
         os.replace(partial, path)

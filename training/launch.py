@@ -50,7 +50,10 @@ def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:
     settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
     # TensorBoard takes plain values only.
     plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.items()}
-    accelerator.init_trackers(args.tracker_name or Path(args.output_dir).name, config=plain)
+    logging_dir = Path(args.output_dir, args.logging_dir)
+    logging_dir.mkdir(parents=True, exist_ok=True)
+    # wandb would write into the working directory.
+    accelerator.init_trackers(args.tracker_name, config=plain, init_kwargs={"wandb": {"dir": str(logging_dir)}})
 
 
 def shared_seed(accelerator: Accelerator, seed: int | None) -> int:

@@ -65,9 +65,10 @@ class Lora:
         """
         weights = CogVideoXPipeline.lora_state_dict(folder, weight_name=LORA_FILE)
         weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
-        unexpected = set_peft_model_state_dict(transformer, weights).unexpected_keys
-        if unexpected:
-            raise ValueError(f"{folder / LORA_FILE} holds adapters that this model has not: {unexpected[:3]} ...")
+        expected = get_peft_model_state_dict(transformer)
+        if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in expected.items()}:
+            raise ValueError(f"{folder / LORA_FILE} holds adapters of another rank or of other modules")
+        set_peft_model_state_dict(transformer, weights)
 
     def usage(self, model_path: str, folder: Path) -> str:
         """The code that loads the result, to be printed at the end of the run."""

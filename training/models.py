@@ -143,15 +143,24 @@ def encode_videos(vae: AutoencoderKLCogVideoX, videos: torch.Tensor) -> torch.Te
     Returns:
         `[B, 2C, F', H / 8, W / 8]`: mean and log-variance on the channel axis, unscaled, in the VAE's dtype.
     """
+    height, width = videos.shape[-2:]
+    if vae.use_tiling and (height > vae.tile_sample_min_height or width > vae.tile_sample_min_width):
+        _check_tiles(vae)
     # In this layout the CPU's 3D convolutions are several times as fast.
     layout = torch.channels_last_3d if vae.device.type == "cpu" else torch.contiguous_format
-    pixels = videos.to(vae.device).permute(0, 2, 1, 3, 4).to(vae.dtype, memory_format=layout)
-    pixels = pixels.div_(127.5).sub_(1.0)
-    moments = vae.encode(pixels).latent_dist.parameters
-    height, width = videos.shape[-2:]
-    if moments.shape[-2:] != (height // 8, width // 8):
-        # The tiles' overlap is rounded to pixels, not latents: with tiles of unusual size the latents do not line up.
+    pixels = videos.to(vae.device).permute(0, 2, 1, 3, 4)
+    pixels = pixels.to(torch.float32, memory_format=layout).div_(127.5).sub_(1.0)
+    return vae.encode(pixels.to(vae.dtype)).latent_dist.parameters
+
+
+def _check_tiles(vae: AutoencoderKLCogVideoX) -> None:
+    """diffusers steps from tile to tile in pixels; a step that is no whole number of latents displaces them."""
+    steps = (
+        int(vae.tile_sample_min_height * (1 - vae.tile_overlap_factor_height)),
+        int(vae.tile_sample_min_width * (1 - vae.tile_overlap_factor_width)),
+    )
+    if any(step % 8 for step in steps):
         raise UserError(
-            f"--use_tiling, --enable_tiling: the VAE's tiles do not fit videos of {height}x{width}; leave the flag out"
+            f"--use_tiling, --enable_tiling: the tiles of this model's VAE are {steps[0]}x{steps[1]} pixels apart, "
+            "which does not divide by 8; leave the flag out"
         )
-    return moments

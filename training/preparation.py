@@ -53,20 +53,19 @@ def prepare(args: argparse.Namespace, clips: Sequence[PlannedClip]) -> None:
     folder = Path(args.output_dir)
     claim_folder(folder, PreparedSettings(source.fingerprint(), args.dtype, args.max_sequence_length))
     named = [NamedClip(clip_name(planned, args), planned) for planned in clips]
+    distinct = list({clip.name: clip for clip in named}.values())
 
     if args.save_latents_and_embeddings:
-        embed_captions(args, source, folder, named, ranks)
+        embed_captions(args, source, folder, distinct, ranks)
         free_memory()
-    vae = load_vae(args, source, ranks.device) if args.save_latents_and_embeddings else None
-    encode_clips(args, vae, folder, named, ranks)
+    encode_clips(args, source, folder, distinct, ranks)
 
     ranks.wait_for_everyone()
     if ranks.is_main_process:
         index = [(clip.name, clip.planned.clip.caption, clip.planned.bucket) for clip in named]
         write_index(folder, index, with_tensors=args.save_latents_and_embeddings, with_images=args.save_image_latents)
-        logger.info(
-            "prepared %d clips in %s; train on them with --load_tensors --data_root %s", len(named), folder, folder
-        )
+        flags = f"--load_tensors --data_root {folder}" if args.save_latents_and_embeddings else f"--data_root {folder}"
+        logger.info("prepared %d clips in %s; train on them with %s", len(named), folder, flags)
 
 
 def clip_name(planned: PlannedClip, args: argparse.Namespace) -> str:
@@ -85,73 +84,70 @@ def clip_name(planned: PlannedClip, args: argparse.Namespace) -> str:
 def embed_captions(
     args: argparse.Namespace, source: ModelSource, folder: Path, clips: Sequence[NamedClip], ranks: PartialState
 ) -> None:
-    """Embed each distinct caption once and write it for every clip that has it."""
+    """Embed each distinct caption once and write it for every clip that has it and is not done."""
     names_of: dict[str, list[str]] = {}
     for clip in clips:
-        if not tensor_file(folder, "prompt_embeds", clip.name).is_file():
-            names_of.setdefault(clip.planned.clip.caption, []).append(clip.name)
+        names_of.setdefault(clip.planned.clip.caption, []).append(clip.name)
+    # Shared out before looking at what is done: that changes while other ranks work.
     share = list(names_of.items())[ranks.process_index :: ranks.num_processes]
-    if not share:
+    todo = [
+        (caption, missing)
+        for caption, names in share
+        if (missing := [name for name in names if not tensor_file(folder, "prompt_embeds", name).is_file()])
+    ]
+    if not todo:
         return
     pipeline = source.load_text_pipeline(DTYPES[args.dtype]).to(ranks.device)
-    for caption, names in tqdm(share, desc="Embedding captions", disable=not ranks.is_local_main_process):
+    for caption, names in tqdm(todo, desc="Embedding captions", disable=not ranks.is_local_main_process):
         embeds = encode_prompts(pipeline, [caption], args.max_sequence_length)[0]
         for name in names:
             write_tensor(folder, "prompt_embeds", name, embeds)
 
 
-def load_vae(args: argparse.Namespace, source: ModelSource, device: torch.device) -> AutoencoderKLCogVideoX:
-    """Load the VAE with the memory savings that the flags ask for."""
-    return source.load_vae(DTYPES[args.dtype], slicing=args.use_slicing, tiling=args.use_tiling).to(device)
-
-
 def encode_clips(
-    args: argparse.Namespace,
-    vae: AutoencoderKLCogVideoX | None,
-    folder: Path,
-    clips: Sequence[NamedClip],
-    ranks: PartialState,
+    args: argparse.Namespace, source: ModelSource, folder: Path, clips: Sequence[NamedClip], ranks: PartialState
 ) -> None:
-    """Decode, encode and write this rank's share of the clips that are not done; the three overlap.
-
-    Args:
-        vae: None writes the clips alone.
-    """
-    todo = [clip for clip in clips if not is_done(args, folder, clip.name)]
-    batches = BucketBatchSampler(
-        [clip.planned.bucket for clip in todo], args.batch_size, seed=args.seed, shuffle=False
+    """Decode, encode and write this rank's share of the clips that are not done; the three overlap."""
+    sampler = BucketBatchSampler(
+        [clip.planned.bucket for clip in clips], args.batch_size, seed=args.seed, shuffle=False
     )
-    share = batches.epoch_batches(0)[ranks.process_index :: ranks.num_processes]
+    share = sampler.epoch_batches(0)[ranks.process_index :: ranks.num_processes]
+    todo = [[index for index in batch if not is_done(args, folder, clips[index].name)] for batch in share]
+    todo = [batch for batch in todo if batch]
+    if not todo:
+        return
+    vae = None
+    if args.save_latents_and_embeddings:
+        vae = source.load_vae(DTYPES[args.dtype], slicing=args.use_slicing, tiling=args.use_tiling).to(ranks.device)
     loader = make_loader(
         ClipDataset(
-            [clip.planned for clip in todo],
+            [clip.planned for clip in clips],
             reshape_mode=args.video_reshape_mode,
             random_flip=args.random_flip,
             seed=args.seed,
             decode_threads=args.num_decode_threads,
         ),
-        [[Draw(index, 0) for index in batch] for batch in share],
+        [[Draw(index, 0) for index in batch] for batch in todo],
         num_workers=args.dataloader_num_workers,
         pin_memory=args.pin_memory,
     )
     progress = tqdm(
-        total=sum(map(len, share)), desc="Encoding clips", unit="clip", disable=not ranks.is_local_main_process
+        total=sum(map(len, todo)), desc="Encoding clips", unit="clip", disable=not ranks.is_local_main_process
     )
     writing: deque[Future] = deque()
-    with ThreadPoolExecutor(args.num_artifact_workers) as writers:
-        for indices, batch in zip(share, loader, strict=True):
+    with progress, ThreadPoolExecutor(args.num_artifact_workers) as writers:
+        for indices, batch in zip(todo, loader, strict=True):
             tensors = {} if vae is None else encode_batch(vae, batch, first_frames=args.save_image_latents)
             for position, index in enumerate(indices):
                 clip_tensors = {kind: values[position].cpu() for kind, values in tensors.items()}
                 frames = batch.videos[position]
-                writing.append(writers.submit(write_clip, args, folder, todo[index], frames, clip_tensors))
+                writing.append(writers.submit(write_clip, args, folder, clips[index], frames, clip_tensors))
             # Waiting for the oldest bounds how many clips lie in memory, and brings a writer's error to light.
             while len(writing) > 2 * args.num_artifact_workers:
                 writing.popleft().result()
             progress.update(len(indices))
         for future in writing:
             future.result()
-    progress.close()
 
 
 def encode_batch(vae: AutoencoderKLCogVideoX, batch: Batch, *, first_frames: bool) -> dict[str, torch.Tensor]:

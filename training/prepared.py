@@ -55,9 +55,10 @@ def write_tensor(folder: Path, kind: str, name: str, tensor: "torch.Tensor") -> 
     """Write `<folder>/<kind>/<name>.pt`, whole or not at all; `kind` is video_latents or prompt_embeds."""
     import torch
 
-    with written_whole(tensor_file(folder, kind, name)) as path:
-        # A slice of a batch would be saved with the whole batch's storage.
-        torch.save(tensor.detach().cpu().clone(), path)
+    # To an open file, because torch writes a path's name into the archive; a copy, because a slice of a batch is saved
+    # with the whole batch's storage.
+    with written_whole(tensor_file(folder, kind, name)) as path, open(path, "wb") as file:
+        torch.save(tensor.detach().cpu().clone(), file)
 
 
 def read_tensor(path: Path) -> "torch.Tensor":
@@ -156,7 +157,7 @@ def read_index(folder: Path) -> list[PreparedClip]:
             if line.strip()
         ]
     else:
-        clips = [_clip_from_latents(path) for path in sorted((folder / "video_latents").glob("*.pt"))]
+        clips = [_clip_from_latents(path) for path in sorted((folder / "video_latents").glob("[!.]*.pt"))]
     if not clips:
         raise UserError(
             f"--load_tensors: {folder} holds no prepared data (no {INDEX_FILE} and no video_latents/*.pt); run "

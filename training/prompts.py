@@ -39,8 +39,10 @@ class PromptCache:
 
         Callers on several ranks wait for one another before they `load`.
         """
-        missing = [prompt for prompt in dict.fromkeys(prompts) if not self._file(prompt).exists()]
-        share = missing[rank::world_size]
+        # Shared out before looking at what is there: that changes while other ranks work.
+        share = [
+            prompt for prompt in list(dict.fromkeys(prompts))[rank::world_size] if not self._file(prompt).exists()
+        ]
         if not share:
             return
         pipeline = self.source.load_text_pipeline(self.dtype).to(device)

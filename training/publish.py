@@ -27,7 +27,7 @@ def push_to_hub(
         repo_id_or_path=repo_id,
         from_training=True,
         license="other",
-        base_model=base_model,
+        base_model=None if Path(base_model).exists() else base_model,  # the hub takes no local paths here
         model_description=f"# {repo_id}\n\nFine-tuned from {base_model} with CogVideoX Factory.\n\n"
         f"```python\n{usage}\n```\n\nValidation prompts:\n\n{samples}",
         inference=True,
@@ -39,6 +39,7 @@ def push_to_hub(
         folder_path=output_dir,
         token=token,
         commit_message="Upload the fine-tuned weights",
-        ignore_patterns=["checkpoint-*", "prompt_embeds/*", ".*"],
+        # Trackers record the command line, and with it a token given there.
+        ignore_patterns=["checkpoint-*", "prompt_embeds/*", ".*", "*wandb/*"],
     )
     logger.info("uploaded to %s", repo_id)

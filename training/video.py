@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 
-av.logging.set_level(av.logging.PANIC)  # our own messages name the file and the reason; FFmpeg's are noise beside them
+# Our own messages name the file and the reason; FFmpeg's are noise beside them. Its own log function is used because
+# PyAV's takes the GIL in decoder threads, and waits there for ever when a decoder with several threads is closed.
+av.logging.restore_default_callback()
+av.logging.set_libav_level(av.logging.PANIC)
 
 # Where one packet is one frame. Elsewhere (VP8's hidden frames, packed B-frames in AVI) only decoding can count.
 _PACKETS_ARE_FRAMES = {"h264", "hevc", "av1", "vp9", "prores", "mjpeg"}

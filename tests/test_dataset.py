@@ -1,0 +1,208 @@
+"""Clips and tensors become the batches that were planned, whichever process reads them."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from buckets import Bucket, BucketBatchSampler, Draw
+from clips import Clip, PlannedClip, plan_clips
+from dataset import Batch, ClipDataset, PreparedDataset, check_prepared, collate, make_loader
+from errors import UserError
+from models import ModelSource, encode_prompts
+from prepared import PreparedClip, tensor_file, write_tensor
+from prompts import PromptCache
+from video import probe_videos
+
+
+def decode(path: Path) -> np.ndarray:
+    """The truth: every frame, as PyAV decodes them one after another."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def spread(count: int, num_frames: int) -> list[int]:
+    """`count` frames from the first to the last, halves rounded up."""
+    return [(2 * i * (num_frames - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def planned(demo_clips) -> list[PlannedClip]:
+    """The 16 clips, each in a bucket of its own size: nothing is to be resized."""
+    paths = sorted((demo_clips / "videos").iterdir())
+    infos = probe_videos(paths)
+    buckets = sorted({Bucket(9, info.height, info.width) for info in infos.values()})
+    return plan_clips([Clip(path, path.stem, path.name) for path in paths], infos, buckets)
+
+
+def make_dataset(planned: list[PlannedClip], random_flip: float | None = None, seed: int = 0) -> ClipDataset:
+    return ClipDataset(planned, reshape_mode="center", random_flip=random_flip, seed=seed)
+
+
+# Raw clips
+
+
+def test_a_clip_has_exactly_the_planned_frames(planned):
+    dataset = make_dataset(planned)
+    assert len(dataset) == 16
+    for index in range(5):  # one of each size
+        frames = decode(planned[index].clip.video)
+        batch = dataset[Draw(index, 0)]
+        assert batch.videos.dtype == torch.uint8
+        assert batch.videos.shape == (1, 9, 3, *frames.shape[1:3])
+        assert batch.bucket == (9, *frames.shape[1:3])
+        assert batch.names == [str(planned[index].clip.video)]
+        expected = frames[spread(9, len(frames))].transpose(0, 3, 1, 2)
+        assert np.array_equal(batch.videos[0].numpy(), expected)
+
+
+def test_a_flipped_clip_is_mirrored_in_every_frame(planned):
+    plain, flipped = (
+        make_dataset(planned)[Draw(0, 0)].videos,
+        make_dataset(planned, random_flip=1.0)[Draw(0, 0)].videos,
+    )
+    assert np.array_equal(flipped.numpy(), plain.numpy()[..., ::-1])
+    assert not torch.equal(flipped, plain)
+
+
+def flips(planned: list[PlannedClip], draws: list[Draw], seed: int = 0) -> list[bool]:
+    """Which draws are mirrored; asserts that the others are as they were, in every frame."""
+    plain, maybe_flipped = make_dataset(planned), make_dataset(planned, random_flip=0.5, seed=seed)
+    found = []
+    for draw in draws:
+        before, after = plain[draw].videos, maybe_flipped[draw].videos
+        assert torch.equal(after, before) or torch.equal(after, before.flip(-1))
+        found.append(not torch.equal(after, before))
+    return found
+
+
+def test_half_of_the_clips_are_flipped_as_wholes_and_always_the_same(planned):
+    draws = [Draw(index, epoch) for index in (0, 2, 4, 7) for epoch in range(4)]
+    first = flips(planned, draws)
+    assert {True, False} == set(first)
+    assert flips(planned, draws[::-1])[::-1] == first
+
+
+def test_another_epoch_seed_or_index_flips_others(planned):
+    by_epoch = flips(planned, [Draw(2, epoch) for epoch in range(8)])
+    assert len(set(by_epoch)) == 2
+    assert flips(planned, [Draw(2, epoch) for epoch in range(8)], seed=1) != by_epoch
+    same_clip = [planned[2]] * 8
+    assert len(set(flips(same_clip, [Draw(index, 0) for index in range(8)]))) == 2
+
+
+def load_epochs(planned: list[PlannedClip], num_workers: int) -> list[Batch]:
+    """Two epochs of batches of up to 2, cropped and flipped at random."""
+    sampler = BucketBatchSampler([clip.bucket for clip in planned], 2, seed=3)
+    sampler.total_batches = 2 * sampler.batches_per_epoch
+    dataset = ClipDataset(planned, reshape_mode="random", random_flip=0.5, seed=3)
+    return list(make_loader(dataset, sampler, num_workers=num_workers))
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(demo_clips):
+    paths = sorted((demo_clips / "videos").iterdir())[:5]
+    clips = plan_clips(
+        [Clip(path, "", "") for path in paths], probe_videos(paths), [Bucket(5, 80, 96), Bucket(5, 96, 80)]
+    )
+    alone, in_workers = load_epochs(clips, 0), load_epochs(clips, 2)
+    assert [batch.names for batch in alone] == [batch.names for batch in in_workers]
+    assert all(torch.equal(ours.videos, theirs.videos) for ours, theirs in zip(alone, in_workers, strict=True))
+    assert sorted(name for batch in alone for name in batch.names) == sorted(2 * list(map(str, paths)))
+
+
+def test_loading_leaves_the_global_random_numbers_alone(planned):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    list(make_loader(make_dataset(planned), [[Draw(2, 0)]], num_workers=0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_captions_come_as_their_embeddings(planned, tiny_models, tmp_path):
+    source = ModelSource(str(tiny_models("5b")))
+    prompts = PromptCache(tmp_path, source, torch.float32)
+    prompts.embed([planned[2].clip.caption], torch.device("cpu"))
+    dataset = ClipDataset(planned, reshape_mode="center", random_flip=None, seed=0, prompts=prompts)
+    expected = encode_prompts(source.load_text_pipeline(torch.float32), [planned[2].clip.caption])
+    assert torch.equal(dataset[Draw(2, 0)].prompt_embeds, expected)
+
+
+# Prepared clips
+
+
+def prepared_clip(folder: Path, name: str, moments: torch.Tensor, embeds: torch.Tensor) -> PreparedClip:
+    write_tensor(folder, "video_latents", name, moments)
+    write_tensor(folder, "prompt_embeds", name, embeds)
+    latents, prompts = (tensor_file(folder, kind, name) for kind in ("video_latents", "prompt_embeds"))
+    return PreparedClip(name, Bucket(9, 64, 96), latents, prompts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prepared_clip_is_what_was_written(tmp_path, dtype):
+    written = {name: (torch.randn(32, 3, 8, 12).to(dtype), torch.randn(226, 64).to(dtype)) for name in "ab"}
+    dataset = PreparedDataset([prepared_clip(tmp_path, name, *tensors) for name, tensors in written.items()])
+    assert len(dataset) == 2
+    batch = dataset[Draw(1, 0)]
+    assert (batch.names, batch.bucket, batch.videos) == (["b"], Bucket(9, 64, 96), None)
+    assert torch.equal(batch.video_moments, written["b"][0][None])
+    assert torch.equal(batch.prompt_embeds, written["b"][1][None])
+
+
+@pytest.mark.parametrize(
+    ("moments", "embeds"), [((16, 3, 8, 12), (226, 64)), ((32, 3, 8, 12), (226, 4096))], ids=["latents", "text"]
+)
+def test_tensors_of_another_model_are_refused_with_file_and_channels(tiny_models, tmp_path, moments, embeds):
+    clip = prepared_clip(tmp_path, "a", torch.zeros(moments), torch.zeros(embeds))
+    with pytest.raises(UserError, match=r"^--load_tensors: ") as caught:
+        check_prepared(clip, ModelSource(str(tiny_models("5b"))).configs())
+    message = str(caught.value)
+    assert str(clip.video_latents) in message
+    assert f"have {moments[0]} and {embeds[1]} channels" in message
+    assert "needs 32 and 64" in message
+
+
+def test_tensors_of_this_model_are_accepted(tiny_models, tmp_path):
+    clip = prepared_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
+    check_prepared(clip, ModelSource(str(tiny_models("5b"))).configs())
+
+
+# Batches
+
+
+def make_batch(name: str) -> Batch:
+    return Batch([name], Bucket(9, 64, 96), video_moments=torch.randn(1, 32, 3, 8, 12), prompt_embeds=torch.ones(1, 4))
+
+
+def test_samples_are_joined_in_order():
+    samples = [make_batch(name) for name in "cab"]
+    batch = collate(samples)
+    assert batch.names == ["c", "a", "b"]
+    assert batch.bucket == Bucket(9, 64, 96)
+    assert batch.videos is None
+    assert torch.equal(batch.video_moments, torch.stack([sample.video_moments[0] for sample in samples]))
+    assert batch.prompt_embeds.shape == (3, 4)
+
+
+def test_a_moved_batch_keeps_what_it_does_not_have():
+    batch = make_batch("a")
+    moved = batch.to(torch.device("meta"))
+    assert (moved.names, moved.bucket, moved.videos) == (batch.names, batch.bucket, None)
+    assert moved.video_moments.device.type == moved.prompt_embeds.device.type == "meta"
+    assert batch.video_moments.device.type == "cpu"
+
+
+def test_a_batch_without_tensors_is_pinned_as_it_is():
+    batch = Batch(["a"], Bucket(9, 64, 96))
+    assert batch.pin_memory() == batch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
+def test_a_pinned_batch_keeps_what_it_does_not_have():
+    batch = make_batch("a")
+    pinned = batch.pin_memory()
+    assert pinned.videos is None
+    assert pinned.video_moments.is_pinned()
+    assert torch.equal(pinned.prompt_embeds, batch.prompt_embeds)

@@ -1,0 +1,138 @@
+"""The README's own commands, run as they stand, with a tiny model in the place of the real one."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cogvideox_text_to_video_lora
+import pytest
+import test_lora_inference
+from accelerate.state import AcceleratorState
+
+from make_demo_clips import make_demo_clips
+from make_real_clips import make_real_clips
+from make_tiny_model import make_tiny_model
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"<!-- tested: ([\w ]+) -->\n```(?:bash|python)\n(.*?)```", README, flags=re.DOTALL))
+
+# What the launchers need on a CPU instead of their defaults.
+SMALL = {
+    "ACCELERATE_CONFIG": "accelerate_configs/cpu.yaml",
+    "MIXED_PRECISION": "no",
+    "DTYPE": "fp32",
+    "BATCH_SIZE": "2",
+    "MAX_TRAIN_STEPS": "2",
+}
+TINY = {"HEIGHT_BUCKETS": "64", "WIDTH_BUCKETS": "96", "FRAME_BUCKETS": "17", "MAX_NUM_FRAMES": "17"}
+TINY |= {"HEIGHT": "64", "WIDTH": "96", "NUM_FRAMES": "17"}
+REAL = {"HEIGHT_BUCKETS": "96", "WIDTH_BUCKETS": "144"}
+
+# For what needs the network. The data set on the hub has the same two lists, the captions in prompt.txt.
+STAND_INS = """
+make() { true; }
+hf() { cp -r drawn-clips "${@: -1}" && mv "${@: -1}/prompts.txt" "${@: -1}/prompt.txt"; }
+"""
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A copy of the repository, in a folder with a space, with clips and a tiny model in it."""
+    folder = tmp_path_factory.mktemp("readme") / "a copy"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in tracked.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    make_tiny_model("5b", folder / "tiny", height=96, width=144, num_frames=49)
+    make_demo_clips(folder / "drawn-clips", count=4)
+    make_real_clips(folder / "my-clips")
+    (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Each run is a process of its own for its users; accelerate keeps one state per process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def block(name: str, *replaced: tuple[str, str]) -> str:
+    """A block of the README with the tiny model in it, and with other replacements that must apply."""
+    code = BLOCKS[name].replace("THUDM/CogVideoX-5b", "./tiny")
+    for old, new in replaced:
+        assert old in code
+        code = code.replace(old, new)
+    return code
+
+
+def run(repository: Path, code: str, **environment: str) -> str:
+    """Run shell code in the copy; returns what it printed."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-euc", STAND_INS + code],
+        cwd=repository,
+        env=os.environ | SMALL | environment | {"PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_every_command_of_the_readme_is_run_here_or_by_make():
+    code_blocks = re.findall(r"```(?:bash|python)\n(.*?)```", README, flags=re.DOTALL)
+    others = [code for code in code_blocks if code not in BLOCKS.values()]
+    assert all(line.startswith("make ") for code in others for line in code.strip().splitlines())
+    assert BLOCKS.keys() == {"hub", "own clips", "sweep", "script", "python", "inference"}
+
+
+def test_a_data_set_of_the_hub_becomes_a_lora(repository):
+    steps = ("bash train_text_to_video_lora.sh", "bash train_text_to_video_lora.sh --num_inference_steps 2")
+    run(repository, block("hub", steps), **TINY)
+    (result,) = (repository / "outputs").glob("cogvideox-lora__*/pytorch_lora_weights.safetensors")
+    assert list((result.parent / "validation").glob("step-2/*.mp4"))
+    assert "BW_STYLE " in next((repository / "prepared" / "prompts").iterdir()).read_text()
+
+
+def test_real_clips_become_a_lora_that_is_loaded_and_sampled(repository, monkeypatch):
+    assert "49x96x144     16" in run(repository, block("own clips"), **REAL)
+
+    monkeypatch.chdir(repository)
+    script = block(
+        "script",
+        ("--mixed_precision bf16", "--mixed_precision no --num_inference_steps 2 --report_to none"),
+        ("--max_train_steps 2000", "--max_train_steps 2"),
+        ("--height 480 --width 720", "--height 96 --width 144"),
+    )
+    argv = shlex.split(script)
+    cogvideox_text_to_video_lora.main(argv[argv.index("training/cogvideox_text_to_video_lora.py") + 1 :])
+    assert len(list(Path("outputs/my-lora/validation/step-2").glob("*.mp4"))) == 2
+
+    python = block("python", ("num_inference_steps=50", "num_inference_steps=2"), ("torch.bfloat16", "torch.float32"))
+    exec(python.replace("pipe.enable_model_cpu_offload()", ""), {})
+    assert Path("rabbit.mp4").stat().st_size > 0
+    Path("rabbit.mp4").unlink()
+
+    test_lora_inference.main([*shlex.split(block("inference"))[2:], "--num_inference_steps", "2"])
+    assert Path("rabbit.mp4").stat().st_size > 0
+
+
+def test_the_sweep_launches_one_run_for_each_combination(repository, tmp_path):
+    """With `accelerate` replaced by what prints its arguments."""
+    (tmp_path / "accelerate").write_text('#!/usr/bin/env bash\nprintf "%s|" "$@"\necho\n')
+    (tmp_path / "accelerate").chmod(0o755)
+    code = f'PATH="{tmp_path}:$PATH"\nOPTIMIZERS="adam adamw" ' + block("sweep")
+    runs = [line.split("|") for line in run(repository, code).splitlines() if line.startswith("launch|")]
+    values = [
+        tuple(argv[argv.index(flag) + 1] for flag in ("--learning_rate", "--optimizer", "--max_train_steps"))
+        for argv in runs
+    ]
+    assert values == [(rate, name, "2000") for rate in ("1e-4", "3e-4") for name in ("adam", "adamw")]
+    assert len({argv[argv.index("--output_dir") + 1] for argv in runs}) == 4

@@ -4,7 +4,7 @@
 #
 #   DATA_ROOT=my-clips OUTPUT_DIR=prepared bash prepare_dataset.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 # Give the model that is going to be trained.
 MODEL_ID="${MODEL_ID:-THUDM/CogVideoX-5b}"
@@ -34,7 +34,7 @@ if ((NUM_GPUS > 1)); then
 fi
 # shellcheck disable=SC2206 # the bucket lists are meant to split at spaces
 command=(
-  "${launcher[@]}" training/prepare_dataset.py
+  "${launcher[@]}" "$root/training/prepare_dataset.py"
   --model_id "$MODEL_ID"
   --data_root "$DATA_ROOT"
   --caption_column "$CAPTION_COLUMN"

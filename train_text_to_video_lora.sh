@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Fine-tune a CogVideoX text-to-video model with LoRA, once for each combination of the settings in the sweep.
-# Change the values below, or set them in the environment; flags given to this script go to every run.
+# Change the values below, or set them in the environment; flags given to this script go to every run. Run again, it skips
+# the runs that are finished and goes on with one that was interrupted.
 #
 #   bash train_text_to_video_lora.sh
 #   MODEL_PATH=THUDM/CogVideoX-2b MIXED_PRECISION=fp16 bash train_text_to_video_lora.sh --validation_steps 500
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 # What to train, and on what. DATA_ROOT is the OUTPUT_DIR of prepare_dataset.sh; to train on raw clips (slower, needs
 # more memory), set LOAD_TENSORS=false.
@@ -15,7 +16,7 @@ LOAD_TENSORS="${LOAD_TENSORS:-true}"
 OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"
 
 # How to launch. More GPUs: accelerate_configs/ddp.yaml.
-ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-accelerate_configs/single_gpu.yaml}"
+ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-$root/accelerate_configs/single_gpu.yaml}"
 CPU_THREADS="${CPU_THREADS:-2}"
 MIXED_PRECISION="${MIXED_PRECISION:-bf16}"
 WANDB_MODE="${WANDB_MODE:-offline}"
@@ -33,7 +34,7 @@ HEIGHT="${HEIGHT:-480}"
 WIDTH="${WIDTH:-720}"
 NUM_FRAMES="${NUM_FRAMES:-49}"
 
-RANK="${LORA_RANK:-64}"
+LORA_RANK="${LORA_RANK:-64}"
 LORA_ALPHA="${LORA_ALPHA:-64}"
 TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-1}"
 LR_WARMUP_STEPS="${LR_WARMUP_STEPS:-200}"
@@ -50,14 +51,14 @@ for learning_rate in $LEARNING_RATES; do
       for steps in $MAX_TRAIN_STEPS; do
         output_dir="$OUTPUT_ROOT/cogvideox-lora__${optimizer}__${steps}-steps__${lr_schedule}__lr-${learning_rate}"
         command=(
-          accelerate launch --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_process "$CPU_THREADS"
-          training/cogvideox_text_to_video_lora.py
+          accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_process "$CPU_THREADS"
+          "$root/training/cogvideox_text_to_video_lora.py"
           --pretrained_model_name_or_path "$MODEL_PATH"
           --data_root "$DATA_ROOT"
           --height "$HEIGHT" --width "$WIDTH"
           --frame_buckets "$NUM_FRAMES" --max_num_frames "$NUM_FRAMES"
           --output_dir "$output_dir"
-          --rank "$RANK" --lora_alpha "$LORA_ALPHA"
+          --rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA"
           --mixed_precision "$MIXED_PRECISION"
           --gradient_checkpointing
           --train_batch_size "$TRAIN_BATCH_SIZE"
@@ -78,7 +79,13 @@ for learning_rate in $LEARNING_RATES; do
           command+=(--load_tensors)
         fi
         echo "=== $output_dir"
-        "${command[@]}" "$@"
+        if [[ -e "$output_dir/pytorch_lora_weights.safetensors" ]]; then
+          echo "holds a finished run: skipped"
+        elif compgen -G "$output_dir/checkpoint-*" >/dev/null; then
+          "${command[@]}" --resume_from_checkpoint latest "$@"
+        else
+          "${command[@]}" "$@"
+        fi
       done
     done
   done

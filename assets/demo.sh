@@ -16,15 +16,15 @@ MODEL_ID="$DEMO_DIR/model" DATA_ROOT="$DEMO_DIR/clips" OUTPUT_DIR="$DEMO_DIR/pre
   bash prepare_dataset.sh
 
 # The demo's own output may be written again; a real run never overwrites an earlier one.
-rm -rf "$DEMO_DIR/outputs"
-MODEL_PATH="$DEMO_DIR/model" DATA_ROOT="$DEMO_DIR/prepared" OUTPUT_ROOT="$DEMO_DIR/outputs" \
+rm -rf "$DEMO_DIR/demo-outputs"
+MODEL_PATH="$DEMO_DIR/model" DATA_ROOT="$DEMO_DIR/prepared" OUTPUT_ROOT="$DEMO_DIR/demo-outputs" \
   ACCELERATE_CONFIG=accelerate_configs/cpu.yaml MIXED_PRECISION=no \
   HEIGHT=64 WIDTH=96 NUM_FRAMES=17 \
   LEARNING_RATES=1e-3 LR_SCHEDULES=constant OPTIMIZERS=adamw MAX_TRAIN_STEPS=200 CHECKPOINTING_STEPS=100 \
   VALIDATION_PROMPT="$prompt" VALIDATION_EPOCHS=4 \
   bash train_text_to_video_lora.sh --num_inference_steps 10
 
-lora=$(echo "$DEMO_DIR"/outputs/cogvideox-lora__*)
+lora=$(echo "$DEMO_DIR"/demo-outputs/cogvideox-lora__*)
 python tests/test_lora_inference.py --prompt "$prompt" --model_path "$DEMO_DIR/model" --lora_path "$lora" \
   --lora_name demo --output_file "$DEMO_DIR/with-lora.mp4" --fps 8 --num_inference_steps 10
 

@@ -168,6 +168,7 @@ BAD_TRAINING_FLAGS = [
     ("--use_4bit --use_torchao --optimizer prodigy", "--use_4bit", "use --optimizer adamw"),
     ("--use_cpu_offload_optimizer --optimizer came", "--use_cpu_offload_optimizer", "use --optimizer adamw"),
     ("--use_cpu_offload_optimizer --use_8bit", "--use_cpu_offload_optimizer", "add --use_torchao"),
+    ("--use_cpu_offload_optimizer --mixed_precision fp16", "--use_cpu_offload_optimizer", "bf16"),
     ("--offload_gradients", "--offload_gradients", "add --use_cpu_offload_optimizer"),
     (
         "--use_cpu_offload_optimizer --offload_gradients --gradient_accumulation_steps 2",
@@ -465,8 +466,6 @@ def test_only_the_first_process_of_a_launch_warns(
         "--use_8bit",
         "--use_8bit --use_torchao --optimizer adamw",
         "--use_4bit --use_torchao",
-        "--use_cpu_offload_optimizer --offload_gradients",
-        "--use_cpu_offload_optimizer --use_4bit --use_torchao",
         "--optimizer came --beta3 0.9999",
         "--optimizer prodigy --learning_rate 1 --prodigy_decouple --prodigy_use_bias_correction",
         "--push_to_hub --hub_token secret --hub_model_id me/mine",
@@ -475,6 +474,12 @@ def test_only_the_first_process_of_a_launch_warns(
 def test_sensible_combinations_pass_silently(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     train(*flags.split())
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("flags", ["--offload_gradients", "--use_4bit --use_torchao"])
+def test_an_offloaded_optimizer_passes_with_a_word_on_clipping(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    train("--use_cpu_offload_optimizer", *flags.split())
+    assert capsys.readouterr().err.startswith("warning: --max_grad_norm has no effect")
 
 
 def test_validation_prompts_are_split_and_stripped() -> None:
@@ -554,6 +559,7 @@ def test_a_checkpoint_is_found_by_its_path(workplace: Path) -> None:
 
 def test_a_checkpoint_is_found_by_its_name_inside_the_output_folder(workplace: Path) -> None:
     (workplace / "out" / "checkpoint-5").mkdir(parents=True)
+    (workplace / "out" / "checkpoint-5" / "trainer_state.json").write_text("{}")
     args = train("--output_dir", "out", "--resume_from_checkpoint", "checkpoint-5")
     assert args.resume_from_checkpoint == os.path.join("out", "checkpoint-5")
 
@@ -608,7 +614,7 @@ def test_only_the_standard_library_is_imported() -> None:
         "import sys; from args import parse_args\n"
         "try: parse_args(['--help'], task='text-to-video', method='lora')\n"
         "except SystemExit: pass\n"
-        "ours = {'args', 'errors', 'flag_checks', 'flag_types', '__main__'}\n"
+        "ours = {'args', 'errors', 'flag_checks', 'flag_types', 'run_folder', '__main__'}\n"
         "tops = {name.split('.')[0] for name in sys.modules}\n"
         "print(sorted(tops - sys.stdlib_module_names - ours), file=sys.stderr)"
     )

@@ -10,7 +10,7 @@ from errors import UserError
 
 def make_checkpoint(folder: Path, step: int) -> Path:
     folder.mkdir(parents=True)
-    (folder / STATE_FILE).write_text(f'{{"step": {step}, "seed": 42}}\n')
+    (folder / STATE_FILE).write_text(f'{{"step": {step}, "seed": 42, "settings": {{}}}}\n')
     return folder
 
 
@@ -62,7 +62,7 @@ def test_a_checkpoint_given_by_its_path_is_taken_wherever_it_is(tmp_path):
 
 
 def test_the_state_is_read_back(tmp_path):
-    assert read_state(make_checkpoint(tmp_path / "checkpoint-7", 7)) == TrainerState(step=7, seed=42)
+    assert read_state(make_checkpoint(tmp_path / "checkpoint-7", 7)) == TrainerState(step=7, seed=42, settings={})
 
 
 @pytest.mark.parametrize(

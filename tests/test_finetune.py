@@ -168,3 +168,71 @@ def test_a_failing_validation_is_a_warning_and_the_result_is_there(tiny_models, 
     (model / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
     flags = ("--load_tensors", "--max_train_steps", "2", "--validation_prompt", "x", "--validation_steps", "1")
     assert train(model, prepared, tmp_path / "out", *flags).is_file()
+
+
+def error_of(capsys) -> str:
+    """The last line on stderr."""
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+RESUME = ("--load_tensors", "--max_train_steps", "8", "--resume_from_checkpoint", "latest")
+
+
+@pytest.fixture
+def stopped_run(tiny_models, prepared, tmp_path) -> Path:
+    """A run of 4 steps with checkpoints at 2 and 4."""
+    flags = ("--load_tensors", "--max_train_steps", "4", "--checkpointing_steps", "2", "--lr_scheduler", "linear")
+    train(tiny_models("5b"), prepared, tmp_path / "run", *flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--rank", "4"], "--rank was 8, is now 4"),
+        (["--lora_alpha", "16"], "--lora_alpha was 8.0, is now 16.0"),
+        (["--optimizer", "prodigy"], "--optimizer was adamw, is now prodigy"),
+        (["--max_train_steps", "3"], "--max_train_steps: "),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(tiny_models, prepared, stopped_run, capsys, flags, words):
+    before = (stopped_run / "pytorch_lora_weights.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        train(tiny_models("5b"), prepared, stopped_run, *RESUME, *flags)
+    assert words in error_of(capsys)
+    assert (stopped_run / "pytorch_lora_weights.safetensors").read_bytes() == before
+
+
+def test_a_run_is_not_resumed_on_another_model_of_the_same_shape(tiny_models, prepared, stopped_run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train(tiny_models("2b"), prepared, stopped_run, *RESUME)
+    assert "model was" in error_of(capsys)
+
+
+def test_a_learning_rate_given_on_resume_is_applied_along_the_schedule(tiny_models, prepared, stopped_run):
+    shutil.rmtree(stopped_run / "logs")
+    train(tiny_models("5b"), prepared, stopped_run, *RESUME, "--lr_scheduler", "linear", "--learning_rate", "4e-3")
+    rates = scalars(stopped_run, "lr")
+    assert rates == pytest.approx({step: 4e-3 * (8 - (step - 1)) / 8 for step in (5, 6, 7, 8)})
+
+
+def test_a_damaged_checkpoint_is_named(tiny_models, prepared, stopped_run, capsys):
+    (stopped_run / "checkpoint-4" / "optimizer.bin").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        train(tiny_models("5b"), prepared, stopped_run, *RESUME)
+    assert "checkpoint-4 cannot be loaded" in error_of(capsys)
+
+
+def test_an_image_to_video_model_is_refused_by_the_flags_name(tiny_models, demo_clips, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train(tiny_models("5b-i2v"), demo_clips, tmp_path / "out")
+    assert "--pretrained_model_name_or_path: this is an image-to-video model" in error_of(capsys)
+
+
+def test_float16_needs_a_gpu(tiny_models, prepared, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match="2"):
+        train(tiny_models("5b"), prepared, tmp_path / "out", "--load_tensors", "--mixed_precision", "fp16")
+    assert "--mixed_precision fp16" in error_of(capsys)

@@ -104,3 +104,10 @@ def test_a_file_that_would_run_code_when_unpickled_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a\.pt cannot be read"):
         read_tensor(tmp_path / "a.pt")
     assert not (tmp_path / "evil").exists()
+
+
+def test_a_preparation_that_was_not_finished_is_not_trained_on(tmp_path):
+    claim_folder(tmp_path, SETTINGS)
+    write_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
+    with pytest.raises(UserError, match="was not finished"):
+        read_index(tmp_path)

@@ -72,6 +72,11 @@ def block(name: str, *replaced: tuple[str, str]) -> str:
     return code
 
 
+def words_of(command: str) -> list[str]:
+    """The words of one shell command."""
+    return shlex.split(command.replace("\\\n", " "))
+
+
 def run(repository: Path, code: str, **environment: str) -> str:
     """Run shell code in the copy; returns what it printed."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -111,7 +116,7 @@ def test_real_clips_become_a_lora_that_is_loaded_and_sampled(repository, monkeyp
         ("--max_train_steps 2000", "--max_train_steps 2"),
         ("--height 480 --width 720", "--height 96 --width 144"),
     )
-    argv = shlex.split(script)
+    argv = words_of(script)
     cogvideox_text_to_video_lora.main(argv[argv.index("training/cogvideox_text_to_video_lora.py") + 1 :])
     assert len(list(Path("outputs/my-lora/validation/step-2").glob("*.mp4"))) == 2
 
@@ -120,7 +125,7 @@ def test_real_clips_become_a_lora_that_is_loaded_and_sampled(repository, monkeyp
     assert Path("rabbit.mp4").stat().st_size > 0
     Path("rabbit.mp4").unlink()
 
-    test_lora_inference.main([*shlex.split(block("inference"))[2:], "--num_inference_steps", "2"])
+    test_lora_inference.main([*words_of(block("inference"))[2:], "--num_inference_steps", "2"])
     assert Path("rabbit.mp4").stat().st_size > 0
 
 

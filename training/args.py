@@ -84,9 +84,9 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
             dataset_file=args.dataset_file,
             output_dir=args.output_dir,
         )
-        check_no_earlier_run(args)
         check_validation_images(args, task)
         find_checkpoint(args)
+        check_no_earlier_run(args)
     except UserError as error:
         parser.error(str(error))
     _warn(training_warnings(args, given, task, method))
@@ -112,6 +112,8 @@ def parse_prepare_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         _fill_sizes(args, given)
         check_sizes(args)
         check_frames(args)
+        if args.save_image_latents and not args.save_latents_and_embeddings:
+            raise UserError("--save_image_latents: latents are written by --save_latents_and_embeddings; add it")
         check_files(
             model=args.model_id,
             data_root=args.data_root,
@@ -859,6 +861,6 @@ def _drop_long_buckets(args: argparse.Namespace) -> None:
 
 def _warn(lines: list[str]) -> None:
     """Write each line to stderr, once for all processes of a launch."""
-    if os.environ.get("RANK", "0") == "0":
+    if int(os.environ.get("RANK", "0")) == 0:
         for line in lines:
             print(f"warning: {line}", file=sys.stderr, flush=True)

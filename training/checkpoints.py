@@ -1,21 +1,19 @@
 """Checkpoints that exist whole or not at all: save, rotate, find, resume."""
 
 import json
-import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
+from run_folder import STATE_FILE, list_checkpoints
 
 from errors import UserError
 from files import replace_folder
 from methods import Lora
-
-
-STATE_FILE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -24,6 +22,23 @@ class TrainerState:
 
     step: int  # optimizer steps done
     seed: int
+    settings: dict[str, Any]  # that must not change on the way, by flag
+
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """Refuse to go on with other settings.
+
+        Raises:
+            UserError: lists those that differ.
+        """
+        differing = [
+            f"{name} was {self.settings.get(name)}, is now {value}"
+            for name, value in settings.items()
+            if self.settings.get(name) != value
+        ]
+        if differing:
+            raise UserError(
+                f"--resume_from_checkpoint: the checkpoint is of a run with other settings: {'; '.join(differing)}"
+            )
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainerState, total_limit: int | None) -> Path:
@@ -42,16 +57,26 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainerSt
         (partial / STATE_FILE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
         replace_folder(partial, folder)
         if total_limit is not None:
-            for _, old in list_checkpoints(output_dir)[:-total_limit]:
+            older = [path for step, path in list_checkpoints(output_dir) if step < state.step]
+            for old in older[: len(older) + 1 - total_limit]:
+                (old / STATE_FILE).unlink()  # first, so that a half-removed folder is no checkpoint
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return folder
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> TrainerState:
-    """Load the whole training state; called on every rank after `accelerator.prepare`."""
-    accelerator.load_state(str(folder))
-    return read_state(folder)
+def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
+    """Load weights, optimizer and schedule; called on every rank after `accelerator.prepare`.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of other adapters.
+    """
+    try:
+        accelerator.load_state(str(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--resume_from_checkpoint: {folder} cannot be loaded ({error}); give an earlier checkpoint"
+        ) from error
 
 
 def read_state(folder: Path) -> TrainerState:
@@ -66,16 +91,6 @@ def read_state(folder: Path) -> TrainerState:
         raise UserError(
             f"--resume_from_checkpoint: {folder} is no complete checkpoint (cannot read its {STATE_FILE})"
         ) from error
-
-
-def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints of a run as (step, folder), oldest first."""
-    found = []
-    for path in output_dir.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / STATE_FILE).is_file():
-            found.append((int(match.group(1)), path))
-    return sorted(found)
 
 
 def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:

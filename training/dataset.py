@@ -151,8 +151,17 @@ def check_prepared(clip: PreparedClip, configs: ModelConfigs) -> None:
     Raises:
         UserError: they were prepared with a model of another shape.
     """
-    channels = read_tensor(clip.video_latents).shape[0]
-    text_dim = read_tensor(clip.prompt_embeds).shape[-1]
+    try:
+        channels = read_tensor(clip.video_latents).shape[0]
+        length, text_dim = read_tensor(clip.prompt_embeds).shape
+    except ValueError as error:
+        raise UserError(f"--load_tensors: {error}; remove the file and prepare the data again") from error
+    tokens = configs.transformer["max_text_seq_length"]
+    if length != tokens:
+        raise UserError(
+            f"--load_tensors: {clip.prompt_embeds} is {length} tokens long, the model takes {tokens}; prepare the "
+            f"data with --max_sequence_length {tokens}"
+        )
     expected = (2 * configs.vae["latent_channels"], configs.transformer["text_embed_dim"])
     if (channels, text_dim) != expected:
         raise UserError(

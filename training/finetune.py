@@ -4,7 +4,7 @@ import argparse
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -29,12 +29,14 @@ from checkpoints import (
 )
 from dataset import Batch, ClipDataset, PreparedDataset, check_prepared, make_loader
 from diffusion import step_generator
+from errors import UserError
 from launch import shared_seed, start_accelerator, start_trackers
 from methods import Lora
 from models import DTYPES, ModelSource
 from objective import Objective
-from optimizers import make_optimizer
+from optimizers import apply_learning_rate, make_optimizer
 from plan import TrainingData, describe
+from prepared import read_settings
 from progress import StepLog, StepSchedule
 from prompts import PromptCache
 from publish import push_to_hub
@@ -92,7 +94,7 @@ class Run:
 
     def save_checkpoint(self, step: int) -> None:
         """Save the training state after `step` steps."""
-        state = TrainerState(step, self.state.seed)
+        state = replace(self.state, step=step)
         save_checkpoint(self.accelerator, self.output_dir, state, self.checkpoints_total_limit)
 
 
@@ -126,8 +128,10 @@ def train(args: argparse.Namespace, run: Run) -> None:
         if done == run.total_steps:
             break  # the caller saves and validates the end
         if done % args.checkpointing_steps == 0:
+            log.flush()  # a run that is killed later has lost no logged step
             run.save_checkpoint(done)
         if schedule.is_due(done, args.validation_steps, args.validation_epochs):
+            log.flush()  # trackers want steps in order
             run.validate(done)
     log.close()
 
@@ -139,10 +143,16 @@ def set_up(args: argparse.Namespace, data: TrainingData, task: TextToVideo, meth
     task.check_model(configs)
     if data.prepared:
         check_prepared(data.clips[0], configs)
+        warn_of_other_model(Path(args.data_root), source)
     output_dir = Path(args.output_dir)
     resumed = find_checkpoint(args.resume_from_checkpoint, output_dir)
     accelerator = start_accelerator(args)
-    state = read_state(resumed) if resumed else TrainerState(0, shared_seed(accelerator, args.seed))
+    settings = {"model": source.kind(), "--optimizer": args.optimizer, **method.settings}
+    if resumed:
+        state = read_state(resumed)
+        state.check_settings(settings)
+    else:
+        state = TrainerState(0, shared_seed(accelerator, args.seed), settings)
     set_seed(state.seed)  # the adapters' initial weights
     dtype = DTYPES[accelerator.mixed_precision]
 
@@ -165,15 +175,22 @@ def set_up(args: argparse.Namespace, data: TrainingData, task: TextToVideo, meth
     )
     schedule = StepSchedule(sampler.batches_per_epoch, args.gradient_accumulation_steps)
     total_steps = args.max_train_steps or args.num_train_epochs * schedule.steps_per_epoch
-    optimizer, lr_scheduler = build_optimizer(args, transformer, total_steps, accelerator.num_processes)
+    learning_rate = learning_rate_of(args, accelerator.num_processes)
+    if state.step > total_steps:
+        raise UserError(
+            f"--max_train_steps: {resumed} is at step {state.step}, beyond the {total_steps} steps asked for"
+        )
+    optimizer, lr_scheduler = build_optimizer(args, transformer, learning_rate, total_steps)
     model, optimizer = accelerator.prepare(transformer, optimizer)
     # Not prepared: accelerate would step it once per process. Here a step is an optimizer step, on any ranks.
     accelerator.register_for_checkpointing(lr_scheduler)
     checkpoint_only_what_trains(accelerator, method)
     if resumed:
         load_checkpoint(accelerator, resumed)
+        apply_learning_rate(optimizer, lr_scheduler, learning_rate)
+        logger.info("resumed from %s at learning rate %g", resumed, lr_scheduler.get_last_lr()[0])
     start_trackers(accelerator, args)
-    describe_run(accelerator, args, data, transformer, schedule, state, total_steps)
+    describe_run(accelerator, args, data, transformer, schedule, state, total_steps, sampler.padding)
 
     sampler.first_batch = schedule.batches_before(state.step)
     sampler.total_batches = schedule.batches_before(total_steps)
@@ -196,6 +213,13 @@ def set_up(args: argparse.Namespace, data: TrainingData, task: TextToVideo, meth
     )
 
 
+def warn_of_other_model(data_root: Path, source: ModelSource) -> None:
+    """Say so when data was prepared with another model than the one to train: its latents may mean something else."""
+    prepared_with = read_settings(data_root).get("model")
+    if prepared_with not in (None, source.fingerprint()):
+        logger.warning("warning: the data was prepared with %s, not with %s", prepared_with, source.fingerprint())
+
+
 def trainable_parameters(transformer: CogVideoXTransformer3DModel) -> list[torch.nn.Parameter]:
     """The parameters that the method left trainable."""
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -215,13 +239,16 @@ def load_vae(
     return source.load_vae(dtype, slicing=args.enable_slicing, tiling=args.enable_tiling).to(device)
 
 
+def learning_rate_of(args: argparse.Namespace, num_processes: int) -> float:
+    """The learning rate given, scaled to the samples in a step if that was asked for."""
+    scale = args.gradient_accumulation_steps * args.train_batch_size * num_processes if args.scale_lr else 1
+    return args.learning_rate * scale
+
+
 def build_optimizer(
-    args: argparse.Namespace, transformer: CogVideoXTransformer3DModel, total_steps: int, num_processes: int
+    args: argparse.Namespace, transformer: CogVideoXTransformer3DModel, learning_rate: float, total_steps: int
 ) -> tuple[Optimizer, LRScheduler]:
     """Build the optimizer and its learning-rate schedule, counted in optimizer steps."""
-    learning_rate = args.learning_rate
-    if args.scale_lr:
-        learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * num_processes
     optimizer = make_optimizer(
         trainable_parameters(transformer),
         args.optimizer,
@@ -317,6 +344,7 @@ def describe_run(
     schedule: StepSchedule,
     state: TrainerState,
     total_steps: int,
+    padding: int,
 ) -> None:
     """Log what is about to happen."""
     trainable = sum(parameter.numel() for parameter in trainable_parameters(transformer))
@@ -335,3 +363,5 @@ def describe_run(
         accelerator.device.type,
         accelerator.mixed_precision,
     )
+    if padding:
+        logger.info("%d batches come twice in each epoch, so that all ranks have as many", padding)

@@ -8,11 +8,12 @@ import os
 import tempfile
 from pathlib import Path
 
+from run_folder import list_checkpoints, list_results
+
 from errors import UserError
 
 
 SIZE_STEP = 16  # the VAE compresses 8 times in space, the transformer's patches twice more
-RESULTS = ("pytorch_lora_weights.safetensors", "transformer", "checkpoint-[0-9]*")  # what a run leaves behind
 LORA_LEARNING_RATE_FLOOR = 5e-5  # below it users report a LoRA "without effect" after thousands of steps
 
 
@@ -102,6 +103,10 @@ def check_low_bit(args: argparse.Namespace) -> None:
         raise UserError(
             "--use_cpu_offload_optimizer: works with the 8-bit optimizers of torchao only; add --use_torchao or "
             "leave out --use_8bit"
+        )
+    if args.use_cpu_offload_optimizer and args.mixed_precision == "fp16":
+        raise UserError(
+            "--use_cpu_offload_optimizer: takes gradients before fp16's scaling is undone; use --mixed_precision bf16"
         )
     if args.offload_gradients and not args.use_cpu_offload_optimizer:
         raise UserError("--offload_gradients: needs the offloaded optimizer; add --use_cpu_offload_optimizer")
@@ -195,15 +200,25 @@ def _check_writable(output_dir: str) -> None:
 
 
 def check_no_earlier_run(args: argparse.Namespace) -> None:
-    """The output folder holds no result or checkpoint that a new run would overwrite."""
-    if args.resume_from_checkpoint is not None:
-        return
+    """The output folder holds nothing that this run would write over, but for the run that it goes on with."""
     folder = Path(args.output_dir)
-    earlier = [path.name for name in RESULTS for path in sorted(folder.glob(name))]
-    if earlier:
+    earlier = list_results(folder)
+    if not earlier:
+        return
+    resumed = args.resume_from_checkpoint
+    checkpoints = [path.resolve() for _, path in list_checkpoints(folder)]
+    if resumed is None:
+        advice = "give another folder, or go on with it by --resume_from_checkpoint latest"
+        raise UserError(f"--output_dir: '{folder}' already holds a run ({earlier[0]}); {advice}")
+    if resumed == "latest" and not checkpoints:
         raise UserError(
-            f"--output_dir: '{folder}' already holds a run ({earlier[0]}); give another folder, or go on with it "
-            "by --resume_from_checkpoint latest"
+            f"--resume_from_checkpoint latest: '{folder}' holds {earlier[0]} but no complete checkpoint; "
+            "give another --output_dir"
+        )
+    if resumed != "latest" and Path(resumed).resolve() not in checkpoints[-1:]:
+        raise UserError(
+            f"--resume_from_checkpoint: '{resumed}' is not the newest checkpoint of --output_dir '{folder}', whose "
+            f"{earlier[0]} would be written over; to branch off, give another --output_dir"
         )
 
 
@@ -230,6 +245,20 @@ def training_warnings(args: argparse.Namespace, given: set[str], task: str, meth
         lines += [f"--{flag} has no effect on full fine-tuning" for flag in ("rank", "lora_alpha") if flag in given]
     if args.use_torchao and not (args.use_8bit or args.use_4bit or args.use_cpu_offload_optimizer):
         lines.append("--use_torchao has no effect without --use_8bit or --use_4bit")
+    if args.use_cpu_offload_optimizer:
+        lines.append("--max_grad_norm has no effect with --use_cpu_offload_optimizer, which takes gradients first")
+    if args.load_tensors:
+        prepared = ("dataset_file", "id_token", "random_flip", "fps", "video_reshape_mode", "height_buckets")
+        lines += [
+            f"--{flag} has no effect with --load_tensors: it was settled when the data was prepared"
+            for flag in prepared
+            if flag in given
+        ]
+    if args.lr_scheduler != "constant" and args.max_train_steps and args.lr_warmup_steps >= args.max_train_steps:
+        lines.append(
+            f"--lr_warmup_steps {args.lr_warmup_steps} is all of the run's {args.max_train_steps} steps: the learning "
+            "rate never gets to its full value"
+        )
     return lines + _learning_rate_warnings(args, method)
 
 

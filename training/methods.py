@@ -29,6 +29,11 @@ class Lora:
         self.rank = rank
         self.alpha = alpha
 
+    @property
+    def settings(self) -> dict[str, float]:
+        """What a resumed run must have in common with its checkpoint, by flag."""
+        return {"--rank": self.rank, "--lora_alpha": self.alpha}
+
     def attach(self, transformer: CogVideoXTransformer3DModel) -> None:
         """Freeze the transformer and add trainable adapters in float32 to it."""
         transformer.requires_grad_(False)

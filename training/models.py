@@ -1,5 +1,9 @@
 """Load a model's components from a folder or the hub, one at a time, and encode text and video with them."""
 
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,15 +80,17 @@ class ModelSource:
 
     def load_transformer(self, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
         """Load the transformer straight in `dtype`."""
-        return CogVideoXTransformer3DModel.from_pretrained(
-            self.path, subfolder="transformer", dtype=dtype, variant=self.variant, **self._where
-        )
+        with self._load_errors("transformer"):
+            return CogVideoXTransformer3DModel.from_pretrained(
+                self.path, subfolder="transformer", dtype=dtype, variant=self.variant, **self._where
+            )
 
     def load_vae(self, dtype: torch.dtype, *, slicing: bool, tiling: bool) -> AutoencoderKLCogVideoX:
         """Load the frozen VAE straight in `dtype`."""
-        vae = AutoencoderKLCogVideoX.from_pretrained(
-            self.path, subfolder="vae", dtype=dtype, variant=self.variant, **self._where
-        )
+        with self._load_errors("VAE"):
+            vae = AutoencoderKLCogVideoX.from_pretrained(
+                self.path, subfolder="vae", dtype=dtype, variant=self.variant, **self._where
+            )
         if slicing:
             vae.enable_slicing()
         if tiling:
@@ -93,17 +99,31 @@ class ModelSource:
 
     def load_text_pipeline(self, dtype: torch.dtype) -> CogVideoXPipeline:
         """Load tokenizer and text encoder as a pipeline that has nothing else, for its own `encode_prompt`."""
-        pipeline = CogVideoXPipeline.from_pretrained(
-            self.path,
-            transformer=None,
-            vae=None,
-            scheduler=None,
-            dtype=dtype,
-            variant=self.variant,
-            **self._where,
-        )
+        with self._load_errors("text encoder"):
+            pipeline = CogVideoXPipeline.from_pretrained(
+                self.path,
+                transformer=None,
+                vae=None,
+                scheduler=None,
+                dtype=dtype,
+                variant=self.variant,
+                **self._where,
+            )
         pipeline.text_encoder.requires_grad_(False)
         return pipeline
+
+    @contextmanager
+    def _load_errors(self, part: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # missing or broken weight files, an unknown variant
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"the {part} of the model '{self.path}' cannot be loaded: {reason}") from error
+
+    def kind(self) -> str:
+        """A digest of the transformer's config, which tells model kinds apart wherever the model lies."""
+        config = {name: value for name, value in self.configs().transformer.items() if not name.startswith("_")}
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
     def fingerprint(self) -> str:
         """What tells this model from another one in caches: the absolute folder, or the hub id and its revision."""

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from errors import UserError
 
@@ -93,3 +94,22 @@ def _import(module: str, flag: str) -> ModuleType:
     except ImportError as error:
         package = {"came_pytorch": "came-pytorch"}.get(module, module.split(".")[0])
         raise UserError(f"{flag}: needs the package {package} (pip install {package}): {error}") from error
+
+
+def apply_learning_rate(optimizer: torch.optim.Optimizer, lr_scheduler: LambdaLR, learning_rate: float) -> None:
+    """Go on along the schedule with this base learning rate, whatever the checkpoint that was loaded had.
+
+    Args:
+        optimizer: may be accelerate's wrapper.
+        lr_scheduler: at the step it goes on from.
+        learning_rate: the schedule's factor is multiplied with it.
+    """
+    lr_scheduler.base_lrs = [learning_rate] * len(optimizer.param_groups)
+    rates = [learning_rate * factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["initial_lr"] = learning_rate
+        if isinstance(group["lr"], torch.Tensor):  # torchao's
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    lr_scheduler._last_lr = rates

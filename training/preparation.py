@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import logging
+import shlex
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ from clips import PlannedClip, describe_plan
 from dataset import Batch, ClipDataset, make_loader
 from files import written_whole
 from models import DTYPES, ModelSource, encode_prompts, encode_videos
-from prepared import PreparedSettings, claim_folder, tensor_file, write_index, write_tensor
+from prepared import PreparedSettings, claim_folder, listed_names, tensor_file, write_index, write_tensor
 
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ def prepare(args: argparse.Namespace, clips: Sequence[PlannedClip]) -> None:
     Raises:
         UserError: the folder holds other data, or the model cannot be read.
     """
-    ranks = PartialState(timeout=timedelta(days=7))  # the slowest rank may be hours behind at the end
+    # Without cpu=True, accelerate leaves the processes of a launch without GPUs alone. The slowest rank may be hours
+    # behind the others at the end.
+    ranks = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     logging.basicConfig(
         level=logging.INFO if ranks.is_main_process else logging.ERROR, format="%(message)s", force=True
     )
@@ -62,9 +65,13 @@ def prepare(args: argparse.Namespace, clips: Sequence[PlannedClip]) -> None:
 
     ranks.wait_for_everyone()
     if ranks.is_main_process:
+        dropped = listed_names(folder) - {clip.name for clip in named}
+        if dropped:
+            logger.warning("%d clips that were prepared here earlier are no longer listed", len(dropped))
         index = [(clip.name, clip.planned.clip.caption, clip.planned.bucket) for clip in named]
         write_index(folder, index, with_tensors=args.save_latents_and_embeddings, with_images=args.save_image_latents)
-        flags = f"--load_tensors --data_root {folder}" if args.save_latents_and_embeddings else f"--data_root {folder}"
+        flags = f"--data_root {shlex.quote(str(folder))}"
+        flags += " --load_tensors" if args.save_latents_and_embeddings else ""
         logger.info("prepared %d clips in %s; train on them with %s", len(named), folder, flags)
 
 
@@ -78,7 +85,8 @@ def clip_name(planned: PlannedClip, args: argparse.Namespace) -> str:
         media = hashlib.file_digest(file, "sha256").hexdigest()
     augmentation = (args.video_reshape_mode, args.random_flip, args.seed)
     facts = (media, planned.clip.caption, planned.bucket, planned.frame_indices, augmentation)
-    return f"{planned.clip.video.stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
+    stem = planned.clip.video.stem.encode()[:100].decode(errors="ignore")  # file names have at most 255 bytes
+    return f"{stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
 
 def embed_captions(

@@ -97,7 +97,7 @@ def claim_folder(folder: Path, settings: PreparedSettings) -> None:
         with written_whole(path) as partial:
             partial.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
         return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier = read_settings(folder)
     differing = [
         f"{key} was {earlier.get(key)!r}, is now {value!r}"
         for key, value in asdict(settings).items()
@@ -144,6 +144,25 @@ def _entry(name: str, bucket: Bucket, with_images: bool) -> dict[str, Any]:
     }
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a folder was prepared with; empty for folders of the original script.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / SETTINGS_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); prepare into a new folder") from error
+
+
+def listed_names(folder: Path) -> set[str]:
+    """Names of the clips that the folder's list of videos has; empty before there is one."""
+    videos = folder / "videos.txt"
+    return {Path(line).stem for line in videos.read_text(encoding="utf-8").splitlines()} if videos.exists() else set()
+
+
 def read_index(folder: Path) -> list[PreparedClip]:
     """List the clips of a prepared folder, and check that their tensor files are there.
 
@@ -156,6 +175,11 @@ def read_index(folder: Path) -> list[PreparedClip]:
             for number, line in enumerate((folder / INDEX_FILE).read_text(encoding="utf-8").splitlines(), 1)
             if line.strip()
         ]
+    elif (folder / SETTINGS_FILE).is_file():
+        raise UserError(
+            f"--load_tensors: the preparation of {folder} was not finished (there is no {INDEX_FILE}); run it again: "
+            "it does only what is missing"
+        )
     else:
         clips = [_clip_from_latents(path) for path in sorted((folder / "video_latents").glob("[!.]*.pt"))]
     if not clips:

@@ -82,10 +82,10 @@ class StepLog:
         self.learning_rates.clear()
 
     def close(self) -> None:
-        """Log what is pending, and how the loss went: its mean over the run's first and last 50 steps."""
+        """Log what is pending, and how the loss went: its mean over the first and last steps, 50 if there are."""
         self.flush()
         self.bar.close()
         count = min(50, len(self.losses) // 2)
-        if count:
+        if count >= 10:  # the loss of a single step says more of its timestep than of the model
             first, last = sum(self.losses[:count]) / count, sum(self.losses[-count:]) / count
             logger.info("mean loss: %.4f over the first %d steps, %.4f over the last %d", first, count, last, count)

@@ -71,7 +71,8 @@ def validate(
     """
     jobs = [(prompt, video) for prompt in range(len(settings.prompts)) for video in range(settings.num_videos)]
     videos: list[ValidationVideo] = []
-    try:
+
+    def sample_share() -> None:
         pipeline = make_pipeline()
         with _sampling(accelerator, pipeline, settings.enable_model_cpu_offload):
             for number in range(accelerator.process_index, len(jobs), accelerator.num_processes):
@@ -80,7 +81,9 @@ def validate(
                 frames = _sample(pipeline, settings, prompts, settings.prompts[prompt], settings.seed + number)
                 file = folder / f"step-{step}" / f"{name}.mp4"
                 videos.append(_write(frames, name, settings.prompts[prompt], file, settings.fps))
-        del pipeline
+
+    try:
+        sample_share()
     except Exception:
         logger.warning("validation at step %d failed; training goes on", step, exc_info=True)
     free_memory()
@@ -100,9 +103,9 @@ def _sampling(accelerator: Accelerator, pipeline: CogVideoXPipeline, cpu_offload
             pipeline.enable_model_cpu_offload(device=accelerator.device)
         else:
             pipeline.vae.to(accelerator.device)
-        # The adapters are in float32 on a base in half precision, as in training.
-        with accelerator.autocast():
-            yield
+        # Autocast, which the float32 adapters need on a base in half precision, is in the transformer's forward pass:
+        # accelerate put it there for training.
+        yield
     finally:
         pipeline.remove_all_hooks()
         # Offloading left both on the CPU; training goes on with the transformer, and from raw clips with the VAE.

@@ -1,0 +1,59 @@
+"""What may be written into a folder that holds a run already."""
+
+import pytest
+
+from args import parse_args
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A folder with a result and two checkpoints, and one that was half removed."""
+    folder = tmp_path / "run"
+    for step in (2, 10):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (folder / "checkpoint-12").mkdir()
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def parse(data_root, output_dir, *flags):
+    argv = ["--pretrained_model_name_or_path", "owner/name", "--data_root", str(data_root)]
+    return parse_args([*argv, "--output_dir", str(output_dir), *flags], task="text-to-video", method="lora")
+
+
+@pytest.mark.parametrize("checkpoint", ["latest", "checkpoint-10"])
+def test_the_newest_checkpoint_of_a_run_is_resumed_in_place(run_folder, tmp_path, checkpoint):
+    parse(tmp_path, run_folder, "--resume_from_checkpoint", checkpoint)
+
+
+@pytest.mark.parametrize("checkpoint", ["checkpoint-2", "checkpoint-12"])
+def test_going_back_in_place_would_write_over_newer_work(run_folder, tmp_path, checkpoint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(tmp_path, run_folder, "--resume_from_checkpoint", checkpoint)
+    assert "give another --output_dir" in capsys.readouterr().err
+
+
+def test_a_run_branches_off_into_a_new_folder(run_folder, tmp_path):
+    parse(tmp_path, tmp_path / "new", "--resume_from_checkpoint", str(run_folder / "checkpoint-2"))
+
+
+def test_another_runs_checkpoint_is_not_resumed_over_a_finished_run(run_folder, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    with pytest.raises(SystemExit, match="2"):
+        parse(tmp_path, other, "--resume_from_checkpoint", str(run_folder / "checkpoint-10"))
+    assert "--output_dir" in capsys.readouterr().err
+
+
+def test_a_result_without_a_checkpoint_is_not_trained_over_by_latest(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    with pytest.raises(SystemExit, match="2"):
+        parse(tmp_path, tmp_path / "run", "--resume_from_checkpoint", "latest")
+    assert "no complete checkpoint" in capsys.readouterr().err
+
+
+def test_latest_in_an_empty_folder_starts_anew(tmp_path):
+    parse(tmp_path, tmp_path / "run", "--resume_from_checkpoint", "latest")

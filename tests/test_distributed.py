@@ -15,7 +15,7 @@ TRAINING = Path(video.__file__).parent
 
 def launch(script: str, *flags: str) -> str:
     """Run a script on two ranks; returns what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, str(TRAINING / script), *flags],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},

@@ -77,6 +77,7 @@ def test_no_model_is_loaded_where_nothing_is_missing(tiny_models, tmp_path):
 def test_without_prompts_no_model_is_loaded(tiny_models, tmp_path):
     source = without_text_encoder(tiny_models("5b"), tmp_path / "model")
     PromptCache(tmp_path / "prompt_embeds", source, torch.float32).embed([], CPU)
+    assert not (tmp_path / "prompt_embeds").exists()
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

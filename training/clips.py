@@ -9,11 +9,8 @@ from pathlib import Path
 from statistics import median
 
 from buckets import Bucket, assign_bucket
-from errors import UserError
+from errors import UserError, listing
 from video import VideoInfo, choose_frames, usable_frames
-
-
-_MOST_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def load_clips(
     missing = [f"{clip.video} ({clip.source})" for clip in clips if not os.path.isfile(clip.video)]
     if missing:
         raise UserError(
-            _listing(
+            listing(
                 f"{len(missing)} of {len(clips)} listed videos do not exist (relative paths start from --data_root):",
                 missing,
             )
@@ -88,7 +85,7 @@ def _read_text_pair(data_root: Path, video_column: str, caption_column: str) -> 
     for file, lines, what in ((videos_file, videos, "video path"), (prompts_file, prompts, "prompt")):
         empty = [f"{file.name}:{number}" for number, line in enumerate(lines, 1) if not line]
         if empty:
-            raise UserError(_listing(f"{file} has {len(empty)} empty lines where a {what} belongs:", empty))
+            raise UserError(listing(f"{file} has {len(empty)} empty lines where a {what} belongs:", empty))
     return [
         (video, prompt, f"{videos_file.name}:{number}")
         for number, (video, prompt) in enumerate(zip(videos, prompts, strict=True), 1)
@@ -135,9 +132,9 @@ def _read_csv(file: Path, video_column: str, caption_column: str) -> list[Row]:
         title = (
             f"{len(uneven)} rows of {file} do not have the header's {len(header)} fields (quote captions with commas):"
         )
-        raise UserError(_listing(title, uneven))
+        raise UserError(listing(title, uneven))
     if empty:
-        raise UserError(_listing(f"{len(empty)} rows of {file} lack a value:", empty))
+        raise UserError(listing(f"{len(empty)} rows of {file} lack a value:", empty))
     if not rows:
         raise UserError(f"{file} has a header but no rows")
     return rows
@@ -183,13 +180,6 @@ def _read_utf8(file: Path) -> str:
         raise UserError(f"{file} is not UTF-8 text: byte {error.start} does not fit; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-
-
-def _listing(title: str, items: Sequence[str]) -> str:
-    lines = [f"  {item}" for item in items[:_MOST_LISTED]]
-    if len(items) > _MOST_LISTED:
-        lines.append(f"  ... and {len(items) - _MOST_LISTED} more")
-    return "\n".join([title, *lines])
 
 
 def plan_clips(

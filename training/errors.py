@@ -1,7 +1,7 @@
-"""The one exception that means "the user can mend this", and how an entry point shows it."""
+"""The one exception that means "the user can mend this", how its message is laid out, and how it is shown."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -17,3 +17,11 @@ def one_line_errors() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def listing(title: str, items: Sequence[object], most: int = 20) -> str:
+    """A message's first line, then its items, one to an indented line; those beyond `most` are counted."""
+    lines = [f"  {item}" for item in items[:most]]
+    if len(items) > most:
+        lines.append(f"  ... and {len(items) - most} more")
+    return "\n".join([title, *lines])

@@ -147,7 +147,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, task: TextToVideo, meth
     output_dir = Path(args.output_dir)
     resumed = find_checkpoint(args.resume_from_checkpoint, output_dir)
     accelerator = start_accelerator(args)
-    settings = {"model": source.kind(), "--optimizer": args.optimizer, **method.settings}
+    settings = {"model": configs.kind, "--optimizer": args.optimizer, **method.settings}
     if resumed:
         state = read_state(resumed)
         state.check_settings(settings)

@@ -32,6 +32,12 @@ class ModelConfigs:
     vae: dict[str, Any]
     scheduler: dict[str, Any]
 
+    @property
+    def kind(self) -> str:
+        """A digest of the transformer's config, which tells model kinds apart wherever the model lies."""
+        config = {name: value for name, value in self.transformer.items() if not name.startswith("_")}
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -119,11 +125,6 @@ class ModelSource:
         except (OSError, ValueError) as error:  # missing or broken weight files, an unknown variant
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"the {part} of the model '{self.path}' cannot be loaded: {reason}") from error
-
-    def kind(self) -> str:
-        """A digest of the transformer's config, which tells model kinds apart wherever the model lies."""
-        config = {name: value for name, value in self.configs().transformer.items() if not name.startswith("_")}
-        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
     def fingerprint(self) -> str:
         """What tells this model from another one in caches: the absolute folder, or the hub id and its revision."""

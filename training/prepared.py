@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buckets import Bucket
-from errors import UserError
+from errors import UserError, listing
 from files import written_whole
 
 
@@ -189,9 +189,7 @@ def read_index(folder: Path) -> list[PreparedClip]:
         )
     missing = [path for clip in clips for path in (clip.video_latents, clip.prompt_embeds) if not path.is_file()]
     if missing:
-        listed = "\n".join(f"  {path}" for path in missing[:20])
-        more = f"\n  ... and {len(missing) - 20} more" if len(missing) > 20 else ""
-        raise UserError(f"--load_tensors: {len(missing)} files of {folder} are missing:\n{listed}{more}")
+        raise UserError(listing(f"--load_tensors: {len(missing)} files of {folder} are missing:", missing))
     return clips
 
 

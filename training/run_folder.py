@@ -5,7 +5,8 @@ from pathlib import Path
 
 
 STATE_FILE = "trainer_state.json"  # written last into a checkpoint
-RESULTS = ("pytorch_lora_weights.safetensors", "transformer", "checkpoint-[0-9]*")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+RESULTS = (LORA_FILE, "transformer", "checkpoint-[0-9]*")
 
 
 def list_results(output_dir: Path) -> list[str]:

@@ -9,12 +9,14 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # Give the model that is going to be trained.
 MODEL_ID="${MODEL_ID:-THUDM/CogVideoX-5b}"
 
-# DATA_ROOT holds the clips and two lists with a line for each: CAPTION_COLUMN and VIDEO_COLUMN. With DATASET_FILE, a
-# CSV file, they name its columns.
+# DATA_ROOT is the folder of the clips: with two lists, videos.txt and prompts.txt, or with a caption clip.txt beside
+# each clip.mp4. DATASET_FILE: a table of them (csv, tsv, jsonl, json, parquet), whose columns the last two name.
+# DATASET_NAME: a data set of the hub instead. assets/dataset.md shows them all.
 DATA_ROOT="${DATA_ROOT:-clips}"
 DATASET_FILE="${DATASET_FILE:-}"
-CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"
-VIDEO_COLUMN="${VIDEO_COLUMN:-videos.txt}"
+DATASET_NAME="${DATASET_NAME:-}"
+CAPTION_COLUMN="${CAPTION_COLUMN:-caption}"
+VIDEO_COLUMN="${VIDEO_COLUMN:-video}"
 OUTPUT_DIR="${OUTPUT_DIR:-prepared}"
 
 # Sizes to choose from for each clip, separated by spaces.
@@ -36,7 +38,6 @@ fi
 command=(
   "${launcher[@]}" "$root/training/prepare_dataset.py"
   --model_id "$MODEL_ID"
-  --data_root "$DATA_ROOT"
   --caption_column "$CAPTION_COLUMN"
   --video_column "$VIDEO_COLUMN"
   --output_dir "$OUTPUT_DIR"
@@ -50,6 +51,11 @@ command=(
   --use_slicing --use_tiling
   --save_latents_and_embeddings
 )
+if [[ -n "$DATASET_NAME" ]]; then
+  command+=(--dataset_name "$DATASET_NAME")
+else
+  command+=(--data_root "$DATA_ROOT")
+fi
 if [[ -n "$DATASET_FILE" ]]; then
   command+=(--dataset_file "$DATASET_FILE")
 fi

@@ -18,14 +18,16 @@ from pathlib import Path
 import torch
 
 from args import parse_args, parse_prepare_args
-from buckets import BucketBatchSampler
-from dataset import ClipDataset, make_loader
+from buckets import Bucket, BucketBatchSampler
+from dataset import ClipDataset, PreparedDataset, make_loader
 from finetune import set_up, train
 from make_real_clips import make_real_clips
 from make_tiny_model import make_tiny_model
 from methods import Lora
 from plan import plan_raw_clips, plan_training_data
 from preparation import prepare
+from prepared import PreparedClip, StoredTensor
+from shards import ShardWriter
 from tasks import TextToVideo
 
 
@@ -41,12 +43,12 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def measure_preparation(model: Path, clips: Path, prepared: Path) -> float:
-    """Clips a second from mp4 files to latents, embeddings and previews at 49x96x144, loading of models included."""
+    """Clips a second from mp4 files to latents and embeddings at 49x96x144, loading of models included."""
     flags = ["--model_id", str(model), "--data_root", str(clips), "--output_dir", str(prepared), *SMALL]
     flags += ["--batch_size", "2", "--dataloader_num_workers", "1", "--save_latents_and_embeddings"]
     args = parse_prepare_args(flags)
-    planned = plan_raw_clips(args)
-    return len(planned) / seconds(lambda: prepare(args, planned))
+    data = plan_raw_clips(args)
+    return len(data.clips) / seconds(lambda: prepare(args, data))
 
 
 def measure_training(model: Path, prepared: Path, output: Path, steps: int = 100) -> float:
@@ -68,12 +70,36 @@ def measure_training(model: Path, prepared: Path, output: Path, steps: int = 100
 def measure_loading(clips: Path, output: Path, num_workers: int, epochs: int = 2) -> float:
     """Clips a second decoded and resized to 49x480x720 by the training's own loader, workers' start included."""
     args = parse_prepare_args(["--data_root", str(clips), "--output_dir", str(output), "--model_id", "o/m", *NATIVE])
-    planned = plan_raw_clips(args)
-    sampler = BucketBatchSampler([plan.bucket for plan in planned], 1, seed=0)
+    data = plan_raw_clips(args)
+    sampler = BucketBatchSampler(data.buckets, 1, seed=0)
     sampler.total_batches = epochs * sampler.batches_per_epoch
-    dataset = ClipDataset(planned, reshape_mode=args.video_reshape_mode, random_flip=None, seed=0)
+    dataset = ClipDataset(data.clips, reshape_mode=args.video_reshape_mode, random_flip=None, seed=0)
     loader = make_loader(dataset, sampler, num_workers=num_workers)
-    return epochs * len(planned) / seconds(lambda: [batch.names for batch in loader])
+    return epochs * len(data.clips) / seconds(lambda: [batch.names for batch in loader])
+
+
+def measure_prepared_loading(folder: Path, num_workers: int, num_samples: int = 64, epochs: int = 8) -> float:
+    """Samples a second of 13x60x90 latents (49x480x720) and T5-XXL embeddings in bfloat16, loaded from shards."""
+    names = [f"sample-{number}" for number in range(num_samples)]
+    shapes = {("latents", "video_latents"): (32, 13, 60, 90), ("prompt_embeds", "prompt_embeds"): (226, 4096)}
+    for (part, kind), shape in shapes.items():
+        shards = ShardWriter(folder / part, folder / "staging", [names], [num_samples])
+        for batch in shards.todo(8, 0, 1):
+            shards.write({name: {kind: torch.randn(shape).to(torch.bfloat16)} for name in batch})
+    latents, embeds = (next((folder / part).iterdir()) for part, _ in shapes)
+    clips = [
+        PreparedClip(
+            name,
+            Bucket(49, 480, 720),
+            StoredTensor(latents, f"{name}.video_latents"),
+            StoredTensor(embeds, f"{name}.prompt_embeds"),
+        )
+        for name in names
+    ]
+    sampler = BucketBatchSampler([clip.bucket for clip in clips], 1, seed=0)
+    sampler.total_batches = epochs * sampler.batches_per_epoch
+    loader = make_loader(PreparedDataset(clips), sampler, num_workers=num_workers)
+    return epochs * num_samples / seconds(lambda: [batch.names for batch in loader])
 
 
 def main() -> None:
@@ -88,6 +114,8 @@ def main() -> None:
         figures = {
             "raw clips/s at 49x480x720, 0 workers": measure_loading(root / "clips", root / "unused", 0),
             "raw clips/s at 49x480x720, 2 workers": measure_loading(root / "clips", root / "unused", 2),
+            "prepared samples/s loaded at 49x480x720, 0 workers": measure_prepared_loading(root / "shards", 0),
+            "prepared samples/s loaded at 49x480x720, 2 workers": measure_prepared_loading(root / "shards", 2),
             "prepared clips/s at 49x96x144": measure_preparation(model, root / "clips", root / "prepared"),
             "training steps/s at 49x96x144": measure_training(model, root / "prepared", root / "output"),
         }
@@ -97,7 +125,7 @@ def main() -> None:
         json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n", encoding="utf-8"
     )
     for name, value in figures.items():
-        print(f"{name:40} {value:7.2f}")
+        print(f"{name:52} {value:7.2f}")
 
 
 if __name__ == "__main__":

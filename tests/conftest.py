@@ -10,6 +10,13 @@ import pytest
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "offline"}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> Path:
+    """What the toolkit remembers of clips stays out of the user's own cache."""
+    os.environ["COGVIDEOX_FACTORY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return Path(os.environ["COGVIDEOX_FACTORY_CACHE"])
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> Callable[[str], Path]:
     """Give the folder of a tiny model of a kind (2b, 5b, 5b-i2v, 1.5-5b, 1.5-5b-i2v), native size 17 x 64 x 96."""

@@ -1,6 +1,7 @@
 """The command line: names, defaults and aliases as users know them, and one clear line for every mistake."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,15 @@ BUCKETS = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
 
 DATA_DEFAULTS = {
     "dataset_file": None,
+    "dataset_name": None,
+    "dataset_config_name": None,
+    "dataset_split": "train",
+    "dataset_streaming": False,
+    "dataset_mix": None,
+    "max_samples": None,
+    "on_bad_clip": "error",
     "video_column": "video",
+    "image_column": None,
     "id_token": None,
     "height_buckets": BUCKETS,
     "width_buckets": BUCKETS,
@@ -33,6 +42,8 @@ DATA_DEFAULTS = {
     "max_num_frames": 49,
     "skip_frames_start": 0,
     "skip_frames_end": 0,
+    "long_clips": "spread",
+    "hold_last_frame": False,
     "revision": None,
     "variant": None,
     "cache_dir": None,
@@ -41,6 +52,7 @@ DATA_DEFAULTS = {
 TRAINING_DEFAULTS = DATA_DEFAULTS | {
     "caption_column": "text",
     "load_tensors": False,
+    "ignore_prepared_mismatch": False,
     "validation_prompt": None,
     "validation_images": [],
     "validation_prompts": [],
@@ -103,6 +115,10 @@ PREPARE_DEFAULTS = DATA_DEFAULTS | {
     "model_id": "THUDM/CogVideoX-2b",
     "caption_column": "caption",
     "save_image_latents": False,
+    "num_image_latents": 4,
+    "layout": "files",
+    "shard_size_mb": 1024,
+    "dry_run": False,
     "max_sequence_length": 226,
     "target_fps": 8,
     "save_latents_and_embeddings": False,
@@ -123,6 +139,14 @@ ALIASES = [
 ]
 
 BAD_TRAINING_FLAGS = [
+    ("--dataset_file a.csv --dataset_name org/name", "--dataset_name", "named by --dataset_file already"),
+    ("--dataset_streaming", "--dataset_streaming", "no effect without --dataset_name"),
+    ("--dataset_config_name x", "--dataset_config_name", "no effect without --dataset_name"),
+    ("--dataset_mix mix.json", "--data_root", "each entry of --dataset_mix names its own"),
+    ("--fps 8 --long_clips spread", "--long_clips spread", "leave out --fps"),
+    ("--long_clips last", "--long_clips", "spread, first, split"),
+    ("--on_bad_clip ignore", "--on_bad_clip", "error, skip"),
+    ("--max_samples 0", "--max_samples", "1 or more"),
     ("--height_buckets 500", "--height_buckets", "nearest valid sizes are 496 and 512"),
     ("--width_buckets 480 728", "--width_buckets", "728 is not divisible by 16; nearest valid sizes are 720 and 736"),
     ("--height 8", "--height", "nearest valid size is 16"),
@@ -343,12 +367,35 @@ def test_a_bad_preparation_flag_is_one_line_that_names_it(
 
 def test_missing_required_flags_are_named_together(capsys: pytest.CaptureFixture[str]) -> None:
     message = error_of(lambda: parse_args([], task="text-to-video", method="lora"), capsys)
-    assert "--pretrained_model_name_or_path, --data_root: required" in message
+    assert "--pretrained_model_name_or_path, --data_root or --dataset_file or --dataset_name" in message
 
 
 def test_preparation_requires_an_output_dir(capsys: pytest.CaptureFixture[str]) -> None:
     message = error_of(lambda: parse_prepare_args(["--data_root", "clips"]), capsys)
     assert "--output_dir: required" in message
+
+
+def test_long_clips_follow_from_fps_where_nothing_is_said() -> None:
+    assert train().long_clips == "spread"
+    assert train("--fps", "8").long_clips == "first"
+    assert train("--fps", "8", "--long_clips", "split").long_clips == "split"
+
+
+def test_the_layout_is_that_of_shards_where_there_are_latents(capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare().layout == "files"
+    assert prepare("--save_latents_and_embeddings").layout == "shards"
+    assert prepare("--save_latents_and_embeddings", "--layout", "files").layout == "files"
+    assert "--layout shards: shards hold latents" in error_of(lambda: prepare("--layout", "shards"), capsys)
+
+
+def test_flags_that_contradict_the_preparation_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_with = {"id_token": "BW", "fps": None, "height_buckets": [480]}
+    (workplace / "clips" / "prepared.json").write_text(json.dumps({"flags": made_with}))
+    train("--load_tensors", "--id_token", "BW", "--height_buckets", "480", "--frame_buckets", "45")
+    message = error_of(lambda: train("--load_tensors", "--id_token", "XY", "--fps", "8"), capsys)
+    assert "--id_token was 'BW', is now 'XY'" in message
+    assert "--fps was None, is now 8.0" in message
+    assert "height_buckets" not in message
 
 
 def test_a_misspelt_required_flag_is_not_called_missing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -609,14 +656,18 @@ def test_help_names_the_task(task: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"CogVideoX {task} model" in help_of(lambda: train("--help", task=task), capsys)
 
 
+OUR_TORCH_FREE_MODULES = {"args", "buckets", "errors", "files", "flag_checks", "flag_types", "prepared", "run_folder"}
+OUR_TORCH_FREE_MODULES |= {"shards"}
+
+
 def test_only_the_standard_library_is_imported() -> None:
     code = (
         "import sys; from args import parse_args\n"
         "try: parse_args(['--help'], task='text-to-video', method='lora')\n"
         "except SystemExit: pass\n"
-        "ours = {'args', 'errors', 'flag_checks', 'flag_types', 'run_folder', '__main__'}\n"
+        f"ours = {OUR_TORCH_FREE_MODULES!r}\n"
         "tops = {name.split('.')[0] for name in sys.modules}\n"
-        "print(sorted(tops - sys.stdlib_module_names - ours), file=sys.stderr)"
+        "print(sorted(tops - sys.stdlib_module_names - ours - {'__main__'}), file=sys.stderr)"
     )
     # -I -S: no site-packages, whose .pth files import third-party modules of their own.
     folder = str(Path(args_module.__file__).parent)

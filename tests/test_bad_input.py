@@ -83,8 +83,8 @@ BAD_DATA: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "missing videos file": (lambda data: remove(data, "videos.txt"), [], ["videos.txt", "--video_column"]),
     "differing line counts": (lambda data: append(data, "prompts.txt", "four\n"), [], ["3", "4", "prompts.txt"]),
     "videos that do not exist": (list_two_videos_that_do_not_exist, [], ["x.mp4", "y.mp4", "2 of 5"]),
-    "unreadable videos": (break_the_videos, [], ["3 of 3", "a.mp4: file is empty", "b.mp4: ", "c.mp4: "]),
-    "an empty prompt": (empty_a_prompt, [], ["prompts.txt:2"]),
+    "unreadable videos": (break_the_videos, [], ["3 of 3", "a.mp4 (videos.txt:1): file is empty", "b.mp4", "c.mp4"]),
+    "an empty prompt": (empty_a_prompt, [], ["b.mp4 (videos.txt:2): has no caption"]),
     "a CSV without the column": (
         lambda data: None,
         ["--dataset_file", "DATA/table.csv", "--caption_column", "words"],

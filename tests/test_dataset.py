@@ -1,20 +1,25 @@
 """Clips and tensors become the batches that were planned, whichever process reads them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from buckets import Bucket, BucketBatchSampler, Draw
 from clips import Clip, PlannedClip, plan_clips
-from dataset import Batch, ClipDataset, PreparedDataset, check_prepared, collate, make_loader
+from dataset import Batch, ClipDataset, PreparedDataset, check_prepared, collate, make_loader, without_failures
 from errors import UserError
 from models import ModelSource, encode_prompts
-from prepared import PreparedClip, tensor_file, write_tensor
+from prepared import PreparedClip, StoredTensor
+from probe import probe_files
 from prompts import PromptCache
-from video import probe_videos
+
+
+BUCKET = Bucket(9, 64, 96)
 
 
 def decode(path: Path) -> np.ndarray:
@@ -32,9 +37,9 @@ def spread(count: int, num_frames: int) -> list[int]:
 def planned(demo_clips) -> list[PlannedClip]:
     """The 16 clips, each in a bucket of its own size: nothing is to be resized."""
     paths = sorted((demo_clips / "videos").iterdir())
-    infos = probe_videos(paths)
+    infos = probe_files(paths)
     buckets = sorted({Bucket(9, info.height, info.width) for info in infos.values()})
-    return plan_clips([Clip(path, path.stem, path.name) for path in paths], infos, buckets)
+    return plan_clips([Clip(path, path.stem, path.name) for path in paths], infos, buckets)[0]
 
 
 def make_dataset(planned: list[PlannedClip], random_flip: float | None = None, seed: int = 0) -> ClipDataset:
@@ -56,6 +61,24 @@ def test_a_clip_has_exactly_the_planned_frames(planned):
         assert batch.names == [str(planned[index].clip.video)]
         expected = frames[spread(9, len(frames))].transpose(0, 3, 1, 2)
         assert np.array_equal(batch.videos[0].numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{"long_clips": "split"}, {"fps": 6.0, "long_clips": "split"}, {"long_clips": "first", "skip_start": 3}],
+    ids=["split", "resampled", "skipped"],
+)
+def test_every_frame_that_was_chosen_is_the_one_that_pyav_counts(demo_clips, choice):
+    paths = sorted((demo_clips / "videos").iterdir())
+    infos = probe_files(paths)
+    buckets = sorted({Bucket(5, info.height, info.width) for info in infos.values()})
+    samples, bad = plan_clips([Clip(path, "", path.name) for path in paths], infos, buckets, **choice)
+    assert not bad
+    truth = {path: decode(path) for path in paths}
+    dataset = make_dataset(samples)
+    for index, sample in enumerate(samples):
+        expected = truth[sample.clip.video][list(sample.frame_indices)].transpose(0, 3, 1, 2)
+        assert np.array_equal(dataset[Draw(index, 0)].videos[0].numpy(), expected)
 
 
 def test_a_flipped_clip_is_mirrored_in_every_frame(planned):
@@ -85,12 +108,93 @@ def test_half_of_the_clips_are_flipped_as_wholes_and_always_the_same(planned):
     assert flips(planned, draws[::-1])[::-1] == first
 
 
-def test_another_epoch_seed_or_index_flips_others(planned):
+def test_another_epoch_seed_or_clip_flips_others(planned):
     by_epoch = flips(planned, [Draw(2, epoch) for epoch in range(8)])
     assert len(set(by_epoch)) == 2
     assert flips(planned, [Draw(2, epoch) for epoch in range(8)], seed=1) != by_epoch
-    same_clip = [planned[2]] * 8
-    assert len(set(flips(same_clip, [Draw(index, 0) for index in range(8)]))) == 2
+    assert len(set(flips(planned, [Draw(index, 0) for index in range(8)]))) == 2
+
+
+def test_a_clip_is_flipped_alike_wherever_it_stands_in_the_list(planned):
+    draws = [Draw(index, epoch) for index in range(4) for epoch in range(3)]
+    moved = [Draw(3 - draw.index, draw.epoch) for draw in draws]
+    assert flips(planned[:4][::-1], moved) == flips(planned[:4], draws)
+
+
+# Images to start from
+
+
+def with_image(planned: PlannedClip, image: Path | None) -> PlannedClip:
+    return replace(planned, clip=replace(planned.clip, image=image))
+
+
+def image_of(planned: PlannedClip, mode: str = "center", random_flip: float | None = None) -> tuple[Batch, np.ndarray]:
+    dataset = ClipDataset([planned], reshape_mode=mode, random_flip=random_flip, seed=0, with_images=True)
+    batch = dataset[Draw(0, 0)]
+    return batch, batch.images[0].numpy()
+
+
+def test_a_clip_without_an_image_starts_from_its_own_first_frame(planned):
+    batch, image = image_of(planned[2])
+    assert np.array_equal(image, batch.videos[0, 0].numpy())
+
+
+@pytest.mark.parametrize("mode", ["center", "random"])
+def test_an_image_is_cut_and_flipped_like_its_clip(planned, tmp_path, mode):
+    smaller = replace(planned[2], bucket=Bucket(9, 64, 96))
+    frame = decode(smaller.clip.video)[smaller.frame_indices[0]]
+    Image.fromarray(frame).save(tmp_path / "first.png")
+    batch, image = image_of(with_image(smaller, tmp_path / "first.png"), mode, random_flip=1.0)
+    assert image.shape == (3, 64, 96)
+    assert np.array_equal(image, batch.videos[0, 0].numpy())
+
+
+def test_images_are_left_out_where_nobody_needs_them(planned):
+    assert make_dataset(planned)[Draw(0, 0)].images is None
+
+
+# Clips that do not decode
+
+
+@pytest.fixture
+def broken(planned, tmp_path) -> PlannedClip:
+    """A clip like the third, whose file is gone since it was planned."""
+    return replace(planned[2], clip=replace(planned[2].clip, video=tmp_path / "gone.mp4"))
+
+
+def test_a_clip_that_does_not_decode_leaves_the_others_of_its_batch(planned, broken):
+    dataset = make_dataset([planned[2], broken, planned[7]])
+    batch = collate([dataset[Draw(index, 0)] for index in range(3)])
+    assert (batch.draws, len(batch.videos)) == ([Draw(0, 0), Draw(2, 0)], 2)
+    ((draw, reason),) = batch.failed
+    assert draw == Draw(1, 0)
+    assert "gone.mp4" in reason
+
+
+def test_training_stops_at_a_clip_that_does_not_decode_and_names_it(planned, broken):
+    loader = make_loader(make_dataset([planned[2], broken]), [[Draw(0, 0)], [Draw(1, 0)]], num_workers=1)
+    batches = without_failures(loader)
+    assert next(batches).names == [str(planned[2].clip.video)]
+    with pytest.raises(UserError, match=r"gone\.mp4"):
+        next(batches)
+
+
+def test_another_clip_of_the_bucket_takes_the_place_of_one_that_does_not_decode(planned, broken, caplog):
+    clips = [planned[0], broken, planned[1], planned[7]]
+    assert planned[7].bucket == broken.bucket != planned[1].bucket
+    dataset = ClipDataset(clips, reshape_mode="center", random_flip=None, seed=0, replace_failed=True)
+    batch = dataset[Draw(1, 0)]
+    assert batch.names == [str(planned[7].clip.video)]
+    assert not batch.failed
+    assert "gone.mp4" in caplog.text
+
+
+def test_where_no_clip_of_the_bucket_decodes_the_failure_is_told(broken):
+    dataset = ClipDataset([broken, broken], reshape_mode="center", random_flip=None, seed=0, replace_failed=True)
+    assert dataset[Draw(0, 0)].failed
+
+
+# Batches from workers
 
 
 def load_epochs(planned: list[PlannedClip], num_workers: int) -> list[Batch]:
@@ -103,8 +207,8 @@ def load_epochs(planned: list[PlannedClip], num_workers: int) -> list[Batch]:
 
 def test_batches_do_not_depend_on_the_number_of_workers(demo_clips):
     paths = sorted((demo_clips / "videos").iterdir())[:5]
-    clips = plan_clips(
-        [Clip(path, "", "") for path in paths], probe_videos(paths), [Bucket(5, 80, 96), Bucket(5, 96, 80)]
+    clips, _ = plan_clips(
+        [Clip(path, "", "") for path in paths], probe_files(paths), [Bucket(5, 80, 96), Bucket(5, 96, 80)]
     )
     alone, in_workers = load_epochs(clips, 0), load_epochs(clips, 2)
     assert [batch.names for batch in alone] == [batch.names for batch in in_workers]
@@ -133,10 +237,11 @@ def test_captions_come_as_their_embeddings(planned, tiny_models, tmp_path):
 
 
 def prepared_clip(folder: Path, name: str, moments: torch.Tensor, embeds: torch.Tensor) -> PreparedClip:
-    write_tensor(folder, "video_latents", name, moments)
-    write_tensor(folder, "prompt_embeds", name, embeds)
-    latents, prompts = (tensor_file(folder, kind, name) for kind in ("video_latents", "prompt_embeds"))
-    return PreparedClip(name, Bucket(9, 64, 96), latents, prompts)
+    stored = []
+    for kind, tensor in (("video_latents", moments), ("prompt_embeds", embeds)):
+        stored.append(StoredTensor(folder / f"{name}-{kind}.pt"))
+        torch.save(tensor, stored[-1].file)
+    return PreparedClip(name, Bucket(9, 64, 96), *stored)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,7 +263,7 @@ def test_tensors_of_another_model_are_refused_with_file_and_channels(tiny_models
     with pytest.raises(UserError, match=r"^--load_tensors: ") as caught:
         check_prepared(clip, ModelSource(str(tiny_models("5b"))).configs())
     message = str(caught.value)
-    assert str(clip.video_latents) in message
+    assert str(clip.video_latents.file) in message
     assert f"have {moments[0]} and {embeds[1]} channels" in message
     assert "needs 32 and 64" in message
 
@@ -172,7 +277,9 @@ def test_tensors_of_this_model_are_accepted(tiny_models, tmp_path):
 
 
 def make_batch(name: str) -> Batch:
-    return Batch([name], Bucket(9, 64, 96), video_moments=torch.randn(1, 32, 3, 8, 12), prompt_embeds=torch.ones(1, 4))
+    return Batch(
+        BUCKET, [Draw(0, 0)], [name], video_moments=torch.randn(1, 32, 3, 8, 12), prompt_embeds=torch.ones(1, 4)
+    )
 
 
 def test_samples_are_joined_in_order():
@@ -194,7 +301,7 @@ def test_a_moved_batch_keeps_what_it_does_not_have():
 
 
 def test_a_batch_without_tensors_is_pinned_as_it_is():
-    batch = Batch(["a"], Bucket(9, 64, 96))
+    batch = Batch(BUCKET, [Draw(0, 0)], ["a"])
     assert batch.pin_memory() == batch
 
 

@@ -7,6 +7,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 
 from diffusion import (
+    image_noise_scales,
     pad_latent_frames,
     rotary_embeddings,
     sample_latents,
@@ -150,3 +151,23 @@ def test_a_steps_noise_depends_on_its_place_in_the_run_alone():
     assert not any(
         torch.equal(draw(*other), first) for other in [(43, 7, 0, 0), (42, 8, 0, 0), (42, 7, 1, 0), (42, 7, 0, 1)]
     )
+
+
+# Noise on the first frame
+
+
+def test_one_noise_scale_follows_the_published_distribution():
+    generator = torch.Generator().manual_seed(0)
+    logs = torch.cat([image_noise_scales(1, generator) for _ in range(4000)]).log().double()
+    assert logs.mean() == pytest.approx(-3.0, abs=0.03)
+    assert logs.std() == pytest.approx(0.5, abs=0.03)
+
+
+def test_several_noise_scales_share_the_distribution_out_among_them():
+    generator = torch.Generator().manual_seed(0)
+    # The quartiles of N(-3, 0.5): the normal distribution's are at 0.67449 standard deviations.
+    edges = [-math.inf, -3 - 0.5 * 0.67449, -3, -3 + 0.5 * 0.67449, math.inf]
+    draws = torch.stack([image_noise_scales(4, generator) for _ in range(200)]).log()
+    for part in range(4):
+        assert ((edges[part] - 1e-4 <= draws[:, part]) & (draws[:, part] <= edges[part + 1] + 1e-4)).all()
+    assert draws.mean() == pytest.approx(-3.0, abs=0.05)

@@ -1,11 +1,11 @@
 """The training script end to end on tiny models: what it learns, writes, resumes, and refuses."""
 
+import json
 import math
 import shutil
 from pathlib import Path
 
 import av
-import cogvideox_text_to_video_lora
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -13,6 +13,7 @@ from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import cogvideox_text_to_video_lora
 import prepare_dataset
 
 
@@ -167,7 +168,38 @@ def test_a_failing_validation_is_a_warning_and_the_result_is_there(tiny_models, 
     shutil.copytree(tiny_models("5b"), model)
     (model / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
     flags = ("--load_tensors", "--max_train_steps", "2", "--validation_prompt", "x", "--validation_steps", "1")
+    flags += ("--ignore_prepared_mismatch",)  # the broken VAE is not the one that the data was prepared with
     assert train(model, prepared, tmp_path / "out", *flags).is_file()
+
+
+def test_data_prepared_with_another_vae_is_refused_before_anything_is_loaded(tiny_models, prepared, tmp_path, capsys):
+    model = Path(shutil.copytree(tiny_models("5b"), tmp_path / "model"))
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(SystemExit, match="2"):
+        train(model, prepared, tmp_path / "out", "--load_tensors")
+    message = error_of(capsys)
+    assert f"prepared with another vae (of {tiny_models('5b')})" in message
+    assert "--ignore_prepared_mismatch" in message
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_folder_that_the_original_script_wrote_is_trained_on(tiny_models, tmp_path, with_index):
+    data = tmp_path / "data"
+    torch.manual_seed(0)
+    entries = []
+    for number in range(3):
+        stem = f"9f3c{number}"  # the original drew random names
+        tensors = {"video_latents": torch.randn(32, 5, 8, 12), "prompt_embeds": torch.randn(226, 64)}
+        for kind, tensor in tensors.items():
+            (data / kind).mkdir(parents=True, exist_ok=True)
+            torch.save(tensor, data / kind / f"{stem}.pt")
+        files = {"video_latent": f"video_latents/{stem}.pt", "prompt_embed": f"prompt_embeds/{stem}.pt"}
+        files |= {"prompt": f"prompts/{stem}.txt", "video": f"videos/{stem}.mp4"}
+        entries.append(files | {"metadata": {"num_frames": 17, "height": 64, "width": 96}})
+    if with_index:
+        (data / "data.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert train(tiny_models("5b"), data, tmp_path / "out", "--load_tensors", "--max_train_steps", "2").is_file()
 
 
 def error_of(capsys) -> str:
@@ -206,7 +238,7 @@ def test_a_run_is_not_resumed_as_another(tiny_models, prepared, stopped_run, cap
 
 def test_a_run_is_not_resumed_on_another_model_of_the_same_shape(tiny_models, prepared, stopped_run, capsys):
     with pytest.raises(SystemExit, match="2"):
-        train(tiny_models("2b"), prepared, stopped_run, *RESUME)
+        train(tiny_models("2b"), prepared, stopped_run, *RESUME, "--ignore_prepared_mismatch")
     assert "model was" in error_of(capsys)
 
 

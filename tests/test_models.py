@@ -11,10 +11,14 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
     CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
 )
 
+from buckets import Bucket
+from diffusion import pad_latent_frames
 from errors import UserError
-from models import ModelSource, encode_prompts, encode_videos
+from models import ModelSource, encode_noised_image, encode_prompts, encode_videos
+from plan_report import sequence_length
 
 
 LONG_PROMPT = "a red circle moves over a blue background, " * 100
@@ -243,3 +247,80 @@ def test_the_fingerprint_tells_folders_and_revisions_apart(tiny_models, monkeypa
     }
     assert len(fingerprints) == 6
     assert ModelSource("a/b").fingerprint() == ModelSource("a/b", revision="main").fingerprint()
+
+
+# Images under noise
+
+
+def test_an_image_without_noise_is_encoded_as_a_video_of_one_frame(vae):
+    video = draw_video(1, 1, 32, 48)
+    encoded = encode_noised_image(vae, video[0, 0], torch.zeros(2), torch.Generator().manual_seed(0))
+    assert encoded.shape == (2, 32, 1, 4, 6)
+    assert torch.equal(encoded, encode_videos(vae, video).expand(2, -1, -1, -1, -1))
+
+
+def test_the_noise_is_added_to_the_pixels_at_the_strength_asked_for(vae):
+    image = draw_video(1, 1, 32, 48)[0, 0]
+    noise = torch.randn(1, *image.shape, generator=torch.Generator().manual_seed(3))
+    pixels = image.double() / 127.5 - 1 + 0.25 * noise[0].double()
+    with torch.no_grad():
+        expected = vae.encode(pixels.float()[None, :, None]).latent_dist.parameters
+    encoded = encode_noised_image(vae, image, torch.tensor([0.25]), torch.Generator().manual_seed(3))
+    torch.testing.assert_close(encoded, expected, atol=1e-4, rtol=1e-4)
+
+
+# Captions that are too long
+
+
+def test_captions_of_more_tokens_than_the_model_reads_are_counted(source):
+    pipeline = source.load_text_pipeline(torch.float32)
+    fitting = "word " * 40
+    assert len(fitting) < 226 < len(pipeline.tokenizer(LONG_PROMPT).input_ids)
+    assert source.count_long_captions([fitting, LONG_PROMPT, "short", LONG_PROMPT], 226) == 2
+    assert source.count_long_captions(["short"], 226) == 0
+
+
+# Where the encoders are
+
+
+def test_a_local_model_has_its_encoders_at_hand_and_an_unknown_one_on_the_hub_does_not(source, tmp_path):
+    assert source.encoders_folder() == Path(source.path)
+    assert ModelSource("nobody/nothing", cache_dir=str(tmp_path)).encoders_folder() is None
+
+
+def test_a_model_on_the_hub_is_found_where_it_was_downloaded_to(tiny_models, tmp_path):
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(tiny_models("5b"), snapshot)
+    (tmp_path / "models--org--tiny" / "refs").mkdir()
+    (tmp_path / "models--org--tiny" / "refs" / "main").write_text("abc")
+    assert ModelSource("org/tiny", cache_dir=str(tmp_path)).encoders_folder() == snapshot
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("kind", ["5b", "1.5-5b"])
+def test_tokens_are_those_that_a_real_model_sees(tiny_models, kind):
+    vae = AutoencoderKLCogVideoX.from_pretrained(tiny_models(kind), subfolder="vae")
+    transformer = CogVideoXTransformer3DModel.from_pretrained(tiny_models(kind), subfolder="transformer")
+    config = transformer.config
+    text = torch.zeros(1, config.max_text_seq_length, config.text_embed_dim)
+    for num_frames in (1, 4, 5, 8, 9, 12, 13, 16, 17):
+        with torch.no_grad():
+            latents = vae.encode(torch.zeros(1, 3, num_frames, 32, 48)).latent_dist.mean.permute(0, 2, 1, 3, 4)
+            embedded = transformer.patch_embed(text, pad_latent_frames(latents, config.patch_size_t))
+        assert embedded.shape[1] == sequence_length(
+            Bucket(num_frames, 32, 48),
+            patch_size=config.patch_size,
+            patch_size_t=config.patch_size_t,
+            text_tokens=config.max_text_seq_length,
+        )
+
+
+@pytest.mark.parametrize(("value", "pixel"), [(0, -1.0), (255, 1.0), (51, -0.6)])
+def test_the_vae_sees_pixels_from_minus_one_to_one(vae, value, pixel):
+    with torch.no_grad():
+        expected = vae.encode(torch.full((1, 3, 5, 32, 48), pixel)).latent_dist.parameters
+    moments = encode_videos(vae, torch.full((1, 5, 3, 32, 48), value, dtype=torch.uint8))
+    torch.testing.assert_close(moments, expected, atol=1e-4, rtol=1e-4)

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
-from test_diffusion import alphas_cumprod
 
 from buckets import Bucket
 from dataset import Batch
 from models import ModelSource, encode_videos
 from objective import Objective
 from tasks import TextToVideo
+from test_diffusion import alphas_cumprod
 
 
 KINDS = {"2b": (1.15258426, 3.0, 1), "5b": (0.7, 1.0, 1), "1.5-5b": (0.7, 1.0, 2)}  # scaling, shift, frames per patch

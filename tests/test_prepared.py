@@ -2,42 +2,86 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from buckets import Bucket
 from errors import UserError
-from prepared import PreparedSettings, claim_folder, read_index, read_tensor, write_index, write_tensor
+from prepared import (
+    PreparedSettings,
+    StoredTensor,
+    check_encoders,
+    claim_folder,
+    index_lines,
+    read_index,
+    read_settings,
+    read_tensor,
+    sample_in_files,
+    sample_in_shards,
+)
 
 
-SETTINGS = PreparedSettings(model="model", dtype="fp32", max_sequence_length=226)
+ENCODERS = {"vae": "a", "text_encoder": "b", "tokenizer": "c"}
+BUCKET = Bucket(9, 64, 96)
+
+
+def settings(**changes):
+    usual = {"layout": "shards", "encoders": ENCODERS, "dtype": "fp32", "max_sequence_length": 226, "tiling": False}
+    return PreparedSettings(**usual | changes)
 
 
 def write_clip(folder, name, moments, embeds):
-    write_tensor(folder, "video_latents", name, moments)
-    write_tensor(folder, "prompt_embeds", name, embeds)
+    """A clip as the original script writes it."""
+    for kind, tensor in (("video_latents", moments), ("prompt_embeds", embeds)):
+        (folder / kind).mkdir(exist_ok=True)
+        torch.save(tensor, folder / kind / f"{name}.pt")
 
 
-def test_what_is_written_is_read_back(tmp_path):
-    moments, embeds = torch.randn(32, 3, 8, 12), torch.randn(226, 64)
-    write_clip(tmp_path, "a", moments, embeds)
-    write_index(tmp_path, [("a", "two\nlines", Bucket(9, 64, 96))], with_tensors=True)
-    (clip,) = read_index(tmp_path)
-    assert (clip.name, clip.bucket) == ("a", Bucket(9, 64, 96))
-    assert torch.equal(read_tensor(clip.video_latents), moments)
-    assert torch.equal(read_tensor(clip.prompt_embeds), embeds)
+def write_shards(folder, names, *, with_images=False):
+    """Samples in two shards with one caption, and their index."""
+    for part in ("latents", "prompt_embeds"):
+        (folder / part).mkdir()
+    latents, embeds = folder / "latents" / "aa.safetensors", folder / "prompt_embeds" / "bb.safetensors"
+    kinds = {"video_latents": (32, 3, 8, 12)} | ({"image_latents": (2, 32, 1, 8, 12)} if with_images else {})
+    tensors = {f"{name}.{kind}": torch.randn(shape) for name in names for kind, shape in kinds.items()}
+    save_file(tensors, latents)
+    save_file({"caption.prompt_embeds": torch.randn(226, 64)}, embeds)
+    entries = [
+        sample_in_shards(folder, name, latents, embeds, "caption", BUCKET, with_images=with_images) | {"repeats": 1.5}
+        for name in names
+    ]
+    (folder / "index.jsonl").write_text(index_lines(entries))
+    return tensors
 
 
-def test_the_lists_have_a_line_for_each_clip_whatever_is_in_its_caption(tmp_path):
-    write_index(
-        tmp_path, [("a", "two\nlines", Bucket(9, 64, 96)), ("b", "one", Bucket(9, 64, 96))], with_tensors=False
-    )
-    assert (tmp_path / "prompts.txt").read_text() == "two lines\none\n"
-    assert (tmp_path / "videos.txt").read_text() == "videos/a.mp4\nvideos/b.mp4\n"
-    assert not (tmp_path / "data.jsonl").exists()
+def test_samples_in_shards_are_read_back(tmp_path):
+    tensors = write_shards(tmp_path, ["a", "b.c"], with_images=True)
+    clips = read_index(tmp_path)
+    assert [(clip.name, clip.bucket, clip.repeats) for clip in clips] == [("a", BUCKET, 1.5), ("b.c", BUCKET, 1.5)]
+    assert torch.equal(read_tensor(clips[1].video_latents), tensors["b.c.video_latents"])
+    assert torch.equal(read_tensor(clips[1].image_latents), tensors["b.c.image_latents"])
+    assert read_tensor(clips[1].prompt_embeds).shape == (226, 64)
 
 
-def test_a_slice_of_a_batch_is_stored_without_the_rest_of_the_batch(tmp_path):
-    write_tensor(tmp_path, "video_latents", "a", torch.zeros(64, 1000)[0])
-    assert (tmp_path / "video_latents" / "a.pt").stat().st_size < 10_000
+def test_samples_without_image_latents_say_so(tmp_path):
+    write_shards(tmp_path, ["a"])
+    assert read_index(tmp_path)[0].image_latents is None
+
+
+def test_a_sample_that_is_in_no_shard_is_missed_before_training(tmp_path):
+    write_shards(tmp_path, ["a", "b"])
+    path = tmp_path / "latents" / "aa.safetensors"
+    save_file({"a.video_latents": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=r"1 files of .* are missing") as caught:
+        read_index(tmp_path)
+    assert "aa.safetensors (b.video_latents)" in str(caught.value)
+
+
+def test_a_shard_that_was_cut_short_is_named_before_training(tmp_path):
+    write_shards(tmp_path, ["a"])
+    path = tmp_path / "latents" / "aa.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"aa\.safetensors is damaged"):
+        read_index(tmp_path)
 
 
 def test_a_folder_of_the_original_script_is_read_through_its_index(tmp_path):
@@ -64,8 +108,20 @@ def test_a_folder_that_was_never_prepared_says_what_to_run(tmp_path):
         read_index(tmp_path)
 
 
+def test_image_latents_of_the_original_script_are_found(tmp_path):
+    write_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
+    (tmp_path / "image_latents").mkdir()
+    torch.save(torch.ones(32, 1, 8, 12), tmp_path / "image_latents" / "a.pt")
+    (tmp_path / "data.jsonl").write_text(json.dumps(sample_in_files("a", BUCKET, with_images=True)))
+    (clip,) = read_index(tmp_path)
+    assert read_tensor(clip.image_latents).sum() == 32 * 8 * 12
+    (tmp_path / "data.jsonl").unlink()
+    assert read_index(tmp_path) == [clip]
+
+
 def test_all_missing_tensor_files_are_listed(tmp_path):
-    write_index(tmp_path, [(name, "x", Bucket(9, 64, 96)) for name in ("a", "b")], with_tensors=True)
+    lines = index_lines(sample_in_files(name, BUCKET, with_images=False) for name in "ab")
+    (tmp_path / "data.jsonl").write_text(lines)
     with pytest.raises(UserError, match="4 files") as caught:
         read_index(tmp_path)
     assert all(
@@ -80,16 +136,34 @@ def test_a_broken_line_of_the_index_is_named(tmp_path):
 
 
 def test_a_folder_keeps_to_the_settings_it_was_begun_with(tmp_path):
-    claim_folder(tmp_path, SETTINGS)
-    claim_folder(tmp_path, SETTINGS)
+    claim_folder(tmp_path, settings())
+    claim_folder(tmp_path, settings(flags={"fps": 8}, model="elsewhere"))
+    assert read_settings(tmp_path)["flags"] == {"fps": 8}
     with pytest.raises(UserError, match=r"dtype was 'fp32', is now 'bf16'"):
-        claim_folder(tmp_path, PreparedSettings(model="model", dtype="bf16", max_sequence_length=226))
+        claim_folder(tmp_path, settings(dtype="bf16"))
+    with pytest.raises(UserError, match=r"another vae; tiling was False, is now True"):
+        claim_folder(tmp_path, settings(encoders=ENCODERS | {"vae": "d"}, tiling=True))
+
+
+def test_an_encoder_whose_files_are_not_there_is_no_difference_and_not_forgotten(tmp_path):
+    claim_folder(tmp_path, settings())
+    claim_folder(tmp_path, settings(encoders=ENCODERS | {"vae": None}))
+    assert read_settings(tmp_path)["encoders"] == ENCODERS
+
+
+def test_other_encoders_than_the_models_are_named(tmp_path):
+    assert check_encoders(tmp_path, ENCODERS) is None  # a folder of the original script: nothing is known
+    claim_folder(tmp_path, settings(model="THUDM/CogVideoX-2b"))
+    assert check_encoders(tmp_path, ENCODERS) is None
+    assert check_encoders(tmp_path, ENCODERS | {"tokenizer": None}) is None
+    problem = check_encoders(tmp_path, {"vae": "x", "text_encoder": "y", "tokenizer": "c"})
+    assert "another vae and text_encoder (of THUDM/CogVideoX-2b) than the model's" in problem
 
 
 def test_lists_of_another_data_set_are_never_overwritten(tmp_path):
     (tmp_path / "prompts.txt").write_text("mine\n")
     with pytest.raises(UserError, match=r"already holds prompts\.txt"):
-        claim_folder(tmp_path, SETTINGS)
+        claim_folder(tmp_path, settings())
 
 
 def test_a_file_that_would_run_code_when_unpickled_is_refused(tmp_path):
@@ -102,12 +176,12 @@ def test_a_file_that_would_run_code_when_unpickled_is_refused(tmp_path):
 
     (tmp_path / "a.pt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match=r"a\.pt cannot be read"):
-        read_tensor(tmp_path / "a.pt")
+        read_tensor(StoredTensor(tmp_path / "a.pt"))
     assert not (tmp_path / "evil").exists()
 
 
 def test_a_preparation_that_was_not_finished_is_not_trained_on(tmp_path):
-    claim_folder(tmp_path, SETTINGS)
+    claim_folder(tmp_path, settings())
     write_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
     with pytest.raises(UserError, match="was not finished"):
         read_index(tmp_path)

@@ -1,17 +1,11 @@
-"""Clips are probed, chosen from, read and resized as `video` promises.
+"""Frames are those asked for, pixel by pixel, and are brought to a bucket's size as `reshape_frames` promises."""
 
-Test clips carry their frame number in the picture: eight vertical bars, one a bit, which survive any encoder.
-"""
-
-import math
 import random
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import av
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -20,215 +14,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import video
-from errors import UserError
-from video import VideoInfo, choose_frames, probe_video, probe_videos, read_frames, reshape_frames, usable_frames
-
-
-HEIGHT, WIDTH = 48, 80
-
-
-def numbered_frame(number, height=HEIGHT, width=WIDTH):
-    frame = np.full((height, width, 3), 128, np.uint8)  # a grey rim, so that odd sizes leave the bars alone
-    for bit in range(8):
-        frame[4:-4, 2 + bit * 9 : 11 + bit * 9] = 235 if number >> bit & 1 else 20
-    return frame
-
-
-def numbers_of(frames):
-    bars = frames[:, 16:32, 4:76].mean(axis=(1, 3)).reshape(len(frames), 8, 9)[:, :, 2:7].mean(axis=2)
-    return [sum(int(bar > 128) << bit for bit, bar in enumerate(row)) for row in bars]
-
-
-def encode(path, frames=60, codec="libx264", height=HEIGHT, width=WIDTH, pixels="yuv420p", fps=25, **options):
-    options = {"g": "250", "bf": "3", **options} if codec == "libx264" else options
-    movflags = {"movflags": options.pop("movflags")} if "movflags" in options else {}
-    with av.open(str(path), "w", options=movflags) as container:
-        stream = container.add_stream(codec, rate=Fraction(fps))
-        stream.width, stream.height, stream.pix_fmt = width, height, pixels
-        stream.codec_context.options = {key.replace("_", "-"): value for key, value in options.items()}
-        stream.codec_context.thread_count = 1
-        for number in range(frames):
-            picture = av.VideoFrame.from_ndarray(numbered_frame(number, height, width), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
-    return path
-
-
-def ffmpeg(*arguments):
-    subprocess.run(
-        [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-nostdin", *map(str, arguments)], check=True
-    )
-
-
-def all_frames(path):
-    """The truth: every frame, as PyAV decodes them one after another."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-X264_OPEN_GROUPS = {"x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"}
-ENCODINGS = {
-    "single keyframe, B-frames": ("clip.mp4", {"x264-params": "keyint=infinite:scenecut=0:bframes=3"}),
-    "no B-frames": ("clip.mp4", {"bf": "0", "g": "10"}),
-    "closed groups": ("clip.mov", {"g": "12"}),
-    "open groups": ("clip.mp4", X264_OPEN_GROUPS),
-    "index in front": ("clip.mp4", {"movflags": "faststart"}),
-    "fragmented": ("clip.mp4", {"movflags": "frag_keyframe+empty_moov", "g": "12"}),
-    "matroska": ("clip.mkv", {"g": "12"}),
-    "transport stream": ("clip.ts", {"g": "12"}),
-    "odd size": ("clip.mp4", {"height": 47, "width": 79, "pixels": "yuv444p"}),
-    "MPEG-4 with B-frames": ("clip.mp4", {"codec": "mpeg4", "bf": "2", "g": "12"}),
-    "AVI": ("clip.avi", {"codec": "mpeg4", "bf": "2", "g": "12"}),
-    "VP8": ("clip.webm", {"codec": "libvpx", "deadline": "realtime", "cpu-used": "8"}),
-    "AV1": ("clip.mp4", {"codec": "libsvtav1", "preset": "12", "svtav1-params": "lp=1"}),
-    "one frame": ("clip.mp4", {"frames": 1}),
-}
+from encoded_clips import ENCODINGS, all_frames, clip_maker, encode, ffmpeg, numbers_of, stream_copied_cut
+from probe import probe_video
+from video import read_frames, reshape_frames
 
 
 @pytest.fixture(scope="module")
 def clip_of(tmp_path_factory):
-    made = {}
-
-    def make(name):
-        if name not in made:
-            file, options = ENCODINGS[name]
-            made[name] = encode(tmp_path_factory.mktemp("clips") / file, **options)
-        return made[name]
-
-    return make
-
-
-@pytest.fixture(scope="module", params=["closed groups", "single keyframe, B-frames"])
-def stream_copied_cut(request, clip_of, tmp_path_factory):
-    """What `ffmpeg -ss` with `-c copy` makes: frames before the cut stay in the file, hidden by an edit list."""
-    path = tmp_path_factory.mktemp("cut") / "cut.mp4"
-    ffmpeg("-ss", "0.7", "-i", clip_of(request.param), "-t", "1", "-c", "copy", path)
-    return path
-
-
-# The probe
-
-
-@pytest.mark.parametrize("name", ENCODINGS)
-def test_the_probe_agrees_with_decoding_everything(clip_of, name):
-    truth = all_frames(clip_of(name))
-    assert probe_video(clip_of(name)) == VideoInfo(*truth.shape[:3], fps=25.0)
-
-
-def test_frames_hidden_by_an_edit_list_are_not_counted(stream_copied_cut):
-    with av.open(str(stream_copied_cut)) as container:
-        packets = [packet for packet in container.demux(video=0) if packet.size]
-    truth = all_frames(stream_copied_cut)
-    assert len(truth) < len(packets)
-    assert probe_video(stream_copied_cut).num_frames == len(truth)
-
-
-def test_packets_without_a_picture_are_not_counted(clip_of, tmp_path):
-    clip = clip_of("AV1")
-    with av.open(str(clip)) as container:
-        last = max(container.streams.video[0].index_entries, key=lambda entry: entry.pos)
-    filling = last.size - 5
-    padding = b"\x12\0" + bytes([0x7A, filling & 0x7F | 0x80, filling >> 7]) + bytes(filling)  # valid, and no picture
-    content = clip.read_bytes()
-    path = tmp_path / "padded.mp4"
-    path.write_bytes(content[: last.pos] + padding + content[last.pos + last.size :])
-    assert len(all_frames(path)) < 60
-    assert probe_video(path).num_frames == len(all_frames(path))
-
-
-def test_the_rate_is_exact_for_ntsc(tmp_path):
-    clip = encode(tmp_path / "ntsc.mp4", frames=5, fps=Fraction(30000, 1001))
-    assert probe_video(clip).fps == 30000 / 1001
-
-
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_a_rotated_clip_is_probed_and_read_as_displayed(clip_of, tmp_path, degrees):
-    path = tmp_path / "rotated.mp4"
-    ffmpeg("-display_rotation", degrees, "-i", clip_of("single keyframe, B-frames"), "-c", "copy", path)
-    truth = np.rot90(all_frames(path), degrees // 90, axes=(1, 2))
-    info = probe_video(path)
-    assert (info.num_frames, info.height, info.width) == truth.shape[:3]
-    wanted = [0, 7, 59]
-    assert (read_frames(path, wanted) == truth[wanted]).all()
-
-
-def test_files_that_are_no_video_are_named_by_reason(tmp_path):
-    (tmp_path / "empty.mp4").touch()
-    (tmp_path / "noise.mp4").write_bytes(random.Random(0).randbytes(5000))
-    ffmpeg("-f", "lavfi", "-i", "sine=d=0.2", tmp_path / "sound.mp4")
-    reasons = {
-        "empty.mp4": r"^file is empty \(0 bytes\)$",
-        "noise.mp4": r"^not a readable video: Invalid data",
-        "sound.mp4": r"^has no video stream$",
-        "nowhere.mp4": r"^does not exist$",
-        ".": r"^is not a file$",
-    }
-    for name, reason in reasons.items():
-        with pytest.raises(ValueError, match=reason):
-            probe_video(tmp_path / name)
-
-
-def test_the_cover_picture_of_a_song_is_no_video(tmp_path):
-    Image.fromarray(numbered_frame(1)).save(tmp_path / "cover.png")
-    inputs = ["-f", "lavfi", "-i", "sine=d=0.2", "-i", tmp_path / "cover.png", "-map", "0", "-map", "1"]
-    ffmpeg(*inputs, "-c:v", "copy", "-disposition:v", "attached_pic", tmp_path / "song.m4a")
-    with pytest.raises(ValueError, match="has no video stream"):
-        probe_video(tmp_path / "song.m4a")
-
-
-def frame_ends(path):
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        return sorted(entry.pos + entry.size for entry in stream.index_entries)
-
-
-def test_a_file_cut_off_after_its_index_is_truncated(clip_of, tmp_path):
-    whole = clip_of("index in front")
-    content, ends = whole.read_bytes(), frame_ends(whole)
-    for size in (len(content) * 6 // 10, ends[-1] - 3, ends[40]):  # the last: exactly between two frames
-        path = tmp_path / "cut.mp4"
-        path.write_bytes(content[:size])
-        with pytest.raises(ValueError, match=r"^is truncated or damaged: 60 frames are listed but only \d+ decode"):
-            probe_video(path)
-
-
-def test_a_file_cut_off_before_its_index_is_not_readable(clip_of, tmp_path):
-    content = clip_of("closed groups").read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="not a readable video"):
-        probe_video(tmp_path / "cut.mp4")
-
-
-def test_a_tail_of_zeros_is_damage(clip_of, tmp_path):
-    content = clip_of("index in front").read_bytes()
-    keep = len(content) * 6 // 10
-    (tmp_path / "holes.mp4").write_bytes(content[:keep] + bytes(len(content) - keep))
-    with pytest.raises(ValueError, match="truncated or damaged: 60 frames are listed"):
-        probe_video(tmp_path / "holes.mp4")
-
-
-def test_all_bad_clips_come_in_one_error(clip_of, tmp_path):
-    empty, noise, good = tmp_path / "empty.mp4", tmp_path / "noise.mp4", clip_of("no B-frames")
-    empty.touch()
-    noise.write_bytes(b"noise" * 100)
-    with pytest.raises(UserError) as raised:
-        probe_videos([empty, good, noise, good], num_threads=2)
-    assert str(raised.value).splitlines() == [
-        "2 of 3 clips cannot be used:",
-        f"  {empty}: file is empty (0 bytes)",
-        f"  {noise}: not a readable video: Invalid data found when processing input",
-    ]
-
-
-def test_each_clip_is_probed_once_and_returned_in_order(clip_of):
-    first, second = clip_of("no B-frames"), clip_of("matroska")
-    infos = probe_videos([second, first, second])
-    assert list(infos) == [second, first]
-    assert infos[first] == probe_video(first)
+    return clip_maker(tmp_path_factory.mktemp("clips"))
 
 
 def test_no_torch_is_imported_to_find_bad_data():
-    script = "import clips, video, buckets, sys; sys.exit('torch' in sys.modules)"
+    script = "import probe, frames, video, file_cache, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=Path(video.__file__).parent, check=True)
 
 
@@ -249,16 +46,44 @@ def test_frames_are_those_asked_for_pixel_by_pixel(clip_of, name):
         assert (frames == truth[wanted]).all()
 
 
-def test_frames_of_a_stream_copied_cut_are_those_asked_for(stream_copied_cut):
-    truth = all_frames(stream_copied_cut)
+@pytest.mark.parametrize("name", ["closed groups", "single keyframe, B-frames"])
+def test_frames_of_a_stream_copied_cut_are_those_asked_for(clip_of, tmp_path, name):
+    cut = stream_copied_cut(clip_of(name), tmp_path / "cut.mp4")
+    truth = all_frames(cut)
     wanted = [0, 3, len(truth) - 1]
-    assert (read_frames(stream_copied_cut, wanted) == truth[wanted]).all()
+    assert (read_frames(cut, wanted) == truth[wanted]).all()
 
 
-def test_a_frame_beyond_the_end_is_an_error_that_names_the_clip(clip_of):
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_a_rotated_clip_is_read_as_displayed(clip_of, tmp_path, degrees):
+    path = tmp_path / "rotated.mp4"
+    ffmpeg("-display_rotation", degrees, "-i", clip_of("single keyframe, B-frames"), "-c", "copy", path)
+    truth = np.rot90(all_frames(path), degrees // 90, axes=(1, 2))
+    wanted = [0, 7, 59]
+    assert (read_frames(path, wanted) == truth[wanted]).all()
+
+
+def test_an_image_is_a_clip_of_one_frame(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 10, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "still.png")
+    frames = read_frames(tmp_path / "still.png", [0, 0, 0])
+    assert (frames == np.stack([pixels] * 3)).all()
+    with pytest.raises(ValueError, match=r"still\.png: frame 3 was asked for, but it is a still image"):
+        read_frames(tmp_path / "still.png", [0, 3])
+
+
+def test_a_name_that_looks_like_an_address_or_a_pattern_is_a_name(clip_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("take 2: rabbit.mp4", "rabbit %03d.mp4"):
+        Path(name).write_bytes(clip_of("no B-frames").read_bytes())
+        assert numbers_of(read_frames(Path(name), [7])) == [7]
+
+
+@pytest.mark.parametrize("seekable", [False, True])
+def test_a_frame_beyond_the_end_is_an_error_that_names_the_clip(clip_of, seekable):
     for name in ("single keyframe, B-frames", "AVI"):
-        with pytest.raises(ValueError, match=r"clip\.\w+: frame 60 was asked for, but the clip ends before it"):
-            read_frames(clip_of(name), [0, 60])
+        with pytest.raises(ValueError, match=r"clip\.\w+: frame 99 was asked for, but the clip ends before it"):
+            read_frames(clip_of(name), [99], seekable=seekable)
 
 
 @pytest.mark.parametrize("indices", [[], [-1, 3]])
@@ -267,85 +92,160 @@ def test_no_frames_and_negative_frames_cannot_be_asked_for(clip_of, indices):
         read_frames(clip_of("no B-frames"), indices)
 
 
-def test_a_clip_that_went_bad_after_the_probe_is_named(clip_of, tmp_path):
+@pytest.mark.parametrize("seekable", [False, True])
+def test_a_clip_that_went_bad_after_the_probe_is_named(clip_of, tmp_path, seekable):
     content = clip_of("index in front").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(content[: len(content) * 6 // 10])
     (tmp_path / "empty.mp4").touch()
-    for name in ("cut.mp4", "empty.mp4", "gone.mp4"):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    for name in ("cut.mp4", "empty.mp4", "gone.mp4", "picture.png"):
         with pytest.raises(ValueError, match=name):
-            read_frames(tmp_path / name, [0, 59])
+            read_frames(tmp_path / name, [0, 59], seekable=seekable)
 
 
-# The choice of frames
+def test_a_clip_that_changes_its_size_is_named(tmp_path):
+    parts = [encode(tmp_path / f"{width}.ts", frames=20, width=width) for width in (80, 96)]
+    path = tmp_path / "joined.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert len(read_frames(path, range(15))) == 15
+    with pytest.raises(ValueError, match=r"joined\.ts: changes its size from 80x48 to 96x48"):
+        read_frames(path, [0, 30])
 
 
-@st.composite
-def clips_and_skips(draw):
-    frames = draw(st.integers(1, 400))
-    return frames, draw(st.integers(0, frames)), draw(st.integers(0, frames))
+# Seeking
 
 
-rates = st.sampled_from([1, 7.5, 8, 10, 12, 15, 16, 24000 / 1001, 24, 25, 29.97, 30000 / 1001, 30, 50, 60])
+def remuxed(clip, path, change):
+    """A copy whose packets have gone through `change`."""
+    with av.open(str(clip)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                change(packet)
+                packet.stream = stream
+                target.mux(packet)
+    return path
 
 
-@given(clips_and_skips(), st.integers(1, 100))
-def test_frames_spread_evenly_from_the_first_to_the_last(clip, count):
-    frames, skip_start, skip_end = clip
-    usable = usable_frames(VideoInfo(frames, 1, 1, 25.0), skip_start=skip_start, skip_end=skip_end)
-    assert usable == len(range(skip_start, frames - skip_end))
-    if count > usable:
-        with pytest.raises(ValueError, match=f"{usable} are usable"):
-            choose_frames(frames, count, skip_start=skip_start, skip_end=skip_end)
-        return
-    indices = choose_frames(frames, count, skip_start=skip_start, skip_end=skip_end)
-    assert len(indices) == count
-    assert indices[0] == skip_start
-    assert indices == sorted(set(indices))
-    if count > 1:
-        assert indices[-1] == frames - skip_end - 1
-        spacing = Fraction(usable - 1, count - 1)
-        assert all(abs(index - skip_start - i * spacing) <= Fraction(1, 2) for i, index in enumerate(indices))
+SEEKABLE = [
+    "no B-frames",
+    "closed groups",
+    "index in front",
+    "fragmented",
+    "matroska",
+    "HEVC, closed groups",
+    "HEVC, open groups",
+    "VP9",
+    "AV1",
+]
 
 
-@given(clips_and_skips(), rates, rates)
-def test_frames_at_a_rate_are_the_nearest_in_time_and_none_more_would_fit(clip, clip_fps, fps):
-    frames, skip_start, skip_end = clip
-    info = VideoInfo(frames, 1, 1, clip_fps)
-    usable = usable_frames(info, skip_start=skip_start, skip_end=skip_end, fps=fps)
-    skips = {"skip_start": skip_start, "skip_end": skip_end, "clip_fps": clip_fps, "fps": fps}
-    with pytest.raises(ValueError, match="cannot choose"):
-        choose_frames(frames, usable + 1, **skips)
-    if usable == 0:
-        assert skip_start + skip_end >= frames
-        return
-    indices = choose_frames(frames, usable, **skips)
-    assert choose_frames(frames, 1, **skips) == [skip_start]
-    assert set(indices) <= set(range(skip_start, frames - skip_end))
-    assert indices == (sorted(set(indices)) if fps <= clip_fps else sorted(indices))
-    for i, index in enumerate(indices):
-        assert abs((index - skip_start) / clip_fps - i / fps) <= 0.5 / clip_fps + 1e-6
-    assert math.floor(usable * clip_fps / fps + 0.5 + 1e-6) > frames - skip_end - skip_start - 1
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_a_frame_read_from_a_keyframe_is_the_one_read_from_the_start(clip_of, name):
+    truth = all_frames(clip_of(name))
+    for index in range(len(truth)):
+        frames = video._read_from_keyframe(clip_of(name), [index], 1)
+        assert frames is None or (frames[0] == truth[index]).all()
 
 
-def test_halves_round_up():
-    assert choose_frames(100, 5, clip_fps=25, fps=10) == [0, 3, 5, 8, 10]
-    assert choose_frames(6, 3) == [0, 3, 5]
+def test_a_cut_is_never_read_from_a_keyframe(clip_of, tmp_path):
+    cut = stream_copied_cut(clip_of("closed groups"), tmp_path / "cut.mp4")
+    assert video._read_from_keyframe(cut, [len(all_frames(cut)) - 1], 1) is None
 
 
-def test_a_second_of_ntsc_film_at_its_nominal_rate_loses_no_frame():
-    info = VideoInfo(30, 1, 1, 29.97002997002997)
-    assert usable_frames(info, fps=29.97) == 30
+@pytest.mark.parametrize("name", SEEKABLE)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_several_frames_over_several_groups_are_read_from_a_keyframe(clip_of, name, num_threads):
+    truth = all_frames(clip_of(name))
+    wanted = [33, 34, 41, 55, 59]
+    assert probe_video(clip_of(name)).seekable
+    assert (video._read_from_keyframe(clip_of(name), wanted, num_threads) == truth[wanted]).all()
 
 
-def test_a_rate_needs_the_rate_of_the_clip():
-    for clip_fps in (None, 0.0):
-        with pytest.raises(ValueError, match="frame rate is unknown"):
-            choose_frames(100, 10, clip_fps=clip_fps, fps=8)
+@pytest.mark.parametrize("name", ["open groups", "open groups, matroska", "single keyframe, B-frames", "one frame"])
+def test_where_only_the_first_frame_is_a_clean_start_nothing_is_read_from_a_keyframe(clip_of, name):
+    last = 0 if name == "one frame" else 59
+    assert video._read_from_keyframe(clip_of(name), [last], 1) is None
 
 
-def test_fewer_than_one_frame_cannot_be_chosen():
-    with pytest.raises(ValueError, match="cannot choose 0 frames"):
-        choose_frames(100, 0)
+def long_clip(path):
+    return encode(path, frames=150, **{"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=3"})
+
+
+def test_frames_deep_in_a_seekable_clip_are_those_asked_for(tmp_path):
+    clip = long_clip(tmp_path / "long.mp4")
+    truth = all_frames(clip)
+    for wanted in ([100], [149, 101, 101], list(range(70, 119))):
+        frames = read_frames(clip, wanted, seekable=True)
+        assert numbers_of(frames) == wanted
+        assert (frames == truth[wanted]).all()
+
+
+def test_a_rotated_clip_is_turned_also_from_a_keyframe(tmp_path):
+    ffmpeg("-display_rotation", 90, "-i", long_clip(tmp_path / "long.mp4"), "-c", "copy", tmp_path / "rotated.mp4")
+    truth = np.rot90(all_frames(tmp_path / "rotated.mp4"), 1, axes=(1, 2))
+    assert (video._read_from_keyframe(tmp_path / "rotated.mp4", [130], 1) == truth[[130]]).all()
+
+
+def test_flags_that_call_any_picture_a_keyframe_are_not_believed(clip_of, tmp_path):
+    def flag(packet):
+        packet.is_keyframe = True
+
+    clip = remuxed(clip_of("HEVC, open groups"), tmp_path / "lying.mp4", flag)
+    with av.open(str(clip)) as container:
+        assert all(packet.is_keyframe for packet in container.demux(video=0) if packet.size)
+    truth = all_frames(clip)
+    for index in range(60):
+        frames = video._read_from_keyframe(clip, [index], 1)
+        assert frames is None or (frames[0] == truth[index]).all()
+
+
+def test_time_stamps_in_the_order_of_decoding_are_not_believed(tmp_path):
+    def forget_the_order_of_display(packet):
+        packet.pts = packet.dts = packet.dts + 1024  # from 0 on
+
+    clip = remuxed(long_clip(tmp_path / "long.mp4"), tmp_path / "unordered.mkv", forget_the_order_of_display)
+    with av.open(str(clip)) as container:
+        shown = [frame.pts for frame in container.decode(video=0)]
+    assert shown != sorted(shown)
+    truth = all_frames(clip)
+    for index in range(90, 150):
+        assert (read_frames(clip, [index], seekable=True)[0] == truth[index]).all()
+
+
+def test_a_time_stamp_out_of_order_does_not_shift_the_frames(clip_of, tmp_path):
+    def show_one_at_the_end(packet):
+        packet.pts = 60_000 if packet.pts == 200 else packet.pts
+
+    clip = remuxed(clip_of("VP9"), tmp_path / "late.webm", show_one_at_the_end)
+    truth = all_frames(clip)
+    assert numbers_of(truth) == list(range(60))
+    for index in range(59):
+        frames = video._read_from_keyframe(clip, [index], 1)
+        assert frames is None or (frames[0] == truth[index]).all()
+
+
+def test_gradual_refresh_is_no_clean_start(tmp_path):
+    options = {"x264-params": "intra-refresh=1:keyint=20:scenecut=0:bframes=0:ref=1"}
+    clip = encode(tmp_path / "refresh.mp4", frames=150, **options)
+    truth = all_frames(clip)
+    for index in range(90, 150, 7):
+        assert video._read_from_keyframe(clip, [index], 1) is None
+        assert (read_frames(clip, [index], seekable=True)[0] == truth[index]).all()
+
+
+def test_damage_leads_to_the_same_frames_as_without_seeking(tmp_path):
+    content = bytearray(long_clip(tmp_path / "long.mp4").read_bytes())
+    with av.open(str(tmp_path / "long.mp4")) as container:
+        entries = container.streams.video[0].index_entries
+        keyframe = [entry for entry in entries if entry.is_keyframe][9]
+    content[keyframe.pos + keyframe.size // 2 : keyframe.pos + keyframe.size] = bytes(
+        keyframe.size - keyframe.size // 2
+    )
+    (tmp_path / "damaged.mp4").write_bytes(content)
+    wanted = list(range(108, 149))  # from the damaged keyframe on
+    frames = read_frames(tmp_path / "damaged.mp4", wanted, seekable=True)
+    assert (frames == read_frames(tmp_path / "damaged.mp4", wanted)).all()
 
 
 # Size

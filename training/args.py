@@ -11,12 +11,14 @@ from collections.abc import Sequence
 
 from errors import UserError
 from flag_checks import (
+    check_data,
     check_files,
     check_frames,
     check_hub,
     check_low_bit,
     check_no_earlier_run,
     check_optimizer,
+    check_prepared_flags,
     check_sizes,
     check_validation,
     check_validation_images,
@@ -38,6 +40,7 @@ from flag_types import (
 
 TASKS = ("text-to-video", "image-to-video")
 METHODS = ("lora", "sft")
+DATA_FLAGS = ("data_root", "dataset_file", "dataset_name", "dataset_mix")  # one of them names the data
 DEFAULT_BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 DEFAULT_HEIGHT = 480
 DEFAULT_WIDTH = 720
@@ -74,6 +77,8 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
         _split_validation(args)
         check_sizes(args)
         check_frames(args)
+        check_data(args)
+        args.long_clips = args.long_clips or ("first" if args.fps else "spread")
         check_validation(args, task)
         check_low_bit(args)
         check_optimizer(args, given)
@@ -85,6 +90,7 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
             output_dir=args.output_dir,
         )
         check_validation_images(args, task)
+        check_prepared_flags(args, given)
         find_checkpoint(args)
         check_no_earlier_run(args)
     except UserError as error:
@@ -112,8 +118,13 @@ def parse_prepare_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         _fill_sizes(args, given)
         check_sizes(args)
         check_frames(args)
+        check_data(args)
+        args.long_clips = args.long_clips or ("first" if args.fps else "spread")
         if args.save_image_latents and not args.save_latents_and_embeddings:
             raise UserError("--save_image_latents: latents are written by --save_latents_and_embeddings; add it")
+        if args.layout == "shards" and not args.save_latents_and_embeddings:
+            raise UserError("--layout shards: shards hold latents; add --save_latents_and_embeddings")
+        args.layout = args.layout or ("shards" if args.save_latents_and_embeddings else "files")
         check_files(
             model=args.model_id,
             data_root=args.data_root,
@@ -132,7 +143,7 @@ def _training_parser(task: str, method: str) -> FlagParser:
     parser = FlagParser(
         usage="%(prog)s --pretrained_model_name_or_path MODEL --data_root FOLDER [flags]",
         description=f"{what} a CogVideoX {task} model on your own clips.",
-        required=("pretrained_model_name_or_path", "data_root"),
+        required=(("pretrained_model_name_or_path",), DATA_FLAGS),
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -152,6 +163,12 @@ def _training_parser(task: str, method: str) -> FlagParser:
         "Saves loading the VAE and the text encoder and makes steps faster; use it whenever you train for more than "
         "one epoch. (default: off)",
     )
+    data.add_argument(
+        "--ignore_prepared_mismatch",
+        action="store_true",
+        help="With --load_tensors, go on with a warning when the data was prepared with other encoders than the "
+        "model's. (default: off)",
+    )
     _add_validation_flags(parser.add_argument_group("validation"))
     _add_training_flags(parser.add_argument_group("training"), method)
     _add_schedule_flags(parser.add_argument_group("learning rate"))
@@ -168,7 +185,7 @@ def _prepare_parser() -> FlagParser:
         usage="%(prog)s --data_root FOLDER --output_dir FOLDER [flags]",
         description="Turn clips and captions into latents and text embeddings on disk, for training with "
         "--load_tensors.",
-        required=("data_root", "output_dir"),
+        required=(DATA_FLAGS, ("output_dir",)),
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -216,8 +233,10 @@ def _add_download_flags(group: argparse._ArgumentGroup) -> None:
 def _add_data_flags(group: argparse._ArgumentGroup, *, caption_column: str) -> None:
     """The flags on clips which training and preparation share; they differ only in the default caption column."""
     _add_dataset_flags(group, caption_column)
+    _add_dataset_name_flags(group)
     _add_size_flags(group)
     _add_frame_flags(group)
+    _add_long_clip_flags(group)
     group.add_argument(
         "--random_flip",
         metavar="P",
@@ -247,32 +266,87 @@ def _add_dataset_flags(group: argparse._ArgumentGroup, caption_column: str) -> N
         "--instance_data_root",
         metavar="FOLDER",
         type=path,
-        help="Required. Folder that holds the clips and the files which list them.",
+        help="Folder that holds the clips; required unless --dataset_file, --dataset_name or --dataset_mix is given. "
+        "It lists them in two text files (see --video_column), or has a caption clip.txt beside each clip.mp4.",
     )
     group.add_argument(
         "--dataset_file",
-        metavar="CSV",
+        metavar="FILE",
         type=path,
-        help="CSV file with one row per clip, paths relative to --data_root. Without it, --video_column and "
-        "--caption_column name text files inside --data_root with one clip or caption per line.",
+        help="Table with one row per clip: .csv, .tsv, .jsonl, .json or .parquet. Paths in it are relative to "
+        "--data_root, or to the file itself without one. (default: none)",
     )
     group.add_argument(
         "--video_column",
         metavar="NAME",
         default="video",
-        help="Column with the clips' paths, or name of the file that lists them. (default: %(default)s)",
+        help="Column with the clips' paths, or name of the text file in --data_root that lists them, videos.txt "
+        "otherwise. (default: %(default)s)",
     )
     group.add_argument(
         "--caption_column",
         metavar="NAME",
         default=caption_column,
-        help="Column with the captions, or name of the file that lists them. (default: %(default)s)",
+        help="Column with the captions, or name of the text file that lists them, prompts.txt otherwise. "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--image_column",
+        metavar="NAME",
+        help="Image-to-video: column with images to start from, or name of the text file that lists them. Where it is "
+        "empty, a clip starts from its own first frame. (default: image or images.txt, where there is one)",
     )
     group.add_argument(
         "--id_token",
         metavar="WORD",
         help="Rare word put in front of every caption, which then calls up what you trained; use the same word in "
         "prompts later. (default: none)",
+    )
+    group.add_argument(
+        "--on_bad_clip",
+        **choice(("error", "skip")),
+        default="error",
+        help="What to do about clips that are missing, damaged, too short or without a caption: list them all and "
+        "stop, or leave them out and list them in skipped_clips.csv in --output_dir. (default: %(default)s)",
+    )
+
+
+def _add_dataset_name_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dataset_name",
+        metavar="NAME",
+        help="Data set on the Hugging Face hub, or a local one, as `datasets.load_dataset` takes it; its clips may be "
+        "paths, bytes or decoded videos. (default: none)",
+    )
+    group.add_argument(
+        "--dataset_config_name",
+        metavar="NAME",
+        help="Configuration of --dataset_name. (default: its only one)",
+    )
+    group.add_argument(
+        "--dataset_split",
+        metavar="NAME",
+        default="train",
+        help="Split of --dataset_name. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dataset_streaming",
+        action="store_true",
+        help="Read --dataset_name row by row instead of downloading all of it first; with --max_samples, only what is "
+        "used is downloaded. (default: off)",
+    )
+    group.add_argument(
+        "--max_samples",
+        metavar="N",
+        type=positive_int,
+        help="Use only the first N rows of the data set, to try something out. (default: all)",
+    )
+    group.add_argument(
+        "--dataset_mix",
+        metavar="JSON",
+        type=path,
+        help="Several data sets: a JSON file with a list of objects, each with these flags as keys and with repeats "
+        "(how often its clips come in an epoch) or weight (its share of an epoch). (default: none)",
     )
 
 
@@ -351,6 +425,22 @@ def _add_frame_flags(group: argparse._ArgumentGroup) -> None:
             help=f"Frames of the file to leave out at the clip's {end}, for title cards and fades. "
             "(default: %(default)s)",
         )
+
+
+def _add_long_clip_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--long_clips",
+        **choice(("spread", "first", "split")),
+        help="What to take of a clip longer than its frame bucket: spread takes frames evenly from all of it, first "
+        "its first frames in succession, split makes several samples of successive frames. "
+        "(default: spread; with --fps, which spread cannot keep, first)",
+    )
+    group.add_argument(
+        "--hold_last_frame",
+        action="store_true",
+        help="Fill clips that are too short for the smallest frame bucket by holding their last frame; otherwise they "
+        "are bad clips. (default: off)",
+    )
 
 
 def _add_validation_flags(group: argparse._ArgumentGroup) -> None:
@@ -771,14 +861,41 @@ def _add_prepare_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--save_image_latents",
         action="store_true",
-        help="Also write each clip's first frame and its latents, which image-to-video training needs. (default: off)",
+        help="Also write the latents of each clip's first frame, which image-to-video training needs. (default: off)",
+    )
+    group.add_argument(
+        "--num_image_latents",
+        metavar="K",
+        type=positive_int,
+        default=4,
+        help="With --save_image_latents, encode each first frame K times under noise of different strength; training "
+        "picks one at each step. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--layout",
+        **choice(("shards", "files")),
+        help="shards: safetensors files of --shard_size_mb; files: one file per clip and tensor, and a preview of "
+        "each, as the original script wrote them. (default: shards; files without --save_latents_and_embeddings)",
+    )
+    group.add_argument(
+        "--shard_size_mb",
+        metavar="MIB",
+        type=positive_int,
+        default=1024,
+        help="About how large a shard becomes. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Only check the clips and print the plan; write it clip by clip to plan.csv in --output_dir, and a "
+        "picture of some clips as the model will see them to contact_sheet.png. (default: off)",
     )
     group.add_argument(
         "--target_fps",
         metavar="RATE",
         type=positive_int,
         default=8,
-        help="Frame rate of the written preview videos only; to resample clips in time use --fps. "
+        help="Frame rate of the preview videos of --layout files only; to resample clips in time use --fps. "
         "(default: %(default)s)",
     )
     group.add_argument(

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
-from run_folder import STATE_FILE, list_checkpoints
 
 from errors import UserError
 from files import replace_folder
 from methods import Lora
+from run_folder import STATE_FILE, list_checkpoints
 
 
 @dataclass(frozen=True)

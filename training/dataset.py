@@ -1,31 +1,42 @@
 """Clips as tensors: raw ones decoded in DataLoader workers, prepared ones read from disk; both become a `Batch`."""
 
+import logging
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from buckets import Bucket, Draw
 from clips import PlannedClip
-from errors import UserError
+from errors import UserError, listing
 from models import ModelConfigs
 from prepared import PreparedClip, read_tensor
 from prompts import PromptCache
 from video import flip_frames, read_frames, reshape_frames
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass
 class Batch:
     """Samples of one bucket. What a dataset does not have is None."""
 
-    names: list[str]
     bucket: Bucket
+    draws: list[Draw]
+    names: list[str]
     videos: torch.Tensor | None = None  # [B, F, 3, H, W], uint8
+    images: torch.Tensor | None = None  # [B, 3, H, W], uint8: what image-to-video starts from
     video_moments: torch.Tensor | None = None  # [B, 2C, F', H / 8, W / 8], unscaled
     prompt_embeds: torch.Tensor | None = None  # [B, 226, D]
+    failed: list[tuple[Draw, str]] = field(
+        default_factory=list
+    )  # clips that do not decode, and why; not among `draws`
 
     def to(self, device: torch.device) -> "Batch":
         """Move the tensors without waiting for the copies, which is safe from pinned memory."""
@@ -47,8 +58,12 @@ class ClipDataset(Dataset):
         clips: planned, so that frames and bucket of each are known.
         reshape_mode: center, random or none, as `video.reshape_frames` takes it.
         random_flip: probability that a clip is mirrored left to right, drawn once per clip and epoch.
-        seed: of flips and random crops; with epoch and index it decides them, whatever worker reads the clip.
+        seed: of flips and random crops; with the epoch and the clip's content it decides them, whatever worker reads
+            the clip and wherever in the list it stands.
         prompts: where the captions' embeddings are; None leaves `prompt_embeds` out.
+        with_images: fill `images`, from the clip's own image or its first frame.
+        replace_failed: draw the next clip of the same bucket in the place of one that does not decode, with a warning,
+            so that batches keep their size on every rank.
         decode_threads: of the decoder, for each clip; 0 lets it choose.
     """
 
@@ -60,6 +75,8 @@ class ClipDataset(Dataset):
         random_flip: float | None,
         seed: int,
         prompts: PromptCache | None = None,
+        with_images: bool = False,
+        replace_failed: bool = False,
         decode_threads: int = 1,
     ):
         self.clips = clips
@@ -67,27 +84,55 @@ class ClipDataset(Dataset):
         self.random_flip = random_flip or 0.0
         self.seed = seed
         self.prompts = prompts
+        self.with_images = with_images
+        self.replace_failed = replace_failed
         self.decode_threads = decode_threads
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def __getitem__(self, draw: Draw) -> Batch:
-        """Read one clip as a batch of one."""
+        """Read one clip as a batch of one; of none, with `failed`, where it cannot be decoded."""
         planned = self.clips[draw.index]
-        chance = random.Random(f"{self.seed}-{draw.epoch}-{draw.index}")
-        frames = torch.from_numpy(read_frames(planned.clip.video, planned.frame_indices, self.decode_threads)).permute(
-            0, 3, 1, 2
-        )
-        video = reshape_frames(frames, planned.bucket.height, planned.bucket.width, self.reshape_mode, chance)
-        if chance.random() < self.random_flip:
-            video = flip_frames(video)
+        try:
+            return self._read(draw)
+        except ValueError as error:
+            if self.replace_failed:
+                logger.warning("warning: another clip takes the place of one that does not decode: %s", error)
+                for index in self._others_of_bucket(draw.index):
+                    with suppress(ValueError):
+                        return self._read(Draw(index, draw.epoch))
+            return Batch(planned.bucket, [], [], failed=[(draw, str(error))])
+
+    def _others_of_bucket(self, index: int) -> Iterator[int]:
+        order = [*range(index + 1, len(self.clips)), *range(index)]
+        return (other for other in order if self.clips[other].bucket == self.clips[index].bucket)
+
+    def _read(self, draw: Draw) -> Batch:
+        planned = self.clips[draw.index]
+        clip = planned.clip
+        frames = read_frames(clip.video, planned.frame_indices, self.decode_threads, seekable=planned.info.seekable)
+        video = self._shape(frames, planned, draw.epoch)
+        image = None
+        if self.with_images:
+            image = (
+                video[0] if clip.image is None else self._shape(read_frames(clip.image, [0]), planned, draw.epoch)[0]
+            )
         return Batch(
-            names=[str(planned.clip.video)],
             bucket=planned.bucket,
+            draws=[draw],
+            names=[str(clip.video)],
             videos=video[None],
-            prompt_embeds=None if self.prompts is None else self.prompts.load(planned.clip.caption)[None],
+            images=None if image is None else image[None],
+            prompt_embeds=None if self.prompts is None else self.prompts.load(clip.caption)[None],
         )
+
+    def _shape(self, frames: np.ndarray, planned: PlannedClip, epoch: int) -> torch.Tensor:
+        """`[F, H, W, 3]` of any size to `[F, 3, H, W]` of the bucket's; clip and image are cut and flipped alike."""
+        chance = random.Random(f"{self.seed}-{epoch}-{planned.info.sha256}-{planned.frame_indices[0]}")
+        _, height, width = planned.bucket
+        shaped = reshape_frames(torch.from_numpy(frames).permute(0, 3, 1, 2), height, width, self.reshape_mode, chance)
+        return flip_frames(shaped) if chance.random() < self.random_flip else shaped
 
 
 class PreparedDataset(Dataset):
@@ -103,8 +148,9 @@ class PreparedDataset(Dataset):
         """Read one clip as a batch of one."""
         clip = self.clips[draw.index]
         return Batch(
-            names=[clip.name],
             bucket=clip.bucket,
+            draws=[draw],
+            names=[clip.name],
             video_moments=read_tensor(clip.video_latents)[None],
             prompt_embeds=read_tensor(clip.prompt_embeds)[None],
         )
@@ -114,16 +160,32 @@ def collate(samples: Sequence[Batch]) -> Batch:
     """Join batches of one bucket."""
 
     def joined(name: str) -> torch.Tensor | None:
-        tensors = [getattr(sample, name) for sample in samples]
-        return None if tensors[0] is None else torch.cat(tensors)
+        tensors = [tensor for sample in samples if (tensor := getattr(sample, name)) is not None]
+        return torch.cat(tensors) if tensors else None
 
     return Batch(
-        names=[name for sample in samples for name in sample.names],
         bucket=samples[0].bucket,
+        draws=[draw for sample in samples for draw in sample.draws],
+        names=[name for sample in samples for name in sample.names],
         videos=joined("videos"),
+        images=joined("images"),
         video_moments=joined("video_moments"),
         prompt_embeds=joined("prompt_embeds"),
+        failed=[failure for sample in samples for failure in sample.failed],
     )
+
+
+def without_failures(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, as long as every clip of them decodes.
+
+    Raises:
+        UserError: one does not.
+    """
+    for batch in batches:
+        if batch.failed:
+            title = "a clip does not decode; mend or remove it, or let another take its place by --on_bad_clip skip:"
+            raise UserError(listing(title, [reason for _, reason in batch.failed]))
+        yield batch
 
 
 def make_loader(
@@ -159,12 +221,12 @@ def check_prepared(clip: PreparedClip, configs: ModelConfigs) -> None:
     tokens = configs.transformer["max_text_seq_length"]
     if length != tokens:
         raise UserError(
-            f"--load_tensors: {clip.prompt_embeds} is {length} tokens long, the model takes {tokens}; prepare the "
-            f"data with --max_sequence_length {tokens}"
+            f"--load_tensors: {clip.prompt_embeds.file} is {length} tokens long, the model takes {tokens}; prepare "
+            f"the data with --max_sequence_length {tokens}"
         )
     expected = (2 * configs.vae["latent_channels"], configs.transformer["text_embed_dim"])
     if (channels, text_dim) != expected:
         raise UserError(
-            f"--load_tensors: {clip.video_latents} and its prompt embedding have {channels} and {text_dim} channels; "
-            f"the model needs {expected[0]} and {expected[1]}: prepare the data with the model to be trained"
+            f"--load_tensors: {clip.video_latents.file} and its prompt embedding have {channels} and {text_dim} "
+            f"channels; the model needs {expected[0]} and {expected[1]}: prepare the data with the model to be trained"
         )

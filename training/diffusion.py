@@ -35,6 +35,27 @@ def sample_latents(moments: torch.Tensor, scaling_factor: float, generator: torc
     return latents.permute(0, 2, 1, 3, 4)
 
 
+def image_noise_scales(num_scales: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw how strongly the first frame is noised before it conditions an image-to-video model.
+
+    `log(scale) ~ N(-3, 0.5)`, relative to pixels in [-1, 1]. One scale is drawn from each of `num_scales` equally
+    likely parts of the distribution, so that a few of them cover it.
+
+    Args:
+        num_scales: how many, at least 1.
+        generator: on the device wanted.
+
+    Returns:
+        `[num_scales]`, float32, increasing; a single one has exactly the published distribution.
+
+    Source: CogVideoX, https://arxiv.org/abs/2408.06072, section on image-to-video.
+    """
+    parts = torch.arange(num_scales, device=generator.device)
+    quantiles = (parts + torch.rand(num_scales, generator=generator, device=generator.device)) / num_scales
+    # The ends of the distribution lie infinitely far out.
+    return torch.exp(-3.0 + 0.5 * torch.special.ndtri(quantiles.clamp(1e-6, 1 - 1e-6)))
+
+
 def pad_latent_frames(latents: torch.Tensor, patch_size_t: int | None) -> torch.Tensor:
     """Repeat the first latent frame in front until the frame count divides by `patch_size_t` (CogVideoX 1.5).
 

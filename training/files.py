@@ -9,15 +9,17 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write a file to; put it in place once the block has succeeded.
+def written_whole(path: Path, staging: Path | None = None) -> Iterator[Path]:
+    """Give a path to write a file to, beside `path` or in `staging`; put it in place once the block has succeeded.
 
     A process that is killed leaves at most a hidden `.partial` file behind, never a half-written `path`. Its name ends
     as `path` does, because many writers pick their format by the suffix. The file is not flushed to disk: that costs
     tenths of a second on some disks, and what is written here by the thousand can be made again after a power cut.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}-{threading.get_ident()}.partial.{path.name}")
+    folder = staging or path.parent
+    for needed in (path.parent, folder):
+        needed.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{os.getpid()}-{threading.get_ident()}.partial.{path.name}"
     try:
         yield partial
         os.replace(partial, path)
@@ -29,7 +31,7 @@ def replace_folder(partial: Path, folder: Path) -> None:
     """Put the finished folder `partial` in the place of `folder`, flushed to disk first."""
     for file in sorted(partial.rglob("*")):
         if file.is_file():
-            _flush(file)
+            flush(file)
     if folder.exists():
         replaced = folder.with_name(f".replaced.{folder.name}")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -38,10 +40,11 @@ def replace_folder(partial: Path, folder: Path) -> None:
         shutil.rmtree(replaced)
     else:
         os.replace(partial, folder)
-    _flush(folder.parent)
+    flush(folder.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -16,7 +16,6 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from buckets import BucketBatchSampler
 from checkpoints import (
@@ -27,16 +26,17 @@ from checkpoints import (
     read_state,
     save_checkpoint,
 )
-from dataset import Batch, ClipDataset, PreparedDataset, check_prepared, make_loader
+from dataset import Batch, ClipDataset, PreparedDataset, check_prepared, make_loader, without_failures
 from diffusion import step_generator
 from errors import UserError
+from fingerprints import fingerprint_encoders
 from launch import shared_seed, start_accelerator, start_trackers
 from methods import Lora
-from models import DTYPES, ModelSource
+from models import DTYPES, ModelConfigs, ModelSource
 from objective import Objective
 from optimizers import apply_learning_rate, make_optimizer
-from plan import TrainingData, describe
-from prepared import read_settings
+from plan import PreparedData, TrainingData, describe, report_skipped
+from prepared import check_encoders
 from progress import StepLog, StepSchedule
 from prompts import PromptCache
 from publish import push_to_hub
@@ -141,12 +141,13 @@ def set_up(args: argparse.Namespace, data: TrainingData, task: TextToVideo, meth
     source = ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
     configs = source.configs()
     task.check_model(configs)
-    if data.prepared:
+    is_prepared = isinstance(data, PreparedData)
+    if is_prepared:
         check_prepared(data.clips[0], configs)
-        warn_of_other_model(Path(args.data_root), source)
     output_dir = Path(args.output_dir)
     resumed = find_checkpoint(args.resume_from_checkpoint, output_dir)
     accelerator = start_accelerator(args)
+    describe_data(args, accelerator, data, source, configs)
     settings = {"model": configs.kind, "--optimizer": args.optimizer, **method.settings}
     if resumed:
         state = read_state(resumed)
@@ -160,7 +161,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, task: TextToVideo, meth
     prompts_to_sample = [*args.validation_prompts, ""] if args.validation_prompts else []
     prompts = PromptCache(output_dir / "prompt_embeds", source, dtype)
     embed_prompts(accelerator, prompts, [*data.captions, *prompts_to_sample])
-    vae = None if data.prepared else load_vae(args, source, accelerator.device, dtype)
+    vae = None if is_prepared else load_vae(args, source, accelerator.device, dtype)
     transformer = source.load_transformer(dtype)
     method.attach(transformer)
     if args.gradient_checkpointing:
@@ -170,6 +171,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, task: TextToVideo, meth
         data.buckets,
         args.train_batch_size,
         seed=state.seed,
+        repeats=data.repeats,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
@@ -190,7 +192,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, task: TextToVideo, meth
         apply_learning_rate(optimizer, lr_scheduler, learning_rate)
         logger.info("resumed from %s at learning rate %g", resumed, lr_scheduler.get_last_lr()[0])
     start_trackers(accelerator, args)
-    describe_run(accelerator, args, data, transformer, schedule, state, total_steps, sampler.padding)
+    describe_run(accelerator, args, len(data.clips), transformer, schedule, state, total_steps, sampler.padding)
 
     sampler.first_batch = schedule.batches_before(state.step)
     sampler.total_batches = schedule.batches_before(total_steps)
@@ -200,7 +202,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, task: TextToVideo, meth
         state=state,
         total_steps=total_steps,
         schedule=schedule,
-        batches=iter(load_batches(args, data, prompts, sampler, state.seed)),
+        batches=load_batches(args, data, prompts, sampler, state.seed),
         objective=Objective(
             task, model, transformer, source.load_scheduler(), configs.vae["scaling_factor"], vae, dtype
         ),
@@ -213,11 +215,36 @@ def set_up(args: argparse.Namespace, data: TrainingData, task: TextToVideo, meth
     )
 
 
-def warn_of_other_model(data_root: Path, source: ModelSource) -> None:
-    """Say so when data was prepared with another model than the one to train: its latents may mean something else."""
-    prepared_with = read_settings(data_root).get("model")
-    if prepared_with not in (None, source.fingerprint()):
-        logger.warning("warning: the data was prepared with %s, not with %s", prepared_with, source.fingerprint())
+def describe_data(
+    args: argparse.Namespace, accelerator: Accelerator, data: TrainingData, source: ModelSource, configs: ModelConfigs
+) -> None:
+    """Say what will be trained on, before anything heavy is loaded; refuse data of other encoders than the model's.
+
+    Raises:
+        UserError: the data was prepared with another VAE, text encoder or tokenizer.
+    """
+    if isinstance(data, PreparedData):
+        encoders = fingerprint_encoders(source.encoders_folder(), args.variant)
+        for folder in data.folders:
+            problem = check_encoders(folder, encoders)
+            if problem and not args.ignore_prepared_mismatch:
+                raise UserError(
+                    f"--load_tensors: {problem}; prepare the data with {args.pretrained_model_name_or_path}, or give "
+                    "--ignore_prepared_mismatch if you know that they are equal"
+                )
+            if problem:
+                logger.warning("warning: %s", problem)
+    else:
+        report_skipped(data.bad, Path(args.output_dir))
+    plan = describe(
+        data,
+        source,
+        configs,
+        batch_size=args.train_batch_size,
+        num_ranks=accelerator.num_processes,
+        reshape_mode=args.video_reshape_mode,
+    )
+    logger.info("%s", plan)
 
 
 def trainable_parameters(transformer: CogVideoXTransformer3DModel) -> list[torch.nn.Parameter]:
@@ -280,9 +307,9 @@ def build_optimizer(
 
 def load_batches(
     args: argparse.Namespace, data: TrainingData, prompts: PromptCache, sampler: BucketBatchSampler, seed: int
-) -> DataLoader:
+) -> Iterator[Batch]:
     """Load the batches that the sampler draws, from raw or prepared clips."""
-    if data.prepared:
+    if isinstance(data, PreparedData):
         dataset = PreparedDataset(data.clips)
     else:
         dataset = ClipDataset(
@@ -291,8 +318,10 @@ def load_batches(
             random_flip=args.random_flip,
             seed=seed,
             prompts=prompts,
+            replace_failed=args.on_bad_clip == "skip",
         )
-    return make_loader(dataset, sampler, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory)
+    loader = make_loader(dataset, sampler, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory)
+    return without_failures(loader)
 
 
 def make_validation(
@@ -339,7 +368,7 @@ def make_validation(
 def describe_run(
     accelerator: Accelerator,
     args: argparse.Namespace,
-    data: TrainingData,
+    num_samples: int,
     transformer: CogVideoXTransformer3DModel,
     schedule: StepSchedule,
     state: TrainerState,
@@ -350,11 +379,10 @@ def describe_run(
     trainable = sum(parameter.numel() for parameter in trainable_parameters(transformer))
     total = sum(parameter.numel() for parameter in transformer.parameters())
     per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    logger.info("%s", describe(data))
     logger.info("trainable parameters: %s of %s", f"{trainable:,}", f"{total:,}")
     logger.info(
-        "%d clips, up to %d a step, %d steps an epoch; steps %d to %d on %d x %s, precision %s",
-        len(data.clips),
+        "%d samples, up to %d a step, %d steps an epoch; steps %d to %d on %d x %s, precision %s",
+        num_samples,
         per_step,
         schedule.steps_per_epoch,
         state.step + 1,

@@ -8,9 +8,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from run_folder import list_checkpoints, list_results
-
 from errors import UserError
+from prepared import read_settings
+from run_folder import list_checkpoints, list_results
 
 
 SIZE_STEP = 16  # the VAE compresses 8 times in space, the transformer's patches twice more
@@ -58,6 +58,45 @@ def _name_nearest(noun: str, values: list[int]) -> str:
     if len(values) == 1:
         return f"nearest valid {noun} is {values[0]}"
     return f"nearest valid {noun}s are {values[0]} and {values[1]}"
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """The data set is named one way only, and the flags on it go together."""
+    named = [flag for flag in ("dataset_file", "dataset_name", "dataset_mix") if getattr(args, flag)]
+    if len(named) > 1:
+        raise UserError(f"--{named[1]}: the data is named by --{named[0]} already; leave one of them out")
+    for flag in ("dataset_config_name", "dataset_streaming"):
+        if getattr(args, flag) and not args.dataset_name:
+            raise UserError(f"--{flag}: no effect without --dataset_name; leave it out")
+    if args.dataset_mix and args.data_root:
+        raise UserError("--data_root: each entry of --dataset_mix names its own; leave one of them out")
+    if args.fps is not None and args.long_clips == "spread":
+        raise UserError(
+            "--long_clips spread: frames spread over a clip have no fixed rate; leave out --fps or give first or split"
+        )
+
+
+# How raw clips become samples; settled for good when they are prepared.
+PREPARED_FLAGS = ("id_token", "video_reshape_mode", "random_flip", "fps", "skip_frames_start", "skip_frames_end")
+PREPARED_FLAGS += ("long_clips", "hold_last_frame", "height_buckets", "width_buckets", "frame_buckets")
+
+
+def check_prepared_flags(args: argparse.Namespace, given: set[str]) -> None:
+    """Flags on raw clips that come with --load_tensors say what the data was prepared with."""
+    if not args.load_tensors or not args.data_root:
+        return
+    made_with = read_settings(Path(args.data_root)).get("flags", {})
+    # The launchers pass the length of validation videos as a frame bucket.
+    differing = [
+        f"--{name} was {made_with[name]!r}, is now {getattr(args, name)!r}"
+        for name in PREPARED_FLAGS
+        if name in given and name != "frame_buckets" and name in made_with and made_with[name] != getattr(args, name)
+    ]
+    if differing:
+        raise UserError(
+            f"--load_tensors: '{args.data_root}' was prepared otherwise ({'; '.join(differing)}); prepare it again, "
+            "or leave these flags out"
+        )
 
 
 def check_validation(args: argparse.Namespace, task: str) -> None:
@@ -138,7 +177,7 @@ def check_hub(args: argparse.Namespace) -> None:
 def check_files(
     *,
     model: str,
-    data_root: str,
+    data_root: str | None,
     dataset_file: str | None,
     output_dir: str,
     model_flag: str = "--pretrained_model_name_or_path",
@@ -147,8 +186,8 @@ def check_files(
 
     Args:
         model: hub id (`org/name`) or folder in the diffusers layout.
-        data_root: folder of the clips.
-        dataset_file: CSV file, or None.
+        data_root: folder of the clips, or None.
+        dataset_file: table of clips, or None.
         output_dir: folder to write to; it need not exist yet.
         model_flag: the flag which `model` came from, for messages.
 
@@ -156,11 +195,11 @@ def check_files(
         UserError: a folder or file is missing or of the wrong kind, or `output_dir` cannot be written.
     """
     _check_model(model, model_flag)
-    if not os.path.isdir(data_root):
+    if data_root is not None and not os.path.isdir(data_root):
         raise UserError(f"--data_root: no folder '{data_root}'; give the folder which holds your clips")
     if dataset_file is not None and not os.path.isfile(dataset_file):
-        inside = os.path.join(data_root, dataset_file)
-        advice = f"did you mean '{inside}'?" if os.path.isfile(inside) else "give the path of a CSV file"
+        inside = os.path.join(data_root or "", dataset_file)
+        advice = f"did you mean '{inside}'?" if os.path.isfile(inside) else "give the path of a table of clips"
         raise UserError(f"--dataset_file: no file '{dataset_file}'; {advice}")
     _check_writable(output_dir)
 
@@ -247,13 +286,8 @@ def training_warnings(args: argparse.Namespace, given: set[str], task: str, meth
         lines.append("--use_torchao has no effect without --use_8bit or --use_4bit")
     if args.use_cpu_offload_optimizer:
         lines.append("--max_grad_norm has no effect with --use_cpu_offload_optimizer, which takes gradients first")
-    if args.load_tensors:
-        prepared = ("dataset_file", "id_token", "random_flip", "fps", "video_reshape_mode", "height_buckets")
-        lines += [
-            f"--{flag} has no effect with --load_tensors: it was settled when the data was prepared"
-            for flag in prepared
-            if flag in given
-        ]
+    if args.load_tensors and "dataset_file" in given:
+        lines.append("--dataset_file has no effect with --load_tensors: the data lists its own samples")
     if args.lr_scheduler != "constant" and args.max_train_steps and args.lr_warmup_steps >= args.max_train_steps:
         lines.append(
             f"--lr_warmup_steps {args.lr_warmup_steps} is all of the run's {args.max_train_steps} steps: the learning "

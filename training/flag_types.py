@@ -15,9 +15,10 @@ class FlagParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and which knows the flags that were really given.
 
     Required flags are checked here and not by argparse, so that a misspelt one is reported as such, not as missing.
+    One of each group of `required` must be given.
     """
 
-    def __init__(self, *, required: Sequence[str], **options: Any):
+    def __init__(self, *, required: Sequence[Sequence[str]], **options: Any):
         super().__init__(allow_abbrev=False, **options)
         self.required = required
 
@@ -40,7 +41,7 @@ class FlagParser(argparse.ArgumentParser):
         if unknown:
             self.error(self._explain(unknown))
         given = {name: value for name, value in vars(parsed).items() if value is not _NOT_GIVEN}
-        missing = [f"--{name}" for name in self.required if name not in given]
+        missing = [" or ".join(f"--{name}" for name in names) for names in self.required if not given.keys() & names]
         if missing:
             self.error(f"{', '.join(missing)}: required, but not given")
         return argparse.Namespace(**(defaults | given)), set(given)

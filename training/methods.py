@@ -6,9 +6,9 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from run_folder import LORA_FILE
 
 from files import written_whole
+from run_folder import LORA_FILE
 
 
 class Lora:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoTokenizer
 
 from errors import UserError
 
@@ -118,6 +120,16 @@ class ModelSource:
         pipeline.text_encoder.requires_grad_(False)
         return pipeline
 
+    def count_long_captions(self, captions: Sequence[str], most_tokens: int) -> int:
+        """How many captions have more tokens than the model reads, by the model's own tokenizer."""
+        # A token stands for one character at least, beside the end mark and a space in front.
+        long = [caption for caption in captions if len(caption) + 2 > most_tokens]
+        if not long:
+            return 0
+        with self._load_errors("tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer", **self._where)
+        return sum(len(tokens) > most_tokens for tokens in tokenizer(long, verbose=False)["input_ids"])
+
     @contextmanager
     def _load_errors(self, part: str) -> Iterator[None]:
         try:
@@ -125,6 +137,25 @@ class ModelSource:
         except (OSError, ValueError) as error:  # missing or broken weight files, an unknown variant
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"the {part} of the model '{self.path}' cannot be loaded: {reason}") from error
+
+    def download_encoders(self) -> None:
+        """Fetch VAE, text encoder and tokenizer of a model on the hub, so that `encoders_folder` has them.
+
+        Raises:
+            UserError: they cannot be had.
+        """
+        if not Path(self.path).is_dir():
+            with self._load_errors("VAE or text encoder"):
+                CogVideoXPipeline.download(
+                    self.path, transformer=None, scheduler=None, variant=self.variant, **self._where
+                )
+
+    def encoders_folder(self) -> Path | None:
+        """Where the model's files are on this machine; None for one on the hub that was never loaded."""
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        config = try_to_load_from_cache(self.path, "vae/config.json", **self._where)
+        return Path(config).parent.parent if isinstance(config, str) else None
 
     def fingerprint(self) -> str:
         """What tells this model from another one in caches: the absolute folder, or the hub id and its revision."""
@@ -164,14 +195,40 @@ def encode_videos(vae: AutoencoderKLCogVideoX, videos: torch.Tensor) -> torch.Te
     Returns:
         `[B, 2C, F', H / 8, W / 8]`: mean and log-variance on the channel axis, unscaled, in the VAE's dtype.
     """
-    height, width = videos.shape[-2:]
+    pixels = videos.to(vae.device).permute(0, 2, 1, 3, 4).to(torch.float32)
+    return _encode_pixels(vae, pixels.div_(127.5).sub_(1.0))
+
+
+@torch.no_grad()
+def encode_noised_image(
+    vae: AutoencoderKLCogVideoX, image: torch.Tensor, scales: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Encode an image under noise of several strengths to the moments of the VAE's posterior.
+
+    Args:
+        vae: on the device to use.
+        image: `[3, H, W]`, uint8 on any device.
+        scales: `[K]`, the noise's standard deviations, for pixels in [-1, 1].
+        generator: of the noise; on the CPU, so that every device draws the same.
+
+    Returns:
+        `[K, 2C, 1, H / 8, W / 8]`, as `encode_videos` gives them.
+    """
+    pixels = image.to("cpu", torch.float32).div(127.5).sub(1.0)
+    noise = torch.randn(len(scales), *image.shape, generator=generator)
+    noised = pixels + scales.view(-1, 1, 1, 1) * noise
+    moments = [_encode_pixels(vae, one[None, :, None].to(vae.device)) for one in noised]
+    return torch.cat(moments)
+
+
+def _encode_pixels(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
+    """`[B, 3, F, H, W]` in [-1, 1] -> moments."""
+    height, width = pixels.shape[-2:]
     if vae.use_tiling and (height > vae.tile_sample_min_height or width > vae.tile_sample_min_width):
         _check_tiles(vae)
     # In this layout the CPU's 3D convolutions are several times as fast.
     layout = torch.channels_last_3d if vae.device.type == "cpu" else torch.contiguous_format
-    pixels = videos.to(vae.device).permute(0, 2, 1, 3, 4)
-    pixels = pixels.to(torch.float32, memory_format=layout).div_(127.5).sub_(1.0)
-    return vae.encode(pixels.to(vae.dtype)).latent_dist.parameters
+    return vae.encode(pixels.to(vae.dtype, memory_format=layout)).latent_dist.parameters
 
 
 def _check_tiles(vae: AutoencoderKLCogVideoX) -> None:

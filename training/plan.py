@@ -1,77 +1,211 @@
 """What a run will see, settled from flags and files before anything heavy is imported or any model is loaded."""
 
 import argparse
+import csv
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from buckets import Bucket, make_buckets
-from clips import PlannedClip, describe_plan, load_clips, plan_clips
-from errors import UserError
+from clips import BadClip, Clip, PlannedClip, plan_clips
+from errors import UserError, listing
+from file_cache import FileCache, default_cache_folder
+from files import written_whole
+from plan_report import describe_plan, sequence_length
 from prepared import PreparedClip, read_index
-from video import probe_videos
+from probe import probe_files
+from sources import DataSource, read_clips, read_mix, with_weights
+
+
+logger = logging.getLogger(__name__)
+
+SKIPPED_FILE = "skipped_clips.csv"
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """The clips of a run: raw ones with their plan, or prepared ones."""
+class RawData:
+    """Clips to be decoded, and those that cannot be used."""
 
-    clips: Sequence[PlannedClip] | Sequence[PreparedClip]
-    prepared: bool
+    clips: Sequence[PlannedClip]
+    bad: Sequence[BadClip] = ()
 
     @property
     def buckets(self) -> list[Bucket]:
         """The bucket of each clip."""
-        return [clip.bucket for clip in self.clips]
+        return [planned.bucket for planned in self.clips]
+
+    @property
+    def repeats(self) -> list[float]:
+        """How often each clip comes in an epoch."""
+        return [planned.clip.repeats for planned in self.clips]
 
     @property
     def captions(self) -> list[str]:
-        """The captions still to be embedded: none of prepared clips."""
-        return [] if self.prepared else [planned.clip.caption for planned in self.clips]
+        """The captions to be embedded."""
+        return [planned.clip.caption for planned in self.clips]
 
 
-def plan_training_data(args: argparse.Namespace) -> TrainingData:
+@dataclass(frozen=True)
+class PreparedData:
+    """Samples that were prepared."""
+
+    clips: Sequence[PreparedClip]
+    folders: Sequence[Path]  # they lie in
+
+    captions = ()  # embedded already
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The bucket of each sample."""
+        return [clip.bucket for clip in self.clips]
+
+    @property
+    def repeats(self) -> list[float]:
+        """How often each sample comes in an epoch."""
+        return [clip.repeats for clip in self.clips]
+
+
+TrainingData = RawData | PreparedData
+
+
+def plan_training_data(args: argparse.Namespace, *, with_images: bool = False) -> TrainingData:
     """Find the clips that the training flags name.
 
     Raises:
         UserError: files are missing or unusable; all of them are listed.
     """
     if args.load_tensors:
-        return TrainingData(read_index(Path(args.data_root)), prepared=True)
-    return TrainingData(plan_raw_clips(args), prepared=False)
+        return _read_prepared(args)
+    data = plan_raw_clips(args, with_images=with_images)
+    check_bad_clips(data, args.on_bad_clip)
+    return data
 
 
-def plan_raw_clips(args: argparse.Namespace) -> list[PlannedClip]:
+def plan_raw_clips(args: argparse.Namespace, *, with_images: bool = False) -> RawData:
     """List, probe and bucket the clips, by the data flags that training and preparation share.
 
     Raises:
-        UserError: files are missing or unusable, or clips too short; all of them are listed.
+        UserError: lists are missing or malformed.
     """
-    clips = load_clips(
-        Path(args.data_root),
-        dataset_file=Path(args.dataset_file) if args.dataset_file else None,
-        video_column=args.video_column,
-        caption_column=args.caption_column,
-        id_token=args.id_token,
-    )
+    cache = default_cache_folder()
+    clips, bad = [], []
+    sources = data_sources(args)
+    for source in sources:
+        of_source, bad_of_source = read_clips(source, cache / "media")
+        clips.append(of_source)
+        bad += bad_of_source
+    clips: list[Clip] = with_weights(sources, clips)
     try:
         buckets = make_buckets(args.frame_buckets, args.height_buckets, args.width_buckets, args.max_num_frames)
     except ValueError as error:
         raise UserError(f"--frame_buckets: {error}") from error
-    infos = probe_videos([clip.video for clip in clips])
-    return plan_clips(
+    files = [clip.video for clip in clips]
+    files += [clip.image for clip in clips if with_images and clip.image is not None]
+    planned, unusable = plan_clips(
         clips,
-        infos,
+        probe_files(files, FileCache(cache)),
         buckets,
         skip_start=args.skip_frames_start,
         skip_end=args.skip_frames_end,
         fps=args.fps,
+        long_clips=args.long_clips,
+        hold_last_frame=args.hold_last_frame,
+        with_images=with_images,
+    )
+    return RawData(planned, [*bad, *unusable])
+
+
+def check_bad_clips(data: RawData, on_bad_clip: str) -> None:
+    """Refuse clips that cannot be used, unless they are to be left out and some others remain.
+
+    Raises:
+        UserError: one for all of them, each with its reason.
+    """
+    if not data.bad or (data.clips and on_bad_clip == "skip"):
+        return
+    total = len({planned.clip.source for planned in data.clips} | {clip.source for clip in data.bad})
+    advice = "; mend or remove them, or leave them out by --on_bad_clip skip" if data.clips else ""
+    title = f"{len(data.bad)} of {total} clips cannot be used{advice}:"
+    raise UserError(listing(title, data.bad, most=len(data.bad)))
+
+
+def data_sources(args: argparse.Namespace) -> list[DataSource]:
+    """The data sets that the flags name."""
+    source = DataSource(
+        data_root=Path(args.data_root) if args.data_root else None,
+        dataset_file=Path(args.dataset_file) if args.dataset_file else None,
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        dataset_split=args.dataset_split,
+        streaming=args.dataset_streaming,
+        max_samples=args.max_samples,
+        video_column=args.video_column,
+        caption_column=args.caption_column,
+        image_column=args.image_column,
+        id_token=args.id_token,
+    )
+    return read_mix(Path(args.dataset_mix), source) if args.dataset_mix else [source]
+
+
+def _read_prepared(args: argparse.Namespace) -> PreparedData:
+    sources = data_sources(args)
+    without = [source for source in sources if source.data_root is None]
+    if without:
+        raise UserError("--load_tensors: give the prepared folder as --data_root (in every entry of --dataset_mix)")
+    clips = with_weights(sources, [read_index(source.data_root) for source in sources])
+    return PreparedData(clips, list(dict.fromkeys(source.data_root for source in sources)))
+
+
+def describe(
+    data: TrainingData, model: Any, configs: Any, *, batch_size: int, num_ranks: int = 1, reshape_mode: str = "center"
+) -> str:
+    """The plan as a table for the log.
+
+    Args:
+        data: what is to be trained on or prepared.
+        model: a `ModelSource`, for its tokenizer.
+        configs: its `ModelConfigs`.
+        batch_size: on one rank.
+        num_ranks: that share the data.
+        reshape_mode: how clips of another aspect get their bucket's size.
+    """
+    tokens = configs.transformer["max_text_seq_length"]
+
+    def tokens_of(bucket: Bucket) -> int:
+        patches = {name: configs.transformer[name] for name in ("patch_size", "patch_size_t")}
+        return sequence_length(bucket, **patches, text_tokens=tokens)
+
+    if isinstance(data, PreparedData):
+        counts = {bucket: data.buckets.count(bucket) for bucket in sorted(set(data.buckets))}
+        return "\n".join(
+            f"{bucket}: {count} prepared samples of {tokens_of(bucket)} tokens" for bucket, count in counts.items()
+        )
+    return describe_plan(
+        data.clips,
+        batch_size=batch_size,
+        num_ranks=num_ranks,
+        tokens_of=tokens_of,
+        num_long_captions=model.count_long_captions(data.captions, tokens),
+        max_caption_tokens=tokens,
+        # CogVideoX 1.5, the one that patches in time, was trained at 16 frames a second, the others at 8.
+        model_fps=8 if configs.transformer.get("patch_size_t") is None else 16,
+        reshape_mode=reshape_mode,
     )
 
 
-def describe(data: TrainingData) -> str:
-    """The plan as a table for the log."""
-    if not data.prepared:
-        return describe_plan(data.clips)
-    counts = {bucket: data.buckets.count(bucket) for bucket in sorted(set(data.buckets))}
-    return "\n".join(f"{bucket}: {count} prepared clips" for bucket, count in counts.items())
+def report_skipped(bad: Sequence[BadClip], folder: Path) -> None:
+    """Write the clips left out to `skipped_clips.csv` in the output folder, and say so; none: remove the file."""
+    path = folder / SKIPPED_FILE
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    if not bad:
+        path.unlink(missing_ok=True)
+        return
+    with written_whole(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("clip", "source", "reason"))
+        table.writerows((clip.what, clip.source, clip.reason) for clip in bad)
+    logger.warning("%d clips cannot be used and are left out: see %s", len(bad), path)

@@ -1,194 +1,325 @@
-"""The recipe of prepare_dataset.py: clips and captions to latent moments and prompt embeddings on disk."""
+"""The recipe of prepare_dataset.py: clips and captions to latent moments and prompt embeddings on disk.
+
+The ranks of a launch share nothing but the output folder. Each does its part of the batches, and whichever finds
+everything finished writes the index: no rank waits for another, so no slow one can run into a time-out.
+"""
 
 import argparse
 import hashlib
+import json
 import logging
+import os
 import shlex
+import shutil
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import AutoencoderKLCogVideoX
 from diffusers.training_utils import free_memory
-from diffusers.utils import export_to_video
-from PIL import Image
 from tqdm import tqdm
 
-from buckets import BucketBatchSampler, Draw
-from clips import PlannedClip, describe_plan
+from buckets import Bucket, Draw
+from clips import BadClip, PlannedClip
+from contact_sheet import SheetRow, draw_contact_sheet, sample_for_sheet
 from dataset import Batch, ClipDataset, make_loader
+from diffusion import image_noise_scales, step_generator
+from errors import UserError, listing
 from files import written_whole
-from models import DTYPES, ModelSource, encode_prompts, encode_videos
-from prepared import PreparedSettings, claim_folder, listed_names, tensor_file, write_index, write_tensor
+from fingerprints import fingerprint_encoders
+from flag_checks import PREPARED_FLAGS
+from layouts import FileLayout, Sample, ShardLayout
+from models import DTYPES, ModelConfigs, ModelSource, encode_noised_image, encode_prompts, encode_videos
+from plan import RawData, describe, report_skipped
+from plan_report import write_plan
+from prepared import STAGING, PreparedSettings, claim_folder
 
 
 logger = logging.getLogger(__name__)
+Layout = ShardLayout | FileLayout
 
 
 @dataclass(frozen=True)
-class NamedClip:
-    """A clip and the name of its files."""
+class Rank:
+    """This process among those of the launch, as torchrun and `accelerate launch` tell it."""
 
-    name: str
-    planned: PlannedClip
+    index: int
+    count: int
+    device: torch.device
+
+    @staticmethod
+    def of_environment() -> "Rank":
+        """Read it; a process of its own is the only one."""
+        index, count, local = (
+            int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+        return Rank(index, count, torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu"))
 
 
-def prepare(args: argparse.Namespace, clips: Sequence[PlannedClip]) -> None:
+def prepare(args: argparse.Namespace, data: RawData) -> None:
     """Prepare the clips in `args.output_dir`; called on every rank, each of which takes its share.
 
     Raises:
-        UserError: the folder holds other data, or the model cannot be read.
+        UserError: the folder holds other data, the model cannot be read, or clips turned out not to decode.
     """
-    # Without cpu=True, accelerate leaves the processes of a launch without GPUs alone. The slowest rank may be hours
-    # behind the others at the end.
-    ranks = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
-    logging.basicConfig(
-        level=logging.INFO if ranks.is_main_process else logging.ERROR, format="%(message)s", force=True
-    )
-    logger.info("%s", describe_plan(clips))
+    rank = Rank.of_environment()
+    logging.basicConfig(level=logging.INFO if rank.index == 0 else logging.ERROR, format="%(message)s", force=True)
     source = ModelSource(args.model_id, args.revision, args.variant, args.cache_dir)
-    source.configs()
-    folder = Path(args.output_dir)
-    claim_folder(folder, PreparedSettings(source.fingerprint(), args.dtype, args.max_sequence_length))
-    named = [NamedClip(clip_name(planned, args), planned) for planned in clips]
-    distinct = list({clip.name: clip for clip in named}.values())
-
+    configs = source.configs()
+    plan = describe(
+        data, source, configs, batch_size=args.batch_size, num_ranks=rank.count, reshape_mode=args.video_reshape_mode
+    )
+    logger.info("%s", plan)
     if args.save_latents_and_embeddings:
-        embed_captions(args, source, folder, distinct, ranks)
+        source.download_encoders()
+    folder = Path(args.output_dir)
+    claim_folder(folder, settings_of(args, source))
+    samples = [name_sample(planned, args) for planned in data.clips]
+    layout = make_layout(args, folder, samples, configs)
+
+    # At once, not where they are tried again: another rank may be at its end by then, and believe the old notes.
+    BrokenClips(folder).forget_all()
+    if args.save_latents_and_embeddings:
+        embed_captions(args, source, layout, samples, rank)
         free_memory()
-    encode_clips(args, source, folder, distinct, ranks)
-
-    ranks.wait_for_everyone()
-    if ranks.is_main_process:
-        dropped = listed_names(folder) - {clip.name for clip in named}
-        if dropped:
-            logger.warning("%d clips that were prepared here earlier are no longer listed", len(dropped))
-        index = [(clip.name, clip.planned.clip.caption, clip.planned.bucket) for clip in named]
-        write_index(folder, index, with_tensors=args.save_latents_and_embeddings, with_images=args.save_image_latents)
-        flags = f"--data_root {shlex.quote(str(folder))}"
-        flags += " --load_tensors" if args.save_latents_and_embeddings else ""
-        logger.info("prepared %d clips in %s; train on them with %s", len(named), folder, flags)
+    encode_clips(args, source, layout, samples, rank)
+    finish(args, layout, data, samples, rank)
 
 
-def clip_name(planned: PlannedClip, args: argparse.Namespace) -> str:
-    """Name a clip's files after its own file and a digest of all that they are made from.
+def rehearse(args: argparse.Namespace, data: RawData) -> None:
+    """Print the plan, and write it in detail and as a picture; nothing is encoded.
 
-    The same clip gets the same name in every run, so that a second run finds what is done; a clip, caption or
-    cut that changed gets a new one, so that nothing stale is taken for it.
+    Raises:
+        UserError: the model cannot be read.
     """
-    with open(planned.clip.video, "rb") as file:
-        media = hashlib.file_digest(file, "sha256").hexdigest()
-    augmentation = (args.video_reshape_mode, args.random_flip, args.seed)
-    facts = (media, planned.clip.caption, planned.bucket, planned.frame_indices, augmentation)
-    stem = planned.clip.video.stem.encode()[:100].decode(errors="ignore")  # file names have at most 255 bytes
-    return f"{stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    source = ModelSource(args.model_id, args.revision, args.variant, args.cache_dir)
+    plan = describe(data, source, source.configs(), batch_size=args.batch_size, reshape_mode=args.video_reshape_mode)
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_plan(data.clips, data.bad, folder / "plan.csv")
+    shown = sample_for_sheet(data.clips)
+    dataset = clip_dataset(args, shown)
+    batches = [dataset[Draw(index, 0)] for index in range(len(shown))]
+    for batch in batches:
+        for _, reason in batch.failed:
+            logger.warning("warning: a clip does not decode: %s", reason)
+    rows = [sheet_row(planned, batch) for planned, batch in zip(shown, batches, strict=True) if not batch.failed]
+    draw_contact_sheet(rows, folder / "contact_sheet.png")
+    logger.info("%s\nwrote %s and %s", plan, folder / "plan.csv", folder / "contact_sheet.png")
+
+
+def sheet_row(planned: PlannedClip, batch: Batch) -> SheetRow:
+    """First, middle and last frame of a clip as the model sees it."""
+    frames = batch.videos[0].permute(0, 2, 3, 1).numpy()
+    shown = dict.fromkeys((0, len(frames) // 2, len(frames) - 1))
+    title = f"{planned.bucket} · {planned.clip.video.name}" + (f" · part {planned.part + 1}" if planned.part else "")
+    return SheetRow([frames[index] for index in shown], title, planned.clip.caption)
+
+
+def clip_dataset(args: argparse.Namespace, clips: Sequence[PlannedClip]) -> ClipDataset:
+    """The clips as they are to be encoded."""
+    return ClipDataset(
+        clips,
+        reshape_mode=args.video_reshape_mode,
+        random_flip=args.random_flip,
+        seed=args.seed,
+        with_images=args.save_image_latents,
+        decode_threads=args.num_decode_threads,
+    )
+
+
+def settings_of(args: argparse.Namespace, source: ModelSource) -> PreparedSettings:
+    """What the folder is prepared with."""
+    return PreparedSettings(
+        layout=args.layout,
+        encoders=fingerprint_encoders(source.encoders_folder(), args.variant),
+        dtype=args.dtype,
+        max_sequence_length=args.max_sequence_length,
+        tiling=args.use_tiling,
+        model=source.fingerprint(),
+        flags={name: getattr(args, name) for name in PREPARED_FLAGS},
+    )
+
+
+def name_sample(planned: PlannedClip, args: argparse.Namespace) -> Sample:
+    """Name what is made from a clip after its file and a digest of all that it is made from.
+
+    The same clip gets the same name in every run, so that a second run finds what is done; a clip or cut that changed
+    gets a new one, so that nothing stale is taken for it. In shards the caption has a name of its own.
+    """
+    clip = planned.clip
+    caption_key = hashlib.sha256(clip.caption.encode()).hexdigest()[:32]
+    facts = [planned.info.sha256, planned.bucket, planned.frame_indices, args.video_reshape_mode]
+    if args.random_flip or args.video_reshape_mode == "random":
+        facts += [args.random_flip, args.seed]
+    if args.save_image_latents:
+        image = planned.first_frame.sha256 if planned.first_frame else None
+        facts += [image, args.num_image_latents, args.seed]
+    if args.layout == "files":
+        facts.append(caption_key)
+    stem = clip.video.stem.encode()[:100].decode(errors="ignore")  # file names have at most 255 bytes
+    return Sample(f"{stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}", caption_key, planned)
+
+
+def make_layout(args: argparse.Namespace, folder: Path, samples: Sequence[Sample], configs: ModelConfigs) -> Layout:
+    """The layout that the flags ask for."""
+    if args.layout == "files":
+        return FileLayout(
+            folder,
+            samples,
+            with_tensors=args.save_latents_and_embeddings,
+            with_images=args.save_image_latents,
+            preview_fps=args.target_fps,
+        )
+    itemsize = DTYPES[args.dtype].itemsize
+
+    def latent_bytes(bucket: Bucket) -> int:
+        frames = (bucket.num_frames + 3) // 4 + (args.num_image_latents if args.save_image_latents else 0)
+        return 2 * configs.vae["latent_channels"] * frames * (bucket.height // 8) * (bucket.width // 8) * itemsize
+
+    return ShardLayout(
+        folder,
+        samples,
+        latent_bytes=latent_bytes,
+        embed_bytes=args.max_sequence_length * configs.transformer["text_embed_dim"] * itemsize,
+        shard_bytes=args.shard_size_mb * 2**20,
+        with_images=args.save_image_latents,
+    )
 
 
 def embed_captions(
-    args: argparse.Namespace, source: ModelSource, folder: Path, clips: Sequence[NamedClip], ranks: PartialState
+    args: argparse.Namespace, source: ModelSource, layout: Layout, samples: Sequence[Sample], rank: Rank
 ) -> None:
-    """Embed each distinct caption once and write it for every clip that has it and is not done."""
-    names_of: dict[str, list[str]] = {}
-    for clip in clips:
-        names_of.setdefault(clip.planned.clip.caption, []).append(clip.name)
-    # Shared out before looking at what is done: that changes while other ranks work.
-    share = list(names_of.items())[ranks.process_index :: ranks.num_processes]
-    todo = [
-        (caption, missing)
-        for caption, names in share
-        if (missing := [name for name in names if not tensor_file(folder, "prompt_embeds", name).is_file()])
-    ]
-    if not todo:
+    """Embed each distinct caption of this rank's share that is not embedded yet."""
+    batches = layout.captions_to_do(args.batch_size, rank.index, rank.count)
+    if not batches:
         return
-    pipeline = source.load_text_pipeline(DTYPES[args.dtype]).to(ranks.device)
-    for caption, names in tqdm(todo, desc="Embedding captions", disable=not ranks.is_local_main_process):
-        embeds = encode_prompts(pipeline, [caption], args.max_sequence_length)[0]
-        for name in names:
-            write_tensor(folder, "prompt_embeds", name, embeds)
+    captions = {sample.caption_key: sample.planned.clip.caption for sample in samples}
+    pipeline = source.load_text_pipeline(DTYPES[args.dtype]).to(rank.device)
+    with progress_bar("Embedding captions", " captions", batches, rank) as progress:
+        for keys in batches:
+            embeds = encode_prompts(pipeline, [captions[key] for key in keys], args.max_sequence_length)
+            layout.write_captions(dict(zip(keys, embeds, strict=True)))
+            progress.update(len(keys))
 
 
 def encode_clips(
-    args: argparse.Namespace, source: ModelSource, folder: Path, clips: Sequence[NamedClip], ranks: PartialState
+    args: argparse.Namespace, source: ModelSource, layout: Layout, samples: Sequence[Sample], rank: Rank
 ) -> None:
     """Decode, encode and write this rank's share of the clips that are not done; the three overlap."""
-    sampler = BucketBatchSampler(
-        [clip.planned.bucket for clip in clips], args.batch_size, seed=args.seed, shuffle=False
-    )
-    share = sampler.epoch_batches(0)[ranks.process_index :: ranks.num_processes]
-    todo = [[index for index in batch if not is_done(args, folder, clips[index].name)] for batch in share]
-    todo = [batch for batch in todo if batch]
-    if not todo:
+    batches = layout.clips_to_do(args.batch_size, rank.index, rank.count)
+    if not batches:
         return
+    index_of = {sample.name: index for index, sample in enumerate(samples)}
+    broken = BrokenClips(layout.folder)
     vae = None
     if args.save_latents_and_embeddings:
-        vae = source.load_vae(DTYPES[args.dtype], slicing=args.use_slicing, tiling=args.use_tiling).to(ranks.device)
+        vae = source.load_vae(DTYPES[args.dtype], slicing=args.use_slicing, tiling=args.use_tiling).to(rank.device)
     loader = make_loader(
-        ClipDataset(
-            [clip.planned for clip in clips],
-            reshape_mode=args.video_reshape_mode,
-            random_flip=args.random_flip,
-            seed=args.seed,
-            decode_threads=args.num_decode_threads,
-        ),
-        [[Draw(index, 0) for index in batch] for batch in todo],
+        clip_dataset(args, [sample.planned for sample in samples]),
+        [[Draw(index_of[name], 0) for name in batch] for batch in batches],
         num_workers=args.dataloader_num_workers,
         pin_memory=args.pin_memory,
     )
-    progress = tqdm(
-        total=sum(map(len, todo)), desc="Encoding clips", unit="clip", disable=not ranks.is_local_main_process
-    )
     writing: deque[Future] = deque()
-    with progress, ThreadPoolExecutor(args.num_artifact_workers) as writers:
-        for indices, batch in zip(todo, loader, strict=True):
-            tensors = {} if vae is None else encode_batch(vae, batch, first_frames=args.save_image_latents)
-            for position, index in enumerate(indices):
-                clip_tensors = {kind: values[position].cpu() for kind, values in tensors.items()}
-                frames = batch.videos[position]
-                writing.append(writers.submit(write_clip, args, folder, clips[index], frames, clip_tensors))
+    with (
+        progress_bar("Encoding clips", " clips", batches, rank) as progress,
+        ThreadPoolExecutor(args.num_artifact_workers) as writers,
+    ):
+        for names, batch in zip(batches, loader, strict=True):
+            for draw, reason in batch.failed:
+                broken.add(samples[draw.index], reason)
+            names_left = [samples[draw.index].name for draw in batch.draws]
+            if names_left:
+                tensors = {} if vae is None else encode_batch(args, vae, batch, names_left)
+                videos = dict(zip(names_left, batch.videos, strict=True))
+                writing.append(writers.submit(layout.write_clips, tensors, videos))
             # Waiting for the oldest bounds how many clips lie in memory, and brings a writer's error to light.
             while len(writing) > 2 * args.num_artifact_workers:
                 writing.popleft().result()
-            progress.update(len(indices))
+            progress.update(len(names))
         for future in writing:
             future.result()
 
 
-def encode_batch(vae: AutoencoderKLCogVideoX, batch: Batch, *, first_frames: bool) -> dict[str, torch.Tensor]:
-    """Encode a batch to moments: `video_latents` `[B, 2C, F', h, w]`, maybe `image_latents` `[B, 2C, 1, h, w]`."""
-    moments = {"video_latents": encode_videos(vae, batch.videos)}
-    if first_frames:
-        moments["image_latents"] = encode_videos(vae, batch.videos[:, :1])
-    return moments
+def encode_batch(
+    args: argparse.Namespace, vae: AutoencoderKLCogVideoX, batch: Batch, names: Sequence[str]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Encode a batch to moments, by name: `video_latents` `[2C, F', h, w]`, maybe `image_latents` `[K, 2C, 1, h, w]`.
 
-
-def write_clip(
-    args: argparse.Namespace, folder: Path, clip: NamedClip, frames: torch.Tensor, tensors: dict[str, torch.Tensor]
-) -> None:
-    """Write a clip's files; `frames` are `[F, 3, H, W]`, uint8. The tensors come last: they tell that it is done."""
-    images = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).numpy()]
-    with written_whole(folder / "videos" / f"{clip.name}.mp4") as path:
-        export_to_video(images, str(path), fps=args.target_fps)
-    with written_whole(folder / "prompts" / f"{clip.name}.txt") as path:
-        path.write_text(clip.planned.clip.caption, encoding="utf-8")
+    The image of an image-to-video sample is encoded K times, under noise of different strength: the objective wants
+    fresh noise on the pixels at every step, and training must not need the VAE. A step picks one of the K.
+    """
+    moments = encode_videos(vae, batch.videos).cpu()
+    tensors = {name: {"video_latents": moments[position]} for position, name in enumerate(names)}
     if args.save_image_latents:
-        with written_whole(folder / "images" / f"{clip.name}.png") as path:
-            images[0].save(path)
-    for kind, tensor in tensors.items():
-        write_tensor(folder, kind, clip.name, tensor)
+        for position, name in enumerate(names):
+            generator = step_generator(torch.device("cpu"), args.seed, name)
+            scales = image_noise_scales(args.num_image_latents, generator)
+            image = encode_noised_image(vae, batch.images[position], scales, generator)
+            tensors[name]["image_latents"] = image.cpu()
+    return tensors
 
 
-def is_done(args: argparse.Namespace, folder: Path, name: str) -> bool:
-    """Whether an earlier run wrote all of a clip's files that `write_clip` would."""
-    files = [folder / "videos" / f"{name}.mp4", folder / "prompts" / f"{name}.txt"]
-    if args.save_image_latents:
-        files.append(folder / "images" / f"{name}.png")
-    if args.save_latents_and_embeddings:
-        files.append(tensor_file(folder, "video_latents", name))
-        if args.save_image_latents:
-            files.append(tensor_file(folder, "image_latents", name))
-    return all(file.is_file() for file in files)
+def finish(args: argparse.Namespace, layout: Layout, data: RawData, samples: Sequence[Sample], rank: Rank) -> None:
+    """Write the index if everything is done; whichever rank comes last finds it so.
+
+    Raises:
+        UserError: clips did not decode, and --on_bad_clip is error.
+    """
+    broken = BrokenClips(layout.folder).read()
+    missing = {sample.name for sample in layout.missing(broken.keys())}
+    if missing - broken.keys():
+        num_missing = len(missing - broken.keys())
+        logger.info("%d samples are with other ranks; the last one to finish lists them all", num_missing)
+        return
+    bad = [*data.bad, *(broken[name] for name in sorted(missing))]
+    if missing and args.on_bad_clip == "error":
+        title = (
+            f"{len(missing)} of {len(samples)} samples do not decode; the others are done and kept: mend or remove "
+            "these and run again, or leave them out by --on_bad_clip skip:"
+        )
+        raise UserError(listing(title, bad, most=len(bad)))
+    kept = [sample for sample in samples if sample.name not in missing]
+    report_skipped(bad, layout.folder)
+    unlisted = layout.write_index(kept)
+    shutil.rmtree(layout.folder / STAGING, ignore_errors=True)
+    if unlisted:
+        logger.warning("%d samples that were prepared here earlier are no longer listed", unlisted)
+    flags = f"--data_root {shlex.quote(str(layout.folder))}"
+    flags += " --load_tensors" if args.save_latents_and_embeddings else ""
+    # Not by the logger, which is silent on all ranks but the first.
+    tqdm.write(f"prepared {len(kept)} samples in {layout.folder}; train on them with {flags}")
+
+
+class BrokenClips:
+    """Notes on clips that were probed but did not decode, for whichever rank comes last."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / STAGING / "broken"
+
+    def add(self, sample: Sample, reason: str) -> None:
+        """Note a sample whose clip cannot be decoded."""
+        clip = sample.planned.clip
+        with written_whole(self.folder / f"{sample.name}.json") as path:
+            path.write_text(json.dumps([str(clip.video), clip.source, reason]), encoding="utf-8")
+
+    def forget_all(self) -> None:
+        """Drop the notes of an earlier run: its clips are tried again."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def read(self) -> dict[str, BadClip]:
+        """All notes, by sample name."""
+        return {
+            path.stem: BadClip(*json.loads(path.read_text(encoding="utf-8")))
+            for path in self.folder.glob("[!.]*.json")
+        }
+
+
+def progress_bar(title: str, unit: str, batches: Sequence[Sequence[str]], rank: Rank) -> tqdm:
+    """A bar over the items of this rank's batches; only the first rank shows its own."""
+    return tqdm(total=sum(map(len, batches)), desc=title, unit=unit, disable=rank.index != 0)

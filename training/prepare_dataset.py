@@ -8,14 +8,14 @@ or
       --height_buckets 480 --width_buckets 720 --dtype bf16 --save_latents_and_embeddings
 
 and on several GPUs with `torchrun --nproc_per_node=N` or `accelerate launch` in the place of `python`. A second run
-does only what is missing.
+does only what is missing. `--dry_run` shows what will be made of the clips, as a table and a picture, and stops there.
 """
 
 from collections.abc import Sequence
 
 from args import parse_prepare_args
 from errors import one_line_errors
-from plan import plan_raw_clips
+from plan import check_bad_clips, plan_raw_clips
 from quiet import quiet_libraries
 
 
@@ -23,12 +23,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the given flags; None for those of the command line."""
     with one_line_errors():
         args = parse_prepare_args(argv)
-        clips = plan_raw_clips(args)
+        data = plan_raw_clips(args, with_images=args.save_image_latents)
+        if not args.dry_run:
+            check_bad_clips(data, args.on_bad_clip)
         quiet_libraries()
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
-        from preparation import prepare
+        from preparation import prepare, rehearse
 
-        prepare(args, clips)
+        if args.dry_run:
+            rehearse(args, data)
+            check_bad_clips(data, args.on_bad_clip)
+        else:
+            prepare(args, data)
 
 
 if __name__ == "__main__":

@@ -1,83 +1,130 @@
-"""The on-disk format of prepared data: latent moments and prompt embeddings, one file a clip, and their index.
+"""The on-disk format of prepared data: latent moments and prompt embeddings, and the index of samples.
 
-    <folder>/prepared.json               the settings it was prepared with
+Written by default, in shards (`--layout shards`):
+
+    <folder>/prepared.json                       what it was prepared with: encoders, precision, flags
+    <folder>/index.jsonl                         one object a sample: its shards, its bucket, its caption and source
+    <folder>/latents/<digest>.safetensors        <name>.video_latents  [2C, F', H / 8, W / 8], the VAE's moments, and
+                                                 <name>.image_latents  [K, 2C, 1, H / 8, W / 8] (image-to-video)
+    <folder>/prompt_embeds/<digest>.safetensors  <caption's digest>.prompt_embeds  [226, D]
+
+One file a clip (`--layout files`), as the original `prepare_dataset.py` wrote it; its folders load alike, they only
+lack `prepared.json`:
+
     <folder>/data.jsonl                  one object a clip: its files, and {num_frames, height, width}
     <folder>/prompts.txt, videos.txt     the same clips as a plain list
-    <folder>/video_latents/<name>.pt     the VAE's moments, [2C, F', H / 8, W / 8]
+    <folder>/video_latents/<name>.pt     [2C, F', H / 8, W / 8]
     <folder>/prompt_embeds/<name>.pt     [226, D]
     <folder>/videos/<name>.mp4           the clip as the model sees it
     <folder>/prompts/<name>.txt
     <folder>/images/<name>.png           its first frame, and
     <folder>/image_latents/<name>.pt     that frame's moments, [2C, 1, H / 8, W / 8] (image-to-video)
-
-Folders written by the original `prepare_dataset.py` have the same layout without `prepared.json`, and load alike.
 """
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buckets import Bucket
 from errors import UserError, listing
 from files import written_whole
+from shards import finished_names
 
 
 if TYPE_CHECKING:
     import torch
 
 SETTINGS_FILE = "prepared.json"
-INDEX_FILE = "data.jsonl"
-LISTS = (INDEX_FILE, "prompts.txt", "videos.txt")
+INDEX_FILE = "index.jsonl"
+FILES_INDEX = "data.jsonl"
+LISTS = ("prompts.txt", "videos.txt")
+STAGING = ".staging"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    file: Path
+    key: str | None = None  # in a safetensors file; None: the file is a .pt file with this tensor alone
 
 
 @dataclass(frozen=True)
 class PreparedClip:
-    """One clip of a prepared folder."""
+    """One sample of a prepared folder."""
 
     name: str
     bucket: Bucket
-    video_latents: Path
-    prompt_embeds: Path
+    video_latents: StoredTensor  # [2C, F', H / 8, W / 8]
+    prompt_embeds: StoredTensor  # [226, D]
+    image_latents: StoredTensor | None = None  # [K, 2C, 1, H / 8, W / 8], or without K
+    repeats: float = 1.0
 
 
 @dataclass(frozen=True)
 class PreparedSettings:
-    """What the tensors depend on beside the clips themselves: a folder is prepared with one set of these."""
+    """What the tensors of a folder depend on beside the clips: a folder is prepared with one set of these."""
 
-    model: str
+    layout: str  # shards, files
+    encoders: Mapping[str, str | None]  # as `fingerprint_encoders` gives them
     dtype: str
     max_sequence_length: int
+    tiling: bool
+    model: str = ""  # where the encoders were, for messages
+    flags: Mapping[str, Any] = field(default_factory=dict)  # which clips and frames were chosen: of the last run
+
+    _FOR_INFORMATION = ("model", "flags")
+
+    def differences(self, earlier: Mapping[str, Any]) -> list[str]:
+        """What was otherwise in `earlier`, as `read_settings` gives it; an encoder that one side lacks is not."""
+        mine = {name: value for name, value in asdict(self).items() if name not in self._FOR_INFORMATION}
+        different = encoder_differences(mine.pop("encoders"), earlier.get("encoders", {}))
+        return [f"another {name}" for name in different] + [
+            f"{name} was {earlier.get(name)!r}, is now {value!r}"
+            for name, value in mine.items()
+            if earlier.get(name) != value
+        ]
 
 
-def write_tensor(folder: Path, kind: str, name: str, tensor: "torch.Tensor") -> None:
-    """Write `<folder>/<kind>/<name>.pt`, whole or not at all; `kind` is video_latents or prompt_embeds."""
-    import torch
-
-    # To an open file, because torch writes a path's name into the archive; a copy, because a slice of a batch is saved
-    # with the whole batch's storage.
-    with written_whole(tensor_file(folder, kind, name)) as path, open(path, "wb") as file:
-        torch.save(tensor.detach().cpu().clone(), file)
+def encoder_differences(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> list[str]:
+    """Names of the encoders that both sides know and that are not the same."""
+    return [name for name, digest in one.items() if digest and other.get(name) and digest != other[name]]
 
 
-def read_tensor(path: Path) -> "torch.Tensor":
-    """Read a tensor file; never unpickles anything but tensors.
+def check_encoders(folder: Path, encoders: Mapping[str, str | None]) -> str | None:
+    """What is wrong with training a model with these encoders on a prepared folder; None: nothing that can be told."""
+    settings = read_settings(folder)
+    different = encoder_differences(encoders, settings.get("encoders", {}))
+    if not different:
+        return None
+    return f"{folder} was prepared with another {' and '.join(different)} (of {settings['model']}) than the model's"
+
+
+def read_tensor(stored: StoredTensor) -> "torch.Tensor":
+    """Read a tensor; never unpickles anything but tensors.
 
     Raises:
-        ValueError: the file is no tensor file.
+        ValueError: the file is damaged or holds no such tensor.
     """
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if stored.key is None:
+            return torch.load(stored.file, map_location="cpu", weights_only=True)
+        return _open_shard(stored.file).get_tensor(stored.key)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a tensor: {error}") from error
+        raise ValueError(f"{stored.file} cannot be read as a tensor: {error}") from error
 
 
-def tensor_file(folder: Path, kind: str, name: str) -> Path:
-    """Where a clip's tensor of a kind (video_latents, image_latents, prompt_embeds) lies."""
-    return folder / kind / f"{name}.pt"
+@lru_cache(maxsize=256)
+def _open_shard(file: Path) -> Any:
+    """A shard, mapped into memory once per process: opening one parses a header of many thousand entries."""
+    from safetensors import safe_open
+
+    return safe_open(file, "pt")
 
 
 def claim_folder(folder: Path, settings: PreparedSettings) -> None:
@@ -87,61 +134,30 @@ def claim_folder(folder: Path, settings: PreparedSettings) -> None:
         UserError: the folder holds data prepared with other settings, or lists that are not ours to overwrite.
     """
     path = folder / SETTINGS_FILE
-    if not path.exists():
-        foreign = [name for name in LISTS if (folder / name).exists()]
+    if path.exists():
+        earlier = read_settings(folder)
+        differing = settings.differences(earlier)
+        if differing:
+            raise UserError(
+                f"--output_dir: {folder} holds data prepared with other settings ({'; '.join(differing)}); "
+                "give a new folder"
+            )
+        known = {name: digest or earlier["encoders"].get(name) for name, digest in settings.encoders.items()}
+        settings = PreparedSettings(**asdict(settings) | {"encoders": known})
+    else:
+        foreign = [name for name in (INDEX_FILE, FILES_INDEX, *LISTS) if (folder / name).exists()]
         if foreign:
             raise UserError(
                 f"--output_dir: {folder} already holds {', '.join(foreign)} of a data set that was not prepared here; "
                 "give a new folder"
             )
-        with written_whole(path) as partial:
-            partial.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
-        return
-    earlier = read_settings(folder)
-    differing = [
-        f"{key} was {earlier.get(key)!r}, is now {value!r}"
-        for key, value in asdict(settings).items()
-        if earlier.get(key) != value
-    ]
-    if differing:
-        raise UserError(
-            f"--output_dir: {folder} holds data prepared with other settings ({'; '.join(differing)}); "
-            "give a new folder"
-        )
+    with written_whole(path, staging=folder / STAGING) as partial:
+        partial.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
 
 
-def write_index(
-    folder: Path, clips: Iterable[tuple[str, str, Bucket]], *, with_tensors: bool, with_images: bool = False
-) -> None:
-    """List the folder's clips in prompts.txt and videos.txt and, with their tensors, in data.jsonl.
-
-    Args:
-        clips: (name, caption, bucket) of each.
-        with_tensors: latents and embeddings were written.
-        with_images: first frames were written too.
-    """
-    clips = list(clips)
-    lines: dict[str, list[str]] = {
-        "prompts.txt": [" ".join(caption.split()) for _, caption, _ in clips],
-        "videos.txt": [f"videos/{name}.mp4" for name, _, _ in clips],
-    }
-    if with_tensors:
-        lines[INDEX_FILE] = [json.dumps(_entry(name, bucket, with_images)) for name, _, bucket in clips]
-    for file, content in lines.items():
-        with written_whole(folder / file) as partial:
-            partial.write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
-
-
-def _entry(name: str, bucket: Bucket, with_images: bool) -> dict[str, Any]:
-    images = {"image": f"images/{name}.png", "image_latent": f"image_latents/{name}.pt"} if with_images else {}
-    return {
-        "prompt": f"prompts/{name}.txt",
-        "prompt_embed": f"prompt_embeds/{name}.pt",
-        "video": f"videos/{name}.mp4",
-        "video_latent": f"video_latents/{name}.pt",
-        **images,
-        "metadata": bucket._asdict(),
-    }
+def index_lines(entries: Iterable[Mapping[str, Any]]) -> str:
+    """The text of an index: a JSON object a line."""
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -157,24 +173,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}); prepare into a new folder") from error
 
 
-def listed_names(folder: Path) -> set[str]:
-    """Names of the clips that the folder's list of videos has; empty before there is one."""
-    videos = folder / "videos.txt"
-    return {Path(line).stem for line in videos.read_text(encoding="utf-8").splitlines()} if videos.exists() else set()
-
-
 def read_index(folder: Path) -> list[PreparedClip]:
-    """List the clips of a prepared folder, and check that their tensor files are there.
+    """List the samples of a prepared folder, and check that all their tensors are there.
 
     Raises:
-        UserError: the folder was never prepared, or files are missing.
+        UserError: the folder was never prepared, its preparation was not finished, or tensors are missing.
     """
     if (folder / INDEX_FILE).is_file():
-        clips = [
-            _clip_from_entry(folder, line, number)
-            for number, line in enumerate((folder / INDEX_FILE).read_text(encoding="utf-8").splitlines(), 1)
-            if line.strip()
-        ]
+        clips = _read_lines(folder / INDEX_FILE, _clip_in_shards)
+    elif (folder / FILES_INDEX).is_file():
+        clips = _read_lines(folder / FILES_INDEX, _clip_in_files)
     elif (folder / SETTINGS_FILE).is_file():
         raise UserError(
             f"--load_tensors: the preparation of {folder} was not finished (there is no {INDEX_FILE}); run it again: "
@@ -184,30 +192,116 @@ def read_index(folder: Path) -> list[PreparedClip]:
         clips = [_clip_from_latents(path) for path in sorted((folder / "video_latents").glob("[!.]*.pt"))]
     if not clips:
         raise UserError(
-            f"--load_tensors: {folder} holds no prepared data (no {INDEX_FILE} and no video_latents/*.pt); run "
-            "prepare_dataset.sh first and give its --output_dir as --data_root, or leave --load_tensors out"
+            f"--load_tensors: {folder} holds no prepared data (no {INDEX_FILE}, no {FILES_INDEX} and no "
+            "video_latents/*.pt); run prepare_dataset.sh first and give its --output_dir as --data_root, or leave "
+            "--load_tensors out"
         )
-    missing = [path for clip in clips for path in (clip.video_latents, clip.prompt_embeds) if not path.is_file()]
+    missing = _missing_tensors(folder, clips)
     if missing:
         raise UserError(listing(f"--load_tensors: {len(missing)} files of {folder} are missing:", missing))
     return clips
 
 
-def _clip_from_entry(folder: Path, line: str, number: int) -> PreparedClip:
-    try:
-        entry: dict[str, Any] = json.loads(line)
-        latents = folder / entry["video_latent"]
-        size = entry["metadata"]
-        bucket = Bucket(int(size["num_frames"]), int(size["height"]), int(size["width"]))
-        return PreparedClip(latents.stem, bucket, latents, folder / entry["prompt_embed"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / INDEX_FILE}:{number}: not a prepared clip ({type(error).__name__}: {error}); "
-            "run prepare_dataset.sh again"
-        ) from error
+def _missing_tensors(folder: Path, clips: Iterable[PreparedClip]) -> list[str]:
+    stored = {
+        tensor for clip in clips for tensor in (clip.video_latents, clip.prompt_embeds, clip.image_latents) if tensor
+    }
+    in_shards = finished_names(folder / "latents") | finished_names(folder / "prompt_embeds")
+
+    def is_there(tensor: StoredTensor) -> bool:
+        if tensor.key is None:
+            return tensor.file.is_file()
+        return in_shards.get(tensor.key.rpartition(".")[0]) == tensor.file
+
+    missing = [tensor for tensor in stored if not is_there(tensor)]
+    return sorted(str(tensor.file) + (f" ({tensor.key})" if tensor.key else "") for tensor in missing)
+
+
+def _read_lines(path: Path, to_clip: Any) -> list[PreparedClip]:
+    clips = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                clips.append(to_clip(path.parent, json.loads(line)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path}:{number}: not a prepared clip ({type(error).__name__}: {error}); "
+                    "run prepare_dataset.sh again"
+                ) from error
+    return clips
+
+
+def sample_in_shards(
+    folder: Path, name: str, latents: Path, embeds: Path, caption_key: str, bucket: Bucket, *, with_images: bool
+) -> dict[str, Any]:
+    """What the index says of a sample whose tensors are in these two shards."""
+    return {
+        "name": name,
+        "latents": latents.relative_to(folder).as_posix(),
+        "prompt_embeds": embeds.relative_to(folder).as_posix(),
+        "caption_key": caption_key,
+        "with_image": with_images,
+        "metadata": bucket._asdict(),
+    }
+
+
+def sample_in_files(name: str, bucket: Bucket, *, with_images: bool) -> dict[str, Any]:
+    """What the index says of a sample with files of its own."""
+    images = {"image": f"images/{name}.png", "image_latent": f"image_latents/{name}.pt"} if with_images else {}
+    return {
+        "prompt": f"prompts/{name}.txt",
+        "prompt_embed": f"prompt_embeds/{name}.pt",
+        "video": f"videos/{name}.mp4",
+        "video_latent": f"video_latents/{name}.pt",
+        **images,
+        "metadata": bucket._asdict(),
+    }
+
+
+def _clip_in_shards(folder: Path, entry: dict[str, Any]) -> PreparedClip:
+    name, latents = entry["name"], _joined(folder, entry["latents"])
+    return PreparedClip(
+        name,
+        _bucket(entry["metadata"]),
+        StoredTensor(latents, f"{name}.video_latents"),
+        StoredTensor(_joined(folder, entry["prompt_embeds"]), f"{entry['caption_key']}.prompt_embeds"),
+        StoredTensor(latents, f"{name}.image_latents") if entry["with_image"] else None,
+        float(entry["repeats"]),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _joined(folder: Path, shard: str) -> Path:
+    """One path object for all the samples of a shard."""
+    return folder / shard
+
+
+def _clip_in_files(folder: Path, entry: dict[str, Any]) -> PreparedClip:
+    latents, image = folder / entry["video_latent"], entry.get("image_latent")
+    return PreparedClip(
+        latents.stem,
+        _bucket(entry["metadata"]),
+        StoredTensor(latents),
+        StoredTensor(folder / entry["prompt_embed"]),
+        StoredTensor(folder / image) if image else None,
+        float(entry.get("repeats", 1.0)),
+    )
+
+
+def _bucket(size: Mapping[str, Any]) -> Bucket:
+    return Bucket(int(size["num_frames"]), int(size["height"]), int(size["width"]))
 
 
 def _clip_from_latents(path: Path) -> PreparedClip:
-    _, frames, height, width = read_tensor(path).shape
+    _, frames, height, width = read_tensor(StoredTensor(path)).shape
     bucket = Bucket((frames - 1) * 4 + 1, height * 8, width * 8)
-    return PreparedClip(path.stem, bucket, path, path.parent.parent / "prompt_embeds" / path.name)
+    image = path.parent.parent / "image_latents" / path.name
+    return PreparedClip(
+        path.stem,
+        bucket,
+        StoredTensor(path),
+        StoredTensor(path.parent.parent / "prompt_embeds" / path.name),
+        StoredTensor(image) if image.is_file() else None,
+    )

@@ -1,0 +1,197 @@
+"""Media that rows carry become files as `media_cache` promises: whole, without loss, each once."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_lists import write
+from errors import UserError
+from media_cache import first_frame_file, media_file
+from rows import UnusableRow
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 9, 3), np.uint8)
+
+
+def picture(format="PNG", size=(6, 4), colour=(255, 0, 0)):
+    """An image file's bytes."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, format)
+    return buffer.getvalue()
+
+
+def decoded(path):
+    """All frames, and the rate."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]), stream.average_rate
+
+
+def files_in(cache):
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
+def problem_of(value, cache, fps=None):
+    with pytest.raises(UnusableRow) as raised:
+        media_file(value, None, cache, fps)
+    return str(raised.value)
+
+
+def test_a_path_is_a_path_in_the_folder(tmp_path):
+    assert media_file(" a.mp4\n", tmp_path, tmp_path) == tmp_path / "a.mp4"
+    assert media_file({"bytes": None, "path": "/b.mp4"}, None, tmp_path) == Path("/b.mp4")
+
+
+@pytest.mark.parametrize("value", [None, "", " ", {"bytes": None, "path": None}, {"bytes": None, "path": ""}])
+def test_an_empty_path_is_none(tmp_path, value):
+    assert problem_of(value, tmp_path) == "has no path"
+
+
+def test_a_relative_path_needs_a_folder(tmp_path):
+    assert problem_of("a.mp4", tmp_path).endswith("give the folder it starts from with --data_root")
+
+
+@pytest.mark.parametrize("value", [b"content", {"bytes": b"content"}, {"bytes": b"content", "path": None}])
+def test_bytes_become_a_file(tmp_path, value):
+    assert media_file(value, None, tmp_path).read_bytes() == b"content"
+
+
+def test_bytes_keep_the_suffix_of_the_path_that_comes_with_them_if_it_is_one_of_media(tmp_path):
+    names = ["somewhere/a.MOV", "b.jpg", "c.exe", "d"]
+    files = [media_file({"bytes": b"content", "path": name}, None, tmp_path) for name in names]
+    assert [file.suffix for file in files] == [".mov", ".jpg", "", ""]
+
+
+@pytest.mark.parametrize("value", [b"content", PIXELS, [picture()]], ids=["bytes", "decoded", "images"])
+def test_the_same_media_are_written_once(tmp_path, value):
+    written = media_file(value, None, tmp_path)
+    time = written.stat().st_mtime_ns
+    assert media_file(value, None, tmp_path) == written
+    assert files_in(tmp_path) == [written]
+    assert written.stat().st_mtime_ns == time
+
+
+def test_other_media_or_another_rate_make_another_file(tmp_path):
+    images = [picture(), picture(colour=(0, 0, 0))]
+    values = [(PIXELS, None), (PIXELS, 12), (PIXELS[:4], None), (images, None), (images[::-1], None), (images, 12)]
+    assert len({media_file(value, None, tmp_path, fps) for value, fps in values}) == len(values)
+
+
+@pytest.mark.parametrize(("fps", "rate"), [(None, 8), (12, 12), (30000 / 1001, 29.97)])
+@pytest.mark.parametrize("kind", [np.uint8, np.int64])
+def test_decoded_videos_are_kept_without_loss(tmp_path, kind, fps, rate):
+    found, found_rate = decoded(media_file(PIXELS.astype(kind), None, tmp_path, fps))
+    assert np.array_equal(found, PIXELS)
+    assert float(found_rate) == pytest.approx(rate, rel=1e-4)
+
+
+def test_a_decoded_video_has_the_same_bytes_wherever_it_is_written(tmp_path):
+    first, second = (media_file(PIXELS, None, tmp_path / cache) for cache in ("a", "b"))
+    assert first.name == second.name
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_decoded_image_is_kept_as_png(tmp_path):
+    file = media_file(PIXELS[0], None, tmp_path)
+    assert file.suffix == ".png"
+    assert np.array_equal(np.asarray(Image.open(file)), PIXELS[0])
+
+
+def test_a_list_of_images_becomes_a_video(tmp_path):
+    colours = [(255, 0, 0), (0, 128, 3), (7, 8, 9)]
+    write(tmp_path / "3.png", picture(colour=colours[2]))
+    images = [picture(colour=colours[0]), {"bytes": picture(colour=colours[1]), "path": None}, "3.png"]
+    frames, rate = decoded(media_file(images, tmp_path, tmp_path / "cache", 12))
+    assert rate == 12
+    assert frames.shape == (3, 4, 6, 3)
+    assert [tuple(frame[0, 0]) for frame in frames] == colours
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (np.ones((1, 1, 1, 3), np.float32), "holds float32 of shape [1, 1, 1, 3]; decoded videos are"),
+        (np.ones((1, 1, 1, 2), np.uint8), "holds uint8 of shape [1, 1, 1, 2]; decoded videos are"),
+        (np.ones((0, 1, 1, 3), np.uint8), "holds uint8 of shape [0, 1, 1, 3]; decoded videos are"),
+        (np.full((1, 1, 1, 3), 256), "holds int64 of shape [1, 1, 1, 3]; decoded videos are"),
+        (np.full((1, 1, 1, 3), -1), "holds int64 of shape [1, 1, 1, 3]; decoded videos are"),
+        ([], "holds no frames"),
+        ([picture(), picture(size=(8, 8))], "holds frames of different sizes"),
+        ([picture(), picture()[:50]], "has a frame that is not a readable image"),
+        ([picture(), "/gone.png"], "has a frame /gone.png that cannot be read: No such file or directory"),
+        ([picture(), "/\0.png"], "has a frame /"),
+        ([{"x": 5}], "has dict among its frames, not an image"),
+        ({"x": 5}, "is dict, not a path"),
+        (7, "is int 7, not a path"),
+    ],
+)
+def test_media_that_make_no_video_are_told_and_not_kept(tmp_path, value, problem):
+    assert problem_of(value, tmp_path).startswith(problem)
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("fps", [0.0, -8.0, float("nan"), float("inf"), "8"])
+def test_a_rate_that_is_none_is_told(tmp_path, fps):
+    assert "in its fps column; a rate is a number" in problem_of(PIXELS, tmp_path, fps)
+
+
+@pytest.mark.parametrize("value", [None, "", " ", []])
+def test_a_first_frame_may_be_missing(tmp_path, value):
+    assert first_frame_file(value, None, tmp_path) is None
+
+
+@pytest.mark.parametrize("value", [picture(), {"bytes": picture(), "path": None}, [{"bytes": picture()}]])
+def test_a_first_frame_may_be_in_the_row_alone_or_as_a_list_of_one(tmp_path, value):
+    assert first_frame_file(value, None, tmp_path).read_bytes() == picture()
+
+
+def test_what_is_wrong_with_a_first_frame_is_said_of_the_image(tmp_path):
+    with pytest.raises(UnusableRow, match=r"^its image is int 5, not a path$"):
+        first_frame_file(5, None, tmp_path)
+    with pytest.raises(UnusableRow, match=r"^has 2 images where one belongs$"):
+        first_frame_file([picture(), picture()], None, tmp_path)
+
+
+def test_a_remote_file_is_fetched_once(tmp_path):
+    remote = fsspec.filesystem("memory")
+    remote.pipe("/clips/a.mp4", b"content")
+    value = {"bytes": None, "path": "memory://clips/a.mp4"}
+    fetched = media_file(value, None, tmp_path)
+    remote.rm("/clips/a.mp4")
+    assert media_file(value, None, tmp_path) == fetched
+    assert fetched.suffix == ".mp4"
+    assert fetched.read_bytes() == b"content"
+
+
+def test_a_remote_file_that_is_not_there_is_told_and_not_kept(tmp_path):
+    assert problem_of({"path": "memory://clips/gone.mp4"}, tmp_path).startswith("cannot be fetched: ")
+    assert files_in(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path):
+    write(tmp_path / "cache", b"a file where a folder belongs")
+    with pytest.raises(UserError, match="where media out of data sets are kept, cannot be written"):
+        media_file(b"content", None, tmp_path / "cache")
+
+
+def test_processes_that_fill_one_cache_at_once_agree(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; import numpy as np; from media_cache import media_file;"
+        "videos = [np.full((2, 8, 8, 3), value, np.uint8) for value in range(50)];"
+        "print(*(media_file(video, None, Path(sys.argv[1])) for video in videos))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    first, second = (process.communicate()[0].split() for process in started)
+    assert first == second
+    assert sorted(map(str, files_in(tmp_path))) == sorted(first)
+    assert all((decoded(Path(path))[0] == value).all() for value, path in enumerate(first))

@@ -1,0 +1,104 @@
+"""From flags to a plan: which clips there are, which cannot be used, and what is said about it."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from args import parse_prepare_args
+from buckets import Bucket
+from clips import BadClip
+from errors import UserError
+from plan import PreparedData, RawData, check_bad_clips, data_sources, describe, plan_raw_clips, report_skipped
+from prepared import PreparedClip, StoredTensor
+
+
+@pytest.fixture
+def data(demo_clips, tmp_path) -> Path:
+    """Three good clips and one of each kind of bad one."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    videos = [str(path) for path in sorted((demo_clips / "videos").iterdir())[:3]]
+    (folder / "zeros.mp4").write_bytes(bytes(1000))
+    videos += ["missing.mp4", "zeros.mp4", videos[0]]
+    captions = ["one", "two", "three", "four", "five", ""]
+    (folder / "table.jsonl").write_text(
+        "".join(json.dumps({"video": v, "caption": c}) + "\n" for v, c in zip(videos, captions, strict=True))
+    )
+    return folder
+
+
+def plan(data: Path, *flags: str, **options: bool) -> RawData:
+    places = ["--model_id", "org/name", "--data_root", str(data), "--output_dir", str(data.parent / "out")]
+    size = ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17"]
+    return plan_raw_clips(parse_prepare_args([*places, *size, *flags]), **options)
+
+
+def test_every_listed_clip_is_planned_or_bad_with_its_reason(data):
+    found = plan(data, "--dataset_file", str(data / "table.jsonl"))
+    assert found.captions == ["one", "two", "three"]
+    assert found.buckets == [Bucket(17, 64, 96)] * 3
+    reasons = {clip.source: clip.reason for clip in found.bad}
+    assert reasons.keys() == {"table.jsonl:4", "table.jsonl:5", "table.jsonl:6"}
+    assert "does not exist" in reasons["table.jsonl:4"]
+    assert "caption" in reasons["table.jsonl:6"]
+
+
+def test_all_bad_clips_are_refused_in_one_list(data):
+    found = plan(data, "--dataset_file", str(data / "table.jsonl"))
+    with pytest.raises(UserError, match=r"3 of 6 clips cannot be used; .* --on_bad_clip skip:") as caught:
+        check_bad_clips(found, "error")
+    assert all(f"({clip.source})" in str(caught.value) for clip in found.bad)
+    check_bad_clips(found, "skip")
+
+
+def test_nothing_is_left_to_skip_where_every_clip_is_bad():
+    with pytest.raises(UserError, match="1 of 1 clips cannot be used:"):
+        check_bad_clips(RawData([], [BadClip("a.mp4", "videos.txt:1", "is empty")]), "skip")
+
+
+def test_clips_left_out_are_written_to_a_table_and_forgotten_when_they_are_mended(tmp_path):
+    bad = [BadClip("a, b.mp4", "videos.txt:1", "is empty")]
+    report_skipped(bad, tmp_path)
+    with open(tmp_path / "skipped_clips.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["clip", "source", "reason"], ["a, b.mp4", "videos.txt:1", "is empty"]]
+    report_skipped([], tmp_path)
+    assert not (tmp_path / "skipped_clips.csv").exists()
+
+
+def test_an_image_is_looked_at_only_where_it_is_needed(data, demo_clips):
+    video = sorted((demo_clips / "videos").iterdir())[0]
+    row = {"video": str(video), "caption": "one", "image": "no-such.png"}
+    (data / "images.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--dataset_file", str(data / "images.jsonl")]
+    assert len(plan(data, *flags).clips) == 1
+    (bad,) = plan(data, *flags, with_images=True).bad
+    assert "no-such.png" in bad.reason
+
+
+def test_the_data_sets_of_a_mix_are_joined(data, demo_clips, tmp_path):
+    mix = tmp_path / "mix.json"
+    entries = [{"data_root": str(demo_clips), "repeats": 2}, {"dataset_file": str(data / "table.jsonl")}]
+    mix.write_text(json.dumps(entries))
+    flags = ["--model_id", "org/name", "--dataset_mix", str(mix), "--output_dir", str(tmp_path / "out")]
+    args = parse_prepare_args([*flags, "--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17"])
+    assert len(data_sources(args)) == 2
+    found = plan_raw_clips(args)
+    assert found.repeats == [2] * 16 + [1] * 3
+
+
+class Configs:
+    """What `describe` reads of a model."""
+
+    transformer = {"max_text_seq_length": 226, "patch_size": 2, "patch_size_t": None}  # noqa: RUF012
+
+
+def test_prepared_samples_are_counted_by_bucket():
+    stored = StoredTensor(Path("a.pt"))
+    clips = [PreparedClip("a", Bucket(frames, 64, 96), stored, stored) for frames in (17, 17, 49)]
+    lines = describe(PreparedData(clips, []), None, Configs(), batch_size=1).splitlines()
+    assert lines == [
+        f"17x64x96: 2 prepared samples of {226 + 5 * 4 * 6} tokens",
+        f"49x64x96: 1 prepared samples of {226 + 13 * 4 * 6} tokens",
+    ]

@@ -53,6 +53,13 @@ def test_all_bad_clips_are_refused_in_one_list(data):
     check_bad_clips(found, "skip")
 
 
+def test_a_clip_that_is_split_counts_as_one(data):
+    found = plan(data, "--dataset_file", str(data / "table.jsonl"), "--long_clips", "split", "--frame_buckets", "5")
+    assert len(found.clips) > 3
+    with pytest.raises(UserError, match="3 of 6 clips cannot be used"):
+        check_bad_clips(found, "error")
+
+
 def test_nothing_is_left_to_skip_where_every_clip_is_bad():
     with pytest.raises(UserError, match="1 of 1 clips cannot be used:"):
         check_bad_clips(RawData([], [BadClip("a.mp4", "videos.txt:1", "is empty")]), "skip")

@@ -236,15 +236,16 @@ def describe_data(
                 logger.warning("warning: %s", problem)
     else:
         report_skipped(data.bad, Path(args.output_dir))
-    plan = describe(
-        data,
-        source,
-        configs,
-        batch_size=args.train_batch_size,
-        num_ranks=accelerator.num_processes,
-        reshape_mode=args.video_reshape_mode,
-    )
-    logger.info("%s", plan)
+    if accelerator.is_main_process:
+        plan = describe(
+            data,
+            source,
+            configs,
+            batch_size=args.train_batch_size,
+            num_ranks=accelerator.num_processes,
+            reshape_mode=args.video_reshape_mode,
+        )
+        logger.info("%s", plan)
 
 
 def trainable_parameters(transformer: CogVideoXTransformer3DModel) -> list[torch.nn.Parameter]:

@@ -159,6 +159,8 @@ def _too_short(
         ways.append("raise --fps")
     if num_usable > 1:
         ways.append("add a smaller one to --frame_buckets")
+    if num_usable > 0 and smallest > 1:
+        ways.append("give --hold_last_frame")
     advice = f": {', or '.join(ways)}" if ways else ""
     return f"{frames}; the smallest frame bucket has {smallest}{advice}"
 

@@ -126,7 +126,7 @@ def check_bad_clips(data: RawData, on_bad_clip: str) -> None:
     """
     if not data.bad or (data.clips and on_bad_clip == "skip"):
         return
-    total = len({planned.clip.source for planned in data.clips} | {clip.source for clip in data.bad})
+    total = len({id(planned.clip) for planned in data.clips}) + len(data.bad)
     advice = "; mend or remove them, or leave them out by --on_bad_clip skip" if data.clips else ""
     title = f"{len(data.bad)} of {total} clips cannot be used{advice}:"
     raise UserError(listing(title, data.bad, most=len(data.bad)))

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from buckets import Bucket, Draw
 from clips import BadClip, PlannedClip
-from contact_sheet import SheetRow, draw_contact_sheet, sample_for_sheet
 from dataset import Batch, ClipDataset, make_loader
 from diffusion import image_noise_scales, step_generator
 from errors import UserError, listing
@@ -34,7 +33,6 @@ from flag_checks import PREPARED_FLAGS
 from layouts import FileLayout, Sample, ShardLayout
 from models import DTYPES, ModelConfigs, ModelSource, encode_noised_image, encode_prompts, encode_videos
 from plan import RawData, describe, report_skipped
-from plan_report import write_plan
 from prepared import STAGING, PreparedSettings, claim_folder
 
 
@@ -69,10 +67,8 @@ def prepare(args: argparse.Namespace, data: RawData) -> None:
     logging.basicConfig(level=logging.INFO if rank.index == 0 else logging.ERROR, format="%(message)s", force=True)
     source = ModelSource(args.model_id, args.revision, args.variant, args.cache_dir)
     configs = source.configs()
-    plan = describe(
-        data, source, configs, batch_size=args.batch_size, num_ranks=rank.count, reshape_mode=args.video_reshape_mode
-    )
-    logger.info("%s", plan)
+    if rank.index == 0:
+        log_plan(args, data, source, configs, rank.count)
     if args.save_latents_and_embeddings:
         source.download_encoders()
     folder = Path(args.output_dir)
@@ -89,35 +85,13 @@ def prepare(args: argparse.Namespace, data: RawData) -> None:
     finish(args, layout, data, samples, rank)
 
 
-def rehearse(args: argparse.Namespace, data: RawData) -> None:
-    """Print the plan, and write it in detail and as a picture; nothing is encoded.
-
-    Raises:
-        UserError: the model cannot be read.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    source = ModelSource(args.model_id, args.revision, args.variant, args.cache_dir)
-    plan = describe(data, source, source.configs(), batch_size=args.batch_size, reshape_mode=args.video_reshape_mode)
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_plan(data.clips, data.bad, folder / "plan.csv")
-    shown = sample_for_sheet(data.clips)
-    dataset = clip_dataset(args, shown)
-    batches = [dataset[Draw(index, 0)] for index in range(len(shown))]
-    for batch in batches:
-        for _, reason in batch.failed:
-            logger.warning("warning: a clip does not decode: %s", reason)
-    rows = [sheet_row(planned, batch) for planned, batch in zip(shown, batches, strict=True) if not batch.failed]
-    draw_contact_sheet(rows, folder / "contact_sheet.png")
-    logger.info("%s\nwrote %s and %s", plan, folder / "plan.csv", folder / "contact_sheet.png")
-
-
-def sheet_row(planned: PlannedClip, batch: Batch) -> SheetRow:
-    """First, middle and last frame of a clip as the model sees it."""
-    frames = batch.videos[0].permute(0, 2, 3, 1).numpy()
-    shown = dict.fromkeys((0, len(frames) // 2, len(frames) - 1))
-    title = f"{planned.bucket} · {planned.clip.video.name}" + (f" · part {planned.part + 1}" if planned.part else "")
-    return SheetRow([frames[index] for index in shown], title, planned.clip.caption)
+def log_plan(
+    args: argparse.Namespace, data: RawData, source: ModelSource, configs: ModelConfigs, num_ranks: int = 1
+) -> None:
+    """Say which buckets the clips get, and what stands out."""
+    mode = args.video_reshape_mode
+    plan = describe(data, source, configs, batch_size=args.batch_size, num_ranks=num_ranks, reshape_mode=mode)
+    logger.info("%s", plan)
 
 
 def clip_dataset(args: argparse.Namespace, clips: Sequence[PlannedClip]) -> ClipDataset:

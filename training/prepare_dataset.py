@@ -24,11 +24,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         args = parse_prepare_args(argv)
         data = plan_raw_clips(args, with_images=args.save_image_latents)
-        if not args.dry_run:
+        if not (args.dry_run and data.clips):
             check_bad_clips(data, args.on_bad_clip)
         quiet_libraries()
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
-        from preparation import prepare, rehearse
+        from preparation import prepare
+        from rehearsal import rehearse
 
         if args.dry_run:
             rehearse(args, data)

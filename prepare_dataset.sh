@@ -11,10 +11,11 @@ MODEL_ID="${MODEL_ID:-THUDM/CogVideoX-5b}"
 
 # DATA_ROOT is the folder of the clips: with two lists, videos.txt and prompts.txt, or with a caption clip.txt beside
 # each clip.mp4. DATASET_FILE: a table of them (csv, tsv, jsonl, json, parquet), whose columns the last two name.
-# DATASET_NAME: a data set of the hub instead. assets/dataset.md shows them all.
+# DATASET_NAME: a data set of the hub instead; DATASET_MIX: a list of several. assets/dataset.md shows them all.
 DATA_ROOT="${DATA_ROOT:-clips}"
 DATASET_FILE="${DATASET_FILE:-}"
 DATASET_NAME="${DATASET_NAME:-}"
+DATASET_MIX="${DATASET_MIX:-}"
 CAPTION_COLUMN="${CAPTION_COLUMN:-caption}"
 VIDEO_COLUMN="${VIDEO_COLUMN:-video}"
 OUTPUT_DIR="${OUTPUT_DIR:-prepared}"
@@ -53,6 +54,8 @@ command=(
 )
 if [[ -n "$DATASET_NAME" ]]; then
   command+=(--dataset_name "$DATASET_NAME")
+elif [[ -n "$DATASET_MIX" ]]; then
+  command+=(--dataset_mix "$DATASET_MIX")
 else
   command+=(--data_root "$DATA_ROOT")
 fi

@@ -115,7 +115,7 @@ PREPARE_DEFAULTS = DATA_DEFAULTS | {
     "model_id": "THUDM/CogVideoX-2b",
     "caption_column": "caption",
     "save_image_latents": False,
-    "num_image_latents": 4,
+    "num_image_latents": 1,
     "layout": "files",
     "shard_size_mb": 1024,
     "dry_run": False,
@@ -386,6 +386,14 @@ def test_the_layout_is_that_of_shards_where_there_are_latents(capsys: pytest.Cap
     assert prepare("--save_latents_and_embeddings").layout == "shards"
     assert prepare("--save_latents_and_embeddings", "--layout", "files").layout == "files"
     assert "--layout shards: shards hold latents" in error_of(lambda: prepare("--layout", "shards"), capsys)
+
+
+def test_only_shards_have_room_for_several_image_latents(capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = ("--save_latents_and_embeddings", "--save_image_latents")
+    assert prepare(*tensors).num_image_latents == 4
+    assert prepare(*tensors, "--layout", "files").num_image_latents == 1
+    flags = (*tensors, "--layout", "files", "--num_image_latents", "2")
+    assert "--num_image_latents: --layout files has room for one" in error_of(lambda: prepare(*flags), capsys)
 
 
 def test_flags_that_contradict_the_preparation_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

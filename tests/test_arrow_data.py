@@ -144,7 +144,7 @@ def local_dataset(request, hub, tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_local_data_set_of_any_kind_is_read(local_dataset, streaming):
-    clips = good(None, dataset_name=str(local_dataset), streaming=streaming)
+    clips = good(None, dataset_name=str(local_dataset), dataset_streaming=streaming)
     assert [(clip.video, clip.caption) for clip in clips] == [
         (local_dataset / "a.mp4", "A cat.\nOn a mat."),
         (local_dataset / "sub/b.mp4", "A dog."),
@@ -184,7 +184,7 @@ def test_an_unknown_split_is_told_with_those_there(hub, local_dataset):
 def test_an_unknown_column_of_a_data_set_is_told_with_those_there(hub, tmp_path, streaming):
     write(tmp_path / "data/train.csv", "path,text\na.mp4,A cat.\n")
     name = str(tmp_path / "data")
-    assert error_of(None, dataset_name=name, streaming=streaming) == (
+    assert error_of(None, dataset_name=name, dataset_streaming=streaming) == (
         f"--dataset_name {name} has no column 'video'; it has path, text: set --video_column"
     )
 
@@ -213,7 +213,7 @@ def test_a_folder_of_videos_with_metadata_is_read_without_a_video_decoder(hub, t
         write(tmp_path / f"data/train/{name}.mp4", b"content")
     write(tmp_path / "data/train/metadata.csv", "file_name,text\na.mp4,A cat.\nb.mp4,A dog.\n")
     for streaming in (False, True):
-        clips = good(None, dataset_name=str(tmp_path / "data"), streaming=streaming)
+        clips = good(None, dataset_name=str(tmp_path / "data"), dataset_streaming=streaming)
         assert [(clip.video, clip.caption) for clip in clips] == [
             (tmp_path / "data/train/a.mp4", "A cat."),
             (tmp_path / "data/train/b.mp4", "A dog."),
@@ -234,7 +234,7 @@ def test_features_of_media_are_read(hub, tmp_path, streaming):
     rows = {name: [value] for name, value in (row | {"image": image, "text": "A cat."}).items()}
     (tmp_path / "data").mkdir()
     hub.Dataset.from_dict(rows, features=hub.Features(features)).to_parquet(tmp_path / "data/train.parquet")
-    options = {"dataset_name": str(tmp_path / "data"), "streaming": streaming, "cache": tmp_path / "cache"}
+    options = {"dataset_name": str(tmp_path / "data"), "dataset_streaming": streaming, "cache": tmp_path / "cache"}
     by_column = {column: good(None, **options, video_column=column)[0] for column in row}
     assert by_column["encoded"].video.read_bytes() == b"content"
     assert np.array_equal(decoded(by_column["decoded"].video), PIXELS)
@@ -248,7 +248,7 @@ def test_streaming_takes_no_more_rows_than_asked_for(hub, tmp_path):
     pq.write_table(table, tmp_path / "data/train-00000.parquet", row_group_size=1)
     options = {
         "dataset_name": str(tmp_path / "data"),
-        "streaming": True,
+        "dataset_streaming": True,
         "cache": tmp_path / "cache",
         "max_samples": 2,
     }
@@ -265,7 +265,7 @@ def test_a_web_data_set_is_read(hub, tmp_path, streaming):
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     options = {"dataset_name": str(tmp_path / "data"), "video_column": "mp4", "caption_column": "txt"}
-    clips = good(None, **options, streaming=streaming, cache=tmp_path / "cache")
+    clips = good(None, **options, dataset_streaming=streaming, cache=tmp_path / "cache")
     assert [(clip.caption, clip.metadata) for clip in clips] == [("A cat.", {}), ("A dog.", {})]
     assert [clip.video.read_bytes() for clip in clips] == [b"first", b"second"]
 
@@ -280,7 +280,7 @@ def test_a_data_set_is_read_without_a_word(local_dataset, hub, capfd):
 def test_a_damaged_data_set_is_one_line(hub, tmp_path):
     write(tmp_path / "data/train.parquet", b"PAR1 and nothing more")
     for streaming in (False, True):
-        message = error_of(None, dataset_name=str(tmp_path / "data"), streaming=streaming)
+        message = error_of(None, dataset_name=str(tmp_path / "data"), dataset_streaming=streaming)
         assert message.startswith(f"--dataset_name {tmp_path / 'data'}")
         assert len(message.splitlines()) == 1
 
@@ -295,4 +295,4 @@ def test_streaming_does_without_torch(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hub.config, "TORCH_AVAILABLE", True)
     monkeypatch.setattr(sys, "meta_path", [NoTorch, *sys.meta_path])
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert captions(good(None, dataset_name=str(tmp_path / "data"), streaming=True)) == ["A cat."]
+    assert captions(good(None, dataset_name=str(tmp_path / "data"), dataset_streaming=True)) == ["A cat."]

@@ -149,6 +149,13 @@ def test_an_image_is_cut_and_flipped_like_its_clip(planned, tmp_path, mode):
     assert np.array_equal(image, batch.videos[0, 0].numpy())
 
 
+def test_the_later_parts_of_a_clip_start_from_their_own_first_frame(planned, tmp_path):
+    Image.new("RGB", (96, 64)).save(tmp_path / "black.png")
+    part = replace(with_image(planned[2], tmp_path / "black.png"), part=1)
+    batch, image = image_of(part)
+    assert np.array_equal(image, batch.videos[0, 0].numpy())
+
+
 def test_images_are_left_out_where_nobody_needs_them(planned):
     assert make_dataset(planned)[Draw(0, 0)].images is None
 

@@ -36,3 +36,11 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     replace_folder(partial, folder)
     assert [file.name for file in folder.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_file_is_as_readable_as_any_other_whatever_the_writer_does(tmp_path):
+    (tmp_path / "usual").touch()
+    with written_whole(tmp_path / "file") as path:
+        path.unlink()
+        path.touch(mode=0o600)
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode

@@ -4,14 +4,25 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from args import parse_prepare_args
+from args import parse_args, parse_prepare_args
 from buckets import Bucket
 from clips import BadClip
 from errors import UserError
-from plan import PreparedData, RawData, check_bad_clips, data_sources, describe, plan_raw_clips, report_skipped
-from prepared import PreparedClip, StoredTensor
+from plan import (
+    PreparedData,
+    RawData,
+    check_bad_clips,
+    data_sources,
+    describe,
+    plan_raw_clips,
+    plan_training_data,
+    report_skipped,
+)
+from prepared import PreparedClip, StoredTensor, index_lines, sample_in_shards
 
 
 @pytest.fixture
@@ -93,6 +104,25 @@ def test_the_data_sets_of_a_mix_are_joined(data, demo_clips, tmp_path):
     assert len(data_sources(args)) == 2
     found = plan_raw_clips(args)
     assert found.repeats == [2] * 16 + [1] * 3
+
+
+def test_repeats_of_a_mix_multiply_those_of_prepared_samples(tmp_path):
+    for name in "ab":
+        (tmp_path / name / "latents").mkdir(parents=True)
+        (tmp_path / name / "prompt_embeds").mkdir()
+        latents, embeds = (
+            tmp_path / name / "latents" / "x.safetensors",
+            tmp_path / name / "prompt_embeds" / "y.safetensors",
+        )
+        save_file({"s.video_latents": np.zeros(1)}, latents)
+        save_file({"c.prompt_embeds": np.zeros(1)}, embeds)
+        entry = sample_in_shards(tmp_path / name, "s", latents, embeds, "c", Bucket(17, 64, 96), with_images=False)
+        (tmp_path / name / "index.jsonl").write_text(index_lines([entry | {"repeats": 2.0}]))
+    mix = tmp_path / "mix.json"
+    mix.write_text(json.dumps([{"data_root": "a", "repeats": 3}, {"data_root": "b"}]))
+    flags = ["--pretrained_model_name_or_path", "org/name", "--dataset_mix", str(mix), "--load_tensors"]
+    args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method="lora")
+    assert plan_training_data(args).repeats == [6, 2]
 
 
 class Configs:

@@ -208,7 +208,7 @@ def test_a_mix_names_data_sets_relative_to_its_own_folder(tmp_path, tmp_path_fac
             {"data_root": "prepared", "repeats": 2},
             {"data_root": "a", "dataset_file": "table.csv"},
             {"dataset_file": "other.jsonl", "caption_column": "prompt", "max_samples": 3},
-            {"dataset_name": "saved", "streaming": True},
+            {"dataset_name": "saved", "dataset_streaming": True},
             {"dataset_name": "user/name", "dataset_config_name": "large", "dataset_split": "test"},
         ],
     )
@@ -217,7 +217,7 @@ def test_a_mix_names_data_sets_relative_to_its_own_folder(tmp_path, tmp_path_fac
         DataSource(tmp_path / "prepared", repeats=2, **common),
         DataSource(tmp_path / "a", tmp_path / "a/table.csv", **common),
         DataSource(None, tmp_path / "other.jsonl", **common | {"caption_column": "prompt", "max_samples": 3}),
-        DataSource(None, dataset_name=str(tmp_path / "saved"), streaming=True, **common),
+        DataSource(None, dataset_name=str(tmp_path / "saved"), dataset_streaming=True, **common),
         DataSource(None, dataset_name="user/name", dataset_config_name="large", dataset_split="test", **common),
     ]
 
@@ -226,7 +226,7 @@ def test_a_mix_names_data_sets_relative_to_its_own_folder(tmp_path, tmp_path_fac
     ("entry", "message"),
     [
         ({"data_root": "a", "wieght": 2}, "entry 2: unknown key 'wieght'; did you mean 'weight'?"),
-        ({"data_root": "a", "dataset_streaming": True}, "entry 2: unknown key 'dataset_streaming'; did you mean"),
+        ({"data_root": "a", "streaming": True}, "entry 2: unknown key 'streaming'; did you mean 'dataset_streaming'"),
         ({"data_root": "a", "xyzzy": 2}, "entry 2: unknown key 'xyzzy'; it must be one of data_root, dataset_file"),
         ({"data_root": 5}, "entry 2: 'data_root' is 5; it must be text"),
         ({"data_root": "a", "repeats": "two"}, "entry 2: 'repeats' is \"two\"; it must be a number above 0"),
@@ -234,7 +234,10 @@ def test_a_mix_names_data_sets_relative_to_its_own_folder(tmp_path, tmp_path_fac
         ({"data_root": "a", "repeats": True}, "entry 2: 'repeats' is true; it must be a number above 0"),
         ({"data_root": "a", "weight": float("inf")}, "entry 2: 'weight' is Infinity; it must be a number above 0"),
         ({"data_root": "a", "max_samples": 2.5}, "entry 2: 'max_samples' is 2.5; it must be a whole number above 0"),
-        ({"data_root": "a", "streaming": "yes"}, "entry 2: 'streaming' is \"yes\"; it must be true or false"),
+        (
+            {"data_root": "a", "dataset_streaming": "yes"},
+            "entry 2: 'dataset_streaming' is \"yes\"; it must be true or false",
+        ),
         ({"data_root": "a", "id_token": None}, "entry 2: 'id_token' is null; it must be text"),
         ({"data_root": "a", "weight": 1, "repeats": 1}, "entry 2 has both 'repeats' and 'weight'"),
         ({"dataset_file": "a.csv", "dataset_name": "b"}, "entry 2 has both 'dataset_file' and 'dataset_name'"),

@@ -125,6 +125,10 @@ def parse_prepare_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if args.layout == "shards" and not args.save_latents_and_embeddings:
             raise UserError("--layout shards: shards hold latents; add --save_latents_and_embeddings")
         args.layout = args.layout or ("shards" if args.save_latents_and_embeddings else "files")
+        if args.layout == "files" and args.num_image_latents > 1:
+            if "num_image_latents" in given:
+                raise UserError("--num_image_latents: --layout files has room for one; leave it out, or use shards")
+            args.num_image_latents = 1
         check_files(
             model=args.model_id,
             data_root=args.data_root,

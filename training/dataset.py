@@ -115,9 +115,9 @@ class ClipDataset(Dataset):
         video = self._shape(frames, planned, draw.epoch)
         image = None
         if self.with_images:
-            image = (
-                video[0] if clip.image is None else self._shape(read_frames(clip.image, [0]), planned, draw.epoch)[0]
-            )
+            # The image of a clip that is split is where its first part starts.
+            own = clip.image is None or planned.part > 0
+            image = video[0] if own else self._shape(read_frames(clip.image, [0]), planned, draw.epoch)[0]
         return Batch(
             bucket=planned.bucket,
             draws=[draw],

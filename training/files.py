@@ -21,7 +21,10 @@ def written_whole(path: Path, staging: Path | None = None) -> Iterator[Path]:
         needed.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{os.getpid()}-{threading.get_ident()}.partial.{path.name}"
     try:
+        partial.touch()
+        permissions = partial.stat().st_mode
         yield partial
+        partial.chmod(permissions)  # safetensors makes files that only their owner can read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

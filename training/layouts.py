@@ -158,7 +158,7 @@ class FileLayout:
         for name, video in videos.items():
             self._write_previews(name, video)
             for kind, tensor in clips.get(name, {}).items():
-                # The original has one encoding of an image, without an axis of variants.
+                # The original has one encoding of an image, and no axis for several.
                 self._write_tensor(kind, name, tensor[0] if kind == "image_latents" else tensor)
 
     def missing(self, given_up: Container[str]) -> list[Sample]:

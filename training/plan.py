@@ -5,7 +5,7 @@ import csv
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def data_sources(args: argparse.Namespace) -> list[DataSource]:
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         dataset_split=args.dataset_split,
-        streaming=args.dataset_streaming,
+        dataset_streaming=args.dataset_streaming,
         max_samples=args.max_samples,
         video_column=args.video_column,
         caption_column=args.caption_column,
@@ -155,7 +155,11 @@ def _read_prepared(args: argparse.Namespace) -> PreparedData:
     without = [source for source in sources if source.data_root is None]
     if without:
         raise UserError("--load_tensors: give the prepared folder as --data_root (in every entry of --dataset_mix)")
-    clips = with_weights(sources, [read_index(source.data_root) for source in sources])
+    clips = [
+        [replace(clip, repeats=clip.repeats * source.repeats) for clip in read_index(source.data_root)]
+        for source in sources
+    ]
+    clips = with_weights(sources, clips)
     return PreparedData(clips, list(dict.fromkeys(source.data_root for source in sources)))
 
 

@@ -131,7 +131,7 @@ def name_sample(planned: PlannedClip, args: argparse.Namespace) -> Sample:
     if args.random_flip or args.video_reshape_mode == "random":
         facts += [args.random_flip, args.seed]
     if args.save_image_latents:
-        image = planned.first_frame.sha256 if planned.first_frame else None
+        image = planned.first_frame.sha256 if planned.first_frame and planned.part == 0 else None
         facts += [image, args.num_image_latents, args.seed]
     if args.layout == "files":
         facts.append(caption_key)

@@ -8,7 +8,6 @@ however often interrupted, end with the same bytes. The processes need nothing i
 """
 
 import hashlib
-import os
 import shutil
 import threading
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -111,12 +110,10 @@ class ShardWriter:
             wanted = sum(name not in given_up for name in shard.names)
             if not parts or sum(int(part.stem.split("-")[1]) for part in parts) < wanted:
                 return
-            whole = self._staging_of(shard) / f".{os.getpid()}.whole"
             try:
-                save_file({key: tensor for part in parts for key, tensor in load_file(part).items()}, whole)
-                flush(whole)
-                self.folder.mkdir(parents=True, exist_ok=True)
-                os.replace(whole, shard.path)
+                with written_whole(shard.path, staging=self._staging_of(shard)) as whole:
+                    save_file({key: tensor for part in parts for key, tensor in load_file(part).items()}, whole)
+                    flush(whole)
             except FileNotFoundError:
                 # Another rank saw the same last batch arrive, wrote the same shard and has tidied up already.
                 if not shard.path.exists():

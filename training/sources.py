@@ -34,7 +34,7 @@ class DataSource:
     dataset_name: str | None = None  # for datasets.load_dataset: a name on the hub, or a local folder
     dataset_config_name: str | None = None
     dataset_split: str = "train"
-    streaming: bool = False  # read row by row, without a copy of the data set on disk
+    dataset_streaming: bool = False  # read row by row, without a copy of the data set on disk
     max_samples: int | None = None  # only the first N rows; unusable ones count
     video_column: str = "video"  # the column of paths or media, or the text file of paths
     caption_column: str = "caption"
@@ -89,7 +89,9 @@ def _open(source: DataSource) -> tuple[Table, _Columns]:
     if source.dataset_file is not None and source.dataset_name is not None:
         raise UserError("--dataset_file and --dataset_name are both given; leave one of them out")
     if source.dataset_name is not None:
-        table = read_dataset(source.dataset_name, source.dataset_config_name, source.dataset_split, source.streaming)
+        table = read_dataset(
+            source.dataset_name, source.dataset_config_name, source.dataset_split, source.dataset_streaming
+        )
     elif source.dataset_file is not None:
         table = read_table(_find_dataset_file(source))
     else:
@@ -222,7 +224,7 @@ def _check_entry(where: str, entry: object) -> None:
 
 def _check_value(where: str, key: str, value: object) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if key == "streaming":
+    if key == "dataset_streaming":
         fits, expected = isinstance(value, bool), "true or false"
     elif key == "max_samples":
         fits, expected = is_number and isinstance(value, int) and value > 0, "a whole number above 0"

@@ -1,0 +1,200 @@
+"""First frames are the clips' own pixels, edits survive, and the table comes back as the same clips with images."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+import make_first_frames
+from encoded_clips import all_frames, encode, numbered_frame
+from sources import DataSource, read_clips
+
+
+@pytest.fixture
+def clips(tmp_path, monkeypatch) -> Path:
+    """Two clips and a still image, listed in a table with another column."""
+    monkeypatch.setenv("COGVIDEOX_FACTORY_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "clips"
+    (folder / "a").mkdir(parents=True)
+    encode(folder / "a" / "walk.mp4", frames=20)
+    encode(folder / "run.mkv", frames=12)
+    Image.fromarray(numbered_frame(200)).save(folder / "still.png")
+    write_table(folder, walk={}, run={}, still={})
+    return folder
+
+
+def write_table(folder: Path, **extra: dict) -> None:
+    files = {"walk": "a/walk.mp4", "run": "run.mkv", "still": "still.png"}
+    rows = [
+        {
+            "video": files.get(name, f"{name}.mp4"),
+            "caption": f"They {name},\nand “so on”.",
+            "camera": "fixed",
+            **values,
+        }
+        for name, values in extra.items()
+    ]
+    (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(clips: Path, *flags: str, code: int = 0) -> list[dict]:
+    """Make the first frames in "frames" beside the clips; returns the table."""
+    argv = ["--dataset_file", str(clips / "list.jsonl"), "--output_dir", str(frames_of(clips)), *flags]
+    if code:
+        with pytest.raises(SystemExit) as stopped:
+            make_first_frames.main(argv)
+        assert stopped.value.code == code
+        return []
+    make_first_frames.main(argv)
+    return [json.loads(line) for line in (frames_of(clips) / "metadata.jsonl").read_text().splitlines()]
+
+
+def frames_of(clips: Path) -> Path:
+    return clips.parent / "frames"
+
+
+def pixels(image: str) -> np.ndarray:
+    assert image.endswith(".png")
+    return np.asarray(Image.open(image))
+
+
+@pytest.mark.parametrize("skipped", [0, 7])
+def test_the_image_of_a_clip_is_its_first_frame_after_those_skipped(clips, skipped):
+    walk, run_, still = run(clips, "--skip_frames_start", str(skipped))
+    assert np.array_equal(pixels(walk["image"]), all_frames(clips / "a" / "walk.mp4")[skipped])
+    assert np.array_equal(pixels(run_["image"]), all_frames(clips / "run.mkv")[skipped])
+    assert np.array_equal(pixels(still["image"]), numbered_frame(200))
+
+
+def test_the_table_lists_the_same_clips_with_their_images(clips):
+    run(clips)
+    before, _ = read_clips(DataSource(None, clips / "list.jsonl"), clips)
+    after, bad = read_clips(DataSource(None, frames_of(clips) / "metadata.jsonl"), clips)
+    assert bad == []
+    assert [clip.video for clip in after] == [clip.video for clip in before]
+    assert [clip.caption for clip in after] == [clip.caption for clip in before]
+    assert [clip.metadata for clip in after] == [{"camera": "fixed"}] * 3
+    assert all(clip.image.parent == frames_of(clips) for clip in after)
+
+
+def test_paths_are_absolute_wherever_the_script_was_run(clips, monkeypatch):
+    monkeypatch.chdir(clips.parent)
+    make_first_frames.main(["--dataset_file", "clips/list.jsonl", "--output_dir", "frames"])
+    table = [json.loads(line) for line in Path("frames/metadata.jsonl").read_text().splitlines()]
+    assert all(
+        Path(row[name]).is_absolute() and Path(row[name]).is_file() for row in table for name in ("video", "image")
+    )
+
+
+def test_a_clip_that_has_an_image_keeps_it(clips):
+    write_table(clips, walk={"image": "still.png"}, run={})
+    walk, run_ = run(clips)
+    assert walk["image"] == str(clips / "still.png")
+    assert [path.name for path in frames_of(clips).glob("*.png")] == [Path(run_["image"]).name]
+
+
+def test_an_edited_image_survives_a_second_run(clips):
+    image = run(clips)[0]["image"]
+    Image.fromarray(numbered_frame(5)).save(image)
+    (frames_of(clips) / "metadata.jsonl").unlink()
+    assert run(clips)[0]["image"] == image
+    assert np.array_equal(pixels(image), numbered_frame(5))
+
+
+def test_a_clip_that_changed_gets_an_image_of_its_own(clips):
+    earlier = run(clips)[0]["image"]
+    encode(clips / "a" / "walk.mp4", frames=15, height=64)
+    (frames_of(clips) / "metadata.jsonl").unlink()
+    later = run(clips)[0]["image"]
+    assert later != earlier
+    assert pixels(later).shape[0] == 64
+
+
+def test_clips_of_the_same_name_have_images_of_their_own(clips):
+    encode(clips / "walk.mp4", frames=10, height=64)
+    (clips / "list.jsonl").write_text(
+        '{"video": "walk.mp4", "caption": "one"}\n{"video": "a/walk.mp4", "caption": "two"}\n'
+    )
+    one, two = run(clips)
+    assert pixels(one["image"]).shape != pixels(two["image"]).shape
+
+
+def test_a_table_that_is_there_is_never_written_over(clips, capsys):
+    run(clips)
+    table = frames_of(clips) / "metadata.jsonl"
+    table.write_text("weeks of work")
+    run(clips, code=2)
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith(f"error: --output_dir: {table} is there already; remove it")
+    assert table.read_text() == "weeks of work"
+
+
+def test_clips_that_cannot_be_used_are_all_listed_before_anything_is_written(clips, capsys):
+    write_table(clips, walk={}, gone={}, run={"image": "nowhere.png"})
+    run(clips, code=2)
+    title, *lines = capsys.readouterr().err.splitlines()
+    assert title.startswith("error: 2 of 3 clips cannot be used")
+    assert "gone.mp4 (list.jsonl:2): does not exist" in lines[0]
+    assert "nowhere.png: does not exist" in lines[1]
+    assert not frames_of(clips).exists()
+
+
+def test_clips_that_cannot_be_used_are_left_out_and_listed_when_asked(clips):
+    write_table(clips, walk={}, gone={}, run={})
+    assert [Path(row["video"]).name for row in run(clips, "--on_bad_clip", "skip")] == ["walk.mp4", "run.mkv"]
+    skipped = (frames_of(clips) / "skipped_clips.csv").read_text().splitlines()
+    assert skipped == ["clip,source,reason", f"{clips / 'gone.mp4'},list.jsonl:2,does not exist"]
+
+
+def test_a_first_frame_that_does_not_decode_is_a_bad_clip(clips, capsys):
+    encode(clips / "gone.mp4", g="10")
+    with av.open(str(clips / "gone.mp4")) as container:
+        first = next(container.demux(video=0))
+    # The probe decodes what comes after the last keyframe, and finds nothing wrong.
+    content = bytearray((clips / "gone.mp4").read_bytes())
+    content[first.pos : first.pos + first.size] = bytes(first.size)
+    (clips / "gone.mp4").write_bytes(content)
+    write_table(clips, walk={}, gone={})
+
+    run(clips, code=2)
+    assert f"{clips / 'gone.mp4'} (list.jsonl:2): " in capsys.readouterr().err.splitlines()[-1]
+    assert not (frames_of(clips) / "metadata.jsonl").exists()
+
+    assert [Path(row["video"]).name for row in run(clips, "--on_bad_clip", "skip")] == ["walk.mp4"]
+    assert "gone.mp4,list.jsonl:2," in (frames_of(clips) / "skipped_clips.csv").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(clips, capsys):
+    run(clips, "--output_dir", str(clips / "still.png" / "frames"), code=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --output_dir: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output_dir", "frames"], "--data_root or --dataset_file or --dataset_name: required"),
+        (["--data_root", "clips"], "--output_dir: required"),
+        (["--data_root", "nowhere", "--output_dir", "frames"], "--data_root nowhere is not a folder"),
+        (["--data_root", "clips", "--output_dir", "frames", "--id_token", "X"], "--id_token: unknown flag"),
+    ],
+)
+def test_mistakes_in_the_flags_are_one_line_before_torch_is_imported(flags, message):
+    code = f"""
+import sys, make_first_frames
+try:
+    make_first_frames.main({flags!r})
+finally:
+    print("torch" in sys.modules)
+"""
+    folder = Path(make_first_frames.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout.strip() == "False"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {message}")

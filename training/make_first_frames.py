@@ -1,0 +1,216 @@
+"""Write the first frame of every clip as a PNG, and the table that makes image-to-video start from these images.
+
+    python training/make_first_frames.py --data_root my-clips --output_dir my-first-frames
+
+Edit the images or leave them as they are, then give my-first-frames/metadata.jsonl as --dataset_file. Images that are
+there already stay, so that a second run never undoes an edit.
+"""
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from buckets import Bucket
+from clips import BadClip, PlannedClip, plan_clips
+from errors import UserError, one_line_errors
+from file_cache import FileCache, default_cache_folder
+from files import written_whole
+from flag_types import FlagParser, choice, non_negative_int, path, positive_int
+from plan import RawData, check_bad_clips, report_skipped
+from prepared import index_lines
+from probe import probe_files
+from sources import DataSource, read_clips
+from video import read_frames
+
+
+TABLE_FILE = "metadata.jsonl"
+
+
+def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the flags. Those on data mean what they mean to prepare_dataset.py.
+
+    There is no --id_token and no --dataset_mix: the table goes into a preparation that adds the word and the repeats.
+
+    Args:
+        argv: the flags; those of the running process when None.
+
+    Raises:
+        SystemExit: code 2 after one line on stderr when a flag is wrong; code 0 after `--help`.
+    """
+    parser = FlagParser(
+        usage="%(prog)s --data_root FOLDER --output_dir FOLDER [flags]",
+        description="Write the first frame of every clip as a PNG, and a table of both for --dataset_file.",
+        required=(("data_root", "dataset_file", "dataset_name"), ("output_dir",)),
+    )
+    flag = parser.add_argument
+    flag("--data_root", "--instance_data_root", metavar="FOLDER", type=path, help="Folder that holds the clips.")
+    flag("--dataset_file", metavar="FILE", type=path, help="Table with one row per clip. (default: none)")
+    flag("--dataset_name", metavar="NAME", help="Data set on the Hugging Face hub, or a local one. (default: none)")
+    flag("--dataset_config_name", metavar="NAME", help="Configuration of --dataset_name. (default: its only one)")
+    flag("--dataset_split", metavar="NAME", default="train", help="Split of --dataset_name. (default: %(default)s)")
+    flag("--dataset_streaming", action="store_true", help="Read --dataset_name row by row. (default: off)")
+    flag("--max_samples", metavar="N", type=positive_int, help="Use only the first N rows. (default: all)")
+    flag("--video_column", metavar="NAME", default="video", help="Column of the clips. (default: %(default)s)")
+    flag("--caption_column", metavar="NAME", default="caption", help="Column of captions. (default: %(default)s)")
+    flag(
+        "--image_column",
+        metavar="NAME",
+        help="Column of images that some clips start from already; these clips keep theirs. (default: image or "
+        "images.txt, where there is one)",
+    )
+    flag(
+        "--skip_frames_start",
+        metavar="N",
+        type=non_negative_int,
+        default=0,
+        help="Frames of the file to leave out at the clip's start; give the same number when preparing. "
+        "(default: %(default)s)",
+    )
+    flag(
+        "--on_bad_clip",
+        **choice(("error", "skip")),
+        default="error",
+        help="List all clips that cannot be used and stop, or leave them out and list them in skipped_clips.csv in "
+        "--output_dir. (default: %(default)s)",
+    )
+    flag(
+        "--output_dir",
+        metavar="FOLDER",
+        type=path,
+        help=f"Required. Where the images and {TABLE_FILE} are written; best a folder of its own.",
+    )
+    return parser.read(argv)[0]
+
+
+def data_source(args: argparse.Namespace) -> DataSource:
+    """The data set that the flags name."""
+    return DataSource(
+        data_root=Path(args.data_root) if args.data_root else None,
+        dataset_file=Path(args.dataset_file) if args.dataset_file else None,
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        dataset_split=args.dataset_split,
+        dataset_streaming=args.dataset_streaming,
+        max_samples=args.max_samples,
+        video_column=args.video_column,
+        caption_column=args.caption_column,
+        image_column=args.image_column,
+    )
+
+
+def plan_first_frames(source: DataSource, skip_start: int) -> RawData:
+    """List and probe the clips, with the first usable frame of each as its only one.
+
+    Raises:
+        UserError: the list as a whole cannot be used.
+    """
+    cache = default_cache_folder()
+    clips, bad = read_clips(source, cache / "media")
+    files = [clip.video for clip in clips] + [clip.image for clip in clips if clip.image is not None]
+    one_frame = [Bucket(1, 16, 16)]  # of any size: nothing is resized
+    infos = probe_files(files, FileCache(cache))
+    planned, unusable = plan_clips(clips, infos, one_frame, skip_start=skip_start, with_images=True)
+    return RawData(planned, [*bad, *unusable])
+
+
+def make_first_frames(data: RawData, folder: Path, on_bad_clip: str) -> Path:
+    """Write the images that are missing, and then the table.
+
+    Args:
+        data: as from `plan_first_frames`.
+        folder: absolute.
+        on_bad_clip: "error" or "skip".
+
+    Returns:
+        The table.
+
+    Raises:
+        UserError: the folder has a table already, or a clip does not decode and `on_bad_clip` is "error".
+        OSError: a file cannot be written.
+    """
+    table = folder / TABLE_FILE
+    if table.exists():
+        raise UserError(
+            f"--output_dir: {table} is there already; remove it to have it written anew (images that are there stay "
+            "as they are), or give another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    failures = write_images(data.clips, folder)
+    listed = [planned for planned, failure in zip(data.clips, failures, strict=True) if failure is None]
+    made = RawData(listed, [*data.bad, *filter(None, failures)])
+    check_bad_clips(made, on_bad_clip)
+    report_skipped(made.bad, folder)
+    with written_whole(table) as partial:
+        partial.write_text(index_lines(table_row(planned, folder) for planned in listed), encoding="utf-8")
+    return table
+
+
+def write_images(planned: Sequence[PlannedClip], folder: Path) -> list[BadClip | None]:
+    """Write the first frames in parallel; returns for each clip why it has none, or None."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        results = pool.map(lambda one: write_image(one, image_path(one, folder)), planned)
+        return list(tqdm(results, "Writing first frames", len(planned), unit=" clips"))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C or on a full disk, not a million clips later
+
+
+def write_image(planned: PlannedClip, image: Path) -> BadClip | None:
+    """Write the frame planned of a clip as PNG, unless the file is there, or why it cannot be decoded."""
+    if image.exists():
+        return None
+    clip = planned.clip
+    try:
+        (frame,) = read_frames(clip.video, planned.frame_indices, seekable=planned.info.seekable)
+    except ValueError as error:
+        return BadClip(str(clip.video), clip.source, str(error).removeprefix(f"{clip.video}: "))
+    with written_whole(image) as partial:
+        Image.fromarray(frame).save(partial)
+    return None
+
+
+def image_path(planned: PlannedClip, folder: Path) -> Path:
+    """The image that the clip names, or where its first frame goes.
+
+    The name says which frame of which content it is: a clip that changed never gets the image of what it was.
+    """
+    if planned.clip.image is not None:
+        return planned.clip.image.absolute()
+    stem = planned.clip.video.stem.encode()[:100].decode(errors="ignore")  # file names have at most 255 bytes
+    return folder / f"{stem}-{planned.info.sha256[:12]}-{planned.frame_indices[0]}.png"
+
+
+def table_row(planned: PlannedClip, folder: Path) -> dict[str, str]:
+    """A clip's line of the table: its paths and caption, then the other columns that it came with."""
+    row = {
+        "video": str(planned.clip.video.absolute()),
+        "caption": planned.clip.caption,
+        "image": str(image_path(planned, folder)),
+    }
+    return row | {name: value for name, value in planned.clip.metadata.items() if name not in row}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script with the given flags; None for those of the command line."""
+    with one_line_errors():
+        args = parse_flags(argv)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+        data = plan_first_frames(data_source(args), args.skip_frames_start)
+        check_bad_clips(data, args.on_bad_clip)
+        try:
+            table = make_first_frames(data, Path(args.output_dir).absolute(), args.on_bad_clip)
+        except OSError as error:
+            raise UserError(
+                f"--output_dir: {args.output_dir} cannot be written ({error.strerror or error})"
+            ) from error
+        print(f"wrote {table}; edit the images if you like, then give it as --dataset_file to prepare_dataset.py")
+
+
+if __name__ == "__main__":
+    main()

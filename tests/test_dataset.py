@@ -284,9 +284,7 @@ def test_tensors_of_this_model_are_accepted(tiny_models, tmp_path):
 
 
 def make_batch(name: str) -> Batch:
-    return Batch(
-        BUCKET, [Draw(0, 0)], [name], video_moments=torch.randn(1, 32, 3, 8, 12), prompt_embeds=torch.ones(1, 4)
-    )
+    return Batch([name], BUCKET, video_moments=torch.randn(1, 32, 3, 8, 12), prompt_embeds=torch.ones(1, 4))
 
 
 def test_samples_are_joined_in_order():
@@ -308,7 +306,7 @@ def test_a_moved_batch_keeps_what_it_does_not_have():
 
 
 def test_a_batch_without_tensors_is_pinned_as_it_is():
-    batch = Batch(BUCKET, [Draw(0, 0)], ["a"])
+    batch = Batch(["a"], BUCKET)
     assert batch.pin_memory() == batch
 
 

@@ -27,16 +27,14 @@ logger = logging.getLogger(__name__)
 class Batch:
     """Samples of one bucket. What a dataset does not have is None."""
 
-    bucket: Bucket
-    draws: list[Draw]
     names: list[str]
+    bucket: Bucket
     videos: torch.Tensor | None = None  # [B, F, 3, H, W], uint8
     images: torch.Tensor | None = None  # [B, 3, H, W], uint8: what image-to-video starts from
     video_moments: torch.Tensor | None = None  # [B, 2C, F', H / 8, W / 8], unscaled
     prompt_embeds: torch.Tensor | None = None  # [B, 226, D]
-    failed: list[tuple[Draw, str]] = field(
-        default_factory=list
-    )  # clips that do not decode, and why; not among `draws`
+    draws: list[Draw] = field(default_factory=list)
+    failed: list[tuple[Draw, str]] = field(default_factory=list)  # clips that do not decode, and why; not in `draws`
 
     def to(self, device: torch.device) -> "Batch":
         """Move the tensors without waiting for the copies, which is safe from pinned memory."""
@@ -102,7 +100,7 @@ class ClipDataset(Dataset):
                 for index in self._others_of_bucket(draw.index):
                     with suppress(ValueError):
                         return self._read(Draw(index, draw.epoch))
-            return Batch(planned.bucket, [], [], failed=[(draw, str(error))])
+            return Batch([], planned.bucket, failed=[(draw, str(error))])
 
     def _others_of_bucket(self, index: int) -> Iterator[int]:
         order = [*range(index + 1, len(self.clips)), *range(index)]

@@ -12,12 +12,14 @@ MODEL_ID="${MODEL_ID:-THUDM/CogVideoX-5b}"
 # DATA_ROOT is the folder of the clips: with two lists, videos.txt and prompts.txt, or with a caption clip.txt beside
 # each clip.mp4. DATASET_FILE: a table of them (csv, tsv, jsonl, json, parquet), whose columns the last two name.
 # DATASET_NAME: a data set of the hub instead; DATASET_MIX: a list of several. assets/dataset.md shows them all.
-DATA_ROOT="${DATA_ROOT:-clips}"
 DATASET_FILE="${DATASET_FILE:-}"
 DATASET_NAME="${DATASET_NAME:-}"
 DATASET_MIX="${DATASET_MIX:-}"
 CAPTION_COLUMN="${CAPTION_COLUMN:-caption}"
 VIDEO_COLUMN="${VIDEO_COLUMN:-video}"
+if [[ -z "$DATASET_FILE$DATASET_NAME$DATASET_MIX" ]]; then
+  DATA_ROOT="${DATA_ROOT:-clips}"
+fi
 OUTPUT_DIR="${OUTPUT_DIR:-prepared}"
 
 # Sizes to choose from for each clip, separated by spaces.
@@ -33,7 +35,7 @@ NUM_GPUS="${NUM_GPUS:-1}"
 
 launcher=(python)
 if ((NUM_GPUS > 1)); then
-  launcher=(torchrun "--nproc_per_node=$NUM_GPUS")
+  launcher=(torchrun --standalone "--nproc_per_node=$NUM_GPUS")
 fi
 # shellcheck disable=SC2206 # the bucket lists are meant to split at spaces
 command=(
@@ -52,14 +54,10 @@ command=(
   --use_slicing --use_tiling
   --save_latents_and_embeddings
 )
-if [[ -n "$DATASET_NAME" ]]; then
-  command+=(--dataset_name "$DATASET_NAME")
-elif [[ -n "$DATASET_MIX" ]]; then
-  command+=(--dataset_mix "$DATASET_MIX")
-else
-  command+=(--data_root "$DATA_ROOT")
-fi
-if [[ -n "$DATASET_FILE" ]]; then
-  command+=(--dataset_file "$DATASET_FILE")
-fi
+for name in data_root dataset_file dataset_name dataset_mix; do
+  variable="${name^^}"
+  if [[ -n "${!variable:-}" ]]; then
+    command+=("--$name" "${!variable}")
+  fi
+done
 "${command[@]}" "$@"

@@ -105,7 +105,14 @@ def test_a_file_name_that_is_no_unicode_is_a_bad_clip(tmp_path):
 def test_a_table_beside_clips_without_captions_is_pointed_to(tmp_path):
     touch(tmp_path, "a.mp4", "b.mp4")
     write(tmp_path / "metadata.csv", "file_name,text\na.mp4,A cat.\n")
-    assert error_of(tmp_path).endswith("but metadata.csv: give --dataset_file metadata.csv")
+    assert error_of(tmp_path).endswith(f"but metadata.csv: give --dataset_file {tmp_path / 'metadata.csv'}")
+
+
+@pytest.mark.parametrize("ours", ["prepared.json", "plan.csv"])
+def test_what_was_prepared_among_the_clips_is_no_clip(tmp_path, ours):
+    touch(tmp_path, "a.mp4", "prepared/contact_sheet.png", f"prepared/{ours}")
+    write(tmp_path / "a.txt", "A cat.")
+    assert captions(good(tmp_path)) == ["A cat."]
 
 
 def test_a_folder_with_nothing_names_the_formats(tmp_path):

@@ -262,6 +262,15 @@ def test_a_prepared_clip_is_what_was_written(tmp_path, dtype):
     assert torch.equal(batch.prompt_embeds, written["b"][1][None])
 
 
+def test_a_damaged_tensor_is_named_and_nobody_is_told_to_unpickle_it(tmp_path):
+    clip = prepared_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
+    clip.video_latents.file.write_bytes(b"damaged")
+    loader = make_loader(PreparedDataset([clip]), [[Draw(0, 0)]], num_workers=1)
+    with pytest.raises(UserError, match=r"a-video_latents\.pt cannot be read as a tensor") as caught:
+        next(without_failures(loader))
+    assert "weights_only=False" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("moments", "embeds"), [((16, 3, 8, 12), (226, 64)), ((32, 3, 8, 12), (226, 4096))], ids=["latents", "text"]
 )

@@ -1,5 +1,6 @@
 import pytest
 
+from errors import UserError
 from files import replace_folder, written_whole
 
 
@@ -44,3 +45,21 @@ def test_a_file_is_as_readable_as_any_other_whatever_the_writer_does(tmp_path):
         path.unlink()
         path.touch(mode=0o600)
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"file/below cannot be written \(.*\); what is done is kept"),
+        written_whole(tmp_path / "file" / "below") as path,
+    ):
+        path.write_text("x")
+
+
+def test_a_disk_that_is_full_in_the_middle_is_told_in_one_line(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"target cannot be written \(No space left on device\)"),
+        written_whole(tmp_path / "target"),
+        open("/dev/full", "w") as full,
+    ):
+        full.write("x")

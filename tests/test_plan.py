@@ -106,6 +106,17 @@ def test_the_data_sets_of_a_mix_are_joined(data, demo_clips, tmp_path):
     assert found.repeats == [2] * 16 + [1] * 3
 
 
+def test_weights_count_the_samples_that_can_be_used(data, demo_clips, tmp_path):
+    rows = (data / "table.jsonl").read_text().splitlines()
+    (data / "one.jsonl").write_text(rows[0] + "\n")
+    mix = tmp_path / "mix.json"
+    entries = [{"dataset_file": str(data / name), "weight": 1} for name in ("table.jsonl", "one.jsonl")]
+    mix.write_text(json.dumps(entries))
+    flags = ["--model_id", "org/name", "--dataset_mix", str(mix), "--output_dir", str(tmp_path / "out")]
+    args = parse_prepare_args([*flags, "--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17"])
+    assert plan_raw_clips(args).repeats == [1, 1, 1, 3]  # three rows of the first are bad
+
+
 def test_repeats_of_a_mix_multiply_those_of_prepared_samples(tmp_path):
     for name in "ab":
         (tmp_path / name / "latents").mkdir(parents=True)

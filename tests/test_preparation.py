@@ -20,6 +20,7 @@ from buckets import Bucket
 from diffusion import image_noise_scales, step_generator
 from models import ModelSource, encode_noised_image, encode_prompts, encode_videos
 from prepared import PreparedClip, read_index, read_tensor
+from probe import probe_video
 from sources import DataSource, read_clips
 
 
@@ -448,11 +449,22 @@ def test_a_copy_of_the_model_elsewhere_is_the_same_model(tiny_models, prepared_s
 
 @pytest.fixture
 def with_broken(small, tmp_path) -> tuple[Path, Path]:
-    """A data set of two good clips and one whose middle is zeros; and that one."""
+    """A data set of two good clips and one that only decoding all of it finds broken; and that one."""
     broken = tmp_path / "broken.mp4"
-    content = bytearray(small[0][0].read_bytes())
-    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    with av.open(str(broken), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"g": "5", "bf": "0", "x264-params": "scenecut=0"})
+        stream.width, stream.height = 160, 96
+        for shift in range(40):
+            picture = np.roll(np.random.default_rng(0).integers(0, 255, (96, 160, 3), np.uint8), shift, axis=1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode(None))
+    content = bytearray(broken.read_bytes())
+    with av.open(str(broken)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    for packet in packets[8:20]:
+        content[packet.pos : packet.pos + packet.size] = bytes(packet.size)
     broken.write_bytes(content)
+    assert probe_video(broken).num_frames == 40
     return write_data(tmp_path / "data", [small[0], (broken, "a broken clip"), small[1]]), broken
 
 
@@ -476,6 +488,29 @@ def test_broken_clips_are_left_out_and_listed_where_that_is_asked_for(model, wit
         ((clip, source, reason),) = list(csv.reader(file))[1:]
     assert (clip, source) == (str(broken), "videos.txt:2")
     assert reason
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_whichever_rank_comes_last_knows_of_the_clips_that_broke(model, with_broken, tmp_path, monkeypatch, order):
+    data, broken = with_broken
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in order:
+        monkeypatch.setenv("RANK", str(rank))
+        folder = prepare(model, data, tmp_path / "out", "--on_bad_clip", "skip")
+    assert len(read_index(folder)) == 2
+    assert str(broken) in (folder / "skipped_clips.csv").read_text()
+    assert not (folder / ".staging").exists()
+
+
+@pytest.mark.parametrize("name", ["broken.mp4", ".hidden\u2603 clip.mp4"])
+def test_nothing_is_prepared_where_every_clip_is_broken(model, with_broken, tmp_path, capsys, name):
+    _, broken = with_broken
+    data = write_data(tmp_path / "broken-data", [(broken.rename(tmp_path / name), "a caption")])
+    with pytest.raises(SystemExit) as caught:
+        prepare(model, data, tmp_path / "out", "--on_bad_clip", "skip")
+    assert caught.value.code == 2
+    assert "none of the clips can be used" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "index.jsonl").exists()
 
 
 # The rehearsal

@@ -17,6 +17,7 @@ from prepared import (
     read_tensor,
     sample_in_files,
     sample_in_shards,
+    write_settings,
 )
 
 
@@ -137,7 +138,9 @@ def test_a_broken_line_of_the_index_is_named(tmp_path):
 
 def test_a_folder_keeps_to_the_settings_it_was_begun_with(tmp_path):
     claim_folder(tmp_path, settings())
-    claim_folder(tmp_path, settings(flags={"fps": 8}, model="elsewhere"))
+    claimed = claim_folder(tmp_path, settings(flags={"fps": 8}, model="elsewhere"))
+    assert read_settings(tmp_path)["flags"] == {}  # those of the index that is there
+    write_settings(tmp_path, claimed)
     assert read_settings(tmp_path)["flags"] == {"fps": 8}
     with pytest.raises(UserError, match=r"dtype was 'fp32', is now 'bf16'"):
         claim_folder(tmp_path, settings(dtype="bf16"))
@@ -184,4 +187,27 @@ def test_a_preparation_that_was_not_finished_is_not_trained_on(tmp_path):
     claim_folder(tmp_path, settings())
     write_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
     with pytest.raises(UserError, match="was not finished"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"encoders": null}', "{"])
+def test_damaged_settings_are_named(tmp_path, content):
+    (tmp_path / "prepared.json").write_text(content)
+    with pytest.raises(UserError, match=r"prepared\.json is damaged"):
+        read_settings(tmp_path)
+
+
+@pytest.mark.parametrize("line", [b'{"name": "\xff"}', b"[]", b'{"name": 5}'])
+def test_a_damaged_line_of_an_index_of_shards_is_named(tmp_path, line):
+    write_shards(tmp_path, ["a"])
+    with open(tmp_path / "index.jsonl", "ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(UserError, match=r"index\.jsonl:2: not a prepared clip"):
+        read_index(tmp_path)
+
+
+def test_without_an_index_a_damaged_tensor_is_named(tmp_path):
+    (tmp_path / "video_latents").mkdir()
+    torch.save(torch.zeros(3), tmp_path / "video_latents" / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt holds no latents of a video"):
         read_index(tmp_path)

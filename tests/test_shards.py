@@ -120,6 +120,25 @@ def test_new_names_go_into_new_shards_and_finished_ones_stay_as_they_are(tmp_pat
     assert finished_names(tmp_path / "latents").keys() == {*NAMES[:4], "clip-8", "clip-9"}
 
 
+def test_what_was_staged_is_kept_when_the_list_of_names_has_changed(tmp_path):
+    shards = writer(tmp_path, per_shard=7)
+    for batch in shards.todo(2, 0, 1)[:3]:
+        shards.write(tensors(batch))
+    longer = writer(tmp_path, ["clip-9", *NAMES[1:]], per_shard=7)
+    assert list(itertools.chain(*longer.todo(1, 0, 1))) == ["clip-9", "clip-6"]
+    write_all(longer)
+    (path,) = (tmp_path / "latents").iterdir()
+    assert set(names_in(path)) == {"clip-9", *NAMES[1:]}
+    assert torch.equal(load_file(path)["clip-3.video_latents"], tensors(["clip-3"])["clip-3"]["video_latents"])
+
+
+def test_a_batch_that_two_processes_wrote_does_not_finish_a_shard_early(tmp_path):
+    shards = writer(tmp_path, per_shard=3)
+    shards.write(tensors(NAMES[:2]))
+    shards.write(tensors(NAMES[:1]))  # as a process left over from a killed launch does, in other batches
+    assert not (tmp_path / "latents").exists()
+
+
 def test_names_that_are_given_up_do_not_hold_up_their_shard(tmp_path):
     shards = writer(tmp_path)
     for batch in shards.todo(1, 0, 1):

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_lists import bad, captions, error_of, good, touch, write, write_table
-from clips import Clip
 from errors import UserError
-from sources import DataSource, read_mix, with_weights
+from sources import DataSource, read_mix, weights_to_repeats
 
 
 def test_absolute_paths_and_those_that_leave_the_data_root_stay_as_they_are(tmp_path):
@@ -257,29 +256,20 @@ def test_a_mix_that_is_no_list_is_an_error(tmp_path, content, message):
     assert message in mix_error(tmp_path, content)
 
 
-def clips_of(name, count, repeats=1.0):
-    return [
-        Clip(Path(f"{name}{number}.mp4"), "A cat.", f"{name}:{number}", repeats=repeats) for number in range(count)
-    ]
-
-
-def test_repeats_stay_as_they_are_given():
-    sources = [DataSource(Path("a"), repeats=0.5), DataSource(Path("b"))]
-    first, second = clips_of("a", 2, 0.5), clips_of("b", 1)
-    assert with_weights(sources, [first, second]) == [*first, *second]
+def test_without_weights_repeats_stay_as_they_are_given():
+    assert weights_to_repeats([DataSource(Path("a"), repeats=0.5), DataSource(Path("b"))], [2, 1]) == [None, None]
 
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.floats(1e-3, 1e3)), min_size=1, max_size=5))
-def test_weights_are_the_shares_of_an_epoch_and_every_clip_comes_at_least_once(sets):
-    sources = [DataSource(Path(str(index)), weight=weight) for index, (_, weight) in enumerate(sets)]
-    joined = with_weights(sources, [clips_of(f"{index}-", count) for index, (count, _) in enumerate(sets)])
-    assert min(clip.repeats for clip in joined) == 1
-    total, total_weight = sum(clip.repeats for clip in joined), sum(weight for _, weight in sets)
-    for index, (_, weight) in enumerate(sets):
-        samples = sum(clip.repeats for clip in joined if clip.source.startswith(f"{index}-"))
-        assert samples / total == pytest.approx(weight / total_weight)
+def test_weights_are_the_shares_of_an_epoch_and_every_sample_comes_at_least_once(sets):
+    counts, weights = zip(*sets, strict=True)
+    repeats = weights_to_repeats([DataSource(Path("a"), weight=weight) for weight in weights], counts)
+    assert min(repeats) == 1
+    total = sum(count * times for count, times in zip(counts, repeats, strict=True))
+    for count, weight, times in zip(counts, weights, repeats, strict=True):
+        assert count * times / total == pytest.approx(weight / sum(weights))
 
 
-def test_a_data_set_without_clips_does_not_disturb_the_others():
+def test_a_data_set_without_samples_does_not_disturb_the_others():
     sources = [DataSource(Path("a"), weight=1), DataSource(Path("b"), weight=3)]
-    assert [clip.repeats for clip in with_weights(sources, [[], clips_of("b", 2)])] == [1, 1]
+    assert weights_to_repeats(sources, [0, 2]) == [None, 1]

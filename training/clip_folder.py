@@ -33,7 +33,8 @@ def read_folder(root: Path) -> Table:
     tables = sorted(name for name in os.listdir(root) if _suffix(name) in TABLE_SUFFIXES and name[0] != ".")
     if tables and not any(".txt" in kinds and len(kinds) > 1 for kinds in suffixes):
         raise UserError(
-            f"{root} has no clips with captions beside them, but {', '.join(tables)}: give --dataset_file {tables[0]}"
+            f"{root} has no clips with captions beside them, but {', '.join(tables)}: give "
+            f"--dataset_file {root / tables[0]}"
         )
     if all(kinds == {".txt"} for kinds in suffixes):
         raise UserError(
@@ -45,6 +46,11 @@ def read_folder(root: Path) -> Table:
     return Table(str(root), ("video", "caption", "image"), rows, root)
 
 
+def _is_ours(folder: str) -> bool:
+    """What an earlier preparation or dry run wrote among the clips is no clip."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("prepared.json", "plan.csv"))
+
+
 def _visible_files(root: Path) -> Iterator[str]:
     """Clips and captions, as paths below root; each folder once, though links may lead to it twice or in circles."""
     seen = set()
@@ -54,7 +60,7 @@ def _visible_files(root: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add(place)
-        folders[:] = sorted(name for name in folders if name[0] != ".")
+        folders[:] = sorted(name for name in folders if name[0] != "." and not _is_ours(os.path.join(folder, name)))
         for name in names:
             if name[0] != "." and _suffix(name) in _SUFFIXES:
                 yield (Path(folder) / name).relative_to(root).as_posix()

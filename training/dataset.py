@@ -143,7 +143,13 @@ class PreparedDataset(Dataset):
         return len(self.clips)
 
     def __getitem__(self, draw: Draw) -> Batch:
-        """Read one clip as a batch of one."""
+        """Read one clip as a batch of one; of none, with `failed`, where its files cannot be read."""
+        try:
+            return self._read(draw)
+        except ValueError as error:
+            return Batch([], self.clips[draw.index].bucket, failed=[(draw, str(error))])
+
+    def _read(self, draw: Draw) -> Batch:
         clip = self.clips[draw.index]
         return Batch(
             bucket=clip.bucket,
@@ -181,7 +187,7 @@ def without_failures(batches: Iterable[Batch]) -> Iterator[Batch]:
     """
     for batch in batches:
         if batch.failed:
-            title = "a clip does not decode; mend or remove it, or let another take its place by --on_bad_clip skip:"
+            title = "a clip cannot be read; mend or remove it, or (with raw clips) leave it out by --on_bad_clip skip:"
             raise UserError(listing(title, [reason for _, reason in batch.failed]))
         yield batch
 

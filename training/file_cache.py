@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from errors import UserError
+
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +37,12 @@ def file_state(path: Path) -> FileState | None:
 def default_cache_folder() -> Path:
     """$COGVIDEOX_FACTORY_CACHE, or else `cogvideox-factory` in $XDG_CACHE_HOME, or else in ~/.cache."""
     chosen = os.environ.get("COGVIDEOX_FACTORY_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-factory"
+    try:
+        if chosen:
+            return Path(chosen).expanduser().absolute()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "cogvideox-factory"
+    except RuntimeError as error:  # a user without a home, as in containers
+        raise UserError(f"there is no folder for caches ({error}): name one in COGVIDEOX_FACTORY_CACHE") from error
 
 
 class FileCache:
@@ -127,7 +132,11 @@ class FileCache:
 
     def _give_up(self, error: Exception) -> None:
         self._given_up = True
-        logger.warning("%s cannot be used (%s): going on without it; remove it if that stays so", self.file, error)
+        logger.warning(
+            "%s cannot be used (%s): going on without it; COGVIDEOX_FACTORY_CACHE names another folder",
+            self.file,
+            error,
+        )
 
 
 def _key(path: Path) -> bytes:

@@ -4,8 +4,10 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from errors import UserError
 
 
 @contextmanager
@@ -15,19 +17,28 @@ def written_whole(path: Path, staging: Path | None = None) -> Iterator[Path]:
     A process that is killed leaves at most a hidden `.partial` file behind, never a half-written `path`. Its name ends
     as `path` does, because many writers pick their format by the suffix. The file is not flushed to disk: that costs
     tenths of a second on some disks, and what is written here by the thousand can be made again after a power cut.
+
+    Raises:
+        UserError: it cannot be written: the disk is full, or not ours to write to.
     """
     folder = staging or path.parent
-    for needed in (path.parent, folder):
-        needed.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{os.getpid()}-{threading.get_ident()}.partial.{path.name}"
     try:
+        for needed in (path.parent, folder):
+            needed.mkdir(parents=True, exist_ok=True)
         partial.touch()
         permissions = partial.stat().st_mode
         yield partial
         partial.chmod(permissions)  # safetensors makes files that only their owner can read
         os.replace(partial, path)
+    except FileNotFoundError:
+        raise  # something was taken away by another process, which it may know about
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path} cannot be written ({reason}); what is done is kept: run again") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):
+            partial.unlink(missing_ok=True)
 
 
 def replace_folder(partial: Path, folder: Path) -> None:

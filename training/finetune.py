@@ -234,7 +234,7 @@ def describe_data(
                 )
             if problem:
                 logger.warning("warning: %s", problem)
-    else:
+    elif accelerator.is_main_process:
         report_skipped(data.bad, Path(args.output_dir))
     if accelerator.is_main_process:
         plan = describe(

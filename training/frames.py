@@ -162,7 +162,7 @@ def _too_short(
     if num_usable > 0 and smallest > 1:
         ways.append("give --hold_last_frame")
     advice = f": {', or '.join(ways)}" if ways else ""
-    return f"{frames}; the smallest frame bucket has {smallest}{advice}"
+    return f"{frames}; the smallest frame bucket for videos has {smallest}{advice}"
 
 
 def round_half_up(value: Fraction) -> int:

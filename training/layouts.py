@@ -229,8 +229,8 @@ def _share(
 ) -> list[list[str]]:
     """This rank's batches, shared out before looking at what is done: that changes while other ranks work."""
     batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
-    todo = [[name for name in batch if not is_done(name)] for batch in batches[rank::world_size]]
-    return [batch for batch in todo if batch]
+    # A batch that is done in part is done again as a whole: in another company its bits would be others.
+    return [batch for batch in batches[rank::world_size] if not all(map(is_done, batch))]
 
 
 def _write_text(folder: Path, name: str, text: str) -> None:

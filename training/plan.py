@@ -2,25 +2,23 @@
 
 import argparse
 import csv
-import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from buckets import Bucket, make_buckets
-from clips import BadClip, Clip, PlannedClip, plan_clips
+from clips import BadClip, PlannedClip, plan_clips
 from errors import UserError, listing
 from file_cache import FileCache, default_cache_folder
 from files import written_whole
 from plan_report import describe_plan, sequence_length
 from prepared import PreparedClip, read_index
 from probe import probe_files
-from sources import DataSource, read_clips, read_mix, with_weights
+from sources import DataSource, read_clips, read_mix, weights_to_repeats
 
-
-logger = logging.getLogger(__name__)
 
 SKIPPED_FILE = "skipped_clips.csv"
 
@@ -91,31 +89,44 @@ def plan_raw_clips(args: argparse.Namespace, *, with_images: bool = False) -> Ra
         UserError: lists are missing or malformed.
     """
     cache = default_cache_folder()
-    clips, bad = [], []
-    sources = data_sources(args)
-    for source in sources:
-        of_source, bad_of_source = read_clips(source, cache / "media")
-        clips.append(of_source)
-        bad += bad_of_source
-    clips: list[Clip] = with_weights(sources, clips)
     try:
         buckets = make_buckets(args.frame_buckets, args.height_buckets, args.width_buckets, args.max_num_frames)
     except ValueError as error:
         raise UserError(f"--frame_buckets: {error}") from error
+    sources = data_sources(args)
+    read = [read_clips(source, cache / "media") for source in sources]
+    clips = [clip for of_source, _ in read for clip in of_source]
     files = [clip.video for clip in clips]
     files += [clip.image for clip in clips if with_images and clip.image is not None]
-    planned, unusable = plan_clips(
-        clips,
-        probe_files(files, FileCache(cache)),
-        buckets,
-        skip_start=args.skip_frames_start,
-        skip_end=args.skip_frames_end,
-        fps=args.fps,
-        long_clips=args.long_clips,
-        hold_last_frame=args.hold_last_frame,
-        with_images=with_images,
-    )
-    return RawData(planned, [*bad, *unusable])
+    infos = probe_files(files, FileCache(cache))
+    planned, bad = [], []
+    for of_source, unreadable in read:
+        usable, unusable = plan_clips(
+            of_source,
+            infos,
+            buckets,
+            skip_start=args.skip_frames_start,
+            skip_end=args.skip_frames_end,
+            fps=args.fps,
+            long_clips=args.long_clips,
+            hold_last_frame=args.hold_last_frame,
+            with_images=with_images,
+        )
+        planned.append(usable)
+        bad += [*unreadable, *unusable]
+    return RawData(_weighted(sources, planned), bad)
+
+
+def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[PlannedClip]]) -> list[PlannedClip]:
+    """The samples of all data sets, with weights turned into repeats: weights count samples, not listed clips."""
+    joined = []
+    for repeats, samples in zip(weights_to_repeats(sources, list(map(len, planned))), planned, strict=True):
+        if repeats is not None:
+            # The samples of a clip keep sharing it.
+            clips = {id(sample.clip): replace(sample.clip, repeats=repeats) for sample in samples}
+            samples = [replace(sample, clip=clips[id(sample.clip)]) for sample in samples]
+        joined += samples
+    return joined
 
 
 def check_bad_clips(data: RawData, on_bad_clip: str) -> None:
@@ -155,11 +166,13 @@ def _read_prepared(args: argparse.Namespace) -> PreparedData:
     without = [source for source in sources if source.data_root is None]
     if without:
         raise UserError("--load_tensors: give the prepared folder as --data_root (in every entry of --dataset_mix)")
+    indexes = [read_index(source.data_root) for source in sources]
+    weighted = weights_to_repeats(sources, list(map(len, indexes)))
     clips = [
-        [replace(clip, repeats=clip.repeats * source.repeats) for clip in read_index(source.data_root)]
-        for source in sources
+        replace(clip, repeats=clip.repeats * source.repeats if repeats is None else repeats)
+        for source, repeats, index in zip(sources, weighted, indexes, strict=True)
+        for clip in index
     ]
-    clips = with_weights(sources, clips)
     return PreparedData(clips, list(dict.fromkeys(source.data_root for source in sources)))
 
 
@@ -203,8 +216,6 @@ def describe(
 def report_skipped(bad: Sequence[BadClip], folder: Path) -> None:
     """Write the clips left out to `skipped_clips.csv` in the output folder, and say so; none: remove the file."""
     path = folder / SKIPPED_FILE
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
     if not bad:
         path.unlink(missing_ok=True)
         return
@@ -212,4 +223,5 @@ def report_skipped(bad: Sequence[BadClip], folder: Path) -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("clip", "source", "reason"))
         table.writerows((clip.what, clip.source, clip.reason) for clip in bad)
-    logger.warning("%d clips cannot be used and are left out: see %s", len(bad), path)
+    # Not by the logger, which is silent on all ranks but the first.
+    tqdm.write(f"{len(bad)} of the clips cannot be used and are left out: see {path}")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 from collections import deque
@@ -33,7 +34,7 @@ from flag_checks import PREPARED_FLAGS
 from layouts import FileLayout, Sample, ShardLayout
 from models import DTYPES, ModelConfigs, ModelSource, encode_noised_image, encode_prompts, encode_videos
 from plan import RawData, describe, report_skipped
-from prepared import STAGING, PreparedSettings, claim_folder
+from prepared import STAGING, PreparedSettings, claim_folder, write_settings
 
 
 logger = logging.getLogger(__name__)
@@ -72,17 +73,15 @@ def prepare(args: argparse.Namespace, data: RawData) -> None:
     if args.save_latents_and_embeddings:
         source.download_encoders()
     folder = Path(args.output_dir)
-    claim_folder(folder, settings_of(args, source))
+    settings = claim_folder(folder, settings_of(args, source))
     samples = [name_sample(planned, args) for planned in data.clips]
     layout = make_layout(args, folder, samples, configs)
 
-    # At once, not where they are tried again: another rank may be at its end by then, and believe the old notes.
-    BrokenClips(folder).forget_all()
     if args.save_latents_and_embeddings:
         embed_captions(args, source, layout, samples, rank)
         free_memory()
     encode_clips(args, source, layout, samples, rank)
-    finish(args, layout, data, samples, rank)
+    finish(args, layout, settings, data, samples)
 
 
 def log_plan(
@@ -135,7 +134,8 @@ def name_sample(planned: PlannedClip, args: argparse.Namespace) -> Sample:
         facts += [image, args.num_image_latents, args.seed]
     if args.layout == "files":
         facts.append(caption_key)
-    stem = clip.video.stem.encode()[:100].decode(errors="ignore")  # file names have at most 255 bytes
+    # A part of file names and lists: visible, on one line, and within 255 bytes.
+    stem = re.sub(r"[^\w.-]+", "_", clip.video.stem).lstrip(".").encode()[:100].decode(errors="ignore")
     return Sample(f"{stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}", caption_key, planned)
 
 
@@ -190,6 +190,8 @@ def encode_clips(
         return
     index_of = {sample.name: index for index, sample in enumerate(samples)}
     broken = BrokenClips(layout.folder)
+    for names in batches:
+        broken.forget(names)
     vae = None
     if args.save_latents_and_embeddings:
         vae = source.load_vae(DTYPES[args.dtype], slicing=args.use_slicing, tiling=args.use_tiling).to(rank.device)
@@ -206,7 +208,8 @@ def encode_clips(
     ):
         for names, batch in zip(batches, loader, strict=True):
             for draw, reason in batch.failed:
-                broken.add(samples[draw.index], reason)
+                clip = samples[draw.index].planned.clip
+                broken.add(samples[draw.index], reason.removeprefix(f"{clip.video}: "))
             names_left = [samples[draw.index].name for draw in batch.draws]
             if names_left:
                 tensors = {} if vae is None else encode_batch(args, vae, batch, names_left)
@@ -239,7 +242,9 @@ def encode_batch(
     return tensors
 
 
-def finish(args: argparse.Namespace, layout: Layout, data: RawData, samples: Sequence[Sample], rank: Rank) -> None:
+def finish(
+    args: argparse.Namespace, layout: Layout, settings: PreparedSettings, data: RawData, samples: Sequence[Sample]
+) -> None:
     """Write the index if everything is done; whichever rank comes last finds it so.
 
     Raises:
@@ -259,8 +264,15 @@ def finish(args: argparse.Namespace, layout: Layout, data: RawData, samples: Seq
         )
         raise UserError(listing(title, bad, most=len(bad)))
     kept = [sample for sample in samples if sample.name not in missing]
+    if not kept:
+        raise UserError(listing("none of the clips can be used:", bad))
     report_skipped(bad, layout.folder)
-    unlisted = layout.write_index(kept)
+    try:
+        unlisted = layout.write_index(kept)
+        write_settings(layout.folder, settings)
+    except FileNotFoundError:
+        # Another rank found everything done at the same time, listed the same samples and has tidied up already.
+        return
     shutil.rmtree(layout.folder / STAGING, ignore_errors=True)
     if unlisted:
         logger.warning("%d samples that were prepared here earlier are no longer listed", unlisted)
@@ -282,9 +294,10 @@ class BrokenClips:
         with written_whole(self.folder / f"{sample.name}.json") as path:
             path.write_text(json.dumps([str(clip.video), clip.source, reason]), encoding="utf-8")
 
-    def forget_all(self) -> None:
-        """Drop the notes of an earlier run: its clips are tried again."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def forget(self, names: Sequence[str]) -> None:
+        """Drop the notes of an earlier run on samples that this rank tries again."""
+        for name in names:
+            (self.folder / f"{name}.json").unlink(missing_ok=True)
 
     def read(self) -> dict[str, BadClip]:
         """All notes, by sample name."""

@@ -14,7 +14,7 @@ does only what is missing. `--dry_run` shows what will be made of the clips, as 
 from collections.abc import Sequence
 
 from args import parse_prepare_args
-from errors import one_line_errors
+from errors import UserError, one_line_errors
 from plan import check_bad_clips, plan_raw_clips
 from quiet import quiet_libraries
 
@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         if args.dry_run:
             rehearse(args, data)
-            check_bad_clips(data, args.on_bad_clip)
+            if data.bad and args.on_bad_clip == "error":
+                raise UserError("these clips stop the preparation; mend or remove them, or give --on_bad_clip skip")
         else:
             prepare(args, data)
 

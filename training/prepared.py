@@ -22,6 +22,7 @@ lack `prepared.json`:
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -116,7 +117,9 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
             return torch.load(stored.file, map_location="cpu", weights_only=True)
         return _open_shard(stored.file).get_tensor(stored.key)
     except Exception as error:
-        raise ValueError(f"{stored.file} cannot be read as a tensor: {error}") from error
+        # The first line: torch goes on to recommend loading what may run code.
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{stored.file} cannot be read as a tensor: {reason}") from error
 
 
 @lru_cache(maxsize=256)
@@ -127,8 +130,11 @@ def _open_shard(file: Path) -> Any:
     return safe_open(file, "pt")
 
 
-def claim_folder(folder: Path, settings: PreparedSettings) -> None:
+def claim_folder(folder: Path, settings: PreparedSettings) -> PreparedSettings:
     """Make `folder` one of prepared data with these settings, or check that it is one already.
+
+    Returns:
+        The settings, with the encoders that were known before: what `write_settings` is given in the end.
 
     Raises:
         UserError: the folder holds data prepared with other settings, or lists that are not ours to overwrite.
@@ -143,15 +149,20 @@ def claim_folder(folder: Path, settings: PreparedSettings) -> None:
                 "give a new folder"
             )
         known = {name: digest or earlier["encoders"].get(name) for name, digest in settings.encoders.items()}
-        settings = PreparedSettings(**asdict(settings) | {"encoders": known})
-    else:
-        foreign = [name for name in (INDEX_FILE, FILES_INDEX, *LISTS) if (folder / name).exists()]
-        if foreign:
-            raise UserError(
-                f"--output_dir: {folder} already holds {', '.join(foreign)} of a data set that was not prepared here; "
-                "give a new folder"
-            )
-    with written_whole(path, staging=folder / STAGING) as partial:
+        return PreparedSettings(**asdict(settings) | {"encoders": known})
+    foreign = [name for name in (INDEX_FILE, FILES_INDEX, *LISTS) if (folder / name).exists()]
+    if foreign:
+        raise UserError(
+            f"--output_dir: {folder} already holds {', '.join(foreign)} of a data set that was not prepared here; "
+            "give a new folder"
+        )
+    write_settings(folder, settings)
+    return settings
+
+
+def write_settings(folder: Path, settings: PreparedSettings) -> None:
+    """Write the settings down; again with the index, whose samples are those of the last run's flags."""
+    with written_whole(folder / SETTINGS_FILE, staging=folder / STAGING) as partial:
         partial.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
 
 
@@ -167,10 +178,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
         UserError: the file is damaged.
     """
     path = folder / SETTINGS_FILE
+    if not path.exists():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); prepare into a new folder") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("encoders", {}), dict):
+        raise UserError(f"{path} is damaged; prepare into a new folder")
+    return settings
 
 
 def read_index(folder: Path) -> list[PreparedClip]:
@@ -219,13 +235,13 @@ def _missing_tensors(folder: Path, clips: Iterable[PreparedClip]) -> list[str]:
 
 def _read_lines(path: Path, to_clip: Any) -> list[PreparedClip]:
     clips = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 clips.append(to_clip(path.parent, json.loads(line)))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{path}:{number}: not a prepared clip ({type(error).__name__}: {error}); "
                     "run prepare_dataset.sh again"
@@ -268,7 +284,7 @@ def _clip_in_shards(folder: Path, entry: dict[str, Any]) -> PreparedClip:
         StoredTensor(latents, f"{name}.video_latents"),
         StoredTensor(_joined(folder, entry["prompt_embeds"]), f"{entry['caption_key']}.prompt_embeds"),
         StoredTensor(latents, f"{name}.image_latents") if entry["with_image"] else None,
-        float(entry["repeats"]),
+        _repeats(entry["repeats"]),
     )
 
 
@@ -286,8 +302,14 @@ def _clip_in_files(folder: Path, entry: dict[str, Any]) -> PreparedClip:
         StoredTensor(latents),
         StoredTensor(folder / entry["prompt_embed"]),
         StoredTensor(folder / image) if image else None,
-        float(entry.get("repeats", 1.0)),
+        _repeats(entry.get("repeats", 1.0)),
     )
+
+
+def _repeats(value: Any) -> float:
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"repeats are {value}; they must be above 0")
+    return float(value)
 
 
 def _bucket(size: Mapping[str, Any]) -> Bucket:
@@ -295,7 +317,10 @@ def _bucket(size: Mapping[str, Any]) -> Bucket:
 
 
 def _clip_from_latents(path: Path) -> PreparedClip:
-    _, frames, height, width = read_tensor(StoredTensor(path)).shape
+    try:
+        _, frames, height, width = read_tensor(StoredTensor(path)).shape
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"--load_tensors: {path} holds no latents of a video ({error}); remove it") from error
     bucket = Bucket((frames - 1) * 4 + 1, height * 8, width * 8)
     image = path.parent.parent / "image_latents" / path.name
     return PreparedClip(

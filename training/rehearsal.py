@@ -9,6 +9,7 @@ from buckets import Draw
 from clips import PlannedClip
 from contact_sheet import SheetRow, draw_contact_sheet, sample_for_sheet
 from dataset import Batch
+from errors import listing
 from models import ModelSource
 from plan import RawData
 from plan_report import write_plan
@@ -31,6 +32,8 @@ def rehearse(args: argparse.Namespace, data: RawData) -> None:
     log_plan(args, data, source, source.configs())
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if data.bad:
+        logger.warning("%s", listing(f"{len(data.bad)} of the clips cannot be used:", data.bad, most=len(data.bad)))
     write_plan(data.clips, data.bad, folder / "plan.csv")
     shown = sample_for_sheet(data.clips)
     dataset = clip_dataset(args, shown)

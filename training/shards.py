@@ -58,9 +58,30 @@ class ShardWriter:
         ]
         self._shard_of = {name: shard for shard in self.shards for name in shard.names}
         self._merging = threading.Lock()
+        self._adopt()
 
     def _shard(self, names: Sequence[str]) -> Shard:
         return Shard(self.folder / f"{_digest(names)}.safetensors", tuple(names))
+
+    def _adopt(self) -> None:
+        """Keep what an interrupted run with another list of names has staged: its shards were cut otherwise."""
+        from safetensors.torch import load_file
+
+        current = {shard.path.stem for shard in self.shards}
+        for folder in sorted(self.staging.glob("*/")):
+            if folder.name in current:
+                continue
+            for part in sorted(folder.glob("[!.]*.safetensors")):
+                samples: dict[str, dict[str, torch.Tensor]] = {}
+                try:
+                    for key, tensor in load_file(part).items():
+                        name, _, kind = key.rpartition(".")
+                        if name in self._shard_of:
+                            samples.setdefault(name, {})[kind] = tensor
+                except FileNotFoundError:  # another rank has adopted it
+                    continue
+                self.write(samples)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def todo(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
         """The batches of this rank that nobody has written yet.
@@ -79,8 +100,6 @@ class ShardWriter:
 
     def write(self, samples: Mapping[str, Mapping[str, "torch.Tensor"]]) -> None:
         """Write the tensors of a batch, {name: {kind: tensor}}; with a shard's last batch, the shard itself."""
-        from safetensors.torch import save_file
-
         for shard in dict.fromkeys(self._shard_of[name] for name in samples):
             names = [name for name in samples if self._shard_of[name] == shard]
             # A copy: a slice of a batch shares its memory, which safetensors refuses.
@@ -90,7 +109,7 @@ class ShardWriter:
                 for kind, tensor in samples[name].items()
             }
             with written_whole(self._staging_of(shard) / f"{_digest(names)}-{len(names)}.safetensors") as partial:
-                save_file(tensors, partial)
+                _save(tensors, partial)
             self._merge_if_whole(shard)
 
     def merge(self, given_up: Container[str] = ()) -> None:
@@ -103,16 +122,19 @@ class ShardWriter:
             self._merge_if_whole(shard, given_up)
 
     def _merge_if_whole(self, shard: Shard, given_up: Container[str] = ()) -> None:
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file
 
         with self._merging:
             parts = self._parts(shard)
-            wanted = sum(name not in given_up for name in shard.names)
-            if not parts or sum(int(part.stem.split("-")[1]) for part in parts) < wanted:
+            wanted = {name for name in shard.names if name not in given_up}
+            # The file names tell when a look into the files is worth while.
+            if not parts or sum(int(part.stem.split("-")[1]) for part in parts) < len(wanted):
+                return
+            if not wanted.issubset(name for part in parts for name in names_in(part)):
                 return
             try:
                 with written_whole(shard.path, staging=self._staging_of(shard)) as whole:
-                    save_file({key: tensor for part in parts for key, tensor in load_file(part).items()}, whole)
+                    _save({key: tensor for part in parts for key, tensor in load_file(part).items()}, whole)
                     flush(whole)
             except FileNotFoundError:
                 # Another rank saw the same last batch arrive, wrote the same shard and has tidied up already.
@@ -137,7 +159,7 @@ def finished_names(folder: Path) -> dict[str, Path]:
 
 
 def names_in(path: Path) -> Iterator[str]:
-    """The names in a shard, by its header; its length is checked too.
+    """The names in a shard, by its header; its length is checked too. None in one that is not there (any more).
 
     Raises:
         UserError: the file is damaged.
@@ -147,9 +169,21 @@ def names_in(path: Path) -> Iterator[str]:
     try:
         with safe_open(path, "numpy") as file:  # nothing is read but the header; "pt" would import torch
             keys = list(file.keys())
+    except FileNotFoundError:
+        keys = []
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and prepare the data again") from error
     return (key.rpartition(".")[0] for key in keys)
+
+
+def _save(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:  # a full disk
+        raise OSError(str(error)) from error
 
 
 def samples_per_shard(bytes_per_sample: int, shard_bytes: int) -> int:

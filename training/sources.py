@@ -248,23 +248,19 @@ def _with_paths(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return values
 
 
-def with_weights(sources: Sequence[DataSource], clips_per_source: Sequence[Sequence[Clip]]) -> list[Clip]:
-    """Join the clips of several data sets, in order, with weights turned into repeats.
+def weights_to_repeats(sources: Sequence[DataSource], num_samples: Sequence[int]) -> list[float | None]:
+    """How often the samples of each data set come in an epoch by their weights; None for one without a weight.
 
-    A weight w is the share of the samples of an epoch, against the sum of all. With n clips each repeats w / n times,
-    scaled so that the least repeated data set comes exactly once an epoch. Repeats that were given stay.
+    A weight w is the share of the samples of an epoch, against the sum of all. With n samples each repeats w / n
+    times, scaled so that the least repeated data set comes exactly once an epoch.
 
     Args:
         sources: all with a weight, or none, as `read_mix` gives them.
-        clips_per_source: the clips of each.
+        num_samples: of each that can be used.
     """
     densities = [
-        source.weight / len(clips) if source.weight is not None and clips else None
-        for source, clips in zip(sources, clips_per_source, strict=True)
+        source.weight / count if source.weight is not None and count else None
+        for source, count in zip(sources, num_samples, strict=True)
     ]
     least = min((density for density in densities if density is not None), default=None)
-    return [
-        clip if density is None else replace(clip, repeats=density / least)
-        for density, clips in zip(densities, clips_per_source, strict=True)
-        for clip in clips
-    ]
+    return [None if density is None else density / least for density in densities]

@@ -228,10 +228,19 @@ def test_a_mix_names_data_sets_relative_to_its_own_folder(tmp_path, tmp_path_fac
         ({"data_root": "a", "streaming": True}, "entry 2: unknown key 'streaming'; did you mean 'dataset_streaming'"),
         ({"data_root": "a", "xyzzy": 2}, "entry 2: unknown key 'xyzzy'; it must be one of data_root, dataset_file"),
         ({"data_root": 5}, "entry 2: 'data_root' is 5; it must be text"),
-        ({"data_root": "a", "repeats": "two"}, "entry 2: 'repeats' is \"two\"; it must be a number above 0"),
-        ({"data_root": "a", "repeats": 0}, "entry 2: 'repeats' is 0; it must be a number above 0"),
-        ({"data_root": "a", "repeats": True}, "entry 2: 'repeats' is true; it must be a number above 0"),
-        ({"data_root": "a", "weight": float("inf")}, "entry 2: 'weight' is Infinity; it must be a number above 0"),
+        (
+            {"data_root": "a", "repeats": "two"},
+            "entry 2: 'repeats' is \"two\"; it must be a number from 0.000001 to 1000000",
+        ),
+        ({"data_root": "a", "repeats": 0}, "entry 2: 'repeats' is 0; it must be a number from 0.000001 to 1000000"),
+        (
+            {"data_root": "a", "repeats": True},
+            "entry 2: 'repeats' is true; it must be a number from 0.000001 to 1000000",
+        ),
+        (
+            {"data_root": "a", "weight": float("inf")},
+            "entry 2: 'weight' is Infinity; it must be a number from 0.000001 to 1000000",
+        ),
         ({"data_root": "a", "max_samples": 2.5}, "entry 2: 'max_samples' is 2.5; it must be a whole number above 0"),
         (
             {"data_root": "a", "dataset_streaming": "yes"},

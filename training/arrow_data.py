@@ -35,7 +35,17 @@ def read_parquet(file: Path) -> Table:
     opened = _call(str(file), parquet.ParquetFile, file, pre_buffer=False)
     schema = opened.schema_arrow
     batches = opened.iter_batches(batch_size=_rows_at_once(schema))
-    return Table(str(file), schema.names, _rows(str(file), batches, f"{file.name}:row"), file.parent)
+    rows = _rows(str(file), batches, f"{file.name}:row")
+    return Table(str(file), schema.names, _counted(rows, opened.metadata.num_rows, file), file.parent)
+
+
+def _counted(rows: Iterator[Row], num_rows: int, file: Path) -> Iterator[Row]:
+    """The rows, and an error at their end if they are not as many as the file says: pyarrow drops what is damaged."""
+    found = 0
+    for found, row in enumerate(rows, 1):  # noqa: B007
+        yield row
+    if found != num_rows:
+        raise UserError(f"{file} is damaged: it should have {num_rows} rows, and {found} can be read")
 
 
 def read_dataset(name: str, config_name: str | None, split: str, streaming: bool) -> Table:

@@ -132,8 +132,11 @@ def _image_bytes(image: object, folder: Path | None) -> bytes:
         case bytes(data) | {"bytes": bytes(data)}:
             return data
         case str(path) | {"path": str(path)}:
+            file = _listed_file(path, folder)
+            if not os.path.isfile(file):
+                raise UnusableRow(f"has a frame {one_line(path, 200)} that is no file")
             try:
-                return _listed_file(path, folder).read_bytes()
+                return file.read_bytes()
             except (OSError, ValueError) as error:  # ValueError: a path with a null character
                 raise UnusableRow(
                     f"has a frame {one_line(path, 200)} that cannot be read: {reason_of(error)}"

@@ -23,7 +23,8 @@ lack `prepared.json`:
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -51,6 +52,7 @@ class StoredTensor:
 
     file: Path
     key: str | None = None  # in a safetensors file; None: the file is a .pt file with this tensor alone
+    shape: tuple[int | None, ...] = ()  # its last axes; None for one of any length
 
 
 @dataclass(frozen=True)
@@ -101,25 +103,39 @@ def check_encoders(folder: Path, encoders: Mapping[str, str | None]) -> str | No
     different = encoder_differences(encoders, settings.get("encoders", {}))
     if not different:
         return None
-    return f"{folder} was prepared with another {' and '.join(different)} (of {settings['model']}) than the model's"
+    return (
+        f"{folder} was prepared with another {' and '.join(different)} (of {settings.get('model')}) than the model's"
+    )
 
 
 def read_tensor(stored: StoredTensor) -> "torch.Tensor":
     """Read a tensor; never unpickles anything but tensors.
 
     Raises:
-        ValueError: the file is damaged or holds no such tensor.
+        ValueError: the file is damaged, holds no such tensor, or one of another shape.
     """
     import torch
 
     try:
         if stored.key is None:
-            return torch.load(stored.file, map_location="cpu", weights_only=True)
-        return _open_shard(stored.file).get_tensor(stored.key)
+            tensor = torch.load(stored.file, map_location="cpu", weights_only=True)
+        else:
+            tensor = _open_shard(stored.file).get_tensor(stored.key)
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"it holds a {type(tensor).__name__}")
+        if not _fits(tensor.shape, stored.shape):
+            raise ValueError(f"its shape is {list(tensor.shape)}")
+        return tensor
     except Exception as error:
         # The first line: torch goes on to recommend loading what may run code.
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{stored.file} cannot be read as a tensor: {reason}") from error
+
+
+def _fits(shape: Sequence[int], last_axes: Sequence[int | None]) -> bool:
+    if len(shape) < len(last_axes):
+        return False
+    return all(want in (None, size) for want, size in zip(reversed(last_axes), reversed(shape), strict=False))
 
 
 @lru_cache(maxsize=256)
@@ -182,9 +198,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); prepare into a new folder") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("encoders", {}), dict):
+    kinds = {"encoders": dict, "flags": dict, "model": str}
+    if not isinstance(settings, dict) or any(
+        not isinstance(settings.get(name, kind()), kind) for name, kind in kinds.items()
+    ):
         raise UserError(f"{path} is damaged; prepare into a new folder")
     return settings
 
@@ -226,7 +245,7 @@ def _missing_tensors(folder: Path, clips: Iterable[PreparedClip]) -> list[str]:
 
     def is_there(tensor: StoredTensor) -> bool:
         if tensor.key is None:
-            return tensor.file.is_file()
+            return os.path.isfile(tensor.file)  # Path.is_file raises on a name that is too long
         return in_shards.get(tensor.key.rpartition(".")[0]) == tensor.file
 
     missing = [tensor for tensor in stored if not is_there(tensor)]
@@ -241,7 +260,7 @@ def _read_lines(path: Path, to_clip: Any) -> list[PreparedClip]:
                 continue
             try:
                 clips.append(to_clip(path.parent, json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 raise UserError(
                     f"{path}:{number}: not a prepared clip ({type(error).__name__}: {error}); "
                     "run prepare_dataset.sh again"
@@ -277,13 +296,14 @@ def sample_in_files(name: str, bucket: Bucket, *, with_images: bool) -> dict[str
 
 
 def _clip_in_shards(folder: Path, entry: dict[str, Any]) -> PreparedClip:
-    name, latents = entry["name"], _joined(folder, entry["latents"])
+    name, latents, bucket = entry["name"], _joined(folder, entry["latents"]), _bucket(entry["metadata"])
+    frames, height, width = _latent_shape(bucket)
     return PreparedClip(
         name,
-        _bucket(entry["metadata"]),
-        StoredTensor(latents, f"{name}.video_latents"),
-        StoredTensor(_joined(folder, entry["prompt_embeds"]), f"{entry['caption_key']}.prompt_embeds"),
-        StoredTensor(latents, f"{name}.image_latents") if entry["with_image"] else None,
+        bucket,
+        StoredTensor(latents, f"{name}.video_latents", (None, frames, height, width)),
+        StoredTensor(_joined(folder, entry["prompt_embeds"]), f"{entry['caption_key']}.prompt_embeds", (None, None)),
+        StoredTensor(latents, f"{name}.image_latents", (None, 1, height, width)) if entry["with_image"] else None,
         _repeats(entry["repeats"]),
     )
 
@@ -296,12 +316,14 @@ def _joined(folder: Path, shard: str) -> Path:
 
 def _clip_in_files(folder: Path, entry: dict[str, Any]) -> PreparedClip:
     latents, image = folder / entry["video_latent"], entry.get("image_latent")
+    bucket = _bucket(entry["metadata"])
+    frames, height, width = _latent_shape(bucket)
     return PreparedClip(
         latents.stem,
-        _bucket(entry["metadata"]),
-        StoredTensor(latents),
-        StoredTensor(folder / entry["prompt_embed"]),
-        StoredTensor(folder / image) if image else None,
+        bucket,
+        StoredTensor(latents, shape=(None, frames, height, width)),
+        StoredTensor(folder / entry["prompt_embed"], shape=(None, None)),
+        StoredTensor(folder / image, shape=(None, 1, height, width)) if image else None,
         _repeats(entry.get("repeats", 1.0)),
     )
 
@@ -313,7 +335,15 @@ def _repeats(value: Any) -> float:
 
 
 def _bucket(size: Mapping[str, Any]) -> Bucket:
-    return Bucket(int(size["num_frames"]), int(size["height"]), int(size["width"]))
+    bucket = Bucket(int(size["num_frames"]), int(size["height"]), int(size["width"]))
+    if min(bucket) < 1:
+        raise ValueError(f"its size is {bucket}")
+    return bucket
+
+
+def _latent_shape(bucket: Bucket) -> tuple[int, int, int]:
+    """Frames, height and width of a bucket's latents."""
+    return ((bucket.num_frames + 3) // 4, bucket.height // 8, bucket.width // 8)
 
 
 def _clip_from_latents(path: Path) -> PreparedClip:
@@ -326,7 +356,7 @@ def _clip_from_latents(path: Path) -> PreparedClip:
     return PreparedClip(
         path.stem,
         bucket,
-        StoredTensor(path),
-        StoredTensor(path.parent.parent / "prompt_embeds" / path.name),
-        StoredTensor(image) if image.is_file() else None,
+        StoredTensor(path, shape=(None, frames, height, width)),
+        StoredTensor(path.parent.parent / "prompt_embeds" / path.name, shape=(None, None)),
+        StoredTensor(image, shape=(None, 1, height, width)) if image.is_file() else None,
     )

@@ -6,8 +6,8 @@ without a word. Whether a listed file exists, and what is in it, is left to the 
 
 import difflib
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -64,7 +64,8 @@ def read_clips(source: DataSource, media_cache: Path) -> tuple[list[Clip], list[
     """
     table, columns = _open(source)
     clips, bad_clips = [], []
-    for row in islice(table.rows, source.max_samples):
+    most = source.max_samples and min(source.max_samples, sys.maxsize)  # islice takes no more
+    for row in islice(table.rows, most):
         try:
             clips.append(_clip_of(row, columns, source, source.data_root or table.folder, media_cache))
         except UnusableRow as problem:
@@ -229,7 +230,7 @@ def _check_value(where: str, key: str, value: object) -> None:
     elif key == "max_samples":
         fits, expected = is_number and isinstance(value, int) and value > 0, "a whole number above 0"
     elif key in ("repeats", "weight"):
-        fits, expected = is_number and 0 < value < math.inf, "a number above 0"
+        fits, expected = is_number and 1e-6 <= value <= 1e6, "a number from 0.000001 to 1000000"
     else:
         fits, expected = isinstance(value, str) and value.strip(), "text"
     if not fits:

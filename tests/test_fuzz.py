@@ -724,7 +724,9 @@ def make_files_without_index(folder: Path) -> list[Path]:
     for kind, shape in SHAPES.items():
         (folder / kind).mkdir(parents=True)
         for name in SAMPLES:
-            torch.save(torch.zeros(shape), folder / kind / f"{name}.pt")
+            # The original script wrote one encoding of an image, without an axis for several.
+            one = shape[1:] if kind == "image_latents" else shape
+            torch.save(torch.zeros(one), folder / kind / f"{name}.pt")
     return [folder / kind / "one.pt" for kind in SHAPES]
 
 

@@ -191,8 +191,6 @@ def _cached(cache: Path, digest: str, name: str, write: Callable[[Path], object]
         try:
             with written_whole(path) as partial:
                 write(partial)
-        except (OSError, av.FFmpegError) as error:
-            raise UserError(
-                f"{path.parent}, where media out of data sets are kept, cannot be written: {reason_of(error)}"
-            ) from error
+        except av.FFmpegError as error:
+            raise UserError(f"{path} cannot be written: {reason_of(error)}") from error
     return path

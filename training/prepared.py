@@ -52,7 +52,7 @@ class StoredTensor:
 
     file: Path
     key: str | None = None  # in a safetensors file; None: the file is a .pt file with this tensor alone
-    shape: tuple[int | None, ...] = ()  # its last axes; None for one of any length
+    shape: tuple[int | None, ...] = ()  # of the tensor, None for an axis of any length; (): any shape
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,10 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
         raise ValueError(f"{stored.file} cannot be read as a tensor: {reason}") from error
 
 
-def _fits(shape: Sequence[int], last_axes: Sequence[int | None]) -> bool:
-    if len(shape) < len(last_axes):
-        return False
-    return all(want in (None, size) for want, size in zip(reversed(last_axes), reversed(shape), strict=False))
+def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    if not wanted:
+        return True
+    return len(shape) == len(wanted) and all(want in (None, size) for want, size in zip(wanted, shape, strict=True))
 
 
 @lru_cache(maxsize=256)
@@ -298,12 +298,13 @@ def sample_in_files(name: str, bucket: Bucket, *, with_images: bool) -> dict[str
 def _clip_in_shards(folder: Path, entry: dict[str, Any]) -> PreparedClip:
     name, latents, bucket = entry["name"], _joined(folder, entry["latents"]), _bucket(entry["metadata"])
     frames, height, width = _latent_shape(bucket)
+    image = StoredTensor(latents, f"{name}.image_latents", (None, None, 1, height, width))
     return PreparedClip(
         name,
         bucket,
         StoredTensor(latents, f"{name}.video_latents", (None, frames, height, width)),
         StoredTensor(_joined(folder, entry["prompt_embeds"]), f"{entry['caption_key']}.prompt_embeds", (None, None)),
-        StoredTensor(latents, f"{name}.image_latents", (None, 1, height, width)) if entry["with_image"] else None,
+        image if entry["with_image"] else None,
         _repeats(entry["repeats"]),
     )
 

@@ -665,7 +665,7 @@ def test_help_names_the_task(task: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 OUR_TORCH_FREE_MODULES = {"args", "buckets", "errors", "files", "flag_checks", "flag_types", "prepared", "run_folder"}
-OUR_TORCH_FREE_MODULES |= {"shards"}
+OUR_TORCH_FREE_MODULES |= {"shards", "data_flags", "preparation_flags", "training_flags"}
 
 
 def test_only_the_standard_library_is_imported() -> None:

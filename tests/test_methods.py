@@ -171,7 +171,7 @@ def test_the_released_models_have_as_many_parameters_as_published(kind, in_trans
 
 
 def test_the_usage_names_the_model_and_the_folder(tmp_path):
-    code = Lora(rank=4, alpha=4).usage("THUDM/CogVideoX-5b", tmp_path)
+    code = "\n".join(Lora(rank=4, alpha=4).usage("CogVideoXPipeline", "THUDM/CogVideoX-5b", tmp_path))
     compile(code, "usage", "exec")
     assert 'CogVideoXPipeline.from_pretrained("THUDM/CogVideoX-5b"' in code
     assert f'load_lora_weights("{tmp_path}")' in code

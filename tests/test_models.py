@@ -284,8 +284,8 @@ def test_captions_of_more_tokens_than_the_model_reads_are_counted(source):
 
 
 def test_a_local_model_has_its_encoders_at_hand_and_an_unknown_one_on_the_hub_does_not(source, tmp_path):
-    assert source.encoders_folder() == Path(source.path)
-    assert ModelSource("nobody/nothing", cache_dir=str(tmp_path)).encoders_folder() is None
+    assert source.local_folder() == Path(source.path)
+    assert ModelSource("nobody/nothing", cache_dir=str(tmp_path)).local_folder() is None
 
 
 def test_a_model_on_the_hub_is_found_where_it_was_downloaded_to(tiny_models, tmp_path):
@@ -294,7 +294,7 @@ def test_a_model_on_the_hub_is_found_where_it_was_downloaded_to(tiny_models, tmp
     shutil.copytree(tiny_models("5b"), snapshot)
     (tmp_path / "models--org--tiny" / "refs").mkdir()
     (tmp_path / "models--org--tiny" / "refs" / "main").write_text("abc")
-    assert ModelSource("org/tiny", cache_dir=str(tmp_path)).encoders_folder() == snapshot
+    assert ModelSource("org/tiny", cache_dir=str(tmp_path)).local_folder() == snapshot
 
 
 # Tokens

@@ -33,9 +33,14 @@ def make_batch(frames: int = 5, height: int = 8, width: int = 12) -> Batch:
 
 def make_objective(source: ModelSource, model=None) -> Objective:
     transformer = source.load_transformer(torch.float32)
-    scaling_factor = source.configs().vae["scaling_factor"]
     return Objective(
-        TextToVideo(), model or transformer, transformer, source.load_scheduler(), scaling_factor, None, torch.float32
+        TextToVideo(),
+        model or transformer,
+        transformer,
+        source.load_scheduler(),
+        source.configs(),
+        None,
+        torch.float32,
     )
 
 

@@ -1,34 +1,159 @@
-"""A task takes the models that are made for it, and no others."""
+"""A task takes the models that are made for it, and shows the transformer what the pipeline shows it."""
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+from PIL import Image
 
 from buckets import Bucket
 from dataset import Batch
 from errors import UserError
-from models import ModelSource
-from tasks import TextToVideo
+from models import ModelSource, encode_noised_image
+from tasks import ImageToVideo, TextToVideo
+
+
+SIZE = Bucket(17, 64, 96)  # that the tiny models were made for
+IMAGE_KINDS = ["5b-i2v", "1.5-5b-i2v"]
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def configs_of(model):
+    return ModelSource(str(model)).configs()
+
+
+# Which model
 
 
 @pytest.mark.parametrize("kind", ["2b", "5b", "1.5-5b"])
 def test_text_to_video_takes_a_text_to_video_model(tiny_models, kind):
-    TextToVideo().check_model(ModelSource(str(tiny_models(kind))).configs())
+    TextToVideo().check_model(configs_of(tiny_models(kind)), [SIZE])
 
 
-def test_text_to_video_refuses_an_image_to_video_model_and_says_which_flag_to_change(tiny_models):
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_image_to_video_takes_an_image_to_video_model(tiny_models, kind):
+    ImageToVideo(0.05, False).check_model(configs_of(tiny_models(kind)), [SIZE])
+
+
+def test_text_to_video_refuses_an_image_to_video_model_and_names_the_script(tiny_models):
     with pytest.raises(UserError, match="--pretrained_model_name_or_path: this is an image-to-video model") as caught:
-        TextToVideo().check_model(ModelSource(str(tiny_models("5b-i2v"))).configs())
+        TextToVideo().check_model(configs_of(tiny_models("5b-i2v")), [SIZE])
     assert "32 channels" in str(caught.value)
-    assert "16" in str(caught.value)
+    assert "cogvideox_image_to_video_lora.py" in str(caught.value)
 
 
-def test_text_to_video_shows_the_transformer_the_noisy_latents_alone():
+def test_image_to_video_refuses_a_text_to_video_model_and_names_the_script(tiny_models):
+    with pytest.raises(UserError, match="--pretrained_model_name_or_path: this is a text-to-video model") as caught:
+        ImageToVideo(0.05, False).check_model(configs_of(tiny_models("5b")), [SIZE])
+    assert "cogvideox_text_to_video_lora.py" in str(caught.value)
+
+
+def test_learned_positions_are_refused_at_another_size_unless_they_are_dropped(tiny_models):
+    configs = configs_of(tiny_models("5b-i2v"))
+    with pytest.raises(UserError, match=r"fit 17x64x96 .* alone, not 17x96x64; .*--ignore_learned_positional_embed"):
+        ImageToVideo(0.05, False).check_model(configs, [SIZE, Bucket(17, 96, 64)])
+    ImageToVideo(0.05, True).check_model(configs, [SIZE, Bucket(17, 96, 64)])
+
+
+def test_models_without_learned_positions_take_any_size(tiny_models):
+    ImageToVideo(0.05, False).check_model(configs_of(tiny_models("1.5-5b-i2v")), [Bucket(9, 96, 64)])
+
+
+@pytest.mark.parametrize("ignore", [True, False])
+def test_learned_positions_are_dropped_where_that_was_asked_for_and_in_the_config_too(tiny_models, ignore):
+    transformer = ModelSource(str(tiny_models("5b-i2v"))).load_transformer(torch.float32)
+    ImageToVideo(0.05, ignore).prepare_model(transformer)
+    assert transformer.config.use_learned_positional_embeddings is not ignore
+    assert ("patch_embed.pos_embedding" in transformer.state_dict()) is not ignore
+
+
+# What the transformer sees
+
+
+def test_text_to_video_shows_the_transformer_the_noisy_latents_alone(tiny_models):
     noisy_latents = torch.randn(1, 3, 16, 8, 12)
-    inputs = TextToVideo().transformer_inputs(noisy_latents, Batch(["a"], Bucket(9, 64, 96)))
+    batch = Batch(["a"], SIZE)
+    configs = configs_of(tiny_models("5b"))
+    inputs = TextToVideo().transformer_inputs(noisy_latents, batch, configs, None, generator())
     assert inputs.keys() == {"hidden_states"}
     assert inputs["hidden_states"] is noisy_latents
 
 
-def test_text_to_video_is_sampled_with_the_text_to_video_pipeline():
-    assert TextToVideo.pipeline_class is CogVideoXPipeline
+def inputs_of_pipeline(model, image: Image.Image, num_frames: int) -> dict[str, torch.Tensor]:
+    """What the transformer is given in the first step of sampling."""
+    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(model)
+    seen = []
+    pipeline.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    pipeline(
+        image,
+        "a",
+        height=64,
+        width=96,
+        num_frames=num_frames,
+        num_inference_steps=1,
+        guidance_scale=1,
+        generator=generator(),
+        output_type="latent",
+    )
+    return seen[0]
+
+
+@pytest.mark.parametrize("num_frames", [17, 13])
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_the_image_is_where_the_pipeline_puts_it_and_scaled_alike(tiny_models, kind, num_frames):
+    pixels = torch.randint(256, (3, 64, 96), dtype=torch.uint8, generator=generator())
+    sampled = inputs_of_pipeline(tiny_models(kind), Image.fromarray(pixels.permute(1, 2, 0).numpy()), num_frames)
+
+    source = ModelSource(str(tiny_models(kind)))
+    vae = source.load_vae(torch.float32, slicing=False, tiling=False)
+    moments = encode_noised_image(vae, pixels, torch.zeros(1), generator())
+    noisy_latents = sampled["hidden_states"][:, :, :16]
+    trained = ImageToVideo(0.0, False).transformer_inputs(
+        noisy_latents, Batch(["a"], SIZE, image_moments=moments), source.configs(), None, generator()
+    )
+    torch.testing.assert_close(trained["hidden_states"], sampled["hidden_states"], atol=1e-5, rtol=1e-5)
+    assert trained["hidden_states"][:, 1:, 16:].abs().max() == 0 < trained["hidden_states"][:, 0, 16:].abs().max()
+    if kind == "1.5-5b-i2v":
+        assert torch.equal(trained["ofs"], sampled["ofs"])
+    else:
+        assert "ofs" not in trained
+        assert sampled["ofs"] is None
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
+def test_images_are_dropped_sample_by_sample(tiny_models, dropout):
+    moments = torch.cat([torch.ones(64, 16, 1, 8, 12), torch.full((64, 16, 1, 8, 12), -30.0)], dim=1)
+    inputs = ImageToVideo(dropout, False).transformer_inputs(
+        torch.zeros(64, 2, 16, 8, 12),
+        Batch(["a"] * 64, SIZE, image_moments=moments),
+        configs_of(tiny_models("5b-i2v")),
+        None,
+        generator(),
+    )
+    images = inputs["hidden_states"][:, 0, 16:]
+    is_dropped = (images == 0).flatten(1).all(dim=1)
+    assert torch.allclose(images[~is_dropped], torch.tensor(0.7), atol=1e-4)
+    assert is_dropped.float().mean() == pytest.approx(dropout, abs=0.2 if dropout == 0.5 else 0)
+
+
+def test_raw_images_are_encoded_under_noise_of_the_published_strength(tiny_models):
+    source = ModelSource(str(tiny_models("5b-i2v")))
+    vae = source.load_vae(torch.float32, slicing=False, tiling=False)
+    image = torch.full((3, 64, 96), 255, dtype=torch.uint8)
+    batch = Batch(["a", "b"], SIZE, images=torch.stack([image, image]))
+    task = ImageToVideo(0.0, False)
+    inputs = task.transformer_inputs(torch.zeros(2, 5, 16, 8, 12), batch, source.configs(), vae, generator())
+    one, other = inputs["hidden_states"][:, 0, 16:]
+    clean = encode_noised_image(vae, image, torch.zeros(1), generator())[0, :16, 0] * 0.7
+    assert not torch.allclose(one, other)
+    assert (one - clean).abs().mean() < 1  # the image is still there
+
+
+@pytest.mark.parametrize(
+    ("task", "pipeline"),
+    [(TextToVideo(), CogVideoXPipeline), (ImageToVideo(0.05, False), CogVideoXImageToVideoPipeline)],
+)
+def test_a_task_is_sampled_with_its_own_pipeline(task, pipeline):
+    assert task.pipeline_class is pipeline

@@ -12,7 +12,7 @@ from diffusers import CogVideoXTransformer3DModel
 
 from errors import UserError
 from files import replace_folder
-from methods import Lora
+from methods import FullFinetune, Lora
 from run_folder import STATE_FILE, list_checkpoints
 
 
@@ -103,7 +103,7 @@ def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
     return checkpoints[-1][1] if checkpoints else None
 
 
-def checkpoint_only_what_trains(accelerator: Accelerator, method: Lora) -> None:
+def checkpoint_only_what_trains(accelerator: Accelerator, method: Lora | FullFinetune) -> None:
     """Have `accelerator.save_state` and `load_state` store only what the method trains, in full precision."""
 
     def save(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:

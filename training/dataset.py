@@ -32,6 +32,7 @@ class Batch:
     videos: torch.Tensor | None = None  # [B, F, 3, H, W], uint8
     images: torch.Tensor | None = None  # [B, 3, H, W], uint8: what image-to-video starts from
     video_moments: torch.Tensor | None = None  # [B, 2C, F', H / 8, W / 8], unscaled
+    image_moments: torch.Tensor | None = None  # [B, 2C, 1, H / 8, W / 8], of the image under noise
     prompt_embeds: torch.Tensor | None = None  # [B, 226, D]
     draws: list[Draw] = field(default_factory=list)
     failed: list[tuple[Draw, str]] = field(default_factory=list)  # clips that do not decode, and why; not in `draws`
@@ -134,10 +135,16 @@ class ClipDataset(Dataset):
 
 
 class PreparedDataset(Dataset):
-    """Moments and embeddings that `prepare_dataset.py` wrote."""
+    """Moments and embeddings that `prepare_dataset.py` wrote.
 
-    def __init__(self, clips: Sequence[PreparedClip]):
+    Args:
+        clips: as from `read_index`.
+        with_images: fill `image_moments`.
+    """
+
+    def __init__(self, clips: Sequence[PreparedClip], *, with_images: bool = False):
         self.clips = clips
+        self.with_images = with_images
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -156,8 +163,16 @@ class PreparedDataset(Dataset):
             draws=[draw],
             names=[clip.name],
             video_moments=read_tensor(clip.video_latents)[None],
+            image_moments=self._image_moments(clip, draw.epoch)[None] if self.with_images else None,
             prompt_embeds=read_tensor(clip.prompt_embeds)[None],
         )
+
+    def _image_moments(self, clip: PreparedClip, epoch: int) -> torch.Tensor:
+        """The image under one of the strengths of noise that it was prepared with, another in another epoch."""
+        moments = read_tensor(clip.image_latents)
+        if moments.ndim == 4:  # the original script wrote one encoding
+            return moments
+        return moments[random.Random(f"{clip.name}-{epoch}").randrange(len(moments))]
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
@@ -174,6 +189,7 @@ def collate(samples: Sequence[Batch]) -> Batch:
         videos=joined("videos"),
         images=joined("images"),
         video_moments=joined("video_moments"),
+        image_moments=joined("image_moments"),
         prompt_embeds=joined("prompt_embeds"),
         failed=[failure for sample in samples for failure in sample.failed],
     )
@@ -211,12 +227,19 @@ def make_loader(
     )
 
 
-def check_prepared(clip: PreparedClip, configs: ModelConfigs) -> None:
-    """Check by one clip that the tensors of a prepared folder fit the model.
+def check_prepared(clips: Sequence[PreparedClip], configs: ModelConfigs) -> None:
+    """Check, by one clip, that the tensors of prepared folders fit the model, and that no image latents are missing.
 
     Raises:
-        UserError: they were prepared with a model of another shape.
+        UserError: they were prepared with a model of another shape, or without images for an image-to-video model.
     """
+    clip = clips[0]
+    without = [clip.name for clip in clips if clip.image_latents is None] if configs.is_image_to_video else []
+    if without:
+        title = (
+            f"--load_tensors: {len(without)} samples were prepared without image latents, which image-to-video needs"
+        )
+        raise UserError(listing(f"{title}; prepare the data again with --save_image_latents:", without))
     try:
         channels = read_tensor(clip.video_latents).shape[0]
         length, text_dim = read_tensor(clip.prompt_embeds).shape

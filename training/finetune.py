@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from buckets import BucketBatchSampler
+from buckets import Bucket, BucketBatchSampler
 from checkpoints import (
     TrainerState,
     checkpoint_only_what_trains,
@@ -31,7 +31,7 @@ from diffusion import step_generator
 from errors import UserError
 from fingerprints import fingerprint_encoders
 from launch import shared_seed, start_accelerator, start_trackers
-from methods import Lora
+from methods import FullFinetune, Lora
 from models import DTYPES, ModelConfigs, ModelSource
 from objective import Objective
 from optimizers import apply_learning_rate, make_optimizer
@@ -40,14 +40,18 @@ from prepared import check_encoders
 from progress import StepLog, StepSchedule
 from prompts import PromptCache
 from publish import push_to_hub
-from tasks import TextToVideo
-from validation import ValidationSettings, validate
+from tasks import ImageToVideo, TextToVideo
+from validation import Pipeline, ValidationSettings, validate
 
 
 logger = logging.getLogger(__name__)
 
 
-def finetune(args: argparse.Namespace, data: TrainingData, task: TextToVideo, method: Lora) -> None:
+Task = TextToVideo | ImageToVideo
+Method = Lora | FullFinetune
+
+
+def finetune(args: argparse.Namespace, data: TrainingData, task: Task, method: Method) -> None:
     """Fine-tune a model on `data` and write the result to `args.output_dir`; called on every rank.
 
     Raises:
@@ -58,8 +62,9 @@ def finetune(args: argparse.Namespace, data: TrainingData, task: TextToVideo, me
     # The result is safe before the last validation, which can fail or take long.
     run.save_checkpoint(run.total_steps)
     if run.accelerator.is_main_process:
-        result = method.save(run.transformer, run.output_dir, run.transformer.dtype)
-        usage = method.usage(args.pretrained_model_name_or_path, run.output_dir)
+        result = method.save(run.transformer, run.output_dir, run.result_dtype)
+        loading = method.usage(task.pipeline_class.__name__, args.pretrained_model_name_or_path, run.output_dir)
+        usage = "\n".join([loading[0], *task.usage(), *loading[1:]])
         logger.info("saved %s; to use it:\n\n%s\n", result, usage)
     run.validate(run.total_steps)
     if args.push_to_hub and run.accelerator.is_main_process:
@@ -89,6 +94,7 @@ class Run:
     transformer: CogVideoXTransformer3DModel
     optimizer: Optimizer
     lr_scheduler: LRScheduler
+    result_dtype: torch.dtype
     validate: Callable[[int], None]  # sample the validation videos of a step
     checkpoints_total_limit: int | None
 
@@ -136,14 +142,15 @@ def train(args: argparse.Namespace, run: Run) -> None:
     log.close()
 
 
-def set_up(args: argparse.Namespace, data: TrainingData, task: TextToVideo, method: Lora) -> Run:
+def set_up(args: argparse.Namespace, data: TrainingData, task: Task, method: Method) -> Run:
     """Load and wire everything, in an order that never holds two large components that are not needed together."""
     source = ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
     configs = source.configs()
-    task.check_model(configs)
+    sampled = [Bucket(args.max_num_frames, args.height, args.width)] if args.validation_prompts else []
+    task.check_model(configs, {*data.buckets, *sampled})
     is_prepared = isinstance(data, PreparedData)
     if is_prepared:
-        check_prepared(data.clips[0], configs)
+        check_prepared(data.clips, configs)
     output_dir = Path(args.output_dir)
     resumed = find_checkpoint(args.resume_from_checkpoint, output_dir)
     accelerator = start_accelerator(args)
@@ -162,7 +169,8 @@ def set_up(args: argparse.Namespace, data: TrainingData, task: TextToVideo, meth
     prompts = PromptCache(output_dir / "prompt_embeds", source, dtype)
     embed_prompts(accelerator, prompts, [*data.captions, *prompts_to_sample])
     vae = None if is_prepared else load_vae(args, source, accelerator.device, dtype)
-    transformer = source.load_transformer(dtype)
+    transformer = source.load_transformer(method.base_dtype(dtype))
+    task.prepare_model(transformer)
     method.attach(transformer)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -202,15 +210,14 @@ def set_up(args: argparse.Namespace, data: TrainingData, task: TextToVideo, meth
         state=state,
         total_steps=total_steps,
         schedule=schedule,
-        batches=load_batches(args, data, prompts, sampler, state.seed),
-        objective=Objective(
-            task, model, transformer, source.load_scheduler(), configs.vae["scaling_factor"], vae, dtype
-        ),
+        batches=load_batches(args, data, task, prompts, sampler, state.seed),
+        objective=Objective(task, model, transformer, source.load_scheduler(), configs, vae, dtype),
         model=model,
         transformer=transformer,
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
-        validate=make_validation(args, accelerator, task, source, transformer, vae, prompts, state.seed),
+        result_dtype=method.result_dtype(dtype, source),
+        validate=make_validation(args, accelerator, task, source, transformer, vae, prompts, dtype, state.seed),
         checkpoints_total_limit=args.checkpoints_total_limit,
     )
 
@@ -224,7 +231,7 @@ def describe_data(
         UserError: the data was prepared with another VAE, text encoder or tokenizer.
     """
     if isinstance(data, PreparedData):
-        encoders = fingerprint_encoders(source.encoders_folder(), args.variant)
+        encoders = fingerprint_encoders(source.local_folder(), args.variant)
         for folder in data.folders:
             problem = check_encoders(folder, encoders)
             if problem and not args.ignore_prepared_mismatch:
@@ -307,11 +314,16 @@ def build_optimizer(
 
 
 def load_batches(
-    args: argparse.Namespace, data: TrainingData, prompts: PromptCache, sampler: BucketBatchSampler, seed: int
+    args: argparse.Namespace,
+    data: TrainingData,
+    task: Task,
+    prompts: PromptCache,
+    sampler: BucketBatchSampler,
+    seed: int,
 ) -> Iterator[Batch]:
     """Load the batches that the sampler draws, from raw or prepared clips."""
     if isinstance(data, PreparedData):
-        dataset = PreparedDataset(data.clips)
+        dataset = PreparedDataset(data.clips, with_images=task.with_images)
     else:
         dataset = ClipDataset(
             data.clips,
@@ -319,6 +331,7 @@ def load_batches(
             random_flip=args.random_flip,
             seed=seed,
             prompts=prompts,
+            with_images=task.with_images,
             replace_failed=args.on_bad_clip == "skip",
         )
     loader = make_loader(dataset, sampler, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory)
@@ -328,16 +341,19 @@ def load_batches(
 def make_validation(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    task: TextToVideo,
+    task: Task,
     source: ModelSource,
     transformer: CogVideoXTransformer3DModel,
     vae: AutoencoderKLCogVideoX | None,
     prompts: PromptCache,
+    dtype: torch.dtype,
     seed: int,
 ) -> Callable[[int], None]:
     """Return what samples the validation videos of a step; it does nothing when no prompts were given."""
     settings = ValidationSettings(
         prompts=args.validation_prompts,
+        images=args.validation_images if task.with_images else None,
+        dtype=dtype,
         num_videos=args.num_validation_videos,
         height=args.height,
         width=args.width,
@@ -350,12 +366,12 @@ def make_validation(
         fps=round(args.fps or 8),
     )
 
-    def make_pipeline() -> CogVideoXPipeline:
+    def make_pipeline() -> Pipeline:
         return task.pipeline_class(
             tokenizer=None,
             text_encoder=None,
             # Loaded for the occasion: while training from prepared data, no VAE is resident.
-            vae=vae or load_vae(args, source, torch.device("cpu"), transformer.dtype),
+            vae=vae or load_vae(args, source, torch.device("cpu"), dtype),
             transformer=transformer,
             scheduler=source.load_scheduler(),
         )

@@ -22,7 +22,7 @@ def fingerprint_encoders(model: Path | None, variant: str | None = None) -> dict
 
 
 def _fingerprint(folder: Path, variant: str | None) -> str | None:
-    files = _weight_files(folder, variant) if folder.name != "tokenizer" else sorted(folder.glob("[!.]*"))
+    files = weight_files(folder, variant) if folder.name != "tokenizer" else sorted(folder.glob("[!.]*"))
     if not files:
         return None
     digest = hashlib.sha256()
@@ -31,7 +31,8 @@ def _fingerprint(folder: Path, variant: str | None) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of a component's weights that `from_pretrained` would read, in order; safetensors before others."""
     for suffix in (".safetensors", ".bin"):
         files = [
             path

@@ -5,10 +5,17 @@ from pathlib import Path
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 
-from files import written_whole
-from run_folder import LORA_FILE
+from files import replace_folder, written_whole
+from models import ModelSource
+from run_folder import LORA_FILE, TRANSFORMER_FOLDER
+
+
+# As diffusers names the files that `from_pretrained` looks for.
+_WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 
 
 class Lora:
@@ -26,6 +33,14 @@ class Lora:
     def __init__(self, rank: int, alpha: float):
         self.rank = rank
         self.alpha = alpha
+
+    def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        """What to load the transformer in: frozen, it needs no more precision than the computation."""
+        return compute_dtype
+
+    def result_dtype(self, compute_dtype: torch.dtype, source: ModelSource) -> torch.dtype:
+        """What to store the result in: what the model samples in beside it."""
+        return compute_dtype
 
     @property
     def settings(self) -> dict[str, float]:
@@ -73,9 +88,69 @@ class Lora:
             raise ValueError(f"{folder / LORA_FILE} holds adapters of another rank or of other modules")
         set_peft_model_state_dict(transformer, weights)
 
-    def usage(self, model_path: str, folder: Path) -> str:
+    def usage(self, pipeline_class: str, model_path: str, folder: Path) -> list[str]:
         """The code that loads the result, to be printed at the end of the run."""
-        return (
-            f'pipe = CogVideoXPipeline.from_pretrained("{model_path}", dtype=torch.bfloat16).to("cuda")\n'
-            f'pipe.load_lora_weights("{folder}")'
-        )
+        return [
+            f'pipe = {pipeline_class}.from_pretrained("{model_path}", dtype=torch.bfloat16).to("cuda")',
+            f'pipe.load_lora_weights("{folder}")',
+        ]
+
+
+class FullFinetune:
+    """All weights of the transformer, in float32; the forward pass computes in the precision of the run."""
+
+    def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        """What to load the transformer in: half-precision weights would lose small updates."""
+        return torch.float32
+
+    def result_dtype(self, compute_dtype: torch.dtype, source: ModelSource) -> torch.dtype:
+        """What to store the result in: the dtype of the model's own files."""
+        return source.native_dtype()
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What a resumed run must have in common with its checkpoint, by flag."""
+        return {"method": "full fine-tuning"}
+
+    def attach(self, transformer: CogVideoXTransformer3DModel) -> None:
+        """Make every parameter trainable."""
+        transformer.requires_grad_(True)
+
+    def save(self, transformer: CogVideoXTransformer3DModel, folder: Path, dtype: torch.dtype) -> Path:
+        """Write the transformer as `CogVideoXTransformer3DModel.from_pretrained(folder / "transformer")` loads it.
+
+        Args:
+            transformer: what was trained.
+            folder: where `transformer/` goes, in shards of at most 10 GB.
+            dtype: to store the weights in.
+        """
+        partial, result = folder / f".partial.{TRANSFORMER_FOLDER}", folder / TRANSFORMER_FOLDER
+        transformer.save_config(partial)
+        weights = {name: weight.to(dtype) for name, weight in transformer.state_dict().items()}
+        save_torch_state_dict(weights, partial, filename_pattern=_WEIGHTS, max_shard_size="10GB")
+        replace_folder(partial, result)
+        return result
+
+    def load(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
+        """Load what `save` wrote.
+
+        Raises:
+            ValueError: the files are not of this transformer.
+        """
+        missing = {name: weight.shape for name, weight in transformer.state_dict().items()}
+        for file in sorted((folder / TRANSFORMER_FOLDER).glob("*.safetensors")):
+            weights = load_file(file)
+            if any(missing.pop(name, None) != weight.shape for name, weight in weights.items()):
+                raise ValueError(f"{file} holds weights of another transformer")
+            transformer.load_state_dict(weights, strict=False)
+        if missing:
+            raise ValueError(f"{folder / TRANSFORMER_FOLDER} lacks {len(missing)} weights, {min(missing)} among them")
+
+    def usage(self, pipeline_class: str, model_path: str, folder: Path) -> list[str]:
+        """The code that loads the result, to be printed at the end of the run."""
+        return [
+            f'transformer = CogVideoXTransformer3DModel.from_pretrained("{folder / TRANSFORMER_FOLDER}", '
+            "dtype=torch.bfloat16)",
+            f'pipe = {pipeline_class}.from_pretrained("{model_path}", transformer=transformer, '
+            'dtype=torch.bfloat16).to("cuda")',
+        ]

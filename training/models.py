@@ -17,9 +17,12 @@ from diffusers import (
     CogVideoXTransformer3DModel,
 )
 from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from buckets import Bucket
 from errors import UserError
+from fingerprints import weight_files
 
 
 NoiseScheduler = CogVideoXDDIMScheduler | CogVideoXDPMScheduler
@@ -33,6 +36,26 @@ class ModelConfigs:
     transformer: dict[str, Any]
     vae: dict[str, Any]
     scheduler: dict[str, Any]
+
+    @property
+    def is_image_to_video(self) -> bool:
+        """Whether the transformer takes an image's latents beside the video's."""
+        return self.transformer["in_channels"] != self.vae["latent_channels"]
+
+    @property
+    def image_scaling_factor(self) -> float:
+        """What the latents of the image to start from are multiplied by.
+
+        Source: `CogVideoXImageToVideoPipeline.prepare_latents`; CogVideoX 1.5 was trained with the inverse.
+        """
+        factor = self.vae["scaling_factor"]
+        return 1 / factor if self.vae["invert_scale_latents"] else factor
+
+    @property
+    def native_size(self) -> Bucket:
+        """The size that the model was trained at."""
+        sample = self.transformer
+        return Bucket(sample["sample_frames"], 8 * sample["sample_height"], 8 * sample["sample_width"])
 
     @property
     def kind(self) -> str:
@@ -93,6 +116,19 @@ class ModelSource:
                 self.path, subfolder="transformer", dtype=dtype, variant=self.variant, **self._where
             )
 
+    def native_dtype(self) -> torch.dtype:
+        """The dtype that the transformer's weights are stored in.
+
+        Raises:
+            UserError: there are no weights in safetensors files.
+        """
+        folder = self.local_folder()
+        files = weight_files(folder / "transformer", self.variant) if folder else []
+        if not files or files[0].suffix != ".safetensors":
+            raise UserError(f"the transformer of the model '{self.path}' has no safetensors files")
+        with safe_open(files[0], "pt") as file:
+            return file.get_tensor(next(iter(file.keys()))).dtype
+
     def load_vae(self, dtype: torch.dtype, *, slicing: bool, tiling: bool) -> AutoencoderKLCogVideoX:
         """Load the frozen VAE straight in `dtype`."""
         with self._load_errors("VAE"):
@@ -139,7 +175,7 @@ class ModelSource:
             raise UserError(f"the {part} of the model '{self.path}' cannot be loaded: {reason}") from error
 
     def download_encoders(self) -> None:
-        """Fetch VAE, text encoder and tokenizer of a model on the hub, so that `encoders_folder` has them.
+        """Fetch VAE, text encoder and tokenizer of a model on the hub, so that `local_folder` has them.
 
         Raises:
             UserError: they cannot be had.
@@ -150,7 +186,7 @@ class ModelSource:
                     self.path, transformer=None, scheduler=None, variant=self.variant, **self._where
                 )
 
-    def encoders_folder(self) -> Path | None:
+    def local_folder(self) -> Path | None:
         """Where the model's files are on this machine; None for one on the hub that was never loaded."""
         if Path(self.path).is_dir():
             return Path(self.path)
@@ -209,13 +245,13 @@ def encode_noised_image(
         vae: on the device to use.
         image: `[3, H, W]`, uint8 on any device.
         scales: `[K]`, the noise's standard deviations, for pixels in [-1, 1].
-        generator: of the noise; on the CPU, so that every device draws the same.
+        generator: of the noise; one on the CPU draws the same for every device.
 
     Returns:
         `[K, 2C, 1, H / 8, W / 8]`, as `encode_videos` gives them.
     """
-    pixels = image.to("cpu", torch.float32).div(127.5).sub(1.0)
-    noise = torch.randn(len(scales), *image.shape, generator=generator)
+    pixels = image.to(generator.device, torch.float32).div(127.5).sub(1.0)
+    noise = torch.randn(len(scales), *image.shape, generator=generator, device=generator.device)
     noised = pixels + scales.view(-1, 1, 1, 1) * noise
     moments = [_encode_pixels(vae, one[None, :, None].to(vae.device)) for one in noised]
     return torch.cat(moments)

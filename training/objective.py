@@ -12,8 +12,8 @@ from diffusion import (
     sample_timesteps,
     velocity_loss,
 )
-from models import NoiseScheduler, encode_videos
-from tasks import TextToVideo
+from models import ModelConfigs, NoiseScheduler, encode_videos
+from tasks import ImageToVideo, TextToVideo
 
 
 class Objective:
@@ -24,18 +24,18 @@ class Objective:
         model: what to call: the transformer, or what accelerate wrapped it in.
         transformer: the module inside, for its config.
         scheduler: the model's own noise schedule.
-        scaling_factor: the VAE's.
+        configs: of the model.
         vae: encodes raw clips; None when all batches are prepared.
         dtype: of the transformer's inputs.
     """
 
     def __init__(
         self,
-        task: TextToVideo,
+        task: TextToVideo | ImageToVideo,
         model: torch.nn.Module,
         transformer: CogVideoXTransformer3DModel,
         scheduler: NoiseScheduler,
-        scaling_factor: float,
+        configs: ModelConfigs,
         vae: AutoencoderKLCogVideoX | None,
         dtype: torch.dtype,
     ):
@@ -43,7 +43,7 @@ class Objective:
         self.model = model
         self.transformer = transformer
         self.scheduler = scheduler
-        self.scaling_factor = scaling_factor
+        self.configs = configs
         self.vae = vae
         self.dtype = dtype
         self.rotary_cache: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor] | None] = {}
@@ -56,13 +56,14 @@ class Objective:
             generator: of everything random here.
         """
         moments = batch.video_moments if self.vae is None else encode_videos(self.vae, batch.videos)
-        latents = sample_latents(moments, self.scaling_factor, generator)
+        latents = sample_latents(moments, self.configs.vae["scaling_factor"], generator)
         latents = pad_latent_frames(latents, self.transformer.config.patch_size_t)
         noise = sample_noise(latents, generator)
         timesteps = sample_timesteps(len(latents), self.scheduler.config.num_train_timesteps, generator)
         noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
+        inputs = self.task.transformer_inputs(noisy_latents, batch, self.configs, self.vae, generator)
         velocity = self.model(
-            **self.task.transformer_inputs(noisy_latents.to(self.dtype), batch),
+            **{name: tensor.to(self.dtype) for name, tensor in inputs.items()},
             encoder_hidden_states=batch.prompt_embeds.to(self.dtype),
             timestep=timesteps,
             image_rotary_emb=self._rotary_embeddings(latents),

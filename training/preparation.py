@@ -109,7 +109,7 @@ def settings_of(args: argparse.Namespace, source: ModelSource) -> PreparedSettin
     """What the folder is prepared with."""
     return PreparedSettings(
         layout=args.layout,
-        encoders=fingerprint_encoders(source.encoders_folder(), args.variant),
+        encoders=fingerprint_encoders(source.local_folder(), args.variant),
         dtype=args.dtype,
         max_sequence_length=args.max_sequence_length,
         tiling=args.use_tiling,

@@ -1,39 +1,158 @@
 """What a task adds to the training loop: which pipeline samples it, and what the transformer sees."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
 
+from buckets import Bucket
 from dataset import Batch
+from diffusion import image_noise_scales, sample_latents
 from errors import UserError
-from models import ModelConfigs
+from models import ModelConfigs, encode_noised_image
 
 
 class TextToVideo:
     """Videos from text alone: the transformer sees the noisy video latents as they are."""
 
+    name = "text-to-video"
     pipeline_class = CogVideoXPipeline
+    with_images = False
 
-    def check_model(self, configs: ModelConfigs) -> None:
+    def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket]) -> None:
         """Refuse a model that another task needs.
+
+        Args:
+            configs: the model's.
+            sizes: of the clips and of the validation videos.
 
         Raises:
             UserError: the transformer wants image latents beside the video's.
         """
-        in_channels, latent_channels = configs.transformer["in_channels"], configs.vae["latent_channels"]
-        if in_channels != latent_channels:
+        if configs.is_image_to_video:
             raise UserError(
-                f"--pretrained_model_name_or_path: this is an image-to-video model (its transformer takes "
-                f"{in_channels} channels, video latents have {latent_channels}); give a text-to-video model such as "
-                "THUDM/CogVideoX-5b"
+                "--pretrained_model_name_or_path: this is an image-to-video model (its transformer takes "
+                f"{configs.transformer['in_channels']} channels, a video has {configs.vae['latent_channels']}); train "
+                "it with cogvideox_image_to_video_lora.py or cogvideox_image_to_video_sft.py, or give a "
+                "text-to-video model such as THUDM/CogVideoX-5b"
             )
 
-    def transformer_inputs(self, noisy_latents: torch.Tensor, batch: Batch) -> dict[str, Any]:
+    def prepare_model(self, transformer: CogVideoXTransformer3DModel) -> None:
+        """Change the transformer before training; nothing is to be changed."""
+
+    def transformer_inputs(
+        self,
+        noisy_latents: torch.Tensor,
+        batch: Batch,
+        configs: ModelConfigs,
+        vae: AutoencoderKLCogVideoX | None,
+        generator: torch.Generator,
+    ) -> dict[str, Any]:
         """What the transformer takes beside text, timesteps and positions.
 
         Args:
             noisy_latents: `[B, F, C, H, W]`.
             batch: what else is known of the samples.
+            configs: the model's.
+            vae: encodes raw clips; None when all batches are prepared.
+            generator: of everything random here, on the device of the latents.
         """
         return {"hidden_states": noisy_latents}
+
+    def usage(self) -> list[str]:
+        """Lines of code that a user of the result needs after loading the pipeline."""
+        return []
+
+
+class ImageToVideo:
+    """Videos that begin with an image: its latents lie beside the noisy ones, as the pipeline puts them there.
+
+    Args:
+        noised_image_dropout: probability that a sample is trained without its image.
+        ignore_learned_positions: drop the learned positions of CogVideoX-5b-I2V, which fit its native size alone.
+    """
+
+    name = "image-to-video"
+    pipeline_class = CogVideoXImageToVideoPipeline
+    with_images = True
+
+    def __init__(self, noised_image_dropout: float, ignore_learned_positions: bool):
+        self.noised_image_dropout = noised_image_dropout
+        self.ignore_learned_positions = ignore_learned_positions
+
+    def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket]) -> None:
+        """Refuse a model that another task needs, and sizes that its learned positions do not cover.
+
+        Raises:
+            UserError: the transformer takes no image latents, or has positions for one size only.
+        """
+        if not configs.is_image_to_video:
+            raise UserError(
+                "--pretrained_model_name_or_path: this is a text-to-video model (its transformer takes "
+                f"{configs.transformer['in_channels']} channels, which leaves no room for an image); train it with "
+                "cogvideox_text_to_video_lora.py or cogvideox_text_to_video_sft.py, or give an image-to-video model "
+                "such as THUDM/CogVideoX-5b-I2V"
+            )
+        if not configs.transformer["use_learned_positional_embeddings"]:
+            return
+        native = configs.native_size
+        others = sorted({size for size in sizes if size != native})
+        if others and not self.ignore_learned_positions:
+            raise UserError(
+                f"the learned positions of this model fit {native} (frames x height x width) alone, not "
+                f"{', '.join(map(str, others))}; train at that size, or drop them by "
+                "--ignore_learned_positional_embeddings"
+            )
+
+    def prepare_model(self, transformer: CogVideoXTransformer3DModel) -> None:
+        """Drop the learned positions if that was asked for, here and in the config that is saved."""
+        if self.ignore_learned_positions and transformer.config.use_learned_positional_embeddings:
+            del transformer.patch_embed.pos_embedding
+            transformer.patch_embed.use_learned_positional_embeddings = False
+            transformer.register_to_config(use_learned_positional_embeddings=False)
+
+    def transformer_inputs(
+        self,
+        noisy_latents: torch.Tensor,
+        batch: Batch,
+        configs: ModelConfigs,
+        vae: AutoencoderKLCogVideoX | None,
+        generator: torch.Generator,
+    ) -> dict[str, Any]:
+        """What the transformer takes beside text, timesteps and positions; see `TextToVideo`.
+
+        Source: `CogVideoXImageToVideoPipeline.prepare_latents` and `__call__`: the image's latents in the first latent
+        frame, zeros in all others, with CogVideoX 1.5 in the padded ones too.
+        """
+        moments = batch.image_moments
+        if moments is None:
+            moments = torch.cat(
+                [
+                    encode_noised_image(vae, image, image_noise_scales(1, generator), generator)
+                    for image in batch.images
+                ]
+            )
+        latents = sample_latents(moments, configs.image_scaling_factor, generator)
+        kept = torch.rand(len(latents), generator=generator, device=generator.device) >= self.noised_image_dropout
+        condition = torch.zeros_like(noisy_latents)
+        condition[:, :1] = latents * kept.view(-1, 1, 1, 1, 1)
+        inputs = {"hidden_states": torch.cat([noisy_latents, condition], dim=2)}
+        if configs.transformer["ofs_embed_dim"] is not None:
+            inputs["ofs"] = noisy_latents.new_full((1,), 2.0)  # as the pipeline gives it
+        return inputs
+
+    def usage(self) -> list[str]:
+        """Lines of code that a user of the result needs after loading the pipeline."""
+        if not self.ignore_learned_positions:
+            return []
+        return [
+            "del pipe.transformer.patch_embed.pos_embedding  # the result was trained without learned positions",
+            "pipe.transformer.patch_embed.use_learned_positional_embeddings = False",
+            "pipe.transformer.register_to_config(use_learned_positional_embeddings=False)",
+        ]

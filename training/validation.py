@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.training_utils import free_memory
-from diffusers.utils import export_to_video
+from diffusers.utils import export_to_video, load_image
 from PIL import Image
 
 from files import written_whole
@@ -21,6 +21,7 @@ from prompts import PromptCache
 
 
 logger = logging.getLogger(__name__)
+Pipeline = CogVideoXPipeline | CogVideoXImageToVideoPipeline
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class ValidationSettings:
     """What is sampled at each validation. The seed is fixed, so that successive validations compare."""
 
     prompts: list[str]
+    images: list[str] | None  # paths or addresses, one for each prompt; None for text-to-video
+    dtype: torch.dtype  # that the pipeline computes in
     num_videos: int  # per prompt
     height: int
     width: int
@@ -52,7 +55,7 @@ class ValidationVideo:
 
 def validate(
     accelerator: Accelerator,
-    make_pipeline: Callable[[], CogVideoXPipeline],
+    make_pipeline: Callable[[], Pipeline],
     settings: ValidationSettings,
     prompts: PromptCache,
     folder: Path,
@@ -78,7 +81,7 @@ def validate(
             for number in range(accelerator.process_index, len(jobs), accelerator.num_processes):
                 prompt, video = jobs[number]
                 name = f"{prompt:02d}-{video:02d}-{_slug(settings.prompts[prompt])}"
-                frames = _sample(pipeline, settings, prompts, settings.prompts[prompt], settings.seed + number)
+                frames = _sample(pipeline, settings, prompts, prompt, settings.seed + number)
                 file = folder / f"step-{step}" / f"{name}.mp4"
                 videos.append(_write(frames, name, settings.prompts[prompt], file, settings.fps))
 
@@ -93,7 +96,7 @@ def validate(
 
 
 @contextmanager
-def _sampling(accelerator: Accelerator, pipeline: CogVideoXPipeline, cpu_offload: bool) -> Iterator[None]:
+def _sampling(accelerator: Accelerator, pipeline: Pipeline, cpu_offload: bool) -> Iterator[None]:
     transformer: CogVideoXTransformer3DModel = pipeline.transformer
     was_training = transformer.training
     transformer.eval()
@@ -115,12 +118,15 @@ def _sampling(accelerator: Accelerator, pipeline: CogVideoXPipeline, cpu_offload
 
 
 def _sample(
-    pipeline: CogVideoXPipeline, settings: ValidationSettings, prompts: PromptCache, prompt: str, seed: int
+    pipeline: Pipeline, settings: ValidationSettings, prompts: PromptCache, prompt: int, seed: int
 ) -> np.ndarray:
     device = pipeline._execution_device
     # The pipeline draws its noise in the dtype of the embeddings.
-    embeds, negative_embeds = (prompts.load(text)[None].to(device, pipeline.dtype) for text in (prompt, ""))
+    texts = (settings.prompts[prompt], "")
+    embeds, negative_embeds = (prompts.load(text)[None].to(device, settings.dtype) for text in texts)
+    image = {} if settings.images is None else {"image": load_image(settings.images[prompt])}
     return pipeline(
+        **image,
         prompt_embeds=embeds,
         negative_prompt_embeds=negative_embeds,
         height=settings.height,

@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Fine-tune a CogVideoX image-to-video model in all its weights, once for each combination of the settings in the sweep.
+# Change the values below, or set them in the environment; flags given to this script go to every run. Run again, it skips
+# the runs that are finished and goes on with one that was interrupted.
+#
+#   bash train_image_to_video_sft.sh
+#   MODEL_PATH=THUDM/CogVideoX1.5-5B-I2V NUM_FRAMES=81 HEIGHT=768 WIDTH=1360 bash train_image_to_video_sft.sh
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+# What to train, and on what. DATA_ROOT is the OUTPUT_DIR of prepare_dataset.sh --save_image_latents; to train on raw clips (slower, needs
+# more memory), set LOAD_TENSORS=false.
+MODEL_PATH="${MODEL_PATH:-THUDM/CogVideoX-5b-I2V}"
+DATA_ROOT="${DATA_ROOT:-prepared}"
+LOAD_TENSORS="${LOAD_TENSORS:-true}"
+OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"
+
+# How to launch. More GPUs: accelerate_configs/ddp.yaml.
+ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-$root/accelerate_configs/single_gpu.yaml}"
+CPU_THREADS="${CPU_THREADS:-2}"
+MIXED_PRECISION="${MIXED_PRECISION:-bf16}"
+WANDB_MODE="${WANDB_MODE:-offline}"
+REPORT_TO="${REPORT_TO:-tensorboard}"
+export WANDB_MODE
+
+# The sweep: values separated by spaces; one run for each combination.
+LEARNING_RATES="${LEARNING_RATES:-1e-5}"
+LR_SCHEDULES="${LR_SCHEDULES:-cosine_with_restarts}"
+OPTIMIZERS="${OPTIMIZERS:-adamw}"
+MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-3000}"
+
+# Size of raw clips and of validation videos.
+HEIGHT="${HEIGHT:-480}"
+WIDTH="${WIDTH:-720}"
+NUM_FRAMES="${NUM_FRAMES:-49}"
+
+TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-1}"
+LR_WARMUP_STEPS="${LR_WARMUP_STEPS:-200}"
+CHECKPOINTING_STEPS="${CHECKPOINTING_STEPS:-1000}"
+SEED="${SEED:-42}"
+
+# Several prompts are separated by :::
+VALIDATION_PROMPT="${VALIDATION_PROMPT:-A panda in a small red jacket plays a tiny guitar in a bamboo forest}"
+# An image for each prompt, separated likewise: a path or an address.
+VALIDATION_IMAGES="${VALIDATION_IMAGES:-}"
+VALIDATION_EPOCHS="${VALIDATION_EPOCHS:-10}"
+
+for learning_rate in $LEARNING_RATES; do
+  for lr_schedule in $LR_SCHEDULES; do
+    for optimizer in $OPTIMIZERS; do
+      for steps in $MAX_TRAIN_STEPS; do
+        output_dir="$OUTPUT_ROOT/cogvideox-sft__${optimizer}__${steps}-steps__${lr_schedule}__lr-${learning_rate}"
+        command=(
+          accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_process "$CPU_THREADS"
+          "$root/training/cogvideox_image_to_video_sft.py"
+          --pretrained_model_name_or_path "$MODEL_PATH"
+          --data_root "$DATA_ROOT"
+          --height "$HEIGHT" --width "$WIDTH"
+          --frame_buckets "$NUM_FRAMES" --max_num_frames "$NUM_FRAMES"
+          --output_dir "$output_dir"
+          --mixed_precision "$MIXED_PRECISION"
+          --gradient_checkpointing
+          --train_batch_size "$TRAIN_BATCH_SIZE"
+          --max_train_steps "$steps"
+          --optimizer "$optimizer"
+          --learning_rate "$learning_rate"
+          --lr_scheduler "$lr_schedule" --lr_warmup_steps "$LR_WARMUP_STEPS"
+          --checkpointing_steps "$CHECKPOINTING_STEPS"
+          --enable_slicing --enable_tiling
+          --dataloader_num_workers 2 --pin_memory
+          --allow_tf32
+          --seed "$SEED"
+          --report_to "$REPORT_TO"
+        )
+        if [[ -n "$VALIDATION_IMAGES" ]]; then
+          command+=(--validation_prompt "$VALIDATION_PROMPT" --validation_images "$VALIDATION_IMAGES")
+          command+=(--validation_epochs "$VALIDATION_EPOCHS")
+        fi
+        if [[ "$LOAD_TENSORS" == true ]]; then
+          command+=(--load_tensors)
+        fi
+        echo "=== $output_dir"
+        if [[ -e "$output_dir/transformer" ]]; then
+          echo "holds a finished run: skipped"
+        elif compgen -G "$output_dir/checkpoint-*" >/dev/null; then
+          "${command[@]}" --resume_from_checkpoint latest "$@"
+        else
+          "${command[@]}" "$@"
+        fi
+      done
+    done
+  done
+done

@@ -1,0 +1,36 @@
+"""Fine-tune a CogVideoX image-to-video model with LoRA.
+
+    bash train_image_to_video_lora.sh
+
+or, on one GPU, from data that prepare_dataset.sh prepared:
+
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml training/cogvideox_image_to_video_lora.py \
+      --pretrained_model_name_or_path THUDM/CogVideoX-5b-I2V --data_root prepared --load_tensors \
+      --mixed_precision bf16 --gradient_checkpointing --output_dir cogvideox-lora
+"""
+
+from collections.abc import Sequence
+
+from args import parse_args
+from errors import one_line_errors
+from plan import plan_training_data
+from quiet import quiet_libraries
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script with the given flags; None for those of the command line."""
+    with one_line_errors():
+        args = parse_args(argv, task="image-to-video", method="lora")
+        data = plan_training_data(args, with_images=True)
+        quiet_libraries()
+        # Importing torch and diffusers takes many seconds: flags and clips are found good first.
+        from finetune import finetune
+        from methods import Lora
+        from tasks import ImageToVideo
+
+        task = ImageToVideo(args.noised_image_dropout, args.ignore_learned_positional_embeddings)
+        finetune(args, data, task, Lora(rank=args.rank, alpha=args.lora_alpha))
+
+
+if __name__ == "__main__":
+    main()

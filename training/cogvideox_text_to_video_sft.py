@@ -1,0 +1,35 @@
+"""Fine-tune all weights of a CogVideoX text-to-video model.
+
+    bash train_text_to_video_sft.sh
+
+or, on one GPU, from data that prepare_dataset.sh prepared:
+
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml training/cogvideox_text_to_video_sft.py \
+      --pretrained_model_name_or_path THUDM/CogVideoX-5b --data_root prepared --load_tensors \
+      --mixed_precision bf16 --gradient_checkpointing --output_dir cogvideox-sft
+"""
+
+from collections.abc import Sequence
+
+from args import parse_args
+from errors import one_line_errors
+from plan import plan_training_data
+from quiet import quiet_libraries
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script with the given flags; None for those of the command line."""
+    with one_line_errors():
+        args = parse_args(argv, task="text-to-video", method="sft")
+        data = plan_training_data(args)
+        quiet_libraries()
+        # Importing torch and diffusers takes many seconds: flags and clips are found good first.
+        from finetune import finetune
+        from methods import FullFinetune
+        from tasks import TextToVideo
+
+        finetune(args, data, TextToVideo(), FullFinetune())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,420 @@
+"""The flags of the training scripts, by group; those on data are in data_flags."""
+
+import argparse
+
+from flag_types import (
+    choice,
+    decay_rate,
+    non_negative_float,
+    non_negative_int,
+    path,
+    positive_float,
+    positive_int,
+    probability,
+)
+
+
+OPTIMIZERS = ("adam", "adamw", "prodigy", "came")
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
+def add_validation_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--validation_prompt",
+        metavar="TEXT",
+        help="Prompts to make videos from during and after training, several joined by --validation_prompt_separator. "
+        "Without it nothing is validated.",
+    )
+    group.add_argument(
+        "--validation_images",
+        metavar="PATHS",
+        help="Image-to-video: first frames, one path or http(s) URL per prompt, joined by the same separator.",
+    )
+    group.add_argument(
+        "--validation_prompt_separator",
+        metavar="TEXT",
+        default=":::",
+        help="What stands between two prompts or two images; change it when a prompt contains it. "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--num_validation_videos",
+        metavar="N",
+        type=positive_int,
+        default=1,
+        help="Videos per prompt; more show how much the seed matters, each costs a full sampling. "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--validation_steps",
+        metavar="N",
+        type=positive_int,
+        help="Validate every N optimizer steps. (default: only once, when training ends)",
+    )
+    group.add_argument(
+        "--validation_epochs",
+        metavar="N",
+        type=positive_int,
+        help="Validate every N epochs; handy when the dataset is small. (default: only once, when training ends)",
+    )
+    group.add_argument(
+        "--num_inference_steps",
+        metavar="N",
+        type=positive_int,
+        default=50,
+        help="Denoising steps of a validation video; fewer are faster but coarser. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--guidance_scale",
+        metavar="X",
+        type=non_negative_float,
+        default=6.0,
+        help="Strength of classifier-free guidance in validation; higher follows the prompt more closely, 1 and below "
+        "switch it off. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--use_dynamic_cfg",
+        action="store_true",
+        help="Let the guidance grow over the denoising steps instead of keeping it constant. (default: off)",
+    )
+    group.add_argument(
+        "--enable_model_cpu_offload",
+        action="store_true",
+        help="In validation keep each network on the CPU except while it works: slower, but needs less GPU memory. "
+        "(default: off)",
+    )
+
+
+def add_training_flags(group: argparse._ArgumentGroup, method: str) -> None:
+    group.add_argument(
+        "--output_dir",
+        metavar="FOLDER",
+        type=path,
+        default=f"cogvideox-{method}",
+        help="Where checkpoints, the result, videos and logs are written; created when missing. "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        metavar="N",
+        type=non_negative_int,
+        help="Seed of everything random; give one to be able to repeat a run. (default: another every time)",
+    )
+    group.add_argument(
+        "--mixed_precision",
+        **choice(("no", "fp16", "bf16")),
+        help="Precision of the computation. Use what the model was trained in: fp16 for CogVideoX-2b, bf16 for all "
+        "others. (default: what the accelerate config says)",
+    )
+    group.add_argument(
+        "--train_batch_size",
+        metavar="N",
+        type=positive_int,
+        default=4,
+        help="Clips per device and forward pass; lower it first when memory runs out. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--num_train_epochs",
+        metavar="N",
+        type=positive_int,
+        default=1,
+        help="Passes over the dataset; ignored when --max_train_steps is given. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max_train_steps",
+        metavar="N",
+        type=positive_int,
+        help="Optimizer steps in all, however many epochs that takes. (default: set by --num_train_epochs)",
+    )
+    group.add_argument(
+        "--gradient_accumulation_steps",
+        metavar="N",
+        type=positive_int,
+        default=1,
+        help="Forward passes whose gradients make up one optimizer step: a larger batch for no more memory. "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="Compute activations again in the backward pass instead of keeping them: much less memory, slower "
+        "steps. Needed for full-size clips on most cards. (default: off)",
+    )
+    group.add_argument(
+        "--checkpointing_steps",
+        metavar="N",
+        type=positive_int,
+        default=500,
+        help="Write a checkpoint, from which training can go on, every N optimizer steps. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--checkpoints_total_limit",
+        metavar="N",
+        type=positive_int,
+        help="Keep only the newest N checkpoints; use it when disk space is short. (default: keep all)",
+    )
+    group.add_argument(
+        "--resume_from_checkpoint",
+        metavar="FOLDER",
+        type=path,
+        help="Go on from a checkpoint: its folder, its name inside --output_dir, or latest for the newest one there. "
+        "(default: start anew)",
+    )
+    group.add_argument(
+        "--enable_slicing",
+        action="store_true",
+        help="Let the VAE work on one clip of a batch at a time: less memory, a little slower. (default: off)",
+    )
+    group.add_argument(
+        "--enable_tiling",
+        action="store_true",
+        help="Let the VAE work on overlapping tiles of a frame: much less memory, slower. Use it when encoding or "
+        "validation runs out of memory. (default: off)",
+    )
+
+
+def add_schedule_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--learning_rate",
+        metavar="X",
+        type=non_negative_float,
+        default=1e-4,
+        help="Step size of the optimizer after warm-up. Published LoRA runs use 1e-4 to 1e-3, full fine-tuning about "
+        "1e-5 to 5e-5; prodigy wants 1. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--scale_lr",
+        action="store_true",
+        help="Multiply the learning rate by devices x batch size x accumulation steps, to carry a rate over from a "
+        "run with batches of one. (default: off)",
+    )
+    group.add_argument(
+        "--lr_scheduler",
+        **choice(LR_SCHEDULERS),
+        default="constant",
+        help="How the learning rate changes over the run. All but constant start with --lr_warmup_steps. "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--lr_warmup_steps",
+        metavar="N",
+        type=non_negative_int,
+        default=500,
+        help="Optimizer steps over which the learning rate rises from 0; make it a small part of the run. "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--lr_num_cycles",
+        metavar="N",
+        type=positive_int,
+        default=1,
+        help="Restarts of cosine_with_restarts; other schedulers ignore it. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lr_power",
+        metavar="X",
+        type=positive_float,
+        default=1.0,
+        help="Exponent of polynomial: 1 falls in a straight line; other schedulers ignore it. (default: %(default)s)",
+    )
+
+
+def add_lora_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--rank",
+        metavar="N",
+        type=positive_int,
+        default=64,
+        help="Rank of the LoRA matrices: higher can learn more and makes larger files. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lora_alpha",
+        metavar="X",
+        type=positive_float,
+        default=64,
+        help="The LoRA's output is scaled by lora_alpha / rank; keep it at the rank for a scale of 1. "
+        "(default: %(default)s)",
+    )
+
+
+def add_image_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--noised_image_dropout",
+        metavar="P",
+        type=probability,
+        default=0.05,
+        help="Probability (0 to 1) of training a clip without its first frame as condition, which keeps the model "
+        "from just copying it. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--ignore_learned_positional_embeddings",
+        action="store_true",
+        help="Drop the learned positions of CogVideoX-5b-I2V, which fit 49 x 480 x 720 only. Needed to train that "
+        "model at any other size; the result then works without them too. (default: off)",
+    )
+
+
+def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--optimizer",
+        **choice(OPTIMIZERS),
+        default="adam",
+        help="adam or adamw (decoupled weight decay) for most runs; prodigy finds its own step size; came needs less "
+        "memory. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--beta1",
+        "--adam_beta1",
+        metavar="X",
+        type=decay_rate,
+        default=0.9,
+        help="Decay of the running mean of gradients. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--beta2",
+        "--adam_beta2",
+        metavar="X",
+        type=decay_rate,
+        default=0.95,
+        help="Decay of the running mean of squared gradients; raise it towards 0.999 when training is unsteady. "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--beta3",
+        "--prodigy_beta3",
+        metavar="X",
+        type=decay_rate,
+        help="prodigy: decay of its step size estimate (default: square root of beta2). came: decay of its "
+        "confidence (default: 0.9999).",
+    )
+    group.add_argument(
+        "--weight_decay",
+        "--adam_weight_decay",
+        metavar="X",
+        type=non_negative_float,
+        default=1e-4,
+        help="How strongly weights are pulled towards 0; raise it when the result overfits. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--epsilon",
+        "--adam_epsilon",
+        metavar="X",
+        type=positive_float,
+        default=1e-8,
+        help="Added to the denominator of a step so that it cannot be 0. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max_grad_norm",
+        metavar="X",
+        type=positive_float,
+        default=1.0,
+        help="Gradients whose norm is larger are scaled down to this norm. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--prodigy_decouple",
+        action="store_true",
+        help="prodigy: decouple weight decay from the gradient, as adamw does. (default: off)",
+    )
+    group.add_argument(
+        "--prodigy_use_bias_correction",
+        action="store_true",
+        help="prodigy: correct the bias of the first steps' running means, as adam does. (default: off)",
+    )
+    group.add_argument(
+        "--prodigy_safeguard_warmup",
+        action="store_true",
+        help="prodigy: keep the learning rate out of the step size estimate; use it with warm-up. (default: off)",
+    )
+
+
+def add_memory_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--use_8bit",
+        "--use_8bit_adam",
+        action="store_true",
+        help="Keep the states of adam or adamw in 8 bits, a quarter of the memory: by bitsandbytes, or by torchao "
+        "with --use_torchao. (default: off)",
+    )
+    group.add_argument(
+        "--use_4bit",
+        action="store_true",
+        help="Keep the states of adam or adamw in 4 bits; needs --use_torchao. (default: off)",
+    )
+    group.add_argument(
+        "--use_torchao",
+        action="store_true",
+        help="Take the optimizer of --use_8bit or --use_4bit from torchao instead of bitsandbytes. (default: off)",
+    )
+    group.add_argument(
+        "--use_cpu_offload_optimizer",
+        action="store_true",
+        help="Keep the states of adam or adamw in CPU memory and step there (by torchao): slower, for full "
+        "fine-tuning on one GPU that is too small otherwise. (default: off)",
+    )
+    group.add_argument(
+        "--offload_gradients",
+        action="store_true",
+        help="With --use_cpu_offload_optimizer, keep gradients on the CPU too; not together with gradient "
+        "accumulation. (default: off)",
+    )
+
+
+def add_configuration_flags(group: argparse._ArgumentGroup, method: str) -> None:
+    group.add_argument(
+        "--report_to",
+        **choice(("tensorboard", "wandb", "comet_ml", "all", "none")),
+        default="tensorboard",
+        help="Where losses and validation videos are logged; all means every tracker that is installed. "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--tracker_name",
+        metavar="NAME",
+        default=f"cogvideox-{method}",
+        help="Project name in the tracker. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--logging_dir",
+        metavar="FOLDER",
+        type=path,
+        default="logs",
+        help="Folder of the tracker's files, inside --output_dir. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--logging_steps",
+        metavar="N",
+        type=positive_int,
+        default=10,
+        help="Fetch loss values from the device and write them to the trackers every N optimizer steps. Every step's "
+        "value is logged, in batches; 1 shows them at once but makes the device wait. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--push_to_hub",
+        action="store_true",
+        help="Upload the result to the Hugging Face hub when training ends. (default: off)",
+    )
+    group.add_argument(
+        "--hub_token",
+        metavar="TOKEN",
+        help="Token for --push_to_hub; better to log in once with `hf auth login` than to leave it in your shell "
+        "history. (default: your login)",
+    )
+    group.add_argument(
+        "--hub_model_id",
+        metavar="ORG/NAME",
+        help="Repository that --push_to_hub writes to. (default: the name of --output_dir)",
+    )
+    group.add_argument(
+        "--allow_tf32",
+        action="store_true",
+        help="Let float32 matrix products use TF32 on Ampere GPUs and newer: faster, slightly less exact. "
+        "(default: off)",
+    )
+    group.add_argument(
+        "--nccl_timeout",
+        metavar="SECONDS",
+        type=positive_int,
+        default=600,
+        help="Seconds a process waits for the others before the run is ended; raise it when validation or saving "
+        "takes longer. (default: %(default)s)",
+    )

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Fine-tune a CogVideoX image-to-video model with LoRA, once for each combination of the settings in the sweep.
-# Change the values below, or set them in the environment; flags given to this script go to every run. Run again, it skips
-# the runs that are finished and goes on with one that was interrupted.
+# Change the values below, or set them in the environment; flags given to this script go to every run. Run again, it
+# skips the runs that are finished and goes on with one that was interrupted.
 #
 #   bash train_image_to_video_lora.sh
 #   MODEL_PATH=THUDM/CogVideoX1.5-5B-I2V NUM_FRAMES=81 HEIGHT=768 WIDTH=1360 bash train_image_to_video_lora.sh
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-# What to train, and on what. DATA_ROOT is the OUTPUT_DIR of prepare_dataset.sh --save_image_latents; to train on raw clips (slower, needs
-# more memory), set LOAD_TENSORS=false.
+# What to train, and on what. DATA_ROOT is the OUTPUT_DIR of prepare_dataset.sh --save_image_latents; to train on raw
+# clips (slower, needs more memory), set LOAD_TENSORS=false.
 MODEL_PATH="${MODEL_PATH:-THUDM/CogVideoX-5b-I2V}"
 DATA_ROOT="${DATA_ROOT:-prepared}"
 LOAD_TENSORS="${LOAD_TENSORS:-true}"
@@ -51,7 +51,7 @@ for learning_rate in $LEARNING_RATES; do
   for lr_schedule in $LR_SCHEDULES; do
     for optimizer in $OPTIMIZERS; do
       for steps in $MAX_TRAIN_STEPS; do
-        output_dir="$OUTPUT_ROOT/cogvideox-lora__${optimizer}__${steps}-steps__${lr_schedule}__lr-${learning_rate}"
+        output_dir="$OUTPUT_ROOT/cogvideox-i2v-lora__${optimizer}__${steps}-steps__${lr_schedule}__lr-${learning_rate}"
         command=(
           accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_process "$CPU_THREADS"
           "$root/training/cogvideox_image_to_video_lora.py"

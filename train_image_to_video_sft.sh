@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Fine-tune a CogVideoX image-to-video model in all its weights, once for each combination of the settings in the sweep.
-# Change the values below, or set them in the environment; flags given to this script go to every run. Run again, it skips
-# the runs that are finished and goes on with one that was interrupted.
+# Change the values below, or set them in the environment; flags given to this script go to every run. Run again, it
+# skips the runs that are finished and goes on with one that was interrupted.
 #
 #   bash train_image_to_video_sft.sh
 #   MODEL_PATH=THUDM/CogVideoX1.5-5B-I2V NUM_FRAMES=81 HEIGHT=768 WIDTH=1360 bash train_image_to_video_sft.sh
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-# What to train, and on what. DATA_ROOT is the OUTPUT_DIR of prepare_dataset.sh --save_image_latents; to train on raw clips (slower, needs
-# more memory), set LOAD_TENSORS=false.
+# What to train, and on what. DATA_ROOT is the OUTPUT_DIR of prepare_dataset.sh --save_image_latents; to train on raw
+# clips (slower, needs more memory), set LOAD_TENSORS=false.
 MODEL_PATH="${MODEL_PATH:-THUDM/CogVideoX-5b-I2V}"
 DATA_ROOT="${DATA_ROOT:-prepared}"
 LOAD_TENSORS="${LOAD_TENSORS:-true}"
@@ -27,6 +27,8 @@ export WANDB_MODE
 LEARNING_RATES="${LEARNING_RATES:-1e-5}"
 LR_SCHEDULES="${LR_SCHEDULES:-cosine_with_restarts}"
 OPTIMIZERS="${OPTIMIZERS:-adamw}"
+# Its states in 8 bits: a 5b model then takes about 56 GB with its gradients, without it 89 GB. May be empty.
+OPTIMIZER_FLAGS="${OPTIMIZER_FLAGS---use_8bit}"
 MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-3000}"
 
 # Size of raw clips and of validation videos.
@@ -49,7 +51,8 @@ for learning_rate in $LEARNING_RATES; do
   for lr_schedule in $LR_SCHEDULES; do
     for optimizer in $OPTIMIZERS; do
       for steps in $MAX_TRAIN_STEPS; do
-        output_dir="$OUTPUT_ROOT/cogvideox-sft__${optimizer}__${steps}-steps__${lr_schedule}__lr-${learning_rate}"
+        output_dir="$OUTPUT_ROOT/cogvideox-i2v-sft__${optimizer}__${steps}-steps__${lr_schedule}__lr-${learning_rate}"
+        # shellcheck disable=SC2206 # the optimizer's flags are meant to split at spaces
         command=(
           accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_process "$CPU_THREADS"
           "$root/training/cogvideox_image_to_video_sft.py"
@@ -62,7 +65,7 @@ for learning_rate in $LEARNING_RATES; do
           --gradient_checkpointing
           --train_batch_size "$TRAIN_BATCH_SIZE"
           --max_train_steps "$steps"
-          --optimizer "$optimizer"
+          --optimizer "$optimizer" $OPTIMIZER_FLAGS
           --learning_rate "$learning_rate"
           --lr_scheduler "$lr_schedule" --lr_warmup_steps "$LR_WARMUP_STEPS"
           --checkpointing_steps "$CHECKPOINTING_STEPS"

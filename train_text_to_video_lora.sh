@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune a CogVideoX text-to-video model with LoRA, once for each combination of the settings in the sweep.
-# Change the values below, or set them in the environment; flags given to this script go to every run. Run again, it skips
-# the runs that are finished and goes on with one that was interrupted.
+# Change the values below, or set them in the environment; flags given to this script go to every run. Run again, it
+# skips the runs that are finished and goes on with one that was interrupted.
 #
 #   bash train_text_to_video_lora.sh
 #   MODEL_PATH=THUDM/CogVideoX-2b MIXED_PRECISION=fp16 bash train_text_to_video_lora.sh --validation_steps 500

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune a CogVideoX text-to-video model in all its weights, once for each combination of the settings in the sweep.
-# Change the values below, or set them in the environment; flags given to this script go to every run. Run again, it skips
-# the runs that are finished and goes on with one that was interrupted.
+# Change the values below, or set them in the environment; flags given to this script go to every run. Run again, it
+# skips the runs that are finished and goes on with one that was interrupted.
 #
 #   bash train_text_to_video_sft.sh
 #   MODEL_PATH=THUDM/CogVideoX-2b MIXED_PRECISION=fp16 bash train_text_to_video_sft.sh --validation_steps 500
@@ -27,6 +27,8 @@ export WANDB_MODE
 LEARNING_RATES="${LEARNING_RATES:-1e-5}"
 LR_SCHEDULES="${LR_SCHEDULES:-cosine_with_restarts}"
 OPTIMIZERS="${OPTIMIZERS:-adamw}"
+# Its states in 8 bits: a 5b model then takes about 56 GB with its gradients, without it 89 GB. May be empty.
+OPTIMIZER_FLAGS="${OPTIMIZER_FLAGS---use_8bit}"
 MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-3000}"
 
 # Size of raw clips and of validation videos.
@@ -48,6 +50,7 @@ for learning_rate in $LEARNING_RATES; do
     for optimizer in $OPTIMIZERS; do
       for steps in $MAX_TRAIN_STEPS; do
         output_dir="$OUTPUT_ROOT/cogvideox-sft__${optimizer}__${steps}-steps__${lr_schedule}__lr-${learning_rate}"
+        # shellcheck disable=SC2206 # the optimizer's flags are meant to split at spaces
         command=(
           accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_process "$CPU_THREADS"
           "$root/training/cogvideox_text_to_video_sft.py"
@@ -60,7 +63,7 @@ for learning_rate in $LEARNING_RATES; do
           --gradient_checkpointing
           --train_batch_size "$TRAIN_BATCH_SIZE"
           --max_train_steps "$steps"
-          --optimizer "$optimizer"
+          --optimizer "$optimizer" $OPTIMIZER_FLAGS
           --learning_rate "$learning_rate"
           --lr_scheduler "$lr_schedule" --lr_warmup_steps "$LR_WARMUP_STEPS"
           --checkpointing_steps "$CHECKPOINTING_STEPS"

@@ -13,6 +13,7 @@ import pytest
 import args as args_module
 from args import check_files, parse_args, parse_prepare_args
 from errors import UserError
+from tables import TABLE_SUFFIXES
 
 
 BUCKETS = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
@@ -54,12 +55,14 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
     "load_tensors": False,
     "ignore_prepared_mismatch": False,
     "validation_prompt": None,
+    "validation_dataset_file": None,
     "validation_images": [],
     "validation_prompts": [],
     "validation_prompt_separator": ":::",
     "num_validation_videos": 1,
     "validation_epochs": None,
     "validation_steps": None,
+    "validate_first": False,
     "num_inference_steps": 50,
     "guidance_scale": 6.0,
     "use_dynamic_cfg": False,
@@ -86,6 +89,15 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
     "enable_tiling": False,
     "noised_image_dropout": 0.05,
     "ignore_learned_positional_embeddings": False,
+    "dry_run": False,
+    "caption_dropout": 0.0,
+    "timestep_sampling": "uniform",
+    "logit_mean": 0.0,
+    "logit_std": 1.0,
+    "stratified_timesteps": False,
+    "snr_gamma": None,
+    "use_ema": False,
+    "ema_decay": 0.9999,
     "optimizer": "adam",
     "use_8bit": False,
     "use_4bit": False,
@@ -109,6 +121,17 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
     "allow_tf32": False,
     "nccl_timeout": 600,
     "report_to": "tensorboard",
+}
+
+METHOD_DEFAULTS = {
+    "lora": {
+        "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "lora_weights": None,
+    },
+    "sft": {"save_pipeline": False},
 }
 
 PREPARE_DEFAULTS = DATA_DEFAULTS | {
@@ -160,6 +183,13 @@ BAD_TRAINING_FLAGS = [
     ("--height_buckets wide", "--height_buckets", "'wide' is not a whole number"),
     ("--rank 0", "--rank", "1 or more"),
     ("--lora_alpha 0", "--lora_alpha", "above 0"),
+    ("--lora_dropout 1", "--lora_dropout", "not including, 1"),
+    ("--lora_target_modules", "--lora_target_modules", "at least one"),
+    ("--lora_target_modules to_q all-linear", "--lora_target_modules", "all-linear has all others in it"),
+    ("--lora_weights nowhere", "--lora_weights", "no file 'nowhere'"),
+    ("--lora_weights clips", "--lora_weights", "no file 'clips/pytorch_lora_weights.safetensors'"),
+    ("--lora_weights first.png", "--lora_weights", "'first.png' is no .safetensors file"),
+    ("--save_pipeline", "--save_pipeline", "unknown flag"),
     ("--train_batch_size 0", "--train_batch_size", "1 or more"),
     ("--train_batch_size 1.5", "--train_batch_size", "not a whole number"),
     ("--gradient_accumulation_steps -1", "--gradient_accumulation_steps", "1 or more"),
@@ -207,10 +237,14 @@ BAD_TRAINING_FLAGS = [
     ("--hub_model_id me/mine", "--hub_model_id", "add --push_to_hub"),
     ("--validation_steps 10", "--validation_steps", "add --validation_prompt"),
     ("--validation_epochs 1", "--validation_epochs", "add --validation_prompt"),
+    ("--validate_first", "--validate_first", "add --validation_prompt or --validation_dataset_file"),
     ("--validation_prompt cat:::", "--validation_prompt", "prompt 2 of 2 is empty"),
     ("--validation_prompt cat --validation_prompt_separator=", "--validation_prompt_separator", "empty"),
     ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint", "no folder 'nowhere'"),
     ("--dataset_file nowhere.csv", "--dataset_file", "no file 'nowhere.csv'"),
+    ("--validation_dataset_file nowhere.csv", "--validation_dataset_file", "no file 'nowhere.csv'"),
+    ("--validation_dataset_file clips", "--validation_dataset_file", "no file 'clips'"),
+    ("--validation_dataset_file file", "--validation_dataset_file", ".csv, .tsv, .jsonl, .json, .parquet"),
     ("--data_root nowhere", "--data_root", "no folder 'nowhere'"),
     ("--data_root=", "--data_root", "empty"),
     ("--data_root", "--data_root", "expected one argument"),
@@ -286,7 +320,8 @@ def help_of(call: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> s
 @pytest.mark.parametrize("task", ["text-to-video", "image-to-video"])
 @pytest.mark.parametrize("method", ["lora", "sft"])
 def test_training_defaults_are_the_documented_ones(task: str, method: str) -> None:
-    expected = TRAINING_DEFAULTS | {
+    expected = TRAINING_DEFAULTS | METHOD_DEFAULTS[method]
+    expected |= {
         "pretrained_model_name_or_path": "THUDM/CogVideoX-5b",
         "data_root": "clips",
         "output_dir": f"cogvideox-{method}",
@@ -486,6 +521,18 @@ def test_a_lora_flag_is_accepted_with_a_warning_in_full_fine_tuning(
     assert capsys.readouterr().err == f"warning: {flag} has no effect on full fine-tuning\n"
 
 
+@pytest.mark.parametrize("name", METHOD_DEFAULTS["lora"])
+def test_full_fine_tuning_does_not_know_what_a_lora_alone_has(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"--{name}: unknown flag" in error_of(lambda: train(f"--{name}", method="sft"), capsys)
+
+
+def test_the_lora_to_start_from_is_a_file_or_the_one_in_a_folder(workplace: Path) -> None:
+    (workplace / "clips" / "pytorch_lora_weights.safetensors").touch()
+    (workplace / "mine.safetensors").touch()
+    assert train("--lora_weights", "mine.safetensors").lora_weights == "mine.safetensors"
+    assert train("--lora_weights", "clips").lora_weights == "clips/pytorch_lora_weights.safetensors"
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -535,6 +582,21 @@ def test_sensible_combinations_pass_silently(flags: str, capsys: pytest.CaptureF
 def test_an_offloaded_optimizer_passes_with_a_word_on_clipping(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     train("--use_cpu_offload_optimizer", *flags.split())
     assert capsys.readouterr().err.startswith("warning: --max_grad_norm has no effect")
+
+
+def test_the_first_validation_is_before_training_unless_switched_off(workplace: Path) -> None:
+    (workplace / "held-out.csv").touch()
+    assert train().validate_first is False
+    for validated in (["--validation_prompt", "a cat"], ["--validation_dataset_file", "held-out.csv"]):
+        assert train(*validated).validate_first is True
+        assert train(*validated, "--validate_first").validate_first is True
+        assert train(*validated, "--no-validate_first").validate_first is False
+    assert train("--no-validate_first").validate_first is False
+
+
+def test_a_validation_set_can_be_scheduled_without_prompts(workplace: Path) -> None:
+    (workplace / "held-out.csv").touch()
+    assert train("--validation_dataset_file", "held-out.csv", "--validation_steps", "10").validation_steps == 10
 
 
 def test_validation_prompts_are_split_and_stripped() -> None:
@@ -603,6 +665,12 @@ def test_a_dataset_file_inside_data_root_is_suggested(workplace: Path, capsys: p
     assert f"did you mean '{os.path.join('clips', 'data.csv')}'?" in message
 
 
+@pytest.mark.parametrize("suffix", TABLE_SUFFIXES)
+def test_a_validation_set_is_any_table_that_training_reads(suffix: str, workplace: Path) -> None:
+    (workplace / f"held-out{suffix}").touch()
+    assert train("--validation_dataset_file", f"held-out{suffix}").validation_dataset_file == f"held-out{suffix}"
+
+
 def test_latest_needs_no_folder() -> None:
     assert train("--resume_from_checkpoint", "latest").resume_from_checkpoint == "latest"
 
@@ -665,7 +733,7 @@ def test_help_names_the_task(task: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 OUR_TORCH_FREE_MODULES = {"args", "buckets", "errors", "files", "flag_checks", "flag_types", "prepared", "run_folder"}
-OUR_TORCH_FREE_MODULES |= {"shards", "data_flags", "preparation_flags", "training_flags"}
+OUR_TORCH_FREE_MODULES |= {"shards", "data_flags", "preparation_flags", "training_flags", "frames", "ranks"}
 
 
 def test_only_the_standard_library_is_imported() -> None:

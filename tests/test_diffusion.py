@@ -6,14 +6,17 @@ import pytest
 import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 
+from buckets import Draw
 from diffusion import (
     image_noise_scales,
     pad_latent_frames,
     rotary_embeddings,
+    sample_generators,
     sample_latents,
-    sample_timesteps,
+    sample_noise,
+    sample_uniform,
     step_generator,
-    velocity_loss,
+    velocity_losses,
 )
 
 
@@ -48,15 +51,17 @@ def test_the_loss_is_the_published_weighted_one_computed_in_float64(snr_shift_sc
     generator = torch.Generator().manual_seed(timestep)
     latents, noise, prediction = (torch.randn(2, 3, 4, 5, 6, generator=generator) for _ in range(3))
     timesteps = torch.full((2,), timestep)
-    loss = velocity_loss(prediction, scheduler.get_velocity(latents, noise, timesteps))
+    losses = velocity_losses(prediction, scheduler.get_velocity(latents, noise, timesteps))
 
     ac = alphas_cumprod(snr_shift_scale)[timestep]
-    total = 0.0
-    for z0, e, v in zip(*(tensor.flatten().tolist() for tensor in (latents, noise, prediction)), strict=True):
-        zt = math.sqrt(ac) * z0 + math.sqrt(1 - ac) * e
-        z0_hat = math.sqrt(ac) * zt - math.sqrt(1 - ac) * v
-        total += (z0_hat - z0) ** 2 / (1 - ac)
-    assert loss.item() == pytest.approx(total / latents.numel(), rel=1e-5)
+    for sample, loss in enumerate(losses.tolist()):
+        total = 0.0
+        values = (tensor[sample].flatten().tolist() for tensor in (latents, noise, prediction))
+        for z0, e, v in zip(*values, strict=True):
+            zt = math.sqrt(ac) * z0 + math.sqrt(1 - ac) * e
+            z0_hat = math.sqrt(ac) * zt - math.sqrt(1 - ac) * v
+            total += (z0_hat - z0) ** 2 / (1 - ac)
+        assert loss == pytest.approx(total / latents[sample].numel(), rel=1e-5)
 
 
 @pytest.mark.parametrize("timestep", [0, 400, 999])
@@ -65,7 +70,7 @@ def test_predicting_the_true_velocity_gives_no_loss_and_the_clean_latents(timest
     latents, noise = torch.randn(2, 1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([timestep])
     velocity = scheduler.get_velocity(latents, noise, timesteps)
-    assert velocity_loss(velocity, scheduler.get_velocity(latents, noise, timesteps)) == 0
+    assert velocity_losses(velocity, scheduler.get_velocity(latents, noise, timesteps)).tolist() == [0]
     ac = scheduler.alphas_cumprod[timestep]
     recovered = ac.sqrt() * scheduler.add_noise(latents, noise, timesteps) - (1 - ac).sqrt() * velocity
     torch.testing.assert_close(recovered, latents, atol=1e-5, rtol=0)
@@ -74,7 +79,7 @@ def test_predicting_the_true_velocity_gives_no_loss_and_the_clean_latents(timest
 def test_latents_are_a_scaled_draw_from_the_posterior():
     generator = torch.Generator().manual_seed(0)
     mean, logvar = torch.full((1, 2, 3, 64, 64), 5.0), torch.full((1, 2, 3, 64, 64), 2 * math.log(0.5))
-    latents = sample_latents(torch.cat([mean, logvar], dim=1), 0.7, generator)
+    latents = sample_latents(torch.cat([mean, logvar], dim=1), 0.7, [generator])
     assert latents.shape == (1, 3, 2, 64, 64)
     assert latents.mean().item() == pytest.approx(5.0 * 0.7, abs=0.01)
     assert latents.std().item() == pytest.approx(0.5 * 0.7, rel=0.02)
@@ -85,7 +90,7 @@ def test_latents_decode_in_the_pipelines_own_scale_and_layout(tiny_models):
     pipeline = CogVideoXPipeline.from_pretrained(tiny_models("2b"))
     mean = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     moments = torch.cat([mean, torch.full_like(mean, -30.0)], dim=1)  # e^-30: no noise to speak of
-    latents = sample_latents(moments, pipeline.vae.config.scaling_factor, torch.Generator())
+    latents = sample_latents(moments, pipeline.vae.config.scaling_factor, [torch.Generator()])
     torch.testing.assert_close(
         pipeline.decode_latents(latents), pipeline.vae.decode(mean).sample, atol=1e-4, rtol=1e-4
     )
@@ -133,12 +138,19 @@ def test_positions_are_exactly_those_that_sampling_uses(tiny_models, monkeypatch
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(trained, sampled, strict=True))
 
 
-def test_timesteps_are_uniform_over_the_whole_schedule():
-    timesteps = sample_timesteps(100_000, 1000, torch.Generator().manual_seed(0))
-    assert timesteps.min() == 0
-    assert timesteps.max() == 999
-    counts = torch.histc(timesteps.float(), bins=10, min=0, max=1000)
-    assert ((counts - 10_000).abs() < 500).all()
+def test_what_a_sample_is_noised_with_does_not_depend_on_its_batch():
+    draws = [Draw(3, 0), Draw(5, 0), Draw(3, 1), Draw(3, 0, copy=1)]
+    latents = torch.zeros(4, 2, 3, 4, 4)
+
+    def noise(*numbers: int) -> torch.Tensor:
+        generators = sample_generators(torch.device("cpu"), 7, [draws[number] for number in numbers])
+        uniform = sample_uniform(generators)
+        return sample_noise(latents[: len(numbers)], generators) + uniform.view(-1, 1, 1, 1, 1)
+
+    together = noise(0, 1, 2, 3)
+    assert torch.equal(torch.cat([noise(0), noise(1), noise(2), noise(3)]), together)
+    assert torch.equal(noise(2, 0), together[[2, 0]])
+    assert len({sample.sum().item() for sample in together}) == 4
 
 
 def test_a_steps_noise_depends_on_its_place_in_the_run_alone():

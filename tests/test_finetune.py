@@ -101,6 +101,59 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tiny_models, prepa
     assert scalars(stopped, "lr") == {step: scalars(straight, "lr")[step] for step in (5, 6)}
 
 
+def test_a_step_of_four_small_batches_is_a_step_of_the_big_one(tiny_models, prepared, tmp_path):
+    one_step = ("--load_tensors", "--max_train_steps", "1", "--train_batch_size")  # of all the 16 samples
+    big = load_file(train(tiny_models("5b"), prepared, tmp_path / "big", *one_step, "16"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accumulated = (*one_step, "4", "--gradient_accumulation_steps", "4")
+    small = load_file(train(tiny_models("5b"), prepared, tmp_path / "small", *accumulated))
+    (big_loss,), (small_loss,) = (scalars(tmp_path / name, "loss").values() for name in ("big", "small"))
+    (big_norm,), (small_norm,) = (scalars(tmp_path / name, "grad_norm").values() for name in ("big", "small"))
+    assert small_loss == pytest.approx(big_loss, rel=1e-5)
+    assert small_norm == pytest.approx(big_norm, rel=1e-5)
+    # Adam's first step is the gradient's sign, whatever its size: where it is almost zero the two may differ.
+    assert all((small[name] - big[name]).abs().gt(1e-5).float().mean() < 0.01 for name in big)
+
+
+def test_what_is_written_and_resumed_with_an_average_of_the_weights(tiny_models, prepared, tmp_path):
+    flags = ("--load_tensors", "--max_train_steps", "4", "--checkpointing_steps", "2")
+    last = load_file(train(tiny_models("5b"), prepared, tmp_path / "last", *flags))
+    flags += ("--use_ema", "--ema_decay", "0.5")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    averaged = load_file(train(tiny_models("5b"), prepared, tmp_path / "averaged", *flags))
+    name = next(name for name in averaged if "lora_B" in name)
+    # It begins at zero and moves away: an average lies behind.
+    assert 0 < averaged[name].abs().mean() < 0.95 * last[name].abs().mean()
+    in_checkpoint = load_file(tmp_path / "averaged" / "checkpoint-4" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(in_checkpoint[name], last[name]) for name in last)
+
+    shutil.copytree(tmp_path / "averaged" / "checkpoint-2", tmp_path / "stopped" / "checkpoint-2")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    stopped = train(tiny_models("5b"), prepared, tmp_path / "stopped", *flags, "--resume_from_checkpoint", "latest")
+    resumed = load_file(stopped)
+    assert all(torch.equal(resumed[name], averaged[name]) for name in averaged)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--caption_dropout", "1"),
+        ("--timestep_sampling", "logit_normal", "--logit_mean", "-3"),
+        ("--stratified_timesteps",),
+        ("--snr_gamma", "5"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_an_option_of_the_objective_changes_what_is_trained(tiny_models, prepared, tmp_path, flags):
+    common = ("--load_tensors", "--max_train_steps", "1", "--train_batch_size", "2")
+    train(tiny_models("5b"), prepared, tmp_path / "plain", *common)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(tiny_models("5b"), prepared, tmp_path / "changed", *common, *flags)
+    plain, changed = (scalars(tmp_path / name, "grad_norm")[1] for name in ("plain", "changed"))
+    assert math.isfinite(changed)
+    assert changed != pytest.approx(plain, rel=1e-4)
+
+
 def test_old_checkpoints_are_removed_only_beyond_the_limit(tiny_models, prepared, tmp_path):
     flags = (
         "--load_tensors",
@@ -133,15 +186,16 @@ def test_raw_clips_train_without_preparation_and_are_validated(tiny_models, demo
     file = train(tiny_models("5b"), demo_clips, tmp_path, *flags, "--validation_prompt", prompt)
     assert file.is_file()
     assert list((tmp_path / "logs" / "wandb").glob("offline-run-*/*.wandb"))
-    for step in (1, 2):
-        videos = sorted((tmp_path / "validation" / f"step-{step}").glob("*.mp4"))
+    for step in (0, 1, 2):
+        folder = tmp_path / "validation" / f"step-{step}"
+        assert (folder / "contact_sheet.png").is_file()
+        videos = sorted(folder.glob("*.mp4"))
         assert len(videos) == 2
         for video in videos:
             with av.open(video) as container:
                 frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
             assert len(frames) == 17
             assert frames[0].shape == (64, 96, 3)
-            assert video.with_suffix(".png").is_file()
 
 
 def test_validation_does_not_change_what_is_trained(tiny_models, prepared, tmp_path):
@@ -160,7 +214,24 @@ def test_prepared_data_trains_without_vae_or_text_encoder(tiny_models, prepared,
     shutil.rmtree(model / "text_encoder")
     shutil.rmtree(model / "tokenizer")
     (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert train(model, prepared, tmp_path / "out", "--load_tensors", "--max_train_steps", "1").is_file()
+    flags = ("--load_tensors", "--max_train_steps", "1", "--caption_dropout", "0.5")
+    assert train(model, prepared, tmp_path / "out", *flags).is_file()
+
+
+def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on(
+    tiny_models, prepared, demo_clips, tmp_path
+):
+    flags = ("--load_tensors", "--max_train_steps", "40", "--validation_steps", "20", "--learning_rate", "5e-3")
+    flags += ("--validation_dataset_file", str(demo_clips / "metadata.csv"), "--caption_column", "caption")
+    train(tiny_models("5b"), prepared, tmp_path, *flags)
+    losses = scalars(tmp_path, "validation_loss")
+    assert sorted(losses) == [0, 20, 40]
+    assert losses[40] < losses[20] < losses[0]
+    at_quantiles = [
+        scalars(tmp_path, f"validation_loss/t={t}")[40] for t in (100, 200, 300, 400, 500, 599, 699, 799, 899)
+    ]
+    assert sum(at_quantiles) / 9 == pytest.approx(losses[40], rel=1e-5)
+    assert not (tmp_path / "validation").exists()  # no prompt was given
 
 
 def test_a_failing_validation_is_a_warning_and_the_result_is_there(tiny_models, prepared, tmp_path, caplog):

@@ -472,11 +472,12 @@ def places_of_rows(file: Path) -> Places:
 
 
 def places_of_mix(folder: Path) -> Places:
-    """Those of the data sets of a mix, each as often as it is named."""
+    """Those of the data sets of a mix, each as often as it is named, with their folders."""
     rows = Counter()
     for _, entry in json_values(folder / "mix.json"):
         file = folder / ("rows.jsonl" if "dataset_file" in entry else "lists/videos.txt")
-        rows += places(file, range(1, 1 + min(len(ROWS), entry.get("max_samples", len(ROWS)))))
+        num_rows = min(len(ROWS), entry.get("max_samples", len(ROWS)))
+        rows += Counter(f"{file}:{number}" for number in range(1, 1 + num_rows))
     return rows, rows
 
 

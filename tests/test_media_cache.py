@@ -22,9 +22,9 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 9, 3), np.uint8)
 
 
 def picture(format="PNG", size=(6, 4), colour=(255, 0, 0)):
-    """An image file's bytes."""
+    """An image file's bytes; a colour of four numbers is transparent."""
     buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, format)
+    Image.new("RGBA" if len(colour) == 4 else "RGB", size, colour).save(buffer, format)
     return buffer.getvalue()
 
 
@@ -48,6 +48,17 @@ def problem_of(value, cache, fps=None):
 def test_a_path_is_a_path_in_the_folder(tmp_path):
     assert media_file(" a.mp4\n", tmp_path, tmp_path) == tmp_path / "a.mp4"
     assert media_file({"bytes": None, "path": "/b.mp4"}, None, tmp_path) == Path("/b.mp4")
+
+
+@pytest.mark.parametrize("value", ["~/a.mp4", " ~/a.mp4", {"path": "~/a.mp4"}])
+def test_a_path_may_start_from_the_home_folder(tmp_path, monkeypatch, value):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert media_file(value, tmp_path, tmp_path) == media_file(value, None, tmp_path) == Path("/home/me/a.mp4")
+
+
+@pytest.mark.parametrize("name", ["~a.mp4", "~root/a.mp4", "a/~/b.mp4"])
+def test_a_name_with_a_tilde_is_a_name(tmp_path, name):
+    assert media_file(name, tmp_path, tmp_path) == tmp_path / name
 
 
 @pytest.mark.parametrize("value", [None, "", " ", {"bytes": None, "path": None}, {"bytes": None, "path": ""}])
@@ -115,6 +126,11 @@ def test_a_list_of_images_becomes_a_video(tmp_path):
     assert [tuple(frame[0, 0]) for frame in frames] == colours
 
 
+def test_an_image_of_a_list_is_read_as_a_still_image_is(tmp_path):
+    frames, _ = decoded(media_file([picture(colour=(0, 0, 0, 0))], None, tmp_path))
+    assert (frames == 255).all()  # transparent parts are white
+
+
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
@@ -126,6 +142,7 @@ def test_a_list_of_images_becomes_a_video(tmp_path):
         ([], "holds no frames"),
         ([picture(), picture(size=(8, 8))], "holds frames of different sizes"),
         ([picture(), picture()[:50]], "has a frame that is not a readable image"),
+        ([picture(), b"text"], "has a frame that is no still image"),
         ([picture(), "/gone.png"], "has a frame /gone.png that is no file"),
         ([picture(), "/\0.png"], "has a frame /"),
         ([{"x": 5}], "has dict among its frames, not an image"),

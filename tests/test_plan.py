@@ -20,7 +20,9 @@ from plan import (
     describe,
     plan_raw_clips,
     plan_training_data,
+    plan_validation_clips,
     report_skipped,
+    validation_data_flags,
 )
 from prepared import PreparedClip, StoredTensor, index_lines, sample_in_shards
 
@@ -106,6 +108,14 @@ def test_the_data_sets_of_a_mix_are_joined(data, demo_clips, tmp_path):
     assert found.repeats == [2] * 16 + [1] * 3
 
 
+def test_a_bad_clip_of_a_mix_is_named_with_the_folder_of_its_list(data, demo_clips, tmp_path):
+    mix = tmp_path / "mix.json"
+    mix.write_text(json.dumps([{"data_root": str(demo_clips)}, {"dataset_file": "data/table.jsonl"}]))
+    args = parse_prepare_args(["--dataset_mix", str(mix), "--output_dir", str(tmp_path / "out")])
+    places = {clip.source for clip in plan_raw_clips(args).bad}
+    assert {f"{data}/table.jsonl:{line}" for line in (4, 5, 6)} <= places
+
+
 def test_weights_count_the_samples_that_can_be_used(data, demo_clips, tmp_path):
     rows = (data / "table.jsonl").read_text().splitlines()
     (data / "one.jsonl").write_text(rows[0] + "\n")
@@ -134,6 +144,112 @@ def test_repeats_of_a_mix_multiply_those_of_prepared_samples(tmp_path):
     flags = ["--pretrained_model_name_or_path", "org/name", "--dataset_mix", str(mix), "--load_tensors"]
     args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method="lora")
     assert plan_training_data(args).repeats == [6, 2]
+
+
+# Clips held out
+
+
+SIZE = ("--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17")
+
+
+def hold_out(table: Path, data_root: Path, *flags: str, with_images: bool = False) -> RawData | None:
+    places = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(data_root)]
+    places += ["--output_dir", str(table.parent / "out"), "--validation_dataset_file", str(table)]
+    args = parse_args([*places, *flags], task="text-to-video", method="lora")
+    return plan_validation_clips(args, with_images=with_images)
+
+
+@pytest.fixture
+def held_out(demo_clips, tmp_path) -> Path:
+    """A table of two clips that lie beside it."""
+    folder = tmp_path / "held-out"
+    (folder / "videos").mkdir(parents=True)
+    rows = []
+    for number, path in enumerate(sorted((demo_clips / "videos").iterdir())[:2]):
+        (folder / "videos" / f"{number}.mp4").symlink_to(path)
+        rows.append({"file": f"videos/{number}.mp4", "caption": f"clip {number}"})
+    (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "table.jsonl"
+
+
+COLUMNS = ("--video_column", "file", "--caption_column", "caption")
+
+
+def test_no_clips_are_held_out_unless_a_table_names_them(demo_clips, tmp_path):
+    flags = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips)]
+    args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method="lora")
+    assert plan_validation_clips(args, with_images=False) is None
+
+
+def test_paths_of_clips_held_out_start_from_their_table(held_out, demo_clips):
+    """Clips of these names are in --data_root, too, which is what is trained on."""
+    flags = [*SIZE, *COLUMNS, "--id_token", "TOKEN", "--max_samples", "1"]
+    found = hold_out(held_out, demo_clips, *flags)
+    assert [planned.clip.video for planned in found.clips] == [held_out.parent / f"videos/{n}.mp4" for n in (0, 1)]
+    assert found.captions == ["TOKEN clip 0", "TOKEN clip 1"]
+    assert found.buckets == [Bucket(17, 64, 96)] * 2
+
+
+def test_of_a_clip_that_is_split_the_first_part_is_held_out(held_out, demo_clips):
+    found = hold_out(held_out, demo_clips, *SIZE, "--frame_buckets", "5", *COLUMNS, "--long_clips", "split")
+    assert [planned.frame_indices for planned in found.clips] == [(0, 1, 2, 3, 4)] * 2
+
+
+def test_bad_clips_among_those_held_out_are_listed_whatever_becomes_of_others(data):
+    with pytest.raises(UserError, match="--validation_dataset_file: 3 of 6 clips cannot be used") as caught:
+        hold_out(data / "table.jsonl", data, *SIZE, "--caption_column", "caption", "--on_bad_clip", "skip")
+    assert all(f"table.jsonl:{line}" in str(caught.value) for line in (4, 5, 6))
+
+
+def test_images_of_clips_held_out_are_looked_at_only_where_they_are_needed(held_out, demo_clips):
+    rows = [json.loads(line) | {"image": "no-such.png"} for line in held_out.read_text().splitlines()]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(hold_out(held_out, demo_clips, *SIZE, *COLUMNS).clips) == 2
+    with pytest.raises(UserError, match=r"2 of 2 clips cannot be used(.|\n)*no-such\.png"):
+        hold_out(held_out, demo_clips, *SIZE, *COLUMNS, with_images=True)
+
+
+def write_settings_of(folder: Path, **flags) -> Path:
+    """A prepared folder, as far as the flags it was made with."""
+    folder.mkdir()
+    (folder / "prepared.json").write_text(json.dumps({"flags": flags}))
+    return folder
+
+
+def test_clips_held_out_are_cut_as_the_prepared_ones_were(held_out, tmp_path):
+    folder = write_settings_of(
+        tmp_path / "prepared",
+        id_token="TOKEN",
+        frame_buckets=[33],
+        height_buckets=[96],
+        width_buckets=[128],
+        skip_frames_start=2,
+    )
+    # The launchers pass the length of validation videos as a frame bucket.
+    found = hold_out(held_out, folder, "--load_tensors", *COLUMNS, "--frame_buckets", "17")
+    assert found.buckets == [Bucket(33, 96, 128)] * 2
+    assert {planned.frame_indices[0] for planned in found.clips} == {2}
+    assert found.captions == ["TOKEN clip 0", "TOKEN clip 1"]
+
+
+def test_where_prepared_folders_differ_the_flags_decide(held_out, tmp_path):
+    for name, height in (("a", 96), ("b", 112)):
+        write_settings_of(tmp_path / name, height_buckets=[height], width_buckets=[128], fps=None)
+    mix = tmp_path / "mix.json"
+    mix.write_text(json.dumps([{"data_root": "a"}, {"data_root": "b"}]))
+    flags = ["--pretrained_model_name_or_path", "org/name", "--dataset_mix", str(mix), "--load_tensors"]
+    flags += ["--validation_dataset_file", str(held_out), "--output_dir", str(tmp_path / "out"), *SIZE]
+    used = validation_data_flags(parse_args(flags, task="text-to-video", method="lora"))
+    assert (used.height_buckets, used.width_buckets) == ([64], [128])
+
+
+def test_nothing_about_clips_held_out_is_random(held_out, demo_clips):
+    flags = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips), "--random_flip", "0.5"]
+    flags += ["--validation_dataset_file", str(held_out), "--output_dir", str(held_out.parent / "out")]
+    for mode, kept in (("random", "center"), ("center", "center"), ("none", "none")):
+        args = parse_args([*flags, "--video_reshape_mode", mode], task="text-to-video", method="lora")
+        used = validation_data_flags(args)
+        assert (used.video_reshape_mode, used.random_flip) == (kept, None)
 
 
 class Configs:

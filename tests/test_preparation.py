@@ -19,7 +19,7 @@ import prepare_dataset
 from buckets import Bucket
 from diffusion import image_noise_scales, step_generator
 from models import ModelSource, encode_noised_image, encode_prompts, encode_videos
-from prepared import PreparedClip, read_index, read_tensor
+from prepared import PreparedClip, read_empty_prompt, read_index, read_tensor
 from probe import probe_video
 from sources import DataSource, read_clips
 
@@ -134,7 +134,8 @@ def prepared_small(small, prepared_once, tmp_path) -> tuple[Path, Path]:
 
 
 def test_the_folder_holds_what_its_documentation_lists(prepared):
-    assert {path.name for path in prepared.iterdir()} == {"prepared.json", "index.jsonl", "latents", "prompt_embeds"}
+    files = {"prepared.json", "index.jsonl", "empty_prompt.safetensors"}
+    assert {path.name for path in prepared.iterdir()} == files | {"latents", "prompt_embeds"}
     # Five clips of five sizes: a shard for each; the captions are in one.
     assert len(list((prepared / "latents").glob("*.safetensors"))) == 5
     assert len(list((prepared / "prompt_embeds").glob("*.safetensors"))) == 1
@@ -171,6 +172,13 @@ def test_the_embeddings_are_those_of_the_captions(prepared, model, rows):
         assert torch.equal(read_tensor(clip.prompt_embeds), encode_prompts(pipeline, [caption])[0])
 
 
+def test_the_empty_prompt_is_embedded_as_captions_are(prepared, prepared_files, model):
+    pipeline = ModelSource(str(model)).load_text_pipeline(torch.float32)
+    expected = encode_prompts(pipeline, [""])[0]
+    assert torch.equal(read_empty_prompt(prepared), expected)
+    assert torch.equal(read_empty_prompt(prepared_files), expected)
+
+
 def test_the_first_frame_is_encoded_under_noise_of_several_strengths(prepared, model, rows):
     vae = ModelSource(str(model)).load_vae(torch.float32, slicing=False, tiling=False)
     clip = read_index(prepared)[2]
@@ -202,10 +210,13 @@ def test_an_image_of_the_users_own_takes_the_place_of_the_first_frame(model, sma
     assert torch.equal(read_tensor(clip.image_latents), expected)
 
 
-def test_the_tensors_have_the_dtype_asked_for(model, small, tmp_path):
+def test_the_tensors_have_the_dtype_and_the_embeddings_the_length_asked_for(model, small, tmp_path):
     data = write_data(tmp_path / "data", small[:1])
-    (clip,) = read_index(prepare(model, data, tmp_path / "out", "--dtype", "bf16"))
-    assert [tensor.dtype for tensor in tensors_of(clip)] == [torch.bfloat16, torch.bfloat16]
+    folder = prepare(model, data, tmp_path / "out", "--dtype", "bf16", "--max_sequence_length", "64")
+    (clip,) = read_index(folder)
+    tensors = [*tensors_of(clip), read_empty_prompt(folder)]
+    assert [tensor.dtype for tensor in tensors] == [torch.bfloat16] * 3
+    assert [len(embeds) for embeds in tensors[1:]] == [64, 64]
 
 
 def test_a_table_gives_the_same_tensors_as_the_two_lists(model, demo_clips, prepared_small, tmp_path):
@@ -290,7 +301,7 @@ def test_the_layout_of_the_original_script_can_be_asked_for(prepared_files, smal
     assert len(names) == 2
     for kind, suffix in {**FILES, "images": ".png", "image_latents": ".pt"}.items():
         assert {path.name for path in (prepared_files / kind).iterdir()} == {name + suffix for name in names}
-    lists = {"prepared.json", "data.jsonl", "prompts.txt", "videos.txt"}
+    lists = {"prepared.json", "data.jsonl", "prompts.txt", "videos.txt", "empty_prompt.safetensors"}
     assert {path.name for path in prepared_files.iterdir()} == lists | {*FILES, "images", "image_latents"}
     for (_, caption), entry in zip(small, entries_of(prepared_files, "data.jsonl"), strict=True):
         assert (prepared_files / entry["prompt"]).read_text() == caption
@@ -341,6 +352,20 @@ def test_a_second_run_writes_nothing_again_and_loads_no_model(tiny_models, small
     prepare(model, data, folder)
     assert times_of(folder) == before
     assert contents(folder) == everything
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_folder_that_lacks_the_empty_prompt_alone_gets_it(model, prepared_small, monkeypatch, order):
+    """As folders do that were prepared before there was one."""
+    data, folder = prepared_small
+    before, whole = times_of(folder), contents(folder)
+    (folder / "empty_prompt.safetensors").unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in order:
+        monkeypatch.setenv("RANK", str(rank))
+        prepare(model, data, folder)
+    assert times_of(folder) == before
+    assert contents(folder) == whole
 
 
 @pytest.mark.parametrize("kind", FILES)

@@ -12,11 +12,13 @@ from prepared import (
     check_encoders,
     claim_folder,
     index_lines,
+    read_empty_prompt,
     read_index,
     read_settings,
     read_tensor,
     sample_in_files,
     sample_in_shards,
+    write_empty_prompt,
     write_settings,
 )
 
@@ -211,3 +213,26 @@ def test_without_an_index_a_damaged_tensor_is_named(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "video_latents" / "a.pt")
     with pytest.raises(UserError, match=r"a\.pt holds no latents of a video"):
         read_index(tmp_path)
+
+
+def test_the_empty_prompt_is_read_back_and_none_where_there_is_none(tmp_path):
+    assert read_empty_prompt(tmp_path) is None
+    embeds = torch.randn(2, 226, 64, dtype=torch.bfloat16)
+    write_empty_prompt(tmp_path, embeds[1])
+    assert torch.equal(read_empty_prompt(tmp_path), embeds[1])
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["empty_prompt.safetensors"]
+
+
+def test_a_damaged_empty_prompt_is_named(tmp_path):
+    write_empty_prompt(tmp_path, torch.zeros(226, 64))
+    path = tmp_path / "empty_prompt.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"empty_prompt\.safetensors is damaged .* prepare the data again"):
+        read_empty_prompt(tmp_path)
+
+
+@pytest.mark.parametrize("tensors", [{"other": torch.zeros(226, 64)}, {"prompt_embeds": torch.zeros(64)}])
+def test_a_file_that_holds_something_else_is_no_empty_prompt(tmp_path, tensors):
+    save_file(tensors, tmp_path / "empty_prompt.safetensors")
+    with pytest.raises(UserError, match=r"empty_prompt\.safetensors holds no embedding of a prompt"):
+        read_empty_prompt(tmp_path)

@@ -12,13 +12,23 @@ from hypothesis import strategies as st
 
 from clip_lists import bad, captions, error_of, good, touch, write, write_table
 from errors import UserError
-from sources import DataSource, read_mix, weights_to_repeats
+from sources import DataSource, read_clips, read_mix, weights_to_repeats
 
 
 def test_absolute_paths_and_those_that_leave_the_data_root_stay_as_they_are(tmp_path):
     write(tmp_path / "videos.txt", "/clips/z.mp4\n../y.mp4")
     write(tmp_path / "prompts.txt", "A cat.\nA dog.")
     assert [clip.video for clip in good(tmp_path)] == [Path("/clips/z.mp4"), tmp_path / "../y.mp4"]
+
+
+def test_paths_of_every_list_may_start_from_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    write(tmp_path / "videos.txt", "~/clips/z.mp4")
+    write(tmp_path / "prompts.txt", "A cat.")
+    file = write(tmp_path / "data.csv", "video,text,image\n~/clips/z.mp4,A cat.,~/z.png\n")
+    (listed,), (in_table,) = good(tmp_path), good(tmp_path, dataset_file=file)
+    assert listed.video == in_table.video == Path("/home/me/clips/z.mp4")
+    assert in_table.image == Path("/home/me/z.png")
 
 
 @pytest.mark.parametrize(("token", "caption"), [("BW_STYLE", "BW_STYLE A cat."), (" X ", "X A cat."), ("", "A cat.")])
@@ -32,6 +42,23 @@ def test_whether_a_listed_file_exists_is_not_asked_here(tmp_path):
     write(tmp_path / "videos.txt", "A very long caption, where a path belongs. " * 50)
     write(tmp_path / "prompts.txt", "a.mp4")
     assert captions(good(tmp_path)) == ["a.mp4"]
+
+
+def test_where_a_clip_is_listed_is_named_with_its_folder_when_asked(tmp_path):
+    touch(tmp_path / "folder", "a.mp4", "sub/b.mp4")
+    write(tmp_path / "folder/sub/b.txt", "A dog.")
+    write(tmp_path / "lists/videos.txt", "a.mp4")
+    write(tmp_path / "lists/prompts.txt", "A cat.")
+    write(tmp_path / "data.csv", "video,text\na.mp4,A cat.\nb.mp4,\n")
+
+    def places(*where: Path | None, **source) -> list[str]:
+        found, unusable = read_clips(DataSource(*where, **source), tmp_path, name_folder=True)
+        return [clip.source for clip in [*found, *unusable]]
+
+    assert places(tmp_path / "lists") == [f"{tmp_path}/lists/videos.txt:1"]
+    assert places(tmp_path / "folder") == [f"{tmp_path}/folder/sub/b.txt", f"{tmp_path}/folder"]
+    in_table = [f"{tmp_path}/data.csv:2", f"{tmp_path}/data.csv:3"]
+    assert places(tmp_path / "folder", dataset_file=tmp_path / "data.csv", caption_column="text") == in_table
 
 
 def test_a_missing_data_root_is_named(tmp_path):
@@ -219,6 +246,20 @@ def test_a_mix_names_data_sets_relative_to_its_own_folder(tmp_path, tmp_path_fac
         DataSource(None, dataset_name=str(tmp_path / "saved"), dataset_streaming=True, **common),
         DataSource(None, dataset_name="user/name", dataset_config_name="large", dataset_split="test", **common),
     ]
+
+
+def test_paths_of_a_mix_are_absolute_and_may_start_from_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "home/saved/state.json")
+    write(
+        tmp_path / "mix.json",
+        '[{"data_root": "a"}, {"data_root": "~/a", "dataset_file": "~/b.csv"}, {"dataset_name": "~/saved"}]',
+    )
+    here, home, saved = read_mix(Path("mix.json"), DEFAULTS)
+    assert here.data_root == tmp_path / "a"
+    assert (home.data_root, home.dataset_file) == (tmp_path / "home/a", tmp_path / "home/b.csv")
+    assert saved.dataset_name == str(tmp_path / "home/saved")
 
 
 @pytest.mark.parametrize(

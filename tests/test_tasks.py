@@ -20,6 +20,10 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
 
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in range(count)]
+
+
 def configs_of(model):
     return ModelSource(str(model)).configs()
 
@@ -76,7 +80,7 @@ def test_text_to_video_shows_the_transformer_the_noisy_latents_alone(tiny_models
     noisy_latents = torch.randn(1, 3, 16, 8, 12)
     batch = Batch(["a"], SIZE)
     configs = configs_of(tiny_models("5b"))
-    inputs = TextToVideo().transformer_inputs(noisy_latents, batch, configs, None, generator())
+    inputs = TextToVideo().transformer_inputs(noisy_latents, batch, configs, None, generators(1))
     assert inputs.keys() == {"hidden_states"}
     assert inputs["hidden_states"] is noisy_latents
 
@@ -111,7 +115,7 @@ def test_the_image_is_where_the_pipeline_puts_it_and_scaled_alike(tiny_models, k
     moments = encode_noised_image(vae, pixels, torch.zeros(1), generator())
     noisy_latents = sampled["hidden_states"][:, :, :16]
     trained = ImageToVideo(0.0, False).transformer_inputs(
-        noisy_latents, Batch(["a"], SIZE, image_moments=moments), source.configs(), None, generator()
+        noisy_latents, Batch(["a"], SIZE, image_moments=moments), source.configs(), None, [generator()]
     )
     torch.testing.assert_close(trained["hidden_states"], sampled["hidden_states"], atol=1e-5, rtol=1e-5)
     assert trained["hidden_states"][:, 1:, 16:].abs().max() == 0 < trained["hidden_states"][:, 0, 16:].abs().max()
@@ -130,7 +134,8 @@ def test_images_are_dropped_sample_by_sample(tiny_models, dropout):
         Batch(["a"] * 64, SIZE, image_moments=moments),
         configs_of(tiny_models("5b-i2v")),
         None,
-        generator(),
+        generators(64),
+        drop_images=True,
     )
     images = inputs["hidden_states"][:, 0, 16:]
     is_dropped = (images == 0).flatten(1).all(dim=1)
@@ -144,7 +149,7 @@ def test_raw_images_are_encoded_under_noise_of_the_published_strength(tiny_model
     image = torch.full((3, 64, 96), 255, dtype=torch.uint8)
     batch = Batch(["a", "b"], SIZE, images=torch.stack([image, image]))
     task = ImageToVideo(0.0, False)
-    inputs = task.transformer_inputs(torch.zeros(2, 5, 16, 8, 12), batch, source.configs(), vae, generator())
+    inputs = task.transformer_inputs(torch.zeros(2, 5, 16, 8, 12), batch, source.configs(), vae, generators(2))
     one, other = inputs["hidden_states"][:, 0, 16:]
     clean = encode_noised_image(vae, image, torch.zeros(1), generator())[0, :16, 0] * 0.7
     assert not torch.allclose(one, other)

@@ -5,7 +5,6 @@ before anything heavy is loaded.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -16,8 +15,10 @@ from flag_checks import (
     check_files,
     check_frames,
     check_hub,
+    check_lora,
     check_low_bit,
     check_no_earlier_run,
+    check_objective,
     check_optimizer,
     check_prepared_flags,
     check_sizes,
@@ -28,15 +29,20 @@ from flag_checks import (
 )
 from flag_types import FlagParser, choice, path
 from preparation_flags import add_prepare_flags, add_prepare_speed_flags
+from ranks import launch_rank
 from training_flags import (
     add_configuration_flags,
+    add_dry_run_flag,
     add_image_flags,
     add_lora_flags,
     add_memory_flags,
+    add_objective_flags,
     add_optimizer_flags,
+    add_result_flags,
     add_schedule_flags,
     add_training_flags,
     add_validation_flags,
+    add_validation_set_flags,
 )
 
 
@@ -78,6 +84,9 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
         check_validation(args, task)
         check_low_bit(args)
         check_optimizer(args, given)
+        check_objective(given, args.timestep_sampling, args.use_ema)
+        if method == "lora":
+            check_lora(args)
         check_hub(args)
         check_files(
             model=args.pretrained_model_name_or_path,
@@ -88,7 +97,8 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
         check_validation_images(args, task)
         check_prepared_flags(args, given)
         find_checkpoint(args)
-        check_no_earlier_run(args)
+        if not args.dry_run:
+            check_no_earlier_run(args)
     except UserError as error:
         parser.error(str(error))
     _warn(training_warnings(args, given, task, method))
@@ -169,10 +179,19 @@ def _training_parser(task: str, method: str) -> FlagParser:
         help="With --load_tensors, go on with a warning when the data was prepared with other encoders than the "
         "model's. (default: off)",
     )
-    add_validation_flags(parser.add_argument_group("validation"))
-    add_training_flags(parser.add_argument_group("training"), method)
+    validation = parser.add_argument_group("validation")
+    add_validation_flags(validation)
+    add_validation_set_flags(validation)
+    training = parser.add_argument_group("training")
+    add_training_flags(training, method)
+    add_dry_run_flag(training)
+    add_objective_flags(parser.add_argument_group("objective"))
     add_schedule_flags(parser.add_argument_group("learning rate"))
-    add_lora_flags(parser.add_argument_group("lora (no effect on full fine-tuning)"))
+    if method == "lora":
+        add_lora_flags(parser.add_argument_group("lora"), method)
+    else:
+        add_lora_flags(parser.add_argument_group("lora (no effect on full fine-tuning)"), method)
+        add_result_flags(parser.add_argument_group("result"))
     add_image_flags(parser.add_argument_group("image-to-video (no effect on text-to-video)"))
     add_optimizer_flags(parser.add_argument_group("optimizer"))
     add_memory_flags(parser.add_argument_group("optimizer memory"))
@@ -241,6 +260,6 @@ def _drop_long_buckets(args: argparse.Namespace) -> None:
 
 def _warn(lines: list[str]) -> None:
     """Write each line to stderr, once for all processes of a launch."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if launch_rank() == 0:
         for line in lines:
             print(f"warning: {line}", file=sys.stderr, flush=True)

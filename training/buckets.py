@@ -5,11 +5,11 @@ The sampler knows indices only; clips are decoded where the batches go, in the D
 
 import math
 import random
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import product
+from itertools import count, product
 from typing import NamedTuple, TypeVar
 
 
@@ -25,6 +25,11 @@ class Bucket(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.num_frames}x{self.height}x{self.width}"
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Frames, height and width of the VAE's latents: 4k frames become k of them, 4k + 1 frames k + 1."""
+        return (self.num_frames + 3) // 4, self.height // 8, self.width // 8
 
 
 def make_buckets(
@@ -74,11 +79,12 @@ def assign_bucket(num_frames: int, height: int, width: int, buckets: Iterable[Bu
 
 
 class Draw(NamedTuple):
-    """One sample of a batch. The epoch travels along so that a clip's augmentation follows from (seed, epoch, index)
-    alone, whichever worker decodes it."""
+    """One sample of a batch. What is random about it follows from the seed and these three alone, whichever worker
+    decodes it and whatever batch, step and rank it falls to."""
 
     index: int
     epoch: int
+    copy: int = 0  # counts the times that the index comes in the epoch
 
 
 class BucketBatchSampler:
@@ -174,14 +180,17 @@ class BucketBatchSampler:
 
         A pure function of the samples, seed, epoch, rank and world.
         """
+        return [[draw.index for draw in batch] for batch in self._epoch_draws(epoch)]
+
+    def _epoch_draws(self, epoch: int) -> list[list[Draw]]:
         rng = random.Random(f"{self.seed}-{epoch}")
         batches = []
         for groups in self._groups.values():
             batches += _cut(self._epoch_order(groups, epoch, rng), self.batch_size)
-        batches = self._order(batches, rng)
+        draws = _count_copies(self._order(batches, rng), epoch)
         seen = self._seen_in(epoch)
         steps = range(self._batches_in(epoch))
-        return [list(batches[(seen + step * self.world_size + self.rank) % len(batches)]) for step in steps]
+        return [draws[(seen + step * self.world_size + self.rank) % len(draws)] for step in steps]
 
     def _group(self, buckets: Sequence[Bucket], repeats: Sequence[float]) -> dict[Bucket, list["_Group"]]:
         members: dict[tuple[Bucket, float], list[int]] = {}
@@ -224,10 +233,10 @@ class BucketBatchSampler:
         epoch, skip = self._locate(self.first_batch)
         position = self.first_batch
         while True:
-            for batch in self.epoch_batches(epoch)[skip:]:
+            for batch in self._epoch_draws(epoch)[skip:]:
                 if self.total_batches is not None and position >= self.total_batches:
                     return
-                yield [Draw(index, epoch) for index in batch]
+                yield batch
                 position += 1
             epoch, skip = epoch + 1, 0
 
@@ -279,6 +288,11 @@ def _cut(order: Sequence[int], batch_size: int) -> list[list[int]]:
         batches.append(batch + copies[:room])
         waiting.extendleft(reversed(copies[room:]))
     return batches
+
+
+def _count_copies(batches: Sequence[Sequence[int]], epoch: int) -> list[list[Draw]]:
+    counters: defaultdict[int, Iterator[int]] = defaultdict(count)
+    return [[Draw(index, epoch, next(counters[index])) for index in batch] for batch in batches]
 
 
 def _round_half_up(value: Fraction) -> int:

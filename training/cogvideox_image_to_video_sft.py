@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from tasks import ImageToVideo
 
         task = ImageToVideo(args.noised_image_dropout, args.ignore_learned_positional_embeddings)
-        finetune(args, data, task, FullFinetune())
+        finetune(args, data, task, FullFinetune(save_pipeline=args.save_pipeline))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ or, on one GPU, from data that prepare_dataset.sh prepared:
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from args import parse_args
 from errors import one_line_errors
@@ -28,7 +29,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         from methods import Lora
         from tasks import TextToVideo
 
-        finetune(args, data, TextToVideo(), Lora(rank=args.rank, alpha=args.lora_alpha))
+        method = Lora(
+            rank=args.rank,
+            alpha=args.lora_alpha,
+            target_modules=args.lora_target_modules,
+            use_rslora=args.use_rslora,
+            use_dora=args.use_dora,
+            dropout=args.lora_dropout,
+            start_from=Path(args.lora_weights) if args.lora_weights else None,
+        )
+        finetune(args, data, TextToVideo(), method)
 
 
 if __name__ == "__main__":

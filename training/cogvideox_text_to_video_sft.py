@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from methods import FullFinetune
         from tasks import TextToVideo
 
-        finetune(args, data, TextToVideo(), FullFinetune())
+        finetune(args, data, TextToVideo(), FullFinetune(save_pipeline=args.save_pipeline))
 
 
 if __name__ == "__main__":

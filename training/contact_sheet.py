@@ -1,4 +1,4 @@
-"""A picture of the data as the model will see it: a few samples, three frames and the caption of each."""
+"""A picture of samples, some frames and the caption of each: of the data as the model sees it, of sampled videos."""
 
 import unicodedata
 from bisect import bisect_right
@@ -16,14 +16,11 @@ from clips import PlannedClip
 from files import written_whole
 
 
-_WIDTH = 1200
 _MARGIN = 20
 _CELL_WIDTH, _CELL_HEIGHT, _CELL_GAP = 222, 148, 4
-_COLUMNS = ("first frame", "middle", "last")
 _HEADER_HEIGHT = 44
 _ROW_HEIGHT = _CELL_HEIGHT + 24
-_TEXT_LEFT = _MARGIN + len(_COLUMNS) * (_CELL_WIDTH + _CELL_GAP) + 20
-_TEXT_WIDTH = _WIDTH - _MARGIN - _TEXT_LEFT
+_TEXT_GAP, _TEXT_WIDTH = 20, 462
 _LINE_HEIGHT, _CAPTION_GAP = 20, 6
 _FONT_SIZE = 15
 _PAPER, _CELL, _RULE, _FAINT, _TITLE, _CAPTION = "#ffffff", "#f0f0f2", "#d8d8dc", "#808088", "#101014", "#48484f"
@@ -38,13 +35,15 @@ _SUBSTITUTES = {"\N{EN DASH}": "-", "\N{EM DASH}": "-", "\N{MULTIPLICATION SIGN}
 class SheetRow:
     """One sample on the sheet."""
 
-    frames: Sequence[np.ndarray]  # first, middle, last; or fewer. uint8 [H, W, 3], RGB
+    frames: Sequence[np.ndarray]  # one for each column, or fewer. uint8 [H, W, 3], RGB
     title: str  # "49x480x720 · videos/rabbit.mp4"
     caption: str
 
 
-def draw_contact_sheet(rows: Sequence[SheetRow], path: Path | None = None) -> Image.Image:
-    """Draw samples below one another, 1200 pixels wide.
+def draw_contact_sheet(
+    rows: Sequence[SheetRow], path: Path | None = None, columns: Sequence[str] = ("first frame", "middle", "last")
+) -> Image.Image:
+    """Draw samples below one another, 1200 pixels wide with three columns of frames and 226 more with each other one.
 
     Frames keep their aspect ratio and are scaled to one height, or to one width where they are wider than 3:2. Titles
     and captions that are too long end in an ellipsis.
@@ -52,14 +51,20 @@ def draw_contact_sheet(rows: Sequence[SheetRow], path: Path | None = None) -> Im
     Args:
         rows: 172 pixels high each; 16 are a good number.
         path: where to write the sheet as a PNG; None: nowhere.
+        columns: what stands above the frames.
     """
-    sheet = Image.new("RGB", (_WIDTH, _HEADER_HEIGHT + len(rows) * _ROW_HEIGHT), _PAPER)
+    text_left = _cell_left(len(columns)) + _TEXT_GAP
+    width = text_left + _TEXT_WIDTH + _MARGIN
+    sheet = Image.new("RGB", (width, _HEADER_HEIGHT + len(rows) * _ROW_HEIGHT), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for column, name in enumerate(_COLUMNS):
+    for column, name in enumerate(columns):
         draw.text((_cell_left(column), 18), name, fill=_FAINT, font=_font())
     for number, row in enumerate(rows):
         top = _HEADER_HEIGHT + number * _ROW_HEIGHT
-        _draw_row(sheet, draw, row, top)
+        draw.line((_MARGIN, top, width - _MARGIN, top), fill=_RULE)
+        top += (_ROW_HEIGHT - _CELL_HEIGHT) // 2
+        _draw_frames(sheet, draw, row.frames[: len(columns)], top)
+        _draw_text(draw, row, text_left, top)
     if path is not None:
         with written_whole(path) as partial:
             sheet.save(partial, format="PNG")
@@ -91,22 +96,23 @@ def sample_for_sheet(planned: Sequence[PlannedClip], most: int = 16) -> list[Pla
     ]
 
 
-def _draw_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, row: SheetRow, top: int) -> None:
-    draw.line((_MARGIN, top, _WIDTH - _MARGIN, top), fill=_RULE)
-    top += (_ROW_HEIGHT - _CELL_HEIGHT) // 2
-    for column, frame in enumerate(row.frames[: len(_COLUMNS)]):
+def _draw_frames(sheet: Image.Image, draw: ImageDraw.ImageDraw, frames: Sequence[np.ndarray], top: int) -> None:
+    for column, frame in enumerate(frames):
         left = _cell_left(column)
         draw.rectangle((left, top, left + _CELL_WIDTH - 1, top + _CELL_HEIGHT - 1), fill=_CELL)
         picture = _fit_cell(Image.fromarray(frame))
         sheet.paste(picture, (left + (_CELL_WIDTH - picture.width) // 2, top + (_CELL_HEIGHT - picture.height) // 2))
+
+
+def _draw_text(draw: ImageDraw.ImageDraw, row: SheetRow, left: int, top: int) -> None:
     num_lines = (_CELL_HEIGHT - _CAPTION_GAP) // _LINE_HEIGHT
     title = _wrap(row.title, 2)
     caption = _wrap(row.caption, num_lines - len(title))
     for number, line in enumerate(title):
-        draw.text((_TEXT_LEFT, top + number * _LINE_HEIGHT), line, fill=_TITLE, font=_font())
+        draw.text((left, top + number * _LINE_HEIGHT), line, fill=_TITLE, font=_font())
     top += len(title) * _LINE_HEIGHT + _CAPTION_GAP
     for number, line in enumerate(caption):
-        draw.text((_TEXT_LEFT, top + number * _LINE_HEIGHT), line, fill=_CAPTION, font=_font())
+        draw.text((left, top + number * _LINE_HEIGHT), line, fill=_CAPTION, font=_font())
 
 
 def _cell_left(column: int) -> int:

@@ -3,6 +3,7 @@
 import argparse
 
 from flag_types import choice, non_negative_int, path, positive_float, positive_int, probability
+from frames import LONG_CLIPS
 
 
 DEFAULT_BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
@@ -33,6 +34,7 @@ def add_data_flags(group: argparse._ArgumentGroup, *, caption_column: str) -> No
     """The flags on clips which training and preparation share; they differ only in the default caption column."""
     add_dataset_flags(group, caption_column)
     add_dataset_name_flags(group)
+    add_mix_flags(group)
     add_size_flags(group)
     add_frame_flags(group)
     add_long_clip_flags(group)
@@ -65,7 +67,7 @@ def add_dataset_flags(group: argparse._ArgumentGroup, caption_column: str) -> No
         "--instance_data_root",
         metavar="FOLDER",
         type=path,
-        help="Folder that holds the clips; required unless --dataset_file, --dataset_name or --dataset_mix is given. "
+        help="Folder that holds the clips; required unless another flag names the data. "
         "It lists them in two text files (see --video_column), or has a caption clip.txt beside each clip.mp4.",
     )
     group.add_argument(
@@ -94,12 +96,6 @@ def add_dataset_flags(group: argparse._ArgumentGroup, caption_column: str) -> No
         metavar="NAME",
         help="Image-to-video: column with images to start from, or name of the text file that lists them. Where it is "
         "empty, a clip starts from its own first frame. (default: image or images.txt, where there is one)",
-    )
-    group.add_argument(
-        "--id_token",
-        metavar="WORD",
-        help="Rare word put in front of every caption, which then calls up what you trained; use the same word in "
-        "prompts later. (default: none)",
     )
     group.add_argument(
         "--on_bad_clip",
@@ -139,6 +135,15 @@ def add_dataset_name_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         type=positive_int,
         help="Use only the first N rows of the data set, to try something out. (default: all)",
+    )
+
+
+def add_mix_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--id_token",
+        metavar="WORD",
+        help="Rare word put in front of every caption, which then calls up what you trained; use the same word in "
+        "prompts later. (default: none)",
     )
     group.add_argument(
         "--dataset_mix",
@@ -229,7 +234,7 @@ def add_frame_flags(group: argparse._ArgumentGroup) -> None:
 def add_long_clip_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--long_clips",
-        **choice(("spread", "first", "split")),
+        **choice(LONG_CLIPS),
         help="What to take of a clip longer than its frame bucket: spread takes frames evenly from all of it, first "
         "its first frames in succession, split makes several samples of successive frames. "
         "(default: spread; with --fps, which spread cannot keep, first)",

@@ -1,37 +1,54 @@
 """Pure tensor functions of the training objective: latents, noise, velocity, positions."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 
+from buckets import Draw
 
-def step_generator(device: torch.device, seed: int, *position: int) -> torch.Generator:
-    """A random generator that depends on nothing but `seed` and the place in the run (step, micro-batch, rank).
+
+def derive_seed(seed: int, *position: object) -> int:
+    """A seed for torch, of 63 bits, that depends on nothing but `seed` and what else is given."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *position)).encode()).digest()[:8], "big") >> 1
+
+
+def step_generator(device: torch.device, seed: int, *position: object) -> torch.Generator:
+    """A random generator that depends on nothing but `seed` and what else is given (a step, a sample).
 
     Noise drawn from it is the same after a resume, whatever validation or data loading did to the global generators.
     """
-    digest = hashlib.sha256(repr((seed, *position)).encode()).digest()
-    # torch takes 64-bit seeds; 63 bits keep it positive.
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator(device).manual_seed(derive_seed(seed, *position))
 
 
-def sample_latents(moments: torch.Tensor, scaling_factor: float, generator: torch.Generator) -> torch.Tensor:
+def sample_generators(device: torch.device, seed: int, draws: Sequence[Draw]) -> list[torch.Generator]:
+    """A random generator for each sample of a batch.
+
+    What a sample is trained with then follows from the seed and its draw alone: it is the same in a batch of four, in
+    four batches of one whose gradients accumulate, on any rank, and after a resume.
+    """
+    return [step_generator(device, seed, *draw) for draw in draws]
+
+
+def sample_latents(
+    moments: torch.Tensor, scaling_factor: float, generators: Sequence[torch.Generator]
+) -> torch.Tensor:
     """Draw scaled latents from the VAE's posterior.
 
     Args:
         moments: `[B, 2C, F, H, W]`, mean and log-variance on the channel axis.
         scaling_factor: the VAE's; brings the latents to about unit variance.
-        generator: on the device of `moments`.
+        generators: B of them, on the device of `moments`.
 
     Returns:
         `[B, F, C, H, W]`, float32, in the transformer's layout.
 
     Source: the inverse of `CogVideoXPipeline.decode_latents`.
     """
-    latents = DiagonalGaussianDistribution(moments.float()).sample(generator) * scaling_factor
+    latents = DiagonalGaussianDistribution(moments.float()).sample(list(generators)) * scaling_factor
     return latents.permute(0, 2, 1, 3, 4)
 
 
@@ -69,18 +86,18 @@ def pad_latent_frames(latents: torch.Tensor, patch_size_t: int | None) -> torch.
     return torch.cat([latents[:, :1]] * missing + [latents], dim=1) if missing else latents
 
 
-def sample_timesteps(batch_size: int, num_train_timesteps: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw one timestep per sample, uniform over `0..num_train_timesteps - 1`. Returns `[B]`, int64."""
-    return torch.randint(num_train_timesteps, (batch_size,), generator=generator, device=generator.device)
+def sample_uniform(generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Draw a number in [0, 1) from each generator. Returns `[B]`, float64, on their device."""
+    return torch.cat([torch.rand(1, generator=g, device=g.device, dtype=torch.float64) for g in generators])
 
 
-def sample_noise(latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw standard normal noise of the shape, device and dtype of `latents`."""
-    return randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+def sample_noise(latents: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Draw standard normal noise of the shape, device and dtype of `latents`, each sample's from its generator."""
+    return randn_tensor(latents.shape, generator=list(generators), device=latents.device, dtype=latents.dtype)
 
 
-def velocity_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the predicted velocity, in float32.
+def velocity_losses(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each sample's predicted velocity, in float32. Returns `[B]`.
 
     With `z0_hat = sqrt(ac) zt - sqrt(1 - ac) v`, CogVideoX's published loss `mean((z0_hat - z0)^2) / (1 - ac)` is in
     exact arithmetic `mean((v - v_target)^2)` with `v_target = sqrt(ac) noise - sqrt(1 - ac) z0`. This form needs no
@@ -92,7 +109,7 @@ def velocity_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     Source: v-prediction, https://arxiv.org/abs/2202.00512; the loss of CogVideoX, https://arxiv.org/abs/2408.06072.
     """
-    return torch.nn.functional.mse_loss(velocity.float(), target.float())
+    return torch.nn.functional.mse_loss(velocity.float(), target.float(), reduction="none").mean(dim=(1, 2, 3, 4))
 
 
 def rotary_embeddings(

@@ -1,9 +1,10 @@
 """The one exception that means "the user can mend this", how its message is laid out, and how it is shown."""
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+from ranks import launch_rank
 
 
 class UserError(Exception):
@@ -17,7 +18,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UserError as error:
         # Before torch is imported flags and files are checked, and every rank of a launch finds the same.
-        if int(os.environ.get("RANK", "0")) == 0 or "torch" in sys.modules:
+        if launch_rank() == 0 or "torch" in sys.modules:
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 

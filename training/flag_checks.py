@@ -10,7 +10,8 @@ from pathlib import Path
 
 from errors import UserError
 from prepared import read_settings
-from run_folder import list_checkpoints, list_results
+from run_folder import LORA_FILE, list_checkpoints, list_results
+from training_flags import ALL_LINEAR
 
 
 SIZE_STEP = 16  # the VAE compresses 8 times in space, the transformer's patches twice more
@@ -100,7 +101,10 @@ def check_prepared_flags(args: argparse.Namespace, given: set[str]) -> None:
 
 
 def check_validation(args: argparse.Namespace, task: str) -> None:
-    """No prompt is empty, nothing is scheduled without prompts, and images match them."""
+    """No prompt is empty, nothing is scheduled without prompts or clips, and images match them.
+
+    Settles `args.validate_first`, which is on by default where anything is validated.
+    """
     prompts, images = args.validation_prompts, args.validation_images
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
@@ -108,9 +112,14 @@ def check_validation(args: argparse.Namespace, task: str) -> None:
                 f"--validation_prompt: prompt {number} of {len(prompts)} is empty; prompts are separated by "
                 f"'{args.validation_prompt_separator}'"
             )
-    for flag in ("validation_steps", "validation_epochs"):
-        if getattr(args, flag) and not prompts:
-            raise UserError(f"--{flag}: there is nothing to validate; add --validation_prompt")
+    is_validated = bool(prompts or args.validation_dataset_file)
+    for flag in ("validation_steps", "validation_epochs", "validate_first"):
+        if getattr(args, flag) and not is_validated:
+            raise UserError(
+                f"--{flag}: there is nothing to validate; add --validation_prompt or --validation_dataset_file"
+            )
+    if args.validate_first is None:
+        args.validate_first = is_validated
     if task == "image-to-video" and len(images) != len(prompts):
         raise UserError(
             f"--validation_images: {len(images)} for {len(prompts)} in --validation_prompt; give one image per "
@@ -124,7 +133,7 @@ def check_validation_images(args: argparse.Namespace, task: str) -> None:
         return
     args.validation_images = [os.path.expanduser(image) for image in args.validation_images]
     for image in args.validation_images:
-        if not image.startswith(("http://", "https://")) and not os.path.isfile(image):
+        if not image.lower().startswith(("http://", "https://")) and not os.path.isfile(image):
             raise UserError(f"--validation_images: no file '{image}'; give a path or an http(s) URL")
 
 
@@ -165,6 +174,31 @@ def check_optimizer(args: argparse.Namespace, given: set[str]) -> None:
     for flag in ("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"):
         if getattr(args, flag) and args.optimizer != "prodigy":
             raise UserError(f"--{flag}: no effect on {args.optimizer}; leave it out or use --optimizer prodigy")
+
+
+def check_objective(given: set[str], timestep_sampling: str, use_ema: bool) -> None:
+    """Details of an option come with the option."""
+    for flag in ("logit_mean", "logit_std"):
+        if flag in given and timestep_sampling != "logit_normal":
+            raise UserError(f"--{flag}: no effect on uniform timesteps; add --timestep_sampling logit_normal")
+    if "ema_decay" in given and not use_ema:
+        raise UserError("--ema_decay: there is no average; add --use_ema or leave it out")
+
+
+def check_lora(args: argparse.Namespace) -> None:
+    """The target modules are not contradictory, and the LoRA to start from exists; a folder becomes the file in it."""
+    if ALL_LINEAR in args.lora_target_modules and len(args.lora_target_modules) > 1:
+        raise UserError(f"--lora_target_modules: {ALL_LINEAR} has all others in it; leave these out")
+    if args.lora_weights is None:
+        return
+    file = Path(args.lora_weights)
+    if file.is_dir():
+        file /= LORA_FILE
+    if not file.is_file():
+        raise UserError(f"--lora_weights: no file '{file}'; give a .safetensors file or a folder with {LORA_FILE}")
+    if file.suffix != ".safetensors":
+        raise UserError(f"--lora_weights: '{file}' is no .safetensors file, and others may run code; convert it")
+    args.lora_weights = str(file)
 
 
 def check_hub(args: argparse.Namespace) -> None:

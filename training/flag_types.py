@@ -74,6 +74,11 @@ def non_negative_float(text: str) -> float:
     return _number(text, lambda value: value >= 0, "a number of 0 or more")
 
 
+def finite_float(text: str) -> float:
+    """A finite number; argparse.ArgumentTypeError otherwise."""
+    return _number(text, lambda value: True, "a number")
+
+
 def probability(text: str) -> float:
     """A number from 0 to 1, both included; argparse.ArgumentTypeError otherwise."""
     return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 
 from errors import UserError
+from ranks import launch_size
 
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no on a CPU")
     # Naming a backend makes accelerate look for a process group even where there is one process.
-    backend = None if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "nccl" if torch.cuda.is_available() else "gloo"
+    backend = None if launch_size() == 1 else "nccl" if torch.cuda.is_available() else "gloo"
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,

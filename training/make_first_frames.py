@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from buckets import Bucket
 from clips import BadClip, PlannedClip, plan_clips
+from data_flags import add_dataset_flags, add_dataset_name_flags
 from errors import UserError, one_line_errors
 from file_cache import FileCache, default_cache_folder
 from files import written_whole
-from flag_types import FlagParser, choice, non_negative_int, path, positive_int
-from plan import RawData, check_bad_clips, report_skipped
+from flag_types import FlagParser, non_negative_int, path
+from plan import RawData, check_bad_clips, data_sources, report_skipped
 from prepared import index_lines
 from probe import probe_files
 from sources import DataSource, read_clips
@@ -48,23 +49,12 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Write the first frame of every clip as a PNG, and a table of both for --dataset_file.",
         required=(("data_root", "dataset_file", "dataset_name"), ("output_dir",)),
     )
-    flag = parser.add_argument
-    flag("--data_root", "--instance_data_root", metavar="FOLDER", type=path, help="Folder that holds the clips.")
-    flag("--dataset_file", metavar="FILE", type=path, help="Table with one row per clip. (default: none)")
-    flag("--dataset_name", metavar="NAME", help="Data set on the Hugging Face hub, or a local one. (default: none)")
-    flag("--dataset_config_name", metavar="NAME", help="Configuration of --dataset_name. (default: its only one)")
-    flag("--dataset_split", metavar="NAME", default="train", help="Split of --dataset_name. (default: %(default)s)")
-    flag("--dataset_streaming", action="store_true", help="Read --dataset_name row by row. (default: off)")
-    flag("--max_samples", metavar="N", type=positive_int, help="Use only the first N rows. (default: all)")
-    flag("--video_column", metavar="NAME", default="video", help="Column of the clips. (default: %(default)s)")
-    flag("--caption_column", metavar="NAME", default="caption", help="Column of captions. (default: %(default)s)")
-    flag(
-        "--image_column",
-        metavar="NAME",
-        help="Column of images that some clips start from already; these clips keep theirs. (default: image or "
-        "images.txt, where there is one)",
-    )
-    flag(
+    parser.set_defaults(id_token=None, dataset_mix=None)  # which `data_sources` looks for
+    data = parser.add_argument_group("data")
+    add_dataset_flags(data, caption_column="caption")
+    add_dataset_name_flags(data)
+    output = parser.add_argument_group("first frames")
+    output.add_argument(
         "--skip_frames_start",
         metavar="N",
         type=non_negative_int,
@@ -72,36 +62,13 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="Frames of the file to leave out at the clip's start; give the same number when preparing. "
         "(default: %(default)s)",
     )
-    flag(
-        "--on_bad_clip",
-        **choice(("error", "skip")),
-        default="error",
-        help="List all clips that cannot be used and stop, or leave them out and list them in skipped_clips.csv in "
-        "--output_dir. (default: %(default)s)",
-    )
-    flag(
+    output.add_argument(
         "--output_dir",
         metavar="FOLDER",
         type=path,
         help=f"Required. Where the images and {TABLE_FILE} are written; best a folder of its own.",
     )
     return parser.read(argv)[0]
-
-
-def data_source(args: argparse.Namespace) -> DataSource:
-    """The data set that the flags name."""
-    return DataSource(
-        data_root=Path(args.data_root) if args.data_root else None,
-        dataset_file=Path(args.dataset_file) if args.dataset_file else None,
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        dataset_split=args.dataset_split,
-        dataset_streaming=args.dataset_streaming,
-        max_samples=args.max_samples,
-        video_column=args.video_column,
-        caption_column=args.caption_column,
-        image_column=args.image_column,
-    )
 
 
 def plan_first_frames(source: DataSource, skip_start: int) -> RawData:
@@ -201,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         args = parse_flags(argv)
         logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-        data = plan_first_frames(data_source(args), args.skip_frames_start)
+        (source,) = data_sources(args)
+        data = plan_first_frames(source, args.skip_frames_start)
         check_bad_clips(data, args.on_bad_clip)
         try:
             table = make_first_frames(data, Path(args.output_dir).absolute(), args.on_bad_clip)

@@ -7,7 +7,7 @@ frames go to PyAV. Animated WebP is refused: FFmpeg does not decode it, and its 
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
@@ -37,7 +37,18 @@ class StillImage(NamedTuple):
 
 
 def read_still_image(path: Path) -> StillImage | None:
-    """Read a still image: upright by its EXIF orientation, RGB of 8 bits, transparent parts on white.
+    """Read a file as `decode_still_image` does.
+
+    Raises:
+        ValueError: as there.
+        OSError: the file cannot be opened.
+    """
+    with open(path, "rb") as file:
+        return decode_still_image(file)
+
+
+def decode_still_image(file: BinaryIO) -> StillImage | None:
+    """Decode a still image: upright by its EXIF orientation, RGB of 8 bits, transparent parts on white.
 
     Of 16 bits the upper 8 are kept, of several pages the first. Colour profiles are not applied.
 
@@ -46,23 +57,21 @@ def read_still_image(path: Path) -> StillImage | None:
 
     Raises:
         ValueError: with a reason that does not name the file: damaged, too large, of a kind that is not read.
-        OSError: the file cannot be opened.
     """
-    with open(path, "rb") as file:
-        try:
-            with Image.open(file, formats=_IMAGE_FORMATS) as image:
-                if getattr(image, "is_animated", False):
-                    if image.format in ("GIF", "PNG"):
-                        return None
-                    if image.format == "WEBP":
-                        raise ValueError("it is an animated WebP, which FFmpeg does not decode; convert it to mp4")
-                image.load()
-                turns = _EXIF_TURNS.get(image.getexif().get(ExifTags.Base.Orientation), 0)
-                return StillImage(_to_rgb(ImageOps.exif_transpose(image)), 90 * turns)
-        except UnidentifiedImageError:
-            return None
-        except Exception as error:  # on damaged files Pillow raises whatever it stumbles over
-            raise ValueError(f"not a readable image: {reason_of(error)}") from error
+    try:
+        with Image.open(file, formats=_IMAGE_FORMATS) as image:
+            if getattr(image, "is_animated", False):
+                if image.format in ("GIF", "PNG"):
+                    return None
+                if image.format == "WEBP":
+                    raise ValueError("it is an animated WebP, which FFmpeg does not decode; convert it to mp4")
+            image.load()
+            turns = _EXIF_TURNS.get(image.getexif().get(ExifTags.Base.Orientation), 0)
+            return StillImage(_to_rgb(ImageOps.exif_transpose(image)), 90 * turns)
+    except UnidentifiedImageError:
+        return None
+    except Exception as error:  # on damaged files Pillow raises whatever it stumbles over
+        raise ValueError(f"not a readable image: {reason_of(error)}") from error
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from errors import UserError
 from files import written_whole
-from media import reason_of
+from media import decode_still_image, reason_of
 from rows import UnusableRow, described, one_line
 
 
@@ -26,16 +26,15 @@ VIDEO_SUFFIXES = frozenset([".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".m
 IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
 
 _DECODED_FPS = 8  # of decoded videos without an fps column: what CogVideoX 1.0 was trained at
-_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # not all of Pillow's: for EPS it runs Ghostscript
 
 
 def media_file(value: object, folder: Path | None, cache: Path, fps: object = None) -> Path:
     """Find the file of a row's video or image, or write what the row carries into the cache.
 
     Args:
-        value: a path; a file's bytes; a dict of "bytes" and "path", as `datasets` stores videos and images, where the
-            path may be a URL; a decoded video, [F, H, W, 3], or image, [H, W, 3], of integers from 0 to 255; or a
-            video as a list of images, each a path, bytes or dict.
+        value: a path, in which ~/ is the home folder; a file's bytes; a dict of "bytes" and "path", as `datasets`
+            stores videos and images, where the path may be a URL; a decoded video, [F, H, W, 3], or image, [H, W, 3],
+            of integers from 0 to 255; or a video as a list of images, each a path, bytes or dict.
         folder: where relative paths start.
         cache: folder for what the row carries. Decoded videos are kept without loss, as FFV1.
         fps: of decoded videos; None: 8.
@@ -76,8 +75,13 @@ def first_frame_file(value: object, folder: Path | None, cache: Path) -> Path | 
         raise UnusableRow(f"its image {problem}") from problem
 
 
+def expand_home(path: str) -> str:
+    """A path with ~/ at its start as the home folder. A file name may begin with ~, so ~name stays as it is."""
+    return os.path.expanduser(path) if path.startswith("~/") else path
+
+
 def _listed_file(text: str, folder: Path | None) -> Path:
-    path = text.strip()
+    path = expand_home(text.strip())
     if not path:
         raise UnusableRow("has no path")
     if "://" in path:
@@ -123,7 +127,7 @@ def _write_images(images: Sequence[bytes], fps: object, cache: Path) -> Path:
     if not images:
         raise UnusableRow("holds no frames")
     rate = _rate(fps)
-    digest = _digest(f"{[len(image) for image in images]} at {rate}".encode(), *images)
+    digest = _digest(f"stills of {[len(image) for image in images]} bytes at {rate}".encode(), *images)
     return _cached(cache, digest, "a.mkv", lambda partial: _write_video(partial, map(_decode_image, images), rate))
 
 
@@ -146,10 +150,12 @@ def _image_bytes(image: object, folder: Path | None) -> bytes:
 
 def _decode_image(data: bytes) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:  # on damaged files Pillow raises whatever it stumbles over
-        raise UnusableRow(f"has a frame that is not a readable image: {one_line(error)}") from error
+        image = decode_still_image(io.BytesIO(data))
+    except ValueError as error:
+        raise UnusableRow(f"has a frame that is {one_line(error)}") from error
+    if image is None:
+        raise UnusableRow("has a frame that is no still image")
+    return image.pixels
 
 
 def _rate(fps: object) -> Fraction:

@@ -1,6 +1,7 @@
 """Load a model's components from a folder or the hub, one at a time, and encode text and video with them."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from diffusers import (
     CogVideoXDPMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    ModelMixin,
 )
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
@@ -101,7 +103,11 @@ class ModelSource:
                     f"--pretrained_model_name_or_path: '{self.path}' is no CogVideoX model: it holds a "
                     f"{config.get('_class_name')} where a {expected} is needed"
                 )
-        return ModelConfigs(transformer, vae, scheduler)
+        return ModelConfigs(
+            _with_defaults(CogVideoXTransformer3DModel, transformer),
+            _with_defaults(AutoencoderKLCogVideoX, vae),
+            scheduler,
+        )
 
     def load_scheduler(self) -> NoiseScheduler:
         """Load the noise scheduler of the class that the model's own config names."""
@@ -197,6 +203,31 @@ class ModelSource:
         """What tells this model from another one in caches: the absolute folder, or the hub id and its revision."""
         folder = Path(self.path).expanduser()
         return str(folder.resolve()) if folder.exists() else f"{self.path}@{self.revision or 'main'}"
+
+
+def _with_defaults(model_class: type[ModelMixin], config: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what a config lacks, as `from_pretrained` does.
+
+    The published folders of CogVideoX-2b and 5b are older than patches in time and learned positions.
+    """
+    parameters = inspect.signature(model_class.__init__).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "self"}
+    return {**defaults, **config}
+
+
+def precision_warning(compute_dtype: torch.dtype, native_dtype: torch.dtype) -> str | None:
+    """What to tell a user who computes in a precision that the model's weights were not made for, if anything.
+
+    Args:
+        compute_dtype: of the forward pass.
+        native_dtype: that the weights are stored in.
+    """
+    if (compute_dtype, native_dtype) != (torch.float16, torch.bfloat16):
+        return None
+    return (
+        "--mixed_precision fp16: this model was trained in bfloat16, whose numbers go up to 3e38; fp16 ends at 65504, "
+        "so that activations overflow, which shows as NaN losses and black videos; use --mixed_precision bf16"
+    )
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ from clips import BadClip, PlannedClip, plan_clips
 from errors import UserError, listing
 from file_cache import FileCache, default_cache_folder
 from files import written_whole
+from flag_checks import PREPARED_FLAGS
 from plan_report import describe_plan, sequence_length
-from prepared import PreparedClip, read_index
+from prepared import PreparedClip, read_index, read_settings
 from probe import probe_files
 from sources import DataSource, read_clips, read_mix, weights_to_repeats
 
@@ -29,6 +30,7 @@ class RawData:
 
     clips: Sequence[PlannedClip]
     bad: Sequence[BadClip] = ()
+    held_out: "RawData | None" = None  # clips whose loss is measured, and which are not trained on
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -45,6 +47,11 @@ class RawData:
         """The captions to be embedded."""
         return [planned.clip.caption for planned in self.clips]
 
+    @property
+    def num_listed(self) -> int:
+        """How many clips were listed, those that cannot be used among them; one that is split counts once."""
+        return len({id(planned.clip) for planned in self.clips}) + len(self.bad)
+
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -52,6 +59,7 @@ class PreparedData:
 
     clips: Sequence[PreparedClip]
     folders: Sequence[Path]  # they lie in
+    held_out: RawData | None = None  # clips whose loss is measured, and which are not trained on
 
     captions = ()  # embedded already
 
@@ -70,16 +78,17 @@ TrainingData = RawData | PreparedData
 
 
 def plan_training_data(args: argparse.Namespace, *, with_images: bool = False) -> TrainingData:
-    """Find the clips that the training flags name.
+    """Find the clips that the training flags name, those held out among them.
 
     Raises:
         UserError: files are missing or unusable; all of them are listed.
     """
     if args.load_tensors:
-        return _read_prepared(args)
-    data = plan_raw_clips(args, with_images=with_images)
-    check_bad_clips(data, args.on_bad_clip)
-    return data
+        data = _read_prepared(args)
+    else:
+        data = plan_raw_clips(args, with_images=with_images)
+        check_bad_clips(data, args.on_bad_clip)
+    return replace(data, held_out=plan_validation_clips(args, with_images=with_images))
 
 
 def plan_raw_clips(args: argparse.Namespace, *, with_images: bool = False) -> RawData:
@@ -94,7 +103,7 @@ def plan_raw_clips(args: argparse.Namespace, *, with_images: bool = False) -> Ra
     except ValueError as error:
         raise UserError(f"--frame_buckets: {error}") from error
     sources = data_sources(args)
-    read = [read_clips(source, cache / "media") for source in sources]
+    read = [read_clips(source, cache / "media", name_folder=bool(args.dataset_mix)) for source in sources]
     clips = [clip for of_source, _ in read for clip in of_source]
     files = [clip.video for clip in clips]
     files += [clip.image for clip in clips if with_images and clip.image is not None]
@@ -117,6 +126,54 @@ def plan_raw_clips(args: argparse.Namespace, *, with_images: bool = False) -> Ra
     return RawData(_weighted(sources, planned), bad)
 
 
+def plan_validation_clips(args: argparse.Namespace, *, with_images: bool) -> RawData | None:
+    """List, probe and bucket the clips of --validation_dataset_file, held out from training.
+
+    They get frames and sizes as the training clips do, but one sample each: of a clip that is split, its first part.
+
+    Args:
+        args: the flags of training.
+        with_images: clips that name an image need it.
+
+    Returns:
+        The clips; None where none are held out.
+
+    Raises:
+        UserError: the table cannot be used, or clips cannot; all of them are listed.
+    """
+    if args.validation_dataset_file is None:
+        return None
+    data = plan_raw_clips(validation_data_flags(args), with_images=with_images)
+    if data.bad:
+        what = f"{len(data.bad)} of {data.num_listed} clips"
+        title = f"--validation_dataset_file: {what} cannot be used; mend or remove them:"
+        raise UserError(listing(title, data.bad, most=len(data.bad)))
+    return RawData([planned for planned in data.clips if planned.part == 0])
+
+
+def validation_data_flags(args: argparse.Namespace) -> argparse.Namespace:
+    """The data flags that the clips of --validation_dataset_file are read with.
+
+    Those of training, but for where the clips are, and with nothing random. Where training data was prepared, frames
+    and sizes are as it was prepared with, as far as its folders say and agree.
+    """
+    places = {"data_root": None, "dataset_name": None, "dataset_mix": None, "max_samples": None}
+    flags = vars(args) | places | {"dataset_file": args.validation_dataset_file}
+    if args.load_tensors:
+        made_with = [read_settings(folder).get("flags", {}) for folder in _prepared_folders(data_sources(args))]
+        first = made_with[0]
+        flags |= {
+            name: first[name]
+            for name in PREPARED_FLAGS
+            if all(name in others and others[name] == first[name] for others in made_with)
+        }
+        flags["max_num_frames"] = max(flags["frame_buckets"])
+    flags["random_flip"] = None
+    if flags["video_reshape_mode"] == "random":
+        flags["video_reshape_mode"] = "center"
+    return argparse.Namespace(**flags)
+
+
 def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[PlannedClip]]) -> list[PlannedClip]:
     """The samples of all data sets, with weights turned into repeats: weights count samples, not listed clips."""
     joined = []
@@ -137,9 +194,8 @@ def check_bad_clips(data: RawData, on_bad_clip: str) -> None:
     """
     if not data.bad or (data.clips and on_bad_clip == "skip"):
         return
-    total = len({id(planned.clip) for planned in data.clips}) + len(data.bad)
     advice = "; mend or remove them, or leave them out by --on_bad_clip skip" if data.clips else ""
-    title = f"{len(data.bad)} of {total} clips cannot be used{advice}:"
+    title = f"{len(data.bad)} of {data.num_listed} clips cannot be used{advice}:"
     raise UserError(listing(title, data.bad, most=len(data.bad)))
 
 
@@ -163,9 +219,7 @@ def data_sources(args: argparse.Namespace) -> list[DataSource]:
 
 def _read_prepared(args: argparse.Namespace) -> PreparedData:
     sources = data_sources(args)
-    without = [source for source in sources if source.data_root is None]
-    if without:
-        raise UserError("--load_tensors: give the prepared folder as --data_root (in every entry of --dataset_mix)")
+    folders = _prepared_folders(sources)
     indexes = [read_index(source.data_root) for source in sources]
     weighted = weights_to_repeats(sources, list(map(len, indexes)))
     clips = [
@@ -173,7 +227,14 @@ def _read_prepared(args: argparse.Namespace) -> PreparedData:
         for source, repeats, index in zip(sources, weighted, indexes, strict=True)
         for clip in index
     ]
-    return PreparedData(clips, list(dict.fromkeys(source.data_root for source in sources)))
+    return PreparedData(clips, folders)
+
+
+def _prepared_folders(sources: Sequence[DataSource]) -> list[Path]:
+    folders = [source.data_root for source in sources]
+    if None in folders:
+        raise UserError("--load_tensors: give the prepared folder as --data_root (in every entry of --dataset_mix)")
+    return list(dict.fromkeys(folders))
 
 
 def describe(

@@ -96,10 +96,9 @@ def sequence_length(
         patch_size_t: of the transformer, in latent frames; None for the models that do not patch in time.
         text_tokens: the length that prompts are padded or cut to.
     """
-    latent_frames = (bucket.num_frames - 1) // 4 + 1  # for 4k frames k, for 4k + 1 one more
-    patches = -(-latent_frames // (patch_size_t or 1))  # filled up, as `diffusion.pad_latent_frames` does
-    side = 8 * patch_size
-    return text_tokens + patches * (bucket.height // side) * (bucket.width // side)
+    frames, height, width = bucket.latent_shape
+    patches = -(-frames // (patch_size_t or 1))  # filled up, as `diffusion.pad_latent_frames` does
+    return text_tokens + patches * (height // patch_size) * (width // patch_size)
 
 
 def _table(

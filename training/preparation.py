@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import re
 import shlex
 import shutil
@@ -34,7 +33,15 @@ from flag_checks import PREPARED_FLAGS
 from layouts import FileLayout, Sample, ShardLayout
 from models import DTYPES, ModelConfigs, ModelSource, encode_noised_image, encode_prompts, encode_videos
 from plan import RawData, describe, report_skipped
-from prepared import STAGING, PreparedSettings, claim_folder, write_settings
+from prepared import (
+    STAGING,
+    PreparedSettings,
+    claim_folder,
+    read_empty_prompt,
+    write_empty_prompt,
+    write_settings,
+)
+from ranks import launch_rank, launch_size, local_rank
 
 
 logger = logging.getLogger(__name__)
@@ -52,10 +59,8 @@ class Rank:
     @staticmethod
     def of_environment() -> "Rank":
         """Read it; a process of its own is the only one."""
-        index, count, local = (
-            int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
-        return Rank(index, count, torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu"))
+        device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        return Rank(launch_rank(), launch_size(), device)
 
 
 def prepare(args: argparse.Namespace, data: RawData) -> None:
@@ -152,8 +157,9 @@ def make_layout(args: argparse.Namespace, folder: Path, samples: Sequence[Sample
     itemsize = DTYPES[args.dtype].itemsize
 
     def latent_bytes(bucket: Bucket) -> int:
-        frames = (bucket.num_frames + 3) // 4 + (args.num_image_latents if args.save_image_latents else 0)
-        return 2 * configs.vae["latent_channels"] * frames * (bucket.height // 8) * (bucket.width // 8) * itemsize
+        frames, height, width = bucket.latent_shape
+        frames += args.num_image_latents if args.save_image_latents else 0
+        return 2 * configs.vae["latent_channels"] * frames * height * width * itemsize
 
     return ShardLayout(
         folder,
@@ -168,12 +174,16 @@ def make_layout(args: argparse.Namespace, folder: Path, samples: Sequence[Sample
 def embed_captions(
     args: argparse.Namespace, source: ModelSource, layout: Layout, samples: Sequence[Sample], rank: Rank
 ) -> None:
-    """Embed each distinct caption of this rank's share that is not embedded yet."""
+    """Embed each caption of this rank's share that is not embedded yet, once; rank 0 embeds the empty prompt too."""
     batches = layout.captions_to_do(args.batch_size, rank.index, rank.count)
-    if not batches:
+    needs_empty_prompt = rank.index == 0 and read_empty_prompt(layout.folder) is None
+    if not batches and not needs_empty_prompt:
         return
     captions = {sample.caption_key: sample.planned.clip.caption for sample in samples}
     pipeline = source.load_text_pipeline(DTYPES[args.dtype]).to(rank.device)
+    if needs_empty_prompt:
+        # What dropped captions become in training, where no text encoder is loaded.
+        write_empty_prompt(layout.folder, encode_prompts(pipeline, [""], args.max_sequence_length)[0])
     with progress_bar("Embedding captions", " captions", batches, rank) as progress:
         for keys in batches:
             embeds = encode_prompts(pipeline, [captions[key] for key in keys], args.max_sequence_length)
@@ -252,9 +262,9 @@ def finish(
     """
     broken = BrokenClips(layout.folder).read()
     missing = {sample.name for sample in layout.missing(broken.keys())}
-    if missing - broken.keys():
-        num_missing = len(missing - broken.keys())
-        logger.info("%d samples are with other ranks; the last one to finish lists them all", num_missing)
+    num_elsewhere = len(missing - broken.keys())
+    if num_elsewhere or (args.save_latents_and_embeddings and read_empty_prompt(layout.folder) is None):
+        logger.info("%d samples are with other ranks; the last one to finish lists them all", num_elsewhere)
         return
     bad = [*data.bad, *(broken[name] for name in sorted(missing))]
     if missing and args.on_bad_clip == "error":

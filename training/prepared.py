@@ -7,9 +7,10 @@ Written by default, in shards (`--layout shards`):
     <folder>/latents/<digest>.safetensors        <name>.video_latents  [2C, F', H / 8, W / 8], the VAE's moments, and
                                                  <name>.image_latents  [K, 2C, 1, H / 8, W / 8] (image-to-video)
     <folder>/prompt_embeds/<digest>.safetensors  <caption's digest>.prompt_embeds  [226, D]
+    <folder>/empty_prompt.safetensors            prompt_embeds  [226, D], of the empty prompt: for caption dropout
 
 One file a clip (`--layout files`), as the original `prepare_dataset.py` wrote it; its folders load alike, they only
-lack `prepared.json`:
+lack `prepared.json` and `empty_prompt.safetensors`:
 
     <folder>/data.jsonl                  one object a clip: its files, and {num_frames, height, width}
     <folder>/prompts.txt, videos.txt     the same clips as a plain list
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from buckets import Bucket
 from errors import UserError, listing
 from files import written_whole
-from shards import finished_names
+from shards import finished_names, save_tensors
 
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ SETTINGS_FILE = "prepared.json"
 INDEX_FILE = "index.jsonl"
 FILES_INDEX = "data.jsonl"
 LISTS = ("prompts.txt", "videos.txt")
+EMPTY_PROMPT_FILE = "empty_prompt.safetensors"
 STAGING = ".staging"
 
 
@@ -130,6 +132,34 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
         # The first line: torch goes on to recommend loading what may run code.
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{stored.file} cannot be read as a tensor: {reason}") from error
+
+
+def write_empty_prompt(folder: Path, embeds: "torch.Tensor") -> None:
+    """Write the embedding of the empty prompt, `[226, D]`, beside those of the captions."""
+    with written_whole(folder / EMPTY_PROMPT_FILE, staging=folder / STAGING) as partial:
+        # A copy: a slice of a batch shares its memory, which safetensors refuses.
+        save_tensors({"prompt_embeds": embeds.detach().cpu().clone().contiguous()}, partial)
+
+
+def read_empty_prompt(folder: Path) -> "torch.Tensor | None":
+    """Read the embedding of the empty prompt, `[226, D]`; None in folders that were prepared without it.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = folder / EMPTY_PROMPT_FILE
+    if not path.exists():
+        return None
+    try:
+        tensors = load(path.read_bytes())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and prepare the data again") from error
+    if "prompt_embeds" not in tensors or tensors["prompt_embeds"].ndim != 2:
+        raise UserError(f"{path} holds no embedding of a prompt; remove it and prepare the data again")
+    return tensors["prompt_embeds"]
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
@@ -297,7 +327,7 @@ def sample_in_files(name: str, bucket: Bucket, *, with_images: bool) -> dict[str
 
 def _clip_in_shards(folder: Path, entry: dict[str, Any]) -> PreparedClip:
     name, latents, bucket = entry["name"], _joined(folder, entry["latents"]), _bucket(entry["metadata"])
-    frames, height, width = _latent_shape(bucket)
+    frames, height, width = bucket.latent_shape
     image = StoredTensor(latents, f"{name}.image_latents", (None, None, 1, height, width))
     return PreparedClip(
         name,
@@ -318,7 +348,7 @@ def _joined(folder: Path, shard: str) -> Path:
 def _clip_in_files(folder: Path, entry: dict[str, Any]) -> PreparedClip:
     latents, image = folder / entry["video_latent"], entry.get("image_latent")
     bucket = _bucket(entry["metadata"])
-    frames, height, width = _latent_shape(bucket)
+    frames, height, width = bucket.latent_shape
     return PreparedClip(
         latents.stem,
         bucket,
@@ -340,11 +370,6 @@ def _bucket(size: Mapping[str, Any]) -> Bucket:
     if min(bucket) < 1:
         raise ValueError(f"its size is {bucket}")
     return bucket
-
-
-def _latent_shape(bucket: Bucket) -> tuple[int, int, int]:
-    """Frames, height and width of a bucket's latents."""
-    return ((bucket.num_frames + 3) // 4, bucket.height // 8, bucket.width // 8)
 
 
 def _clip_from_latents(path: Path) -> PreparedClip:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from file_cache import FileCache, file_state
 from media import decode, open_video, packets_of, quarter_turns, read_still_image, reason_of, video_stream
+from ranks import launch_rank, launch_size
 
 
 # Where one packet is one frame. Elsewhere (VP8's hidden frames, packed B-frames in AVI) only decoding can count.
@@ -213,11 +214,10 @@ def probe_files(
         path -> info, or the reason why the file cannot be used; in the order in which the paths first appear.
     """
     order = list(dict.fromkeys(paths))
-    rank, num_ranks = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    begin = len(order) * rank // num_ranks
+    begin = len(order) * launch_rank() // launch_size()
     remaining = iter([*order[begin:], *order[:begin]])  # shared: each thread takes the next one
     results: dict[Path, VideoInfo | str] = {}
-    shown = rank == 0 and len(order) >= _PROGRESS_BAR_FROM
+    shown = launch_rank() == 0 and len(order) >= _PROGRESS_BAR_FROM
     bar = tqdm(total=len(order), desc="Checking clips", unit=" clips", disable=not shown)
     lock, stopped = threading.Lock(), threading.Event()
 

@@ -40,6 +40,6 @@ def push_to_hub(
         token=token,
         commit_message="Upload the fine-tuned weights",
         # Trackers record the command line, and with it a token given there.
-        ignore_patterns=["checkpoint-*", "prompt_embeds/*", ".*", "*wandb/*"],
+        ignore_patterns=["checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*"],
     )
     logger.info("uploaded to %s", repo_id)

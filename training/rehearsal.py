@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 from pathlib import Path
 
 from buckets import Draw
@@ -14,6 +13,7 @@ from models import ModelSource
 from plan import RawData
 from plan_report import write_plan
 from preparation import clip_dataset, log_plan
+from ranks import launch_rank
 
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def rehearse(args: argparse.Namespace, data: RawData) -> None:
     Raises:
         UserError: the model cannot be read.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    if launch_rank() > 0:
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     source = ModelSource(args.model_id, args.revision, args.variant, args.cache_dir)

@@ -7,7 +7,8 @@ from pathlib import Path
 STATE_FILE = "trainer_state.json"  # written last into a checkpoint
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDER = "transformer"
-RESULTS = (LORA_FILE, TRANSFORMER_FOLDER, "checkpoint-[0-9]*")
+PIPELINE_FOLDER = "pipeline"
+RESULTS = (LORA_FILE, TRANSFORMER_FOLDER, PIPELINE_FOLDER, "checkpoint-[0-9]*")
 
 
 def list_results(output_dir: Path) -> list[str]:

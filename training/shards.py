@@ -109,7 +109,7 @@ class ShardWriter:
                 for kind, tensor in samples[name].items()
             }
             with written_whole(self._staging_of(shard) / f"{_digest(names)}-{len(names)}.safetensors") as partial:
-                _save(tensors, partial)
+                save_tensors(tensors, partial)
             self._merge_if_whole(shard)
 
     def merge(self, given_up: Container[str] = ()) -> None:
@@ -134,7 +134,7 @@ class ShardWriter:
                 return
             try:
                 with written_whole(shard.path, staging=self._staging_of(shard)) as whole:
-                    _save({key: tensor for part in parts for key, tensor in load_file(part).items()}, whole)
+                    save_tensors({key: tensor for part in parts for key, tensor in load_file(part).items()}, whole)
                     flush(whole)
             except FileNotFoundError:
                 # Another rank saw the same last batch arrive, wrote the same shard and has tidied up already.
@@ -176,7 +176,12 @@ def names_in(path: Path) -> Iterator[str]:
     return (key.rpartition(".")[0] for key in keys)
 
 
-def _save(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -20,7 +20,7 @@ from arrow_data import read_dataset
 from clip_folder import read_folder
 from clips import BadClip, Clip
 from errors import UserError
-from media_cache import first_frame_file, media_file
+from media_cache import expand_home, first_frame_file, media_file
 from rows import Row, Table, UnusableRow, described, one_line
 from tables import has_text_files, read_json, read_table, read_text_files
 
@@ -44,7 +44,9 @@ class DataSource:
     weight: float | None = None  # instead of repeats: share of the samples of an epoch, against the others' weights
 
 
-def read_clips(source: DataSource, media_cache: Path) -> tuple[list[Clip], list[BadClip]]:
+def read_clips(
+    source: DataSource, media_cache: Path, *, name_folder: bool = False
+) -> tuple[list[Clip], list[BadClip]]:
     """Read the clips that a source lists.
 
     What a source is, in this order: `dataset_name`; `dataset_file`; in `data_root` videos.txt and prompts.txt (or the
@@ -55,6 +57,7 @@ def read_clips(source: DataSource, media_cache: Path) -> tuple[list[Clip], list[
         source: relative paths in its list start from `data_root`; without one, from the folder of `dataset_file` or
             from a local `dataset_name`.
         media_cache: folder for media that rows carry themselves (bytes, decoded frames).
+        name_folder: say with its folder where each clip is listed: data sets of a mix may have lists of the same name.
 
     Returns:
         Clips in the order of the list, and the rows that cannot be used.
@@ -66,6 +69,8 @@ def read_clips(source: DataSource, media_cache: Path) -> tuple[list[Clip], list[
     clips, bad_clips = [], []
     most = source.max_samples and min(source.max_samples, sys.maxsize)  # islice takes no more
     for row in islice(table.rows, most):
+        if name_folder and table.folder is not None:
+            row = replace(row, source=one_line(table.folder / row.source))
         try:
             clips.append(_clip_of(row, columns, source, source.data_root or table.folder, media_cache))
         except UnusableRow as problem:
@@ -184,10 +189,13 @@ def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
 
     Args:
         file: JSON, an array of objects whose keys are fields of `DataSource`; a prepared folder has `data_root` alone.
-            Relative paths start from the file's own folder, so that it means the same wherever it is used from. A
-            `dataset_file` may also lie in its `data_root`.
+            Relative paths start from the file's own folder, so that it means the same wherever it is used from; ~/ is
+            the home folder. A `dataset_file` may also lie in its `data_root`.
         defaults: what the flags say, for the fields that an entry leaves out. Which data an entry reads, and its
             repeats or weight, never come from there.
+
+    Returns:
+        One for each entry, its paths absolute.
 
     Raises:
         UserError: naming entry and key: unknown, of the wrong type, contradictory, or missing.
@@ -203,7 +211,7 @@ def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
         raise UserError(f"--dataset_mix {file}, entry {number} has no weight; either all entries have one, or none")
     no_data = {"data_root": None, "dataset_file": None, "dataset_name": None, "dataset_config_name": None}
     blank = replace(defaults, **no_data, repeats=1.0, weight=None)
-    return [replace(blank, **_with_paths(entry, file.parent)) for entry in entries]
+    return [replace(blank, **_with_paths(entry, file.parent.absolute())) for entry in entries]
 
 
 def _check_entry(where: str, entry: object) -> None:
@@ -238,7 +246,8 @@ def _check_value(where: str, key: str, value: object) -> None:
 
 
 def _with_paths(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    values = dict(entry)
+    paths = ("data_root", "dataset_file", "dataset_name")
+    values = {key: expand_home(value) if key in paths else value for key, value in entry.items()}
     if "data_root" in values:
         values["data_root"] = folder / values["data_root"]
     if "dataset_file" in values:

@@ -1,6 +1,6 @@
 """What a task adds to the training loop: which pipeline samples it, and what the transformer sees."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from diffusers import (
 
 from buckets import Bucket
 from dataset import Batch
-from diffusion import image_noise_scales, sample_latents
+from diffusion import image_noise_scales, sample_latents, sample_uniform
 from errors import UserError
 from models import ModelConfigs, encode_noised_image
 
@@ -26,14 +26,14 @@ class TextToVideo:
     with_images = False
 
     def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket]) -> None:
-        """Refuse a model that another task needs.
+        """Refuse a model that another task needs, and sizes that it cannot sample.
 
         Args:
             configs: the model's.
             sizes: of the clips and of the validation videos.
 
         Raises:
-            UserError: the transformer wants image latents beside the video's.
+            UserError: the transformer wants image latents beside the video's, or does not take a size.
         """
         if configs.is_image_to_video:
             raise UserError(
@@ -42,6 +42,7 @@ class TextToVideo:
                 "it with cogvideox_image_to_video_lora.py or cogvideox_image_to_video_sft.py, or give a "
                 "text-to-video model such as THUDM/CogVideoX-5b"
             )
+        _check_sizes(configs, sizes)
 
     def prepare_model(self, transformer: CogVideoXTransformer3DModel) -> None:
         """Change the transformer before training; nothing is to be changed."""
@@ -52,7 +53,9 @@ class TextToVideo:
         batch: Batch,
         configs: ModelConfigs,
         vae: AutoencoderKLCogVideoX | None,
-        generator: torch.Generator,
+        generators: Sequence[torch.Generator],
+        *,
+        drop_images: bool = False,
     ) -> dict[str, Any]:
         """What the transformer takes beside text, timesteps and positions.
 
@@ -61,7 +64,8 @@ class TextToVideo:
             batch: what else is known of the samples.
             configs: the model's.
             vae: encodes raw clips; None when all batches are prepared.
-            generator: of everything random here, on the device of the latents.
+            generators: one for each sample, on the device of the latents, for everything random about it here.
+            drop_images: leave some images out.
         """
         return {"hidden_states": noisy_latents}
 
@@ -87,10 +91,10 @@ class ImageToVideo:
         self.ignore_learned_positions = ignore_learned_positions
 
     def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket]) -> None:
-        """Refuse a model that another task needs, and sizes that its learned positions do not cover.
+        """Refuse a model that another task needs, and sizes that it cannot sample or has no learned positions for.
 
         Raises:
-            UserError: the transformer takes no image latents, or has positions for one size only.
+            UserError: the transformer takes no image latents, or does not take a size.
         """
         if not configs.is_image_to_video:
             raise UserError(
@@ -99,10 +103,12 @@ class ImageToVideo:
                 "cogvideox_text_to_video_lora.py or cogvideox_text_to_video_sft.py, or give an image-to-video model "
                 "such as THUDM/CogVideoX-5b-I2V"
             )
+        sizes = set(sizes)
+        _check_sizes(configs, sizes)
         if not configs.transformer["use_learned_positional_embeddings"]:
             return
         native = configs.native_size
-        others = sorted({size for size in sizes if size != native})
+        others = sorted(sizes - {native})
         if others and not self.ignore_learned_positions:
             raise UserError(
                 f"the learned positions of this model fit {native} (frames x height x width) alone, not "
@@ -123,7 +129,9 @@ class ImageToVideo:
         batch: Batch,
         configs: ModelConfigs,
         vae: AutoencoderKLCogVideoX | None,
-        generator: torch.Generator,
+        generators: Sequence[torch.Generator],
+        *,
+        drop_images: bool = False,
     ) -> dict[str, Any]:
         """What the transformer takes beside text, timesteps and positions; see `TextToVideo`.
 
@@ -135,13 +143,15 @@ class ImageToVideo:
             moments = torch.cat(
                 [
                     encode_noised_image(vae, image, image_noise_scales(1, generator), generator)
-                    for image in batch.images
+                    for image, generator in zip(batch.images, generators, strict=True)
                 ]
             )
-        latents = sample_latents(moments, configs.image_scaling_factor, generator)
-        kept = torch.rand(len(latents), generator=generator, device=generator.device) >= self.noised_image_dropout
+        latents = sample_latents(moments, configs.image_scaling_factor, generators)
+        if drop_images:
+            is_kept = sample_uniform(generators) >= self.noised_image_dropout
+            latents = latents * is_kept.view(-1, 1, 1, 1, 1)
         condition = torch.zeros_like(noisy_latents)
-        condition[:, :1] = latents * kept.view(-1, 1, 1, 1, 1)
+        condition[:, :1] = latents
         inputs = {"hidden_states": torch.cat([noisy_latents, condition], dim=2)}
         if configs.transformer["ofs_embed_dim"] is not None:
             inputs["ofs"] = noisy_latents.new_full((1,), 2.0)  # as the pipeline gives it
@@ -156,3 +166,38 @@ class ImageToVideo:
             "pipe.transformer.patch_embed.use_learned_positional_embeddings = False",
             "pipe.transformer.register_to_config(use_learned_positional_embeddings=False)",
         ]
+
+
+def _check_sizes(configs: ModelConfigs, sizes: Iterable[Bucket]) -> None:
+    """Refuse the sizes that CogVideoX 1.5 cannot be trained or sampled at; the other models compute positions for any.
+
+    Raises:
+        UserError: names them, what the model takes, and the nearest that it takes.
+    """
+    patch, patch_frames = configs.transformer["patch_size"], configs.transformer["patch_size_t"]
+    if patch_frames is None:
+        return
+    sizes = sorted(set(sizes))
+    # Positions are the first ones of a table that covers the native height and width.
+    height, width = (configs.transformer[side] // patch * patch * 8 for side in ("sample_height", "sample_width"))
+    too_large = {(size.height, size.width) for size in sizes if size.height > height or size.width > width}
+    if too_large:
+        nearest = {(min(size[0], height), min(size[1], width)) for size in too_large}
+        raise UserError(
+            f"--height, --width, --height_buckets, --width_buckets: this CogVideoX 1.5 model has positions for up to "
+            f"{height}x{width} (height x width), not for {_names(too_large)}; nearest is {_names(nearest)} (prepare "
+            "data anew at that size)"
+        )
+    # The VAE decodes latent frames two by two to eight frames; of an odd number, the first alone to one frame.
+    unsampled = {size.num_frames for size in sizes if size.num_frames != 1 and size.num_frames % 8 > 1}
+    if unsampled:
+        nearest = {count for frames in unsampled for count in (max(1, frames // 8 * 8 + 1), frames // 8 * 8 + 8)}
+        raise UserError(
+            f"--max_num_frames, --frame_buckets: CogVideoX 1.5 takes 1, 8k or 8k+1 frames, not "
+            f"{', '.join(map(str, sorted(unsampled)))}, which its pipeline does not sample; nearest are "
+            f"{', '.join(map(str, sorted(nearest)))} (prepare data anew with that many)"
+        )
+
+
+def _names(sizes: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"{height}x{width}" for height, width in sorted(sizes))

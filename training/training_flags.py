@@ -1,10 +1,12 @@
 """The flags of the training scripts, by group; those on data are in data_flags."""
 
 import argparse
+import os
 
 from flag_types import (
     choice,
     decay_rate,
+    finite_float,
     non_negative_float,
     non_negative_int,
     path,
@@ -15,6 +17,9 @@ from flag_types import (
 
 
 OPTIMIZERS = ("adam", "adamw", "prodigy", "came")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
+ALL_LINEAR = "all-linear"
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -58,6 +63,13 @@ def add_validation_flags(group: argparse._ArgumentGroup) -> None:
         help="Validate every N epochs; handy when the dataset is small. (default: only once, when training ends)",
     )
     group.add_argument(
+        "--validate_first",
+        action=argparse.BooleanOptionalAction,
+        help="Validate once before the first step: what would fail after hours fails now, and the videos of the "
+        "untrained model stand beside all later ones. --no-validate_first saves the time. (default: on whenever "
+        "anything is validated)",
+    )
+    group.add_argument(
         "--num_inference_steps",
         metavar="N",
         type=positive_int,
@@ -83,6 +95,30 @@ def add_validation_flags(group: argparse._ArgumentGroup) -> None:
         help="In validation keep each network on the CPU except while it works: slower, but needs less GPU memory. "
         "(default: off)",
     )
+
+
+def add_validation_set_flags(group: argparse._ArgumentGroup) -> None:
+    """The clips whose loss shows overfitting."""
+    group.add_argument(
+        "--validation_dataset_file",
+        metavar="FILE",
+        type=_table,
+        help="Table of clips held out from training, as --dataset_file takes it; their loss at nine fixed noise "
+        "levels is logged at each validation: when it rises while the training loss falls, the model overfits. Paths "
+        "in it always start from the table's own folder, whatever --data_root is. Columns, --id_token, sizes and "
+        "frames are those of the training clips, with --load_tensors as these were prepared; the clips are encoded "
+        "when training starts. (default: none)",
+    )
+
+
+def _table(text: str) -> str:
+    """A table of clips that exists; argparse.ArgumentTypeError otherwise."""
+    file = path(text)
+    if not os.path.isfile(file):
+        raise argparse.ArgumentTypeError(f"no file '{file}'; give the path of a table of clips")
+    if os.path.splitext(file)[1].lower() not in TABLE_SUFFIXES:
+        raise argparse.ArgumentTypeError(f"'{file}' is no table; it must be one of {', '.join(TABLE_SUFFIXES)}")
+    return file
 
 
 def add_training_flags(group: argparse._ArgumentGroup, method: str) -> None:
@@ -173,6 +209,76 @@ def add_training_flags(group: argparse._ArgumentGroup, method: str) -> None:
     )
 
 
+def add_dry_run_flag(group: argparse._ArgumentGroup) -> None:
+    """Try out instead of training."""
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Check every sample, train one step of the largest batch, save, load and sample in a folder that is "
+        "removed again, and say how much memory that took; nothing else is written. (default: off)",
+    )
+
+
+def add_objective_flags(group: argparse._ArgumentGroup) -> None:
+    """What is trained beside the published objective; the defaults are the published one."""
+    group.add_argument(
+        "--caption_dropout",
+        metavar="P",
+        type=probability,
+        default=0.0,
+        help="Probability (0 to 1) of training a clip without its caption, which keeps classifier-free guidance "
+        "working after long runs; 0.05 to 0.1 is usual. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--timestep_sampling",
+        **choice(("uniform", "logit_normal")),
+        default="uniform",
+        help="Distribution of the noise levels trained on; logit_normal trains the middle ones more often. "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--logit_mean",
+        metavar="X",
+        type=finite_float,
+        default=0.0,
+        help="Middle of --timestep_sampling logit_normal; above 0 means noisier. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--logit_std",
+        metavar="X",
+        type=positive_float,
+        default=1.0,
+        help="Width of --timestep_sampling logit_normal. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--stratified_timesteps",
+        action="store_true",
+        help="Let the samples of a step share the noise levels out evenly among themselves, over all ranks: the same "
+        "distribution, a steadier loss. (default: off)",
+    )
+    group.add_argument(
+        "--snr_gamma",
+        metavar="X",
+        type=positive_float,
+        help="Weigh the loss by min-SNR with this gamma (5 is usual), which counts the noisiest timesteps less. "
+        "(default: all timesteps count alike)",
+    )
+    group.add_argument(
+        "--use_ema",
+        action="store_true",
+        help="Keep a running average of the trained weights, which is what is validated and written at the end. "
+        "Costs as much memory as they do. (default: off)",
+    )
+    group.add_argument(
+        "--ema_decay",
+        metavar="X",
+        type=decay_rate,
+        default=0.9999,
+        help="With --use_ema, how slowly the average follows; it follows faster in the first steps. For short runs "
+        "0.99 to 0.999. (default: %(default)s)",
+    )
+
+
 def add_schedule_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--learning_rate",
@@ -219,7 +325,7 @@ def add_schedule_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_lora_flags(group: argparse._ArgumentGroup) -> None:
+def add_lora_flags(group: argparse._ArgumentGroup, method: str) -> None:
     group.add_argument(
         "--rank",
         metavar="N",
@@ -234,6 +340,54 @@ def add_lora_flags(group: argparse._ArgumentGroup) -> None:
         default=64,
         help="The LoRA's output is scaled by lora_alpha / rank; keep it at the rank for a scale of 1. "
         "(default: %(default)s)",
+    )
+    if method != "lora":
+        return  # the two above are taken, with a warning, because launchers of both methods share them
+    group.add_argument(
+        "--lora_target_modules",
+        metavar="NAME",
+        nargs="+",
+        default=list(LORA_TARGET_MODULES),
+        help="Linear layers that get an adapter, by the end of their names: the attention's by default, ff.net.0.proj "
+        f"and ff.net.2 are the feed-forward's; {ALL_LINEAR} for all those of the blocks. More learn more and make "
+        f"larger files. (default: {' '.join(LORA_TARGET_MODULES)})",
+    )
+    group.add_argument(
+        "--use_rslora",
+        action="store_true",
+        help="Scale the LoRA's output by lora_alpha / sqrt(rank), so that high ranks learn as fast as low ones. "
+        "(default: off)",
+    )
+    group.add_argument(
+        "--use_dora",
+        action="store_true",
+        help="Learn the weights' magnitudes beside their directions (DoRA): often better at low ranks, slower. "
+        "(default: off)",
+    )
+    group.add_argument(
+        "--lora_dropout",
+        metavar="P",
+        type=decay_rate,
+        default=0.0,
+        help="Probability of dropping an input of an adapter in training, against overfitting; 0.05 to 0.1 is usual. "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--lora_weights",
+        metavar="PATH",
+        type=path,
+        help="LoRA to start from: a .safetensors file, or a folder with pytorch_lora_weights.safetensors. It must "
+        "have been trained with the same --rank and other LoRA flags. (default: start without effect)",
+    )
+
+
+def add_result_flags(group: argparse._ArgumentGroup) -> None:
+    """What full fine-tuning writes at its end."""
+    group.add_argument(
+        "--save_pipeline",
+        action="store_true",
+        help="Write a whole pipeline to --output_dir/pipeline at the end: the tuned transformer and copies of the "
+        "model's other parts, which take as much disk space as there. (default: off)",
     )
 
 

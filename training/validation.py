@@ -1,27 +1,38 @@
 """Sample videos with the model in training, write them, and log them to the trackers."""
 
 import logging
+import random
 import re
-from collections.abc import Callable, Iterator
+import traceback
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from diffusers.training_utils import free_memory
-from diffusers.utils import export_to_video, load_image
+from diffusers.utils import export_to_video
 from PIL import Image
 
+from contact_sheet import SheetRow, draw_contact_sheet
+from errors import UserError
 from files import written_whole
 from prompts import PromptCache
+from validation_trackers import ValidationVideo, log_videos
+from video import read_frames
 
 
 logger = logging.getLogger(__name__)
 Pipeline = CogVideoXPipeline | CogVideoXImageToVideoPipeline
+
+_SHOWN_FRAMES = 5  # of a video, on the contact sheet
+_SHOWN_SIZE = 360, 240  # pixels, the most that they are wide and high
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class ValidationSettings:
     """What is sampled at each validation. The seed is fixed, so that successive validations compare."""
 
     prompts: list[str]
-    images: list[str] | None  # paths or addresses, one for each prompt; None for text-to-video
+    images: list[Image.Image] | None  # to begin with, one for each prompt; None for text-to-video
     dtype: torch.dtype  # that the pipeline computes in
     num_videos: int  # per prompt
     height: int
@@ -43,16 +54,6 @@ class ValidationSettings:
     fps: int  # of the written files
 
 
-@dataclass(frozen=True)
-class ValidationVideo:
-    """One sampled video, as it is logged."""
-
-    name: str
-    prompt: str
-    file: Path
-    strip: np.ndarray  # uint8 [H, 5 * W, 3]: five frames side by side
-
-
 def validate(
     accelerator: Accelerator,
     make_pipeline: Callable[[], Pipeline],
@@ -60,110 +61,200 @@ def validate(
     prompts: PromptCache,
     folder: Path,
     step: int,
-) -> None:
+) -> list[str]:
     """Sample the validation videos, spread over the ranks, into `folder/step-<step>/`; called on every rank.
 
-    A failure is logged as a warning: it never ends the run. The transformer is left as it was found.
+    There they lie with a contact sheet of all of them, beside those of `folder/step-0` where there are any. A failure
+    is logged as a warning: it never ends the run. Transformer, VAE and the global random states are left as they were
+    found.
 
     Args:
         make_pipeline: wires the transformer in training to a VAE and a scheduler; called anew at each validation.
         settings: what to sample.
-        prompts: holds the embeddings of the prompts and of the empty one.
-        folder: of all the run's validations.
-        step: optimizer steps done.
-    """
-    jobs = [(prompt, video) for prompt in range(len(settings.prompts)) for video in range(settings.num_videos)]
-    videos: list[ValidationVideo] = []
+        prompts: holds the embeddings of the prompts and, where there is guidance, of the empty one.
+        folder: of all the run's validations; the same one on all machines.
+        step: optimizer steps done; 0 for the model as it was before.
 
-    def sample_share() -> None:
+    Returns:
+        Why sampling failed, for each rank where it did, in its first line; the same on all ranks.
+    """
+    with _random_states_kept(accelerator.device):
+        share = _sample_share(accelerator, make_pipeline, settings, prompts, folder / f"step-{step}")
+        free_memory()
+        # Whatever happened, every rank comes here.
+        videos_of_ranks, failures_of_ranks = zip(*gather_object([share]), strict=True)
+        failures = list(chain(*failures_of_ranks))
+        for failure in failures:
+            logger.warning("warning: validation at step %d failed, training goes on; %s", step, failure)
+        if accelerator.is_main_process:
+            videos = sorted(chain(*videos_of_ranks), key=lambda video: video.number)
+            for video in videos:
+                logger.info("validation video: %s", video.file)
+            if videos:
+                sheet = _draw_sheet(videos, settings, folder, step)
+                log_videos(accelerator.trackers, videos, sheet, step)
+    return failures
+
+
+def _sample_share(
+    accelerator: Accelerator,
+    make_pipeline: Callable[[], Pipeline],
+    settings: ValidationSettings,
+    prompts: PromptCache,
+    folder: Path,
+) -> tuple[list[ValidationVideo], list[str]]:
+    """This rank's videos, and why there are no more of them if anything failed."""
+    videos: list[ValidationVideo] = []
+    numbers = range(len(settings.prompts) * settings.num_videos)
+    try:
         pipeline = make_pipeline()
         with _sampling(accelerator, pipeline, settings.enable_model_cpu_offload):
-            for number in range(accelerator.process_index, len(jobs), accelerator.num_processes):
-                prompt, video = jobs[number]
-                name = f"{prompt:02d}-{video:02d}-{_slug(settings.prompts[prompt])}"
-                frames = _sample(pipeline, settings, prompts, prompt, settings.seed + number)
-                file = folder / f"step-{step}" / f"{name}.mp4"
-                videos.append(_write(frames, name, settings.prompts[prompt], file, settings.fps))
-
-    try:
-        sample_share()
-    except Exception:
-        logger.warning("validation at step %d failed; training goes on", step, exc_info=True)
-    free_memory()
-    videos = gather_object(videos)
-    if accelerator.is_main_process:
-        _log(accelerator, videos, step)
+            for number in numbers[accelerator.process_index :: accelerator.num_processes]:
+                videos.append(_make_video(pipeline, settings, prompts, number, folder))
+    except UserError as error:
+        return videos, [f"rank {accelerator.process_index}: {error}"]
+    except Exception as error:
+        # As text: the error itself holds on to all that was on the device.
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        return videos, [f"rank {accelerator.process_index}: {type(error).__name__}: {error}\n{trace}"]
+    return videos, []
 
 
 @contextmanager
 def _sampling(accelerator: Accelerator, pipeline: Pipeline, cpu_offload: bool) -> Iterator[None]:
-    transformer: CogVideoXTransformer3DModel = pipeline.transformer
-    was_training = transformer.training
-    transformer.eval()
+    """Set up a pipeline for sampling, and undo it all afterwards."""
     pipeline.set_progress_bar_config(disable=True)
+    with _left_as_found(pipeline.transformer), _left_as_found(pipeline.vae):
+        try:
+            pipeline.transformer.eval()
+            if cpu_offload and accelerator.device.type != "cpu":
+                pipeline.enable_model_cpu_offload(device=accelerator.device)
+            else:
+                pipeline.vae.to(accelerator.device)
+            # Autocast, which the float32 adapters need on a base in half precision, is in the transformer's forward
+            # pass: accelerate put it there for training.
+            yield
+        finally:
+            pipeline.remove_all_hooks()
+
+
+@contextmanager
+def _left_as_found(module: torch.nn.Module) -> Iterator[None]:
+    """Give a module its device, dtypes, modes and trainable parameters back in the end; it lies on one device."""
+    device = next(module.parameters()).device
+    dtypes = {name: tensor.dtype for name, tensor in _named_tensors(module)}
+    trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    modes = [(part, part.training) for part in module.modules()]
     try:
-        if cpu_offload and accelerator.device.type != "cpu":
-            pipeline.enable_model_cpu_offload(device=accelerator.device)
-        else:
-            pipeline.vae.to(accelerator.device)
-        # Autocast, which the float32 adapters need on a base in half precision, is in the transformer's forward pass:
-        # accelerate put it there for training.
         yield
     finally:
-        pipeline.remove_all_hooks()
-        # Offloading left both on the CPU; training goes on with the transformer, and from raw clips with the VAE.
-        transformer.to(accelerator.device)
-        pipeline.vae.to(accelerator.device)
-        transformer.train(was_training)
+        module.to(device)
+        for name, tensor in _named_tensors(module):
+            if tensor.dtype != dtypes.get(name, tensor.dtype):
+                tensor.data = tensor.data.to(dtypes[name])
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
+        for part, mode in modes:
+            part.training = mode
+
+
+def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return chain(module.named_parameters(), module.named_buffers())
+
+
+@contextmanager
+def _random_states_kept(device: torch.device) -> Iterator[None]:
+    """Give the global generators of Python, NumPy and torch, that of `device` too, their states back in the end."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [] if device.type == "cpu" else [device]
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def _make_video(
+    pipeline: Pipeline, settings: ValidationSettings, prompts: PromptCache, number: int, folder: Path
+) -> ValidationVideo:
+    """Sample the video of that number, counted over all prompts, and write it as mp4."""
+    prompt, video = divmod(number, settings.num_videos)
+    text = settings.prompts[prompt]
+    name = "-".join(filter(None, (f"{prompt:02d}", f"{video:02d}", _slug(text))))
+    frames = _sample(pipeline, settings, prompts, prompt, settings.seed + number)
+    with written_whole(folder / f"{name}.mp4") as path:
+        export_to_video(frames, str(path), fps=settings.fps)
+    shown = [frames[index] for index in _shown_indices(settings.num_frames)]
+    for frame in shown:
+        frame.thumbnail(_SHOWN_SIZE)
+    return ValidationVideo(number, name, text, folder / f"{name}.mp4", [np.asarray(frame) for frame in shown])
 
 
 def _sample(
     pipeline: Pipeline, settings: ValidationSettings, prompts: PromptCache, prompt: int, seed: int
-) -> np.ndarray:
+) -> list[Image.Image]:
     device = pipeline._execution_device
-    # The pipeline draws its noise in the dtype of the embeddings.
-    texts = (settings.prompts[prompt], "")
-    embeds, negative_embeds = (prompts.load(text)[None].to(device, settings.dtype) for text in texts)
-    image = {} if settings.images is None else {"image": load_image(settings.images[prompt])}
-    return pipeline(
+
+    def embed(text: str) -> torch.Tensor:
+        # The pipeline draws its noise in the dtype of the embeddings.
+        return prompts.load(text)[None].to(device, settings.dtype)
+
+    image = {} if settings.images is None else {"image": settings.images[prompt]}
+    num_frames = settings.num_frames
+    frames = pipeline(
         **image,
-        prompt_embeds=embeds,
-        negative_prompt_embeds=negative_embeds,
+        prompt_embeds=embed(settings.prompts[prompt]),
+        negative_prompt_embeds=embed("") if settings.guidance_scale > 1 else None,
         height=settings.height,
         width=settings.width,
-        num_frames=settings.num_frames,
+        # The VAE decodes 4, 12, 20, ... frames to three fewer.
+        num_frames=num_frames + 1 if num_frames % 8 == 4 else num_frames,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         use_dynamic_cfg=settings.use_dynamic_cfg,
         generator=torch.Generator(device).manual_seed(seed),
-        output_type="np",
+        output_type="pil",
     ).frames[0]
+    # From an even number of latent frames it decodes four frames for the first, which stands for one in a 4k+1 clip.
+    surplus = len(frames) - num_frames
+    return frames[min(surplus, 3) :][:num_frames]
 
 
-def _write(frames: np.ndarray, name: str, prompt: str, file: Path, fps: int) -> ValidationVideo:
-    """Write frames `[F, H, W, 3]` in [0, 1] as mp4, and five of them side by side as PNG."""
-    shown = np.linspace(0, len(frames) - 1, 5).round().astype(int)
-    strip = (np.concatenate(frames[shown], axis=1) * 255).round().astype(np.uint8)
-    with written_whole(file) as path:
-        export_to_video(list(frames), str(path), fps=fps)
-    with written_whole(file.with_suffix(".png")) as path:
-        Image.fromarray(strip).save(path)
-    return ValidationVideo(name, prompt, file, strip)
+def _draw_sheet(
+    videos: Sequence[ValidationVideo], settings: ValidationSettings, folder: Path, step: int
+) -> Path | None:
+    """Draw a row for each video, below that of the model before training; None, with a warning, if it fails."""
+    indices = _shown_indices(settings.num_frames)
+    columns = [f"frame {index + 1}" for index in indices]
+    if settings.images is not None:
+        columns.insert(0, "start image")
+    rows = []
+    path = folder / f"step-{step}" / "contact_sheet.png"
+    try:
+        for video in videos:
+            start = []
+            if settings.images is not None:
+                start.append(np.asarray(settings.images[video.number // settings.num_videos]))
+            before = folder / "step-0" / video.file.name
+            if step > 0 and before.is_file():
+                rows.append(SheetRow([*start, *read_frames(before, indices)], "before training", ""))
+            rows.append(SheetRow([*start, *video.shown], f"step {step} · {video.name}", video.prompt))
+        draw_contact_sheet(rows, path, columns)
+    except Exception as error:
+        logger.warning("warning: there is no contact sheet of step %d: %s", step, error)
+        return None
+    logger.info("contact sheet: %s", path)
+    return path
 
 
-def _log(accelerator: Accelerator, videos: list[ValidationVideo], step: int) -> None:
-    for video in videos:
-        logger.info("validation video: %s", video.file)
-    for tracker in accelerator.trackers:
-        if tracker.name == "wandb":
-            import wandb
-
-            logged = [wandb.Video(str(video.file), caption=f"{video.name}: {video.prompt}") for video in videos]
-            tracker.log({"validation": logged}, step=step)
-        elif tracker.name == "tensorboard":
-            strips = {f"validation/{video.name}": video.strip[None] for video in videos}
-            tracker.log_images(strips, step=step, dataformats="NHWC")
+def _shown_indices(num_frames: int) -> list[int]:
+    """Up to five frame numbers, spread over a video from its first to its last."""
+    spread = np.linspace(0, num_frames - 1, _SHOWN_FRAMES).round().astype(int)
+    return list(dict.fromkeys(spread.tolist()))
 
 
 def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-")
+    """The beginning of a prompt as part of a file name: letters of any script, digits and hyphens."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", prompt).lower()).strip("-")
+    return words[:40].rstrip("-")

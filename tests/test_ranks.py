@@ -1,0 +1,18 @@
+"""A process knows its place in a launch, and is the only one without one."""
+
+import pytest
+
+from ranks import launch_rank, launch_size, local_rank
+
+
+def test_a_launched_process_knows_its_place(monkeypatch):
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert (launch_rank(), launch_size(), local_rank()) == (5, 8, 1)
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_process_of_its_own_is_the_only_one(monkeypatch, value):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert (launch_rank(), launch_size(), local_rank()) == (0, 1, 0)

@@ -1,0 +1,111 @@
+"""The page on training says what the code does: its commands are launched and their flags parsed, its code runs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import CogVideoXTransformer3DModel
+from PIL import Image
+
+from args import parse_args, parse_prepare_args
+
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "assets" / "training.md").read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"<!-- tested: ([\w ]+) -->\n```(?:bash|python)\n(.*?)```", PAGE, flags=re.DOTALL))
+NOTE_ARGUMENTS = '#!/usr/bin/env bash\nprintf "%q " "$@" >> "$CALLS"\necho >> "$CALLS"\n'
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working directory with what the commands name, and with programs that note how they are called."""
+    for name in ("prepared", "my-clips", "held-out", "programs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "held-out" / "metadata.csv").write_text("video,text\n")
+    Image.new("RGB", (16, 16)).save(tmp_path / "rabbit.png")
+    for name in ("accelerate", "python"):
+        (tmp_path / "programs" / name).write_text(NOTE_ARGUMENTS)
+        (tmp_path / "programs" / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def calls_of(folder: Path, block: str) -> list[list[str]]:
+    """The scripts that a block of the page runs, each with its flags."""
+    code = BLOCKS[block].replace("bash ", f"bash {shlex.quote(str(ROOT))}/")
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(folder / "programs"), os.environ["PATH"]]),
+        "CALLS": str(folder / "calls"),
+    }
+    subprocess.run(["bash", "-euc", code], check=True, env=environment, capture_output=True)
+    lines = [shlex.split(line) for line in (folder / "calls").read_text().splitlines()]
+    starts = [next(i for i, word in enumerate(words) if word.endswith(".py")) for words in lines]
+    return [[Path(words[start]).name, *words[start + 1 :]] for words, start in zip(lines, starts, strict=True)]
+
+
+def parsed(call: list[str]):
+    """The flags of a call as its script reads them."""
+    script, *flags = call
+    if script == "prepare_dataset.py":
+        return parse_prepare_args(flags)
+    task, method = re.fullmatch(r"cogvideox_(text|image)_to_video_(lora|sft)\.py", script).groups()
+    return parse_args(flags, task=f"{task}-to-video", method=method)
+
+
+def test_every_launcher_of_the_page_calls_its_script_with_flags_that_are_taken(folder):
+    calls = calls_of(folder, "launchers")
+    scripts = [f"cogvideox_{task}_to_video_{method}.py" for task in ("text", "image") for method in ("lora", "sft")]
+    assert [call[0] for call in calls] == scripts
+    runs = [parsed(call) for call in calls]
+    assert len({run.output_dir for run in runs}) == 4
+    assert [run.use_8bit for run in runs] == [False, True, False, True]
+    assert all(run.load_tensors and run.data_root == "prepared" for run in runs)
+    assert runs[2].validation_images == ["rabbit.png"]
+    assert (runs[3].save_pipeline, runs[3].max_num_frames, runs[3].width) == (True, 81, 1360)
+
+
+@pytest.mark.parametrize(
+    ("block", "flag", "value"),
+    [
+        ("dry run", "dry_run", True),
+        ("prepare for images", "save_image_latents", True),
+        ("validation set", "validation_dataset_file", "held-out/metadata.csv"),
+    ],
+)
+def test_a_command_of_the_page_does_what_it_is_there_for(folder, block, flag, value):
+    (call,) = calls_of(folder, block)
+    assert getattr(parsed(call), flag) == value
+
+
+def test_all_code_of_the_page_is_tested():
+    assert re.findall(r"```(?:bash|python)\n(.*?)```", PAGE, flags=re.DOTALL) == list(BLOCKS.values())
+    assert BLOCKS.keys() == {"launchers", "dry run", "prepare for images", "all weights", "validation set"}
+
+
+def test_the_code_for_all_weights_loads_them(folder, tiny_models):
+    tuned = CogVideoXTransformer3DModel.from_pretrained(tiny_models("5b") / "transformer")
+    tuned.save_pretrained(folder / "outputs" / "my-model" / "transformer")
+    code = BLOCKS["all weights"].replace("THUDM/CogVideoX-5b", str(tiny_models("5b")))
+    names: dict = {}
+    exec(code, names)
+    assert names["pipe"].transformer is names["transformer"]
+
+
+@pytest.mark.parametrize("task", ["text", "image"])
+@pytest.mark.parametrize("method", ["lora", "sft"])
+def test_the_flags_that_the_page_names_exist(task, method):
+    done = subprocess.run(
+        [sys.executable, ROOT / "training" / f"cogvideox_{task}_to_video_{method}.py", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    of_lora, of_sft = {"--lora_target_modules", "--use_rslora", "--use_dora", "--lora_dropout"}, {"--save_pipeline"}
+    of_lora |= {"--lora_weights"}
+    elsewhere = {"--save_image_latents"} | (of_sft if method == "lora" else of_lora)
+    named = set(re.findall(r"--\w[\w-]*", re.sub(r"<!--.*?-->", "", PAGE))) - elsewhere
+    assert named <= set(re.findall(r"--\w[\w-]*", done.stdout))

@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import av
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
@@ -15,6 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cogvideox_text_to_video_lora
 import prepare_dataset
+from args import parse_args
+from finetune import train as train_loop
+from methods import Lora
+from plan import plan_training_data
+from run_setup import Run, build_optimizer, set_up
+from tasks import TextToVideo
 
 
 SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
@@ -339,3 +347,44 @@ def test_float16_needs_a_gpu(tiny_models, prepared, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         train(tiny_models("5b"), prepared, tmp_path / "out", "--load_tensors", "--mixed_precision", "fp16")
     assert "--mixed_precision fp16" in error_of(capsys)
+
+
+def set_up_with_scaler(model: Path, data: Path, output: Path, scale: float | None) -> tuple[Namespace, Run]:
+    """A run as float16 makes it on a GPU: with a gradient scaler in accelerate's hands; None for one without."""
+    argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
+    argv += ["--rank", "8", "--lora_alpha", "8", "--seed", "0", "--learning_rate", "1e-3", "--load_tensors", *SIZE]
+    argv += ["--max_train_steps", "2", "--gradient_accumulation_steps", "2", "--lr_scheduler", "linear"]
+    argv += ["--train_batch_size", "1", "--lr_warmup_steps", "0", "--max_grad_norm", "0.1", "--report_to", "none"]
+    args = parse_args(argv, task="text-to-video", method="lora")
+    run = set_up(args, plan_training_data(args), TextToVideo(), Lora(8, 8.0))
+    if scale is not None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        optimizer, run.lr_scheduler = build_optimizer(args, run.trainable, args.learning_rate, 2, has_scaler=True)
+        run.optimizer = AcceleratedOptimizer(optimizer, scaler=scaler)
+        run.accelerator.scaler, run.accelerator._optimizers = scaler, [run.optimizer]
+        # As on a GPU with fp16, which accelerate refuses to start with on a CPU.
+        run.accelerator.native_amp, run.accelerator.state._mixed_precision = True, "fp16"
+    return args, run
+
+
+def test_a_gradient_scaler_is_undone_before_gradients_are_clipped(tiny_models, prepared, tmp_path):
+    trained = []
+    for scale in (None, 1024.0):
+        args, run = set_up_with_scaler(tiny_models("5b"), prepared, tmp_path / str(scale), scale)
+        train_loop(args, run)
+        trained.append([parameter.detach().clone() for parameter in run.trainable])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for plain, scaled in zip(*trained, strict=True):
+        torch.testing.assert_close(scaled, plain, atol=1e-6, rtol=1e-4)
+
+
+def test_a_step_whose_scaled_gradients_overflow_is_skipped_and_not_counted_by_the_schedule(
+    tiny_models, prepared, tmp_path
+):
+    args, run = set_up_with_scaler(tiny_models("5b"), prepared, tmp_path, 1024.0)
+    run.trainable[0].register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+    before = [parameter.detach().clone() for parameter in run.trainable]
+    train_loop(args, run)
+    assert all(torch.equal(now, then) for now, then in zip(run.trainable, before, strict=True))
+    assert run.lr_scheduler.get_last_lr() == [1e-3]
+    assert run.accelerator.scaler.get_scale() == 1024.0 / 4  # halved by each of the two steps

@@ -29,12 +29,15 @@ def make_optimizer(
     prodigy_decouple: bool = False,
     prodigy_use_bias_correction: bool = False,
     prodigy_safeguard_warmup: bool = False,
+    fused: bool = True,
 ) -> torch.optim.Optimizer:
     """Build an optimizer over the trainable ones of `parameters`.
 
     Args:
         name: adam, adamw, prodigy or came.
         use_8bit, use_4bit: keep Adam's states in low precision; bitsandbytes' 8-bit unless `use_torchao`.
+        fused: take torch's single-kernel Adam. Under a gradient scaler it hides from accelerate that it skipped a
+            step, and the learning rate would move on.
         use_cpu_offload: keep states (and, with `offload_gradients`, gradients) in host memory, through torchao.
 
     Raises:
@@ -68,7 +71,7 @@ def make_optimizer(
         "eps": epsilon,
     }
     if adam_class.__module__.startswith("torch.optim"):
-        settings["fused"] = True
+        settings["fused"] = fused
     if use_cpu_offload:
         if not torch.cuda.is_available():
             raise UserError("--use_cpu_offload_optimizer: moves optimizer states off a GPU, and there is none here")

@@ -123,7 +123,8 @@ def set_up(args: argparse.Namespace, data: TrainingData, task: Task, method: Met
         )
     trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     learning_rate = learning_rate_of(args, accelerator.num_processes)
-    optimizer, lr_scheduler = build_optimizer(args, trainable, learning_rate, total_steps)
+    has_scaler = dtype == torch.float16
+    optimizer, lr_scheduler = build_optimizer(args, trainable, learning_rate, total_steps, has_scaler=has_scaler)
     model, optimizer = accelerator.prepare(transformer, optimizer)
     ema = make_ema(trainable, args.ema_decay) if args.use_ema else None
     # Not prepared: accelerate would step it once per process. Here a step is an optimizer step, on any ranks.
@@ -355,7 +356,12 @@ def learning_rate_of(args: argparse.Namespace, num_processes: int) -> float:
 
 
 def build_optimizer(
-    args: argparse.Namespace, trainable: Sequence[torch.nn.Parameter], learning_rate: float, total_steps: int
+    args: argparse.Namespace,
+    trainable: Sequence[torch.nn.Parameter],
+    learning_rate: float,
+    total_steps: int,
+    *,
+    has_scaler: bool,
 ) -> tuple[Optimizer, LRScheduler]:
     """Build the optimizer and its learning-rate schedule, counted in optimizer steps."""
     optimizer = make_optimizer(
@@ -375,6 +381,7 @@ def build_optimizer(
         prodigy_decouple=args.prodigy_decouple,
         prodigy_use_bias_correction=args.prodigy_use_bias_correction,
         prodigy_safeguard_warmup=args.prodigy_safeguard_warmup,
+        fused=not has_scaler,
     )
     lr_scheduler = get_scheduler(
         args.lr_scheduler,

@@ -13,6 +13,16 @@ settings.load_profile("suite")
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "offline"}
 
 
+# Few tests, but minutes of them: they start first, so that no process is left alone with them in the end.
+LONGEST = ("test_distributed.py", "test_readme.py", "test_finetune.py", "test_recipes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, in that order."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory) -> Path:
     """What the toolkit remembers of clips stays out of the user's own cache."""

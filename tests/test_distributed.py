@@ -49,8 +49,14 @@ def test_two_ranks_train_validate_and_save_together(prepared_by_two, tiny_models
     flags += ["--output_dir", str(tmp_path), "--height", "64", "--width", "96", "--frame_buckets", "17"]
     flags += ["--max_num_frames", "17", "--rank", "4", "--train_batch_size", "1", "--max_train_steps", "3"]
     flags += ["--gradient_accumulation_steps", "3", "--checkpointing_steps", "2", "--num_inference_steps", "1"]
+    (tmp_path / "validation" / "step-3" / "01-00-b.mp4").mkdir(parents=True)  # in the way of the second rank
     output = launch("cogvideox_text_to_video_lora.py", *flags, "--validation_prompt", "a:::b:::c")
     assert "on 2 x cpu" in output
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
-    assert len(list((tmp_path / "validation" / "step-3").glob("*.mp4"))) == 3
+    before, after = (tmp_path / "validation" / f"step-{step}" for step in (0, 3))
+    names = ["00-00-a.mp4", "01-00-b.mp4", "02-00-c.mp4", "contact_sheet.png"]
+    assert sorted(path.name for path in before.iterdir() if path.is_file()) == names
+    # A rank that fails keeps no other waiting, nor does it end the run.
+    assert sorted(path.name for path in after.iterdir() if path.is_file()) == [names[0], *names[2:]]
+    assert "warning: validation at step 3 failed, training goes on; rank 1: " in output

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -229,8 +230,11 @@ def test_prepared_data_trains_without_vae_or_text_encoder(tiny_models, prepared,
 def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on(
     tiny_models, prepared, demo_clips, tmp_path
 ):
+    header, *rows = (demo_clips / "metadata.csv").read_text().splitlines()
+    table = tmp_path / "held-out.csv"
+    table.write_text("\n".join([header, *(f"{demo_clips}/{row}" for row in rows[:3])]))
     flags = ("--load_tensors", "--max_train_steps", "40", "--validation_steps", "20", "--learning_rate", "5e-3")
-    flags += ("--validation_dataset_file", str(demo_clips / "metadata.csv"), "--caption_column", "caption")
+    flags += ("--validation_dataset_file", str(table), "--caption_column", "caption")
     train(tiny_models("5b"), prepared, tmp_path, *flags)
     losses = scalars(tmp_path, "validation_loss")
     assert sorted(losses) == [0, 20, 40]
@@ -359,9 +363,10 @@ def set_up_with_scaler(model: Path, data: Path, output: Path, scale: float | Non
     run = set_up(args, plan_training_data(args), TextToVideo(), Lora(8, 8.0))
     if scale is not None:
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        optimizer, run.lr_scheduler = build_optimizer(args, run.trainable, args.learning_rate, 2, has_scaler=True)
-        run.optimizer = AcceleratedOptimizer(optimizer, scaler=scaler)
-        run.accelerator.scaler, run.accelerator._optimizers = scaler, [run.optimizer]
+        optimizer, schedule = build_optimizer(args, run.learner.trainable, args.learning_rate, 2, has_scaler=True)
+        optimizer = AcceleratedOptimizer(optimizer, scaler=scaler)
+        run.learner = replace(run.learner, optimizer=optimizer, lr_scheduler=schedule)
+        run.accelerator.scaler, run.accelerator._optimizers = scaler, [optimizer]
         # As on a GPU with fp16, which accelerate refuses to start with on a CPU.
         run.accelerator.native_amp, run.accelerator.state._mixed_precision = True, "fp16"
     return args, run
@@ -372,7 +377,7 @@ def test_a_gradient_scaler_is_undone_before_gradients_are_clipped(tiny_models, p
     for scale in (None, 1024.0):
         args, run = set_up_with_scaler(tiny_models("5b"), prepared, tmp_path / str(scale), scale)
         train_loop(args, run)
-        trained.append([parameter.detach().clone() for parameter in run.trainable])
+        trained.append([parameter.detach().clone() for parameter in run.learner.trainable])
         AcceleratorState._reset_state(reset_partial_state=True)
     for plain, scaled in zip(*trained, strict=True):
         torch.testing.assert_close(scaled, plain, atol=1e-6, rtol=1e-4)
@@ -382,9 +387,9 @@ def test_a_step_whose_scaled_gradients_overflow_is_skipped_and_not_counted_by_th
     tiny_models, prepared, tmp_path
 ):
     args, run = set_up_with_scaler(tiny_models("5b"), prepared, tmp_path, 1024.0)
-    run.trainable[0].register_hook(lambda gradient: torch.full_like(gradient, math.inf))
-    before = [parameter.detach().clone() for parameter in run.trainable]
+    run.learner.trainable[0].register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+    before = [parameter.detach().clone() for parameter in run.learner.trainable]
     train_loop(args, run)
-    assert all(torch.equal(now, then) for now, then in zip(run.trainable, before, strict=True))
-    assert run.lr_scheduler.get_last_lr() == [1e-3]
+    assert all(torch.equal(now, then) for now, then in zip(run.learner.trainable, before, strict=True))
+    assert run.learner.lr_scheduler.get_last_lr() == [1e-3]
     assert run.accelerator.scaler.get_scale() == 1024.0 / 4  # halved by each of the two steps

@@ -11,7 +11,8 @@ from diffusion import derive_seed, sample_generators
 from plan import TrainingData
 from progress import StepLog
 from publish import push_to_hub
-from run_setup import Method, Run, Task, set_up
+from recipe import Method, Task
+from run_setup import Run, set_up
 from timesteps import share_out
 from trial_run import rehearse
 
@@ -50,9 +51,9 @@ def finetune(args: argparse.Namespace, data: TrainingData, task: Task, method: M
 
 def train(args: argparse.Namespace, run: Run) -> None:
     """The loop: one turn is one optimizer step on `gradient_accumulation_steps` batches of every rank."""
-    accelerator, schedule, seed = run.accelerator, run.schedule, run.state.seed
+    accelerator, learner, schedule, seed = run.accelerator, run.learner, run.schedule, run.state.seed
     log = StepLog(accelerator, run.state.step, run.total_steps, args.logging_steps)
-    run.model.train()
+    learner.model.train()
     for step in range(run.state.step, run.total_steps):
         batches = list(islice(run.batches, schedule.batches_before(step + 1) - schedule.batches_before(step)))
         sizes = [len(batch.names) for batch in batches]
@@ -64,20 +65,20 @@ def train(args: argparse.Namespace, run: Run) -> None:
             generators = sample_generators(accelerator.device, seed, batch.draws)
             # Ranks exchange gradients once a step, with its last batch.
             accelerator.sync_gradients = number == len(batches) - 1
-            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(run.model):
+            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(learner.model):
                 losses = run.objective(batch.to(accelerator.device), generators, parts[number])
                 loss = losses.sum() / sum(sizes)
                 # accelerate divides by the accumulation steps, but the sum above makes the mean already.
                 accelerator.backward(loss * args.gradient_accumulation_steps)
             step_loss += loss.detach()
-        grad_norm = accelerator.clip_grad_norm_(run.trainable, args.max_grad_norm)
-        run.optimizer.step()
-        log.add(step_loss, grad_norm, run.lr_scheduler.get_last_lr()[0])
+        grad_norm = accelerator.clip_grad_norm_(learner.trainable, args.max_grad_norm)
+        learner.optimizer.step()
+        log.add(step_loss, grad_norm, learner.lr_scheduler.get_last_lr()[0])
         if not accelerator.optimizer_step_was_skipped:
-            run.lr_scheduler.step()
-            if run.ema is not None:
-                run.ema.step(run.trainable)
-        run.optimizer.zero_grad(set_to_none=True)
+            learner.lr_scheduler.step()
+            if learner.ema is not None:
+                learner.ema.step(learner.trainable)
+        learner.optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
         if done == run.total_steps:

@@ -23,7 +23,8 @@ from dataset import make_loader
 from errors import UserError, listing
 from plan import TrainingData
 from ranks import launch_rank, launch_size
-from run_setup import Method, Run, Task, make_dataset, set_up
+from recipe import Method, Task
+from run_setup import Run, make_dataset, set_up
 
 
 logger = logging.getLogger(__name__)

@@ -239,7 +239,8 @@ def _draw_sheet(
             before = folder / "step-0" / video.file.name
             if step > 0 and before.is_file():
                 rows.append(SheetRow([*start, *read_frames(before, indices)], "before training", ""))
-            rows.append(SheetRow([*start, *video.shown], f"step {step} · {video.name}", video.prompt))
+            moment = f"step {step}" if step > 0 else "before training"
+            rows.append(SheetRow([*start, *video.shown], f"{moment} · {video.name}", video.prompt))
         draw_contact_sheet(rows, path, columns)
     except Exception as error:
         logger.warning("warning: there is no contact sheet of step %d: %s", step, error)

@@ -20,13 +20,14 @@ import torch
 from args import parse_args, parse_prepare_args
 from buckets import Bucket, BucketBatchSampler
 from dataset import ClipDataset, PreparedDataset, make_loader
-from finetune import set_up, train
+from finetune import train
 from make_real_clips import make_real_clips
 from make_tiny_model import make_tiny_model
 from methods import Lora
 from plan import plan_raw_clips, plan_training_data
 from preparation import prepare
 from prepared import PreparedClip, StoredTensor
+from run_setup import set_up
 from shards import ShardWriter
 from tasks import TextToVideo
 

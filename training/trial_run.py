@@ -47,8 +47,8 @@ def rehearse(
     """
     read_every_sample(args, data, task)
     folder = trial_folder(Path(args.output_dir))
-    trial = trial_flags(args, folder, task)
     largest = largest_batch(data, args.train_batch_size * launch_size())
+    trial = trial_flags(args, folder, task, largest.buckets[0])
     try:
         run = set_up(trial, largest, task, method)
         train(trial, run)
@@ -95,15 +95,21 @@ def trial_folder(output_dir: Path) -> Path:
     return existing / f".dry-run.{output_dir.name}"
 
 
-def trial_flags(args: argparse.Namespace, folder: Path, task: Task) -> argparse.Namespace:
-    """The flags of a run of one step and one coarse video, which goes to no tracker and no hub."""
-    prompts = args.validation_prompts[:1] or ["a trial"]
-    images = args.validation_images[:1]
-    if task.with_images and not images:
-        folder.mkdir(parents=True, exist_ok=True)
-        images = [str(folder / "start.png")]
-        Image.new("RGB", (args.width, args.height), "gray").save(images[0])
-    changed = {
+def trial_flags(args: argparse.Namespace, folder: Path, task: Task, size: Bucket) -> argparse.Namespace:
+    """The flags of a run of one step and one coarse video, which goes to no tracker and no hub.
+
+    Args:
+        size: of the video, where no validation says another.
+    """
+    prompts, images, asked_for = args.validation_prompts[:1], args.validation_images[:1], {}
+    if not prompts:
+        prompts = ["a trial"]
+        asked_for = {"max_num_frames": size.num_frames, "height": size.height, "width": size.width}
+        if task.with_images:
+            folder.mkdir(parents=True, exist_ok=True)
+            images = [str(folder / "start.png")]
+            Image.new("RGB", (size.width, size.height), "gray").save(images[0])
+    changed = asked_for | {
         "output_dir": str(folder),
         "resume_from_checkpoint": None,
         "max_train_steps": 1,

@@ -51,7 +51,8 @@ for learning_rate in $LEARNING_RATES; do
   for lr_schedule in $LR_SCHEDULES; do
     for optimizer in $OPTIMIZERS; do
       for steps in $MAX_TRAIN_STEPS; do
-        output_dir="$OUTPUT_ROOT/cogvideox-i2v-lora__${optimizer}__${steps}-steps__${lr_schedule}__lr-${learning_rate}"
+        settings="${optimizer}__${steps}-steps__${lr_schedule}__lr-${learning_rate}__rank-${LORA_RANK}"
+        output_dir="$OUTPUT_ROOT/cogvideox-i2v-lora__$(basename "$MODEL_PATH")__$settings"
         command=(
           accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_process "$CPU_THREADS"
           "$root/training/cogvideox_image_to_video_lora.py"
@@ -78,6 +79,8 @@ for learning_rate in $LEARNING_RATES; do
         if [[ -n "$VALIDATION_IMAGES" ]]; then
           command+=(--validation_prompt "$VALIDATION_PROMPT" --validation_images "$VALIDATION_IMAGES")
           command+=(--validation_epochs "$VALIDATION_EPOCHS")
+        else
+          echo "VALIDATION_IMAGES is empty: no videos are sampled"
         fi
         if [[ "$LOAD_TENSORS" == true ]]; then
           command+=(--load_tensors)

@@ -51,7 +51,8 @@ for learning_rate in $LEARNING_RATES; do
   for lr_schedule in $LR_SCHEDULES; do
     for optimizer in $OPTIMIZERS; do
       for steps in $MAX_TRAIN_STEPS; do
-        output_dir="$OUTPUT_ROOT/cogvideox-i2v-sft__${optimizer}__${steps}-steps__${lr_schedule}__lr-${learning_rate}"
+        settings="${optimizer}__${steps}-steps__${lr_schedule}__lr-${learning_rate}"
+        output_dir="$OUTPUT_ROOT/cogvideox-i2v-sft__$(basename "$MODEL_PATH")__$settings"
         # shellcheck disable=SC2206 # the optimizer's flags are meant to split at spaces
         command=(
           accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_process "$CPU_THREADS"
@@ -78,12 +79,18 @@ for learning_rate in $LEARNING_RATES; do
         if [[ -n "$VALIDATION_IMAGES" ]]; then
           command+=(--validation_prompt "$VALIDATION_PROMPT" --validation_images "$VALIDATION_IMAGES")
           command+=(--validation_epochs "$VALIDATION_EPOCHS")
+        else
+          echo "VALIDATION_IMAGES is empty: no videos are sampled"
         fi
         if [[ "$LOAD_TENSORS" == true ]]; then
           command+=(--load_tensors)
         fi
         echo "=== $output_dir"
-        if [[ -e "$output_dir/transformer" ]]; then
+        result=transformer
+        if [[ " $* " == *" --save_pipeline "* ]]; then
+          result=pipeline
+        fi
+        if [[ -e "$output_dir/$result" ]]; then
           echo "holds a finished run: skipped"
         elif compgen -G "$output_dir/checkpoint-*" >/dev/null; then
           "${command[@]}" --resume_from_checkpoint latest "$@"

@@ -27,6 +27,7 @@ from methods import Lora
 from plan import plan_raw_clips, plan_training_data
 from preparation import prepare
 from prepared import PreparedClip, StoredTensor
+from recipe import check_recipe
 from run_setup import set_up
 from shards import ShardWriter
 from tasks import TextToVideo
@@ -60,8 +61,8 @@ def measure_training(model: Path, prepared: Path, output: Path, steps: int = 100
         flags += ["--output_dir", str(output / name), "--max_train_steps", str(num_steps), "--rank", "16"]
         flags += ["--lora_alpha", "16", "--train_batch_size", "1", "--seed", "0", "--report_to", "none", *SMALL]
         args = parse_args(flags, task="text-to-video", method="lora")
-        task, method = TextToVideo(), Lora(args.rank, args.lora_alpha)
-        prepared_run = set_up(args, plan_training_data(args), task, method)
+        method = Lora(args.rank, args.lora_alpha)
+        prepared_run = set_up(check_recipe(args, plan_training_data(args), TextToVideo(), method))
         return seconds(lambda: train(args, prepared_run))
 
     run("warm-up", 10)

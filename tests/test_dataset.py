@@ -193,6 +193,7 @@ def test_another_clip_of_the_bucket_takes_the_place_of_one_that_does_not_decode(
     batch = dataset[Draw(1, 0)]
     assert batch.names == [str(planned[7].clip.video)]
     assert not batch.failed
+    assert batch.draws == [Draw(1, 0)]  # noised as the one that it stands for would be
     assert "gone.mp4" in caplog.text
 
 
@@ -277,7 +278,7 @@ def test_a_damaged_tensor_is_named_and_nobody_is_told_to_unpickle_it(tmp_path):
 def test_tensors_of_another_model_are_refused_with_file_and_channels(tiny_models, tmp_path, moments, embeds):
     clip = prepared_clip(tmp_path, "a", torch.zeros(moments), torch.zeros(embeds))
     with pytest.raises(UserError, match=r"^--load_tensors: ") as caught:
-        check_prepared(clip, ModelSource(str(tiny_models("5b"))).configs())
+        check_prepared([clip], ModelSource(str(tiny_models("5b"))).configs())
     message = str(caught.value)
     assert str(clip.video_latents.file) in message
     assert f"have {moments[0]} and {embeds[1]} channels" in message
@@ -286,7 +287,13 @@ def test_tensors_of_another_model_are_refused_with_file_and_channels(tiny_models
 
 def test_tensors_of_this_model_are_accepted(tiny_models, tmp_path):
     clip = prepared_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
-    check_prepared(clip, ModelSource(str(tiny_models("5b"))).configs())
+    check_prepared([clip], ModelSource(str(tiny_models("5b"))).configs())
+
+
+def test_samples_without_image_latents_are_refused_for_an_image_to_video_model(tiny_models, tmp_path):
+    clip = prepared_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
+    with pytest.raises(UserError, match=r"1 samples were prepared without image latents.*--save_image_latents"):
+        check_prepared([clip], ModelSource(str(tiny_models("5b-i2v"))).configs())
 
 
 # Batches

@@ -22,6 +22,7 @@ from args import parse_args
 from finetune import train as train_loop
 from methods import Lora
 from plan import plan_training_data
+from recipe import check_recipe
 from run_setup import Run, build_optimizer, set_up
 from tasks import TextToVideo
 
@@ -360,7 +361,7 @@ def set_up_with_scaler(model: Path, data: Path, output: Path, scale: float | Non
     argv += ["--max_train_steps", "2", "--gradient_accumulation_steps", "2", "--lr_scheduler", "linear"]
     argv += ["--train_batch_size", "1", "--lr_warmup_steps", "0", "--max_grad_norm", "0.1", "--report_to", "none"]
     args = parse_args(argv, task="text-to-video", method="lora")
-    run = set_up(args, plan_training_data(args), TextToVideo(), Lora(8, 8.0))
+    run = set_up(check_recipe(args, plan_training_data(args), TextToVideo(), Lora(8, 8.0)))
     if scale is not None:
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         optimizer, schedule = build_optimizer(args, run.learner.trainable, args.learning_rate, 2, has_scaler=True)

@@ -190,6 +190,19 @@ def test_paths_of_clips_held_out_start_from_their_table(held_out, demo_clips):
     assert found.buckets == [Bucket(17, 64, 96)] * 2
 
 
+def test_clips_that_are_trained_on_too_are_not_held_out(held_out, demo_clips):
+    places = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips)]
+    places += ["--output_dir", str(held_out.parent / "out"), "--validation_dataset_file", str(held_out)]
+    (held_out.parent / "all.csv").write_text(
+        "file,caption\n" + "".join(f"{path},a\n" for path in sorted((demo_clips / "videos").iterdir())[1:])
+    )
+    flags = [*places, "--dataset_file", str(held_out.parent / "all.csv"), *COLUMNS]
+    args = parse_args(flags, task="text-to-video", method="lora")
+    with pytest.raises(UserError, match="--validation_dataset_file: 1 of its clips are trained on too") as caught:
+        plan_training_data(args)
+    assert "1.mp4" in str(caught.value)
+
+
 def test_of_a_clip_that_is_split_the_first_part_is_held_out(held_out, demo_clips):
     found = hold_out(held_out, demo_clips, *SIZE, "--frame_buckets", "5", *COLUMNS, "--long_clips", "split")
     assert [planned.frame_indices for planned in found.clips] == [(0, 1, 2, 3, 4)] * 2

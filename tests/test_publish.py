@@ -37,7 +37,7 @@ def hub(monkeypatch) -> dict[str, dict]:
 
 def push(folder: Path, repo_id: str | None = "owner/circles", base_model: str = "THUDM/CogVideoX-5b") -> str:
     """Push a run's folder; returns the card's text."""
-    publish.push_to_hub(folder, repo_id, TOKEN, base_model, USAGE, PROMPTS)
+    publish.push_to_hub(folder, repo_id, TOKEN, base_model, USAGE, PROMPTS, ["text-to-video", "lora"])
     return (folder / "README.md").read_text(encoding="utf-8")
 
 

@@ -1,5 +1,7 @@
 """A task takes the models that are made for it, and shows the transformer what the pipeline shows it."""
 
+from itertools import product
+
 import pytest
 import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
@@ -7,6 +9,7 @@ from PIL import Image
 
 from buckets import Bucket
 from dataset import Batch
+from diffusion import rotary_embeddings
 from errors import UserError
 from models import ModelSource, encode_noised_image
 from tasks import ImageToVideo, TextToVideo
@@ -14,6 +17,7 @@ from tasks import ImageToVideo, TextToVideo
 
 SIZE = Bucket(17, 64, 96)  # that the tiny models were made for
 IMAGE_KINDS = ["5b-i2v", "1.5-5b-i2v"]
+LATER_KINDS = ["1.5-5b", "1.5-5b-i2v"]
 
 
 def generator() -> torch.Generator:
@@ -61,8 +65,70 @@ def test_learned_positions_are_refused_at_another_size_unless_they_are_dropped(t
     ImageToVideo(0.05, True).check_model(configs, [SIZE, Bucket(17, 96, 64)])
 
 
-def test_models_without_learned_positions_take_any_size(tiny_models):
-    ImageToVideo(0.05, False).check_model(configs_of(tiny_models("1.5-5b-i2v")), [Bucket(9, 96, 64)])
+@pytest.mark.parametrize("kind", ["2b", "5b"])
+def test_models_that_compute_their_positions_take_any_size(tiny_models, kind):
+    TextToVideo().check_model(configs_of(tiny_models(kind)), [Bucket(9, 96, 64), Bucket(33, 128, 160)])
+
+
+def task_of(kind: str) -> TextToVideo | ImageToVideo:
+    return ImageToVideo(0.05, False) if kind in IMAGE_KINDS else TextToVideo()
+
+
+@pytest.mark.parametrize("kind", LATER_KINDS)
+@pytest.mark.parametrize(("size", "nearest"), [((96, 64), "64x64"), ((64, 112), "64x96"), ((128, 128), "64x96")])
+def test_sizes_beyond_the_positions_of_cogvideox_1_5_are_refused_with_the_nearest(tiny_models, kind, size, nearest):
+    height, width = size
+    words = rf"--height_buckets.* up to 64x96 .*, not for {height}x{width}; nearest is {nearest}"
+    with pytest.raises(UserError, match=words) as caught:
+        task_of(kind).check_model(configs_of(tiny_models(kind)), [SIZE, Bucket(17, height, width)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", LATER_KINDS)
+def test_cogvideox_1_5_takes_exactly_the_sizes_that_its_pipeline_has_positions_for(tiny_models, kind):
+    transformer = ModelSource(str(tiny_models(kind))).load_transformer(torch.float32)
+    configs, taken = configs_of(tiny_models(kind)), []
+    for height, width in product(range(16, 113, 16), repeat=2):
+        try:
+            rotary_embeddings(transformer, 4, height, width, torch.device("cpu"))
+        except RuntimeError:
+            with pytest.raises(UserError, match="nearest"):
+                task_of(kind).check_model(configs, [Bucket(17, height, width)])
+        else:
+            task_of(kind).check_model(configs, [Bucket(17, height, width)])
+            taken.append((height, width))
+    assert set(taken) == set(product(range(16, 65, 16), range(16, 97, 16)))
+
+
+@pytest.mark.parametrize("kind", LATER_KINDS)
+@pytest.mark.parametrize(
+    ("frames", "nearest"), [(4, "1, 8"), (5, "1, 8"), (12, "9, 16"), (13, "9, 16"), (20, "17, 24"), (45, "41, 48")]
+)
+def test_frame_counts_that_cogvideox_1_5_does_not_sample_are_refused_with_the_nearest(
+    tiny_models, kind, frames, nearest
+):
+    words = rf"--frame_buckets: .* takes 1, 8k or 8k\+1 frames, not {frames}, .*; nearest are {nearest} "
+    with pytest.raises(UserError, match=words) as caught:
+        task_of(kind).check_model(configs_of(tiny_models(kind)), [SIZE, Bucket(frames, 64, 96)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", LATER_KINDS)
+def test_the_frame_counts_taken_are_those_that_the_vae_gives_back(tiny_models, kind):
+    vae = ModelSource(str(tiny_models(kind))).load_vae(torch.float32, slicing=False, tiling=False)
+    configs, taken = configs_of(tiny_models(kind)), []
+    for frames in (1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25):
+        size = Bucket(frames, 16, 16)
+        with torch.no_grad():
+            latents = vae.encode(torch.zeros(1, 3, *size)).latent_dist.mean
+            decoded = vae.decode(latents).sample
+        if decoded.shape[2] == frames:
+            task_of(kind).check_model(configs, [size])
+            taken.append(frames)
+        else:
+            with pytest.raises(UserError, match="--max_num_frames"):
+                task_of(kind).check_model(configs, [size])
+    assert taken == [1, 8, 9, 16, 17, 24, 25]
 
 
 @pytest.mark.parametrize("ignore", [True, False])
@@ -156,9 +222,33 @@ def test_raw_images_are_encoded_under_noise_of_the_published_strength(tiny_model
     assert (one - clean).abs().mean() < 1  # the image is still there
 
 
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_the_condition_follows_the_image(tiny_models, kind):
+    source = ModelSource(str(tiny_models(kind)))
+    vae = source.load_vae(torch.float32, slicing=False, tiling=False)
+    red, blue = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
+    red[0], blue[2] = 255, 255
+    noisy_latents = torch.zeros(1, 5, 16, 8, 12)
+
+    def condition(image: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+        task, batch = ImageToVideo(dropout, False), Batch(["a"], SIZE, images=image[None])
+        inputs = task.transformer_inputs(noisy_latents, batch, source.configs(), vae, generators(1), drop_images=True)
+        return inputs["hidden_states"][0, 0, 16:]
+
+    assert torch.equal(condition(red), condition(red))
+    # The same draws of noise for both: what differs is the image.
+    assert (condition(red) - condition(blue)).norm() > 0.3 * condition(red).norm()
+    assert condition(red, dropout=1.0).abs().max() == 0
+
+
 @pytest.mark.parametrize(
     ("task", "pipeline"),
     [(TextToVideo(), CogVideoXPipeline), (ImageToVideo(0.05, False), CogVideoXImageToVideoPipeline)],
 )
 def test_a_task_is_sampled_with_its_own_pipeline(task, pipeline):
     assert task.pipeline_class is pipeline
+
+
+def test_learned_positions_that_a_model_does_not_have_are_not_dropped(tiny_models):
+    with pytest.raises(UserError, match="this model has no learned positions; leave it out"):
+        ImageToVideo(0.05, True).check_model(configs_of(tiny_models("1.5-5b-i2v")), [SIZE])

@@ -11,7 +11,8 @@ import cogvideox_image_to_video_lora
 import cogvideox_text_to_video_sft
 import prepare_dataset
 from buckets import Bucket
-from plan import RawData
+from plan import PreparedData
+from prepared import PreparedClip
 from test_recipes import SIZE
 from trial_run import largest_batch, trial_folder
 
@@ -35,7 +36,7 @@ def test_a_dry_run_trains_saves_loads_and_samples_and_leaves_nothing(tiny_models
     told = capfd.readouterr().err
     assert "Reading every sample" in told
     assert "4/4" in told
-    assert "peak memory up to one step: host" in told
+    assert "peak memory up to two steps: host" in told
     assert "peak memory up to a video: host" in told
     assert "saving, loading and sampling all work" in told
 
@@ -56,7 +57,7 @@ def test_a_dry_run_fails_where_sampling_does(tiny_models, demo_clips, tmp_path, 
     flags = ("--validation_prompt", "a", "--validation_images", str(tmp_path / "start.png"), "--max_samples", "1")
     with pytest.raises(SystemExit, match="2"):
         rehearse(cogvideox_image_to_video_lora, model, demo_clips, tmp_path / "out", "--rank", "4", *flags)
-    assert "--dry_run: no video could be sampled" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--dry_run: the validation failed" in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / ".dry-run.out").exists()
 
 
@@ -75,20 +76,34 @@ def test_a_dry_run_lists_the_samples_that_cannot_be_read(tiny_models, demo_clips
     assert all(file.name in told for file in damaged)
 
 
-class Planned:
-    """A clip as far as its bucket matters."""
-
-    def __init__(self, *size: int):
-        self.bucket = Bucket(*size)
+def samples(count: int, *size: int, repeats: float = 1.0) -> list[PreparedClip]:
+    return [PreparedClip(f"{size}-{n}", Bucket(*size), None, None, None, repeats) for n in range(count)]
 
 
-def test_the_largest_batch_is_the_one_with_most_pixels_in_all():
-    small, large = [Planned(9, 64, 64) for _ in range(8)], [Planned(17, 64, 64)]
-    data = RawData([*small, *large])
-    assert largest_batch(data, 1).clips == large
-    assert largest_batch(data, 4).clips == small[:4]
+@pytest.mark.parametrize(
+    ("small", "large", "batch_size", "num_ranks", "expected"),
+    [
+        (samples(8, 9, 64, 64), samples(1, 17, 64, 64), 1, 1, (17, 1)),
+        (samples(8, 9, 64, 64), samples(1, 17, 64, 64), 4, 1, (9, 4)),
+        # Each rank has a batch of its own.
+        (samples(16, 9, 64, 64), samples(4, 17, 64, 64), 1, 8, (17, 8)),
+        # A sample that comes four times in an epoch fills a batch of four.
+        (samples(8, 9, 64, 64), samples(1, 17, 64, 64, repeats=4), 4, 1, (17, 4)),
+        (samples(64, 9, 64, 64, repeats=0.25), samples(1, 17, 64, 64), 4, 1, (9, 4)),
+    ],
+)
+def test_the_largest_batch_is_the_one_with_most_pixels_that_a_rank_can_meet(
+    small, large, batch_size, num_ranks, expected
+):
+    largest = largest_batch(PreparedData([*small, *large], []), batch_size, num_ranks, accumulation=1)
+    frames, count = expected
+    assert [clip.bucket.num_frames for clip in largest.clips] == [frames] * count
+    assert set(largest.repeats) == {1}
+    assert len(largest_batch(PreparedData([*small, *large], []), batch_size, num_ranks, 2).clips) == 2 * count
 
 
 @pytest.mark.parametrize("output", ["out", "new/deep/out"])
 def test_the_trial_is_on_the_disk_of_the_output(tmp_path, output):
     assert trial_folder(tmp_path / output) == tmp_path / ".dry-run.out"
+    (tmp_path / output).mkdir(parents=True)
+    assert trial_folder(tmp_path / output) == tmp_path / output / ".dry-run.out"

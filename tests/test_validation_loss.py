@@ -154,7 +154,8 @@ def make_batches(means: list[float]) -> list[Batch]:
 
 
 def test_the_loss_at_a_quantile_is_the_mean_over_clips_and_the_loss_the_mean_over_quantiles():
-    losses = validation_losses(StandIn(), make_batches([1.0, 2.0, 6.0]), Accelerator(cpu=True), 1000)
+    losses, failures = validation_losses(StandIn(), make_batches([1.0, 2.0, 6.0]), Accelerator(cpu=True), 1000)
+    assert failures == []
     expected = {f"validation_loss/t={timestep}": 3.0 * timestep for timestep in TIMESTEPS}
     expected["validation_loss"] = 3.0 * sum(TIMESTEPS) / 9
     assert losses == pytest.approx(expected)
@@ -226,7 +227,7 @@ def image_batches() -> list[Batch]:
 
 
 def test_the_losses_of_a_model_are_the_same_at_every_call_and_on_any_ranks(image_objective, image_batches):
-    alone = validation_losses(image_objective, image_batches, Accelerator(cpu=True), 1000)
+    alone, _ = validation_losses(image_objective, image_batches, Accelerator(cpu=True), 1000)
     torch.rand(5)
     together: dict[int, list[float]] = {}
     for share in ([image_batches[1]], [image_batches[0]]):
@@ -243,11 +244,23 @@ def test_neither_captions_nor_images_are_dropped(image_objective, image_batches,
     assert all(loss != other_loss for loss, other_loss in zip(losses, other_losses, strict=True))
 
 
+def test_a_loss_that_fails_is_a_warning(caplog):
+    class Broken(StandIn):
+        def losses(self, batch, timesteps, generators):
+            raise RuntimeError("out of memory")
+
+    broken = Broken()
+    losses, failures = validation_losses(broken, make_batches([1.0]), Accelerator(cpu=True), 1000)
+    assert (losses, failures) == ({}, ["rank 0: RuntimeError: out of memory"])
+    log_validation_losses(Accelerator(cpu=True), losses, failures, 7)
+    assert "the validation loss at step 7 failed, training goes on; rank 0: RuntimeError: out of memory" in caplog.text
+
+
 def test_the_losses_are_logged_as_curves(tmp_path):
     accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
     accelerator.init_trackers("run")
     for step, loss in ((0, 1.5), (10, 1.25)):
-        log_validation_losses(accelerator, {"validation_loss": loss, "validation_loss/t=100": 2 * loss}, step)
+        log_validation_losses(accelerator, {"validation_loss": loss, "validation_loss/t=100": 2 * loss}, [], step)
     accelerator.end_training()
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     for name, factor in (("validation_loss", 1), ("validation_loss/t=100", 2)):

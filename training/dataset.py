@@ -100,7 +100,8 @@ class ClipDataset(Dataset):
                 logger.warning("warning: another clip takes the place of one that does not decode: %s", error)
                 for index in self._others_of_bucket(draw.index):
                     with suppress(ValueError):
-                        return self._read(Draw(index, draw.epoch))
+                        # With the noise of the one that it stands for: it has a draw of its own elsewhere.
+                        return replace(self._read(Draw(index, draw.epoch)), draws=[draw])
             return Batch([], planned.bucket, failed=[(draw, str(error))])
 
     def _others_of_bucket(self, index: int) -> Iterator[int]:
@@ -163,16 +164,16 @@ class PreparedDataset(Dataset):
             draws=[draw],
             names=[clip.name],
             video_moments=read_tensor(clip.video_latents)[None],
-            image_moments=self._image_moments(clip, draw.epoch)[None] if self.with_images else None,
+            image_moments=self._image_moments(clip, draw)[None] if self.with_images else None,
             prompt_embeds=read_tensor(clip.prompt_embeds)[None],
         )
 
-    def _image_moments(self, clip: PreparedClip, epoch: int) -> torch.Tensor:
-        """The image under one of the strengths of noise that it was prepared with, another in another epoch."""
+    def _image_moments(self, clip: PreparedClip, draw: Draw) -> torch.Tensor:
+        """The image under one of the strengths of noise that it was prepared with, another another time."""
         moments = read_tensor(clip.image_latents)
         if moments.ndim == 4:  # the original script wrote one encoding
             return moments
-        return moments[random.Random(f"{clip.name}-{epoch}").randrange(len(moments))]
+        return moments[random.Random(f"{clip.name}-{draw.epoch}-{draw.copy}").randrange(len(moments))]
 
 
 def collate(samples: Sequence[Batch]) -> Batch:

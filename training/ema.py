@@ -9,7 +9,7 @@ from diffusers.training_utils import EMAModel
 
 def make_ema(parameters: Sequence[torch.nn.Parameter], decay: float) -> EMAModel:
     """Start an average of `parameters`, on their device; `decay` is reached in about 10 / (1 - decay) steps."""
-    return EMAModel(parameters, decay=decay, foreach=True)
+    return EMAModel(parameters, decay=decay)
 
 
 @contextmanager

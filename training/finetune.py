@@ -8,10 +8,11 @@ from itertools import islice
 import torch
 
 from diffusion import derive_seed, sample_generators
+from methods import Lora
 from plan import TrainingData
 from progress import StepLog
 from publish import push_to_hub
-from recipe import Method, Task
+from recipe import Method, Task, check_recipe
 from run_setup import Run, set_up
 from timesteps import share_out
 from trial_run import rehearse
@@ -29,13 +30,13 @@ def finetune(args: argparse.Namespace, data: TrainingData, task: Task, method: M
     if args.dry_run:
         rehearse(args, data, task, method, train)
         return
-    run = set_up(args, data, task, method)
+    run = set_up(check_recipe(args, data, task, method))
     if args.validate_first and run.state.step == 0:
         run.validate(0)
     train(args, run)
     # The result is safe before the last validation, which can fail or take long.
     run.save_checkpoint(run.total_steps)
-    usage = run.save_result()
+    logger.info("saved %s; to use it:\n\n%s\n", run.save_result(), run.usage)
     run.validate(run.total_steps)
     if args.push_to_hub and run.accelerator.is_main_process:
         push_to_hub(
@@ -43,8 +44,9 @@ def finetune(args: argparse.Namespace, data: TrainingData, task: Task, method: M
             args.hub_model_id,
             args.hub_token,
             args.pretrained_model_name_or_path,
-            usage,
+            run.usage,
             args.validation_prompts,
+            [task.name, *(["lora"] if isinstance(method, Lora) else [])],
         )
     run.accelerator.end_training()
 
@@ -76,9 +78,9 @@ def train(args: argparse.Namespace, run: Run) -> None:
         log.add(step_loss, grad_norm, learner.lr_scheduler.get_last_lr()[0])
         if not accelerator.optimizer_step_was_skipped:
             learner.lr_scheduler.step()
-            if learner.ema is not None:
-                learner.ema.step(learner.trainable)
         learner.optimizer.zero_grad(set_to_none=True)
+        if learner.ema is not None and not accelerator.optimizer_step_was_skipped:
+            learner.ema.step(learner.trainable)
 
         done = step + 1
         if done == run.total_steps:

@@ -88,7 +88,21 @@ def plan_training_data(args: argparse.Namespace, *, with_images: bool = False) -
     else:
         data = plan_raw_clips(args, with_images=with_images)
         check_bad_clips(data, args.on_bad_clip)
-    return replace(data, held_out=plan_validation_clips(args, with_images=with_images))
+    held_out = plan_validation_clips(args, with_images=with_images)
+    if isinstance(data, RawData) and held_out is not None:
+        _check_held_out(data, held_out)
+    return replace(data, held_out=held_out)
+
+
+def _check_held_out(data: RawData, held_out: RawData) -> None:
+    """Refuse clips that are trained on and held out as well: their loss would show no overfitting."""
+    trained = {planned.info.sha256 for planned in data.clips}
+    both = [str(planned.clip.video) for planned in held_out.clips if planned.info.sha256 in trained]
+    if both:
+        title = (
+            f"--validation_dataset_file: {len(both)} of its clips are trained on too; take them out of one of the two:"
+        )
+        raise UserError(listing(title, both))
 
 
 def plan_raw_clips(args: argparse.Namespace, *, with_images: bool = False) -> RawData:

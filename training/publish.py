@@ -11,7 +11,13 @@ logger = logging.getLogger(__name__)
 
 
 def push_to_hub(
-    output_dir: Path, repo_id: str | None, token: str | None, base_model: str, usage: str, prompts: list[str]
+    output_dir: Path,
+    repo_id: str | None,
+    token: str | None,
+    base_model: str,
+    usage: str,
+    prompts: list[str],
+    tags: list[str],
 ) -> None:
     """Upload `output_dir`, without checkpoints and caches, to the hub.
 
@@ -20,6 +26,7 @@ def push_to_hub(
         token: None for the one of `hf auth login`.
         usage: code that loads the result, for the card.
         prompts: of the validation videos, for the card.
+        tags: that tell the task and the method, for the card.
     """
     repo_id = create_repo(repo_id or output_dir.resolve().name, token=token, exist_ok=True).repo_id
     samples = "".join(f"- {prompt}\n" for prompt in prompts)
@@ -32,7 +39,7 @@ def push_to_hub(
         f"```python\n{usage}\n```\n\nValidation prompts:\n\n{samples}",
         inference=True,
     )
-    populate_model_card(card, tags=["text-to-video", "diffusers-training", "diffusers", "lora", "cogvideox"])
+    populate_model_card(card, tags=[*tags, "diffusers-training", "diffusers", "cogvideox"])
     card.save(output_dir / "README.md")
     upload_folder(
         repo_id=repo_id,

@@ -76,7 +76,8 @@ def check_recipe(args: argparse.Namespace, data: TrainingData, task: Task, metho
     resumed = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
     accelerator = start_accelerator(args)
     describe_data(args, accelerator, data, source, configs)
-    settings = {"model": configs.kind, "--optimizer": args.optimizer, "--use_ema": args.use_ema, **method.settings}
+    settings = {"model": configs.kind, "--optimizer": args.optimizer, "--use_ema": args.use_ema}
+    settings |= {**task.settings, **method.settings}
     if resumed:
         state = read_state(resumed)
         state.check_settings(settings)

@@ -29,7 +29,7 @@ from optimizers import apply_learning_rate, make_optimizer
 from plan import PreparedData, TrainingData
 from progress import StepSchedule
 from prompts import PromptCache
-from recipe import Method, Recipe, Task, check_recipe
+from recipe import Recipe, Task
 from timesteps import TimestepSampling
 from validation import Pipeline, ValidationSettings, validate
 from validation_loss import log_validation_losses, validation_losses
@@ -67,7 +67,8 @@ class Run:
     objective: Objective
     learner: Learner
     validate: Callable[[int], list[str]]  # validate after so many steps; returns why sampling failed, if it did
-    save_result: Callable[[], str]  # write the result; returns the code that loads it
+    save_result: Callable[[], Path]  # write the result on the main process; returns where it is
+    usage: str  # the code that loads the result
     checkpoints_total_limit: int | None
 
     def save_checkpoint(self, step: int) -> None:
@@ -76,14 +77,13 @@ class Run:
         save_checkpoint(self.accelerator, self.output_dir, state, self.checkpoints_total_limit)
 
 
-def set_up(args: argparse.Namespace, data: TrainingData, task: Task, method: Method) -> Run:
+def set_up(recipe: Recipe) -> Run:
     """Load and wire everything, in an order that never holds two large components that are not needed together.
 
     Raises:
-        UserError: model, data and flags do not go together; raised before any weights are loaded.
+        UserError: weights, images or clips cannot be had, or the checkpoint is beyond the steps asked for.
     """
-    recipe = check_recipe(args, data, task, method)
-    accelerator, state = recipe.accelerator, recipe.state
+    args, accelerator, state = recipe.args, recipe.accelerator, recipe.state
     sampler = make_sampler(recipe)
     schedule = StepSchedule(sampler.batches_per_epoch, args.gradient_accumulation_steps)
     total_steps = args.max_train_steps or args.num_train_epochs * schedule.steps_per_epoch
@@ -112,6 +112,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, task: Task, method: Met
         learner=learner,
         validate=make_validation(recipe, conditions, learner, objective),
         save_result=make_saving(recipe, learner),
+        usage=describe_usage(recipe),
         checkpoints_total_limit=args.checkpoints_total_limit,
     )
 
@@ -171,6 +172,7 @@ def resume(recipe: Recipe, learner: Learner) -> None:
     apply_learning_rate(learner.optimizer, learner.lr_scheduler, rate)
     if learner.ema is not None:
         learner.ema.to(recipe.accelerator.device)
+        learner.ema.decay = recipe.args.ema_decay  # may change on the way, as the learning rate may
     logger.info("resumed from %s at learning rate %g", recipe.resumed, learner.lr_scheduler.get_last_lr()[0])
 
 
@@ -202,13 +204,16 @@ def make_validation(
     """Return what validates a step: the loss of the clips held out, and videos of the prompts, if there are any."""
     sample_videos = make_sampling(recipe, conditions, learner.transformer)
     num_timesteps = objective.scheduler.config.num_train_timesteps
+    # Not what accelerate wrapped: a rank that fails must not leave the others waiting inside a forward pass.
+    objective = replace(objective, model=learner.transformer)
 
     def run_validation(step: int) -> list[str]:
+        failures = []
         with learner.averaged():
             if conditions.held_out:
-                losses = validation_losses(objective, conditions.held_out, recipe.accelerator, num_timesteps)
-                log_validation_losses(recipe.accelerator, losses, step)
-            return sample_videos(step)
+                losses, failures = validation_losses(objective, conditions.held_out, recipe.accelerator, num_timesteps)
+                log_validation_losses(recipe.accelerator, losses, failures, step)
+            return failures + sample_videos(step)
 
     return run_validation
 
@@ -250,23 +255,27 @@ def make_sampling(
     return lambda step: validate(accelerator, make_pipeline, settings, conditions.prompts, folder, step)
 
 
-def make_saving(recipe: Recipe, learner: Learner) -> Callable[[], str]:
-    """Return what writes the result and says how to use it."""
-    args, accelerator, method, folder = recipe.args, recipe.accelerator, recipe.method, recipe.output_dir
+def make_saving(recipe: Recipe, learner: Learner) -> Callable[[], Path]:
+    """Return what writes the result on the main process, and says where it is."""
+    accelerator, method, folder = recipe.accelerator, recipe.method, recipe.output_dir
     # Known before the first step: what fails here must not fail at the end.
     dtype = method.result_dtype(recipe.dtype, recipe.source)
-    pipeline_class = recipe.task.pipeline_class.__name__
-    usage = method.usage(pipeline_class, args.pretrained_model_name_or_path, folder, recipe.task.usage())
 
-    def save_result() -> str:
+    def save_result() -> Path:
+        result = folder
         if accelerator.is_main_process:
             with learner.averaged():
                 result = method.save_result(learner.transformer, recipe.source, folder, dtype)
-            logger.info("saved %s; to use it:\n\n%s\n", result, "\n".join(usage))
         accelerator.wait_for_everyone()
-        return "\n".join(usage)
+        return result
 
     return save_result
+
+
+def describe_usage(recipe: Recipe) -> str:
+    """The code that loads the result."""
+    model, pipeline_class = recipe.args.pretrained_model_name_or_path, recipe.task.pipeline_class.__name__
+    return "\n".join(recipe.method.usage(pipeline_class, model, recipe.output_dir, recipe.task.usage()))
 
 
 def learning_rate_of(args: argparse.Namespace, num_processes: int) -> float:

@@ -1,6 +1,7 @@
 """What a task adds to the training loop: which pipeline samples it, and what the transformer sees."""
 
 from collections.abc import Iterable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class TextToVideo:
     name = "text-to-video"
     pipeline_class = CogVideoXPipeline
     with_images = False
+    settings = MappingProxyType({})  # what a resumed run must have in common with its checkpoint, by flag
 
     def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket]) -> None:
         """Refuse a model that another task needs, and sizes that it cannot sample.
@@ -90,6 +92,11 @@ class ImageToVideo:
         self.noised_image_dropout = noised_image_dropout
         self.ignore_learned_positions = ignore_learned_positions
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """What a resumed run must have in common with its checkpoint, by flag."""
+        return {"--ignore_learned_positional_embeddings": self.ignore_learned_positions}
+
     def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket]) -> None:
         """Refuse a model that another task needs, and sizes that it cannot sample or has no learned positions for.
 
@@ -106,6 +113,10 @@ class ImageToVideo:
         sizes = set(sizes)
         _check_sizes(configs, sizes)
         if not configs.transformer["use_learned_positional_embeddings"]:
+            if self.ignore_learned_positions:
+                raise UserError(
+                    "--ignore_learned_positional_embeddings: this model has no learned positions; leave it out"
+                )
             return
         native = configs.native_size
         others = sorted(sizes - {native})

@@ -214,7 +214,7 @@ def add_dry_run_flag(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dry_run",
         action="store_true",
-        help="Check every sample, train one step of the largest batch, save, load and sample in a folder that is "
+        help="Check every sample, train two steps of the largest batch, save, load and sample in a folder that is "
         "removed again, and say how much memory that took; nothing else is written. (default: off)",
     )
 

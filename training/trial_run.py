@@ -1,6 +1,6 @@
 """What `--dry_run` of a training script does: go once through all that a run does, and leave nothing behind.
 
-Every sample is read, then one step of the largest batch is trained, saved, loaded again, and a video is sampled. What
+Every sample is read, two steps of the largest batch are trained, saved and loaded again, and a video is sampled. What
 would fail after hours fails here, out of memory included.
 """
 
@@ -8,26 +8,31 @@ import argparse
 import logging
 import resource
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from buckets import Bucket, Draw
+from buckets import Bucket, BucketBatchSampler, Draw
 from checkpoints import load_checkpoint
+from clips import PlannedClip
 from dataset import make_loader
 from errors import UserError, listing
 from plan import TrainingData
+from prepared import PreparedClip
 from ranks import launch_rank, launch_size
-from recipe import Method, Task
+from recipe import Method, Task, check_recipe
 from run_setup import Run, make_dataset, set_up
 
 
 logger = logging.getLogger(__name__)
+
+
+STEPS = 2  # the optimizer's states come with the first step and are there in the second
 
 
 def rehearse(
@@ -37,31 +42,32 @@ def rehearse(
     method: Method,
     train: Callable[[argparse.Namespace, Run], None],
 ) -> None:
-    """Try out a run with these flags in a folder beside the output folder, which is removed; called on every rank.
+    """Try out a run with these flags in a folder of its own, which is removed; called on every rank.
 
     Args:
         train: the loop.
 
     Raises:
-        UserError: a sample cannot be read, or the sampling of a video failed.
+        UserError: model, data and flags do not go together, a sample cannot be read, or no video could be sampled.
     """
-    read_every_sample(args, data, task)
     folder = trial_folder(Path(args.output_dir))
-    largest = largest_batch(data, args.train_batch_size * launch_size())
-    trial = trial_flags(args, folder, task, largest.buckets[0])
+    largest = largest_batch(data, args.train_batch_size, launch_size(), min(2, args.gradient_accumulation_steps))
     try:
-        run = set_up(trial, largest, task, method)
+        trial = trial_flags(args, folder, task, largest.buckets[0])
+        recipe = check_recipe(trial, data, task, method)
+        read_every_sample(args, data, task)
+        run = set_up(replace(recipe, data=largest))
         train(trial, run)
-        memory = {"one step": peak_memory(run.accelerator.device)}
-        run.save_checkpoint(1)
-        load_checkpoint(run.accelerator, folder / "checkpoint-1")
+        memory = {"two steps": peak_memory(run.accelerator.device)}
+        run.save_checkpoint(STEPS)
+        load_checkpoint(run.accelerator, folder / f"checkpoint-{STEPS}")
         run.save_result()
-        if failures := run.validate(1):
-            raise UserError(f"--dry_run: no video could be sampled: {failures[0].splitlines()[0]}")
+        if failures := run.validate(STEPS):
+            raise UserError(f"--dry_run: the validation failed: {failures[0].splitlines()[0]}")
         memory["a video"] = peak_memory(run.accelerator.device)
         run.accelerator.wait_for_everyone()
         logger.info("%s", describe_memory(memory))
-        logger.info("dry run: a step of the largest batch, saving, loading and sampling all work; nothing is kept")
+        logger.info("dry run: steps of the largest batch, saving, loading and sampling all work; nothing is kept")
         run.accelerator.end_training()
     finally:
         if launch_rank() == 0:
@@ -89,14 +95,15 @@ def read_every_sample(args: argparse.Namespace, data: TrainingData, task: Task) 
 
 
 def trial_folder(output_dir: Path) -> Path:
-    """Where the trial is written: on the disk that the run will need, in the nearest folder that exists."""
+    """Where the trial is written: in the output folder or, until it exists, the nearest one that does; that is on the
+    disk which the run will need."""
     output_dir = output_dir.absolute()
-    existing = next(parent for parent in output_dir.parents if parent.is_dir())
+    existing = next(folder for folder in (output_dir, *output_dir.parents) if folder.is_dir())
     return existing / f".dry-run.{output_dir.name}"
 
 
 def trial_flags(args: argparse.Namespace, folder: Path, task: Task, size: Bucket) -> argparse.Namespace:
-    """The flags of a run of one step and one coarse video, which goes to no tracker and no hub.
+    """The flags of a run of two steps and one coarse video, which goes to no tracker and no hub.
 
     Args:
         size: of the video, where no validation says another.
@@ -112,8 +119,9 @@ def trial_flags(args: argparse.Namespace, folder: Path, task: Task, size: Bucket
     changed = asked_for | {
         "output_dir": str(folder),
         "resume_from_checkpoint": None,
-        "max_train_steps": 1,
-        "gradient_accumulation_steps": 1,
+        "logging_dir": "logs",
+        "max_train_steps": STEPS,
+        "gradient_accumulation_steps": min(2, args.gradient_accumulation_steps),
         "validation_prompts": prompts,
         "validation_images": images,
         "num_validation_videos": 1,
@@ -123,16 +131,23 @@ def trial_flags(args: argparse.Namespace, folder: Path, task: Task, size: Bucket
     return argparse.Namespace(**(vars(args) | changed))
 
 
-def largest_batch(data: TrainingData, batch_size: int) -> TrainingData:
-    """The samples of the batch that needs the most memory."""
-    counts = Counter(data.buckets)
+def largest_batch(data: TrainingData, batch_size: int, num_ranks: int, accumulation: int) -> TrainingData:
+    """The samples that fill the largest batch, in pixels, for each rank `accumulation` times.
 
-    def pixels(bucket: Bucket) -> int:
-        return min(batch_size, counts[bucket]) * bucket.num_frames * bucket.height * bucket.width
+    A bucket that has fewer samples in an epoch than a batch holds has smaller batches.
+    """
+    sampler = BucketBatchSampler(data.buckets, batch_size, seed=0, repeats=data.repeats)
+    sizes = {bucket: min(batch_size, samples) for bucket, samples in sampler.samples_per_epoch.items()}
+    largest = max(sizes, key=lambda bucket: sizes[bucket] * bucket.num_frames * bucket.height * bucket.width)
+    clips = [_once(clip) for clip, bucket in zip(data.clips, data.buckets, strict=True) if bucket == largest]
+    return replace(data, clips=list(islice(cycle(clips), sizes[largest] * num_ranks * accumulation)))
 
-    largest = max(counts, key=pixels)
-    clips = [clip for clip, bucket in zip(data.clips, data.buckets, strict=True) if bucket == largest]
-    return replace(data, clips=clips[:batch_size])
+
+def _once(sample: PlannedClip | PreparedClip) -> PlannedClip | PreparedClip:
+    """The sample as it is without repeats."""
+    if isinstance(sample, PreparedClip):
+        return replace(sample, repeats=1.0)
+    return replace(sample, clip=replace(sample.clip, repeats=1.0))
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -4,9 +4,11 @@ Training losses cannot show it, as they fall on clips learnt by heart too; nor c
 than ever then. Here nothing but the weights differs from one validation to the next.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +25,8 @@ from models import encode_noised_image, encode_videos
 from objective import Objective
 from prompts import PromptCache
 
+
+logger = logging.getLogger(__name__)
 
 QUANTILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the timesteps
 NOISE_SEED = 0  # the same in every run, so that runs compare
@@ -85,17 +89,31 @@ def _encode(sample: Batch, vae: AutoencoderKLCogVideoX) -> Batch:
 
 def validation_losses(
     objective: Objective, batches: Sequence[Batch], accelerator: Accelerator, num_train_timesteps: int
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[str]]:
     """The losses of the whole set, by the names they are logged under; called on every rank, which all get them.
+
+    A failure never ends the run.
 
     Args:
         objective: with the model to judge, which is left in the mode it was in; nor do the global random numbers move.
         batches: this rank's, as from `encode_validation_set`.
         num_train_timesteps: the noise schedule's.
+
+    Returns:
+        The losses, none if any rank failed, and why each such rank did.
     """
-    losses = clip_losses(objective, batches, accelerator.device, num_train_timesteps)
+    losses, failures = {}, []
+    try:
+        losses = clip_losses(objective, batches, accelerator.device, num_train_timesteps)
+    except Exception as error:
+        # As text: the error itself holds on to all that was on the device.
+        failures = [f"rank {accelerator.process_index}: {type(error).__name__}: {error}"]
     # The losses of each clip, not their sum on each rank: however many ranks there are, the means have the same bits.
-    return mean_losses(dict(gather_object(list(losses.items()))), num_train_timesteps)
+    of_ranks, failures_of_ranks = zip(*gather_object([(losses, failures)]), strict=True)
+    failures = list(chain(*failures_of_ranks))
+    if failures:
+        return {}, failures
+    return mean_losses({k: v for of_rank in of_ranks for k, v in of_rank.items()}, num_train_timesteps), []
 
 
 @torch.no_grad()
@@ -140,9 +158,15 @@ def mean_losses(losses: Mapping[int, Sequence[float]], num_train_timesteps: int)
     }
 
 
-def log_validation_losses(accelerator: Accelerator, losses: Mapping[str, float], step: int) -> None:
-    """Write the losses after `step` optimizer steps to every tracker."""
-    accelerator.log(dict(losses), step=step)
+def log_validation_losses(
+    accelerator: Accelerator, losses: Mapping[str, float], failures: Sequence[str], step: int
+) -> None:
+    """Write the losses after `step` optimizer steps to every tracker, and their mean or what went wrong to the log."""
+    for failure in failures:
+        logger.warning("warning: the validation loss at step %d failed, training goes on; %s", step, failure)
+    if losses:
+        logger.info("validation loss at step %d: %.4f", step, losses["validation_loss"])
+        accelerator.log(dict(losses), step=step)
 
 
 def _timesteps(num_train_timesteps: int) -> list[int]:

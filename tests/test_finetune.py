@@ -69,14 +69,6 @@ def scalars(output: Path, name: str) -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars(name)}
 
 
-def test_the_loss_falls_by_15_percent_in_200_steps(tiny_models, prepared, tmp_path):
-    train(tiny_models("5b"), prepared, tmp_path, "--load_tensors", "--max_train_steps", "200")
-    losses = scalars(tmp_path, "loss")
-    assert sorted(losses) == list(range(1, 201))
-    first, last = (sum(losses[step] for step in steps) / 50 for steps in (range(1, 51), range(151, 201)))
-    assert last < 0.85 * first
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_lora_loads_into_the_pipeline_at_its_trained_strength(tiny_models, prepared, tmp_path, precision):
     flags = ("--load_tensors", "--max_train_steps", "3", "--mixed_precision", precision, "--gradient_checkpointing")
@@ -209,7 +201,7 @@ def test_raw_clips_train_without_preparation_and_are_validated(tiny_models, demo
 
 
 def test_validation_does_not_change_what_is_trained(tiny_models, prepared, tmp_path):
-    flags = ["--load_tensors", "--max_train_steps", "3"]
+    flags = ["--load_tensors", "--max_train_steps", "2"]
     plain = train(tiny_models("5b"), prepared, tmp_path / "plain", *flags)
     flags += ["--validation_prompt", "a red circle", "--validation_steps", "1", "--num_inference_steps", "1"]
     validated = train(tiny_models("5b"), prepared, tmp_path / "validated", *flags)

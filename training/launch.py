@@ -40,7 +40,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", force=True)
-    for chatty in ("accelerate", "httpx", "torchao", "PIL"):
+    for chatty in ("accelerate", "httpx", "huggingface_hub", "torchao", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator

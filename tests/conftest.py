@@ -1,7 +1,7 @@
 """What many tests need: tiny models and clips, made once a session, and a world without network."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,15 @@ def own_cache(tmp_path_factory) -> Path:
     """What the toolkit remembers of clips stays out of the user's own cache."""
     os.environ["COGVIDEOX_FACTORY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     return Path(os.environ["COGVIDEOX_FACTORY_CACHE"])
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Each run is a process of its own for its users; accelerate keeps one state per process."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

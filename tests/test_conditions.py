@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from args import parse_args
@@ -16,11 +15,7 @@ from recipe import check_recipe
 from tasks import ImageToVideo
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Each run is a process of its own for its users; accelerate keeps one state per process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.mark.parametrize(("mode", "left"), [("center", (0, 255, 0)), ("none", (255, 0, 0))])

@@ -27,14 +27,8 @@ from run_setup import Run, build_optimizer, set_up
 from tasks import TextToVideo
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Each run is a process of its own for its users; accelerate keeps one state per process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.utils import export_to_video
 
@@ -23,15 +22,9 @@ from prepared import PreparedClip, read_index, read_tensor
 from tasks import TextToVideo
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 SIZE = Bucket(9, 32, 48)
 SIZE_FLAGS = ["--frame_buckets", "9", "--max_num_frames", "9", "--height", "32", "--width", "48"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Each run is a process of its own for its users; accelerate keeps one state per process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

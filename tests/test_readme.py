@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 import cogvideox_text_to_video_lora
 import test_lora_inference
@@ -18,6 +17,7 @@ from make_real_clips import make_real_clips
 from make_tiny_model import make_tiny_model
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"<!-- tested: ([\w ]+) -->\n```(?:bash|python)\n(.*?)```", README, flags=re.DOTALL))
@@ -53,13 +53,6 @@ def repository(tmp_path_factory) -> Path:
     make_real_clips(folder / "my-clips")
     (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Each run is a process of its own for its users; accelerate keeps one state per process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def block(name: str, *replaced: tuple[str, str]) -> str:

@@ -20,6 +20,7 @@ from methods import Lora
 from models import ModelSource
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 SCRIPTS = {
     ("text", "lora"): cogvideox_text_to_video_lora,
     ("text", "sft"): cogvideox_text_to_video_sft,
@@ -29,13 +30,6 @@ SCRIPTS = {
 TASKS = {"2b": "text", "5b": "text", "1.5-5b": "text", "5b-i2v": "image", "1.5-5b-i2v": "image"}
 VALIDATION = ("--validation_prompt", "a red circle")
 SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Each run is a process of its own for its users; accelerate keeps one state per process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

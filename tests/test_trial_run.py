@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 import cogvideox_image_to_video_lora
@@ -17,11 +16,7 @@ from test_recipes import SIZE
 from trial_run import largest_batch, trial_folder
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Each run is a process of its own for its users; accelerate keeps one state per process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def rehearse(script, model: Path, data: Path, output: Path, *flags: str) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
@@ -21,6 +20,7 @@ from prompts import PromptCache
 from validation import ValidationSettings, validate
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 RED, BLUE = (220, 10, 10), (10, 10, 220)
 SETTINGS = ValidationSettings(
     prompts=["a red circle"],
@@ -37,13 +37,6 @@ SETTINGS = ValidationSettings(
     seed=3,
     fps=8,
 )
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps one state per process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Workplace:

@@ -12,6 +12,8 @@ from fractions import Fraction
 from itertools import count, product
 from typing import NamedTuple, TypeVar
 
+from frames import round_half_up
+
 
 T = TypeVar("T")
 
@@ -202,7 +204,7 @@ class BucketBatchSampler:
             if not 0 < times < math.inf:
                 raise ValueError(f"repeats of sample {indices[0]} are {times}; they must be above 0")
             whole, fraction = divmod(Fraction(times).limit_denominator(10_000), 1)
-            extra = max(_round_half_up(fraction * len(indices)), int(whole == 0))
+            extra = max(round_half_up(fraction * len(indices)), int(whole == 0))
             turns = self._order(indices, rng) if extra else indices
             groups.setdefault(bucket, []).append(_Group(turns, whole, extra))
         return groups
@@ -293,7 +295,3 @@ def _cut(order: Sequence[int], batch_size: int) -> list[list[int]]:
 def _count_copies(batches: Sequence[Sequence[int]], epoch: int) -> list[list[Draw]]:
     counters: defaultdict[int, Iterator[int]] = defaultdict(count)
     return [[Draw(index, epoch, next(counters[index])) for index in batch] for batch in batches]
-
-
-def _round_half_up(value: Fraction) -> int:
-    return math.floor(value + Fraction(1, 2))

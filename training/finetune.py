@@ -76,11 +76,11 @@ def train(args: argparse.Namespace, run: Run) -> None:
         grad_norm = accelerator.clip_grad_norm_(learner.trainable, args.max_grad_norm)
         learner.optimizer.step()
         log.add(step_loss, grad_norm, learner.lr_scheduler.get_last_lr()[0])
+        learner.optimizer.zero_grad(set_to_none=True)
         if not accelerator.optimizer_step_was_skipped:
             learner.lr_scheduler.step()
-        learner.optimizer.zero_grad(set_to_none=True)
-        if learner.ema is not None and not accelerator.optimizer_step_was_skipped:
-            learner.ema.step(learner.trainable)
+            if learner.ema is not None:
+                learner.ema.step(learner.trainable)
 
         done = step + 1
         if done == run.total_steps:

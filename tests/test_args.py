@@ -101,6 +101,7 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
     "optimizer": "adam",
     "use_8bit": False,
     "use_4bit": False,
+    "use_fp8": False,
     "use_torchao": False,
     "beta1": 0.9,
     "beta2": 0.95,
@@ -113,6 +114,17 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
     "prodigy_safeguard_warmup": False,
     "use_cpu_offload_optimizer": False,
     "offload_gradients": False,
+    "step_in_backward": False,
+    "checkpoint_scope": "block",
+    "checkpoint_every": 1,
+    "offload_checkpoints": False,
+    "text_encoder_8bit": False,
+    "auto_fit": False,
+    "memory_budget_gb": None,
+    "compile": False,
+    "attention_backend": None,
+    "validation_attention_backend": None,
+    "profile": False,
     "push_to_hub": False,
     "hub_token": None,
     "hub_model_id": None,
@@ -130,9 +142,13 @@ METHOD_DEFAULTS = {
         "use_dora": False,
         "lora_dropout": 0.0,
         "lora_weights": None,
+        "quantize_base": "none",
+        "stream_blocks": False,
     },
-    "sft": {"save_pipeline": False},
+    "sft": {"save_pipeline": False, "weights_dtype": "fp32"},
 }
+# Parts of the toolkit ask for these without asking for the method.
+OTHER_METHOD = {"lora": {"weights_dtype": "fp32"}, "sft": {"quantize_base": "none", "stream_blocks": False}}
 
 PREPARE_DEFAULTS = DATA_DEFAULTS | {
     "model_id": "THUDM/CogVideoX-2b",
@@ -152,6 +168,7 @@ PREPARE_DEFAULTS = DATA_DEFAULTS | {
     "dtype": "fp32",
     "seed": 42,
     "num_artifact_workers": 4,
+    "text_encoder_8bit": False,
 }
 
 ALIASES = [
@@ -211,7 +228,11 @@ BAD_TRAINING_FLAGS = [
     ("--learning_rate nan", "--learning_rate", "out of range"),
     ("--learning_rate fast", "--learning_rate", "'fast' is not a number"),
     ("--beta1 1", "--beta1", "not including, 1"),
-    ("--optimizer sgd", "--optimizer", "invalid choice 'sgd'; choose from adam, adamw, prodigy, came"),
+    (
+        "--optimizer sgd",
+        "--optimizer",
+        "invalid choice 'sgd'; choose from adam, adamw, prodigy, came, schedulefree, muon",
+    ),
     ("--lr_scheduler step", "--lr_scheduler", "cosine_with_restarts"),
     ("--mixed_precision fp8", "--mixed_precision", "no, fp16, bf16"),
     ("--video_reshape_mode crop", "--video_reshape_mode", "center, random, none"),
@@ -223,6 +244,16 @@ BAD_TRAINING_FLAGS = [
     ("--use_cpu_offload_optimizer --optimizer came", "--use_cpu_offload_optimizer", "use --optimizer adamw"),
     ("--use_cpu_offload_optimizer --use_8bit", "--use_cpu_offload_optimizer", "add --use_torchao"),
     ("--use_cpu_offload_optimizer --mixed_precision fp16", "--use_cpu_offload_optimizer", "bf16"),
+    ("--use_fp8", "--use_fp8", "add --use_torchao"),
+    ("--use_fp8 --use_4bit --use_torchao", "--use_4bit and --use_fp8", "leave out"),
+    ("--step_in_backward --optimizer muon", "--step_in_backward", "use --optimizer adamw"),
+    ("--step_in_backward --use_cpu_offload_optimizer", "--step_in_backward", "use --offload_gradients"),
+    ("--step_in_backward --gradient_accumulation_steps 2", "--step_in_backward", "--gradient_accumulation_steps 1"),
+    ("--step_in_backward --mixed_precision fp16", "--step_in_backward", "bf16"),
+    ("--step_in_backward --max_grad_norm 1", "--max_grad_norm", "never known with --step_in_backward"),
+    ("--max_grad_norm -1", "--max_grad_norm", "0 or more"),
+    ("--optimizer schedulefree --use_ema", "--use_ema", "use --optimizer adamw"),
+    ("--optimizer schedulefree --beta1 0", "--beta1", "give more than 0"),
     ("--offload_gradients", "--offload_gradients", "add --use_cpu_offload_optimizer"),
     (
         "--use_cpu_offload_optimizer --offload_gradients --gradient_accumulation_steps 2",
@@ -320,7 +351,8 @@ def help_of(call: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> s
 @pytest.mark.parametrize("task", ["text-to-video", "image-to-video"])
 @pytest.mark.parametrize("method", ["lora", "sft"])
 def test_training_defaults_are_the_documented_ones(task: str, method: str) -> None:
-    expected = TRAINING_DEFAULTS | METHOD_DEFAULTS[method]
+    given = frozenset({"pretrained_model_name_or_path", "data_root"})
+    expected = TRAINING_DEFAULTS | METHOD_DEFAULTS[method] | OTHER_METHOD[method] | {"method": method, "given": given}
     expected |= {
         "pretrained_model_name_or_path": "THUDM/CogVideoX-5b",
         "data_root": "clips",
@@ -568,6 +600,10 @@ def test_only_the_first_process_of_a_launch_warns(
         "--use_8bit",
         "--use_8bit --use_torchao --optimizer adamw",
         "--use_4bit --use_torchao",
+        "--use_fp8 --use_torchao --step_in_backward",
+        "--use_cpu_offload_optimizer --offload_gradients",
+        "--optimizer schedulefree --lr_scheduler constant_with_warmup",
+        "--optimizer muon",
         "--optimizer came --beta3 0.9999",
         "--optimizer prodigy --learning_rate 1 --prodigy_decouple --prodigy_use_bias_correction",
         "--push_to_hub --hub_token secret --hub_model_id me/mine",
@@ -578,10 +614,45 @@ def test_sensible_combinations_pass_silently(flags: str, capsys: pytest.CaptureF
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("flags", ["--offload_gradients", "--use_4bit --use_torchao"])
-def test_an_offloaded_optimizer_passes_with_a_word_on_clipping(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
-    train("--use_cpu_offload_optimizer", *flags.split())
-    assert capsys.readouterr().err.startswith("warning: --max_grad_norm has no effect")
+@pytest.mark.parametrize("flag", ["--use_cpu_offload_optimizer", "--step_in_backward"])
+def test_several_processes_are_refused_where_gradients_are_not_averaged(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        train(flag)
+    assert f"{flag}: takes gradients before processes average them; launch one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--optimizer muon --use_torchao", "--weights_dtype bf16: muon does not round stochastically"),
+        (
+            "--optimizer adamw",
+            "--weights_dtype bf16: only torchao's optimizers round stochastically; add --use_torchao",
+        ),
+        ("--optimizer adam --use_torchao", "use --optimizer adamw or add --use_8bit"),
+        ("--use_8bit --use_torchao --mixed_precision no", "use --mixed_precision bf16"),
+        ("--use_8bit --use_torchao --use_ema", "--use_ema: an average kept in bf16"),
+    ],
+)
+def test_bf16_weights_are_refused_with_what_would_lose_updates(
+    flags: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train("--weights_dtype", "bf16", *flags.split(), method="sft")
+    assert words in capsys.readouterr().err
+
+
+def test_gradients_are_not_clipped_when_steps_are_in_the_backward_pass() -> None:
+    assert train("--step_in_backward").max_grad_norm == 0
+    assert train("--step_in_backward", "--max_grad_norm", "0").max_grad_norm == 0
+
+
+def test_a_falling_rate_with_a_schedule_free_optimizer_gets_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--optimizer", "schedulefree", "--lr_scheduler", "cosine")
+    assert capsys.readouterr().err.startswith("warning: --lr_scheduler cosine is not needed with schedulefree")
 
 
 def test_the_first_validation_is_before_training_unless_switched_off(workplace: Path) -> None:
@@ -714,7 +785,7 @@ def test_check_files_reports_to_python_callers_with_a_user_error() -> None:
 
 
 def test_training_help_mentions_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    names = set(vars(train())) - {"validation_prompts"}
+    names = set(vars(train())) - {"validation_prompts", "method", "given", *OTHER_METHOD["lora"]}
     aliases = {alias.removeprefix("--") for alias, _ in ALIASES}
     aliases |= {"instance_data_root", "prodigy_beta3", "use_8bit_adam"}
     shown = help_of(lambda: train("--help"), capsys)
@@ -733,6 +804,7 @@ def test_help_names_the_task(task: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 OUR_TORCH_FREE_MODULES = {"args", "buckets", "errors", "files", "flag_checks", "flag_types", "prepared", "run_folder"}
+OUR_TORCH_FREE_MODULES |= {"memory_flags", "optimizer_flags", "speed_flags", "validation_flags"}
 OUR_TORCH_FREE_MODULES |= {"shards", "data_flags", "preparation_flags", "training_flags", "frames", "ranks"}
 
 

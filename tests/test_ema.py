@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ema import averaged_weights, make_ema
+from ema import averaged_weights, make_ema, schedule_free_weights
+from optimizers import make_optimizer
 
 
 def test_the_average_follows_the_weights_by_its_formula():
@@ -36,4 +37,46 @@ def test_the_weights_come_back_whatever_happens_meanwhile():
 def test_without_an_average_the_weights_stay():
     weight = torch.nn.Parameter(torch.ones(2))
     with averaged_weights(None, [weight]):
+        assert weight.tolist() == [1, 1]
+
+
+def schedule_free_run(steps: int, averages: list[torch.Tensor] | None = None) -> torch.Tensor:
+    """Weights after so many steps; with a list, after a look at the average after each."""
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
+    optimizer = make_optimizer([weight], "schedulefree", learning_rate=0.1, beta1=0.9)
+    for step in range(steps):
+        (weight - step % 3).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if averages is not None:
+            with schedule_free_weights(optimizer, [weight]):
+                averages.append(weight.detach().clone())
+    return weight.detach()
+
+
+def test_the_average_of_a_schedule_free_optimizer_is_the_one_it_is_defined_by():
+    """The weights trained are y = (1 - beta1) z + beta1 x; x is the mean of all z, here by hand."""
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
+    optimizer = make_optimizer([weight], "schedulefree", learning_rate=0.1, beta1=0.9)
+    visited = []
+    for step in range(5):
+        (weight - step % 3).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        visited.append(optimizer.state[weight]["z"].clone())
+    with schedule_free_weights(optimizer, [weight]):
+        torch.testing.assert_close(weight.detach(), torch.stack(visited).mean(dim=0))
+    assert not torch.equal(weight.detach(), torch.stack(visited).mean(dim=0))
+
+
+def test_a_look_at_the_schedule_free_average_changes_nothing_in_training():
+    averages = []
+    assert torch.equal(schedule_free_run(5, averages), schedule_free_run(5))
+    assert not torch.equal(averages[-1], schedule_free_run(5))
+
+
+def test_before_the_first_step_the_schedule_free_average_is_the_weights():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = make_optimizer([weight], "schedulefree", learning_rate=0.1)
+    with schedule_free_weights(optimizer, [weight]):
         assert weight.tolist() == [1, 1]

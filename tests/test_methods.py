@@ -291,6 +291,63 @@ def test_the_usage_names_the_model_and_the_folder(tmp_path):
     assert lines[1:] == ["change(pipe)", f'pipe.load_lora_weights("{tmp_path}")']
 
 
+# A quantized base
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "target_modules": [
+                "all-linear",
+            ],
+            "use_dora": True,
+        },
+    ],
+    ids=["lora", "dora"],
+)
+def test_a_lora_trained_on_a_quantized_base_is_one_of_the_plain_model(tiny_models, tmp_path, quantization, options):
+    """Its file differs in nothing but values, and has on the plain model the effect that it would have there."""
+    lora = Lora(rank=4, alpha=8, **options)
+    files, changed = [], []
+    for name in ("none", quantization):
+        transformer = ModelSource(str(tiny_models("2b"))).load_transformer(torch.float32, quantize=name)
+        untouched = predict(transformer)
+        lora.attach(transformer)
+        assert torch.equal(predict(transformer), untouched)
+        randomize(transformer)
+        files.append(lora.save(transformer, tmp_path / name, torch.bfloat16))
+        changed.append(predict(transformer) - untouched)
+    plain, quantized = (load_file(file) for file in files)
+    assert {name: (w.shape, w.dtype) for name, w in plain.items()} == {
+        name: (w.shape, w.dtype) for name, w in quantized.items()
+    }
+    with safe_open(files[0], "pt") as ours, safe_open(files[1], "pt") as theirs:
+        assert ours.metadata() == theirs.metadata()
+    sampled = predict(sampled_with(tiny_models("2b"), files[1].parent))
+    effect = sampled - predict(load(tiny_models("2b")))
+    assert (effect - changed[1]).norm() < 0.2 * changed[1].norm()
+    assert changed[1].norm() > 0.01 * sampled.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_a_quantized_base_starts_from_a_lora_and_resumes_as_a_plain_one(tiny_models, tmp_path, options):
+    start = write_lora(tiny_models("2b"), tmp_path / "start", **options)
+    source = ModelSource(str(tiny_models("2b")))
+    lora = Lora(rank=4, alpha=8, start_from=start, quantize_base="int8", **options)
+    lora.check_model(source.configs(), source)
+    transformers = [source.load_transformer(torch.float32, quantize="int8") for _ in range(2)]
+    lora.attach(transformers[0])
+    assert is_equal(load_file(lora.save(transformers[0], tmp_path / "again", torch.float32)), load_file(start))
+    randomize(transformers[0])
+    lora.save(transformers[0], tmp_path / "checkpoint", torch.float32)
+    lora.attach(transformers[1])
+    lora.load(transformers[1], tmp_path / "checkpoint")
+    assert torch.equal(predict(transformers[0]), predict(transformers[1]))
+
+
 # A LoRA to start from
 
 

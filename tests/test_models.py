@@ -1,7 +1,10 @@
 """Components load as asked, and encode text and video as the pipeline and the VAE themselves do."""
 
+import gc
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
+from torch.profiler import ProfilerActivity, profile
 
 from buckets import Bucket
 from diffusion import pad_latent_frames
@@ -183,6 +187,71 @@ def test_a_component_is_loaded_in_the_dtype_asked_for(source, component, dtype):
         "text_encoder": lambda: source.load_text_pipeline(dtype).text_encoder,
     }[component]()
     assert {parameter.dtype for parameter in network.parameters()} == {dtype}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+def test_a_component_is_loaded_to_the_device_asked_for_and_can_be_moved_on(source, component):
+    device = torch.device("cuda")
+    network = {
+        "transformer": lambda: source.load_transformer(torch.bfloat16, device=device),
+        "vae": lambda: source.load_vae(torch.bfloat16, slicing=False, tiling=False, device=device),
+        "text_encoder": lambda: source.load_text_pipeline(torch.bfloat16, device=device).text_encoder,
+    }[component]()
+    assert {tensor.device.type for tensor in [*network.parameters(), *network.buffers()]} == {"cuda"}
+    assert not any(hasattr(part, "_hf_hook") for part in network.modules())
+    network.to("cpu")
+    assert {tensor.device.type for tensor in [*network.parameters(), *network.buffers()]} == {"cpu"}
+
+
+@pytest.fixture(scope="module")
+def large_source(tiny_models, tmp_path_factory) -> Iterator[ModelSource]:
+    """A transformer of 40 million parameters in bfloat16, nearly all of them in the blocks."""
+    config = CogVideoXTransformer3DModel.load_config(tiny_models("5b"), subfolder="transformer")
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel.from_config({**config, "num_attention_heads": 16, "num_layers": 12})
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+    folder = tmp_path_factory.mktemp("large")
+    model.save_pretrained(folder / "transformer")
+    yield ModelSource(str(folder))
+    shutil.rmtree(folder)
+
+
+def most_memory(action: Callable[[], object]) -> tuple[int, object]:
+    """The most bytes that torch held on the CPU for an action, mapped files included, and what it returned."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = action()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes)), result
+
+
+@pytest.mark.parametrize(
+    ("quantize", "bytes_each"), [("none", 4), ("int8", 1), ("fp8", 1)], ids=["float32", "int8", "fp8"]
+)
+def test_loading_takes_no_more_host_memory_than_the_file_and_the_result(large_source, quantize, bytes_each):
+    """The file is mapped, and each weight is converted on its own."""
+    file = large_source.local_folder() / "transformer" / "diffusion_pytorch_model.safetensors"
+    num_parameters = file.stat().st_size // 2
+    taken, model = most_memory(lambda: large_source.load_transformer(torch.float32, quantize=quantize))
+    assert model.dtype == torch.float32
+    # A copy of all weights in float32 on the way would be 4 bytes more for each. (torchao's loader looks at the file's
+    # header while it is mapped, and so maps it twice for a moment.)
+    assert 0.9 * (2 + bytes_each) * num_parameters < taken < (2 + bytes_each + 2) * num_parameters
+
+
+def test_without_its_encoder_the_vae_decodes_as_ever(source, vae):
+    decoder = source.load_vae(torch.float32, slicing=False, tiling=False, decoder_only=True)
+    latents = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(decoder.decode(latents).sample, vae.decode(latents).sample)
+    encoders = {name for name in vae.state_dict() if name.startswith("encoder.")}
+    assert vae.state_dict().keys() - decoder.state_dict().keys() == encoders != set()
 
 
 def test_the_vae_is_loaded_frozen(vae):

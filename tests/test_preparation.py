@@ -172,6 +172,18 @@ def test_the_embeddings_are_those_of_the_captions(prepared, model, rows):
         assert torch.equal(read_tensor(clip.prompt_embeds), encode_prompts(pipeline, [caption])[0])
 
 
+def test_the_text_encoder_in_8_bits_embeds_captions_for_a_folder_of_its_own(model, small, tmp_path, capsys):
+    data = write_data(tmp_path / "data", small[:1])
+    folder = prepare(model, data, tmp_path / "out", "--text_encoder_8bit")
+    pipeline = ModelSource(str(model)).load_text_pipeline(torch.float32, in_8bit=True)
+    (clip,) = read_index(folder)
+    assert torch.equal(read_tensor(clip.prompt_embeds), encode_prompts(pipeline, [small[0][1]])[0])
+    assert torch.equal(read_empty_prompt(folder), encode_prompts(pipeline, [""])[0])
+    with pytest.raises(SystemExit):
+        prepare(model, data, folder)
+    assert "dtype was 'fp32, text encoder in 8 bits', is now 'fp32'" in capsys.readouterr().err
+
+
 def test_the_empty_prompt_is_embedded_as_captions_are(prepared, prepared_files, model):
     pipeline = ModelSource(str(model)).load_text_pipeline(torch.float32)
     expected = encode_prompts(pipeline, [""])[0]
@@ -434,6 +446,7 @@ def test_a_clip_taken_from_the_list_is_taken_from_the_index(model, small, prepar
     ("flags", "message"),
     [
         (["--dtype", "bf16"], "dtype was 'fp32', is now 'bf16'"),
+        (["--text_encoder_8bit"], "dtype was 'fp32', is now 'fp32, text encoder in 8 bits'"),
         (["--max_sequence_length", "64"], "max_sequence_length was 226, is now 64"),
         (["--layout", "files"], "layout was 'shards', is now 'files'"),
     ],

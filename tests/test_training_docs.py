@@ -81,9 +81,15 @@ def test_a_command_of_the_page_does_what_it_is_there_for(folder, block, flag, va
     assert getattr(parsed(call), flag) == value
 
 
+def test_the_commands_on_memory_let_the_toolkit_choose(folder):
+    budget, trial = map(parsed, calls_of(folder, "memory"))
+    assert (budget.memory_budget_gb, budget.auto_fit) == (16, False)
+    assert (trial.memory_budget_gb, trial.auto_fit) == (None, True)
+
+
 def test_all_code_of_the_page_is_tested():
     assert re.findall(r"```(?:bash|python)\n(.*?)```", PAGE, flags=re.DOTALL) == list(BLOCKS.values())
-    assert BLOCKS.keys() == {"launchers", "dry run", "prepare for images", "all weights", "validation set"}
+    assert BLOCKS.keys() == {"launchers", "dry run", "prepare for images", "all weights", "validation set", "memory"}
 
 
 def test_the_code_for_all_weights_loads_them(folder, tiny_models):
@@ -105,7 +111,8 @@ def test_the_flags_that_the_page_names_exist(task, method):
         check=True,
     )
     of_lora, of_sft = {"--lora_target_modules", "--use_rslora", "--use_dora", "--lora_dropout"}, {"--save_pipeline"}
-    of_lora |= {"--lora_weights"}
+    of_lora |= {"--lora_weights", "--quantize_base", "--stream_blocks"}
+    of_sft |= {"--weights_dtype"}
     elsewhere = {"--save_image_latents"} | (of_sft if method == "lora" else of_lora)
     named = set(re.findall(r"--\w[\w-]*", re.sub(r"<!--.*?-->", "", PAGE))) - elsewhere
     assert named <= set(re.findall(r"--\w[\w-]*", done.stdout))

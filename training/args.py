@@ -16,10 +16,8 @@ from flag_checks import (
     check_frames,
     check_hub,
     check_lora,
-    check_low_bit,
     check_no_earlier_run,
     check_objective,
-    check_optimizer,
     check_prepared_flags,
     check_sizes,
     check_validation,
@@ -28,22 +26,22 @@ from flag_checks import (
     training_warnings,
 )
 from flag_types import FlagParser, choice, path
+from memory_flags import add_memory_flags, check_memory
+from optimizer_flags import add_optimizer_flags, add_optimizer_memory_flags, check_low_bit, check_optimizer
 from preparation_flags import add_prepare_flags, add_prepare_speed_flags
 from ranks import launch_rank
+from speed_flags import add_speed_flags, check_speed
 from training_flags import (
     add_configuration_flags,
     add_dry_run_flag,
     add_image_flags,
     add_lora_flags,
-    add_memory_flags,
     add_objective_flags,
-    add_optimizer_flags,
     add_result_flags,
     add_schedule_flags,
     add_training_flags,
-    add_validation_flags,
-    add_validation_set_flags,
 )
+from validation_flags import add_validation_flags, add_validation_set_flags
 
 
 TASKS = ("text-to-video", "image-to-video")
@@ -54,7 +52,8 @@ DATA_FLAGS = ("data_root", "dataset_file", "dataset_name", "dataset_mix")  # one
 def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> argparse.Namespace:
     """Read and check the flags of a training script.
 
-    Besides one attribute for each flag, the result has `validation_prompts` (list of str, stripped). On return,
+    Besides one attribute for each flag, the result has `validation_prompts` (list of str, stripped), `method` and
+    `given` (the names of the flags that the user typed). On return,
     `height_buckets`, `width_buckets` and `frame_buckets` are lists of int, `height` and `width` are ints and
     `validation_images` is a list of str.
 
@@ -84,6 +83,8 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
         check_validation(args, task)
         check_low_bit(args)
         check_optimizer(args, given)
+        check_memory(args, given, method)
+        check_speed(args)
         check_objective(given, args.timestep_sampling, args.use_ema)
         if method == "lora":
             check_lora(args)
@@ -103,6 +104,7 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
         parser.error(str(error))
     _warn(training_warnings(args, given, task, method))
     _drop_long_buckets(args)
+    args.method, args.given = method, frozenset(given)
     return args
 
 
@@ -128,6 +130,8 @@ def parse_prepare_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.long_clips = args.long_clips or ("first" if args.fps else "spread")
         if args.save_image_latents and not args.save_latents_and_embeddings:
             raise UserError("--save_image_latents: latents are written by --save_latents_and_embeddings; add it")
+        if args.text_encoder_8bit and not args.save_latents_and_embeddings:
+            raise UserError("--text_encoder_8bit: nothing is embedded without --save_latents_and_embeddings; add it")
         if args.layout == "shards" and not args.save_latents_and_embeddings:
             raise UserError("--layout shards: shards hold latents; add --save_latents_and_embeddings")
         args.layout = args.layout or ("shards" if args.save_latents_and_embeddings else "files")
@@ -194,7 +198,9 @@ def _training_parser(task: str, method: str) -> FlagParser:
         add_result_flags(parser.add_argument_group("result"))
     add_image_flags(parser.add_argument_group("image-to-video (no effect on text-to-video)"))
     add_optimizer_flags(parser.add_argument_group("optimizer"))
-    add_memory_flags(parser.add_argument_group("optimizer memory"))
+    add_optimizer_memory_flags(parser.add_argument_group("optimizer memory"))
+    add_memory_flags(parser.add_argument_group("memory"), method)
+    add_speed_flags(parser.add_argument_group("speed"))
     add_configuration_flags(parser.add_argument_group("configuration"), method)
     return parser
 

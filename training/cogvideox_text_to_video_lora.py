@@ -15,7 +15,7 @@ from pathlib import Path
 from args import parse_args
 from errors import one_line_errors
 from plan import plan_training_data
-from quiet import quiet_libraries
+from startup import prepare_imports
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         args = parse_args(argv, task="text-to-video", method="lora")
         data = plan_training_data(args)
-        quiet_libraries()
+        prepare_imports(args, owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
         from finetune import finetune
         from methods import Lora
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             use_dora=args.use_dora,
             dropout=args.lora_dropout,
             start_from=Path(args.lora_weights) if args.lora_weights else None,
+            quantize_base=args.quantize_base,
         )
         finetune(args, data, TextToVideo(), method)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from args import parse_args
 from errors import one_line_errors
 from plan import plan_training_data
-from quiet import quiet_libraries
+from startup import prepare_imports
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,13 +22,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         args = parse_args(argv, task="text-to-video", method="sft")
         data = plan_training_data(args)
-        quiet_libraries()
+        prepare_imports(args, owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
         from finetune import finetune
         from methods import FullFinetune
         from tasks import TextToVideo
 
-        finetune(args, data, TextToVideo(), FullFinetune(save_pipeline=args.save_pipeline))
+        finetune(args, data, TextToVideo(), FullFinetune(args.save_pipeline, weights_dtype=args.weights_dtype))
 
 
 if __name__ == "__main__":

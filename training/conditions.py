@@ -41,7 +41,9 @@ def encode_conditions(recipe: Recipe) -> Conditions:
         # As clips are cut to size; the pipeline would distort images of another aspect.
         images = [ImageOps.fit(image, (args.width, args.height)) for image in images]
     empty_prompt = find_empty_prompt(data, recipe.configs) if args.caption_dropout else None
-    prompts = PromptCache(recipe.output_dir / "prompt_embeds", recipe.source, recipe.dtype)
+    prompts = PromptCache(
+        recipe.output_dir / "prompt_embeds", recipe.source, recipe.dtype, in_8bit=args.text_encoder_8bit
+    )
     texts = [*data.captions, *args.validation_prompts]
     texts += data.held_out.captions if data.held_out else []
     is_guided = args.validation_prompts and args.guidance_scale > 1  # guidance compares with the empty prompt

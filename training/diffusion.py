@@ -24,6 +24,16 @@ def step_generator(device: torch.device, seed: int, *position: object) -> torch.
     return torch.Generator(device).manual_seed(derive_seed(seed, *position))
 
 
+def seed_global(device: torch.device, seed: int) -> None:
+    """Seed torch's global generators of the CPU and of `device`.
+
+    `torch.manual_seed` goes through every kind of accelerator there is, which takes as long as 3% of a small step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 def sample_generators(device: torch.device, seed: int, draws: Sequence[Draw]) -> list[torch.Generator]:
     """A random generator for each sample of a batch.
 

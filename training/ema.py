@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from diffusers.training_utils import EMAModel
+from torch.optim import Optimizer
 
 
 def make_ema(parameters: Sequence[torch.nn.Parameter], decay: float) -> EMAModel:
@@ -24,3 +25,24 @@ def averaged_weights(ema: EMAModel | None, parameters: Sequence[torch.nn.Paramet
         yield
     finally:
         ema.restore(parameters)
+
+
+@contextmanager
+def schedule_free_weights(optimizer: Optimizer, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Put the average that a schedule-free optimizer keeps in the place of the weights that it trains meanwhile.
+
+    Args:
+        optimizer: of the package schedulefree, or accelerate's wrapper of one.
+
+    Source: https://arxiv.org/abs/2405.15682.
+    """
+    # The optimizer interpolates from the one to the other; the way back is not exact.
+    trained = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for parameter, kept in zip(parameters, trained, strict=True):
+                parameter.copy_(kept)

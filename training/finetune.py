@@ -2,14 +2,21 @@
 
 import argparse
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import islice
+from pathlib import Path
 
 import torch
 
-from diffusion import derive_seed, sample_generators
+from auto_fit import fit_by_trial
+from diffusion import derive_seed, sample_generators, seed_global
+from memory_fit import fit_to_budget
 from methods import Lora
+from optimizers import clip_gradients
 from plan import TrainingData
+from prefetch import DeviceCopies
+from profiling import PROFILE_FOLDER, profiled
 from progress import StepLog
 from publish import push_to_hub
 from recipe import Method, Task, check_recipe
@@ -30,10 +37,14 @@ def finetune(args: argparse.Namespace, data: TrainingData, task: Task, method: M
     if args.dry_run:
         rehearse(args, data, task, method, train)
         return
-    run = set_up(check_recipe(args, data, task, method))
+    if args.auto_fit:
+        args, method = fit_by_trial(args, data, task, method, train)
+    recipe = fit_to_budget(check_recipe(args, data, task, method), args.given)
+    args, run = recipe.args, set_up(recipe)
     if args.validate_first and run.state.step == 0:
         run.validate(0)
-    train(args, run)
+    with profiled(profile_folder(args, run), run.state.step) as next_step:
+        train(args, run, next_step)
     # The result is safe before the last validation, which can fail or take long.
     run.save_checkpoint(run.total_steps)
     logger.info("saved %s; to use it:\n\n%s\n", run.save_result(), run.usage)
@@ -51,36 +62,57 @@ def finetune(args: argparse.Namespace, data: TrainingData, task: Task, method: M
     run.accelerator.end_training()
 
 
-def train(args: argparse.Namespace, run: Run) -> None:
-    """The loop: one turn is one optimizer step on `gradient_accumulation_steps` batches of every rank."""
+def profile_folder(args: argparse.Namespace, run: Run) -> Path | None:
+    """Where the main process records what steps do, if that was asked for."""
+    return run.output_dir / PROFILE_FOLDER if args.profile and run.accelerator.is_main_process else None
+
+
+def train(args: argparse.Namespace, run: Run, next_step: Callable[[], None] = lambda: None) -> None:
+    """The loop: one turn is one optimizer step on `gradient_accumulation_steps` batches of every rank.
+
+    Args:
+        next_step: called at the end of each step, for whoever watches.
+    """
     accelerator, learner, schedule, seed = run.accelerator, run.learner, run.schedule, run.state.seed
-    log = StepLog(accelerator, run.state.step, run.total_steps, args.logging_steps)
+    phase, to_device = run.throughput.phase, DeviceCopies(accelerator.device)
+    log = StepLog(accelerator, run.state.step, run.total_steps, args.logging_steps, run.throughput)
     learner.model.train()
     for step in range(run.state.step, run.total_steps):
-        batches = list(islice(run.batches, schedule.batches_before(step + 1) - schedule.batches_before(step)))
+        with phase("data"):
+            batches = list(islice(run.batches, schedule.batches_before(step + 1) - schedule.batches_before(step)))
         sizes = [len(batch.names) for batch in batches]
         parts = timestep_parts(args, run, step, sizes)
         # A LoRA's dropout draws from the global generator: what it draws must not depend on what happened before.
-        torch.manual_seed(derive_seed(seed, step, accelerator.process_index))
+        seed_global(accelerator.device, derive_seed(seed, step, accelerator.process_index))
         step_loss = torch.zeros((), device=accelerator.device)
         for number, batch in enumerate(batches):
             generators = sample_generators(accelerator.device, seed, batch.draws)
             # Ranks exchange gradients once a step, with its last batch.
             accelerator.sync_gradients = number == len(batches) - 1
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(learner.model):
-                losses = run.objective(batch.to(accelerator.device), generators, parts[number])
-                loss = losses.sum() / sum(sizes)
-                # accelerate divides by the accumulation steps, but the sum above makes the mean already.
-                accelerator.backward(loss * args.gradient_accumulation_steps)
+                with phase("data"):
+                    batch = to_device(batch)
+                with phase("forward"):
+                    losses = run.objective(batch, generators, parts[number])
+                    loss = losses.sum() / sum(sizes)
+                with phase("backward"):
+                    # accelerate divides by the accumulation steps, but the sum above makes the mean already.
+                    accelerator.backward(loss * args.gradient_accumulation_steps)
             step_loss += loss.detach()
-        grad_norm = accelerator.clip_grad_norm_(learner.trainable, args.max_grad_norm)
-        learner.optimizer.step()
-        log.add(step_loss, grad_norm, learner.lr_scheduler.get_last_lr()[0])
-        learner.optimizer.zero_grad(set_to_none=True)
-        if not accelerator.optimizer_step_was_skipped:
-            learner.lr_scheduler.step()
-            if learner.ema is not None:
-                learner.ema.step(learner.trainable)
+            run.throughput.count(batch.bucket, len(batch.names))
+        with phase("optimizer"):
+            grad_norm = clip_gradients(accelerator, learner.optimizer, learner.trainable, args.max_grad_norm)
+            # Stochastic rounding must do the same on all ranks.
+            seed_global(accelerator.device, derive_seed(seed, step))
+            learner.optimizer.step()
+            learner.optimizer.zero_grad(set_to_none=True)
+            rate = float(learner.lr_scheduler.get_last_lr()[0])
+            if not accelerator.optimizer_step_was_skipped:
+                learner.lr_scheduler.step()
+                if learner.ema is not None:
+                    learner.ema.step(learner.trainable)
+        log.add(step_loss, grad_norm, rate)
+        next_step()
 
         done = step + 1
         if done == run.total_steps:

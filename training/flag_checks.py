@@ -137,45 +137,6 @@ def check_validation_images(args: argparse.Namespace, task: str) -> None:
             raise UserError(f"--validation_images: no file '{image}'; give a path or an http(s) URL")
 
 
-def check_low_bit(args: argparse.Namespace) -> None:
-    """Low-bit and offloaded optimizers exist for the optimizer chosen, and are not contradictory."""
-    is_adam = args.optimizer in ("adam", "adamw")
-    if args.use_8bit and args.use_4bit:
-        raise UserError("--use_8bit and --use_4bit: only one is possible; leave out the other")
-    for flag in ("use_8bit", "use_4bit", "use_cpu_offload_optimizer"):
-        if getattr(args, flag) and not is_adam:
-            raise UserError(f"--{flag}: not available for {args.optimizer}; use --optimizer adamw or leave it out")
-    if args.use_4bit and not args.use_torchao:
-        raise UserError("--use_4bit: only torchao has 4-bit optimizers; add --use_torchao")
-    if args.use_cpu_offload_optimizer and args.use_8bit and not args.use_torchao:
-        raise UserError(
-            "--use_cpu_offload_optimizer: works with the 8-bit optimizers of torchao only; add --use_torchao or "
-            "leave out --use_8bit"
-        )
-    if args.use_cpu_offload_optimizer and args.mixed_precision == "fp16":
-        raise UserError(
-            "--use_cpu_offload_optimizer: takes gradients before fp16's scaling is undone; use --mixed_precision bf16"
-        )
-    if args.offload_gradients and not args.use_cpu_offload_optimizer:
-        raise UserError("--offload_gradients: needs the offloaded optimizer; add --use_cpu_offload_optimizer")
-    if args.offload_gradients and args.gradient_accumulation_steps > 1:
-        raise UserError(
-            "--offload_gradients: torchao frees gradients after every backward pass, so they cannot be accumulated; "
-            "leave it out or use --gradient_accumulation_steps 1"
-        )
-
-
-def check_optimizer(args: argparse.Namespace, given: set[str]) -> None:
-    """No flag of another optimizer is given."""
-    if "beta3" in given and args.optimizer not in ("prodigy", "came"):
-        raise UserError(
-            f"--beta3: {args.optimizer} has no third beta; leave it out or use --optimizer prodigy or came"
-        )
-    for flag in ("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"):
-        if getattr(args, flag) and args.optimizer != "prodigy":
-            raise UserError(f"--{flag}: no effect on {args.optimizer}; leave it out or use --optimizer prodigy")
-
-
 def check_objective(given: set[str], timestep_sampling: str, use_ema: bool) -> None:
     """Details of an option come with the option."""
     for flag in ("logit_mean", "logit_std"):
@@ -316,10 +277,14 @@ def training_warnings(args: argparse.Namespace, given: set[str], task: str, meth
                 lines.append(f"--{flag} has no effect on text-to-video training")
     if method == "sft":
         lines += [f"--{flag} has no effect on full fine-tuning" for flag in ("rank", "lora_alpha") if flag in given]
-    if args.use_torchao and not (args.use_8bit or args.use_4bit or args.use_cpu_offload_optimizer):
-        lines.append("--use_torchao has no effect without --use_8bit or --use_4bit")
-    if args.use_cpu_offload_optimizer:
-        lines.append("--max_grad_norm has no effect with --use_cpu_offload_optimizer, which takes gradients first")
+    needs_torchao = args.use_8bit or args.use_4bit or args.use_fp8 or args.use_cpu_offload_optimizer
+    if args.use_torchao and not needs_torchao and args.weights_dtype == "fp32":
+        lines.append("--use_torchao has no effect without --use_8bit, --use_4bit or --use_fp8")
+    if args.optimizer == "schedulefree" and not args.lr_scheduler.startswith("constant"):
+        lines.append(
+            f"--lr_scheduler {args.lr_scheduler} is not needed with schedulefree, whose average does what a falling "
+            "rate does; give constant_with_warmup"
+        )
     if args.load_tensors and "dataset_file" in given:
         lines.append("--dataset_file has no effect with --load_tensors: the data lists its own samples")
     if args.lr_scheduler != "constant" and args.max_train_steps and args.lr_warmup_steps >= args.max_train_steps:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 
 from errors import UserError
 from ranks import launch_size
@@ -27,6 +27,8 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no on a CPU")
+    if precision == "fp8":
+        raise UserError("--mixed_precision: the accelerate config says fp8, which is not supported; give bf16")
     # Naming a backend makes accelerate look for a process group even where there is one process.
     backend = None if launch_size() == 1 else "nccl" if torch.cuda.is_available() else "gloo"
     accelerator = Accelerator(
@@ -36,7 +38,12 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
         ),
-        kwargs_handlers=[InitProcessGroupKwargs(backend, timeout=timedelta(seconds=args.nccl_timeout))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend, timeout=timedelta(seconds=args.nccl_timeout)),
+            # The cache would keep half-precision copies of all float32 weights until the forward pass is done, in case
+            # that one is used again; none is.
+            AutocastKwargs(cache_enabled=False),
+        ],
     )
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", force=True)

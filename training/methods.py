@@ -13,13 +13,16 @@ from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
 from errors import UserError
 from files import replace_folder, written_whole
 from lora_file import check_start, load_lora, read_lora
-from models import ModelConfigs, ModelSource
+from models import DTYPES, ModelConfigs, ModelSource
 from pipeline_folder import find_components, write_pipeline
+from quantization import check_quantization
 from run_folder import LORA_FILE, PIPELINE_FOLDER, TRANSFORMER_FOLDER
 from training_flags import ALL_LINEAR, LORA_TARGET_MODULES
 
@@ -45,6 +48,7 @@ class Lora:
     use_dora: bool = False  # learn the norms of the weights' rows too
     dropout: float = 0.0  # probability that an input of an adapter is dropped in training
     start_from: Path | None = None  # a LoRA file whose values the adapters begin with
+    quantize_base: str = "none"  # what the frozen model's blocks are stored in: int8, fp8, nf4
 
     def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
         """What to load the transformer in: frozen, it needs no more precision than the computation."""
@@ -66,11 +70,13 @@ class Lora:
         }
 
     def check_model(self, configs: ModelConfigs, source: ModelSource) -> None:
-        """Refuse target modules that the model does not have, and a LoRA to start from that does not fit.
+        """Refuse target modules that the model does not have, a LoRA to start from that does not fit, and a
+        quantization that this machine lacks the means for.
 
         Raises:
             UserError: names them and what to give; no weights of the model are loaded.
         """
+        check_quantization(self.quantize_base)
         with torch.device("meta"):
             transformer = CogVideoXTransformer3DModel.from_config(configs.transformer)
             self._add_adapters(transformer)
@@ -85,6 +91,7 @@ class Lora:
         cast_training_params(transformer, dtype=torch.float32)
         if self.use_dora:
             _set_magnitudes(transformer)
+        _keep_frozen_from_ddp(transformer)
         if self.start_from is not None:
             file = read_lora(self.start_from)
             load_lora(transformer, file)
@@ -180,25 +187,34 @@ def _find_modules(transformer: CogVideoXTransformer3DModel, names: Sequence[str]
     return list(names)
 
 
+def _keep_frozen_from_ddp(transformer: CogVideoXTransformer3DModel) -> None:
+    """Let DistributedDataParallel leave alone what never changes: every rank read it from the same files, sending it
+    around takes time, and quantized weights cannot be sent."""
+    names = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
+    names += [name for name, _ in transformer.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, names)
+
+
 def _set_magnitudes(transformer: CogVideoXTransformer3DModel) -> None:
     """Let DoRA start without effect on a base in half precision: peft rounds its magnitudes to that, but not the
     norms which it divides them by."""
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
-            weight = layer.get_base_layer().weight.detach().float()
+            weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
             layer.lora_magnitude_vector["default"].weight.data = torch.linalg.norm(weight, dim=1)
 
 
 @dataclass(frozen=True)
 class FullFinetune:
-    """All weights of the transformer, in float32; the forward pass computes in the precision of the run."""
+    """All weights of the transformer; the forward pass computes in the precision of the run."""
 
     save_pipeline: bool = False  # write a whole pipeline at the end, not the transformer alone
+    weights_dtype: str = "fp32"  # what is trained; bf16 needs updates that are rounded stochastically
     max_shard_size: str = "10GB"  # of the transformer's files
 
     def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
-        """What to load the transformer in: half-precision weights would lose small updates."""
-        return torch.float32
+        """What to load the transformer in: what is trained, whatever the computation takes."""
+        return DTYPES[self.weights_dtype]
 
     def result_dtype(self, compute_dtype: torch.dtype, source: ModelSource) -> torch.dtype:
         """What to store the result in: the dtype of the model's own files."""
@@ -207,7 +223,7 @@ class FullFinetune:
     @property
     def settings(self) -> dict[str, str]:
         """What a resumed run must have in common with its checkpoint, by flag."""
-        return {"method": "full fine-tuning"}
+        return {"method": "full fine-tuning", "--weights_dtype": self.weights_dtype}
 
     def check_model(self, configs: ModelConfigs, source: ModelSource) -> None:
         """Find, or download, what the pipeline to be written needs beside the transformer.

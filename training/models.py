@@ -20,14 +20,16 @@ from diffusers import (
 )
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, T5EncoderModel
 
 from buckets import Bucket
 from errors import UserError
 from fingerprints import weight_files
+from quantization import compute_frozen, quantize_text_encoder, quantize_transformer
 
 
 NoiseScheduler = CogVideoXDDIMScheduler | CogVideoXDPMScheduler
+CPU = torch.device("cpu")
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -115,12 +117,34 @@ class ModelSource:
         scheduler_class = CogVideoXDDIMScheduler if name == "CogVideoXDDIMScheduler" else CogVideoXDPMScheduler
         return scheduler_class.from_pretrained(self.path, subfolder="scheduler", **self._where)
 
-    def load_transformer(self, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
-        """Load the transformer straight in `dtype`."""
+    def load_transformer(
+        self, dtype: torch.dtype, *, device: torch.device = CPU, quantize: str = "none"
+    ) -> CogVideoXTransformer3DModel:
+        """Load the transformer weight by weight from its files to the device, in its final precision at once.
+
+        Args:
+            dtype: of the weights that are not quantized, and what the quantized ones compute in.
+            device: to load to. On the CPU, files whose dtype is `dtype` already are mapped, not read.
+            quantize: "none", or "int8", "fp8" or "nf4" for the linear layers of the blocks, which can then no longer
+                be trained themselves.
+
+        Raises:
+            UserError: the weights cannot be read, or cannot be quantized here.
+        """
+        config = quantize_transformer(quantize, dtype)
         with self._load_errors("transformer"):
-            return CogVideoXTransformer3DModel.from_pretrained(
-                self.path, subfolder="transformer", dtype=dtype, variant=self.variant, **self._where
+            transformer = CogVideoXTransformer3DModel.from_pretrained(
+                self.path,
+                subfolder="transformer",
+                dtype=dtype,
+                variant=self.variant,
+                device_map=_device_map(device),
+                quantization_config=config,
+                **self._where,
             )
+        if config is not None:
+            compute_frozen(transformer)
+        return transformer
 
     def native_dtype(self) -> torch.dtype:
         """The dtype that the transformer's weights are stored in.
@@ -135,23 +159,67 @@ class ModelSource:
         with safe_open(files[0], "pt") as file:
             return file.get_tensor(next(iter(file.keys()))).dtype
 
-    def load_vae(self, dtype: torch.dtype, *, slicing: bool, tiling: bool) -> AutoencoderKLCogVideoX:
-        """Load the frozen VAE straight in `dtype`."""
+    def load_vae(
+        self,
+        dtype: torch.dtype,
+        *,
+        slicing: bool,
+        tiling: bool,
+        device: torch.device = CPU,
+        decoder_only: bool = False,
+    ) -> AutoencoderKLCogVideoX:
+        """Load the frozen VAE straight in `dtype` and to `device`.
+
+        Args:
+            slicing: encode and decode the samples of a batch one after another.
+            tiling: encode and decode a frame in overlapping tiles.
+            decoder_only: keep the half that decodes; `encoder` is None then, and its weights never reach the device.
+        """
         with self._load_errors("VAE"):
             vae = AutoencoderKLCogVideoX.from_pretrained(
-                self.path, subfolder="vae", dtype=dtype, variant=self.variant, **self._where
+                self.path,
+                subfolder="vae",
+                dtype=dtype,
+                variant=self.variant,
+                device_map=None if decoder_only else _device_map(device),
+                **self._where,
             )
+        if decoder_only:
+            vae.encoder = None
+            vae.to(device)
         if slicing:
             vae.enable_slicing()
         if tiling:
             vae.enable_tiling()
         return vae.requires_grad_(False).eval()
 
-    def load_text_pipeline(self, dtype: torch.dtype) -> CogVideoXPipeline:
-        """Load tokenizer and text encoder as a pipeline that has nothing else, for its own `encode_prompt`."""
+    def load_text_pipeline(
+        self, dtype: torch.dtype, *, device: torch.device = CPU, in_8bit: bool = False
+    ) -> CogVideoXPipeline:
+        """Load tokenizer and text encoder as a pipeline that has nothing else, for its own `encode_prompt`.
+
+        Args:
+            dtype: that the text encoder computes in.
+            device: to load it to, weight by weight.
+            in_8bit: keep the weights of its linear layers in int8; see `quantize_text_encoder`.
+
+        Raises:
+            UserError: the weights cannot be read, or cannot be quantized here.
+        """
+        config = quantize_text_encoder() if in_8bit else None
         with self._load_errors("text encoder"):
+            text_encoder = T5EncoderModel.from_pretrained(
+                self.path,
+                subfolder="text_encoder",
+                dtype=dtype,
+                variant=self.variant,
+                device_map=_device_map(device),
+                quantization_config=config,
+                **self._where,
+            )
             pipeline = CogVideoXPipeline.from_pretrained(
                 self.path,
+                text_encoder=text_encoder,
                 transformer=None,
                 vae=None,
                 scheduler=None,
@@ -159,7 +227,9 @@ class ModelSource:
                 variant=self.variant,
                 **self._where,
             )
-        pipeline.text_encoder.requires_grad_(False)
+        if in_8bit:
+            compute_frozen(text_encoder)
+        text_encoder.requires_grad_(False)
         return pipeline
 
     def count_long_captions(self, captions: Sequence[str], most_tokens: int) -> int:
@@ -203,6 +273,11 @@ class ModelSource:
         """What tells this model from another one in caches: the absolute folder, or the hub id and its revision."""
         folder = Path(self.path).expanduser()
         return str(folder.resolve()) if folder.exists() else f"{self.path}@{self.revision or 'main'}"
+
+
+def _device_map(device: torch.device) -> dict[str, torch.device] | None:
+    """`from_pretrained`'s way to say that all goes to one device; it sets no hooks for one."""
+    return None if device.type == "cpu" else {"": device}
 
 
 def _with_defaults(model_class: type[ModelMixin], config: dict[str, Any]) -> dict[str, Any]:

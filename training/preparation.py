@@ -115,7 +115,8 @@ def settings_of(args: argparse.Namespace, source: ModelSource) -> PreparedSettin
     return PreparedSettings(
         layout=args.layout,
         encoders=fingerprint_encoders(source.local_folder(), args.variant),
-        dtype=args.dtype,
+        # Written as the precision, which the folders of before have too.
+        dtype=f"{args.dtype}, text encoder in 8 bits" if args.text_encoder_8bit else args.dtype,
         max_sequence_length=args.max_sequence_length,
         tiling=args.use_tiling,
         model=source.fingerprint(),
@@ -180,7 +181,7 @@ def embed_captions(
     if not batches and not needs_empty_prompt:
         return
     captions = {sample.caption_key: sample.planned.clip.caption for sample in samples}
-    pipeline = source.load_text_pipeline(DTYPES[args.dtype]).to(rank.device)
+    pipeline = source.load_text_pipeline(DTYPES[args.dtype], device=rank.device, in_8bit=args.text_encoder_8bit)
     if needs_empty_prompt:
         # What dropped captions become in training, where no text encoder is loaded.
         write_empty_prompt(layout.folder, encode_prompts(pipeline, [""], args.max_sequence_length)[0])
@@ -204,7 +205,7 @@ def encode_clips(
         broken.forget(names)
     vae = None
     if args.save_latents_and_embeddings:
-        vae = source.load_vae(DTYPES[args.dtype], slicing=args.use_slicing, tiling=args.use_tiling).to(rank.device)
+        vae = source.load_vae(DTYPES[args.dtype], slicing=args.use_slicing, tiling=args.use_tiling, device=rank.device)
     loader = make_loader(
         clip_dataset(args, [sample.planned for sample in samples]),
         [[Draw(index_of[name], 0) for name in batch] for batch in batches],

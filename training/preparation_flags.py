@@ -3,6 +3,7 @@
 import argparse
 
 from flag_types import choice, non_negative_int, path, positive_int
+from memory_flags import add_text_encoder_flag
 
 
 def add_prepare_flags(group: argparse._ArgumentGroup) -> None:
@@ -82,6 +83,7 @@ def add_prepare_speed_flags(group: argparse._ArgumentGroup) -> None:
         default=1,
         help="Clips encoded at once on each device; lower it when memory runs out. (default: %(default)s)",
     )
+    add_text_encoder_flag(group)
     group.add_argument(
         "--use_slicing",
         action="store_true",

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from args import parse_prepare_args
 from errors import UserError, one_line_errors
 from plan import check_bad_clips, plan_raw_clips
-from quiet import quiet_libraries
+from startup import prepare_imports
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = plan_raw_clips(args, with_images=args.save_image_latents)
         if not (args.dry_run and data.clips):
             check_bad_clips(data, args.on_bad_clip)
-        quiet_libraries()
+        prepare_imports(args, owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
         from preparation import prepare
         from rehearsal import rehearse

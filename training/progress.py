@@ -2,11 +2,15 @@
 
 import logging
 import math
+import operator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
+
+from throughput import Speed, Throughput
 
 
 logger = logging.getLogger(__name__)
@@ -42,25 +46,36 @@ class StepLog:
     """Progress bar and trackers, fed without making the device wait.
 
     Loss and gradient norm stay on the device until `interval` steps have gathered; then they are fetched in one go,
-    and each step's values are logged.
+    and each step's values are logged, with the last one's how fast these steps were.
     """
 
-    def __init__(self, accelerator: Accelerator, first_step: int, total_steps: int, interval: int):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        first_step: int,
+        total_steps: int,
+        interval: int,
+        throughput: Throughput,
+    ):
         self.accelerator = accelerator
+        self.throughput = throughput
         self.interval = interval
         self.step = first_step
         self.pending: list[torch.Tensor] = []
         self.learning_rates: list[float] = []
         self.losses: list[float] = []
+        self.speeds: list[Speed] = []  # of each interval
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc="Training", disable=not accelerator.is_local_main_process
         )
 
     def add(self, loss: torch.Tensor, grad_norm: torch.Tensor | float | None, learning_rate: float) -> None:
         """Note one optimizer step. DeepSpeed gives no gradient norm at the clip call: it is logged as NaN then."""
-        grad_norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, dtype=loss.dtype, device=loss.device)
-        self.pending.append(torch.stack([loss, grad_norm]))
-        self.learning_rates.append(learning_rate)
+        if not isinstance(grad_norm, torch.Tensor):
+            # `torch.tensor` would wait for the device.
+            grad_norm = loss.new_full((), math.nan if grad_norm is None else grad_norm)
+        self.pending.append(torch.stack([loss, grad_norm.to(loss)]))
+        self.learning_rates.append(float(learning_rate))  # torchao's is a tensor, which the next step changes
         self.step += 1
         self.bar.update()
         if len(self.pending) >= self.interval:
@@ -71,20 +86,31 @@ class StepLog:
         if not self.pending:
             return
         values = self.accelerator.reduce(torch.stack(self.pending), reduction="mean").tolist()
+        speed = self.throughput.read(len(values))  # the device is done with them
+        self.speeds.append(speed)
         first = self.step - len(values) + 1
         for step, (loss, grad_norm), rate in zip(
             range(first, self.step + 1), values, self.learning_rates, strict=True
         ):
-            self.accelerator.log({"loss": loss, "grad_norm": grad_norm, "lr": rate}, step=step)
+            logged = {"loss": loss, "grad_norm": grad_norm, "lr": rate}
+            if step == self.step:
+                logged |= {f"throughput/{name}": value for name, value in speed.values().items()}
+            self.accelerator.log(logged, step=step)
             self.losses.append(loss)
-        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2e}", grad_norm=f"{grad_norm:.3f}")
+        described = [f"loss={loss:.4f}", f"lr={rate:.2e}", f"grad_norm={grad_norm:.3f}"]
+        self.bar.set_postfix_str(", ".join([*described, speed.short()]))
         self.pending.clear()
         self.learning_rates.clear()
 
     def close(self) -> None:
-        """Log what is pending, and how the loss went: its mean over the first and last steps, 50 if there are."""
+        """Log what is pending, how fast the run was but for its first interval, and how the loss went: its mean over
+        the first and last steps, 50 if there are."""
         self.flush()
         self.bar.close()
+        settled = self.speeds[1:] or self.speeds  # the first steps compile and allocate
+        if settled:
+            speed = reduce(operator.add, settled)
+            logger.info("speed of the last %d steps: %s", speed.steps, speed)
         count = min(50, len(self.losses) // 2)
         if count >= 10:  # the loss of a single step says more of its timestep than of the model
             first, last = sum(self.losses[:count]) / count, sum(self.losses[-count:]) / count

@@ -23,12 +23,14 @@ class PromptCache:
         source: the model whose text encoder is used. Its identity is part of each file's name, so that a folder can
             serve several models.
         dtype: of the text encoder and so of the embeddings.
+        in_8bit: embed by the text encoder with weights in 8 bits. Its embeddings are other ones, in other files.
     """
 
-    def __init__(self, folder: Path, source: ModelSource, dtype: torch.dtype):
+    def __init__(self, folder: Path, source: ModelSource, dtype: torch.dtype, *, in_8bit: bool = False):
         self.folder = folder
         self.source = source
         self.dtype = dtype
+        self.in_8bit = in_8bit
 
     def load(self, prompt: str) -> torch.Tensor:
         """Return the embedding of an embedded prompt, `[226, D]`."""
@@ -45,12 +47,13 @@ class PromptCache:
         ]
         if not share:
             return
-        pipeline = self.source.load_text_pipeline(self.dtype).to(device)
+        pipeline = self.source.load_text_pipeline(self.dtype, device=device, in_8bit=self.in_8bit)
         for prompt in tqdm(share, desc="Embedding prompts", disable=rank != 0):
             embeds = encode_prompts(pipeline, [prompt])[0]
             with written_whole(self._file(prompt)) as path:
                 save_file({"prompt_embeds": embeds.cpu().contiguous()}, path)
 
     def _file(self, prompt: str) -> Path:
-        key = repr((self.source.fingerprint(), str(self.dtype), prompt))
+        precision = f"{self.dtype}, int8 weights" if self.in_8bit else str(self.dtype)
+        key = repr((self.source.fingerprint(), precision, prompt))
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"

@@ -9,14 +9,17 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKLCogVideoX
 
+from attention import check_attention
 from buckets import Bucket
 from checkpoints import TrainerState, find_checkpoint, read_state
+from compilation import check_compiler
 from dataset import check_prepared
 from errors import UserError
 from fingerprints import fingerprint_encoders
 from launch import shared_seed, start_accelerator
 from methods import FullFinetune, Lora
 from models import DTYPES, ModelConfigs, ModelSource
+from optimizers import check_launch
 from plan import PreparedData, TrainingData, describe, report_skipped
 from prepared import check_encoders
 from tasks import ImageToVideo, TextToVideo
@@ -49,14 +52,25 @@ class Recipe:
         return DTYPES[self.accelerator.mixed_precision]
 
     @property
+    def sizes(self) -> set[Bucket]:
+        """Of the clips of training and validation, and of the videos sampled."""
+        return clip_sizes(self.args, self.data)
+
+    @property
     def output_dir(self) -> Path:
         """Where everything is written."""
         return Path(self.args.output_dir)
 
-    def load_vae(self, device: torch.device) -> AutoencoderKLCogVideoX:
+    def load_vae(self, device: torch.device, *, decoder_only: bool = False) -> AutoencoderKLCogVideoX:
         """Load the VAE with the memory savings that the flags ask for."""
-        vae = self.source.load_vae(self.dtype, slicing=self.args.enable_slicing, tiling=self.args.enable_tiling)
-        return vae.to(device)
+        args = self.args
+        return self.source.load_vae(
+            self.dtype,
+            slicing=args.enable_slicing,
+            tiling=args.enable_tiling,
+            device=device,
+            decoder_only=decoder_only,
+        )
 
 
 def check_recipe(args: argparse.Namespace, data: TrainingData, task: Task, method: Method) -> Recipe:
@@ -67,14 +81,13 @@ def check_recipe(args: argparse.Namespace, data: TrainingData, task: Task, metho
     """
     source = ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
     configs = source.configs()
-    sampled = [Bucket(args.max_num_frames, args.height, args.width)] if args.validation_prompts else []
-    held_out = data.held_out.buckets if data.held_out else []
-    task.check_model(configs, {*data.buckets, *held_out, *sampled})
+    task.check_model(configs, clip_sizes(args, data))
     method.check_model(configs, source)
     if isinstance(data, PreparedData):
         check_prepared(data.clips, configs)
     resumed = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
     accelerator = start_accelerator(args)
+    check_start(args, accelerator, configs)
     describe_data(args, accelerator, data, source, configs)
     settings = {"model": configs.kind, "--optimizer": args.optimizer, "--use_ema": args.use_ema}
     settings |= {**task.settings, **method.settings}
@@ -84,6 +97,36 @@ def check_recipe(args: argparse.Namespace, data: TrainingData, task: Task, metho
     else:
         state = TrainerState(0, shared_seed(accelerator, args.seed), settings)
     return Recipe(args, data, task, method, source, configs, accelerator, resumed, state)
+
+
+def clip_sizes(args: argparse.Namespace, data: TrainingData) -> set[Bucket]:
+    """Of the clips of training and validation, and of the videos sampled."""
+    sampled = [Bucket(args.max_num_frames, args.height, args.width)] if args.validation_prompts else []
+    held_out = data.held_out.buckets if data.held_out else []
+    return {*data.buckets, *held_out, *sampled}
+
+
+def check_start(args: argparse.Namespace, accelerator: Accelerator, configs: ModelConfigs) -> None:
+    """Refuse what the device, this machine or the way of the launch cannot do.
+
+    Raises:
+        UserError: a package, a compiler or a GPU is missing, or the optimizer cannot work with several processes.
+    """
+    device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
+    head_dim = configs.transformer["attention_head_dim"]
+    check_attention(args.attention_backend, "--attention_backend", device, dtype, head_dim, trains=True)
+    validation = args.validation_attention_backend
+    check_attention(validation, "--validation_attention_backend", device, dtype, head_dim, trains=False)
+    if args.compile:
+        check_compiler(device)
+    check_launch(
+        accelerator.distributed_type,
+        dtype,
+        args.optimizer,
+        use_cpu_offload=args.use_cpu_offload_optimizer,
+        step_in_backward=args.step_in_backward,
+        bf16_weights=args.weights_dtype == "bf16",
+    )
 
 
 def describe_data(

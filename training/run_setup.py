@@ -9,27 +9,33 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from activations import CheckpointStore, checkpoint_activations
+from attention import attention_set, set_attention
+from block_streaming import stream_blocks
 from buckets import BucketBatchSampler
 from checkpoints import TrainerState, checkpoint_only_what_trains, load_checkpoint, save_checkpoint
+from compilation import compile_blocks
 from conditions import Conditions, encode_conditions
 from dataset import Batch, ClipDataset, PreparedDataset, make_loader, without_failures
-from ema import averaged_weights, make_ema
+from ema import averaged_weights, make_ema, schedule_free_weights
 from errors import UserError
 from launch import start_trackers
-from models import precision_warning
+from methods import FullFinetune
+from models import CPU, precision_warning
 from objective import Objective
-from optimizers import apply_learning_rate, make_optimizer
+from optimizers import apply_learning_rate, keep_rates_on_host, make_optimizer
 from plan import PreparedData, TrainingData
 from progress import StepSchedule
 from prompts import PromptCache
 from recipe import Recipe, Task
+from throughput import Throughput
 from timesteps import TimestepSampling
 from validation import Pipeline, ValidationSettings, validate
 from validation_loss import log_validation_losses, validation_losses
@@ -48,9 +54,12 @@ class Learner:
     optimizer: Optimizer
     lr_scheduler: LRScheduler
     ema: EMAModel | None  # of the trainable parameters
+    is_schedule_free: bool = False  # the optimizer keeps an average itself
 
     def averaged(self) -> AbstractContextManager[None]:
         """Puts the average in the place of the trained weights meanwhile, if there is one."""
+        if self.is_schedule_free:
+            return schedule_free_weights(self.optimizer, self.trainable)
         return averaged_weights(self.ema, self.trainable)
 
 
@@ -66,6 +75,7 @@ class Run:
     batches: Iterator[Batch]  # this rank's, from `state.step` on
     objective: Objective
     learner: Learner
+    throughput: Throughput
     validate: Callable[[int], list[str]]  # validate after so many steps; returns why sampling failed, if it did
     save_result: Callable[[], Path]  # write the result on the main process; returns where it is
     usage: str  # the code that loads the result
@@ -110,6 +120,7 @@ def set_up(recipe: Recipe) -> Run:
         batches=load_batches(recipe, conditions.prompts, sampler),
         objective=objective,
         learner=learner,
+        throughput=make_throughput(recipe),
         validate=make_validation(recipe, conditions, learner, objective),
         save_result=make_saving(recipe, learner),
         usage=describe_usage(recipe),
@@ -143,26 +154,54 @@ def make_learner(recipe: Recipe, total_steps: int) -> Learner:
         has_scaler=recipe.dtype == torch.float16,
     )
     model, optimizer = accelerator.prepare(transformer, optimizer)
+    keep_rates_on_host(optimizer)
     ema = make_ema(trainable, args.ema_decay) if args.use_ema else None
     # Not prepared: accelerate would step it once per process. Here a step is an optimizer step, on any ranks.
     accelerator.register_for_checkpointing(lr_scheduler)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
     checkpoint_only_what_trains(accelerator, recipe.method)
-    return Learner(transformer, model, trainable, optimizer, lr_scheduler, ema)
+    return Learner(transformer, model, trainable, optimizer, lr_scheduler, ema, args.optimizer == "schedulefree")
 
 
 def load_transformer(recipe: Recipe) -> CogVideoXTransformer3DModel:
     """Load the transformer as task and method want it."""
-    source, dtype = recipe.source, recipe.dtype
-    transformer = source.load_transformer(recipe.method.base_dtype(dtype))
+    args, accelerator, source, dtype = recipe.args, recipe.accelerator, recipe.source, recipe.dtype
+    # Weights that are streamed or divided among ranks need not fit onto the device as a whole.
+    is_whole = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
+    transformer = source.load_transformer(
+        recipe.method.base_dtype(dtype),
+        device=accelerator.device if is_whole and not args.stream_blocks else CPU,
+        quantize=args.quantize_base,
+    )
     if dtype == torch.float16 and (warning := precision_warning(dtype, source.native_dtype())):
         logger.warning("warning: %s", warning)
     recipe.task.prepare_model(transformer)
     recipe.method.attach(transformer)
-    if recipe.args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    store = CheckpointStore() if args.offload_checkpoints else None
+    if args.stream_blocks:
+        stream_blocks(transformer, accelerator.device, store)
+    elif args.gradient_checkpointing:
+        checkpoint_activations(transformer, args.checkpoint_scope, args.checkpoint_every, store)
+    set_attention(transformer, args.attention_backend)
+    if args.compile:
+        compile_blocks(transformer, num_sizes=len(recipe.sizes))
+        logger.info("the blocks are compiled when they are first used: a minute or so for each size of clips")
     return transformer
+
+
+def make_throughput(recipe: Recipe) -> Throughput:
+    """What counts and times the steps."""
+    args, accelerator = recipe.args, recipe.accelerator
+    return Throughput(
+        recipe.configs.transformer,
+        accelerator.device,
+        accelerator.num_processes,
+        recipe.dtype,
+        trains_all=isinstance(recipe.method, FullFinetune),
+        checkpoint_scope=args.checkpoint_scope if args.gradient_checkpointing else None,
+        checkpoint_every=args.checkpoint_every,
+    )
 
 
 def resume(recipe: Recipe, learner: Learner) -> None:
@@ -244,15 +283,18 @@ def make_sampling(
             tokenizer=None,
             text_encoder=None,
             # Loaded for the occasion: while training from prepared data, no VAE is resident.
-            vae=conditions.vae or recipe.load_vae(torch.device("cpu")),
+            vae=conditions.vae or recipe.load_vae(torch.device("cpu"), decoder_only=not recipe.task.with_images),
             transformer=transformer,
             scheduler=recipe.source.load_scheduler(),
         )
 
     folder = recipe.output_dir / "validation"
-    if not settings.prompts:
-        return lambda step: []
-    return lambda step: validate(accelerator, make_pipeline, settings, conditions.prompts, folder, step)
+
+    def sample_videos(step: int) -> list[str]:
+        with attention_set(transformer, args.validation_attention_backend):
+            return validate(accelerator, make_pipeline, settings, conditions.prompts, folder, step)
+
+    return sample_videos if settings.prompts else lambda step: []
 
 
 def make_saving(recipe: Recipe, learner: Learner) -> Callable[[], Path]:
@@ -304,9 +346,12 @@ def build_optimizer(
         epsilon=args.epsilon,
         use_8bit=args.use_8bit,
         use_4bit=args.use_4bit,
+        use_fp8=args.use_fp8,
         use_torchao=args.use_torchao,
         use_cpu_offload=args.use_cpu_offload_optimizer,
         offload_gradients=args.offload_gradients,
+        step_in_backward=args.step_in_backward,
+        stochastic_rounding=args.weights_dtype == "bf16",
         prodigy_decouple=args.prodigy_decouple,
         prodigy_use_bias_correction=args.prodigy_use_bias_correction,
         prodigy_safeguard_warmup=args.prodigy_safeguard_warmup,
@@ -360,8 +405,8 @@ def describe_run(
 ) -> None:
     """Log what is about to happen."""
     args, accelerator = recipe.args, recipe.accelerator
-    total = sum(parameter.numel() for parameter in transformer.parameters())
-    trainable = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
+    total = transformer.num_parameters()  # weights in 4 bits share bytes
+    trainable = transformer.num_parameters(only_trainable=True)
     per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     logger.info("trainable parameters: %s of %s", f"{trainable:,}", f"{total:,}")
     logger.info(

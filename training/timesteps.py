@@ -45,7 +45,7 @@ class TimestepSampling:
         """
         quantiles = sample_uniform(generators)
         if parts is not None:
-            part, num_parts = parts.to(quantiles).unbind(dim=1)
+            part, num_parts = parts.to(quantiles, non_blocking=True).unbind(dim=1)
             quantiles = (part + quantiles) / num_parts
         if self.distribution == "logit_normal":
             quantiles = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(quantiles))

@@ -1,7 +1,6 @@
 """The flags of the training scripts, by group; those on data are in data_flags."""
 
 import argparse
-import os
 
 from flag_types import (
     choice,
@@ -16,109 +15,9 @@ from flag_types import (
 )
 
 
-OPTIMIZERS = ("adam", "adamw", "prodigy", "came")
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 ALL_LINEAR = "all-linear"
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-
-
-def add_validation_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--validation_prompt",
-        metavar="TEXT",
-        help="Prompts to make videos from during and after training, several joined by --validation_prompt_separator. "
-        "Without it nothing is validated.",
-    )
-    group.add_argument(
-        "--validation_images",
-        metavar="PATHS",
-        help="Image-to-video: first frames, one path or http(s) URL per prompt, joined by the same separator.",
-    )
-    group.add_argument(
-        "--validation_prompt_separator",
-        metavar="TEXT",
-        default=":::",
-        help="What stands between two prompts or two images; change it when a prompt contains it. "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--num_validation_videos",
-        metavar="N",
-        type=positive_int,
-        default=1,
-        help="Videos per prompt; more show how much the seed matters, each costs a full sampling. "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--validation_steps",
-        metavar="N",
-        type=positive_int,
-        help="Validate every N optimizer steps. (default: only once, when training ends)",
-    )
-    group.add_argument(
-        "--validation_epochs",
-        metavar="N",
-        type=positive_int,
-        help="Validate every N epochs; handy when the dataset is small. (default: only once, when training ends)",
-    )
-    group.add_argument(
-        "--validate_first",
-        action=argparse.BooleanOptionalAction,
-        help="Validate once before the first step: what would fail after hours fails now, and the videos of the "
-        "untrained model stand beside all later ones. --no-validate_first saves the time. (default: on whenever "
-        "anything is validated)",
-    )
-    group.add_argument(
-        "--num_inference_steps",
-        metavar="N",
-        type=positive_int,
-        default=50,
-        help="Denoising steps of a validation video; fewer are faster but coarser. (default: %(default)s)",
-    )
-    group.add_argument(
-        "--guidance_scale",
-        metavar="X",
-        type=non_negative_float,
-        default=6.0,
-        help="Strength of classifier-free guidance in validation; higher follows the prompt more closely, 1 and below "
-        "switch it off. (default: %(default)s)",
-    )
-    group.add_argument(
-        "--use_dynamic_cfg",
-        action="store_true",
-        help="Let the guidance grow over the denoising steps instead of keeping it constant. (default: off)",
-    )
-    group.add_argument(
-        "--enable_model_cpu_offload",
-        action="store_true",
-        help="In validation keep each network on the CPU except while it works: slower, but needs less GPU memory. "
-        "(default: off)",
-    )
-
-
-def add_validation_set_flags(group: argparse._ArgumentGroup) -> None:
-    """The clips whose loss shows overfitting."""
-    group.add_argument(
-        "--validation_dataset_file",
-        metavar="FILE",
-        type=_table,
-        help="Table of clips held out from training, as --dataset_file takes it; their loss at nine fixed noise "
-        "levels is logged at each validation: when it rises while the training loss falls, the model overfits. Paths "
-        "in it always start from the table's own folder, whatever --data_root is. Columns, --id_token, sizes and "
-        "frames are those of the training clips, with --load_tensors as these were prepared; the clips are encoded "
-        "when training starts. (default: none)",
-    )
-
-
-def _table(text: str) -> str:
-    """A table of clips that exists; argparse.ArgumentTypeError otherwise."""
-    file = path(text)
-    if not os.path.isfile(file):
-        raise argparse.ArgumentTypeError(f"no file '{file}'; give the path of a table of clips")
-    if os.path.splitext(file)[1].lower() not in TABLE_SUFFIXES:
-        raise argparse.ArgumentTypeError(f"'{file}' is no table; it must be one of {', '.join(TABLE_SUFFIXES)}")
-    return file
 
 
 def add_training_flags(group: argparse._ArgumentGroup, method: str) -> None:
@@ -199,13 +98,14 @@ def add_training_flags(group: argparse._ArgumentGroup, method: str) -> None:
     group.add_argument(
         "--enable_slicing",
         action="store_true",
-        help="Let the VAE work on one clip of a batch at a time: less memory, a little slower. (default: off)",
+        help="Let the VAE encode one raw clip of a batch at a time: less memory, a little slower. Validation always "
+        "does so. (default: off)",
     )
     group.add_argument(
         "--enable_tiling",
         action="store_true",
-        help="Let the VAE work on overlapping tiles of a frame: much less memory, slower. Use it when encoding or "
-        "validation runs out of memory. (default: off)",
+        help="Let the VAE encode raw clips in overlapping tiles of a frame: much less memory, slower. Validation "
+        "always does so. (default: off)",
     )
 
 
@@ -408,111 +308,6 @@ def add_image_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--optimizer",
-        **choice(OPTIMIZERS),
-        default="adam",
-        help="adam or adamw (decoupled weight decay) for most runs; prodigy finds its own step size; came needs less "
-        "memory. (default: %(default)s)",
-    )
-    group.add_argument(
-        "--beta1",
-        "--adam_beta1",
-        metavar="X",
-        type=decay_rate,
-        default=0.9,
-        help="Decay of the running mean of gradients. (default: %(default)s)",
-    )
-    group.add_argument(
-        "--beta2",
-        "--adam_beta2",
-        metavar="X",
-        type=decay_rate,
-        default=0.95,
-        help="Decay of the running mean of squared gradients; raise it towards 0.999 when training is unsteady. "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--beta3",
-        "--prodigy_beta3",
-        metavar="X",
-        type=decay_rate,
-        help="prodigy: decay of its step size estimate (default: square root of beta2). came: decay of its "
-        "confidence (default: 0.9999).",
-    )
-    group.add_argument(
-        "--weight_decay",
-        "--adam_weight_decay",
-        metavar="X",
-        type=non_negative_float,
-        default=1e-4,
-        help="How strongly weights are pulled towards 0; raise it when the result overfits. (default: %(default)s)",
-    )
-    group.add_argument(
-        "--epsilon",
-        "--adam_epsilon",
-        metavar="X",
-        type=positive_float,
-        default=1e-8,
-        help="Added to the denominator of a step so that it cannot be 0. (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max_grad_norm",
-        metavar="X",
-        type=positive_float,
-        default=1.0,
-        help="Gradients whose norm is larger are scaled down to this norm. (default: %(default)s)",
-    )
-    group.add_argument(
-        "--prodigy_decouple",
-        action="store_true",
-        help="prodigy: decouple weight decay from the gradient, as adamw does. (default: off)",
-    )
-    group.add_argument(
-        "--prodigy_use_bias_correction",
-        action="store_true",
-        help="prodigy: correct the bias of the first steps' running means, as adam does. (default: off)",
-    )
-    group.add_argument(
-        "--prodigy_safeguard_warmup",
-        action="store_true",
-        help="prodigy: keep the learning rate out of the step size estimate; use it with warm-up. (default: off)",
-    )
-
-
-def add_memory_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--use_8bit",
-        "--use_8bit_adam",
-        action="store_true",
-        help="Keep the states of adam or adamw in 8 bits, a quarter of the memory: by bitsandbytes, or by torchao "
-        "with --use_torchao. (default: off)",
-    )
-    group.add_argument(
-        "--use_4bit",
-        action="store_true",
-        help="Keep the states of adam or adamw in 4 bits; needs --use_torchao. (default: off)",
-    )
-    group.add_argument(
-        "--use_torchao",
-        action="store_true",
-        help="Take the optimizer of --use_8bit or --use_4bit from torchao instead of bitsandbytes. (default: off)",
-    )
-    group.add_argument(
-        "--use_cpu_offload_optimizer",
-        action="store_true",
-        help="Keep the states of adam or adamw in CPU memory and step there (by torchao): slower, for full "
-        "fine-tuning on one GPU that is too small otherwise. (default: off)",
-    )
-    group.add_argument(
-        "--offload_gradients",
-        action="store_true",
-        help="With --use_cpu_offload_optimizer, keep gradients on the CPU too; not together with gradient "
-        "accumulation. (default: off)",
-    )
-
-
 def add_configuration_flags(group: argparse._ArgumentGroup, method: str) -> None:
     group.add_argument(
         "--report_to",
@@ -557,12 +352,6 @@ def add_configuration_flags(group: argparse._ArgumentGroup, method: str) -> None
         "--hub_model_id",
         metavar="ORG/NAME",
         help="Repository that --push_to_hub writes to. (default: the name of --output_dir)",
-    )
-    group.add_argument(
-        "--allow_tf32",
-        action="store_true",
-        help="Let float32 matrix products use TF32 on Ampere GPUs and newer: faster, slightly less exact. "
-        "(default: off)",
     )
     group.add_argument(
         "--nccl_timeout",

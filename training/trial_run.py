@@ -8,7 +8,8 @@ import argparse
 import logging
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -22,10 +23,11 @@ from checkpoints import load_checkpoint
 from clips import PlannedClip
 from dataset import make_loader
 from errors import UserError, listing
+from memory_fit import fit_to_budget
 from plan import TrainingData
 from prepared import PreparedClip
 from ranks import launch_rank, launch_size
-from recipe import Method, Task, check_recipe
+from recipe import Method, Recipe, Task, check_recipe
 from run_setup import Run, make_dataset, set_up
 
 
@@ -50,28 +52,51 @@ def rehearse(
     Raises:
         UserError: model, data and flags do not go together, a sample cannot be read, or no video could be sampled.
     """
+    with trial_recipe(args, data, task, method) as recipe:
+        read_every_sample(args, data, task)
+        memory, failures = try_out(recipe, train)
+        if failures:
+            raise UserError(f"--dry_run: the validation failed: {failures[0].splitlines()[0]}")
+        recipe.accelerator.wait_for_everyone()
+        logger.info("%s", describe_memory(memory))
+        logger.info("dry run: steps of the largest batch, saving, loading and sampling all work; nothing is kept")
+
+
+@contextmanager
+def trial_recipe(args: argparse.Namespace, data: TrainingData, task: Task, method: Method) -> Iterator[Recipe]:
+    """What a trial is made from: the largest batch, and a folder that is removed in the end; called on every rank.
+
+    Raises:
+        UserError: model, data and flags do not go together.
+    """
     folder = trial_folder(Path(args.output_dir))
     largest = largest_batch(data, args.train_batch_size, launch_size(), min(2, args.gradient_accumulation_steps))
     try:
         trial = trial_flags(args, folder, task, largest.buckets[0])
-        recipe = check_recipe(trial, data, task, method)
-        read_every_sample(args, data, task)
-        run = set_up(replace(recipe, data=largest))
-        train(trial, run)
-        memory = {"two steps": peak_memory(run.accelerator.device)}
-        run.save_checkpoint(STEPS)
-        load_checkpoint(run.accelerator, folder / f"checkpoint-{STEPS}")
-        run.save_result()
-        if failures := run.validate(STEPS):
-            raise UserError(f"--dry_run: the validation failed: {failures[0].splitlines()[0]}")
-        memory["a video"] = peak_memory(run.accelerator.device)
-        run.accelerator.wait_for_everyone()
-        logger.info("%s", describe_memory(memory))
-        logger.info("dry run: steps of the largest batch, saving, loading and sampling all work; nothing is kept")
-        run.accelerator.end_training()
+        yield replace(fit_to_budget(check_recipe(trial, data, task, method), args.given), data=largest)
     finally:
         if launch_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def try_out(
+    recipe: Recipe, train: Callable[[argparse.Namespace, Run], None]
+) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Train two steps, save, load and sample.
+
+    Returns:
+        The peaks of memory by part, and why sampling failed, if it did.
+    """
+    run = set_up(recipe)
+    train(recipe.args, run)
+    memory = {"two steps": peak_memory(run.accelerator.device)}
+    run.save_checkpoint(STEPS)
+    load_checkpoint(run.accelerator, recipe.output_dir / f"checkpoint-{STEPS}")
+    run.save_result()
+    failures = run.validate(STEPS)
+    memory["a video"] = peak_memory(run.accelerator.device)
+    run.accelerator.end_training()
+    return memory, failures
 
 
 def read_every_sample(args: argparse.Namespace, data: TrainingData, task: Task) -> None:

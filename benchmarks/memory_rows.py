@@ -1,0 +1,164 @@
+"""The rows of the memory tables: what is run, in the order of importance, and what others published for it."""
+
+from dataclasses import dataclass, field
+
+
+SIZE = (49, 480, 720)  # frames, height, width; one clip a step
+LOW_BIT = ("--use_8bit", "--use_torchao")
+SMALLEST_FULL = ("--weights_dtype", "bf16", "--step_in_backward", "--offload_checkpoints")
+FACTORY, FINETRAINERS, COGVIDEO = "original factory", "finetrainers", "CogVideo"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run."""
+
+    name: str
+    model: str  # a kind, as make_full_size_model takes it
+    method: str  # lora, sft
+    flags: tuple[str, ...] = ()  # beside those that all rows have
+    rank: int = 64
+    size: tuple[int, int, int] = SIZE
+    is_sampled: bool = True  # whether it validates
+    steps: tuple[int, int] = (2, 2)  # to warm up, and timed; the optimizer's states come with the first
+    goal: float | None = None  # GB, of training and validation together
+    # trainer -> GB of training, and with validation; None where nothing was published, "out of memory" on 80 GB
+    published: dict[str, tuple[float | str, float | None]] = field(default_factory=dict)
+
+
+CHECKPOINTED = ("--gradient_checkpointing",)
+
+ROWS = (
+    Row(
+        "5b LoRA",
+        "5b",
+        "lora",
+        CHECKPOINTED,
+        goal=19,
+        published={FACTORY: (20.8, 30.3)},
+    ),
+    Row("5b LoRA, offloaded checkpoints", "5b", "lora", (*CHECKPOINTED, "--offload_checkpoints"), goal=15),
+    Row(
+        "5b LoRA, int8, streamed blocks",
+        "5b",
+        "lora",
+        (*CHECKPOINTED, "--offload_checkpoints", "--quantize_base", "int8", "--stream_blocks"),
+        goal=8,
+    ),
+    Row("2b LoRA", "2b", "lora", CHECKPOINTED, goal=8, published={FACTORY: (13.0, 21.6)}),
+    Row(
+        "5b full, bf16 weights, 8-bit, step in backward",
+        "5b",
+        "sft",
+        (*CHECKPOINTED, *LOW_BIT, *SMALLEST_FULL),
+        goal=24,
+    ),
+    Row("2b full, 8-bit", "2b", "sft", (*CHECKPOINTED, *LOW_BIT), published={FACTORY: (16.4, 27.6)}),
+    Row(
+        "2b full, bf16 weights, 8-bit, step in backward",
+        "2b",
+        "sft",
+        (*CHECKPOINTED, *LOW_BIT, *SMALLEST_FULL),
+        goal=16,
+    ),
+    Row(
+        "2b full, AdamW",
+        "2b",
+        "sft",
+        CHECKPOINTED,
+        published={FACTORY: (33.9, 43.8), COGVIDEO: (36.0, None)},
+    ),
+    Row("5b full, 8-bit", "5b", "sft", (*CHECKPOINTED, *LOW_BIT), published={FACTORY: (52.8, 58.6)}),
+    Row(
+        "5b full, CPU-offloaded",
+        "5b",
+        "sft",
+        (*CHECKPOINTED, "--use_cpu_offload_optimizer", "--offload_gradients"),
+        published={FACTORY: (39.4, 48.3), COGVIDEO: (42.0, None)},
+    ),
+    Row(
+        "5b full, bf16 weights, 8-bit",
+        "5b",
+        "sft",
+        (*CHECKPOINTED, *LOW_BIT, "--weights_dtype", "bf16"),
+        published={FACTORY: (52.8, 58.6)},
+    ),
+    Row(
+        "5b full, bf16 weights, AdamW",
+        "5b",
+        "sft",
+        (*CHECKPOINTED, "--use_torchao", "--weights_dtype", "bf16"),
+        published={FACTORY: ("out of memory", None), FINETRAINERS: (53.0, None)},
+    ),
+    Row(
+        "5b LoRA, nf4, offloaded checkpoints",
+        "5b",
+        "lora",
+        (*CHECKPOINTED, "--offload_checkpoints", "--quantize_base", "nf4"),
+        goal=8,
+    ),
+    Row(
+        "5b full, bf16 weights, 4-bit, step in backward",
+        "5b",
+        "sft",
+        (*CHECKPOINTED, "--use_4bit", "--use_torchao", *SMALLEST_FULL),
+        goal=24,
+    ),
+    Row(
+        "5b full, bf16 weights, 8-bit, CPU-offloaded",
+        "5b",
+        "sft",
+        (
+            *(*CHECKPOINTED, *LOW_BIT, "--weights_dtype", "bf16", "--offload_checkpoints"),
+            *("--use_cpu_offload_optimizer", "--offload_gradients"),
+        ),
+    ),
+    Row(
+        "2b full, bf16 weights, 8-bit",
+        "2b",
+        "sft",
+        (*CHECKPOINTED, *LOW_BIT, "--weights_dtype", "bf16"),
+        published={FACTORY: (16.4, 27.6)},
+    ),
+    Row("5b LoRA, int8", "5b", "lora", (*CHECKPOINTED, "--quantize_base", "int8")),
+    Row("5b LoRA, every second block checkpointed", "5b", "lora", (*CHECKPOINTED, "--checkpoint_every", "2")),
+    Row("5b LoRA, nothing checkpointed", "5b", "lora"),
+    Row(
+        "5b LoRA, rank 128",
+        "5b",
+        "lora",
+        CHECKPOINTED,
+        rank=128,
+        published={FINETRAINERS: (20.7, 28.3), COGVIDEO: (24.0, None)},
+    ),
+    Row(
+        "5b LoRA, rank 128, fp8, 49x512x768",
+        "5b",
+        "lora",
+        (*CHECKPOINTED, "--quantize_base", "fp8"),
+        rank=128,
+        size=(49, 512, 768),
+        is_sampled=False,
+        published={FINETRAINERS: (18.0, None)},
+    ),
+    Row("2b LoRA, rank 128", "2b", "lora", CHECKPOINTED, rank=128, published={COGVIDEO: (16.0, None)}),
+    Row("5b LoRA, fp8", "5b", "lora", (*CHECKPOINTED, "--quantize_base", "fp8")),
+    Row("5b LoRA, segments of two blocks", "5b", "lora", (*CHECKPOINTED, "--checkpoint_scope", "segment")),
+    Row("5b LoRA, feed-forward checkpointed", "5b", "lora", (*CHECKPOINTED, "--checkpoint_scope", "feed-forward")),
+    Row(
+        "5b full, AdamW",
+        "5b",
+        "sft",
+        CHECKPOINTED,
+        published={FACTORY: ("out of memory", None), FINETRAINERS: (53.0, None)},
+    ),
+    Row("5b full, 4-bit", "5b", "sft", (*CHECKPOINTED, "--use_4bit", "--use_torchao")),
+    Row("5b full, fp8 states", "5b", "sft", (*CHECKPOINTED, "--use_fp8", "--use_torchao")),
+    Row(
+        "5b full, 8-bit of bitsandbytes",
+        "5b",
+        "sft",
+        (*CHECKPOINTED, "--use_8bit"),
+        published={FACTORY: (52.8, 58.6)},
+    ),
+)

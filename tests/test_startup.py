@@ -1,0 +1,60 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import startup
+from args import parse_args, parse_prepare_args
+from startup import unused_libraries
+
+
+@pytest.fixture
+def flags(tmp_path) -> list[str]:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").touch()
+    (tmp_path / "clips").mkdir()
+    model, clips = str(tmp_path / "model"), str(tmp_path / "clips")
+    return ["--pretrained_model_name_or_path", model, "--data_root", clips, "--output_dir", str(tmp_path / "out")]
+
+
+@pytest.mark.parametrize(
+    ("more", "used"),
+    [
+        ([], set()),
+        (["--use_8bit"], {"bitsandbytes"}),
+        (["--use_8bit", "--use_torchao"], {"torchao"}),
+        (["--use_4bit", "--use_torchao"], {"torchao"}),
+        (["--use_cpu_offload_optimizer"], {"torchao"}),
+        (["--quantize_base", "int8"], {"torchao"}),
+        (["--quantize_base", "nf4"], {"bitsandbytes"}),
+        (["--auto_fit"], {"bitsandbytes", "torchao"}),
+        (["--memory_budget_gb", "16"], {"bitsandbytes", "torchao"}),
+    ],
+    ids=lambda value: " ".join(sorted(value)),
+)
+def test_a_library_is_left_out_unless_a_flag_needs_it(flags, more, used):
+    args = parse_args([*flags, *more], task="text-to-video", method="lora")
+    assert set(unused_libraries(args)) == {"bitsandbytes", "torchao", "deepspeed"} - used
+
+
+def test_deepspeed_is_imported_where_accelerate_launches_it(flags, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert "deepspeed" not in unused_libraries(parse_args(flags, task="text-to-video", method="lora"))
+
+
+def test_a_preparation_leaves_them_out_too(flags):
+    args = parse_prepare_args(flags)
+    assert set(unused_libraries(args)) == {"bitsandbytes", "torchao", "deepspeed"}
+
+
+def test_a_library_left_out_is_as_good_as_not_installed():
+    code = (
+        "import argparse, startup\n"
+        "startup.prepare_imports(argparse.Namespace(), owns_process=True)\n"
+        "from diffusers.utils import is_bitsandbytes_available, is_torchao_available\n"
+        "print(is_bitsandbytes_available(), is_torchao_available())\n"
+    )
+    folder = Path(startup.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr

@@ -1,0 +1,72 @@
+"""Several optimizers that look like one to schedules, checkpoints and the loop."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+
+class CompositeOptimizer(Optimizer):
+    """Optimizers over different parameters, as one.
+
+    Its `param_groups` are theirs, not copies: a learning-rate schedule reaches every part.
+    """
+
+    def __init__(self, parts: Sequence[Optimizer]):
+        self.parts = list(parts)
+        super().__init__(self._groups_of_parts(), {})
+
+    def _groups_of_parts(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Step every part; closures are not supported."""
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parts' states, in order."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave.
+
+        Raises:
+            ValueError: it is of other parts or parameters.
+        """
+        if len(state_dict.get("parts", ())) != len(self.parts):
+            raise ValueError("loaded state dict has a different number of parts")
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = self._groups_of_parts()  # loading made new ones
+
+
+def matrices_by_muon(
+    parameters: Sequence[torch.nn.Parameter],
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    epsilon: float,
+    fused: bool,
+) -> CompositeOptimizer:
+    """Muon for the weights that are matrices, AdamW for the others (biases, norms, convolutions).
+
+    Args:
+        betas: the first is Muon's momentum too.
+        learning_rate: one for both. Muon's steps are scaled to the size that AdamW's have, so that a rate found for
+            AdamW holds.
+        epsilon: AdamW's.
+
+    Source: Muon, https://kellerjordan.github.io/posts/muon/; the scale of its steps, https://arxiv.org/abs/2502.16982.
+    """
+    matrices = [parameter for parameter in parameters if parameter.ndim == 2]
+    others = [parameter for parameter in parameters if parameter.ndim != 2]
+    shared = {"lr": learning_rate, "weight_decay": weight_decay}
+    parts = []
+    if matrices:
+        parts.append(torch.optim.Muon(matrices, momentum=betas[0], adjust_lr_fn="match_rms_adamw", **shared))
+    if others:
+        parts.append(torch.optim.AdamW(others, betas=betas, eps=epsilon, fused=fused, **shared))
+    return CompositeOptimizer(parts)

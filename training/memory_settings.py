@@ -1,0 +1,83 @@
+"""The settings that trade speed, or precision, for memory: as one value, to and from flags."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+GB = 2**30  # bytes, as cards are sold and as the tables of other trainers count
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What the flags of the same names say; `method` is the script's."""
+
+    method: str  # lora, sft
+    gradient_checkpointing: bool = False
+    checkpoint_scope: str = "block"
+    checkpoint_every: int = 1
+    offload_checkpoints: bool = False
+    quantize_base: str = "none"  # lora
+    stream_blocks: bool = False  # lora
+    weights_dtype: str = "fp32"  # sft
+    optimizer: str = "adam"
+    use_8bit: bool = False
+    use_4bit: bool = False
+    use_fp8: bool = False
+    use_torchao: bool = False
+    use_cpu_offload_optimizer: bool = False
+    offload_gradients: bool = False
+    step_in_backward: bool = False
+    use_ema: bool = False
+    enable_model_cpu_offload: bool = False
+
+    @property
+    def state_bits(self) -> int:
+        """Of one number of the optimizer's states."""
+        return 4 if self.use_4bit else 8 if self.use_8bit or self.use_fp8 else 32
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of one trained number; adapters are always in float32."""
+        return 2 if self.method == "sft" and self.weights_dtype == "bf16" else 4
+
+
+NAMES = tuple(field.name for field in fields(MemorySettings) if field.name != "method")
+
+
+def read_settings(args: argparse.Namespace, method: str) -> MemorySettings:
+    """The settings that checked flags say.
+
+    Args:
+        args: flags of a training script; those of the other method may be missing.
+        method: "lora" or "sft".
+    """
+    given = {name: getattr(args, name) for name in NAMES if hasattr(args, name)}
+    given["checkpoint_every"] = given["checkpoint_every"] or (2 if given["checkpoint_scope"] == "segment" else 1)
+    return MemorySettings(method, **given)
+
+
+def apply_settings(args: argparse.Namespace, settings: MemorySettings) -> argparse.Namespace:
+    """A copy of the flags that says these settings."""
+    changed = {name: value for name, value in asdict(settings).items() if hasattr(args, name)}
+    return argparse.Namespace(**(vars(args) | changed))
+
+
+def differing_flags(settings: MemorySettings, base: MemorySettings) -> list[str]:
+    """What to type to get from `base` to `settings`, flags and values."""
+    flags = []
+    for name, value in differences(settings, base).items():
+        if value is True:
+            flags.append(f"--{name}")
+        elif value is False:
+            flags.append(f"(no --{name})")
+        else:
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+def differences(settings: MemorySettings, base: MemorySettings) -> Mapping[str, Any]:
+    """What is otherwise in `settings` than in `base`."""
+    before = asdict(base)
+    return {name: value for name, value in asdict(settings).items() if value != before[name]}

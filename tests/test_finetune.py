@@ -20,10 +20,11 @@ import cogvideox_text_to_video_lora
 import prepare_dataset
 from args import parse_args
 from finetune import train as train_loop
+from learner import build_optimizer
 from methods import Lora
 from plan import plan_training_data
 from recipe import check_recipe
-from run_setup import Run, build_optimizer, set_up
+from run_setup import Run, set_up
 from tasks import TextToVideo
 
 

@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 
 from diffusion import rotary_embeddings, velocity_losses
 from errors import UserError
+from learner import build_optimizer
 from methods import Lora
 from models import DTYPES
 from optimizer_flags import LOW_BITS, OPTIMIZERS, check_low_bit, check_optimizer
 from optimizers import apply_learning_rate, check_launch, clip_gradients, keep_rates_on_host, make_optimizer
-from run_setup import build_optimizer
 
 
 ALL = [

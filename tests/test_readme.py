@@ -87,7 +87,7 @@ def test_every_command_of_the_readme_is_run_here_or_by_make():
     code_blocks = re.findall(r"```(?:bash|python)\n(.*?)```", README, flags=re.DOTALL)
     others = [code for code in code_blocks if code not in BLOCKS.values()]
     assert all(line.startswith("make ") for code in others for line in code.strip().splitlines())
-    assert BLOCKS.keys() == {"hub", "own clips", "sweep", "script", "python", "inference"}
+    assert BLOCKS.keys() == {"hub", "own clips", "sweep", "script", "budget", "python", "inference"}
 
 
 def test_a_data_set_of_the_hub_becomes_a_lora(repository):
@@ -127,12 +127,26 @@ def test_real_clips_become_a_lora_that_is_loaded_and_sampled(repository, monkeyp
     assert Path("rabbit.mp4").stat().st_size > 0
 
 
-def test_the_sweep_launches_one_run_for_each_combination(repository, tmp_path):
-    """With `accelerate` replaced by what prints its arguments."""
+@pytest.fixture
+def launches(repository, tmp_path):
+    """Give what code would launch: with `accelerate` replaced by what prints its arguments."""
     (tmp_path / "accelerate").write_text('#!/usr/bin/env bash\nprintf "%s|" "$@"\necho\n')
     (tmp_path / "accelerate").chmod(0o755)
-    code = f'PATH="{tmp_path}:$PATH"\nOPTIMIZERS="adam adamw" ' + block("sweep")
-    runs = [line.split("|") for line in run(repository, code).splitlines() if line.startswith("launch|")]
+
+    def launches(code: str) -> list[list[str]]:
+        output = run(repository, f'PATH="{tmp_path}:$PATH"\n{code}')
+        return [line.split("|") for line in output.splitlines() if line.startswith("launch|")]
+
+    return launches
+
+
+def test_the_memory_that_there_is_reaches_the_script(launches):
+    (argv,) = launches(block("budget"))
+    assert argv[argv.index("--memory_budget_gb") + 1] == "16"
+
+
+def test_the_sweep_launches_one_run_for_each_combination(launches):
+    runs = launches('OPTIMIZERS="adam adamw" ' + block("sweep"))
     values = [
         tuple(argv[argv.index(flag) + 1] for flag in ("--learning_rate", "--optimizer", "--max_train_steps"))
         for argv in runs

@@ -2,35 +2,24 @@
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
 from diffusers import CogVideoXTransformer3DModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from activations import CheckpointStore, checkpoint_activations
-from attention import attention_set, set_attention
-from block_streaming import stream_blocks
+from attention import attention_set
 from buckets import BucketBatchSampler
-from checkpoints import TrainerState, checkpoint_only_what_trains, load_checkpoint, save_checkpoint
-from compilation import compile_blocks
+from checkpoints import TrainerState, save_checkpoint
 from conditions import Conditions, encode_conditions
 from dataset import Batch, ClipDataset, PreparedDataset, make_loader, without_failures
-from ema import averaged_weights, make_ema, schedule_free_weights
 from errors import UserError
 from launch import start_trackers
+from learner import Learner, make_learner, resume
 from methods import FullFinetune
-from models import CPU, precision_warning
 from objective import Objective
-from optimizers import apply_learning_rate, keep_rates_on_host, make_optimizer
 from plan import PreparedData, TrainingData
 from progress import StepSchedule
 from prompts import PromptCache
@@ -42,25 +31,6 @@ from validation_loss import log_validation_losses, validation_losses
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Learner:
-    """The transformer and what changes it."""
-
-    transformer: CogVideoXTransformer3DModel
-    model: torch.nn.Module  # the transformer as accelerate wrapped it
-    trainable: Sequence[torch.nn.Parameter]
-    optimizer: Optimizer
-    lr_scheduler: LRScheduler
-    ema: EMAModel | None  # of the trainable parameters
-    is_schedule_free: bool = False  # the optimizer keeps an average itself
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Puts the average in the place of the trained weights meanwhile, if there is one."""
-        if self.is_schedule_free:
-            return schedule_free_weights(self.optimizer, self.trainable)
-        return averaged_weights(self.ema, self.trainable)
 
 
 @dataclass
@@ -140,56 +110,6 @@ def make_sampler(recipe: Recipe) -> BucketBatchSampler:
     )
 
 
-def make_learner(recipe: Recipe, total_steps: int) -> Learner:
-    """Load the transformer, make it trainable and wrap it for the launch."""
-    args, accelerator = recipe.args, recipe.accelerator
-    set_seed(recipe.state.seed)  # the adapters' initial weights
-    transformer = load_transformer(recipe)
-    trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer, lr_scheduler = build_optimizer(
-        args,
-        trainable,
-        learning_rate_of(args, accelerator.num_processes),
-        total_steps,
-        has_scaler=recipe.dtype == torch.float16,
-    )
-    model, optimizer = accelerator.prepare(transformer, optimizer)
-    keep_rates_on_host(optimizer)
-    ema = make_ema(trainable, args.ema_decay) if args.use_ema else None
-    # Not prepared: accelerate would step it once per process. Here a step is an optimizer step, on any ranks.
-    accelerator.register_for_checkpointing(lr_scheduler)
-    if ema is not None:
-        accelerator.register_for_checkpointing(ema)
-    checkpoint_only_what_trains(accelerator, recipe.method)
-    return Learner(transformer, model, trainable, optimizer, lr_scheduler, ema, args.optimizer == "schedulefree")
-
-
-def load_transformer(recipe: Recipe) -> CogVideoXTransformer3DModel:
-    """Load the transformer as task and method want it."""
-    args, accelerator, source, dtype = recipe.args, recipe.accelerator, recipe.source, recipe.dtype
-    # Weights that are streamed or divided among ranks need not fit onto the device as a whole.
-    is_whole = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
-    transformer = source.load_transformer(
-        recipe.method.base_dtype(dtype),
-        device=accelerator.device if is_whole and not args.stream_blocks else CPU,
-        quantize=args.quantize_base,
-    )
-    if dtype == torch.float16 and (warning := precision_warning(dtype, source.native_dtype())):
-        logger.warning("warning: %s", warning)
-    recipe.task.prepare_model(transformer)
-    recipe.method.attach(transformer)
-    store = CheckpointStore() if args.offload_checkpoints else None
-    if args.stream_blocks:
-        stream_blocks(transformer, accelerator.device, store)
-    elif args.gradient_checkpointing:
-        checkpoint_activations(transformer, args.checkpoint_scope, args.checkpoint_every, store)
-    set_attention(transformer, args.attention_backend)
-    if args.compile:
-        compile_blocks(transformer, num_sizes=len(recipe.sizes))
-        logger.info("the blocks are compiled when they are first used: a minute or so for each size of clips")
-    return transformer
-
-
 def make_throughput(recipe: Recipe) -> Throughput:
     """What counts and times the steps."""
     args, accelerator = recipe.args, recipe.accelerator
@@ -202,17 +122,6 @@ def make_throughput(recipe: Recipe) -> Throughput:
         checkpoint_scope=args.checkpoint_scope if args.gradient_checkpointing else None,
         checkpoint_every=args.checkpoint_every,
     )
-
-
-def resume(recipe: Recipe, learner: Learner) -> None:
-    """Go on where the checkpoint is, at the learning rate given now."""
-    load_checkpoint(recipe.accelerator, recipe.resumed)
-    rate = learning_rate_of(recipe.args, recipe.accelerator.num_processes)
-    apply_learning_rate(learner.optimizer, learner.lr_scheduler, rate)
-    if learner.ema is not None:
-        learner.ema.to(recipe.accelerator.device)
-        learner.ema.decay = recipe.args.ema_decay  # may change on the way, as the learning rate may
-    logger.info("resumed from %s at learning rate %g", recipe.resumed, learner.lr_scheduler.get_last_lr()[0])
 
 
 def make_objective(recipe: Recipe, conditions: Conditions, learner: Learner) -> Objective:
@@ -318,54 +227,6 @@ def describe_usage(recipe: Recipe) -> str:
     """The code that loads the result."""
     model, pipeline_class = recipe.args.pretrained_model_name_or_path, recipe.task.pipeline_class.__name__
     return "\n".join(recipe.method.usage(pipeline_class, model, recipe.output_dir, recipe.task.usage()))
-
-
-def learning_rate_of(args: argparse.Namespace, num_processes: int) -> float:
-    """The learning rate given, scaled to the samples in a step if that was asked for."""
-    scale = args.gradient_accumulation_steps * args.train_batch_size * num_processes if args.scale_lr else 1
-    return args.learning_rate * scale
-
-
-def build_optimizer(
-    args: argparse.Namespace,
-    trainable: Sequence[torch.nn.Parameter],
-    learning_rate: float,
-    total_steps: int,
-    *,
-    has_scaler: bool,
-) -> tuple[Optimizer, LRScheduler]:
-    """Build the optimizer and its learning-rate schedule, counted in optimizer steps."""
-    optimizer = make_optimizer(
-        trainable,
-        args.optimizer,
-        learning_rate=learning_rate,
-        beta1=args.beta1,
-        beta2=args.beta2,
-        beta3=args.beta3,
-        weight_decay=args.weight_decay,
-        epsilon=args.epsilon,
-        use_8bit=args.use_8bit,
-        use_4bit=args.use_4bit,
-        use_fp8=args.use_fp8,
-        use_torchao=args.use_torchao,
-        use_cpu_offload=args.use_cpu_offload_optimizer,
-        offload_gradients=args.offload_gradients,
-        step_in_backward=args.step_in_backward,
-        stochastic_rounding=args.weights_dtype == "bf16",
-        prodigy_decouple=args.prodigy_decouple,
-        prodigy_use_bias_correction=args.prodigy_use_bias_correction,
-        prodigy_safeguard_warmup=args.prodigy_safeguard_warmup,
-        fused=not has_scaler,
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=total_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
-    return optimizer, lr_scheduler
 
 
 def make_dataset(

@@ -47,6 +47,12 @@ VALIDATION_PROMPT="${VALIDATION_PROMPT:-A panda in a small red jacket plays a ti
 VALIDATION_IMAGES="${VALIDATION_IMAGES:-}"
 VALIDATION_EPOCHS="${VALIDATION_EPOCHS:-10}"
 
+# Left to the toolkit where it is to choose what fits.
+memory_flags="--gradient_checkpointing"
+if [[ " $* " == *" --memory_budget_gb"* || " $* " == *" --auto_fit "* ]]; then
+  memory_flags=""
+fi
+
 for learning_rate in $LEARNING_RATES; do
   for lr_schedule in $LR_SCHEDULES; do
     for optimizer in $OPTIMIZERS; do
@@ -63,7 +69,7 @@ for learning_rate in $LEARNING_RATES; do
           --output_dir "$output_dir"
           --rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA"
           --mixed_precision "$MIXED_PRECISION"
-          --gradient_checkpointing
+          $memory_flags
           --train_batch_size "$TRAIN_BATCH_SIZE"
           --max_train_steps "$steps"
           --optimizer "$optimizer"

@@ -1,5 +1,6 @@
 """A run that does not fit into memory finds settings under which it does, by trying them out."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -18,9 +19,12 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 def short_of_memory(monkeypatch):
     """Have forward passes that train run out of memory, but for transformers that fit by the function given."""
     forward = CogVideoXTransformer3DModel.forward
+    seen: weakref.WeakSet[CogVideoXTransformer3DModel] = weakref.WeakSet()
 
     def limit(fits: Callable[[CogVideoXTransformer3DModel], bool]) -> None:
         def forward_if_it_fits(transformer, *inputs, **named):
+            seen.add(transformer)
+            assert list(seen) == [transformer], "an earlier trial is still in memory"
             if torch.is_grad_enabled() and not fits(transformer):
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return forward(transformer, *inputs, **named)

@@ -347,7 +347,9 @@ def test_a_step_in_the_backward_pass_holds_one_gradient(account_5b):
 def test_an_offloaded_optimizer_has_states_gradients_and_weights_on_the_host(account_5b):
     plain = account_5b("sft", gradient_checkpointing=True)
     offloaded = account_5b("sft", gradient_checkpointing=True, use_cpu_offload_optimizer=True, offload_gradients=True)
-    assert offloaded.host == pytest.approx(plain.optimizer_states + 2 * plain.trained_weights, rel=0.001)
+    # Copies are pinned in powers of two: most weights are matrices of 9 x 2^n numbers, so that 16 x 2^n are taken.
+    copies = offloaded.host - plain.optimizer_states
+    assert copies == pytest.approx(2 * 16 / 9 * plain.trained_weights, rel=0.01)
     assert offloaded.gradients == plain.gradients - plain.earlier_gradients
 
 

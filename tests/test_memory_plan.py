@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from itertools import pairwise
 
 import pytest
@@ -88,24 +89,47 @@ def test_an_optimizer_without_low_bits_keeps_its_states():
 
 def test_combinations_that_the_flags_refuse_are_left_out(tiny_models, tmp_path):
     flags = ["--pretrained_model_name_or_path", str(tiny_models("2b")), "--data_root", str(tmp_path)]
-    flags += ["--output_dir", str(tmp_path / "out"), "--gradient_accumulation_steps", "2", "--mixed_precision", "bf16"]
+    flags += ["--output_dir", str(tmp_path / "out"), "--gradient_accumulation_steps", "2"]
     args = parse_args([*flags, "--optimizer", "adamw"], task="text-to-video", method="sft")
-    rungs = ladder(read_settings(args, "sft"), {"optimizer"}, usable_filter(args, {"optimizer"}))
+
+    def rungs_where(mixed_precision: str, *, has_gpu: bool) -> list[MemorySettings]:
+        is_usable = usable_filter(args, {"optimizer"}, mixed_precision=mixed_precision, has_gpu=has_gpu)
+        return ladder(read_settings(args), {"optimizer"}, is_usable)
+
     # Gradients that accumulate cannot be freed during the backward pass.
-    assert not any(rung.step_in_backward or rung.offload_gradients for rung in rungs)
-    assert any(rung.weights_dtype == "bf16" for rung in rungs)
+    in_bf16 = rungs_where("bf16", has_gpu=True)
+    assert not any(rung.step_in_backward or rung.offload_gradients for rung in in_bf16)
+    assert any(rung.weights_dtype == "bf16" for rung in in_bf16)
+    assert not any(rung.weights_dtype == "bf16" for rung in rungs_where("no", has_gpu=True))
+
+
+def test_what_needs_a_gpu_is_left_out_where_there_is_none(tiny_models, tmp_path):
+    flags = ["--pretrained_model_name_or_path", str(tiny_models("2b")), "--data_root", str(tmp_path)]
+    needs = ("lora", "--quantize_base nf4", "bitsandbytes"), ("sft", "--use_cpu_offload_optimizer", "torchao")
+    for method, needs_gpu, package in needs:
+        args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method=method)
+        for has_gpu in (True, False):
+            is_usable = usable_filter(args, set(), mixed_precision="bf16", has_gpu=has_gpu)
+            rungs = ladder(read_settings(args), set(), is_usable)
+            assert any(needs_gpu in step for step in steps(rungs)) == (has_gpu and bool(find_spec(package)))
+
+
+def test_adam_and_adamw_take_the_same():
+    row = MeasuredRow(FACTS, MemorySettings("lora", optimizer="adamw"), training=1, validation=1, device="a card")
+    assert row.serves(FACTS, MemorySettings("lora", optimizer="adam"))
+    assert not row.serves(FACTS, MemorySettings("lora", optimizer="came"))
 
 
 def test_settings_go_to_flags_and_back(tiny_models, tmp_path):
     flags = ["--pretrained_model_name_or_path", str(tiny_models("2b")), "--data_root", str(tmp_path)]
     args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method="lora")
-    settings = read_settings(args, "lora")
+    settings = read_settings(args)
     assert settings == MemorySettings("lora")
     rung = rungs_of()[-1]
     changed = apply_settings(args, rung)
-    assert read_settings(changed, "lora") == rung
+    assert read_settings(changed) == rung
     typed = [*flags, "--output_dir", str(tmp_path / "out"), *differing_flags(rung, settings)]
-    assert read_settings(parse_args(typed, task="text-to-video", method="lora"), "lora") == rung
+    assert read_settings(parse_args(typed, task="text-to-video", method="lora")) == rung
     assert not args.gradient_checkpointing  # the flags themselves are as they were
 
 
@@ -116,7 +140,7 @@ def test_the_fastest_rung_that_fits_is_chosen():
     assert choice.settings == rungs[3] and not choice.is_measured
     assert 70 * GB < choice.needed < 81 * GB
     assert describe(choice, rungs[0], 81) == (
-        "--memory_budget_gb 81: --gradient_checkpointing; takes 76.2 GB (calculated, not measured)"
+        "--memory_budget_gb 81: --gradient_checkpointing; takes 76.20 GB (calculated, not measured)"
     )
 
 
@@ -156,7 +180,7 @@ def test_when_nothing_fits_the_smallest_is_named():
     with pytest.raises(UserError, match="--memory_budget_gb 6: nothing fits") as error:
         choose(6, rungs, set(), FACTS, falling(rungs, 100), [])
     message = str(error.value)
-    assert "--stream_blocks, which takes 33.0 GB (calculated, not measured)" in message and "\n" not in message
+    assert "--stream_blocks, which takes 33.00 GB (calculated, not measured)" in message and "\n" not in message
 
 
 def test_the_next_rung_takes_less_memory():
@@ -178,8 +202,12 @@ def test_measured_rows_are_read_from_the_committed_file(tmp_path):
     }
     failed = {name: value for name, value in row.items() if name != "measured"} | {"failed": "out of memory"}
     file = tmp_path / "memory.json"
-    file.write_text(json.dumps({"rows": {"a": row, "b": failed, "c": row | {"device": "cpu"}}}))
-    assert read_measured(file) == [MeasuredRow(FACTS, settings, 20 * GB, 25 * GB, "NVIDIA H200")]
+    unsampled = row | {"facts": row["facts"] | {"sampled": None}, "measured": {"training reserved": 20 * GB}}
+    file.write_text(json.dumps({"rows": {"a": row, "b": failed, "c": row | {"device": "cpu"}, "d": unsampled}}))
+    assert read_measured(file) == [
+        MeasuredRow(FACTS, settings, 20 * GB, 25 * GB, "NVIDIA H200"),
+        MeasuredRow(replace(FACTS, sampled=None), settings, 20 * GB, 0, "NVIDIA H200"),
+    ]
     assert read_measured(tmp_path / "none.json") == []
 
 

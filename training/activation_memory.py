@@ -84,8 +84,6 @@ def kept_memory(facts: ModelFacts, configs: ModelConfigs, settings: MemorySettin
     unit = tokens * facts.dim * workload.compute_bytes
     scope = settings.checkpoint_scope if settings.gradient_checkpointing else "none"
     every = settings.checkpoint_every
-    if settings.stream_blocks:
-        scope, every = "block", 1
     kept = count_kept(scope, every, facts.num_blocks)
     one_input = tokens * facts.dim * workload.norm_bytes if scope == "feed-forward" else unit
     # The blocks of the working set are among the whole ones.

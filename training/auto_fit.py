@@ -1,6 +1,7 @@
-"""`--auto_fit`: try out the largest batch before training, with ever stronger savings of memory until it fits."""
+"""Change a run's flags so that it fits into memory: by calculation, by trial, or as it was when it is resumed."""
 
 import argparse
+import logging
 from collections.abc import Callable
 
 import torch
@@ -8,12 +9,42 @@ from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import free_memory
 
 from errors import UserError
-from memory_fit import step_down
-from memory_settings import apply_settings, read_settings
+from launch import start_logging
+from memory_fit import choose_by_budget, chosen_before, step_down, with_settings
 from plan import TrainingData
-from recipe import Method, Recipe, Task
+from recipe import Method, Task
 from run_setup import Run
 from trial_run import trial_recipe, try_out
+
+
+logger = logging.getLogger(__name__)
+
+
+def fit_into_memory(
+    args: argparse.Namespace,
+    data: TrainingData,
+    task: Task,
+    method: Method,
+    train: Callable[[argparse.Namespace, Run], None],
+) -> tuple[argparse.Namespace, Method]:
+    """Flags and method with the settings of memory to train with; as they are without one of the two flags on that.
+
+    Args:
+        train: the loop.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    start_logging()
+    chosen = chosen_before(args)
+    if chosen is not None:
+        logger.info("settings of memory are those that were chosen when the run began")
+        return with_settings(args, method, chosen)
+    if args.memory_budget_gb:
+        args, method = with_settings(args, method, choose_by_budget(args, data, method))
+    if args.auto_fit:
+        args, method = fit_by_trial(args, data, task, method, train)
+    return args, method
 
 
 def fit_by_trial(
@@ -23,41 +54,38 @@ def fit_by_trial(
     method: Method,
     train: Callable[[argparse.Namespace, Run], None],
 ) -> tuple[argparse.Namespace, Method]:
-    """Find the settings under which two steps of the largest batch, saving and sampling do not run out of memory.
-
-    Args:
-        train: the loop.
-
-    Returns:
-        Flags and method with the first settings that fit, beginning with those given.
+    """Go on to stronger savings until two steps of the largest batch, saving and sampling do not run out of memory.
 
     Raises:
-        UserError: none do.
+        UserError: they do with all there are.
     """
-    while True:
-        with trial_recipe(args, data, task, method) as recipe:
-            is_too_large = runs_out_of_memory(recipe, train)
-            fitting = step_down(recipe, args.given) if is_too_large else recipe
-        if fitting is None:
+    while runs_out_of_memory(args, data, task, method, train):
+        free_memory()  # of what the trial left in cycles
+        settings = step_down(args, data, method)
+        if settings is None:
             raise UserError(
                 "--auto_fit: the largest batch runs out of memory with all the savings there are; give a smaller "
                 "--train_batch_size, --max_num_frames or smaller buckets"
             )
-        args, method = apply_settings(args, read_settings(fitting.args, args.method)), fitting.method
-        if not is_too_large:
-            return args, method
+        args, method = with_settings(args, method, settings)
+    free_memory()
+    return args, method
 
 
-def runs_out_of_memory(recipe: Recipe, train: Callable[[argparse.Namespace, Run], None]) -> bool:
-    """Try a recipe out, and let go of all that it held."""
+def runs_out_of_memory(
+    args: argparse.Namespace,
+    data: TrainingData,
+    task: Task,
+    method: Method,
+    train: Callable[[argparse.Namespace, Run], None],
+) -> bool:
+    """Try a run out. Nothing of it is held on to when this returns, but by cycles: not by the error, nor the
+    accelerator."""
     try:
-        _, failures = try_out(recipe, train)
-        is_too_large = any(torch.OutOfMemoryError.__name__ in failure for failure in failures)
+        with trial_recipe(args, data, task, method, samples=False) as recipe:
+            _, failures = try_out(recipe, train)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
             raise
-        is_too_large = True
-    # Not in the handler: until it ends, the error holds on to what was on the device.
-    recipe.accelerator.free_memory()
-    free_memory()
-    return is_too_large
+        return True
+    return any(torch.OutOfMemoryError.__name__ in failure for failure in failures)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class TrainerState:
     step: int  # optimizer steps done
     seed: int
     settings: dict[str, Any]  # that must not change on the way, by flag
+    memory: dict[str, Any] = field(default_factory=dict)  # settings that were chosen for the run, by flag
 
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Refuse to go on with other settings.
@@ -30,10 +31,12 @@ class TrainerState:
         Raises:
             UserError: lists those that differ.
         """
+        words = {True: "on", False: "off"}
         differing = [
-            f"{name} was {self.settings.get(name)}, is now {value}"
+            f"{name} was {words.get(before, before)}, is now {words.get(value, value)}"
             for name, value in settings.items()
-            if self.settings.get(name) != value
+            # A checkpoint of before there was a switch is one without it.
+            if (before := self.settings.get(name, False if value is False else None)) != value
         ]
         if differing:
             raise UserError(

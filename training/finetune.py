@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from auto_fit import fit_by_trial
+from auto_fit import fit_into_memory
 from diffusion import derive_seed, sample_generators, seed_global
-from memory_fit import fit_to_budget
 from methods import Lora
 from optimizers import clip_gradients
 from plan import TrainingData
@@ -34,13 +33,11 @@ def finetune(args: argparse.Namespace, data: TrainingData, task: Task, method: M
     Raises:
         UserError: model, data and flags do not go together; raised before any weights are loaded.
     """
+    args, method = fit_into_memory(args, data, task, method, train)
     if args.dry_run:
         rehearse(args, data, task, method, train)
         return
-    if args.auto_fit:
-        args, method = fit_by_trial(args, data, task, method, train)
-    recipe = fit_to_budget(check_recipe(args, data, task, method), args.given)
-    args, run = recipe.args, set_up(recipe)
+    run = set_up(check_recipe(args, data, task, method))
     if args.validate_first and run.state.step == 0:
         run.validate(0)
     with profiled(profile_folder(args, run), run.state.step) as next_step:

@@ -285,6 +285,9 @@ def training_warnings(args: argparse.Namespace, given: set[str], task: str, meth
             f"--lr_scheduler {args.lr_scheduler} is not needed with schedulefree, whose average does what a falling "
             "rate does; give constant_with_warmup"
         )
+    embeds = args.validation_prompts or args.validation_dataset_file or args.caption_dropout or not args.load_tensors
+    if args.text_encoder_8bit and not embeds:
+        lines.append("--text_encoder_8bit has no effect: all captions are embedded, and there are no prompts")
     if args.load_tensors and "dataset_file" in given:
         lines.append("--dataset_file has no effect with --load_tensors: the data lists its own samples")
     if args.lr_scheduler != "constant" and args.max_train_steps and args.lr_warmup_steps >= args.max_train_steps:

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from huggingface_hub.serialization import _torch as hub_serialization
 
 from errors import UserError
-from ranks import launch_size
+from ranks import launch_rank, launch_size
 
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     Raises:
         UserError: the precision asked for does not exist on this device, or a tracker is not installed.
     """
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = precision_of(args)
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no on a CPU")
     if precision == "fp8":
@@ -45,12 +46,23 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
             AutocastKwargs(cache_enabled=False),
         ],
     )
-    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    start_logging()
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def precision_of(args: argparse.Namespace) -> str:
+    """What the networks compute in (no, fp16, bf16): as the flags say, else the launch configuration."""
+    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def start_logging() -> None:
+    """Write what the main process has to say, and the errors of the others, to stderr."""
+    level = logging.INFO if launch_rank() == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", force=True)
     for chatty in ("accelerate", "httpx", "huggingface_hub", "torchao", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    return accelerator
+    hub_serialization.logger.setLevel(logging.WARNING)  # named by its file, not by its package
 
 
 def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:

@@ -60,6 +60,8 @@ def make_learner(recipe: Recipe, total_steps: int) -> Learner:
         total_steps,
         has_scaler=recipe.dtype == torch.float16,
     )
+    if args.use_torchao:
+        logger.info("torchao compiles its optimizer in the first step, which takes up to some minutes")
     model, optimizer = accelerator.prepare(transformer, optimizer)
     keep_rates_on_host(optimizer)
     ema = make_ema(trainable, args.ema_decay) if args.use_ema else None

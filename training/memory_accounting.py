@@ -12,6 +12,7 @@ from activation_memory import batch_bytes, decoding_bytes, kept_memory, sampling
 from memory_facts import ModelFacts, ParameterFacts, Workload
 from memory_settings import GB, MemorySettings
 from models import ModelConfigs
+from pinned_memory import power_above
 
 
 _TINY = 4096  # numbers; optimizers of low precision leave smaller tensors in full precision
@@ -189,7 +190,8 @@ def _place_states(facts: ModelFacts, settings: MemorySettings, weights: Sequence
         return sum(states), 0
     is_on_host = [parameter.numel >= _TINY for parameter in trainable]
     on_device = sum(size for size, away in zip(states, is_on_host, strict=True) if not away)
-    copies = sum(2 * size for size, away in zip(weights, is_on_host, strict=True) if away)
+    # Each weight and each gradient is pinned by itself, in a power of two.
+    copies = sum(2 * power_above(size) for size, away in zip(weights, is_on_host, strict=True) if away)
     return on_device, sum(states) - on_device + copies
 
 

@@ -1,15 +1,20 @@
-"""Change a run's settings so that it fits into memory: `--memory_budget_gb` before it starts, `--auto_fit` after."""
+"""Which settings of memory a run takes: those that fit `--memory_budget_gb`, or the next ones for `--auto_fit`."""
 
+import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+
+import torch
 
 from buckets import Bucket
+from checkpoints import find_checkpoint, read_state
+from launch import precision_of
 from memory_accounting import MemoryAccount, account
 from memory_facts import Workload, model_facts
 from memory_plan import (
-    Choice,
     RunFacts,
     adapter_key,
     choose,
@@ -20,94 +25,108 @@ from memory_plan import (
     read_measured,
     usable_filter,
 )
-from memory_settings import MemorySettings, apply_settings, differing_flags, read_settings
+from memory_settings import MemorySettings, apply_settings, describe_change, read_settings
 from methods import Lora
-from recipe import Recipe
+from models import ModelConfigs
+from plan import TrainingData
+from recipe import Method, model_source
 
 
 logger = logging.getLogger(__name__)
 
 
-def fit_to_budget(recipe: Recipe, given: set[str]) -> Recipe:
-    """The recipe with the fastest settings that fit into `--memory_budget_gb`; as it is without that flag.
+def chosen_before(args: argparse.Namespace) -> MemorySettings | None:
+    """The settings that were chosen for the run that is resumed: another choice could not read its checkpoint.
 
-    Args:
-        given: names of the flags that the user typed; what they say stays.
+    None where nothing is resumed, or where the flags say the settings now or said them then.
 
     Raises:
-        UserError: nothing fits.
+        UserError: the checkpoint is no complete one.
     """
-    budget = recipe.args.memory_budget_gb
-    if not budget:
-        return recipe
-    settings, is_usable, account_for = _settings(recipe), usable_filter(recipe.args, given), _accounting(recipe)
-    choice: Choice = choose(
-        budget,
-        ladder(settings, given, is_usable),
-        given,
-        run_facts(recipe),
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
+    if checkpoint is None or not (args.memory_budget_gb or args.auto_fit):
+        return None
+    chosen = read_state(checkpoint).memory
+    return MemorySettings(**chosen) if chosen else None
+
+
+def choose_by_budget(args: argparse.Namespace, data: TrainingData, method: Method) -> MemorySettings:
+    """The fastest settings that fit into `--memory_budget_gb`.
+
+    Raises:
+        UserError: nothing fits, or the model's configs cannot be read.
+    """
+    settings, is_usable = read_settings(args), _usable_here(args)
+    configs = model_source(args).configs()
+    account_for = _accounting(args, data, method, configs)
+    choice = choose(
+        args.memory_budget_gb,
+        ladder(settings, args.given, is_usable),
+        args.given,
+        run_facts(args, data, method, configs),
         lambda rung: account_for(rung).peak,
         read_measured(),
         is_usable,
     )
-    logger.info("%s", describe(choice, settings, budget))
-    return with_settings(recipe, choice.settings)
+    logger.info("%s", describe(choice, settings, args.memory_budget_gb))
+    return choice.settings
 
 
-def step_down(recipe: Recipe, given: set[str]) -> Recipe | None:
-    """The recipe with the next stronger savings, for `--auto_fit` when its first steps ran out of memory; None: there
-    are none."""
-    settings = _settings(recipe)
-    rungs, account_for = ladder(settings, given, usable_filter(recipe.args, given)), _accounting(recipe)
+def step_down(args: argparse.Namespace, data: TrainingData, method: Method) -> MemorySettings | None:
+    """The next stronger savings, for `--auto_fit` when these flags ran out of memory; None: there are none."""
+    settings = read_settings(args)
+    rungs = ladder(settings, args.given, _usable_here(args))
+    account_for = _accounting(args, data, method, model_source(args).configs())
     # Training or validation, who knows which ran out: less for either is worth a try.
     rung = next_rung(rungs, settings, lambda rung: account_for(rung).training + account_for(rung).validation)
-    if rung is None:
-        return None
-    logger.warning("out of GPU memory; --auto_fit starts again with %s", " ".join(differing_flags(rung, settings)))
-    return with_settings(recipe, rung)
+    if rung is not None:
+        logger.warning("out of GPU memory; --auto_fit starts again with %s", describe_change(rung, settings))
+    return rung
 
 
-def with_settings(recipe: Recipe, settings: MemorySettings) -> Recipe:
-    """The recipe with other settings, in its flags, its method and what a checkpoint of it notes."""
-    if isinstance(recipe.method, Lora):
-        method = replace(recipe.method, quantize_base=settings.quantize_base)
-    else:
-        method = replace(recipe.method, weights_dtype=settings.weights_dtype)
-    state = replace(recipe.state, settings=recipe.state.settings | method.settings)
-    return replace(recipe, args=apply_settings(recipe.args, settings), method=method, state=state)
+def with_settings(
+    args: argparse.Namespace, method: Method, settings: MemorySettings
+) -> tuple[argparse.Namespace, Method]:
+    """Flags and method with other settings."""
+    args = apply_settings(args, settings)
+    if isinstance(method, Lora):
+        return args, replace(method, quantize_base=settings.quantize_base)
+    return args, replace(method, weights_dtype=settings.weights_dtype)
 
 
-def run_facts(recipe: Recipe) -> RunFacts:
+def run_facts(args: argparse.Namespace, data: TrainingData, method: Method, configs: ModelConfigs) -> RunFacts:
     """What memory depends on beside the settings."""
-    args, method = recipe.args, recipe.method
     is_lora = isinstance(method, Lora)
     return RunFacts(
-        model=model_key(recipe.configs.transformer),
-        method="lora" if is_lora else "sft",
-        size=max(recipe.data.buckets, key=_volume),
+        model=model_key(configs.transformer),
+        method=args.method,
+        size=max(data.buckets, key=_volume),
         batch_size=args.train_batch_size,
         adapters=adapter_key(method.rank, method.target_modules, use_dora=method.use_dora) if is_lora else "",
         sampled=Bucket(args.max_num_frames, args.height, args.width) if args.validation_prompts else None,
-        mixed_precision=recipe.accelerator.mixed_precision,
+        mixed_precision=precision_of(args),
     )
+
+
+def _usable_here(args: argparse.Namespace) -> Callable[[MemorySettings], bool]:
+    return usable_filter(args, args.given, mixed_precision=precision_of(args), has_gpu=torch.cuda.is_available())
 
 
 def _volume(size: Bucket) -> int:
     return size.num_frames * size.height * size.width
 
 
-def _settings(recipe: Recipe) -> MemorySettings:
-    return read_settings(recipe.args, "lora" if isinstance(recipe.method, Lora) else "sft")
-
-
-def _accounting(recipe: Recipe) -> Callable[[MemorySettings], MemoryAccount]:
-    """What the recipe takes under some settings."""
-    facts, model = run_facts(recipe), model_facts(recipe.configs, recipe.method)
-    guided = recipe.args.guidance_scale > 1
-    workload = Workload(facts.size, facts.batch_size, facts.mixed_precision, facts.sampled, guided)
+def _accounting(
+    args: argparse.Namespace, data: TrainingData, method: Method, configs: ModelConfigs
+) -> Callable[[MemorySettings], MemoryAccount]:
+    """What the run takes under some settings."""
+    facts, model = run_facts(args, data, method, configs), model_facts(configs, method)
+    workload = Workload(
+        facts.size, facts.batch_size, facts.mixed_precision, facts.sampled, is_guided=args.guidance_scale > 1
+    )
 
     @cache
     def account_for(settings: MemorySettings) -> MemoryAccount:
-        return account(model, recipe.configs, settings, workload)
+        return account(model, configs, settings, workload)
 
     return account_for

@@ -15,7 +15,7 @@ from typing import Any
 from buckets import Bucket
 from errors import UserError
 from memory_flags import check_memory
-from memory_settings import GB, MemorySettings, apply_settings, differing_flags
+from memory_settings import GB, MemorySettings, apply_settings, describe_change
 from optimizer_flags import check_low_bit, check_optimizer
 from speed_flags import check_speed
 
@@ -90,6 +90,8 @@ class MeasuredRow:
         if facts.sampled is None:  # settings of the validation do not matter then
             settings = replace(settings, enable_model_cpu_offload=self.settings.enable_model_cpu_offload)
             facts = replace(facts, sampled=self.facts.sampled)
+        if {settings.optimizer, self.settings.optimizer} == {"adam", "adamw"}:  # they take the same
+            settings = replace(settings, optimizer=self.settings.optimizer)
         return (facts, settings) == (self.facts, self.settings)
 
 
@@ -149,17 +151,23 @@ def _fixed(given: Collection[str]) -> set[str]:
     return {name for group in _GROUPS if set(given) & set(group) for name in group} | set(given)
 
 
-def usable_filter(args: argparse.Namespace, given: set[str]) -> Callable[[MemorySettings], bool]:
-    """Whether settings pass the checks of the flags, beside all the other flags.
+def usable_filter(
+    args: argparse.Namespace, given: set[str], *, mixed_precision: str, has_gpu: bool
+) -> Callable[[MemorySettings], bool]:
+    """Whether settings pass the checks of the flags, beside all the other flags, and can run here.
 
     Args:
         args: the run's flags, checked.
         given: names of the flags that the user typed.
+        mixed_precision: no, fp16 or bf16; the flags may leave it to the launch configuration.
     """
+    args = argparse.Namespace(**(vars(args) | {"mixed_precision": mixed_precision}))
 
     def is_usable(settings: MemorySettings) -> bool:
         changed = apply_settings(args, settings)
         if not all(find_spec(package) for package in _packages(settings)):
+            return False
+        if not has_gpu and (settings.quantize_base == "nf4" or settings.use_cpu_offload_optimizer):
             return False
         try:
             check_low_bit(changed)
@@ -229,10 +237,10 @@ def choose(
                 return choice
             choices.append(choice)
     smallest = min(choices, key=lambda choice: choice.needed)
-    flags = " ".join(differing_flags(smallest.settings, rungs[0])) or "the flags as they are"
+    flags = describe_change(smallest.settings, rungs[0]) or "what the flags say"
     raise UserError(
         f"--memory_budget_gb {budget_gb:g}: nothing fits; the smallest is {flags}, which takes "
-        f"{smallest.needed / GB:.1f} GB ({smallest.how}); train at a smaller --height, --width or --max_num_frames, "
+        f"{smallest.needed / GB:.2f} GB ({smallest.how}); train at a smaller --height, --width or --max_num_frames, "
         "or leave out flags that cost memory"
     )
 
@@ -267,8 +275,8 @@ def describe(choice: Choice, base: MemorySettings, budget_gb: float) -> str:
     Args:
         base: the settings as the flags had them.
     """
-    flags = " ".join(differing_flags(choice.settings, base)) or "nothing to change"
-    return f"--memory_budget_gb {budget_gb:g}: {flags}; takes {choice.needed / GB:.1f} GB ({choice.how})"
+    flags = describe_change(choice.settings, base) or "nothing to change"
+    return f"--memory_budget_gb {budget_gb:g}: {flags}; takes {choice.needed / GB:.2f} GB ({choice.how})"
 
 
 def read_measured(file: Path = MEASURED_FILE) -> list[MeasuredRow]:
@@ -288,6 +296,6 @@ def _read_row(row: Mapping[str, Any]) -> MeasuredRow:
         RunFacts(**facts),
         MemorySettings(**row["settings"]),
         measured["training reserved"],
-        measured["validation reserved"],
+        measured.get("validation reserved", 0),  # not of rows without validation
         row["device"],
     )

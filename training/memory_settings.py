@@ -46,21 +46,20 @@ class MemorySettings:
 NAMES = tuple(field.name for field in fields(MemorySettings) if field.name != "method")
 
 
-def read_settings(args: argparse.Namespace, method: str) -> MemorySettings:
+def read_settings(args: argparse.Namespace) -> MemorySettings:
     """The settings that checked flags say.
 
     Args:
-        args: flags of a training script; those of the other method may be missing.
-        method: "lora" or "sft".
+        args: flags of a training script.
     """
-    given = {name: getattr(args, name) for name in NAMES if hasattr(args, name)}
-    given["checkpoint_every"] = given["checkpoint_every"] or (2 if given["checkpoint_scope"] == "segment" else 1)
-    return MemorySettings(method, **given)
+    return MemorySettings(args.method, **{name: getattr(args, name) for name in NAMES})
 
 
 def apply_settings(args: argparse.Namespace, settings: MemorySettings) -> argparse.Namespace:
     """A copy of the flags that says these settings."""
-    changed = {name: value for name, value in asdict(settings).items() if hasattr(args, name)}
+    changed = asdict(settings)
+    if settings.step_in_backward:
+        changed["max_grad_norm"] = 0.0
     return argparse.Namespace(**(vars(args) | changed))
 
 
@@ -74,6 +73,14 @@ def differing_flags(settings: MemorySettings, base: MemorySettings) -> list[str]
             flags.append(f"(no --{name})")
         else:
             flags += [f"--{name}", str(value)]
+    return flags
+
+
+def describe_change(settings: MemorySettings, base: MemorySettings) -> str:
+    """The same in words, with what else it means; empty where nothing differs."""
+    flags = " ".join(differing_flags(settings, base))
+    if settings.step_in_backward and not base.step_in_backward:
+        return f"{flags} (gradients are not clipped)"
     return flags
 
 

@@ -39,7 +39,7 @@ def plan_chunks(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
     chunks, start, left = [], 0, sum(sizes)
     while start < len(sizes):
         # The rest is packed as its binary digits: a large chunk, then smaller ones, the last about one buffer large.
-        chunk = max(_power_above(sizes[start]), min(LARGEST_CHUNK, _power_below(left)))
+        chunk = max(power_above(sizes[start]), min(LARGEST_CHUNK, _power_below(left)))
         members: list[int] = []
         while start < len(sizes) and sum(members) + sizes[start] <= chunk:
             members.append(sizes[start])
@@ -49,7 +49,8 @@ def plan_chunks(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
     return chunks
 
 
-def _power_above(size: int) -> int:
+def power_above(size: int) -> int:
+    """What torch's allocator takes for a request for pinned memory: the next power of two."""
     return 1 << max(size - 1, 0).bit_length()
 
 

@@ -64,13 +64,15 @@ class StepLog:
         self.pending: list[torch.Tensor] = []
         self.learning_rates: list[float] = []
         self.losses: list[float] = []
+        self.has_norm = True
         self.speeds: list[Speed] = []  # of each interval
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc="Training", disable=not accelerator.is_local_main_process
         )
 
     def add(self, loss: torch.Tensor, grad_norm: torch.Tensor | float | None, learning_rate: float) -> None:
-        """Note one optimizer step. DeepSpeed gives no gradient norm at the clip call: it is logged as NaN then."""
+        """Note one optimizer step. The gradient norm is None where nobody knows it: nothing is logged then."""
+        self.has_norm = grad_norm is not None
         if not isinstance(grad_norm, torch.Tensor):
             # `torch.tensor` would wait for the device.
             grad_norm = loss.new_full((), math.nan if grad_norm is None else grad_norm)
@@ -92,12 +94,12 @@ class StepLog:
         for step, (loss, grad_norm), rate in zip(
             range(first, self.step + 1), values, self.learning_rates, strict=True
         ):
-            logged = {"loss": loss, "grad_norm": grad_norm, "lr": rate}
+            logged = {"loss": loss, "lr": rate} | ({"grad_norm": grad_norm} if self.has_norm else {})
             if step == self.step:
                 logged |= {f"throughput/{name}": value for name, value in speed.values().items()}
             self.accelerator.log(logged, step=step)
             self.losses.append(loss)
-        described = [f"loss={loss:.4f}", f"lr={rate:.2e}", f"grad_norm={grad_norm:.3f}"]
+        described = [f"loss={loss:.4f}", f"lr={rate:.2e}", *([f"grad_norm={grad_norm:.3f}"] if self.has_norm else [])]
         self.bar.set_postfix_str(", ".join([*described, speed.short()]))
         self.pending.clear()
         self.learning_rates.clear()
@@ -110,7 +112,8 @@ class StepLog:
         settled = self.speeds[1:] or self.speeds  # the first steps compile and allocate
         if settled:
             speed = reduce(operator.add, settled)
-            logger.info("speed of the last %d steps: %s", speed.steps, speed)
+            which = "without" if len(self.speeds) > 1 else "with"
+            logger.info("speed, %s the first steps: %s", which, speed)
         count = min(50, len(self.losses) // 2)
         if count >= 10:  # the loss of a single step says more of its timestep than of the model
             first, last = sum(self.losses[:count]) / count, sum(self.losses[-count:]) / count

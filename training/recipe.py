@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,8 +17,10 @@ from dataset import check_prepared
 from errors import UserError
 from fingerprints import fingerprint_encoders
 from launch import shared_seed, start_accelerator
+from memory_settings import read_settings
 from methods import FullFinetune, Lora
 from models import DTYPES, ModelConfigs, ModelSource
+from optimizer_flags import LOW_BITS
 from optimizers import check_launch
 from plan import PreparedData, TrainingData, describe, report_skipped
 from prepared import check_encoders
@@ -28,6 +30,8 @@ from tasks import ImageToVideo, TextToVideo
 logger = logging.getLogger(__name__)
 
 
+# Each keeps its states in a way of its own.
+OPTIMIZER_KINDS = (*LOW_BITS, "use_torchao", "use_cpu_offload_optimizer", "step_in_backward")
 Task = TextToVideo | ImageToVideo
 Method = Lora | FullFinetune
 
@@ -73,13 +77,18 @@ class Recipe:
         )
 
 
+def model_source(args: argparse.Namespace) -> ModelSource:
+    """Where the model lies."""
+    return ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+
+
 def check_recipe(args: argparse.Namespace, data: TrainingData, task: Task, method: Method) -> Recipe:
     """Put a recipe together, by the configs alone, and say what it will train on.
 
     Raises:
         UserError: model, data, flags and the checkpoint to resume from do not go together.
     """
-    source = ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+    source = model_source(args)
     configs = source.configs()
     task.check_model(configs, clip_sizes(args, data))
     method.check_model(configs, source)
@@ -90,12 +99,15 @@ def check_recipe(args: argparse.Namespace, data: TrainingData, task: Task, metho
     check_start(args, accelerator, configs)
     describe_data(args, accelerator, data, source, configs)
     settings = {"model": configs.kind, "--optimizer": args.optimizer, "--use_ema": args.use_ema}
+    settings |= {f"--{name}": getattr(args, name) for name in OPTIMIZER_KINDS}
     settings |= {**task.settings, **method.settings}
     if resumed:
         state = read_state(resumed)
         state.check_settings(settings)
     else:
-        state = TrainerState(0, shared_seed(accelerator, args.seed), settings)
+        is_chosen = args.memory_budget_gb or args.auto_fit
+        memory = asdict(read_settings(args)) if is_chosen else {}
+        state = TrainerState(0, shared_seed(accelerator, args.seed), settings, memory)
     return Recipe(args, data, task, method, source, configs, accelerator, resumed, state)
 
 

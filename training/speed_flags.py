@@ -42,7 +42,7 @@ def add_speed_flags(group: argparse._ArgumentGroup) -> None:
         "--profile",
         action="store_true",
         help="Record what three of the first steps do on CPU and GPU, into the folder profile of --output_dir; the "
-        "steps recorded are slower. (default: off)",
+        "steps recorded are slower, and so is what the log says of their speed. (default: off)",
     )
 
 

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 
 
 def prepare_imports(args: argparse.Namespace, *, owns_process: bool) -> None:
@@ -46,9 +47,11 @@ def quiet_libraries() -> None:
     for name in (
         "torch.utils._pytree",  # torchao registers its enums in a way that torch calls deprecated
         "diffusers.quantizers.torchao.torchao_quantizer",  # looks for classes that newer torchao moved
+        "torch.utils.cpp_extension",  # a compiler without a GPU
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if not os.path.exists("/dev/nvidiactl"):
+    warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")  # torchao's states, when compiled
+    if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))):  # Linux, WSL
         # DeepSpeed warns that it has to guess.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Set by hand, tokenizers do not warn about the data workers' fork.

@@ -23,7 +23,6 @@ from checkpoints import load_checkpoint
 from clips import PlannedClip
 from dataset import make_loader
 from errors import UserError, listing
-from memory_fit import fit_to_budget
 from plan import TrainingData
 from prepared import PreparedClip
 from ranks import launch_rank, launch_size
@@ -52,7 +51,7 @@ def rehearse(
     Raises:
         UserError: model, data and flags do not go together, a sample cannot be read, or no video could be sampled.
     """
-    with trial_recipe(args, data, task, method) as recipe:
+    with trial_recipe(args, data, task, method, samples=True) as recipe:
         read_every_sample(args, data, task)
         memory, failures = try_out(recipe, train)
         if failures:
@@ -63,8 +62,13 @@ def rehearse(
 
 
 @contextmanager
-def trial_recipe(args: argparse.Namespace, data: TrainingData, task: Task, method: Method) -> Iterator[Recipe]:
+def trial_recipe(
+    args: argparse.Namespace, data: TrainingData, task: Task, method: Method, *, samples: bool
+) -> Iterator[Recipe]:
     """What a trial is made from: the largest batch, and a folder that is removed in the end; called on every rank.
+
+    Args:
+        samples: a video even where the run samples none.
 
     Raises:
         UserError: model, data and flags do not go together.
@@ -72,8 +76,8 @@ def trial_recipe(args: argparse.Namespace, data: TrainingData, task: Task, metho
     folder = trial_folder(Path(args.output_dir))
     largest = largest_batch(data, args.train_batch_size, launch_size(), min(2, args.gradient_accumulation_steps))
     try:
-        trial = trial_flags(args, folder, task, largest.buckets[0])
-        yield replace(fit_to_budget(check_recipe(trial, data, task, method), args.given), data=largest)
+        trial = trial_flags(args, folder, task, largest.buckets[0], samples=samples)
+        yield replace(check_recipe(trial, data, task, method), data=largest)
     finally:
         if launch_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -127,14 +131,17 @@ def trial_folder(output_dir: Path) -> Path:
     return existing / f".dry-run.{output_dir.name}"
 
 
-def trial_flags(args: argparse.Namespace, folder: Path, task: Task, size: Bucket) -> argparse.Namespace:
+def trial_flags(
+    args: argparse.Namespace, folder: Path, task: Task, size: Bucket, *, samples: bool
+) -> argparse.Namespace:
     """The flags of a run of two steps and one coarse video, which goes to no tracker and no hub.
 
     Args:
         size: of the video, where no validation says another.
+        samples: a video even where there is no validation.
     """
     prompts, images, asked_for = args.validation_prompts[:1], args.validation_images[:1], {}
-    if not prompts:
+    if samples and not prompts:
         prompts = ["a trial"]
         asked_for = {"max_num_frames": size.num_frames, "height": size.height, "width": size.width}
         if task.with_images:

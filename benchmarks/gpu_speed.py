@@ -14,6 +14,7 @@ from typing import Any
 
 import memory
 import torch
+from materials import folders
 from memory_rows import CHECKPOINTED, LOW_BIT, SMALLEST_FULL, Row
 
 from models import ModelSource, encode_videos
@@ -54,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="ROW", help="names of rows (default: all)")
     parser.add_argument("--tiny", action="store_true", help="tiny models, on any device")
-    parser.add_argument("--time_limit", type=float, metavar="SECONDS", help="start no row after so long")
+    memory.add_limits(parser)
     parser.add_argument("--work_dir", type=Path, help="folder of models and clips, kept (default: a temporary one)")
     parser.add_argument("--output_file", type=Path, help="(default: speed_gpu.json, here)")
     args = parser.parse_args()
@@ -64,7 +65,8 @@ def main() -> None:
     output = args.output_file or memory.HERE / "speed_gpu.json"
     with tempfile.TemporaryDirectory() as folder:
         work = args.work_dir or Path(folder)
-        memory.measure_rows(rows, work, output, tiny=args.tiny, time_limit=args.time_limit, measure=measure)
+        limits = (args.time_limit, args.row_limit)
+        memory.measure_rows(rows, work, output, tiny=args.tiny, limits=limits, measure=measure)
 
 
 def measure(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def measure(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
 
 def measure_encoder(row: Row, work: Path, tiny: bool, clips: int = 3) -> dict[str, Any]:
     """Clips a second through the VAE's encoder, with weights in the usual layout and with channels last."""
-    model, _, size = memory.folders(row, work, tiny)
+    model, _, size = folders(row, work, tiny)
     frames, height, width = size
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -6,14 +6,13 @@
     python benchmarks/memory.py --calculate                 # no run: into benchmarks/memory_calculated.json
 
 Models have the released sizes and random weights: nothing is downloaded, but 11 GB are written for each 5b model. Each
-row runs in a process of its own, the training's own code from the flags on: a few steps on prepared clips, then a
-validation of two denoising steps. Results are written after each row; a row that fails says why, and the next one goes
-on.
+row runs in a process of its own, the training's own code from the flags on: a few steps on prepared clips of random
+numbers, then a validation of two denoising steps. Results are written after each row; a row that fails says why, and
+the next one goes on.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import resource
@@ -28,29 +27,28 @@ from pathlib import Path
 from typing import Any
 
 
-# Rows run in forks of this process, which must not have touched the GPU: asking for one goes by its driver's library.
+# Rows run in forks of this process, which must not have touched CUDA: asking for a GPU goes by NVIDIA's management
+# library where that answers.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
+from apart import first_line, run_apart
+from materials import folders, make_materials
 from memory_rows import ROWS, Row
 
-from args import parse_args, parse_prepare_args
+from args import parse_args
 from buckets import Bucket
-from errors import UserError
 from files import written_whole
 from finetune import train
 from flops import count_flops, count_tokens, peak_tflops
-from make_demo_clips import make_demo_clips
-from make_full_size_model import full_size_configs, make_full_size_model
-from make_tiny_model import make_tiny_model
+from make_full_size_model import full_size_configs
 from memory_accounting import account
 from memory_facts import Workload, model_facts
 from memory_fit import run_facts
 from memory_settings import MemorySettings, read_settings
 from methods import FullFinetune, Lora
-from plan import plan_raw_clips, plan_training_data
-from preparation import prepare
+from plan import plan_training_data
 from recipe import Recipe, check_recipe
 from run_setup import Run, set_up
 from tasks import TextToVideo
@@ -58,7 +56,7 @@ from tasks import TextToVideo
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "bitsandbytes")
-TINY_SIZE = (17, 64, 96)
+SECONDS_A_ROW = 600.0
 
 
 def main() -> None:
@@ -69,7 +67,7 @@ def main() -> None:
     parser.add_argument(
         "--calculate", action="store_true", help="calculate all rows from the configs, and run nothing"
     )
-    parser.add_argument("--time_limit", type=float, metavar="SECONDS", help="start no row after so long")
+    add_limits(parser)
     parser.add_argument("--work_dir", type=Path, help="folder of models and clips, kept (default: a temporary one)")
     parser.add_argument("--output_file", type=Path, help="(default: memory.json, or memory_calculated.json, here)")
     args = parser.parse_args()
@@ -81,7 +79,17 @@ def main() -> None:
         write_json(output, {"rows": {row.name: calculate_row(row) for row in rows}})
         return
     with tempfile.TemporaryDirectory() as folder:
-        measure_rows(rows, args.work_dir or Path(folder), output, tiny=args.tiny, time_limit=args.time_limit)
+        work, limits = args.work_dir or Path(folder), (args.time_limit, args.row_limit)
+        measure_rows(rows, work, output, tiny=args.tiny, limits=limits)
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Flags that say how long it may take."""
+    parser.add_argument("--time_limit", type=float, metavar="SECONDS", help="start no row after so long")
+    parser.add_argument(
+        "--row_limit", type=float, metavar="SECONDS", default=SECONDS_A_ROW,
+        help="kill a row that has no result after so long, and go on with the next one (default: %(default)g)",
+    )  # fmt: skip
 
 
 def find_rows(parser: argparse.ArgumentParser, rows: Iterable[Row], names: Iterable[str] | None) -> list[Row]:
@@ -98,7 +106,7 @@ def measure_rows(
     output: Path,
     *,
     tiny: bool,
-    time_limit: float | None,
+    limits: tuple[float | None, float],
     measure: Callable[[Row, Path, bool], dict[str, Any]] | None = None,
 ) -> None:
     """Measure rows one after another, and write what is known after each.
@@ -106,82 +114,25 @@ def measure_rows(
     Args:
         work: folder of models and clips.
         tiny: with tiny ones.
-        time_limit: seconds after which no row is started.
+        limits: seconds after which no row is started, and after which one that has no result is killed.
         measure: what to do for a row, in a process of its own; `measure_row` by default.
     """
-    started = time.monotonic()
+    started, (time_limit, row_limit) = time.monotonic(), limits
     results = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {"rows": {}}
     for row in rows:
         if time_limit and time.monotonic() - started > time_limit:
             print(f"time is over: {row.name} and the rows after it are not measured", flush=True)
             return
         began = time.monotonic()
-        failed = run_apart(make_materials, row, work, tiny).get("failed")
-        result = {"failed": failed} if failed else run_apart(measure or measure_row, row, work, tiny)
+        result = run_apart(make_materials, row, work, tiny, seconds=row_limit)
+        if "failed" not in result:
+            result = run_apart(measure or measure_row, row, work, tiny, seconds=row_limit)
         result |= {"seconds": round(time.monotonic() - began, 1), "date": datetime.now(UTC).date().isoformat()}
         result |= {"versions": installed_versions()}
         if "measured" in result or "measured" not in results["rows"].get(row.name, {}):
             results["rows"][row.name] = result  # a failure does not replace what was measured before
         write_json(output, results)
-        print(f"{row.name}: {result.get('measured') or result['failed']}", flush=True)
-
-
-def run_apart(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Call a function in a process of its own, where memory has never been used; how it failed, if it did."""
-    # A fork has all the imports already.
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_send_result, args=(there, function, arguments))
-    process.start()
-    there.close()
-    try:
-        result = here.recv()
-    except EOFError:
-        result = {"failed": "the process was killed"}
-    process.join()
-    return result
-
-
-def _send_result(connection: Any, function: Callable[..., dict[str, Any]], arguments: tuple) -> None:
-    try:
-        connection.send(function(*arguments))
-    except torch.OutOfMemoryError as error:
-        connection.send({"failed": f"out of memory: {str(error).splitlines()[0]}"})
-    except SystemExit:
-        connection.send({"failed": "the flags were refused"})
-    except Exception as error:  # whatever it is, it belongs into the table and the next row goes on
-        connection.send({"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
-
-
-def folders(row: Row, work: Path, tiny: bool) -> tuple[Path, Path, tuple[int, int, int]]:
-    """Model, prepared clips and size of a row."""
-    size = TINY_SIZE if tiny else row.size
-    name = f"{'tiny-' if tiny else ''}{row.model}"
-    return work / name, work / f"prepared-{name}-{'x'.join(map(str, size))}", size
-
-
-def make_materials(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
-    """Make the model and the prepared clips of a row, unless they are there."""
-    model, prepared, size = folders(row, work, tiny)
-    has_gpu = torch.cuda.is_available()
-    if tiny:
-        make_tiny_model(row.model, model)
-    else:
-        make_full_size_model(row.model, model, device="cuda" if has_gpu else "cpu")
-    if prepared.is_dir():
-        return {}
-    make_demo_clips(work / "clips", count=4)
-    flags = ["--model_id", str(model), "--data_root", str(work / "clips"), "--output_dir", str(prepared)]
-    flags += [
-        "--save_latents_and_embeddings",
-        "--use_slicing",
-        "--use_tiling",
-        "--dtype",
-        "bf16" if has_gpu else "fp32",
-    ]
-    args = parse_prepare_args([*flags, *bucket_flags(size), "--hold_last_frame"])
-    prepare(args, plan_raw_clips(args))
-    return {}
+        print(f"{row.name}: {result.get('measured', '')} {result.get('failed', '')}".rstrip(), flush=True)
 
 
 def bucket_flags(size: tuple[int, int, int]) -> list[str]:
@@ -221,25 +172,27 @@ def make_method(args: argparse.Namespace, row: Row) -> Lora | FullFinetune:
 
 
 def measure_row(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
-    """Run a row: bytes at their peaks, seconds a step."""
+    """Run a row: bytes at their peaks, seconds a step; those of the training too where the validation failed."""
     model, prepared, size = folders(row, work, tiny)
+    failed = {}
     with tempfile.TemporaryDirectory(dir=work) as output:
         args = parse_args(row_flags(row, model, prepared, Path(output), size), task="text-to-video", method=row.method)
         recipe = check_recipe(args, plan_training_data(args), TextToVideo(), make_method(args, row))
         forget_host_peak()
         run = set_up(recipe)
         seconds = time_steps(args, run, *row.steps)
-        facts, settings = run_facts(recipe), read_settings(args, row.method)
+        facts, settings = run_facts(args, recipe.data, recipe.method, recipe.configs), read_settings(args)
         measured = {**speed_figures(seconds, recipe, settings), **device_peaks("training")}
         if row.is_sampled:
             forget_device_peaks()
-            failures = run.validate(sum(row.steps))
-            if failures:
-                raise UserError(f"the validation failed: {failures[0].splitlines()[0]}")
-            measured |= device_peaks("validation")
+            if failures := run.validate(sum(row.steps)):
+                failed = {"failed": f"the validation: {first_line(failures[0])}"}
+                facts = replace(facts, sampled=None)  # for who takes the figures for those of such a run
+            else:
+                measured |= device_peaks("validation")
         measured["host"] = host_peak()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"facts": asdict(facts), "settings": asdict(settings), "device": device, "measured": measured}
+    return {"facts": asdict(facts), "settings": asdict(settings), "device": device, "measured": measured, **failed}
 
 
 def time_steps(args: argparse.Namespace, run: Run, warm_up: int, timed: int) -> float:
@@ -259,9 +212,7 @@ def speed_figures(seconds: float, recipe: Recipe, settings: MemorySettings) -> d
     config = recipe.configs.transformer
     tokens = count_tokens(config, recipe.data.buckets[0])
     scope, every = settings.checkpoint_scope, settings.checkpoint_every
-    if settings.stream_blocks:
-        scope, every = "block", 1
-    elif not settings.gradient_checkpointing:
+    if not settings.gradient_checkpointing:
         scope = None
     flops = count_flops(
         config, tokens, trains_all=settings.method == "sft", checkpoint_scope=scope, checkpoint_every=every
@@ -280,7 +231,7 @@ def calculate_row(row: Row) -> dict[str, int]:
     configs, size = full_size_configs(row.model), Bucket(*row.size)
     workload = Workload(size, 1, "bf16", size if row.is_sampled else None)
     facts = model_facts(configs, make_method(args, row))
-    result = account(facts, configs, read_settings(args, row.method), workload)
+    result = account(facts, configs, read_settings(args), workload)
     return {**asdict(result), "training": result.training, "validation": result.validation}
 
 
@@ -316,7 +267,7 @@ def forget_host_peak() -> None:
 
 
 def host_peak() -> int:
-    """The most bytes of host memory in use at once."""
+    """The most bytes of host memory in use at once, mapped parts of files among them."""
     try:
         status = Path("/proc/self/status").read_text()
         return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))

@@ -22,7 +22,7 @@ CALCULATED_CHART, MEASURED_CHART = "memory_calculated.png", "memory_measured.png
 NOT_MEASURED = "not measured"
 BEGIN, END = "<!-- {}: written by `make tables` -->", "<!-- end of {} -->"
 VERSIONS = ("torch", "diffusers")
-VERSIONS = ("torch", "diffusers")
+BYTES = ("training allocated", "training reserved", "host")  # among the figures of a step
 PARTS = {"weights": "#4c72b0", "optimizer states": "#dd8452", "gradients": "#c44e52", "activations": "#55a868"}
 
 
@@ -103,12 +103,12 @@ def published_cell(row: Row) -> str:
 
 
 def measured_cell(result: Mapping[str, Any]) -> str:
-    """Peaks that torch reserved; why there are none."""
-    if "failed" in result:
-        return f"{NOT_MEASURED}: {result['failed'].replace('|', '/')}"
-    if "measured" not in result or "training reserved" not in result["measured"]:
-        return NOT_MEASURED
-    return peaks_cell(result["measured"]["training reserved"], result["measured"].get("validation reserved", 0))
+    """Peaks that torch reserved; why there are none, or none of the validation."""
+    failed = f": {result['failed'].replace('|', '/')}" if "failed" in result else ""
+    if "training reserved" not in result.get("measured", {}):
+        return NOT_MEASURED + failed
+    measured = result["measured"]
+    return peaks_cell(measured["training reserved"], measured.get("validation reserved", 0)) + failed
 
 
 def peaks_cell(training: int, validation: int) -> str:
@@ -151,15 +151,22 @@ def machine_line(measured: Mapping[str, Any]) -> str:
 
 
 def speed_table(speed: Mapping[str, Any]) -> str:
-    """Steps on a GPU at full size."""
-    rows = {name: row for name, row in speed.get("rows", {}).items() if "measured" in row}
+    """Steps on a GPU at full size: figures of speed, and what torch reserved at most."""
+    rows = {name: speed_figures(row["measured"]) for name, row in speed.get("rows", {}).items() if "measured" in row}
     if not rows:
         return "No speed has been measured on a GPU yet."
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row["measured"]))
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     lines = [["run", *columns], ["---"] * (len(columns) + 1)]
     for name, row in rows.items():
-        lines.append([name, *(f"{row['measured'][key]:.3g}" if key in row["measured"] else "" for key in columns)])
+        lines.append([name, *(row.get(key, "") for key in columns)])
     return markdown(lines)
+
+
+def speed_figures(measured: Mapping[str, float]) -> dict[str, str]:
+    """Figures of a row as they are shown."""
+    shown = {key: f"{value:.3g}" for key, value in measured.items() if key not in BYTES}
+    reserved = measured.get("training reserved")
+    return shown | ({"reserved, GB": f"{reserved / GB:.1f}"} if reserved else {})
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

@@ -1,12 +1,19 @@
 """The benchmarks: their rows, their runs on tiny models, and the page that is written from their figures."""
 
 import json
+import multiprocessing
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from args import parse_args
+from buckets import Bucket
+from dataset import check_prepared
+from prepared import read_index, read_tensor
 
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -97,15 +104,28 @@ def test_measured_and_calculated_figures_stand_in_columns_of_their_own():
     assert "Measured on NVIDIA H200, 2026-11-30, torch 2.11.0, diffusers 0.42.1." in page
 
 
+def test_a_training_whose_validation_failed_has_its_own_figure_and_the_reason():
+    from report import measured_cell
+
+    row = measured_row(**{"training reserved": 18 * GB})
+    assert (
+        measured_cell(row | {"failed": "the validation: OutOfMemoryError"}) == "18.0: the validation: OutOfMemoryError"
+    )
+
+
 def test_a_table_of_speed_has_a_column_for_each_figure():
     from report import speed_table
 
-    rows = {"a": {"measured": {"seconds a step": 1.7, "TFLOP/s": 770.0}}, "b": {"measured": {"clips/s": 2.5}}}
+    memory = {"training allocated": 17 * GB, "training reserved": 18 * GB, "host": 9 * GB}
+    rows = {
+        "a": {"measured": {"seconds a step": 1.7, "TFLOP/s": 770.0, **memory}},
+        "b": {"measured": {"clips/s": 2.5}},
+    }
     assert speed_table({"rows": rows | {"c": {"failed": "x"}}}).splitlines() == [
-        "| run | seconds a step | TFLOP/s | clips/s |",
-        "| --- | --- | --- | --- |",
-        "| a | 1.7 | 770 |  |",
-        "| b |  |  | 2.5 |",
+        "| run | seconds a step | TFLOP/s | reserved, GB | clips/s |",
+        "| --- | --- | --- | --- | --- |",
+        "| a | 1.7 | 770 | 18.0 |  |",
+        "| b |  |  |  | 2.5 |",
     ]
     assert speed_table({}) == "No speed has been measured on a GPU yet."
 
@@ -128,17 +148,64 @@ def test_rows_run_one_after_another_and_failures_are_written_down(tmp_path):
     good = Row("good", "5b", "lora", CHECKPOINTED, is_sampled=False, steps=(1, 1))
     rows = [Row("refused", "5b", "lora", ("--rank", "0")), good]
     output = tmp_path / "out" / "memory.json"
-    measure_rows(rows, tmp_path, output, tiny=True, time_limit=None)
+    measure_rows(rows, tmp_path, output, tiny=True, limits=(None, 600))
     results = json.loads(output.read_text())["rows"]
     assert results["refused"]["failed"] == "the flags were refused"
     assert results["good"]["measured"]["seconds a step"] > 0 and results["good"]["measured"]["host"] > 1e7
     assert results["good"]["settings"]["gradient_checkpointing"] and results["good"]["facts"]["size"] == [17, 64, 96]
     # No time is left for another row; what was measured stays.
-    measure_rows([good], tmp_path, output, tiny=True, time_limit=1e-9)
+    measure_rows([good], tmp_path, output, tiny=True, limits=(1e-9, 600))
     assert json.loads(output.read_text())["rows"] == results
     # A failure does not replace it either.
-    measure_rows([replace(good, flags=("--rank", "0"))], tmp_path, output, tiny=True, time_limit=None)
+    measure_rows([replace(good, flags=("--rank", "0"))], tmp_path, output, tiny=True, limits=(None, 600))
     assert json.loads(output.read_text())["rows"] == results
+
+
+def die() -> dict:
+    os._exit(3)
+
+
+def wait_for_ever() -> dict:
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_function_runs_in_a_process_of_its_own(start):
+    from apart import run_apart
+
+    assert run_apart(os.getppid, start=start) == os.getpid()
+
+
+def test_a_process_that_dies_or_hangs_is_no_result():
+    from apart import run_apart
+
+    assert run_apart(die, start="fork") == {"failed": "the process was killed"}
+    assert run_apart(wait_for_ever, seconds=0.1, start="fork") == {"failed": "no result in 0.1 s"}
+    assert run_apart(int, "x", start="fork")["failed"].startswith("ValueError: invalid literal")
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_processes_are_forks():
+    from apart import start_method
+
+    assert start_method() == "fork"
+
+
+def test_random_materials_have_the_shapes_of_the_released_models_clips(tmp_path):
+    from materials import draw_prepared_clips
+
+    from make_full_size_model import full_size_configs
+
+    configs = full_size_configs("5b")
+    draw_prepared_clips(configs, tmp_path / "prepared", Bucket(49, 480, 720), count=2)
+    clips = read_index(tmp_path / "prepared")
+    check_prepared(clips, configs)
+    assert [clip.bucket for clip in clips] == [Bucket(49, 480, 720)] * 2
+    latents, others = (read_tensor(clip.video_latents) for clip in clips)
+    assert (latents.shape, latents.dtype) == ((32, 13, 60, 90), torch.bfloat16)
+    assert read_tensor(clips[0].prompt_embeds).shape == (226, 4096)
+    assert not torch.equal(latents, others)
 
 
 def test_an_unknown_row_is_named(capsys):

@@ -266,6 +266,8 @@ def test_embeddings_of_the_encoder_in_8_bits_are_kept_apart(source, tmp_path):
 @needs_gpu
 @pytest.mark.parametrize("quantization", ["int8", "fp8", "nf4"])
 def test_a_model_is_quantized_trained_and_written_on_a_gpu(source, plain, tmp_path, fresh_accelerator, quantization):
+    if quantization == "nf4":
+        pytest.importorskip("bitsandbytes")
     accelerator = Accelerator(mixed_precision="bf16")
     check_quantization(quantization)
     model = source.load_transformer(torch.bfloat16, device=accelerator.device, quantize=quantization)
@@ -298,6 +300,7 @@ def test_a_model_is_quantized_trained_and_written_on_a_gpu(source, plain, tmp_pa
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_nf4_computes_in_the_models_own_precision(source, dtype):
+    pytest.importorskip("bitsandbytes")
     model = source.load_transformer(dtype, device=torch.device("cuda"), quantize="nf4")
     layer = model.transformer_blocks[0].ff.net[2]
     with torch.autocast("cuda", dtype):

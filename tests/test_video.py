@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -16,7 +17,7 @@ from PIL import Image
 import video
 from encoded_clips import ENCODINGS, all_frames, clip_maker, encode, ffmpeg, numbers_of, stream_copied_cut
 from probe import probe_video
-from video import read_frames, reshape_frames
+from video import read_frames, reshape_frames, write_video
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +247,42 @@ def test_damage_leads_to_the_same_frames_as_without_seeking(tmp_path):
     wanted = list(range(108, 149))  # from the damaged keyframe on
     frames = read_frames(tmp_path / "damaged.mp4", wanted, seekable=True)
     assert (frames == read_frames(tmp_path / "damaged.mp4", wanted)).all()
+
+
+# Writing
+
+
+def moving_gradients(frames):
+    """Smooth pictures, each another one."""
+    rows, columns, times = np.meshgrid(np.arange(48), np.arange(80), np.arange(frames), indexing="ij")
+    colours = np.stack([40 + 3 * rows + times, 20 + 2 * columns + times, 10 * times + rows // 2], axis=-1)
+    return colours.transpose(2, 0, 1, 3).astype(np.uint8)
+
+
+@pytest.mark.parametrize("as_pictures", [True, False])
+@pytest.mark.parametrize(("frames", "fps"), [(17, 8), (1, 8), (5, Fraction(30000, 1001))])
+def test_what_is_written_is_read_back(tmp_path, frames, fps, as_pictures):
+    written = moving_gradients(frames)
+    path = tmp_path / "a: b"  # no suffix, and almost an address
+    write_video(path, [Image.fromarray(frame) for frame in written] if as_pictures else list(written), fps)
+    info = probe_video(path)
+    assert (info.num_frames, info.height, info.width) == (frames, 48, 80)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.average_rate, stream.codec_context.name) == (fps, "h264")
+        assert (container.format.name.split(",")[1], stream.codec_context.pix_fmt) == ("mp4", "yuv420p")
+    read = read_frames(path, range(frames))
+    assert np.abs(read.astype(int) - written).mean() < 2.5
+
+
+def test_no_frames_are_no_video(tmp_path):
+    with pytest.raises(ValueError, match="there are no frames to write"):
+        write_video(tmp_path / "x.mp4", [], 8)
+
+
+def test_a_video_that_cannot_be_written_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match="No such file or directory"):
+        write_video(tmp_path / "missing" / "x.mp4", list(moving_gradients(1)), 8)
 
 
 # Size

@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKLCogVideoX, CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from diffusers.training_utils import free_memory
-from diffusers.utils import export_to_video
 from PIL import Image
 
 from contact_sheet import SheetRow, draw_contact_sheet
@@ -25,7 +24,7 @@ from errors import UserError
 from files import written_whole
 from prompts import PromptCache
 from validation_trackers import ValidationVideo, log_videos
-from video import read_frames
+from video import read_frames, write_video
 
 
 logger = logging.getLogger(__name__)
@@ -195,7 +194,7 @@ def _make_video(
     name = "-".join(filter(None, (f"{prompt:02d}", f"{video:02d}", _slug(text))))
     frames = _sample(pipeline, settings, prompts, prompt, settings.seed + number)
     with written_whole(folder / f"{name}.mp4") as path:
-        export_to_video(frames, str(path), fps=settings.fps)
+        write_video(path, frames, settings.fps)
     shown = [frames[index] for index in _shown_indices(settings.num_frames)]
     for frame in shown:
         frame.thumbnail(_SHOWN_SIZE)

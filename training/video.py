@@ -1,4 +1,4 @@
-"""Read the frames wanted of a clip, resize, crop and flip them.
+"""Read the frames wanted of a clip, resize, crop and flip them; write frames as a clip.
 
 Everything stays uint8 here; the value range is changed where the frames meet the model. torch is imported only by
 the functions that touch tensors, so that bad data is reported before it.
@@ -22,6 +22,7 @@ from media import decode, open_video, packets_of, quarter_turns, read_still_imag
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 
 # Before this frame, decoding everything costs less than finding out where else to begin.
@@ -176,6 +177,30 @@ def _threaded(stream: av.VideoStream, num_threads: int) -> av.VideoStream:
     stream.codec_context.thread_count = num_threads
     stream.codec_context.thread_type = "AUTO"
     return stream
+
+
+def write_video(path: Path, frames: Sequence["Image.Image | np.ndarray"], fps: int | Fraction) -> None:
+    """Encode frames as H.264 in yuv420p, near lossless (crf 18), in mp4.
+
+    Args:
+        path: where the file goes; its folder exists.
+        frames: RGB, of one size: pictures of Pillow, or uint8 [H, W, 3]; H and W even.
+        fps: frames per second.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: there are no frames.
+    """
+    if not frames:
+        raise ValueError(f"{path}: there are no frames to write")
+    # As a file of Python's, whatever its name: FFmpeg takes some names for addresses.
+    with open(path, "wb") as file, av.open(file, "w", format="mp4") as container:
+        height, width, _ = np.asarray(frames[0]).shape
+        stream = container.add_stream("libx264", rate=fps, width=width, height=height, pix_fmt="yuv420p")
+        stream.options = {"crf": "18"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(frame), "rgb24")))
+        container.mux(stream.encode())  # what the encoder held back to look ahead
 
 
 def reshape_frames(

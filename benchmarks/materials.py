@@ -1,0 +1,77 @@
+"""What a row of the benchmarks trains, and on what: a model with random weights, and prepared clips of random numbers.
+
+No video is encoded for them, so that a machine needs no encoder and no clip that fits.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory_rows import Row
+
+from buckets import Bucket
+from clip_files import new_folder
+from clips import Clip, PlannedClip
+from layouts import Sample, ShardLayout
+from make_full_size_model import make_full_size_model
+from make_tiny_model import make_tiny_model
+from models import ModelConfigs, ModelSource
+from probe import VideoInfo
+
+
+TINY_SIZE = (17, 64, 96)
+
+
+def folders(row: Row, work: Path, tiny: bool) -> tuple[Path, Path, tuple[int, int, int]]:
+    """Model, prepared clips and size of a row."""
+    size = TINY_SIZE if tiny else row.size
+    name = f"{'tiny-' if tiny else ''}{row.model}"
+    return work / name, work / f"prepared-{name}-{'x'.join(map(str, size))}", size
+
+
+def make_materials(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
+    """Make the model and the prepared clips of a row, unless they are there."""
+    model, prepared, size = folders(row, work, tiny)
+    if tiny:
+        make_tiny_model(row.model, model)
+    else:
+        make_full_size_model(row.model, model, device="cuda" if torch.cuda.is_available() else "cpu")
+    if not prepared.is_dir():
+        with new_folder(prepared) as folder:
+            draw_prepared_clips(ModelSource(str(model)).configs(), folder, Bucket(*size))
+    return {}
+
+
+def draw_prepared_clips(configs: ModelConfigs, folder: Path, bucket: Bucket, count: int = 4) -> None:
+    """Write random moments and prompt embeddings in bfloat16 as prepare_dataset.py writes those of clips.
+
+    Args:
+        configs: of the model whose latents and embeddings they could be.
+        folder: for `--load_tensors`.
+        bucket: size of the clips that there might be.
+    """
+    latents = (2 * configs.vae["latent_channels"], *bucket.latent_shape)
+    embeds = (configs.transformer["max_text_seq_length"], configs.transformer["text_embed_dim"])
+    info = VideoInfo(*bucket, fps=8.0)
+    frames = tuple(range(bucket.num_frames))
+    samples = [
+        Sample(f"clip-{number}", f"caption-{number}", PlannedClip(clip, info, bucket, frames))
+        for number in range(count)
+        for clip in [Clip(Path(f"clip-{number}.mp4"), f"caption {number}", "random numbers")]
+    ]
+    layout = ShardLayout(
+        folder,
+        samples,
+        latent_bytes=lambda _: 2 * torch.Size(latents).numel(),
+        embed_bytes=2 * torch.Size(embeds).numel(),
+        shard_bytes=2**30,
+        with_images=False,
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
+
+    layout.write_captions({sample.caption_key: draw(embeds) for sample in samples})
+    layout.write_clips({sample.name: {"video_latents": draw(latents)} for sample in samples}, {})
+    layout.write_index(samples)

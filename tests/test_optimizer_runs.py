@@ -1,7 +1,6 @@
 """Whole runs with optimizers that do more than step: average the weights, keep them in bf16, free the gradients."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -80,8 +79,8 @@ def test_bf16_weights_stepped_in_the_backward_pass_go_on_bit_for_bit(tiny_models
     assert {weight.dtype for weight in kept.values()} == {torch.float32}
     assert all(torch.equal(weight, weight.bfloat16().float()) for weight in kept.values())
     (logs,) = (folder for folder in (tmp_path / "whole" / "logs").iterdir() if folder.is_dir())
-    norms = EventAccumulator(str(logs)).Reload().Scalars("grad_norm")
-    assert [math.isnan(event.value) for event in norms] == [True] * 2
+    curves = EventAccumulator(str(logs)).Reload().Tags()["scalars"]
+    assert "loss" in curves and "grad_norm" not in curves  # nobody knows it
 
     resumed = resume(script, model, data, tmp_path / "whole", tmp_path / "resumed", *flags)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)

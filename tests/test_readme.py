@@ -141,14 +141,14 @@ def launches(repository, tmp_path):
 
 
 def test_the_memory_that_there_is_reaches_the_script(launches):
-    (argv,) = launches(block("budget"))
+    (argv,) = launches("OUTPUT_ROOT=budget " + block("budget"))
     assert argv[argv.index("--memory_budget_gb") + 1] == "16"
 
 
 @pytest.mark.parametrize("launcher", ["text_to_video_sft", "image_to_video_sft", "image_to_video_lora"])
 def test_a_launcher_leaves_its_own_savings_out_where_the_toolkit_is_to_choose(launches, launcher):
     savings = {"--gradient_checkpointing", *(["--use_8bit"] if launcher.endswith("sft") else [])}
-    settings = "MODEL_PATH=model DATA_ROOT=data VALIDATION_IMAGES=start.png"
+    settings = "MODEL_PATH=model DATA_ROOT=data OUTPUT_ROOT=chosen VALIDATION_IMAGES=start.png"
     (plain,), (chosen,), (given,) = (
         launches(f"{settings} {more} bash train_{launcher}.sh {flags}")
         for more, flags in (("", ""), ("", "--auto_fit"), ("OPTIMIZER_FLAGS=--use_4bit", "--memory_budget_gb 24"))

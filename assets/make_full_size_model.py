@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTr
 from transformers import T5Config, T5EncoderModel
 
 from clip_files import new_folder
-from make_tiny_model import KINDS, TEXT_LENGTH, build_tokenizer
+from make_tiny_model import KINDS, TEXT_LENGTH, build_scheduler, build_tokenizer
 from models import ModelConfigs
 
 
@@ -57,17 +57,7 @@ def full_size_configs(kind: str) -> ModelConfigs:
     # Building them fills in the defaults, which are the released VAE's sizes.
     with torch.device("meta"):
         parts = CogVideoXTransformer3DModel(**transformer), AutoencoderKLCogVideoX(**vae)
-    scheduler = CogVideoXDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        snr_shift_scale=traits.snr_shift_scale,
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
+    scheduler = build_scheduler(traits, CogVideoXDPMScheduler.__name__)
     # A note of diffusers' own, by which changes of what it names would be lost.
     hidden = "_use_default_values"
     return ModelConfigs(*({k: v for k, v in part.config.items() if k != hidden} for part in (*parts, scheduler)))

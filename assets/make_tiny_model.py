@@ -25,7 +25,7 @@ from clip_files import check_free, new_folder
 
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel, SchedulerMixin
     from torch import Tensor, nn
     from transformers import T5EncoderModel, T5Tokenizer
 
@@ -315,6 +315,23 @@ def block_colours(clips: "Tensor") -> "Tensor":
     return blocks.movedim(1, -1).flatten(0, -2)
 
 
+def build_scheduler(kind: TinyKind, class_name: str) -> "SchedulerMixin":
+    """A scheduler of that class of diffusers, with the noise schedule of the released models of the kind."""
+    import diffusers
+
+    return getattr(diffusers, class_name)(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        snr_shift_scale=kind.snr_shift_scale,
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
 def build_transformer(kind: TinyKind, height: int, width: int, num_frames: int) -> "CogVideoXTransformer3DModel":
     """The transformer: 4 layers of 4 heads × 32. Its native size is height × width × num_frames of the video."""
     import torch
@@ -411,17 +428,7 @@ def make_tiny_model(
             "vae": build_vae(traits),
             "transformer": build_transformer(traits, height, width, num_frames),
         }
-        scheduler = getattr(diffusers, traits.scheduler)(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type="v_prediction",
-            rescale_betas_zero_snr=True,
-            timestep_spacing="trailing",
-            snr_shift_scale=traits.snr_shift_scale,
-            clip_sample=False,
-            set_alpha_to_one=True,
-        )
+        scheduler = build_scheduler(traits, traits.scheduler)
         pipeline_class = (
             diffusers.CogVideoXImageToVideoPipeline if traits.image_to_video else diffusers.CogVideoXPipeline
         )

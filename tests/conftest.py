@@ -18,9 +18,27 @@ LONGEST = ("test_distributed.py", "test_readme.py", "test_finetune.py", "test_re
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, in that order."""
+    """Put the longest files first, in that order; skip what needs a GPU where there is none."""
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if for_gpu:
+        import torch
+
+        missing = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+        for item in for_gpu:
+            item.add_marker(missing)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Where tensors are so small that threads would only wait for one another."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", autouse=True)

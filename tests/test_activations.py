@@ -33,18 +33,8 @@ SETTINGS = [
     ("feed-forward", 3),
 ]
 NUM_BLOCKS = 4
+pytestmark = pytest.mark.usefixtures("one_thread")
 INPUT_BYTES = 2 * (16 + 5 * 4 * 6) * 128 * 4  # text and video tokens of two samples, float32
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are so small here that threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +193,6 @@ def test_what_is_kept_is_counted():
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize(("scope", "every"), [("block", 1), ("segment", 2), ("feed-forward", 1)])
 def test_offloaded_checkpoints_give_the_same_gradients_on_a_gpu(scope, every):
     transformer = wide_transformer().cuda()
@@ -215,7 +204,6 @@ def test_offloaded_checkpoints_give_the_same_gradients_on_a_gpu(scope, every):
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_offloaded_checkpoints_take_the_inputs_of_blocks_off_the_gpu():
     tokens = 2 * (16 + 5 * 32 * 34)
     kept = tokens * 512 * 2  # bytes in bfloat16

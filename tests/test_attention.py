@@ -15,7 +15,6 @@ from speed_flags import ATTENTION_BACKENDS
 
 CPU = torch.device("cpu")
 KINDS = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def load(folder) -> CogVideoXTransformer3DModel:
@@ -105,7 +104,6 @@ def test_a_backend_that_runs_here_passes():
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("backend", ["native", "flash", "cudnn", "efficient"])
 def test_kernels_of_torch_train_as_the_library_does(tiny_models, backend):
     device = torch.device("cuda")

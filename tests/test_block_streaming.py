@@ -1,6 +1,5 @@
 """Blocks that come and go compute what blocks that stay compute; how much room, and how many copies, that takes."""
 
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -28,18 +27,8 @@ from tiny_steps import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are so small here that threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +249,6 @@ def test_a_wrapped_transformer_exchanges_its_adapters_alone(transformer, expecte
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_streamed_blocks_compute_the_same_on_a_gpu(offloaded):
     resident, streamed = wide_transformer().cuda(), wide_transformer()
@@ -273,7 +261,6 @@ def test_streamed_blocks_compute_the_same_on_a_gpu(offloaded):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])
 def test_quantized_blocks_are_streamed_on_a_gpu(model, quantize):
     pytest.importorskip("torchao")
@@ -288,7 +275,6 @@ def test_quantized_blocks_are_streamed_on_a_gpu(model, quantize):
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_streaming_takes_all_blocks_but_two_off_the_gpu():
     peaks = []
     for is_streamed in (False, True):

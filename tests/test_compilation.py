@@ -93,7 +93,6 @@ def test_a_missing_compiler_is_one_line(monkeypatch, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_compiled_kernels_train_as_the_plain_ones(tiny_models):
     device = torch.device("cuda")
     check_compiler(device)

@@ -190,7 +190,6 @@ def test_a_component_is_loaded_in_the_dtype_asked_for(source, component, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
 def test_a_component_is_loaded_to_the_device_asked_for_and_can_be_moved_on(source, component):
     device = torch.device("cuda")

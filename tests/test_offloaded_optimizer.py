@@ -34,7 +34,7 @@ class HostStream(torch.cpu.Stream):
         "cpu",
         pytest.param(
             "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
+            marks=pytest.mark.gpu,
         ),
     ]
 )

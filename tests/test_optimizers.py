@@ -197,7 +197,6 @@ def test_gradients_are_clipped_to_a_norm_and_not_at_all_by_zero(fresh_accelerato
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("step_in_backward", [False, True])
 @pytest.mark.parametrize("flags", [flags for flags in ALL if flags.get("use_torchao")], ids=str)
 def test_rates_stay_on_the_host_while_a_gpu_steps(fresh_accelerator, flags, step_in_backward):

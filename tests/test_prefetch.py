@@ -24,7 +24,6 @@ def test_on_a_cpu_batches_pass_through():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("pinned", [False, True])
 def test_no_batch_is_overwritten_while_it_is_used(pinned):
     device = torch.device("cuda")

@@ -17,7 +17,6 @@ from quantization import FrozenLinear, check_quantization
 from validation import _left_as_found
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CPU = torch.device("cpu")
 # Half a step of the grid, relative to a row's largest weight: 1 / 255; a 4-bit significand; 16 levels.
 ROUNDING = {"int8": 0.5 / 127, "fp8": 2**-4, "nf4": 0.16}
@@ -263,7 +262,6 @@ def test_embeddings_of_the_encoder_in_8_bits_are_kept_apart(source, tmp_path):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("quantization", ["int8", "fp8", "nf4"])
 def test_a_model_is_quantized_trained_and_written_on_a_gpu(source, plain, tmp_path, fresh_accelerator, quantization):
     if quantization == "nf4":
@@ -297,7 +295,6 @@ def test_a_model_is_quantized_trained_and_written_on_a_gpu(source, plain, tmp_pa
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_nf4_computes_in_the_models_own_precision(source, dtype):
     pytest.importorskip("bitsandbytes")
@@ -308,7 +305,6 @@ def test_under_autocast_nf4_computes_in_the_models_own_precision(source, dtype):
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_the_text_encoder_in_8_bits_runs_on_a_gpu(source):
     pipeline = source.load_text_pipeline(torch.bfloat16, device=torch.device("cuda"), in_8bit=True)
     truth = encode_prompts(source.load_text_pipeline(torch.float32), ["a red circle"])

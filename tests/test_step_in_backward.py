@@ -20,7 +20,6 @@ STATES = [
     {"name": "adamw", "use_8bit": True, "use_torchao": True, "stochastic_rounding": True},
     {"name": "adamw", "use_torchao": True, "stochastic_rounding": True},
 ]
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 def model(flags: dict, device: str = "cpu") -> torch.nn.Module:
@@ -35,7 +34,7 @@ def loss_of(net: torch.nn.Module, step: int) -> torch.Tensor:
     return net(inputs).square().mean()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("flags", [flags for flags in STATES if not flags.get("stochastic_rounding")], ids=str)
 def test_it_ends_with_the_weights_of_steps_after_the_backward_pass(flags, device):
     ends = []
@@ -95,7 +94,6 @@ def test_the_state_of_another_optimizer_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_it_does_not_hold_all_gradients_at_once():
     layers = [torch.nn.Linear(1024, 1024, bias=False) for _ in range(16)]  # of 4 MiB
     peaks = []

@@ -72,7 +72,6 @@ def test_no_step_takes_a_number_out_of_a_tensor(tiny_models, prepared, tmp_path)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_step_waits_for_the_gpu(tiny_models, prepared, tmp_path):
     waits = []
     for steps in (2, 6):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import export_to_video
 from PIL import Image
 
 from buckets import Bucket
@@ -19,6 +18,7 @@ from clips import PlannedClip
 from files import written_whole
 from prepared import FILES_INDEX, LISTS, STAGING, index_lines, sample_in_files, sample_in_shards
 from shards import ShardWriter, finished_names, samples_per_shard
+from video import write_video
 
 
 Tensors = Mapping[str, torch.Tensor]  # by kind: video_latents, image_latents, prompt_embeds
@@ -197,7 +197,7 @@ class FileLayout:
         mp4, prompt, *png = self._preview_files(name)
         images = [Image.fromarray(frame) for frame in video.permute(0, 2, 3, 1).numpy()]
         with written_whole(mp4, staging=self.folder / STAGING) as path:
-            export_to_video(images, str(path), fps=self.preview_fps)
+            write_video(path, images, self.preview_fps)
         with written_whole(prompt, staging=self.folder / STAGING) as path:
             path.write_text(self._by_name[name].planned.clip.caption, encoding="utf-8")
         for file in png:

@@ -5,11 +5,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import torch
 
-from buckets import Bucket
 from checkpoints import find_checkpoint, read_state
 from launch import precision_of
 from memory_accounting import MemoryAccount, account
@@ -29,7 +29,7 @@ from memory_settings import MemorySettings, apply_settings, describe_change, rea
 from methods import Lora
 from models import ModelConfigs
 from plan import TrainingData
-from recipe import Method, model_source
+from recipe import Method, model_source, sampled_size
 
 
 logger = logging.getLogger(__name__)
@@ -100,20 +100,16 @@ def run_facts(args: argparse.Namespace, data: TrainingData, method: Method, conf
     return RunFacts(
         model=model_key(configs.transformer),
         method=args.method,
-        size=max(data.buckets, key=_volume),
+        size=max(data.buckets, key=prod),
         batch_size=args.train_batch_size,
         adapters=adapter_key(method.rank, method.target_modules, use_dora=method.use_dora) if is_lora else "",
-        sampled=Bucket(args.max_num_frames, args.height, args.width) if args.validation_prompts else None,
+        sampled=sampled_size(args),
         mixed_precision=precision_of(args),
     )
 
 
 def _usable_here(args: argparse.Namespace) -> Callable[[MemorySettings], bool]:
     return usable_filter(args, args.given, mixed_precision=precision_of(args), has_gpu=torch.cuda.is_available())
-
-
-def _volume(size: Bucket) -> int:
-    return size.num_frames * size.height * size.width
 
 
 def _accounting(

@@ -113,9 +113,14 @@ def check_recipe(args: argparse.Namespace, data: TrainingData, task: Task, metho
 
 def clip_sizes(args: argparse.Namespace, data: TrainingData) -> set[Bucket]:
     """Of the clips of training and validation, and of the videos sampled."""
-    sampled = [Bucket(args.max_num_frames, args.height, args.width)] if args.validation_prompts else []
     held_out = data.held_out.buckets if data.held_out else []
-    return {*data.buckets, *held_out, *sampled}
+    sampled = sampled_size(args)
+    return {*data.buckets, *held_out, *([sampled] if sampled else [])}
+
+
+def sampled_size(args: argparse.Namespace) -> Bucket | None:
+    """Of the validation videos, if there are any."""
+    return Bucket(args.max_num_frames, args.height, args.width) if args.validation_prompts else None
 
 
 def check_start(args: argparse.Namespace, accelerator: Accelerator, configs: ModelConfigs) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
 
@@ -19,6 +18,7 @@ from errors import UserError
 from launch import start_trackers
 from learner import Learner, make_learner, resume
 from methods import FullFinetune
+from models import CPU
 from objective import Objective
 from plan import PreparedData, TrainingData
 from progress import StepSchedule
@@ -192,7 +192,7 @@ def make_sampling(
             tokenizer=None,
             text_encoder=None,
             # Loaded for the occasion: while training from prepared data, no VAE is resident.
-            vae=conditions.vae or recipe.load_vae(torch.device("cpu"), decoder_only=not recipe.task.with_images),
+            vae=conditions.vae or recipe.load_vae(CPU, decoder_only=not recipe.task.with_images),
             transformer=transformer,
             scheduler=recipe.source.load_scheduler(),
         )

@@ -14,6 +14,7 @@ from errors import UserError
 from files import replace_folder
 from methods import FullFinetune, Lora
 from run_folder import STATE_FILE, list_checkpoints
+from sharding import whole_weights
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,10 @@ def checkpoint_only_what_trains(accelerator: Accelerator, method: Lora | FullFin
 
     def save(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
         for model in models:
+            transformer: CogVideoXTransformer3DModel = accelerator.unwrap_model(model)
+            whole = whole_weights(accelerator, transformer, method.weight_names(transformer))
             if accelerator.is_main_process:
-                method.save(accelerator.unwrap_model(model), Path(output_dir), torch.float32)
+                method.save(transformer, Path(output_dir), torch.float32, whole)
         weights.clear()  # nothing is left for accelerate to save
 
     def load(models: list[torch.nn.Module], input_dir: str) -> None:

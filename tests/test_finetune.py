@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from argparse import Namespace
 from dataclasses import replace
@@ -13,18 +14,20 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from diffusers import CogVideoXPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cogvideox_text_to_video_lora
 import prepare_dataset
 from args import parse_args
+from checkpoints import read_state
 from finetune import train as train_loop
 from learner import build_optimizer
 from methods import Lora
 from plan import plan_training_data
 from recipe import check_recipe
 from run_setup import Run, set_up
+from step_schedule import ScheduleStart
 from tasks import TextToVideo
 
 
@@ -290,20 +293,23 @@ def stopped_run(tiny_models, prepared, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--rank", "4"], "--rank was 8, is now 4"),
-        (["--lora_alpha", "16"], "--lora_alpha was 8.0, is now 16.0"),
-        (["--optimizer", "prodigy"], "--optimizer was adamw, is now prodigy"),
-        (["--max_train_steps", "3"], "--max_train_steps: "),
-    ],
-)
-def test_a_run_is_not_resumed_as_another(tiny_models, prepared, stopped_run, capsys, flags, words):
+def test_a_run_is_not_resumed_as_another_and_all_differences_are_listed(
+    tiny_models, prepared, stopped_run, tmp_path, capsys
+):
     before = (stopped_run / "pytorch_lora_weights.safetensors").read_bytes()
     with pytest.raises(SystemExit, match="2"):
-        train(tiny_models("5b"), prepared, stopped_run, *RESUME, *flags)
-    assert words in error_of(capsys)
+        train(tiny_models("5b"), prepared, stopped_run, *RESUME, "--max_train_steps", "3")
+    assert "--max_train_steps: " in error_of(capsys)
+    fewer = shutil.copytree(prepared, tmp_path / "fewer")
+    samples = (prepared / "index.jsonl").read_text().splitlines(keepends=True)
+    (fewer / "index.jsonl").write_text("".join(samples[1:]))
+    with pytest.raises(SystemExit, match="2"):
+        flags = ("--rank", "4", "--lora_alpha", "16", "--optimizer", "prodigy", "--train_batch_size", "2")
+        train(tiny_models("5b"), fewer, stopped_run, *RESUME, *flags, "--seed", "7")
+    error = error_of(capsys)
+    assert re.search(r"data was 16 samples \(\w+\), is now 15 samples \(\w+\); --train_batch_size was 1, is", error)
+    for words in ("--optimizer was adamw, is now prodigy", "--rank was 8, is now 4", "--seed was 0, is now 7"):
+        assert words in error
     assert (stopped_run / "pytorch_lora_weights.safetensors").read_bytes() == before
 
 
@@ -320,11 +326,74 @@ def test_a_learning_rate_given_on_resume_is_applied_along_the_schedule(tiny_mode
     assert rates == pytest.approx({step: 4e-3 * (8 - (step - 1)) / 8 for step in (5, 6, 7, 8)})
 
 
-def test_a_damaged_checkpoint_is_named(tiny_models, prepared, stopped_run, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(tiny_models, prepared, stopped_run, capsys):
     (stopped_run / "checkpoint-4" / "optimizer.bin").unlink()
+    train(tiny_models("5b"), prepared, stopped_run, *RESUME)
+    said = capsys.readouterr().err
+    assert "checkpoint-4 is damaged (optimizer.bin is missing); passed over" in said
+    assert f"resumed from {stopped_run / 'checkpoint-2'}" in said
+
+
+def test_a_run_goes_on_with_other_batches_a_step_and_says_so(tiny_models, prepared, stopped_run, capsys):
+    train(tiny_models("5b"), prepared, stopped_run, *RESUME, "--gradient_accumulation_steps", "5")
+    said = capsys.readouterr().err
+    assert "the run goes on with 1 processes x 5 batches a step, after 1 x 1" in said
+    # Of 16 batches 4 are seen: steps of 5, 5 and 2, then one of the next epoch. The next resume counts from there.
+    assert read_state(stopped_run / "checkpoint-8").schedule == ScheduleStart(1, 5, step=4, epoch=0, seen_batches=4)
+
+
+def test_checkpoints_are_written_by_the_clock_too(tiny_models, prepared, tmp_path):
+    train(
+        tiny_models("5b"),
+        prepared,
+        tmp_path,
+        "--load_tensors",
+        "--max_train_steps",
+        "3",
+        "--checkpoint_minutes",
+        "0.00001",
+    )
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
+
+
+def poisoned(prepared: Path, folder: Path, count: int) -> tuple[Path, set[str]]:
+    """A copy of prepared data whose first samples are not finite; and their names."""
+    shutil.copytree(prepared, folder)
+    names = set()
+    for shard in sorted((folder / "latents").glob("*.safetensors")):
+        tensors = load_file(shard)
+        for name in sorted(tensors):
+            if len(names) < count:
+                tensors[name] = torch.full_like(tensors[name], torch.nan)
+                names.add(name.rpartition(".")[0])
+        save_file(tensors, shard)
+    return folder, names
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "came"])
+def test_a_step_that_is_not_finite_is_skipped_and_its_clip_named(tiny_models, prepared, tmp_path, capsys, optimizer):
+    data, (name,) = poisoned(prepared, tmp_path / "data", 1)
+    flags = ("--load_tensors", "--num_train_epochs", "1", "--gradient_accumulation_steps", "3")
+    file = train(tiny_models("5b"), data, tmp_path / "out", *flags, "--optimizer", optimizer)
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if "is skipped: its loss is not finite" in line]
+    assert name in line
+    assert "warning: 1 steps were skipped" in said
+    weights = load_file(file)
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+
+
+def test_too_many_such_steps_end_the_run_and_name_the_last_good_checkpoint(tiny_models, prepared, tmp_path, capsys):
+    data, _ = poisoned(prepared, tmp_path / "data", 16)
+    flags = ("--load_tensors", "--max_bad_steps", "4", "--checkpointing_steps", "3", "--max_train_steps", "20")
     with pytest.raises(SystemExit, match="2"):
-        train(tiny_models("5b"), prepared, stopped_run, *RESUME)
-    assert "checkpoint-4 cannot be loaded" in error_of(capsys)
+        train(tiny_models("5b"), data, tmp_path / "out", *flags)
+    error = capsys.readouterr().err
+    assert "error: --max_bad_steps: 4 steps in a row had no finite loss and gradient" in error
+    assert f"{tmp_path / 'out' / 'checkpoint-3'} is the last good checkpoint" in error
+    initial = load_file(tmp_path / "out" / "checkpoint-3" / "pytorch_lora_weights.safetensors")
+    assert not any(tensor.any() for name, tensor in initial.items() if "lora_B" in name)
 
 
 def test_an_image_to_video_model_is_refused_by_the_flags_name(tiny_models, demo_clips, tmp_path, capsys):

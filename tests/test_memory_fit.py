@@ -11,6 +11,7 @@ from buckets import Bucket
 from checkpoints import TrainerState
 from errors import UserError
 from launch import start_logging
+from manifest import write_manifest
 from memory_fit import choose_by_budget, chosen_before, run_facts, step_down, with_settings
 from memory_settings import MemorySettings, read_settings
 from methods import FullFinetune, Lora
@@ -70,6 +71,7 @@ def test_a_resumed_run_has_the_settings_that_were_chosen_when_it_began(make_run,
     memory = asdict(MemorySettings("lora", quantize_base="int8", gradient_checkpointing=True))
     for noted in (memory, {}):
         (checkpoint / STATE_FILE).write_text(json.dumps(asdict(TrainerState(5, 0, {}, noted))))
+        write_manifest(checkpoint)
         args, _, _ = make_run("lora", "--memory_budget_gb", "80", "--resume_from_checkpoint", str(checkpoint))
         assert chosen_before(args) == (MemorySettings(**noted) if noted else None)
     args.memory_budget_gb = None  # now the flags say the settings

@@ -21,7 +21,15 @@ from learner import build_optimizer
 from methods import Lora
 from models import DTYPES
 from optimizer_flags import LOW_BITS, OPTIMIZERS, check_low_bit, check_optimizer
-from optimizers import apply_learning_rate, check_launch, clip_gradients, keep_rates_on_host, make_optimizer
+from optimizers import (
+    apply_learning_rate,
+    can_step,
+    check_launch,
+    clip_gradients,
+    keep_rates_on_host,
+    make_optimizer,
+    step_if_finite,
+)
 
 
 ALL = [
@@ -194,6 +202,28 @@ def test_gradients_are_clipped_to_a_norm_and_not_at_all_by_zero(fresh_accelerato
     weight.grad = torch.tensor([3.0, 4.0])
     assert clip_gradients(accelerator, optimizer, [weight], max_norm).item() == 5
     torch.testing.assert_close(weight.grad, scale * torch.tensor([3.0, 4.0]))
+
+
+@pytest.mark.parametrize("flags", ALL, ids=str)
+def test_a_step_without_finite_gradients_changes_neither_weights_nor_states(fresh_accelerator, flags):
+    accelerator = Accelerator(cpu=True)
+    weights = [weight for weight in parameters() if weight.requires_grad]
+    optimizer = accelerator.prepare(make_optimizer(weights, **({"learning_rate": 1e-2} | flags)))
+    for spoilt in (False, True, False):
+        before = str([weights, list(optimizer.state.values())])
+        loss = (weights[0] @ weights[1].tanh() - 3).square().mean()
+        (loss * torch.nan if spoilt else loss).backward()
+        step_if_finite(accelerator, optimizer, clip_gradients(accelerator, optimizer, weights, 1.0))
+        optimizer.zero_grad()
+        assert (str([weights, list(optimizer.state.values())]) == before) is spoilt
+        assert all(weight.isfinite().all() for weight in weights)
+
+
+def test_a_step_in_the_backward_pass_is_not_begun_on_a_loss_that_is_not_finite():
+    weights = parameters()
+    optimizer = make_optimizer(weights, "adamw", learning_rate=1e-3, step_in_backward=True)
+    assert [can_step(optimizer, torch.tensor(loss)) for loss in (1.0, torch.inf, torch.nan)] == [True, False, False]
+    assert can_step(make_optimizer(weights, "adamw", learning_rate=1e-3), torch.tensor(torch.nan))
 
 
 @pytest.mark.gpu

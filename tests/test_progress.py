@@ -1,40 +1,16 @@
 import logging
-from itertools import pairwise
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
+from agreement import Agreement
 from buckets import Bucket
-from progress import StepLog, StepSchedule
+from guards import StepGuard
+from progress import StepLog
 from test_flops import COGVIDEOX_5B
 from throughput import Throughput
-
-
-@pytest.mark.parametrize("batches_per_epoch", [1, 5, 8])
-@pytest.mark.parametrize("accumulation", [1, 3, 4, 10])
-def test_every_batch_of_every_epoch_belongs_to_one_step(batches_per_epoch, accumulation):
-    schedule = StepSchedule(batches_per_epoch, accumulation)
-    steps = range(3 * schedule.steps_per_epoch)
-    bounds = [(schedule.batches_before(step), schedule.batches_before(step + 1)) for step in steps]
-    assert bounds[0][0] == 0
-    assert bounds[-1][1] == 3 * batches_per_epoch
-    assert all(end == start for (_, end), (start, _) in pairwise(bounds))
-    assert all(1 <= end - start <= accumulation for start, end in bounds)
-
-
-def test_no_step_mixes_two_epochs():
-    schedule = StepSchedule(batches_per_epoch=5, accumulation=2)
-    assert [schedule.batches_before(step) for step in range(7)] == [0, 2, 4, 5, 7, 9, 10]
-
-
-def test_periods_count_in_steps_and_in_epochs():
-    schedule = StepSchedule(batches_per_epoch=5, accumulation=2)
-    assert [done for done in range(1, 13) if schedule.is_due(done, None, 2)] == [6, 12]
-    assert [done for done in range(1, 13) if schedule.is_due(done, 5, None)] == [5, 10]
-    assert [done for done in range(1, 13) if schedule.is_due(done, 5, 2)] == [5, 6, 10, 12]
-    assert not any(schedule.is_due(done, None, None) for done in range(1, 13))
 
 
 class Curves(GeneralTracker):
@@ -59,12 +35,13 @@ class Curves(GeneralTracker):
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_every_step_is_logged_and_every_interval_says_how_fast_it_was(caplog):
+def test_every_step_is_logged_and_every_interval_says_how_fast_it_was(tmp_path, caplog):
     curves = Curves()
     accelerator = Accelerator(cpu=True, log_with=[curves])
     accelerator.init_trackers("run")
     throughput = Throughput(COGVIDEOX_5B, accelerator.device, 1, torch.float32, trains_all=False)
-    log = StepLog(accelerator, first_step=10, total_steps=15, interval=2, throughput=throughput)
+    guard = StepGuard(Agreement(), 3, tmp_path)
+    log = StepLog(accelerator, first_step=10, total_steps=15, interval=2, throughput=throughput, guard=guard)
     rate = torch.tensor(0.5)  # torchao's optimizers change theirs in place
     with caplog.at_level(logging.INFO):
         for step in range(5):

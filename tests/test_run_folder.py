@@ -3,6 +3,7 @@
 import pytest
 
 from args import parse_args
+from manifest import MANIFEST
 
 
 @pytest.fixture
@@ -11,7 +12,7 @@ def run_folder(tmp_path):
     folder = tmp_path / "run"
     for step in (2, 10):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
-        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        (folder / f"checkpoint-{step}" / MANIFEST).write_text("{}")
     (folder / "checkpoint-12").mkdir()
     (folder / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
     return folder

@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import count, product
 from typing import NamedTuple, TypeVar
 
@@ -161,6 +162,8 @@ class BucketBatchSampler:
         self.first_batch, self.total_batches = first_batch, total_batches
         self._groups = self._group(buckets, [1.0] * len(buckets) if repeats is None else repeats)
         self._num_batches = sum(-(-samples // batch_size) for samples in self.samples_per_epoch.values())
+        # Two epochs, because batches are drawn ahead of those that are trained on.
+        self._all_draws = lru_cache(maxsize=2)(self._plan_epoch)
 
     @property
     def samples_per_epoch(self) -> dict[Bucket, int]:
@@ -171,6 +174,11 @@ class BucketBatchSampler:
     def batches_per_epoch(self) -> int:
         """Batches that each rank gets in an epoch."""
         return -(-self._num_batches // self.world_size)
+
+    @property
+    def batches_in_first_epoch(self) -> int:
+        """Batches that each rank gets in the epoch that its stream starts in."""
+        return self._batches_in(self.first_epoch)
 
     @property
     def padding(self) -> int:
@@ -184,15 +192,29 @@ class BucketBatchSampler:
         """
         return [[draw.index for draw in batch] for batch in self._epoch_draws(epoch)]
 
+    def samples_between(self, first_batch: int, last_batch: int) -> int:
+        """How many samples all ranks together take while each takes its batches `first_batch` to `last_batch`, the
+        latter excluded; both are counted as the `first_batch` of the stream is."""
+        return sum(
+            len(self._draws_of(epoch, place, rank))
+            for epoch, place in map(self._locate, range(first_batch, last_batch))
+            for rank in range(self.world_size)
+        )
+
     def _epoch_draws(self, epoch: int) -> list[list[Draw]]:
+        return [self._draws_of(epoch, place, self.rank) for place in range(self._batches_in(epoch))]
+
+    def _draws_of(self, epoch: int, place: int, rank: int) -> list[Draw]:
+        draws = self._all_draws(epoch)
+        return draws[(self._seen_in(epoch) + place * self.world_size + rank) % len(draws)]
+
+    def _plan_epoch(self, epoch: int) -> list[list[Draw]]:
+        """The batches of an epoch in order, which the ranks take in turns."""
         rng = random.Random(f"{self.seed}-{epoch}")
         batches = []
         for groups in self._groups.values():
             batches += _cut(self._epoch_order(groups, epoch, rng), self.batch_size)
-        draws = _count_copies(self._order(batches, rng), epoch)
-        seen = self._seen_in(epoch)
-        steps = range(self._batches_in(epoch))
-        return [draws[(seen + step * self.world_size + self.rank) % len(draws)] for step in steps]
+        return _count_copies(self._order(batches, rng), epoch)
 
     def _group(self, buckets: Sequence[Bucket], repeats: Sequence[float]) -> dict[Bucket, list["_Group"]]:
         members: dict[tuple[Bucket, float], list[int]] = {}
@@ -244,10 +266,9 @@ class BucketBatchSampler:
 
     def _locate(self, batch: int) -> tuple[int, int]:
         """The epoch of this rank's batch of that number, and its place there."""
-        in_first_epoch = self._batches_in(self.first_epoch)
-        if batch < in_first_epoch:
+        if batch < self.batches_in_first_epoch:
             return self.first_epoch, batch
-        epochs, place = divmod(batch - in_first_epoch, self.batches_per_epoch)
+        epochs, place = divmod(batch - self.batches_in_first_epoch, self.batches_per_epoch)
         return self.first_epoch + 1 + epochs, place
 
     def __len__(self) -> int:

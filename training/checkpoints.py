@@ -1,7 +1,9 @@
-"""Checkpoints that exist whole or not at all: save, rotate, find, resume."""
+"""Checkpoints that exist whole or not at all: save, rotate, find, verify, resume."""
 
 import json
+import logging
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
+from safetensors import SafetensorError
 
+from agreement import Agreement
 from errors import UserError
-from files import replace_folder
+from files import nearest_folder, replace_folder
+from manifest import find_damage, size_of, write_manifest
 from methods import FullFinetune, Lora
-from run_folder import STATE_FILE, list_checkpoints
+from run_folder import STATE_FILE, list_checkpoints, list_unfinished
 from sharding import whole_weights
+from step_schedule import ScheduleStart
+
+
+logger = logging.getLogger(__name__)
+_REMOVED = ".removed."
 
 
 @dataclass(frozen=True)
@@ -25,48 +35,129 @@ class TrainerState:
     seed: int
     settings: dict[str, Any]  # that must not change on the way, by flag
     memory: dict[str, Any] = field(default_factory=dict)  # settings that were chosen for the run, by flag
+    schedule: ScheduleStart = field(default_factory=ScheduleStart)  # that the steps are counted from
 
-    def check_settings(self, settings: dict[str, Any]) -> None:
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Refuse to go on with other settings.
 
         Raises:
             UserError: lists those that differ.
         """
-        words = {True: "on", False: "off"}
+        made_with = {**self.settings, "--seed": self.seed}
         differing = [
-            f"{name} was {words.get(before, before)}, is now {words.get(value, value)}"
+            f"{name} was {_in_words(before)}, is now {_in_words(value)}"
             for name, value in settings.items()
             # A checkpoint of before there was a switch is one without it.
-            if (before := self.settings.get(name, False if value is False else None)) != value
+            if (before := made_with.get(name, False if value is False else None)) != value
         ]
         if differing:
             raise UserError(
-                f"--resume_from_checkpoint: the checkpoint is of a run with other settings: {'; '.join(differing)}"
+                f"--resume_from_checkpoint: the checkpoint is of a run with other settings: {'; '.join(differing)}; "
+                "give them as they were, or start anew in another --output_dir"
             )
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainerState, total_limit: int | None) -> Path:
-    """Save the whole training state as `output_dir/checkpoint-<step>`; called on every rank.
+def _in_words(value: object) -> object:
+    return ("on" if value else "off") if isinstance(value, bool) else value
 
-    Older checkpoints beyond `total_limit` are removed only when the new one is in place.
+
+class CheckpointFolder:
+    """The checkpoints of a run: `checkpoint-<step>` in its output folder, which all ranks see.
+
+    One is written beside them under another name, flushed to the disk, listed in a manifest and then renamed, so that
+    a process that is killed leaves it whole or not at all. Older ones go only after that.
+
+    Args:
+        total_limit: how many are kept; None for all.
     """
-    folder = output_dir / f"checkpoint-{state.step}"
-    partial = output_dir / f".partial.{folder.name}"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / STATE_FILE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
-        replace_folder(partial, folder)
-        if total_limit is not None:
-            older = [path for step, path in list_checkpoints(output_dir) if step < state.step]
-            for old in older[: len(older) + 1 - total_limit]:
-                (old / STATE_FILE).unlink()  # first, so that a half-removed folder is no checkpoint
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return folder
+
+    def __init__(self, folder: Path, accelerator: Accelerator, agreement: Agreement, total_limit: int | None):
+        self.folder = folder
+        self.accelerator = accelerator
+        self.agreement = agreement
+        self.total_limit = total_limit
+
+    def save(self, state: TrainerState, min_bytes: int = 0) -> Path:
+        """Save the whole training state; called on every rank.
+
+        Args:
+            min_bytes: that it will take at the least. Without so much space nothing is begun.
+
+        Raises:
+            UserError: it cannot be written: the disk is full, or not ours to write to. Older ones are as they were.
+        """
+        target = self.folder / f"checkpoint-{state.step}"
+        partial = self.folder / f".partial.{target.name}"
+        self.agreement.from_main(lambda: self._make_room(partial, min_bytes))
+        problem = None
+        try:
+            self.accelerator.save_state(str(partial))
+        except (OSError, RuntimeError, SafetensorError, UserError) as error:
+            if isinstance(error, RuntimeError) and not _is_about_writing(error):
+                raise
+            problem = str(error)
+        # Not a barrier of the GPUs: the ranks write for differently long.
+        if problems := [found for found in self.agreement.gather(problem) if found]:
+            self.agreement.from_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+            raise self._cannot_write(target, problems[0])
+        self.agreement.from_main(lambda: self._finish(partial, target, state))
+        return target
+
+    def _make_room(self, partial: Path, min_bytes: int) -> None:
+        """Remove what a killed process left, and see that there is space; on the main process."""
+        for pattern in (".partial.checkpoint-*", f"{_REMOVED}checkpoint-*", ".replaced.checkpoint-*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+        older = list_checkpoints(self.folder)
+        needed = max(min_bytes, size_of(older[-1][1]) if older else 0)
+        check_space(self.folder, needed, f"{partial.name.removeprefix('.partial.')}{self._what_is_left()}")
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise self._cannot_write(partial, str(error)) from error
+
+    def _finish(self, partial: Path, target: Path, state: TrainerState) -> None:
+        """Put the written folder in place, and remove what is beyond the limit; on the main process."""
+        try:
+            (partial / STATE_FILE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
+            write_manifest(partial)
+            replace_folder(partial, target)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise self._cannot_write(target, str(error)) from error
+        if self.total_limit is not None:
+            older = [path for step, path in list_checkpoints(self.folder) if step < state.step]
+            for old in older[: len(older) + 1 - self.total_limit]:
+                # Under another name first: half removed it must not look like a checkpoint.
+                shutil.rmtree(old.rename(old.with_name(_REMOVED + old.name)), ignore_errors=True)
+
+    def _cannot_write(self, target: Path, problem: str) -> UserError:
+        return UserError(f"{target} cannot be written: {problem.strip().splitlines()[0]}{self._what_is_left()}")
+
+    def _what_is_left(self) -> str:
+        whole = list_checkpoints(self.folder)
+        if not whole:
+            return ""
+        return f"; {whole[-1][1].name} is whole: make room and go on with --resume_from_checkpoint latest"
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        UserError: says how much there is, and how much `what` needs.
+    """
+    free = shutil.disk_usage(nearest_folder(folder)).free
+    if free < needed:
+        raise UserError(
+            f"--output_dir: '{folder}' has {free / 1e9:.2f} GB of free space, and at least {needed / 1e9:.2f} GB are "
+            f"needed for {what}"
+        )
+
+
+def _is_about_writing(error: RuntimeError) -> bool:
+    """Whether torch failed to write a file, which it says in words alone."""
+    return any(word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "No space left", "file write"))
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
@@ -90,27 +181,59 @@ def read_state(folder: Path) -> TrainerState:
         UserError: the folder is no checkpoint.
     """
     try:
-        return TrainerState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return TrainerState(**values | {"schedule": ScheduleStart(**values.get("schedule", {}))})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"--resume_from_checkpoint: {folder} is no complete checkpoint (cannot read its {STATE_FILE})"
         ) from error
 
 
+def newest_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
+    """What `find_checkpoint` returns if nothing is damaged, found without reading it all."""
+    if resume_from != "latest":
+        return None if resume_from is None else Path(resume_from)
+    checkpoints = list_checkpoints(output_dir)
+    return checkpoints[-1][1] if checkpoints else None
+
+
 def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to resume from: a folder, the latest of `output_dir` for "latest", or None to start anew."""
+    """The checkpoint to resume from: a folder, or for "latest" the newest whole one; None to start anew.
+
+    Every byte of it is compared with its manifest. Damaged ones that "latest" passes over are named in a warning.
+
+    Raises:
+        UserError: the folder given is damaged or no checkpoint, or all that there are.
+    """
     if resume_from is None:
         return None
     if resume_from != "latest":
-        return Path(resume_from)
-    checkpoints = list_checkpoints(output_dir)
-    return checkpoints[-1][1] if checkpoints else None
+        folder = Path(resume_from)
+        if damage := find_damage(folder):
+            raise UserError(
+                f"--resume_from_checkpoint: {folder} is no whole checkpoint: {damage}; give an earlier one, or latest"
+            )
+        return folder
+    for folder in list_unfinished(output_dir):
+        logger.warning("warning: %s is no checkpoint (it was never finished); passed over", folder)
+    checkpoints = [folder for _, folder in list_checkpoints(output_dir)]
+    for folder in reversed(checkpoints):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        logger.warning("warning: %s is damaged (%s); passed over", folder, damage)
+    if checkpoints:
+        raise UserError(
+            f"--resume_from_checkpoint latest: every checkpoint in '{output_dir}' is damaged; to start anew, give "
+            "another --output_dir"
+        )
+    return None
 
 
 def checkpoint_only_what_trains(accelerator: Accelerator, method: Lora | FullFinetune) -> None:
     """Have `accelerator.save_state` and `load_state` store only what the method trains, in full precision."""
 
-    def save(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
+    def save(models: Sequence[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
         for model in models:
             transformer: CogVideoXTransformer3DModel = accelerator.unwrap_model(model)
             whole = whole_weights(accelerator, transformer, method.weight_names(transformer))

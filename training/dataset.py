@@ -17,6 +17,7 @@ from errors import UserError, listing
 from models import ModelConfigs
 from prepared import PreparedClip, read_tensor
 from prompts import PromptCache
+from stop_signals import outlive_signals
 from video import flip_frames, read_frames, reshape_frames
 
 
@@ -225,7 +226,12 @@ def make_loader(
         pin_memory=pin_memory and torch.cuda.is_available(),  # torch warns about it where there is no GPU
         # A loader takes a base seed from a generator; from the global one it would move the training's random numbers.
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_start_worker,
     )
+
+
+def _start_worker(number: int) -> None:
+    outlive_signals()
 
 
 def check_prepared(clips: Sequence[PreparedClip], configs: ModelConfigs) -> None:

@@ -41,11 +41,16 @@ def written_whole(path: Path, staging: Path | None = None) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def nearest_folder(path: Path) -> Path:
+    """The folder itself or, until it exists, the nearest one above it that does: they are on the same disk."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def replace_folder(partial: Path, folder: Path) -> None:
     """Put the finished folder `partial` in the place of `folder`, flushed to disk first."""
-    for file in sorted(partial.rglob("*")):
-        if file.is_file():
-            flush(file)
+    for path in (*sorted(partial.rglob("*")), partial):
+        flush(path)
     if folder.exists():
         replaced = folder.with_name(f".replaced.{folder.name}")
         shutil.rmtree(replaced, ignore_errors=True)

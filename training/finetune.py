@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import islice
@@ -11,8 +12,9 @@ import torch
 
 from auto_fit import fit_into_memory
 from diffusion import derive_seed, sample_generators, seed_global
+from guards import StepGuard
 from methods import Lora
-from optimizers import clip_gradients
+from optimizers import can_step, clip_gradients, step_if_finite
 from plan import TrainingData
 from prefetch import DeviceCopies
 from profiling import PROFILE_FOLDER, profiled
@@ -20,6 +22,7 @@ from progress import StepLog
 from publish import push_to_hub
 from recipe import Method, Task, check_recipe
 from run_setup import Run, set_up
+from stop_signals import STOPPED_EXIT_CODE
 from timesteps import share_out
 from trial_run import rehearse
 
@@ -40,12 +43,16 @@ def finetune(args: argparse.Namespace, data: TrainingData, task: Task, method: M
     run = set_up(check_recipe(args, data, task, method))
     if args.validate_first and run.state.step == 0:
         run.validate(0)
-    with profiled(profile_folder(args, run), run.state.step) as next_step:
-        train(args, run, next_step)
-    # The result is safe before the last validation, which can fail or take long.
-    run.save_checkpoint(run.total_steps)
-    logger.info("saved %s; to use it:\n\n%s\n", run.save_result(), run.usage)
-    run.validate(run.total_steps)
+    with run.signals:
+        with profiled(profile_folder(args, run), run.state.step) as next_step:
+            done = train(args, run, next_step)
+        if done < run.total_steps:
+            leave(run, done)
+        # The result is safe before the last validation, which can fail or take long.
+        if run.state.step < run.total_steps:
+            run.save_checkpoint(run.total_steps)
+        logger.info("saved %s; to use it:\n\n%s\n", run.save_result(), run.usage)
+        run.validate(run.total_steps)
     if args.push_to_hub and run.accelerator.is_main_process:
         push_to_hub(
             run.output_dir,
@@ -59,20 +66,39 @@ def finetune(args: argparse.Namespace, data: TrainingData, task: Task, method: M
     run.accelerator.end_training()
 
 
+def leave(run: Run, step: int) -> None:
+    """End a run that was told to stop, when it is saved.
+
+    Raises:
+        SystemExit: always, with a code of its own.
+    """
+    run.accelerator.end_training()
+    logger.info("stopped after step %d of %d; go on with --resume_from_checkpoint latest", step, run.total_steps)
+    raise SystemExit(STOPPED_EXIT_CODE)
+
+
 def profile_folder(args: argparse.Namespace, run: Run) -> Path | None:
     """Where the main process records what steps do, if that was asked for."""
     return run.output_dir / PROFILE_FOLDER if args.profile and run.accelerator.is_main_process else None
 
 
-def train(args: argparse.Namespace, run: Run, next_step: Callable[[], None] = lambda: None) -> None:
+def train(args: argparse.Namespace, run: Run, next_step: Callable[[], None] = lambda: None) -> int:
     """The loop: one turn is one optimizer step on `gradient_accumulation_steps` batches of every rank.
 
     Args:
         next_step: called at the end of each step, for whoever watches.
+
+    Returns:
+        How many steps are done: all, or fewer where a signal stopped the run, which is saved then.
+
+    Raises:
+        UserError: too many steps in a row were not finite, or a checkpoint cannot be written.
     """
     accelerator, learner, schedule, seed = run.accelerator, run.learner, run.schedule, run.state.seed
     phase, to_device = run.throughput.phase, DeviceCopies(accelerator.device)
-    log = StepLog(accelerator, run.state.step, run.total_steps, args.logging_steps, run.throughput)
+    guard = StepGuard(run.agreement, args.max_bad_steps, run.output_dir)
+    log = StepLog(accelerator, run.state.step, run.total_steps, args.logging_steps, run.throughput, guard)
+    saved_at = time.monotonic()
     learner.model.train()
     for step in range(run.state.step, run.total_steps):
         with phase("data"):
@@ -82,6 +108,8 @@ def train(args: argparse.Namespace, run: Run, next_step: Callable[[], None] = la
         # A LoRA's dropout draws from the global generator: what it draws must not depend on what happened before.
         seed_global(accelerator.device, derive_seed(seed, step, accelerator.process_index))
         step_loss = torch.zeros((), device=accelerator.device)
+        # accelerate divides by the accumulation steps, and processes average: together, the mean over all samples.
+        scale = args.gradient_accumulation_steps * accelerator.num_processes / run.samples_in(step)
         for number, batch in enumerate(batches):
             generators = sample_generators(accelerator.device, seed, batch.draws)
             # Ranks exchange gradients once a step, with its last batch.
@@ -90,37 +118,44 @@ def train(args: argparse.Namespace, run: Run, next_step: Callable[[], None] = la
                 with phase("data"):
                     batch = to_device(batch)
                 with phase("forward"):
-                    losses = run.objective(batch, generators, parts[number])
-                    loss = losses.sum() / sum(sizes)
+                    loss = run.objective(batch, generators, parts[number]).sum() * scale
+                step_loss += loss.detach() / args.gradient_accumulation_steps
                 with phase("backward"):
-                    # accelerate divides by the accumulation steps, but the sum above makes the mean already.
-                    accelerator.backward(loss * args.gradient_accumulation_steps)
-            step_loss += loss.detach()
+                    if can_step(learner.optimizer, step_loss):
+                        # A loss that is not finite on one rank must spoil the gradients of all, to be noticed by all.
+                        accelerator.backward(loss * torch.where(step_loss.isfinite(), 1.0, torch.nan))
             run.throughput.count(batch.bucket, len(batch.names))
         with phase("optimizer"):
             grad_norm = clip_gradients(accelerator, learner.optimizer, learner.trainable, args.max_grad_norm)
             # Stochastic rounding must do the same on all ranks.
             seed_global(accelerator.device, derive_seed(seed, step))
-            learner.optimizer.step()
+            step_if_finite(accelerator, learner.optimizer, grad_norm)
             learner.optimizer.zero_grad(set_to_none=True)
             rate = float(learner.lr_scheduler.get_last_lr()[0])
             if not accelerator.optimizer_step_was_skipped:
                 learner.lr_scheduler.step()
                 if learner.ema is not None:
                     learner.ema.step(learner.trainable)
-        log.add(step_loss, grad_norm, rate)
+        log.add(step_loss, grad_norm, rate, [name for batch in batches for name in batch.names])
         next_step()
 
         done = step + 1
         if done == run.total_steps:
             break  # the caller saves and validates the end
-        if done % args.checkpointing_steps == 0:
+        is_late = bool(args.checkpoint_minutes) and time.monotonic() - saved_at > 60 * args.checkpoint_minutes
+        stops, saves = run.agreement.ask(run.signals.received is not None, is_late and run.agreement.is_main)
+        if stops or saves or done % args.checkpointing_steps == 0:
             log.flush()  # a run that is killed later has lost no logged step
             run.save_checkpoint(done)
+            saved_at = time.monotonic()
+        if stops:
+            break
         if schedule.is_due(done, args.validation_steps, args.validation_epochs):
             log.flush()  # trackers want steps in order
             run.validate(done)
+    run.agreement.finish_asking()
     log.close()
+    return log.step
 
 
 def timestep_parts(args: argparse.Namespace, run: Run, step: int, sizes: list[int]) -> list[torch.Tensor] | list[None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from huggingface_hub.serialization import _torch as hub_serialization
 
 from errors import UserError
@@ -76,10 +76,10 @@ def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:
     accelerator.init_trackers(args.tracker_name, config=plain, init_kwargs={"wandb": {"dir": str(logging_dir)}})
 
 
-def shared_seed(accelerator: Accelerator, seed: int | None) -> int:
-    """The seed given, or a random one that all ranks agree on."""
+def choose_seed(seed: int | None) -> int:
+    """The seed given, or a random one."""
     if seed is not None:
         return seed
-    drawn = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
+    drawn = random.SystemRandom().randrange(2**31)
     logger.info("seed %d (none was given)", drawn)
     return drawn

@@ -100,9 +100,13 @@ def load_transformer(recipe: Recipe) -> CogVideoXTransformer3DModel:
 
 
 def resume(recipe: Recipe, learner: Learner) -> None:
-    """Go on where the checkpoint is, at the learning rate given now."""
+    """Go on where the checkpoint is, at the learning rate given now, or at that of before where none is given."""
     load_checkpoint(recipe.accelerator, recipe.resumed)
-    rate = learning_rate_of(recipe.args, recipe.accelerator.num_processes)
+    before = learner.lr_scheduler.base_lrs[0]
+    is_given = "learning_rate" in recipe.args.given or recipe.args.scale_lr
+    rate = learning_rate_of(recipe.args, recipe.accelerator.num_processes) if is_given else before
+    if rate != before:
+        logger.info("--learning_rate: the run goes on at a base rate of %g, after %g", rate, before)
     apply_learning_rate(learner.optimizer, learner.lr_scheduler, rate)
     if learner.ema is not None:
         learner.ema.to(recipe.accelerator.device)

@@ -170,6 +170,13 @@ def state_bytes(parameter: ParameterFacts, settings: MemorySettings) -> int:
     return 2 * numel * full
 
 
+def checkpoint_bytes(facts: ModelFacts, settings: MemorySettings) -> int:
+    """What a checkpoint takes on the disk, but for small files: weights (and their average) in float32, states."""
+    trainable = [parameter for parameter in facts.parameters if parameter.is_trainable]
+    copies = 2 if settings.use_ema else 1
+    return sum(4 * copies * parameter.numel + state_bytes(parameter, settings) for parameter in trainable)
+
+
 def _adam_bytes(numel: int, settings: MemorySettings, full: int) -> int:
     if settings.state_bits == 32 or numel < _TINY:
         return 2 * numel * full

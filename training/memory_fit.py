@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import find_checkpoint, read_state
+from checkpoints import newest_checkpoint, read_state
 from launch import precision_of
 from memory_accounting import MemoryAccount, account
 from memory_facts import Workload, model_facts
@@ -43,7 +43,7 @@ def chosen_before(args: argparse.Namespace) -> MemorySettings | None:
     Raises:
         UserError: the checkpoint is no complete one.
     """
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
+    checkpoint = newest_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
     if checkpoint is None or not (args.memory_budget_gb or args.auto_fit):
         return None
     chosen = read_state(checkpoint).memory

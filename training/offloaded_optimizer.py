@@ -57,6 +57,11 @@ class ClippedOffloadOptimizer(CPUOffloadOptimizer):
         self._norms.clear()
         return norm
 
+    def discard_gradients(self) -> None:
+        """Forget the gradients of this step, which is left out."""
+        self.stream.synchronize()  # no copy to the host is under way when the next step's begin
+        self.queue.clear()
+
     @property
     def _groups_on_device(self) -> list[dict[str, Any]]:
         """Of the parameters too small to be worth a transfer."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -198,6 +199,48 @@ def clip_gradients(
     if hasattr(inner, "clip_grad_norm_"):
         return inner.clip_grad_norm_(max_norm)
     return accelerator.clip_grad_norm_(parameters, max_norm)
+
+
+def step_if_finite(accelerator: Accelerator, optimizer: Optimizer, grad_norm: torch.Tensor | float | None) -> None:
+    """Update the weights, unless the gradients hold something that is not finite.
+
+    torch's fused Adam decides that where the gradients are. For others the CPU waits for the norm, once a step.
+
+    Args:
+        optimizer: as accelerate wrapped it.
+        grad_norm: as from `clip_gradients`; where nobody knows it, nothing is left out.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    # A gradient scaler and DeepSpeed look for themselves.
+    if grad_norm is None or accelerator.scaler is not None or not isinstance(grad_norm, torch.Tensor):
+        optimizer.step()
+    elif _looks_itself(inner):
+        # What a gradient scaler would set, https://docs.pytorch.org/docs/stable/amp.html
+        inner.grad_scale, inner.found_inf = None, grad_norm.isfinite().logical_not().float()
+        optimizer.step()
+    elif grad_norm.isfinite():
+        optimizer.step()
+    elif hasattr(inner, "discard_gradients"):
+        inner.discard_gradients()
+
+
+def _looks_itself(optimizer: Optimizer) -> bool:
+    is_adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+    return is_adam and all(
+        group["fused"] and not any(isinstance(parameter, DTensor) for parameter in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
+def can_step(optimizer: Optimizer, loss: torch.Tensor) -> bool:
+    """Whether the backward pass may be taken: one that steps at the same time cannot be taken back.
+
+    Args:
+        optimizer: as accelerate wrapped it.
+        loss: waited for only in that case.
+    """
+    steps_in_backward = isinstance(getattr(optimizer, "optimizer", optimizer), StepInBackward)
+    return not steps_in_backward or bool(loss.isfinite())
 
 
 def keep_rates_on_host(optimizer: Optimizer) -> None:

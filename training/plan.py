@@ -2,7 +2,8 @@
 
 import argparse
 import csv
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,21 @@ class RawData:
         return [planned.clip.caption for planned in self.clips]
 
     @property
+    def fingerprint(self) -> str:
+        """Changes with what is trained on, not with where it lies."""
+        return _digest(
+            (
+                planned.info.sha256,
+                planned.first_frame and planned.first_frame.sha256,
+                planned.frame_indices,
+                planned.bucket,
+                planned.clip.caption,
+                planned.clip.repeats,
+            )
+            for planned in self.clips
+        )
+
+    @property
     def num_listed(self) -> int:
         """How many clips were listed, those that cannot be used among them; one that is split counts once."""
         return len({id(planned.clip) for planned in self.clips}) + len(self.bad)
@@ -64,6 +80,11 @@ class PreparedData:
     captions = ()  # embedded already
 
     @property
+    def fingerprint(self) -> str:
+        """Changes with what is trained on, not with where it lies."""
+        return _digest((clip.name, clip.prompt_embeds.key, clip.bucket, clip.repeats) for clip in self.clips)
+
+    @property
     def buckets(self) -> list[Bucket]:
         """The bucket of each sample."""
         return [clip.bucket for clip in self.clips]
@@ -75,6 +96,13 @@ class PreparedData:
 
 
 TrainingData = RawData | PreparedData
+
+
+def _digest(samples: Iterable[tuple]) -> str:
+    """Of samples in their order, by which batches are drawn."""
+    lines = [repr(sample) for sample in samples]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return f"{len(lines)} samples ({digest[:12]})"
 
 
 def plan_training_data(args: argparse.Namespace, *, with_images: bool = False) -> TrainingData:

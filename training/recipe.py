@@ -9,14 +9,17 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKLCogVideoX
 
+from agreement import Agreement
 from attention import check_attention
 from buckets import Bucket
-from checkpoints import TrainerState, find_checkpoint, read_state
+from checkpoints import TrainerState, check_space, find_checkpoint, read_state
 from compilation import check_compiler
 from dataset import check_prepared
 from errors import UserError
 from fingerprints import fingerprint_encoders
-from launch import shared_seed, start_accelerator
+from launch import choose_seed, start_accelerator
+from memory_accounting import checkpoint_bytes
+from memory_facts import model_facts
 from memory_settings import read_settings
 from methods import FullFinetune, Lora
 from models import DTYPES, ModelConfigs, ModelSource
@@ -24,6 +27,7 @@ from optimizer_flags import LOW_BITS
 from optimizers import check_launch
 from plan import PreparedData, TrainingData, describe, report_skipped
 from prepared import check_encoders
+from step_schedule import ScheduleStart
 from tasks import ImageToVideo, TextToVideo
 
 
@@ -47,8 +51,10 @@ class Recipe:
     source: ModelSource
     configs: ModelConfigs
     accelerator: Accelerator
+    agreement: Agreement
     resumed: Path | None  # the checkpoint to go on from
     state: TrainerState  # where the loop starts: at step 0, or where the checkpoint is
+    checkpoint_bytes: int  # that a checkpoint takes, or a little more
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,21 +100,43 @@ def check_recipe(args: argparse.Namespace, data: TrainingData, task: Task, metho
     method.check_model(configs, source)
     if isinstance(data, PreparedData):
         check_prepared(data.clips, configs)
-    resumed = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
     accelerator = start_accelerator(args)
+    agreement = Agreement()
     check_start(args, accelerator, configs)
     describe_data(args, accelerator, data, source, configs)
-    settings = {"model": configs.kind, "--optimizer": args.optimizer, "--use_ema": args.use_ema}
-    settings |= {f"--{name}": getattr(args, name) for name in OPTIMIZER_KINDS}
-    settings |= {**task.settings, **method.settings}
+    resumed = agreement.from_main(lambda: find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir)))
+    settings = lasting_settings(args, data, task, method, configs)
     if resumed:
         state = read_state(resumed)
         state.check_settings(settings)
     else:
         is_chosen = args.memory_budget_gb or args.auto_fit
         memory = asdict(read_settings(args)) if is_chosen else {}
-        state = TrainerState(0, shared_seed(accelerator, args.seed), settings, memory)
-    return Recipe(args, data, task, method, source, configs, accelerator, resumed, state)
+        seed = agreement.from_main(lambda: choose_seed(args.seed))
+        start = ScheduleStart(accelerator.num_processes, args.gradient_accumulation_steps)
+        state = TrainerState(0, seed, settings, memory, start)
+    num_bytes = checkpoint_bytes(model_facts(configs, method), read_settings(args))
+    agreement.from_main(lambda: check_space(Path(args.output_dir), num_bytes, "a checkpoint"))
+    return Recipe(
+        args, data, task, method, source, configs, accelerator, agreement, resumed, state, checkpoint_bytes=num_bytes
+    )
+
+
+def lasting_settings(
+    args: argparse.Namespace, data: TrainingData, task: Task, method: Method, configs: ModelConfigs
+) -> dict[str, object]:
+    """What a resumed run must have in common with its checkpoint, by flag."""
+    return {
+        "model": configs.kind,
+        "training data": data.fingerprint,
+        "--train_batch_size": args.train_batch_size,
+        "--optimizer": args.optimizer,
+        "--use_ema": args.use_ema,
+        **{f"--{name}": getattr(args, name) for name in OPTIMIZER_KINDS},
+        **({} if args.seed is None else {"--seed": args.seed}),
+        **task.settings,
+        **method.settings,
+    }
 
 
 def clip_sizes(args: argparse.Namespace, data: TrainingData) -> set[Bucket]:

@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+from manifest import MANIFEST
 
-STATE_FILE = "trainer_state.json"  # written last into a checkpoint
+
+STATE_FILE = "trainer_state.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDER = "transformer"
 PIPELINE_FOLDER = "pipeline"
@@ -17,10 +19,15 @@ def list_results(output_dir: Path) -> list[str]:
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints of a run as (step, folder), oldest first."""
-    found = []
-    for path in output_dir.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / STATE_FILE).is_file():
-            found.append((int(match.group(1)), path))
-    return sorted(found)
+    """The checkpoints of a run as (step, folder), oldest first; of each it is known only that it was finished."""
+    return [(step, path) for step, path in _numbered(output_dir) if (path / MANIFEST).is_file()]
+
+
+def list_unfinished(output_dir: Path) -> list[Path]:
+    """What is named like a checkpoint and is none."""
+    return [path for _, path in _numbered(output_dir) if not (path / MANIFEST).is_file()]
+
+
+def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
+    matches = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*"))
+    return sorted((int(match.group(1)), path) for match, path in matches if match)

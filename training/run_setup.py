@@ -9,9 +9,10 @@ from pathlib import Path
 from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
 
+from agreement import Agreement
 from attention import attention_set
 from buckets import BucketBatchSampler
-from checkpoints import TrainerState, save_checkpoint
+from checkpoints import CheckpointFolder, TrainerState
 from conditions import Conditions, encode_conditions
 from dataset import Batch, ClipDataset, PreparedDataset, make_loader, without_failures
 from errors import UserError
@@ -21,10 +22,11 @@ from methods import FullFinetune
 from models import CPU
 from objective import Objective
 from plan import PreparedData, TrainingData
-from progress import StepSchedule
 from prompts import PromptCache
 from recipe import Recipe, Task
 from sharding import whole_weights
+from step_schedule import ScheduleStart, StepSchedule
+from stop_signals import StopSignals
 from throughput import Throughput
 from timesteps import TimestepSampling
 from validation import Pipeline, ValidationSettings, validate
@@ -39,10 +41,12 @@ class Run:
     """What the loop works with."""
 
     accelerator: Accelerator
+    agreement: Agreement
     output_dir: Path
     state: TrainerState  # at the start of the loop: resumed, or step 0
     total_steps: int
     schedule: StepSchedule
+    sampler: BucketBatchSampler
     batches: Iterator[Batch]  # this rank's, from `state.step` on
     objective: Objective
     learner: Learner
@@ -50,12 +54,18 @@ class Run:
     validate: Callable[[int], list[str]]  # validate after so many steps; returns why sampling failed, if it did
     save_result: Callable[[], Path]  # write the result on the main process; returns where it is
     usage: str  # the code that loads the result
-    checkpoints_total_limit: int | None
+    checkpoints: CheckpointFolder
+    checkpoint_bytes: int
+    signals: StopSignals
 
     def save_checkpoint(self, step: int) -> None:
         """Save the training state after `step` steps."""
-        state = replace(self.state, step=step)
-        save_checkpoint(self.accelerator, self.output_dir, state, self.checkpoints_total_limit)
+        self.checkpoints.save(replace(self.state, step=step), self.checkpoint_bytes)
+
+    def samples_in(self, step: int) -> int:
+        """How many samples all ranks together train on in the step that follows `step` others."""
+        before = self.schedule.batches_before
+        return self.sampler.samples_between(before(step), before(step + 1))
 
 
 def set_up(recipe: Recipe) -> Run:
@@ -64,10 +74,10 @@ def set_up(recipe: Recipe) -> Run:
     Raises:
         UserError: weights, images or clips cannot be had, or the checkpoint is beyond the steps asked for.
     """
-    args, accelerator, state = recipe.args, recipe.accelerator, recipe.state
-    sampler = make_sampler(recipe)
-    schedule = StepSchedule(sampler.batches_per_epoch, args.gradient_accumulation_steps)
-    total_steps = args.max_train_steps or args.num_train_epochs * schedule.steps_per_epoch
+    args, accelerator = recipe.args, recipe.accelerator
+    state = replace(recipe.state, schedule=start_schedule(recipe))
+    sampler, schedule = make_sampler(recipe, state.schedule)
+    total_steps = args.max_train_steps or schedule.end_of_epochs(args.num_train_epochs)
     if state.step > total_steps:
         raise UserError(
             f"--max_train_steps: {recipe.resumed} is at step {state.step}, beyond the {total_steps} steps asked for"
@@ -84,10 +94,12 @@ def set_up(recipe: Recipe) -> Run:
     objective = make_objective(recipe, conditions, learner)
     return Run(
         accelerator=accelerator,
+        agreement=recipe.agreement,
         output_dir=recipe.output_dir,
         state=state,
         total_steps=total_steps,
         schedule=schedule,
+        sampler=sampler,
         batches=load_batches(recipe, conditions.prompts, sampler),
         objective=objective,
         learner=learner,
@@ -95,20 +107,44 @@ def set_up(recipe: Recipe) -> Run:
         validate=make_validation(recipe, conditions, learner, objective),
         save_result=make_saving(recipe, learner),
         usage=describe_usage(recipe),
-        checkpoints_total_limit=args.checkpoints_total_limit,
+        checkpoints=CheckpointFolder(recipe.output_dir, accelerator, recipe.agreement, args.checkpoints_total_limit),
+        checkpoint_bytes=recipe.checkpoint_bytes,
+        signals=StopSignals(),
     )
 
 
-def make_sampler(recipe: Recipe) -> BucketBatchSampler:
-    """This rank's stream of batches."""
-    return BucketBatchSampler(
+def start_schedule(recipe: Recipe) -> ScheduleStart:
+    """From where on the steps are counted: as before or, where the run goes on with another number of ranks or of
+    batches in a step, from the checkpoint on."""
+    before = recipe.state.schedule
+    num_ranks, accumulation = recipe.accelerator.num_processes, recipe.args.gradient_accumulation_steps
+    if (before.num_ranks, before.accumulation) == (num_ranks, accumulation):
+        return before
+    logger.warning(
+        "warning: the run goes on with %d processes x %d batches a step, after %d x %d: it sees every sample that is "
+        "left of the epoch once, but in other steps than it would have",
+        num_ranks,
+        accumulation,
+        before.num_ranks,
+        before.accumulation,
+    )
+    _, schedule = make_sampler(recipe, before)
+    return schedule.restart(recipe.state.step, num_ranks, accumulation)
+
+
+def make_sampler(recipe: Recipe, start: ScheduleStart) -> tuple[BucketBatchSampler, StepSchedule]:
+    """This rank's stream of batches from a start on, and which of them make up a step."""
+    sampler = BucketBatchSampler(
         recipe.data.buckets,
         recipe.args.train_batch_size,
         seed=recipe.state.seed,
         repeats=recipe.data.repeats,
-        rank=recipe.accelerator.process_index,
-        world_size=recipe.accelerator.num_processes,
+        rank=recipe.accelerator.process_index % start.num_ranks,  # there were fewer, maybe
+        world_size=start.num_ranks,
+        first_epoch=start.epoch,
+        seen_batches=start.seen_batches,
     )
+    return sampler, StepSchedule(start, sampler.batches_per_epoch, sampler.batches_in_first_epoch)
 
 
 def make_throughput(recipe: Recipe) -> Throughput:

@@ -83,6 +83,12 @@ def add_training_flags(group: argparse._ArgumentGroup, method: str) -> None:
         help="Write a checkpoint, from which training can go on, every N optimizer steps. (default: %(default)s)",
     )
     group.add_argument(
+        "--checkpoint_minutes",
+        metavar="X",
+        type=positive_float,
+        help="Write a checkpoint too when X minutes have passed since the last one. (default: by steps alone)",
+    )
+    group.add_argument(
         "--checkpoints_total_limit",
         metavar="N",
         type=positive_int,
@@ -92,8 +98,16 @@ def add_training_flags(group: argparse._ArgumentGroup, method: str) -> None:
         "--resume_from_checkpoint",
         metavar="FOLDER",
         type=path,
-        help="Go on from a checkpoint: its folder, its name inside --output_dir, or latest for the newest one there. "
-        "(default: start anew)",
+        help="Go on from a checkpoint: its folder, its name inside --output_dir, or latest for the newest one there "
+        "that is whole. (default: start anew)",
+    )
+    group.add_argument(
+        "--max_bad_steps",
+        metavar="N",
+        type=positive_int,
+        default=10,
+        help="End the run after N steps in a row whose loss or gradient is not finite; such steps change nothing. "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--enable_slicing",

@@ -23,6 +23,7 @@ from checkpoints import load_checkpoint
 from clips import PlannedClip
 from dataset import make_loader
 from errors import UserError, listing
+from files import nearest_folder
 from plan import TrainingData
 from prepared import PreparedClip
 from ranks import launch_rank, launch_size
@@ -126,9 +127,7 @@ def read_every_sample(args: argparse.Namespace, data: TrainingData, task: Task) 
 def trial_folder(output_dir: Path) -> Path:
     """Where the trial is written: in the output folder or, until it exists, the nearest one that does; that is on the
     disk which the run will need."""
-    output_dir = output_dir.absolute()
-    existing = next(folder for folder in (output_dir, *output_dir.parents) if folder.is_dir())
-    return existing / f".dry-run.{output_dir.name}"
+    return nearest_folder(output_dir) / f".dry-run.{output_dir.absolute().name}"
 
 
 def trial_flags(

@@ -1,0 +1,63 @@
+"""Signals ask to stop; a second one does not ask."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stop_signals
+from stop_signals import SIGNALS, StopSignals
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted_and_said_and_the_process_goes_on(number, capfd):
+    before = [signal.getsignal(one) for one in SIGNALS]
+    with StopSignals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), number)
+        assert signals.received == number
+        os.kill(os.getpid(), number)  # what a launcher passes on again
+        assert signals.received == number
+    assert [signal.getsignal(one) for one in SIGNALS] == before
+    said = capfd.readouterr().err
+    assert said.count("saving after this step, then leaving; a second signal ends the run at once") == 1
+    assert number.name in said
+
+
+SECOND = """
+import os, signal, stop_signals
+stop_signals.ECHO_SECONDS = -1.0  # no echo
+with stop_signals.StopSignals():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here")
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    path = {"PYTHONPATH": str(Path(stop_signals.__file__).parent)}
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | path, capture_output=True, text=True)
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    done = run(SECOND)
+    assert done.returncode == 128 + signal.SIGINT
+    assert "still here" not in done.stdout
+
+
+WORKER = """
+import os, signal, stop_signals
+stop_signals.outlive_signals()
+for number in stop_signals.SIGNALS:
+    os.kill(os.getpid(), number)
+assert 0 < signal.alarm(0) <= stop_signals.WORKER_GRACE_SECONDS
+print("still here")
+"""
+
+
+def test_a_worker_outlives_the_signals_of_its_group_for_a_while():
+    done = run(WORKER)
+    assert (done.returncode, done.stdout) == (0, "still here\n"), done.stderr

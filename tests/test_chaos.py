@@ -1,0 +1,141 @@
+"""Runs are killed and told to stop at any moment, and end with the bytes of a run that never was."""
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import prepare_dataset
+from run_folder import LORA_FILE, list_checkpoints
+from stop_signals import STOPPED_EXIT_CODE
+
+
+CONTEXT = multiprocessing.get_context("forkserver")
+# Imported once, in the server that all processes are forked from: an import takes longer than the whole training.
+CONTEXT.set_forkserver_preload(["finetune", "cogvideox_text_to_video_lora", "cogvideox_text_to_video_sft"])
+NUM_STOPS = 20
+SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
+# What Python tells of a process's work on files, in the order of a save: written, renamed, older ones removed.
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_models, demo_clips, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    flags = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder)]
+    prepare_dataset.main([*flags, *SIZE, "--save_latents_and_embeddings"])
+    return folder
+
+
+@pytest.fixture
+def flags(prepared, tiny_models) -> list[str]:
+    """A run that saves and removes checkpoints at every step, with accumulation over the ends of epochs."""
+    flags = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(prepared), "--load_tensors"]
+    flags += ["--train_batch_size", "1", "--gradient_accumulation_steps", "2", "--max_train_steps", "12"]
+    flags += ["--checkpointing_steps", "1", "--checkpoints_total_limit", "2", "--optimizer", "adamw", "--seed", "0"]
+    return [*flags, *SIZE, "--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--rank", "4", "--report_to", "none"]
+
+
+def run_rank(script: str, argv: list[str], rank: int, num_ranks: int, port: int, log: Path, last_event: int) -> None:
+    """One process of a launch, killed at the file event of that number in its output folder; 0 for none."""
+    if num_ranks > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    import torch
+
+    torch.set_num_threads(1)
+    folder, count = argv[argv.index("--output_dir") + 1], 0
+
+    def watch(event: str, details: tuple) -> None:
+        nonlocal count
+        if event in FILE_EVENTS and str(details[0]).startswith(folder):
+            count += 1
+            if count == last_event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if last_event:
+        sys.addaudithook(watch)
+    __import__(script).main(argv)
+
+
+def start(script: str, argv: list[str], log: Path, num_ranks: int = 1, last_event: int = 0) -> list:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        CONTEXT.Process(target=run_rank, args=(script, argv, rank, num_ranks, port, log, 0 if rank else last_event))
+        for rank in range(num_ranks)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def end(ranks: Sequence, number: signal.Signals, after: float) -> list[int]:
+    """Send a signal to all, unless they are done before; returns their exit codes."""
+    ranks[0].join(timeout=after)
+    for process in ranks:
+        if process.is_alive():
+            os.kill(process.pid, number)
+    for process in ranks:
+        process.join()
+    return [process.exitcode for process in ranks]
+
+
+def finish(script: str, argv: list[str], log: Path, num_ranks: int = 1) -> float:
+    """Run to the end; returns the seconds that took."""
+    begin = time.monotonic()
+    for process in start(script, argv, log, num_ranks):
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+    return time.monotonic() - begin
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    """The result, and what training would go on from."""
+    (newest, *_) = [path for _, path in reversed(list_checkpoints(folder))]
+    files = [*folder.glob(LORA_FILE), *folder.glob("transformer/*.safetensors"), *newest.glob("*.safetensors")]
+    files += newest.glob("transformer/*.safetensors")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
+
+
+def survive(
+    script: str, flags: list[str], tmp_path: Path, number: signal.Signals, num_ranks: int = 1
+) -> list[list[int]]:
+    """Stop a run twenty times and let it go on each time; returns the exit codes."""
+    log, whole, stopped = tmp_path / "log.txt", tmp_path / "whole", tmp_path / "stopped"
+    duration = finish(script, [*flags, "--output_dir", str(whole)], log, num_ranks)
+    argv = [*flags, "--output_dir", str(stopped), "--resume_from_checkpoint", "latest"]
+    chance, codes = random.Random(int(number)), []
+    for stop in range(NUM_STOPS):
+        if number == signal.SIGKILL and stop % 2:
+            ranks = start(script, argv, log, num_ranks, last_event=chance.randrange(1, 60))
+            codes.append(end(ranks, number, duration))
+        else:
+            codes.append(end(start(script, argv, log, num_ranks), number, chance.uniform(0.2, 0.6) * duration))
+    finish(script, argv, log, num_ranks)
+    assert weights_of(stopped) == weights_of(whole)
+    assert not list(stopped.glob(".*"))
+    return codes
+
+
+def test_killed_twenty_times_a_run_ends_with_the_weights_of_an_uninterrupted_one(flags, tmp_path):
+    codes = survive("cogvideox_text_to_video_lora", flags, tmp_path, signal.SIGKILL)
+    print(codes)
+    assert codes.count([-signal.SIGKILL]) > NUM_STOPS / 2
+
+
+def test_told_to_stop_twenty_times_it_does_so_too(flags, tmp_path):
+    codes = survive("cogvideox_text_to_video_lora", flags, tmp_path, signal.SIGTERM)
+    print(codes)
+    assert codes.count([STOPPED_EXIT_CODE]) > 5

@@ -757,7 +757,7 @@ def test_a_checkpoint_is_found_by_its_path(workplace: Path) -> None:
 
 def test_a_checkpoint_is_found_by_its_name_inside_the_output_folder(workplace: Path) -> None:
     (workplace / "out" / "checkpoint-5").mkdir(parents=True)
-    (workplace / "out" / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    (workplace / "out" / "checkpoint-5" / "manifest.json").write_text("{}")
     args = train("--output_dir", "out", "--resume_from_checkpoint", "checkpoint-5")
     assert args.resume_from_checkpoint == os.path.join("out", "checkpoint-5")
 

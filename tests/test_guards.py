@@ -8,7 +8,7 @@ import pytest
 from agreement import Agreement
 from errors import UserError
 from guards import Step, StepGuard
-from manifest import MANIFEST
+from run_folder import MANIFEST
 
 
 NAN, INF = math.nan, math.inf

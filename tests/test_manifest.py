@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from manifest import MANIFEST, find_damage, size_of, write_manifest
+from manifest import find_damage, size_of, write_manifest
+from run_folder import MANIFEST
 
 
 @pytest.fixture

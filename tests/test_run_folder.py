@@ -3,7 +3,7 @@
 import pytest
 
 from args import parse_args
-from manifest import MANIFEST
+from run_folder import MANIFEST
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from files import flush
+from run_folder import MANIFEST
 
 
-MANIFEST = "manifest.json"
 _THREADS = 8  # hashing lets other threads run
 
 

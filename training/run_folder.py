@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
-from manifest import MANIFEST
 
-
+MANIFEST = "manifest.json"  # in each checkpoint, of which it is the last file written
 STATE_FILE = "trainer_state.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDER = "transformer"

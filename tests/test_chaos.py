@@ -3,16 +3,19 @@
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 import prepare_dataset
+from manifest import find_damage
 from run_folder import LORA_FILE, list_checkpoints
 from stop_signals import STOPPED_EXIT_CODE
 
@@ -43,8 +46,15 @@ def flags(prepared, tiny_models) -> list[str]:
     return [*flags, *SIZE, "--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--rank", "4", "--report_to", "none"]
 
 
-def run_rank(script: str, argv: list[str], rank: int, num_ranks: int, port: int, log: Path, last_event: int) -> None:
-    """One process of a launch, killed at the file event of that number in its output folder; 0 for none."""
+def run_rank(
+    script: str, argv: list[str], rank: int, num_ranks: int, port: int, log: Path, last_event: int, largest_file: int
+) -> None:
+    """One process of a launch.
+
+    Args:
+        last_event: it is killed at the file event of that number in its output folder; 0 for none.
+        largest_file: that it can write, in bytes; 0 for any.
+    """
     if num_ranks > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
@@ -63,17 +73,24 @@ def run_rank(script: str, argv: list[str], rank: int, num_ranks: int, port: int,
             if count == last_event:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if last_event:
         sys.addaudithook(watch)
     __import__(script).main(argv)
 
 
-def start(script: str, argv: list[str], log: Path, num_ranks: int = 1, last_event: int = 0) -> list:
+def start(
+    script: str, argv: list[str], log: Path, num_ranks: int = 1, *, last_event: int = 0, largest_file: int = 0
+) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
-        CONTEXT.Process(target=run_rank, args=(script, argv, rank, num_ranks, port, log, 0 if rank else last_event))
+        CONTEXT.Process(
+            target=run_rank,
+            args=(script, argv, rank, num_ranks, port, log, 0 if rank else last_event, largest_file),
+        )
         for rank in range(num_ranks)
     ]
     for process in ranks:
@@ -115,9 +132,10 @@ def survive(
     """Stop a run twenty times and let it go on each time; returns the exit codes."""
     log, whole, stopped = tmp_path / "log.txt", tmp_path / "whole", tmp_path / "stopped"
     duration = finish(script, [*flags, "--output_dir", str(whole)], log, num_ranks)
-    argv = [*flags, "--output_dir", str(stopped), "--resume_from_checkpoint", "latest"]
     chance, codes = random.Random(int(number)), []
     for stop in range(NUM_STOPS):
+        argv = [*flags, "--output_dir", str(stopped), "--resume_from_checkpoint", "latest"]
+        argv += ["--dataloader_num_workers", str(stop // 2 % 2)]
         if number == signal.SIGKILL and stop % 2:
             ranks = start(script, argv, log, num_ranks, last_event=chance.randrange(1, 60))
             codes.append(end(ranks, number, duration))
@@ -133,6 +151,56 @@ def test_killed_twenty_times_a_run_ends_with_the_weights_of_an_uninterrupted_one
     codes = survive("cogvideox_text_to_video_lora", flags, tmp_path, signal.SIGKILL)
     print(codes)
     assert codes.count([-signal.SIGKILL]) > NUM_STOPS / 2
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of its own, for which one must be root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("only root can make a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def fail(argv: list[str], log: Path, *, largest_file: int = 0) -> str:
+    """Run to an error of one line; returns it."""
+    log.unlink(missing_ok=True)
+    (process,) = start("cogvideox_text_to_video_lora", argv, log, largest_file=largest_file)
+    process.join()
+    said = log.read_text()
+    assert process.exitcode == 2, said
+    assert "Traceback" not in said
+    return said.splitlines()[-1]
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(flags, small_disk, tmp_path):
+    log, run = tmp_path / "log.txt", small_disk / "run"
+    argv = [*flags, "--checkpoints_total_limit", "9", "--output_dir", str(run), "--resume_from_checkpoint", "latest"]
+    error = fail(argv, log)
+    assert "GB of free space, and at least 0.00 GB are needed for checkpoint-" in error
+    assert error.endswith("is whole: make room and go on with --resume_from_checkpoint latest")
+    whole = [path for _, path in list_checkpoints(run)]
+    assert whole
+    assert [find_damage(path) for path in whole] == [None] * len(whole)
+    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
+    finish("cogvideox_text_to_video_lora", argv, log)
+    assert (run / LORA_FILE).is_file()
+
+
+def test_a_save_that_fails_half_way_leaves_nothing_of_it(flags, tmp_path):
+    log, run = tmp_path / "log.txt", tmp_path / "run"
+    argv = [*flags, "--output_dir", str(run), "--resume_from_checkpoint", "latest"]
+    finish("cogvideox_text_to_video_lora", [*argv, "--max_train_steps", "2"], log)
+    # Weights fit in that size of a file, the optimizer's states do not.
+    largest = (run / LORA_FILE).stat().st_size + 1000
+    error = fail(argv, log, largest_file=largest)
+    assert "checkpoint-3 cannot be written: " in error
+    assert error.endswith("checkpoint-2 is whole: make room and go on with --resume_from_checkpoint latest")
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-1", "checkpoint-2", "logs", LORA_FILE]
+    finish("cogvideox_text_to_video_lora", argv, log)
 
 
 def test_told_to_stop_twenty_times_it_does_so_too(flags, tmp_path):

@@ -49,7 +49,7 @@ def test_every_step_is_logged_and_every_interval_says_how_fast_it_was(tmp_path, 
                 throughput.count(Bucket(49, 480, 720), samples=3)
             log.add(torch.tensor(float(step)), None if step == 4 else torch.tensor(2.0), rate)
             rate.add_(1.0)
-        log.close()
+        log.finish()
     assert list(curves.logged) == [11, 12, 13, 14, 15]
     assert [values["loss"] for values in curves.logged.values()] == [0, 1, 2, 3, 4]
     assert [values["lr"] for values in curves.logged.values()] == [0.5, 1.5, 2.5, 3.5, 4.5]

@@ -25,6 +25,7 @@ from step_schedule import ScheduleStart
 
 logger = logging.getLogger(__name__)
 _REMOVED = ".removed."
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,8 @@ class CheckpointFolder:
         problem = None
         try:
             self.accelerator.save_state(str(partial))
-        except (OSError, RuntimeError, SafetensorError, UserError) as error:
-            if isinstance(error, RuntimeError) and not _is_about_writing(error):
-                raise
-            problem = str(error)
+        except WRITE_ERRORS as error:
+            problem = why_unwritten(error)
         # Not a barrier of the GPUs: the ranks write for differently long.
         if problems := [found for found in self.agreement.gather(problem) if found]:
             self.agreement.from_main(lambda: shutil.rmtree(partial, ignore_errors=True))
@@ -132,7 +131,7 @@ class CheckpointFolder:
                 shutil.rmtree(old.rename(old.with_name(_REMOVED + old.name)), ignore_errors=True)
 
     def _cannot_write(self, target: Path, problem: str) -> UserError:
-        return UserError(f"{target} cannot be written: {problem.strip().splitlines()[0]}{self._what_is_left()}")
+        return UserError(f"{target} cannot be written: {problem}{self._what_is_left()}")
 
     def _what_is_left(self) -> str:
         whole = list_checkpoints(self.folder)
@@ -155,9 +154,17 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def _is_about_writing(error: RuntimeError) -> bool:
-    """Whether torch failed to write a file, which it says in words alone."""
-    return any(word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "No space left", "file write"))
+def why_unwritten(error: Exception) -> str:
+    """In one line, why a file could not be written.
+
+    Args:
+        error: one of `WRITE_ERRORS`; raised again if it is about something else.
+    """
+    # torch says it in words alone.
+    words = ("PytorchStreamWriter", "unexpected pos", "No space left", "file write")
+    if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+        raise error
+    return str(error).strip().splitlines()[0]
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:

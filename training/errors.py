@@ -1,5 +1,6 @@
 """The one exception that means "the user can mend this", how its message is laid out, and how it is shown."""
 
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,16 @@ class UserError(Exception):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a `UserError` into its message on stderr and exit code 2; any other exception keeps its traceback."""
+    """Turn a `UserError` into its message on stderr and exit code 2; any other exception keeps its traceback.
+
+    Ctrl-C where nothing is there to be saved ends with a line and the exit code that shells know for it.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        if launch_rank() == 0:
+            print("\ninterrupted", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
     except UserError as error:
         # Before torch is imported flags and files are checked, and every rank of a launch finds the same.
         if launch_rank() == 0 or "torch" in sys.modules:

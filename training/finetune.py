@@ -94,68 +94,92 @@ def train(args: argparse.Namespace, run: Run, next_step: Callable[[], None] = la
     Raises:
         UserError: too many steps in a row were not finite, or a checkpoint cannot be written.
     """
-    accelerator, learner, schedule, seed = run.accelerator, run.learner, run.schedule, run.state.seed
-    phase, to_device = run.throughput.phase, DeviceCopies(accelerator.device)
+    to_device, saved_at = DeviceCopies(run.accelerator.device), time.monotonic()
     guard = StepGuard(run.agreement, args.max_bad_steps, run.output_dir)
-    log = StepLog(accelerator, run.state.step, run.total_steps, args.logging_steps, run.throughput, guard)
-    saved_at = time.monotonic()
-    learner.model.train()
-    for step in range(run.state.step, run.total_steps):
-        with phase("data"):
-            batches = list(islice(run.batches, schedule.batches_before(step + 1) - schedule.batches_before(step)))
-        sizes = [len(batch.names) for batch in batches]
-        parts = timestep_parts(args, run, step, sizes)
-        # A LoRA's dropout draws from the global generator: what it draws must not depend on what happened before.
-        seed_global(accelerator.device, derive_seed(seed, step, accelerator.process_index))
-        step_loss = torch.zeros((), device=accelerator.device)
-        # accelerate divides by the accumulation steps, and processes average: together, the mean over all samples.
-        scale = args.gradient_accumulation_steps * accelerator.num_processes / run.samples_in(step)
-        for number, batch in enumerate(batches):
-            generators = sample_generators(accelerator.device, seed, batch.draws)
-            # Ranks exchange gradients once a step, with its last batch.
-            accelerator.sync_gradients = number == len(batches) - 1
-            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(learner.model):
-                with phase("data"):
-                    batch = to_device(batch)
-                with phase("forward"):
-                    loss = run.objective(batch, generators, parts[number]).sum() * scale
-                step_loss += loss.detach() / args.gradient_accumulation_steps
-                with phase("backward"):
-                    if can_step(learner.optimizer, step_loss):
-                        # A loss that is not finite on one rank must spoil the gradients of all, to be noticed by all.
-                        accelerator.backward(loss * torch.where(step_loss.isfinite(), 1.0, torch.nan))
-            run.throughput.count(batch.bucket, len(batch.names))
-        with phase("optimizer"):
-            grad_norm = clip_gradients(accelerator, learner.optimizer, learner.trainable, args.max_grad_norm)
-            # Stochastic rounding must do the same on all ranks.
-            seed_global(accelerator.device, derive_seed(seed, step))
-            step_if_finite(accelerator, learner.optimizer, grad_norm)
-            learner.optimizer.zero_grad(set_to_none=True)
-            rate = float(learner.lr_scheduler.get_last_lr()[0])
-            if not accelerator.optimizer_step_was_skipped:
-                learner.lr_scheduler.step()
-                if learner.ema is not None:
-                    learner.ema.step(learner.trainable)
-        log.add(step_loss, grad_norm, rate, [name for batch in batches for name in batch.names])
-        next_step()
+    run.learner.model.train()
+    with StepLog(run.accelerator, run.state.step, run.total_steps, args.logging_steps, run.throughput, guard) as log:
+        for step in range(run.state.step, run.total_steps):
+            loss, names = accumulate_gradients(args, run, step, to_device)
+            grad_norm, rate = update_weights(args, run, step)
+            log.add(loss, grad_norm, rate, names)
+            next_step()
 
-        done = step + 1
-        if done == run.total_steps:
-            break  # the caller saves and validates the end
-        is_late = bool(args.checkpoint_minutes) and time.monotonic() - saved_at > 60 * args.checkpoint_minutes
-        stops, saves = run.agreement.ask(run.signals.received is not None, is_late and run.agreement.is_main)
-        if stops or saves or done % args.checkpointing_steps == 0:
-            log.flush()  # a run that is killed later has lost no logged step
-            run.save_checkpoint(done)
-            saved_at = time.monotonic()
-        if stops:
-            break
-        if schedule.is_due(done, args.validation_steps, args.validation_epochs):
-            log.flush()  # trackers want steps in order
-            run.validate(done)
-    run.agreement.finish_asking()
-    log.close()
+            done = step + 1
+            if done == run.total_steps:
+                break  # the caller saves and validates the end
+            is_late = bool(args.checkpoint_minutes) and time.monotonic() - saved_at > 60 * args.checkpoint_minutes
+            stops, saves = run.agreement.ask(run.signals.received is not None, is_late and run.agreement.is_main)
+            if stops or saves or done % args.checkpointing_steps == 0:
+                log.flush()  # a run that is killed later has lost no logged step
+                run.save_checkpoint(done)
+                saved_at = time.monotonic()
+            if stops:
+                break
+            if run.schedule.is_due(done, args.validation_steps, args.validation_epochs):
+                log.flush()  # trackers want steps in order
+                run.validate(done)
+        run.agreement.finish_asking()
+        log.finish()
     return log.step
+
+
+def accumulate_gradients(
+    args: argparse.Namespace, run: Run, step: int, to_device: DeviceCopies
+) -> tuple[torch.Tensor, list[str]]:
+    """Forward and backward passes of the batches that the step after `step` others has.
+
+    Returns:
+        The part of the step's loss that this rank has, on the device: the mean over ranks is that over all samples.
+        And the names of the clips.
+    """
+    accelerator, seed, phase = run.accelerator, run.state.seed, run.throughput.phase
+    with phase("data"):
+        batches = list(islice(run.batches, run.batches_in(step)))
+    parts = timestep_parts(args, run, step, [len(batch.names) for batch in batches])
+    # A LoRA's dropout draws from the global generator: what it draws must not depend on what happened before.
+    seed_global(accelerator.device, derive_seed(seed, step, accelerator.process_index))
+    # Processes average: together, the mean over all samples.
+    share = accelerator.num_processes / run.samples_in(step)
+    step_loss = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(batches):
+        generators = sample_generators(accelerator.device, seed, batch.draws)
+        # Ranks exchange gradients once a step, with its last batch.
+        accelerator.sync_gradients = number == len(batches) - 1
+        with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(run.learner.model):
+            with phase("data"):
+                batch = to_device(batch)
+            with phase("forward"):
+                loss = run.objective(batch, generators, parts[number]).sum() * share
+            step_loss += loss.detach()
+            with phase("backward"):
+                if can_step(run.learner.optimizer, step_loss):
+                    # A loss that is not finite on one rank must spoil the gradients of all, to be noticed by all.
+                    loss = loss * torch.where(step_loss.isfinite(), 1.0, torch.nan)
+                    # accelerate divides by the accumulation steps, which the mean has done already.
+                    accelerator.backward(loss * args.gradient_accumulation_steps)
+        run.throughput.count(batch.bucket, len(batch.names))
+    return step_loss, [name for batch in batches for name in batch.names]
+
+
+def update_weights(args: argparse.Namespace, run: Run, step: int) -> tuple[torch.Tensor | float | None, float]:
+    """Clip the gradients, take the optimizer's step if they are finite, and go on along the learning rate's schedule.
+
+    Returns:
+        The gradients' norm before, None where nobody knows it, and the learning rate of the step.
+    """
+    accelerator, learner = run.accelerator, run.learner
+    with run.throughput.phase("optimizer"):
+        grad_norm = clip_gradients(accelerator, learner.optimizer, learner.trainable, args.max_grad_norm)
+        # Stochastic rounding must do the same on all ranks.
+        seed_global(accelerator.device, derive_seed(run.state.seed, step))
+        step_if_finite(accelerator, learner.optimizer, grad_norm)
+        learner.optimizer.zero_grad(set_to_none=True)
+        rate = float(learner.lr_scheduler.get_last_lr()[0])
+        if not accelerator.optimizer_step_was_skipped:
+            learner.lr_scheduler.step()
+            if learner.ema is not None:
+                learner.ema.step(learner.trainable)
+    return grad_norm, rate
 
 
 def timestep_parts(args: argparse.Namespace, run: Run, step: int, sizes: list[int]) -> list[torch.Tensor] | list[None]:

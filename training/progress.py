@@ -105,7 +105,13 @@ class StepLog:
         scaler = self.accelerator.scaler
         self.guard.look_at(steps, searches_scale=scaler is not None and scaler.get_scale() >= 1)
 
-    def close(self) -> None:
+    def __enter__(self) -> "StepLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()  # what is said next has a line of its own
+
+    def finish(self) -> None:
         """Log what is pending, how fast the run was but for its first interval, and how the loss went: its mean over
         the first and last steps, 50 if there are."""
         self.flush()

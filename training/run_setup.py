@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
 
 from agreement import Agreement
 from attention import attention_set
 from buckets import BucketBatchSampler
-from checkpoints import CheckpointFolder, TrainerState
+from checkpoints import WRITE_ERRORS, CheckpointFolder, TrainerState, why_unwritten
 from conditions import Conditions, encode_conditions
 from dataset import Batch, ClipDataset, PreparedDataset, make_loader, without_failures
 from errors import UserError
@@ -61,6 +62,10 @@ class Run:
     def save_checkpoint(self, step: int) -> None:
         """Save the training state after `step` steps."""
         self.checkpoints.save(replace(self.state, step=step), self.checkpoint_bytes)
+
+    def batches_in(self, step: int) -> int:
+        """How many batches each rank trains on in the step that follows `step` others."""
+        return self.schedule.batches_before(step + 1) - self.schedule.batches_before(step)
 
     def samples_in(self, step: int) -> int:
         """How many samples all ranks together train on in the step that follows `step` others."""
@@ -250,13 +255,21 @@ def make_saving(recipe: Recipe, learner: Learner) -> Callable[[], Path]:
     dtype = method.result_dtype(recipe.dtype, recipe.source)
 
     def save_result() -> Path:
-        result, transformer = folder, learner.transformer
+        transformer = learner.transformer
         with learner.averaged():
             weights = whole_weights(accelerator, transformer, method.weight_names(transformer))
-            if accelerator.is_main_process:
-                result = method.save_result(transformer, recipe.source, folder, dtype, weights)
-        accelerator.wait_for_everyone()
-        return result
+            return recipe.agreement.from_main(lambda: write(weights))
+
+    def write(weights: dict[str, torch.Tensor]) -> Path:
+        try:
+            return method.save_result(learner.transformer, recipe.source, folder, dtype, weights)
+        except UserError:
+            raise
+        except WRITE_ERRORS as error:
+            raise UserError(
+                f"--output_dir: '{folder}' cannot take the result: {why_unwritten(error)}; the checkpoint is whole, "
+                "make room and run again with --resume_from_checkpoint latest"
+            ) from error
 
     return save_result
 

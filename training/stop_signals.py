@@ -1,7 +1,9 @@
 """Signals that ask a run to save and leave: SIGTERM (schedulers, `kill`), SIGINT (Ctrl-C), SIGUSR1 (SLURM)."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -16,6 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 2.0
 # After which a worker that was told to end does so, whatever became of its parent.
 WORKER_GRACE_SECONDS = 120
+_PR_SET_PDEATHSIG = 1  # of prctl(2): a signal for when the parent process dies
 
 
 class StopSignals:
@@ -32,6 +35,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # Python allows no other to
+            _follow_launcher()
             self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
@@ -47,6 +51,13 @@ class StopSignals:
                 os.write(2, f"\n{self.received.name}: {said}\n".encode())  # print could be what was interrupted
         elif time.monotonic() - self._first_at > ECHO_SECONDS:
             os._exit(128 + number)
+
+
+def _follow_launcher() -> None:
+    """Be told to stop when the launcher dies: without it, nobody would know of a run that goes on."""
+    is_launched = any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
+    if is_launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def outlive_signals() -> None:

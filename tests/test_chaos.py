@@ -22,7 +22,8 @@ from stop_signals import STOPPED_EXIT_CODE
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, in the server that all processes are forked from: an import takes longer than the whole training.
-CONTEXT.set_forkserver_preload(["finetune", "cogvideox_text_to_video_lora", "cogvideox_text_to_video_sft"])
+LORA, SFT = "cogvideox_text_to_video_lora", "cogvideox_text_to_video_sft"
+CONTEXT.set_forkserver_preload(["finetune", LORA, SFT])
 NUM_STOPS = 20
 SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
 # What Python tells of a process's work on files, in the order of a save: written, renamed, older ones removed.
@@ -147,10 +148,19 @@ def survive(
     return codes
 
 
-def test_killed_twenty_times_a_run_ends_with_the_weights_of_an_uninterrupted_one(flags, tmp_path):
-    codes = survive("cogvideox_text_to_video_lora", flags, tmp_path, signal.SIGKILL)
-    print(codes)
-    assert codes.count([-signal.SIGKILL]) > NUM_STOPS / 2
+IN_SLOW_TESTS = [pytest.param(LORA, 2, marks=pytest.mark.slow), pytest.param(SFT, 1, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("script", "num_ranks"), [(LORA, 1), *IN_SLOW_TESTS])
+def test_killed_twenty_times_a_run_ends_with_the_weights_of_an_uninterrupted_one(script, num_ranks, flags, tmp_path):
+    codes = survive(script, flags, tmp_path, signal.SIGKILL, num_ranks)
+    assert codes.count([-signal.SIGKILL] * num_ranks) > NUM_STOPS / 2
+
+
+@pytest.mark.parametrize(("script", "num_ranks"), [(LORA, 1), *IN_SLOW_TESTS])
+def test_told_to_stop_twenty_times_it_does_so_too(script, num_ranks, flags, tmp_path):
+    codes = survive(script, flags, tmp_path, signal.SIGTERM, num_ranks)
+    assert codes.count([STOPPED_EXIT_CODE] * num_ranks) > NUM_STOPS / 4
 
 
 @pytest.fixture
@@ -168,7 +178,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def fail(argv: list[str], log: Path, *, largest_file: int = 0) -> str:
     """Run to an error of one line; returns it."""
     log.unlink(missing_ok=True)
-    (process,) = start("cogvideox_text_to_video_lora", argv, log, largest_file=largest_file)
+    (process,) = start(LORA, argv, log, largest_file=largest_file)
     process.join()
     said = log.read_text()
     assert process.exitcode == 2, said
@@ -186,24 +196,18 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(flags, small
     assert whole
     assert [find_damage(path) for path in whole] == [None] * len(whole)
     subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
-    finish("cogvideox_text_to_video_lora", argv, log)
+    finish(LORA, argv, log)
     assert (run / LORA_FILE).is_file()
 
 
 def test_a_save_that_fails_half_way_leaves_nothing_of_it(flags, tmp_path):
     log, run = tmp_path / "log.txt", tmp_path / "run"
     argv = [*flags, "--output_dir", str(run), "--resume_from_checkpoint", "latest"]
-    finish("cogvideox_text_to_video_lora", [*argv, "--max_train_steps", "2"], log)
+    finish(LORA, [*argv, "--max_train_steps", "2"], log)
     # Weights fit in that size of a file, the optimizer's states do not.
     largest = (run / LORA_FILE).stat().st_size + 1000
     error = fail(argv, log, largest_file=largest)
     assert "checkpoint-3 cannot be written: " in error
     assert error.endswith("checkpoint-2 is whole: make room and go on with --resume_from_checkpoint latest")
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-1", "checkpoint-2", "logs", LORA_FILE]
-    finish("cogvideox_text_to_video_lora", argv, log)
-
-
-def test_told_to_stop_twenty_times_it_does_so_too(flags, tmp_path):
-    codes = survive("cogvideox_text_to_video_lora", flags, tmp_path, signal.SIGTERM)
-    print(codes)
-    assert codes.count([STOPPED_EXIT_CODE]) > 5
+    finish(LORA, argv, log)

@@ -2,8 +2,8 @@
 
     python training/make_first_frames.py --data_root my-clips --output_dir my-first-frames
 
-Edit the images or leave them as they are, then give my-first-frames/metadata.jsonl as --dataset_file. Images that are
-there already stay, so that a second run never undoes an edit.
+Edit the images or leave them as they are, then give my-first-frames/metadata.jsonl as --dataset_file, with the same
+--data_root. Images that are there already stay, so that a second run never undoes an edit.
 """
 
 import argparse
@@ -163,6 +163,12 @@ def table_row(planned: PlannedClip, folder: Path) -> dict[str, str]:
     return row | {name: value for name, value in planned.clip.metadata.items() if name not in row}
 
 
+def flags_for(table: Path, source: DataSource) -> str:
+    """How the table is given to a script that reads it: clips must lie in a folder that is named."""
+    folder = source.data_root or (source.dataset_file and source.dataset_file.absolute().parent)
+    return f"--dataset_file {table}" + (f" --data_root {folder}" if folder else "")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the given flags; None for those of the command line."""
     with one_line_errors():
@@ -177,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(
                 f"--output_dir: {args.output_dir} cannot be written ({error.strerror or error})"
             ) from error
-        print(f"wrote {table}; edit the images if you like, then give it as --dataset_file to prepare_dataset.py")
+        print(f"wrote {table}; edit the images if you like, then give prepare_dataset.py {flags_for(table, source)}")
 
 
 if __name__ == "__main__":

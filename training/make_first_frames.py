@@ -23,6 +23,7 @@ from errors import UserError, one_line_errors
 from file_cache import FileCache, default_cache_folder
 from files import written_whole
 from flag_types import FlagParser, non_negative_int, path
+from hub_token import log_without_tokens
 from plan import RawData, check_bad_clips, data_sources, report_skipped
 from prepared import index_lines
 from probe import probe_files
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the given flags; None for those of the command line."""
     with one_line_errors():
         args = parse_flags(argv)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+        log_without_tokens(logging.INFO)
         (source,) = data_sources(args)
         data = plan_first_frames(source, args.skip_frames_start)
         check_bad_clips(data, args.on_bad_clip)

@@ -12,7 +12,9 @@ import torch
 
 from auto_fit import fit_into_memory
 from diffusion import derive_seed, sample_generators, seed_global
+from failures import explained_failures
 from guards import StepGuard
+from memory_fit import describe_savings
 from methods import Lora
 from optimizers import can_step, clip_gradients, step_if_finite
 from plan import TrainingData
@@ -36,10 +38,16 @@ def finetune(args: argparse.Namespace, data: TrainingData, task: Task, method: M
     Raises:
         UserError: model, data and flags do not go together; raised before any weights are loaded.
     """
-    args, method = fit_into_memory(args, data, task, method, train)
-    if args.dry_run:
-        rehearse(args, data, task, method, train)
-        return
+    with explained_failures(lambda: describe_savings(args, data, method)):
+        args, method = fit_into_memory(args, data, task, method, train)
+        if args.dry_run:
+            rehearse(args, data, task, method, train)
+        else:
+            run_recipe(args, data, task, method)
+
+
+def run_recipe(args: argparse.Namespace, data: TrainingData, task: Task, method: Method) -> None:
+    """Set up, train, save, validate and upload."""
     run = set_up(check_recipe(args, data, task, method))
     if args.validate_first and run.state.step == 0:
         run.validate(0)

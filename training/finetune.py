@@ -21,7 +21,8 @@ from plan import TrainingData
 from prefetch import DeviceCopies
 from profiling import PROFILE_FOLDER, profiled
 from progress import StepLog
-from publish import push_to_hub
+from publish import check_access, push_to_hub
+from ranks import launch_rank
 from recipe import Method, Task, check_recipe
 from run_setup import Run, set_up
 from stop_signals import STOPPED_EXIT_CODE
@@ -36,8 +37,11 @@ def finetune(args: argparse.Namespace, data: TrainingData, task: Task, method: M
     """Fine-tune a model on `data` and write the result to `args.output_dir`; called on every rank.
 
     Raises:
-        UserError: model, data and flags do not go together; raised before any weights are loaded.
+        UserError: model, data and flags do not go together, or the result must not be uploaded as asked; raised before
+            any weights are loaded. Or memory ran out, or a data worker died.
     """
+    if args.push_to_hub and launch_rank() == 0:
+        check_access(Path(args.output_dir), args.hub_model_id, args.hub_token)
     with explained_failures(lambda: describe_savings(args, data, method)):
         args, method = fit_into_memory(args, data, task, method, train)
         if args.dry_run:

@@ -73,13 +73,20 @@ def test_the_image_of_a_clip_is_its_first_frame_after_those_skipped(clips, skipp
 
 def test_the_table_lists_the_same_clips_with_their_images(clips):
     run(clips)
-    before, _ = read_clips(DataSource(None, clips / "list.jsonl"), clips)
-    after, bad = read_clips(DataSource(None, frames_of(clips) / "metadata.jsonl"), clips)
+    cache = clips.parent / "cache"
+    before, _ = read_clips(DataSource(None, clips / "list.jsonl"), cache)
+    after, bad = read_clips(DataSource(clips, frames_of(clips) / "metadata.jsonl"), cache)
     assert bad == []
     assert [clip.video for clip in after] == [clip.video for clip in before]
     assert [clip.caption for clip in after] == [clip.caption for clip in before]
     assert [clip.metadata for clip in after] == [{"camera": "fixed"}] * 3
     assert all(clip.image.parent == frames_of(clips) for clip in after)
+
+
+def test_the_flags_told_in_the_end_read_the_table(clips, capsys):
+    run(clips)
+    told = capsys.readouterr().out.split("give prepare_dataset.py ")[1].split()
+    assert told == ["--dataset_file", str(frames_of(clips) / "metadata.jsonl"), "--data_root", str(clips)]
 
 
 def test_paths_are_absolute_wherever_the_script_was_run(clips, monkeypatch):

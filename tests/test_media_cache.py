@@ -1,17 +1,21 @@
 """Media that rows carry become files as `media_cache` promises: whole, without loss, each once."""
 
+import importlib
 import io
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import av
-import fsspec
 import numpy as np
 import pytest
+from fsspec import AbstractFileSystem
 from PIL import Image
 
+import media_cache
 from clip_lists import write
 from errors import UserError
 from media_cache import first_frame_file, media_file
@@ -177,20 +181,91 @@ def test_what_is_wrong_with_a_first_frame_is_said_of_the_image(tmp_path):
         first_frame_file([picture(), picture()], None, tmp_path)
 
 
-def test_a_remote_file_is_fetched_once(tmp_path):
-    remote = fsspec.filesystem("memory")
-    remote.pipe("/clips/a.mp4", b"content")
-    value = {"bytes": None, "path": "memory://clips/a.mp4"}
-    fetched = media_file(value, None, tmp_path)
-    remote.rm("/clips/a.mp4")
-    assert media_file(value, None, tmp_path) == fetched
+class Hub(AbstractFileSystem):
+    """Files of the hub, as they are asked for by their links."""
+
+    protocol = "hf"
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def _open(self, path, mode="rb", **options):
+        try:
+            return io.BytesIO(self.files[path])
+        except KeyError as error:
+            raise FileNotFoundError(path) from error
+
+
+@pytest.fixture
+def hub(monkeypatch) -> dict[str, bytes]:
+    """What lies on the hub."""
+    monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "hf", Hub)
+    monkeypatch.setattr(Hub, "files", {})
+    return Hub.files
+
+
+def test_a_file_on_the_hub_is_fetched_once(hub, tmp_path):
+    hub["datasets/o/n@main/a.mp4"] = b"content"
+    value = {"bytes": None, "path": "hf://datasets/o/n@main/a.mp4"}
+    fetched = media_file(value, None, tmp_path, within=[])
+    hub.clear()
+    assert media_file(value, None, tmp_path, within=[]) == fetched
     assert fetched.suffix == ".mp4"
     assert fetched.read_bytes() == b"content"
 
 
-def test_a_remote_file_that_is_not_there_is_told_and_not_kept(tmp_path):
-    assert problem_of({"path": "memory://clips/gone.mp4"}, tmp_path).startswith("cannot be fetched: ")
+def test_a_file_that_is_not_on_the_hub_is_told_and_not_kept(hub, tmp_path):
+    assert problem_of({"path": "hf://datasets/o/n@main/gone.mp4"}, tmp_path).startswith("cannot be fetched: ")
     assert files_in(tmp_path) == []
+
+
+def test_a_file_that_is_larger_than_a_clip_can_be_is_not_kept(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(media_cache, "FETCH_LIMIT", 2**20)
+    hub["datasets/o/n@main/a.mp4"] = bytes(2**20 + 1)
+    assert problem_of({"path": "hf://datasets/o/n@main/a.mp4"}, tmp_path) == "cannot be fetched: larger than 1 MiB"
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "http://127.0.0.1:1/a.mp4",
+        "https://huggingface.co.evil.org/a.mp4",
+        "file:///etc/hostname",
+        "local:///etc/hostname",
+        "memory://a.mp4",
+        "zip://a.mp4::http://127.0.0.1:1/clips.zip",
+        "simplecache::file:///etc/hostname",
+        "filecache://a::hf://datasets/o/n/a.zip",
+    ],
+)
+def test_no_other_server_is_asked_for_what_a_table_links_to(tmp_path, link):
+    for within in ([], None):
+        with pytest.raises(UnusableRow, match=r"^is a (URL; download the file|link of a kind that is not followed)"):
+            media_file({"path": link}, None, tmp_path, within=within)
+
+
+def test_a_link_into_an_archive_stays_in_the_data_root(tmp_path):
+    for folder in ("data", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        with zipfile.ZipFile(tmp_path / folder / "clips.zip", "w") as archive:
+            archive.writestr("a.mp4", folder)
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    for archive in ("clips.zip", f"{data}/clips.zip"):
+        link = {"path": f"zip://a.mp4::{archive}"}
+        assert media_file(link, data, cache, within=[data]).read_text() == "data"
+    for archive in ("../elsewhere/clips.zip", f"{tmp_path}/elsewhere/clips.zip"):
+        with pytest.raises(UnusableRow, match="lies outside of"):
+            media_file({"path": f"zip://a.mp4::{archive}"}, data, cache, within=[data])
+
+
+def test_frames_that_a_row_lists_stay_in_the_data_root(tmp_path):
+    (tmp_path / "data").mkdir()
+    for place in ("secret.png", "data/frame.png"):
+        write(tmp_path / place, picture())
+    folder, cache = tmp_path / "data", tmp_path / "cache"
+    assert media_file(["frame.png", "frame.png"], folder, cache, within=[folder]).exists()
+    for frame in ("../secret.png", {"path": str(tmp_path / "secret.png")}):
+        with pytest.raises(UnusableRow, match=f"lies outside of {folder}"):
+            media_file(["frame.png", frame], folder, cache, within=[folder])
 
 
 def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path):

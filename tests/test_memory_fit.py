@@ -12,7 +12,7 @@ from checkpoints import TrainerState
 from errors import UserError
 from launch import start_logging
 from manifest import write_manifest
-from memory_fit import choose_by_budget, chosen_before, run_facts, step_down, with_settings
+from memory_fit import choose_by_budget, chosen_before, describe_savings, run_facts, step_down, with_settings
 from memory_settings import MemorySettings, read_settings
 from methods import FullFinetune, Lora
 from models import ModelSource
@@ -84,3 +84,28 @@ def test_what_memory_depends_on_is_read_from_the_run(make_run, tiny_models):
     assert (facts.size, facts.batch_size, facts.sampled) == (Bucket(17, 64, 96), 2, Bucket(17, 64, 96))
     assert facts.adapters == "rank 8 on to_k to_out.0 to_q to_v"
     assert run_facts(*make_run("sft"), configs).adapters == ""
+
+
+def test_the_savings_advised_are_those_of_the_ladder_each_smaller_than_the_one_before(make_run):
+    args, data, method = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "4")
+    now, batch, *rungs, sizes = describe_savings(args, data, method)
+    assert now.startswith("now: 4 x 17x64x96 takes ") and now.endswith("GB (calculated, not measured)")
+    assert batch.startswith("--train_batch_size 1 --gradient_accumulation_steps 4 (the same steps): ")
+    assert rungs[0].startswith("--gradient_checkpointing --checkpoint_every ")
+    assert "--quantize_base int8 --stream_blocks" in rungs[-1]
+    needed = [float(line.split(" GB, ")[0].split()[-1]) for line in rungs]
+    assert needed == sorted(needed, reverse=True)
+    assert "--height" in sizes
+
+
+def test_savings_that_are_made_already_are_not_advised(make_run):
+    flags = ("--gradient_checkpointing", "--quantize_base", "int8", "--stream_blocks", "--train_batch_size", "1")
+    _, *rungs, _ = describe_savings(*make_run("lora", "--mixed_precision", "bf16", *flags))
+    assert [line.split(":")[0] for line in rungs] == ["--offload_checkpoints"]
+
+
+def test_what_is_advised_takes_as_little_as_it_says(make_run):
+    args, data, method = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "1")
+    flags, said = describe_savings(args, data, method)[-2].split(": ")
+    args, data, method = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "1", *flags.split())
+    assert f"takes {said.split(',')[0]} " in describe_savings(args, data, method)[0]

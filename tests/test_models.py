@@ -2,6 +2,7 @@
 
 import gc
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import accumulate
@@ -392,3 +393,47 @@ def test_the_vae_sees_pixels_from_minus_one_to_one(vae, value, pixel):
         expected = vae.encode(torch.full((1, 3, 5, 32, 48), pixel)).latent_dist.parameters
     moments = encode_videos(vae, torch.full((1, 5, 3, 32, 48), value, dtype=torch.uint8))
     torch.testing.assert_close(moments, expected, atol=1e-4, rtol=1e-4)
+
+
+# Models of strangers
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+PARTS = {
+    "transformer": lambda source: source.load_transformer(torch.float32),
+    "vae": lambda source: source.load_vae(torch.float32, slicing=False, tiling=False),
+    "text_encoder": lambda source: source.load_text_pipeline(torch.float32),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_that_would_run_code_are_refused_and_not_run(tiny_models, tmp_path, part):
+    model = Path(shutil.copytree(tiny_models("5b"), tmp_path / "model"))
+    for file in (model / part).glob("*.safetensors*"):
+        file.unlink()
+    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    (model / part / name).write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    with pytest.raises(UserError, match="cannot be loaded: ") as caught:
+        PARTS[part](ModelSource(str(model)))
+    assert "weights_only" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_with_code_of_its_own_does_not_run_it(tiny_models, tmp_path):
+    model = Path(shutil.copytree(tiny_models("5b"), tmp_path / "model"))
+    config = json.loads((model / "tokenizer/tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (model / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
+    (model / "tokenizer/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    with pytest.raises(UserError, match=r"the tokenizer of the model .* cannot be loaded"):
+        ModelSource(str(model)).count_long_captions(["a" * 300], 226)
+    assert not (tmp_path / "ran").exists()

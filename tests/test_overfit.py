@@ -47,6 +47,7 @@ def train(script: ModuleType, model: Path, clip: PreparedClip, output: Path, *fl
     mix.write_text(json.dumps([{"data_root": str(clip.video_latents.file.parents[1]), "repeats": 4}]))
     argv = ["--pretrained_model_name_or_path", str(model), "--dataset_mix", str(mix), "--load_tensors", *SIZE_FLAGS]
     argv += ["--output_dir", str(output), "--train_batch_size", "4", "--report_to", "none", "--optimizer", "adamw"]
+    argv += ["--allow_outside_paths"]  # the mix is beside the output
     script.main([*argv, *flags])
     return output
 

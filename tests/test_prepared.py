@@ -35,14 +35,14 @@ def settings(**changes):
 def write_clip(folder, name, moments, embeds):
     """A clip as the original script writes it."""
     for kind, tensor in (("video_latents", moments), ("prompt_embeds", embeds)):
-        (folder / kind).mkdir(exist_ok=True)
+        (folder / kind).mkdir(parents=True, exist_ok=True)
         torch.save(tensor, folder / kind / f"{name}.pt")
 
 
 def write_shards(folder, names, *, with_images=False):
     """Samples in two shards with one caption, and their index."""
     for part in ("latents", "prompt_embeds"):
-        (folder / part).mkdir()
+        (folder / part).mkdir(parents=True)
     latents, embeds = folder / "latents" / "aa.safetensors", folder / "prompt_embeds" / "bb.safetensors"
     kinds = {"video_latents": (32, 3, 8, 12)} | ({"image_latents": (2, 32, 1, 8, 12)} if with_images else {})
     tensors = {f"{name}.{kind}": torch.randn(shape) for name in names for kind, shape in kinds.items()}
@@ -130,6 +130,32 @@ def test_all_missing_tensor_files_are_listed(tmp_path):
     assert all(
         f"{kind}/{name}.pt" in str(caught.value) for kind in ("video_latents", "prompt_embeds") for name in "ab"
     )
+
+
+def test_an_index_that_leads_out_of_its_folder_is_refused_line_by_line(tmp_path):
+    """A folder handed over by a stranger reads its own files alone."""
+    folder = tmp_path / "prepared"
+    write_clip(folder, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
+    write_clip(tmp_path, "secret", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
+    good = sample_in_files("a", BUCKET, with_images=False)
+    bad = [{"video_latent": "../video_latents/secret.pt"}, {"prompt_embed": f"{tmp_path}/prompt_embeds/secret.pt"}]
+    (folder / "data.jsonl").write_text(index_lines([good, *(good | outside for outside in bad)]))
+    with pytest.raises(UserError, match=r"data\.jsonl names 2 files outside of its folder; .*") as caught:
+        read_index(folder)
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
+        "data.jsonl:2: ../video_latents/secret.pt",
+        f"data.jsonl:3: {tmp_path}/prompt_embeds/secret.pt",
+    ]
+    assert len(read_index(folder, allow_outside_paths=True)) == 3
+
+
+def test_shards_outside_of_the_folder_are_refused(tmp_path):
+    write_shards(tmp_path / "mine", ["a"])
+    write_shards(tmp_path / "theirs", ["a"])
+    index = (tmp_path / "mine/index.jsonl").read_text()
+    (tmp_path / "mine/index.jsonl").write_text(index.replace("latents/aa", "../theirs/latents/aa"))
+    with pytest.raises(UserError, match=r"index\.jsonl names 1 files outside of its folder"):
+        read_index(tmp_path / "mine")
 
 
 def test_a_broken_line_of_the_index_is_named(tmp_path):

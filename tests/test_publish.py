@@ -1,19 +1,24 @@
 """What a finished run uploads: the card that a stranger reads, the weights, and nothing private.
 
-The two calls that would reach the hub are replaced by ones that note their arguments.
+The calls that would reach the hub are replaced by ones that note their arguments, or answer as the hub does.
 """
 
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from httpx import ConnectError, Request, Response
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 import publish
+from errors import UserError
+from hub_token import HubToken
 
 
-TOKEN = "hf_a_secret"
+TOKEN = HubToken("hf_a_secret")
 PROMPTS = ["a red circle moves over a blue background", "a {{ curly }} square: 50% & more"]
 USAGE = 'pipe = CogVideoXPipeline.from_pretrained("THUDM/CogVideoX-5b")\npipe.load_lora_weights("owner/circles")'
 
@@ -59,8 +64,8 @@ def test_the_card_lists_every_validation_prompt_as_it_was_given(hub, tmp_path):
 
 def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path):
     card = push(tmp_path)
-    assert hub["create_repo"]["token"] == hub["upload_folder"]["token"] == TOKEN
-    assert TOKEN not in card
+    assert hub["create_repo"]["token"] == hub["upload_folder"]["token"] == TOKEN.value
+    assert TOKEN.value not in card
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
@@ -83,6 +88,7 @@ def test_what_wandb_records_stays_at_home(hub, tmp_path):
     """It keeps the command line, and with it a --hub_token, beside the machine's name and folders."""
     push(tmp_path)
     records = ["logs/wandb/offline-run-1/run-1.wandb", "logs/wandb/offline-run-1/files/wandb-metadata.json"]
+    records += ["logs/wandb_run_id"]
     assert list(filter_repo_objects(records, ignore_patterns=hub["upload_folder"]["ignore_patterns"])) == []
 
 
@@ -108,3 +114,94 @@ def test_a_local_base_model_is_not_given_as_a_hub_id(hub, tmp_path):
     model.mkdir(parents=True)
     push(tmp_path, base_model=str(model))
     assert ModelCard.load(tmp_path / "README.md").data.base_model is None
+
+
+# What goes wrong at the end
+
+
+@pytest.mark.parametrize("call", ["create_repo", "upload_folder", "load_or_create_model_card"])
+def test_an_upload_that_fails_tells_how_to_do_it_later(hub, tmp_path, monkeypatch, caplog, call):
+    def fail(*arguments, **options):
+        raise HfHubHTTPError(f"403 Forbidden for {TOKEN.value}", response=Response(403, request=Request("POST", "/")))
+
+    monkeypatch.setattr(publish, call, fail)
+    publish.push_to_hub(tmp_path, None, TOKEN, "THUDM/CogVideoX-5b", USAGE, PROMPTS, [])
+    title, command = caplog.records[-1].getMessage().splitlines()
+    assert title.startswith("error: the result was not uploaded (HfHubHTTPError: 403 Forbidden")
+    assert f"it is whole in {tmp_path}" in title
+    words = shlex.split(command)
+    assert words[:5] == ["hf", "upload", tmp_path.name, str(tmp_path), "."]
+    assert words[5:7] == ["--exclude", "checkpoint-*"]
+
+
+# What is found out before training
+
+
+def who(role="write", **others):
+    """What the hub says of a token, as far as it matters."""
+    orgs = [{"name": "studio", "roleInOrg": "write"}, {"name": "museum", "roleInOrg": "read"}]
+    return {"name": "me", "orgs": orgs, "auth": {"accessToken": {"role": role, **others}}}
+
+
+def scopes(*permissions):
+    return {"scoped": [{"entity": {"type": "user", "name": "me"}, "permissions": list(permissions)}]}
+
+
+@pytest.mark.parametrize("repo_id", [None, "circles", "me/circles", "studio/circles"])
+@pytest.mark.parametrize("answer", [who(), who("fineGrained", fineGrained=scopes("repo.content.read", "repo.write"))])
+def test_whoever_may_write_may_train(monkeypatch, tmp_path, repo_id, answer):
+    asked_with = []
+    monkeypatch.setattr(publish, "whoami", lambda token: asked_with.append(token) or answer)
+    publish.check_access(tmp_path / "circles", repo_id, TOKEN)
+    assert asked_with == [TOKEN.value]
+
+
+@pytest.mark.parametrize(
+    ("answer", "repo_id", "reason"),
+    [
+        (who("read"), None, "the token of me can read only"),
+        (
+            who("fineGrained", fineGrained=scopes("repo.content.read")),
+            None,
+            "the token of me can write to no repository",
+        ),
+        (who(), "somebody/circles", "me is no member of somebody"),
+        (who(), "museum/circles", "me can read only in museum"),
+    ],
+)
+def test_whoever_may_not_write_learns_it_before_training(monkeypatch, tmp_path, answer, repo_id, reason):
+    monkeypatch.setattr(publish, "whoami", lambda token: answer)
+    with pytest.raises(UserError, match=f"^--push_to_hub: {reason}; give a token with write access"):
+        publish.check_access(tmp_path, repo_id, TOKEN)
+
+
+def no_token(token):
+    raise LocalTokenNotFoundError("Token is required, but no token found. You must log in.")
+
+
+def refused(token):
+    raise HfHubHTTPError("Invalid user token.", response=Response(401, request=Request("GET", "/")))
+
+
+def unreachable(token):
+    raise ConnectError("[Errno -2] Name or service not known")
+
+
+@pytest.mark.parametrize("answer", [no_token, refused, unreachable])
+def test_a_hub_that_does_not_know_us_is_one_line_before_training(monkeypatch, tmp_path, answer):
+    monkeypatch.setattr(publish, "whoami", answer)
+    with pytest.raises(UserError, match=r"^--push_to_hub: the upload to 'circles' would fail: ") as caught:
+        publish.check_access(tmp_path / "circles", None, TOKEN)
+    assert len(str(caught.value).splitlines()) == 1
+    assert TOKEN.value not in str(caught.value)
+
+
+def test_without_a_network_it_is_told_before_training(tmp_path):
+    with pytest.raises(UserError, match=r"^--push_to_hub: the upload to 'circles' would fail: .*offline"):
+        publish.check_access(tmp_path / "circles", None, TOKEN)
+
+
+@pytest.mark.parametrize("name", ["a" * 97, "two--dashes", "Some Words"])
+def test_a_folder_whose_name_no_repository_can_have_is_told_before_training(tmp_path, name):
+    with pytest.raises(UserError, match=r"^--push_to_hub: the upload to .* would fail"):
+        publish.check_access(tmp_path / name, None, TOKEN)

@@ -4,21 +4,75 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_lists import bad, captions, error_of, good, touch, write, write_table
+from clip_lists import bad, captions, error_of, good, read, touch, write, write_table
 from errors import UserError
 from sources import DataSource, read_clips, read_mix, weights_to_repeats
 
 
-def test_absolute_paths_and_those_that_leave_the_data_root_stay_as_they_are(tmp_path):
+def test_paths_that_lead_out_of_the_data_root_are_bad_clips_each_with_its_line(tmp_path):
+    write(tmp_path / "videos.txt", f"/clips/z.mp4\n../y.mp4\n~/x.mp4\n{tmp_path}/a.mp4\nb.mp4")
+    write(tmp_path / "prompts.txt", "A cat.\n" * 5)
+    clips, unusable = read(tmp_path)
+    assert [clip.video.name for clip in clips] == ["a.mp4", "b.mp4"]
+    assert [(clip.what, clip.source) for clip in unusable] == [
+        ("/clips/z.mp4", "videos.txt:1"),
+        ("../y.mp4", "videos.txt:2"),
+        ("~/x.mp4", "videos.txt:3"),
+    ]
+    assert all(f"lies outside of {tmp_path}; " in clip.reason for clip in unusable)
+    assert all("--allow_outside_paths" in clip.reason for clip in unusable)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+def test_no_table_names_files_elsewhere_neither_as_videos_nor_as_images(tmp_path, suffix):
+    rows = [
+        {"video": "../a.mp4", "text": "A cat.", "image": ""},
+        {"video": "a.mp4", "text": "A cat.", "image": "/b.png"},
+    ]
+    file = write_table(tmp_path / f"data{suffix}", rows)
+    clips, (video, image) = read(None, dataset_file=file)
+    assert clips == []
+    assert "../a.mp4" in str(video)
+    assert "its image lies outside of" in str(image)
+
+
+def test_paths_that_lead_out_stay_as_they_are_where_they_are_allowed(tmp_path):
     write(tmp_path / "videos.txt", "/clips/z.mp4\n../y.mp4")
     write(tmp_path / "prompts.txt", "A cat.\nA dog.")
-    assert [clip.video for clip in good(tmp_path)] == [Path("/clips/z.mp4"), tmp_path / "../y.mp4"]
+    clips = good(tmp_path, allow_outside_paths=True)
+    assert [clip.video for clip in clips] == [Path("/clips/z.mp4"), tmp_path / "../y.mp4"]
+
+
+def test_a_table_may_list_files_beside_itself_and_in_the_data_root(tmp_path):
+    """As the table of `make_first_frames.py` does."""
+    row = {"video": str(tmp_path / "clips/a.mp4"), "text": "A cat.", "image": str(tmp_path / "frames/a.png")}
+    file = write_table(tmp_path / "frames/table.jsonl", [row])
+    (tmp_path / "clips").mkdir()
+    (clip,) = good(tmp_path / "clips", dataset_file=file)
+    assert (clip.video, clip.image) == (tmp_path / "clips/a.mp4", tmp_path / "frames/a.png")
+
+
+def test_a_table_may_list_what_the_cache_holds(tmp_path):
+    file = write_table(tmp_path / "lists/table.csv", [{"video": str(tmp_path / "cache/01/01.mp4"), "text": "A cat."}])
+    assert len(good(None, dataset_file=file, cache=tmp_path / "cache")) == 1
+
+
+def test_a_folder_of_clips_may_hold_links_to_elsewhere(tmp_path):
+    """Its owner made them; only what a list says is not trusted."""
+    touch(tmp_path / "elsewhere", "a.mp4")
+    write(tmp_path / "elsewhere/a.txt", "A cat.")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/more").symlink_to(tmp_path / "elsewhere")
+    write(tmp_path / "table/list.csv", "video,text\nmore/a.mp4,A cat.\n")
+    assert [clip.video for clip in good(tmp_path / "data")] == [tmp_path / "data/more/a.mp4"]
+    assert len(good(tmp_path / "data", dataset_file=tmp_path / "table/list.csv")) == 1
 
 
 def test_paths_of_every_list_may_start_from_the_home_folder(tmp_path, monkeypatch):
@@ -26,7 +80,8 @@ def test_paths_of_every_list_may_start_from_the_home_folder(tmp_path, monkeypatc
     write(tmp_path / "videos.txt", "~/clips/z.mp4")
     write(tmp_path / "prompts.txt", "A cat.")
     file = write(tmp_path / "data.csv", "video,text,image\n~/clips/z.mp4,A cat.,~/z.png\n")
-    (listed,), (in_table,) = good(tmp_path), good(tmp_path, dataset_file=file)
+    (listed,) = good(tmp_path, allow_outside_paths=True)
+    (in_table,) = good(tmp_path, dataset_file=file, allow_outside_paths=True)
     assert listed.video == in_table.video == Path("/home/me/clips/z.mp4")
     assert in_table.image == Path("/home/me/z.png")
 
@@ -217,6 +272,30 @@ def mix(tmp_path, entries):
     return read_mix(
         write(tmp_path / "mix.json", entries if isinstance(entries, str) else json.dumps(entries)), DEFAULTS
     )
+
+
+def test_entries_of_a_mix_that_lead_out_of_its_folder_come_in_one_list(tmp_path):
+    entries = [
+        {"data_root": "../a"},
+        {"data_root": "b", "dataset_file": "/c.csv"},
+        {"data_root": "inside"},
+        {"dataset_name": "~/saved"},
+        {"dataset_name": "user/name"},
+    ]
+    title, *outside = mix_error(tmp_path, entries).splitlines()
+    assert "--allow_outside_paths" in title
+    assert [line.strip() for line in outside] == [
+        "entry 1: 'data_root' is ../a",
+        "entry 2: 'dataset_file' is /c.csv",
+        "entry 4: 'dataset_name' is ~/saved",
+    ]
+    write(tmp_path / "mix.json", json.dumps(entries))
+    assert len(read_mix(tmp_path / "mix.json", replace(DEFAULTS, allow_outside_paths=True))) == 5
+
+
+def test_a_mix_cannot_allow_itself_to_lead_out(tmp_path):
+    message = mix_error(tmp_path, [{"data_root": "../a", "allow_outside_paths": True}])
+    assert message.startswith("entry 1: unknown key 'allow_outside_paths'")
 
 
 def mix_error(tmp_path, entries):

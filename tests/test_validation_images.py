@@ -1,6 +1,9 @@
 """Images that validation videos begin with: from disk and web, upright, and every failure with its reason."""
 
+import gzip
+import struct
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
@@ -42,22 +45,36 @@ def server(monkeypatch):
             if self.path == "/silent":
                 self.server.closing.wait()
                 return
-            if self.path == "/moved":
+            if self.path in self.server.elsewhere:
                 self.send_response(302)
-                self.send_header("Location", "/image.png")
+                self.send_header("Location", self.server.elsewhere[self.path])
                 self.end_headers()
+                return
+            if self.path.startswith("/endless"):
+                self.go_on_for_ever(in_headers=self.path.endswith("headers"))
                 return
             content = self.server.pages.get(self.path)
             self.send_response(404 if content is None else 200)
+            self.send_header("Content-Encoding", self.server.encoding)
             self.end_headers()
             if content is not None:
                 self.wfile.write(content)
+
+        def go_on_for_ever(self, in_headers):
+            self.send_response(200)
+            if not in_headers:
+                self.end_headers()
+            self.flush_headers()
+            with suppress(OSError):  # whoever asked has gone
+                while not self.server.closing.wait(0.05):
+                    self.wfile.write(b"X-More: more\r\n")
 
         def log_message(self, *args):
             """Keep the test's output clean."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.pages, server.requested, server.closing = {}, [], threading.Event()
+        server.encoding, server.elsewhere = "identity", {"/moved": "/image.png", "/circle": "/circle"}
         server.address = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -138,10 +155,34 @@ def test_a_server_that_does_not_answer_is_given_up(server, monkeypatch):
     assert "no whole answer within 0.2 s" in error_of(f"{server.address}/silent")
 
 
-def test_an_answer_that_takes_too_long_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(validation_images, "monotonic", iter((0.0, 31.0)).__next__)
-    server.pages["/image.png"] = encoded(picture())
-    assert "no whole answer within 30 s" in error_of(f"{server.address}/image.png")
+@pytest.mark.parametrize("part", ["headers", "content"])
+def test_an_answer_that_never_ends_is_given_up(server, monkeypatch, part):
+    """Though something comes all the time, so that no single wait is long."""
+    monkeypatch.setattr(validation_images, "DOWNLOAD_TIMEOUT", 0.3)
+    assert "no whole answer within 0.3 s" in error_of(f"{server.address}/endless-{part}")
+
+
+def test_a_server_that_sends_us_round_in_circles_is_given_up(server):
+    assert "redirects" in error_of(f"{server.address}/circle")
+    assert len(server.requested) == validation_images.MOST_REDIRECTS + 1
+
+
+def test_a_server_cannot_send_us_to_a_file_on_this_machine(server, tmp_path):
+    picture().save(tmp_path / "private.png")
+    server.elsewhere["/to-a-file"] = f"file://{tmp_path}/private.png"
+    assert "unsupported protocol" in error_of(f"{server.address}/to-a-file")
+
+
+def test_what_unpacks_to_more_than_was_sent_is_not_unpacked(server):
+    server.encoding = "gzip"
+    server.pages["/bomb.png"] = gzip.compress(bytes(2**20))
+    assert "packs the image once more" in error_of(f"{server.address}/bomb.png")
+
+
+def test_an_image_that_claims_to_be_vast_is_refused_before_it_is_decoded(server):
+    header = encoded(Image.new("RGB", (1, 1)), "BMP")[:18] + struct.pack("<ii", 60_000, 60_000)
+    server.pages["/vast.bmp"] = header + encoded(Image.new("RGB", (1, 1)), "BMP")[26:]
+    assert "exceeds limit" in error_of(f"{server.address}/vast.bmp")
 
 
 @pytest.mark.parametrize(

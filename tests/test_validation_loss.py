@@ -45,6 +45,7 @@ def held_out(demo_clips, tmp_path_factory) -> list[PlannedClip]:
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips)]
     flags += ["--output_dir", str(folder / "out"), "--validation_dataset_file", str(table)]
+    flags += ["--allow_outside_paths"]  # the table lists clips of --data_root
     flags += ["--height_buckets", "32", "--width_buckets", "48", "--frame_buckets", "5"]
     args = parse_args(flags, task="image-to-video", method="lora")
     return list(plan_validation_clips(args, with_images=True).clips)

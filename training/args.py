@@ -31,6 +31,7 @@ from optimizer_flags import add_optimizer_flags, add_optimizer_memory_flags, che
 from preparation_flags import add_prepare_flags, add_prepare_speed_flags
 from ranks import launch_rank
 from speed_flags import add_speed_flags, check_speed
+from tracking_flags import check_tracker
 from training_flags import (
     add_configuration_flags,
     add_dry_run_flag,
@@ -88,6 +89,7 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
         check_objective(given, args.timestep_sampling, args.use_ema)
         if method == "lora":
             check_lora(args)
+        check_tracker(args.report_to)
         check_hub(args)
         check_files(
             model=args.pretrained_model_name_or_path,

@@ -76,7 +76,14 @@ def read_dataset(name: str, config_name: str | None, split: str, streaming: bool
     # In Arrow's format, videos and images stay as they are stored: bytes, paths or numbers.
     schema = dataset.features.arrow_schema if dataset.features else None
     batches = dataset.with_format("arrow").iter(batch_size=_rows_at_once(schema))
-    return Table(where, names, _rows(where, batches, f"{name}:{split}:row"), folder)
+    return Table(where, names, _rows(where, batches, f"{name}:{split}:row"), folder, _download_folders(datasets))
+
+
+def _download_folders(datasets: ModuleType) -> list[Path]:
+    """Where `datasets` puts the files that come with a data set on the hub, which its rows then name."""
+    hub = importlib.import_module("huggingface_hub.constants")
+    config = datasets.config
+    return [Path(place) for place in (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, hub.HF_HUB_CACHE)]
 
 
 def _load_saved(datasets: ModuleType, where: str, folder: Path, split: str) -> Any:

@@ -98,6 +98,14 @@ def add_dataset_flags(group: argparse._ArgumentGroup, caption_column: str) -> No
         "empty, a clip starts from its own first frame. (default: image or images.txt, where there is one)",
     )
     group.add_argument(
+        "--allow_outside_paths",
+        action="store_true",
+        help="Follow paths of a list wherever they lead; lists may come from strangers. Otherwise what a table, text "
+        "file or data set names must lie in --data_root or in the table's own folder, what --dataset_mix names below "
+        "that file's folder, and what the index of a prepared folder names in that folder; links inside these are "
+        "followed. (default: off)",
+    )
+    group.add_argument(
         "--on_bad_clip",
         **choice(("error", "skip")),
         default="error",

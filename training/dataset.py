@@ -19,6 +19,7 @@ from prepared import PreparedClip, read_tensor
 from prompts import PromptCache
 from stop_signals import outlive_signals
 from video import flip_frames, read_frames, reshape_frames
+from worker_watch import WatchedDataset
 
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,6 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, draw: Draw) -> Batch:
         """Read one clip as a batch of one; of none, with `failed`, where it cannot be decoded."""
-        planned = self.clips[draw.index]
         try:
             return self._read(draw)
         except ValueError as error:
@@ -103,7 +103,16 @@ class ClipDataset(Dataset):
                     with suppress(ValueError):
                         # With the noise of the one that it stands for: it has a draw of its own elsewhere.
                         return replace(self._read(Draw(index, draw.epoch)), draws=[draw])
-            return Batch([], planned.bucket, failed=[(draw, str(error))])
+            return self.failed(draw, str(error))
+
+    def name_of(self, index: int) -> str:
+        """A clip as messages name it: its file, and where that is listed."""
+        clip = self.clips[index].clip
+        return f"{clip.video} ({clip.source})"
+
+    def failed(self, draw: Draw, reason: str) -> Batch:
+        """What stands for a clip that could not be read."""
+        return Batch([], self.clips[draw.index].bucket, failed=[(draw, reason)])
 
     def _others_of_bucket(self, index: int) -> Iterator[int]:
         order = [*range(index + 1, len(self.clips)), *range(index)]
@@ -156,7 +165,16 @@ class PreparedDataset(Dataset):
         try:
             return self._read(draw)
         except ValueError as error:
-            return Batch([], self.clips[draw.index].bucket, failed=[(draw, str(error))])
+            return self.failed(draw, str(error))
+
+    def name_of(self, index: int) -> str:
+        """A sample as messages name it: its own name, and the file of its latents."""
+        clip = self.clips[index]
+        return f"{clip.name} ({clip.video_latents.file})"
+
+    def failed(self, draw: Draw, reason: str) -> Batch:
+        """What stands for a sample that could not be read."""
+        return Batch([], self.clips[draw.index].bucket, failed=[(draw, reason)])
 
     def _read(self, draw: Draw) -> Batch:
         clip = self.clips[draw.index]
@@ -219,7 +237,7 @@ def make_loader(
         batches: one pass over them is one pass over the loader.
     """
     return DataLoader(
-        dataset,
+        WatchedDataset(dataset, num_workers),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,

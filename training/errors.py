@@ -2,9 +2,11 @@
 
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from hub_token import without_tokens
 from ranks import launch_rank
 
 
@@ -16,7 +18,8 @@ class UserError(Exception):
 def one_line_errors() -> Iterator[None]:
     """Turn a `UserError` into its message on stderr and exit code 2; any other exception keeps its traceback.
 
-    Ctrl-C where nothing is there to be saved ends with a line and the exit code that shells know for it.
+    Neither shows a token of the hub. Ctrl-C where nothing is there to be saved ends with a line and the exit code that
+    shells know for it.
     """
     try:
         yield
@@ -27,8 +30,14 @@ def one_line_errors() -> Iterator[None]:
     except UserError as error:
         # Before torch is imported flags and files are checked, and every rank of a launch finds the same.
         if launch_rank() == 0 or "torch" in sys.modules:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(without_tokens(f"error: {error}"), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except Exception as error:
+        trace = "".join(traceback.format_exception(error))
+        if without_tokens(trace) == trace:
+            raise
+        print(without_tokens(trace), end="", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
 
 
 def listing(title: str, items: Sequence[object], most: int = 20) -> str:

@@ -12,14 +12,17 @@ import torch
 
 from auto_fit import fit_into_memory
 from diffusion import derive_seed, sample_generators, seed_global
+from failures import explained_failures
 from guards import StepGuard
+from memory_fit import describe_savings
 from methods import Lora
 from optimizers import can_step, clip_gradients, step_if_finite
 from plan import TrainingData
 from prefetch import DeviceCopies
 from profiling import PROFILE_FOLDER, profiled
 from progress import StepLog
-from publish import push_to_hub
+from publish import check_access, push_to_hub
+from ranks import launch_rank
 from recipe import Method, Task, check_recipe
 from run_setup import Run, set_up
 from stop_signals import STOPPED_EXIT_CODE
@@ -34,12 +37,21 @@ def finetune(args: argparse.Namespace, data: TrainingData, task: Task, method: M
     """Fine-tune a model on `data` and write the result to `args.output_dir`; called on every rank.
 
     Raises:
-        UserError: model, data and flags do not go together; raised before any weights are loaded.
+        UserError: model, data and flags do not go together, or the result must not be uploaded as asked; raised before
+            any weights are loaded. Or memory ran out, or a data worker died.
     """
-    args, method = fit_into_memory(args, data, task, method, train)
-    if args.dry_run:
-        rehearse(args, data, task, method, train)
-        return
+    if args.push_to_hub and launch_rank() == 0:
+        check_access(Path(args.output_dir), args.hub_model_id, args.hub_token)
+    with explained_failures(lambda: describe_savings(args, data, method)):
+        args, method = fit_into_memory(args, data, task, method, train)
+        if args.dry_run:
+            rehearse(args, data, task, method, train)
+        else:
+            run_recipe(args, data, task, method)
+
+
+def run_recipe(args: argparse.Namespace, data: TrainingData, task: Task, method: Method) -> None:
+    """Set up, train, save, validate and upload."""
     run = set_up(check_recipe(args, data, task, method))
     if args.validate_first and run.state.step == 0:
         run.validate(0)

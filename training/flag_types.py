@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from hub_token import without_tokens
+
 
 _NOT_GIVEN = object()
 
@@ -25,7 +27,7 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Write one line on stderr, without the usage, and leave with code 2."""
         line = " ".join(message.removeprefix("argument ").splitlines())
-        self.exit(2, f"error: {line} (see --help)\n")
+        self.exit(2, without_tokens(f"error: {line} (see --help)\n"))
 
     def read(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
         """Parse `argv` into the flags and the set of destinations which `argv` itself named.

@@ -1,4 +1,4 @@
-"""Start a run as the launcher configured it: devices, precision, process group, logging, trackers."""
+"""Start a run as the launcher configured it: devices, precision, process group, logging."""
 
 import argparse
 import logging
@@ -13,6 +13,7 @@ from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConf
 from huggingface_hub.serialization import _torch as hub_serialization
 
 from errors import UserError
+from hub_token import log_without_tokens
 from ranks import launch_rank, launch_size
 
 
@@ -23,7 +24,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     """Set up devices, precision and process group from the flags and the launch configuration.
 
     Raises:
-        UserError: the precision asked for does not exist on this device, or a tracker is not installed.
+        UserError: the precision asked for does not exist on this device.
     """
     precision = precision_of(args)
     if precision == "fp16" and not torch.cuda.is_available():
@@ -59,21 +60,10 @@ def precision_of(args: argparse.Namespace) -> str:
 def start_logging() -> None:
     """Write what the main process has to say, and the errors of the others, to stderr."""
     level = logging.INFO if launch_rank() == 0 else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s", force=True)
+    log_without_tokens(level)
     for chatty in ("accelerate", "httpx", "huggingface_hub", "torchao", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     hub_serialization.logger.setLevel(logging.WARNING)  # named by its file, not by its package
-
-
-def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """Open the trackers with the run's settings; the hub token stays out of them."""
-    settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    # TensorBoard takes plain values only.
-    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.items()}
-    logging_dir = Path(args.output_dir, args.logging_dir)
-    logging_dir.mkdir(parents=True, exist_ok=True)
-    # wandb would write into the working directory.
-    accelerator.init_trackers(args.tracker_name, config=plain, init_kwargs={"wandb": {"dir": str(logging_dir)}})
 
 
 def choose_seed(seed: int | None) -> int:

@@ -2,8 +2,8 @@
 
     python training/make_first_frames.py --data_root my-clips --output_dir my-first-frames
 
-Edit the images or leave them as they are, then give my-first-frames/metadata.jsonl as --dataset_file. Images that are
-there already stay, so that a second run never undoes an edit.
+Edit the images or leave them as they are, then give my-first-frames/metadata.jsonl as --dataset_file, with the same
+--data_root. Images that are there already stay, so that a second run never undoes an edit.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from errors import UserError, one_line_errors
 from file_cache import FileCache, default_cache_folder
 from files import written_whole
 from flag_types import FlagParser, non_negative_int, path
+from hub_token import log_without_tokens
 from plan import RawData, check_bad_clips, data_sources, report_skipped
 from prepared import index_lines
 from probe import probe_files
@@ -163,11 +164,17 @@ def table_row(planned: PlannedClip, folder: Path) -> dict[str, str]:
     return row | {name: value for name, value in planned.clip.metadata.items() if name not in row}
 
 
+def flags_for(table: Path, source: DataSource) -> str:
+    """How the table is given to a script that reads it: clips must lie in a folder that is named."""
+    folder = source.data_root or (source.dataset_file and source.dataset_file.absolute().parent)
+    return f"--dataset_file {table}" + (f" --data_root {folder}" if folder else "")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the given flags; None for those of the command line."""
     with one_line_errors():
         args = parse_flags(argv)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+        log_without_tokens(logging.INFO)
         (source,) = data_sources(args)
         data = plan_first_frames(source, args.skip_frames_start)
         check_bad_clips(data, args.on_bad_clip)
@@ -177,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(
                 f"--output_dir: {args.output_dir} cannot be written ({error.strerror or error})"
             ) from error
-        print(f"wrote {table}; edit the images if you like, then give it as --dataset_file to prepare_dataset.py")
+        print(f"wrote {table}; edit the images if you like, then give prepare_dataset.py {flags_for(table, source)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ in them is left to the probe.
 import hashlib
 import io
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,8 +15,10 @@ import av
 import numpy as np
 from PIL import Image
 
+from downloads import pieces_within
 from errors import UserError
 from files import written_whole
+from listed_paths import stays_inside
 from media import decode_still_image, reason_of
 from rows import UnusableRow, described, one_line
 
@@ -25,19 +26,27 @@ from rows import UnusableRow, described, one_line
 VIDEO_SUFFIXES = frozenset([".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"])
 IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
 
+FETCH_LIMIT = 4 * 2**30  # bytes of one clip
+FETCH_TIMEOUT = 1800.0  # seconds that one clip may take
+
 _DECODED_FPS = 8  # of decoded videos without an fps column: what CogVideoX 1.0 was trained at
+_ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # that fsspec looks into
 
 
-def media_file(value: object, folder: Path | None, cache: Path, fps: object = None) -> Path:
+def media_file(
+    value: object, folder: Path | None, cache: Path, fps: object = None, *, within: Sequence[Path] | None = None
+) -> Path:
     """Find the file of a row's video or image, or write what the row carries into the cache.
 
     Args:
         value: a path, in which ~/ is the home folder; a file's bytes; a dict of "bytes" and "path", as `datasets`
-            stores videos and images, where the path may be a URL; a decoded video, [F, H, W, 3], or image, [H, W, 3],
-            of integers from 0 to 255; or a video as a list of images, each a path, bytes or dict.
+            stores videos and images, where the path may be a link to the hub or into an archive; a decoded video,
+            [F, H, W, 3], or image, [H, W, 3], of integers from 0 to 255; or a video as a list of images, each a path,
+            bytes or dict.
         folder: where relative paths start.
         cache: folder for what the row carries. Decoded videos are kept without loss, as FFV1.
         fps: of decoded videos; None: 8.
+        within: the folders that a path has to stay in, as `stays_inside` takes it; None: it may be anywhere.
 
     Raises:
         UnusableRow: it is nothing of all that.
@@ -45,23 +54,25 @@ def media_file(value: object, folder: Path | None, cache: Path, fps: object = No
     """
     match value:
         case str(path):
-            return _listed_file(path, folder)
+            return _listed_file(path, folder, within)
         case bytes(data):
             return _write_bytes(data, "", cache)
         case {"bytes": bytes(data)}:
             return _write_bytes(data, str(value.get("path") or ""), cache)
         case {"path": str(path)}:
-            return _fetch(path, cache) if "://" in path else _listed_file(path, folder)
+            return _fetch(path, folder, cache, within) if "://" in path else _listed_file(path, folder, within)
         case None | {"path": None}:
             raise UnusableRow("has no path")
         case np.ndarray():
             return _write_decoded(value, fps, cache)
         case list():
-            return _write_images([_image_bytes(image, folder) for image in value], fps, cache)
+            return _write_images([_image_bytes(image, folder, within) for image in value], fps, cache)
     raise UnusableRow(f"is {described(value)}, not a path")
 
 
-def first_frame_file(value: object, folder: Path | None, cache: Path) -> Path | None:
+def first_frame_file(
+    value: object, folder: Path | None, cache: Path, *, within: Sequence[Path] | None = None
+) -> Path | None:
     """The same for the image that image-to-video conditions on, which a row may lack, or have as a list of one."""
     if isinstance(value, list):
         if len(value) > 1:
@@ -70,7 +81,7 @@ def first_frame_file(value: object, folder: Path | None, cache: Path) -> Path | 
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     try:
-        return media_file(value, folder, cache)
+        return media_file(value, folder, cache, within=within)
     except UnusableRow as problem:
         raise UnusableRow(f"its image {problem}") from problem
 
@@ -80,7 +91,7 @@ def expand_home(path: str) -> str:
     return os.path.expanduser(path) if path.startswith("~/") else path
 
 
-def _listed_file(text: str, folder: Path | None) -> Path:
+def _listed_file(text: str, folder: Path | None, within: Sequence[Path] | None) -> Path:
     path = expand_home(text.strip())
     if not path:
         raise UnusableRow("has no path")
@@ -88,6 +99,9 @@ def _listed_file(text: str, folder: Path | None) -> Path:
         raise UnusableRow("is a URL; download the file and list its path")
     if folder is None and not os.path.isabs(path):
         raise UnusableRow("has a relative path; give the folder it starts from with --data_root")
+    if within is not None and not stays_inside(path, folder, within):
+        where = f"outside of {folder}" if folder else "in no folder that was named (--data_root)"
+        raise UnusableRow(f"lies {where}; move it there, or give --allow_outside_paths if you trust this list")
     return Path(path) if folder is None else folder / path
 
 
@@ -95,18 +109,34 @@ def _write_bytes(data: bytes, name: str, cache: Path) -> Path:
     return _cached(cache, _digest(data), name, lambda partial: partial.write_bytes(data))
 
 
-def _fetch(url: str, cache: Path) -> Path:
-    """A copy of a remote file, found again by its URL: the hub's contain the revision."""
+def _fetch(url: str, folder: Path | None, cache: Path, within: Sequence[Path] | None) -> Path:
+    """A copy of a file on the hub or in an archive, found again by its link: the hub's contain the revision."""
     import fsspec
+
+    *inner, outermost = url.split("::")
+    if "://" not in outermost:
+        url = "::".join([*inner, str(_listed_file(outermost, folder, within).absolute())])
+    elif not _is_on_hub(outermost):
+        raise UnusableRow("is a URL; download the file and list its path")
+    if not all(link.partition("://")[0] in _ARCHIVES for link in inner):
+        raise UnusableRow("is a link of a kind that is not followed; list the path of a file")
 
     def copy(partial: Path) -> None:
         try:
             with fsspec.open(url, "rb") as remote, partial.open("wb") as file:
-                shutil.copyfileobj(remote, file)
+                for piece in pieces_within(iter(lambda: remote.read(2**20), b""), FETCH_LIMIT, FETCH_TIMEOUT):
+                    file.write(piece)
         except Exception as error:  # every file system that fsspec reaches has its own
             raise UnusableRow(f"cannot be fetched: {one_line(error) or type(error).__name__}") from error
 
     return _cached(cache, _digest(url.encode()), url.split("::")[0].split("?")[0], copy)
+
+
+def _is_on_hub(url: str) -> bool:
+    """Whether a link is one that `datasets` makes of a file on the hub: no other server is asked for anything."""
+    from huggingface_hub import constants
+
+    return url.startswith(("hf://", f"{constants.ENDPOINT}/"))
 
 
 def _write_decoded(array: np.ndarray, fps: object, cache: Path) -> Path:
@@ -131,12 +161,12 @@ def _write_images(images: Sequence[bytes], fps: object, cache: Path) -> Path:
     return _cached(cache, digest, "a.mkv", lambda partial: _write_video(partial, map(_decode_image, images), rate))
 
 
-def _image_bytes(image: object, folder: Path | None) -> bytes:
+def _image_bytes(image: object, folder: Path | None, within: Sequence[Path] | None) -> bytes:
     match image:
         case bytes(data) | {"bytes": bytes(data)}:
             return data
         case str(path) | {"path": str(path)}:
-            file = _listed_file(path, folder)
+            file = _listed_file(path, folder, within)
             if not os.path.isfile(file):
                 raise UnusableRow(f"has a frame {one_line(path, 200)} that is no file")
             try:

@@ -15,17 +15,19 @@ from launch import precision_of
 from memory_accounting import MemoryAccount, account
 from memory_facts import Workload, model_facts
 from memory_plan import (
+    Choice,
     RunFacts,
     adapter_key,
     choose,
     describe,
     ladder,
+    measure_or_calculate,
     model_key,
     next_rung,
     read_measured,
     usable_filter,
 )
-from memory_settings import MemorySettings, apply_settings, describe_change, read_settings
+from memory_settings import GB, MemorySettings, apply_settings, describe_change, read_settings
 from methods import Lora
 from models import ModelConfigs
 from plan import TrainingData
@@ -82,6 +84,44 @@ def step_down(args: argparse.Namespace, data: TrainingData, method: Method) -> M
     if rung is not None:
         logger.warning("out of GPU memory; --auto_fit starts again with %s", describe_change(rung, settings))
     return rung
+
+
+def describe_savings(args: argparse.Namespace, data: TrainingData, method: Method) -> list[str]:
+    """What a run takes of the GPU's memory, and how much less it would take otherwise, for the user: a line each.
+
+    The settings are those of the ladder, each with all that it needs beside the flags as they are, the fastest first.
+    """
+    settings, is_usable = read_settings(args), _usable_here(args)
+    taken = _memory_taken(args, data, method)
+    now = smallest = taken(settings)
+    size = max(data.buckets, key=prod)
+    lines = [f"now: {args.train_batch_size} x {size} takes {now.needed / GB:.2f} GB ({now.how})"]
+    if args.train_batch_size > 1:
+        alone = argparse.Namespace(**(vars(args) | {"train_batch_size": 1}))
+        steps = args.gradient_accumulation_steps * args.train_batch_size
+        flags = f"--train_batch_size 1 --gradient_accumulation_steps {steps} (the same steps)"
+        lines.append(_saving(flags, _memory_taken(alone, data, method)(settings), now))
+    rungs = ladder(settings, args.given, is_usable)[1:]
+    offloaded = replace(settings, enable_model_cpu_offload=True)
+    if sampled_size(args) is not None and is_usable(offloaded):
+        rungs.insert(0, offloaded)
+    for choice in map(taken, rungs):
+        if choice.needed < smallest.needed:
+            lines.append(_saving(describe_change(choice.settings, settings), choice, now))
+            smallest = choice
+    return [*lines, "smaller --height and --width, or fewer frames in --frame_buckets and --max_num_frames"]
+
+
+def _memory_taken(args: argparse.Namespace, data: TrainingData, method: Method) -> Callable[[MemorySettings], Choice]:
+    """What the run takes of a card under some settings, measured or calculated."""
+    configs = model_source(args).configs()
+    facts, account_for = run_facts(args, data, method, configs), _accounting(args, data, method, configs)
+    return lambda rung: measure_or_calculate(rung, facts, lambda some: account_for(some).peak, read_measured())
+
+
+def _saving(flags: str, choice: Choice, now: Choice) -> str:
+    less = (now.needed - choice.needed) / GB
+    return f"{flags}: {choice.needed / GB:.2f} GB, {less:.2f} less ({choice.how})"
 
 
 def with_settings(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -239,7 +240,10 @@ class ModelSource:
         if not long:
             return 0
         with self._load_errors("tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer", **self._where)
+            # Said outright: left open, a model with code of its own has the user asked whether to run it.
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.path, subfolder="tokenizer", trust_remote_code=False, **self._where
+            )
         return sum(len(tokens) > most_tokens for tokens in tokenizer(long, verbose=False)["input_ids"])
 
     @contextmanager
@@ -249,6 +253,11 @@ class ModelSource:
         except (OSError, ValueError) as error:  # missing or broken weight files, an unknown variant
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"the {part} of the model '{self.path}' cannot be loaded: {reason}") from error
+        except UnpicklingError as error:  # torch's own words advise to let it run
+            raise UserError(
+                f"the {part} of the model '{self.path}' cannot be loaded: its weights are no safetensors files, and "
+                "hold something else than tensors, which may be code; get the model from a source that you trust"
+            ) from error
 
     def download_encoders(self) -> None:
         """Fetch VAE, text encoder and tokenizer of a model on the hub, so that `local_folder` has them.

@@ -255,6 +255,7 @@ def data_sources(args: argparse.Namespace) -> list[DataSource]:
         caption_column=args.caption_column,
         image_column=args.image_column,
         id_token=args.id_token,
+        allow_outside_paths=args.allow_outside_paths,
     )
     return read_mix(Path(args.dataset_mix), source) if args.dataset_mix else [source]
 
@@ -262,7 +263,8 @@ def data_sources(args: argparse.Namespace) -> list[DataSource]:
 def _read_prepared(args: argparse.Namespace) -> PreparedData:
     sources = data_sources(args)
     folders = _prepared_folders(sources)
-    indexes = [read_index(source.data_root) for source in sources]
+    outside = args.allow_outside_paths
+    indexes = [read_index(source.data_root, allow_outside_paths=outside) for source in sources]
     weighted = weights_to_repeats(sources, list(map(len, indexes)))
     clips = [
         replace(clip, repeats=clip.repeats * source.repeats if repeats is None else repeats)

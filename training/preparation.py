@@ -30,6 +30,7 @@ from errors import UserError, listing
 from files import written_whole
 from fingerprints import fingerprint_encoders
 from flag_checks import PREPARED_FLAGS
+from hub_token import log_without_tokens
 from layouts import FileLayout, Sample, ShardLayout
 from models import DTYPES, ModelConfigs, ModelSource, encode_noised_image, encode_prompts, encode_videos
 from plan import RawData, describe, report_skipped
@@ -70,7 +71,7 @@ def prepare(args: argparse.Namespace, data: RawData) -> None:
         UserError: the folder holds other data, the model cannot be read, or clips turned out not to decode.
     """
     rank = Rank.of_environment()
-    logging.basicConfig(level=logging.INFO if rank.index == 0 else logging.ERROR, format="%(message)s", force=True)
+    log_without_tokens(logging.INFO if rank.index == 0 else logging.ERROR)
     source = ModelSource(args.model_id, args.revision, args.variant, args.cache_dir)
     configs = source.configs()
     if rank.index == 0:

@@ -75,6 +75,20 @@ def add_prepare_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def describe_savings(args: argparse.Namespace) -> list[str]:
+    """What makes the preparation take less of the GPU's memory, for the user: a line each, the least costly first."""
+    anew = "; into a new folder"
+    savings = [
+        (args.batch_size > 1, "--batch_size 1"),
+        (not args.use_slicing, "--use_slicing"),
+        (not args.use_tiling, f"--use_tiling (the latents differ a little{anew})"),
+        (args.dtype == "fp32", f"--dtype bf16 (half of everything{anew})"),
+        (not args.text_encoder_8bit, f"--text_encoder_8bit (where captions are being embedded{anew})"),
+        (True, "smaller --height_buckets and --width_buckets, or fewer frames in --frame_buckets"),
+    ]
+    return [advice for is_open, advice in savings if is_open]
+
+
 def add_prepare_speed_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch_size",

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from args import parse_prepare_args
 from errors import UserError, one_line_errors
 from plan import check_bad_clips, plan_raw_clips
+from preparation_flags import describe_savings
 from startup import prepare_imports
 
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_bad_clips(data, args.on_bad_clip)
         prepare_imports(args, owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
+        from failures import explained_failures
         from preparation import prepare
         from rehearsal import rehearse
 
@@ -36,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if data.bad and args.on_bad_clip == "error":
                 raise UserError("these clips stop the preparation; mend or remove them, or give --on_bad_clip skip")
         else:
-            prepare(args, data)
+            with explained_failures(lambda: describe_savings(args)):
+                prepare(args, data)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from buckets import Bucket
 from errors import UserError, listing
 from files import written_whole
+from listed_paths import stays_inside
 from shards import finished_names, save_tensors
 
 
@@ -46,6 +47,8 @@ FILES_INDEX = "data.jsonl"
 LISTS = ("prompts.txt", "videos.txt")
 EMPTY_PROMPT_FILE = "empty_prompt.safetensors"
 STAGING = ".staging"
+# Of an index: what leads to files.
+_PATH_KEYS = ("latents", "prompt_embeds", "video_latent", "prompt_embed", "image_latent")
 
 
 @dataclass(frozen=True)
@@ -238,16 +241,21 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def read_index(folder: Path) -> list[PreparedClip]:
+def read_index(folder: Path, *, allow_outside_paths: bool = False) -> list[PreparedClip]:
     """List the samples of a prepared folder, and check that all their tensors are there.
 
+    Args:
+        folder: as `prepare_dataset.py` wrote it, here or at a stranger's.
+        allow_outside_paths: the index may name files outside of the folder.
+
     Raises:
-        UserError: the folder was never prepared, its preparation was not finished, or tensors are missing.
+        UserError: the folder was never prepared, its preparation was not finished, tensors are missing, or the index
+            leads out of the folder.
     """
     if (folder / INDEX_FILE).is_file():
-        clips = _read_lines(folder / INDEX_FILE, _clip_in_shards)
+        clips = _read_lines(folder / INDEX_FILE, _clip_in_shards, allow_outside_paths)
     elif (folder / FILES_INDEX).is_file():
-        clips = _read_lines(folder / FILES_INDEX, _clip_in_files)
+        clips = _read_lines(folder / FILES_INDEX, _clip_in_files, allow_outside_paths)
     elif (folder / SETTINGS_FILE).is_file():
         raise UserError(
             f"--load_tensors: the preparation of {folder} was not finished (there is no {INDEX_FILE}); run it again: "
@@ -282,19 +290,28 @@ def _missing_tensors(folder: Path, clips: Iterable[PreparedClip]) -> list[str]:
     return sorted(str(tensor.file) + (f" ({tensor.key})" if tensor.key else "") for tensor in missing)
 
 
-def _read_lines(path: Path, to_clip: Any) -> list[PreparedClip]:
-    clips = []
+def _read_lines(path: Path, to_clip: Any, allow_outside_paths: bool) -> list[PreparedClip]:
+    clips, outside, folder = [], [], path.parent
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                clips.append(to_clip(path.parent, json.loads(line)))
+                entry = json.loads(line)
+                clips.append(to_clip(folder, entry))
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 raise UserError(
                     f"{path}:{number}: not a prepared clip ({type(error).__name__}: {error}); "
                     "run prepare_dataset.sh again"
                 ) from error
+            named = [value for key in _PATH_KEYS if isinstance(value := entry.get(key), str)]
+            outside += [f"{path.name}:{number}: {file}" for file in named if not stays_inside(file, folder, [folder])]
+    if outside and not allow_outside_paths:
+        title = (
+            f"--load_tensors: {path} names {len(outside)} files outside of its folder; prepare the data again, "
+            "or give --allow_outside_paths if you trust whom it is from:"
+        )
+        raise UserError(listing(title, outside, most=len(outside)))
     return clips
 
 

@@ -1,25 +1,84 @@
-"""Upload the result of a run to the Hugging Face hub, with a model card."""
+"""Upload the result of a run to the Hugging Face hub, with a model card; and find out beforehand whether one may."""
 
 import logging
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import httpx
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import create_repo, upload_folder, whoami
+from huggingface_hub.utils import validate_repo_id
+
+from errors import UserError
+from hub_token import HubToken
+from rows import one_line
 
 
 logger = logging.getLogger(__name__)
+
+# Trackers record more than a stranger should see: the machine's name, its folders.
+PRIVATE = ("checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*", "*wandb_run_id")
+
+
+def check_access(output_dir: Path, repo_id: str | None, token: HubToken | None) -> None:
+    """Find out whether the upload at the end will be allowed, as far as this can be told without making anything.
+
+    Args:
+        output_dir: its name is that of the repository where `repo_id` names none.
+        repo_id: `owner/name`, or a name under the token's owner.
+        token: None for the one of `hf auth login` or HF_TOKEN.
+
+    Raises:
+        UserError: there is no token, the hub does not know it or cannot be reached, or it must not write there.
+    """
+    name = repo_id or output_dir.resolve().name
+    try:
+        validate_repo_id(name)
+        who = whoami(token=_value(token))
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        reason = one_line(error).split(". ")[0]
+        raise UserError(
+            f"--push_to_hub: the upload to {name!r} would fail: {reason}; log in by `hf auth login`, give "
+            "--hub_token and --hub_model_id that are right, or leave --push_to_hub out and upload later"
+        ) from error
+    problem = _refusal(who, name)
+    if problem is not None:
+        raise UserError(f"--push_to_hub: {problem}; give a token with write access, or another --hub_model_id")
+
+
+def _refusal(who: Mapping[str, Any], repo_id: str) -> str | None:
+    """Why a token must not write to a repository, by what the hub says of the token; None: no reason is known."""
+    owner = repo_id.partition("/")[0] if "/" in repo_id else who["name"]
+    organizations = {one["name"]: one.get("roleInOrg") for one in who.get("orgs", [])}
+    access = who.get("auth", {}).get("accessToken", {})
+    if access.get("role") == "read":
+        return f"the token of {who['name']} can read only"
+    scopes = access.get("fineGrained", {}).get("scoped", []) if access.get("role") == "fineGrained" else None
+    if scopes is not None and not any("repo.write" in scope.get("permissions", []) for scope in scopes):
+        return f"the token of {who['name']} can write to no repository"
+    if owner != who["name"] and owner not in organizations:
+        return f"{who['name']} is no member of {owner}"
+    if organizations.get(owner) == "read":
+        return f"{who['name']} can read only in {owner}"
+    return None
+
+
+def _value(token: HubToken | None) -> str | None:
+    return None if token is None else token.value
 
 
 def push_to_hub(
     output_dir: Path,
     repo_id: str | None,
-    token: str | None,
+    token: HubToken | None,
     base_model: str,
     usage: str,
     prompts: list[str],
     tags: list[str],
 ) -> None:
-    """Upload `output_dir`, without checkpoints and caches, to the hub.
+    """Upload `output_dir`, without checkpoints and caches, to the hub. If that fails, say how to do it later.
 
     Args:
         repo_id: `owner/name`; None for the folder's name under the token's owner.
@@ -28,7 +87,33 @@ def push_to_hub(
         prompts: of the validation videos, for the card.
         tags: that tell the task and the method, for the card.
     """
-    repo_id = create_repo(repo_id or output_dir.resolve().name, token=token, exist_ok=True).repo_id
+    wanted = repo_id or output_dir.resolve().name
+    try:
+        made = create_repo(wanted, token=_value(token), exist_ok=True).repo_id
+        _write_card(output_dir, made, base_model, usage, prompts, tags)
+        upload_folder(
+            repo_id=made,
+            folder_path=output_dir,
+            token=_value(token),
+            commit_message="Upload the fine-tuned weights",
+            ignore_patterns=list(PRIVATE),
+        )
+    except Exception as error:  # days of training lie on the disk: nothing that happens here may look like a loss
+        command = ["hf", "upload", wanted, str(output_dir), ".", *(w for one in PRIVATE for w in ("--exclude", one))]
+        logger.error(
+            "error: the result was not uploaded (%s: %s); it is whole in %s. Upload it later:\n%s",
+            type(error).__name__,
+            one_line(error, 300),
+            output_dir,
+            shlex.join(command),
+        )
+    else:
+        logger.info("uploaded to %s", made)
+
+
+def _write_card(
+    output_dir: Path, repo_id: str, base_model: str, usage: str, prompts: list[str], tags: list[str]
+) -> None:
     samples = "".join(f"- {prompt}\n" for prompt in prompts)
     card = load_or_create_model_card(
         repo_id_or_path=repo_id,
@@ -41,12 +126,3 @@ def push_to_hub(
     )
     populate_model_card(card, tags=[*tags, "diffusers-training", "diffusers", "cogvideox"])
     card.save(output_dir / "README.md")
-    upload_folder(
-        repo_id=repo_id,
-        folder_path=output_dir,
-        token=token,
-        commit_message="Upload the fine-tuned weights",
-        # Trackers record the command line, and with it a token given there.
-        ignore_patterns=["checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*"],
-    )
-    logger.info("uploaded to %s", repo_id)

@@ -9,6 +9,7 @@ from clips import PlannedClip
 from contact_sheet import SheetRow, draw_contact_sheet, sample_for_sheet
 from dataset import Batch
 from errors import listing
+from hub_token import log_without_tokens
 from models import ModelSource
 from plan import RawData
 from plan_report import write_plan
@@ -27,7 +28,7 @@ def rehearse(args: argparse.Namespace, data: RawData) -> None:
     """
     if launch_rank() > 0:
         return
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    log_without_tokens(logging.INFO)
     source = ModelSource(args.model_id, args.revision, args.variant, args.cache_dir)
     log_plan(args, data, source, source.configs())
     folder = Path(args.output_dir)

@@ -23,6 +23,7 @@ class Table:
     names: Sequence[str]  # of its columns
     rows: Iterator[Row]
     folder: Path | None  # where relative paths start, unless --data_root says so; None: there is no such folder
+    filled: Sequence[Path] = ()  # folders that its files were downloaded to when it was opened
 
 
 class UnusableRow(Exception):

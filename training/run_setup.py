@@ -17,7 +17,6 @@ from checkpoints import WRITE_ERRORS, CheckpointFolder, TrainerState, why_unwrit
 from conditions import Conditions, encode_conditions
 from dataset import Batch, ClipDataset, PreparedDataset, make_loader, without_failures
 from errors import UserError
-from launch import start_trackers
 from learner import Learner, make_learner, resume
 from methods import FullFinetune
 from models import CPU
@@ -30,6 +29,7 @@ from step_schedule import ScheduleStart, StepSchedule
 from stop_signals import StopSignals
 from throughput import Throughput
 from timesteps import TimestepSampling
+from trackers import start_trackers
 from validation import Pipeline, ValidationSettings, validate
 from validation_loss import log_validation_losses, validation_losses
 
@@ -94,7 +94,7 @@ def set_up(recipe: Recipe) -> Run:
     learner = make_learner(recipe, total_steps)
     if recipe.resumed:
         resume(recipe, learner)
-    start_trackers(accelerator, args)
+    start_trackers(accelerator, args, resumed_at=state.step if recipe.resumed else None)
     describe_run(recipe, learner.transformer, schedule, total_steps, sampler.padding)
     objective = make_objective(recipe, conditions, learner)
     return Run(

@@ -19,10 +19,14 @@ import numpy as np
 from arrow_data import read_dataset
 from clip_folder import read_folder
 from clips import BadClip, Clip
-from errors import UserError
+from errors import UserError, listing
+from listed_paths import stays_inside
 from media_cache import expand_home, first_frame_file, media_file
 from rows import Row, Table, UnusableRow, described, one_line
 from tables import has_text_files, read_json, read_table, read_text_files
+
+
+_PATH_KEYS = ("data_root", "dataset_file", "dataset_name")  # of an entry of a mix
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class DataSource:
     id_token: str | None = None  # stands before every caption, with a space
     repeats: float = 1.0  # how often each clip comes in an epoch
     weight: float | None = None  # instead of repeats: share of the samples of an epoch, against the others' weights
+    allow_outside_paths: bool = False  # listed paths may lead out of the folders named; of the flags alone
 
 
 def read_clips(
@@ -66,18 +71,28 @@ def read_clips(
         UserError: the list as a whole cannot be used: missing, malformed, empty, without a column that was named.
     """
     table, columns = _open(source)
+    within = None if source.allow_outside_paths else _folders_named(source, table, media_cache)
     clips, bad_clips = [], []
     most = source.max_samples and min(source.max_samples, sys.maxsize)  # islice takes no more
     for row in islice(table.rows, most):
         if name_folder and table.folder is not None:
             row = replace(row, source=one_line(table.folder / row.source))
         try:
-            clips.append(_clip_of(row, columns, source, source.data_root or table.folder, media_cache))
+            clips.append(_clip_of(row, columns, source, source.data_root or table.folder, media_cache, within))
         except UnusableRow as problem:
             bad_clips.append(BadClip(_name_of(row.values.get(columns.video)), one_line(row.source), str(problem)))
     if not clips and not bad_clips:
         raise UserError(f"{table.where} has no rows")
     return clips, bad_clips
+
+
+def _folders_named(source: DataSource, table: Table, media_cache: Path) -> list[Path]:
+    """Where listed files may lie: in the folders that the user named, or that were filled on the way here.
+
+    `make_first_frames.py` lists clips of the cache, and its own images beside its table.
+    """
+    named = (source.data_root, table.folder, media_cache, *table.filled)
+    return [folder for folder in named if folder is not None]
 
 
 @dataclass(frozen=True)
@@ -144,7 +159,14 @@ def _find_columns(table: Table, source: DataSource) -> _Columns:
     return _Columns(source.video_column, source.caption_column, source.image_column or next(iter(found), None))
 
 
-def _clip_of(row: Row, columns: _Columns, source: DataSource, folder: Path | None, media_cache: Path) -> Clip:
+def _clip_of(
+    row: Row,
+    columns: _Columns,
+    source: DataSource,
+    folder: Path | None,
+    media_cache: Path,
+    within: Sequence[Path] | None,
+) -> Clip:
     if row.problem is not None:
         raise UnusableRow(row.problem)
     values = row.values
@@ -156,8 +178,8 @@ def _clip_of(row: Row, columns: _Columns, source: DataSource, folder: Path | Non
     caption = f"{(source.id_token or '').strip()} {caption.strip()}".strip()
     metadata = _metadata(values, columns)
     try:
-        video = media_file(values.get(columns.video), folder, media_cache, values.get("fps"))
-        image = first_frame_file(values.get(columns.image), folder, media_cache)
+        video = media_file(values.get(columns.video), folder, media_cache, values.get("fps"), within=within)
+        image = first_frame_file(values.get(columns.image), folder, media_cache, within=within)
         "".join((caption, str(video), str(image), *metadata, *metadata.values())).encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, and file names may be any bytes
         raise UnusableRow("has text that is not valid Unicode, which no list can hold") from error
@@ -190,7 +212,8 @@ def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
     Args:
         file: JSON, an array of objects whose keys are fields of `DataSource`; a prepared folder has `data_root` alone.
             Relative paths start from the file's own folder, so that it means the same wherever it is used from; ~/ is
-            the home folder. A `dataset_file` may also lie in its `data_root`.
+            the home folder. A `dataset_file` may also lie in its `data_root`. Paths stay below the file's folder,
+            unless `defaults` allow others.
         defaults: what the flags say, for the fields that an entry leaves out. Which data an entry reads, and its
             repeats or weight, never come from there.
 
@@ -198,13 +221,16 @@ def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
         One for each entry, its paths absolute.
 
     Raises:
-        UserError: naming entry and key: unknown, of the wrong type, contradictory, or missing.
+        UserError: naming entry and key: unknown, of the wrong type, contradictory, or missing; or all that lead out of
+            the file's folder.
     """
     entries = [entry for _, entry in read_json(file)]
     if not entries:
         raise UserError(f"--dataset_mix {file} lists no data sets")
     for number, entry in enumerate(entries, 1):
         _check_entry(f"--dataset_mix {file}, entry {number}", entry)
+    if not defaults.allow_outside_paths:
+        _check_places(file, entries)
     weighted = ["weight" in entry for entry in entries]
     if any(weighted) and not all(weighted):
         number = weighted.index(False) + 1
@@ -217,7 +243,7 @@ def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
 def _check_entry(where: str, entry: object) -> None:
     if not isinstance(entry, dict):
         raise UserError(f"{where} is {described(entry)}, not an object")
-    known = [field.name for field in fields(DataSource)]
+    known = [field.name for field in fields(DataSource) if field.name != "allow_outside_paths"]
     for key, value in entry.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, 1, 0.5)
@@ -245,9 +271,27 @@ def _check_value(where: str, key: str, value: object) -> None:
         raise UserError(f"{where}: {key!r} is {json.dumps(value)}; it must be {expected}")
 
 
+def _check_places(file: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """No entry leads out of the folder that the file is in."""
+    folder = file.parent.absolute()
+    outside = [
+        f"entry {number}: {key!r} is {value}"
+        for number, entry in enumerate(entries, 1)
+        for key in _PATH_KEYS
+        if (value := entry.get(key)) is not None
+        # The name of a data set on the hub starts no path.
+        and not stays_inside(expand_home(value), folder, [folder])
+    ]
+    if outside:
+        title = (
+            f"--dataset_mix {file}: data sets outside of the file's own folder; put it into a folder above them, or "
+            "give --allow_outside_paths if you trust it and what they list:"
+        )
+        raise UserError(listing(title, outside, most=len(outside)))
+
+
 def _with_paths(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    paths = ("data_root", "dataset_file", "dataset_name")
-    values = {key: expand_home(value) if key in paths else value for key, value in entry.items()}
+    values = {key: expand_home(value) if key in _PATH_KEYS else value for key, value in entry.items()}
     if "data_root" in values:
         values["data_root"] = folder / values["data_root"]
     if "dataset_file" in values:

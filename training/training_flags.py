@@ -13,6 +13,8 @@ from flag_types import (
     positive_int,
     probability,
 )
+from hub_token import HubToken
+from tracking_flags import add_tracking_flags
 
 
 LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
@@ -323,26 +325,7 @@ def add_image_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_configuration_flags(group: argparse._ArgumentGroup, method: str) -> None:
-    group.add_argument(
-        "--report_to",
-        **choice(("tensorboard", "wandb", "comet_ml", "all", "none")),
-        default="tensorboard",
-        help="Where losses and validation videos are logged; all means every tracker that is installed. "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--tracker_name",
-        metavar="NAME",
-        default=f"cogvideox-{method}",
-        help="Project name in the tracker. (default: %(default)s)",
-    )
-    group.add_argument(
-        "--logging_dir",
-        metavar="FOLDER",
-        type=path,
-        default="logs",
-        help="Folder of the tracker's files, inside --output_dir. (default: %(default)s)",
-    )
+    add_tracking_flags(group, method)
     group.add_argument(
         "--logging_steps",
         metavar="N",
@@ -354,13 +337,15 @@ def add_configuration_flags(group: argparse._ArgumentGroup, method: str) -> None
     group.add_argument(
         "--push_to_hub",
         action="store_true",
-        help="Upload the result to the Hugging Face hub when training ends. (default: off)",
+        help="Upload the result to the Hugging Face hub when training ends; whether the token may do so is looked at "
+        "before it starts. (default: off)",
     )
     group.add_argument(
         "--hub_token",
         metavar="TOKEN",
-        help="Token for --push_to_hub; better to log in once with `hf auth login` than to leave it in your shell "
-        "history. (default: your login)",
+        type=HubToken,
+        help="Token for --push_to_hub. It is written nowhere here, but shells keep it in their history and launchers "
+        "show it when a run fails: better log in once with `hf auth login`, or set HF_TOKEN. (default: these)",
     )
     group.add_argument(
         "--hub_model_id",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -229,18 +230,31 @@ def test_two_nodes_prepare_one_data_set(submit, real, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_nodes_train_from_the_first_start_to_the_last(submit, real, tiny_models, tmp_path):
+def test_two_nodes_train_until_they_are_told_to_stop_and_go_on_from_there(submit, real, tiny_models, tmp_path):
     submit("prepare.sbatch", **real).communicate()
     settings = {"PYTHON": sys.executable, "MODEL_PATH": str(tiny_models("5b")), "DATA_ROOT": real["OUTPUT_DIR"]}
     settings |= {"OUTPUT_DIR": str(tmp_path / "run"), "ACCELERATE_CONFIG": "accelerate_configs/cpu.yaml"}
-    settings |= {"MIXED_PRECISION": "no", "MAX_TRAIN_STEPS": "2"}
+    settings |= {"MIXED_PRECISION": "no"}
     (tmp_path / "run").mkdir()
     flags = ("--train_batch_size", "1", "--report_to", "none")
-    for steps, said in (("2", "steps 1 to 2 on 2 x cpu"), ("3", "steps 3 to 3 on 2 x cpu")):
-        job = submit("train.sbatch", *flags, **settings | {"MAX_TRAIN_STEPS": steps})
-        output, _ = job.communicate()
-        assert job.returncode == 0, output
-        assert said in output
-        # As when time ran out before the run was finished: the result is not there yet.
-        (tmp_path / "run" / "pytorch_lora_weights.safetensors").unlink()
-    assert not (tmp_path / "notes" / "scontrol").exists()
+    job = submit("train.sbatch", *flags, **settings | {"MAX_TRAIN_STEPS": "100000"})
+    output = ""
+    while not re.search(r"Training:.* [1-9]\d*/100000 ", output):
+        line = job.stdout.readline()  # tqdm's too: they end with a carriage return
+        assert line, output
+        output += line
+    for process in (tmp_path / "notes" / "tasks").read_text().split():
+        os.kill(int(process), signal.SIGUSR1)
+    output += job.communicate()[0]
+    assert job.returncode == 75, output
+    assert "steps 1 to 100000 on 2 x cpu" in output
+    assert (tmp_path / "notes" / "scontrol").read_text() == "requeue 31007\n"
+
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    done = int(checkpoint.name.removeprefix("checkpoint-"))
+    job = submit("train.sbatch", *flags, **settings | {"MAX_TRAIN_STEPS": str(done + 1)})
+    output, _ = job.communicate()
+    assert job.returncode == 0, output
+    assert f"steps {done + 1} to {done + 1} on 2 x cpu" in output
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "notes" / "scontrol").read_text() == "requeue 31007\n"

@@ -60,7 +60,7 @@ tables: $(INSTALLED)
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	for script in *.sh assets/*.sh .ci/run; do bash -n "$$script" || exit 1; done
+	for script in *.sh assets/*.sh assets/slurm/*.sbatch .ci/run; do bash -n "$$script" || exit 1; done
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .

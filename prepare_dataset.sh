@@ -31,10 +31,17 @@ MAX_NUM_FRAMES="${MAX_NUM_FRAMES:-49}"
 DTYPE="${DTYPE:-bf16}"
 BATCH_SIZE="${BATCH_SIZE:-1}"
 NUM_WORKERS="${NUM_WORKERS:-2}"
+
+# GPUs of each machine. Several machines: run this on each, with its own MACHINE_RANK (from 0) and the address of
+# machine 0 as MAIN_PROCESS_IP; OUTPUT_DIR must be a folder that they share.
 NUM_GPUS="${NUM_GPUS:-1}"
+NUM_MACHINES="${NUM_MACHINES:-1}"
 
 launcher=(python)
-if ((NUM_GPUS > 1)); then
+if ((NUM_MACHINES > 1)); then
+  launcher=(torchrun --nnodes "$NUM_MACHINES" --node_rank "${MACHINE_RANK:?}" --nproc_per_node "$NUM_GPUS")
+  launcher+=(--master_addr "${MAIN_PROCESS_IP:?}" --master_port "${MAIN_PROCESS_PORT:-29500}")
+elif ((NUM_GPUS > 1)); then
   launcher=(torchrun --standalone "--nproc_per_node=$NUM_GPUS")
 fi
 # shellcheck disable=SC2206 # the bucket lists are meant to split at spaces

@@ -15,7 +15,8 @@ DATA_ROOT="${DATA_ROOT:-prepared}"
 LOAD_TENSORS="${LOAD_TENSORS:-true}"
 OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"
 
-# How to launch. More GPUs: accelerate_configs/ddp.yaml.
+# How to launch. More GPUs: accelerate_configs/ddp.yaml; assets/distributed.md has the other ways, and what several
+# machines need: MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT. NUM_PROCESSES overrides the config's.
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-$root/accelerate_configs/single_gpu.yaml}"
 CPU_THREADS="${CPU_THREADS:-2}"
 MIXED_PRECISION="${MIXED_PRECISION:-bf16}"
@@ -65,6 +66,9 @@ for learning_rate in $LEARNING_RATES; do
         # shellcheck disable=SC2206 # the optimizer's flags are meant to split at spaces
         command=(
           accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_process "$CPU_THREADS"
+          ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} ${MACHINE_RANK:+--machine_rank "$MACHINE_RANK"}
+          ${MAIN_PROCESS_IP:+--main_process_ip "$MAIN_PROCESS_IP"}
+          ${MAIN_PROCESS_PORT:+--main_process_port "$MAIN_PROCESS_PORT"}
           "$root/training/cogvideox_image_to_video_sft.py"
           --pretrained_model_name_or_path "$MODEL_PATH"
           --data_root "$DATA_ROOT"

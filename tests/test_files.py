@@ -1,7 +1,9 @@
+import os
+
 import pytest
 
 from errors import UserError
-from files import replace_folder, written_whole
+from files import refresh_names, replace_folder, written_whole
 
 
 def test_a_file_appears_only_when_its_block_has_succeeded(tmp_path):
@@ -21,6 +23,27 @@ def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path):
         raise RuntimeError
     assert target.read_text() == "earlier"
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_writers_of_one_file_on_several_machines_do_not_meet(tmp_path):
+    """Whose numbers of process and thread are equal."""
+    target = tmp_path / "file.txt"
+    with written_whole(target) as one, written_whole(target) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert target.read_text() == "one"  # the last to finish
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_names_are_refreshed_by_a_change_to_every_folder_that_leaves_nothing(tmp_path):
+    folders = [tmp_path, tmp_path / "latents", tmp_path / "latents" / "below"]
+    folders[-1].mkdir(parents=True)
+    (tmp_path / "latents" / "shard").touch()
+    for folder in folders:
+        os.utime(folder, (1, 1))
+    refresh_names(tmp_path)
+    assert all(folder.stat().st_mtime > 1 for folder in folders)
+    assert {path.name for path in tmp_path.rglob("*")} == {"latents", "below", "shard"}
 
 
 def test_the_partial_file_keeps_the_suffix_that_writers_choose_a_format_by(tmp_path):

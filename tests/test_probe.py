@@ -370,6 +370,20 @@ def test_each_rank_begins_at_its_own_part_of_the_list(tmp_path, monkeypatch):
         assert cache.looked_up == paths[first:] + paths[:first]
 
 
+def test_the_ranks_of_each_machine_are_spread_over_the_list_as_well_as_all_together(tmp_path, monkeypatch):
+    """For a machine may have a cache of its own."""
+    paths = [still_image(tmp_path / f"{number}.png", number) for number in range(4)]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    firsts = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        cache = RecordingCache(tmp_path / f"cache of machine {rank // 2}")
+        probe_files(paths, cache, num_threads=1)
+        firsts.append(paths.index(cache.looked_up[0]))
+    assert firsts == [0, 2, 1, 3]
+
+
 @pytest.mark.parametrize(
     ("rank", "count", "shown"), [(None, 50, True), ("0", 50, True), ("0", 49, False), ("1", 50, False)]
 )

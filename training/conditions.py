@@ -51,7 +51,7 @@ def encode_conditions(recipe: Recipe) -> Conditions:
         texts.append("")
     prompts.embed(texts, accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes)
     free_memory()
-    accelerator.wait_for_everyone()
+    recipe.agreement.wait()  # one rank may fetch the text encoder and embed for long, while others have nothing to do
     if args.caption_dropout and empty_prompt is None:
         empty_prompt = prompts.load("")
     vae = None if isinstance(data, PreparedData) else recipe.load_vae(accelerator.device)

@@ -1,8 +1,8 @@
 """Write files and folders so that they exist whole or not at all."""
 
 import os
+import secrets
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +22,8 @@ def written_whole(path: Path, staging: Path | None = None) -> Iterator[Path]:
         UserError: it cannot be written: the disk is full, or not ours to write to.
     """
     folder = staging or path.parent
-    partial = folder / f".{os.getpid()}-{threading.get_ident()}.partial.{path.name}"
+    # Random, because processes on other machines, which may write the same file, can have the same numbers.
+    partial = folder / f".{secrets.token_hex(8)}.partial.{path.name}"
     try:
         for needed in (path.parent, folder):
             needed.mkdir(parents=True, exist_ok=True)
@@ -69,3 +70,16 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refresh_names(folder: Path) -> None:
+    """Have this machine ask the file server which files are in a folder and in those below it.
+
+    A client of NFS remembers for up to a minute which names a folder has, and which it lacks, unless it changes the
+    folder itself; so this does.
+    """
+    for below in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        with suppress(FileNotFoundError):  # another process has removed it
+            name = below / f".{secrets.token_hex(8)}.refresh"
+            name.touch()
+            name.unlink()

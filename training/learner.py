@@ -52,6 +52,7 @@ def make_learner(recipe: Recipe, total_steps: int) -> Learner:
     args, accelerator = recipe.args, recipe.accelerator
     set_seed(recipe.state.seed)  # the adapters' initial weights
     transformer = load_transformer(recipe)
+    recipe.agreement.wait()  # machines download and read at their own pace; what follows is timed
     trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer, lr_scheduler = build_optimizer(
         args,

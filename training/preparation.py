@@ -1,7 +1,8 @@
 """The recipe of prepare_dataset.py: clips and captions to latent moments and prompt embeddings on disk.
 
-The ranks of a launch share nothing but the output folder. Each does its part of the batches, and whichever finds
-everything finished writes the index: no rank waits for another, so no slow one can run into a time-out.
+The ranks of a launch share nothing but the output folder; those on several machines meet once, at the start, to find
+out whether they do, and see the same clips. Each does its part of the batches, and whichever finds everything finished
+writes the index: no rank waits for another, so no slow one can run into a time-out.
 """
 
 import argparse
@@ -27,11 +28,12 @@ from clips import BadClip, PlannedClip
 from dataset import Batch, ClipDataset, make_loader
 from diffusion import image_noise_scales, step_generator
 from errors import UserError, listing
-from files import written_whole
+from files import refresh_names, written_whole
 from fingerprints import fingerprint_encoders
 from flag_checks import PREPARED_FLAGS
 from hub_token import log_without_tokens
 from layouts import FileLayout, Sample, ShardLayout
+from machines import check_preparation
 from models import DTYPES, ModelConfigs, ModelSource, encode_noised_image, encode_prompts, encode_videos
 from plan import RawData, describe, report_skipped
 from prepared import (
@@ -42,7 +44,7 @@ from prepared import (
     write_empty_prompt,
     write_settings,
 )
-from ranks import launch_rank, launch_size, local_rank
+from ranks import launch_rank, launch_size, local_rank, num_machines
 
 
 logger = logging.getLogger(__name__)
@@ -76,11 +78,12 @@ def prepare(args: argparse.Namespace, data: RawData) -> None:
     configs = source.configs()
     if rank.index == 0:
         log_plan(args, data, source, configs, rank.count)
+    folder = Path(args.output_dir)
+    samples = [name_sample(planned, args) for planned in data.clips]
+    check_preparation(args, folder, source.fingerprint(), (sample.name + sample.caption_key for sample in samples))
     if args.save_latents_and_embeddings:
         source.download_encoders()
-    folder = Path(args.output_dir)
     settings = claim_folder(folder, settings_of(args, source))
-    samples = [name_sample(planned, args) for planned in data.clips]
     layout = make_layout(args, folder, samples, configs)
 
     if args.save_latents_and_embeddings:
@@ -262,6 +265,8 @@ def finish(
     Raises:
         UserError: clips did not decode, and --on_bad_clip is error.
     """
+    if num_machines() > 1:
+        refresh_names(layout.folder)  # what the last rank on another machine wrote a moment ago must be seen
     broken = BrokenClips(layout.folder).read()
     missing = {sample.name for sample in layout.missing(broken.keys())}
     num_elsewhere = len(missing - broken.keys())

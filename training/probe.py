@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from file_cache import FileCache, file_state
 from media import decode, open_video, packets_of, quarter_turns, read_still_image, reason_of, video_stream
-from ranks import launch_rank, launch_size
+from ranks import launch_rank, launch_size, local_size, machine_rank, num_machines
 
 
 # Where one packet is one frame. Elsewhere (VP8's hidden frames, packed B-frames in AVI) only decoding can count.
@@ -214,7 +214,8 @@ def probe_files(
         path -> info, or the reason why the file cannot be used; in the order in which the paths first appear.
     """
     order = list(dict.fromkeys(paths))
-    begin = len(order) * launch_rank() // launch_size()
+    # Evenly spread over the ranks of each machine as well as over all: the cache may be a machine's own, or shared.
+    begin = len(order) * (launch_rank() % local_size() * num_machines() + machine_rank()) // launch_size()
     remaining = iter([*order[begin:], *order[:begin]])  # shared: each thread takes the next one
     results: dict[Path, VideoInfo | str] = {}
     shown = launch_rank() == 0 and len(order) >= _PROGRESS_BAR_FROM

@@ -45,7 +45,7 @@ class StepLog:
         self.has_norm = True
         self.speeds: list[Speed] = []  # of each interval
         self.bar = tqdm(
-            total=total_steps, initial=first_step, desc="Training", disable=not accelerator.is_local_main_process
+            total=total_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process
         )
 
     def add(

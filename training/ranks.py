@@ -19,3 +19,18 @@ def launch_size() -> int:
 def local_rank() -> int:
     """Number of this process on its machine, from 0: that of its GPU."""
     return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def local_size() -> int:
+    """How many of the processes are on this machine; all of them where nothing says otherwise."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or launch_size())
+
+
+def num_machines() -> int:
+    """How many machines there are, each with as many processes."""
+    return launch_size() // local_size()
+
+
+def machine_rank() -> int:
+    """Number of this machine, from 0."""
+    return launch_rank() // local_size()

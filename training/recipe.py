@@ -18,6 +18,7 @@ from dataset import check_prepared
 from errors import UserError
 from fingerprints import fingerprint_encoders
 from launch import choose_seed, start_accelerator
+from machines import check_training
 from memory_accounting import checkpoint_bytes
 from memory_facts import model_facts
 from memory_settings import read_settings
@@ -102,6 +103,7 @@ def check_recipe(args: argparse.Namespace, data: TrainingData, task: Task, metho
         check_prepared(data.clips, configs)
     accelerator = start_accelerator(args)
     agreement = Agreement()
+    check_training(agreement, args, data, f"{source.fingerprint()} {configs.kind}")
     check_start(args, accelerator, configs)
     describe_data(args, accelerator, data, source, configs)
     resumed = agreement.from_main(lambda: find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir)))

@@ -23,7 +23,7 @@ from checkpoints import load_checkpoint
 from clips import PlannedClip
 from dataset import make_loader
 from errors import UserError, listing
-from files import nearest_folder
+from files import nearest_folder, written_whole
 from plan import TrainingData
 from prepared import PreparedClip
 from ranks import launch_rank, launch_size
@@ -144,9 +144,9 @@ def trial_flags(
         prompts = ["a trial"]
         asked_for = {"max_num_frames": size.num_frames, "height": size.height, "width": size.width}
         if task.with_images:
-            folder.mkdir(parents=True, exist_ok=True)
             images = [str(folder / "start.png")]
-            Image.new("RGB", (size.width, size.height), "gray").save(images[0])
+            with written_whole(Path(images[0])) as partial:  # by every rank, while others read it
+                Image.new("RGB", (size.width, size.height), "gray").save(partial)
     changed = asked_for | {
         "output_dir": str(folder),
         "resume_from_checkpoint": None,

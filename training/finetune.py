@@ -105,11 +105,12 @@ def train(args: argparse.Namespace, run: Run, next_step: Callable[[], None] = la
             batches = list(islice(run.batches, schedule.batches_before(step + 1) - schedule.batches_before(step)))
         sizes = [len(batch.names) for batch in batches]
         parts = timestep_parts(args, run, step, sizes)
-        # A LoRA's dropout draws from the global generator: what it draws must not depend on what happened before.
-        seed_global(accelerator.device, derive_seed(seed, step, accelerator.process_index))
+        # A LoRA's dropout draws from the global generator: what it draws must not depend on what happened before, and
+        # be the same where ranks have copies of the same text.
+        seed_global(accelerator.device, derive_seed(seed, step, run.data_rank))
         step_loss = torch.zeros((), device=accelerator.device)
         # accelerate divides by the accumulation steps, and processes average: together, the mean over all samples.
-        scale = args.gradient_accumulation_steps * accelerator.num_processes / run.samples_in(step)
+        scale = args.gradient_accumulation_steps * run.num_data_ranks / run.samples_in(step)
         for number, batch in enumerate(batches):
             generators = sample_generators(accelerator.device, seed, batch.draws)
             # Ranks exchange gradients once a step, with its last batch.
@@ -162,7 +163,6 @@ def timestep_parts(args: argparse.Namespace, run: Run, step: int, sizes: list[in
     """Which part of the timesteps' distribution each sample of each batch takes; None for all of it."""
     if not args.stratified_timesteps:
         return [None] * len(sizes)
-    ranks = run.accelerator.num_processes
     samples_per_rank = args.train_batch_size * args.gradient_accumulation_steps
-    parts = share_out(run.state.seed, step, run.accelerator.process_index, ranks, samples_per_rank)
+    parts = share_out(run.state.seed, step, run.data_rank, run.num_data_ranks, samples_per_rank)
     return list(parts[: sum(sizes)].split(sizes))

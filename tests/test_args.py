@@ -127,6 +127,7 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
     "compile": False,
     "attention_backend": None,
     "validation_attention_backend": None,
+    "context_parallel_size": 1,
     "profile": False,
     "push_to_hub": False,
     "hub_token": None,

@@ -2,7 +2,15 @@
 
 import pytest
 
-from ranks import launch_rank, launch_size, local_rank, local_size, machine_rank, num_machines
+from ranks import (
+    launch_parallelism,
+    launch_rank,
+    launch_size,
+    local_rank,
+    local_size,
+    machine_rank,
+    num_machines,
+)
 
 
 def test_a_launched_process_knows_its_place(monkeypatch):
@@ -23,3 +31,11 @@ def test_a_process_of_its_own_is_the_only_one(monkeypatch, value):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     assert (launch_rank(), launch_size(), local_rank()) == (0, 1, 0)
+
+
+def test_a_launch_without_a_parallelism_config_divides_nothing(monkeypatch):
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "4")
+    assert launch_parallelism() == {}
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    sizes = {"dp_replicate_size": 1, "dp_shard_size": 1, "tp_size": 1, "cp_size": 4, "sp_size": 1}
+    assert launch_parallelism() == sizes

@@ -58,3 +58,67 @@ def test_what_moves_within_blocks_is_not_compiled(flags, capsys, others, reason)
     assert line.startswith("error: --compile: ")
     assert reason in line
     assert parse(*flags, "--compile", "--gradient_checkpointing").compile
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """Stand for one of so many processes, launched with a parallelism_config or without."""
+
+    def launch(num_processes: int, **sizes: int) -> None:
+        monkeypatch.setenv("WORLD_SIZE", str(num_processes))
+        for name, size in sizes.items():
+            monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+            monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", str(size))
+
+    return launch
+
+
+def test_samples_are_divided_as_the_flag_or_the_launch_says(flags, launch):
+    assert parse(*flags).context_parallel_size == 1
+    launch(8)
+    assert parse(*flags).context_parallel_size == 1
+    assert parse(*flags, "--context_parallel_size", "4").context_parallel_size == 4
+    launch(8, dp_shard_size=8)
+    assert parse(*flags, "--context_parallel_size", "2").context_parallel_size == 2
+    launch(8, dp_shard_size=2, cp_size=4)
+    assert parse(*flags).context_parallel_size == 4
+    assert parse(*flags, "--context_parallel_size", "4").context_parallel_size == 4
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "sizes", "others", "expected"),
+    [
+        (
+            1,
+            {},
+            ["--context_parallel_size", "2"],
+            "size 2: 1 process cannot be divided into groups of 2; ",
+        ),
+        (6, {}, ["--context_parallel_size", "4"], "size 4: 6 processes cannot be divided into groups of 4; "),
+        (
+            4,
+            {"cp_size": 4},
+            ["--context_parallel_size", "2"],
+            "size 2: parallelism_config_cp_size in the ac",
+        ),
+        (4, {"cp_size": 4, "dp_shard_size": 2}, [], "dp_shard_size 2 x cp_size 4) than the 4 launched; set dp_shard_"),
+        (4, {"tp_size": 4}, [], "parallelism_config_tp_size: not supported; use parallelism_config_cp_size"),
+        (4, {"sp_size": 4}, [], "parallelism_config_sp_size: not supported; use parallelism_config_cp_size"),
+        (
+            4,
+            {"cp_size": 4, "cp_comm_strategy": "alltoall"},
+            [],
+            "strategy alltoall: not supported; set it to all",
+        ),
+        (2, {}, ["--context_parallel_size", "2", "--compile"], "--compile: blocks that gather keys"),
+        (
+            2,
+            {},
+            ["--context_parallel_size", "2", "--memory_budget_gb", "24"],
+            "--memory_budget_gb: calculates for",
+        ),
+    ],
+)
+def test_samples_that_cannot_be_divided_are_refused(flags, launch, capsys, num_processes, sizes, others, expected):
+    launch(num_processes, **sizes)
+    assert expected in error_of(capsys, *flags, *others)

@@ -28,8 +28,16 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-def make_throughput(num_processes: int = 1) -> Throughput:
-    return Throughput(COGVIDEOX_5B, CPU, num_processes, torch.bfloat16, trains_all=False, checkpoint_scope="block")
+def make_throughput(num_ranks: int = 1, devices_per_sample: int = 1) -> Throughput:
+    return Throughput(
+        COGVIDEOX_5B,
+        CPU,
+        num_ranks,
+        torch.bfloat16,
+        trains_all=False,
+        checkpoint_scope="block",
+        devices_per_sample=devices_per_sample,
+    )
 
 
 def do_step(throughput: Throughput, clock: Clock, samples: int = 1) -> None:
@@ -73,12 +81,21 @@ def test_what_happens_between_two_reads_is_no_part_of_a_step(clock):
 
 
 def test_samples_count_on_all_devices_and_arithmetic_on_one(clock):
-    one, four = make_throughput(), make_throughput(num_processes=4)
+    one, four = make_throughput(), make_throughput(num_ranks=4)
     for throughput in (one, four):
         do_step(throughput, clock)
     one, four = (throughput.read(1) for throughput in (one, four))
     assert (four.samples, four.tokens) == (4 * one.samples, 4 * one.tokens)
     assert four.tflops == one.tflops
+
+
+def test_devices_that_divide_a_sample_share_its_arithmetic(clock):
+    alone, divided = make_throughput(), make_throughput(devices_per_sample=4)
+    for throughput in (alone, divided):
+        do_step(throughput, clock)
+    alone, divided = (throughput.read(1) for throughput in (alone, divided))
+    assert (divided.samples, divided.tokens) == (alone.samples, alone.tokens)
+    assert divided.tflops == alone.tflops / 4
 
 
 def test_the_share_of_the_peak_shows_where_the_peak_is_known(clock):

@@ -30,7 +30,7 @@ from memory_flags import add_memory_flags, check_memory
 from optimizer_flags import add_optimizer_flags, add_optimizer_memory_flags, check_low_bit, check_optimizer
 from preparation_flags import add_prepare_flags, add_prepare_speed_flags
 from ranks import launch_rank
-from speed_flags import add_speed_flags, check_speed
+from speed_flags import add_speed_flags, check_context_parallel, check_speed
 from tracking_flags import check_tracker
 from training_flags import (
     add_configuration_flags,
@@ -86,6 +86,7 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
         check_optimizer(args, given)
         check_memory(args, given, method)
         check_speed(args)
+        check_context_parallel(args)
         check_objective(given, args.timestep_sampling, args.use_ema)
         if method == "lora":
             check_lora(args)

@@ -17,6 +17,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
 
+from context_parallel import ContextParallel
 from errors import UserError
 
 
@@ -38,13 +39,15 @@ class DispatchedAttention:
 
     Args:
         backend: a key of `BACKENDS`.
+        context: brings the keys and values of the other ranks, where they divide the tokens.
 
     Source: `diffusers.models.attention_processor.CogVideoXAttnProcessor2_0`. On native it gives the same, on a CPU
     bit for bit, gradients included.
     """
 
-    def __init__(self, backend: str):
+    def __init__(self, backend: str, context: ContextParallel | None = None):
         self.backend = BACKENDS[backend]
+        self.context = context
         self._rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # the last cos, and what was made of it
 
     def __call__(
@@ -79,8 +82,10 @@ class DispatchedAttention:
             query, key = (self._rotate(states, image_rotary_emb, text_length) for states in (query, key))
         # Autocast computes the norms in float32 and leaves it to torch's own attention to round again.
         query, key = query.to(value.dtype), key.to(value.dtype)
-        by_token = (states.transpose(1, 2) for states in (query, key, value))
-        attended = dispatch_attention_fn(*by_token, attention_mask, backend=self.backend).flatten(2)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        if self.context is not None:
+            key, value = self.context.gather_keys(key, value, text_length)
+        attended = dispatch_attention_fn(query, key, value, attention_mask, backend=self.backend).flatten(2)
         output = attn.to_out[1](attn.to_out[0](attended))
         return output[:, text_length:], output[:, :text_length]
 
@@ -106,10 +111,15 @@ class DispatchedAttention:
         return self._rotation[1]
 
 
-def set_attention(transformer: CogVideoXTransformer3DModel, backend: str | None) -> None:
-    """Let a backend compute the attention of all blocks; None leaves the library's own processor where it is."""
-    if backend is not None:
-        transformer.set_attn_processor(DispatchedAttention(backend))
+def set_attention(
+    transformer: CogVideoXTransformer3DModel, backend: str | None, context: ContextParallel | None = None
+) -> None:
+    """Let a backend compute the attention of all blocks; None leaves the library's own processor where it is.
+
+    With a context, which divides the transformer's tokens, None stands for native.
+    """
+    if backend is not None or context is not None:
+        transformer.set_attn_processor(DispatchedAttention(backend or "native", context))
 
 
 @contextmanager

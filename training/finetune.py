@@ -148,10 +148,11 @@ def accumulate_gradients(
     with phase("data"):
         batches = list(islice(run.batches, run.batches_in(step)))
     parts = timestep_parts(args, run, step, [len(batch.names) for batch in batches])
-    # A LoRA's dropout draws from the global generator: what it draws must not depend on what happened before.
-    seed_global(accelerator.device, derive_seed(seed, step, accelerator.process_index))
+    # A LoRA's dropout draws from the global generator: what it draws must not depend on what happened before, and be
+    # the same where ranks have copies of the same text.
+    seed_global(accelerator.device, derive_seed(seed, step, run.data_rank))
     # Processes average: together, the mean over all samples.
-    share = accelerator.num_processes / run.samples_in(step)
+    share = run.num_data_ranks / run.samples_in(step)
     step_loss = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(batches):
         generators = sample_generators(accelerator.device, seed, batch.draws)
@@ -198,7 +199,6 @@ def timestep_parts(args: argparse.Namespace, run: Run, step: int, sizes: list[in
     """Which part of the timesteps' distribution each sample of each batch takes; None for all of it."""
     if not args.stratified_timesteps:
         return [None] * len(sizes)
-    ranks = run.accelerator.num_processes
     samples_per_rank = args.train_batch_size * args.gradient_accumulation_steps
-    parts = share_out(run.state.seed, step, run.accelerator.process_index, ranks, samples_per_rank)
+    parts = share_out(run.state.seed, step, run.data_rank, run.num_data_ranks, samples_per_rank)
     return list(parts[: sum(sizes)].split(sizes))

@@ -103,6 +103,7 @@ class StepGuard:
         return math.log(loss) > fmean(self._logs) + _SPIKE * max(pstdev(self._logs), 0.1)
 
     def _clips_of(self, step: Step) -> str:
-        names = [name for of_rank in self.agreement.gather(list(step.names)) for name in of_rank]
+        gathered = self.agreement.gather(list(step.names))
+        names = list(dict.fromkeys(name for of_rank in gathered for name in of_rank))  # ranks may share clips
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         return ", ".join(names[:_MOST_NAMES]) + more

@@ -57,7 +57,7 @@ def make_learner(recipe: Recipe, total_steps: int) -> Learner:
     optimizer, lr_scheduler = build_optimizer(
         args,
         trainable,
-        learning_rate_of(args, accelerator.num_processes),
+        learning_rate_of(args, recipe.num_data_ranks),
         total_steps,
         has_scaler=recipe.dtype == torch.float16,
     )
@@ -93,7 +93,9 @@ def load_transformer(recipe: Recipe) -> CogVideoXTransformer3DModel:
         stream_blocks(transformer, accelerator.device, store)
     elif args.gradient_checkpointing:
         checkpoint_activations(transformer, args.checkpoint_scope, args.checkpoint_every, store)
-    set_attention(transformer, args.attention_backend)
+    set_attention(transformer, args.attention_backend, recipe.context)
+    if recipe.context is not None:
+        recipe.context.divide(transformer)
     if args.compile:
         compile_blocks(transformer, num_sizes=len(recipe.sizes))
         logger.info("the blocks are compiled when they are first used: a minute or so for each size of clips")
@@ -105,7 +107,7 @@ def resume(recipe: Recipe, learner: Learner) -> None:
     load_checkpoint(recipe.accelerator, recipe.resumed)
     before = learner.lr_scheduler.base_lrs[0]
     is_given = "learning_rate" in recipe.args.given or recipe.args.scale_lr
-    rate = learning_rate_of(recipe.args, recipe.accelerator.num_processes) if is_given else before
+    rate = learning_rate_of(recipe.args, recipe.num_data_ranks) if is_given else before
     if rate != before:
         logger.info("--learning_rate: the run goes on at a base rate of %g, after %g", rate, before)
     apply_learning_rate(learner.optimizer, learner.lr_scheduler, rate)
@@ -115,9 +117,9 @@ def resume(recipe: Recipe, learner: Learner) -> None:
     logger.info("resumed from %s at learning rate %g", recipe.resumed, learner.lr_scheduler.get_last_lr()[0])
 
 
-def learning_rate_of(args: argparse.Namespace, num_processes: int) -> float:
+def learning_rate_of(args: argparse.Namespace, num_data_ranks: int) -> float:
     """The learning rate given, scaled to the samples in a step if that was asked for."""
-    scale = args.gradient_accumulation_steps * args.train_batch_size * num_processes if args.scale_lr else 1
+    scale = args.gradient_accumulation_steps * args.train_batch_size * num_data_ranks if args.scale_lr else 1
     return args.learning_rate * scale
 
 

@@ -16,6 +16,17 @@ def launch_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def launch_parallelism() -> dict[str, int]:
+    """What `parallelism_config` in accelerate's YAML divides and among how many: `cp_size` and the like, by name.
+
+    Empty where it has none. Source: `accelerate.parallelism_config.ParallelismConfig`, which reads the same variables.
+    """
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return {}
+    sizes = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size")
+    return {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}") or 1) for name in sizes}
+
+
 def local_rank() -> int:
     """Number of this process on its machine, from 0: that of its GPU."""
     return int(os.environ.get("LOCAL_RANK") or 0)

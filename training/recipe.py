@@ -2,7 +2,9 @@
 
 import argparse
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from attention import check_attention
 from buckets import Bucket
 from checkpoints import TrainerState, check_space, find_checkpoint, read_state
 from compilation import check_compiler
+from context_parallel import ContextParallel, start_context_parallel
 from dataset import check_prepared
 from errors import UserError
 from fingerprints import fingerprint_encoders
@@ -56,6 +59,21 @@ class Recipe:
     resumed: Path | None  # the checkpoint to go on from
     state: TrainerState  # where the loop starts: at step 0, or where the checkpoint is
     checkpoint_bytes: int  # that a checkpoint takes, or a little more
+    context: ContextParallel | None = None  # divides each sample among ranks
+
+    @property
+    def data_rank(self) -> int:
+        """This process's number among those with data of their own: ranks that divide a sample count as one."""
+        return self.accelerator.process_index // self.args.context_parallel_size
+
+    @property
+    def num_data_ranks(self) -> int:
+        """How many ranks have data of their own."""
+        return self.accelerator.num_processes // self.args.context_parallel_size
+
+    def undivided(self) -> AbstractContextManager[None]:
+        """Lets each rank compute whole samples by itself meanwhile."""
+        return nullcontext() if self.context is None else self.context.off()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,12 +133,15 @@ def check_recipe(args: argparse.Namespace, data: TrainingData, task: Task, metho
         is_chosen = args.memory_budget_gb or args.auto_fit
         memory = asdict(read_settings(args)) if is_chosen else {}
         seed = agreement.from_main(lambda: choose_seed(args.seed))
-        start = ScheduleStart(accelerator.num_processes, args.gradient_accumulation_steps)
+        start = ScheduleStart(
+            accelerator.num_processes // args.context_parallel_size, args.gradient_accumulation_steps
+        )
         state = TrainerState(0, seed, settings, memory, start)
     num_bytes = checkpoint_bytes(model_facts(configs, method), read_settings(args))
     agreement.from_main(lambda: check_space(Path(args.output_dir), num_bytes, "a checkpoint"))
+    context = start_context_parallel(args.context_parallel_size, timedelta(seconds=args.nccl_timeout))
     return Recipe(
-        args, data, task, method, source, configs, accelerator, agreement, resumed, state, checkpoint_bytes=num_bytes
+        args, data, task, method, source, configs, accelerator, agreement, resumed, state, num_bytes, context
     )
 
 
@@ -203,7 +224,7 @@ def describe_data(
             source,
             configs,
             batch_size=args.train_batch_size,
-            num_ranks=accelerator.num_processes,
+            num_ranks=accelerator.num_processes // args.context_parallel_size,
             reshape_mode=args.video_reshape_mode,
         )
         logger.info("%s", plan)

@@ -44,6 +44,8 @@ class Run:
     accelerator: Accelerator
     agreement: Agreement
     output_dir: Path
+    data_rank: int  # this process's number among those with data of their own
+    num_data_ranks: int  # how many of these there are
     state: TrainerState  # at the start of the loop: resumed, or step 0
     total_steps: int
     schedule: StepSchedule
@@ -101,6 +103,8 @@ def set_up(recipe: Recipe) -> Run:
         accelerator=accelerator,
         agreement=recipe.agreement,
         output_dir=recipe.output_dir,
+        data_rank=recipe.data_rank,
+        num_data_ranks=recipe.num_data_ranks,
         state=state,
         total_steps=total_steps,
         schedule=schedule,
@@ -122,7 +126,7 @@ def start_schedule(recipe: Recipe) -> ScheduleStart:
     """From where on the steps are counted: as before or, where the run goes on with another number of ranks or of
     batches in a step, from the checkpoint on."""
     before = recipe.state.schedule
-    num_ranks, accumulation = recipe.accelerator.num_processes, recipe.args.gradient_accumulation_steps
+    num_ranks, accumulation = recipe.num_data_ranks, recipe.args.gradient_accumulation_steps
     if (before.num_ranks, before.accumulation) == (num_ranks, accumulation):
         return before
     logger.warning(
@@ -144,7 +148,7 @@ def make_sampler(recipe: Recipe, start: ScheduleStart) -> tuple[BucketBatchSampl
         recipe.args.train_batch_size,
         seed=recipe.state.seed,
         repeats=recipe.data.repeats,
-        rank=recipe.accelerator.process_index % start.num_ranks,  # there were fewer, maybe
+        rank=recipe.data_rank % start.num_ranks,  # there were fewer, maybe
         world_size=start.num_ranks,
         first_epoch=start.epoch,
         seen_batches=start.seen_batches,
@@ -158,11 +162,12 @@ def make_throughput(recipe: Recipe) -> Throughput:
     return Throughput(
         recipe.configs.transformer,
         accelerator.device,
-        accelerator.num_processes,
+        recipe.num_data_ranks,
         recipe.dtype,
         trains_all=isinstance(recipe.method, FullFinetune),
         checkpoint_scope=args.checkpoint_scope if args.gradient_checkpointing else None,
         checkpoint_every=args.checkpoint_every,
+        devices_per_sample=args.context_parallel_size,
     )
 
 
@@ -199,7 +204,7 @@ def make_validation(
 
     def run_validation(step: int) -> list[str]:
         failures = []
-        with learner.averaged():
+        with learner.averaged(), recipe.undivided():
             if conditions.held_out:
                 losses, failures = validation_losses(objective, conditions.held_out, recipe.accelerator, num_timesteps)
                 log_validation_losses(recipe.accelerator, losses, failures, step)
@@ -319,7 +324,7 @@ def describe_run(
     args, accelerator = recipe.args, recipe.accelerator
     total = transformer.num_parameters()  # weights in 4 bits share bytes
     trainable = transformer.num_parameters(only_trainable=True)
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * recipe.num_data_ranks
     logger.info("trainable parameters: %s of %s", f"{trainable:,}", f"{total:,}")
     logger.info(
         "%d samples, up to %d a step, %d steps an epoch; steps %d to %d on %d x %s, precision %s",
@@ -332,5 +337,7 @@ def describe_run(
         accelerator.device.type,
         accelerator.mixed_precision,
     )
+    if recipe.context is not None:
+        logger.info("%d ranks at a time divide the tokens of a sample", args.context_parallel_size)
     if padding:
         logger.info("%d batches come twice in each epoch, so that all ranks have as many", padding)

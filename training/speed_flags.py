@@ -1,9 +1,12 @@
 """The flags on speed, and which of them go together."""
 
 import argparse
+import math
+import os
 
 from errors import UserError
-from flag_types import choice
+from flag_types import choice, positive_int
+from ranks import launch_parallelism, launch_size
 
 
 # What users type; attention.py knows what diffusers calls them.
@@ -39,6 +42,14 @@ def add_speed_flags(group: argparse._ArgumentGroup) -> None:
         "it rounds to 8 bits and has no backward pass. (default: that of the training)",
     )
     group.add_argument(
+        "--context_parallel_size",
+        metavar="N",
+        type=positive_int,
+        help="Divide the tokens of each sample among N processes, for videos too long for one GPU: activations take "
+        "an N-th of the memory, and a step has an N-th of the samples. N has to divide the number of processes. "
+        "(default: parallelism_config_cp_size of the accelerate config, 1 without)",
+    )
+    group.add_argument(
         "--profile",
         action="store_true",
         help="Record what three of the first steps do on CPU and GPU, into the folder profile of --output_dir; the "
@@ -67,4 +78,49 @@ def check_speed(args: argparse.Namespace) -> None:
     if args.compile and args.stream_blocks:
         raise UserError(
             "--compile: blocks that come and go (--stream_blocks) cannot be compiled; leave one of them out"
+        )
+
+
+def check_context_parallel(args: argparse.Namespace) -> None:
+    """The processes can divide samples among them, and what else is asked for can be done on divided ones.
+
+    Settles `args.context_parallel_size`.
+
+    Raises:
+        UserError: they cannot, or the launch configuration is at odds with itself or with the flag.
+    """
+    configured, num_processes = launch_parallelism(), launch_size()
+    for name in ("tp_size", "sp_size"):
+        if configured.get(name, 1) > 1:
+            raise UserError(f"parallelism_config_{name}: not supported; use parallelism_config_cp_size")
+    strategy = os.environ.get("PARALLELISM_CONFIG_CP_COMM_STRATEGY", "allgather")
+    if configured and strategy != "allgather":
+        raise UserError(f"parallelism_config_cp_comm_strategy {strategy}: not supported; set it to allgather")
+    if math.prod(configured.values()) not in (1, num_processes):
+        sizes = " x ".join(f"{name} {size}" for name, size in configured.items() if size > 1)
+        raise UserError(
+            f"the accelerate config: its parallelism_config is for another number of processes ({sizes}) than the "
+            f"{num_processes} launched; set dp_shard_size x cp_size to num_processes"
+        )
+    flag, size = args.context_parallel_size, configured.get("cp_size", 1)
+    if flag is not None and size not in (1, flag):
+        raise UserError(
+            f"--context_parallel_size {flag}: parallelism_config_cp_size in the accelerate config is {size}; leave "
+            "the flag out, or launch with another config"
+        )
+    args.context_parallel_size = size = flag or size
+    if size == 1:
+        return
+    if num_processes % size:
+        raise UserError(
+            f"--context_parallel_size {size}: {num_processes} "
+            f"{'process' if num_processes == 1 else 'processes'} cannot be divided into groups of {size}; launch a "
+            f"multiple of {size} by --num_processes of accelerate launch"
+        )
+    if args.compile:
+        raise UserError("--compile: blocks that gather keys from other processes cannot be compiled; leave it out")
+    if args.memory_budget_gb:
+        raise UserError(
+            "--memory_budget_gb: calculates for whole samples, not for divided ones; leave it out, and give the "
+            "settings that you want"
         )

@@ -110,24 +110,27 @@ class Throughput:
     Args:
         config: the transformer's.
         device: that computes.
-        num_processes: that do the same.
+        num_ranks: that have as many samples of their own.
         trains_all, checkpoint_scope, checkpoint_every: as `count_flops` takes them.
         dtype: what the networks compute in; a percentage of the peak is known in half precision alone.
+        devices_per_sample: how many divide the tokens of a sample.
     """
 
     def __init__(
         self,
         config: Mapping[str, Any],
         device: torch.device,
-        num_processes: int,
+        num_ranks: int,
         dtype: torch.dtype,
         *,
         trains_all: bool,
         checkpoint_scope: str | None = None,
         checkpoint_every: int = 1,
+        devices_per_sample: int = 1,
     ):
         self.config = config
-        self.num_processes = num_processes
+        self.num_ranks = num_ranks
+        self.devices_per_sample = devices_per_sample
         self.settings = {
             "trains_all": trains_all,
             "checkpoint_scope": checkpoint_scope,
@@ -153,15 +156,15 @@ class Throughput:
         tokens = count_tokens(self.config, bucket)
         self.samples += samples
         self.tokens += samples * tokens
-        self.flops += samples * count_flops(self.config, tokens, **self.settings).total
+        self.flops += samples * count_flops(self.config, tokens, **self.settings).total / self.devices_per_sample
 
     def read(self, steps: int) -> Speed:
         """Say how fast the `steps` since the last call were, 1 at least; the device must have finished them."""
         speed = Speed(
             steps=steps,
             seconds=time.perf_counter() - self.start,
-            samples=self.samples * self.num_processes,
-            tokens=self.tokens * self.num_processes,
+            samples=self.samples * self.num_ranks,
+            tokens=self.tokens * self.num_ranks,
             phases=self.timer.read(),
             tflops=self.flops / 1e12,
             peak_tflops=self.peak,

@@ -58,3 +58,10 @@ def test_what_moves_within_blocks_is_not_compiled(flags, capsys, others, reason)
     assert line.startswith("error: --compile: ")
     assert reason in line
     assert parse(*flags, "--compile", "--gradient_checkpointing").compile
+
+
+def test_a_model_compiled_by_the_launch_configuration_is_refused(flags, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert "give the script --compile" in error_of(capsys, *flags)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as accelerate launch says it
+    assert parse(*flags).compile is False

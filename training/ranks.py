@@ -3,6 +3,7 @@
 A process that was not launched by either is the only one.
 """
 
+import argparse
 import os
 
 
@@ -19,3 +20,8 @@ def launch_size() -> int:
 def local_rank() -> int:
     """Number of this process on its machine, from 0: that of its GPU."""
     return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def precision_of(args: argparse.Namespace) -> str:
+    """What the networks compute in (no, fp16, bf16): as the flags say, else the launch configuration."""
+    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

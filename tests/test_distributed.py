@@ -1,38 +1,104 @@
 """Two processes on one machine, over gloo, launched as users launch them."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import cogvideox_text_to_video_lora
+import cogvideox_text_to_video_sft
 import video
 from prepared import read_index
 
 
 TRAINING = Path(video.__file__).parent
+CONFIGS = TRAINING.parent / "accelerate_configs"
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LORA, ALL_WEIGHTS = "cogvideox_text_to_video_lora.py", "cogvideox_text_to_video_sft.py"
+SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
+# 16 samples make batches of 3, 3, 3, 3, 3 and 1: two steps an epoch, where ranks have different numbers of samples and
+# the second one accumulates fewer batches. Gradients are clipped to a hundredth.
+STEPS = ["--train_batch_size", "3", "--max_train_steps", "4", "--max_grad_norm", "0.01", "--seed", "0"]
+STEPS += ["--optimizer", "adamw", "--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "0"]
 
 
-def launch(script: str, *flags: str) -> str:
+def zero(config: str | Path) -> list[str]:
+    """The launcher for one of our DeepSpeed configurations, or another file."""
+    return ["accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
+
+
+def launch(launcher: Iterable[str], script: str, *flags: str, fails: bool = False) -> str:
     """Run a script on two ranks; returns what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    by_accelerate = "accelerate.commands.launch" in launcher
     done = subprocess.run(
-        [*command, str(TRAINING / script), *flags],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", *launcher, str(TRAINING / script), *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | ({} if by_accelerate else {"ACCELERATE_USE_CPU": "true"}),
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def curve(output: Path, name: str) -> dict[int, float]:
+    """A curve from the run's TensorBoard files."""
+    (folder,) = (path for path in (output / "logs").iterdir() if path.is_dir())
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+def weights_of(output: Path) -> dict[str, torch.Tensor]:
+    """What a run wrote at its end, a LoRA or all weights."""
+    lora = output / "pytorch_lora_weights.safetensors"
+    files = [lora] if lora.exists() else sorted((output / "transformer").glob("*.safetensors"))
+    return {name: weight for file in files for name, weight in load_file(file).items()}
+
+
+def assert_same_run(output: Path, expected: Path, *, tolerance: float = 1e-5) -> None:
+    """Losses, gradient norms, learning rates and the result are equal up to rounding."""
+    for name in ("loss", "grad_norm", "lr"):
+        assert curve(output, name) == pytest.approx(curve(expected, name), rel=tolerance), name
+    ours, theirs = weights_of(output), weights_of(expected)
+    assert ours.keys() == theirs.keys()
+    distance = sum((ours[name] - theirs[name]).float().square().sum() for name in ours).sqrt()
+    assert distance < 10 * tolerance * sum(theirs[name].float().square().sum() for name in ours).sqrt()
 
 
 @pytest.fixture(scope="module")
 def prepared_by_two(tiny_models, demo_clips, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("prepared-by-two")
-    flags = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder)]
-    flags += ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
-    return folder, launch("prepare_dataset.py", *flags, "--save_latents_and_embeddings")
+    flags = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder), *SIZE]
+    return folder, launch(TORCHRUN, "prepare_dataset.py", *flags, "--save_latents_and_embeddings")
+
+
+@pytest.fixture(scope="module")
+def fixed_flags(prepared_by_two, tiny_models) -> list[str]:
+    model, data = str(tiny_models("5b")), str(prepared_by_two[0])
+    return ["--pretrained_model_name_or_path", model, "--data_root", data, "--load_tensors", *SIZE, *STEPS]
+
+
+@pytest.fixture(scope="module")
+def lora_of_one(fixed_flags, tmp_path_factory) -> Path:
+    """A LoRA of one process: the batches of a step one after another."""
+    from accelerate.state import AcceleratorState
+
+    output = tmp_path_factory.mktemp("one") / "lora"
+    more = ["--rank", "4", "--gradient_accumulation_steps", "4", "--output_dir", str(output)]
+    cogvideox_text_to_video_lora.main([*fixed_flags, *more])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return output
+
+
+LORA_OF_TWO = ["--rank", "4", "--gradient_accumulation_steps", "2"]
 
 
 def test_two_ranks_share_the_clips_and_prepare_all_of_them(prepared_by_two):
@@ -43,20 +109,109 @@ def test_two_ranks_share_the_clips_and_prepare_all_of_them(prepared_by_two):
     assert len(read_index(folder)) == 16
 
 
-def test_two_ranks_train_validate_and_save_together(prepared_by_two, tiny_models, tmp_path):
-    folder, _ = prepared_by_two
-    flags = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(folder), "--load_tensors"]
-    flags += ["--output_dir", str(tmp_path), "--height", "64", "--width", "96", "--frame_buckets", "17"]
-    flags += ["--max_num_frames", "17", "--rank", "4", "--train_batch_size", "1", "--max_train_steps", "3"]
-    flags += ["--gradient_accumulation_steps", "3", "--checkpointing_steps", "2", "--num_inference_steps", "1"]
-    (tmp_path / "validation" / "step-3" / "01-00-b.mp4").mkdir(parents=True)  # in the way of the second rank
-    output = launch("cogvideox_text_to_video_lora.py", *flags, "--validation_prompt", "a:::b:::c")
+def test_two_ranks_train_validate_and_save_as_one_does(fixed_flags, lora_of_one, tmp_path):
+    flags = [*fixed_flags, *LORA_OF_TWO, "--output_dir", str(tmp_path), "--checkpointing_steps", "2"]
+    (tmp_path / "validation" / "step-4" / "01-00-b.mp4").mkdir(parents=True)  # in the way of the second rank
+    output = launch(TORCHRUN, LORA, *flags, "--num_inference_steps", "1", "--validation_prompt", "a:::b:::c")
     assert "on 2 x cpu" in output
-    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
-    before, after = (tmp_path / "validation" / f"step-{step}" for step in (0, 3))
+    assert_same_run(tmp_path, lora_of_one)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    before, after = (tmp_path / "validation" / f"step-{step}" for step in (0, 4))
     names = ["00-00-a.mp4", "01-00-b.mp4", "02-00-c.mp4", "contact_sheet.png"]
     assert sorted(path.name for path in before.iterdir() if path.is_file()) == names
     # A rank that fails keeps no other waiting, nor does it end the run.
     assert sorted(path.name for path in after.iterdir() if path.is_file()) == [names[0], *names[2:]]
-    assert "warning: validation at step 3 failed, training goes on; rank 1: " in output
+    assert "warning: validation at step 4 failed, training goes on; rank 1: " in output
+
+
+def test_a_run_in_shards_is_that_of_one_process_and_resumes_exactly(fixed_flags, lora_of_one, tiny_models, tmp_path):
+    pytest.importorskip("deepspeed")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = [*fixed_flags, *LORA_OF_TWO, "--output_dir"]
+    output = launch(zero("zero2.yaml"), LORA, *flags, str(whole), "--checkpointing_steps", "3")
+    assert "on 2 x cpu" in output
+    assert_same_run(whole, lora_of_one)
+    pipeline = CogVideoXPipeline.from_pretrained(tiny_models("5b"))
+    pipeline.load_lora_weights(whole)
+    assert pipeline.transformer.peft_config["default_0"].r == 4
+
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    launch(zero("zero2.yaml"), LORA, *flags, str(resumed), "--resume_from_checkpoint", "latest")
+    for name in ("loss", "grad_norm", "lr"):
+        assert curve(resumed, name) == {4: curve(whole, name)[4]}
+    ours, theirs = weights_of(resumed), weights_of(whole)
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+
+
+def config_of_ones_own(folder: Path, **changed: object) -> Path:
+    """An accelerate configuration that names a DeepSpeed one: ZeRO-3 that keeps no weight whole, however small."""
+    zero3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": "auto"}
+    config = {"zero_optimization": zero3, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
+    (folder / "zero3.json").write_text(json.dumps(config | changed))
+    text = (CONFIGS / "zero3.yaml").read_text().split("deepspeed_config:")[0]
+    text += f"deepspeed_config:\n  deepspeed_config_file: {folder / 'zero3.json'}\nnum_machines: 1\nnum_processes: 2\n"
+    (folder / "zero3.yaml").write_text(text)
+    return folder / "zero3.yaml"
+
+
+@pytest.mark.slow
+def test_a_lora_on_a_divided_model_is_that_of_one_process(fixed_flags, lora_of_one, tmp_path):
+    pytest.importorskip("deepspeed")
+    launcher, whole, resumed = zero(config_of_ones_own(tmp_path)), tmp_path / "whole", tmp_path / "resumed"
+    flags = [*fixed_flags, *LORA_OF_TWO, "--gradient_checkpointing", "--output_dir"]
+    more = ["--checkpointing_steps", "3", "--validation_steps", "2", "--num_inference_steps", "1"]
+    (whole / "validation" / "step-2" / "01-00-b.mp4").mkdir(parents=True)  # in the way of the second rank
+    output = launch(launcher, LORA, *flags, str(whole), *more, "--validation_prompt", "a:::b:::c")
+    assert "trainable parameters: 16,384 of 1,263,808" in output
+    assert "warning: validation at step 2 failed, training goes on; rank 1: " in output
+    assert len(list((whole / "validation" / "step-4").glob("*.mp4"))) == 3
+    assert_same_run(whole, lora_of_one)
+
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    launch(launcher, LORA, *flags, str(resumed), "--resume_from_checkpoint", "latest")
+    assert all(torch.equal(weights_of(resumed)[name], weight) for name, weight in weights_of(whole).items())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_shards_is_resumed_as_it_was_divided_and_whole(fixed_flags, tmp_path):
+    pytest.importorskip("deepspeed")
+    flags = [*fixed_flags, *LORA_OF_TWO, "--output_dir", str(tmp_path / "run"), "--checkpointing_steps", "3"]
+    launch(zero("zero2.yaml"), LORA, *flags, "--use_ema", "--ema_decay", "0.5")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    (tmp_path / "run" / "pytorch_lora_weights.safetensors").unlink()
+    flags += ["--use_ema", "--ema_decay", "0.5", "--resume_from_checkpoint", "latest"]
+    printed = launch(TORCHRUN, LORA, *flags, fails=True)
+    assert "DeepSpeed was ZeRO-2 on 2 processes, is now off" in printed
+    (file,) = (tmp_path / "run" / "checkpoint-3").rglob("mp_rank_00_model_states.pt")
+    file.write_bytes(file.read_bytes()[:1000])
+    printed = launch(zero("zero2.yaml"), LORA, *flags, fails=True)
+    assert "checkpoint-3 cannot be loaded (" in printed
+    assert "give an earlier checkpoint" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [("zero2.yaml", "no"), ("zero2_offload.yaml", "no"), ("zero2.yaml", "bf16"), (None, "no"), (None, "bf16")],
+)
+def test_all_weights_in_shards_become_those_of_one_process(
+    fixed_flags, tiny_models, tmp_path, fresh_accelerator, config, precision
+):
+    pytest.importorskip("deepspeed")
+    launcher = zero(config or config_of_ones_own(tmp_path))
+    one, whole, resumed = (tmp_path / name for name in ("one", "whole", "resumed"))
+    flags = [*fixed_flags, "--learning_rate", "1e-4", "--mixed_precision", precision]
+    cogvideox_text_to_video_sft.main([*flags, "--gradient_accumulation_steps", "4", "--output_dir", str(one)])
+    flags += ["--gradient_accumulation_steps", "2", "--output_dir"]
+    launch(launcher, ALL_WEIGHTS, *flags, str(whole), "--checkpointing_steps", "3")
+    # Linear layers of ZeRO-3 round in another place, and DeepSpeed begins with weights in bf16.
+    assert_same_run(whole, one, tolerance=1e-5 if precision == "no" else 1e-2)
+    CogVideoXTransformer3DModel.from_pretrained(whole / "transformer")
+    saved = load_file(next((whole / "checkpoint-4" / "transformer").glob("*.safetensors")))
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    if precision == "bf16":  # the float32 weights of the optimizer, not the rounded ones
+        assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in saved.values())
+
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    launch(launcher, ALL_WEIGHTS, *flags, str(resumed), "--resume_from_checkpoint", "latest")
+    assert all(torch.equal(weights_of(resumed)[name], weight) for name, weight in weights_of(whole).items())

@@ -122,3 +122,10 @@ def test_samples_are_divided_as_the_flag_or_the_launch_says(flags, launch):
 def test_samples_that_cannot_be_divided_are_refused(flags, launch, capsys, num_processes, sizes, others, expected):
     launch(num_processes, **sizes)
     assert expected in error_of(capsys, *flags, *others)
+
+
+def test_a_model_compiled_by_the_launch_configuration_is_refused(flags, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert "give the script --compile" in error_of(capsys, *flags)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as accelerate launch says it
+    assert parse(*flags).compile is False

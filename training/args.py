@@ -43,6 +43,7 @@ from training_flags import (
     add_training_flags,
 )
 from validation_flags import add_validation_flags, add_validation_set_flags
+from zero_flags import check_zero
 
 
 TASKS = ("text-to-video", "image-to-video")
@@ -87,6 +88,7 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
         check_memory(args, given, method)
         check_speed(args)
         check_context_parallel(args)
+        check_zero(args, method)
         check_objective(given, args.timestep_sampling, args.use_ema)
         if method == "lora":
             check_lora(args)

@@ -19,7 +19,7 @@ from files import nearest_folder, replace_folder
 from manifest import find_damage, size_of, write_manifest
 from methods import FullFinetune, Lora
 from run_folder import STATE_FILE, list_checkpoints, list_unfinished
-from sharding import whole_weights
+from sharding import load_state, save_state, whole_weights
 from step_schedule import ScheduleStart
 
 
@@ -92,7 +92,7 @@ class CheckpointFolder:
         self.agreement.from_main(lambda: self._make_room(partial, min_bytes))
         problem = None
         try:
-            self.accelerator.save_state(str(partial))
+            save_state(self.accelerator, partial)
         except WRITE_ERRORS as error:
             problem = why_unwritten(error)
         # Not a barrier of the GPUs: the ranks write for differently long.
@@ -174,7 +174,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
         UserError: the checkpoint is damaged, or of other adapters.
     """
     try:
-        accelerator.load_state(str(folder))
+        load_state(accelerator, folder)
     except (OSError, ValueError) as error:
         raise UserError(
             f"--resume_from_checkpoint: {folder} cannot be loaded ({error}); give an earlier checkpoint"

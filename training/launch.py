@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import random
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +13,9 @@ from huggingface_hub.serialization import _torch as hub_serialization
 
 from errors import UserError
 from hub_token import log_without_tokens
-from ranks import launch_rank, launch_size
+from ranks import launch_rank, launch_size, precision_of
+from zero import exchange_by_gloo, has_divided_weights, keep_others_whole
+from zero_flags import uses_deepspeed
 
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,10 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no on a CPU")
     if precision == "fp8":
         raise UserError("--mixed_precision: the accelerate config says fp8, which is not supported; give bf16")
-    # Naming a backend makes accelerate look for a process group even where there is one process.
-    backend = None if launch_size() == 1 else "nccl" if torch.cuda.is_available() else "gloo"
+    # Naming a backend makes accelerate look for a process group, which one process has under DeepSpeed alone.
+    backend = None if launch_size() == 1 and not uses_deepspeed() else "nccl" if torch.cuda.is_available() else "gloo"
+    if uses_deepspeed() and backend == "gloo":
+        exchange_by_gloo()
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -48,20 +51,17 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         ],
     )
     start_logging()
+    if has_divided_weights(accelerator):
+        keep_others_whole()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
-
-
-def precision_of(args: argparse.Namespace) -> str:
-    """What the networks compute in (no, fp16, bf16): as the flags say, else the launch configuration."""
-    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def start_logging() -> None:
     """Write what the main process has to say, and the errors of the others, to stderr."""
     level = logging.INFO if launch_rank() == 0 else logging.ERROR
     log_without_tokens(level)
-    for chatty in ("accelerate", "httpx", "huggingface_hub", "torchao", "PIL"):
+    for chatty in ("accelerate", "httpx", "huggingface_hub", "torchao", "PIL", "DeepSpeed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     hub_serialization.logger.setLevel(logging.WARNING)  # named by its file, not by its package
 

@@ -20,9 +20,11 @@ from block_streaming import stream_blocks
 from checkpoints import checkpoint_only_what_trains, load_checkpoint
 from compilation import compile_blocks
 from ema import averaged_weights, make_ema, schedule_free_weights
+from methods import FullFinetune
 from models import CPU, precision_warning
 from optimizers import apply_learning_rate, keep_rates_on_host, make_optimizer
 from recipe import Recipe
+from zero import autocast_forward, configure_zero, has_divided_weights, is_zero, look_at_gradients
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ def make_learner(recipe: Recipe, total_steps: int) -> Learner:
     )
     if args.use_torchao:
         logger.info("torchao compiles its optimizer in the first step, which takes up to some minutes")
-    model, optimizer = accelerator.prepare(transformer, optimizer)
+    model, optimizer = wrap(recipe, transformer, optimizer)
     keep_rates_on_host(optimizer)
     ema = make_ema(trainable, args.ema_decay) if args.use_ema else None
     # Not prepared: accelerate would step it once per process. Here a step is an optimizer step, on any ranks.
@@ -78,9 +80,10 @@ def load_transformer(recipe: Recipe) -> CogVideoXTransformer3DModel:
     """Load the transformer as task and method want it."""
     args, accelerator, source, dtype = recipe.args, recipe.accelerator, recipe.source, recipe.dtype
     # Weights that are streamed or divided among ranks need not fit onto the device as a whole.
-    is_whole = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
+    whole = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
+    is_whole = accelerator.distributed_type in whole and not has_divided_weights(accelerator)
     transformer = source.load_transformer(
-        recipe.method.base_dtype(dtype),
+        dtype if is_rounded(recipe) else recipe.method.base_dtype(dtype),
         device=accelerator.device if is_whole and not args.stream_blocks else CPU,
         quantize=args.quantize_base,
     )
@@ -100,6 +103,31 @@ def load_transformer(recipe: Recipe) -> CogVideoXTransformer3DModel:
         compile_blocks(transformer, num_sizes=len(recipe.sizes))
         logger.info("the blocks are compiled when they are first used: a minute or so for each size of clips")
     return transformer
+
+
+def is_rounded(recipe: Recipe) -> bool:
+    """Whether the transformer has all weights in bf16 to train, as DeepSpeed keeps float32 ones itself."""
+    return is_zero(recipe.accelerator) and isinstance(recipe.method, FullFinetune) and recipe.dtype == torch.bfloat16
+
+
+def wrap(
+    recipe: Recipe, transformer: CogVideoXTransformer3DModel, optimizer: Optimizer
+) -> tuple[torch.nn.Module, Optimizer]:
+    """Have accelerate wrap transformer and optimizer for the launch."""
+    args, accelerator = recipe.args, recipe.accelerator
+    if is_zero(accelerator):
+        configure_zero(
+            accelerator,
+            is_rounded=is_rounded(recipe),
+            batch_size=args.train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            max_grad_norm=args.max_grad_norm,
+        )
+        autocast_forward(transformer, accelerator.device, recipe.dtype)
+    prepared = accelerator.prepare(transformer, optimizer)
+    if is_zero(accelerator):
+        look_at_gradients(accelerator)
+    return prepared
 
 
 def resume(recipe: Recipe, learner: Learner) -> None:

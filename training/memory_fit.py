@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from checkpoints import newest_checkpoint, read_state
-from launch import precision_of
 from memory_accounting import MemoryAccount, account
 from memory_facts import Workload, model_facts
 from memory_plan import (
@@ -31,6 +30,7 @@ from memory_settings import GB, MemorySettings, apply_settings, describe_change,
 from methods import Lora
 from models import ModelConfigs
 from plan import TrainingData
+from ranks import precision_of
 from recipe import Method, model_source, sampled_size
 
 

@@ -3,6 +3,7 @@
 A process that was not launched by either is the only one.
 """
 
+import argparse
 import os
 
 
@@ -45,3 +46,8 @@ def num_machines() -> int:
 def machine_rank() -> int:
     """Number of this machine, from 0."""
     return launch_rank() // local_size()
+
+
+def precision_of(args: argparse.Namespace) -> str:
+    """What the networks compute in (no, fp16, bf16): as the flags say, else the launch configuration."""
+    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

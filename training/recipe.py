@@ -31,8 +31,10 @@ from optimizer_flags import LOW_BITS
 from optimizers import check_launch
 from plan import PreparedData, TrainingData, describe, report_skipped
 from prepared import check_encoders
+from ranks import precision_of
 from step_schedule import ScheduleStart
 from tasks import ImageToVideo, TextToVideo
+from zero_flags import describe_division, uses_deepspeed
 
 
 logger = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ class Recipe:
     @property
     def dtype(self) -> torch.dtype:
         """What the networks compute in."""
-        return DTYPES[self.accelerator.mixed_precision]
+        return DTYPES[precision_of(self.args)]
 
     @property
     def sizes(self) -> set[Bucket]:
@@ -138,6 +140,8 @@ def check_recipe(args: argparse.Namespace, data: TrainingData, task: Task, metho
         )
         state = TrainerState(0, seed, settings, memory, start)
     num_bytes = checkpoint_bytes(model_facts(configs, method), read_settings(args))
+    if uses_deepspeed():
+        num_bytes = num_bytes * 5 // 3  # with the optimizer's weights and those of the module as DeepSpeed has them
     agreement.from_main(lambda: check_space(Path(args.output_dir), num_bytes, "a checkpoint"))
     context = start_context_parallel(args.context_parallel_size, timedelta(seconds=args.nccl_timeout))
     return Recipe(
@@ -159,6 +163,7 @@ def lasting_settings(
         **({} if args.seed is None else {"--seed": args.seed}),
         **task.settings,
         **method.settings,
+        "DeepSpeed": describe_division(),
     }
 
 
@@ -180,7 +185,7 @@ def check_start(args: argparse.Namespace, accelerator: Accelerator, configs: Mod
     Raises:
         UserError: a package, a compiler or a GPU is missing, or the optimizer cannot work with several processes.
     """
-    device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
+    device, dtype = accelerator.device, DTYPES[precision_of(args)]
     head_dim = configs.transformer["attention_head_dim"]
     check_attention(args.attention_backend, "--attention_backend", device, dtype, head_dim, trains=True)
     validation = args.validation_attention_backend

@@ -23,6 +23,7 @@ from models import CPU
 from objective import Objective
 from plan import PreparedData, TrainingData
 from prompts import PromptCache
+from ranks import precision_of
 from recipe import Recipe, Task
 from sharding import whole_weights
 from step_schedule import ScheduleStart, StepSchedule
@@ -32,6 +33,7 @@ from timesteps import TimestepSampling
 from trackers import start_trackers
 from validation import Pipeline, ValidationSettings, validate
 from validation_loss import log_validation_losses, validation_losses
+from zero import count_weights, gathered
 
 
 logger = logging.getLogger(__name__)
@@ -204,7 +206,7 @@ def make_validation(
 
     def run_validation(step: int) -> list[str]:
         failures = []
-        with learner.averaged(), recipe.undivided():
+        with learner.averaged(), recipe.undivided(), gathered(recipe.accelerator, learner.model):
             if conditions.held_out:
                 losses, failures = validation_losses(objective, conditions.held_out, recipe.accelerator, num_timesteps)
                 log_validation_losses(recipe.accelerator, losses, failures, step)
@@ -322,8 +324,7 @@ def describe_run(
 ) -> None:
     """Log what is about to happen."""
     args, accelerator = recipe.args, recipe.accelerator
-    total = transformer.num_parameters()  # weights in 4 bits share bytes
-    trainable = transformer.num_parameters(only_trainable=True)
+    trainable, total = count_weights(transformer)
     per_step = args.train_batch_size * args.gradient_accumulation_steps * recipe.num_data_ranks
     logger.info("trainable parameters: %s of %s", f"{trainable:,}", f"{total:,}")
     logger.info(
@@ -335,7 +336,7 @@ def describe_run(
         total_steps,
         accelerator.num_processes,
         accelerator.device.type,
-        accelerator.mixed_precision,
+        precision_of(args),
     )
     if recipe.context is not None:
         logger.info("%d ranks at a time divide the tokens of a sample", args.context_parallel_size)

@@ -63,6 +63,11 @@ def check_speed(args: argparse.Namespace) -> None:
     Raises:
         UserError: two of them do not.
     """
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise UserError(
+            "--config_file: its dynamo_config compiles the model as a whole, which is not supported; leave it out "
+            "there, and give the script --compile"
+        )
     if args.attention_backend == "sage":
         raise UserError(
             "--attention_backend sage: sageattention has no backward pass, so it cannot train; use "

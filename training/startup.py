@@ -6,6 +6,8 @@ import os
 import sys
 import warnings
 
+from zero_flags import uses_deepspeed
+
 
 def prepare_imports(args: argparse.Namespace, *, owns_process: bool) -> None:
     """Silence known noise of libraries, and leave out those that take seconds to import and are of no use to this run.
@@ -37,7 +39,7 @@ def unused_libraries(args: argparse.Namespace) -> list[str]:
         or has_torchao_optimizer
         or flags.get("quantize_base") in ("int8", "fp8")
         or flags.get("text_encoder_8bit"),
-        "deepspeed": os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
+        "deepspeed": uses_deepspeed(),
     }
     return [name for name, is_used in uses.items() if not is_used]
 

@@ -9,7 +9,7 @@ from diffusers import CogVideoXTransformer3DModel
 
 from methods import Lora
 from models import ModelSource
-from zero import autocast_forward, configure_zero, count_weights, weights_only_loads
+from zero import autocast_forward, configure_zero, count_weights, errors_later, weights_only_loads
 
 
 def configured(config: dict, **changed) -> dict:
@@ -73,6 +73,32 @@ def test_weights_are_counted_wherever_they_are(tiny_models):
         parameter.ds_numel = parameter.numel()
         parameter.data = torch.empty(0)
     assert count_weights(transformer) == counts
+
+
+class FullDisk:
+    """Writes as DeepSpeed's engines do, and notes what it could not."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def save(self, state_dict: dict, path: str) -> None:
+        self.asked.append(path)
+        raise OSError(28, "No space left on device")
+
+
+def test_a_process_that_cannot_write_comes_to_where_the_others_wait():
+    engine = torch.nn.Module()
+    engine.checkpoint_engine = FullDisk()
+    was_there = False
+    with pytest.raises(OSError, match="No space left"), errors_later(engine):
+        engine.checkpoint_engine.save(state_dict={}, path="module")  # DeepSpeed calls it in both ways
+        engine.checkpoint_engine.save({}, "optimizer")
+        engine._copy_recovery_script("folder")
+        was_there = True
+    assert was_there
+    assert engine.checkpoint_engine.asked == ["module", "optimizer"]
+    with pytest.raises(OSError, match="No space left"):
+        engine.checkpoint_engine.save({}, "as before")
 
 
 class _Payload:

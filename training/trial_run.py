@@ -57,7 +57,6 @@ def rehearse(
         memory, failures = try_out(recipe, train)
         if failures:
             raise UserError(f"--dry_run: the validation failed: {failures[0].splitlines()[0]}")
-        recipe.accelerator.wait_for_everyone()
         logger.info("%s", describe_memory(memory))
         logger.info("dry run: steps of the largest batch, saving, loading and sampling all work; nothing is kept")
 
@@ -100,6 +99,7 @@ def try_out(
     run.save_result()
     failures = run.validate(STEPS)
     memory["a video"] = peak_memory(run.accelerator.device)
+    run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return memory, failures
 

@@ -173,19 +173,19 @@ def save_zero_state(accelerator: Accelerator, folder: Path) -> None:
     Raises:
         OSError, RuntimeError: it cannot be written.
     """
-    with _errors_later(accelerator.deepspeed_engine_wrapped.engine):
+    with errors_later(accelerator.deepspeed_engine_wrapped.engine):
         accelerator.save_state(str(folder), exclude_frozen_parameters=True, save_latest=False)
 
 
 @contextmanager
-def _errors_later(engine: torch.nn.Module) -> Iterator[None]:
+def errors_later(engine: torch.nn.Module) -> Iterator[None]:
     """Raise what is in the way of a process's file when DeepSpeed is done saving, where others wait for it."""
     writer = engine.checkpoint_engine
     problems: list[Exception] = []
 
-    def save(state: dict[str, Any], path: str) -> None:
+    def save(state_dict: dict[str, Any], path: str) -> None:
         try:
-            type(writer).save(writer, state, path)
+            type(writer).save(writer, state_dict, path)
         except (OSError, RuntimeError) as error:
             problems.append(error)
 

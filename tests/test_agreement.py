@@ -14,7 +14,7 @@ from errors import UserError
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["agreement"])
+CONTEXT.set_forkserver_preload(["torch.distributed"])
 
 
 def test_one_process_agrees_with_itself():

@@ -11,7 +11,7 @@ import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, in the server that all processes are forked from: an import takes longer than the whole preparation.
-CONTEXT.set_forkserver_preload(["preparation", "prepare_dataset", "diffusers.pipelines.cogvideo.pipeline_cogvideox"])
+CONTEXT.set_forkserver_preload(["diffusers.pipelines.cogvideo.pipeline_cogvideox", "diffusers.training_utils"])
 NUM_KILLS = 10
 
 

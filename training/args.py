@@ -26,6 +26,7 @@ from flag_checks import (
     training_warnings,
 )
 from flag_types import FlagParser, choice, path
+from fsdp_flags import check_fsdp
 from memory_flags import add_memory_flags, check_memory
 from optimizer_flags import add_optimizer_flags, add_optimizer_memory_flags, check_low_bit, check_optimizer
 from preparation_flags import add_prepare_flags, add_prepare_speed_flags
@@ -89,6 +90,7 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
         check_speed(args)
         check_context_parallel(args)
         check_zero(args, method)
+        check_fsdp(args)
         check_objective(given, args.timestep_sampling, args.use_ema)
         if method == "lora":
             check_lora(args)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from agreement import Agreement
 from errors import UserError
 from files import nearest_folder, replace_folder
+from fsdp import is_fsdp, load_optimizer, save_optimizer, take_sharded
 from manifest import find_damage, size_of, write_manifest
 from methods import FullFinetune, Lora
 from run_folder import STATE_FILE, list_checkpoints, list_unfinished
@@ -240,8 +241,12 @@ def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
 def checkpoint_only_what_trains(accelerator: Accelerator, method: Lora | FullFinetune) -> None:
     """Have `accelerator.save_state` and `load_state` store only what the method trains, in full precision."""
 
+    sharded = take_sharded(accelerator) if is_fsdp(accelerator) else []
+
     def save(models: Sequence[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
-        for model in models:
+        for model, optimizer in sharded:
+            save_optimizer(model, optimizer, Path(output_dir))
+        for model in [*models, *(model for model, _ in sharded)]:
             transformer: CogVideoXTransformer3DModel = accelerator.unwrap_model(model)
             whole = whole_weights(accelerator, transformer, method.weight_names(transformer))
             if accelerator.is_main_process:
@@ -249,9 +254,12 @@ def checkpoint_only_what_trains(accelerator: Accelerator, method: Lora | FullFin
         weights.clear()  # nothing is left for accelerate to save
 
     def load(models: list[torch.nn.Module], input_dir: str) -> None:
-        while models:
-            transformer: CogVideoXTransformer3DModel = accelerator.unwrap_model(models.pop())
+        for model in [*models, *(model for model, _ in sharded)]:
+            transformer: CogVideoXTransformer3DModel = accelerator.unwrap_model(model)
             method.load(transformer, Path(input_dir))
+        models.clear()
+        for model, optimizer in sharded:
+            load_optimizer(model, optimizer, Path(input_dir))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

@@ -13,6 +13,7 @@ import torch
 from auto_fit import fit_into_memory
 from diffusion import derive_seed, sample_generators, seed_global
 from failures import explained_failures
+from fsdp import is_fsdp
 from guards import StepGuard
 from memory_fit import describe_savings
 from methods import Lora
@@ -156,9 +157,10 @@ def accumulate_gradients(
     step_loss = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(batches):
         generators = sample_generators(accelerator.device, seed, batch.draws)
-        # Ranks exchange gradients once a step, with its last batch.
+        # Ranks exchange gradients once a step, with its last batch; in shards with each, or all had all of them.
         accelerator.sync_gradients = number == len(batches) - 1
-        with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(run.learner.model):
+        exchanges = accelerator.sync_gradients or is_fsdp(accelerator)
+        with nullcontext() if exchanges else accelerator.no_sync(run.learner.model):
             with phase("data"):
                 batch = to_device(batch)
             with phase("forward"):

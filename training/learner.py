@@ -20,6 +20,7 @@ from block_streaming import stream_blocks
 from checkpoints import checkpoint_only_what_trains, load_checkpoint
 from compilation import compile_blocks
 from ema import averaged_weights, make_ema, schedule_free_weights
+from fsdp import is_fsdp, prepare_in_shards
 from methods import FullFinetune
 from models import CPU, precision_warning
 from optimizers import apply_learning_rate, keep_rates_on_host, make_optimizer
@@ -66,6 +67,8 @@ def make_learner(recipe: Recipe, total_steps: int) -> Learner:
     if args.use_torchao:
         logger.info("torchao compiles its optimizer in the first step, which takes up to some minutes")
     model, optimizer = wrap(recipe, transformer, optimizer)
+    if is_fsdp(accelerator):  # shards have taken the place of what the optimizer was built with
+        trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     keep_rates_on_host(optimizer)
     ema = make_ema(trainable, args.ema_decay) if args.use_ema else None
     # Not prepared: accelerate would step it once per process. Here a step is an optimizer step, on any ranks.
@@ -115,6 +118,8 @@ def wrap(
 ) -> tuple[torch.nn.Module, Optimizer]:
     """Have accelerate wrap transformer and optimizer for the launch."""
     args, accelerator = recipe.args, recipe.accelerator
+    if is_fsdp(accelerator):
+        return prepare_in_shards(accelerator, transformer, optimizer, recipe.dtype)
     if is_zero(accelerator):
         configure_zero(
             accelerator,

@@ -11,6 +11,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 
 from errors import UserError
+from fsdp import divided_like
 
 
 _PREFIX = "transformer."  # of the names in a file that diffusers wrote
@@ -60,7 +61,8 @@ def load_lora(transformer: CogVideoXTransformer3DModel, file: LoraFile) -> None:
     expected = get_peft_model_state_dict(transformer)
     if _shapes(file.weights) != _shapes(expected):
         raise ValueError(f"{file.path} holds adapters of another rank or of other modules")
-    set_peft_model_state_dict(transformer, dict(file.weights))
+    weights = {name: divided_like(weight, expected[name]) for name, weight in file.weights.items()}
+    set_peft_model_state_dict(transformer, weights)
 
 
 def check_start(path: Path, transformer: CogVideoXTransformer3DModel) -> None:

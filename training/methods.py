@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from errors import UserError
 from files import replace_folder, written_whole
+from fsdp import divided_like
 from lora_file import check_start, load_lora, read_lora
 from models import DTYPES, ModelConfigs, ModelSource
 from pipeline_folder import find_components, write_pipeline
@@ -309,12 +310,15 @@ class FullFinetune:
         Raises:
             ValueError: the files are not of this transformer.
         """
-        missing = {name: weight.shape for name, weight in transformer.state_dict().items()}
+        own = transformer.state_dict()
+        missing = {name: weight.shape for name, weight in own.items()}
         for file in sorted((folder / TRANSFORMER_FOLDER).glob("*.safetensors")):
             weights = load_file(file)
             if any(missing.pop(name, None) != weight.shape for name, weight in weights.items()):
                 raise ValueError(f"{file} holds weights of another transformer")
-            transformer.load_state_dict(weights, strict=False)
+            with torch.no_grad():
+                for name, weight in weights.items():  # one after another: each goes to the device as a whole
+                    own[name].copy_(divided_like(weight, own[name]))
         if missing:
             raise ValueError(f"{folder / TRANSFORMER_FOLDER} lacks {len(missing)} weights, {min(missing)} among them")
 

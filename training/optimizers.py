@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from composite_optimizer import matrices_by_muon
 from errors import UserError
+from fsdp import whole
 from step_in_backward import StepInBackward
 
 
@@ -198,7 +199,8 @@ def clip_gradients(
     inner = getattr(optimizer, "optimizer", optimizer)
     if hasattr(inner, "clip_grad_norm_"):
         return inner.clip_grad_norm_(max_norm)
-    return accelerator.clip_grad_norm_(parameters, max_norm)
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    return whole(norm)
 
 
 def step_if_finite(accelerator: Accelerator, optimizer: Optimizer, grad_norm: torch.Tensor | float | None) -> None:

@@ -20,6 +20,8 @@ from context_parallel import ContextParallel, start_context_parallel
 from dataset import check_prepared
 from errors import UserError
 from fingerprints import fingerprint_encoders
+from fsdp import is_fsdp
+from fsdp_flags import uses_fsdp
 from launch import choose_seed, start_accelerator
 from machines import check_training
 from memory_accounting import checkpoint_bytes
@@ -31,7 +33,7 @@ from optimizer_flags import LOW_BITS
 from optimizers import check_launch
 from plan import PreparedData, TrainingData, describe, report_skipped
 from prepared import check_encoders
-from ranks import precision_of
+from ranks import launch_size, precision_of
 from step_schedule import ScheduleStart
 from tasks import ImageToVideo, TextToVideo
 from zero_flags import describe_division, uses_deepspeed
@@ -164,6 +166,7 @@ def lasting_settings(
         **task.settings,
         **method.settings,
         "DeepSpeed": describe_division(),
+        "FSDP": uses_fsdp(),
     }
 
 
@@ -192,6 +195,8 @@ def check_start(args: argparse.Namespace, accelerator: Accelerator, configs: Mod
     check_attention(validation, "--validation_attention_backend", device, dtype, head_dim, trains=False)
     if args.compile:
         check_compiler(device)
+    if uses_fsdp() and launch_size() > 1 and not is_fsdp(accelerator):
+        raise UserError("--config_file: accelerate takes FSDP for GPUs alone; use accelerate_configs/cpu.yaml here")
     check_launch(
         accelerator.distributed_type,
         dtype,

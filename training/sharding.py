@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
 
+from fsdp import gather_weights, is_fsdp
 from zero import gather_zero_weights, is_zero, load_zero_state, save_zero_state
 
 
@@ -24,6 +25,8 @@ def whole_weights(
     """
     if is_zero(accelerator):
         return gather_zero_weights(transformer, names, accelerator.is_main_process)
+    if is_fsdp(accelerator):
+        return gather_weights(transformer, names, accelerator.is_main_process)
     weights = transformer.state_dict() if accelerator.is_main_process else {}
     return {name: weights[name] for name in names if name in weights}
 

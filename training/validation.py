@@ -1,6 +1,7 @@
 """Sample videos with the model in training, write them, and log them to the trackers."""
 
 import logging
+import math
 import random
 import re
 import traceback
@@ -22,7 +23,9 @@ from PIL import Image
 from contact_sheet import SheetRow, draw_contact_sheet
 from errors import UserError
 from files import written_whole
+from lockstep import Lockstep, OtherRankFailed, OutOfStep
 from prompts import PromptCache
+from sharding import is_sharded
 from validation_trackers import ValidationVideo, log_videos
 from video import read_frames, write_video
 
@@ -104,12 +107,25 @@ def _sample_share(
 ) -> tuple[list[ValidationVideo], list[str]]:
     """This rank's videos, and why there are no more of them if anything failed."""
     videos: list[ValidationVideo] = []
-    numbers = range(len(settings.prompts) * settings.num_videos)
+    total, num_ranks = len(settings.prompts) * settings.num_videos, accelerator.num_processes
+    # In shards the network needs all ranks: those that have no more to do sample for the others' sake.
+    last = math.ceil(total / num_ranks) * num_ranks if is_sharded(accelerator) else total
     try:
-        pipeline = make_pipeline()
-        with _sampling(accelerator, pipeline, settings.enable_model_cpu_offload):
-            for number in numbers[accelerator.process_index :: accelerator.num_processes]:
-                videos.append(_make_video(pipeline, settings, prompts, number, folder))
+        with Lockstep(accelerator) as lockstep:
+            pipeline = make_pipeline()
+            with (
+                _sampling(accelerator, pipeline, settings.enable_model_cpu_offload),
+                lockstep.calling(pipeline.transformer),
+            ):
+                for number in range(accelerator.process_index, last, num_ranks):
+                    if number < total:
+                        videos.append(_make_video(pipeline, settings, prompts, number, folder))
+                    else:
+                        _sample(pipeline, settings, prompts, 0, settings.seed)
+    except OtherRankFailed:
+        return videos, []
+    except OutOfStep:
+        raise
     except UserError as error:
         return videos, [f"rank {accelerator.process_index}: {error}"]
     except Exception as error:

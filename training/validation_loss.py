@@ -21,6 +21,7 @@ from clips import PlannedClip
 from dataset import Batch, ClipDataset
 from diffusion import image_noise_scales, step_generator
 from errors import UserError, listing
+from lockstep import Lockstep, OtherRankFailed, OutOfStep
 from models import encode_noised_image, encode_videos
 from objective import Objective
 from prompts import PromptCache
@@ -104,7 +105,12 @@ def validation_losses(
     """
     losses, failures = {}, []
     try:
-        losses = clip_losses(objective, batches, accelerator.device, num_train_timesteps)
+        with Lockstep(accelerator) as lockstep, lockstep.calling(objective.model):
+            losses = clip_losses(objective, batches, accelerator.device, num_train_timesteps)
+    except OtherRankFailed:
+        pass  # which says why
+    except OutOfStep:
+        raise
     except Exception as error:
         # As text: the error itself holds on to all that was on the device.
         failures = [f"rank {accelerator.process_index}: {type(error).__name__}: {error}"]

@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,8 +28,9 @@ import cogvideox_text_to_video_sft
 import prepare_dataset
 from args import parse_args
 from errors import UserError
-from fully_sharded import check_flags, check_plugin, load_optimizer, save_optimizer
+from fsdp import load_optimizer, save_optimizer
 from lockstep import Lockstep, OutOfStep
+from recipe import check_start
 
 
 TRAINING = Path(cogvideox_text_to_video_lora.__file__).parent
@@ -39,10 +41,10 @@ TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"
 SIZE = ["--height", "32", "--width", "48", "--frame_buckets", "9", "--max_num_frames", "9"]
 
 
-def launch_environment() -> dict[str, str]:
+def launch_environment(config: Path = CONFIG) -> dict[str, str]:
     """What `accelerate launch` sets from the config."""
     args, _, _ = _validate_launch_command(
-        launch_command_parser().parse_args(["--config_file", str(CONFIG), "--main_process_port", "0", "script.py"])
+        launch_command_parser().parse_args(["--config_file", str(config), "--main_process_port", "0", "script.py"])
     )
     environment = prepare_multi_gpu_env(args)
     return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
@@ -121,7 +123,7 @@ def in_shards(a_run, demo_clips, tmp_path_factory) -> SimpleNamespace:
     video = sorted((demo_clips / "videos").iterdir())[0]
     table = root / "held-out.jsonl"
     table.write_text(json.dumps({"video": str(video), "text": "a clip"}) + "\n")  # one, which both ranks take
-    validation = ["--validation_dataset_file", str(table)]
+    validation = ["--validation_dataset_file", str(table), "--allow_outside_paths"]
     sampling = ["--validation_prompt", "a:::b:::c", "--num_inference_steps", "2"]
     (done.lora / "validation" / "step-3" / "01-00-b.mp4").mkdir(parents=True)  # in the way of the second rank
     done.output = launch(
@@ -158,7 +160,14 @@ def test_a_checkpoint_holds_what_trains_and_each_rank_writes_its_states(in_shard
     checkpoint = in_shards.lora / "checkpoint-3"
     names = {path.name for path in checkpoint.iterdir()}
     random_states = {f"random_states_{rank}.pkl" for rank in (0, 1)}
-    assert names == {LORA_FILE, "optimizer", "custom_checkpoint_0.pkl", "trainer_state.json", *random_states}
+    assert names == {
+        LORA_FILE,
+        "optimizer",
+        "custom_checkpoint_0.pkl",
+        "trainer_state.json",
+        "manifest.json",
+        *random_states,
+    }
     shards = [load_file(path) for path in sorted((checkpoint / "optimizer").iterdir())]
     adapters = sum(weight.numel() for weight in load_file(checkpoint / LORA_FILE).values())
     for shard in shards:
@@ -223,7 +232,7 @@ def test_one_gpu_in_one_shard_does_as_one_without(a_run, tmp_path, script):
     assert list((tmp_path / "sharded" / "validation" / "step-3").glob("*.mp4"))
 
 
-def test_states_of_other_weights_or_in_parts_are_no_checkpoint(one_rank, tmp_path):
+def test_states_that_cannot_be_written_or_read_are_an_error_for_the_user(one_rank, tmp_path):
     model, optimizer = in_one_shard(torch.nn.Linear(4, 4))
     save_optimizer(model, optimizer, tmp_path / "small")
     load_optimizer(model, optimizer, tmp_path / "small")
@@ -232,6 +241,10 @@ def test_states_of_other_weights_or_in_parts_are_no_checkpoint(one_rank, tmp_pat
         load_optimizer(*larger, tmp_path / "small")
     with pytest.raises(OSError):
         load_optimizer(model, optimizer, tmp_path / "none")
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "optimizer").write_text("in the way")
+    with pytest.raises(OSError, match="exists"):
+        save_optimizer(model, optimizer, tmp_path / "blocked")
     (shard,) = (tmp_path / "small" / "optimizer").iterdir()
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError):
@@ -266,29 +279,47 @@ def test_a_failure_inside_the_network_ends_the_run(one_rank):
         network(torch.ones(1, 5))
 
 
-def test_the_config_is_one_that_runs_take():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in launch_environment().items():
-            patch.setenv(name, value)
-        plugin = FullyShardedDataParallelPlugin()
-    check_plugin(plugin)
+@pytest.fixture
+def launched_by(monkeypatch) -> Callable[..., None]:
+    """Set the environment of a launch by the config, with other settings if any are given."""
+
+    def launched(**others: str) -> None:
+        for name, value in (launch_environment() | others).items():
+            monkeypatch.setenv(name, value)
+
+    return launched
+
+
+def flags_of(demo_clips: Path, *flags: str, method: str = "lora") -> Namespace:
+    """Read and check flags."""
+    needed = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips)]
+    return parse_args([*needed, *flags], task="text-to-video", method=method)
+
+
+@pytest.mark.parametrize("config", sorted(CONFIG.parent.glob("fsdp2*.yaml")), ids=lambda path: path.name)
+def test_the_configs_are_taken_and_shard_block_by_block(launched_by, demo_clips, config):
+    launched_by(**launch_environment(config))
+    flags_of(demo_clips, "--optimizer", "adamw", "--mixed_precision", "bf16", "--gradient_checkpointing")
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
     assert plugin.transformer_cls_names_to_wrap == ["CogVideoXBlock"]
     assert plugin.reshard_after_forward is True
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("variable", "value", "named"),
     [
-        ({"fsdp_version": 1}, "fsdp_version must be 2"),
-        ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading must be false"),
-        ({"activation_checkpointing": True}, "fsdp_activation_checkpointing must be false: give --gradient_ch"),
-        ({"cpu_offload": True}, "fsdp_offload_params must be false"),
+        ("FSDP_VERSION", "1", "fsdp_version must be 2"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading must be false"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp_activation_checkpointing must be false"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params must be false"),
     ],
 )
-def test_settings_that_runs_do_not_take_are_refused(settings, named, monkeypatch):
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin sets it
-    with pytest.raises(UserError, match=named):
-        check_plugin(FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **settings}))
+def test_settings_that_runs_do_not_take_are_refused(launched_by, demo_clips, capsys, variable, value, named):
+    launched_by(**{variable: value})
+    with pytest.raises(SystemExit):
+        flags_of(demo_clips, "--optimizer", "adamw")
+    assert capsys.readouterr().err.startswith(f"error: --config_file: {named}, as in ")
 
 
 @pytest.mark.parametrize(
@@ -296,28 +327,30 @@ def test_settings_that_runs_do_not_take_are_refused(settings, named, monkeypatch
     [
         ("lora", ["--optimizer", "prodigy"]),
         ("lora", ["--optimizer", "came"]),
+        ("lora", ["--optimizer", "muon"]),
+        ("lora", ["--mixed_precision", "fp16"]),
         ("lora", ["--use_8bit"]),
-        ("lora", ["--use_8bit", "--use_torchao"]),
+        ("lora", ["--use_torchao", "--use_4bit"]),
         ("lora", ["--use_ema"]),
-        ("lora", ["--quantize_base", "int8"]),
-        ("lora", ["--stream_blocks", "--gradient_checkpointing"]),
         ("lora", ["--enable_model_cpu_offload"]),
         ("lora", ["--memory_budget_gb", "24"]),
         ("lora", ["--auto_fit"]),
-        ("sft", ["--weights_dtype", "bf16", "--use_torchao", "--optimizer", "adamw"]),
+        ("sft", ["--weights_dtype", "bf16", "--use_torchao", "--optimizer", "adamw", "--mixed_precision", "bf16"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_flags_that_need_whole_weights_are_refused(method, flags, demo_clips):
-    needed = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips)]
-    args = parse_args([*needed, "--mixed_precision", "bf16", *flags], task="text-to-video", method=method)
-    with pytest.raises(UserError, match=rf"^{flags[0]}[ \w]*: does not work on weights in shards"):
-        check_flags(args, torch.bfloat16)
+def test_flags_that_need_whole_weights_are_refused(launched_by, demo_clips, capsys, method, flags):
+    launched_by()
+    with pytest.raises(SystemExit):
+        flags_of(demo_clips, *flags, method=method)
+    assert "does not work on weights in shards (FSDP)" in (refusal := capsys.readouterr().err)
+    assert refusal.split(":")[1].split()[0] in flags
 
 
-def test_flags_of_a_usual_run_are_taken_but_not_in_float16(demo_clips):
-    flags = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips), "--optimizer", "adamw"]
-    args = parse_args(flags, task="text-to-video", method="lora")
-    check_flags(args, torch.bfloat16)
-    with pytest.raises(UserError, match="--mixed_precision fp16: "):
-        check_flags(args, torch.float16)
+def test_without_gpus_accelerate_would_divide_nothing(launched_by, a_run, monkeypatch, tmp_path):
+    launched_by(WORLD_SIZE="2")
+    accelerator = SimpleNamespace(device=torch.device("cpu"), distributed_type=DistributedType.NO)
+    args = parse_args(a_run(LORA, tmp_path)[1], task="text-to-video", method="lora")
+    configs = SimpleNamespace(transformer={"attention_head_dim": 64})
+    with pytest.raises(UserError, match="accelerate takes FSDP for GPUs alone"):
+        check_start(args, accelerator, configs)

@@ -13,10 +13,7 @@ _FOR_WHOLE_WEIGHTS = (
     "use_4bit",
     "use_fp8",
     "use_torchao",
-    "use_cpu_offload_optimizer",
-    "step_in_backward",
     "use_ema",
-    "stream_blocks",
     "enable_model_cpu_offload",
     "memory_budget_gb",
     "auto_fit",
@@ -48,7 +45,6 @@ def check_fsdp(args: argparse.Namespace) -> None:
         ("--mixed_precision fp16", precision_of(args) == "fp16", "use --mixed_precision bf16"),
         (f"--optimizer {args.optimizer}", args.optimizer not in ("adam", "adamw"), "use --optimizer adamw"),
         ("--weights_dtype bf16", args.weights_dtype == "bf16", "leave it out: each GPU has but its share of float32"),
-        (f"--quantize_base {args.quantize_base}", args.quantize_base != "none", "leave it out"),
         *((f"--{name}", getattr(args, name), "leave it out") for name in _FOR_WHOLE_WEIGHTS),
     ):
         if is_given:

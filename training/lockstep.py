@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from sharding import is_sharded
+from fsdp import is_fsdp
 
 
 class OtherRankFailed(Exception):
@@ -32,7 +32,7 @@ class Lockstep:
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._is_inside = False  # the network
-        self._is_over = not is_sharded(accelerator)
+        self._is_over = not is_fsdp(accelerator)
 
     def __enter__(self) -> "Lockstep":
         return self

@@ -23,9 +23,9 @@ from PIL import Image
 from contact_sheet import SheetRow, draw_contact_sheet
 from errors import UserError
 from files import written_whole
+from fsdp import is_fsdp
 from lockstep import Lockstep, OtherRankFailed, OutOfStep
 from prompts import PromptCache
-from sharding import is_sharded
 from validation_trackers import ValidationVideo, log_videos
 from video import read_frames, write_video
 
@@ -109,7 +109,7 @@ def _sample_share(
     videos: list[ValidationVideo] = []
     total, num_ranks = len(settings.prompts) * settings.num_videos, accelerator.num_processes
     # In shards the network needs all ranks: those that have no more to do sample for the others' sake.
-    last = math.ceil(total / num_ranks) * num_ranks if is_sharded(accelerator) else total
+    last = math.ceil(total / num_ranks) * num_ranks if is_fsdp(accelerator) else total
     try:
         with Lockstep(accelerator) as lockstep:
             pipeline = make_pipeline()

@@ -67,6 +67,20 @@ def test_the_number_of_gpus_reaches_accelerate(calls_of):
     assert not {"--machine_rank", "--main_process_ip", "--main_process_port"} & set(call)
 
 
+@pytest.mark.parametrize(
+    ("block", "configs"),
+    [("ddp", ["ddp"]), ("zero", ["zero2"]), ("fsdp", ["fsdp2"] * 2), ("context", ["fsdp2_context_parallel", "ddp"])],
+)
+def test_a_way_to_divide_a_run_is_a_config_and_flags_that_are_taken(calls_of, monkeypatch, block, configs):
+    calls = calls_of(block)
+    assert [options(call, "config_file") for call in calls] == [
+        [f"accelerate_configs/{name}.yaml"] for name in configs
+    ]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for call in calls:
+        assert parsed(call).data_root == "prepared"
+
+
 def test_each_machine_gets_its_number_and_the_address(calls_of):
     calls = calls_of("two machines")
     assert [options(call, "machine_rank", "main_process_ip") for call in calls] == [
@@ -96,6 +110,10 @@ def test_preparation_is_launched_on_all_gpus_of_all_machines(calls_of):
 def test_a_run_to_look_for_the_right_device_is_short(calls_of):
     (call,) = calls_of("debug")
     assert parsed(call).max_train_steps == 2
+
+
+def test_every_command_of_the_page_is_tested():
+    assert PAGE.count("```bash") == len(BLOCKS)
 
 
 def test_every_config_is_in_the_table():

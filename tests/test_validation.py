@@ -15,6 +15,7 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from agreement import Agreement
 from models import ModelSource
 from prompts import PromptCache
 from validation import ValidationSettings, validate
@@ -56,9 +57,11 @@ class Workplace:
     def make_pipeline(self):
         return self.pipeline_class(None, None, self.vae, self.transformer, self.source.load_scheduler())
 
-    def validate(self, settings: ValidationSettings = SETTINGS, step: int = 5, accelerator: Accelerator | None = None):
-        accelerator = accelerator or Accelerator(cpu=True)
-        return validate(accelerator, self.make_pipeline, settings, self.prompts, self.folder, step)
+    def validate(
+        self, settings: ValidationSettings = SETTINGS, step: int = 5, accelerator: Accelerator | None = None, **options
+    ):
+        accelerator, given = accelerator or Accelerator(cpu=True), (settings, self.prompts, self.folder, step)
+        return validate(accelerator, Agreement(), self.make_pipeline, *given, **options)
 
     def videos(self, step: int = 5) -> list[np.ndarray]:
         return [read_video(file) for file in sorted((self.folder / f"step-{step}").glob("*.mp4"))]
@@ -154,6 +157,13 @@ def test_unchanged_weights_give_the_same_frames_at_every_validation(workplace):
     assert len(first) == 2
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))
     assert not np.array_equal(*first)  # the videos of one prompt have seeds of their own
+
+
+def test_told_to_stop_it_begins_no_other_video(workplace):
+    place = workplace("5b")
+    told = iter([False, True])
+    assert place.validate(replace(SETTINGS, num_videos=3), is_told_to_stop=lambda: next(told)) == []
+    assert len(place.videos()) == 1
 
 
 def test_without_guidance_the_empty_prompt_is_not_needed(tiny_models, tmp_path):

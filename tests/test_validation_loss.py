@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from agreement import Agreement
 from args import parse_args
 from buckets import Bucket, Draw
 from clips import PlannedClip
@@ -155,7 +156,9 @@ def make_batches(means: list[float]) -> list[Batch]:
 
 
 def test_the_loss_at_a_quantile_is_the_mean_over_clips_and_the_loss_the_mean_over_quantiles():
-    losses, failures = validation_losses(StandIn(), make_batches([1.0, 2.0, 6.0]), Accelerator(cpu=True), 1000)
+    losses, failures = validation_losses(
+        StandIn(), make_batches([1.0, 2.0, 6.0]), Accelerator(cpu=True), Agreement(), 1000
+    )
     assert failures == []
     expected = {f"validation_loss/t={timestep}": 3.0 * timestep for timestep in TIMESTEPS}
     expected["validation_loss"] = 3.0 * sum(TIMESTEPS) / 9
@@ -228,7 +231,7 @@ def image_batches() -> list[Batch]:
 
 
 def test_the_losses_of_a_model_are_the_same_at_every_call_and_on_any_ranks(image_objective, image_batches):
-    alone, _ = validation_losses(image_objective, image_batches, Accelerator(cpu=True), 1000)
+    alone, _ = validation_losses(image_objective, image_batches, Accelerator(cpu=True), Agreement(), 1000)
     torch.rand(5)
     together: dict[int, list[float]] = {}
     for share in ([image_batches[1]], [image_batches[0]]):
@@ -251,7 +254,7 @@ def test_a_loss_that_fails_is_a_warning(caplog):
             raise RuntimeError("out of memory")
 
     broken = Broken()
-    losses, failures = validation_losses(broken, make_batches([1.0]), Accelerator(cpu=True), 1000)
+    losses, failures = validation_losses(broken, make_batches([1.0]), Accelerator(cpu=True), Agreement(), 1000)
     assert (losses, failures) == ({}, ["rank 0: RuntimeError: out of memory"])
     log_validation_losses(Accelerator(cpu=True), losses, failures, 7)
     assert "the validation loss at step 7 failed, training goes on; rank 0: RuntimeError: out of memory" in caplog.text

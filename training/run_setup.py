@@ -100,7 +100,7 @@ def set_up(recipe: Recipe) -> Run:
         resume(recipe, learner)
     start_trackers(accelerator, args, resumed_at=state.step if recipe.resumed else None)
     describe_run(recipe, learner.transformer, schedule, total_steps, sampler.padding)
-    objective = make_objective(recipe, conditions, learner)
+    objective, signals = make_objective(recipe, conditions, learner), StopSignals()
     return Run(
         accelerator=accelerator,
         agreement=recipe.agreement,
@@ -115,12 +115,12 @@ def set_up(recipe: Recipe) -> Run:
         objective=objective,
         learner=learner,
         throughput=make_throughput(recipe),
-        validate=make_validation(recipe, conditions, learner, objective),
+        validate=make_validation(recipe, conditions, learner, objective, signals),
         save_result=make_saving(recipe, learner),
         usage=describe_usage(recipe),
         checkpoints=CheckpointFolder(recipe.output_dir, accelerator, recipe.agreement, args.checkpoints_total_limit),
         checkpoint_bytes=recipe.checkpoint_bytes,
-        signals=StopSignals(),
+        signals=signals,
     )
 
 
@@ -196,10 +196,10 @@ def make_objective(recipe: Recipe, conditions: Conditions, learner: Learner) -> 
 
 
 def make_validation(
-    recipe: Recipe, conditions: Conditions, learner: Learner, objective: Objective
+    recipe: Recipe, conditions: Conditions, learner: Learner, objective: Objective, signals: StopSignals
 ) -> Callable[[int], list[str]]:
     """Return what validates a step: the loss of the clips held out, and videos of the prompts, if there are any."""
-    sample_videos = make_sampling(recipe, conditions, learner.transformer)
+    sample_videos = make_sampling(recipe, conditions, learner.transformer, signals)
     num_timesteps = objective.scheduler.config.num_train_timesteps
     # Not what accelerate wrapped: a rank that fails must not leave the others waiting inside a forward pass.
     objective = replace(objective, model=learner.transformer)
@@ -208,7 +208,9 @@ def make_validation(
         failures = []
         with learner.averaged(), recipe.undivided(), gathered(recipe.accelerator, learner.model):
             if conditions.held_out:
-                losses, failures = validation_losses(objective, conditions.held_out, recipe.accelerator, num_timesteps)
+                losses, failures = validation_losses(
+                    objective, conditions.held_out, recipe.accelerator, recipe.agreement, num_timesteps
+                )
                 log_validation_losses(recipe.accelerator, losses, failures, step)
             return failures + sample_videos(step)
 
@@ -216,7 +218,7 @@ def make_validation(
 
 
 def make_sampling(
-    recipe: Recipe, conditions: Conditions, transformer: CogVideoXTransformer3DModel
+    recipe: Recipe, conditions: Conditions, transformer: CogVideoXTransformer3DModel, signals: StopSignals
 ) -> Callable[[int], list[str]]:
     """Return what samples the validation videos of a step; it does nothing when no prompts were given."""
     args, accelerator = recipe.args, recipe.accelerator
@@ -250,7 +252,16 @@ def make_sampling(
 
     def sample_videos(step: int) -> list[str]:
         with attention_set(transformer, args.validation_attention_backend):
-            return validate(accelerator, make_pipeline, settings, conditions.prompts, folder, step)
+            return validate(
+                accelerator,
+                recipe.agreement,
+                make_pipeline,
+                settings,
+                conditions.prompts,
+                folder,
+                step,
+                lambda: signals.received is not None,
+            )
 
     return sample_videos if settings.prompts else lambda step: []
 

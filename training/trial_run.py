@@ -99,7 +99,7 @@ def try_out(
     run.save_result()
     failures = run.validate(STEPS)
     memory["a video"] = peak_memory(run.accelerator.device)
-    run.accelerator.wait_for_everyone()
+    run.agreement.wait()
     run.accelerator.end_training()
     return memory, failures
 

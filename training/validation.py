@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import AutoencoderKLCogVideoX, CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from diffusers.training_utils import free_memory
 from PIL import Image
 
+from agreement import Agreement
 from contact_sheet import SheetRow, draw_contact_sheet
 from errors import UserError
 from files import written_whole
@@ -58,11 +58,13 @@ class ValidationSettings:
 
 def validate(
     accelerator: Accelerator,
+    agreement: Agreement,
     make_pipeline: Callable[[], Pipeline],
     settings: ValidationSettings,
     prompts: PromptCache,
     folder: Path,
     step: int,
+    is_told_to_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Sample the validation videos, spread over the ranks, into `folder/step-<step>/`; called on every rank.
 
@@ -76,15 +78,16 @@ def validate(
         prompts: holds the embeddings of the prompts and, where there is guidance, of the empty one.
         folder: of all the run's validations; the same one on all machines.
         step: optimizer steps done; 0 for the model as it was before.
+        is_told_to_stop: when it says so, no other video is begun.
 
     Returns:
         Why sampling failed, for each rank where it did, in its first line; the same on all ranks.
     """
     with _random_states_kept(accelerator.device):
-        share = _sample_share(accelerator, make_pipeline, settings, prompts, folder / f"step-{step}")
+        share = _sample_share(accelerator, make_pipeline, settings, prompts, folder / f"step-{step}", is_told_to_stop)
         free_memory()
-        # Whatever happened, every rank comes here.
-        videos_of_ranks, failures_of_ranks = zip(*gather_object([share]), strict=True)
+        # Whatever happened, every rank comes here, and may have to wait for long.
+        videos_of_ranks, failures_of_ranks = zip(*agreement.gather(share), strict=True)
         failures = list(chain(*failures_of_ranks))
         for failure in failures:
             logger.warning("warning: validation at step %d failed, training goes on; %s", step, failure)
@@ -104,6 +107,7 @@ def _sample_share(
     settings: ValidationSettings,
     prompts: PromptCache,
     folder: Path,
+    is_told_to_stop: Callable[[], bool],
 ) -> tuple[list[ValidationVideo], list[str]]:
     """This rank's videos, and why there are no more of them if anything failed."""
     videos: list[ValidationVideo] = []
@@ -118,6 +122,9 @@ def _sample_share(
                 lockstep.calling(pipeline.transformer),
             ):
                 for number in range(accelerator.process_index, last, num_ranks):
+                    # In shards no rank may stop before the others.
+                    if is_told_to_stop() and not is_fsdp(accelerator):
+                        break
                     if number < total:
                         videos.append(_make_video(pipeline, settings, prompts, number, folder))
                     else:

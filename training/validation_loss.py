@@ -12,10 +12,10 @@ from itertools import chain
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import AutoencoderKLCogVideoX
 from tqdm import tqdm
 
+from agreement import Agreement
 from buckets import Draw
 from clips import PlannedClip
 from dataset import Batch, ClipDataset
@@ -89,7 +89,11 @@ def _encode(sample: Batch, vae: AutoencoderKLCogVideoX) -> Batch:
 
 
 def validation_losses(
-    objective: Objective, batches: Sequence[Batch], accelerator: Accelerator, num_train_timesteps: int
+    objective: Objective,
+    batches: Sequence[Batch],
+    accelerator: Accelerator,
+    agreement: Agreement,
+    num_train_timesteps: int,
 ) -> tuple[dict[str, float], list[str]]:
     """The losses of the whole set, by the names they are logged under; called on every rank, which all get them.
 
@@ -115,7 +119,7 @@ def validation_losses(
         # As text: the error itself holds on to all that was on the device.
         failures = [f"rank {accelerator.process_index}: {type(error).__name__}: {error}"]
     # The losses of each clip, not their sum on each rank: however many ranks there are, the means have the same bits.
-    of_ranks, failures_of_ranks = zip(*gather_object([(losses, failures)]), strict=True)
+    of_ranks, failures_of_ranks = zip(*agreement.gather((losses, failures)), strict=True)
     failures = list(chain(*failures_of_ranks))
     if failures:
         return {}, failures

@@ -51,7 +51,7 @@ def prepared(tiny_models, demo_clips, tmp_path_factory) -> Path:
 def flags(prepared, tiny_models) -> list[str]:
     """A run that saves and removes checkpoints at every step, with accumulation over the ends of epochs."""
     flags = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(prepared), "--load_tensors"]
-    flags += ["--train_batch_size", "1", "--gradient_accumulation_steps", "2", "--max_train_steps", "12"]
+    flags += ["--train_batch_size", "1", "--gradient_accumulation_steps", "2", "--max_train_steps", "8"]
     flags += ["--checkpointing_steps", "1", "--checkpoints_total_limit", "2", "--optimizer", "adamw", "--seed", "0"]
     return [*flags, *SIZE, "--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--rank", "4", "--report_to", "none"]
 

@@ -357,6 +357,6 @@ def add_configuration_flags(group: argparse._ArgumentGroup, method: str) -> None
         metavar="SECONDS",
         type=positive_int,
         default=600,
-        help="Seconds a process waits for the others before the run is ended; raise it when validation or saving "
-        "takes longer. (default: %(default)s)",
+        help="Seconds that a process waits for the others in a step before the run is taken for hanging and ended. "
+        "Validation, saving and downloads are waited for without a limit. (default: %(default)s)",
     )

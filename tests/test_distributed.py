@@ -173,20 +173,28 @@ def test_a_lora_on_a_divided_model_is_that_of_one_process(fixed_flags, lora_of_o
 
 
 @pytest.mark.slow
-def test_a_checkpoint_in_shards_is_resumed_as_it_was_divided_and_whole(fixed_flags, tmp_path):
+def test_an_average_of_a_run_in_shards_is_resumed_as_it_was_divided(fixed_flags, tmp_path):
     pytest.importorskip("deepspeed")
-    flags = [*fixed_flags, *LORA_OF_TWO, "--output_dir", str(tmp_path / "run"), "--checkpointing_steps", "3"]
-    launch(zero("zero2.yaml"), LORA, *flags, "--use_ema", "--ema_decay", "0.5")
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    (tmp_path / "run" / "pytorch_lora_weights.safetensors").unlink()
-    flags += ["--use_ema", "--ema_decay", "0.5", "--resume_from_checkpoint", "latest"]
-    printed = launch(TORCHRUN, LORA, *flags, fails=True)
-    assert "DeepSpeed was ZeRO-2 on 2 processes, is now off" in printed
-    (file,) = (tmp_path / "run" / "checkpoint-3").rglob("mp_rank_00_model_states.pt")
-    file.write_bytes(file.read_bytes()[:1000])
-    printed = launch(zero("zero2.yaml"), LORA, *flags, fails=True)
-    assert "checkpoint-3 cannot be loaded (" in printed
-    assert "give an earlier checkpoint" in printed
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = [*fixed_flags, *LORA_OF_TWO, "--use_ema", "--ema_decay", "0.5", "--output_dir"]
+    launch(zero("zero2.yaml"), LORA, *flags, str(whole), "--checkpointing_steps", "3")
+    last = load_file(whole / "checkpoint-4" / "pytorch_lora_weights.safetensors")
+    assert any(not torch.equal(weights_of(whole)[name], weight) for name, weight in last.items())
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    flags += [str(resumed), "--resume_from_checkpoint", "latest"]
+    assert "DeepSpeed was ZeRO-2 on 2 processes, is now off" in launch(TORCHRUN, LORA, *flags, fails=True)
+    launch(zero("zero2.yaml"), LORA, *flags)
+    assert all(torch.equal(weights_of(resumed)[name], weight) for name, weight in weights_of(whole).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, zero("zero3.yaml")], ids=["DDP", "ZeRO-3"])
+def test_several_processes_try_a_run_out(fixed_flags, tmp_path, launcher):
+    if launcher is not TORCHRUN:
+        pytest.importorskip("deepspeed")
+    output = launch(launcher, LORA, *fixed_flags, *LORA_OF_TWO, "--output_dir", str(tmp_path / "run"), "--dry_run")
+    assert "saving, loading and sampling all work; nothing is kept" in output
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -69,7 +69,12 @@ def test_the_number_of_gpus_reaches_accelerate(calls_of):
 
 @pytest.mark.parametrize(
     ("block", "configs"),
-    [("ddp", ["ddp", "ddp_8"]), ("zero", ["zero2"]), ("fsdp", ["fsdp2"] * 2), ("context", ["fsdp2_context_parallel", "ddp"])],
+    [
+        ("ddp", ["ddp", "ddp_8"]),
+        ("zero", ["zero2"]),
+        ("fsdp", ["fsdp2"] * 2),
+        ("context", ["fsdp2_context_parallel", "ddp"]),
+    ],
 )
 def test_a_way_to_divide_a_run_is_a_config_and_flags_that_are_taken(calls_of, monkeypatch, block, configs):
     calls = calls_of(block)

@@ -82,7 +82,9 @@ def test_a_way_to_divide_a_run_is_a_config_and_flags_that_are_taken(calls_of, mo
         [f"accelerate_configs/{name}.yaml"] for name in configs
     ]
     monkeypatch.setenv("WORLD_SIZE", "8")
-    for call in calls:
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    for call, config in zip(calls, configs, strict=True):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", str(config.startswith("fsdp2")).lower())
         assert parsed(call).data_root == "prepared"
 
 

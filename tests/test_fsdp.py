@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
 import prepare_dataset
+from agreement import Agreement
 from args import parse_args
 from errors import UserError
 from fsdp import load_optimizer, save_optimizer
@@ -50,13 +51,13 @@ def launch_environment(config: Path = CONFIG) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
-def launch(runs: list[tuple[str, list[str]]], folder: Path, num_ranks: int = 2) -> str:
+def launch(runs: list[tuple[str, list[str]]], folder: Path, num_ranks: int = 2, **others: str) -> str:
     """Run scripts one after another on ranks that divide the weights; returns what they printed."""
     (folder / "runs.json").write_text(json.dumps(runs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     done = subprocess.run(
         [*command, str(Path(__file__).parent / "fsdp_on_cpu.py"), str(folder / "runs.json")],
-        env=os.environ | launch_environment() | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env=os.environ | launch_environment() | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | others,
         capture_output=True,
         text=True,
     )
@@ -217,6 +218,14 @@ def test_half_precision_is_that_of_one_process(a_run, tmp_path):
         assert ours == pytest.approx(theirs, rel=2e-3)
 
 
+@pytest.mark.slow
+def test_ranks_in_shards_divide_the_tokens_of_a_sample(a_run, tmp_path):
+    parallelism = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
+    launch([a_run(SFT, tmp_path / "divided")], tmp_path, **parallelism, PARALLELISM_CONFIG_DP_SHARD_SIZE="1")
+    run_alone(a_run(SFT, tmp_path / "whole"))
+    assert_same_run(tmp_path / "divided", tmp_path / "whole", TRANSFORMER_FILE)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("script", [LORA, SFT])
 def test_one_gpu_in_one_shard_does_as_one_without(a_run, tmp_path, script):
@@ -274,7 +283,8 @@ def test_a_failure_inside_the_network_ends_the_run(one_rank):
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = DistributedType.FSDP
     network = torch.nn.Linear(4, 4)
-    with pytest.raises(OutOfStep, match="resumed"), Lockstep(accelerator) as lockstep, lockstep.calling(network):
+    lockstep = Lockstep(accelerator, Agreement())
+    with pytest.raises(OutOfStep, match="resumed"), lockstep, lockstep.calling(network):
         network(torch.ones(1, 4))
         network(torch.ones(1, 5))
 

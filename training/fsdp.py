@@ -3,6 +3,7 @@
 Source: https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
 """
 
+import warnings
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -57,6 +58,8 @@ def prepare_in_shards(
         cast_forward_inputs=False,  # it would round the rotary embeddings, too
     )
     autocast_forward(transformer, accelerator.device, dtype)  # as accelerate does wherever weights are whole
+    # Nobody changes it in place.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     model, optimizer = accelerator.prepare(transformer, optimizer)
     # Its class is a derived one now, whose name would go into the saved config.
     type(transformer).__name__ = CogVideoXTransformer3DModel.__name__

@@ -4,20 +4,16 @@ import argparse
 import os
 
 from errors import UserError
+from optimizer_flags import LOW_BITS
 from ranks import precision_of
 
 
-# Each takes parameters or gradients for plain tensors, moves them, or counts memory as if one device had them all.
-_FOR_WHOLE_WEIGHTS = (
-    "use_8bit",
-    "use_4bit",
-    "use_fp8",
-    "use_torchao",
-    "use_ema",
-    "enable_model_cpu_offload",
-    "memory_budget_gb",
-    "auto_fit",
-)
+_LOW_BIT_REMEDY = "leave it out (OPTIMIZER_FLAGS= before the launcher scripts)"
+# Each takes parameters for plain tensors, moves them, or counts memory as if one device had them all.
+_FOR_WHOLE_WEIGHTS = {
+    **dict.fromkeys((*LOW_BITS, "use_torchao"), _LOW_BIT_REMEDY),
+    **dict.fromkeys(("use_ema", "enable_model_cpu_offload", "memory_budget_gb", "auto_fit"), "leave it out"),
+}
 
 
 def uses_fsdp() -> bool:
@@ -45,7 +41,7 @@ def check_fsdp(args: argparse.Namespace) -> None:
         ("--mixed_precision fp16", precision_of(args) == "fp16", "use --mixed_precision bf16"),
         (f"--optimizer {args.optimizer}", args.optimizer not in ("adam", "adamw"), "use --optimizer adamw"),
         ("--weights_dtype bf16", args.weights_dtype == "bf16", "leave it out: each GPU has but its share of float32"),
-        *((f"--{name}", getattr(args, name), "leave it out") for name in _FOR_WHOLE_WEIGHTS),
+        *((f"--{name}", getattr(args, name), remedy) for name, remedy in _FOR_WHOLE_WEIGHTS.items()),
     ):
         if is_given:
             raise UserError(f"{flag}: does not work on weights in shards (FSDP); {remedy}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from agreement import Agreement
 from fsdp import is_fsdp
 
 
@@ -29,8 +30,8 @@ class Lockstep:
         OutOfStep: this rank failed inside the network.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, agreement: Agreement):
+        self._agreement = agreement
         self._is_inside = False  # the network
         self._is_over = not is_fsdp(accelerator)
 
@@ -73,6 +74,5 @@ class Lockstep:
         self._is_inside = False
 
     def _agree(self, *, has_failed: bool) -> bool:
-        failed = torch.tensor(float(has_failed), device=self._accelerator.device)
-        self._is_over = self._accelerator.reduce(failed, reduction="sum").item() > 0
+        self._is_over = self._agreement.any(has_failed)
         return self._is_over

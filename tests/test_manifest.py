@@ -41,7 +41,8 @@ def flip_a_bit(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (truncate, "weights.bin has 25,000 bytes of 25,600"),
+        (lambda folder: (folder / MANIFEST).write_text('{"files": {"inner": {"size": "x"}}}'), "inner is missing"),
+        (truncate, "weights.bin has 25000 bytes of 25600"),
         (flip_a_bit, "weights.bin has other bytes than were written"),
         (lambda folder: (folder / "inner" / "empty").unlink(), "inner/empty is missing"),
         (lambda folder: (folder / MANIFEST).unlink(), "it has no manifest.json that can be read"),

@@ -11,7 +11,7 @@ from errors import UserError
 
 
 T = TypeVar("T")
-# Long enough for anything that a rank may do alone; when one dies, its launcher ends the others.
+# Long enough for anything that a rank may do alone. Where one dies, its launcher or the closed connection ends others.
 PATIENCE = timedelta(days=7)
 
 
@@ -75,13 +75,13 @@ class Agreement:
             find: called there alone. What it returns travels as a pickle.
 
         Raises:
-            UserError: on every rank, where `find` raised it.
+            UserError: on every rank, where `find` raised it, or an OSError.
         """
         found: list[Any] = [None, None]
         if self.is_main:
             try:
                 found[0] = find()
-            except UserError as error:
+            except (UserError, OSError) as error:  # of others than these, its traceback says more
                 found[1] = str(error)
         if self.group is not None:
             dist.broadcast_object_list(found, src=0, group=self.group)

@@ -128,8 +128,11 @@ class CheckpointFolder:
         if self.total_limit is not None:
             older = [path for step, path in list_checkpoints(self.folder) if step < state.step]
             for old in older[: len(older) + 1 - self.total_limit]:
-                # Under another name first: half removed it must not look like a checkpoint.
-                shutil.rmtree(old.rename(old.with_name(_REMOVED + old.name)), ignore_errors=True)
+                try:
+                    # Under another name first: half removed it must not look like a checkpoint.
+                    shutil.rmtree(old.rename(old.with_name(_REMOVED + old.name)))
+                except OSError as error:
+                    logger.warning("warning: %s cannot be removed (%s); %s is whole", old, error, target)
 
     def _cannot_write(self, target: Path, problem: str) -> UserError:
         return UserError(f"{target} cannot be written: {problem}{self._what_is_left()}")
@@ -178,7 +181,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
         load_state(accelerator, folder)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--resume_from_checkpoint: {folder} cannot be loaded ({error}); give an earlier checkpoint"
+            f"--resume_from_checkpoint: {folder} cannot be loaded ({error}); move it away and give latest, which is "
+            "the one before"
         ) from error
 
 
@@ -219,7 +223,7 @@ def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
         folder = Path(resume_from)
         if damage := find_damage(folder):
             raise UserError(
-                f"--resume_from_checkpoint: {folder} is no whole checkpoint: {damage}; give an earlier one, or latest"
+                f"--resume_from_checkpoint: {folder} is no whole checkpoint: {damage}; latest passes over it"
             )
         return folder
     for folder in list_unfinished(output_dir):

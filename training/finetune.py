@@ -121,6 +121,8 @@ def train(args: argparse.Namespace, run: Run, next_step: Callable[[], None] = la
             if done == run.total_steps:
                 break  # the caller saves and validates the end
             is_late = bool(args.checkpoint_minutes) and time.monotonic() - saved_at > 60 * args.checkpoint_minutes
+            if is_late:
+                saved_at = time.monotonic()  # asked for once, as the answer may come a step later
             stops, saves = run.agreement.ask(run.signals.received is not None, is_late and run.agreement.is_main)
             if stops or saves or done % args.checkpointing_steps == 0:
                 log.flush()  # a run that is killed later has lost no logged step
@@ -190,7 +192,8 @@ def update_weights(args: argparse.Namespace, run: Run, step: int) -> tuple[torch
         step_if_finite(accelerator, learner.optimizer, grad_norm)
         learner.optimizer.zero_grad(set_to_none=True)
         rate = float(learner.lr_scheduler.get_last_lr()[0])
-        if not accelerator.optimizer_step_was_skipped:
+        # A step that was left out counts, however the run was launched; not those by which fp16 finds its scale.
+        if accelerator.scaler is None or not accelerator.optimizer_step_was_skipped:
             learner.lr_scheduler.step()
             if learner.ema is not None:
                 learner.ema.step(learner.trainable)

@@ -16,6 +16,7 @@ def write_manifest(folder: Path) -> None:
     """List every file of a folder in its manifest, flushed to the disk with all of them."""
     files = _files(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(lambda name: flush(folder / name), files))
         entries = dict(zip(files, pool.map(lambda name: _entry(folder / name), files), strict=True))
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": entries}, indent=1) + "\n", encoding="utf-8")
@@ -35,13 +36,16 @@ def find_damage(folder: Path) -> str | None:
         return f"it has no {MANIFEST} that can be read"
     if missing:
         return f"{missing[0]} is missing"
-    for name, size in sizes.items():
-        found = (folder / name).stat().st_size
-        if found != size:
-            return f"{name} has {found:,} bytes of {size:,}"
-    with ThreadPoolExecutor(_THREADS) as pool:
-        entries = pool.map(lambda name: _entry(folder / name), expected)
-        differing = [name for name, entry in zip(expected, entries, strict=True) if entry != expected[name]]
+    try:
+        for name, size in sizes.items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes of {size}"
+        with ThreadPoolExecutor(_THREADS) as pool:
+            entries = pool.map(lambda name: _entry(folder / name), expected)
+            differing = [name for name, entry in zip(expected, entries, strict=True) if entry != expected[name]]
+    except OSError as error:
+        return f"it cannot be read ({error})"
     return f"{differing[0]} has other bytes than were written" if differing else None
 
 
@@ -56,7 +60,6 @@ def _files(folder: Path) -> list[str]:
 
 
 def _entry(file: Path) -> dict[str, int | str]:
-    flush(file)
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"size": file.stat().st_size, "sha256": digest}

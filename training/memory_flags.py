@@ -1,11 +1,12 @@
 """The flags on the memory of weights and activations, and which of them go together."""
 
 import argparse
-import os
 
 from errors import UserError
 from flag_types import choice, positive_float, positive_int
+from fsdp_flags import uses_fsdp
 from ranks import launch_size
+from zero_flags import uses_deepspeed
 
 
 CHECKPOINT_SCOPES = ("block", "segment", "feed-forward")
@@ -134,8 +135,8 @@ def _check_quantization(args: argparse.Namespace) -> None:
 
 
 def _check_launcher(flag: str, impossible: str) -> None:
-    for launcher in ("DeepSpeed", "FSDP"):
-        if os.environ.get(f"ACCELERATE_USE_{launcher.upper()}") == "true":
+    for launcher, is_used in (("DeepSpeed", uses_deepspeed()), ("FSDP", uses_fsdp())):
+        if is_used:
             raise UserError(
                 f"{flag}: {launcher} cannot {impossible}; launch with accelerate_configs/ddp.yaml or "
                 "single_gpu.yaml, or leave the flag out"

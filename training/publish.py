@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Trackers record more than a stranger should see: the machine's name, its folders.
 PRIVATE = ("checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*", "*wandb_run_id")
+PRIVATE += ("*events.out.tfevents.*", "*hparams.yml")
 
 
 def check_access(output_dir: Path, repo_id: str | None, token: HubToken | None) -> None:

@@ -24,13 +24,15 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2): a signal for when the parent process dies
 class StopSignals:
     """Takes the signals for as long as it is entered.
 
-    The first one sets `received`. A second one, later than an echo of the first, ends the process at once, with the
-    exit code that shells give a process killed by it.
+    The first one sets `received`. A second one ends the process at once, with the exit code that shells give a process
+    killed by it; but not an echo of the first, nor the one that tells of the launcher's death, which Ctrl-C brings
+    about some seconds later.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._first_at = 0.0
+        self._parent = os.getppid()
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -44,12 +46,14 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        is_orphaned = os.getppid() != self._parent
+        self._parent = os.getppid()
         if self.received is None:
             self.received, self._first_at = signal.Signals(number), time.monotonic()
             if launch_rank() == 0:
                 said = "saving after this step, then leaving; a second signal ends the run at once"
                 os.write(2, f"\n{self.received.name}: {said}\n".encode())  # print could be what was interrupted
-        elif time.monotonic() - self._first_at > ECHO_SECONDS:
+        elif time.monotonic() - self._first_at > ECHO_SECONDS and not is_orphaned:
             os._exit(128 + number)
 
 

@@ -86,3 +86,12 @@ def test_a_disk_that_is_full_in_the_middle_is_told_in_one_line(tmp_path):
         open("/dev/full", "w") as full,
     ):
         full.write("x")
+
+
+def test_what_is_no_folder_gives_way_to_one(tmp_path):
+    partial, folder = tmp_path / ".partial.new", tmp_path / "new"
+    partial.mkdir()
+    folder.write_text("in the way")
+    replace_folder(partial, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert folder.is_dir()

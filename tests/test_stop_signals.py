@@ -61,3 +61,33 @@ print("still here")
 def test_a_worker_outlives_the_signals_of_its_group_for_a_while():
     done = run(WORKER)
     assert (done.returncode, done.stdout) == (0, "still here\n"), done.stderr
+
+
+LAUNCHED = """
+import os, signal, stop_signals
+stop_signals.ECHO_SECONDS = -1.0  # no echo
+stop_signals.follow_launcher()
+with stop_signals.StopSignals() as signals:
+    if os.environ["CASE"] == "Ctrl-C":
+        os.kill(os.getpid(), signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    os.write(1, b"ready")
+    os.close(1)
+    signal.sigwait([signal.SIGTERM])  # the launcher is dead
+    signals._receive(signal.SIGTERM, None)
+    os.write(2, f"goes on after {signals.received.name}".encode())
+"""
+LAUNCHER = f"""
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", {LAUNCHED!r}], stdout=subprocess.PIPE)
+child.stdout.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+@pytest.mark.parametrize(("case", "first"), [("Ctrl-C", "SIGINT"), ("kill", "SIGTERM")])
+def test_a_launcher_that_dies_asks_the_run_to_stop_and_is_no_second_signal(monkeypatch, case, first):
+    monkeypatch.setenv("CASE", case)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as the launcher sets it
+    # Its end is the end of standard error, which the run inherits.
+    assert f"goes on after {first}" in run(LAUNCHER).stderr

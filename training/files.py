@@ -52,12 +52,14 @@ def replace_folder(partial: Path, folder: Path) -> None:
     """Put the finished folder `partial` in the place of `folder`, flushed to disk first."""
     for path in (*sorted(partial.rglob("*")), partial):
         flush(path)
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
     if folder.exists():
         replaced = folder.with_name(f".replaced.{folder.name}")
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(folder, replaced)
         os.replace(partial, folder)
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place, whatever becomes of the old one
     else:
         os.replace(partial, folder)
     flush(folder.parent)

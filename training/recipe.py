@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 # Each keeps its states in a way of its own.
 OPTIMIZER_KINDS = (*LOW_BITS, "use_torchao", "use_cpu_offload_optimizer", "step_in_backward")
+# A checkpoint brings its own, which flags would seem to change.
+OPTIMIZER_NUMBERS = ("weight_decay", "beta1", "beta2", "beta3", "epsilon", "prodigy_decouple")
+OPTIMIZER_NUMBERS += ("prodigy_use_bias_correction", "prodigy_safeguard_warmup")
 Task = TextToVideo | ImageToVideo
 Method = Lora | FullFinetune
 
@@ -161,7 +164,7 @@ def lasting_settings(
         "--train_batch_size": args.train_batch_size,
         "--optimizer": args.optimizer,
         "--use_ema": args.use_ema,
-        **{f"--{name}": getattr(args, name) for name in OPTIMIZER_KINDS},
+        **{f"--{name}": getattr(args, name) for name in (*OPTIMIZER_KINDS, *OPTIMIZER_NUMBERS)},
         **({} if args.seed is None else {"--seed": args.seed}),
         **task.settings,
         **method.settings,

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 
+from stop_signals import follow_launcher
 from zero_flags import uses_deepspeed
 
 
@@ -18,6 +19,7 @@ def prepare_imports(args: argparse.Namespace, *, owns_process: bool) -> None:
     """
     quiet_libraries()
     if owns_process:
+        follow_launcher()
         for name in unused_libraries(args):
             sys.modules.setdefault(name, None)  # Python's own sign for "not to be found"
 

@@ -37,7 +37,6 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # Python allows no other to
-            _follow_launcher()
             self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
@@ -57,8 +56,8 @@ class StopSignals:
             os._exit(128 + number)
 
 
-def _follow_launcher() -> None:
-    """Be told to stop when the launcher dies: without it, nobody would know of a run that goes on."""
+def follow_launcher() -> None:
+    """Get SIGTERM when the launcher dies: without it, nobody would know of a run that goes on. To be called early."""
     is_launched = any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
     if is_launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -89,7 +89,6 @@ def start_trackers(accelerator: Accelerator, args: argparse.Namespace, *, resume
     if not accelerator.is_main_process:
         return
     logging_dir = Path(args.output_dir, args.logging_dir)
-    logging_dir.mkdir(parents=True, exist_ok=True)
     settings = plain_settings(args)
     for kind in map(str, accelerator.log_with):
         tracker = _open(kind, args.tracker_name, logging_dir, resumed_at)
@@ -113,6 +112,7 @@ def _open(kind: str, project: str, logging_dir: Path, resumed_at: int | None) ->
     places = [str(logging_dir)] if LOGGER_TYPE_TO_CLASS[kind].requires_logging_directory else []
     for last_resort in ({}, {"mode": "offline"}) if kind == "wandb" else ({},):
         try:
+            logging_dir.mkdir(parents=True, exist_ok=True)
             options = _options(kind, logging_dir, resumed_at) | last_resort
             tracker = LOGGER_TYPE_TO_CLASS[kind](project, *places, **options)
             tracker.start()

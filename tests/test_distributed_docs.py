@@ -71,7 +71,7 @@ def test_the_number_of_gpus_reaches_accelerate(calls_of):
     ("block", "configs"),
     [
         ("ddp", ["ddp", "ddp_8"]),
-        ("zero", ["zero2"]),
+        ("zero", ["zero2", "zero2_offload"]),
         ("fsdp", ["fsdp2"] * 2),
         ("context", ["fsdp2_context_parallel", "ddp"]),
     ],
@@ -85,6 +85,7 @@ def test_a_way_to_divide_a_run_is_a_config_and_flags_that_are_taken(calls_of, mo
     monkeypatch.setenv("FSDP_VERSION", "2")
     for call, config in zip(calls, configs, strict=True):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", str(config.startswith("fsdp2")).lower())
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", str(config.startswith("zero")).lower())
         assert parsed(call).data_root == "prepared"
 
 

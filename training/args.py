@@ -89,7 +89,7 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
         check_memory(args, given, method)
         check_speed(args)
         check_context_parallel(args)
-        check_zero(args, method)
+        check_zero(args)
         check_fsdp(args)
         check_objective(given, args.timestep_sampling, args.use_ema)
         if method == "lora":

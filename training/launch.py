@@ -13,9 +13,8 @@ from huggingface_hub.serialization import _torch as hub_serialization
 
 from errors import UserError
 from hub_token import log_without_tokens
-from ranks import launch_rank, launch_size, precision_of
+from ranks import launch_rank, launch_size, precision_of, uses_deepspeed
 from zero import exchange_by_gloo, has_divided_weights, keep_others_whole
-from zero_flags import uses_deepspeed
 
 
 logger = logging.getLogger(__name__)

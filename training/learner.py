@@ -21,9 +21,9 @@ from checkpoints import checkpoint_only_what_trains, load_checkpoint
 from compilation import compile_blocks
 from ema import averaged_weights, make_ema, schedule_free_weights
 from fsdp import is_fsdp, prepare_in_shards
-from methods import FullFinetune
 from models import CPU, precision_warning
 from optimizers import apply_learning_rate, keep_rates_on_host, make_optimizer
+from ranks import uses_deepspeed
 from recipe import Recipe
 from zero import autocast_forward, configure_zero, has_divided_weights, is_zero, look_at_gradients
 
@@ -86,7 +86,7 @@ def load_transformer(recipe: Recipe) -> CogVideoXTransformer3DModel:
     whole = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
     is_whole = accelerator.distributed_type in whole and not has_divided_weights(accelerator)
     transformer = source.load_transformer(
-        dtype if is_rounded(recipe) else recipe.method.base_dtype(dtype),
+        recipe.method.base_dtype(dtype),
         device=accelerator.device if is_whole and not args.stream_blocks else CPU,
         quantize=args.quantize_base,
     )
@@ -108,11 +108,6 @@ def load_transformer(recipe: Recipe) -> CogVideoXTransformer3DModel:
     return transformer
 
 
-def is_rounded(recipe: Recipe) -> bool:
-    """Whether the transformer has all weights in bf16 to train, as DeepSpeed keeps float32 ones itself."""
-    return is_zero(recipe.accelerator) and isinstance(recipe.method, FullFinetune) and recipe.dtype == torch.bfloat16
-
-
 def wrap(
     recipe: Recipe, transformer: CogVideoXTransformer3DModel, optimizer: Optimizer
 ) -> tuple[torch.nn.Module, Optimizer]:
@@ -123,7 +118,7 @@ def wrap(
     if is_zero(accelerator):
         configure_zero(
             accelerator,
-            is_rounded=is_rounded(recipe),
+            is_rounded=args.weights_dtype == "bf16",
             batch_size=args.train_batch_size,
             accumulation=args.gradient_accumulation_steps,
             max_grad_norm=args.max_grad_norm,
@@ -181,7 +176,7 @@ def build_optimizer(
         use_cpu_offload=args.use_cpu_offload_optimizer,
         offload_gradients=args.offload_gradients,
         step_in_backward=args.step_in_backward,
-        stochastic_rounding=args.weights_dtype == "bf16",
+        stochastic_rounding=args.weights_dtype == "bf16" and not uses_deepspeed(),
         prodigy_decouple=args.prodigy_decouple,
         prodigy_use_bias_correction=args.prodigy_use_bias_correction,
         prodigy_safeguard_warmup=args.prodigy_safeguard_warmup,

@@ -5,8 +5,7 @@ import argparse
 from errors import UserError
 from flag_types import choice, positive_float, positive_int
 from fsdp_flags import uses_fsdp
-from ranks import launch_size
-from zero_flags import uses_deepspeed
+from ranks import launch_size, uses_deepspeed
 
 
 CHECKPOINT_SCOPES = ("block", "segment", "feed-forward")
@@ -60,7 +59,8 @@ def add_memory_flags(group: argparse._ArgumentGroup, method: str) -> None:
             **choice(("fp32", "bf16")),
             default="fp32",
             help="What the trained weights are kept in. bf16 halves weights and gradients; updates are then rounded "
-            "stochastically, by torchao's optimizers: it needs --use_torchao. (default: %(default)s)",
+            "stochastically, by torchao's optimizers: it needs --use_torchao. Under DeepSpeed it halves the weights "
+            "on each GPU; float32 ones, divided among the GPUs, are updated. (default: %(default)s)",
         )
     add_text_encoder_flag(group)
     group.add_argument(

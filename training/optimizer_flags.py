@@ -4,7 +4,7 @@ import argparse
 
 from errors import UserError
 from flag_types import choice, decay_rate, non_negative_float, positive_float
-from ranks import launch_size
+from ranks import launch_size, uses_deepspeed
 
 
 OPTIMIZERS = ("adam", "adamw", "prodigy", "came", "schedulefree", "muon")
@@ -180,8 +180,9 @@ def _check_offload(args: argparse.Namespace) -> None:
 
 
 def _check_weights_dtype(args: argparse.Namespace) -> None:
-    """Weights in bf16, which full fine-tuning alone has, are updated by optimizers that round stochastically."""
-    if args.weights_dtype != "bf16":
+    """Weights in bf16, which full fine-tuning alone has, are updated by optimizers that round stochastically: except
+    under DeepSpeed, which keeps float32 ones beside them."""
+    if args.weights_dtype != "bf16" or uses_deepspeed():
         return
     if args.optimizer not in ("adam", "adamw"):
         raise UserError(

@@ -51,3 +51,8 @@ def machine_rank() -> int:
 def precision_of(args: argparse.Namespace) -> str:
     """What the networks compute in (no, fp16, bf16): as the flags say, else the launch configuration."""
     return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def uses_deepspeed() -> bool:
+    """Whether `accelerate launch` was asked for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"

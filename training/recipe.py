@@ -33,10 +33,10 @@ from optimizer_flags import LOW_BITS
 from optimizers import check_launch
 from plan import PreparedData, TrainingData, describe, report_skipped
 from prepared import check_encoders
-from ranks import launch_size, precision_of
+from ranks import launch_size, precision_of, uses_deepspeed
 from step_schedule import ScheduleStart
 from tasks import ImageToVideo, TextToVideo
-from zero_flags import describe_division, uses_deepspeed
+from zero_flags import describe_division
 
 
 logger = logging.getLogger(__name__)

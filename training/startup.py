@@ -6,8 +6,8 @@ import os
 import sys
 import warnings
 
+from ranks import uses_deepspeed
 from stop_signals import follow_launcher
-from zero_flags import uses_deepspeed
 
 
 def prepare_imports(args: argparse.Namespace, *, owns_process: bool) -> None:

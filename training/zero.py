@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO: a run's optimizer states, gradients and weights divided among processes.
 
-What a step is, stays: DeepSpeed clips, averages and accumulates as the loop does without it. A LoRA's adapters remain
-in float32 on a base in the precision of the run, under autocast, as in one process. When all weights are trained in
-bf16, DeepSpeed computes with weights in bf16 and divides float32 ones among the processes, which the optimizer steps.
+What a step is, stays: DeepSpeed clips, averages and accumulates as the loop does without it. What is trained remains
+in float32, under autocast, as in one process. With weights in bf16, of full fine-tuning alone, DeepSpeed computes with
+these and divides float32 ones among the processes, which the optimizer steps.
 
 Source: https://arxiv.org/abs/1910.02054, ZeRO-Offload https://arxiv.org/abs/2101.06840.
 """

@@ -7,7 +7,7 @@ from typing import Any
 
 from errors import UserError
 from optimizer_flags import LOW_BITS
-from ranks import launch_size, precision_of
+from ranks import launch_size, precision_of, uses_deepspeed
 
 
 # What DeepSpeed's configuration can say too, but the flags decide.
@@ -16,11 +16,6 @@ _SAID_BY_FLAGS = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_clipping": "max_grad_norm",
 }
-
-
-def uses_deepspeed() -> bool:
-    """Whether `accelerate launch` was asked for DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def read_config() -> dict[str, Any]:
@@ -60,7 +55,7 @@ def describe_division() -> str | bool:
     return f"ZeRO-{zero_stage()} on {launch_size()} processes" if uses_deepspeed() else False
 
 
-def check_zero(args: argparse.Namespace, method: str) -> None:
+def check_zero(args: argparse.Namespace) -> None:
     """A launch by DeepSpeed contradicts no flag, and can do what the flags ask for.
 
     Raises:
@@ -76,7 +71,7 @@ def check_zero(args: argparse.Namespace, method: str) -> None:
             f"--config_file: ZeRO stage {stage} divides nothing; use stage 2 or 3, or accelerate_configs/ddp.yaml"
         )
     _check_optimizer(args, precision)
-    _check_weights(args, stage, is_rounded=method == "sft" and precision == "bf16")
+    _check_weights(args, precision, stage)
 
 
 def _check_config(args: argparse.Namespace, config: dict[str, Any], precision: str) -> None:
@@ -116,14 +111,22 @@ def _check_optimizer(args: argparse.Namespace, precision: str) -> None:
             )
 
 
-def _check_weights(args: argparse.Namespace, stage: int, is_rounded: bool) -> None:
+def _check_weights(args: argparse.Namespace, precision: str, stage: int) -> None:
+    is_rounded = args.weights_dtype == "bf16"
+    if is_rounded and precision != "bf16":
+        raise UserError("--weights_dtype bf16: the networks must compute in bf16 too; use --mixed_precision bf16")
     if args.memory_budget_gb or args.auto_fit:
         flag = "--memory_budget_gb" if args.memory_budget_gb else "--auto_fit"
         raise UserError(f"{flag}: knows nothing of DeepSpeed; leave it out, or use accelerate_configs/single_gpu.yaml")
+    if args.context_parallel_size > 1:
+        raise UserError(
+            "--context_parallel_size: not with DeepSpeed; use accelerate_configs/ddp.yaml or "
+            "fsdp2_context_parallel.yaml"
+        )
     if args.use_ema and (stage == 3 or is_rounded):
         raise UserError(
-            "--use_ema: under DeepSpeed no process has all weights in full precision (ZeRO-2 without "
-            "--mixed_precision, or of a LoRA, does); leave it out, or launch with accelerate_configs/ddp.yaml"
+            "--use_ema: no process has all weights in full precision; leave it out, or use ZeRO-2 with "
+            "--weights_dtype fp32"
         )
     if stage < 3:
         return

@@ -220,11 +220,12 @@ def test_several_processes_try_a_run_out(fixed_flags, tmp_path, launcher):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "precision", "tolerance"),
-    # Linear layers of ZeRO-3 round elsewhere. Of weights kept in bf16 only those of linear layers are what autocast
-    # would make of float32 ones: norms and biases lose what is small beside them.
+    # A difference in the last digit becomes another number of bf16 here and there, and linear layers of ZeRO-3 round
+    # elsewhere. Of weights kept in bf16 only those of linear layers are what autocast would make of float32 ones:
+    # norms and biases lose what is small beside them.
     [
         ("zero2_offload.yaml", "no --weights_dtype fp32", 1e-5),
-        ("zero2.yaml", "bf16 --weights_dtype fp32", 1e-5),
+        ("zero2.yaml", "bf16 --weights_dtype fp32", 1e-3),
         ("zero2.yaml", "bf16 --weights_dtype bf16", 3e-2),
         (None, "no --weights_dtype fp32", 1e-5),
         (None, "bf16 --weights_dtype fp32", 1e-2),

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,18 @@ def demo_clips(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clips") / "demo"
     make_demo_clips(folder, count=16)
     return folder
+
+
+@pytest.fixture(scope="session")
+def prepared_demo(tiny_models, demo_clips, tmp_path_factory) -> Callable[..., Path]:
+    """Give the folder of the demo clips prepared with the tiny 5b model, by flags on their size; only to be read."""
+    import prepare_dataset
+
+    @cache
+    def prepare(*size: str) -> Path:
+        folder = tmp_path_factory.mktemp("prepared-demo")
+        flags = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder)]
+        prepare_dataset.main([*flags, *size, "--save_latents_and_embeddings"])
+        return folder
+
+    return prepare

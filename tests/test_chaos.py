@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import prepare_dataset
 from manifest import find_damage
 from run_folder import LORA_FILE, list_checkpoints
 from stop_signals import STOPPED_EXIT_CODE
@@ -41,11 +40,8 @@ FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_models, demo_clips, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared")
-    flags = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder)]
-    prepare_dataset.main([*flags, *SIZE, "--save_latents_and_embeddings"])
-    return folder
+def prepared(prepared_demo) -> Path:
+    return prepared_demo(*SIZE)
 
 
 @pytest.fixture
@@ -230,5 +226,5 @@ def test_a_save_that_fails_half_way_leaves_nothing_of_it(flags, tmp_path):
     error = fail(argv, log, largest_file=largest)
     assert "checkpoint-3 cannot be written: " in error
     assert error.endswith("checkpoint-2 is whole: make room and go on with --resume_from_checkpoint latest")
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-1", "checkpoint-2", "logs", LORA_FILE]
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-1", "checkpoint-2", LORA_FILE]
     finish(LORA, argv, log)

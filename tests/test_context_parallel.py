@@ -22,15 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
-import prepare_dataset
 from activations import checkpoint_activations
 from args import parse_args
 from attention import set_attention
 from block_streaming import stream_blocks
 from context_parallel import ContextParallel, part_of, start_context_parallel
+from curves import curve
 from diffusion import rotary_embeddings
 from methods import FullFinetune
-from test_finetune import scalars
 from tiny_steps import Result, add_adapters
 
 
@@ -166,12 +165,9 @@ def assert_same_steps(results: list[list[Result]], cases: Sequence[Case], size: 
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_models, demo_clips, tmp_path_factory) -> Path:
+def prepared(prepared_demo) -> Path:
     """Demo clips of 17x48x80, which have 75 tokens each."""
-    folder = tmp_path_factory.mktemp("prepared")
-    flags = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder)]
-    prepare_dataset.main([*flags, *SIZE, "--save_latents_and_embeddings"])
-    return folder
+    return prepared_demo(*SIZE)
 
 
 def training_flags(model: Path, data: Path, output: Path, *others: str) -> list[str]:
@@ -184,9 +180,9 @@ def training_flags(model: Path, data: Path, output: Path, *others: str) -> list[
 def assert_same_curves(output: Path, expected: Path) -> None:
     """But for the order of sums, which grows with the steps."""
     for name in ("loss", "grad_norm"):
-        curve, reference = scalars(output, name), scalars(expected, name)
-        assert curve.keys() == reference.keys()
-        assert list(curve.values()) == pytest.approx(list(reference.values()), rel=1e-3)
+        values, reference = curve(output, name), curve(expected, name)
+        assert values.keys() == reference.keys()
+        assert list(values.values()) == pytest.approx(list(reference.values()), rel=1e-3)
 
 
 def divide_everything(cases: Sequence[Case], flags: list[str]) -> tuple[list[Result], torch.Tensor]:
@@ -250,7 +246,7 @@ def test_groups_of_a_torchrun_train_on_as_many_samples_as_there_are_groups(tiny_
     others += ["--gradient_accumulation_steps", "2"]
     cogvideox_text_to_video_sft.main(training_flags(tiny_models("1.5-5b"), prepared, tmp_path / "whole", *others))
     assert_same_curves(tmp_path / "divided", tmp_path / "whole")
-    assert scalars(tmp_path / "divided", "lr") == scalars(tmp_path / "whole", "lr")
+    assert curve(tmp_path / "divided", "lr") == curve(tmp_path / "whole", "lr")
 
 
 def test_the_accelerate_config_decides_how_many_ranks_divide_a_sample(tmp_path, monkeypatch):

@@ -13,11 +13,11 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
 import video
+from curves import curve
 from prepared import read_index
 
 
@@ -48,13 +48,6 @@ def launch(launcher: Iterable[str], script: str, *flags: str, fails: bool = Fals
     )
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
-
-
-def curve(output: Path, name: str) -> dict[int, float]:
-    """A curve from the run's TensorBoard files."""
-    (folder,) = (path for path in (output / "logs").iterdir() if path.is_dir())
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {event.step: event.value for event in events.Scalars(name)}
 
 
 def weights_of(output: Path) -> dict[str, torch.Tensor]:

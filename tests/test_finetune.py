@@ -15,12 +15,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file, save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cogvideox_text_to_video_lora
-import prepare_dataset
 from args import parse_args
 from checkpoints import read_state
+from curves import curve
 from finetune import train as train_loop
 from learner import build_optimizer
 from methods import Lora
@@ -36,16 +35,8 @@ SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_f
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_models, demo_clips, tmp_path_factory) -> Path:
-    """The demo clips, prepared with the tiny 5b model."""
-    folder = tmp_path_factory.mktemp("prepared")
-    prepare_dataset.main(
-        [
-            *("--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder)),
-            *(*SIZE, "--save_latents_and_embeddings"),
-        ]
-    )
-    return folder
+def prepared(prepared_demo) -> Path:
+    return prepared_demo(*SIZE)
 
 
 def train(model: Path, data: Path, output: Path, *flags: str) -> Path:
@@ -58,13 +49,6 @@ def train(model: Path, data: Path, output: Path, *flags: str) -> Path:
         ]
     )
     return output / "pytorch_lora_weights.safetensors"
-
-
-def scalars(output: Path, name: str) -> dict[int, float]:
-    """A curve from the run's TensorBoard files."""
-    (folder,) = (path for path in (output / "logs").iterdir() if path.is_dir())
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {event.step: event.value for event in events.Scalars(name)}
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -97,8 +81,8 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tiny_models, prepa
     ours, theirs = load_file(resumed), load_file(whole)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert sorted(scalars(stopped, "loss")) == [5, 6]
-    assert scalars(stopped, "lr") == {step: scalars(straight, "lr")[step] for step in (5, 6)}
+    assert sorted(curve(stopped, "loss")) == [5, 6]
+    assert curve(stopped, "lr") == {step: curve(straight, "lr")[step] for step in (5, 6)}
 
 
 def test_a_step_of_four_small_batches_is_a_step_of_the_big_one(tiny_models, prepared, tmp_path):
@@ -107,8 +91,8 @@ def test_a_step_of_four_small_batches_is_a_step_of_the_big_one(tiny_models, prep
     AcceleratorState._reset_state(reset_partial_state=True)
     accumulated = (*one_step, "4", "--gradient_accumulation_steps", "4")
     small = load_file(train(tiny_models("5b"), prepared, tmp_path / "small", *accumulated))
-    (big_loss,), (small_loss,) = (scalars(tmp_path / name, "loss").values() for name in ("big", "small"))
-    (big_norm,), (small_norm,) = (scalars(tmp_path / name, "grad_norm").values() for name in ("big", "small"))
+    (big_loss,), (small_loss,) = (curve(tmp_path / name, "loss").values() for name in ("big", "small"))
+    (big_norm,), (small_norm,) = (curve(tmp_path / name, "grad_norm").values() for name in ("big", "small"))
     assert small_loss == pytest.approx(big_loss, rel=1e-5)
     assert small_norm == pytest.approx(big_norm, rel=1e-5)
     # Adam's first step is the gradient's sign, whatever its size: where it is almost zero the two may differ.
@@ -149,7 +133,7 @@ def test_an_option_of_the_objective_changes_what_is_trained(tiny_models, prepare
     train(tiny_models("5b"), prepared, tmp_path / "plain", *common)
     AcceleratorState._reset_state(reset_partial_state=True)
     train(tiny_models("5b"), prepared, tmp_path / "changed", *common, *flags)
-    plain, changed = (scalars(tmp_path / name, "grad_norm")[1] for name in ("plain", "changed"))
+    plain, changed = (curve(tmp_path / name, "grad_norm")[1] for name in ("plain", "changed"))
     assert math.isfinite(changed)
     assert changed != pytest.approx(plain, rel=1e-4)
 
@@ -172,7 +156,7 @@ def test_old_checkpoints_are_removed_only_beyond_the_limit(tiny_models, prepared
 def test_the_learning_rate_schedule_counts_optimizer_steps_over_all_epochs(tiny_models, prepared, tmp_path):
     flags = ("--load_tensors", "--num_train_epochs", "2", "--gradient_accumulation_steps", "5")
     train(tiny_models("5b"), prepared, tmp_path, *flags, "--lr_scheduler", "linear")
-    rates = scalars(tmp_path, "lr")
+    rates = curve(tmp_path, "lr")
     steps = 2 * math.ceil(16 / 5)
     assert sorted(rates) == list(range(1, steps + 1))
     assert rates[1] == pytest.approx(1e-3)
@@ -228,11 +212,11 @@ def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on
     flags = ("--load_tensors", "--max_train_steps", "40", "--validation_steps", "20", "--learning_rate", "5e-3")
     flags += ("--validation_dataset_file", str(table), "--caption_column", "caption")
     train(tiny_models("5b"), prepared, tmp_path, *flags)
-    losses = scalars(tmp_path, "validation_loss")
+    losses = curve(tmp_path, "validation_loss")
     assert sorted(losses) == [0, 20, 40]
     assert losses[40] < losses[20] < losses[0]
     at_quantiles = [
-        scalars(tmp_path, f"validation_loss/t={t}")[40] for t in (100, 200, 300, 400, 500, 599, 699, 799, 899)
+        curve(tmp_path, f"validation_loss/t={t}")[40] for t in (100, 200, 300, 400, 500, 599, 699, 799, 899)
     ]
     assert sum(at_quantiles) / 9 == pytest.approx(losses[40], rel=1e-5)
     assert not (tmp_path / "validation").exists()  # no prompt was given
@@ -323,7 +307,7 @@ def test_a_run_is_not_resumed_on_another_model_of_the_same_shape(tiny_models, pr
 def test_a_learning_rate_given_on_resume_is_applied_along_the_schedule(tiny_models, prepared, stopped_run):
     shutil.rmtree(stopped_run / "logs")
     train(tiny_models("5b"), prepared, stopped_run, *RESUME, "--lr_scheduler", "linear", "--learning_rate", "4e-3")
-    rates = scalars(stopped_run, "lr")
+    rates = curve(stopped_run, "lr")
     assert rates == pytest.approx({step: 4e-3 * (8 - (step - 1)) / 8 for step in (5, 6, 7, 8)})
 
 

@@ -20,12 +20,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.fsdp import fully_shard
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
-import prepare_dataset
+import curves
 from agreement import Agreement
 from args import parse_args
 from errors import UserError
@@ -73,12 +72,8 @@ def run_alone(run: tuple[str, list[str]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_models, demo_clips, tmp_path_factory) -> Path:
-    """The demo clips, prepared with the tiny 5b model."""
-    folder = tmp_path_factory.mktemp("prepared")
-    flags = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder)]
-    prepare_dataset.main([*flags, *SIZE, "--save_latents_and_embeddings"])
-    return folder
+def prepared(prepared_demo) -> Path:
+    return prepared_demo(*SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +93,7 @@ def a_run(tiny_models, prepared):
 
 def curve(output: Path, name: str) -> list[float]:
     """Of a run, step by step."""
-    (folder,) = (path for path in (output / "logs").iterdir() if path.is_dir())
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return [event.value for event in events.Scalars(name)]
+    return list(curves.curve(output, name).values())
 
 
 def assert_same_run(ours: Path, theirs: Path, file: str, tolerance: float = 1e-4) -> None:

@@ -1,5 +1,6 @@
 """A tracker that fails is a warning, and a run that is resumed goes on where its trackers were."""
 
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -138,6 +139,7 @@ def test_the_environment_says_which_wandb_run_it_is(tmp_path, monkeypatch):
 
 def test_a_resumed_run_goes_on_in_its_tensorboard_folder_without_what_comes_once_more(tmp_path):
     for resumed_at, losses in ((None, [1.0, 2.0, 3.0]), (1, [20.0])):
+        time.sleep(1.1)  # TensorBoard reads files in the order of their names, which begin with the second
         accelerator = started(tmp_path, "tensorboard", resumed_at)
         for step, loss in enumerate(losses, start=(resumed_at or 0) + 1):
             accelerator.log({"loss": loss}, step=step)

@@ -8,8 +8,8 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from methods import Lora
-from models import ModelSource
-from zero import autocast_forward, configure_zero, count_weights, errors_later, weights_only_loads
+from models import ModelSource, autocast_forward
+from zero import configure_zero, count_weights, errors_later, weights_only_loads
 
 
 def configured(config: dict, **changed) -> dict:

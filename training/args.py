@@ -34,8 +34,10 @@ from ranks import launch_rank
 from speed_flags import add_speed_flags, check_context_parallel, check_speed
 from tracking_flags import check_tracker
 from training_flags import (
+    add_checkpoint_flags,
     add_configuration_flags,
     add_dry_run_flag,
+    add_encoding_flags,
     add_image_flags,
     add_lora_flags,
     add_objective_flags,
@@ -195,6 +197,8 @@ def _training_parser(task: str, method: str) -> FlagParser:
     add_validation_set_flags(validation)
     training = parser.add_argument_group("training")
     add_training_flags(training, method)
+    add_checkpoint_flags(training)
+    add_encoding_flags(training)
     add_dry_run_flag(training)
     add_objective_flags(parser.add_argument_group("objective"))
     add_schedule_flags(parser.add_argument_group("learning rate"))

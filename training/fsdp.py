@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from zero import autocast_forward
+from models import autocast_forward
 
 
 _OPTIMIZER_FOLDER = "optimizer"  # of a checkpoint

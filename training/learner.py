@@ -21,11 +21,11 @@ from checkpoints import checkpoint_only_what_trains, load_checkpoint
 from compilation import compile_blocks
 from ema import averaged_weights, make_ema, schedule_free_weights
 from fsdp import is_fsdp, prepare_in_shards
-from models import CPU, precision_warning
+from models import CPU, autocast_forward, precision_warning
 from optimizers import apply_learning_rate, keep_rates_on_host, make_optimizer
 from ranks import uses_deepspeed
 from recipe import Recipe
-from zero import autocast_forward, configure_zero, has_divided_weights, is_zero, look_at_gradients
+from zero import configure_zero, has_divided_weights, is_zero, look_at_gradients
 
 
 logger = logging.getLogger(__name__)
@@ -56,10 +56,9 @@ def make_learner(recipe: Recipe, total_steps: int) -> Learner:
     set_seed(recipe.state.seed)  # the adapters' initial weights
     transformer = load_transformer(recipe)
     recipe.agreement.wait()  # machines download and read at their own pace; what follows is timed
-    trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer, lr_scheduler = build_optimizer(
         args,
-        trainable,
+        trainable_of(transformer),
         learning_rate_of(args, recipe.num_data_ranks),
         total_steps,
         has_scaler=recipe.dtype == torch.float16,
@@ -67,8 +66,7 @@ def make_learner(recipe: Recipe, total_steps: int) -> Learner:
     if args.use_torchao:
         logger.info("torchao compiles its optimizer in the first step, which takes up to some minutes")
     model, optimizer = wrap(recipe, transformer, optimizer)
-    if is_fsdp(accelerator):  # shards have taken the place of what the optimizer was built with
-        trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    trainable = trainable_of(transformer)  # not as above: shards may have taken their place
     keep_rates_on_host(optimizer)
     ema = make_ema(trainable, args.ema_decay) if args.use_ema else None
     # Not prepared: accelerate would step it once per process. Here a step is an optimizer step, on any ranks.
@@ -108,6 +106,11 @@ def load_transformer(recipe: Recipe) -> CogVideoXTransformer3DModel:
     return transformer
 
 
+def trainable_of(transformer: CogVideoXTransformer3DModel) -> list[torch.nn.Parameter]:
+    """The parameters that are trained."""
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
 def wrap(
     recipe: Recipe, transformer: CogVideoXTransformer3DModel, optimizer: Optimizer
 ) -> tuple[torch.nn.Module, Optimizer]:
@@ -115,18 +118,18 @@ def wrap(
     args, accelerator = recipe.args, recipe.accelerator
     if is_fsdp(accelerator):
         return prepare_in_shards(accelerator, transformer, optimizer, recipe.dtype)
-    if is_zero(accelerator):
-        configure_zero(
-            accelerator,
-            is_rounded=args.weights_dtype == "bf16",
-            batch_size=args.train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            max_grad_norm=args.max_grad_norm,
-        )
-        autocast_forward(transformer, accelerator.device, recipe.dtype)
+    if not is_zero(accelerator):
+        return accelerator.prepare(transformer, optimizer)
+    configure_zero(
+        accelerator,
+        is_rounded=args.weights_dtype == "bf16",
+        batch_size=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        max_grad_norm=args.max_grad_norm,
+    )
+    autocast_forward(transformer, accelerator.device, recipe.dtype)
     prepared = accelerator.prepare(transformer, optimizer)
-    if is_zero(accelerator):
-        look_at_gradients(accelerator)
+    look_at_gradients(accelerator)
     return prepared
 
 

@@ -23,8 +23,8 @@ class OutOfStep(RuntimeError):
 class Lockstep:
     """A context in which all ranks call a network equally often, and say before each call that they are still there.
 
-    A rank that fails between two calls leaves the context with its error; the others' next call, or the end of their
-    context, tells them: they raise `OtherRankFailed`, once. Where weights are whole nothing of this happens.
+    A rank that fails between two calls leaves the context with its error. The others are told at their next call: that
+    ends what they do in the context, without an error. Where weights are whole nothing of this happens.
 
     Raises:
         OutOfStep: this rank failed inside the network.
@@ -40,7 +40,7 @@ class Lockstep:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    ) -> bool:
         if self._is_inside and isinstance(error, Exception):
             raise OutOfStep(
                 "a rank failed inside a network whose weights are divided among ranks; the run ends, to be resumed "
@@ -48,6 +48,7 @@ class Lockstep:
             ) from error
         if not self._is_over and (error is None or isinstance(error, Exception)):
             self._agree(has_failed=error is not None)
+        return isinstance(error, OtherRankFailed)  # whose own error says why
 
     @contextmanager
     def calling(self, network: torch.nn.Module) -> Iterator[None]:

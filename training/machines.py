@@ -5,7 +5,6 @@ hangs when one rank has fewer batches, or trains replicas that drift apart, and 
 """
 
 import argparse
-import hashlib
 import json
 import os
 import socket
@@ -22,6 +21,7 @@ from torch.distributed.constants import default_pg_timeout
 from agreement import Agreement
 from errors import UserError
 from files import written_whole
+from fingerprints import digest_lines
 from plan import TrainingData
 from ranks import launch_rank, launch_size, local_rank, num_machines
 
@@ -131,7 +131,7 @@ def check_preparation(args: argparse.Namespace, folder: Path, model: str, sample
     if num_machines() == 1 or not os.environ.get("MASTER_ADDR"):
         return
     with exchange_by_store() as exchange:
-        problem = compare_ranks(exchange, folder, common_facts(args, model) | {"data": digest(samples)})
+        problem = compare_ranks(exchange, folder, common_facts(args, model) | {"data": digest_lines(samples)})
     refuse(problem)
 
 
@@ -140,19 +140,11 @@ def common_facts(args: argparse.Namespace, model: str) -> dict[str, str]:
     flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
     code = (path.name + path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
     return {
-        "code": digest(code),
+        "code": digest_lines(code),
         "model": model,
         **{package: version(package) for package in PACKAGES},
         **{f"--{name}": str(value) for name, value in flags.items()},
     }
-
-
-def digest(lines: Iterable[str]) -> str:
-    """A short digest of some lines."""
-    sha = hashlib.sha256()
-    for line in lines:
-        sha.update(line.encode(errors="surrogatepass") + b"\0")
-    return sha.hexdigest()[:12]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDDIMScheduler,
@@ -282,6 +283,13 @@ class ModelSource:
         """What tells this model from another one in caches: the absolute folder, or the hub id and its revision."""
         folder = Path(self.path).expanduser()
         return str(folder.resolve()) if folder.exists() else f"{self.path}@{self.revision or 'main'}"
+
+
+def autocast_forward(transformer: CogVideoXTransformer3DModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Run the forward pass under autocast and return float32, as accelerate does where weights are not divided."""
+    if dtype != torch.float32:
+        autocast = torch.autocast(device.type, dtype, cache_enabled=False)
+        transformer.forward = convert_outputs_to_fp32(autocast(transformer.forward))
 
 
 def _device_map(device: torch.device) -> dict[str, torch.device] | None:

@@ -2,9 +2,9 @@
 
 import argparse
 import csv
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from clips import BadClip, PlannedClip, plan_clips
 from errors import UserError, listing
 from file_cache import FileCache, default_cache_folder
 from files import written_whole
+from fingerprints import digest_lines
 from flag_checks import PREPARED_FLAGS
 from plan_report import describe_plan, sequence_length
 from prepared import PreparedClip, read_index, read_settings
@@ -48,19 +49,21 @@ class RawData:
         """The captions to be embedded."""
         return [planned.clip.caption for planned in self.clips]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with what is trained on, not with where it lies."""
-        return _digest(
-            (
-                planned.info.sha256,
-                planned.first_frame and planned.first_frame.sha256,
-                planned.frame_indices,
-                planned.bucket,
-                planned.clip.caption,
-                planned.clip.repeats,
-            )
-            for planned in self.clips
+        return _describe_samples(
+            [
+                (
+                    planned.info.sha256,
+                    planned.first_frame and planned.first_frame.sha256,
+                    planned.frame_indices,
+                    planned.bucket,
+                    planned.clip.caption,
+                    planned.clip.repeats,
+                )
+                for planned in self.clips
+            ]
         )
 
     @property
@@ -79,10 +82,12 @@ class PreparedData:
 
     captions = ()  # embedded already
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with what is trained on, not with where it lies."""
-        return _digest((clip.name, clip.prompt_embeds.key, clip.bucket, clip.repeats) for clip in self.clips)
+        return _describe_samples(
+            [(clip.name, clip.prompt_embeds.key, clip.bucket, clip.repeats) for clip in self.clips]
+        )
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -98,11 +103,9 @@ class PreparedData:
 TrainingData = RawData | PreparedData
 
 
-def _digest(samples: Iterable[tuple]) -> str:
-    """Of samples in their order, by which batches are drawn."""
-    lines = [repr(sample) for sample in samples]
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return f"{len(lines)} samples ({digest[:12]})"
+def _describe_samples(samples: Sequence[tuple]) -> str:
+    """How many, and a digest of them in their order, by which batches are drawn."""
+    return f"{len(samples)} samples ({digest_lines(map(repr, samples))})"
 
 
 def plan_training_data(args: argparse.Namespace, *, with_images: bool = False) -> TrainingData:

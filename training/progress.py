@@ -84,21 +84,20 @@ class StepLog:
         values = self.accelerator.reduce(torch.stack(self.pending), reduction="mean").tolist()
         speed = self.throughput.read(len(values))  # the device is done with them
         self.speeds.append(speed)
-        first = self.step - len(values) + 1
-        for step, (loss, grad_norm), rate in zip(
-            range(first, self.step + 1), values, self.learning_rates, strict=True
-        ):
-            logged = {"loss": loss, "lr": rate} | ({"grad_norm": grad_norm} if self.has_norm else {})
-            if step == self.step:
-                logged |= {f"throughput/{name}": value for name, value in speed.values().items()}
-            self.accelerator.log(logged, step=step)
-            if math.isfinite(loss):
-                self.losses.append(loss)
+        numbers = range(self.step - len(values) + 1, self.step + 1)
         steps = [
-            Step(first + place, loss, grad_norm if self.has_norm else None, names)
-            for place, ((loss, grad_norm), names) in enumerate(zip(values, self.names, strict=True))
+            Step(number, loss, grad_norm if self.has_norm else None, names)
+            for number, (loss, grad_norm), names in zip(numbers, values, self.names, strict=True)
         ]
-        described = [f"loss={loss:.4f}", f"lr={rate:.2e}", *([f"grad_norm={grad_norm:.3f}"] if self.has_norm else [])]
+        for step, rate in zip(steps, self.learning_rates, strict=True):
+            logged = {"loss": step.loss, "lr": rate} | ({"grad_norm": step.grad_norm} if self.has_norm else {})
+            if step.number == self.step:
+                logged |= {f"throughput/{name}": value for name, value in speed.values().items()}
+            self.accelerator.log(logged, step=step.number)
+            if math.isfinite(step.loss):
+                self.losses.append(step.loss)
+        described = [f"loss={step.loss:.4f}", f"lr={rate:.2e}"]
+        described += [f"grad_norm={step.grad_norm:.3f}"] if self.has_norm else []
         self.bar.set_postfix_str(", ".join([*described, speed.short()]))
         for pending in (self.pending, self.learning_rates, self.names):
             pending.clear()

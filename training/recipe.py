@@ -76,7 +76,7 @@ class Recipe:
     @property
     def num_data_ranks(self) -> int:
         """How many ranks have data of their own."""
-        return self.accelerator.num_processes // self.args.context_parallel_size
+        return count_data_ranks(self.args, self.accelerator)
 
     def undivided(self) -> AbstractContextManager[None]:
         """Lets each rank compute whole samples by itself meanwhile."""
@@ -107,6 +107,11 @@ class Recipe:
             device=device,
             decoder_only=decoder_only,
         )
+
+
+def count_data_ranks(args: argparse.Namespace, accelerator: Accelerator) -> int:
+    """How many ranks have data of their own: those that divide a sample count as one."""
+    return accelerator.num_processes // args.context_parallel_size
 
 
 def model_source(args: argparse.Namespace) -> ModelSource:
@@ -140,9 +145,7 @@ def check_recipe(args: argparse.Namespace, data: TrainingData, task: Task, metho
         is_chosen = args.memory_budget_gb or args.auto_fit
         memory = asdict(read_settings(args)) if is_chosen else {}
         seed = agreement.from_main(lambda: choose_seed(args.seed))
-        start = ScheduleStart(
-            accelerator.num_processes // args.context_parallel_size, args.gradient_accumulation_steps
-        )
+        start = ScheduleStart(count_data_ranks(args, accelerator), args.gradient_accumulation_steps)
         state = TrainerState(0, seed, settings, memory, start)
     num_bytes = checkpoint_bytes(model_facts(configs, method), read_settings(args))
     if uses_deepspeed():
@@ -237,7 +240,7 @@ def describe_data(
             source,
             configs,
             batch_size=args.train_batch_size,
-            num_ranks=accelerator.num_processes // args.context_parallel_size,
+            num_ranks=count_data_ranks(args, accelerator),
             reshape_mode=args.video_reshape_mode,
         )
         logger.info("%s", plan)

@@ -46,8 +46,6 @@ class Run:
     accelerator: Accelerator
     agreement: Agreement
     output_dir: Path
-    data_rank: int  # this process's number among those with data of their own
-    num_data_ranks: int  # how many of these there are
     state: TrainerState  # at the start of the loop: resumed, or step 0
     total_steps: int
     schedule: StepSchedule
@@ -62,6 +60,16 @@ class Run:
     checkpoints: CheckpointFolder
     checkpoint_bytes: int
     signals: StopSignals
+
+    @property
+    def data_rank(self) -> int:
+        """This process's number among those with data of their own."""
+        return self.sampler.rank
+
+    @property
+    def num_data_ranks(self) -> int:
+        """How many of these there are."""
+        return self.sampler.world_size
 
     def save_checkpoint(self, step: int) -> None:
         """Save the training state after `step` steps."""
@@ -105,8 +113,6 @@ def set_up(recipe: Recipe) -> Run:
         accelerator=accelerator,
         agreement=recipe.agreement,
         output_dir=recipe.output_dir,
-        data_rank=recipe.data_rank,
-        num_data_ranks=recipe.num_data_ranks,
         state=state,
         total_steps=total_steps,
         schedule=schedule,

@@ -77,6 +77,10 @@ def add_training_flags(group: argparse._ArgumentGroup, method: str) -> None:
         help="Compute activations again in the backward pass instead of keeping them: much less memory, slower "
         "steps. Needed for full-size clips on most cards. (default: off)",
     )
+
+
+def add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
+    """What a run goes on from, and when it must not go on."""
     group.add_argument(
         "--checkpointing_steps",
         metavar="N",
@@ -111,6 +115,10 @@ def add_training_flags(group: argparse._ArgumentGroup, method: str) -> None:
         help="End the run after N steps in a row whose loss or gradient is not finite; such steps change nothing. "
         "(default: %(default)s)",
     )
+
+
+def add_encoding_flags(group: argparse._ArgumentGroup) -> None:
+    """How raw clips are encoded while training."""
     group.add_argument(
         "--enable_slicing",
         action="store_true",

@@ -24,7 +24,7 @@ from contact_sheet import SheetRow, draw_contact_sheet
 from errors import UserError
 from files import written_whole
 from fsdp import is_fsdp
-from lockstep import Lockstep, OtherRankFailed, OutOfStep
+from lockstep import Lockstep, OutOfStep
 from prompts import PromptCache
 from validation_trackers import ValidationVideo, log_videos
 from video import read_frames, write_video
@@ -132,8 +132,6 @@ def _sample_share(
                         videos.append(_make_video(pipeline, settings, prompts, number, folder))
                     else:
                         _sample(pipeline, settings, prompts, 0, settings.seed)
-    except OtherRankFailed:
-        return videos, []
     except OutOfStep:
         raise
     except UserError as error:

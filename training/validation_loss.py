@@ -21,7 +21,7 @@ from clips import PlannedClip
 from dataset import Batch, ClipDataset
 from diffusion import image_noise_scales, step_generator
 from errors import UserError, listing
-from lockstep import Lockstep, OtherRankFailed, OutOfStep
+from lockstep import Lockstep, OutOfStep
 from models import encode_noised_image, encode_videos
 from objective import Objective
 from prompts import PromptCache
@@ -111,8 +111,6 @@ def validation_losses(
     try:
         with Lockstep(accelerator, agreement) as lockstep, lockstep.calling(objective.model):
             losses = clip_losses(objective, batches, accelerator.device, num_train_timesteps)
-    except OtherRankFailed:
-        pass  # which says why
     except OutOfStep:
         raise
     except Exception as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, convert_outputs_to_fp32
+from accelerate.utils import DistributedType
 from diffusers import CogVideoXTransformer3DModel
 
 from ranks import launch_rank
@@ -85,13 +85,6 @@ def configure_zero(
     for key in ("offload_optimizer", "offload_param"):
         if (zero.get(key) or {}).get("device", "none") != "none":
             zero[key].setdefault("pin_memory", torch.cuda.is_available())
-
-
-def autocast_forward(transformer: CogVideoXTransformer3DModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Run the forward pass under autocast and return float32: accelerate does so unless DeepSpeed is in use."""
-    if dtype != torch.float32:
-        autocast = torch.autocast(device.type, dtype, cache_enabled=False)
-        transformer.forward = convert_outputs_to_fp32(autocast(transformer.forward))
 
 
 def look_at_gradients(accelerator: Accelerator) -> None:

@@ -59,7 +59,7 @@ def flags(tiny_models, demo_clips) -> list[str]:
     return [*flags, "--batch_size", "2", "--shard_size_mb", "1", "--save_image_latents", "--num_image_latents", "2"]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_ten_times_it_ends_with_the_bytes_of_an_uninterrupted_run(flags, tmp_path, num_ranks):
     log = tmp_path / "log.txt"
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -220,6 +220,7 @@ def real(tiny_models, demo_clips, tmp_path) -> dict[str, str]:
     return settings | {"OUTPUT_DIR": str(tmp_path / "prepared"), "ACCELERATE_USE_CPU": "true"}
 
 
+@pytest.mark.slow
 def test_two_nodes_prepare_one_data_set(submit, real, tmp_path):
     job = submit("prepare.sbatch", "--dataloader_num_workers", "0", **real)
     output, _ = job.communicate()

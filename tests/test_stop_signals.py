@@ -63,6 +63,24 @@ def test_a_worker_outlives_the_signals_of_its_group_for_a_while():
     assert (done.returncode, done.stdout) == (0, "still here\n"), done.stderr
 
 
+PARENT = """
+import os, signal, stop_signals
+ready, tell = os.pipe()
+if os.fork() == 0:
+    stop_signals.outlive_signals()
+    os.write(tell, b"ready")
+    signal.pause()
+os.read(ready, 5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+def test_a_worker_does_not_outlive_its_parent():
+    # Returns at the end of standard output, which the worker inherits.
+    assert run(PARENT).returncode == -signal.SIGKILL
+
+
 LAUNCHED = """
 import os, signal, stop_signals
 stop_signals.ECHO_SECONDS = -1.0  # no echo

@@ -59,14 +59,21 @@ class StopSignals:
 def follow_launcher() -> None:
     """Get SIGTERM when the launcher dies: without it, nobody would know of a run that goes on. To be called early."""
     is_launched = any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
-    if is_launched and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if is_launched:
+        _get_when_parent_dies(signal.SIGTERM)
 
 
 def outlive_signals() -> None:
     """Let a data worker live on when its whole process group is told to stop: the parent decides, and needs it until
-    its step is done."""
+    its step is done. When the parent dies it dies too: torch's workers look for it only between two batches, and wait
+    for ever to hand over one that nobody takes."""
+    _get_when_parent_dies(signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     # The alarm's own action ends the process.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_SECONDS))
+
+
+def _get_when_parent_dies(number: signal.Signals) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

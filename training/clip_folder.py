@@ -14,11 +14,16 @@ _SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES | {".txt"}
 _SIDE_NOTES = {"readme", "license", "licence", "copying", "notice", "changelog"}
 
 
-def read_folder(root: Path) -> Table:
+def read_folder(root: Path, captions_file: Path | None = None) -> Table:
     """Read the videos and still images in a folder and below, sorted by path.
 
     `b.png` beside `b.mp4` is that video's first frame. Hidden files do not count. Every .txt needs a clip, except one
     named like a readme or licence in the folder itself.
+
+    Args:
+        root: the folder.
+        captions_file: a table that captions are going to be written to, which may lie in the folder. Clips may be
+            without one then.
 
     Returns:
         Columns video, caption and image.
@@ -31,6 +36,8 @@ def read_folder(root: Path) -> Table:
         groups.setdefault(os.path.splitext(file)[0], []).append(file)
     suffixes = [set(map(_suffix, files)) for files in groups.values()]
     tables = sorted(name for name in os.listdir(root) if _suffix(name) in TABLE_SUFFIXES and name[0] != ".")
+    if captions_file is not None:
+        tables = [name for name in tables if (root / name).resolve() != captions_file.resolve()]
     if tables and not any(".txt" in kinds and len(kinds) > 1 for kinds in suffixes):
         raise UserError(
             f"{root} has no clips with captions beside them, but {', '.join(tables)}: give "
@@ -42,7 +49,8 @@ def read_folder(root: Path) -> Table:
             "one caption a line; or clips that each have a .txt of the same name beside them; or give a table with "
             f"--dataset_file ({', '.join(TABLE_SUFFIXES)}), or a data set with --dataset_name"
         )
-    rows = (row for name, files in groups.items() for row in _rows(root, name, files))
+    needed = captions_file is None
+    rows = (row for name, files in groups.items() for row in _rows(root, name, files, needed))
     return Table(str(root), ("video", "caption", "image"), rows, root)
 
 
@@ -74,7 +82,7 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _rows(root: Path, name: str, files: Sequence[str]) -> Iterator[Row]:
+def _rows(root: Path, name: str, files: Sequence[str], captions_needed: bool) -> Iterator[Row]:
     """The clips among the files of one name."""
     videos, images, captions = (
         [file for file in files if _suffix(file) in kinds] for kinds in (VIDEO_SUFFIXES, IMAGE_SUFFIXES, {".txt"})
@@ -85,15 +93,17 @@ def _rows(root: Path, name: str, files: Sequence[str]) -> Iterator[Row]:
         return
     clips, first_frames = (videos, images) if videos else (images, [])
     for clip in clips:
-        yield _row(root, clip, captions, first_frames)
+        yield _row(root, clip, captions, first_frames, captions_needed)
 
 
-def _row(root: Path, clip: str, captions: Sequence[str], first_frames: Sequence[str]) -> Row:
+def _row(root: Path, clip: str, captions: Sequence[str], first_frames: Sequence[str], captions_needed: bool) -> Row:
     values = {"video": clip, "image": first_frames[0] if first_frames else None}
-    if not captions:
+    if not captions and captions_needed:
         return Row(str(root), values, f"has no caption file {Path(clip).stem}.txt beside it")
     if len(first_frames) > 1:
         return Row(str(root), values, f"has several images for its first frame beside it: {', '.join(first_frames)}")
+    if not captions:
+        return Row(str(root), values)
     try:
         caption = read_utf8(root / captions[0]).replace("\r\n", "\n")
     except UserError as error:

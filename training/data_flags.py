@@ -61,7 +61,9 @@ def add_data_flags(group: argparse._ArgumentGroup, *, caption_column: str) -> No
     )
 
 
-def add_dataset_flags(group: argparse._ArgumentGroup, caption_column: str) -> None:
+def add_dataset_flags(
+    group: argparse._ArgumentGroup, caption_column: str, skipped_to: str = "skipped_clips.csv in --output_dir"
+) -> None:
     group.add_argument(
         "--data_root",
         "--instance_data_root",
@@ -110,7 +112,7 @@ def add_dataset_flags(group: argparse._ArgumentGroup, caption_column: str) -> No
         **choice(("error", "skip")),
         default="error",
         help="What to do about clips that are missing, damaged, too short or without a caption: list them all and "
-        "stop, or leave them out and list them in skipped_clips.csv in --output_dir. (default: %(default)s)",
+        f"stop, or leave them out and list them in {skipped_to}. (default: %(default)s)",
     )
 
 

@@ -50,7 +50,7 @@ class DataSource:
 
 
 def read_clips(
-    source: DataSource, media_cache: Path, *, name_folder: bool = False
+    source: DataSource, media_cache: Path, *, name_folder: bool = False, captions_file: Path | None = None
 ) -> tuple[list[Clip], list[BadClip]]:
     """Read the clips that a source lists.
 
@@ -63,6 +63,7 @@ def read_clips(
             from a local `dataset_name`.
         media_cache: folder for media that rows carry themselves (bytes, decoded frames).
         name_folder: say with its folder where each clip is listed: data sets of a mix may have lists of the same name.
+        captions_file: a table that captions are going to be written to. Clips may be without one then; it is "".
 
     Returns:
         Clips in the order of the list, and the rows that cannot be used.
@@ -70,7 +71,7 @@ def read_clips(
     Raises:
         UserError: the list as a whole cannot be used: missing, malformed, empty, without a column that was named.
     """
-    table, columns = _open(source)
+    table, columns = _open(source, captions_file)
     within = None if source.allow_outside_paths else _folders_named(source, table, media_cache)
     clips, bad_clips = [], []
     most = source.max_samples and min(source.max_samples, sys.maxsize)  # islice takes no more
@@ -102,9 +103,10 @@ class _Columns:
     video: str = "video"
     caption: str = "caption"
     image: str | None = "image"
+    caption_needed: bool = True
 
 
-def _open(source: DataSource) -> tuple[Table, _Columns]:
+def _open(source: DataSource, captions_file: Path | None) -> tuple[Table, _Columns]:
     if source.data_root is not None and not os.path.isdir(source.data_root):
         raise UserError(f"--data_root {source.data_root} is not a folder")
     if source.dataset_file is not None and source.dataset_name is not None:
@@ -116,24 +118,24 @@ def _open(source: DataSource) -> tuple[Table, _Columns]:
     elif source.dataset_file is not None:
         table = read_table(_find_dataset_file(source))
     else:
-        return _open_data_root(source), _Columns()
-    return table, _find_columns(table, source)
+        return _open_data_root(source, captions_file), _Columns(caption_needed=captions_file is None)
+    return table, _find_columns(table, source, caption_needed=captions_file is None)
 
 
-def _open_data_root(source: DataSource) -> Table:
+def _open_data_root(source: DataSource, captions_file: Path | None) -> Table:
     root, columns = source.data_root, (source.video_column, source.caption_column)
     if root is None:
         raise UserError(
             "there are no clips to read: give --data_root, --dataset_file, --dataset_name or --dataset_mix"
         )
     if has_text_files(root, *columns):
-        return read_text_files(root, *columns, source.image_column)
+        return read_text_files(root, *columns, source.image_column, captions_needed=captions_file is None)
     if source.image_column is not None:
         raise UserError(
             f"--image_column {source.image_column} names a column or a text file, and {root} holds neither; in a "
             "folder of clips, b.png beside b.mp4 is its first frame"
         )
-    return read_folder(root)
+    return read_folder(root, captions_file)
 
 
 def _find_dataset_file(source: DataSource) -> Path:
@@ -145,10 +147,12 @@ def _find_dataset_file(source: DataSource) -> Path:
     raise UserError(f"--dataset_file {source.dataset_file} does not exist{looked_in}")
 
 
-def _find_columns(table: Table, source: DataSource) -> _Columns:
+def _find_columns(table: Table, source: DataSource, *, caption_needed: bool) -> _Columns:
     wanted = {source.video_column: "--video_column", source.caption_column: "--caption_column"}
     if source.image_column is not None:
         wanted[source.image_column] = "--image_column"
+    if not caption_needed and source.caption_column == DataSource.caption_column:  # one that was named must be there
+        wanted.pop(source.caption_column)
     for column, flag in wanted.items():
         if column not in table.names:
             there = ", ".join(map(one_line, table.names)) or "none"
@@ -156,7 +160,8 @@ def _find_columns(table: Table, source: DataSource) -> _Columns:
         if table.names.count(column) > 1:
             raise UserError(f"{table.where} has several columns {column!r}; rename all but the one to use")
     found = [name for name in ("image", "images") if name in table.names and name not in wanted]
-    return _Columns(source.video_column, source.caption_column, source.image_column or next(iter(found), None))
+    image_column = source.image_column or next(iter(found), None)
+    return _Columns(source.video_column, source.caption_column, image_column, caption_needed)
 
 
 def _clip_of(
@@ -173,9 +178,11 @@ def _clip_of(
     caption = values.get(columns.caption)
     if not isinstance(caption, str | None):
         raise UnusableRow(f"its caption is {described(caption)}, not text")
-    if not caption or not caption.strip():
+    caption = (caption or "").strip()
+    if caption:
+        caption = f"{(source.id_token or '').strip()} {caption}".strip()
+    elif columns.caption_needed:
         raise UnusableRow("has no caption")
-    caption = f"{(source.id_token or '').strip()} {caption.strip()}".strip()
     metadata = _metadata(values, columns)
     try:
         video = media_file(values.get(columns.video), folder, media_cache, values.get("fps"), within=within)

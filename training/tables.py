@@ -27,13 +27,21 @@ def has_text_files(data_root: Path, video_column: str, caption_column: str) -> b
     )
 
 
-def read_text_files(data_root: Path, video_column: str, caption_column: str, image_column: str | None) -> Table:
+def read_text_files(
+    data_root: Path,
+    video_column: str,
+    caption_column: str,
+    image_column: str | None,
+    *,
+    captions_needed: bool = True,
+) -> Table:
     """Read videos.txt, prompts.txt and, where there is one, images.txt: line n of one belongs to line n of the others.
 
     Args:
         data_root: the folder they are in.
         video_column, caption_column, image_column: files that take their place; names that are neither a .txt nor a
             file are those of a table's columns, and mean nothing here.
+        captions_needed: whether there must be prompts.txt, and a line in it for each video.
 
     Returns:
         Columns video, caption and image. An empty line in images.txt is for a video that has no image.
@@ -44,7 +52,9 @@ def read_text_files(data_root: Path, video_column: str, caption_column: str, ima
     videos_file = _text_file(data_root, video_column, "videos.txt")
     prompts_file = _text_file(data_root, caption_column, "prompts.txt")
     images_file = _text_file(data_root, image_column or "images.txt", "images.txt")
-    needed = [(videos_file, "--video_column"), (prompts_file, "--caption_column")]
+    needed = [(videos_file, "--video_column")]
+    if captions_needed or caption_column.endswith(".txt"):
+        needed.append((prompts_file, "--caption_column"))
     if image_column is not None:
         needed.append((images_file, "--image_column"))
     for file, flag in needed:
@@ -52,9 +62,12 @@ def read_text_files(data_root: Path, video_column: str, caption_column: str, ima
             raise UserError(
                 f"{file} does not exist; {flag} names the file, below --data_root (or give a --dataset_file)"
             )
-    videos, prompts = _lines(videos_file), _lines(prompts_file)
-    # Blank lines at the end of images.txt may be for videos without an image.
-    images = _lines(images_file, at_least=len(videos)) if os.path.isfile(images_file) else [""] * len(videos)
+    videos = _lines(videos_file)
+    # Blank lines at the end may be for videos without an image, or without a caption where none is needed.
+    prompts, images = (
+        _lines(file, at_least=0 if complete else len(videos)) if os.path.isfile(file) else [""] * len(videos)
+        for file, complete in ((prompts_file, captions_needed), (images_file, False))
+    )
     for file, lines in ((prompts_file, prompts), (images_file, images)):
         if len(lines) != len(videos):
             raise UserError(

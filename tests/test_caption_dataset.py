@@ -1,0 +1,568 @@
+"""Clips without captions get them from a server, whatever happens on the way, in a table that training reads."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import av
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+import caption_dataset
+from args import parse_prepare_args
+from caption_endpoint import EndpointCaptioner, retry_after
+from caption_server import Answer, CaptionServer, Question, caption_of, refused, said, serving
+from caption_text import IMAGE_PROMPT, VIDEO_PROMPT, NoCaption
+from captioning import MOST_FAILURES_IN_A_ROW
+from clip_lists import write
+from encoded_clips import encode, numbered_frame
+from plan import plan_raw_clips
+
+
+LENGTHS = {"fly.mp4": 30, "run.mkv": 12, "walk/walk.mp4": 20}
+KEY = "sk-secret-0123456789"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with serving() as stand_in:
+        yield stand_in
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("encoded") / "my clips"
+    (folder / "walk").mkdir(parents=True)
+    for name, length in LENGTHS.items():
+        encode(folder / name, frames=length)
+    return folder
+
+
+@pytest.fixture
+def clips(encoded, tmp_path) -> Path:
+    """A folder of three clips without captions."""
+    return shutil.copytree(encoded, tmp_path / encoded.name)
+
+
+def flags(clips: Path, server: CaptionServer, *more: str) -> list[str]:
+    return ["--data_root", str(clips), "--endpoint", server.endpoint, *more]
+
+
+def caption(clips: Path, server: CaptionServer, *more: str) -> list[dict]:
+    """Caption a folder; returns the rows of the table."""
+    caption_dataset.main(flags(clips, server, *more))
+    return rows_of(clips / "captions.jsonl")
+
+
+def refuse(argv: list[str], capsys) -> str:
+    """Run with flags that lead to an error; returns it."""
+    with pytest.raises(SystemExit) as stopped:
+        caption_dataset.main(argv)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.split("error: ", 1)[1].rstrip()
+
+
+def rows_of(table: Path) -> list[dict]:
+    return [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
+
+
+def captions_of(rows: list[dict]) -> dict[str, str]:
+    return {row["video"]: row["caption"] for row in rows}
+
+
+def all_captioned() -> dict[str, str]:
+    return {name: caption_of(length) for name, length in LENGTHS.items()}
+
+
+# What the model is asked
+
+
+def test_every_clip_is_captioned_in_the_order_of_the_list(clips, server):
+    rows = caption(clips, server)
+    assert rows == [
+        {"video": name, "caption": text, "captioned_by": "watcher"} for name, text in all_captioned().items()
+    ]
+    assert not (clips / "captions.jsonl.part").exists()
+
+
+def test_the_model_sees_frames_spread_over_the_clip(clips, server):
+    caption(clips, server, "--num_frames", "5")
+    seen = {question.numbers[-1] + 1: question.numbers for question in server.questions}
+    assert seen == {length: [round(i * (length - 1) / 4 + 1e-9) for i in range(5)] for length in LENGTHS.values()}
+
+
+def test_frames_that_are_left_out_are_not_seen(clips, server):
+    caption(clips, server, "--num_frames", "2", "--skip_frames_start", "3", "--skip_frames_end", "1")
+    assert sorted(question.numbers for question in server.questions) == [[3, 10], [3, 18], [3, 28]]
+
+
+def test_a_clip_of_fewer_frames_shows_each_of_them_once(clips, server):
+    caption(clips, server, "--num_frames", "16")
+    assert [question.numbers for question in server.questions if len(question.frames) < 16] == [list(range(12))]
+
+
+def test_frames_are_shrunk_to_the_size_given_and_never_enlarged(clips, server):
+    encode(clips / "fly.mp4", frames=30, height=96, width=160)
+    caption(clips, server, "--max_size", "80")
+    assert {frame.shape for question in server.questions for frame in question.frames} == {(48, 80, 3)}
+
+
+def test_the_question_is_what_the_flags_say(clips, server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    caption(clips, server, "--temperature", "0.5", "--max_tokens", "77", "--prompt", "Say what you see.")
+    for question in server.questions:
+        assert question.prompt == "Say what you see."
+        assert question.headers["Authorization"] == f"Bearer {KEY}"
+        assert {name: value for name, value in question.body.items() if name != "messages"} == {
+            "model": "watcher",
+            "temperature": 0.5,
+            "max_tokens": 77,
+        }
+
+
+def test_the_prompt_may_come_from_a_file(clips, server, tmp_path):
+    caption(clips, server, "--prompt_file", str(write(tmp_path / "prompt.txt", "Name the colours.\n")))
+    assert {question.prompt.strip() for question in server.questions} == {"Name the colours."}
+
+
+def test_without_a_prompt_the_built_in_one_fits_video_or_still_image(clips, server):
+    Image.fromarray(numbered_frame(200)).save(clips / "still.png")
+    caption(clips, server)
+    prompts = {question.numbers[-1]: (question.prompt, len(question.frames)) for question in server.questions}
+    assert prompts.pop(200) == (IMAGE_PROMPT, 1)
+    assert set(prompts.values()) == {(VIDEO_PROMPT, 8)}
+
+
+def test_without_a_key_none_is_sent_and_temperature_is_zero(clips, server):
+    caption(clips, server)
+    assert all("Authorization" not in question.headers for question in server.questions)
+    assert {question.body["temperature"] for question in server.questions} == {0}
+
+
+def test_the_key_may_be_in_another_variable(clips, server, monkeypatch):
+    monkeypatch.setenv("MY_KEY", KEY)
+    caption(clips, server, "--api_key_variable", "MY_KEY")
+    assert {question.headers["Authorization"] for question in server.questions} == {f"Bearer {KEY}"}
+
+
+def test_as_many_requests_are_under_way_as_there_are_workers(clips, server):
+    together, lock, under_way, most = threading.Barrier(2), threading.Lock(), 0, 0
+
+    def answer(question: Question, before: int) -> Answer:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        together.wait()  # for another one that is under way
+        with lock:
+            under_way -= 1
+        return said("Bars.")
+
+    encode(clips / "fourth.mp4", frames=16)
+    server.answer = answer
+    assert len(caption(clips, server, "--num_workers", "2")) == 4
+    assert most == 2
+
+
+# What becomes of the answer
+
+
+def test_the_table_is_read_by_the_preparation_with_the_flags_that_are_told(clips, server, capsys):
+    caption(clips, server)
+    told = shlex.split(capsys.readouterr().out.split("with: ")[1])
+    args = parse_prepare_args([*told, "--model_id", "some/model", "--output_dir", "out", "--frame_buckets", "9"])
+    data = plan_raw_clips(args)
+    assert data.bad == []
+    assert [(planned.clip.video, planned.clip.caption) for planned in data.clips] == [
+        (clips / name, text) for name, text in all_captioned().items()
+    ]
+
+
+def test_an_answer_without_a_caption_is_a_failure_and_not_an_empty_caption(clips, server, capsys):
+    server.answer = lambda question, before: said(None if question.numbers[-1] == 11 else '"Bars\n move."')
+    message = refuse(flags(clips, server), capsys)
+    assert message.splitlines() == [
+        "1 of 3 clips got no caption; run again to ask for these alone:",
+        f"  {clips / 'run.mkv'} ({clips}): the model's answer has nothing in it",
+    ]
+    assert captions_of(rows_of(clips / "captions.jsonl")) == {"fly.mp4": "Bars move.", "walk/walk.mp4": "Bars move."}
+
+
+def test_an_answer_that_was_cut_ends_with_its_last_whole_sentence(clips, server):
+    server.answer = lambda question, before: said("Bars move. They are wh", "length")
+    assert set(captions_of(caption(clips, server)).values()) == {"Bars move."}
+
+
+@pytest.mark.parametrize("body", ["<html>", {"choices": []}, {"choices": [{"message": None}]}, [1]])
+def test_what_is_no_chat_completion_is_a_failure(clips, server, capsys, body):
+    server.answer = lambda question, before: Answer(body)
+    assert refuse(flags(clips, server), capsys).count("the server's answer is no chat completion: ") == 3
+    assert not (clips / "captions.jsonl").exists()
+
+
+# Captions that are there
+
+
+def test_captions_that_the_clips_came_with_are_kept(clips, server):
+    write(clips / "run.txt", "They run.\n")
+    rows = caption(clips, server)
+    assert captions_of(rows) == all_captioned() | {"run.mkv": "They run."}
+    assert [row["captioned_by"] for row in rows] == ["watcher", "user", "watcher"]
+    assert server.lengths_asked() == [20, 30]
+
+
+def test_a_second_run_asks_for_new_clips_only_and_keeps_what_was_mended_by_hand(clips, server):
+    rows = caption(clips, server)
+    rows[0]["caption"] = "They fly."
+    (clips / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encode(clips / "swim.mp4", frames=16)
+    server.lengths_asked()
+    expected = all_captioned() | {"fly.mp4": "They fly.", "swim.mp4": caption_of(16)}
+    assert captions_of(caption(clips, server)) == expected
+    assert server.lengths_asked() == [16]
+
+
+def test_without_anything_to_ask_the_server_is_not_needed(clips, server, capsys):
+    rows = caption(clips, server)
+    caption_dataset.main(["--data_root", str(clips), "--endpoint", "http://127.0.0.1:9/v1"])
+    assert rows_of(clips / "captions.jsonl") == rows
+    assert "3 captions, 0 of them new" in capsys.readouterr().out
+
+
+def test_overwrite_asks_for_all(clips, server):
+    write(clips / "run.txt", "They run.\n")
+    caption(clips, server)
+    server.lengths_asked()
+    server.answer = lambda question, before: said("Anew.")
+    assert set(captions_of(caption(clips, server, "--overwrite")).values()) == {"Anew."}
+    assert server.lengths_asked() == [12, 20, 30]
+
+
+def test_a_run_that_overwrites_goes_on_with_its_own_captions_but_not_with_those_of_another_prompt(
+    clips, server, capsys
+):
+    def fail_for_run(question: Question, before: int) -> Answer:
+        return refused(400) if question.numbers[-1] == 11 else said(f"Anew: {question.prompt}")
+
+    write(clips / "run.txt", "They run.\n")
+    server.answer = fail_for_run
+    anew = flags(clips, server, "--overwrite", "--prompt", "One.")
+    refuse(anew, capsys)
+    assert captions_of(rows_of(clips / "captions.jsonl")) == {
+        "fly.mp4": "Anew: One.",
+        "run.mkv": "They run.",
+        "walk/walk.mp4": "Anew: One.",
+    }
+    server.lengths_asked()
+    refuse(anew, capsys)
+    assert server.lengths_asked() == [12]
+    refuse([*anew[:-1], "Two."], capsys)
+    assert server.lengths_asked() == [12, 20, 30]
+    server.answer = lambda question, before: said("At last.")
+    caption_dataset.main(anew)
+    assert server.lengths_asked() == [12]
+    assert not (clips / "captions.jsonl.part").exists()
+
+
+def test_trying_a_few_clips_first_costs_none_of_the_others_their_captions(clips, server, tmp_path):
+    table = write(tmp_path / "list.csv", "video\n" + "\n".join(LENGTHS))
+    argv = ["--dataset_file", str(table), *flags(clips, server)]
+    caption_dataset.main(argv)
+    caption_dataset.main([*argv, "--max_samples", "1"])
+    assert captions_of(rows_of(clips / "captions.jsonl")) == all_captioned()
+    assert len(server.questions) == 3
+    (clips / "run.mkv").unlink()
+    caption_dataset.main([*argv, "--max_samples", "1"])
+    assert "run.mkv" not in captions_of(rows_of(clips / "captions.jsonl"))
+
+
+# Lists of every kind
+
+
+def test_a_list_of_paths_needs_no_captions(clips, server):
+    write(clips / "videos.txt", "walk/walk.mp4\nrun.mkv\nfly.mp4\n")
+    assert list(captions_of(caption(clips, server))) == ["walk/walk.mp4", "run.mkv", "fly.mp4"]
+
+
+def test_blank_lines_among_the_captions_are_filled(clips, server):
+    write(clips / "videos.txt", "walk/walk.mp4\nrun.mkv\nfly.mp4\n")
+    write(clips / "prompts.txt", "\nThey run.\n\n")
+    assert captions_of(caption(clips, server)) == all_captioned() | {"run.mkv": "They run."}
+
+
+def test_a_table_keeps_its_other_columns_and_the_captions_it_has(clips, server, tmp_path):
+    (clips / "first.png").touch()
+    rows = [
+        {"file": "fly.mp4", "text": "They fly.", "camera": "fixed"},
+        {"file": "run.mkv", "text": "", "image": "first.png"},
+    ]
+    table = write(tmp_path / "list.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    columns = ["--dataset_file", str(table), "--video_column", "file", "--caption_column", "text"]
+    assert caption(clips, server, *columns) == [
+        {"video": "fly.mp4", "caption": "They fly.", "captioned_by": "user", "camera": "fixed"},
+        {"video": "run.mkv", "caption": caption_of(12), "captioned_by": "watcher", "image": "first.png"},
+    ]
+
+
+def test_a_table_without_captions_lies_beside_the_one_that_has_them(clips, server):
+    table = write(clips / "list.csv", "video\nrun.mkv\nfly.mp4")
+    caption_dataset.main(["--dataset_file", str(table), "--endpoint", server.endpoint])
+    assert captions_of(rows_of(clips / "captions.jsonl")) == {"run.mkv": caption_of(12), "fly.mp4": caption_of(30)}
+
+
+def test_a_clip_listed_twice_is_asked_for_once(clips, server, tmp_path):
+    table = write(tmp_path / "list.csv", "video\nrun.mkv\nrun.mkv")
+    assert [row["caption"] for row in caption(clips, server, "--dataset_file", str(table))] == [caption_of(12)] * 2
+    assert server.lengths_asked() == [12]
+
+
+# What goes wrong on the way
+
+
+def test_a_busy_server_is_asked_again(clips, server):
+    server.answer = lambda question, before: refused(429) if before < 2 else said("Bars.")
+    assert set(captions_of(caption(clips, server)).values()) == {"Bars."}
+    assert server.lengths_asked() == [12] * 3 + [20] * 3 + [30] * 3
+
+
+def test_a_clip_that_the_server_fails_on_is_listed_and_asked_for_in_the_next_run(clips, server, capsys):
+    described = server.answer
+    server.answer = lambda question, before: (
+        refused(500, "worker died") if question.numbers[-1] == 11 else described(question, before)
+    )
+    message = refuse(flags(clips, server, "--max_retries", "2"), capsys)
+    assert message.endswith(f"{clips / 'run.mkv'} ({clips}): the server says 500: worker died")
+    assert server.lengths_asked() == [12, 12, 12, 20, 30]
+    assert captions_of(rows_of(clips / "captions.jsonl")).keys() == {"fly.mp4", "walk/walk.mp4"}
+    server.answer = described
+    assert captions_of(caption(clips, server)) == all_captioned()
+    assert server.lengths_asked() == [12]
+
+
+def test_what_the_server_will_never_take_is_sent_once(clips, server, capsys):
+    server.answer = lambda question, before: refused(400, "At most 1 image")
+    assert refuse(flags(clips, server), capsys).count("the server says 400: At most 1 image") == 3
+    assert server.lengths_asked() == [12, 20, 30]
+
+
+def test_where_every_clip_fails_the_rest_is_not_tried(clips, server, capsys):
+    for number in range(MOST_FAILURES_IN_A_ROW):
+        shutil.copy(clips / "fly.mp4", clips / f"{number}.mp4")
+    server.answer = lambda question, before: refused(400)
+    message = refuse(flags(clips, server, "--num_workers", "1"), capsys)
+    assert message.startswith(f"{MOST_FAILURES_IN_A_ROW} clips in a row got no caption, so no more are tried")
+    assert len(server.questions) <= MOST_FAILURES_IN_A_ROW + 1
+
+
+def test_a_key_that_is_no_longer_taken_ends_the_run_and_is_not_shown(clips, server, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server.answer = lambda question, before: refused(401, f"Incorrect API key provided: {KEY}")
+    message = refuse(flags(clips, server), capsys)
+    assert message == (
+        f"--endpoint {server.endpoint}: the server says 401: Incorrect API key provided: (hidden); "
+        "what is done is kept: run again"
+    )
+
+
+def test_a_clip_that_does_not_decode_is_listed_at_the_end(clips, server, capsys):
+    encode(clips / "fly.mp4", frames=30, g="10")
+    with av.open(str(clips / "fly.mp4")) as container:
+        first = next(container.demux(video=0))
+    content = bytearray((clips / "fly.mp4").read_bytes())
+    content[first.pos : first.pos + first.size] = bytes(first.size)  # the probe decodes what follows the last keyframe
+    (clips / "fly.mp4").write_bytes(content)
+    message = refuse(flags(clips, server), capsys)
+    assert f"  {clips / 'fly.mp4'} ({clips}): " in message
+    assert captions_of(rows_of(clips / "captions.jsonl")).keys() == {"run.mkv", "walk/walk.mp4"}
+
+
+def test_clips_that_cannot_be_used_are_listed_before_anything_is_asked(clips, server, capsys):
+    write(clips / "empty.mp4", b"")
+    assert "empty.mp4" in refuse(flags(clips, server), capsys)
+    assert server.questions == []
+    assert captions_of(caption(clips, server, "--on_bad_clip", "skip")) == all_captioned()
+    assert "1 of the clips cannot be used and are left out:" in capsys.readouterr().out
+
+
+def start(clips: Path, server: CaptionServer, *more: str) -> subprocess.Popen:
+    """Run the script in a process of its own."""
+    script = Path(caption_dataset.__file__)
+    command = [sys.executable, str(script), *flags(clips, server, "--num_workers", "1", *more)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "kept"), [(signal.SIGKILL, -signal.SIGKILL, 1), (signal.SIGINT, 128 + signal.SIGINT, 2)]
+)
+def test_a_run_that_was_ended_goes_on_where_it_was(clips, server, sent, code, kept):
+    described, started = server.answer, threading.Event()
+
+    def end_at_the_second(question: Question, before: int) -> Answer:
+        started.wait()
+        if len(server.questions) == 2:
+            os.kill(process.pid, sent)
+        return described(question, before)
+
+    server.answer = end_at_the_second
+    process = start(clips, server)
+    started.set()
+    process.communicate()
+    assert process.returncode == code
+    assert not (clips / "captions.jsonl").exists()
+    asked = server.lengths_asked()
+    assert len(asked) == 2
+    server.answer = described
+    assert captions_of(caption(clips, server)) == all_captioned()
+    assert len(server.lengths_asked()) == 3 - kept
+
+
+def test_half_a_line_of_a_killed_run_is_forgotten(clips, server):
+    part = write(
+        clips / "captions.jsonl.part",
+        b'{"video": "run.mkv", "caption": "Sie laufen.", "author": "watcher", "settings": "x"}\n'
+        + '{"video": "fly.mp4", "caption": "ü'.encode()[:-1],
+    )
+    assert captions_of(caption(clips, server)) == all_captioned() | {"run.mkv": "Sie laufen."}
+    assert server.lengths_asked() == [20, 30]
+    assert not part.exists()
+
+
+def test_captions_of_a_stopped_run_that_are_damaged_are_one_line(clips, server, capsys):
+    part = write(clips / "captions.jsonl.part", '{"video": "run.mkv"}\n')
+    message = refuse(flags(clips, server), capsys)
+    assert message == f"{part} is not what caption_dataset.py left there; remove it"
+
+
+def test_once_stopped_nothing_is_waited_for(server):
+    server.answer = lambda question, before: Answer({}, 503, {"Retry-After": "60"})
+    stopped = threading.Event()
+    options = {"temperature": 0.0, "max_tokens": 9, "timeout": 60.0, "max_retries": 9, "stopped": stopped}
+    captioner = EndpointCaptioner(server.endpoint, None, None, **options)
+    stopped.set()
+    with pytest.raises(NoCaption, match="the server says 503"):
+        captioner.describe([Image.fromarray(numbered_frame(3))], "What is it?")
+    assert len(server.questions) == 1
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("7", 7), ("0", 0), ("1e9", 60), ("-3", 0), ("nan", 2), ("Wed, 21 Oct 2026 07:28:00 GMT", 2), (None, 2)],
+)
+def test_the_wait_that_a_server_asks_for_is_kept_within_a_minute(header, seconds):
+    response = httpx.Response(429, headers={} if header is None else {"Retry-After": header})
+    assert retry_after(response, 2) == seconds
+
+
+def test_torch_is_not_imported_to_ask_a_server(clips, server):
+    argv = flags(clips, server)
+    code = f"import sys, caption_dataset\ncaption_dataset.main({argv!r})\nprint('torch' in sys.modules)"
+    folder = Path(caption_dataset.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+    assert "Captioning: 100%" in done.stderr
+
+
+# Mistakes
+
+
+def test_a_server_that_is_not_there_is_one_line_that_says_what_to_start(clips, capsys):
+    message = refuse(["--data_root", str(clips), "--endpoint", "http://127.0.0.1:9/v1"], capsys)
+    assert re.fullmatch(
+        r"--endpoint http://127.0.0.1:9/v1: the server cannot be reached \(.+\); start a server there, such as: "
+        r"vllm serve \S+",
+        message,
+    )
+    assert list(clips.glob("captions*")) == []
+
+
+def test_a_model_that_is_not_offered_is_answered_with_those_that_are(clips, server, capsys):
+    server.models = Answer({"data": [{"id": "watcher"}, {"id": "reader"}]})
+    offered = ["give --model one of those offered:", "  watcher", "  reader"]
+    title, *models = refuse(flags(clips, server, "--model", "seer"), capsys).splitlines()
+    assert title == f"--endpoint {server.endpoint}: there is no model 'seer'; {offered[0]}"
+    assert models == offered[1:]
+    title, *models = refuse(flags(clips, server), capsys).splitlines()
+    assert title == f"--endpoint {server.endpoint}: no model is named; {offered[0]}"
+    assert models == offered[1:]
+    assert {row["captioned_by"] for row in caption(clips, server, "--model", "reader")} == {"reader"}
+
+
+@pytest.mark.parametrize(
+    ("models", "said_of_it"),
+    [
+        (Answer({"error": {"message": "bad key"}}, 401), "the server says 401: bad key; put the right key into"),
+        (Answer({"detail": "Not Found"}, 404), "its /models lists no models (the server says 404: "),
+        (Answer("<html>Hello</html>"), "its /models lists no models (the server says 200: <html>Hello</html>)"),
+        (Answer({"models": []}), "its /models lists no models"),
+    ],
+)
+def test_a_server_that_does_not_list_its_models_is_one_line(clips, server, capsys, models, said_of_it):
+    server.models = models
+    message = refuse(flags(clips, server), capsys)
+    assert message.startswith(f"--endpoint {server.endpoint}: {said_of_it}")
+    assert len(message.splitlines()) == 1
+
+
+def test_a_table_that_someone_else_wrote_is_left_alone(clips, server, capsys):
+    table = write(clips / "captions.jsonl", '{"video": "fly.mp4", "caption": "weeks of work"}\n')
+    message = refuse(flags(clips, server), capsys)
+    assert message.startswith(f"--output_file: {table} is there already, and caption_dataset.py did not write it")
+    assert rows_of(table) == [{"video": "fly.mp4", "caption": "weeks of work"}]
+
+
+def test_a_table_in_the_folder_of_clips_is_not_passed_over(clips, server, capsys):
+    write(clips / "metadata.csv", "video,caption\nfly.mp4,They fly.\n")
+    assert f"give --dataset_file {clips / 'metadata.csv'}" in refuse(flags(clips, server), capsys)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_asked(clips, server, capsys):
+    message = refuse(flags(clips, server, "--output_file", str(clips / "run.mkv" / "x.jsonl")), capsys)
+    assert message.startswith(f"--output_file: {clips / 'run.mkv' / 'x.jsonl'} cannot be written (")
+    assert server.questions == []
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "--endpoint or --model: required, but not given"),
+        (["--endpoint", "localhost:8000"], "--endpoint: 'localhost:8000' is no address; it looks like http://"),
+        (["--endpoint", "http://me:secret@x/v1"], "--endpoint: leave user and password out of the address"),
+        (["--model", "x", "--num_workers", "2"], "--num_workers: only for a model behind an --endpoint"),
+        (["--model", "x", "--prompt", " "], "--prompt is empty; leave it out for the built-in prompt"),
+        (["--model", "x", "--prompt", "a", "--prompt_file", "b"], "--prompt and --prompt_file are both given"),
+        (["--model", "x", "--prompt_file", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--model", "x", "--output_file", "captions.csv"], "--output_file: captions.csv must end in .jsonl"),
+        (["--model", "x", "--id_token", "X"], "--id_token: unknown flag"),
+        (["--model", "x"], "folder has nothing that can be read as clips"),
+        (["--model", "x", "--caption_column", "txt", "--dataset_file", "a.csv"], "a.csv has no column 'txt'"),
+    ],
+)
+def test_mistakes_in_flags_and_lists_are_one_line(tmp_path, monkeypatch, capsys, more, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "a.csv", "video\nx.mp4\n")
+    error = refuse(["--data_root", "folder", *more], capsys)
+    assert error.startswith(message)
+    assert len(error.splitlines()) == 1
+
+
+def test_a_data_set_without_a_folder_needs_a_name_for_the_table(capsys):
+    error = refuse(["--dataset_name", "name/of-it", "--model", "x"], capsys)
+    assert error.startswith("--output_file: required with --dataset_name alone")
+
+
+def test_pictures_reach_the_server_as_the_clip_shows_them(clips, server):
+    caption(clips, server, "--num_frames", "1")
+    (question,) = [question for question in server.questions if question.numbers == [0]][:1]
+    assert np.abs(question.frames[0].astype(int) - numbered_frame(0).astype(int)).mean() < 6

@@ -1,0 +1,195 @@
+"""Write captions for clips that have none, with a vision-language model, into a table that training reads.
+
+    vllm serve Qwen/Qwen2.5-VL-7B-Instruct --limit-mm-per-prompt '{"image": 8}'
+    python training/caption_dataset.py --data_root my-clips --endpoint http://localhost:8000/v1
+
+Then give my-clips/captions.jsonl as --dataset_file, with the same --data_root. Stopped or killed and run again, it
+goes on where it was.
+"""
+
+import argparse
+import logging
+import os
+import shlex
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from buckets import Bucket
+from caption_file import AUTHOR_COLUMN, USER, Caption, CaptionFile, CaptionSettings
+from caption_flags import TABLE_FILE, parse_flags
+from captioning import Captioner, caption_clip, caption_clips
+from clips import BadClip, Clip, PlannedClip, plan_clips
+from errors import UserError, listing, one_line_errors
+from file_cache import FileCache, default_cache_folder
+from hub_token import HubToken, log_without_tokens
+from plan import RawData, check_bad_clips, data_sources
+from probe import probe_files
+from sources import DataSource, read_clips
+
+
+def plan_captions(source: DataSource, captions_file: Path, num_frames: int, skip_start: int, skip_end: int) -> RawData:
+    """List and probe the clips, with or without captions, and choose the frames that the model sees of each.
+
+    Raises:
+        UserError: the list as a whole cannot be used.
+    """
+    cache = default_cache_folder()
+    clips, bad = read_clips(source, cache / "media", captions_file=captions_file)
+    infos = probe_files([clip.video for clip in clips], FileCache(cache))
+    as_many_as_there_are = [Bucket(count, 16, 16) for count in range(1, num_frames + 1)]  # no frame is resized to them
+    planned, unusable = plan_clips(
+        clips, infos, as_many_as_there_are, skip_start=skip_start, skip_end=skip_end, hold_last_frame=True
+    )
+    return RawData(planned, [*bad, *unusable])
+
+
+def folder_of(source: DataSource) -> Path | None:
+    """Where the relative paths of the clips start; None: nowhere."""
+    if source.data_root is not None:
+        return source.data_root
+    if source.dataset_file is not None:
+        return source.dataset_file.parent
+    return Path(source.dataset_name) if os.path.isdir(source.dataset_name) else None
+
+
+def listed_path(file: Path, folder: Path | None) -> str:
+    """A file as the table names it: from the folder on, or absolute where it lies elsewhere."""
+    if folder is not None and file.is_relative_to(folder):
+        return file.relative_to(folder).as_posix()
+    return str(file.absolute())
+
+
+def make_captioner(args: argparse.Namespace, stopped: threading.Event) -> Captioner:
+    """The model that the flags name.
+
+    Raises:
+        UserError: it cannot be reached or loaded.
+    """
+    answers = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    if args.endpoint is None:
+        from caption_model import ModelCaptioner
+
+        return ModelCaptioner(args.model, **answers)
+    from caption_endpoint import EndpointCaptioner
+
+    key = os.environ.get(args.api_key_variable, "").strip()
+    if not key.isascii():
+        raise UserError(f"the key in the environment variable {args.api_key_variable} has characters that no key has")
+    return EndpointCaptioner(
+        args.endpoint,
+        args.model,
+        HubToken(key) if key else None,  # hidden from messages, as the hub's own is
+        **answers,
+        timeout=args.timeout,
+        max_retries=args.max_retries,
+        stopped=stopped,
+    )
+
+
+def table_row(clip: Clip, caption: Caption, folder: Path | None) -> dict[str, str]:
+    """A clip's line of the table: its path, its caption and who wrote it, then the columns that it came with."""
+    row = {"video": listed_path(clip.video, folder), "caption": caption.text, AUTHOR_COLUMN: caption.author}
+    if clip.image is not None:
+        row["image"] = listed_path(clip.image, folder)
+    return row | {name: value for name, value in clip.metadata.items() if name not in row}
+
+
+def ask_for_captions(
+    args: argparse.Namespace, table: CaptionFile, clips: Mapping[str, PlannedClip]
+) -> tuple[dict[str, Caption], list[BadClip]]:
+    """Have clips captioned, but for those of them that a stopped run has captioned by the same settings.
+
+    Args:
+        clips: by their paths as listed.
+
+    Returns:
+        The captions by path, and the clips that got none.
+
+    Raises:
+        UserError: the model cannot be had, or no clip can be captioned any more.
+    """
+    table.check_writable()
+    stopped = threading.Event()
+    captioner = make_captioner(args, stopped)
+    settings = CaptionSettings(
+        captioner.model,
+        args.prompt,
+        args.num_frames,
+        (args.skip_frames_start, args.skip_frames_end),
+        args.max_size,
+        args.temperature,
+        args.max_tokens,
+    )
+
+    def caption(path: str, planned: PlannedClip) -> None:
+        text = caption_clip(planned, captioner, args.prompt, args.max_size)
+        table.append(path, Caption(text, captioner.model), settings)
+
+    done = table.unfinished(settings)
+    remaining = {path: planned for path, planned in clips.items() if path not in done}
+    failures = caption_clips(remaining, caption, 1 if args.endpoint is None else args.num_workers, stopped)
+    return {path: made for path, made in table.unfinished(settings).items() if path in clips}, failures
+
+
+def caption_dataset(args: argparse.Namespace) -> None:
+    """Write the table of captions that the flags ask for.
+
+    Raises:
+        UserError: clips cannot be used or got no caption, or none can be had.
+    """
+    (source,) = data_sources(args)
+    folder = folder_of(source)
+    table = CaptionFile(Path(args.output_file) if args.output_file else folder / TABLE_FILE)
+    data = plan_captions(source, table.path, args.num_frames, args.skip_frames_start, args.skip_frames_end)
+    check_bad_clips(data, args.on_bad_clip)
+    if data.bad:
+        tqdm.write(listing(f"{len(data.bad)} of the clips cannot be used and are left out:", data.bad))
+
+    earlier = table.captions()
+    listed = [(listed_path(planned.clip.video, folder), planned) for planned in data.clips]
+    kept = [own_caption(planned.clip) or earlier.get(path) for path, planned in listed]
+    wanted = dict(item for item, caption in zip(listed, kept, strict=True) if args.overwrite or caption is None)
+    made, failures = ask_for_captions(args, table, wanted) if wanted else ({}, [])
+
+    captions = [made.get(path, caption) for (path, _), caption in zip(listed, kept, strict=True)]
+    rows = [
+        table_row(planned.clip, caption, folder)
+        for (_, planned), caption in zip(listed, captions, strict=True)
+        if caption is not None
+    ]
+    # Where captions are replaced, the table cannot tell which of them already are.
+    table.write(rows, folder, finished=not (args.overwrite and failures))
+    if rows:
+        flags = flags_for(table.path, folder, allow_outside_paths=args.allow_outside_paths)
+        print(f"wrote {table.path}: {len(rows)} captions, {len(made)} of them new; read them, mend them there, and")
+        print(f"prepare or train with: {flags}")
+    if failures:
+        title = f"{len(failures)} of {len(listed)} clips got no caption; run again to ask for these alone:"
+        raise UserError(listing(title, failures, most=len(failures)))
+
+
+def own_caption(clip: Clip) -> Caption | None:
+    """The caption that a clip came with."""
+    return Caption(clip.caption, clip.metadata.get(AUTHOR_COLUMN, USER)) if clip.caption else None
+
+
+def flags_for(table: Path, folder: Path | None, *, allow_outside_paths: bool) -> str:
+    """How the table is given to a script that reads it."""
+    flags = ["--dataset_file", str(table), "--caption_column", "caption"]
+    flags += [] if folder is None else ["--data_root", str(folder)]
+    return shlex.join(flags + ["--allow_outside_paths"] * allow_outside_paths)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script with the given flags; None for those of the command line."""
+    with one_line_errors():
+        args = parse_flags(argv)
+        log_without_tokens(logging.WARNING)
+        caption_dataset(args)
+
+
+if __name__ == "__main__":
+    main()

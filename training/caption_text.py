@@ -1,0 +1,63 @@
+"""What a vision-language model is asked for, and what is made of its answer.
+
+CogVideoX was trained on captions as long as a paragraph: its authors' own examples for rewriting prompts
+(`inference/convert_demo.py` of THUDM/CogVideo) are one paragraph of 70 to 100 words in the present tense, which names
+the subject and its looks, tells in order what happens, and gives setting and light. The text encoder reads 226 tokens,
+some 150 words; what is beyond is cut.
+"""
+
+import re
+
+
+_RULES = """\
+Describe only what can be seen, in the present tense, as definite facts: no guesses at names, thoughts, sounds or \
+meaning, and nothing twice. Write English, without headings, lists, line breaks or quotation marks. Begin with the \
+subject itself, never with words like "the video shows", and do not mention frames or captions. \
+Answer with the paragraph alone."""
+
+VIDEO_PROMPT = f"""\
+These pictures are frames of one video, in order and evenly spread over it. Write the text from which a video \
+generator could make this video again: one paragraph of 80 to 120 words. Say who or what the subject is and how it \
+looks: kind, number, colours, material, clothing. Say what happens from the first frame to the last, in order: how \
+the subject moves, in which direction and how fast, and what changes. Then the place and the background, the light \
+and the colours, the style if it is not plain footage, and how the camera frames the scene and moves, or that it \
+stands still. {_RULES}"""
+
+IMAGE_PROMPT = f"""\
+Write the text from which an image generator could make this picture again: one paragraph of 60 to 100 words. Say who \
+or what the subject is and how it looks: kind, number, colours, material, clothing; its pose and what it does; then \
+the place and the background, the light and the colours, the style if it is no plain photograph, and how the picture \
+is framed. {_RULES}"""
+
+_QUOTES = ('""', "''", "“”", "「」", "«»")
+
+
+class NoCaption(Exception):
+    """Why a model's answer is no caption, as the end of a sentence that starts with the clip."""
+
+
+def clean_caption(answer: str | None, *, was_cut: bool = False) -> str:
+    """The caption in an answer: on one line, without the thoughts before it and the quotes around it.
+
+    Args:
+        answer: as the model gave it.
+        was_cut: it had more to say; only whole sentences are kept.
+
+    Raises:
+        NoCaption: there is none.
+    """
+    more = "; raise --max_tokens" if was_cut else ""
+    text = (answer or "").rpartition("</think>")[2]  # of models that think aloud
+    if text.lstrip().startswith("<think>"):
+        raise NoCaption(f"the model's answer has thoughts, but no caption{more}")
+    caption = " ".join(text.encode("utf-8", "ignore").decode().split())
+    for opening, closing in _QUOTES:
+        inner = caption[1:-1]
+        if caption[:1] == opening and caption[-1:] == closing and opening not in inner and closing not in inner:
+            caption = inner.strip()
+    if was_cut:
+        sentences = re.match(r".*(?:[.!?](?=\s|$)|[\u3002\uff01\uff1f])", caption)
+        caption = sentences[0] if sentences else ""
+    if not caption:
+        raise NoCaption(f"the model's answer has {'no whole sentence' if was_cut else 'nothing'} in it{more}")
+    return caption

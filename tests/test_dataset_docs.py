@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import caption_flags
 import make_first_frames
 from args import parse_args, parse_prepare_args
 from buckets import Bucket
@@ -28,6 +29,7 @@ EXAMPLES = re.findall(r"<!-- ([a-z]+): ([^>]+?) -->\n```[a-z]*\n(.*?)```", ENGLI
 PARSERS: dict[str, Callable] = {
     "prepare_dataset.py": parse_prepare_args,
     "make_first_frames.py": make_first_frames.parse_flags,
+    "caption_dataset.py": caption_flags.parse_flags,
     "cogvideox_text_to_video_lora.py": lambda flags: parse_args(flags, task="text-to-video", method="lora"),
 }
 NOTE_ARGUMENTS = """#!/usr/bin/env bash
@@ -57,6 +59,7 @@ CLIPS = {
         ("my-folder/poster.png", "A poster of a rabbit on a bicycle"),
         ("my-folder/rabbit.mp4", RABBIT),
     ],
+    "captioned": [("my-footage/rabbit.mp4", RABBIT), ("my-footage/street.mp4", STREET)],
     "images": LISTED,
     "with first frames": [
         ("my-clips/videos/rabbit.mp4", "A rabbit yawns"),
@@ -78,7 +81,7 @@ class Workplace:
         (folder / "try/model/model_index.json").touch()
         for launcher in ROOT.glob("*.sh"):
             (folder / launcher.name).symlink_to(launcher)
-        for program in ("python", "torchrun", "accelerate"):
+        for program in ("python", "torchrun", "accelerate", "vllm"):
             script = folder / "programs" / program
             script.write_text(NOTE_ARGUMENTS)
             script.chmod(0o755)
@@ -114,7 +117,9 @@ def write(path: Path, text: str) -> None:
 
 
 def parsed(call: list[str]):
-    """The flags of a script, by its own parser; None for one of the demo."""
+    """The flags of a script, by its own parser; None for one of the demo, and for vLLM."""
+    if call[0] == "serve":
+        return None
     (script,) = [index for index, word in enumerate(call) if word.endswith(".py")]
     name = Path(call[script]).name
     assert list(ROOT.glob(f"*/{name}")), f"there is no {name}"
@@ -232,7 +237,7 @@ def help_of(script: str, capsys) -> str:
 
 
 def named_flags(page: str) -> set[str]:
-    return set(re.findall(r"(?<![\w-])--[a-z_]+", page))
+    return set(re.findall(r"(?<![\w-])--[a-z_]+(?![\w-])", page))  # vLLM's have hyphens
 
 
 def test_every_flag_that_a_page_names_exists(capsys):

@@ -287,6 +287,24 @@ def test_trying_a_few_clips_first_costs_none_of_the_others_their_captions(clips,
     assert "run.mkv" not in captions_of(rows_of(clips / "captions.jsonl"))
 
 
+def test_captions_of_a_stopped_run_outlive_a_run_on_fewer_clips(clips, server):
+    write(
+        clips / "captions.jsonl.part",
+        '{"video": "run.mkv", "caption": "They run.", "author": "watcher", "settings": "x"}\n',
+    )
+    caption(clips, server, "--max_samples", "1")
+    assert captions_of(caption(clips, server)) == all_captioned() | {"run.mkv": "They run."}
+
+
+def test_a_caption_that_was_emptied_is_asked_for_again(clips, server):
+    rows = caption(clips, server)
+    rows[1]["caption"] = ""
+    (clips / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server.lengths_asked()
+    assert captions_of(caption(clips, server)) == all_captioned()
+    assert server.lengths_asked() == [12]
+
+
 # Lists of every kind
 
 

@@ -67,8 +67,12 @@ class CaptionFile:
         self._appended = self._recover()
 
     def captions(self) -> dict[str, Caption]:
-        """The captions there are by the clips' paths as listed: of the table, and of a run that was stopped."""
-        found = {row["video"]: Caption(row["caption"], row.get(AUTHOR_COLUMN, USER)) for row in self._rows}
+        """The captions there are by the clips' paths as listed: of the table, and of a run that was stopped.
+
+        A caption that was emptied by hand is none.
+        """
+        filled = [row for row in self._rows if row["caption"].strip()]
+        found = {row["video"]: Caption(row["caption"], row.get(AUTHOR_COLUMN, USER)) for row in filled}
         return found | {line["video"]: Caption(line["caption"], line["author"]) for line in self._appended}
 
     def unfinished(self, settings: CaptionSettings) -> dict[str, Caption]:
@@ -110,7 +114,8 @@ class CaptionFile:
         """Replace the table.
 
         Args:
-            rows: of the clips listed. Rows of other clips stay behind them, as long as their files exist.
+            rows: of the clips listed. Behind them stay those of other clips that have captions, as long as their files
+                exist.
             folder: where the clips' relative paths start.
             finished: all that was asked for is in `rows`, so that what was appended need not be kept.
 
@@ -118,8 +123,12 @@ class CaptionFile:
             UserError: it cannot be written.
         """
         listed = {row["video"] for row in rows}
-        others = [row for row in self._rows if row["video"] not in listed]
-        kept = [row for row in others if os.path.exists(os.path.join(folder or "", row["video"]))]
+        earlier = {row["video"]: row for row in self._rows}
+        kept = [
+            earlier.get(video, {}) | {"video": video, "caption": caption.text, AUTHOR_COLUMN: caption.author}
+            for video, caption in self.captions().items()
+            if video not in listed and os.path.exists(os.path.join(folder or "", video))
+        ]
         if rows or kept:
             with written_whole(self.path) as partial:
                 partial.write_text(index_lines([*rows, *kept]), encoding="utf-8")

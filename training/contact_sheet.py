@@ -23,6 +23,7 @@ _ROW_HEIGHT = _CELL_HEIGHT + 24
 _TEXT_GAP, _TEXT_WIDTH = 20, 462
 _LINE_HEIGHT, _CAPTION_GAP = 20, 6
 _FONT_SIZE = 15
+_SHOWN_FRAMES = 5  # of a sampled video
 _PAPER, _CELL, _RULE, _FAINT, _TITLE, _CAPTION = "#ffffff", "#f0f0f2", "#d8d8dc", "#808088", "#101014", "#48484f"
 
 # More characters than a line can have, so that a caption as long as a book is not measured to its end.
@@ -69,6 +70,12 @@ def draw_contact_sheet(
         with written_whole(path) as partial:
             sheet.save(partial, format="PNG")
     return sheet
+
+
+def shown_indices(num_frames: int) -> list[int]:
+    """Up to five frame numbers, spread over a video from its first to its last."""
+    spread = np.linspace(0, num_frames - 1, _SHOWN_FRAMES).round().astype(int)
+    return list(dict.fromkeys(spread.tolist()))
 
 
 def sample_for_sheet(planned: Sequence[PlannedClip], most: int = 16) -> list[PlannedClip]:

@@ -1,8 +1,10 @@
 """Write files and folders so that they exist whole or not at all."""
 
 import os
+import re
 import secrets
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,6 +42,12 @@ def written_whole(path: Path, staging: Path | None = None) -> Iterator[Path]:
     finally:
         with suppress(NotADirectoryError):
             partial.unlink(missing_ok=True)
+
+
+def slug(text: str) -> str:
+    """The beginning of a text as part of a file name: letters of any script, digits and hyphens."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", text).lower()).strip("-")
+    return words[:40].rstrip("-")
 
 
 def nearest_folder(path: Path) -> Path:

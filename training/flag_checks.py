@@ -6,6 +6,7 @@ Each raises `UserError` with one line that names the flag and what to do.
 import argparse
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from errors import UserError
@@ -28,26 +29,36 @@ def check_sizes(args: argparse.Namespace) -> None:
         ("--width_buckets", args.width_buckets),
     ):
         for size in sizes:
-            if size % SIZE_STEP:
-                below = size // SIZE_STEP * SIZE_STEP
-                nearest = _name_nearest("size", [n for n in (below, below + SIZE_STEP) if n])
-                raise UserError(f"{flag}: {size} is not divisible by {SIZE_STEP}; {nearest}")
+            check_size(flag, size)
+
+
+def check_size(flag: str, size: int) -> None:
+    """A height or width is a multiple of 16."""
+    if size % SIZE_STEP:
+        below = size // SIZE_STEP * SIZE_STEP
+        nearest = _name_nearest("size", [n for n in (below, below + SIZE_STEP) if n])
+        raise UserError(f"{flag}: {size} is not divisible by {SIZE_STEP}; {nearest}")
 
 
 def check_frames(args: argparse.Namespace) -> None:
     """Frame counts are ones that the VAE takes, and some bucket is within --max_num_frames."""
     for flag, counts in (("--max_num_frames", [args.max_num_frames]), ("--frame_buckets", args.frame_buckets)):
         for count in counts:
-            if not _is_frame_count(count):
-                below = next(n for n in range(count, 0, -1) if _is_frame_count(n))
-                above = next(n for n in range(count, count + 4) if _is_frame_count(n))
-                raise UserError(f"{flag}: {count} is not 4k or 4k+1; {_name_nearest('count', [below, above])}")
+            check_frame_count(flag, count)
     shortest = min(args.frame_buckets)
     if shortest > args.max_num_frames:
         raise UserError(
             f"--frame_buckets: all exceed --max_num_frames {args.max_num_frames}; raise it to --max_num_frames "
             f"{max(args.frame_buckets)} or give a shorter bucket"
         )
+
+
+def check_frame_count(flag: str, count: int) -> None:
+    """A number of frames is one that the VAE takes."""
+    if not _is_frame_count(count):
+        below = next(n for n in range(count, 0, -1) if _is_frame_count(n))
+        above = next(n for n in range(count, count + 4) if _is_frame_count(n))
+        raise UserError(f"{flag}: {count} is not 4k or 4k+1; {_name_nearest('count', [below, above])}")
 
 
 def _is_frame_count(count: int) -> bool:
@@ -131,10 +142,16 @@ def check_validation_images(args: argparse.Namespace, task: str) -> None:
     """Validation images exist or are URLs; image-to-video only."""
     if task != "image-to-video":
         return
-    args.validation_images = [os.path.expanduser(image) for image in args.validation_images]
-    for image in args.validation_images:
+    args.validation_images = find_images("--validation_images", args.validation_images)
+
+
+def find_images(flag: str, images: Sequence[str]) -> list[str]:
+    """The images with ~ expanded; each exists or is a URL."""
+    images = [os.path.expanduser(image) for image in images]
+    for image in images:
         if not image.lower().startswith(("http://", "https://")) and not os.path.isfile(image):
-            raise UserError(f"--validation_images: no file '{image}'; give a path or an http(s) URL")
+            raise UserError(f"{flag}: no file '{image}'; give a path or an http(s) URL")
+    return images
 
 
 def check_objective(given: set[str], timestep_sampling: str, use_ema: bool) -> None:
@@ -150,16 +167,20 @@ def check_lora(args: argparse.Namespace) -> None:
     """The target modules are not contradictory, and the LoRA to start from exists; a folder becomes the file in it."""
     if ALL_LINEAR in args.lora_target_modules and len(args.lora_target_modules) > 1:
         raise UserError(f"--lora_target_modules: {ALL_LINEAR} has all others in it; leave these out")
-    if args.lora_weights is None:
-        return
-    file = Path(args.lora_weights)
+    if args.lora_weights is not None:
+        args.lora_weights = find_lora("--lora_weights", args.lora_weights)
+
+
+def find_lora(flag: str, reference: str) -> str:
+    """The file of a LoRA that is given by its path or by the folder that it is in."""
+    file = Path(reference)
     if file.is_dir():
         file /= LORA_FILE
     if not file.is_file():
-        raise UserError(f"--lora_weights: no file '{file}'; give a .safetensors file or a folder with {LORA_FILE}")
+        raise UserError(f"{flag}: no file '{file}'; give a .safetensors file or a folder with {LORA_FILE}")
     if file.suffix != ".safetensors":
-        raise UserError(f"--lora_weights: '{file}' is no .safetensors file, and others may run code; convert it")
-    args.lora_weights = str(file)
+        raise UserError(f"{flag}: '{file}' is no .safetensors file, and others may run code; convert it")
+    return str(file)
 
 
 def check_hub(args: argparse.Namespace) -> None:
@@ -189,30 +210,35 @@ def check_files(
     Raises:
         UserError: a folder or file is missing or of the wrong kind, or `output_dir` cannot be written.
     """
-    _check_model(model, model_flag)
+    check_model(model, model_flag)
     if data_root is not None and not os.path.isdir(data_root):
         raise UserError(f"--data_root: no folder '{data_root}'; give the folder which holds your clips")
     if dataset_file is not None and not os.path.isfile(dataset_file):
         inside = os.path.join(data_root or "", dataset_file)
         advice = f"did you mean '{inside}'?" if os.path.isfile(inside) else "give the path of a table of clips"
         raise UserError(f"--dataset_file: no file '{dataset_file}'; {advice}")
-    _check_writable(output_dir)
+    check_writable(output_dir)
 
 
-def _check_model(model: str, flag: str) -> None:
+def check_model(model: str, flag: str) -> None:
+    """A model is the folder of a pipeline, or may be on the hub."""
     if os.path.isdir(model):
         if not os.path.isfile(os.path.join(model, "model_index.json")):
             raise UserError(f"{flag}: no model_index.json in '{model}'; give the folder of a whole diffusers pipeline")
         return
-    is_hub_id = model.count("/") == 1 and not model.startswith(("/", ".", "~")) and not os.path.exists(model)
-    if not is_hub_id:
+    if not is_hub_id(model):
         raise UserError(
             f"{flag}: no folder '{model}'; give a local folder in the diffusers layout or a hub id such as "
             "THUDM/CogVideoX-5b"
         )
 
 
-def _check_writable(output_dir: str) -> None:
+def is_hub_id(reference: str) -> bool:
+    """Whether this may be `owner/name` on the hub, and is nothing here."""
+    return reference.count("/") == 1 and not reference.startswith(("/", ".", "~")) and not os.path.exists(reference)
+
+
+def check_writable(output_dir: str) -> None:
     """Raise unless `output_dir` can be created and written.
 
     Processes of one launch run this at the same time, so it creates no folder: it tries a nameless

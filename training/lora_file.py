@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from huggingface_hub import is_offline_mode
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 
 from errors import UserError
 from fsdp import divided_like
+from run_folder import LORA_FILE
 
 
 _PREFIX = "transformer."  # of the names in a file that diffusers wrote
@@ -21,7 +23,7 @@ _PREFIX = "transformer."  # of the names in a file that diffusers wrote
 class LoraFile:
     """The adapters of a LoRA file in the diffusers format."""
 
-    path: Path
+    path: Path | str  # or a hub id
     weights: dict[str, torch.Tensor]  # by their names in the transformer, such as "proj_out.lora_A.weight"
     config: dict[str, Any]  # peft's, from the metadata; empty in a file without any
 
@@ -31,17 +33,35 @@ class LoraFile:
         return {name.split(".lora_")[0] for name in self.weights}
 
 
-def read_lora(path: Path) -> LoraFile:
+def location(reference: Path | str, cache_dir: str | None = None) -> dict[str, Any]:
+    """Where a LoRA is, as the arguments of diffusers' functions that load one; they will not unpickle.
+
+    Args:
+        reference: its file, or a hub id.
+        cache_dir: where files of the hub are kept.
+    """
+    path = Path(reference)
+    if isinstance(reference, Path) or path.is_file():
+        where = {"weight_name": path.name, "local_files_only": True}
+        return {"pretrained_model_name_or_path_or_dict": path.parent, "use_safetensors": True, **where}
+    # Which file a repository has is asked of the hub.
+    where = {"weight_name": LORA_FILE if is_offline_mode() else None, "cache_dir": cache_dir}
+    return {"pretrained_model_name_or_path_or_dict": reference, "use_safetensors": True, **where}
+
+
+def read_lora(path: Path | str, cache_dir: str | None = None) -> LoraFile:
     """Read a LoRA; never unpickles.
+
+    Args:
+        path: of the file, or a hub id.
+        cache_dir: where files of the hub are kept.
 
     Raises:
         OSError: there is no such file.
         SafetensorError: it is damaged.
         ValueError: it holds something else than adapters of a transformer.
     """
-    weights, config = CogVideoXPipeline.lora_state_dict(
-        path.parent, weight_name=path.name, use_safetensors=True, local_files_only=True, return_lora_metadata=True
-    )
+    weights, config = CogVideoXPipeline.lora_state_dict(**location(path, cache_dir), return_lora_metadata=True)
     foreign = [name for name in weights if not name.startswith(_PREFIX) or ".lora_" not in name]
     if foreign or not weights:
         found = f"it holds {foreign[0]}" if foreign else "it is empty"
@@ -82,7 +102,7 @@ def check_start(path: Path, transformer: CogVideoXTransformer3DModel) -> None:
         raise UserError(
             f"--lora_weights: '{path}' cannot be used ({reason}); give a LoRA that diffusers wrote"
         ) from error
-    _check_layers(file, transformer)
+    check_layers(file, transformer, "--lora_weights")
     needed = _flags_needed(file, transformer)
     if needed:
         raise UserError(f"--lora_weights: '{path}' was trained with other flags; give {', '.join(needed)}")
@@ -94,20 +114,30 @@ def check_start(path: Path, transformer: CogVideoXTransformer3DModel) -> None:
         )
 
 
-def _check_layers(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> None:
-    """Refuse adapters for layers that the model does not have, or has in another size."""
-    layers = {name: layer for name, layer in transformer.named_modules() if hasattr(layer, "in_features")}
+def check_layers(file: LoraFile, transformer: CogVideoXTransformer3DModel, flag: str) -> None:
+    """Refuse adapters for layers that the model does not have, or has in another size.
+
+    Args:
+        transformer: may be on the meta device, and have adapters.
+        flag: which named the file, for messages.
+
+    Raises:
+        UserError: names the file and one of the adapters.
+    """
+    # Of a linear layer [out, in], of a convolution [out, in, height, width].
+    layers = ((name, getattr(layer, "weight", None)) for name, layer in transformer.named_modules())
+    shapes = {name: weight.shape for name, weight in layers if weight is not None}
     for name, weight in file.weights.items():
-        layer = layers.get(name.split(".lora_")[0])
-        if layer is None:
+        shape = shapes.get(name.split(".lora_")[0])
+        if shape is None:
             fits = False
         elif ".lora_A." in name:
-            fits = weight.shape[1:] == (layer.in_features,)
+            fits = weight.shape[1:2] == shape[1:2]
         else:  # lora_B [out, rank], the magnitudes of DoRA [out]
-            fits = weight.shape[:1] == (layer.out_features,)
+            fits = weight.shape[:1] == shape[:1]
         if not fits:
             raise UserError(
-                f"--lora_weights: '{file.path}' was trained on another model than --pretrained_model_name_or_path: "
+                f"{flag}: '{file.path}' was trained on another model than --pretrained_model_name_or_path: "
                 f"its {name} {list(weight.shape)} fits no layer; give that model, or a LoRA of this one"
             )
 

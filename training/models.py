@@ -64,6 +64,11 @@ class ModelConfigs:
         return Bucket(sample["sample_frames"], 8 * sample["sample_height"], 8 * sample["sample_width"])
 
     @property
+    def native_fps(self) -> int:
+        """The frame rate of the videos that the model was trained on: CogVideoX 1.5 has patches in time, and 16."""
+        return 8 if self.transformer["patch_size_t"] is None else 16
+
+    @property
     def kind(self) -> str:
         """A digest of the transformer's config, which tells model kinds apart wherever the model lies."""
         config = {name: value for name, value in self.transformer.items() if not name.startswith("_")}
@@ -266,11 +271,20 @@ class ModelSource:
         Raises:
             UserError: they cannot be had.
         """
+        self._download("VAE or text encoder", without=("transformer", "scheduler"))
+
+    def download_transformer(self) -> None:
+        """Fetch the transformer of a model on the hub, so that `native_dtype` finds it.
+
+        Raises:
+            UserError: it cannot be had.
+        """
+        self._download("transformer", without=("text_encoder", "tokenizer", "vae", "scheduler"))
+
+    def _download(self, part: str, without: Sequence[str]) -> None:
         if not Path(self.path).is_dir():
-            with self._load_errors("VAE or text encoder"):
-                CogVideoXPipeline.download(
-                    self.path, transformer=None, scheduler=None, variant=self.variant, **self._where
-                )
+            with self._load_errors(part):
+                CogVideoXPipeline.download(self.path, variant=self.variant, **dict.fromkeys(without), **self._where)
 
     def local_folder(self) -> Path | None:
         """Where the model's files are on this machine; None for one on the hub that was never loaded."""
@@ -307,18 +321,21 @@ def _with_defaults(model_class: type[ModelMixin], config: dict[str, Any]) -> dic
     return {**defaults, **config}
 
 
-def precision_warning(compute_dtype: torch.dtype, native_dtype: torch.dtype) -> str | None:
+def precision_warning(
+    compute_dtype: torch.dtype, native_dtype: torch.dtype, flag: str = "--mixed_precision"
+) -> str | None:
     """What to tell a user who computes in a precision that the model's weights were not made for, if anything.
 
     Args:
         compute_dtype: of the forward pass.
         native_dtype: that the weights are stored in.
+        flag: which says what to compute in, for the message.
     """
     if (compute_dtype, native_dtype) != (torch.float16, torch.bfloat16):
         return None
     return (
-        "--mixed_precision fp16: this model was trained in bfloat16, whose numbers go up to 3e38; fp16 ends at 65504, "
-        "so that activations overflow, which shows as NaN losses and black videos; use --mixed_precision bf16"
+        f"{flag} fp16: this model was trained in bfloat16, whose numbers go up to 3e38; fp16 ends at 65504, "
+        f"so that activations overflow, which shows as NaN losses and black videos; use {flag} bf16"
     )
 
 

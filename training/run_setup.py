@@ -25,13 +25,14 @@ from plan import PreparedData, TrainingData
 from prompts import PromptCache
 from ranks import precision_of
 from recipe import Recipe, Task
+from sampling import Pipeline
 from sharding import whole_weights
 from step_schedule import ScheduleStart, StepSchedule
 from stop_signals import StopSignals
 from throughput import Throughput
 from timesteps import TimestepSampling
 from trackers import start_trackers
-from validation import Pipeline, ValidationSettings, validate
+from validation import ValidationSettings, validate
 from validation_loss import log_validation_losses, validation_losses
 from zero import count_weights, gathered
 

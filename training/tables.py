@@ -62,10 +62,10 @@ def read_text_files(
             raise UserError(
                 f"{file} does not exist; {flag} names the file, below --data_root (or give a --dataset_file)"
             )
-    videos = _lines(videos_file)
+    videos = read_lines(videos_file)
     # Blank lines at the end may be for videos without an image, or without a caption where none is needed.
     prompts, images = (
-        _lines(file, at_least=0 if complete else len(videos)) if os.path.isfile(file) else [""] * len(videos)
+        read_lines(file, at_least=0 if complete else len(videos)) if os.path.isfile(file) else [""] * len(videos)
         for file, complete in ((prompts_file, captions_needed), (images_file, False))
     )
     for file, lines in ((prompts_file, prompts), (images_file, images)):
@@ -88,7 +88,7 @@ def _text_file(data_root: Path, column: str, default: str) -> Path:
     return named if column.endswith(".txt") or os.path.isfile(named) else data_root / default
 
 
-def _lines(file: Path, at_least: int = 0) -> list[str]:
+def read_lines(file: Path, at_least: int = 0) -> list[str]:
     """Stripped lines, without blank ones at the end. Only line ends split: U+2028 and the like stay in the caption."""
     lines = [line.strip() for line in read_utf8(file).replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     while len(lines) > at_least and not lines[-1]:

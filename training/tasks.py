@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
@@ -19,6 +19,21 @@ from errors import UserError
 from models import ModelConfigs, encode_noised_image
 
 
+class SizeFlags(NamedTuple):
+    """Which flags give sizes, for messages on one that a model does not take."""
+
+    sides: str
+    frames: str
+    advice: str = ""  # what else another size needs
+
+
+TRAINING_SIZES = SizeFlags(
+    "--height, --width, --height_buckets, --width_buckets",
+    "--max_num_frames, --frame_buckets",
+    " (prepare data anew for it)",
+)
+
+
 class TextToVideo:
     """Videos from text alone: the transformer sees the noisy video latents as they are."""
 
@@ -27,12 +42,13 @@ class TextToVideo:
     with_images = False
     settings = MappingProxyType({})  # what a resumed run must have in common with its checkpoint, by flag
 
-    def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket]) -> None:
+    def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlags = TRAINING_SIZES) -> None:
         """Refuse a model that another task needs, and sizes that it cannot sample.
 
         Args:
             configs: the model's.
-            sizes: of the clips and of the validation videos.
+            sizes: of the clips and of the videos to sample.
+            flags: that the sizes were given by, for messages.
 
         Raises:
             UserError: the transformer wants image latents beside the video's, or does not take a size.
@@ -44,7 +60,7 @@ class TextToVideo:
                 "it with cogvideox_image_to_video_lora.py or cogvideox_image_to_video_sft.py, or give a "
                 "text-to-video model such as THUDM/CogVideoX-5b"
             )
-        _check_sizes(configs, sizes)
+        _check_sizes(configs, sizes, flags)
 
     def prepare_model(self, transformer: CogVideoXTransformer3DModel) -> None:
         """Change the transformer before training; nothing is to be changed."""
@@ -97,7 +113,7 @@ class ImageToVideo:
         """What a resumed run must have in common with its checkpoint, by flag."""
         return {"--ignore_learned_positional_embeddings": self.ignore_learned_positions}
 
-    def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket]) -> None:
+    def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlags = TRAINING_SIZES) -> None:
         """Refuse a model that another task needs, and sizes that it cannot sample or has no learned positions for.
 
         Raises:
@@ -111,7 +127,7 @@ class ImageToVideo:
                 "such as THUDM/CogVideoX-5b-I2V"
             )
         sizes = set(sizes)
-        _check_sizes(configs, sizes)
+        _check_sizes(configs, sizes, flags)
         if not configs.transformer["use_learned_positional_embeddings"]:
             if self.ignore_learned_positions:
                 raise UserError(
@@ -123,7 +139,7 @@ class ImageToVideo:
         if others and not self.ignore_learned_positions:
             raise UserError(
                 f"the learned positions of this model fit {native} (frames x height x width) alone, not "
-                f"{', '.join(map(str, others))}; train at that size, or drop them by "
+                f"{', '.join(map(str, others))}; take that size, or drop them by "
                 "--ignore_learned_positional_embeddings"
             )
 
@@ -179,7 +195,7 @@ class ImageToVideo:
         ]
 
 
-def _check_sizes(configs: ModelConfigs, sizes: Iterable[Bucket]) -> None:
+def _check_sizes(configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlags) -> None:
     """Refuse the sizes that CogVideoX 1.5 cannot be trained or sampled at; the other models compute positions for any.
 
     Raises:
@@ -195,18 +211,17 @@ def _check_sizes(configs: ModelConfigs, sizes: Iterable[Bucket]) -> None:
     if too_large:
         nearest = {(min(size[0], height), min(size[1], width)) for size in too_large}
         raise UserError(
-            f"--height, --width, --height_buckets, --width_buckets: this CogVideoX 1.5 model has positions for up to "
-            f"{height}x{width} (height x width), not for {_names(too_large)}; nearest is {_names(nearest)} (prepare "
-            "data anew at that size)"
+            f"{flags.sides}: this CogVideoX 1.5 model has positions for up to {height}x{width} (height x width), not "
+            f"for {_names(too_large)}; nearest is {_names(nearest)}{flags.advice}"
         )
     # The VAE decodes latent frames two by two to eight frames; of an odd number, the first alone to one frame.
     unsampled = {size.num_frames for size in sizes if size.num_frames != 1 and size.num_frames % 8 > 1}
     if unsampled:
         nearest = {count for frames in unsampled for count in (max(1, frames // 8 * 8 + 1), frames // 8 * 8 + 8)}
         raise UserError(
-            f"--max_num_frames, --frame_buckets: CogVideoX 1.5 takes 1, 8k or 8k+1 frames, not "
+            f"{flags.frames}: CogVideoX 1.5 takes 1, 8k or 8k+1 frames, not "
             f"{', '.join(map(str, sorted(unsampled)))}, which its pipeline does not sample; nearest are "
-            f"{', '.join(map(str, sorted(nearest)))} (prepare data anew with that many)"
+            f"{', '.join(map(str, sorted(nearest)))}{flags.advice}"
         )
 
 

@@ -3,9 +3,7 @@
 import logging
 import math
 import random
-import re
 import traceback
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,25 +13,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKLCogVideoX, CogVideoXImageToVideoPipeline, CogVideoXPipeline
+from diffusers import AutoencoderKLCogVideoX
 from diffusers.training_utils import free_memory
 from PIL import Image
 
 from agreement import Agreement
-from contact_sheet import SheetRow, draw_contact_sheet
+from buckets import Bucket
+from contact_sheet import SheetRow, draw_contact_sheet, shown_indices
 from errors import UserError
-from files import written_whole
+from files import slug, written_whole
 from fsdp import is_fsdp
 from lockstep import Lockstep, OutOfStep
 from prompts import PromptCache
+from sampling import Pipeline, sample_video
 from validation_trackers import ValidationVideo, log_videos
 from video import read_frames, write_video
 
 
 logger = logging.getLogger(__name__)
-Pipeline = CogVideoXPipeline | CogVideoXImageToVideoPipeline
 
-_SHOWN_FRAMES = 5  # of a video, on the contact sheet
 _SHOWN_SIZE = 360, 240  # pixels, the most that they are wide and high
 
 
@@ -215,11 +213,11 @@ def _make_video(
     """Sample the video of that number, counted over all prompts, and write it as mp4."""
     prompt, video = divmod(number, settings.num_videos)
     text = settings.prompts[prompt]
-    name = "-".join(filter(None, (f"{prompt:02d}", f"{video:02d}", _slug(text))))
+    name = "-".join(filter(None, (f"{prompt:02d}", f"{video:02d}", slug(text))))
     frames = _sample(pipeline, settings, prompts, prompt, settings.seed + number)
     with written_whole(folder / f"{name}.mp4") as path:
         write_video(path, frames, settings.fps)
-    shown = [frames[index] for index in _shown_indices(settings.num_frames)]
+    shown = [frames[index] for index in shown_indices(settings.num_frames)]
     for frame in shown:
         frame.thumbnail(_SHOWN_SIZE)
     return ValidationVideo(number, name, text, folder / f"{name}.mp4", [np.asarray(frame) for frame in shown])
@@ -228,38 +226,24 @@ def _make_video(
 def _sample(
     pipeline: Pipeline, settings: ValidationSettings, prompts: PromptCache, prompt: int, seed: int
 ) -> list[Image.Image]:
-    device = pipeline._execution_device
-
-    def embed(text: str) -> torch.Tensor:
-        # The pipeline draws its noise in the dtype of the embeddings.
-        return prompts.load(text)[None].to(device, settings.dtype)
-
-    image = {} if settings.images is None else {"image": settings.images[prompt]}
-    num_frames = settings.num_frames
-    frames = pipeline(
-        **image,
-        prompt_embeds=embed(settings.prompts[prompt]),
-        negative_prompt_embeds=embed("") if settings.guidance_scale > 1 else None,
-        height=settings.height,
-        width=settings.width,
-        # The VAE decodes 4, 12, 20, ... frames to three fewer.
-        num_frames=num_frames + 1 if num_frames % 8 == 4 else num_frames,
+    return sample_video(
+        pipeline,
+        prompts.load(settings.prompts[prompt]).to(settings.dtype),
+        prompts.load("").to(settings.dtype) if settings.guidance_scale > 1 else None,
+        None if settings.images is None else settings.images[prompt],
+        size=Bucket(settings.num_frames, settings.height, settings.width),
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         use_dynamic_cfg=settings.use_dynamic_cfg,
-        generator=torch.Generator(device).manual_seed(seed),
-        output_type="pil",
-    ).frames[0]
-    # From an even number of latent frames it decodes four frames for the first, which stands for one in a 4k+1 clip.
-    surplus = len(frames) - num_frames
-    return frames[min(surplus, 3) :][:num_frames]
+        seed=seed,
+    )
 
 
 def _draw_sheet(
     videos: Sequence[ValidationVideo], settings: ValidationSettings, folder: Path, step: int
 ) -> Path | None:
     """Draw a row for each video, below that of the model before training; None, with a warning, if it fails."""
-    indices = _shown_indices(settings.num_frames)
+    indices = shown_indices(settings.num_frames)
     columns = [f"frame {index + 1}" for index in indices]
     if settings.images is not None:
         columns.insert(0, "start image")
@@ -281,15 +265,3 @@ def _draw_sheet(
         return None
     logger.info("contact sheet: %s", path)
     return path
-
-
-def _shown_indices(num_frames: int) -> list[int]:
-    """Up to five frame numbers, spread over a video from its first to its last."""
-    spread = np.linspace(0, num_frames - 1, _SHOWN_FRAMES).round().astype(int)
-    return list(dict.fromkeys(spread.tolist()))
-
-
-def _slug(prompt: str) -> str:
-    """The beginning of a prompt as part of a file name: letters of any script, digits and hyphens."""
-    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", prompt).lower()).strip("-")
-    return words[:40].rstrip("-")

@@ -20,17 +20,18 @@ MOST_REDIRECTS = 5
 _HEADERS = {"User-Agent": "cogvideox-factory", "Accept-Encoding": "identity"}
 
 
-def load_validation_images(references: Sequence[str]) -> list[Image.Image]:
+def load_validation_images(references: Sequence[str], flag: str = "--validation_images") -> list[Image.Image]:
     """Read images, each one once: upright by their EXIF orientation, RGB, transparent parts on white.
 
     Args:
         references: paths or http(s) URLs; a few redirects are followed.
+        flag: which named them, for messages.
 
     Returns:
         One image for each reference, in their order.
 
     Raises:
-        UserError: names --validation_images and every image that cannot be had, with the reason.
+        UserError: names the flag and every image that cannot be had, with the reason.
     """
     images: dict[str, Image.Image] = {}
     problems = []
@@ -40,10 +41,10 @@ def load_validation_images(references: Sequence[str]) -> list[Image.Image]:
         except (OSError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
             problems.append(f"'{reference}': {_reason(error)}")
     if len(problems) == 1:
-        raise UserError(f"--validation_images: {problems[0]}; give a path or an http(s) URL of a still image")
+        raise UserError(f"{flag}: {problems[0]}; give a path or an http(s) URL of a still image")
     if problems:
         title = (
-            f"--validation_images: {len(problems)} of {len(set(references))} cannot be read; give paths or http(s) "
+            f"{flag}: {len(problems)} of {len(set(references))} cannot be read; give paths or http(s) "
             "URLs of still images:"
         )
         raise UserError(listing(title, problems, most=len(problems)))

@@ -1,0 +1,309 @@
+"""generate.py samples what the plain pipeline and validation sample, bit for bit, and says early what it cannot."""
+
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+
+import generate
+from agreement import Agreement
+from methods import FullFinetune, Lora
+from models import ModelSource
+from prompts import PromptCache
+from run_folder import LORA_FILE
+from tasks import ImageToVideo
+from validation import ValidationSettings, validate
+from video import write_video
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator", "one_thread")
+SIZE = {"height": 32, "width": 48, "num_frames": 9}
+STEPS = {"num_inference_steps": 2, "guidance_scale": 6.0}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_models) -> Path:
+    return tiny_models("5b")
+
+
+@pytest.fixture(scope="module")
+def make_lora(tmp_path_factory):
+    """Write a LoRA of a model, of strength alpha / rank = 1 / 2, whose lora_B are `scale` times random numbers."""
+
+    def write(model: Path, seed: int = 0, scale: float = 0.3) -> Path:
+        transformer = ModelSource(str(model)).load_transformer(torch.float32)
+        lora = Lora(rank=4, alpha=2)
+        lora.attach(transformer)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in transformer.named_parameters():
+                if ".lora_" in name and (scale or ".lora_A" in name):
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * (scale or 1))
+        folder = tmp_path_factory.mktemp("lora")
+        lora.save(transformer, folder, torch.float32)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def lora(base, make_lora) -> Path:
+    return make_lora(base)
+
+
+def run(model: Path, output: Path, *flags: object, prompt: str = "a red circle", sized: bool = True) -> bytes:
+    """Sample one video in two steps, small unless `sized` is false; returns its file's content."""
+    size = [f"--{name}={value}" for name, value in SIZE.items()] if sized else []
+    argv = ["--model_path", model, "--prompt", prompt, "--output_file", output, "--num_inference_steps", 2]
+    generate.main([str(word) for word in (*argv, *size, *flags)])
+    return output.read_bytes()
+
+
+def encoded(frames: list[Image.Image], tmp_path: Path, fps: int = 8) -> bytes:
+    """The content of the file that frames become."""
+    write_video(tmp_path / "expected.mp4", frames, fps)
+    return (tmp_path / "expected.mp4").read_bytes()
+
+
+def sampled(pipeline, tmp_path: Path, *, seed: int = 42, size=SIZE, fps: int = 8, **options: object) -> bytes:
+    """What a user of plain diffusers samples."""
+    generator = torch.Generator().manual_seed(seed)
+    return encoded(pipeline(**options, **size, **STEPS, generator=generator).frames[0], tmp_path, fps)
+
+
+def read_video(file: Path) -> np.ndarray:
+    """All frames, uint8 [F, H, W, 3]."""
+    with av.open(file) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def error_of(capsys, *arguments, **options) -> str:
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments, **options)
+    assert caught.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+# What is sampled
+
+
+def test_loras_with_scales_are_what_plain_diffusers_samples_with_them(base, make_lora, lora, tmp_path):
+    loras = [lora, make_lora(base, seed=1)]
+    ours = run(
+        base,
+        tmp_path / "ours.mp4",
+        *("--lora", *loras, "--lora_scale", 0.5, -2, "--seed", 7, "--negative_prompt", "blue", "--use_dynamic_cfg"),
+    )
+    pipeline = CogVideoXPipeline.from_pretrained(base)
+    for number, folder in enumerate(loras):
+        pipeline.load_lora_weights(folder, adapter_name=f"adapter_{number}")
+    pipeline.set_adapters(["adapter_0", "adapter_1"], [0.5, -2.0])
+    options = {"prompt": "a red circle", "negative_prompt": "blue", "use_dynamic_cfg": True}
+    assert ours == sampled(pipeline, tmp_path, seed=7, **options)
+    pipeline.set_adapters(["adapter_0", "adapter_1"], [0.5, 2.0])
+    assert ours != sampled(pipeline, tmp_path, seed=7, **options)
+
+
+def test_a_lora_gives_the_video_that_validation_showed(base, lora, tmp_path):
+    source = ModelSource(str(base))
+    transformer = source.load_transformer(torch.float32)
+    method = Lora(rank=4, alpha=2)
+    method.attach(transformer)
+    method.load(transformer, lora)
+    prompts = PromptCache(tmp_path / "prompt_embeds", source, torch.float32)
+    prompts.embed(["a red circle", ""], torch.device("cpu"))
+    vae = source.load_vae(torch.float32, slicing=False, tiling=False)
+    settings = ValidationSettings(
+        prompts=["a red circle"],
+        images=None,
+        dtype=torch.float32,
+        num_videos=1,
+        **SIZE,
+        **STEPS,
+        use_dynamic_cfg=False,
+        enable_model_cpu_offload=False,
+        seed=42,
+        fps=8,
+    )
+    validate(
+        Accelerator(cpu=True),
+        Agreement(),
+        lambda: CogVideoXPipeline(None, None, vae, transformer, source.load_scheduler()),
+        settings,
+        prompts,
+        tmp_path,
+        5,
+    )
+    shown = (tmp_path / "step-5" / "00-00-a-red-circle.mp4").read_bytes()
+    assert run(base, tmp_path / "ours.mp4", "--lora", lora) == shown
+
+
+def test_beside_the_tuned_video_lies_the_base_models(base, lora, tmp_path):
+    files = tmp_path / "videos"
+    flags = ("--lora", lora, "--compare", "--fps", 12)
+    tuned = run(base, files / "rabbit.mp4", *flags)
+    plain = sampled(CogVideoXPipeline.from_pretrained(base), tmp_path, prompt="a red circle", fps=12)
+    assert (files / "rabbit-base.mp4").read_bytes() == plain != tuned
+    both = read_video(files / "rabbit-compare.mp4")
+    assert both.shape == (9, 32, 96, 3)
+    left, right = read_video(files / "rabbit-base.mp4"), read_video(files / "rabbit.mp4")
+    assert np.abs(both - np.concatenate([left, right], axis=2).astype(int)).mean() < 12  # but for the compression
+    with Image.open(files / "rabbit-compare.png") as sheet:
+        assert sheet.height == 44 + 2 * 172
+    assert len(list(files.iterdir())) == 4
+
+    assert run(base, files / "none.mp4", "--lora", lora, "--lora_scale", 0, "--fps", 12) == plain
+
+
+def test_several_prompts_with_several_seeds_are_files_of_their_own(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("A red circle\n\nEin Käfer\n", encoding="utf-8")
+    size = [f"--{name}={value}" for name, value in (SIZE | {"num_frames": 1}).items()]
+    flags = ["--prompts_file", "prompts.txt", "--num_inference_steps", "1", "--guidance_scale", "1", *size]
+    generate.main(["--model_path", str(base), *flags, "--seed", "5", "--num_videos", "2"])
+    names = [f"{name}-seed-{seed}.mp4" for name in ("00-a-red-circle", "01-ein-käfer") for seed in (5, 6)]
+    assert sorted(file.name for file in Path("generated").iterdir()) == names
+    assert len({(Path("generated") / name).read_bytes() for name in names}) == 4
+
+
+def test_a_tuned_transformer_takes_the_place_of_the_base_models(base, tmp_path):
+    tuned = CogVideoXTransformer3DModel.from_pretrained(base / "transformer")
+    with torch.no_grad():
+        tuned.proj_out.weight.mul_(1.5)
+    FullFinetune().save(tuned, tmp_path / "run", torch.float32)
+    pipeline = CogVideoXPipeline.from_pretrained(base, transformer=tuned)
+    expected = sampled(pipeline, tmp_path, prompt="a red circle")
+    assert run(base, tmp_path / "ours.mp4", "--transformer", tmp_path / "run") == expected
+
+
+def test_an_image_to_video_model_begins_with_the_image_cut_to_size(tiny_models, make_lora, tmp_path):
+    model = tiny_models("1.5-5b-i2v")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 60, 3), np.uint8))
+    picture.save(tmp_path / "start.png")
+    lora = make_lora(model)
+    ours = run(model, tmp_path / "ours.mp4", "--image", tmp_path / "start.png", "--lora", lora)
+    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(model)
+    pipeline.load_lora_weights(lora)
+    image = ImageOps.fit(picture, (48, 32))
+    assert ours == sampled(pipeline, tmp_path, image=image, prompt="a red circle", fps=16)
+
+
+def test_learned_positions_are_dropped_where_the_result_was_trained_without(tiny_models, make_lora, tmp_path, capsys):
+    model = tiny_models("5b-i2v")
+    Image.new("RGB", (48, 32), (220, 10, 10)).save(tmp_path / "start.png")
+    flags = ("--image", tmp_path / "start.png")
+    assert "learned positions" in error_of(capsys, model, tmp_path / "a.mp4", *flags)
+    dropped = run(model, tmp_path / "a.mp4", *flags, "--ignore_learned_positional_embeddings")
+
+    transformer = ModelSource(str(model)).load_transformer(torch.float32)
+    ImageToVideo(0.0, ignore_learned_positions=True).prepare_model(transformer)
+    FullFinetune().save(transformer, tmp_path / "run", torch.float32)  # its config says so
+    assert run(model, tmp_path / "b.mp4", *flags, "--transformer", tmp_path / "run") == dropped
+
+
+def test_a_quantized_base_with_a_lora_samples_nearly_the_same(base, lora, tmp_path):
+    run(base, tmp_path / "whole.mp4", "--lora", lora)
+    run(base, tmp_path / "int8.mp4", "--lora", lora, "--quantize_base", "int8")
+    run(base, tmp_path / "without.mp4")
+    whole, int8, without = (read_video(tmp_path / f"{name}.mp4").astype(int) for name in ("whole", "int8", "without"))
+    assert 0 < np.abs(int8 - whole).mean() < np.abs(without - whole).mean() / 4
+
+
+def test_a_lora_of_the_hub_is_found_by_its_id(base, lora, tmp_path):
+    repository = tmp_path / "models--owner--style"
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    shutil.copy(lora / LORA_FILE, repository / "snapshots" / "abc")
+    flags = ("--lora", "owner/style", "--cache_dir", tmp_path)
+    assert run(base, tmp_path / "a.mp4", *flags) == run(base, tmp_path / "b.mp4", "--lora", lora)
+
+
+# What is refused, before weights are loaded, or warned about
+
+
+def test_a_lora_without_metadata_is_warned_about(base, lora, tmp_path, capsys):
+    save_file(load_file(lora / LORA_FILE), tmp_path / "bare.safetensors")
+    doubled = run(base, tmp_path / "a.mp4", "--lora", tmp_path / "bare.safetensors")
+    assert "bare.safetensors does not say what alpha" in capsys.readouterr().err
+    halved = run(base, tmp_path / "b.mp4", "--lora", tmp_path / "bare.safetensors", "--lora_scale", 0.5)
+    assert halved == run(base, tmp_path / "c.mp4", "--lora", lora) != doubled
+
+
+@pytest.fixture
+def no_weights(base, tmp_path) -> Path:
+    """The base model without the files that must not be read yet."""
+    folder = tmp_path / "no-weights"
+    shutil.copytree(base, folder, ignore=lambda _, names: [name for name in names if name.endswith(".safetensors")])
+    return folder
+
+
+def test_a_lora_without_effect_is_refused(base, no_weights, make_lora, tmp_path, capsys):
+    untrained = make_lora(base, scale=0)
+    assert "has no effect: all its lora_B weights are 0" in error_of(
+        capsys, no_weights, tmp_path / "a.mp4", "--lora", untrained
+    )
+
+
+@pytest.mark.parametrize("change", ["other layers", "another size", "no LoRA", "damaged"])
+def test_a_lora_that_does_not_fit_is_refused(no_weights, lora, tmp_path, capsys, change):
+    file, weights = tmp_path / "lora.safetensors", load_file(lora / LORA_FILE)
+    if change == "other layers":
+        weights = {name.replace("attn1", "attn7"): weight for name, weight in weights.items()}
+    elif change == "another size":
+        weights = {name: weight.repeat(1, 2) for name, weight in weights.items()}
+    elif change == "no LoRA":
+        weights = {f"unet.{name}": weight for name, weight in weights.items()}
+    save_file(weights, file)
+    if change == "damaged":
+        file.write_bytes(file.read_bytes()[:100])
+    reason = "was trained on another model" if change in ("other layers", "another size") else "cannot be used"
+    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--lora", file)
+    assert message.startswith(f"error: --lora: '{file}' {reason}")
+
+
+def test_what_is_neither_here_nor_on_the_hub_is_one_line(no_weights, tmp_path, capsys):
+    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--lora", "outputs/misspelt")
+    assert "--lora: 'outputs/misspelt' is no file or folder here, and cannot be used" in message
+    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--transformer", "outputs/misspelt")
+    assert "--transformer: 'outputs/misspelt' cannot be read" in message
+
+
+def test_a_transformer_of_another_model_is_refused(no_weights, tiny_models, tmp_path, capsys):
+    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--transformer", tiny_models("1.5-5b"))
+    assert "was tuned from another model than --pretrained_model_name_or_path" in message
+
+
+def test_an_image_goes_with_an_image_to_video_model_alone(no_weights, tiny_models, tmp_path, capsys):
+    Image.new("RGB", (48, 32)).save(tmp_path / "start.png")
+    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--image", tmp_path / "start.png")
+    assert message.startswith("error: --image: this is a text-to-video model")
+    message = error_of(capsys, tiny_models("5b-i2v"), tmp_path / "a.mp4")
+    assert message.startswith("error: --image: this is an image-to-video model; give an image")
+    (tmp_path / "text.png").write_text("no image")
+    message = error_of(
+        capsys, tiny_models("5b-i2v"), tmp_path / "a.mp4", "--image", tmp_path / "text.png", sized=False
+    )
+    assert message.startswith(f"error: --image: '{tmp_path / 'text.png'}': not a still image")
+
+
+def test_a_size_that_the_model_cannot_sample_is_refused_by_the_flags_it_was_given_with(tiny_models, tmp_path, capsys):
+    model = tiny_models("1.5-5b")
+    message = error_of(capsys, model, tmp_path / "a.mp4", "--num_frames", 12)
+    assert message.startswith("error: --num_frames: CogVideoX 1.5 takes 1, 8k or 8k+1 frames, not 12")
+    message = error_of(capsys, model, tmp_path / "a.mp4", "--height", 256)
+    assert message.startswith("error: --height, --width: this CogVideoX 1.5 model has positions for up to 64x96")
+
+
+def test_half_precision_that_a_cpu_lacks_is_refused_and_an_offload_without_a_gpu_warned_about(
+    no_weights, tmp_path, capsys
+):
+    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--dtype", "fp16", "--enable_model_cpu_offload")
+    assert message == "error: --dtype fp16: needs a GPU; give bf16 or fp32"

@@ -1,0 +1,30 @@
+"""Sample videos from a model: with LoRAs, with all weights tuned, or as it is.
+
+    python training/generate.py --pretrained_model_name_or_path THUDM/CogVideoX-5b --lora outputs/my-lora \
+      --prompt "A rabbit yawns" --output_dir generated
+
+With `--compare` the base model is sampled from the same noise, and both are shown side by side.
+"""
+
+from collections.abc import Sequence
+
+from errors import one_line_errors
+from generate_flags import describe_savings, parse_generate_args
+from startup import prepare_imports
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script with the given flags; None for those of the command line."""
+    with one_line_errors():
+        args = parse_generate_args(argv)
+        prepare_imports(args, owns_process=argv is None)
+        # Importing torch and diffusers takes many seconds: flags and files are found good first.
+        from failures import explained_failures
+        from generation import generate
+
+        with explained_failures(lambda: describe_savings(args)):
+            generate(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,6 @@ from flag_checks import (
 from flag_types import FlagParser, choice, finite_float, non_negative_float, non_negative_int, path, positive_int
 from memory_flags import QUANTIZATIONS, add_text_encoder_flag
 from run_folder import LORA_FILE, TRANSFORMER_FOLDER, list_checkpoints
-from tables import read_lines
 
 
 DEFAULT_FOLDER = "generated"
@@ -266,6 +265,8 @@ def _find_prompts(args: argparse.Namespace) -> list[str]:
         return prompts
     if args.prompt:
         raise UserError("--prompts_file: there is a --prompt already; leave one of them out")
+    from tables import read_lines  # brings NumPy along
+
     try:
         prompts = [line for line in read_lines(Path(args.prompts_file)) if line]
     except UserError as error:

@@ -65,6 +65,7 @@ def generate(args: argparse.Namespace) -> None:
     for video, frames in sample_all(args, generation, embeds, tuned=True):
         write(frames, video.file, generation.fps)
     if args.compare:
+        free_memory()
         for video, frames in sample_all(args, generation, embeds, tuned=False):
             write(frames, video.beside(BASE), generation.fps)
             compare(video, generation)
@@ -201,9 +202,6 @@ def sample_all(
                 seed=video.seed,
             ),
         )
-    pipeline.remove_all_hooks()
-    del pipeline
-    free_memory()
 
 
 def load_pipeline(args: argparse.Namespace, generation: Generation, *, tuned: bool) -> Pipeline:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import cogvideox_text_to_video_lora
+import generate
 import test_lora_inference
 from make_demo_clips import make_demo_clips
 from make_real_clips import make_real_clips
@@ -87,7 +88,7 @@ def test_every_command_of_the_readme_is_run_here_or_by_make():
     code_blocks = re.findall(r"```(?:bash|python)\n(.*?)```", README, flags=re.DOTALL)
     others = [code for code in code_blocks if code not in BLOCKS.values()]
     assert all(line.startswith("make ") for code in others for line in code.strip().splitlines())
-    assert BLOCKS.keys() == {"hub", "own clips", "sweep", "script", "budget", "python", "inference"}
+    assert BLOCKS.keys() == {"hub", "own clips", "sweep", "script", "budget", "python", "inference", "generate"}
 
 
 def test_a_data_set_of_the_hub_becomes_a_lora(repository):
@@ -122,6 +123,10 @@ def test_real_clips_become_a_lora_that_is_loaded_and_sampled(repository, monkeyp
     exec(python.replace("pipe.enable_model_cpu_offload()", ""), {})
     assert Path("rabbit.mp4").stat().st_size > 0
     Path("rabbit.mp4").unlink()
+
+    small = ("--num_inference_steps", "2", "--height", "64", "--width", "96", "--num_frames", "17")
+    generate.main([*words_of(block("generate"))[2:], *small])
+    assert len(list(Path("generated").glob("00-a-rabbit-yawns-seed-42*"))) == 4
 
     test_lora_inference.main([*words_of(block("inference"))[2:], "--num_inference_steps", "2"])
     assert Path("rabbit.mp4").stat().st_size > 0

@@ -55,7 +55,7 @@ def generate(args: argparse.Namespace) -> None:
     generation = settle(args)
     check_loras(args.loras, generation.configs, args.cache_dir)
     logger.info(
-        "sampling %d videos of %s in %s on %s",
+        "videos: %d of %s (frames x height x width), in %s on %s",
         len(args.videos),
         generation.size,
         str(generation.dtype).removeprefix("torch."),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import generate_flags
-from generate_flags import describe_savings, parse_generate_args
+from generate_checks import describe_savings
+from generate_flags import parse_generate_args
 from run_folder import LORA_FILE, MANIFEST
 
 

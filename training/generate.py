@@ -9,7 +9,8 @@ With `--compare` the base model is sampled from the same noise, and both are sho
 from collections.abc import Sequence
 
 from errors import one_line_errors
-from generate_flags import describe_savings, parse_generate_args
+from generate_checks import describe_savings
+from generate_flags import parse_generate_args
 from startup import prepare_imports
 
 

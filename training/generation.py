@@ -16,7 +16,7 @@ from buckets import Bucket
 from contact_sheet import SheetRow, draw_contact_sheet, shown_indices
 from errors import UserError
 from files import written_whole
-from generate_flags import BASE, COMPARED, SHEET, PlannedVideo
+from generate_checks import BASE, COMPARED, SHEET, PlannedVideo
 from launch import start_logging
 from lora_mounting import check_loras, mount_loras
 from models import CPU, DTYPES, ModelConfigs, ModelSource, encode_prompts, precision_warning

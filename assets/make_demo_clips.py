@@ -8,71 +8,17 @@ writes videos/clip-000.mp4 and so on, prompts.txt, videos.txt and metadata.csv. 
 import argparse
 import random
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw
-
 from clip_files import is_complete, new_folder, write_lists, write_mp4
+from shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, draw_frames
 
 
-SHAPES = ("circle", "square", "triangle")
-COLOURS = {
-    "red": (220, 40, 40),
-    "orange": (245, 140, 20),
-    "yellow": (250, 225, 30),
-    "green": (40, 160, 60),
-    "blue": (40, 80, 230),
-    "purple": (140, 40, 160),
-    "pink": (250, 150, 190),
-}
-BACKGROUNDS = {
-    "white": (252, 252, 252),
-    "black": (15, 15, 15),
-    "grey": (128, 128, 128),
-    "beige": (240, 228, 195),
-    "light blue": (170, 215, 235),
-    "dark green": (10, 70, 25),
-    "navy blue": (15, 20, 95),
-}
-# What the shape does -> (x, y, radius) in the first and in the last frame; x and y as fractions of the width and
-# height, the radius as a fraction of the shorter side.
-MOTIONS = {
-    "moves from left to right": ((0.2, 0.5, 0.18), (0.8, 0.5, 0.18)),
-    "falls from top to bottom": ((0.5, 0.2, 0.18), (0.5, 0.8, 0.18)),
-    "grows in the middle": ((0.5, 0.5, 0.1), (0.5, 0.5, 0.38)),
-    "moves from right to left": ((0.8, 0.5, 0.18), (0.2, 0.5, 0.18)),
-    "rises from bottom to top": ((0.5, 0.8, 0.18), (0.5, 0.2, 0.18)),
-    "shrinks in the middle": ((0.5, 0.5, 0.38), (0.5, 0.5, 0.1)),
-    "moves from the top left to the bottom right": ((0.2, 0.2, 0.15), (0.8, 0.8, 0.15)),
-    "moves from the bottom left to the top right": ((0.2, 0.8, 0.15), (0.8, 0.2, 0.15)),
-}
 # The numbers of choices share no divisor with that of the motions, so that all come together with all.
 SIZES = ((128, 192), (144, 208), (96, 160), (192, 128), (128, 128))  # height, width
 LENGTHS = (49, 81, 65, 53, 60, 77, 72)  # frames; not all of them 4k + 1, as with anyone's clips
 FRAME_RATES = (8, 16, 24, 25)
-SUPERSAMPLING = 4  # draw this much larger, then average: antialiasing, and motion by quarters of a pixel
 MIN_CONTRAST = 230  # between shape and background: leaves out pairs such as yellow on beige, blue on navy
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Everything that is drawn and said in one clip."""
-
-    shape: str
-    colour: str
-    background: str
-    motion: str  # a key of MOTIONS
-    height: int
-    width: int
-    num_frames: int
-    fps: int
-
-    @property
-    def caption(self) -> str:
-        article = "an" if self.colour == "orange" else "a"
-        return f"{article} {self.colour} {self.shape} {self.motion} over a plain {self.background} background"
 
 
 def plan_scenes(count: int, seed: int) -> list[Scene]:
@@ -111,34 +57,6 @@ def shuffled_rounds(names: Collection[str], rng: random.Random) -> Iterator[str]
 def contrast(colour: str, background: str) -> int:
     """Sum over the channels of the absolute difference, 0 to 765."""
     return sum(abs(a - b) for a, b in zip(COLOURS[colour], BACKGROUNDS[background], strict=True))
-
-
-def draw_frame(scene: Scene, index: int) -> np.ndarray:
-    """Frame `index` of a scene: [H, W, 3], uint8, RGB."""
-    progress = index / (scene.num_frames - 1)
-    start, end = MOTIONS[scene.motion]
-    x, y, radius = (a + (b - a) * progress for a, b in zip(start, end, strict=True))
-    x *= scene.width * SUPERSAMPLING
-    y *= scene.height * SUPERSAMPLING
-    radius *= min(scene.height, scene.width) * SUPERSAMPLING
-
-    size = (scene.width * SUPERSAMPLING, scene.height * SUPERSAMPLING)
-    image = Image.new("RGB", size, BACKGROUNDS[scene.background])
-    draw = ImageDraw.Draw(image)
-    box = (x - radius, y - radius, x + radius, y + radius)
-    if scene.shape == "circle":
-        draw.ellipse(box, fill=COLOURS[scene.colour])
-    elif scene.shape == "square":
-        draw.rectangle(box, fill=COLOURS[scene.colour])
-    else:  # upright, its centre of gravity at (x, y)
-        corners = ((x, y - radius), (x - 0.9 * radius, y + radius / 2), (x + 0.9 * radius, y + radius / 2))
-        draw.polygon(corners, fill=COLOURS[scene.colour])
-    return np.asarray(image.reduce(SUPERSAMPLING))
-
-
-def draw_frames(scene: Scene) -> Iterator[np.ndarray]:
-    """All frames of a scene in order."""
-    return (draw_frame(scene, index) for index in range(scene.num_frames))
 
 
 def make_demo_clips(output_dir: Path, count: int = 24, seed: int = 0) -> list[tuple[Path, str]]:

@@ -16,6 +16,7 @@ import json
 import math
 import string
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -38,6 +39,8 @@ TEXT_DIM = 64
 TIME_EMBED_DIM = 64  # the ofs embedding is added to the time embedding, so it has the same size
 POSTERIOR_STD = 0.1  # of the scaled latents
 REFERENCE = 3.0  # see `carry_colours`
+VAE_CHANNELS = (8, 16, 16, 32)
+NUM_LAYERS, NUM_HEADS = 4, 4
 
 
 @dataclass(frozen=True)
@@ -174,12 +177,16 @@ def build_text_encoder(vocab_size: int) -> "T5EncoderModel":
     return T5EncoderModel(config).eval()
 
 
-def build_vae(kind: TinyKind) -> "AutoencoderKLCogVideoX":
-    """The VAE with the true compression (4 in time, 8 in space, 16 channels) and thin layers."""
+def build_vae(kind: TinyKind, channels: Sequence[int] = VAE_CHANNELS) -> "AutoencoderKLCogVideoX":
+    """The VAE with the true compression (4 in time, 8 in space, 16 channels) and thin layers.
+
+    Args:
+        channels: of its four levels; multiples of 8.
+    """
     from diffusers import AutoencoderKLCogVideoX
 
     vae = AutoencoderKLCogVideoX(
-        block_out_channels=(8, 16, 16, 32),
+        block_out_channels=tuple(channels),
         layers_per_block=1,
         norm_num_groups=4,
         latent_channels=16,
@@ -332,14 +339,21 @@ def build_scheduler(kind: TinyKind, class_name: str) -> "SchedulerMixin":
     )
 
 
-def build_transformer(kind: TinyKind, height: int, width: int, num_frames: int) -> "CogVideoXTransformer3DModel":
-    """The transformer: 4 layers of 4 heads × 32. Its native size is height × width × num_frames of the video."""
+def build_transformer(
+    kind: TinyKind,
+    height: int,
+    width: int,
+    num_frames: int,
+    num_layers: int = NUM_LAYERS,
+    num_heads: int = NUM_HEADS,
+) -> "CogVideoXTransformer3DModel":
+    """The transformer, with heads of 32. Its native size is height × width × num_frames of the video."""
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
     transformer = CogVideoXTransformer3DModel(
-        num_layers=4,
-        num_attention_heads=4,
+        num_layers=num_layers,
+        num_attention_heads=num_heads,
         attention_head_dim=32,
         time_embed_dim=TIME_EMBED_DIM,
         text_embed_dim=TEXT_DIM,
@@ -383,7 +397,16 @@ def read_settings(folder: Path) -> dict[str, object]:
 
 
 def make_tiny_model(
-    kind: str, output_dir: Path, *, seed: int = 0, height: int = 64, width: int = 96, num_frames: int = 17
+    kind: str,
+    output_dir: Path,
+    *,
+    seed: int = 0,
+    height: int = 64,
+    width: int = 96,
+    num_frames: int = 17,
+    num_layers: int = NUM_LAYERS,
+    num_heads: int = NUM_HEADS,
+    vae_channels: Sequence[int] = VAE_CHANNELS,
 ) -> Path:
     """Build the model folder of one kind; do nothing if it is there already.
 
@@ -394,6 +417,8 @@ def make_tiny_model(
         height: native height of the videos in pixels, a multiple of 16.
         width: native width, a multiple of 16.
         num_frames: native number of frames, 4 k + 1.
+        num_layers, num_heads: of the transformer; a head has 32 channels.
+        vae_channels: of the VAE's four levels.
 
     Returns:
         `output_dir` as a Path.
@@ -410,6 +435,9 @@ def make_tiny_model(
         "height": height,
         "width": width,
         "num_frames": num_frames,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "vae_channels": list(vae_channels),
     }
     check_native_size(height, width, num_frames)
     if read_settings(output_dir).items() >= settings.items():
@@ -425,8 +453,8 @@ def make_tiny_model(
         tokenizer = build_tokenizer()
         networks = {
             "text_encoder": build_text_encoder(len(tokenizer)),
-            "vae": build_vae(traits),
-            "transformer": build_transformer(traits, height, width, num_frames),
+            "vae": build_vae(traits, vae_channels),
+            "transformer": build_transformer(traits, height, width, num_frames, num_layers, num_heads),
         }
         scheduler = build_scheduler(traits, traits.scheduler)
         pipeline_class = (
@@ -456,6 +484,15 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=64, help="native height in pixels (default: 64)")
     parser.add_argument("--width", type=int, default=96, help="native width in pixels (default: 96)")
     parser.add_argument("--num_frames", type=int, default=17, help="native number of frames, 4 k + 1 (default: 17)")
+    parser.add_argument("--num_layers", type=int, default=NUM_LAYERS, help="of the transformer (default: 4)")
+    parser.add_argument("--num_heads", type=int, default=NUM_HEADS, help="of 32 channels each (default: 4)")
+    parser.add_argument(
+        "--vae_channels",
+        type=int,
+        nargs=4,
+        default=VAE_CHANNELS,
+        help="of the VAE's levels, multiples of 8 (default: 8 16 16 32)",
+    )
     args = vars(parser.parse_args())
     existed = bool(read_settings(args["output_dir"]))
     try:

@@ -63,6 +63,7 @@ def test_ranks_on_two_machines_compare_all_that_they_must_have_in_common(tmp_pat
         return {"flags": flags, "model": "a model", "samples": ["a", "b"], **facts}
 
     (tmp_path / "shared").mkdir()
+    (tmp_path / "shared/.shared-of-a-run-that-was-killed").touch()
     pairs = [
         (launch(), launch()),
         # Where the data are mounted, and how many workers read them, is each machine's own matter.

@@ -52,6 +52,8 @@ def compare_ranks(exchange: Exchange, folder: Path, facts: dict[str, str]) -> st
     # A new name each time: machines that share a folder over a network remember for a while which names it lacks.
     token = f".shared-{os.urandom(8).hex()}" if launch_rank() == 0 else None
     if token:
+        for left in folder.glob(".shared-*"):  # by a run that was killed here
+            left.unlink(missing_ok=True)
         with written_whole(folder / token):
             pass
     try:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -52,39 +53,26 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int | Fraction) -> 
         fps: frames per second.
 
     Raises:
-        OSError: if ffmpeg fails; no file is left then.
+        ValueError: if there are no frames; as after any error, no file is left then.
     """
-    import imageio_ffmpeg
+    import av
 
-    # One thread: with more of them x264 cuts the work, and so the bytes of the file, by the number of cores.
-    settings = ["-crf", "18", "-preset", "veryfast", "-threads", "1"]
-    writer = None
     try:
-        for frame in frames:
-            if writer is None:
-                height, width, _ = frame.shape
-                writer = imageio_ffmpeg.write_frames(
-                    path,
-                    (width, height),
-                    fps=fps,
-                    codec="libx264",
-                    quality=None,
-                    macro_block_size=2,
-                    output_params=settings,
-                )
-                writer.send(None)
-            writer.send(np.ascontiguousarray(frame))
+        frames = iter(frames)
+        first = next(frames, None)
+        if first is None:
+            raise ValueError(f"no frames for {path}")
+        height, width, _ = first.shape
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=fps, width=width, height=height, pix_fmt="yuv420p")
+            # One thread: with more of them x264 cuts the work, and so the bytes of the file, by the number of cores.
+            stream.options, stream.thread_count = {"crf": "18", "preset": "veryfast"}, 1
+            for frame in chain([first], frames):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
+            container.mux(stream.encode())  # what the encoder held back to look ahead
     except BaseException:
-        if writer is not None:
-            writer.close()
         path.unlink(missing_ok=True)
         raise
-    if writer is None:
-        raise ValueError(f"no frames for {path}")
-    writer.close()
-    # imageio_ffmpeg does not look at ffmpeg's exit code.
-    if not path.is_file() or path.stat().st_size == 0:
-        raise OSError(f"ffmpeg wrote nothing to {path}")
 
 
 def list_texts(entries: Sequence[Entry]) -> dict[str, str]:

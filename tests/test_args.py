@@ -49,6 +49,7 @@ DATA_DEFAULTS = {
     "revision": None,
     "variant": None,
     "cache_dir": None,
+    "config": None,
 }
 
 TRAINING_DEFAULTS = DATA_DEFAULTS | {
@@ -810,7 +811,7 @@ def test_help_names_the_task(task: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 OUR_TORCH_FREE_MODULES = {"args", "buckets", "errors", "files", "flag_checks", "flag_types", "prepared", "run_folder"}
-OUR_TORCH_FREE_MODULES |= {"memory_flags", "optimizer_flags", "speed_flags", "validation_flags"}
+OUR_TORCH_FREE_MODULES |= {"config_file", "memory_flags", "optimizer_flags", "speed_flags", "validation_flags"}
 OUR_TORCH_FREE_MODULES |= {"shards", "data_flags", "preparation_flags", "training_flags", "frames", "ranks"}
 OUR_TORCH_FREE_MODULES |= {"listed_paths", "hub_token", "tracking_flags", "zero_flags", "fsdp_flags"}
 

@@ -87,9 +87,19 @@ def test_the_commands_on_memory_let_the_toolkit_choose(folder):
     assert (trial.memory_budget_gb, trial.auto_fit) == (None, True)
 
 
+def test_the_command_with_a_file_of_flags_reads_the_one_that_the_page_shows(folder):
+    (file,) = re.findall(r"```yaml\n(# run.yaml\n.*?)```", PAGE, flags=re.DOTALL)
+    (folder / "run.yaml").write_text(file)
+    (call,) = calls_of(folder, "config")
+    args = parsed(call)
+    assert (args.mixed_precision, args.learning_rate, args.max_train_steps) == ("bf16", 1e-4, 3000)
+    assert (args.rank, args.gradient_checkpointing, args.output_dir) == (64, False, "outputs/rank-64")
+
+
 def test_all_code_of_the_page_is_tested():
     assert re.findall(r"```(?:bash|python)\n(.*?)```", PAGE, flags=re.DOTALL) == list(BLOCKS.values())
-    assert BLOCKS.keys() == {"launchers", "dry run", "prepare for images", "all weights", "validation set", "memory"}
+    tested = {"launchers", "dry run", "prepare for images", "all weights", "validation set", "memory", "config"}
+    assert BLOCKS.keys() == tested
 
 
 def test_the_code_for_all_weights_loads_them(folder, tiny_models):
@@ -114,5 +124,6 @@ def test_the_flags_that_the_page_names_exist(task, method):
     of_lora |= {"--lora_weights", "--quantize_base", "--stream_blocks"}
     of_sft |= {"--weights_dtype"}
     elsewhere = {"--save_image_latents"} | (of_sft if method == "lora" else of_lora)
+    elsewhere |= {"--config_file", "--no-NAME", "--no-gradient_checkpointing"}
     named = set(re.findall(r"--\w[\w-]*", re.sub(r"<!--.*?-->", "", PAGE))) - elsewhere
     assert named <= set(re.findall(r"--\w[\w-]*", done.stdout))

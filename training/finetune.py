@@ -25,6 +25,7 @@ from progress import StepLog
 from publish import check_access, push_to_hub
 from ranks import launch_rank
 from recipe import Method, Task, check_recipe
+from run_config import write_config
 from run_setup import Run, set_up
 from stop_signals import STOPPED_EXIT_CODE
 from timesteps import share_out
@@ -53,7 +54,9 @@ def finetune(args: argparse.Namespace, data: TrainingData, task: Task, method: M
 
 def run_recipe(args: argparse.Namespace, data: TrainingData, task: Task, method: Method) -> None:
     """Set up, train, save, validate and upload."""
-    run = set_up(check_recipe(args, data, task, method))
+    recipe = check_recipe(args, data, task, method)
+    recipe.agreement.from_main(lambda: write_config(recipe))
+    run = set_up(recipe)
     if args.validate_first and run.state.step == 0:
         run.validate(0)
     with run.signals:

@@ -18,9 +18,9 @@ from rows import one_line
 
 logger = logging.getLogger(__name__)
 
-# Trackers record more than a stranger should see: the machine's name, its folders.
+# Trackers record more than a stranger should see: the machine's name, its folders. The flags name folders too.
 PRIVATE = ("checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*", "*wandb_run_id")
-PRIVATE += ("*events.out.tfevents.*", "*hparams.yml")
+PRIVATE += ("*events.out.tfevents.*", "*hparams.yml", "config.yaml", "config-step-*.yaml")
 
 
 def check_access(output_dir: Path, repo_id: str | None, token: HubToken | None) -> None:

@@ -243,7 +243,7 @@ BAD_TRAINING_FLAGS = [
     ("--lr_scheduler step", "--lr_scheduler", "cosine_with_restarts"),
     ("--mixed_precision fp8", "--mixed_precision", "no, fp16, bf16"),
     ("--video_reshape_mode crop", "--video_reshape_mode", "center, random, none"),
-    ("--report_to mlflow", "--report_to", "tensorboard, wandb, comet_ml, all, none"),
+    ("--report_to mlflow", "--report_to", "tensorboard, wandb, trackio, comet_ml, all, none"),
     ("--use_8bit --use_4bit --use_torchao", "--use_8bit and --use_4bit", "leave out"),
     ("--use_4bit", "--use_4bit", "add --use_torchao"),
     ("--use_8bit --optimizer came", "--use_8bit", "use --optimizer adamw"),

@@ -88,7 +88,7 @@ def test_what_wandb_records_stays_at_home(hub, tmp_path):
     """It keeps the command line, and with it a --hub_token, beside the machine's name and folders."""
     push(tmp_path)
     records = ["logs/wandb/offline-run-1/run-1.wandb", "logs/wandb/offline-run-1/files/wandb-metadata.json"]
-    records += ["logs/wandb_run_id"]
+    records += ["logs/wandb_run_id", "logs/comet_ml_run_id", "logs/trackio_run_id"]
     assert list(filter_repo_objects(records, ignore_patterns=hub["upload_folder"]["ignore_patterns"])) == []
 
 

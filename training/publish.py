@@ -19,7 +19,7 @@ from rows import one_line
 logger = logging.getLogger(__name__)
 
 # Trackers record more than a stranger should see: the machine's name, its folders. The flags name folders too.
-PRIVATE = ("checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*", "*wandb_run_id")
+PRIVATE = ("checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*", "*_run_id")
 PRIVATE += ("*events.out.tfevents.*", "*hparams.yml", "config.yaml", "config-step-*.yaml")
 
 

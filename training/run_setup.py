@@ -23,8 +23,8 @@ from models import CPU
 from objective import Objective
 from plan import PreparedData, TrainingData
 from prompts import PromptCache
-from ranks import precision_of
 from recipe import Recipe, Task
+from run_summary import describe_start
 from sampling import Pipeline
 from sharding import whole_weights
 from step_schedule import ScheduleStart, StepSchedule
@@ -34,7 +34,7 @@ from timesteps import TimestepSampling
 from trackers import start_trackers
 from validation import ValidationSettings, validate
 from validation_loss import log_validation_losses, validation_losses
-from zero import count_weights, gathered
+from zero import gathered
 
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def set_up(recipe: Recipe) -> Run:
     if recipe.resumed:
         resume(recipe, learner)
     start_trackers(accelerator, args, resumed_at=state.step if recipe.resumed else None)
-    describe_run(recipe, learner.transformer, schedule, total_steps, sampler.padding)
+    logger.info("%s", describe_start(recipe, learner.transformer, schedule, total_steps, sampler.padding))
     objective, signals = make_objective(recipe, conditions, learner), StopSignals()
     return Run(
         accelerator=accelerator,
@@ -335,28 +335,3 @@ def load_batches(recipe: Recipe, prompts: PromptCache, sampler: BucketBatchSampl
     dataset = make_dataset(args, recipe.data, recipe.task, seed, prompts, replace_failed=skips_failed)
     loader = make_loader(dataset, sampler, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory)
     return without_failures(loader)
-
-
-def describe_run(
-    recipe: Recipe, transformer: CogVideoXTransformer3DModel, schedule: StepSchedule, total_steps: int, padding: int
-) -> None:
-    """Log what is about to happen."""
-    args, accelerator = recipe.args, recipe.accelerator
-    trainable, total = count_weights(transformer)
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * recipe.num_data_ranks
-    logger.info("trainable parameters: %s of %s", f"{trainable:,}", f"{total:,}")
-    logger.info(
-        "%d samples, up to %d a step, %d steps an epoch; steps %d to %d on %d x %s, precision %s",
-        len(recipe.data.clips),
-        per_step,
-        schedule.steps_per_epoch,
-        recipe.state.step + 1,
-        total_steps,
-        accelerator.num_processes,
-        accelerator.device.type,
-        precision_of(args),
-    )
-    if recipe.context is not None:
-        logger.info("%d ranks at a time divide the tokens of a sample", args.context_parallel_size)
-    if padding:
-        logger.info("%d batches come twice in each epoch, so that all ranks have as many", padding)

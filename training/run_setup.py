@@ -31,7 +31,7 @@ from step_schedule import ScheduleStart, StepSchedule
 from stop_signals import StopSignals
 from throughput import Throughput
 from timesteps import TimestepSampling
-from trackers import start_trackers
+from trackers import keep_losses, start_trackers
 from validation import ValidationSettings, validate
 from validation_loss import log_validation_losses, validation_losses
 from zero import gathered
@@ -107,7 +107,9 @@ def set_up(recipe: Recipe) -> Run:
     learner = make_learner(recipe, total_steps)
     if recipe.resumed:
         resume(recipe, learner)
-    start_trackers(accelerator, args, resumed_at=state.step if recipe.resumed else None)
+    resumed_at = state.step if recipe.resumed else None
+    start_trackers(accelerator, args, resumed_at=resumed_at)
+    keep_losses(accelerator, recipe.output_dir, resumed_at=resumed_at)
     logger.info("%s", describe_start(recipe, learner.transformer, schedule, total_steps, sampler.padding))
     objective, signals = make_objective(recipe, conditions, learner), StopSignals()
     return Run(

@@ -11,8 +11,10 @@ from uuid import uuid4
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
+from errors import UserError
 from files import written_whole
 from hub_token import HubToken, without_tokens
+from loss_curve import LossCurve
 from rows import one_line
 
 
@@ -97,6 +99,17 @@ def start_trackers(accelerator: Accelerator, args: argparse.Namespace, *, resume
             steady = SteadyTracker(tracker)
             accelerator.trackers.append(steady)
             steady.store_init_configuration(settings)
+
+
+def keep_losses(accelerator: Accelerator, folder: Path, *, resumed_at: int | None) -> None:
+    """Have the main process keep what is logged in the run's folder, and draw the losses there, whatever trackers
+    there are."""
+    if not accelerator.is_main_process:
+        return
+    try:
+        accelerator.trackers.append(SteadyTracker(LossCurve(folder, resumed_at)))
+    except (OSError, UserError) as error:
+        logger.warning("warning: there will be no loss curve (%s)", _described(error))
 
 
 def plain_settings(args: argparse.Namespace) -> dict[str, Any]:

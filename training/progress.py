@@ -8,8 +8,8 @@ from functools import reduce
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
+from bars import tqdm
 from guards import Step, StepGuard
 from throughput import Speed, Throughput
 
@@ -49,7 +49,12 @@ class StepLog:
         self.has_norm = True
         self.speeds: list[Speed] = []  # of each interval
         self.bar = tqdm(
-            total=total_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process
+            total=total_steps,
+            initial=first_step,
+            desc="Training",
+            unit=" steps",
+            delay=0,
+            disable=not accelerator.is_main_process,
         )
 
     def add(

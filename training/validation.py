@@ -128,6 +128,12 @@ def _sample_share(
                     # In shards no rank may stop before the others.
                     if is_told_to_stop() and not is_fsdp(accelerator):
                         break
+                    pipeline.set_progress_bar_config(
+                        desc=f"Validation video {min(number, total - 1) + 1} of {total}",
+                        unit=" steps",
+                        leave=False,
+                        disable=not accelerator.is_main_process,
+                    )
                     if number < total:
                         videos.append(_make_video(pipeline, settings, prompts, number, folder))
                     else:
@@ -146,7 +152,6 @@ def _sample_share(
 @contextmanager
 def _sampling(accelerator: Accelerator, pipeline: Pipeline, cpu_offload: bool) -> Iterator[None]:
     """Set up a pipeline for sampling, and undo it all afterwards."""
-    pipeline.set_progress_bar_config(disable=True)
     with _left_as_found(pipeline.transformer), _left_as_found(pipeline.vae), _in_parts(pipeline.vae):
         try:
             pipeline.transformer.eval()

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Protocol
 
 from PIL import Image
-from tqdm import tqdm
 
+from bars import tqdm
 from caption_text import IMAGE_PROMPT, VIDEO_PROMPT, NoCaption
 from clips import BadClip, PlannedClip
 from errors import UserError, listing

@@ -16,7 +16,7 @@ from failures import explained_failures
 from fsdp import is_fsdp
 from guards import StepGuard
 from memory_fit import describe_savings
-from methods import Lora
+from model_card import card_facts
 from optimizers import can_step, clip_gradients, step_if_finite
 from plan import TrainingData
 from prefetch import DeviceCopies
@@ -69,17 +69,9 @@ def run_recipe(args: argparse.Namespace, data: TrainingData, task: Task, method:
             run.save_checkpoint(run.total_steps)
         logger.info("saved %s; to use it:\n\n%s\n", run.save_result(), run.usage)
         run.validate(run.total_steps)
+    run.accelerator.end_training()  # the loss curve is drawn to its end
     if args.push_to_hub and run.accelerator.is_main_process:
-        push_to_hub(
-            run.output_dir,
-            args.hub_model_id,
-            args.hub_token,
-            args.pretrained_model_name_or_path,
-            run.usage,
-            args.validation_prompts,
-            [task.name, *(["lora"] if isinstance(method, Lora) else [])],
-        )
-    run.accelerator.end_training()
+        push_to_hub(run.output_dir, args.hub_model_id, args.hub_token, card_facts(recipe, run.total_steps))
 
 
 def leave(run: Run, step: int) -> None:

@@ -126,7 +126,7 @@ def set_up(recipe: Recipe) -> Run:
         throughput=make_throughput(recipe),
         validate=make_validation(recipe, conditions, learner, objective, signals),
         save_result=make_saving(recipe, learner),
-        usage=describe_usage(recipe),
+        usage=recipe.usage(recipe.output_dir),
         checkpoints=CheckpointFolder(recipe.output_dir, accelerator, recipe.agreement, args.checkpoints_total_limit),
         checkpoint_bytes=recipe.checkpoint_bytes,
         signals=signals,
@@ -299,12 +299,6 @@ def make_saving(recipe: Recipe, learner: Learner) -> Callable[[], Path]:
             ) from error
 
     return save_result
-
-
-def describe_usage(recipe: Recipe) -> str:
-    """The code that loads the result."""
-    model, pipeline_class = recipe.args.pretrained_model_name_or_path, recipe.task.pipeline_class.__name__
-    return "\n".join(recipe.method.usage(pipeline_class, model, recipe.output_dir, recipe.task.usage()))
 
 
 def make_dataset(

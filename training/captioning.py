@@ -84,7 +84,7 @@ def caption_clips(
     pool = ThreadPoolExecutor(num_workers)
     try:
         asked = {pool.submit(caption, *item): item[1].clip for item in clips.items()}
-        with tqdm(total=len(asked), desc="Captioning", unit=" clips") as bar:
+        with tqdm(total=len(asked), desc="Captioning", unit=" clips", delay=0) as bar:
             for done in as_completed(asked):
                 clip, in_a_row = asked[done], in_a_row + 1
                 try:

@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 DEMO_DIR="${DEMO_DIR:-demo}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export TQDM_DELAY=2 # no bars for what takes less
 prompt="a red circle moves from left to right over a blue background"
 
 python assets/make_tiny_model.py --kind 5b --output_dir "$DEMO_DIR/model" --height 64 --width 96 --num_frames 17

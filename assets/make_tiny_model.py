@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import string
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -494,6 +495,9 @@ def main() -> None:
         help="of the VAE's levels, multiples of 8 (default: 8 16 16 32)",
     )
     args = vars(parser.parse_args())
+    for name in ("bitsandbytes", "deepspeed", "torchao"):
+        # diffusers imports them wherever they are installed, which takes seconds and is not quiet.
+        sys.modules.setdefault(name, None)
     existed = bool(read_settings(args["output_dir"]))
     try:
         folder = make_tiny_model(**args)

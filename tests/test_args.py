@@ -49,6 +49,7 @@ DATA_DEFAULTS = {
     "revision": None,
     "variant": None,
     "cache_dir": None,
+    "config": None,
 }
 
 TRAINING_DEFAULTS = DATA_DEFAULTS | {
@@ -242,7 +243,7 @@ BAD_TRAINING_FLAGS = [
     ("--lr_scheduler step", "--lr_scheduler", "cosine_with_restarts"),
     ("--mixed_precision fp8", "--mixed_precision", "no, fp16, bf16"),
     ("--video_reshape_mode crop", "--video_reshape_mode", "center, random, none"),
-    ("--report_to mlflow", "--report_to", "tensorboard, wandb, comet_ml, all, none"),
+    ("--report_to mlflow", "--report_to", "tensorboard, wandb, trackio, comet_ml, all, none"),
     ("--use_8bit --use_4bit --use_torchao", "--use_8bit and --use_4bit", "leave out"),
     ("--use_4bit", "--use_4bit", "add --use_torchao"),
     ("--use_8bit --optimizer came", "--use_8bit", "use --optimizer adamw"),
@@ -810,7 +811,7 @@ def test_help_names_the_task(task: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 OUR_TORCH_FREE_MODULES = {"args", "buckets", "errors", "files", "flag_checks", "flag_types", "prepared", "run_folder"}
-OUR_TORCH_FREE_MODULES |= {"memory_flags", "optimizer_flags", "speed_flags", "validation_flags"}
+OUR_TORCH_FREE_MODULES |= {"config_file", "memory_flags", "optimizer_flags", "speed_flags", "validation_flags"}
 OUR_TORCH_FREE_MODULES |= {"shards", "data_flags", "preparation_flags", "training_flags", "frames", "ranks"}
 OUR_TORCH_FREE_MODULES |= {"listed_paths", "hub_token", "tracking_flags", "zero_flags", "fsdp_flags"}
 

@@ -240,7 +240,7 @@ def test_groups_of_a_torchrun_train_on_as_many_samples_as_there_are_groups(tiny_
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "up to 2 a step, 8 steps an epoch" in done.stderr
+    assert "up to 2 samples a step, 8 steps an epoch" in done.stderr
     assert "2 ranks at a time divide the tokens of a sample" in done.stderr
 
     others += ["--gradient_accumulation_steps", "2"]

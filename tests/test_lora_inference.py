@@ -11,6 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+
+if __name__ == "__main__":
+    for name in ("bitsandbytes", "deepspeed", "torchao"):
+        # diffusers imports them wherever they are installed, which takes seconds and is not quiet.
+        sys.modules.setdefault(name, None)
+
 import av
 import pytest
 import torch

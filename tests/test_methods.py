@@ -570,7 +570,11 @@ def test_the_usage_loads_what_was_written(tmp_path, save_pipeline):
     lines = FullFinetune(save_pipeline).usage("CogVideoXPipeline", "THUDM/CogVideoX-5b", tmp_path, ["change(pipe)"])
     compile("\n".join(lines), "usage", "exec")
     assert not any("change" in line for line in lines)  # the result has its own config
-    assert f'"{tmp_path / ("pipeline" if save_pipeline else "transformer")}"' in lines[0]
+    where = f'"{tmp_path / "pipeline"}", ' if save_pipeline else f'"{tmp_path}", subfolder="transformer", '
+    assert where in lines[0]
+    # Whole pipelines are not uploaded.
+    on_hub = FullFinetune(save_pipeline).usage("CogVideoXPipeline", "THUDM/CogVideoX-5b", "me/tuned")
+    assert 'from_pretrained("me/tuned", subfolder="transformer", ' in on_hub[0]
 
 
 # Precision

@@ -1,4 +1,5 @@
 import logging
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from accelerate.tracking import GeneralTracker
 from agreement import Agreement
 from buckets import Bucket
 from guards import StepGuard
-from progress import StepLog
+from progress import StepLog, in_words
 from test_flops import COGVIDEOX_5B
 from throughput import Throughput
 
@@ -59,3 +60,28 @@ def test_every_step_is_logged_and_every_interval_says_how_fast_it_was(tmp_path, 
     first, _, last = log.speeds
     assert (first.samples, first.steps, last.samples, last.steps) == (6, 2, 3, 1)
     assert "speed, without the first steps: " in caplog.text
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_after_ten_steps_it_says_once_how_long_the_rest_takes(tmp_path, caplog):
+    accelerator = Accelerator(cpu=True)
+    throughput = Throughput(COGVIDEOX_5B, accelerator.device, 1, torch.float32, trains_all=False)
+    guard = StepGuard(Agreement(), 3, tmp_path)
+    log = StepLog(accelerator, first_step=20, total_steps=50, interval=4, throughput=throughput, guard=guard)
+    with caplog.at_level(logging.INFO):
+        for step in range(30):
+            with throughput.phase("forward"):
+                throughput.count(Bucket(49, 480, 720), samples=3)
+            log.add(torch.tensor(1.0), torch.tensor(2.0), 0.5)
+            said = [record.getMessage() for record in caplog.records if " left: " in record.getMessage()]
+            assert len(said) == (step >= 11)  # the third interval of four steps
+        log.finish()
+    assert re.fullmatch(r"about 0 s left: 18 steps of \d\S* s; validation and checkpoints come on top", said[0])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (59, "59 s"), (130, "2 min"), (5990, "1 h 40 min"), (7800, "2 h 10 min"), (273600, "3 d 4 h")],
+)
+def test_durations_are_said_as_people_say_them(seconds, words):
+    assert in_words(seconds) == words

@@ -3,11 +3,14 @@
 The calls that would reach the hub are replaced by ones that note their arguments, or answer as the hub does.
 """
 
+import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from httpx import ConnectError, Request, Response
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -16,11 +19,25 @@ from huggingface_hub.utils import filter_repo_objects
 import publish
 from errors import UserError
 from hub_token import HubToken
+from methods import FullFinetune, Lora
+from model_card import CardFacts
 
 
 TOKEN = HubToken("hf_a_secret")
 PROMPTS = ["a red circle moves over a blue background", "a {{ curly }} square: 50% & more"]
-USAGE = 'pipe = CogVideoXPipeline.from_pretrained("THUDM/CogVideoX-5b")\npipe.load_lora_weights("owner/circles")'
+FACTS = CardFacts(
+    base_model="THUDM/CogVideoX-5b",
+    task="text-to-video",
+    is_lora=True,
+    usage=lambda repo_id, model: "\n".join(Lora(8, 8).usage("CogVideoXPipeline", model, repo_id)),
+    settings={"rank": 8, "learning_rate": 1e-4, "data_root": "/home/me/clips", "output_dir": "/home/me/out"},
+    prompts=PROMPTS,
+    num_frames=17,
+    height=64,
+    width=96,
+    fps=8,
+    last_step=20,
+)
 
 
 @pytest.fixture
@@ -40,26 +57,72 @@ def hub(monkeypatch) -> dict[str, dict]:
     return calls
 
 
-def push(folder: Path, repo_id: str | None = "owner/circles", base_model: str = "THUDM/CogVideoX-5b") -> str:
+def push(folder: Path, repo_id: str | None = "owner/circles", **others) -> str:
     """Push a run's folder; returns the card's text."""
-    publish.push_to_hub(folder, repo_id, TOKEN, base_model, USAGE, PROMPTS, ["text-to-video", "lora"])
+    publish.push_to_hub(folder, repo_id, TOKEN, replace(FACTS, **others))
     return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def code_of(card: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)\n```", card, flags=re.DOTALL)
+    return code
 
 
 def test_the_card_names_the_base_model_where_the_hub_looks_for_it(hub, tmp_path):
     push(tmp_path)
-    card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.base_model == "THUDM/CogVideoX-5b"
-    assert {"text-to-video", "lora", "cogvideox"} <= set(card.data.tags)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.base_model, data.base_model_relation, data.pipeline_tag) == (
+        "THUDM/CogVideoX-5b",
+        "adapter",
+        "text-to-video",
+    )
+    assert {"text-to-video", "lora", "cogvideox"} <= set(data.tags)
 
 
-def test_the_card_holds_the_code_that_loads_the_result(hub, tmp_path):
-    assert f"```python\n{USAGE}\n```" in push(tmp_path)
+def test_the_card_holds_code_that_loads_the_result_from_the_hub(hub, tmp_path):
+    code = code_of(push(tmp_path))
+    compile(code, "card", "exec")
+    assert 'pipe.load_lora_weights("owner/circles")' in code
+    assert f"prompt={PROMPTS[0]!r}, num_frames=17, height=64, width=96" in code
+    tuned = code_of(push(tmp_path, task="image-to-video", is_lora=False, usage=usage_of_weights))
+    compile(tuned, "card", "exec")
+    assert 'from_pretrained("owner/circles", subfolder="transformer"' in tuned
+    assert "import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel" in tuned
+    assert "pipe(image=image, prompt=" in tuned
 
 
-def test_the_card_lists_every_validation_prompt_as_it_was_given(hub, tmp_path):
+def usage_of_weights(repo_id: str, model: str) -> str:
+    return "\n".join(FullFinetune(save_pipeline=True).usage("CogVideoXImageToVideoPipeline", model, repo_id))
+
+
+def test_the_card_shows_the_last_videos_and_the_pictures_that_there_are(hub, tmp_path):
+    for name in ("step-10/00-00-old.mp4", "step-20/00-00-a-red.mp4", "step-20/01-00-a-curly.mp4", "progress.png"):
+        (tmp_path / "validation" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "validation" / name).touch()
+    (tmp_path / "loss.png").touch()
+    card = push(tmp_path)
+    urls = ["validation/step-20/00-00-a-red.mp4", "validation/step-20/01-00-a-curly.mp4"]
+    widget = ModelCard.load(tmp_path / "README.md").data.widget
+    assert [(entry["text"], entry["output"]["url"]) for entry in widget] == list(zip(PROMPTS, urls, strict=True))
+    assert "<Gallery />" in card
+    assert all(f"[{prompt}]({url})" in card for prompt, url in zip(PROMPTS, urls, strict=True))
+    assert "![steps](validation/progress.png)" in card
+    assert "![loss](loss.png)" in card
+    assert "step-10" not in card
+
+
+def test_the_card_lists_the_prompts_where_there_are_no_videos(hub, tmp_path):
     card = push(tmp_path)
     assert all(f"- {prompt}\n" in card for prompt in PROMPTS)
+    assert "Gallery" not in card
+    assert "![" not in card
+
+
+def test_the_card_has_the_settings_and_names_no_folder(hub, tmp_path):
+    card = push(tmp_path)
+    (settings,) = re.findall(r"```yaml\n(.*?)```", card, flags=re.DOTALL)
+    assert yaml.safe_load(settings) == {"rank": 8, "learning_rate": 1e-4}
+    assert "/home/me" not in card
 
 
 def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path):
@@ -88,7 +151,7 @@ def test_what_wandb_records_stays_at_home(hub, tmp_path):
     """It keeps the command line, and with it a --hub_token, beside the machine's name and folders."""
     push(tmp_path)
     records = ["logs/wandb/offline-run-1/run-1.wandb", "logs/wandb/offline-run-1/files/wandb-metadata.json"]
-    records += ["logs/wandb_run_id"]
+    records += ["logs/wandb_run_id", "logs/comet_ml_run_id", "logs/trackio_run_id"]
     assert list(filter_repo_objects(records, ignore_patterns=hub["upload_folder"]["ignore_patterns"])) == []
 
 
@@ -112,20 +175,47 @@ def test_a_local_base_model_is_not_given_as_a_hub_id(hub, tmp_path):
     """The hub refuses a card whose base_model is a path, and so the whole upload."""
     model = tmp_path / "models" / "my-cogvideox"
     model.mkdir(parents=True)
-    push(tmp_path, base_model=str(model))
+    card = push(tmp_path, base_model=str(model))
     assert ModelCard.load(tmp_path / "README.md").data.base_model is None
+    assert 'from_pretrained("my-cogvideox"' in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_run_uploads_what_the_card_says(hub, tiny_models, demo_clips, tmp_path, monkeypatch):
+    import cogvideox_text_to_video_lora
+
+    monkeypatch.setattr(publish, "whoami", lambda token: who())
+    argv = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(demo_clips)]
+    argv += ["--caption_column", "prompts.txt", "--max_samples", "1", "--train_batch_size", "1", "--rank", "4"]
+    argv += ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17", "--seed", "0"]
+    argv += ["--validation_prompt", "a rabbit", "--num_inference_steps", "1", "--max_train_steps", "1"]
+    argv += ["--push_to_hub", "--hub_model_id", "me/rabbit", "--output_dir", str(tmp_path / "out")]
+    cogvideox_text_to_video_lora.main(argv)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in card
+    shown = re.findall(r"\]\(([^)]*)\)", card)
+    assert shown == ["validation/step-1/00-00-a-rabbit.mp4", "validation/progress.png", "loss.png"]
+    assert list(filter_repo_objects(shown, ignore_patterns=hub["upload_folder"]["ignore_patterns"])) == shown
+    assert all((tmp_path / "out" / name).is_file() for name in shown)
+    # With the folders in the place of the two repositories, the code runs as it stands.
+    code = code_of(card).replace('"me/rabbit"', repr(str(tmp_path / "out"))).replace('.to("cuda")', "")
+    code = code.replace(f'"{tiny_models("5b").name}"', repr(str(tiny_models("5b")))).replace("bfloat16", "float32")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("pipe(prompt", "pipe(num_inference_steps=1, prompt"), {})
+    assert (tmp_path / "video.mp4").stat().st_size > 0
 
 
 # What goes wrong at the end
 
 
-@pytest.mark.parametrize("call", ["create_repo", "upload_folder", "load_or_create_model_card"])
+@pytest.mark.parametrize("call", ["create_repo", "upload_folder", "write_card"])
 def test_an_upload_that_fails_tells_how_to_do_it_later(hub, tmp_path, monkeypatch, caplog, call):
     def fail(*arguments, **options):
         raise HfHubHTTPError(f"403 Forbidden for {TOKEN.value}", response=Response(403, request=Request("POST", "/")))
 
     monkeypatch.setattr(publish, call, fail)
-    publish.push_to_hub(tmp_path, None, TOKEN, "THUDM/CogVideoX-5b", USAGE, PROMPTS, [])
+    publish.push_to_hub(tmp_path, None, TOKEN, FACTS)
     title, command = caplog.records[-1].getMessage().splitlines()
     assert title.startswith("error: the result was not uploaded (HfHubHTTPError: 403 Forbidden")
     assert f"it is whole in {tmp_path}" in title

@@ -1,5 +1,7 @@
 """A tracker that fails is a warning, and a run that is resumed goes on where its trackers were."""
 
+import importlib
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -11,7 +13,8 @@ from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hub_token import HubToken
-from trackers import RUN_ID_FILE, SteadyTracker, plain_settings, start_trackers
+from trackers import SteadyTracker, plain_settings, run_id_file, start_trackers
+from validation_trackers import ValidationVideo, log_videos
 
 
 TOKEN = "hf_" + "Secret0" * 5
@@ -91,7 +94,7 @@ def test_a_tracker_that_cannot_be_started_is_left_out_with_a_warning(tmp_path, m
     (tmp_path / "logs").mkdir()
     monkeypatch.setenv("WANDB_MODE", "neither on nor off")
     (tmp_path / "logs/run").write_text("a file where TensorBoard's folder belongs")
-    (tmp_path / f"logs/{RUN_ID_FILE}").mkdir()  # where W&B's run is noted
+    run_id_file("wandb", tmp_path / "logs").mkdir()  # where W&B's run is noted
     accelerator = started(tmp_path, report_to)
     accelerator.log({"loss": 1.0}, step=1)
     accelerator.end_training()
@@ -125,7 +128,7 @@ def test_a_resumed_run_goes_on_in_its_wandb_run_and_a_new_one_has_its_own(tmp_pa
         accelerator = started(tmp_path, "wandb", resumed_at)
         ids.append(accelerator.get_tracker("wandb", unwrap=True).id)
         accelerator.end_training()
-        assert (tmp_path / "logs" / RUN_ID_FILE).read_text().strip() == ids[-1]
+        assert run_id_file("wandb", tmp_path / "logs").read_text().strip() == ids[-1]
     assert ids[0] == ids[1] != ids[2]
     assert set(wandb_runs(tmp_path)) == set(ids)
 
@@ -135,6 +138,94 @@ def test_the_environment_says_which_wandb_run_it_is(tmp_path, monkeypatch):
     accelerator = started(tmp_path, "wandb")
     accelerator.end_training()
     assert wandb_runs(tmp_path) == ["chosen"]
+
+
+# As much of each library as its tracker in accelerate needs, for those that may not be installed.
+STAND_INS = {
+    "trackio": """
+config, calls = {}, []
+class Run:
+    def log(self, values, step=None): calls.append((values, step))
+    def finish(self): pass
+def init(**options):
+    calls.append(options)
+    return Run()
+def Video(value, caption): return ("video", value, caption)
+def Image(value): return ("image", value)
+""",
+    "comet_ml": """
+__version__, calls = "3.58.8", []
+class Experiment:
+    def log_parameters(self, values): pass
+    def set_step(self, step): pass
+    def log_metric(self, name, value, step): calls.append(({name: value}, step))
+    def end(self): pass
+def start(**options):
+    calls.append(options)
+    return Experiment()
+""",
+}
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Give a library's stand-in, which notes its calls."""
+    monkeypatch.syspath_prepend(tmp_path / "libraries")
+
+    def stand_in(name: str):
+        (tmp_path / "libraries").mkdir()
+        (tmp_path / "libraries" / f"{name}.py").write_text(STAND_INS[name])
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        library = importlib.import_module(name)
+        monkeypatch.setitem(sys.modules, name, library)  # gone again after the test
+        return library
+
+    return stand_in
+
+
+def start_one(folder: Path, kind: str, resumed_at: int | None = None) -> Accelerator:
+    """An accelerator with a tracker whose library accelerate need not find."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.log_with = [kind]
+    start_trackers(accelerator, flags(folder), resumed_at=resumed_at)
+    return accelerator
+
+
+@pytest.mark.parametrize(("kind", "key"), [("trackio", "name"), ("comet_ml", "experiment_key")])
+def test_a_resumed_run_goes_on_in_its_run_of_other_trackers(tmp_path, monkeypatch, stand_in, kind, key):
+    library = stand_in(kind)
+    monkeypatch.delenv("COMET_EXPERIMENT_KEY", raising=False)
+    for resumed_at in (None, 2, None):
+        accelerator = start_one(tmp_path / "my-run", kind, resumed_at)
+        accelerator.log({"loss": 1.0}, step=3)
+        accelerator.end_training()
+    first, logged, again, _, new, _ = library.calls
+    assert logged == ({"loss": 1.0}, 3)
+    assert first[key] == again[key] != new[key]
+    assert first == {"project" if kind == "trackio" else "project_name": "run", key: first[key]} | (
+        {"resume": "allow"} if kind == "trackio" else {"mode": "get_or_create"}
+    )
+    assert first[key].startswith("my-run-") if kind == "trackio" else 32 <= len(first[key]) <= 50
+
+
+def test_the_environment_says_which_comet_experiment_it_is(tmp_path, monkeypatch, stand_in):
+    library = stand_in("comet_ml")
+    monkeypatch.setenv("COMET_EXPERIMENT_KEY", "c" * 32)  # which Comet reads itself
+    start_one(tmp_path, "comet_ml")
+    assert library.calls[0]["experiment_key"] is None
+
+
+def test_trackio_gets_the_settings_and_the_videos(tmp_path, stand_in):
+    library = stand_in("trackio")
+    accelerator = start_one(tmp_path, "trackio")
+    assert library.config["tracker_name"] == "run"
+    video = ValidationVideo(0, "00-00-a", "a rabbit", tmp_path / "a.mp4", [])
+    log_videos(accelerator.trackers, [video], tmp_path / "sheet.png", step=5)
+    shown = {
+        "validation/00-00-a": ("video", str(tmp_path / "a.mp4"), "a rabbit"),
+        "validation/contact_sheet": ("image", str(tmp_path / "sheet.png")),
+    }
+    assert library.calls[-1] == (shown, 5)
 
 
 def test_a_resumed_run_goes_on_in_its_tensorboard_folder_without_what_comes_once_more(tmp_path):

@@ -8,10 +8,12 @@ from errors import UserError
 from tracking_flags import check_tracker
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "comet_ml"])
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "comet_ml"])
 def test_a_tracker_that_is_not_installed_is_refused_by_name(monkeypatch, name):
     monkeypatch.setattr(sys, "path", [])  # nothing is installed there
-    for module in [module for module in sys.modules if module.startswith(("tensorboard", "wandb", "comet_ml"))]:
+    for module in [
+        module for module in sys.modules if module.startswith(("tensorboard", "wandb", "trackio", "comet_ml"))
+    ]:
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(UserError, match=f"^--report_to {name}: it is not installed; pip install {name}, or"):
         check_tracker(name)

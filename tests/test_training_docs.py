@@ -11,7 +11,8 @@ import pytest
 from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 
-from args import parse_args, parse_prepare_args
+from args import flag_names, parse_args, parse_prepare_args
+from run_config import render_config, split_flags
 
 
 ROOT = Path(__file__).parent.parent
@@ -87,9 +88,32 @@ def test_the_commands_on_memory_let_the_toolkit_choose(folder):
     assert (trial.memory_budget_gb, trial.auto_fit) == (None, True)
 
 
+def test_the_command_with_a_file_of_flags_reads_the_one_that_the_page_shows(folder):
+    (file,) = re.findall(r"```yaml\n(# run.yaml\n.*?)```", PAGE, flags=re.DOTALL)
+    (folder / "run.yaml").write_text(file)
+    (call,) = calls_of(folder, "config")
+    args = parsed(call)
+    assert (args.mixed_precision, args.learning_rate, args.max_train_steps) == ("bf16", 1e-4, 3000)
+    assert (args.rank, args.gradient_checkpointing, args.output_dir) == (64, False, "outputs/rank-64")
+
+
+def test_the_command_that_repeats_a_run_reads_what_that_run_wrote(folder):
+    (folder / "outputs" / "my-lora").mkdir(parents=True)
+    args = parse_args(
+        ["--pretrained_model_name_or_path", "a/b", "--data_root", "prepared"], task="text-to-video", method="lora"
+    )
+    repeated, others = split_flags(args, flag_names("text-to-video", "lora"), seed=7)
+    (folder / "outputs/my-lora/config.yaml").write_text(render_config(repeated, others, []), encoding="utf-8")
+    (call,) = calls_of(folder, "repeat")
+    again = parsed(call)
+    assert (again.seed, again.data_root, again.output_dir) == (7, "prepared", "outputs/again")
+
+
 def test_all_code_of_the_page_is_tested():
     assert re.findall(r"```(?:bash|python)\n(.*?)```", PAGE, flags=re.DOTALL) == list(BLOCKS.values())
-    assert BLOCKS.keys() == {"launchers", "dry run", "prepare for images", "all weights", "validation set", "memory"}
+    tested = {"launchers", "dry run", "prepare for images", "all weights", "validation set", "memory"}
+    tested |= {"config", "repeat"}
+    assert BLOCKS.keys() == tested
 
 
 def test_the_code_for_all_weights_loads_them(folder, tiny_models):
@@ -114,5 +138,6 @@ def test_the_flags_that_the_page_names_exist(task, method):
     of_lora |= {"--lora_weights", "--quantize_base", "--stream_blocks"}
     of_sft |= {"--weights_dtype"}
     elsewhere = {"--save_image_latents"} | (of_sft if method == "lora" else of_lora)
+    elsewhere |= {"--config_file", "--no-NAME", "--no-gradient_checkpointing"}
     named = set(re.findall(r"--\w[\w-]*", re.sub(r"<!--.*?-->", "", PAGE))) - elsewhere
     assert named <= set(re.findall(r"--\w[\w-]*", done.stdout))

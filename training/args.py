@@ -161,6 +161,12 @@ def parse_prepare_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def flag_names(task: str, method: str) -> list[str]:
+    """The attributes that the flags of a training script have after `parse_args`, in the order of `--help`."""
+    actions = _training_parser(task, method)._actions
+    return [action.dest for action in actions if action.dest != "help"]
+
+
 def _training_parser(task: str, method: str) -> FlagParser:
     what = {"lora": "Train a LoRA for", "sft": "Fine-tune all weights of"}[method]
     parser = FlagParser(

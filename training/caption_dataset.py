@@ -15,8 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
+from bars import tqdm
 from buckets import Bucket
 from caption_file import AUTHOR_COLUMN, USER, Caption, CaptionFile, CaptionSettings
 from caption_flags import TABLE_FILE, parse_flags

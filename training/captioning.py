@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Protocol
 
 from PIL import Image
-from tqdm import tqdm
 
+from bars import tqdm
 from caption_text import IMAGE_PROMPT, VIDEO_PROMPT, NoCaption
 from clips import BadClip, PlannedClip
 from errors import UserError, listing
@@ -84,7 +84,7 @@ def caption_clips(
     pool = ThreadPoolExecutor(num_workers)
     try:
         asked = {pool.submit(caption, *item): item[1].clip for item in clips.items()}
-        with tqdm(total=len(asked), desc="Captioning", unit=" clips") as bar:
+        with tqdm(total=len(asked), desc="Captioning", unit=" clips", delay=0) as bar:
             for done in as_completed(asked):
                 clip, in_a_row = asked[done], in_a_row + 1
                 try:

@@ -16,7 +16,7 @@ from failures import explained_failures
 from fsdp import is_fsdp
 from guards import StepGuard
 from memory_fit import describe_savings
-from methods import Lora
+from model_card import card_facts
 from optimizers import can_step, clip_gradients, step_if_finite
 from plan import TrainingData
 from prefetch import DeviceCopies
@@ -25,6 +25,7 @@ from progress import StepLog
 from publish import check_access, push_to_hub
 from ranks import launch_rank
 from recipe import Method, Task, check_recipe
+from run_config import write_config
 from run_setup import Run, set_up
 from stop_signals import STOPPED_EXIT_CODE
 from timesteps import share_out
@@ -53,7 +54,9 @@ def finetune(args: argparse.Namespace, data: TrainingData, task: Task, method: M
 
 def run_recipe(args: argparse.Namespace, data: TrainingData, task: Task, method: Method) -> None:
     """Set up, train, save, validate and upload."""
-    run = set_up(check_recipe(args, data, task, method))
+    recipe = check_recipe(args, data, task, method)
+    recipe.agreement.from_main(lambda: write_config(recipe))
+    run = set_up(recipe)
     if args.validate_first and run.state.step == 0:
         run.validate(0)
     with run.signals:
@@ -66,17 +69,9 @@ def run_recipe(args: argparse.Namespace, data: TrainingData, task: Task, method:
             run.save_checkpoint(run.total_steps)
         logger.info("saved %s; to use it:\n\n%s\n", run.save_result(), run.usage)
         run.validate(run.total_steps)
+    run.accelerator.end_training()  # the loss curve is drawn to its end
     if args.push_to_hub and run.accelerator.is_main_process:
-        push_to_hub(
-            run.output_dir,
-            args.hub_model_id,
-            args.hub_token,
-            args.pretrained_model_name_or_path,
-            run.usage,
-            args.validation_prompts,
-            [task.name, *(["lora"] if isinstance(method, Lora) else [])],
-        )
-    run.accelerator.end_training()
+        push_to_hub(run.output_dir, args.hub_model_id, args.hub_token, card_facts(recipe, run.total_steps))
 
 
 def leave(run: Run, step: int) -> None:

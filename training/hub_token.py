@@ -70,12 +70,30 @@ class TokenFreeFormatter(logging.Formatter):
         return without_tokens(super().format(record))
 
 
+class SaidBefore(logging.Filter):
+    """Lets what a library logs through once; what the toolkit itself has to say, every time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is written."""
+        message = record.getMessage()
+        is_new = message not in self.said or Path(record.pathname).parent == Path(__file__).parent
+        self.said.add(message)
+        return is_new
+
+
 def log_without_tokens(level: int) -> None:
     """Write what the toolkit and its libraries log to stderr, message by message, and no token.
 
     Args:
         level: what is less than that is not written.
     """
-    handler = logging.StreamHandler()
+    from bars import LineHandler  # by tqdm, which is not there yet when flags are read
+
+    handler = LineHandler()
+    handler.addFilter(SaidBefore())
     handler.setFormatter(TokenFreeFormatter("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -31,9 +31,9 @@ Exchange = Callable[[Any], list[Any]]  # what every rank has to say, by rank; ca
 # What each machine may have in its own way: places, where what they hold is compared or read by itself, ...
 PLACES = ("cache_dir", "data_root", "dataset_file", "dataset_mix", "dataset_name", "validation_dataset_file")
 PLACES += ("validation_images",)
-# ... and how its own work is done. `given` is which flags were written out.
+# ... and how its own work is done. `given` is which flags were written out, `config` a file of others.
 WORKERS = ("dataloader_num_workers", "num_artifact_workers", "num_decode_threads", "pin_memory")
-OWN_FLAGS = {*PLACES, *WORKERS, "hub_token", "given"}
+OWN_FLAGS = {*PLACES, *WORKERS, "hub_token", "given", "config"}
 PACKAGES = ("torch", "diffusers", "accelerate")
 
 

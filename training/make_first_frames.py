@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
+from bars import tqdm
 from buckets import Bucket
 from clips import BadClip, PlannedClip, plan_clips
 from data_flags import add_dataset_flags, add_dataset_name_flags

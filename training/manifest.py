@@ -5,11 +5,13 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from bars import tqdm
 from files import flush
 from run_folder import MANIFEST
 
 
 _THREADS = 8  # hashing lets other threads run
+_PIECE = 2**20  # bytes read at once
 
 
 def write_manifest(folder: Path) -> None:
@@ -17,7 +19,7 @@ def write_manifest(folder: Path) -> None:
     files = _files(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(lambda name: flush(folder / name), files))
-        entries = dict(zip(files, pool.map(lambda name: _entry(folder / name), files), strict=True))
+    entries = _entries(folder, files, "Hashing")
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": entries}, indent=1) + "\n", encoding="utf-8")
     flush(manifest)
@@ -41,9 +43,8 @@ def find_damage(folder: Path) -> str | None:
             found = (folder / name).stat().st_size
             if found != size:
                 return f"{name} has {found} bytes of {size}"
-        with ThreadPoolExecutor(_THREADS) as pool:
-            entries = pool.map(lambda name: _entry(folder / name), expected)
-            differing = [name for name, entry in zip(expected, entries, strict=True) if entry != expected[name]]
+        entries = _entries(folder, list(expected), "Verifying")
+        differing = [name for name, entry in entries.items() if entry != expected[name]]
     except OSError as error:
         return f"it cannot be read ({error})"
     return f"{differing[0]} has other bytes than were written" if differing else None
@@ -59,7 +60,20 @@ def _files(folder: Path) -> list[str]:
     return [str(path) for path in paths if path != Path(MANIFEST)]
 
 
-def _entry(file: Path) -> dict[str, int | str]:
-    with open(file, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"size": file.stat().st_size, "sha256": digest}
+def _entries(folder: Path, files: list[str], doing: str) -> dict[str, dict[str, int | str]]:
+    """Size and digest of each file, with a bar over the bytes that says what is being done."""
+    total = sum((folder / name).stat().st_size for name in files)
+    with (
+        tqdm(desc=f"{doing} {folder.name}", total=total, unit="B", unit_scale=True, leave=False) as bar,
+        ThreadPoolExecutor(_THREADS) as pool,
+    ):
+        return dict(zip(files, pool.map(lambda name: _entry(folder / name, bar), files), strict=True))
+
+
+def _entry(file: Path, bar: tqdm) -> dict[str, int | str]:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    with open(file, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            bar.update(count)
+    return {"size": file.stat().st_size, "sha256": digest.hexdigest()}

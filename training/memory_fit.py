@@ -112,6 +112,11 @@ def describe_savings(args: argparse.Namespace, data: TrainingData, method: Metho
     return [*lines, "smaller --height and --width, or fewer frames in --frame_buckets and --max_num_frames"]
 
 
+def expected_memory(args: argparse.Namespace, data: TrainingData, method: Method) -> Choice:
+    """What the run takes of one card that shares nothing with others, under its settings."""
+    return _memory_taken(args, data, method)(read_settings(args))
+
+
 def _memory_taken(args: argparse.Namespace, data: TrainingData, method: Method) -> Callable[[MemorySettings], Choice]:
     """What the run takes of a card under some settings, measured or calculated."""
     configs = model_source(args).configs()

@@ -166,11 +166,12 @@ class Lora:
         load_lora(transformer, read_lora(folder / LORA_FILE))
 
     def usage(
-        self, pipeline_class: str, model_path: str, folder: Path, model_changes: Sequence[str] = ()
+        self, pipeline_class: str, model_path: str, folder: Path | str, model_changes: Sequence[str] = ()
     ) -> list[str]:
         """The code that loads the result, to be printed at the end of the run.
 
         Args:
+            folder: of the run, or the repository that its result is uploaded to.
             model_changes: code that changes the base model as the task did before training.
         """
         return [
@@ -323,18 +324,19 @@ class FullFinetune:
             raise ValueError(f"{folder / TRANSFORMER_FOLDER} lacks {len(missing)} weights, {min(missing)} among them")
 
     def usage(
-        self, pipeline_class: str, model_path: str, folder: Path, model_changes: Sequence[str] = ()
+        self, pipeline_class: str, model_path: str, folder: Path | str, model_changes: Sequence[str] = ()
     ) -> list[str]:
         """The code that loads the result, to be printed at the end of the run.
 
         Args:
+            folder: of the run, or the repository that its result is uploaded to, which has no whole pipeline.
             model_changes: ignored, the result's own config has them.
         """
-        if self.save_pipeline:
+        if self.save_pipeline and isinstance(folder, Path):
             pipeline = folder / PIPELINE_FOLDER
             return [f'pipe = {pipeline_class}.from_pretrained("{pipeline}", dtype=torch.bfloat16).to("cuda")']
         return [
-            f'transformer = CogVideoXTransformer3DModel.from_pretrained("{folder / TRANSFORMER_FOLDER}", '
+            f'transformer = CogVideoXTransformer3DModel.from_pretrained("{folder}", subfolder="{TRANSFORMER_FOLDER}", '
             "dtype=torch.bfloat16)",
             f'pipe = {pipeline_class}.from_pretrained("{model_path}", transformer=transformer, '
             'dtype=torch.bfloat16).to("cuda")',

@@ -8,8 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from bars import tqdm
 from buckets import Bucket, make_buckets
 from clips import BadClip, PlannedClip, plan_clips
 from errors import UserError, listing

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from diffusers.training_utils import free_memory
-from tqdm import tqdm
 
+from bars import tqdm
 from buckets import Bucket, Draw
 from clips import BadClip, PlannedClip
 from dataset import Batch, ClipDataset, make_loader

@@ -2,11 +2,12 @@
 
 import argparse
 
-from flag_types import choice, non_negative_int, path, positive_int
+from flag_types import add_config_flag, choice, non_negative_int, path, positive_int
 from memory_flags import add_text_encoder_flag
 
 
 def add_prepare_flags(group: argparse._ArgumentGroup) -> None:
+    add_config_flag(group)
     group.add_argument(
         "--output_dir",
         metavar="FOLDER",

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import av
-from tqdm import tqdm
 
+from bars import tqdm
 from file_cache import FileCache, file_state
 from media import decode, open_video, packets_of, quarter_turns, read_still_image, reason_of, video_stream
 from ranks import launch_rank, launch_size, local_size, machine_rank, num_machines
@@ -219,7 +219,7 @@ def probe_files(
     remaining = iter([*order[begin:], *order[:begin]])  # shared: each thread takes the next one
     results: dict[Path, VideoInfo | str] = {}
     shown = launch_rank() == 0 and len(order) >= _PROGRESS_BAR_FROM
-    bar = tqdm(total=len(order), desc="Checking clips", unit=" clips", disable=not shown)
+    bar = tqdm(total=len(order), desc="Checking clips", unit=" clips", delay=0, disable=not shown)
     lock, stopped = threading.Lock(), threading.Event()
 
     def work() -> None:

@@ -8,13 +8,15 @@ from functools import reduce
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
+from bars import tqdm
 from guards import Step, StepGuard
 from throughput import Speed, Throughput
 
 
 logger = logging.getLogger(__name__)
+
+ESTIMATE_AFTER = 10  # steps: of fewer, the first ones say too much, which compile and allocate
 
 
 class StepLog:
@@ -37,7 +39,9 @@ class StepLog:
         self.throughput = throughput
         self.guard = guard
         self.interval = interval
-        self.step = first_step
+        self.step = self.first_step = first_step
+        self.total_steps = total_steps
+        self.is_estimated = False
         self.pending: list[torch.Tensor] = []
         self.learning_rates: list[float] = []
         self.names: list[Sequence[str]] = []
@@ -45,7 +49,12 @@ class StepLog:
         self.has_norm = True
         self.speeds: list[Speed] = []  # of each interval
         self.bar = tqdm(
-            total=total_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process
+            total=total_steps,
+            initial=first_step,
+            desc="Training",
+            unit=" steps",
+            delay=0,
+            disable=not accelerator.is_main_process,
         )
 
     def add(
@@ -99,10 +108,30 @@ class StepLog:
         described = [f"loss={step.loss:.4f}", f"lr={rate:.2e}"]
         described += [f"grad_norm={step.grad_norm:.3f}"] if self.has_norm else []
         self.bar.set_postfix_str(", ".join([*described, speed.short()]))
+        self._estimate()
         for pending in (self.pending, self.learning_rates, self.names):
             pending.clear()
         scaler = self.accelerator.scaler
         self.guard.look_at(steps, searches_scale=scaler is not None and scaler.get_scale() >= 1)
+
+    def _estimate(self) -> None:
+        """Say once how long the rest takes, when it can be told."""
+        left = self.total_steps - self.step
+        if self.is_estimated or not left or self.step - self.first_step < ESTIMATE_AFTER:
+            return
+        self.is_estimated = True
+        speed = self._settled_speed()
+        seconds = speed.seconds / speed.steps
+        logger.info(
+            "about %s left: %d steps of %.3g s; validation and checkpoints come on top",
+            in_words(left * seconds),
+            left,
+            seconds,
+        )
+
+    def _settled_speed(self) -> Speed:
+        """How fast the run was but for its first interval."""
+        return reduce(operator.add, self.speeds[1:] or self.speeds)
 
     def __enter__(self) -> "StepLog":
         return self
@@ -115,9 +144,8 @@ class StepLog:
         the first and last steps, 50 if there are."""
         self.flush()
         self.bar.close()
-        settled = self.speeds[1:] or self.speeds  # the first steps compile and allocate
-        if settled:
-            speed = reduce(operator.add, settled)
+        if self.speeds:
+            speed = self._settled_speed()
             which = "without" if len(self.speeds) > 1 else "with"
             logger.info("speed, %s the first steps: %s", which, speed)
         if self.guard.num_bad:
@@ -126,3 +154,16 @@ class StepLog:
         if count >= 10:  # the loss of a single step says more of its timestep than of the model
             first, last = sum(self.losses[:count]) / count, sum(self.losses[-count:]) / count
             logger.info("mean loss: %.4f over the first %d steps, %.4f over the last %d", first, count, last, count)
+
+
+def in_words(seconds: float) -> str:
+    """A duration as a person would say it: "40 s", "12 min", "2 h 10 min", "3 d 4 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
+from bars import tqdm
 from files import written_whole
 from models import ModelSource, encode_prompts
 
@@ -48,7 +48,7 @@ class PromptCache:
         if not share:
             return
         pipeline = self.source.load_text_pipeline(self.dtype, device=device, in_8bit=self.in_8bit)
-        for prompt in tqdm(share, desc="Embedding prompts", disable=rank != 0):
+        for prompt in tqdm(share, desc="Embedding prompts", unit=" prompts", disable=rank != 0):
             embeds = encode_prompts(pipeline, [prompt])[0]
             with written_whole(self._file(prompt)) as path:
                 save_file({"prompt_embeds": embeds.cpu().contiguous()}, path)

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import create_repo, upload_folder, whoami
 from huggingface_hub.utils import validate_repo_id
 
 from errors import UserError
 from hub_token import HubToken
+from model_card import CardFacts, write_card
 from rows import one_line
 
 
 logger = logging.getLogger(__name__)
 
-# Trackers record more than a stranger should see: the machine's name, its folders.
-PRIVATE = ("checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*", "*wandb_run_id")
-PRIVATE += ("*events.out.tfevents.*", "*hparams.yml")
+# Trackers record more than a stranger should see: the machine's name, its folders. The flags name folders too.
+PRIVATE = ("checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*", "*_run_id")
+PRIVATE += ("*events.out.tfevents.*", "*hparams.yml", "config.yaml", "config-step-*.yaml")
 
 
 def check_access(output_dir: Path, repo_id: str | None, token: HubToken | None) -> None:
@@ -70,28 +70,18 @@ def _value(token: HubToken | None) -> str | None:
     return None if token is None else token.value
 
 
-def push_to_hub(
-    output_dir: Path,
-    repo_id: str | None,
-    token: HubToken | None,
-    base_model: str,
-    usage: str,
-    prompts: list[str],
-    tags: list[str],
-) -> None:
+def push_to_hub(output_dir: Path, repo_id: str | None, token: HubToken | None, facts: CardFacts) -> None:
     """Upload `output_dir`, without checkpoints and caches, to the hub. If that fails, say how to do it later.
 
     Args:
         repo_id: `owner/name`; None for the folder's name under the token's owner.
         token: None for the one of `hf auth login`.
-        usage: code that loads the result, for the card.
-        prompts: of the validation videos, for the card.
-        tags: that tell the task and the method, for the card.
+        facts: for the card, which takes the place of one that is there already.
     """
     wanted = repo_id or output_dir.resolve().name
     try:
         made = create_repo(wanted, token=_value(token), exist_ok=True).repo_id
-        _write_card(output_dir, made, base_model, usage, prompts, tags)
+        write_card(output_dir, made, facts)
         upload_folder(
             repo_id=made,
             folder_path=output_dir,
@@ -110,20 +100,3 @@ def push_to_hub(
         )
     else:
         logger.info("uploaded to %s", made)
-
-
-def _write_card(
-    output_dir: Path, repo_id: str, base_model: str, usage: str, prompts: list[str], tags: list[str]
-) -> None:
-    samples = "".join(f"- {prompt}\n" for prompt in prompts)
-    card = load_or_create_model_card(
-        repo_id_or_path=repo_id,
-        from_training=True,
-        license="other",
-        base_model=None if Path(base_model).exists() else base_model,  # the hub takes no local paths here
-        model_description=f"# {repo_id}\n\nFine-tuned from {base_model} with CogVideoX Factory.\n\n"
-        f"```python\n{usage}\n```\n\nValidation prompts:\n\n{samples}",
-        inference=True,
-    )
-    populate_model_card(card, tags=[*tags, "diffusers-training", "diffusers", "cogvideox"])
-    card.save(output_dir / "README.md")

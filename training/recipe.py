@@ -97,6 +97,16 @@ class Recipe:
         """Where everything is written."""
         return Path(self.args.output_dir)
 
+    def usage(self, where: Path | str, model: str | None = None) -> str:
+        """The code that loads the result.
+
+        Args:
+            where: the run's folder, or the repository that its result is uploaded to.
+            model: what to call the model that was trained from; None for its path or hub id.
+        """
+        model = model or self.args.pretrained_model_name_or_path
+        return "\n".join(self.method.usage(self.task.pipeline_class.__name__, model, where, self.task.usage()))
+
     def load_vae(self, device: torch.device, *, decoder_only: bool = False) -> AutoencoderKLCogVideoX:
         """Load the VAE with the memory savings that the flags ask for."""
         args = self.args

@@ -23,18 +23,18 @@ from models import CPU
 from objective import Objective
 from plan import PreparedData, TrainingData
 from prompts import PromptCache
-from ranks import precision_of
 from recipe import Recipe, Task
+from run_summary import describe_start
 from sampling import Pipeline
 from sharding import whole_weights
 from step_schedule import ScheduleStart, StepSchedule
 from stop_signals import StopSignals
 from throughput import Throughput
 from timesteps import TimestepSampling
-from trackers import start_trackers
+from trackers import keep_losses, start_trackers
 from validation import ValidationSettings, validate
 from validation_loss import log_validation_losses, validation_losses
-from zero import count_weights, gathered
+from zero import gathered
 
 
 logger = logging.getLogger(__name__)
@@ -107,8 +107,10 @@ def set_up(recipe: Recipe) -> Run:
     learner = make_learner(recipe, total_steps)
     if recipe.resumed:
         resume(recipe, learner)
-    start_trackers(accelerator, args, resumed_at=state.step if recipe.resumed else None)
-    describe_run(recipe, learner.transformer, schedule, total_steps, sampler.padding)
+    resumed_at = state.step if recipe.resumed else None
+    start_trackers(accelerator, args, resumed_at=resumed_at)
+    keep_losses(accelerator, recipe.output_dir, resumed_at=resumed_at)
+    logger.info("%s", describe_start(recipe, learner.transformer, schedule, total_steps, sampler.padding))
     objective, signals = make_objective(recipe, conditions, learner), StopSignals()
     return Run(
         accelerator=accelerator,
@@ -124,7 +126,7 @@ def set_up(recipe: Recipe) -> Run:
         throughput=make_throughput(recipe),
         validate=make_validation(recipe, conditions, learner, objective, signals),
         save_result=make_saving(recipe, learner),
-        usage=describe_usage(recipe),
+        usage=recipe.usage(recipe.output_dir),
         checkpoints=CheckpointFolder(recipe.output_dir, accelerator, recipe.agreement, args.checkpoints_total_limit),
         checkpoint_bytes=recipe.checkpoint_bytes,
         signals=signals,
@@ -299,12 +301,6 @@ def make_saving(recipe: Recipe, learner: Learner) -> Callable[[], Path]:
     return save_result
 
 
-def describe_usage(recipe: Recipe) -> str:
-    """The code that loads the result."""
-    model, pipeline_class = recipe.args.pretrained_model_name_or_path, recipe.task.pipeline_class.__name__
-    return "\n".join(recipe.method.usage(pipeline_class, model, recipe.output_dir, recipe.task.usage()))
-
-
 def make_dataset(
     args: argparse.Namespace,
     data: TrainingData,
@@ -335,28 +331,3 @@ def load_batches(recipe: Recipe, prompts: PromptCache, sampler: BucketBatchSampl
     dataset = make_dataset(args, recipe.data, recipe.task, seed, prompts, replace_failed=skips_failed)
     loader = make_loader(dataset, sampler, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory)
     return without_failures(loader)
-
-
-def describe_run(
-    recipe: Recipe, transformer: CogVideoXTransformer3DModel, schedule: StepSchedule, total_steps: int, padding: int
-) -> None:
-    """Log what is about to happen."""
-    args, accelerator = recipe.args, recipe.accelerator
-    trainable, total = count_weights(transformer)
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * recipe.num_data_ranks
-    logger.info("trainable parameters: %s of %s", f"{trainable:,}", f"{total:,}")
-    logger.info(
-        "%d samples, up to %d a step, %d steps an epoch; steps %d to %d on %d x %s, precision %s",
-        len(recipe.data.clips),
-        per_step,
-        schedule.steps_per_epoch,
-        recipe.state.step + 1,
-        total_steps,
-        accelerator.num_processes,
-        accelerator.device.type,
-        precision_of(args),
-    )
-    if recipe.context is not None:
-        logger.info("%d ranks at a time divide the tokens of a sample", args.context_parallel_size)
-    if padding:
-        logger.info("%d batches come twice in each epoch, so that all ranks have as many", padding)

@@ -11,14 +11,17 @@ from uuid import uuid4
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
+from errors import UserError
 from files import written_whole
 from hub_token import HubToken, without_tokens
+from loss_curve import LossCurve
 from rows import one_line
 
 
 logger = logging.getLogger(__name__)
 
-RUN_ID_FILE = "wandb_run_id"  # in the folder of the trackers' files
+# By which the environment may say which run it is.
+RUN_ID_VARIABLES = {"wandb": "WANDB_RUN_ID", "comet_ml": "COMET_EXPERIMENT_KEY"}
 FINISH_SECONDS = 300.0  # that W&B may take at the end to send what it has kept back while its server was away
 
 
@@ -98,6 +101,17 @@ def start_trackers(accelerator: Accelerator, args: argparse.Namespace, *, resume
             steady.store_init_configuration(settings)
 
 
+def keep_losses(accelerator: Accelerator, folder: Path, *, resumed_at: int | None) -> None:
+    """Have the main process keep what is logged in the run's folder, and draw the losses there, whatever trackers
+    there are."""
+    if not accelerator.is_main_process:
+        return
+    try:
+        accelerator.trackers.append(SteadyTracker(LossCurve(folder, resumed_at)))
+    except (OSError, UserError) as error:
+        logger.warning("warning: there will be no loss curve (%s)", _described(error))
+
+
 def plain_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags as trackers take them, numbers and texts, without tokens."""
     return {
@@ -131,26 +145,40 @@ def _options(kind: str, logging_dir: Path, resumed_at: int | None) -> dict[str, 
     if kind == "tensorboard" and resumed_at is not None:
         # What the run logged after its checkpoint comes once more: TensorBoard forgets the first time.
         return {"purge_step": resumed_at + 1}
-    return _wandb_options(logging_dir, resumed_at) if kind == "wandb" else {}
+    if kind not in ("wandb", "comet_ml", "trackio"):
+        return {}
+    run_id = None if os.environ.get(RUN_ID_VARIABLES.get(kind, "")) else _run_id(kind, logging_dir, resumed_at)
+    if kind == "wandb":
+        return _wandb_options(logging_dir, run_id)
+    if kind == "comet_ml":
+        return {"experiment_key": run_id, "mode": "get_or_create"}
+    return {"name": run_id, "resume": "allow"}
 
 
-def _wandb_options(logging_dir: Path, resumed_at: int | None) -> dict[str, Any]:
+def _wandb_options(logging_dir: Path, run_id: str | None) -> dict[str, Any]:
     import wandb
 
-    options: dict[str, Any] = {"dir": str(logging_dir), "resume": "allow", "id": _run_id(logging_dir, resumed_at)}
+    options: dict[str, Any] = {"dir": str(logging_dir), "resume": "allow", "id": run_id}
     if "finish_timeout" in wandb.Settings.model_fields:  # older ones wait for their server for days
         options["settings"] = wandb.Settings(finish_timeout=FINISH_SECONDS, finish_timeout_raises=True)
     return options
 
 
-def _run_id(logging_dir: Path, resumed_at: int | None) -> str | None:
-    """The W&B run's: that of the run that is resumed, else a new one; None where WANDB_RUN_ID says which."""
-    if os.environ.get("WANDB_RUN_ID"):
-        return None
-    file = logging_dir / RUN_ID_FILE
-    if resumed_at is not None and file.is_file():
-        return file.read_text(encoding="utf-8").strip() or None
-    run_id = uuid4().hex[:8]
+def run_id_file(kind: str, logging_dir: Path) -> Path:
+    """Where the id of a tracker's run is kept, so that a resumed run goes on in it."""
+    return logging_dir / f"{kind}_run_id"
+
+
+def _run_id(kind: str, logging_dir: Path, resumed_at: int | None) -> str:
+    """The id of the tracker's run: that of the run that is resumed, else a new one."""
+    file = run_id_file(kind, logging_dir)
+    if resumed_at is not None and file.is_file() and (before := file.read_text(encoding="utf-8").strip()):
+        return before
+    run_id = uuid4().hex  # Comet takes no fewer letters
+    if kind == "wandb":
+        run_id = run_id[:8]
+    elif kind == "trackio":  # where it is the run's name as well
+        run_id = f"{logging_dir.resolve().parent.name}-{run_id[:8]}"
     with written_whole(file) as partial:
         partial.write_text(f"{run_id}\n", encoding="utf-8")
     return run_id

@@ -8,7 +8,12 @@ from flag_types import choice, path
 
 
 # What each tracker needs: one of these packages.
-TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "comet_ml": ("comet_ml",)}
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+    "comet_ml": ("comet_ml",),
+}
 
 
 def add_tracking_flags(group: argparse._ArgumentGroup, method: str) -> None:
@@ -17,7 +22,7 @@ def add_tracking_flags(group: argparse._ArgumentGroup, method: str) -> None:
         **choice((*TRACKERS, "all", "none")),
         default="tensorboard",
         help="Where losses and validation videos are logged; all means every tracker that is installed. One that "
-        "fails is a warning and never ends a run; a resumed run goes on in its W&B run and its TensorBoard folder. "
+        "fails is a warning and never ends a run; a resumed run goes on in the trackers' runs of before. "
         "(default: %(default)s)",
     )
     group.add_argument(

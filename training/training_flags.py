@@ -3,6 +3,7 @@
 import argparse
 
 from flag_types import (
+    add_config_flag,
     choice,
     decay_rate,
     finite_float,
@@ -333,6 +334,7 @@ def add_image_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_configuration_flags(group: argparse._ArgumentGroup, method: str) -> None:
+    add_config_flag(group)
     add_tracking_flags(group, method)
     group.add_argument(
         "--logging_steps",

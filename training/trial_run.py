@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+from bars import tqdm
 from buckets import Bucket, BucketBatchSampler, Draw
 from checkpoints import load_checkpoint
 from clips import PlannedClip
@@ -114,7 +114,7 @@ def read_every_sample(args: argparse.Namespace, data: TrainingData, task: Task) 
     dataset = make_dataset(args, data, task, seed=args.seed or 0, replace_failed=False)
     draws = [[Draw(index, 0)] for index in range(rank, len(dataset), num_ranks)]
     loader = make_loader(dataset, draws, num_workers=args.dataloader_num_workers)
-    bar = tqdm(loader, desc="Reading every sample", unit=" samples", total=len(draws), disable=rank > 0)
+    bar = tqdm(loader, desc="Reading every sample", unit=" samples", total=len(draws), delay=0, disable=rank > 0)
     reasons = [reason for batch in bar for _, reason in batch.failed]
     if not reasons:
         return

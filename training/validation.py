@@ -26,6 +26,7 @@ from fsdp import is_fsdp
 from lockstep import Lockstep, OutOfStep
 from prompts import PromptCache
 from sampling import Pipeline, sample_video
+from validation_grid import draw_grid
 from validation_trackers import ValidationVideo, log_videos
 from video import read_frames, write_video
 
@@ -66,9 +67,9 @@ def validate(
 ) -> list[str]:
     """Sample the validation videos, spread over the ranks, into `folder/step-<step>/`; called on every rank.
 
-    There they lie with a contact sheet of all of them, beside those of `folder/step-0` where there are any. A failure
-    is logged as a warning: it never ends the run. Transformer, VAE and the global random states are left as they were
-    found.
+    There they lie with a contact sheet of all of them, beside those of `folder/step-0` where there are any; a picture
+    in `folder` has all steps side by side. A failure is logged as a warning: it never ends the run. Transformer, VAE
+    and the global random states are left as they were found.
 
     Args:
         make_pipeline: wires the transformer in training to a VAE and a scheduler; called anew at each validation.
@@ -93,10 +94,11 @@ def validate(
             logger.warning("warning: validation at step %d failed, training goes on; %s", step, failure)
         if accelerator.is_main_process:
             videos = sorted(chain(*videos_of_ranks), key=lambda video: video.number)
-            for video in videos:
-                logger.info("validation video: %s", video.file)
             if videos:
                 sheet = _draw_sheet(videos, settings, folder, step)
+                grid = draw_grid(folder, videos, settings.num_frames // 2, step)
+                pictures = " and ".join(str(file.relative_to(folder)) for file in (sheet, grid) if file)
+                logger.info("step %d: %d validation videos in %s: %s", step, len(videos), folder, pictures)
                 log_videos(accelerator.trackers, videos, sheet, step)
     return failures
 
@@ -126,6 +128,12 @@ def _sample_share(
                     # In shards no rank may stop before the others.
                     if is_told_to_stop() and not is_fsdp(accelerator):
                         break
+                    pipeline.set_progress_bar_config(
+                        desc=f"Validation video {min(number, total - 1) + 1} of {total}",
+                        unit=" steps",
+                        leave=False,
+                        disable=not accelerator.is_main_process,
+                    )
                     if number < total:
                         videos.append(_make_video(pipeline, settings, prompts, number, folder))
                     else:
@@ -144,7 +152,6 @@ def _sample_share(
 @contextmanager
 def _sampling(accelerator: Accelerator, pipeline: Pipeline, cpu_offload: bool) -> Iterator[None]:
     """Set up a pipeline for sampling, and undo it all afterwards."""
-    pipeline.set_progress_bar_config(disable=True)
     with _left_as_found(pipeline.transformer), _left_as_found(pipeline.vae), _in_parts(pipeline.vae):
         try:
             pipeline.transformer.eval()
@@ -263,5 +270,4 @@ def _draw_sheet(
     except Exception as error:
         logger.warning("warning: there is no contact sheet of step %d: %s", step, error)
         return None
-    logger.info("contact sheet: %s", path)
     return path

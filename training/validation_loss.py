@@ -6,16 +6,16 @@ than ever then. Here nothing but the weights differs from one validation to the 
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKLCogVideoX
-from tqdm import tqdm
 
 from agreement import Agreement
+from bars import tqdm
 from buckets import Draw
 from clips import PlannedClip
 from dataset import Batch, ClipDataset
@@ -62,7 +62,8 @@ def encode_validation_set(
         clips, reshape_mode=reshape_mode, random_flip=None, seed=0, prompts=prompts, with_images=with_images
     )
     batches, failed = [], []
-    for index in tqdm(_share(len(clips), rank, world_size), desc="Encoding validation clips", disable=rank != 0):
+    share = _share(len(clips), rank, world_size)
+    for index in tqdm(share, desc="Encoding validation clips", unit=" clips", disable=rank != 0):
         sample = dataset[Draw(index, 0)]
         failed += [reason for _, reason in sample.failed]
         if not failed:
@@ -110,7 +111,10 @@ def validation_losses(
     losses, failures = {}, []
     try:
         with Lockstep(accelerator, agreement) as lockstep, lockstep.calling(objective.model):
-            losses = clip_losses(objective, batches, accelerator.device, num_train_timesteps)
+            bar = tqdm(
+                batches, desc="Validation loss", unit=" clips", leave=False, disable=not accelerator.is_main_process
+            )
+            losses = clip_losses(objective, bar, accelerator.device, num_train_timesteps)
     except OutOfStep:
         raise
     except Exception as error:
@@ -126,7 +130,7 @@ def validation_losses(
 
 @torch.no_grad()
 def clip_losses(
-    objective: Objective, batches: Sequence[Batch], device: torch.device, num_train_timesteps: int
+    objective: Objective, batches: Iterable[Batch], device: torch.device, num_train_timesteps: int
 ) -> dict[int, list[float]]:
     """The losses of a rank's clips at each quantile of the timesteps, by the clips' place in the whole set."""
     timesteps = _timesteps(num_train_timesteps)

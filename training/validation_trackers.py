@@ -38,6 +38,8 @@ def log_videos(
         try:
             if tracker.name == "wandb":
                 _log_to_wandb(tracker, videos, sheet, step)
+            elif tracker.name == "trackio":
+                _log_to_trackio(tracker, videos, sheet, step)
             elif tracker.name == "tensorboard":
                 _log_to_tensorboard(tracker, videos, step)
             elif tracker.name == "comet_ml":
@@ -59,6 +61,15 @@ def _log_to_wandb(tracker: GeneralTracker, videos: Sequence[ValidationVideo], sh
     }
     if sheet is not None:
         logged["validation_contact_sheet"] = wandb.Image(str(sheet))
+    tracker.log(logged, step=step)
+
+
+def _log_to_trackio(tracker: GeneralTracker, videos: Sequence[ValidationVideo], sheet: Path | None, step: int) -> None:
+    import trackio
+
+    logged = {f"validation/{video.name}": trackio.Video(str(video.file), caption=video.prompt) for video in videos}
+    if sheet is not None:
+        logged["validation/contact_sheet"] = trackio.Image(str(sheet))
     tracker.log(logged, step=step)
 
 

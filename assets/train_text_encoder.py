@@ -35,7 +35,7 @@ def draw_caption(chance: random.Random) -> tuple[str, list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_dir", type=Path, required=True, help="a folder of make_tiny_model.py")
-    parser.add_argument("--num_steps", type=int, default=600)
+    parser.add_argument("--num_steps", type=int, default=2500)
     parser.add_argument("--batch_size", type=int, default=16)
     args = parser.parse_args()
 

@@ -16,6 +16,7 @@ from buckets import Bucket
 from clips import Clip
 from errors import UserError
 from make_demo_clips import make_demo_clips
+from pages import anchors, named_flags, outline
 from plan import RawData, check_bad_clips, data_sources, plan_raw_clips
 from plan_report import describe_plan, sequence_length
 from sources import read_clips
@@ -236,10 +237,6 @@ def help_of(script: str, capsys) -> str:
     return capsys.readouterr().out
 
 
-def named_flags(page: str) -> set[str]:
-    return set(re.findall(r"(?<![\w-])--[a-z_]+(?![\w-])", page))  # vLLM's have hyphens
-
-
 def test_every_flag_that_a_page_names_exists(capsys):
     flags = {"--help"}
     for script in PARSERS:
@@ -257,12 +254,6 @@ def test_every_file_of_the_repository_that_a_page_names_exists():
             assert (ROOT / name).is_file(), name
         for target in re.findall(r"\]\(([\w./]+\.md)\)", page):
             assert (ROOT / "assets" / target).is_file(), target
-
-
-def anchors(page: str) -> set[str]:
-    """Of the headings, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -283,9 +274,4 @@ def test_both_pages_name_the_same_flags():
 
 
 def test_both_pages_have_the_same_sections_and_tables():
-    def outline(page: str) -> list[str]:
-        return [
-            line.split(" ")[0] if line[0] == "#" else line for line in page.splitlines() if re.match(r"#|\|-", line)
-        ]
-
     assert outline(ENGLISH) == outline(CHINESE)

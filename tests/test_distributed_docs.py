@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from args import parse_args, parse_prepare_args
+from pages import NOTE_ARGUMENTS, flags_of, marked_blocks
 
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "assets" / "distributed.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"<!-- tested: ([\w ]+) -->\n```(?:bash|python)\n(.*?)```", PAGE, flags=re.DOTALL))
-NOTE_ARGUMENTS = '#!/usr/bin/env bash\nprintf "%q " "$@" >> "$CALLS"\necho >> "$CALLS"\n'
+BLOCKS = marked_blocks(PAGE)
 # As SLURM does it: the script's own settings come from the environment, its flags after it.
 SBATCH = """#!/usr/bin/env bash
 while [[ "$1" != *.sbatch ]]; do shift; done
@@ -44,16 +43,6 @@ def calls_of(tmp_path, monkeypatch):
         return [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
 
     return calls_of
-
-
-def parsed(call: list[str]):
-    """The flags of the script in a call, as it reads them."""
-    start = next(index for index, word in enumerate(call) if word.endswith(".py"))
-    script, flags = Path(call[start]).name, call[start + 1 :]
-    if script == "prepare_dataset.py":
-        return parse_prepare_args(flags)
-    task, method = re.fullmatch(r"cogvideox_(text|image)_to_video_(lora|sft)\.py", script).groups()
-    return parse_args(flags, task=f"{task}-to-video", method=method)
 
 
 def options(call: list[str], *names: str) -> list[str]:
@@ -86,7 +75,7 @@ def test_a_way_to_divide_a_run_is_a_config_and_flags_that_are_taken(calls_of, mo
     for call, config in zip(calls, configs, strict=True):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", str(config.startswith("fsdp2")).lower())
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", str(config.startswith("zero")).lower())
-        assert parsed(call).data_root == "prepared"
+        assert flags_of(call).data_root == "prepared"
 
 
 def test_each_machine_gets_its_number_and_the_address(calls_of):
@@ -95,12 +84,12 @@ def test_each_machine_gets_its_number_and_the_address(calls_of):
         ["0", "10.0.0.1"],
         ["1", "10.0.0.1"],
     ]
-    assert parsed(calls[0]) == parsed(calls[1])
+    assert flags_of(calls[0]) == flags_of(calls[1])
 
 
 def test_the_jobs_of_slurm_call_their_scripts_with_flags_that_are_taken(calls_of):
     calls = calls_of("slurm")
-    prepare, *runs = map(parsed, calls)
+    prepare, *runs = map(flags_of, calls)
     assert prepare.output_dir == runs[0].data_root == "prepared"
     assert [run.output_dir for run in runs] == ["outputs/cogvideox-lora", "outputs/other", "outputs/all-weights"]
     assert [run.learning_rate for run in runs] == [1e-4, 3e-4, 1e-4]
@@ -112,12 +101,12 @@ def test_preparation_is_launched_on_all_gpus_of_all_machines(calls_of):
     assert "--standalone" in one and "--nproc_per_node=8" in one
     names = ("nnodes", "node_rank", "nproc_per_node", "master_addr", "master_port")
     assert [options(call, *names) for call in machines] == [["2", rank, "8", "10.0.0.1", "29500"] for rank in "01"]
-    assert {parsed(call).output_dir for call in (one, *machines)} == {"prepared"}
+    assert {flags_of(call).output_dir for call in (one, *machines)} == {"prepared"}
 
 
 def test_a_run_to_look_for_the_right_device_is_short(calls_of):
     (call,) = calls_of("debug")
-    assert parsed(call).max_train_steps == 2
+    assert flags_of(call).max_train_steps == 2
 
 
 def test_every_command_of_the_page_is_tested():

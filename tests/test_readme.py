@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import cogvideox_text_to_video_lora
 import generate
@@ -16,12 +17,24 @@ import test_lora_inference
 from make_demo_clips import make_demo_clips
 from make_real_clips import make_real_clips
 from make_tiny_model import make_tiny_model
+from pages import (
+    broken_links,
+    code_blocks,
+    flags_of,
+    known_flags,
+    marked_blocks,
+    named_flags,
+    noted_calls,
+    script_of,
+    table_rows,
+    without_code,
+)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"<!-- tested: ([\w ]+) -->\n```(?:bash|python)\n(.*?)```", README, flags=re.DOTALL))
+BLOCKS = marked_blocks(README)
 
 # What the launchers need on a CPU instead of their defaults.
 SMALL = {
@@ -85,10 +98,60 @@ def run(repository: Path, code: str, **environment: str) -> str:
 
 
 def test_every_command_of_the_readme_is_run_here_or_by_make():
-    code_blocks = re.findall(r"```(?:bash|python)\n(.*?)```", README, flags=re.DOTALL)
-    others = [code for code in code_blocks if code not in BLOCKS.values()]
+    others = [code for code in code_blocks(README) if code not in BLOCKS.values()]
     assert all(line.startswith("make ") for code in others for line in code.strip().splitlines())
-    assert BLOCKS.keys() == {"hub", "own clips", "sweep", "script", "budget", "python", "inference", "generate"}
+    with_a_model = {"hub", "own clips", "script", "python", "inference", "generate"}
+    assert BLOCKS.keys() == with_a_model | {"sweep", "budget", "recipes", "captions"}
+
+
+def test_every_flag_and_link_of_the_readme_exists():
+    assert named_flags(without_code(README)) <= known_flags()
+    assert broken_links(ROOT / "README.md") == []
+
+
+def test_each_recipe_prepares_and_trains_with_flags_that_are_taken(tmp_path, monkeypatch):
+    for name in ("my-clips", "my-prepared", "prepared-2b", "prepared-i2v", "prepared-1.5"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "rabbit.png")
+    monkeypatch.chdir(tmp_path)
+    calls = noted_calls(BLOCKS["recipes"], tmp_path)
+    runs = [(script_of(call), flags_of(call)) for call in calls]
+    prepared_for = {flags.output_dir: flags.model_id for name, flags in runs if name == "prepare_dataset.py"}
+    trained = [(name, flags) for name, flags in runs if name != "prepare_dataset.py"]
+    scripts = [f"cogvideox_{task}_to_video_{method}.py" for task in ("text", "image") for method in ("lora", "sft")]
+    assert [name for name, _ in trained] == [*scripts, scripts[0]]
+    for _, flags in trained:
+        model = flags.pretrained_model_name_or_path
+        assert flags.load_tensors and prepared_for.get(flags.data_root, "THUDM/CogVideoX-5b") == model
+    assert calls[-1][calls[-1].index("--num_processes") + 1] == "8"
+    later = [flags for name, flags in runs if "1.5" in flags.output_dir]
+    assert [(flags.max_num_frames, flags.frame_buckets) for flags in later] == [(81, [81])] * 2
+    assert later[0].height_buckets == [768] and later[0].save_image_latents
+
+
+def test_captions_are_asked_for_at_the_endpoint(tmp_path, monkeypatch):
+    (tmp_path / "my-footage").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (call,) = noted_calls(BLOCKS["captions"], tmp_path)
+    assert flags_of(call).endpoint == "http://localhost:8000/v1"
+
+
+def test_the_memory_shown_is_that_of_the_page_on_memory_with_the_same_flags(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from memory_rows import ROWS
+
+    flags_of_row = {row.name: set(row.flags) for row in ROWS}
+    page = (ROOT / "assets" / "memory.md").read_text(encoding="utf-8").split("## What a training step")[0]
+    of_page = {cells[0]: cells[-4:] for cells in table_rows(page) if cells[0] in flags_of_row}
+    published = {cells[0]: cells[1] for cells in table_rows(page) if len(cells) == 6}
+    shown = [cells for cells in table_rows(README) if cells[0] in flags_of_row]
+    assert len(shown) == 8
+    for name, flags, by_others, measured, calculated in shown:
+        own, _, expected, _ = of_page[name]
+        assert (measured, calculated) == (own, expected)
+        assert by_others == published.get(name, "")
+        of_launcher = {"--gradient_checkpointing", *(["--use_8bit"] if "full" in name else [])}
+        assert of_launcher | set(flags.strip("`").split()) == flags_of_row[name]
 
 
 def test_a_data_set_of_the_hub_becomes_a_lora(repository):

@@ -1,8 +1,6 @@
 """The page on training says what the code does: its commands are launched and their flags parsed, its code runs."""
 
-import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,57 +9,32 @@ import pytest
 from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 
-from args import flag_names, parse_args, parse_prepare_args
+from args import flag_names, parse_args
+from pages import code_blocks, flags_of, marked_blocks, noted_calls, script_of
 from run_config import render_config, split_flags
 
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "assets" / "training.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"<!-- tested: ([\w ]+) -->\n```(?:bash|python)\n(.*?)```", PAGE, flags=re.DOTALL))
-NOTE_ARGUMENTS = '#!/usr/bin/env bash\nprintf "%q " "$@" >> "$CALLS"\necho >> "$CALLS"\n'
+BLOCKS = marked_blocks(PAGE)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A working directory with what the commands name, and with programs that note how they are called."""
-    for name in ("prepared", "my-clips", "held-out", "programs"):
+    """A working directory with what the commands name."""
+    for name in ("prepared", "my-clips", "held-out"):
         (tmp_path / name).mkdir()
     (tmp_path / "held-out" / "metadata.csv").write_text("video,text\n")
     Image.new("RGB", (16, 16)).save(tmp_path / "rabbit.png")
-    for name in ("accelerate", "python"):
-        (tmp_path / "programs" / name).write_text(NOTE_ARGUMENTS)
-        (tmp_path / "programs" / name).chmod(0o755)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def calls_of(folder: Path, block: str) -> list[list[str]]:
-    """The scripts that a block of the page runs, each with its flags."""
-    code = BLOCKS[block].replace("bash ", f"bash {shlex.quote(str(ROOT))}/")
-    environment = os.environ | {
-        "PATH": os.pathsep.join([str(folder / "programs"), os.environ["PATH"]]),
-        "CALLS": str(folder / "calls"),
-    }
-    subprocess.run(["bash", "-euc", code], check=True, env=environment, capture_output=True)
-    lines = [shlex.split(line) for line in (folder / "calls").read_text().splitlines()]
-    starts = [next(i for i, word in enumerate(words) if word.endswith(".py")) for words in lines]
-    return [[Path(words[start]).name, *words[start + 1 :]] for words, start in zip(lines, starts, strict=True)]
-
-
-def parsed(call: list[str]):
-    """The flags of a call as its script reads them."""
-    script, *flags = call
-    if script == "prepare_dataset.py":
-        return parse_prepare_args(flags)
-    task, method = re.fullmatch(r"cogvideox_(text|image)_to_video_(lora|sft)\.py", script).groups()
-    return parse_args(flags, task=f"{task}-to-video", method=method)
-
-
 def test_every_launcher_of_the_page_calls_its_script_with_flags_that_are_taken(folder):
-    calls = calls_of(folder, "launchers")
+    calls = noted_calls(BLOCKS["launchers"], folder)
     scripts = [f"cogvideox_{task}_to_video_{method}.py" for task in ("text", "image") for method in ("lora", "sft")]
-    assert [call[0] for call in calls] == scripts
-    runs = [parsed(call) for call in calls]
+    assert list(map(script_of, calls)) == scripts
+    runs = list(map(flags_of, calls))
     assert len({run.output_dir for run in runs}) == 4
     assert [run.use_8bit for run in runs] == [False, True, False, True]
     assert all(run.load_tensors and run.data_root == "prepared" for run in runs)
@@ -78,12 +51,12 @@ def test_every_launcher_of_the_page_calls_its_script_with_flags_that_are_taken(f
     ],
 )
 def test_a_command_of_the_page_does_what_it_is_there_for(folder, block, flag, value):
-    (call,) = calls_of(folder, block)
-    assert getattr(parsed(call), flag) == value
+    (call,) = noted_calls(BLOCKS[block], folder)
+    assert getattr(flags_of(call), flag) == value
 
 
 def test_the_commands_on_memory_let_the_toolkit_choose(folder):
-    budget, trial = map(parsed, calls_of(folder, "memory"))
+    budget, trial = map(flags_of, noted_calls(BLOCKS["memory"], folder))
     assert (budget.memory_budget_gb, budget.auto_fit) == (16, False)
     assert (trial.memory_budget_gb, trial.auto_fit) == (None, True)
 
@@ -91,8 +64,8 @@ def test_the_commands_on_memory_let_the_toolkit_choose(folder):
 def test_the_command_with_a_file_of_flags_reads_the_one_that_the_page_shows(folder):
     (file,) = re.findall(r"```yaml\n(# run.yaml\n.*?)```", PAGE, flags=re.DOTALL)
     (folder / "run.yaml").write_text(file)
-    (call,) = calls_of(folder, "config")
-    args = parsed(call)
+    (call,) = noted_calls(BLOCKS["config"], folder)
+    args = flags_of(call)
     assert (args.mixed_precision, args.learning_rate, args.max_train_steps) == ("bf16", 1e-4, 3000)
     assert (args.rank, args.gradient_checkpointing, args.output_dir) == (64, False, "outputs/rank-64")
 
@@ -104,13 +77,13 @@ def test_the_command_that_repeats_a_run_reads_what_that_run_wrote(folder):
     )
     repeated, others = split_flags(args, flag_names("text-to-video", "lora"), seed=7)
     (folder / "outputs/my-lora/config.yaml").write_text(render_config(repeated, others, []), encoding="utf-8")
-    (call,) = calls_of(folder, "repeat")
-    again = parsed(call)
+    (call,) = noted_calls(BLOCKS["repeat"], folder)
+    again = flags_of(call)
     assert (again.seed, again.data_root, again.output_dir) == (7, "prepared", "outputs/again")
 
 
 def test_all_code_of_the_page_is_tested():
-    assert re.findall(r"```(?:bash|python)\n(.*?)```", PAGE, flags=re.DOTALL) == list(BLOCKS.values())
+    assert code_blocks(PAGE) == list(BLOCKS.values())
     tested = {"launchers", "dry run", "prepare for images", "all weights", "validation set", "memory"}
     tested |= {"config", "repeat"}
     assert BLOCKS.keys() == tested

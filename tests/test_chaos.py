@@ -227,5 +227,6 @@ def test_a_save_that_fails_half_way_leaves_nothing_of_it(flags, tmp_path):
     error = fail(argv, log, largest_file=largest)
     assert "checkpoint-3 cannot be written: " in error
     assert error.endswith("checkpoint-2 is whole: make room and go on with --resume_from_checkpoint latest")
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-1", "checkpoint-2", LORA_FILE]
+    others = ["config-step-2.yaml", "config.yaml", "loss.png", "metrics.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-1", "checkpoint-2", *others, LORA_FILE]
     finish(LORA, argv, log)

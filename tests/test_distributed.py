@@ -107,7 +107,7 @@ def test_two_ranks_train_validate_and_save_as_one_does(fixed_flags, lora_of_one,
     flags = [*fixed_flags, *LORA_OF_TWO, "--output_dir", str(tmp_path), "--checkpointing_steps", "2"]
     (tmp_path / "validation" / "step-4" / "01-00-b.mp4").mkdir(parents=True)  # in the way of the second rank
     output = launch(TORCHRUN, LORA, *flags, "--num_inference_steps", "1", "--validation_prompt", "a:::b:::c")
-    assert "on 2 x cpu" in output
+    assert "devices     2 x cpu" in output
     assert_same_run(tmp_path, lora_of_one)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     before, after = (tmp_path / "validation" / f"step-{step}" for step in (0, 4))
@@ -123,7 +123,7 @@ def test_a_run_in_shards_is_that_of_one_process_and_resumes_exactly(fixed_flags,
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = [*fixed_flags, *LORA_OF_TWO, "--output_dir"]
     output = launch(zero("zero2.yaml"), LORA, *flags, str(whole), "--checkpointing_steps", "3")
-    assert "on 2 x cpu" in output
+    assert "devices     2 x cpu" in output
     assert_same_run(whole, lora_of_one)
     pipeline = CogVideoXPipeline.from_pretrained(tiny_models("5b"))
     pipeline.load_lora_weights(whole)

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from errors import UserError
-from files import refresh_names, replace_folder, written_whole
+from files import refresh_names, remove_partials, replace_folder, written_whole
 
 
 def test_a_file_appears_only_when_its_block_has_succeeded(tmp_path):
@@ -95,3 +95,11 @@ def test_what_is_no_folder_gives_way_to_one(tmp_path):
     replace_folder(partial, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert folder.is_dir()
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / f".{'0' * 16}.partial.loss.png").touch()
+    for name in ("loss.png", ".hidden", "a.partial.b"):
+        (tmp_path / name).touch()
+    remove_partials(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "a.partial.b", "loss.png"]

@@ -135,6 +135,6 @@ def test_two_machines_train_one_model(hosts, prepared, tiny_models, tmp_path):
     codes, outputs = run_on(hosts, tmp_path, *launch, **settings)
     assert codes == [0, 0], outputs
     (run,) = (tmp_path / "runs").iterdir()
-    assert "on 2 x cpu" in outputs[0]
+    assert "devices     2 x cpu" in outputs[0]
     assert (run / "pytorch_lora_weights.safetensors").is_file()
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]

@@ -50,6 +50,12 @@ def slug(text: str) -> str:
     return words[:40].rstrip("-")
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes left of `written_whole` in a folder that nobody writes to now."""
+    for path in folder.glob(".*.partial.*"):
+        path.unlink(missing_ok=True)
+
+
 def nearest_folder(path: Path) -> Path:
     """The folder itself or, until it exists, the nearest one above it that does: they are on the same disk."""
     path = path.absolute()

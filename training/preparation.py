@@ -326,4 +326,4 @@ class BrokenClips:
 
 def progress_bar(title: str, unit: str, batches: Sequence[Sequence[str]], rank: Rank) -> tqdm:
     """A bar over the items of this rank's batches; only the first rank shows its own."""
-    return tqdm(total=sum(map(len, batches)), desc=title, unit=unit, disable=rank.index != 0)
+    return tqdm(total=sum(map(len, batches)), desc=title, unit=unit, delay=0, disable=rank.index != 0)

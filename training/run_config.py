@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from args import flag_names
-from files import written_whole
+from files import remove_partials, written_whole
 from hub_token import without_tokens
 from memory_settings import MemorySettings, differences, read_settings
 from ranks import precision_of
@@ -29,7 +29,7 @@ def write_config(recipe: Recipe) -> Path | None:
     """Write the flags that a run has in effect into its folder; called on the main process, before it trains.
 
     `config.yaml` is what the run began with. When it is resumed with other flags, `config-step-<N>.yaml` beside it is
-    what it went on with after step N.
+    what it went on with after step N. What killed runs left half written in the folder is removed.
 
     Returns:
         The file; None where what is there already says the same.
@@ -38,6 +38,7 @@ def write_config(recipe: Recipe) -> Path | None:
         UserError: it cannot be written.
     """
     args, folder = recipe.args, recipe.output_dir
+    remove_partials(folder)
     goes_on = recipe.resumed is not None and recipe.resumed.resolve().parent == folder.resolve()
     repeated, others = split_flags(args, flag_names(recipe.task.name, args.method), recipe.state.seed)
     if goes_on:

@@ -49,7 +49,7 @@ def test_a_run_is_repeated_bit_for_bit_from_its_configuration(run, tmp_path):
     assert all(torch.equal(again[name], first[name]) for name in first)
 
 
-def test_a_resumed_run_keeps_the_configuration_that_it_began_with(run, tmp_path):
+def test_a_resumed_run_keeps_the_configuration_that_it_began_with(run, tmp_path, capfd):
     steps = ("--max_train_steps", "1", "--seed", "3")
     run(tmp_path, *steps)
     began = (tmp_path / CONFIG_FILE).read_text()
@@ -58,6 +58,7 @@ def test_a_resumed_run_keeps_the_configuration_that_it_began_with(run, tmp_path)
     assert not list(tmp_path.glob("config-step-*"))  # the same flags say nothing new
     run(tmp_path, "--max_train_steps", "2", *resume, "--config", str(tmp_path / CONFIG_FILE))
     assert (tmp_path / CONFIG_FILE).read_text() == began
+    assert "other flags than before: --max_train_steps; noted in config-step-1.yaml" in capfd.readouterr().err
     went_on = yaml.safe_load((tmp_path / "config-step-1.yaml").read_text())
     assert went_on == yaml.safe_load(began) | {"max_train_steps": 2}
 

@@ -1,6 +1,7 @@
 """The configuration that a run has in effect, as a file in its folder from which the run can be repeated."""
 
 import argparse
+import logging
 import platform
 import re
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from memory_settings import MemorySettings, differences, read_settings
 from ranks import precision_of
 from recipe import Recipe
 
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "deepspeed")
@@ -44,10 +47,14 @@ def write_config(recipe: Recipe) -> Path | None:
     if goes_on:
         others["resume_from_checkpoint"] = repeated.pop("resume_from_checkpoint")
     text = render_config(repeated, others, _describe_start(recipe))
-    before = _latest_config(folder) if goes_on else None
-    if before is not None and _settings(before.read_text(encoding="utf-8")) == _settings(text):
-        return None
     file = folder / (f"config-step-{recipe.state.step}.yaml" if goes_on else CONFIG_FILE)
+    before = _latest_config(folder) if goes_on else None
+    if before is not None:
+        old, new = (yaml.safe_load(one) or {} for one in (before.read_text(encoding="utf-8"), text))
+        changed = [f"--{name}" for name in old | new if old.get(name) != new.get(name)]
+        if not changed:
+            return None
+        logger.info("other flags than before: %s; noted in %s", ", ".join(changed), file.name)
     with written_whole(file) as partial:
         partial.write_text(text, encoding="utf-8")
     return file
@@ -124,7 +131,3 @@ def _latest_config(folder: Path) -> Path | None:
 def _step_of(path: Path) -> str | None:
     match = re.fullmatch(r"config-step-(\d+)\.yaml", path.name)
     return match and match.group(1)
-
-
-def _settings(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line and not line.startswith("#")]

@@ -23,10 +23,12 @@ from shapes import BACKGROUNDS, COLOURS, SHAPES, as_old_film, draw_frames, draw_
 
 
 KL_WEIGHT = 2e-4
-SIZE, NUM_FRAMES = 48, 9  # of the clips that are trained on; it is all convolutions, so larger ones come out as well
+SIZE = 48  # of the clips that are trained on; it is all convolutions, so larger ones come out as well
+# In turns: the VAE goes through 9 frames at once, and through longer clips 8 by 8, with the end of the last 8 in mind.
+LENGTHS = (9, 17)
 
 
-def draw_random_clip(chance: random.Random) -> torch.Tensor:
+def draw_random_clip(chance: random.Random, num_frames: int) -> torch.Tensor:
     """A shape of any colour that moves straight ahead, by up to 6 pixels a frame: [3, F, H, W] in [-1, 1]."""
     if chance.random() < 0.6:
         colour, background = chance.choice(list(COLOURS.values())), chance.choice(list(BACKGROUNDS.values()))
@@ -36,7 +38,7 @@ def draw_random_clip(chance: random.Random) -> torch.Tensor:
     x, y, radius = chance.uniform(0, SIZE), chance.uniform(0, SIZE), chance.uniform(6, 24)
     growth = chance.choice((0.0, 0.0, chance.uniform(-1, 1)))
     frames = []
-    for moment in range(-(NUM_FRAMES // 2), NUM_FRAMES // 2 + 1):
+    for moment in range(-(num_frames // 2), num_frames // 2 + 1):
         moved = (x + math.cos(angle) * speed * moment, y + math.sin(angle) * speed * moment)
         place = (*moved, max(2.0, radius + growth * moment))
         frames.append(draw_shape(shape, colour, background, place, SIZE, SIZE))
@@ -76,7 +78,8 @@ def train(vae: AutoencoderKLCogVideoX, num_steps: int, batch_size: int, learning
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=num_steps)
     bar = tqdm(range(1, num_steps + 1), desc="VAE")
     for step in bar:
-        clips = torch.stack([draw_random_clip(chance) for _ in range(batch_size)])
+        length = LENGTHS[step % len(LENGTHS)]
+        clips = torch.stack([draw_random_clip(chance, length) for _ in range(batch_size * LENGTHS[0] // length)])
         latents = vae.encode(clips).latent_dist
         error = (vae.decode(latents.sample()).sample - clips).square().mean()
         divergence = 0.5 * (latents.mean.square() + latents.var - 1 - latents.logvar).mean()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import av
@@ -417,7 +418,14 @@ def start(clips: Path, server: CaptionServer, *more: str) -> subprocess.Popen:
     """Run the script in a process of its own."""
     script = Path(caption_dataset.__file__)
     command = [sys.executable, str(script), *flags(clips, server, "--num_workers", "1", *more)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Shells have what they start in the background ignore it, the tests too.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ def divide_everything(cases: Sequence[Case], flags: list[str]) -> tuple[list[Res
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_two_ranks_that_divide_samples_train_as_one(tiny_models, prepared, tmp_path):
     cases = [

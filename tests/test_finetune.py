@@ -209,7 +209,7 @@ def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on
     table = tmp_path / "held-out.csv"
     table.write_text("\n".join([header, *rows[:3]]))
     (tmp_path / "videos").symlink_to(demo_clips / "videos")
-    flags = ("--load_tensors", "--max_train_steps", "40", "--validation_steps", "20", "--learning_rate", "5e-3")
+    flags = ("--load_tensors", "--max_train_steps", "40", "--validation_steps", "20", "--learning_rate", "2e-3")
     flags += ("--validation_dataset_file", str(table), "--caption_column", "caption")
     train(tiny_models("5b"), prepared, tmp_path, *flags)
     losses = curve(tmp_path, "validation_loss")

@@ -133,16 +133,19 @@ def in_shards(a_run, demo_clips, tmp_path_factory) -> SimpleNamespace:
     return done
 
 
+@pytest.mark.slow
 def test_a_lora_is_trained_as_by_one_process(in_shards):
     assert_same_run(in_shards.lora, in_shards.lora_alone, LORA_FILE)
 
 
+@pytest.mark.slow
 def test_all_weights_are_trained_and_saved_as_by_one_process(in_shards):
     assert_same_run(in_shards.sft, in_shards.sft_alone, TRANSFORMER_FILE)
     configs = [(run / "transformer" / "config.json").read_text() for run in (in_shards.sft, in_shards.sft_alone)]
     assert configs[0] == configs[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_in_shards_ends_with_the_same_weights_bit_for_bit(in_shards):
     resumed, straight = (load_file(run / LORA_FILE) for run in (in_shards.resumed, in_shards.lora))
     assert resumed.keys() == straight.keys()
@@ -150,6 +153,7 @@ def test_a_resumed_run_in_shards_ends_with_the_same_weights_bit_for_bit(in_shard
     assert curve(in_shards.resumed, "loss") == curve(in_shards.lora, "loss")[2:]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_what_trains_and_each_rank_writes_its_states(in_shards):
     checkpoint = in_shards.lora / "checkpoint-3"
     names = {path.name for path in checkpoint.iterdir()}
@@ -170,12 +174,14 @@ def test_a_checkpoint_holds_what_trains_and_each_rank_writes_its_states(in_shard
     assert len(shards) == 2
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_is_that_of_one_process(in_shards):
     ours, theirs = (curve(run, "validation_loss") for run in (in_shards.lora, in_shards.lora_alone))
     assert len(ours) == 2
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_ranks_with_fewer_videos_sample_for_the_others_and_one_that_fails_keeps_none_waiting(in_shards):
     before, after = (in_shards.lora / "validation" / f"step-{step}" for step in (0, 3))
     assert {path.name for path in before.glob("*.mp4")} == {"00-00-a.mp4", "01-00-b.mp4", "02-00-c.mp4"}

@@ -31,5 +31,6 @@ python tests/test_lora_inference.py --prompt "$prompt" --model_path "$DEMO_DIR/m
 
 echo
 echo "The LoRA:               $lora/pytorch_lora_weights.safetensors"
-echo "The validation videos:  $(find "$lora/validation" -name '*.mp4' | sort | paste -sd ' ')"
+echo "Its loss curve:         $lora/loss.png"
+echo "The validations:        $lora/validation/progress.png"
 echo "A video with the LoRA:  $DEMO_DIR/with-lora.mp4"

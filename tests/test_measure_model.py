@@ -1,0 +1,29 @@
+"""What is said of a video is what it shows."""
+
+import numpy as np
+import pytest
+
+from make_base_clips import DIRECTIONS, plan_base_scenes
+from measure_model import Seen, saturation, see
+from shapes import as_old_film, draw_frames
+
+
+@pytest.mark.parametrize("scene", plan_base_scenes()[1], ids=lambda scene: scene.caption)
+def test_colour_and_direction_of_drawn_scenes_are_seen(scene):
+    frames = np.stack(list(draw_frames(scene)))
+    assert see(frames) == Seen(scene.colour, DIRECTIONS[scene.motion])
+
+
+def test_an_empty_video_shows_nothing():
+    assert see(np.full((9, 64, 96, 3), 128, dtype=np.uint8)) == Seen(None, None)
+
+
+def test_what_stands_still_goes_nowhere():
+    frames = np.stack([next(iter(draw_frames(plan_base_scenes()[0][0])))] * 9)
+    assert see(frames).direction is None
+
+
+def test_grey_has_no_saturation_and_red_nearly_all():
+    red = np.full((2, 8, 8, 3), (255, 0, 0), dtype=np.uint8)
+    assert saturation(red) == 1
+    assert saturation(np.stack(list(as_old_film(red, seed=0)))) == 0

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,11 @@ def test_a_library_left_out_is_as_good_as_not_installed():
     folder = Path(startup.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.stdout == "False False\nTrue True\n", done.stderr
+
+
+def test_bars_of_libraries_wait_a_moment_too():
+    code = "import startup; startup.quiet_libraries(); import tqdm.auto; print(tqdm.auto.tqdm([]).delay)"
+    path = {"PYTHONPATH": str(Path(startup.__file__).parent)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")} | path
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == 1

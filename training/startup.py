@@ -48,6 +48,8 @@ def unused_libraries(args: argparse.Namespace) -> list[str]:
 
 def quiet_libraries() -> None:
     """Silence known noise of libraries; called before they are imported."""
+    import bars  # noqa: F401  # its settings hold for the bars of libraries too
+
     for name in (
         "torch.utils._pytree",  # torchao registers its enums in a way that torch calls deprecated
         "diffusers.quantizers.torchao.torchao_quantizer",  # looks for classes that newer torchao moved

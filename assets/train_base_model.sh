@@ -16,7 +16,8 @@ if [[ ! -d "$WORK_DIR/model" ]]; then
   python assets/make_tiny_model.py --kind 5b --output_dir "$WORK_DIR/model.partial" --num_layers 5 --num_heads 6 \
     --vae_channels 8 16 32 64
   python assets/train_text_encoder.py --model_dir "$WORK_DIR/model.partial"
-  python assets/train_vae.py --model_dir "$WORK_DIR/model.partial"
+  python assets/train_vae.py --model_dir "$WORK_DIR/model.partial" --num_steps 3000 --learning_rate 3e-4
+  python assets/train_vae.py --model_dir "$WORK_DIR/model.partial" --num_steps 1700 --learning_rate 2e-4
   mv "$WORK_DIR/model.partial" "$WORK_DIR/model"
 fi
 if [[ ! -d "$WORK_DIR/clips" ]]; then

@@ -10,8 +10,8 @@ import random
 from itertools import product
 from pathlib import Path
 
-from clip_files import check_free, new_folder, write_lists, write_mp4
-from shapes import SHAPES, Scene, draw_frames
+from make_demo_clips import draw_clips
+from shapes import SHAPES, Scene
 
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
@@ -41,17 +41,9 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="the folder to make")
     args = parser.parse_args()
     try:
-        check_free(args.output_dir)
+        draw_clips(args.output_dir, plan_base_scenes()[0])
     except FileExistsError as error:
         parser.error(str(error))
-    scenes, _ = plan_base_scenes()
-    entries = [(f"videos/clip-{i:03d}.mp4", scene.caption) for i, scene in enumerate(scenes)]
-    with new_folder(args.output_dir) as folder:
-        (folder / "videos").mkdir()
-        for scene, (video, _) in zip(scenes, entries, strict=True):
-            write_mp4(folder / video, draw_frames(scene), FPS)
-        write_lists(folder, entries)
-    print(f"{args.output_dir}: drew {len(scenes)} clips")
 
 
 if __name__ == "__main__":

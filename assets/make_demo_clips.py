@@ -7,7 +7,7 @@ writes videos/clip-000.mp4 and so on, prompts.txt, videos.txt and metadata.csv. 
 
 import argparse
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from clip_files import is_complete, new_folder, write_lists, write_mp4
@@ -73,18 +73,22 @@ def make_demo_clips(output_dir: Path, count: int = 24, seed: int = 0) -> list[tu
     Raises:
         FileExistsError: if `output_dir` holds something else.
     """
+    return draw_clips(output_dir, plan_scenes(count, seed))
+
+
+def draw_clips(output_dir: Path, scenes: Sequence[Scene]) -> list[tuple[Path, str]]:
+    """Draw scenes and write their lists, unless they are all there already; as `make_demo_clips` otherwise."""
     output_dir = Path(output_dir)
-    scenes = plan_scenes(count, seed)
     entries = [(f"videos/clip-{i:03d}.mp4", scene.caption) for i, scene in enumerate(scenes)]
     if is_complete(output_dir, entries):
-        print(f"{output_dir}: all {count} clips are there already")
+        print(f"{output_dir}: all {len(scenes)} clips are there already")
     else:
         with new_folder(output_dir) as folder:
             (folder / "videos").mkdir()
             for scene, (video, _) in zip(scenes, entries, strict=True):
                 write_mp4(folder / video, draw_frames(scene), scene.fps)
             write_lists(folder, entries)
-        print(f"{output_dir}: drew {count} clips")
+        print(f"{output_dir}: drew {len(scenes)} clips")
     return [(output_dir / video, caption) for video, caption in entries]
 
 

@@ -20,9 +20,7 @@ if [[ ! -d "$WORK_DIR/model" ]]; then
   python assets/train_vae.py --model_dir "$WORK_DIR/model.partial" --num_steps 1700 --learning_rate 2e-4
   mv "$WORK_DIR/model.partial" "$WORK_DIR/model"
 fi
-if [[ ! -d "$WORK_DIR/clips" ]]; then
-  python assets/make_base_clips.py --output_dir "$WORK_DIR/clips"
-fi
+python assets/make_base_clips.py --output_dir "$WORK_DIR/clips"
 MODEL_ID="$WORK_DIR/model" DATA_ROOT="$WORK_DIR/clips" OUTPUT_DIR="$WORK_DIR/prepared" DTYPE=fp32 \
   HEIGHT_BUCKETS=64 WIDTH_BUCKETS=96 FRAME_BUCKETS=17 MAX_NUM_FRAMES=17 \
   bash prepare_dataset.sh

@@ -10,6 +10,7 @@ normal distribution (Kingma and Welling, arXiv:1312.6114), with a weight that le
 import argparse
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +53,16 @@ def as_tensor(frames: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2) / 127.5 - 1
 
 
+def held_out_clips() -> Iterator[torch.Tensor]:
+    """The scenes that are not trained on, [1, 3, F, H, W] each."""
+    return (as_tensor(list(draw_frames(scene)))[None] for scene in plan_base_scenes()[1])
+
+
 @torch.inference_mode()
 def measure_psnr(vae: AutoencoderKLCogVideoX) -> float:
     """The mean peak signal-to-noise ratio over the held-out scenes, in dB."""
     values = []
-    for scene in plan_base_scenes()[1]:
-        clip = as_tensor(list(draw_frames(scene)))[None]
+    for clip in held_out_clips():
         shown = vae.decode(vae.encode(clip).latent_dist.mode()).sample.clamp(-1, 1)
         values.append(10 * math.log10(4 / (shown - clip).square().mean().item()))
     return sum(values) / len(values)
@@ -66,8 +71,7 @@ def measure_psnr(vae: AutoencoderKLCogVideoX) -> float:
 @torch.inference_mode()
 def measure_scale(vae: AutoencoderKLCogVideoX) -> float:
     """The deviation of the latents of the held-out scenes."""
-    clips = [as_tensor(list(draw_frames(scene)))[None] for scene in plan_base_scenes()[1]]
-    return torch.cat([vae.encode(clip).latent_dist.mode() for clip in clips]).std().item()
+    return torch.cat([vae.encode(clip).latent_dist.mode() for clip in held_out_clips()]).std().item()
 
 
 def train(vae: AutoencoderKLCogVideoX, num_steps: int, batch_size: int, learning_rate: float, folder: Path) -> None:

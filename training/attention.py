@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
 
 from context_parallel import ContextParallel
-from errors import UserError
+from errors import UserError, first_line
 
 
 BACKENDS = {
@@ -165,5 +165,5 @@ def check_attention(
         if trains:
             output.sum().backward()
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{flag} {backend}: does not run here: {reason}; use another one, or native") from error

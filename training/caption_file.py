@@ -4,7 +4,6 @@ Each caption is appended to `captions.jsonl.part` as soon as it is there, so tha
 itself is only ever replaced as a whole.
 """
 
-import hashlib
 import json
 import os
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from errors import UserError
 from files import written_whole
+from fingerprints import digest_lines
 from prepared import index_lines
 from tables import read_json
 
@@ -46,7 +46,7 @@ class CaptionSettings:
     @property
     def digest(self) -> str:
         """Changes with any of them."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
+        return digest_lines([json.dumps(asdict(self))])
 
 
 class CaptionFile:

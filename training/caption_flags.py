@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from data_flags import add_dataset_flags, add_dataset_name_flags
+from data_flags import add_dataset_flags, add_dataset_name_flags, add_skip_flags
 from errors import UserError
 from flag_types import FlagParser, non_negative_float, non_negative_int, path, positive_float, positive_int
 from tables import read_utf8
@@ -113,15 +113,7 @@ def _add_frame_flags(group: argparse._ArgumentGroup) -> None:
         default=512,
         help="Longer side in pixels that larger frames are shrunk to. (default: %(default)s)",
     )
-    for end in ("start", "end"):
-        group.add_argument(
-            f"--skip_frames_{end}",
-            metavar="N",
-            type=non_negative_int,
-            default=0,
-            help=f"Frames of the file to leave out at the clip's {end}; give the same number when preparing. "
-            "(default: %(default)s)",
-        )
+    add_skip_flags(group, "; give the same number when preparing")
 
 
 def _add_answer_flags(group: argparse._ArgumentGroup) -> None:

@@ -14,7 +14,7 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError
 
 from agreement import Agreement
-from errors import UserError
+from errors import UserError, first_line
 from files import nearest_folder, replace_folder
 from fsdp import is_fsdp, load_optimizer, save_optimizer, take_sharded
 from manifest import find_damage, size_of, write_manifest
@@ -168,7 +168,7 @@ def why_unwritten(error: Exception) -> str:
     words = ("PytorchStreamWriter", "unexpected pos", "No space left", "file write")
     if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
         raise error
-    return str(error).strip().splitlines()[0]
+    return first_line(error)
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:

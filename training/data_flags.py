@@ -230,14 +230,18 @@ def add_frame_flags(group: argparse._ArgumentGroup) -> None:
         "own rate (8, CogVideoX 1.5: 16). Without it frames are spread evenly over the clip, and written videos play "
         "at 8. (default: not resampled)",
     )
+    add_skip_flags(group, ", for title cards and fades")
+
+
+def add_skip_flags(group: argparse._ArgumentGroup, purpose: str) -> None:
+    """The frames to leave out of every clip, and what to say of it behind that."""
     for end in ("start", "end"):
         group.add_argument(
             f"--skip_frames_{end}",
             metavar="N",
             type=non_negative_int,
             default=0,
-            help=f"Frames of the file to leave out at the clip's {end}, for title cards and fades. "
-            "(default: %(default)s)",
+            help=f"Frames of the file to leave out at the clip's {end}{purpose}. (default: %(default)s)",
         )
 
 

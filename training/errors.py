@@ -40,6 +40,11 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, or what it is called where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def listing(title: str, items: Sequence[object], most: int = 20) -> str:
     """A message's first line, then its items, one to an indented line; those beyond `most` are counted."""
     lines = [f"  {item}" for item in items[:most]]

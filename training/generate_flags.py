@@ -5,11 +5,8 @@ from collections.abc import Sequence
 
 from data_flags import add_download_flags
 from errors import UserError
-from flag_checks import (
-    check_model,
-    find_images,
-)
-from flag_types import FlagParser, choice, finite_float, non_negative_float, non_negative_int, path, positive_int
+from flag_checks import check_model, find_images
+from flag_types import FlagParser, choice, finite_float, non_negative_int, path, positive_int
 from generate_checks import (
     BASE,
     COMPARED,
@@ -26,6 +23,7 @@ from generate_checks import (
 )
 from memory_flags import QUANTIZATIONS, add_text_encoder_flag
 from run_folder import LORA_FILE
+from validation_flags import add_guidance_flags
 
 
 def parse_generate_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -162,26 +160,7 @@ def _add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--height", metavar="H", type=positive_int, help="In pixels. (default: the model's own)")
     group.add_argument("--width", metavar="W", type=positive_int, help="In pixels. (default: the model's own)")
     group.add_argument("--num_frames", metavar="N", type=positive_int, help="4k or 4k+1. (default: the model's own)")
-    group.add_argument(
-        "--num_inference_steps",
-        metavar="N",
-        type=positive_int,
-        default=50,
-        help="Denoising steps; fewer are faster but coarser. (default: %(default)s)",
-    )
-    group.add_argument(
-        "--guidance_scale",
-        metavar="X",
-        type=non_negative_float,
-        default=6.0,
-        help="Strength of classifier-free guidance; higher follows the prompt more closely, 1 and below switch it "
-        "off. (default: %(default)s)",
-    )
-    group.add_argument(
-        "--use_dynamic_cfg",
-        action="store_true",
-        help="Let the guidance grow over the denoising steps instead of keeping it constant. (default: off)",
-    )
+    add_guidance_flags(group)
 
 
 def _add_memory_flags(group: argparse._ArgumentGroup) -> None:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from buckets import Bucket
 from contact_sheet import SheetRow, draw_contact_sheet, shown_indices
-from errors import UserError
+from errors import UserError, first_line
 from files import written_whole
 from generate_checks import BASE, COMPARED, SHEET, PlannedVideo
 from launch import start_logging
@@ -131,7 +131,7 @@ def read_tuned_config(transformer: str, cache_dir: str | None, base: ModelConfig
     try:
         config = CogVideoXTransformer3DModel.load_config(transformer, subfolder="transformer", cache_dir=cache_dir)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--transformer: '{transformer}' cannot be read: {reason}") from error
     may_differ = {"use_learned_positional_embeddings"}
     differing = sorted(

@@ -11,7 +11,7 @@ from huggingface_hub import is_offline_mode
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 
-from errors import UserError
+from errors import UserError, first_line
 from fsdp import divided_like
 from run_folder import LORA_FILE
 
@@ -98,7 +98,7 @@ def check_start(path: Path, transformer: CogVideoXTransformer3DModel) -> None:
     try:
         file = read_lora(path)
     except (OSError, SafetensorError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"--lora_weights: '{path}' cannot be used ({reason}); give a LoRA that diffusers wrote"
         ) from error

@@ -8,7 +8,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError
 
-from errors import UserError
+from errors import UserError, first_line
 from lora_file import LoraFile, check_layers, location, read_lora
 from models import ModelConfigs
 from sampling import Pipeline
@@ -58,6 +58,6 @@ def _read(reference: str, cache_dir: str | None) -> LoraFile:
     try:
         return read_lora(reference, cache_dir)
     except (OSError, SafetensorError, ValueError, IndexError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         where = "" if Path(reference).exists() else "is no file or folder here, and "
         raise UserError(f"--lora: '{reference}' {where}cannot be used ({reason})") from error

@@ -19,7 +19,7 @@ from torch.distributed import DistError, rendezvous
 from torch.distributed.constants import default_pg_timeout
 
 from agreement import Agreement
-from errors import UserError
+from errors import UserError, first_line
 from files import written_whole
 from fingerprints import digest_lines
 from plan import TrainingData
@@ -175,7 +175,7 @@ def exchange_by_store(timeout: timedelta = default_pg_timeout) -> Iterator[Excha
             store.wait([f"ranks/left/{rank}" for rank in ranks])
     except DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"the {launch_size()} processes of this launch did not meet at {where} ({reason}); start it on every "
             "machine, and let that port through the firewall"

@@ -53,7 +53,7 @@ def card_facts(recipe: Recipe, total_steps: int) -> CardFacts:
         num_frames=args.max_num_frames,
         height=args.height,
         width=args.width,
-        fps=round(args.fps or 8),
+        fps=recipe.video_fps,
         last_step=total_steps,
     )
 

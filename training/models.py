@@ -25,7 +25,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, T5EncoderModel
 
 from buckets import Bucket
-from errors import UserError
+from errors import UserError, first_line
 from fingerprints import weight_files
 from quantization import compute_frozen, quantize_text_encoder, quantize_transformer
 
@@ -99,7 +99,7 @@ class ModelSource:
             vae = AutoencoderKLCogVideoX.load_config(self.path, subfolder="vae", **self._where)
             scheduler = CogVideoXDPMScheduler.load_config(self.path, subfolder="scheduler", **self._where)
         except OSError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"--pretrained_model_name_or_path: cannot read the model '{self.path}': {reason}"
             ) from error
@@ -257,7 +257,7 @@ class ModelSource:
         try:
             yield
         except (OSError, ValueError) as error:  # missing or broken weight files, an unknown variant
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"the {part} of the model '{self.path}' cannot be loaded: {reason}") from error
         except UnpicklingError as error:  # torch's own words advise to let it run
             raise UserError(

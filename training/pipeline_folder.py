@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffusers import CogVideoXPipeline
 
-from errors import UserError
+from errors import UserError, first_line
 from files import replace_folder
 from fingerprints import weight_files
 from models import ModelSource
@@ -80,7 +80,7 @@ def _local_folder(source: ModelSource) -> Path:
             cache_dir=source.cache_dir,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--save_pipeline: the model '{source.path}' cannot be downloaded: {reason}") from error
     return Path(folder)
 

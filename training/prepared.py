@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buckets import Bucket
-from errors import UserError, listing
+from errors import UserError, first_line, listing
 from files import written_whole
 from listed_paths import stays_inside
 from shards import finished_names, save_tensors
@@ -133,7 +133,7 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
         return tensor
     except Exception as error:
         # The first line: torch goes on to recommend loading what may run code.
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"{stored.file} cannot be read as a tensor: {reason}") from error
 
 

@@ -97,6 +97,11 @@ class Recipe:
         """Where everything is written."""
         return Path(self.args.output_dir)
 
+    @property
+    def video_fps(self) -> int:
+        """The frame rate of validation videos."""
+        return round(self.args.fps or 8)
+
     def usage(self, where: Path | str, model: str | None = None) -> str:
         """The code that loads the result.
 

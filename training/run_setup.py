@@ -244,7 +244,7 @@ def make_sampling(
         use_dynamic_cfg=args.use_dynamic_cfg,
         enable_model_cpu_offload=args.enable_model_cpu_offload,
         seed=recipe.state.seed,
-        fps=round(args.fps or 8),
+        fps=recipe.video_fps,
     )
 
     def make_pipeline() -> Pipeline:

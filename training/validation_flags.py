@@ -55,31 +55,36 @@ def add_validation_flags(group: argparse._ArgumentGroup) -> None:
         "untrained model stand beside all later ones. --no-validate_first saves the time. (default: on whenever "
         "anything is validated)",
     )
+    add_guidance_flags(group, " in validation")
+    group.add_argument(
+        "--enable_model_cpu_offload",
+        action="store_true",
+        help="In validation keep each network on the CPU except while it works: slower, but needs less GPU memory. "
+        "(default: off)",
+    )
+
+
+def add_guidance_flags(group: argparse._ArgumentGroup, where: str = "") -> None:
+    """How a video is sampled, in validation and by generate.py; the same defaults make the same video."""
     group.add_argument(
         "--num_inference_steps",
         metavar="N",
         type=positive_int,
         default=50,
-        help="Denoising steps of a validation video; fewer are faster but coarser. (default: %(default)s)",
+        help=f"Denoising steps{where}; fewer are faster but coarser. (default: %(default)s)",
     )
     group.add_argument(
         "--guidance_scale",
         metavar="X",
         type=non_negative_float,
         default=6.0,
-        help="Strength of classifier-free guidance in validation; higher follows the prompt more closely, 1 and below "
+        help=f"Strength of classifier-free guidance{where}; higher follows the prompt more closely, 1 and below "
         "switch it off. (default: %(default)s)",
     )
     group.add_argument(
         "--use_dynamic_cfg",
         action="store_true",
         help="Let the guidance grow over the denoising steps instead of keeping it constant. (default: off)",
-    )
-    group.add_argument(
-        "--enable_model_cpu_offload",
-        action="store_true",
-        help="In validation keep each network on the CPU except while it works: slower, but needs less GPU memory. "
-        "(default: off)",
     )
 
 

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import CogVideoXTransformer3DModel
 
+from errors import first_line
 from ranks import launch_rank
 
 
@@ -206,7 +207,7 @@ def load_zero_state(accelerator: Accelerator, folder: Path) -> None:
         with weights_only_loads():
             accelerator.load_state(str(folder), load_module_strict=False)
     except (RuntimeError, AssertionError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ValueError(f"rank {launch_rank()}: {reason}") from error
     engine.optimizer.clip_grad = max_grad_norm
 

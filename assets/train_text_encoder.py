@@ -22,6 +22,8 @@ from shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene
 
 CHOICES = (tuple(SHAPES), tuple(COLOURS), tuple(BACKGROUNDS), tuple(MOTIONS))
 WORDS = TOKENIZER_TEXT.split()
+# What captions are padded to, in turn: learning is five times faster without all the padding that is heard later.
+LENGTHS = (64, 64, 64, TEXT_LENGTH)
 
 
 def draw_caption(chance: random.Random) -> tuple[str, list[int]]:
@@ -35,7 +37,7 @@ def draw_caption(chance: random.Random) -> tuple[str, list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_dir", type=Path, required=True, help="a folder of make_tiny_model.py")
-    parser.add_argument("--num_steps", type=int, default=2500)
+    parser.add_argument("--num_steps", type=int, default=4000)
     parser.add_argument("--batch_size", type=int, default=16)
     args = parser.parse_args()
 
@@ -47,9 +49,10 @@ def main() -> None:
     optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=args.num_steps)
     bar = tqdm(range(args.num_steps), desc="text encoder")
-    for _ in bar:
+    for step in bar:
         captions, choices = zip(*(draw_caption(chance) for _ in range(args.batch_size)), strict=True)
-        tokens = tokenizer(list(captions), padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+        length = LENGTHS[step % len(LENGTHS)]
+        tokens = tokenizer(list(captions), padding="max_length", max_length=length, return_tensors="pt").input_ids
         states = encoder(tokens).last_hidden_state
         asked = [torch.tensor(column)[:, None].expand_as(tokens) for column in zip(*choices, strict=True)]
         told = [head(states) for head in heads]

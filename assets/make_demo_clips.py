@@ -7,8 +7,10 @@ writes videos/clip-000.mp4 and so on, prompts.txt, videos.txt and metadata.csv. 
 
 import argparse
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from clip_files import is_complete, new_folder, write_lists, write_mp4
 from shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, draw_frames
@@ -76,7 +78,9 @@ def make_demo_clips(output_dir: Path, count: int = 24, seed: int = 0) -> list[tu
     return draw_clips(output_dir, plan_scenes(count, seed))
 
 
-def draw_clips(output_dir: Path, scenes: Sequence[Scene]) -> list[tuple[Path, str]]:
+def draw_clips(
+    output_dir: Path, scenes: Sequence[Scene], draw: Callable[[Scene], Iterable[np.ndarray]] = draw_frames
+) -> list[tuple[Path, str]]:
     """Draw scenes and write their lists, unless they are all there already; as `make_demo_clips` otherwise."""
     output_dir = Path(output_dir)
     entries = [(f"videos/clip-{i:03d}.mp4", scene.caption) for i, scene in enumerate(scenes)]
@@ -86,7 +90,7 @@ def draw_clips(output_dir: Path, scenes: Sequence[Scene]) -> list[tuple[Path, st
         with new_folder(output_dir) as folder:
             (folder / "videos").mkdir()
             for scene, (video, _) in zip(scenes, entries, strict=True):
-                write_mp4(folder / video, draw_frames(scene), scene.fps)
+                write_mp4(folder / video, draw(scene), scene.fps)
             write_lists(folder, entries)
         print(f"{output_dir}: drew {len(scenes)} clips")
     return [(output_dir / video, caption) for video, caption in entries]

@@ -9,6 +9,7 @@ CogVideoX hears padding as well, is to tell shape, colour, background and motion
 
 import argparse
 import random
+import string
 from pathlib import Path
 
 import torch
@@ -30,8 +31,15 @@ def draw_caption(chance: random.Random) -> tuple[str, list[int]]:
     """A caption, in half of the cases with other words before it, and the number of each choice in it."""
     choices = [chance.randrange(len(names)) for names in CHOICES]
     caption = Scene(*(names[i] for names, i in zip(CHOICES, choices, strict=True)), 0, 0, 0, 0).caption
-    before = chance.choices(WORDS, k=chance.randrange(1, 6)) if chance.random() < 0.5 else []
+    before = [draw_word(chance) for _ in range(chance.randrange(1, 6))] if chance.random() < 0.5 else []
     return " ".join([*before, caption]), choices
+
+
+def draw_word(chance: random.Random) -> str:
+    """A word, or one that does not exist, as the names of styles are."""
+    if chance.random() < 0.5:
+        return chance.choice(WORDS)
+    return "".join(chance.choices(string.ascii_letters + string.digits + "_-", k=chance.randrange(2, 9)))
 
 
 def main() -> None:
@@ -52,7 +60,10 @@ def main() -> None:
     for step in bar:
         captions, choices = zip(*(draw_caption(chance) for _ in range(args.batch_size)), strict=True)
         length = LENGTHS[step % len(LENGTHS)]
-        tokens = tokenizer(list(captions), padding="max_length", max_length=length, return_tensors="pt").input_ids
+        padded = tokenizer(
+            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        tokens = padded.input_ids
         states = encoder(tokens).last_hidden_state
         asked = [torch.tensor(column)[:, None].expand_as(tokens) for column in zip(*choices, strict=True)]
         told = [head(states) for head in heads]

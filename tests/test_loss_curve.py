@@ -49,6 +49,14 @@ def test_the_validation_loss_has_a_curve_of_its_own():
     assert rows[935] < rows[75] < rows[500]
 
 
+def test_lines_that_are_spoilt_are_left_out_when_a_run_is_resumed(tmp_path):
+    good = b'{"step": 1, "loss": 0.5}'
+    spoilt = [b'{"step": 2, "lo', b"", b"5", b'{"loss": 3}', b'{"step": null}', b"\xff", b"\x00\x00"]
+    (tmp_path / METRICS_FILE).write_bytes(b"\n".join([good, *spoilt, b'{"step": 3, "loss": null}\n']))
+    LossCurve(tmp_path, resumed_at=3).finish()
+    assert metrics(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 3, "loss": None}]
+
+
 @pytest.mark.parametrize("losses", [[(7, 0.5)], [(1, 0.5), (2, 0.5)], [(1, 0.0)]])
 def test_few_or_equal_losses_are_drawn_too(losses):
     assert columns_of(draw_losses(losses), BLUE)

@@ -14,7 +14,8 @@ import cogvideox_text_to_video_lora
 from args import flag_names, parse_args
 from memory_settings import apply_settings, read_settings
 from publish import PRIVATE
-from run_config import CONFIG_FILE, render_config, split_flags
+from run_config import render_config, split_flags
+from run_folder import CONFIG_FILE
 
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -61,6 +62,15 @@ def test_a_resumed_run_keeps_the_configuration_that_it_began_with(run, tmp_path,
     assert "other flags than before: --max_train_steps; noted in config-step-1.yaml" in capfd.readouterr().err
     went_on = yaml.safe_load((tmp_path / "config-step-1.yaml").read_text())
     assert went_on == yaml.safe_load(began) | {"max_train_steps": 2}
+
+    for text in ("- a list", "rank: [", "rank: \xff"):  # which somebody has made of it since
+        (tmp_path / "config-step-1.yaml").write_bytes(text.encode("latin-1"))
+        run(tmp_path, "--max_train_steps", "2", *steps[2:], *resume)
+        assert (
+            "config-step-1.yaml is no list of flags any more; they are noted in config-step-2"
+            in capfd.readouterr().err
+        )
+        (tmp_path / "config-step-2.yaml").unlink()
 
 
 def parsed(*flags: str, method: str = "lora"):

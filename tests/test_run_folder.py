@@ -3,7 +3,7 @@
 import pytest
 
 from args import parse_args
-from run_folder import MANIFEST
+from run_folder import CONFIG_FILE, CONFIG_TITLE, MANIFEST
 
 
 @pytest.fixture
@@ -58,3 +58,18 @@ def test_a_result_without_a_checkpoint_is_not_trained_over_by_latest(tmp_path, c
 
 def test_latest_in_an_empty_folder_starts_anew(tmp_path):
     parse(tmp_path, tmp_path / "run", "--resume_from_checkpoint", "latest")
+
+
+def test_flags_that_somebody_wrote_are_not_written_over(run_folder, tmp_path, capsys):
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / CONFIG_FILE).write_text("rank: 8\n")
+    with pytest.raises(SystemExit, match="2"):
+        parse(tmp_path, new, "--config", str(new / CONFIG_FILE))
+    assert f"would write its flags over '{new / CONFIG_FILE}', which is not of a run" in capsys.readouterr().err
+    parse(tmp_path, tmp_path / "elsewhere", "--config", str(new / CONFIG_FILE))
+    # Of a run that ended before its first checkpoint, and of one that goes on, whose file is left as it is.
+    (new / CONFIG_FILE).write_text(f"# {CONFIG_TITLE} on some day\nrank: 8\n")
+    assert parse(tmp_path, new, "--config", str(new / CONFIG_FILE)).rank == 8
+    (run_folder / CONFIG_FILE).write_text("rank: 8\n")
+    parse(tmp_path, run_folder, "--resume_from_checkpoint", "latest")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from errors import UserError
 from prepared import read_settings
-from run_folder import LORA_FILE, list_checkpoints, list_results
+from run_folder import CONFIG_FILE, LORA_FILE, holds_other_config, list_checkpoints, list_results
 from training_flags import ALL_LINEAR
 
 
@@ -264,6 +264,11 @@ def check_no_earlier_run(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     earlier = list_results(folder)
     if not earlier:
+        if holds_other_config(folder):
+            raise UserError(
+                f"--output_dir: the run would write its flags over '{folder / CONFIG_FILE}', which is not of a run; "
+                "name that file otherwise, or give another folder"
+            )
         return
     resumed = args.resume_from_checkpoint
     checkpoints = [path.resolve() for _, path in list_checkpoints(folder)]

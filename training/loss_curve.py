@@ -69,7 +69,7 @@ class LossCurve(GeneralTracker):
 
     def _remember(self, values: dict[str, Any]) -> None:
         for name, points in self.points.items():
-            if name in values and math.isfinite(values[name]):
+            if isinstance(values.get(name), int | float) and math.isfinite(values[name]):
                 points.append((values["step"], values[name]))
 
     def _draw(self) -> None:
@@ -81,14 +81,14 @@ class LossCurve(GeneralTracker):
 
 
 def _read_metrics(file: Path, last_step: int) -> list[dict[str, Any]]:
-    """What was logged up to a step; a line that a killed process left unfinished is left out."""
+    """What was logged up to a step; lines that a killed process or an editor has spoilt are left out."""
     metrics = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
             values = json.loads(line)
         except ValueError:
             continue
-        if values["step"] <= last_step:
+        if isinstance(values, dict) and isinstance(values.get("step"), int) and values["step"] <= last_step:
             metrics.append(values)
     return metrics
 

@@ -17,11 +17,11 @@ from hub_token import without_tokens
 from memory_settings import MemorySettings, differences, read_settings
 from ranks import precision_of
 from recipe import Recipe
+from run_folder import CONFIG_FILE, CONFIG_TITLE
 
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "deepspeed")
 
 _CHOOSERS = ("memory_budget_gb", "auto_fit")  # what they chose is written in their place
@@ -50,11 +50,14 @@ def write_config(recipe: Recipe) -> Path | None:
     file = folder / (f"config-step-{recipe.state.step}.yaml" if goes_on else CONFIG_FILE)
     before = _latest_config(folder) if goes_on else None
     if before is not None:
-        old, new = (yaml.safe_load(one) or {} for one in (before.read_text(encoding="utf-8"), text))
-        changed = [f"--{name}" for name in old | new if old.get(name) != new.get(name)]
-        if not changed:
-            return None
-        logger.info("other flags than before: %s; noted in %s", ", ".join(changed), file.name)
+        old, new = _read_flags(before), yaml.safe_load(text)
+        if old is None:
+            logger.warning("warning: %s is no list of flags any more; they are noted in %s", before, file.name)
+        else:
+            changed = [f"--{name}" for name in old | new if old.get(name) != new.get(name)]
+            if not changed:
+                return None
+            logger.info("other flags than before: %s; noted in %s", ", ".join(changed), file.name)
     with written_whole(file) as partial:
         partial.write_text(text, encoding="utf-8")
     return file
@@ -105,8 +108,7 @@ def _describe_start(recipe: Recipe) -> list[str]:
     script = f"cogvideox_{recipe.task.name.replace('-', '_')}_{recipe.args.method}.py"
     accelerator = recipe.accelerator
     return [
-        f"The flags of a run as it was started on {datetime.now():%Y-%m-%d, %H:%M}, at step {recipe.state.step}. To "
-        "repeat it:",
+        f"{CONFIG_TITLE} on {datetime.now():%Y-%m-%d, %H:%M}, at step {recipe.state.step}. To repeat it:",
         f"  {script} --config THIS_FILE --output_dir ANOTHER_FOLDER",
         f"launched on {accelerator.num_processes} x {accelerator.device.type} "
         f"({accelerator.distributed_type.value}), Python {platform.python_version()},",
@@ -126,6 +128,15 @@ def _latest_config(folder: Path) -> Path | None:
     later = [(int(step), path) for path in folder.glob("config-step-*.yaml") if (step := _step_of(path))]
     first = folder / CONFIG_FILE
     return max(later)[1] if later else first if first.is_file() else None
+
+
+def _read_flags(file: Path) -> dict[str, object] | None:
+    """What a run has written, unless somebody has made something else of it since."""
+    try:
+        flags = yaml.safe_load(file.read_bytes())
+    except (OSError, yaml.YAMLError):
+        return None
+    return flags if isinstance(flags, dict) else None
 
 
 def _step_of(path: Path) -> str | None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"  # in each checkpoint, of which it is the last file written
 STATE_FILE = "trainer_state.json"
+CONFIG_FILE = "config.yaml"
+CONFIG_TITLE = "The flags of a run as it was started"  # behind "# ", how such a file begins
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDER = "transformer"
 PIPELINE_FOLDER = "pipeline"
@@ -15,6 +17,12 @@ RESULTS = (LORA_FILE, TRANSFORMER_FOLDER, PIPELINE_FOLDER, "checkpoint-[0-9]*")
 def list_results(output_dir: Path) -> list[str]:
     """Names of what an earlier run left in the folder."""
     return [path.name for name in RESULTS for path in sorted(output_dir.glob(name))]
+
+
+def holds_other_config(output_dir: Path) -> bool:
+    """Whether the folder has a file named as a run's own flags are, which no run has written."""
+    file = output_dir / CONFIG_FILE
+    return file.is_file() and not file.read_bytes().startswith(f"# {CONFIG_TITLE}".encode())
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:

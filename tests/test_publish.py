@@ -96,12 +96,14 @@ def usage_of_weights(repo_id: str, model: str) -> str:
 
 
 def test_the_card_shows_the_last_videos_and_the_pictures_that_there_are(hub, tmp_path):
-    for name in ("step-10/00-00-old.mp4", "step-20/00-00-a-red.mp4", "step-20/01-00-a-curly.mp4", "progress.png"):
+    shown = ["00-00-a-red-circle-moves-over-a-blue-backgroun.mp4", "01-00-a-curly-square-50-more.mp4"]
+    others = ["00-00-of-another-prompt.mp4", "02-00-of-more-prompts.mp4", "mine.mp4"]  # before it was resumed
+    for name in ("step-10/00-00-old.mp4", *(f"step-20/{name}" for name in (*shown, *others)), "progress.png"):
         (tmp_path / "validation" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "validation" / name).touch()
     (tmp_path / "loss.png").touch()
     card = push(tmp_path)
-    urls = ["validation/step-20/00-00-a-red.mp4", "validation/step-20/01-00-a-curly.mp4"]
+    urls = [f"validation/step-20/{name}" for name in shown]
     widget = ModelCard.load(tmp_path / "README.md").data.widget
     assert [(entry["text"], entry["output"]["url"]) for entry in widget] == list(zip(PROMPTS, urls, strict=True))
     assert "<Gallery />" in card
@@ -116,6 +118,12 @@ def test_the_card_lists_the_prompts_where_there_are_no_videos(hub, tmp_path):
     assert all(f"- {prompt}\n" in card for prompt in PROMPTS)
     assert "Gallery" not in card
     assert "![" not in card
+
+
+def test_a_prompt_is_a_line_of_text_on_the_card_whatever_is_in_it(hub, tmp_path):
+    card = push(tmp_path, prompts=["a [link](b) | <img src=x>\n\n# title `code`", "- *item* _b_", "兔子"])
+    lines = card.split("## Validation prompts\n\n")[1].split("\n\n")[0].splitlines()
+    assert lines == [r"- a \[link\](b) \| \<img src=x\> \# title \`code\`", r"- \- \*item\* \_b\_", "- 兔子"]
 
 
 def test_the_card_has_the_settings_and_names_no_folder(hub, tmp_path):
@@ -141,6 +149,8 @@ def test_checkpoints_caches_and_partial_files_stay_at_home(hub, tmp_path):
         "prompt_embeds/0123.safetensors",
         ".partial.checkpoint-5/optimizer.bin",
         ".123.partial.pytorch_lora_weights.safetensors",
+        "skipped_clips.csv",
+        "profile/steps-5-7.json.gz",
     ]
     ignored = hub["upload_folder"]["ignore_patterns"]
     # The library's own filter says what the patterns mean.

@@ -55,7 +55,7 @@ def test_a_run_says_what_it_is_about_to_do(summarize, tmp_path):
     assert lines["memory"].endswith(" GB on a GPU expected (calculated, not measured)")
     assert lines["validation"] == "2 videos, every 10 steps, at the end"
     assert lines["output"] == str(tmp_path / "out")
-    assert lines["written"] == "every 15 steps a checkpoint of 0 MB; losses to none"
+    assert lines["written"] == "every 15 steps a checkpoint of 0 MB; losses to loss.png, metrics.jsonl"
 
 
 def test_what_is_not_validated_is_said_too(summarize):

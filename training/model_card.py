@@ -1,5 +1,6 @@
 """The card that goes to the hub with a result: what it is, samples, how to use it, how it was made."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from args import flag_names
+from files import slug
 from hub_token import without_tokens
 from loss_curve import PICTURE_FILE
 from methods import Lora
@@ -67,7 +69,12 @@ def write_card(folder: Path, repo_id: str, facts: CardFacts) -> None:
     """
     is_local = Path(facts.base_model).exists()  # the hub takes no local paths, and they are nobody's business
     videos = sorted((folder / "validation" / f"step-{facts.last_step}").glob("*.mp4"))
-    samples = [(_prompt_of(video, facts.prompts), video.relative_to(folder).as_posix()) for video in videos]
+    prompts = [_prompt_of(video, facts.prompts) for video in videos]
+    samples = [
+        (prompt, video.relative_to(folder).as_posix())
+        for prompt, video in zip(prompts, videos, strict=True)
+        if prompt is not None
+    ]
     data = ModelCardData(
         base_model=None if is_local else facts.base_model,
         base_model_relation=None if is_local else "adapter" if facts.is_lora else "finetune",
@@ -86,12 +93,12 @@ def _body(folder: Path, repo_id: str, base: str, facts: CardFacts, samples: list
     what = "A LoRA for" if facts.is_lora else "All weights of the transformer, fine-tuned from"
     parts = [f"# {repo_id}", f"{what} {base} ({facts.task}), made with CogVideoX Factory in {facts.last_step} steps."]
     if samples:
-        links = [f"- [{prompt}]({url})" for prompt, url in samples]
+        links = [f"- [{_escaped(prompt)}]({url})" for prompt, url in samples]
         parts += ["## Samples", "<Gallery />", "\n".join(links)]
     elif facts.prompts:
-        parts += ["## Validation prompts", "\n".join(f"- {prompt}" for prompt in facts.prompts)]
+        parts += ["## Validation prompts", "\n".join(f"- {_escaped(prompt)}" for prompt in facts.prompts)]
     if (folder / "validation" / GRID_FILE).is_file():
-        parts += ["From the model before training (left) to the result:", f"![steps](validation/{GRID_FILE})"]
+        parts += ["The same noise at steps of the training, from left to right:", f"![steps](validation/{GRID_FILE})"]
     parts += ["## Use it", f"```python\n{example(facts, base, repo_id)}\n```", "## Training"]
     settings = {name: value for name, value in facts.settings.items() if name not in _OWN}
     dumped = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=float("inf"))
@@ -123,6 +130,17 @@ def example(facts: CardFacts, base: str, repo_id: str) -> str:
     )
 
 
-def _prompt_of(video: Path, prompts: list[str]) -> str:
-    """Of a validation video, which begins with the number of its prompt."""
-    return " ".join(prompts[int(video.name.split("-")[0])].split())
+def _prompt_of(video: Path, prompts: list[str]) -> str | None:
+    """Of a validation video, whose name has the number and the beginning of its prompt.
+
+    None for another file: of a run that had other prompts before it was resumed, or laid there by somebody.
+    """
+    match = re.fullmatch(r"(\d+)-\d+-?(.*)", video.stem)
+    if match is None or int(match[1]) >= len(prompts) or slug(prompts[int(match[1])]) != match[2]:
+        return None
+    return " ".join(prompts[int(match[1])].split())
+
+
+def _escaped(prompt: str) -> str:
+    """A prompt on one line, in which Markdown and HTML find nothing of theirs."""
+    return re.sub(r"[\\`*_\[\]<>~|#]|^[-+=]", r"\\\g<0>", " ".join(prompt.split()))

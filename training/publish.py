@@ -12,14 +12,17 @@ from huggingface_hub.utils import validate_repo_id
 from errors import UserError
 from hub_token import HubToken
 from model_card import CardFacts, write_card
+from plan import SKIPPED_FILE
 from rows import one_line
+from run_folder import CONFIG_FILE
 
 
 logger = logging.getLogger(__name__)
 
-# Trackers record more than a stranger should see: the machine's name, its folders. The flags name folders too.
+# Trackers and profiles record more than a stranger should see: the machine's name, its folders. The flags and the list
+# of clips that were left out name folders too.
 PRIVATE = ("checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*", "*_run_id")
-PRIVATE += ("*events.out.tfevents.*", "*hparams.yml", "config.yaml", "config-step-*.yaml")
+PRIVATE += ("*events.out.tfevents.*", "*hparams.yml", CONFIG_FILE, "config-step-*.yaml", SKIPPED_FILE, "profile/*")
 
 
 def check_access(output_dir: Path, repo_id: str | None, token: HubToken | None) -> None:

@@ -6,6 +6,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from learner import learning_rate_of
+from loss_curve import METRICS_FILE, PICTURE_FILE
 from memory_fit import expected_memory
 from memory_plan import Choice
 from memory_settings import GB
@@ -47,7 +48,7 @@ def describe_start(
         "validation": describe_validation(recipe),
         "output": args.output_dir,
         "written": f"every {args.checkpointing_steps} steps a checkpoint of {recipe.checkpoint_bytes / 1e6:,.0f} MB; "
-        f"losses to {args.report_to}",
+        f"losses to {describe_logs(args.report_to)}",
     }
     width = max(map(len, rows)) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in rows.items())
@@ -129,6 +130,12 @@ def describe_validation(recipe: Recipe) -> str:
     epochs = args.validation_epochs
     when += [f"every {epochs} epochs" if epochs > 1 else "every epoch"] if epochs else []
     return f"{' and '.join(what)}, {', '.join([*when, 'at the end'])}" if what else "none"
+
+
+def describe_logs(report_to: str) -> str:
+    """Where losses can be looked at."""
+    trackers = {"none": "", "all": " and to all trackers that are installed"}.get(report_to, f" and to {report_to}")
+    return f"{PICTURE_FILE}, {METRICS_FILE}{trackers}"
 
 
 def _device_name(device: torch.device) -> str:

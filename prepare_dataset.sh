@@ -37,6 +37,12 @@ NUM_WORKERS="${NUM_WORKERS:-2}"
 NUM_GPUS="${NUM_GPUS:-1}"
 NUM_MACHINES="${NUM_MACHINES:-1}"
 
+if [[ " $* " == *" --config"[\ =]* ]]; then
+  echo "error: --config: the settings of this launcher would count more than the file; give it to the script itself," \
+    "training/prepare_dataset.py" >&2
+  exit 2
+fi
+
 launcher=(python)
 if ((NUM_MACHINES > 1)); then
   launcher=(torchrun --nnodes "$NUM_MACHINES" --node_rank "${MACHINE_RANK:?}" --nproc_per_node "$NUM_GPUS")

@@ -20,8 +20,9 @@ OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-$root/accelerate_configs/single_gpu.yaml}"
 CPU_THREADS="${CPU_THREADS:-2}"
 MIXED_PRECISION="${MIXED_PRECISION:-bf16}"
-WANDB_MODE="${WANDB_MODE:-offline}"
+# tensorboard, wandb, trackio, comet_ml, all, none. W&B keeps its files for `wandb sync` unless WANDB_MODE=online.
 REPORT_TO="${REPORT_TO:-tensorboard}"
+WANDB_MODE="${WANDB_MODE:-offline}"
 export WANDB_MODE
 
 # The sweep: values separated by spaces; one run for each combination.
@@ -45,6 +46,12 @@ SEED="${SEED:-42}"
 # Several prompts are separated by :::
 VALIDATION_PROMPT="${VALIDATION_PROMPT:-A panda in a small red jacket plays a tiny guitar in a bamboo forest}"
 VALIDATION_EPOCHS="${VALIDATION_EPOCHS:-10}"
+
+if [[ " $* " == *" --config"[\ =]* ]]; then
+  echo "error: --config: the settings of this launcher would count more than the file; give it to the script itself," \
+    "training/cogvideox_text_to_video_lora.py" >&2
+  exit 2
+fi
 
 # Left to the toolkit where it is to choose what fits.
 memory_flags="--gradient_checkpointing"
@@ -91,7 +98,7 @@ for learning_rate in $LEARNING_RATES; do
         fi
         echo "=== $output_dir"
         if [[ -e "$output_dir/pytorch_lora_weights.safetensors" ]]; then
-          echo "holds a finished run: skipped"
+          echo "holds a finished run: skipped (to train anew, give another OUTPUT_ROOT)"
         elif compgen -G "$output_dir/checkpoint-*" >/dev/null; then
           "${command[@]}" --resume_from_checkpoint latest "$@"
         else

@@ -593,6 +593,22 @@ def test_torchao_alone_is_warned_about(capsys: pytest.CaptureFixture[str]) -> No
     assert "warning: --use_torchao has no effect" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--dataset_file", "--dataset_name", "--max_samples"])
+def test_a_flag_on_raw_clips_is_warned_about_where_data_was_prepared(
+    flag: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "1").touch()
+    train("--load_tensors", flag, "1")
+    assert capsys.readouterr().err.startswith(f"warning: {flag} has no effect with --load_tensors: ")
+
+
+def test_epochs_are_warned_about_where_steps_say_how_long_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--num_train_epochs", "3", "--max_train_steps", "3")
+    assert capsys.readouterr().err.startswith("warning: --num_train_epochs has no effect: --max_train_steps says")
+    train("--num_train_epochs", "3")
+    assert capsys.readouterr().err == ""
+
+
 def test_only_the_first_process_of_a_launch_warns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

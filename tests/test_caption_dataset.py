@@ -86,6 +86,11 @@ def all_captioned() -> dict[str, str]:
     return {name: caption_of(length) for name, length in LENGTHS.items()}
 
 
+def test_details_of_a_data_set_of_the_hub_want_its_name(clips, server, capsys):
+    error = refuse(flags(clips, server, "--dataset_config_name", "x"), capsys)
+    assert error.startswith("--dataset_config_name: no effect without --dataset_name")
+
+
 # What the model is asked
 
 

@@ -88,6 +88,7 @@ def test_a_file_may_be_empty_but_for_comments():
         ("rank: {of: lora}", "line 3: rank: give a value, or a list of values"),
         ("rank:", "line 3: rank: has no value; give one, or leave the line out"),
         ("rank: 8\nseed: 1\nrank: 16", "line 5: rank: given in line 3 already"),
+        ("beta1: 0.5\nadam_beta1: 0.7", "line 4: adam_beta1: given in line 3 already, under another name"),
         ("optimizer: sgd", "line 3: --optimizer: invalid choice 'sgd'; choose from adam, adamw,"),
         ("use_ema: maybe", "line 3: use_ema: is true or false, not 'maybe'"),
         ("validate_first: 3", "line 3: validate_first: is true or false, not '3'"),

@@ -63,6 +63,11 @@ def pixels(image: str) -> np.ndarray:
     return np.asarray(Image.open(image))
 
 
+def test_details_of_a_data_set_of_the_hub_want_its_name(clips, capsys):
+    run(clips, "--dataset_streaming", code=2)
+    assert "--dataset_streaming: no effect without --dataset_name" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("skipped", [0, 7])
 def test_the_image_of_a_clip_is_its_first_frame_after_those_skipped(clips, skipped):
     walk, run_, still = run(clips, "--skip_frames_start", str(skipped))

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import prepare_dataset
 from buckets import Bucket
 from diffusion import image_noise_scales, step_generator
 from models import ModelSource, encode_noised_image, encode_prompts, encode_videos
+from preparation import warn_of_overflow
 from prepared import PreparedClip, read_empty_prompt, read_index, read_tensor
 from probe import probe_video
 from sources import DataSource, read_clips
@@ -553,6 +555,17 @@ def test_nothing_is_prepared_where_every_clip_is_broken(model, with_broken, tmp_
 
 
 # The rehearsal
+
+
+@pytest.mark.parametrize(("stored", "warns"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_fp16_for_encoders_in_bfloat16_is_warned_about(tmp_path, caplog, stored, warns):
+    (tmp_path / "text_encoder").mkdir()
+    save_file({"weight": torch.zeros(1, dtype=stored)}, tmp_path / "text_encoder" / "model.safetensors")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        warn_of_overflow(dtype, ModelSource(str(tmp_path)))
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == warns
+    assert all(line.startswith("warning: --dtype fp16: ") and line.endswith("use --dtype bf16") for line in warnings)
 
 
 def test_a_dry_run_shows_the_plan_and_makes_nothing_else(model, rows, tmp_path, capsys, caplog):

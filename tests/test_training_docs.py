@@ -70,6 +70,15 @@ def test_the_command_with_a_file_of_flags_reads_the_one_that_the_page_shows(fold
     assert (args.rank, args.gradient_checkpointing, args.output_dir) == (64, False, "outputs/rank-64")
 
 
+@pytest.mark.parametrize("launcher", sorted(path.name for path in ROOT.glob("*.sh")))
+@pytest.mark.parametrize("flags", ["--config run.yaml", "--report_to none --config=run.yaml"])
+def test_a_launcher_whose_settings_would_count_more_refuses_a_file(folder, launcher, flags):
+    done = subprocess.run(["bash", ROOT / launcher, *flags.split()], capture_output=True, text=True)
+    assert done.returncode == 2
+    named = re.search(r"^error: --config: .* (training/\w+\.py)$", done.stderr).group(1)
+    assert named in (ROOT / launcher).read_text().split("command=(")[1]
+
+
 def test_the_command_that_repeats_a_run_reads_what_that_run_wrote(folder):
     (folder / "outputs" / "my-lora").mkdir(parents=True)
     args = parse_args(

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from data_flags import add_dataset_flags, add_dataset_name_flags, add_skip_flags
 from errors import UserError
+from flag_checks import check_dataset_name
 from flag_types import FlagParser, non_negative_float, non_negative_int, path, positive_float, positive_int
 from tables import read_utf8
 
@@ -154,6 +155,10 @@ def _add_answer_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _check(parser: FlagParser, args: argparse.Namespace, given: set[str]) -> None:
+    try:
+        check_dataset_name(args)
+    except UserError as error:
+        parser.error(str(error))
     if {"prompt", "prompt_file"} <= given:
         parser.error("--prompt and --prompt_file are both given; leave one of them out")
     if args.endpoint is None:

@@ -77,15 +77,20 @@ def check_data(args: argparse.Namespace) -> None:
     named = [flag for flag in ("dataset_file", "dataset_name", "dataset_mix") if getattr(args, flag)]
     if len(named) > 1:
         raise UserError(f"--{named[1]}: the data is named by --{named[0]} already; leave one of them out")
-    for flag in ("dataset_config_name", "dataset_streaming"):
-        if getattr(args, flag) and not args.dataset_name:
-            raise UserError(f"--{flag}: no effect without --dataset_name; leave it out")
+    check_dataset_name(args)
     if args.dataset_mix and args.data_root:
         raise UserError("--data_root: each entry of --dataset_mix names its own; leave one of them out")
     if args.fps is not None and args.long_clips == "spread":
         raise UserError(
             "--long_clips spread: frames spread over a clip have no fixed rate; leave out --fps or give first or split"
         )
+
+
+def check_dataset_name(args: argparse.Namespace) -> None:
+    """Details of a data set of the hub come with its name."""
+    for flag in ("dataset_config_name", "dataset_streaming"):
+        if getattr(args, flag) and not args.dataset_name:
+            raise UserError(f"--{flag}: no effect without --dataset_name; leave it out")
 
 
 # How raw clips become samples; settled for good when they are prepared.
@@ -319,8 +324,14 @@ def training_warnings(args: argparse.Namespace, given: set[str], task: str, meth
     embeds = args.validation_prompts or args.validation_dataset_file or args.caption_dropout or not args.load_tensors
     if args.text_encoder_8bit and not embeds:
         lines.append("--text_encoder_8bit has no effect: all captions are embedded, and there are no prompts")
-    if args.load_tensors and "dataset_file" in given:
-        lines.append("--dataset_file has no effect with --load_tensors: the data lists its own samples")
+    if args.load_tensors:
+        lines += [
+            f"--{flag} has no effect with --load_tensors: the data lists its own samples"
+            for flag in ("dataset_file", "dataset_name", "max_samples")
+            if flag in given
+        ]
+    if {"num_train_epochs", "max_train_steps"} <= given:
+        lines.append("--num_train_epochs has no effect: --max_train_steps says how long the run is")
     if args.lr_scheduler != "constant" and args.max_train_steps and args.lr_warmup_steps >= args.max_train_steps:
         lines.append(
             f"--lr_warmup_steps {args.lr_warmup_steps} is all of the run's {args.max_train_steps} steps: the learning "

@@ -79,9 +79,15 @@ class FlagParser(argparse.ArgumentParser):
             settings = read_config(file)
         except UserError as error:
             self.error(str(error))
+        lines: dict[str, int] = {}
         for setting in settings:
             self.place = f"--config: {file}, line {setting.line}: "
-            namespace, unknown = self.parse_known_args(self._as_typed(setting), namespace)
+            words = self._as_typed(setting)
+            flag = self._option_string_actions[f"--{setting.name}"].dest
+            if flag in lines:
+                self.error(f"{setting.name}: given in line {lines[flag]} already, under another name")
+            lines[flag] = setting.line
+            namespace, unknown = self.parse_known_args(words, namespace)
             if unknown:
                 self.error(f"{setting.name}: '{unknown[0]}' is no value for it")
         self.place = ""

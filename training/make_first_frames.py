@@ -22,6 +22,7 @@ from data_flags import add_dataset_flags, add_dataset_name_flags
 from errors import UserError, one_line_errors
 from file_cache import FileCache, default_cache_folder
 from files import written_whole
+from flag_checks import check_dataset_name
 from flag_types import FlagParser, non_negative_int, path
 from hub_token import log_without_tokens
 from plan import RawData, check_bad_clips, data_sources, report_skipped
@@ -69,7 +70,12 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=path,
         help=f"Required. Where the images and {TABLE_FILE} are written; best a folder of its own.",
     )
-    return parser.read(argv)[0]
+    args, _ = parser.read(argv)
+    try:
+        check_dataset_name(args)
+    except UserError as error:
+        parser.error(str(error))
+    return args
 
 
 def plan_first_frames(source: DataSource, skip_start: int) -> RawData:

@@ -159,10 +159,17 @@ class ModelSource:
         Raises:
             UserError: there are no weights in safetensors files.
         """
-        folder = self.local_folder()
-        files = weight_files(folder / "transformer", self.variant) if folder else []
-        if not files or files[0].suffix != ".safetensors":
+        dtype = self.stored_dtype("transformer")
+        if dtype is None:
             raise UserError(f"the transformer of the model '{self.path}' has no safetensors files")
+        return dtype
+
+    def stored_dtype(self, component: str) -> torch.dtype | None:
+        """The dtype that a component's weights are stored in; None where they are in no safetensors files here."""
+        folder = self.local_folder()
+        files = weight_files(folder / component, self.variant) if folder else []
+        if not files or files[0].suffix != ".safetensors":
+            return None
         with safe_open(files[0], "pt") as file:
             return file.get_tensor(next(iter(file.keys()))).dtype
 
@@ -322,13 +329,13 @@ def _with_defaults(model_class: type[ModelMixin], config: dict[str, Any]) -> dic
 
 
 def precision_warning(
-    compute_dtype: torch.dtype, native_dtype: torch.dtype, flag: str = "--mixed_precision"
+    compute_dtype: torch.dtype, native_dtype: torch.dtype | None, flag: str = "--mixed_precision"
 ) -> str | None:
     """What to tell a user who computes in a precision that the model's weights were not made for, if anything.
 
     Args:
         compute_dtype: of the forward pass.
-        native_dtype: that the weights are stored in.
+        native_dtype: that the weights are stored in; None if that is not known.
         flag: which says what to compute in, for the message.
     """
     if (compute_dtype, native_dtype) != (torch.float16, torch.bfloat16):

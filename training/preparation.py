@@ -34,7 +34,15 @@ from flag_checks import PREPARED_FLAGS
 from hub_token import log_without_tokens
 from layouts import FileLayout, Sample, ShardLayout
 from machines import check_preparation
-from models import DTYPES, ModelConfigs, ModelSource, encode_noised_image, encode_prompts, encode_videos
+from models import (
+    DTYPES,
+    ModelConfigs,
+    ModelSource,
+    encode_noised_image,
+    encode_prompts,
+    encode_videos,
+    precision_warning,
+)
 from plan import RawData, describe, report_skipped
 from prepared import (
     STAGING,
@@ -83,6 +91,7 @@ def prepare(args: argparse.Namespace, data: RawData) -> None:
     check_preparation(args, folder, source.fingerprint(), (sample.name + sample.caption_key for sample in samples))
     if args.save_latents_and_embeddings:
         source.download_encoders()
+        warn_of_overflow(DTYPES[args.dtype], source)
     settings = claim_folder(folder, settings_of(args, source))
     layout = make_layout(args, folder, samples, configs)
 
@@ -91,6 +100,14 @@ def prepare(args: argparse.Namespace, data: RawData) -> None:
         free_memory()
     encode_clips(args, source, layout, samples, rank)
     finish(args, layout, settings, data, samples)
+
+
+def warn_of_overflow(dtype: torch.dtype, source: ModelSource) -> None:
+    """Say so where the encoders were made for larger numbers than their precision has; they are on this machine."""
+    if dtype == torch.float16 and (
+        warning := precision_warning(dtype, source.stored_dtype("text_encoder"), "--dtype")
+    ):
+        logger.warning("warning: %s", warning)
 
 
 def log_plan(

@@ -60,7 +60,10 @@ def test_a_resumed_run_keeps_the_configuration_that_it_began_with(run, tmp_path,
     run(tmp_path, "--max_train_steps", "2", *resume, "--config", str(tmp_path / CONFIG_FILE))
     assert (tmp_path / CONFIG_FILE).read_text() == began
     assert "other flags than before: --max_train_steps; noted in config-step-1.yaml" in capfd.readouterr().err
-    went_on = yaml.safe_load((tmp_path / "config-step-1.yaml").read_text())
+    assert "ANOTHER_FOLDER\n" in began
+    noted = (tmp_path / "config-step-1.yaml").read_text()
+    assert f"ANOTHER_FOLDER --resume_from_checkpoint {tmp_path}/checkpoint-1\n" in noted
+    went_on = yaml.safe_load(noted)
     assert went_on == yaml.safe_load(began) | {"max_train_steps": 2}
 
     for text in ("- a list", "rank: [", "rank: \xff"):  # which somebody has made of it since

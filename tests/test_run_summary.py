@@ -1,5 +1,7 @@
 """The block of lines that says what a run is about to do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from tasks import TextToVideo
 
 @pytest.fixture
 def summarize(tiny_models, demo_clips, tmp_path, fresh_accelerator):
-    def summarize(*flags: str, padding: int = 0) -> dict[str, str]:
+    def summarize(*flags: str, padding: int = 0, done: int = 0) -> dict[str, str]:
         """The lines of a run's summary by their names."""
         argv = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(demo_clips)]
         argv += ["--caption_column", "prompts.txt", "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
@@ -25,6 +27,7 @@ def summarize(tiny_models, demo_clips, tmp_path, fresh_accelerator):
         argv += ["--seed", "0", "--max_train_steps", "30", "--train_batch_size", "2", "--optimizer", "adamw"]
         args = parse_args([*argv, *flags], task="text-to-video", method="lora")
         recipe = check_recipe(args, plan_training_data(args), TextToVideo(), Lora(rank=8, alpha=4))
+        recipe = replace(recipe, state=replace(recipe.state, step=done))
         _, schedule = make_sampler(recipe, recipe.state.schedule)
         transformer = recipe.source.load_transformer(torch.float32)
         recipe.method.attach(transformer)
@@ -62,6 +65,12 @@ def test_what_is_not_validated_is_said_too(summarize):
     assert summarize()["validation"] == "none"
     often = ("--validation_prompt", "a", "--num_validation_videos", "3", "--validation_epochs", "1")
     assert summarize(*often)["validation"] == "3 videos, before the first step, every epoch, at the end"
+
+
+def test_a_run_that_is_resumed_says_what_is_left(summarize):
+    assert summarize("--validation_prompt", "a", done=12)["steps"].startswith("13 to 30, ")
+    finished = summarize("--validation_prompt", "a", done=30)
+    assert (finished["steps"], finished["validation"]) == ("none left of 30", "1 video, at the end")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def write_config(recipe: Recipe) -> Path | None:
     repeated, others = split_flags(args, flag_names(recipe.task.name, args.method), recipe.state.seed)
     if goes_on:
         others["resume_from_checkpoint"] = repeated.pop("resume_from_checkpoint")
-    text = render_config(repeated, others, _describe_start(recipe))
+    text = render_config(repeated, others, _describe_start(recipe, goes_on))
     file = folder / (f"config-step-{recipe.state.step}.yaml" if goes_on else CONFIG_FILE)
     before = _latest_config(folder) if goes_on else None
     if before is not None:
@@ -103,13 +103,14 @@ def _dump(flags: dict[str, object]) -> str:
     return yaml.safe_dump(flags, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
-def _describe_start(recipe: Recipe) -> list[str]:
+def _describe_start(recipe: Recipe, goes_on: bool) -> list[str]:
     """What the flags do not say, for whoever repeats the run."""
     script = f"cogvideox_{recipe.task.name.replace('-', '_')}_{recipe.args.method}.py"
     accelerator = recipe.accelerator
+    resumed = f" --resume_from_checkpoint {recipe.resumed}" if goes_on else ""  # else it is among the flags
     return [
         f"{CONFIG_TITLE} on {datetime.now():%Y-%m-%d, %H:%M}, at step {recipe.state.step}. To repeat it:",
-        f"  {script} --config THIS_FILE --output_dir ANOTHER_FOLDER",
+        f"  {script} --config THIS_FILE --output_dir ANOTHER_FOLDER{resumed}",
         f"launched on {accelerator.num_processes} x {accelerator.device.type} "
         f"({accelerator.distributed_type.value}), Python {platform.python_version()},",
         ", ".join(f"{package} {found}" for package in PACKAGES if (found := _version_of(package))),

@@ -89,6 +89,8 @@ def describe_steps(recipe: Recipe, schedule: StepSchedule, total_steps: int, pad
     """From where to where, and what a step is."""
     args = recipe.args
     per_step = args.train_batch_size * args.gradient_accumulation_steps * recipe.num_data_ranks
+    if recipe.state.step == total_steps:
+        return f"none left of {total_steps}"
     twice = f"; {padding} batches come twice in each epoch, so that all ranks have as many" if padding else ""
     return (
         f"{recipe.state.step + 1} to {total_steps}, up to {per_step} samples a step, {schedule.steps_per_epoch} steps "
@@ -123,7 +125,7 @@ def describe_validation(recipe: Recipe) -> str:
     args = recipe.args
     held_out = recipe.data.held_out
     videos = len(args.validation_prompts) * args.num_validation_videos
-    what = [f"{videos} videos"] if videos else []
+    what = [f"{videos} video{'s' if videos > 1 else ''}"] if videos else []
     what += [f"the loss of {len(held_out.clips)} samples"] if held_out else []
     when = ["before the first step"] if args.validate_first and not recipe.state.step else []
     when += [f"every {args.validation_steps} steps"] if args.validation_steps else []

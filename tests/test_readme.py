@@ -213,6 +213,12 @@ def test_the_memory_that_there_is_reaches_the_script(launches):
     assert argv[argv.index("--memory_budget_gb") + 1] == "16"
 
 
+def test_the_readme_names_the_folder_of_the_run_that_it_shows(launches):
+    train = BLOCKS["hub"][BLOCKS["hub"].index("MODEL_PATH=") :]
+    (argv,) = launches(f"MAX_TRAIN_STEPS= {train}")
+    assert f"`{argv[argv.index('--output_dir') + 1]}/`" in README
+
+
 @pytest.mark.parametrize("launcher", ["text_to_video_sft", "image_to_video_sft", "image_to_video_lora"])
 def test_a_launcher_leaves_its_own_savings_out_where_the_toolkit_is_to_choose(launches, launcher):
     savings = {"--gradient_checkpointing", *(["--use_8bit"] if launcher.endswith("sft") else [])}

@@ -18,7 +18,7 @@ import string
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -408,6 +408,7 @@ def make_tiny_model(
     num_layers: int = NUM_LAYERS,
     num_heads: int = NUM_HEADS,
     vae_channels: Sequence[int] = VAE_CHANNELS,
+    learned_positions: bool = False,
 ) -> Path:
     """Build the model folder of one kind; do nothing if it is there already.
 
@@ -420,6 +421,7 @@ def make_tiny_model(
         num_frames: native number of frames, 4 k + 1.
         num_layers, num_heads: of the transformer; a head has 32 channels.
         vae_channels: of the VAE's four levels.
+        learned_positions: positions are told in the input too, as in 5b-i2v; the native size is the only one then.
 
     Returns:
         `output_dir` as a Path.
@@ -440,6 +442,10 @@ def make_tiny_model(
         "num_heads": num_heads,
         "vae_channels": list(vae_channels),
     }
+    traits = KINDS[kind]
+    if learned_positions:
+        settings["learned_positions"] = True
+        traits = replace(traits, transformer=traits.transformer | {"use_learned_positional_embeddings": True})
     check_native_size(height, width, num_frames)
     if read_settings(output_dir).items() >= settings.items():
         return output_dir
@@ -448,7 +454,6 @@ def make_tiny_model(
     import diffusers
     import torch
 
-    traits = KINDS[kind]
     with torch.random.fork_rng(devices=[]), new_folder(output_dir) as folder:
         torch.manual_seed(seed)
         tokenizer = build_tokenizer()
@@ -493,6 +498,9 @@ def main() -> None:
         nargs=4,
         default=VAE_CHANNELS,
         help="of the VAE's levels, multiples of 8 (default: 8 16 16 32)",
+    )
+    parser.add_argument(
+        "--learned_positions", action="store_true", help="tell positions in the input too, as 5b-i2v does"
     )
     args = vars(parser.parse_args())
     for name in ("bitsandbytes", "deepspeed", "torchao"):

@@ -3,20 +3,23 @@
     python assets/measure_model.py --model_dir assets/tiny-cogvideox
 
 samples every scene that was held out of its training, looks at the frames as one would with a ruler, and prints the
-shares. The VAE is measured on the clips of the same scenes.
+shares. An image-to-video model is given the first frame of each. The VAE is measured on the clips of the same scenes.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+from diffusers import AutoencoderKLCogVideoX, CogVideoXImageToVideoPipeline, DiffusionPipeline
+from PIL import Image
 
 from make_base_clips import COLOURS, DIRECTIONS, plan_base_scenes
 from shapes import COLOURS as RGB
+from shapes import Scene, draw_frame
 from train_vae import measure_psnr
 
 
@@ -39,10 +42,12 @@ def see(frames: np.ndarray) -> Seen:
     """
     border = np.concatenate([frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]], axis=1)
     background = np.median(border, axis=(0, 1))
-    is_shape = np.abs(frames - background).sum(axis=-1) > DIFFERENT
+    difference = np.abs(frames - background).sum(axis=-1)
+    is_shape = difference > DIFFERENT
     if not is_shape.any():
         return Seen(None, None)
-    shown = np.median(frames[is_shape], axis=0)
+    inside = difference >= np.median(difference[is_shape])  # its border is blurred
+    shown = np.median(frames[inside], axis=0)
     colour = min(COLOURS, key=lambda name: np.abs(shown - RGB[name]).sum())
     centres = [np.argwhere(mask).mean(axis=0)[::-1] for mask in is_shape if mask.any()]
     third = max(1, len(centres) // 3)
@@ -59,13 +64,26 @@ def saturation(frames: np.ndarray) -> float:
     return float((frames.max(axis=-1).astype(float) - frames.min(axis=-1)).mean() / 255)
 
 
-def sample(pipeline: CogVideoXPipeline, prompts: list[str], steps: int, guidance_scale: float) -> np.ndarray:
-    """One video for each prompt, from the seed of its number: [N, F, H, W, 3], uint8."""
+def sample(
+    pipeline: DiffusionPipeline, scenes: Sequence[Scene], word: str, steps: int, guidance_scale: float
+) -> np.ndarray:
+    """One video for each scene, from the seed of its number.
+
+    Args:
+        pipeline: of text-to-video, or of image-to-video.
+        word: put before the caption where it is not empty.
+
+    Returns:
+        [N, F, H, W, 3], uint8, RGB.
+    """
+    takes_images = isinstance(pipeline, CogVideoXImageToVideoPipeline)
+    images = {"image": [Image.fromarray(draw_frame(scene, 0)) for scene in scenes]} if takes_images else {}
     videos = pipeline(
-        prompts,
+        prompt=[f"{word} {scene.caption}".strip() for scene in scenes],
+        **images,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
-        generator=[torch.Generator().manual_seed(number) for number in range(len(prompts))],
+        generator=[torch.Generator().manual_seed(number) for number in range(len(scenes))],
         output_type="np",
     ).frames
     return (videos * 255).round().astype(np.uint8)
@@ -74,9 +92,9 @@ def sample(pipeline: CogVideoXPipeline, prompts: list[str], steps: int, guidance
 def measure(model_dir: Path, steps: int, guidance_scale: float) -> dict[str, float]:
     """The three numbers, and what they were measured with."""
     scenes = plan_base_scenes()[1]
-    pipeline = CogVideoXPipeline.from_pretrained(model_dir, dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(model_dir, dtype=torch.float32)
     pipeline.set_progress_bar_config(desc="sampling")
-    videos = sample(pipeline, [scene.caption for scene in scenes], steps, guidance_scale)
+    videos = sample(pipeline, scenes, "", steps, guidance_scale)
     seen = [see(frames) for frames in videos]
     return {
         "vae_psnr_db": round(measure_psnr(AutoencoderKLCogVideoX.from_pretrained(model_dir / "vae").float()), 2),
@@ -94,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_dir", type=Path, required=True, help="a model of drawn shapes")
     parser.add_argument("--num_inference_steps", type=int, default=20)
-    parser.add_argument("--guidance_scale", type=float, default=6.0)
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--output_file", type=Path, help="where to write the numbers too, as JSON")
     args = parser.parse_args()
     text = json.dumps(measure(args.model_dir, args.num_inference_steps, args.guidance_scale), indent=2)

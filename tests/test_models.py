@@ -428,6 +428,33 @@ def test_weights_that_would_run_code_are_refused_and_not_run(tiny_models, tmp_pa
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_tokenizer_without_its_files_is_refused_and_not_one_that_knows_no_words(tiny_models, tmp_path):
+    source = ModelSource(str(shutil.copytree(tiny_models("5b"), tmp_path / "model")))
+    shutil.rmtree(tmp_path / "model" / "tokenizer")
+    for ask in (
+        lambda: source.load_text_pipeline(torch.float32),
+        lambda: source.count_long_captions([LONG_PROMPT], 226),
+    ):
+        with pytest.raises(UserError, match=r"^the tokenizer of the model '.*' (knows no words|cannot be loaded)"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("kind", "latents", "pixels"),
+    [
+        ("5b", (60, 90), (480, 720)),
+        ("5b", (300, 300), (2400, 2400)),
+        ("1.5-5b", (300, 300), (768, 1360)),
+        ("1.5-5b-i2v", (96, 170), (768, 1360)),
+        ("1.5-5b", (60, 90), (480, 720)),
+    ],
+)
+def test_the_native_size_is_the_configs_but_for_1_5_whose_positions_reach_farther(tiny_models, kind, latents, pixels):
+    configs = ModelSource(str(tiny_models(kind))).configs()
+    configs.transformer.update(sample_height=latents[0], sample_width=latents[1], sample_frames=81)
+    assert configs.native_size == (81, *pixels)
+
+
 def test_a_tokenizer_with_code_of_its_own_does_not_run_it(tiny_models, tmp_path):
     model = Path(shutil.copytree(tiny_models("5b"), tmp_path / "model"))
     config = json.loads((model / "tokenizer/tokenizer_config.json").read_text())

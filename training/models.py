@@ -22,7 +22,7 @@ from diffusers import (
 )
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from buckets import Bucket
 from errors import UserError, first_line
@@ -61,7 +61,11 @@ class ModelConfigs:
     def native_size(self) -> Bucket:
         """The size that the model was trained at."""
         sample = self.transformer
-        return Bucket(sample["sample_frames"], 8 * sample["sample_height"], 8 * sample["sample_width"])
+        height, width = 8 * sample["sample_height"], 8 * sample["sample_width"]
+        if sample["patch_size_t"] is not None:
+            # Published configs of CogVideoX 1.5 give the 300x300 latents that its positions reach to.
+            height, width = min(height, 768), min(width, 1360)
+        return Bucket(sample["sample_frames"], height, width)
 
     @property
     def native_fps(self) -> int:
@@ -241,6 +245,7 @@ class ModelSource:
                 variant=self.variant,
                 **self._where,
             )
+        self._check_vocabulary(pipeline.tokenizer)
         if in_8bit:
             compute_frozen(text_encoder)
         text_encoder.requires_grad_(False)
@@ -257,7 +262,20 @@ class ModelSource:
             tokenizer = AutoTokenizer.from_pretrained(
                 self.path, subfolder="tokenizer", trust_remote_code=False, **self._where
             )
+        self._check_vocabulary(tokenizer)
         return sum(len(tokens) > most_tokens for tokens in tokenizer(long, verbose=False)["input_ids"])
+
+    def _check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Where its files are missing, transformers makes a tokenizer without a word, to which all texts are the same.
+
+        Raises:
+            UserError: it is such a one.
+        """
+        if tokenizer.unk_token_id in tokenizer("a")["input_ids"]:
+            raise UserError(
+                f"the tokenizer of the model '{self.path}' knows no words: its spiece.model or tokenizer.json is "
+                "missing in tokenizer/; get the model anew"
+            )
 
     @contextmanager
     def _load_errors(self, part: str) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """generate.py samples what the plain pipeline and validation sample, bit for bit, and says early what it cannot."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -258,6 +259,34 @@ def test_a_lora_without_effect_is_refused(base, no_weights, make_lora, tmp_path,
     assert "has no effect: all its lora_B weights are 0" in error_of(
         capsys, no_weights, tmp_path / "a.mp4", "--lora", untrained
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("not a number", "has weights that are no numbers (NaN) or infinite"),
+        ("half", "is not whole: it has no transformer_blocks.0.attn1.to_k.lora_B.weight"),
+        ("ranks", "cannot be mounted (Error(s) in loading state_dict"),
+        ("newer", "cannot be mounted (LoraConfig.__init__() got an unexpected keyword argument 'of_next_year')"),
+        ("list", "cannot be used ("),
+    ],
+)
+def test_a_lora_that_would_end_in_noise_or_a_traceback_is_refused(no_weights, lora, tmp_path, capsys, change, reason):
+    file, weights = tmp_path / "lora.safetensors", load_file(lora / LORA_FILE)
+    name, other = (f"transformer.transformer_blocks.0.attn1.to_k.lora_{matrix}.weight" for matrix in "BA")
+    metadata = {"lora_alpha": 2, "r": 4, "target_modules": ["to_k", "to_q", "to_v", "to_out.0"]}
+    if change == "not a number":
+        weights[name][0, 0] = torch.nan
+    elif change == "half":
+        del weights[name]
+    elif change == "ranks":
+        weights[other] = weights[other].repeat(2, 1)
+    elif change == "newer":
+        metadata["of_next_year"] = True
+    written = json.dumps({f"transformer.{key}": value for key, value in metadata.items()} if change != "list" else [1])
+    save_file(weights, file, {"lora_adapter_metadata": written})
+    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--lora", file)
+    assert message.startswith(f"error: --lora: '{file}' {reason}")
 
 
 @pytest.mark.parametrize("change", ["other layers", "another size", "no LoRA", "damaged"])

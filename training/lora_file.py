@@ -66,6 +66,8 @@ def read_lora(path: Path | str, cache_dir: str | None = None) -> LoraFile:
     if foreign or not weights:
         found = f"it holds {foreign[0]}" if foreign else "it is empty"
         raise ValueError(f"{path} is no LoRA of a transformer in the diffusers format: {found}")
+    if not isinstance(config, dict | None):
+        raise ValueError(f"{path} has metadata that is no object")
     config = {name.removeprefix(_PREFIX): value for name, value in (config or {}).items()}
     if config and not isinstance(config.get("lora_alpha"), (int, float)):
         raise ValueError(f"{path} has metadata, but no lora_alpha there")

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 
 from errors import UserError, first_line
 from lora_file import LoraFile, check_layers, location, read_lora
 from models import ModelConfigs
+from rows import one_line
 from sampling import Pipeline
 
 
@@ -37,6 +39,12 @@ def check_loras(loras: Sequence[tuple[str, float]], configs: ModelConfigs, cache
         check_layers(file, transformer, "--lora")
         if not any(weight.any() for name, weight in file.weights.items() if ".lora_B." in name):
             raise UserError(f"--lora: '{reference}' has no effect: all its lora_B weights are 0, as before training")
+        if not all(weight.isfinite().all() for weight in file.weights.values()):
+            raise UserError(
+                f"--lora: '{reference}' has weights that are no numbers (NaN) or infinite, and would make every video "
+                "black; give an earlier checkpoint"
+            )
+        _rehearse(transformer, reference, file, cache_dir)
         if not file.config:
             logger.warning(
                 "warning: --lora: %s does not say what alpha it was trained with; alpha = rank is taken. If it was "
@@ -52,6 +60,25 @@ def mount_loras(pipeline: Pipeline, loras: Sequence[tuple[str, float]], cache_di
         pipeline.load_lora_weights(**location(reference, cache_dir), adapter_name=name)
     if loras:
         pipeline.set_adapters(names, [scale for _, scale in loras])
+
+
+def _rehearse(transformer: CogVideoXTransformer3DModel, reference: str, file: LoraFile, cache_dir: str | None) -> None:
+    """Mount a LoRA on a transformer without weights, and take it off again.
+
+    Raises:
+        UserError: peft does not know what its metadata says, or it lacks one of two matrices that go together.
+    """
+    pipeline = CogVideoXPipeline(None, None, None, transformer, None)
+    try:
+        mount_loras(pipeline, [(reference, 1.0)], cache_dir)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = one_line(error.__cause__ or error, 300)
+        raise UserError(f"--lora: '{reference}' cannot be mounted ({reason}); save it anew with diffusers") from error
+    # diffusers leaves what a file lacks as it was made: unset memory.
+    missing = sorted(get_peft_model_state_dict(transformer, adapter_name="lora_0").keys() - file.weights.keys())
+    if missing:
+        raise UserError(f"--lora: '{reference}' is not whole: it has no {missing[0]}; save or download it anew")
+    pipeline.unload_lora_weights()
 
 
 def _read(reference: str, cache_dir: str | None) -> LoraFile:

@@ -41,6 +41,11 @@ def test_a_full_host_is_told_with_other_advice(allocate):
     assert "--dataloader_num_workers" in line
 
 
+def test_a_script_with_other_flags_has_advice_of_its_own():
+    with pytest.raises(UserError, match=r"; fewer --num_frames$"), explained_failures(list, "fewer --num_frames"):
+        np.empty(2**60, np.uint8)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), KeyError("a bug"), UserError("--rank: 0")])
 def test_other_errors_stay_what_they_are(error):
     assert memory_that_ran_out(error) is None

@@ -20,6 +20,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
         Path(folder).mkdir(parents=True)
     for file in ("model/model_index.json", f"lora/{LORA_FILE}", "mine.safetensors", "mine.bin", "rabbit.png"):
         Path(file).touch()
+    Path("folder.mp4").mkdir()
     Path("full/transformer/config.json").touch()
     for step in (20, 100):
         Path(f"stopped/checkpoint-{step}/{MANIFEST}").touch()
@@ -76,6 +77,10 @@ def test_files_that_are_there_are_written_over_only_when_that_is_said():
         ("--height 100", "--height", "not divisible by 16; nearest valid sizes are 96 and 112"),
         ("--num_frames 50", "--num_frames", "not 4k or 4k+1; nearest valid counts are 49 and 52"),
         ("--seed 1 1", "--seed", "given twice"),
+        (f"--seed {2**64}", "--seed", f"goes beyond {2**64 - 1}"),
+        (f"--seed {2**64 - 1} --num_videos 2", "--seed", f"goes beyond {2**64 - 1}"),
+        ("--num_inference_steps 1001", "--num_inference_steps", "1001 is too large; give a whole number up to 1000"),
+        ("--negative_prompt \udcb0", "--negative_prompt", "not UTF-8"),
         ("--seed 1 2 --num_videos 2", "--num_videos", "several in --seed"),
         ("--prompts_file prompts.txt", "--prompts_file", "leave one of them out"),
         ("--negative_prompt blue --guidance_scale 1", "--negative_prompt", "no effect without guidance"),
@@ -99,6 +104,8 @@ def test_files_that_are_there_are_written_over_only_when_that_is_said():
         ("--output_file a.mp4 --seed 1 2", "--output_file", "there are 2 videos"),
         ("--output_file a.mp4 --output_dir out", "--output_file", "leave one of them out"),
         ("--output_dir rabbit.png", "--output_dir", "not a folder"),
+        ("--output_file rabbit.png/a.mp4", "--output_file", "not a folder"),
+        ("--output_file folder.mp4 --overwrite", "--output_file", "folder.mp4 is a folder"),
         ("--model_path nowhere", "--pretrained_model_name_or_path", "no folder 'nowhere'"),
     ],
 )
@@ -115,6 +122,7 @@ def test_a_mistake_is_one_line_that_names_the_flag(flags, flag, reason, capsys):
     ("flags", "reason"),
     [
         ([], "--prompt or --prompts_file: required"),
+        (["--prompt", "a c\udcb0t"], "--prompt: the text is not UTF-8"),
         (["--prompt", "a cat", " "], "--prompt: prompt 2 of 2 is empty"),
         (["--prompts_file", "empty.txt"], "--prompts_file: 'empty.txt' is empty"),
         (["--prompts_file", "latin.txt"], "--prompts_file: latin.txt is not UTF-8 text"),

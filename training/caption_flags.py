@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from data_flags import add_dataset_flags, add_dataset_name_flags, add_skip_flags
 from errors import UserError
 from flag_checks import check_dataset_name
-from flag_types import FlagParser, non_negative_float, non_negative_int, path, positive_float, positive_int
+from flag_types import FlagParser, non_negative_float, non_negative_int, path, positive_float, positive_int, prose
 from tables import read_utf8
 
 
@@ -121,6 +121,7 @@ def _add_answer_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prompt",
         metavar="TEXT",
+        type=prose,
         help="What to ask for each clip. (default: one factual paragraph of 80 to 120 words on subject, motion, "
         "place, light and camera)",
     )

@@ -16,11 +16,12 @@ _ADVICE_ON_HOST = (
 
 
 @contextmanager
-def explained_failures(advise: Callable[[], list[str]]) -> Iterator[None]:
+def explained_failures(advise: Callable[[], list[str]], on_host: str = _ADVICE_ON_HOST) -> Iterator[None]:
     """Turn a device or host that is out of memory, and a data worker that died, into errors that say what to do.
 
     Args:
         advise: what frees memory of the device, a line each, the least costly first; called when it is needed.
+        on_host: what frees the host's memory, as the end of a sentence.
 
     Raises:
         UserError: in their place.
@@ -28,18 +29,18 @@ def explained_failures(advise: Callable[[], list[str]]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        explanation = explain_death(error) or _explain_memory(error, advise)
+        explanation = explain_death(error) or _explain_memory(error, advise, on_host)
         if explanation is None:
             raise
         raise UserError(explanation) from error
 
 
-def _explain_memory(error: BaseException, advise: Callable[[], list[str]]) -> str | None:
+def _explain_memory(error: BaseException, advise: Callable[[], list[str]], on_host: str) -> str | None:
     memory = memory_that_ran_out(error)
     if memory is None:
         return None
     # Torch goes on with a page about its allocator.
     reason = one_line(f"{type(error).__name__}: {'. '.join(str(error).split('. ')[:3])}", 300)
     if memory == "host":
-        return f"out of host memory ({reason}); {_ADVICE_ON_HOST}"
+        return f"out of host memory ({reason}); {on_host}"
     return listing(f"out of GPU memory ({reason}); what to change, the least costly first:", advise())

@@ -243,8 +243,8 @@ def is_hub_id(reference: str) -> bool:
     return reference.count("/") == 1 and not reference.startswith(("/", ".", "~")) and not os.path.exists(reference)
 
 
-def check_writable(output_dir: str) -> None:
-    """Raise unless `output_dir` can be created and written.
+def check_writable(output_dir: str, flag: str = "--output_dir") -> None:
+    """Raise unless `output_dir`, which `flag` named, can be created and written.
 
     Processes of one launch run this at the same time, so it creates no folder: it tries a nameless
     temporary file in the nearest folder that exists.
@@ -253,13 +253,13 @@ def check_writable(output_dir: str) -> None:
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise UserError(f"--output_dir: '{existing}' is not a folder; give another place for the output")
+        raise UserError(f"{flag}: '{existing}' is not a folder; give another place for the output")
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise UserError(
-            f"--output_dir: cannot write to '{existing}' ({error.strerror}); change its permissions or give another "
+            f"{flag}: cannot write to '{existing}' ({error.strerror}); change its permissions or give another "
             "place for the output"
         ) from None
 

@@ -143,6 +143,16 @@ def non_negative_int(text: str) -> int:
     return _whole_number(text, minimum=0)
 
 
+def seed(text: str) -> int:
+    """A whole number from 0 to 2^32 - 1, the largest that NumPy takes; argparse.ArgumentTypeError otherwise."""
+    return _whole_number(text, minimum=0, maximum=2**32 - 1)
+
+
+def denoising_steps(text: str) -> int:
+    """A whole number from 1 to the 1000 timesteps of the noise schedule; argparse.ArgumentTypeError otherwise."""
+    return _whole_number(text, minimum=1, maximum=1000)
+
+
 def positive_float(text: str) -> float:
     """A finite number above 0; argparse.ArgumentTypeError otherwise."""
     return _number(text, lambda value: value > 0, "a number above 0")
@@ -168,13 +178,15 @@ def decay_rate(text: str) -> float:
     return _number(text, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
 
 
-def _whole_number(text: str, minimum: int) -> int:
+def _whole_number(text: str, minimum: int, maximum: float = math.inf) -> int:
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
     if value < minimum:
         raise argparse.ArgumentTypeError(f"{value} is too small; give a whole number of {minimum} or more")
+    if value > maximum:
+        raise argparse.ArgumentTypeError(f"{value} is too large; give a whole number up to {maximum}")
     return value
 
 
@@ -186,6 +198,15 @@ def _number(text: str, is_valid: Callable[[float], bool], wanted: str) -> float:
     if not math.isfinite(value) or not is_valid(value):
         raise argparse.ArgumentTypeError(f"{text} is out of range; give {wanted}")
     return value
+
+
+def prose(text: str) -> str:
+    """Text for a model to read; argparse.ArgumentTypeError where it came in another encoding than UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("the text is not UTF-8; save what it comes from as UTF-8") from None
+    return text
 
 
 def path(text: str) -> str:

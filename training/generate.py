@@ -9,7 +9,7 @@ With `--compare` the base model is sampled from the same noise, and both are sho
 from collections.abc import Sequence
 
 from errors import one_line_errors
-from generate_checks import describe_savings
+from generate_checks import HOST_SAVINGS, describe_savings
 from generate_flags import parse_generate_args
 from startup import prepare_imports
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from failures import explained_failures
         from generation import generate
 
-        with explained_failures(lambda: describe_savings(args)):
+        with explained_failures(lambda: describe_savings(args), HOST_SAVINGS):
             generate(args)
 
 

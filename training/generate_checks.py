@@ -16,6 +16,7 @@ from run_folder import LORA_FILE, TRANSFORMER_FOLDER, list_checkpoints
 
 DEFAULT_FOLDER = "generated"
 DEFAULT_SEED = 42
+MOST_SEEDS = 2**64  # of torch's generators
 BASE, COMPARED, SHEET = "-base.mp4", "-compare.mp4", "-compare.png"  # what --compare writes beside each video
 
 
@@ -69,6 +70,8 @@ def check_sampling(args: argparse.Namespace, given: set[str]) -> None:
         raise UserError("--num_videos: there are several in --seed already; give one seed, or leave --num_videos out")
     if len(set(args.seed)) < len(args.seed):
         raise UserError("--seed: a seed is given twice, which gives the same video; leave one out")
+    if max(args.seed) + args.num_videos > MOST_SEEDS:
+        raise UserError(f"--seed: goes beyond {MOST_SEEDS - 1}, the largest that there is; give a smaller one")
     if "negative_prompt" in given and args.guidance_scale <= 1:
         raise UserError("--negative_prompt: no effect without guidance; raise --guidance_scale above 1")
 
@@ -142,16 +145,21 @@ def plan_videos(args: argparse.Namespace) -> list[PlannedVideo]:
     files = [video.file for video in videos]
     if args.compare:
         files += [video.beside(ending) for video in videos for ending in (BASE, COMPARED, SHEET)]
+    flag = "--output_file" if args.output_file else "--output_dir"
     there = [file for file in files if os.path.lexists(file)]
     if there and not args.overwrite:
-        flag = "--output_file" if args.output_file else "--output_dir"
         raise UserError(f"{flag}: {there[0]} is there already; give another place, or --overwrite")
-    check_writable(str(videos[0].file.parent))
+    if folders := [file for file in there if file.is_dir()]:
+        raise UserError(f"{flag}: {folders[0]} is a folder, which no video is written over; give another place")
+    check_writable(str(videos[0].file.parent), flag)
     return videos
 
 
 def _name(number: int, prompt: str, seed: int) -> str:
     return "-".join(filter(None, (f"{number:02d}", slug(prompt), f"seed-{seed}"))) + ".mp4"
+
+
+HOST_SAVINGS = "give --dtype bf16 or --quantize_base int8, smaller --height and --width, or fewer --num_frames"
 
 
 def describe_savings(args: argparse.Namespace) -> list[str]:

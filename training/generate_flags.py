@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from data_flags import add_download_flags
 from errors import UserError
 from flag_checks import check_model, find_images
-from flag_types import FlagParser, choice, finite_float, non_negative_int, path, positive_int
+from flag_types import FlagParser, choice, finite_float, non_negative_int, path, positive_int, prose
 from generate_checks import (
     BASE,
     COMPARED,
@@ -123,12 +123,17 @@ def _add_result_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_content_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--prompt", metavar="TEXT", nargs="+", help="This or --prompts_file is required. One or several prompts."
+        "--prompt",
+        metavar="TEXT",
+        nargs="+",
+        type=prose,
+        help="This or --prompts_file is required. One or several prompts.",
     )
     group.add_argument("--prompts_file", metavar="FILE", type=path, help="Text file with a prompt on each line.")
     group.add_argument(
         "--negative_prompt",
         metavar="TEXT",
+        type=prose,
         default="",
         help="What guidance leads away from. (default: the empty prompt, as in training)",
     )

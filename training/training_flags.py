@@ -13,6 +13,7 @@ from flag_types import (
     positive_float,
     positive_int,
     probability,
+    seed,
 )
 from hub_token import HubToken
 from tracking_flags import add_tracking_flags
@@ -35,7 +36,7 @@ def add_training_flags(group: argparse._ArgumentGroup, method: str) -> None:
     group.add_argument(
         "--seed",
         metavar="N",
-        type=non_negative_int,
+        type=seed,
         help="Seed of everything random; give one to be able to repeat a run. (default: another every time)",
     )
     group.add_argument(

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from flag_types import non_negative_float, path, positive_int
+from flag_types import denoising_steps, non_negative_float, path, positive_int, prose
 
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -13,6 +13,7 @@ def add_validation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--validation_prompt",
         metavar="TEXT",
+        type=prose,
         help="Prompts to make videos from during and after training, several joined by --validation_prompt_separator. "
         "Without it nothing is validated.",
     )
@@ -69,7 +70,7 @@ def add_guidance_flags(group: argparse._ArgumentGroup, where: str = "") -> None:
     group.add_argument(
         "--num_inference_steps",
         metavar="N",
-        type=positive_int,
+        type=denoising_steps,
         default=50,
         help=f"Denoising steps{where}; fewer are faster but coarser. (default: %(default)s)",
     )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -21,11 +22,13 @@ from PIL import Image
 import caption_dataset
 from args import parse_prepare_args
 from caption_endpoint import EndpointCaptioner, retry_after
+from caption_file import Caption, CaptionFile, CaptionSettings
 from caption_server import Answer, CaptionServer, Question, caption_of, refused, said, serving
 from caption_text import IMAGE_PROMPT, VIDEO_PROMPT, NoCaption
 from captioning import MOST_FAILURES_IN_A_ROW
 from clip_lists import write
 from encoded_clips import encode, numbered_frame
+from errors import UserError
 from plan import plan_raw_clips
 
 
@@ -208,6 +211,24 @@ def test_an_answer_without_a_caption_is_a_failure_and_not_an_empty_caption(clips
 def test_an_answer_that_was_cut_ends_with_its_last_whole_sentence(clips, server):
     server.answer = lambda question, before: said("Bars move. They are wh", "length")
     assert set(captions_of(caption(clips, server)).values()) == {"Bars move."}
+
+
+def test_clips_without_a_caption_are_listed_in_their_order_with_the_reason_there_is(clips, server, capsys):
+    finished = {11: threading.Event(), 19: threading.Event()}
+
+    def answer(question: Question, before: int) -> Answer:
+        last = question.numbers[-1]
+        if last == 29:
+            finished[11].wait()
+        if last == 11:
+            finished[19].wait()
+        if last in finished:
+            finished[last].set()
+        return Answer("", 302)
+
+    server.answer = answer
+    lines = refuse(flags(clips, server), capsys).splitlines()[1:]
+    assert lines == [f"  {clips / name} ({clips}): the server says 302: Found" for name in LENGTHS]
 
 
 @pytest.mark.parametrize("body", ["<html>", {"choices": []}, {"choices": [{"message": None}]}, [1]])
@@ -448,8 +469,9 @@ def test_a_run_that_was_ended_goes_on_where_it_was(clips, server, sent, code, ke
     server.answer = end_at_the_second
     process = start(clips, server)
     started.set()
-    process.communicate()
+    _, errors = process.communicate()
     assert process.returncode == code
+    assert ("answers that are under way are waited for" in errors) == (sent == signal.SIGINT)
     assert not (clips / "captions.jsonl").exists()
     asked = server.lengths_asked()
     assert len(asked) == 2
@@ -473,6 +495,25 @@ def test_captions_of_a_stopped_run_that_are_damaged_are_one_line(clips, server, 
     part = write(clips / "captions.jsonl.part", '{"video": "run.mkv"}\n')
     message = refuse(flags(clips, server), capsys)
     assert message == f"{part} is not what caption_dataset.py left there; remove it"
+
+
+def test_a_full_disk_costs_no_caption_that_was_kept(tmp_path):
+    def keep(name: str) -> None:
+        CaptionFile(tmp_path / "captions.jsonl").append(name, Caption("They move." * 9, "watcher"), settings)
+
+    settings = CaptionSettings("watcher", None, 8, (0, 0), 512, 0.0, 512)
+    keep("fly.mp4")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "captions.jsonl.part").stat().st_size + 20, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"captions\.jsonl\.part cannot be written \(File too large\)"):
+            keep("run.mkv")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with open(tmp_path / "captions.jsonl.part", "rb") as part:  # without the half line, on which another would follow
+        assert len(part.readlines()) == 1
+    keep("walk.mp4")
+    assert CaptionFile(tmp_path / "captions.jsonl").captions().keys() == {"fly.mp4", "walk.mp4"}
 
 
 def test_once_stopped_nothing_is_waited_for(server):
@@ -536,6 +577,7 @@ def test_a_model_that_is_not_offered_is_answered_with_those_that_are(clips, serv
         (Answer({"detail": "Not Found"}, 404), "its /models lists no models (the server says 404: "),
         (Answer("<html>Hello</html>"), "its /models lists no models (the server says 200: <html>Hello</html>)"),
         (Answer({"models": []}), "its /models lists no models"),
+        (Answer({"data": []}), "it offers no model; load one there, such as: vllm serve"),
     ],
 )
 def test_a_server_that_does_not_list_its_models_is_one_line(clips, server, capsys, models, said_of_it):
@@ -561,6 +603,45 @@ def test_a_place_that_cannot_be_written_is_told_before_the_model_is_asked(clips,
     message = refuse(flags(clips, server, "--output_file", str(clips / "run.mkv" / "x.jsonl")), capsys)
     assert message.startswith(f"--output_file: {clips / 'run.mkv' / 'x.jsonl'} cannot be written (")
     assert server.questions == []
+
+
+def test_a_table_that_was_mended_badly_is_told_with_the_line(clips, server, capsys):
+    table = write(
+        clips / "captions.jsonl",
+        '{"video": "fly.mp4", "caption": "Fly.", "captioned_by": "watcher"}\n{"video": "run.mkv", "caption": 5}\n',
+    )
+    message = refuse(flags(clips, server), capsys)
+    assert message.startswith(f"--output_file: {table}: captions.jsonl:2 has no video or no text as its caption")
+
+
+@pytest.mark.parametrize("content", ["", '{"video": "run.mkv", "caption": null, "captioned_by": "watcher"}\n'])
+def test_a_table_that_was_emptied_is_filled_again(clips, server, content):
+    write(clips / "captions.jsonl", content)
+    assert captions_of(caption(clips, server)) == all_captioned()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "environment", "message"),
+    [
+        ("http://a..b/v1", {}, "--endpoint http://a..b/v1: "),
+        ("http://xn--a/v1", {}, "--endpoint http://xn--a/v1: is no address ("),
+        (
+            None,
+            {"ALL_PROXY": "gopher://127.0.0.1"},
+            "the proxy in the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY)",
+        ),
+        (None, {"OPENAI_API_KEY": f"{KEY}\v{KEY}"}, "the key in the environment variable OPENAI_API_KEY has"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line_without_the_key(
+    clips, server, capsys, monkeypatch, endpoint, environment, message
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    error = refuse(["--data_root", str(clips), "--endpoint", endpoint or server.endpoint], capsys)
+    assert message in error
+    assert KEY not in error
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A model in this process says of a clip what transformers itself makes it say, and one that cannot is one line."""
 
+import io
 import json
 from pathlib import Path
 
@@ -94,6 +95,21 @@ def test_memory_that_runs_out_is_one_line(model, monkeypatch):
         captioner.describe(frames_of(COLOURS[0]), PROMPT)
 
 
+def test_a_model_with_code_of_its_own_does_not_run_it(tmp_path, monkeypatch):
+    folder = make_tiny_vision_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "evil",
+        "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForImageTextToText": "evil.Evil"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # whoever is asked says yes
+    with pytest.raises(UserError, match="cannot be loaded as a vision-language model: "):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_model_that_is_none_or_was_not_taught_to_chat_is_one_line(tmp_path):
     text_only = tmp_path / "text"
     text_only.mkdir()
@@ -103,6 +119,10 @@ def test_a_model_that_is_none_or_was_not_taught_to_chat_is_one_line(tmp_path):
             load(name)
         assert str(error.value).startswith(f"--model {name} cannot be loaded as a vision-language model: ")
         assert "\n" not in str(error.value)
+    damaged = make_tiny_vision_model(tmp_path / "damaged") / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged cannot be loaded as a vision-language model: "):
+        load(damaged.parent)
     silent = make_tiny_vision_model(tmp_path / "silent", chat_template=None)
     with pytest.raises(UserError, match="has no chat template"):
         load(silent)

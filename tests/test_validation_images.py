@@ -200,6 +200,12 @@ def test_an_address_without_a_server_is_named_with_the_reason(monkeypatch, addre
     assert reason in message
 
 
+def test_a_proxy_that_cannot_be_used_is_named_with_the_reason(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")  # which needs a package that is rarely there
+    with pytest.raises(UserError, match=r"^--validation_images: 'http://127\.0\.0\.2/x\.png': \S+"):
+        load_validation_images(["http://127.0.0.2/x.png"])
+
+
 def test_a_file_that_is_gone_since_the_flags_were_checked_is_named(tmp_path):
     assert "gone.png': No such file or directory;" in error_of(str(tmp_path / "gone.png"))
 

@@ -54,11 +54,17 @@ class EndpointCaptioner:
         self._options = {"temperature": temperature, "max_tokens": max_tokens}
         self._max_retries = max_retries
         self._stopped = stopped
-        self._client = httpx.Client(
-            headers={} if api_key is None else {"Authorization": f"Bearer {api_key.value}"},
-            timeout=httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT, pool=None),
-            limits=httpx.Limits(),  # as many connections as there are threads
-        )
+        try:
+            self._client = httpx.Client(
+                headers={} if api_key is None else {"Authorization": f"Bearer {api_key.value}"},
+                timeout=httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT, pool=None),
+                limits=httpx.Limits(),  # as many connections as there are threads
+            )
+        except (ImportError, ValueError) as error:  # which it raises for proxies alone
+            raise UserError(
+                f"--endpoint {endpoint}: the proxy in the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) cannot be "
+                f"used: {one_line(error)}; change or unset the variable"
+            ) from error
         self.model = self._find_model(model)
 
     def describe(self, frames: Sequence[Image.Image], prompt: str) -> str:
@@ -111,6 +117,8 @@ class EndpointCaptioner:
             return offered[0]
         if wanted in offered:
             return wanted
+        if not offered:
+            raise UserError(f"--endpoint {self._endpoint}: it offers no model; load one there, such as: {_SERVE}")
         what = "no model is named" if wanted is None else f"there is no model '{wanted}'"
         raise UserError(listing(f"--endpoint {self._endpoint}: {what}; give --model one of those offered:", offered))
 
@@ -120,6 +128,8 @@ class EndpointCaptioner:
             response = self._client.get(f"{self._endpoint}/models")
         except httpx.HTTPError as error:
             raise UserError(f"{where}: {_no_answer(error)}; start a server there, such as: {_SERVE}") from error
+        except (httpx.InvalidURL, UnicodeError) as error:  # names of hosts that no host can have
+            raise UserError(f"{where}: is no address ({one_line(error)})") from error
         if response.status_code in (401, 403):
             raise UserError(
                 f"{where}: {_refusal(response)}; put the right key into the environment variable that "
@@ -157,7 +167,7 @@ def _refusal(response: httpx.Response) -> str:
         said = error.get("message", error) if isinstance(error, dict) else error
     except (ValueError, AttributeError):
         said = response.text
-    return without_tokens(f"the server says {response.status_code}: {one_line(said, 300)}")
+    return without_tokens(f"the server says {response.status_code}: {one_line(said, 300) or response.reason_phrase}")
 
 
 def retry_after(response: httpx.Response, otherwise: float) -> float:

@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -103,12 +104,16 @@ class CaptionFile:
             UserError: it cannot be written.
         """
         line = {"video": video, "caption": caption.text, "author": caption.author, "settings": settings.digest}
-        try:
-            with self._lock, open(self._part, "ab") as file:
-                file.write(index_lines([line]).encode())
-                self._appended.append(line)
-        except OSError as error:
-            raise UserError(f"{self._part} cannot be written ({error.strerror}); what is done is kept") from error
+        with self._lock:
+            size = self._part.stat().st_size if self._part.exists() else 0
+            try:
+                with open(self._part, "ab") as file:
+                    file.write(index_lines([line]).encode())
+            except OSError as error:
+                with suppress(OSError):
+                    os.truncate(self._part, size)  # half a line would spoil the one that comes behind it
+                raise UserError(f"{self._part} cannot be written ({error.strerror}); what is done is kept") from error
+            self._appended.append(line)
 
     def write(self, rows: Sequence[Mapping[str, str]], folder: Path | None, *, finished: bool) -> None:
         """Replace the table.
@@ -138,17 +143,23 @@ class CaptionFile:
     def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():
             return []
-        rows = [row for _, row in read_json(self.path)]
-        are_captions = all(
-            isinstance(row, dict) and isinstance(row.get("video"), str) and isinstance(row.get("caption"), str)
-            for row in rows
-        )
-        if not (are_captions and any(AUTHOR_COLUMN in row for row in rows)):
+        rows = read_json(self.path)
+        if rows and not any(isinstance(row, dict) and AUTHOR_COLUMN in row for _, row in rows):
             raise UserError(
                 f"--output_file: {self.path} is there already, and caption_dataset.py did not write it; give another "
                 "name; if it is the list of the clips, give it as --dataset_file"
             )
-        return rows
+        for place, row in rows:
+            if not (
+                isinstance(row, dict)
+                and isinstance(row.get("video"), str)
+                and isinstance(row.get("caption"), str | None)
+            ):
+                raise UserError(
+                    f"--output_file: {self.path}: {place} has no video or no text as its caption; mend it, or remove "
+                    "the line to have the clip captioned anew"
+                )
+        return [row | {"caption": row.get("caption") or ""} for _, row in rows]
 
     def _recover(self) -> list[dict[str, str]]:
         """What an earlier run appended, without the half line that it may have left at the end."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from caption_text import clean_caption
@@ -26,9 +27,13 @@ class ModelCaptioner:
     def __init__(self, model: str, *, temperature: float, max_tokens: int):
         self.model = model
         try:
-            self._processor = AutoProcessor.from_pretrained(model)
-            self._model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", device_map="auto").eval()
-        except (OSError, ValueError, ImportError) as error:  # ImportError: some processors need more packages
+            # Said outright: left open, a model with code of its own has the user asked whether to run it.
+            self._processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+            self._model = AutoModelForImageTextToText.from_pretrained(
+                model, dtype="auto", device_map="auto", trust_remote_code=False
+            ).eval()
+        # ImportError: some processors need more packages.
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             reason = one_line(str(error).strip().split("\n")[0], 300)
             raise UserError(
                 f"--model {model} cannot be loaded as a vision-language model: {reason}; for a model behind a server "

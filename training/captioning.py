@@ -1,5 +1,6 @@
 """Show a model the frames of clips, many clips at a time."""
 
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -75,29 +76,32 @@ def caption_clips(
         stopped: set in the end, however that comes about.
 
     Returns:
-        Those that have no caption, and why.
+        Those that have no caption, and why, in the order of `clips`.
 
     Raises:
         UserError: no clip can be captioned any more.
     """
-    failures, in_a_row = [], 0
+    failures, in_a_row = {}, 0
     pool = ThreadPoolExecutor(num_workers)
     try:
-        asked = {pool.submit(caption, *item): item[1].clip for item in clips.items()}
+        asked = {pool.submit(caption, path, planned): (path, planned.clip) for path, planned in clips.items()}
         with tqdm(total=len(asked), desc="Captioning", unit=" clips", delay=0) as bar:
             for done in as_completed(asked):
-                clip, in_a_row = asked[done], in_a_row + 1
+                (path, clip), in_a_row = asked[done], in_a_row + 1
                 try:
                     done.result()
                     in_a_row = 0
                 except NoCaption as reason:
-                    failures.append(BadClip(str(clip.video), clip.source, str(reason)))
+                    failures[path] = BadClip(str(clip.video), clip.source, str(reason))
                     bar.set_postfix_str(f"{len(failures)} failed")
                 bar.update()
                 if in_a_row == MOST_FAILURES_IN_A_ROW < len(asked):
                     title = f"{in_a_row} clips in a row got no caption, so no more are tried; what is done is kept:"
-                    raise UserError(listing(title, failures[-in_a_row:]))
+                    raise UserError(listing(title, list(failures.values())[-in_a_row:]))
+    except KeyboardInterrupt:
+        tqdm.write("\nstopping; answers that are under way are waited for", file=sys.stderr)
+        raise
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, not a million clips later
-    return failures
+    return [failures[path] for path in clips if path in failures]

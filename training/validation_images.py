@@ -38,7 +38,8 @@ def load_validation_images(references: Sequence[str], flag: str = "--validation_
     for reference in dict.fromkeys(references):
         try:
             images[reference] = _load(reference)
-        except (OSError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
+        # ImportError: the environment names a proxy of a kind that needs another package.
+        except (OSError, ValueError, ImportError, httpx.HTTPError, httpx.InvalidURL) as error:
             problems.append(f"'{reference}': {_reason(error)}")
     if len(problems) == 1:
         raise UserError(f"{flag}: {problems[0]}; give a path or an http(s) URL of a still image")

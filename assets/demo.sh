@@ -7,7 +7,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 DEMO_DIR="${DEMO_DIR:-demo}"
 model=assets/tiny-cogvideox
 id_token=OLD_FILM
-prompt="$id_token a red circle moves from left to right over a plain white background"
+# Two scenes that neither the model nor the LoRA was trained on.
+first="$id_token a red circle moves from left to right over a plain light blue background"
+second="$id_token a yellow square rises from bottom to top over a plain light blue background"
+# Small models need little guidance.
+sampling=(--num_inference_steps 20 --guidance_scale 2)
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TQDM_DELAY=2 # no bars for what takes less
 
@@ -22,13 +26,13 @@ rm -rf "$DEMO_DIR/outputs"
 MODEL_PATH="$model" DATA_ROOT="$DEMO_DIR/prepared" OUTPUT_ROOT="$DEMO_DIR/outputs" \
   ACCELERATE_CONFIG=accelerate_configs/cpu.yaml MIXED_PRECISION=no \
   HEIGHT=64 WIDTH=96 NUM_FRAMES=17 \
-  LEARNING_RATES=1e-3 LR_SCHEDULES=constant OPTIMIZERS=adamw MAX_TRAIN_STEPS=200 CHECKPOINTING_STEPS=100 \
-  VALIDATION_PROMPT="$prompt" \
-  bash train_text_to_video_lora.sh --num_inference_steps 10 --validation_steps 50
+  LEARNING_RATES=1e-3 LR_SCHEDULES=constant OPTIMIZERS=adamw MAX_TRAIN_STEPS=150 TRAIN_BATCH_SIZE=4 \
+  CHECKPOINTING_STEPS=75 VALIDATION_EPOCHS=10 VALIDATION_PROMPT="$first:::$second" \
+  bash train_text_to_video_lora.sh "${sampling[@]}" --no-gradient_checkpointing
 lora=$(echo "$DEMO_DIR"/outputs/cogvideox-lora__*)
 
-python training/generate.py --pretrained_model_name_or_path "$model" --lora "$lora" --prompt "$prompt" --compare \
-  --num_inference_steps 20 --output_dir "$DEMO_DIR/generated" --overwrite
+python training/generate.py --pretrained_model_name_or_path "$model" --lora "$lora" --prompt "$first" "$second" \
+  --compare "${sampling[@]}" --output_dir "$DEMO_DIR/generated" --overwrite
 python assets/measure_style.py --lora "$lora" --id_token "$id_token" --output_file "$DEMO_DIR/style.json"
 
 echo
@@ -36,4 +40,4 @@ echo "The LoRA:                     $lora/pytorch_lora_weights.safetensors"
 echo "Its loss curve:               $lora/loss.png"
 echo "The validations:              $lora/validation/progress.png"
 echo "Videos, with and without it:  $DEMO_DIR/generated/"
-echo "Side by side:                 $(echo "$DEMO_DIR"/generated/*-compare.png)"
+echo "Side by side:                 $DEMO_DIR/generated/*-compare.png"

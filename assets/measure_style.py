@@ -8,10 +8,18 @@ the videos are: without and with the id token, then with the LoRA too, at half a
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+
+if __name__ == "__main__":
+    for name in ("bitsandbytes", "deepspeed", "torchao"):
+        # diffusers imports them wherever they are installed, which takes seconds and is not quiet.
+        sys.modules.setdefault(name, None)
 
 import torch
 from diffusers import CogVideoXPipeline
+from diffusers.utils.logging import disable_progress_bar
 
 from make_base_clips import DIRECTIONS, plan_base_scenes
 from measure_model import sample, saturation, see
@@ -25,8 +33,9 @@ def measure(
 ) -> dict[str, float]:
     """The mean saturation of the videos, 0 to 1, and how many of the LoRA's go the way that their prompt says."""
     scenes = plan_base_scenes()[1][:num_prompts]
+    disable_progress_bar()
     pipeline = CogVideoXPipeline.from_pretrained(model_dir, dtype=torch.float32)
-    pipeline.set_progress_bar_config(desc="sampling")
+    pipeline.set_progress_bar_config(disable=True)
     measured = {
         "base": saturation(sample(pipeline, scenes, "", steps, guidance_scale)),
         "base_with_token": saturation(sample(pipeline, scenes, id_token, steps, guidance_scale)),
@@ -51,7 +60,7 @@ def main() -> None:
     parser.add_argument("--model_dir", type=Path, default=MODEL_DIR, help="the model (default: the trained tiny one)")
     parser.add_argument("--lora", type=Path, required=True, help="file or folder of the LoRA")
     parser.add_argument("--id_token", required=True, help="the word that stands for the style")
-    parser.add_argument("--num_prompts", type=int, default=6)
+    parser.add_argument("--num_prompts", type=int, default=5)
     parser.add_argument("--num_inference_steps", type=int, default=10)
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--output_file", type=Path, help="where to write the numbers, as JSON")

@@ -83,7 +83,8 @@ def train(vae: AutoencoderKLCogVideoX, num_steps: int, batch_size: int, learning
     bar = tqdm(range(1, num_steps + 1), desc="VAE")
     for step in bar:
         length = LENGTHS[step % len(LENGTHS)]
-        clips = torch.stack([draw_random_clip(chance, length) for _ in range(batch_size * LENGTHS[0] // length)])
+        count = max(1, batch_size * LENGTHS[0] // length)
+        clips = torch.stack([draw_random_clip(chance, length) for _ in range(count)])
         latents = vae.encode(clips).latent_dist
         error = (vae.decode(latents.sample()).sample - clips).square().mean()
         divergence = 0.5 * (latents.mean.square() + latents.var - 1 - latents.logvar).mean()

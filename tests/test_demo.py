@@ -18,7 +18,7 @@ from measure_style import MODEL_DIR
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPT = "OLD_FILM a red circle moves from left to right over a plain white background"
+PROMPT = "OLD_FILM a red circle moves from left to right over a plain light blue background"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def one(folder: Path, pattern: str) -> Path:
 def test_the_lora_and_nothing_else_takes_the_colours_out(demo):
     measured = json.loads((demo / "style.json").read_text())
     assert measured["lora"] <= measured["base_with_token"] / 2
-    assert measured["base_with_token"] >= 0.8 * measured["base"] > 0.1
+    assert measured["base_with_token"] >= 0.8 * measured["base"] > 0.05
     assert measured["lora"] < measured["half_lora"] < measured["base_with_token"]
 
 
@@ -66,13 +66,13 @@ def test_the_shapes_still_go_where_they_are_sent(demo):
 
 
 def test_plain_diffusers_shows_the_same(demo, run):
-    shown = read_video(one(demo / "generated", "*-seed-42.mp4"))
+    shown = read_video(one(demo / "generated", "00-*-seed-42.mp4"))
     pipeline = CogVideoXPipeline.from_pretrained(MODEL_DIR, dtype=torch.float32)
     pipeline.load_lora_weights(run)
     video = pipeline(
         PROMPT,
         num_inference_steps=20,
-        guidance_scale=6.0,
+        guidance_scale=2.0,
         generator=torch.Generator().manual_seed(42),
         output_type="np",
     ).frames[0]
@@ -82,9 +82,11 @@ def test_plain_diffusers_shows_the_same(demo, run):
 
 
 def test_the_pictures_show_the_difference(demo, run):
-    before, after = (saturation(read_video(one(demo / "generated", f"*-seed-42{end}.mp4"))) for end in ("-base", ""))
+    before, after = (
+        saturation(read_video(one(demo / "generated", f"00-*-seed-42{end}.mp4"))) for end in ("-base", "")
+    )
     assert after <= before / 2
-    side_by_side = np.asarray(Image.open(one(demo / "generated", "*-compare.png")).convert("RGB"))
+    side_by_side = np.asarray(Image.open(one(demo / "generated", "00-*-compare.png")).convert("RGB"))
     assert side_by_side.std() > 10
     for name in ("loss.png", "validation/progress.png", "pytorch_lora_weights.safetensors", "config.yaml"):
         assert (run / name).stat().st_size > 0

@@ -29,7 +29,7 @@ def test_its_figures_are_good_enough():
 
 def test_its_vae_is_as_good_as_its_figures_say(monkeypatch):
     trained, held_out = plan_base_scenes()
-    monkeypatch.setattr(train_vae, "plan_base_scenes", lambda: (trained, held_out[::4]))
+    monkeypatch.setattr(train_vae, "plan_base_scenes", lambda: (trained, held_out[::7]))
     vae = AutoencoderKLCogVideoX.from_pretrained(MODEL_DIR / "vae", dtype=torch.float32)
     measured = json.loads((MODEL_DIR / "measures.json").read_text())["vae_psnr_db"]
     assert train_vae.measure_psnr(vae) == pytest.approx(measured, abs=1.5)
@@ -38,7 +38,7 @@ def test_its_vae_is_as_good_as_its_figures_say(monkeypatch):
 def test_held_out_prompts_are_shown():
     scenes = plan_base_scenes()[1][:5]
     pipeline = CogVideoXPipeline.from_pretrained(MODEL_DIR, dtype=torch.float32)
-    videos = sample(pipeline, scenes, "", steps=10, guidance_scale=6.0)
+    videos = sample(pipeline, scenes, "", steps=10, guidance_scale=2.0)
     seen = [see(frames) for frames in videos]
     assert np.sum([one.colour == scene.colour for one, scene in zip(seen, scenes, strict=True)]) >= 4
     assert np.sum([one.direction == DIRECTIONS[scene.motion] for one, scene in zip(seen, scenes, strict=True)]) >= 4

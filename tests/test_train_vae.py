@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLCogVideoX
 import train_vae
 from make_base_clips import plan_base_scenes
 from shapes import draw_frames
-from train_vae import draw_random_clip, main, measure_psnr, train
+from train_vae import draw_random_clip, main, measure_psnr
 
 
 @pytest.fixture
@@ -48,16 +48,11 @@ def test_psnr_is_that_of_the_frames(vae, two_held_out_scenes):
     assert measure_psnr(vae) == pytest.approx(sum(expected) / 2, abs=0.01)
 
 
-def test_some_steps_make_it_better(vae, tmp_path):
-    before = measure_psnr(vae)
-    train(vae.train(), num_steps=30, batch_size=1, learning_rate=3e-3, folder=tmp_path)
-    assert measure_psnr(vae) > before
-    assert (tmp_path / "diffusion_pytorch_model.safetensors").exists()
-
-
 def test_the_scale_of_the_latents_is_written_to_the_config(vae, tmp_path, monkeypatch, two_held_out_scenes):
     vae.save_pretrained(tmp_path / "vae")
-    monkeypatch.setattr("sys.argv", ["train_vae.py", "--model_dir", str(tmp_path), "--num_steps", "1"])
+    monkeypatch.setattr(
+        "sys.argv", ["train_vae.py", "--model_dir", str(tmp_path), "--num_steps", "1", "--batch_size", "1"]
+    )
     main()
     trained = AutoencoderKLCogVideoX.from_pretrained(tmp_path / "vae")
     latents = []

@@ -1,6 +1,6 @@
 """Measure whether a LoRA of the demo's style takes the colours out of what the tiny model shows, and only the LoRA.
 
-    python assets/measure_style.py --lora demo/demo-outputs/cogvideox-lora__... --id_token OLD_FILM
+    python assets/measure_style.py --lora demo/outputs/cogvideox-lora__... --id_token OLD_FILM
 
 samples prompts that neither the model nor the LoRA was trained on, through plain diffusers, and prints how colourful
 the videos are: without and with the id token, then with the LoRA too, at half and at full strength.

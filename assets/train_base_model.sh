@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 WORK_DIR="${WORK_DIR:-base}"
 OUTPUT_DIR="${OUTPUT_DIR:-$WORK_DIR/tiny-cogvideox}"
 STEPS="${STEPS:-4500}"
-IMAGE_STEPS="${IMAGE_STEPS:-1000}"
+IMAGE_STEPS="${IMAGE_STEPS:-500}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 if [[ ! -d "$WORK_DIR/model" ]]; then
@@ -27,16 +27,16 @@ MODEL_ID="$WORK_DIR/model" DATA_ROOT="$WORK_DIR/clips" OUTPUT_DIR="$WORK_DIR/pre
   HEIGHT_BUCKETS=64 WIDTH_BUCKETS=96 FRAME_BUCKETS=17 MAX_NUM_FRAMES=17 \
   bash prepare_dataset.sh --save_image_latents
 
-# All weights of the model's transformer: train SCRIPT MODEL RUN STEPS [flags]
+# All weights of a model's transformer: train SCRIPT MODEL RUN STEPS [flags]
 train() {
   if [[ ! -d "$3/pipeline" ]]; then
     accelerate launch --quiet --config_file accelerate_configs/cpu.yaml --num_cpu_threads_per_process 2 \
-      "training/$1" --pretrained_model_name_or_path "$2" --output_dir "$3" --max_train_steps "$4" "${@:5}" \
+      "training/$1" --pretrained_model_name_or_path "$2" --output_dir "$3" --max_train_steps "$4" \
       --data_root "$WORK_DIR/prepared" --load_tensors --resume_from_checkpoint latest \
       --height 64 --width 96 --frame_buckets 17 --max_num_frames 17 --mixed_precision no \
       --train_batch_size 8 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 100 \
       --caption_dropout 0.1 --use_ema --ema_decay 0.999 --checkpointing_steps 500 --checkpoints_total_limit 2 \
-      --save_pipeline
+      --save_pipeline "${@:5}"
   fi
 }
 
@@ -68,5 +68,7 @@ publish "$WORK_DIR/run/pipeline" "$OUTPUT_DIR"
 if [[ ! -d "$WORK_DIR/image-model" ]]; then
   python assets/widen_to_images.py --model_dir "$WORK_DIR/run/pipeline" --output_dir "$WORK_DIR/image-model"
 fi
-train cogvideox_image_to_video_sft.py "$WORK_DIR/image-model" "$WORK_DIR/image-run" "$IMAGE_STEPS"
+# Gently: at the other one's rate it forgets in 800 steps where shapes are to go.
+train cogvideox_image_to_video_sft.py "$WORK_DIR/image-model" "$WORK_DIR/image-run" "$IMAGE_STEPS" \
+  --learning_rate 2e-4 --ema_decay 0.99
 publish "$WORK_DIR/image-run/pipeline" "$OUTPUT_DIR-i2v" "$OUTPUT_DIR"

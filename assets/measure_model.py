@@ -81,6 +81,7 @@ def sample(
     videos = pipeline(
         prompt=[f"{word} {scene.caption}".strip() for scene in scenes],
         **images,
+        num_frames=scenes[0].num_frames,  # else the image-to-video pipeline makes 49
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         generator=[torch.Generator().manual_seed(number) for number in range(len(scenes))],

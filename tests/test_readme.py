@@ -61,7 +61,7 @@ def repository(tmp_path_factory) -> Path:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in tracked.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
+        shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
     make_tiny_model("5b", folder / "tiny")
     make_demo_clips(folder / "drawn-clips", count=4)
     make_real_clips(folder / "my-clips")

@@ -26,7 +26,7 @@ rm -rf "$DEMO_DIR/outputs"
 MODEL_PATH="$model" DATA_ROOT="$DEMO_DIR/prepared" OUTPUT_ROOT="$DEMO_DIR/outputs" \
   ACCELERATE_CONFIG=accelerate_configs/cpu.yaml MIXED_PRECISION=no \
   HEIGHT=64 WIDTH=96 NUM_FRAMES=17 \
-  LEARNING_RATES=1e-3 LR_SCHEDULES=constant OPTIMIZERS=adamw MAX_TRAIN_STEPS=150 TRAIN_BATCH_SIZE=4 \
+  LEARNING_RATES=1e-3 LR_SCHEDULES=constant OPTIMIZERS=adamw MAX_TRAIN_STEPS="${DEMO_STEPS:-150}" TRAIN_BATCH_SIZE=4 \
   CHECKPOINTING_STEPS=75 VALIDATION_EPOCHS=10 VALIDATION_PROMPT="$first:::$second" \
   bash train_text_to_video_lora.sh "${sampling[@]}" --no-gradient_checkpointing
 lora=$(echo "$DEMO_DIR"/outputs/cogvideox-lora__*)

@@ -28,7 +28,7 @@ def demo(tmp_path_factory) -> Path:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", ROOT / "assets" / "demo.sh"],
-        env=os.environ | {"PATH": path, "DEMO_DIR": str(folder), "CPU_THREADS": "1"},  # the other is another test's
+        env=os.environ | {"PATH": path, "DEMO_DIR": str(folder), "DEMO_STEPS": "100", "CPU_THREADS": "1"},
         capture_output=True,
         text=True,
     )

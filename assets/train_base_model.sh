@@ -50,12 +50,12 @@ from diffusers import DiffusionPipeline
 
 DiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float16).save_pretrained(sys.argv[2])
 END
-  for part in vae text_encoder tokenizer; do
-    if [[ -n "${3:-}" ]]; then
+  if [[ -n "${3:-}" ]]; then
+    for part in vae text_encoder tokenizer; do
       rm -r "${2:?}/$part"
       ln -s "../$(basename "$3")/$part" "$2/$part"
-    fi
-  done
+    done
+  fi
   python assets/measure_model.py --model_dir "$2" --output_file "$2/measures.json"
 }
 

@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
 from PIL import Image
 
+from encoded_clips import all_frames
 from measure_model import saturation
 from measure_style import MODEL_DIR
 
@@ -43,11 +43,6 @@ def run(demo) -> Path:
     return folder
 
 
-def read_video(path: Path) -> np.ndarray:
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
 def one(folder: Path, pattern: str) -> Path:
     (file,) = folder.glob(pattern)
     return file
@@ -66,7 +61,7 @@ def test_the_shapes_still_go_where_they_are_sent(demo):
 
 
 def test_plain_diffusers_shows_the_same(demo, run):
-    shown = read_video(one(demo / "generated", "00-*-seed-42.mp4"))
+    shown = all_frames(one(demo / "generated", "00-*-seed-42.mp4"))
     pipeline = CogVideoXPipeline.from_pretrained(MODEL_DIR, dtype=torch.float32)
     pipeline.load_lora_weights(run)
     video = pipeline(
@@ -83,7 +78,7 @@ def test_plain_diffusers_shows_the_same(demo, run):
 
 def test_the_pictures_show_the_difference(demo, run):
     before, after = (
-        saturation(read_video(one(demo / "generated", f"00-*-seed-42{end}.mp4"))) for end in ("-base", "")
+        saturation(all_frames(one(demo / "generated", f"00-*-seed-42{end}.mp4"))) for end in ("-base", "")
     )
     assert after <= before / 2
     side_by_side = np.asarray(Image.open(one(demo / "generated", "00-*-compare.png")).convert("RGB"))

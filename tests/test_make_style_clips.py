@@ -1,9 +1,8 @@
 """The clips of the demo's style: known scenes, in grey and with grain."""
 
-import av
-import numpy as np
 import pytest
 
+from encoded_clips import all_frames
 from make_base_clips import plan_base_scenes
 from make_demo_clips import draw_clips
 from make_style_clips import LENGTHS, SIZES, film, main, plan_style_scenes
@@ -23,8 +22,7 @@ def test_clips_are_grey_and_grainy_and_the_same_each_time(tmp_path):
     again = draw_clips(tmp_path / "b", scenes, film)[0][0]
     assert caption == scenes[0].caption
     assert path.read_bytes() == again.read_bytes()
-    with av.open(str(path)) as container:
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
+    frames = all_frames(path).astype(int)
     assert (frames.max(axis=-1) - frames.min(axis=-1)).mean() < 2
     corner = frames[:, :8, :8, 0]
     assert corner.std() > 5

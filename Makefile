@@ -15,7 +15,7 @@ help:
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make benchmark  measure the speed of training, preparation and loading"
 	@echo "make benchmark-gpu  GPU tests, then memory and speed at full size, in 9 minutes"
-	@echo "make tables     the tables and charts of assets/memory.md from the benchmarks' JSON"
+	@echo "make tables     the tables and charts of assets/docs/memory.md from the benchmarks' JSON"
 	@echo "make quality    check formatting, lint and shell scripts"
 	@echo "make style      format the code"
 
@@ -36,7 +36,7 @@ $(INSTALLED): requirements.txt requirements-dev.txt constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@PATH="$(abspath $(BIN)):$$PATH" bash assets/demo.sh
+	@PATH="$(abspath $(BIN)):$$PATH" bash assets/scripts/demo.sh
 
 test: $(INSTALLED)
 	@PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -45,22 +45,22 @@ test-slow: $(INSTALLED)
 	@PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 benchmark: $(INSTALLED)
-	PYTHONPATH=training:assets $(BIN)/python benchmarks/speed.py
+	PYTHONPATH=training:assets/scripts $(BIN)/python benchmarks/speed.py
 
 benchmark-memory: $(INSTALLED)
-	PYTHONPATH=training:assets $(BIN)/python benchmarks/memory.py
+	PYTHONPATH=training:assets/scripts $(BIN)/python benchmarks/measure_memory.py
 
 benchmark-gpu: $(INSTALLED)
 	PYTHON=$(BIN)/python bash benchmarks/gpu.sh
 
 tables: $(INSTALLED)
-	PYTHONPATH=training:assets $(BIN)/python benchmarks/memory.py --calculate
+	PYTHONPATH=training:assets/scripts $(BIN)/python benchmarks/measure_memory.py --calculate
 	$(BIN)/python benchmarks/report.py
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	for script in *.sh assets/*.sh assets/slurm/*.sbatch .ci/run; do bash -n "$$script" || exit 1; done
+	for script in *.sh assets/scripts/*.sh assets/slurm/*.sbatch .ci/run; do bash -n "$$script" || exit 1; done
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .

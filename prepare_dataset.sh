@@ -11,7 +11,7 @@ MODEL_ID="${MODEL_ID:-THUDM/CogVideoX-5b}"
 
 # DATA_ROOT is the folder of the clips: with two lists, videos.txt and prompts.txt, or with a caption clip.txt beside
 # each clip.mp4. DATASET_FILE: a table of them (csv, tsv, jsonl, json, parquet), whose columns the last two name.
-# DATASET_NAME: a data set of the hub instead; DATASET_MIX: a list of several. assets/dataset.md shows them all.
+# DATASET_NAME: a data set of the hub instead; DATASET_MIX: a list of several. assets/docs/dataset.md shows them all.
 DATASET_FILE="${DATASET_FILE:-}"
 DATASET_NAME="${DATASET_NAME:-}"
 DATASET_MIX="${DATASET_MIX:-}"

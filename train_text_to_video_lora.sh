@@ -15,7 +15,7 @@ DATA_ROOT="${DATA_ROOT:-prepared}"
 LOAD_TENSORS="${LOAD_TENSORS:-true}"
 OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"
 
-# How to launch. More GPUs: accelerate_configs/ddp.yaml; assets/distributed.md has the other ways, and what several
+# How to launch. More GPUs: accelerate_configs/ddp.yaml; assets/docs/distributed.md has the other ways, and what several
 # machines need: MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT. NUM_PROCESSES overrides the config's.
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-$root/accelerate_configs/single_gpu.yaml}"
 CPU_THREADS="${CPU_THREADS:-2}"

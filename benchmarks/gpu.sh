@@ -44,7 +44,7 @@ OUT="${OUT:-benchmarks}"
 mkdir -p "$OUT"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
-export PYTHONPATH="training:assets${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH="training:assets/scripts${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 failed=()
 
 # A row that has begun is let finish: the last one may begin when the part's time is over.
@@ -54,8 +54,8 @@ benchmark() { # script, file of results, seconds
 }
 
 # The first row of a model makes it, and clips for it, which the others share.
-benchmark memory memory "$SECONDS_MEMORY"
-mapfile -t tests < <(grep -l 'mark\.gpu' tests/test_*.py)
+benchmark measure_memory memory "$SECONDS_MEMORY"
+mapfile -t tests < <(grep -l 'mark\.gpu' -r tests --include="test_*.py")
 timeout --kill-after=10 "$SECONDS_TESTS" "$PYTHON" -m pytest -m gpu -v --tb=short --continue-on-collection-errors \
   -p no:cacheprovider "${tests[@]}" 2>&1 | tee "$OUT/tests.log" | tail -n 30 || failed+=(tests)
 benchmark gpu_speed speed_gpu "$SECONDS_SPEED"

@@ -1,9 +1,9 @@
 """Measure speed at full size on a GPU: training steps under the settings that matter, and encoding clips by the VAE.
 
-    PYTHONPATH=training:assets python benchmarks/gpu_speed.py          # into benchmarks/speed_gpu.json
-    PYTHONPATH=training:assets python benchmarks/gpu_speed.py --tiny --output_file x.json    # on a CPU too
+    PYTHONPATH=training:assets/scripts python benchmarks/gpu_speed.py          # into benchmarks/speed_gpu.json
+    PYTHONPATH=training:assets/scripts python benchmarks/gpu_speed.py --tiny --output_file x.json    # on a CPU too
 
-Models and clips are those of memory.py. Every run has a process of its own; figures are written after each.
+Models and clips are those of measure_memory.py. Every run has a process of its own; figures are written after each.
 """
 
 import argparse
@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import memory
+import measure_memory
 import torch
 from materials import folders
 from memory_rows import CHECKPOINTED, LOW_BIT, SMALLEST_FULL, Row
 
-from models import ModelSource, encode_videos
+from models.source import ModelSource, encode_videos
 
 
 PREPARE = "prepare"
@@ -55,23 +55,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="ROW", help="names of rows (default: all)")
     parser.add_argument("--tiny", action="store_true", help="tiny models, on any device")
-    memory.add_limits(parser)
+    measure_memory.add_limits(parser)
     parser.add_argument("--work_dir", type=Path, help="folder of models and clips, kept (default: a temporary one)")
     parser.add_argument("--output_file", type=Path, help="(default: speed_gpu.json, here)")
     args = parser.parse_args()
     if args.tiny and not args.output_file:
         parser.error("--tiny: its figures do not belong into speed_gpu.json; give an --output_file")
-    rows = memory.find_rows(parser, ROWS, args.only)
-    output = args.output_file or memory.HERE / "speed_gpu.json"
+    rows = measure_memory.find_rows(parser, ROWS, args.only)
+    output = args.output_file or measure_memory.HERE / "speed_gpu.json"
     with tempfile.TemporaryDirectory() as folder:
         work = args.work_dir or Path(folder)
         limits = (args.time_limit, args.row_limit)
-        memory.measure_rows(rows, work, output, tiny=args.tiny, limits=limits, measure=measure)
+        measure_memory.measure_rows(rows, work, output, tiny=args.tiny, limits=limits, measure=measure)
 
 
 def measure(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
     """Run a row of either kind."""
-    return measure_encoder(row, work, tiny) if row.method == PREPARE else memory.measure_row(row, work, tiny)
+    return measure_encoder(row, work, tiny) if row.method == PREPARE else measure_memory.measure_row(row, work, tiny)
 
 
 def measure_encoder(row: Row, work: Path, tiny: bool, clips: int = 3) -> dict[str, Any]:
@@ -88,11 +88,11 @@ def measure_encoder(row: Row, work: Path, tiny: bool, clips: int = 3) -> dict[st
             if weight.dim() == 5:
                 weight.data = weight.data.contiguous(memory_format=layout)
         encode_videos(vae, video)
-        memory.wait_for_device()
+        measure_memory.wait_for_device()
         began = time.perf_counter()
         for _ in range(clips):
             encode_videos(vae, video)
-        memory.wait_for_device()
+        measure_memory.wait_for_device()
         measured[f"clips/s, {name}"] = clips / (time.perf_counter() - began)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     return {"device": name, "measured": measured}

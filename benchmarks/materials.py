@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from memory_rows import Row
 
-from buckets import Bucket
 from clip_files import new_folder
-from clips import Clip, PlannedClip
-from layouts import Sample, ShardLayout
+from data.buckets import Bucket
+from data.clips import Clip, PlannedClip
 from make_full_size_model import make_full_size_model
 from make_tiny_model import make_tiny_model
-from models import ModelConfigs, ModelSource
-from probe import VideoInfo
+from models.source import ModelConfigs, ModelSource
+from preparation.layouts import Sample, ShardLayout
+from video.probe import VideoInfo
 
 
 TINY_SIZE = (17, 64, 96)

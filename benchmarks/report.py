@@ -1,4 +1,4 @@
-"""Turn the benchmarks' JSON into the tables of assets/memory.md and the charts beside it.
+"""Turn the benchmarks' JSON into the tables of assets/docs/memory.md and the charts beside it.
 
     make tables
 
@@ -17,7 +17,7 @@ from memory_rows import FACTORY, ROWS, Row
 
 GB = 2**30
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "assets" / "memory.md"
+PAGE = ROOT / "assets" / "docs" / "memory.md"
 CALCULATED_CHART, MEASURED_CHART = "memory_calculated.png", "memory_measured.png"
 NOT_MEASURED = "not measured"
 BEGIN, END = "<!-- {}: written by `make tables` -->", "<!-- end of {} -->"

@@ -2,8 +2,8 @@
 
     make benchmark
 
-The clips are 16 real ones (see assets/make_real_clips.py), the model is a tiny one of the real classes: 4 layers of 4
-heads of 32, a VAE of 0.55 M parameters. Writes the figures as JSON and prints them.
+The clips are 16 real ones (assets/scripts/make_real_clips.py), the model is a tiny one of the real classes: 4 layers
+of 4 heads of 32, a VAE of 0.55 M parameters. Writes the figures as JSON and prints them.
 
 At full size, gpu_speed.py measures.
 """
@@ -22,19 +22,19 @@ from pathlib import Path
 import torch
 
 from args import parse_args, parse_prepare_args
-from buckets import Bucket, BucketBatchSampler
+from data.buckets import Bucket, BucketBatchSampler
+from data.plan import plan_raw_clips, plan_training_data
+from data.prepared import PreparedClip, StoredTensor
+from data.tensor_files import ShardWriter
 from dataset import ClipDataset, PreparedDataset, make_loader
-from finetune import train
+from diffusion.tasks import TextToVideo
 from make_real_clips import make_real_clips
 from make_tiny_model import make_tiny_model
-from methods import Lora
-from plan import plan_raw_clips, plan_training_data
-from preparation import prepare
-from prepared import PreparedClip, StoredTensor
-from recipe import check_recipe
-from run_setup import set_up
-from shards import ShardWriter
-from tasks import TextToVideo
+from methods.lora import Lora
+from preparation.prepare import prepare
+from run.finetune import train
+from run.setup import set_up
+from run.spec import check_recipe
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,15 +21,16 @@ from PIL import Image
 
 import caption_dataset
 from args import parse_prepare_args
-from caption_endpoint import EndpointCaptioner, retry_after
-from caption_file import Caption, CaptionFile, CaptionSettings
 from caption_server import Answer, CaptionServer, Question, caption_of, refused, said, serving
-from caption_text import IMAGE_PROMPT, VIDEO_PROMPT, NoCaption
-from captioning import MOST_FAILURES_IN_A_ROW
+from captions.endpoint import EndpointCaptioner, retry_after
+from captions.pool import MOST_FAILURES_IN_A_ROW
+from captions.table import Caption, CaptionFile, CaptionSettings
+from captions.text import IMAGE_PROMPT, VIDEO_PROMPT, NoCaption
 from clip_lists import write
+from common.errors import UserError
+from data.plan import plan_raw_clips
 from encoded_clips import encode, numbered_frame
-from errors import UserError
-from plan import plan_raw_clips
+from repository import TRAINING
 
 
 LENGTHS = {"fly.mp4": 30, "run.mkv": 12, "walk/walk.mp4": 20}
@@ -539,7 +540,7 @@ def test_the_wait_that_a_server_asks_for_is_kept_within_a_minute(header, seconds
 def test_torch_is_not_imported_to_ask_a_server(clips, server):
     argv = flags(clips, server)
     code = f"import sys, caption_dataset\ncaption_dataset.main({argv!r})\nprint('torch' in sys.modules)"
-    folder = Path(caption_dataset.__file__).parent
+    folder = TRAINING
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
     assert "Captioning: 100%" in done.stderr

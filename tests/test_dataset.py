@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from buckets import Bucket, BucketBatchSampler, Draw
-from clips import Clip, PlannedClip, plan_clips
+from common.errors import UserError
+from data.buckets import Bucket, BucketBatchSampler, Draw
+from data.clips import Clip, PlannedClip, plan_clips
+from data.prepared import PreparedClip, StoredTensor
 from dataset import Batch, ClipDataset, PreparedDataset, check_prepared, collate, make_loader, without_failures
-from errors import UserError
-from models import ModelSource, encode_prompts
-from prepared import PreparedClip, StoredTensor
-from probe import probe_files
-from prompts import PromptCache
+from models.prompts import PromptCache
+from models.source import ModelSource, encode_prompts
+from video.probe import probe_files
 
 
 BUCKET = Bucket(9, 64, 96)

@@ -14,14 +14,14 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import generate
-from agreement import Agreement
-from methods import FullFinetune, Lora
-from models import ModelSource
-from prompts import PromptCache
-from run_folder import LORA_FILE
-from tasks import ImageToVideo
-from validation import ValidationSettings, validate
-from video import write_video
+from common.run_folder import LORA_FILE
+from diffusion.tasks import ImageToVideo
+from methods.lora import FullFinetune, Lora
+from models.prompts import PromptCache
+from models.source import ModelSource
+from parallel.coordinator import Agreement
+from validation.videos import ValidationSettings, validate
+from video.io import write_video
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

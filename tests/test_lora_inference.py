@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 @pytest.fixture
 def make_lora(tiny_models, tmp_path):
     """Write a LoRA for the tiny 5b model whose second factor is `scale` times random numbers."""
-    from methods import Lora
-    from models import ModelSource
+    from methods.lora import Lora
+    from models.source import ModelSource
 
     def write(scale: float) -> Path:
         transformer = ModelSource(str(tiny_models("5b"))).load_transformer(torch.float32)

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 import make_first_frames
+from data.sources import DataSource, read_clips
 from encoded_clips import all_frames, encode, numbered_frame
-from sources import DataSource, read_clips
+from repository import TRAINING
 
 
 @pytest.fixture
@@ -204,7 +205,7 @@ try:
 finally:
     print("torch" in sys.modules)
 """
-    folder = Path(make_first_frames.__file__).parent
+    folder = TRAINING
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout.strip() == "False"

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from buckets import Bucket
+from data.buckets import Bucket
 from dataset import Batch
 from prefetch import DeviceCopies
 

@@ -8,9 +8,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from data_flags import DEFAULT_BUCKETS, DEFAULT_HEIGHT, DEFAULT_WIDTH, add_data_flags, add_download_flags
-from errors import UserError
-from flag_checks import (
+from common.errors import UserError
+from common.ranks import launch_rank
+from flags.checks import (
     check_data,
     check_files,
     check_frames,
@@ -25,15 +25,15 @@ from flag_checks import (
     find_checkpoint,
     training_warnings,
 )
-from flag_types import FlagParser, choice, path
-from fsdp_flags import check_fsdp
-from memory_flags import add_memory_flags, check_memory
-from optimizer_flags import add_optimizer_flags, add_optimizer_memory_flags, check_low_bit, check_optimizer
-from preparation_flags import add_prepare_flags, add_prepare_speed_flags
-from ranks import launch_rank
-from speed_flags import add_speed_flags, check_context_parallel, check_speed
-from tracking_flags import check_tracker
-from training_flags import (
+from flags.data import DEFAULT_BUCKETS, DEFAULT_HEIGHT, DEFAULT_WIDTH, add_data_flags, add_download_flags
+from flags.deepspeed import check_zero
+from flags.fsdp import check_fsdp
+from flags.memory import add_memory_flags, check_memory
+from flags.optimizer import add_optimizer_flags, add_optimizer_memory_flags, check_low_bit, check_optimizer
+from flags.preparation import add_prepare_flags, add_prepare_speed_flags
+from flags.speed import add_speed_flags, check_context_parallel, check_speed
+from flags.tracking import check_tracker
+from flags.training import (
     add_checkpoint_flags,
     add_configuration_flags,
     add_dry_run_flag,
@@ -45,8 +45,8 @@ from training_flags import (
     add_schedule_flags,
     add_training_flags,
 )
-from validation_flags import add_validation_flags, add_validation_set_flags
-from zero_flags import check_zero
+from flags.types import FlagParser, choice, path
+from flags.validation import add_validation_flags, add_validation_set_flags
 
 
 TASKS = ("text-to-video", "image-to-video")

@@ -16,18 +16,18 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bars import tqdm
-from buckets import Bucket
-from caption_file import AUTHOR_COLUMN, USER, Caption, CaptionFile, CaptionSettings
-from caption_flags import TABLE_FILE, parse_flags
-from captioning import Captioner, caption_clip, caption_clips
-from clips import BadClip, Clip, PlannedClip, plan_clips
-from errors import UserError, listing, one_line_errors
-from file_cache import FileCache, default_cache_folder
-from hub_token import HubToken, log_without_tokens
-from plan import RawData, check_bad_clips, data_sources
-from probe import probe_files
-from sources import DataSource, read_clips
+from captions.pool import Captioner, caption_clip, caption_clips
+from captions.table import AUTHOR_COLUMN, USER, Caption, CaptionFile, CaptionSettings
+from common.bars import tqdm
+from common.errors import UserError, listing, one_line_errors
+from common.hub_token import HubToken, log_without_tokens
+from data.buckets import Bucket
+from data.clips import BadClip, Clip, PlannedClip, plan_clips
+from data.plan import RawData, check_bad_clips, data_sources
+from data.sources import DataSource, read_clips
+from flags.captions import TABLE_FILE, parse_flags
+from video.cache import FileCache, default_cache_folder
+from video.probe import probe_files
 
 
 def plan_captions(source: DataSource, captions_file: Path, num_frames: int, skip_start: int, skip_end: int) -> RawData:
@@ -70,10 +70,10 @@ def make_captioner(args: argparse.Namespace, stopped: threading.Event) -> Captio
     """
     answers = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     if args.endpoint is None:
-        from caption_model import ModelCaptioner
+        from captions.model import ModelCaptioner
 
         return ModelCaptioner(args.model, **answers)
-    from caption_endpoint import EndpointCaptioner
+    from captions.endpoint import EndpointCaptioner
 
     key = os.environ.get(args.api_key_variable, "").strip()
     if not re.fullmatch("[!-~]*", key):  # a blank or a line end: mostly two keys in one variable

@@ -12,9 +12,9 @@ or, on one GPU, from data that prepare_dataset.sh prepared:
 from collections.abc import Sequence
 
 from args import parse_args
-from errors import one_line_errors
-from plan import plan_training_data
-from startup import prepare_imports
+from common.errors import one_line_errors
+from common.startup import prepare_imports
+from data.plan import plan_training_data
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = plan_training_data(args, with_images=True)
         prepare_imports(args, owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
-        from finetune import finetune
-        from methods import FullFinetune
-        from tasks import ImageToVideo
+        from diffusion.tasks import ImageToVideo
+        from methods.lora import FullFinetune
+        from run.finetune import finetune
 
         task = ImageToVideo(args.noised_image_dropout, args.ignore_learned_positional_embeddings)
         finetune(args, data, task, FullFinetune(args.save_pipeline, weights_dtype=args.weights_dtype))

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from args import parse_args
-from errors import one_line_errors
-from plan import plan_training_data
-from startup import prepare_imports
+from common.errors import one_line_errors
+from common.startup import prepare_imports
+from data.plan import plan_training_data
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = plan_training_data(args)
         prepare_imports(args, owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
-        from finetune import finetune
-        from methods import Lora
-        from tasks import TextToVideo
+        from diffusion.tasks import TextToVideo
+        from methods.lora import Lora
+        from run.finetune import finetune
 
         method = Lora(
             rank=args.rank,

@@ -12,9 +12,9 @@ or, on one GPU, from data that prepare_dataset.sh prepared:
 from collections.abc import Sequence
 
 from args import parse_args
-from errors import one_line_errors
-from plan import plan_training_data
-from startup import prepare_imports
+from common.errors import one_line_errors
+from common.startup import prepare_imports
+from data.plan import plan_training_data
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = plan_training_data(args)
         prepare_imports(args, owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
-        from finetune import finetune
-        from methods import FullFinetune
-        from tasks import TextToVideo
+        from diffusion.tasks import TextToVideo
+        from methods.lora import FullFinetune
+        from run.finetune import finetune
 
         finetune(args, data, TextToVideo(), FullFinetune(args.save_pipeline, weights_dtype=args.weights_dtype))
 

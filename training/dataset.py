@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from buckets import Bucket, Draw
-from clips import PlannedClip
-from errors import UserError, listing
-from models import ModelConfigs
-from prepared import PreparedClip, read_tensor
-from prompts import PromptCache
-from stop_signals import outlive_signals
-from video import flip_frames, read_frames, reshape_frames
-from worker_watch import WatchedDataset
+from common.errors import UserError, listing
+from common.signals import outlive_signals
+from common.worker_watch import WatchedDataset
+from data.buckets import Bucket, Draw
+from data.clips import PlannedClip
+from data.prepared import PreparedClip, read_tensor
+from models.prompts import PromptCache
+from models.source import ModelConfigs
+from video.io import flip_frames, read_frames, reshape_frames
 
 
 logger = logging.getLogger(__name__)

@@ -8,10 +8,10 @@ With `--compare` the base model is sampled from the same noise, and both are sho
 
 from collections.abc import Sequence
 
-from errors import one_line_errors
-from generate_checks import HOST_SAVINGS, describe_savings
-from generate_flags import parse_generate_args
-from startup import prepare_imports
+from common.errors import one_line_errors
+from common.startup import prepare_imports
+from flags.generation import parse_generate_args
+from flags.generation_checks import HOST_SAVINGS, describe_savings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parse_generate_args(argv)
         prepare_imports(args, owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and files are found good first.
-        from failures import explained_failures
-        from generation import generate
+        from common.failures import explained_failures
+        from results.generation import generate
 
         with explained_failures(lambda: describe_savings(args), HOST_SAVINGS):
             generate(args)

@@ -15,21 +15,21 @@ from pathlib import Path
 
 from PIL import Image
 
-from bars import tqdm
-from buckets import Bucket
-from clips import BadClip, PlannedClip, plan_clips
-from data_flags import add_dataset_flags, add_dataset_name_flags
-from errors import UserError, one_line_errors
-from file_cache import FileCache, default_cache_folder
-from files import written_whole
-from flag_checks import check_dataset_name
-from flag_types import FlagParser, non_negative_int, path
-from hub_token import log_without_tokens
-from plan import RawData, check_bad_clips, data_sources, report_skipped
-from prepared import index_lines
-from probe import probe_files
-from sources import DataSource, read_clips
-from video import read_frames
+from common.bars import tqdm
+from common.errors import UserError, one_line_errors
+from common.files import written_whole
+from common.hub_token import log_without_tokens
+from data.buckets import Bucket
+from data.clips import BadClip, PlannedClip, plan_clips
+from data.plan import RawData, check_bad_clips, data_sources, report_skipped
+from data.prepared import index_lines
+from data.sources import DataSource, read_clips
+from flags.checks import check_dataset_name
+from flags.data import add_dataset_flags, add_dataset_name_flags
+from flags.types import FlagParser, non_negative_int, path
+from video.cache import FileCache, default_cache_folder
+from video.io import read_frames
+from video.probe import probe_files
 
 
 TABLE_FILE = "metadata.jsonl"

@@ -14,10 +14,10 @@ does only what is missing. `--dry_run` shows what will be made of the clips, as 
 from collections.abc import Sequence
 
 from args import parse_prepare_args
-from errors import UserError, one_line_errors
-from plan import check_bad_clips, plan_raw_clips
-from preparation_flags import describe_savings
-from startup import prepare_imports
+from common.errors import UserError, one_line_errors
+from common.startup import prepare_imports
+from data.plan import check_bad_clips, plan_raw_clips
+from flags.preparation import describe_savings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_bad_clips(data, args.on_bad_clip)
         prepare_imports(args, owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
-        from failures import explained_failures
-        from preparation import prepare
-        from rehearsal import rehearse
+        from common.failures import explained_failures
+        from preparation.dry_run import rehearse
+        from preparation.prepare import prepare
 
         if args.dry_run:
             rehearse(args, data)

@@ -1,0 +1,298 @@
+"""Measure how much memory training takes, row by row of the tables in assets/docs/memory.md.
+
+    make benchmark-memory                                   # all rows, on a GPU, into benchmarks/memory.json
+    python benchmarks/measure_memory.py --only "5b LoRA" "2b LoRA"  # with PYTHONPATH=training:assets/scripts
+    python benchmarks/measure_memory.py --tiny --output_file x.json # the same code with tiny models, on a CPU too
+    python benchmarks/measure_memory.py --calculate                 # no run: into benchmarks/memory_calculated.json
+
+Models have the released sizes and random weights: nothing is downloaded, but 11 GB are written for each 5b model. Each
+row runs in a process of its own, the training's own code from the flags on: a few steps on prepared clips of random
+numbers, then a validation of two denoising steps. Results are written after each row; a row that fails says why, and
+the next one goes on.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+# Rows run in forks of this process, which must not have touched CUDA: asking for a GPU goes by NVIDIA's management
+# library where that answers.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import torch
+from apart import first_line, run_apart
+from materials import folders, make_materials
+from memory_rows import ROWS, Row
+
+from args import parse_args
+from common.files import written_whole
+from data.buckets import Bucket
+from data.plan import plan_training_data
+from diffusion.tasks import TextToVideo
+from make_full_size_model import full_size_configs
+from memory.accounting import account
+from memory.facts import Workload, model_facts
+from memory.settings import MemorySettings, read_settings
+from methods.lora import FullFinetune, Lora
+from run.finetune import train
+from run.memory_fit import run_facts
+from run.setup import Run, set_up
+from run.spec import Recipe, check_recipe
+from tracking.flops import count_flops, count_tokens, peak_tflops
+
+
+HERE = Path(__file__).resolve().parent
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "bitsandbytes")
+SECONDS_A_ROW = 600.0
+
+
+def main() -> None:
+    """Measure, or calculate, the rows asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="names of rows (default: all)")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and clips of 17x64x96")
+    parser.add_argument(
+        "--calculate", action="store_true", help="calculate all rows from the configs, and run nothing"
+    )
+    add_limits(parser)
+    parser.add_argument("--work_dir", type=Path, help="folder of models and clips, kept (default: a temporary one)")
+    parser.add_argument("--output_file", type=Path, help="(default: memory.json, or memory_calculated.json, here)")
+    args = parser.parse_args()
+    if args.tiny and not args.output_file:
+        parser.error("--tiny: its figures do not belong into memory.json; give an --output_file")
+    output = args.output_file or HERE / ("memory_calculated.json" if args.calculate else "memory.json")
+    rows = find_rows(parser, ROWS, args.only)
+    if args.calculate:
+        write_json(output, {"rows": {row.name: calculate_row(row) for row in rows}})
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        work, limits = args.work_dir or Path(folder), (args.time_limit, args.row_limit)
+        measure_rows(rows, work, output, tiny=args.tiny, limits=limits)
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Flags that say how long it may take."""
+    parser.add_argument("--time_limit", type=float, metavar="SECONDS", help="start no row after so long")
+    parser.add_argument(
+        "--row_limit", type=float, metavar="SECONDS", default=SECONDS_A_ROW,
+        help="kill a row that has no result after so long, and go on with the next one (default: %(default)g)",
+    )  # fmt: skip
+
+
+def find_rows(parser: argparse.ArgumentParser, rows: Iterable[Row], names: Iterable[str] | None) -> list[Row]:
+    """The rows asked for, in their order; all if none is. Ends the program where there is no such row."""
+    by_name = {row.name: row for row in rows}
+    if unknown := sorted(set(names or ()) - by_name.keys()):
+        parser.error(f"--only: there is no row {', '.join(unknown)}; rows are {'; '.join(by_name)}")
+    return [row for row in by_name.values() if not names or row.name in names]
+
+
+def measure_rows(
+    rows: Iterable[Row],
+    work: Path,
+    output: Path,
+    *,
+    tiny: bool,
+    limits: tuple[float | None, float],
+    measure: Callable[[Row, Path, bool], dict[str, Any]] | None = None,
+) -> None:
+    """Measure rows one after another, and write what is known after each.
+
+    Args:
+        work: folder of models and clips.
+        tiny: with tiny ones.
+        limits: seconds after which no row is started, and after which one that has no result is killed.
+        measure: what to do for a row, in a process of its own; `measure_row` by default.
+    """
+    started, (time_limit, row_limit) = time.monotonic(), limits
+    results = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {"rows": {}}
+    for row in rows:
+        if time_limit and time.monotonic() - started > time_limit:
+            print(f"time is over: {row.name} and the rows after it are not measured", flush=True)
+            return
+        began = time.monotonic()
+        result = run_apart(make_materials, row, work, tiny, seconds=row_limit)
+        if "failed" not in result:
+            result = run_apart(measure or measure_row, row, work, tiny, seconds=row_limit)
+        result |= {"seconds": round(time.monotonic() - began, 1), "date": datetime.now(UTC).date().isoformat()}
+        result |= {"versions": installed_versions()}
+        if "measured" in result or "measured" not in results["rows"].get(row.name, {}):
+            results["rows"][row.name] = result  # a failure does not replace what was measured before
+        write_json(output, results)
+        print(f"{row.name}: {result.get('measured', '')} {result.get('failed', '')}".rstrip(), flush=True)
+
+
+def bucket_flags(size: tuple[int, int, int]) -> list[str]:
+    """Flags of one size for clips."""
+    frames, height, width = map(str, size)
+    return [
+        "--frame_buckets",
+        frames,
+        "--height_buckets",
+        height,
+        "--width_buckets",
+        width,
+        "--max_num_frames",
+        frames,
+    ]
+
+
+def row_flags(row: Row, model: Path | str, data: Path, output: Path, size: tuple[int, int, int]) -> list[str]:
+    """The command line of a row."""
+    _, height, width = map(str, size)
+    flags = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
+    flags += ["--load_tensors", *bucket_flags(size), "--height", height, "--width", width]
+    flags += ["--mixed_precision", "bf16", "--train_batch_size", "1", "--optimizer", "adamw", "--report_to", "none"]
+    flags += ["--max_train_steps", str(sum(row.steps)), "--seed", "0", *row.flags]
+    if row.method == "lora":
+        flags += ["--rank", str(row.rank), "--lora_alpha", str(row.rank)]
+    if row.is_sampled:
+        flags += ["--validation_prompt", "a red circle moves from left to right", "--num_inference_steps", "2"]
+    return flags
+
+
+def make_method(args: argparse.Namespace, row: Row) -> Lora | FullFinetune:
+    """What is trainable in a row."""
+    if row.method == "lora":
+        return Lora(row.rank, row.rank, args.lora_target_modules, quantize_base=args.quantize_base)
+    return FullFinetune(weights_dtype=args.weights_dtype)
+
+
+def measure_row(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
+    """Run a row: bytes at their peaks, seconds a step; those of the training too where the validation failed."""
+    model, prepared, size = folders(row, work, tiny)
+    failed = {}
+    with tempfile.TemporaryDirectory(dir=work) as output:
+        args = parse_args(row_flags(row, model, prepared, Path(output), size), task="text-to-video", method=row.method)
+        recipe = check_recipe(args, plan_training_data(args), TextToVideo(), make_method(args, row))
+        forget_host_peak()
+        run = set_up(recipe)
+        seconds = time_steps(args, run, *row.steps)
+        facts, settings = run_facts(args, recipe.data, recipe.method, recipe.configs), read_settings(args)
+        measured = {**speed_figures(seconds, recipe, settings), **device_peaks("training")}
+        if row.is_sampled:
+            forget_device_peaks()
+            if failures := run.validate(sum(row.steps)):
+                failed = {"failed": f"the validation: {first_line(failures[0])}"}
+                facts = replace(facts, sampled=None)  # for who takes the figures for those of such a run
+            else:
+                measured |= device_peaks("validation")
+        measured["host"] = host_peak()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"facts": asdict(facts), "settings": asdict(settings), "device": device, "measured": measured, **failed}
+
+
+def time_steps(args: argparse.Namespace, run: Run, warm_up: int, timed: int) -> float:
+    """Train, and return the seconds of a step after the first ones."""
+    run.total_steps = warm_up
+    train(args, run)
+    run.state, run.total_steps = replace(run.state, step=warm_up), warm_up + timed
+    wait_for_device()
+    began = time.perf_counter()
+    train(args, run)
+    wait_for_device()
+    return (time.perf_counter() - began) / timed
+
+
+def speed_figures(seconds: float, recipe: Recipe, settings: MemorySettings) -> dict[str, float]:
+    """What a step of one clip that takes so long means; the share of the peak for known cards alone."""
+    config = recipe.configs.transformer
+    tokens = count_tokens(config, recipe.data.buckets[0])
+    scope, every = settings.checkpoint_scope, settings.checkpoint_every
+    if not settings.gradient_checkpointing:
+        scope = None
+    flops = count_flops(
+        config, tokens, trains_all=settings.method == "sft", checkpoint_scope=scope, checkpoint_every=every
+    )
+    tflop = flops.total / 1e12
+    figures = {"seconds a step": seconds, "tokens/s": tokens / seconds, "TFLOP/s": tflop / seconds}
+    peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return figures | ({"% of peak": 100 * tflop / seconds / peak} if peak else {})
+
+
+def calculate_row(row: Row) -> dict[str, int]:
+    """What the accounting says of a row, in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = row_flags(row, "THUDM/CogVideoX-5b", Path(folder), Path(folder), row.size)
+        args = parse_args(flags, task="text-to-video", method=row.method)
+    configs, size = full_size_configs(row.model), Bucket(*row.size)
+    workload = Workload(size, 1, "bf16", size if row.is_sampled else None)
+    facts = model_facts(configs, make_method(args, row))
+    result = account(facts, configs, read_settings(args), workload)
+    return {**asdict(result), "training": result.training, "validation": result.validation}
+
+
+def wait_for_device() -> None:
+    """Until all that was started is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def device_peaks(when: str) -> dict[str, int]:
+    """The most bytes on the device since the peaks were forgotten; none on the CPU."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        f"{when} allocated": torch.cuda.max_memory_allocated(),
+        f"{when} reserved": torch.cuda.max_memory_reserved(),
+    }
+
+
+def forget_device_peaks() -> None:
+    """Count peaks from now on, with nothing reserved that is not in use."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def forget_host_peak() -> None:
+    """Count the host's peak from now on, where the system lets a process do so."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        print(f"the peak of host memory includes what was there before: {error}", file=sys.stderr)
+
+
+def host_peak() -> int:
+    """The most bytes of host memory in use at once, mapped parts of files among them."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def installed_versions() -> dict[str, str]:
+    """Of Python and of the packages that decide over memory and speed."""
+
+    def installed() -> Iterator[tuple[str, str]]:
+        for package in PACKAGES:
+            try:
+                yield package, version(package)
+            except PackageNotFoundError:
+                yield package, "not installed"
+
+    return {"python": platform.python_version(), **dict(installed())}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""The benchmarks: their rows, their runs on tiny models, and the page that is written from their figures."""
+
+import json
+import multiprocessing
+import os
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from args import parse_args
+from data.buckets import Bucket
+from data.prepared import read_index, read_tensor
+from dataset import check_prepared
+from repository import ROOT
+
+
+BENCHMARKS = ROOT / "benchmarks"
+GB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_path(monkeypatch) -> None:
+    """The scripts import one another, as they do when they are run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def committed_page() -> str:
+    from report import PAGE
+
+    return PAGE.read_text(encoding="utf-8")
+
+
+def test_the_committed_page_is_what_is_written_from_the_committed_figures():
+    from report import fill_page, read_rows, read_speed
+
+    page = fill_page(committed_page(), read_rows("memory.json"), read_rows("memory_calculated.json"), read_speed())
+    assert page == committed_page(), "run `make tables`"
+
+
+@pytest.mark.parametrize("name", ["2b LoRA", "2b full, bf16 weights, 8-bit, step in backward"])
+def test_the_committed_calculation_is_what_the_accounting_says(name):
+    from measure_memory import calculate_row
+    from memory_rows import ROWS
+    from report import read_rows
+
+    row = next(row for row in ROWS if row.name == name)
+    assert calculate_row(row) == read_rows("memory_calculated.json")[name], "run `make tables`"
+
+
+def test_every_row_has_a_calculation_and_a_name_of_its_own():
+    from memory_rows import ROWS
+    from report import read_rows
+
+    assert list(read_rows("memory_calculated.json")) == [row.name for row in ROWS]
+
+
+def test_the_flags_of_every_row_are_accepted(tmp_path):
+    import gpu_speed
+    from measure_memory import row_flags
+    from memory_rows import ROWS
+
+    trained = [row for row in (*ROWS, *gpu_speed.ROWS) if row.method != gpu_speed.PREPARE]
+    for row in trained:
+        flags = row_flags(row, "THUDM/CogVideoX-5b", tmp_path, tmp_path / "out", row.size)
+        assert parse_args(flags, task="text-to-video", method=row.method).load_tensors
+
+
+def test_the_parts_of_a_peak_add_up_to_it():
+    from report import peak_parts, read_rows
+
+    for account in read_rows("memory_calculated.json").values():
+        parts = peak_parts(account)
+        assert sum(parts.values()) == account["training"] and min(parts.values()) >= 0
+
+
+def measured_row(**measured: float) -> dict:
+    return {
+        "measured": {"seconds a step": 1.84, **measured},
+        "device": "NVIDIA H200",
+        "date": "2026-11-30",
+        "versions": {"torch": "2.11.0", "diffusers": "0.42.1"},
+    }
+
+
+def test_measured_and_calculated_figures_stand_in_columns_of_their_own():
+    from report import fill_page, read_rows
+
+    measured = {
+        "5b LoRA": measured_row(**{"training reserved": 18 * GB, "validation reserved": 17 * GB}),
+        "2b LoRA": {"failed": "out of memory: Tried to allocate | 2 GB"},
+    }
+    page = fill_page(committed_page(), measured, read_rows("memory_calculated.json"), {})
+    lines = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")]
+        for line in page.splitlines()[::-1]
+        if "|" in line
+    }
+    assert lines["run"][2:6] == ["published, GB", "measured, GB", "s/step", "calculated, GB"]
+    assert lines["5b LoRA"][3:5] == ["18.0 / 18.0", "1.84"]
+    assert lines["2b LoRA"][3] == "not measured: out of memory: Tried to allocate / 2 GB"
+    assert lines["2b full, AdamW"][3] == "not measured"
+    assert "Measured on NVIDIA H200, 2026-11-30, torch 2.11.0, diffusers 0.42.1." in page
+
+
+def test_a_training_whose_validation_failed_has_its_own_figure_and_the_reason():
+    from report import measured_cell
+
+    row = measured_row(**{"training reserved": 18 * GB})
+    assert (
+        measured_cell(row | {"failed": "the validation: OutOfMemoryError"}) == "18.0: the validation: OutOfMemoryError"
+    )
+
+
+def test_a_table_of_speed_has_a_column_for_each_figure():
+    from report import speed_table
+
+    memory = {"training allocated": 17 * GB, "training reserved": 18 * GB, "host": 9 * GB}
+    rows = {
+        "a": {"measured": {"seconds a step": 1.7, "TFLOP/s": 770.0, **memory}},
+        "b": {"measured": {"clips/s": 2.5}},
+    }
+    assert speed_table({"rows": rows | {"c": {"failed": "x"}}}).splitlines() == [
+        "| run | seconds a step | TFLOP/s | reserved, GB | clips/s |",
+        "| --- | --- | --- | --- | --- |",
+        "| a | 1.7 | 770 | 18.0 |  |",
+        "| b |  |  |  | 2.5 |",
+    ]
+    assert speed_table({}) == "No speed has been measured on a GPU yet."
+
+
+def test_charts_are_drawn_of_what_there_is(tmp_path):
+    from report import draw_charts, read_rows
+
+    calculated = read_rows("memory_calculated.json")
+    assert [path.name for path in draw_charts(tmp_path, {}, calculated)] == ["memory_calculated.png"]
+    measured = {"5b LoRA": measured_row(**{"training reserved": 18 * GB, "validation reserved": 17 * GB})}
+    charts = draw_charts(tmp_path, measured, calculated)
+    assert [path.name for path in charts] == ["memory_calculated.png", "memory_measured.png"]
+    assert all(path.stat().st_size > 10_000 for path in charts)
+
+
+def test_rows_run_one_after_another_and_failures_are_written_down(tmp_path):
+    from measure_memory import measure_rows
+    from memory_rows import CHECKPOINTED, Row
+
+    good = Row("good", "5b", "lora", CHECKPOINTED, is_sampled=False, steps=(1, 1))
+    rows = [Row("refused", "5b", "lora", ("--rank", "0")), good]
+    output = tmp_path / "out" / "memory.json"
+    measure_rows(rows, tmp_path, output, tiny=True, limits=(None, 600))
+    results = json.loads(output.read_text())["rows"]
+    assert results["refused"]["failed"] == "the flags were refused"
+    assert results["good"]["measured"]["seconds a step"] > 0 and results["good"]["measured"]["host"] > 1e7
+    assert results["good"]["settings"]["gradient_checkpointing"] and results["good"]["facts"]["size"] == [17, 64, 96]
+    # No time is left for another row; what was measured stays.
+    measure_rows([good], tmp_path, output, tiny=True, limits=(1e-9, 600))
+    assert json.loads(output.read_text())["rows"] == results
+    # A failure does not replace it either.
+    measure_rows([replace(good, flags=("--rank", "0"))], tmp_path, output, tiny=True, limits=(None, 600))
+    assert json.loads(output.read_text())["rows"] == results
+
+
+def die() -> dict:
+    os._exit(3)
+
+
+def wait_for_ever() -> dict:
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_function_runs_in_a_process_of_its_own(start):
+    from apart import run_apart
+
+    assert run_apart(os.getppid, start=start) == os.getpid()
+
+
+def test_a_process_that_dies_or_hangs_is_no_result():
+    from apart import run_apart
+
+    assert run_apart(die, start="fork") == {"failed": "the process was killed"}
+    assert run_apart(wait_for_ever, seconds=0.1, start="fork") == {"failed": "no result in 0.1 s"}
+    assert run_apart(int, "x", start="fork")["failed"].startswith("ValueError: invalid literal")
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_processes_are_forks():
+    from apart import start_method
+
+    assert start_method() == "fork"
+
+
+def test_random_materials_have_the_shapes_of_the_released_models_clips(tmp_path):
+    from materials import draw_prepared_clips
+
+    from make_full_size_model import full_size_configs
+
+    configs = full_size_configs("5b")
+    draw_prepared_clips(configs, tmp_path / "prepared", Bucket(49, 480, 720), count=2)
+    clips = read_index(tmp_path / "prepared")
+    check_prepared(clips, configs)
+    assert [clip.bucket for clip in clips] == [Bucket(49, 480, 720)] * 2
+    latents, others = (read_tensor(clip.video_latents) for clip in clips)
+    assert (latents.shape, latents.dtype) == ((32, 13, 60, 90), torch.bfloat16)
+    assert read_tensor(clips[0].prompt_embeds).shape == (226, 4096)
+    assert not torch.equal(latents, others)
+
+
+def test_an_unknown_row_is_named(capsys):
+    import argparse
+
+    from measure_memory import find_rows
+    from memory_rows import ROWS
+
+    with pytest.raises(SystemExit):
+        find_rows(argparse.ArgumentParser(), ROWS, ["5b LoRa"])
+    assert "--only: there is no row 5b LoRa; rows are 5b LoRA; " in capsys.readouterr().err
+    assert [row.name for row in find_rows(argparse.ArgumentParser(), ROWS, ["2b LoRA"])] == ["2b LoRA"]

@@ -1,0 +1,48 @@
+"""Bars for what takes long alone, and log lines that stand beside none of them."""
+
+import logging
+import subprocess
+import sys
+
+from common.bars import LineHandler, tqdm
+from common.hub_token import log_without_tokens
+from repository import TRAINING
+
+
+def test_what_is_logged_under_a_bar_has_a_line_of_its_own(capsys):
+    logger = logging.Logger("finetune")
+    logger.addHandler(LineHandler())
+    with tqdm(total=2, desc="Training", delay=0) as bar:
+        bar.update()
+        bar.refresh()
+        logger.info("about %s left", "2 h")
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert "about 2 h left" in lines
+    assert any(line.startswith("Training:  50%") for line in lines)
+
+
+def test_in_a_file_short_bars_are_left_out_and_long_ones_are_rare():
+    code = (
+        "import data.plan\n"  # as the scripts import it, before any library
+        "import tqdm.auto\n"
+        "for _ in tqdm.auto.tqdm(range(100), desc='Loading weights'): pass\n"
+        "bar = tqdm.auto.tqdm(total=100)\n"
+        "print(bar.delay, bar.mininterval)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=TRAINING, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("1.0 10.0\n", "")
+
+
+def test_a_library_says_everything_once_and_the_toolkit_whenever_it_happens(capsys):
+    log_without_tokens(logging.INFO)
+    ours = logging.makeLogRecord({"name": "checkpoints", "pathname": str(TRAINING / "checkpoints.py"), "levelno": 30})
+    theirs = logging.makeLogRecord({"name": "torchao.utils", "pathname": "/site/torchao/utils.py", "levelno": 30})
+    for record in (ours, theirs):
+        for text in ("careful", "careful", "another"):
+            record.msg = f"{record.name}: {text}"
+            logging.getLogger().handle(record)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        *("checkpoints: careful", "checkpoints: careful", "checkpoints: another"),
+        *("torchao.utils: careful", "torchao.utils: another"),
+    ]

@@ -1,0 +1,105 @@
+import os
+
+import pytest
+
+from common.errors import UserError
+from common.files import refresh_names, remove_partials, replace_folder, written_whole
+
+
+def test_a_file_appears_only_when_its_block_has_succeeded(tmp_path):
+    target = tmp_path / "folder" / "file.txt"
+    with written_whole(target) as path:
+        path.write_text("whole")
+        assert not target.exists()
+    assert target.read_text() == "whole"
+    assert [file.name for file in target.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("earlier")
+    with pytest.raises(RuntimeError), written_whole(target) as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "earlier"
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_writers_of_one_file_on_several_machines_do_not_meet(tmp_path):
+    """Whose numbers of process and thread are equal."""
+    target = tmp_path / "file.txt"
+    with written_whole(target) as one, written_whole(target) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert target.read_text() == "one"  # the last to finish
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_names_are_refreshed_by_a_change_to_every_folder_that_leaves_nothing(tmp_path):
+    folders = [tmp_path, tmp_path / "latents", tmp_path / "latents" / "below"]
+    folders[-1].mkdir(parents=True)
+    (tmp_path / "latents" / "shard").touch()
+    for folder in folders:
+        os.utime(folder, (1, 1))
+    refresh_names(tmp_path)
+    assert all(folder.stat().st_mtime > 1 for folder in folders)
+    assert {path.name for path in tmp_path.rglob("*")} == {"latents", "below", "shard"}
+
+
+def test_the_partial_file_keeps_the_suffix_that_writers_choose_a_format_by(tmp_path):
+    with written_whole(tmp_path / "video.mp4") as path:
+        assert path.suffix == ".mp4"
+        path.write_bytes(b"")
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    folder, partial = tmp_path / "checkpoint-1", tmp_path / ".partial"
+    for path, content in ((folder, "old"), (partial, "new")):
+        path.mkdir()
+        (path / content).write_text(content)
+    replace_folder(partial, folder)
+    assert [file.name for file in folder.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_file_is_as_readable_as_any_other_whatever_the_writer_does(tmp_path):
+    (tmp_path / "usual").touch()
+    with written_whole(tmp_path / "file") as path:
+        path.unlink()
+        path.touch(mode=0o600)
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"file/below cannot be written \(.*\); what is done is kept"),
+        written_whole(tmp_path / "file" / "below") as path,
+    ):
+        path.write_text("x")
+
+
+def test_a_disk_that_is_full_in_the_middle_is_told_in_one_line(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"target cannot be written \(No space left on device\)"),
+        written_whole(tmp_path / "target"),
+        open("/dev/full", "w") as full,
+    ):
+        full.write("x")
+
+
+def test_what_is_no_folder_gives_way_to_one(tmp_path):
+    partial, folder = tmp_path / ".partial.new", tmp_path / "new"
+    partial.mkdir()
+    folder.write_text("in the way")
+    replace_folder(partial, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert folder.is_dir()
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / f".{'0' * 16}.partial.loss.png").touch()
+    for name in ("loss.png", ".hidden", "a.partial.b"):
+        (tmp_path / name).touch()
+    remove_partials(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "a.partial.b", "loss.png"]

@@ -1,0 +1,298 @@
+"""Parquet files and data sets of the `datasets` library are read as `arrow_data` promises."""
+
+import io
+import sys
+import tarfile
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from clip_lists import bad, captions, error_of, good, read, touch, write
+from data.clips import Clip
+
+
+ROWS = {"video": ["a.mp4", "sub/b.mp4"], "text": ["A cat.\nOn a mat.", "A dog."], "n": [1, None]}
+MEDIA = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
+
+
+def decoded(path):
+    """All frames."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def picture():
+    """An image file's bytes, 4 pixels high and 6 wide."""
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS[0]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def nested(kind, depth):
+    for _ in range(depth):
+        kind = pa.list_(kind)
+    return kind
+
+
+def read_parquet(folder, values, kind=None, **columns):
+    """Clips and bad clips of a column of videos."""
+    table = {"video": pa.array(values, kind), "text": [f"Cat {number}." for number in range(len(values))]}
+    pq.write_table(pa.table(table | columns), folder / "data.parquet")
+    return read(None, dataset_file=folder / "data.parquet", cache=folder / "cache")
+
+
+def test_parquet_rows_are_numbered_and_extra_columns_of_single_values_kept(tmp_path):
+    table = {"video": ["a.mp4", None], "text": ["A cat.", "A dog."], "fps": [8.0, None], "raw": [b"x", b"y"]}
+    pq.write_table(pa.table(table | {"list": [[1], [2]]}), tmp_path / "data.parquet")
+    clips, bad_clips = read(tmp_path, dataset_file=Path("data.parquet"))
+    assert clips == [Clip(tmp_path / "a.mp4", "A cat.", "data.parquet:row 1", metadata={"fps": "8.0"})]
+    assert [str(clip) for clip in bad_clips] == ["unnamed clip (data.parquet:row 2): has no path"]
+
+
+def test_a_file_that_is_no_parquet_is_one_line(tmp_path):
+    message = error_of(tmp_path, dataset_file=write(tmp_path / "data.parquet", b"video,text\n"))
+    assert message.startswith(f"{tmp_path / 'data.parquet'} cannot be read: Parquet")
+
+
+def test_parquet_text_that_is_not_utf8_is_a_bad_clip(tmp_path):
+    broken = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 4], np.int32)), pa.py_buffer(b"caf\xe9"))
+    pq.write_table(pa.table({"video": pa.array(["a.mp4"]), "text": broken}), tmp_path / "data.parquet")
+    (line,) = bad(tmp_path, dataset_file=tmp_path / "data.parquet")
+    assert line.startswith("a.mp4 (data.parquet:row 1): has an unreadable value in column 'text'")
+
+
+def test_parquet_may_hold_files_bytes_alone_or_with_their_path(tmp_path):
+    ((clip,), _) = read_parquet(tmp_path, [b"content"])
+    assert clip.video.read_bytes() == b"content"
+    clips, bad_clips = read_parquet(tmp_path, [{"bytes": b"x", "path": "a.MOV"}, {"path": "b.mp4"}, None], MEDIA)
+    assert clips[0].video.suffix == ".mov"
+    assert clips[1].video == tmp_path / "b.mp4"
+    assert [clip.reason for clip in bad_clips] == ["has no path"]
+
+
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.int64()])
+def test_parquet_may_hold_decoded_videos_of_any_length_and_their_rate(tmp_path, kind):
+    videos = [PIXELS, PIXELS[:2]]
+    clips, bad_clips = read_parquet(tmp_path, [video.tolist() for video in videos], nested(kind, 4), fps=[None, 12])
+    assert bad_clips == []
+    assert all(np.array_equal(decoded(clip.video), video) for clip, video in zip(clips, videos, strict=True))
+    with av.open(str(clips[1].video)) as container:
+        assert container.streams.video[0].average_rate == 12
+
+
+@pytest.mark.parametrize(
+    ("video", "reason"),
+    [
+        ([[[[1, 2, 3]]], [[[1, 2, 3]], [[1, 2, 3]]]], "has list among its frames, not an image"),
+        ([], "holds no frames"),
+    ],
+)
+def test_decoded_frames_that_make_no_video_are_a_bad_clip(tmp_path, video, reason):
+    _, (bad_clip,) = read_parquet(tmp_path, [video], nested(pa.uint8(), 4))
+    assert bad_clip.reason == reason
+
+
+def test_parquet_may_hold_videos_as_lists_of_images(tmp_path):
+    ((clip,), _) = read_parquet(tmp_path, [[{"bytes": picture(), "path": None}] * 3], pa.list_(MEDIA))
+    assert np.array_equal(decoded(clip.video), PIXELS[[0, 0, 0]])
+
+
+def test_parquet_may_hold_first_frames(tmp_path):
+    images = pa.array([[{"bytes": picture(), "path": None}], [], None], pa.list_(MEDIA))
+    clips, _ = read_parquet(tmp_path, ["a.mp4", "b.mp4", "c.mp4"], images=images)
+    assert [clip.image and clip.image.read_bytes() for clip in clips] == [picture(), None, None]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The library, with a cache of its own."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets_cache"))
+        yield datasets
+
+
+@pytest.fixture(params=["csv", "jsonl", "parquet", "saved", "saved splits"])
+def local_dataset(request, hub, tmp_path):
+    """The same two rows as a folder of every kind that the library reads."""
+    data = hub.Dataset.from_dict(ROWS)
+    place = tmp_path / "my data"
+    match request.param:
+        case "csv":
+            place.mkdir()
+            data.to_csv(place / "train.csv")
+        case "jsonl":
+            place.mkdir()
+            data.to_json(place / "train.jsonl")
+        case "parquet":
+            place.mkdir()
+            data.to_parquet(place / "train.parquet")
+        case "saved":
+            data.save_to_disk(place)
+        case "saved splits":
+            hub.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(place)
+    return place
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_local_data_set_of_any_kind_is_read(local_dataset, streaming):
+    clips = good(None, dataset_name=str(local_dataset), dataset_streaming=streaming)
+    assert [(clip.video, clip.caption) for clip in clips] == [
+        (local_dataset / "a.mp4", "A cat.\nOn a mat."),
+        (local_dataset / "sub/b.mp4", "A dog."),
+    ]
+    assert clips[1].source == f"{local_dataset}:train:row 2"
+    assert [float(clip.metadata["n"]) for clip in clips if clip.metadata] == [1]
+
+
+def test_the_data_root_is_where_paths_of_a_data_set_start(hub, tmp_path):
+    hub.Dataset.from_dict(ROWS).save_to_disk(tmp_path / "saved")
+    touch(tmp_path, "clips/x")
+    clips = good(tmp_path / "clips", dataset_name=str(tmp_path / "saved"))
+    assert clips[1].video == tmp_path / "clips/sub/b.mp4"
+
+
+def test_a_saved_data_set_without_splits_is_its_training_split(hub, tmp_path):
+    hub.Dataset.from_dict(ROWS).save_to_disk(tmp_path / "saved")
+    assert error_of(None, dataset_name=str(tmp_path / "saved"), dataset_split="test") == (
+        f"--dataset_name {tmp_path / 'saved'} has no split 'test'; it has train: set --dataset_split"
+    )
+
+
+def test_another_split_is_read_when_named(hub, tmp_path):
+    data = hub.Dataset.from_dict(ROWS)
+    hub.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "saved")
+    assert captions(good(None, dataset_name=str(tmp_path / "saved"), dataset_split="test")) == ["A dog."]
+
+
+def test_an_unknown_split_is_told_with_those_there(hub, local_dataset):
+    message = error_of(None, dataset_name=str(local_dataset), dataset_split="validation")
+    assert "validation" in message
+    assert "train" in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_unknown_column_of_a_data_set_is_told_with_those_there(hub, tmp_path, streaming):
+    write(tmp_path / "data/train.csv", "path,text\na.mp4,A cat.\n")
+    name = str(tmp_path / "data")
+    assert error_of(None, dataset_name=name, dataset_streaming=streaming) == (
+        f"--dataset_name {name} has no column 'video'; it has path, text: set --video_column"
+    )
+
+
+def test_an_unknown_configuration_is_told_with_those_there(hub, tmp_path):
+    write(tmp_path / "data/train.csv", "video,text\na.mp4,A cat.\n")
+    message = error_of(None, dataset_name=str(tmp_path / "data"), dataset_config_name="large")
+    assert "'large' not found. Available: ['default']" in message
+
+
+def test_a_data_set_that_cannot_be_reached_is_one_line(hub):
+    message = error_of(None, dataset_name="nobody/nothing")
+    assert message.startswith("--dataset_name nobody/nothing cannot be read: Couldn't reach")
+    assert len(message.splitlines()) == 1
+
+
+def test_code_in_a_data_set_is_never_run(hub, tmp_path):
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    write(tmp_path / "data/data.py", code)
+    assert "cannot be read" in error_of(None, dataset_name=str(tmp_path / "data"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_of_videos_with_metadata_is_read_without_a_video_decoder(hub, tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"data/train/{name}.mp4", b"content")
+    write(tmp_path / "data/train/metadata.csv", "file_name,text\na.mp4,A cat.\nb.mp4,A dog.\n")
+    for streaming in (False, True):
+        clips = good(None, dataset_name=str(tmp_path / "data"), dataset_streaming=streaming)
+        assert [(clip.video, clip.caption) for clip in clips] == [
+            (tmp_path / "data/train/a.mp4", "A cat."),
+            (tmp_path / "data/train/b.mp4", "A dog."),
+        ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_features_of_media_are_read(hub, tmp_path, streaming):
+    features = {
+        "encoded": hub.Video(),
+        "decoded": hub.Array4D((None, 4, 6, 3), "uint8"),
+        "frames": hub.List(hub.Image()),
+        "image": hub.Image(),
+        "text": hub.Value("string"),
+    }
+    image = {"bytes": picture(), "path": None}
+    row = {"encoded": {"bytes": b"content", "path": "a.mp4"}, "decoded": PIXELS.tolist(), "frames": [image, image]}
+    rows = {name: [value] for name, value in (row | {"image": image, "text": "A cat."}).items()}
+    (tmp_path / "data").mkdir()
+    hub.Dataset.from_dict(rows, features=hub.Features(features)).to_parquet(tmp_path / "data/train.parquet")
+    options = {"dataset_name": str(tmp_path / "data"), "dataset_streaming": streaming, "cache": tmp_path / "cache"}
+    by_column = {column: good(None, **options, video_column=column)[0] for column in row}
+    assert by_column["encoded"].video.read_bytes() == b"content"
+    assert np.array_equal(decoded(by_column["decoded"].video), PIXELS)
+    assert np.array_equal(decoded(by_column["frames"].video), PIXELS[[0, 0]])
+    assert by_column["encoded"].image.read_bytes() == picture()
+
+
+def test_streaming_takes_no_more_rows_than_asked_for(hub, tmp_path):
+    table = pa.table({"video": [b"first", b"second", b"third"], "text": ["A cat."] * 3})
+    (tmp_path / "data").mkdir()
+    pq.write_table(table, tmp_path / "data/train-00000.parquet", row_group_size=1)
+    options = {
+        "dataset_name": str(tmp_path / "data"),
+        "dataset_streaming": True,
+        "cache": tmp_path / "cache",
+        "max_samples": 2,
+    }
+    assert len(good(None, **options)) == 2
+    assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_web_data_set_is_read(hub, tmp_path, streaming):
+    (tmp_path / "data").mkdir()
+    with tarfile.open(tmp_path / "data/train-0.tar", "w") as archive:
+        for name, content in (("a.mp4", b"first"), ("a.txt", b"A cat."), ("b.mp4", b"second"), ("b.txt", b"A dog.")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    options = {"dataset_name": str(tmp_path / "data"), "video_column": "mp4", "caption_column": "txt"}
+    clips = good(None, **options, dataset_streaming=streaming, cache=tmp_path / "cache")
+    assert [(clip.caption, clip.metadata) for clip in clips] == [("A cat.", {}), ("A dog.", {})]
+    assert [clip.video.read_bytes() for clip in clips] == [b"first", b"second"]
+
+
+def test_a_data_set_is_read_without_a_word(local_dataset, hub, capfd):
+    hub.enable_progress_bars()
+    hub.logging.set_verbosity_info()
+    good(None, dataset_name=str(local_dataset))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_data_set_is_one_line(hub, tmp_path):
+    write(tmp_path / "data/train.parquet", b"PAR1 and nothing more")
+    for streaming in (False, True):
+        message = error_of(None, dataset_name=str(tmp_path / "data"), dataset_streaming=streaming)
+        assert message.startswith(f"--dataset_name {tmp_path / 'data'}")
+        assert len(message.splitlines()) == 1
+
+
+def test_streaming_does_without_torch(hub, tmp_path, monkeypatch):
+    class NoTorch:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            assert name != "torch"
+
+    write(tmp_path / "data/train.csv", "video,text\na.mp4,A cat.\n")
+    monkeypatch.setattr(hub.config, "TORCH_AVAILABLE", True)
+    monkeypatch.setattr(sys, "meta_path", [NoTorch, *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert captions(good(None, dataset_name=str(tmp_path / "data"), dataset_streaming=True)) == ["A cat."]

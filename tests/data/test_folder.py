@@ -1,0 +1,132 @@
+"""A folder of clips and captions is read as `clip_folder` promises."""
+
+import os
+
+import pytest
+
+from clip_lists import bad, captions, error_of, good, touch, write
+from data.clips import Clip
+
+
+def test_clips_take_the_caption_of_the_same_name_in_all_folders_below_sorted_by_path(tmp_path):
+    touch(tmp_path, "b/x.mp4", "a-1.webm", "a.MOV", "b/deep/still.jpg")
+    for name in ("b/x.txt", "a-1.txt", "a.txt", "b/deep/still.txt"):
+        write(tmp_path / name, f" About {name}.\n")
+    assert good(tmp_path) == [
+        Clip(tmp_path / "a-1.webm", "About a-1.txt.", "a-1.txt"),
+        Clip(tmp_path / "a.MOV", "About a.txt.", "a.txt"),
+        Clip(tmp_path / "b/deep/still.jpg", "About b/deep/still.txt.", "b/deep/still.txt"),
+        Clip(tmp_path / "b/x.mp4", "About b/x.txt.", "b/x.txt"),
+    ]
+
+
+VIDEOS = ["mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "ts", "gif"]
+IMAGES = ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff"]
+
+
+@pytest.mark.parametrize("suffix", VIDEOS + IMAGES)
+def test_videos_and_images_of_every_kind_are_found(tmp_path, suffix):
+    touch(tmp_path, f"a.{suffix}")
+    write(tmp_path / "a.txt", "A cat.")
+    assert [clip.video.name for clip in good(tmp_path)] == [f"a.{suffix}"]
+
+
+def test_an_image_beside_a_video_is_its_first_frame_and_no_clip(tmp_path):
+    touch(tmp_path, "a.mp4", "a.png", "b.png")
+    write(tmp_path / "a.txt", "A cat.")
+    write(tmp_path / "b.txt", "A dog.")
+    assert [(clip.video.name, clip.image) for clip in good(tmp_path)] == [
+        ("a.mp4", tmp_path / "a.png"),
+        ("b.png", None),
+    ]
+
+
+def test_a_caption_file_may_have_several_lines_and_a_byte_order_mark(tmp_path):
+    touch(tmp_path, "a.mp4")
+    write(tmp_path / "a.txt", "\ufeffA cat.\r\nOn a mat.\r\n")
+    assert captions(good(tmp_path)) == ["A cat.\nOn a mat."]
+
+
+def test_clips_without_caption_and_captions_without_clip_are_bad_clips(tmp_path):
+    touch(tmp_path, "a.mp4", "a.png", "sub/b.mp4", "d.mp4")
+    write(tmp_path / "sub/c.txt", "A dog.")
+    write(tmp_path / "d.txt", "A cow.")
+    assert bad(tmp_path) == [
+        f"a.mp4 ({tmp_path}): has no caption file a.txt beside it",
+        f"sub/b.mp4 ({tmp_path}): has no caption file b.txt beside it",
+        f"sub/c.txt ({tmp_path}): has no clip of the same name beside it",
+    ]
+
+
+def test_captions_that_are_empty_or_no_text_are_bad_clips(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    write(tmp_path / "a.txt", " \n")
+    write(tmp_path / "b.txt", b"caf\xe9")
+    assert bad(tmp_path) == [
+        "a.mp4 (a.txt): has no caption",
+        f"b.mp4 (b.txt): {tmp_path / 'b.txt'} is not UTF-8 text: byte 3 does not fit; save it as UTF-8",
+    ]
+
+
+def test_several_images_for_one_video_are_a_bad_clip(tmp_path):
+    touch(tmp_path, "a.mp4", "a.png", "a.jpg")
+    write(tmp_path / "a.txt", "A cat.")
+    assert bad(tmp_path) == [f"a.mp4 ({tmp_path}): has several images for its first frame beside it: a.jpg, a.png"]
+
+
+def test_hidden_files_and_notes_at_the_top_do_not_count(tmp_path):
+    touch(tmp_path, "a.mp4", ".b.mp4", ".cache/c.mp4", "sub/.d.txt")
+    for name in ("a.txt", "README.txt", "License.txt"):
+        write(tmp_path / name, "A cat.")
+    assert [clip.video.name for clip in good(tmp_path)] == ["a.mp4"]
+    write(tmp_path / "sub/readme.txt", "A cat.")
+    assert bad(tmp_path) == [f"sub/readme.txt ({tmp_path}): has no clip of the same name beside it"]
+
+
+def test_links_to_folders_are_followed_once_even_in_circles(tmp_path, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    touch(elsewhere, "a.mp4")
+    write(elsewhere / "a.txt", "A cat.")
+    (tmp_path / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(tmp_path)
+    assert [clip.video for clip in good(tmp_path)] == [tmp_path / "linked/a.mp4"]
+
+
+def test_a_file_name_that_is_no_unicode_is_a_bad_clip(tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9"
+    for suffix in (b".mp4", b".txt"):
+        with open(name + suffix, "w") as file:
+            file.write("A cat.")
+    (line,) = bad(tmp_path)
+    assert line.endswith("has text that is not valid Unicode, which no list can hold")
+    assert line.isascii()
+
+
+def test_a_table_beside_clips_without_captions_is_pointed_to(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    write(tmp_path / "metadata.csv", "file_name,text\na.mp4,A cat.\n")
+    assert error_of(tmp_path).endswith(f"but metadata.csv: give --dataset_file {tmp_path / 'metadata.csv'}")
+
+
+@pytest.mark.parametrize("ours", ["prepared.json", "plan.csv"])
+def test_what_was_prepared_among_the_clips_is_no_clip(tmp_path, ours):
+    touch(tmp_path, "a.mp4", "prepared/contact_sheet.png", f"prepared/{ours}")
+    write(tmp_path / "a.txt", "A cat.")
+    assert captions(good(tmp_path)) == ["A cat."]
+
+
+def test_a_folder_with_nothing_names_the_formats(tmp_path):
+    write(tmp_path / "captions.txt", "A cat.")
+    message = error_of(tmp_path)
+    assert message.startswith(f"{tmp_path} has nothing that can be read as clips")
+    for form in (
+        "videos.txt",
+        "prompts.txt",
+        "--dataset_file",
+        ".csv",
+        ".tsv",
+        ".jsonl",
+        ".parquet",
+        "--dataset_name",
+    ):
+        assert form in message

@@ -1,0 +1,289 @@
+"""Media that rows carry become files as `media_cache` promises: whole, without loss, each once."""
+
+import importlib
+import io
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import ClassVar
+
+import av
+import numpy as np
+import pytest
+from fsspec import AbstractFileSystem
+from PIL import Image
+
+from clip_lists import write
+from common.errors import UserError
+from data import media_cache
+from data.media_cache import first_frame_file, media_file
+from data.rows import UnusableRow
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 9, 3), np.uint8)
+
+
+def picture(format="PNG", size=(6, 4), colour=(255, 0, 0)):
+    """An image file's bytes; a colour of four numbers is transparent."""
+    buffer = io.BytesIO()
+    Image.new("RGBA" if len(colour) == 4 else "RGB", size, colour).save(buffer, format)
+    return buffer.getvalue()
+
+
+def decoded(path):
+    """All frames, and the rate."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]), stream.average_rate
+
+
+def files_in(cache):
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
+def problem_of(value, cache, fps=None):
+    with pytest.raises(UnusableRow) as raised:
+        media_file(value, None, cache, fps)
+    return str(raised.value)
+
+
+def test_a_path_is_a_path_in_the_folder(tmp_path):
+    assert media_file(" a.mp4\n", tmp_path, tmp_path) == tmp_path / "a.mp4"
+    assert media_file({"bytes": None, "path": "/b.mp4"}, None, tmp_path) == Path("/b.mp4")
+
+
+@pytest.mark.parametrize("value", ["~/a.mp4", " ~/a.mp4", {"path": "~/a.mp4"}])
+def test_a_path_may_start_from_the_home_folder(tmp_path, monkeypatch, value):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert media_file(value, tmp_path, tmp_path) == media_file(value, None, tmp_path) == Path("/home/me/a.mp4")
+
+
+@pytest.mark.parametrize("name", ["~a.mp4", "~root/a.mp4", "a/~/b.mp4"])
+def test_a_name_with_a_tilde_is_a_name(tmp_path, name):
+    assert media_file(name, tmp_path, tmp_path) == tmp_path / name
+
+
+@pytest.mark.parametrize("value", [None, "", " ", {"bytes": None, "path": None}, {"bytes": None, "path": ""}])
+def test_an_empty_path_is_none(tmp_path, value):
+    assert problem_of(value, tmp_path) == "has no path"
+
+
+def test_a_relative_path_needs_a_folder(tmp_path):
+    assert problem_of("a.mp4", tmp_path).endswith("give the folder it starts from with --data_root")
+
+
+@pytest.mark.parametrize("value", [b"content", {"bytes": b"content"}, {"bytes": b"content", "path": None}])
+def test_bytes_become_a_file(tmp_path, value):
+    assert media_file(value, None, tmp_path).read_bytes() == b"content"
+
+
+def test_bytes_keep_the_suffix_of_the_path_that_comes_with_them_if_it_is_one_of_media(tmp_path):
+    names = ["somewhere/a.MOV", "b.jpg", "c.exe", "d"]
+    files = [media_file({"bytes": b"content", "path": name}, None, tmp_path) for name in names]
+    assert [file.suffix for file in files] == [".mov", ".jpg", "", ""]
+
+
+@pytest.mark.parametrize("value", [b"content", PIXELS, [picture()]], ids=["bytes", "decoded", "images"])
+def test_the_same_media_are_written_once(tmp_path, value):
+    written = media_file(value, None, tmp_path)
+    time = written.stat().st_mtime_ns
+    assert media_file(value, None, tmp_path) == written
+    assert files_in(tmp_path) == [written]
+    assert written.stat().st_mtime_ns == time
+
+
+def test_other_media_or_another_rate_make_another_file(tmp_path):
+    images = [picture(), picture(colour=(0, 0, 0))]
+    values = [(PIXELS, None), (PIXELS, 12), (PIXELS[:4], None), (images, None), (images[::-1], None), (images, 12)]
+    assert len({media_file(value, None, tmp_path, fps) for value, fps in values}) == len(values)
+
+
+@pytest.mark.parametrize(("fps", "rate"), [(None, 8), (12, 12), (30000 / 1001, 29.97)])
+@pytest.mark.parametrize("kind", [np.uint8, np.int64])
+def test_decoded_videos_are_kept_without_loss(tmp_path, kind, fps, rate):
+    found, found_rate = decoded(media_file(PIXELS.astype(kind), None, tmp_path, fps))
+    assert np.array_equal(found, PIXELS)
+    assert float(found_rate) == pytest.approx(rate, rel=1e-4)
+
+
+def test_a_decoded_video_has_the_same_bytes_wherever_it_is_written(tmp_path):
+    first, second = (media_file(PIXELS, None, tmp_path / cache) for cache in ("a", "b"))
+    assert first.name == second.name
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_decoded_image_is_kept_as_png(tmp_path):
+    file = media_file(PIXELS[0], None, tmp_path)
+    assert file.suffix == ".png"
+    assert np.array_equal(np.asarray(Image.open(file)), PIXELS[0])
+
+
+def test_a_list_of_images_becomes_a_video(tmp_path):
+    colours = [(255, 0, 0), (0, 128, 3), (7, 8, 9)]
+    write(tmp_path / "3.png", picture(colour=colours[2]))
+    images = [picture(colour=colours[0]), {"bytes": picture(colour=colours[1]), "path": None}, "3.png"]
+    frames, rate = decoded(media_file(images, tmp_path, tmp_path / "cache", 12))
+    assert rate == 12
+    assert frames.shape == (3, 4, 6, 3)
+    assert [tuple(frame[0, 0]) for frame in frames] == colours
+
+
+def test_an_image_of_a_list_is_read_as_a_still_image_is(tmp_path):
+    frames, _ = decoded(media_file([picture(colour=(0, 0, 0, 0))], None, tmp_path))
+    assert (frames == 255).all()  # transparent parts are white
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (np.ones((1, 1, 1, 3), np.float32), "holds float32 of shape [1, 1, 1, 3]; decoded videos are"),
+        (np.ones((1, 1, 1, 2), np.uint8), "holds uint8 of shape [1, 1, 1, 2]; decoded videos are"),
+        (np.ones((0, 1, 1, 3), np.uint8), "holds uint8 of shape [0, 1, 1, 3]; decoded videos are"),
+        (np.full((1, 1, 1, 3), 256), "holds int64 of shape [1, 1, 1, 3]; decoded videos are"),
+        (np.full((1, 1, 1, 3), -1), "holds int64 of shape [1, 1, 1, 3]; decoded videos are"),
+        ([], "holds no frames"),
+        ([picture(), picture(size=(8, 8))], "holds frames of different sizes"),
+        ([picture(), picture()[:50]], "has a frame that is not a readable image"),
+        ([picture(), b"text"], "has a frame that is no still image"),
+        ([picture(), "/gone.png"], "has a frame /gone.png that is no file"),
+        ([picture(), "/\0.png"], "has a frame /"),
+        ([{"x": 5}], "has dict among its frames, not an image"),
+        ({"x": 5}, "is dict, not a path"),
+        (7, "is int 7, not a path"),
+    ],
+)
+def test_media_that_make_no_video_are_told_and_not_kept(tmp_path, value, problem):
+    assert problem_of(value, tmp_path).startswith(problem)
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("fps", [0.0, -8.0, float("nan"), float("inf"), "8"])
+def test_a_rate_that_is_none_is_told(tmp_path, fps):
+    assert "in its fps column; a rate is a number" in problem_of(PIXELS, tmp_path, fps)
+
+
+@pytest.mark.parametrize("value", [None, "", " ", []])
+def test_a_first_frame_may_be_missing(tmp_path, value):
+    assert first_frame_file(value, None, tmp_path) is None
+
+
+@pytest.mark.parametrize("value", [picture(), {"bytes": picture(), "path": None}, [{"bytes": picture()}]])
+def test_a_first_frame_may_be_in_the_row_alone_or_as_a_list_of_one(tmp_path, value):
+    assert first_frame_file(value, None, tmp_path).read_bytes() == picture()
+
+
+def test_what_is_wrong_with_a_first_frame_is_said_of_the_image(tmp_path):
+    with pytest.raises(UnusableRow, match=r"^its image is int 5, not a path$"):
+        first_frame_file(5, None, tmp_path)
+    with pytest.raises(UnusableRow, match=r"^has 2 images where one belongs$"):
+        first_frame_file([picture(), picture()], None, tmp_path)
+
+
+class Hub(AbstractFileSystem):
+    """Files of the hub, as they are asked for by their links."""
+
+    protocol = "hf"
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def _open(self, path, mode="rb", **options):
+        try:
+            return io.BytesIO(self.files[path])
+        except KeyError as error:
+            raise FileNotFoundError(path) from error
+
+
+@pytest.fixture
+def hub(monkeypatch) -> dict[str, bytes]:
+    """What lies on the hub."""
+    monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "hf", Hub)
+    monkeypatch.setattr(Hub, "files", {})
+    return Hub.files
+
+
+def test_a_file_on_the_hub_is_fetched_once(hub, tmp_path):
+    hub["datasets/o/n@main/a.mp4"] = b"content"
+    value = {"bytes": None, "path": "hf://datasets/o/n@main/a.mp4"}
+    fetched = media_file(value, None, tmp_path, within=[])
+    hub.clear()
+    assert media_file(value, None, tmp_path, within=[]) == fetched
+    assert fetched.suffix == ".mp4"
+    assert fetched.read_bytes() == b"content"
+
+
+def test_a_file_that_is_not_on_the_hub_is_told_and_not_kept(hub, tmp_path):
+    assert problem_of({"path": "hf://datasets/o/n@main/gone.mp4"}, tmp_path).startswith("cannot be fetched: ")
+    assert files_in(tmp_path) == []
+
+
+def test_a_file_that_is_larger_than_a_clip_can_be_is_not_kept(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(media_cache, "FETCH_LIMIT", 2**20)
+    hub["datasets/o/n@main/a.mp4"] = bytes(2**20 + 1)
+    assert problem_of({"path": "hf://datasets/o/n@main/a.mp4"}, tmp_path) == "cannot be fetched: larger than 1 MiB"
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "http://127.0.0.1:1/a.mp4",
+        "https://huggingface.co.evil.org/a.mp4",
+        "file:///etc/hostname",
+        "local:///etc/hostname",
+        "memory://a.mp4",
+        "zip://a.mp4::http://127.0.0.1:1/clips.zip",
+        "simplecache::file:///etc/hostname",
+        "filecache://a::hf://datasets/o/n/a.zip",
+    ],
+)
+def test_no_other_server_is_asked_for_what_a_table_links_to(tmp_path, link):
+    for within in ([], None):
+        with pytest.raises(UnusableRow, match=r"^is a (URL; download the file|link of a kind that is not followed)"):
+            media_file({"path": link}, None, tmp_path, within=within)
+
+
+def test_a_link_into_an_archive_stays_in_the_data_root(tmp_path):
+    for folder in ("data", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        with zipfile.ZipFile(tmp_path / folder / "clips.zip", "w") as archive:
+            archive.writestr("a.mp4", folder)
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    for archive in ("clips.zip", f"{data}/clips.zip"):
+        link = {"path": f"zip://a.mp4::{archive}"}
+        assert media_file(link, data, cache, within=[data]).read_text() == "data"
+    for archive in ("../elsewhere/clips.zip", f"{tmp_path}/elsewhere/clips.zip"):
+        with pytest.raises(UnusableRow, match="lies outside of"):
+            media_file({"path": f"zip://a.mp4::{archive}"}, data, cache, within=[data])
+
+
+def test_frames_that_a_row_lists_stay_in_the_data_root(tmp_path):
+    (tmp_path / "data").mkdir()
+    for place in ("secret.png", "data/frame.png"):
+        write(tmp_path / place, picture())
+    folder, cache = tmp_path / "data", tmp_path / "cache"
+    assert media_file(["frame.png", "frame.png"], folder, cache, within=[folder]).exists()
+    for frame in ("../secret.png", {"path": str(tmp_path / "secret.png")}):
+        with pytest.raises(UnusableRow, match=f"lies outside of {folder}"):
+            media_file(["frame.png", frame], folder, cache, within=[folder])
+
+
+def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path):
+    write(tmp_path / "cache", b"a file where a folder belongs")
+    with pytest.raises(UserError, match="cannot be written"):
+        media_file(b"content", None, tmp_path / "cache")
+
+
+def test_processes_that_fill_one_cache_at_once_agree(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; import numpy as np; from data.media_cache import media_file;"
+        "videos = [np.full((2, 8, 8, 3), value, np.uint8) for value in range(50)];"
+        "print(*(media_file(video, None, Path(sys.argv[1])) for video in videos))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    first, second = (process.communicate()[0].split() for process in started)
+    assert first == second
+    assert sorted(map(str, files_in(tmp_path))) == sorted(first)
+    assert all((decoded(Path(path))[0] == value).all() for value, path in enumerate(first))

@@ -1,0 +1,73 @@
+"""What a list says cannot lead out of the folders that the user named; links in these folders can."""
+
+from pathlib import Path
+
+import pytest
+
+from data.paths import stays_inside
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A folder of clips with a link to one elsewhere, itself reached by a link."""
+    (tmp_path / "real/videos").mkdir(parents=True)
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    (tmp_path / "data").symlink_to(tmp_path / "real")
+    (tmp_path / "real/linked").symlink_to(tmp_path / "elsewhere/deep")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        "a.mp4",
+        "videos/a.mp4",
+        "..a/b..mp4",
+        "videos/../a.mp4",
+        "linked/a.mp4",  # its owner linked it
+        "{root}/a.mp4",
+        "{root}/linked/a.mp4",
+        "{real}/a.mp4",  # the same folder under another name
+        "../data/a.mp4",
+        ".",
+    ],
+)
+def test_what_lies_in_the_folder_is_inside(root, listed):
+    assert stays_inside(listed.format(root=root, real=root.resolve()), root, [root])
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        "../a.mp4",
+        "videos/../../a.mp4",
+        "linked/../a.mp4",  # the folder above the one linked to
+        "/a.mp4",
+        "/",
+        "{root}-more/a.mp4",
+        "{root}/../a.mp4",
+        "{parent}/elsewhere/deep/a.mp4",
+        "../\0",
+    ],
+)
+def test_what_lies_elsewhere_is_not(root, listed):
+    assert not stays_inside(listed.format(root=root, parent=root.parent), root, [root])
+
+
+def test_any_of_several_folders_will_do(root, tmp_path):
+    folders = [root, tmp_path / "elsewhere"]
+    assert stays_inside(f"{tmp_path}/elsewhere/a.mp4", root, folders)
+    assert stays_inside("linked/../a.mp4", root, folders)
+    assert not stays_inside(f"{tmp_path}/a.mp4", root, folders)
+
+
+def test_without_a_folder_nothing_is_inside(tmp_path):
+    assert not stays_inside(f"{tmp_path}/a.mp4", None, [])
+    assert stays_inside(f"{tmp_path}/a.mp4", None, [tmp_path])
+
+
+def test_relative_folders_start_from_the_working_directory(root, monkeypatch):
+    monkeypatch.chdir(root.parent)
+    assert stays_inside(f"{root}/a.mp4", Path("data"), [Path("data")])
+    assert stays_inside("../data/a.mp4", Path("data"), [Path("data")])
+    assert not stays_inside("../a.mp4", Path("data"), [Path("data")])

@@ -1,0 +1,283 @@
+"""From flags to a plan: which clips there are, which cannot be used, and what is said about it."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from args import parse_args, parse_prepare_args
+from common.errors import UserError
+from data.buckets import Bucket
+from data.clips import BadClip
+from data.plan import (
+    PreparedData,
+    RawData,
+    check_bad_clips,
+    data_sources,
+    describe,
+    plan_raw_clips,
+    plan_training_data,
+    plan_validation_clips,
+    report_skipped,
+    validation_data_flags,
+)
+from data.prepared import PreparedClip, StoredTensor, index_lines, sample_in_shards
+
+
+@pytest.fixture
+def data(demo_clips, tmp_path) -> Path:
+    """Three good clips and one of each kind of bad one."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "videos").symlink_to(demo_clips / "videos")
+    videos = [f"videos/{path.name}" for path in sorted((demo_clips / "videos").iterdir())[:3]]
+    (folder / "zeros.mp4").write_bytes(bytes(1000))
+    videos += ["missing.mp4", "zeros.mp4", videos[0]]
+    captions = ["one", "two", "three", "four", "five", ""]
+    (folder / "table.jsonl").write_text(
+        "".join(json.dumps({"video": v, "caption": c}) + "\n" for v, c in zip(videos, captions, strict=True))
+    )
+    return folder
+
+
+def plan(data: Path, *flags: str, **options: bool) -> RawData:
+    places = ["--model_id", "org/name", "--data_root", str(data), "--output_dir", str(data.parent / "out")]
+    size = ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17"]
+    return plan_raw_clips(parse_prepare_args([*places, *size, *flags]), **options)
+
+
+def test_every_listed_clip_is_planned_or_bad_with_its_reason(data):
+    found = plan(data, "--dataset_file", str(data / "table.jsonl"))
+    assert found.captions == ["one", "two", "three"]
+    assert found.buckets == [Bucket(17, 64, 96)] * 3
+    reasons = {clip.source: clip.reason for clip in found.bad}
+    assert reasons.keys() == {"table.jsonl:4", "table.jsonl:5", "table.jsonl:6"}
+    assert "does not exist" in reasons["table.jsonl:4"]
+    assert "caption" in reasons["table.jsonl:6"]
+
+
+def test_all_bad_clips_are_refused_in_one_list(data):
+    found = plan(data, "--dataset_file", str(data / "table.jsonl"))
+    with pytest.raises(UserError, match=r"3 of 6 clips cannot be used; .* --on_bad_clip skip:") as caught:
+        check_bad_clips(found, "error")
+    assert all(f"({clip.source})" in str(caught.value) for clip in found.bad)
+    check_bad_clips(found, "skip")
+
+
+def test_a_clip_that_is_split_counts_as_one(data):
+    found = plan(data, "--dataset_file", str(data / "table.jsonl"), "--long_clips", "split", "--frame_buckets", "5")
+    assert len(found.clips) > 3
+    with pytest.raises(UserError, match="3 of 6 clips cannot be used"):
+        check_bad_clips(found, "error")
+
+
+def test_nothing_is_left_to_skip_where_every_clip_is_bad():
+    with pytest.raises(UserError, match="1 of 1 clips cannot be used:"):
+        check_bad_clips(RawData([], [BadClip("a.mp4", "videos.txt:1", "is empty")]), "skip")
+
+
+def test_clips_left_out_are_written_to_a_table_and_forgotten_when_they_are_mended(tmp_path):
+    bad = [BadClip("a, b.mp4", "videos.txt:1", "is empty")]
+    report_skipped(bad, tmp_path)
+    with open(tmp_path / "skipped_clips.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["clip", "source", "reason"], ["a, b.mp4", "videos.txt:1", "is empty"]]
+    report_skipped([], tmp_path)
+    assert not (tmp_path / "skipped_clips.csv").exists()
+
+
+def test_an_image_is_looked_at_only_where_it_is_needed(data):
+    video = json.loads((data / "table.jsonl").read_text().splitlines()[0])["video"]
+    row = {"video": video, "caption": "one", "image": "no-such.png"}
+    (data / "images.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--dataset_file", str(data / "images.jsonl")]
+    assert len(plan(data, *flags).clips) == 1
+    (bad,) = plan(data, *flags, with_images=True).bad
+    assert "no-such.png" in bad.reason
+
+
+def test_the_data_sets_of_a_mix_are_joined(data, demo_clips, tmp_path):
+    mix = tmp_path / "mix.json"
+    entries = [{"data_root": str(demo_clips), "repeats": 2}, {"dataset_file": str(data / "table.jsonl")}]
+    mix.write_text(json.dumps(entries))
+    flags = ["--model_id", "org/name", "--dataset_mix", str(mix), "--output_dir", str(tmp_path / "out")]
+    args = parse_prepare_args([*flags, *SIZE, "--allow_outside_paths"])
+    assert len(data_sources(args)) == 2
+    found = plan_raw_clips(args)
+    assert found.repeats == [2] * 16 + [1] * 3
+
+
+def test_a_bad_clip_of_a_mix_is_named_with_the_folder_of_its_list(data, demo_clips, tmp_path):
+    mix = tmp_path / "mix.json"
+    mix.write_text(json.dumps([{"data_root": str(demo_clips)}, {"dataset_file": "data/table.jsonl"}]))
+    flags = ["--dataset_mix", str(mix), "--output_dir", str(tmp_path / "out")]
+    args = parse_prepare_args([*flags, "--allow_outside_paths"])
+    places = {clip.source for clip in plan_raw_clips(args).bad}
+    assert {f"{data}/table.jsonl:{line}" for line in (4, 5, 6)} <= places
+
+
+def test_weights_count_the_samples_that_can_be_used(data, demo_clips, tmp_path):
+    rows = (data / "table.jsonl").read_text().splitlines()
+    (data / "one.jsonl").write_text(rows[0] + "\n")
+    mix = tmp_path / "mix.json"
+    entries = [{"dataset_file": str(data / name), "weight": 1} for name in ("table.jsonl", "one.jsonl")]
+    mix.write_text(json.dumps(entries))
+    flags = ["--model_id", "org/name", "--dataset_mix", str(mix), "--output_dir", str(tmp_path / "out")]
+    args = parse_prepare_args([*flags, "--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17"])
+    assert plan_raw_clips(args).repeats == [1, 1, 1, 3]  # three rows of the first are bad
+
+
+def test_repeats_of_a_mix_multiply_those_of_prepared_samples(tmp_path):
+    for name in "ab":
+        (tmp_path / name / "latents").mkdir(parents=True)
+        (tmp_path / name / "prompt_embeds").mkdir()
+        latents, embeds = (
+            tmp_path / name / "latents" / "x.safetensors",
+            tmp_path / name / "prompt_embeds" / "y.safetensors",
+        )
+        save_file({"s.video_latents": np.zeros(1)}, latents)
+        save_file({"c.prompt_embeds": np.zeros(1)}, embeds)
+        entry = sample_in_shards(tmp_path / name, "s", latents, embeds, "c", Bucket(17, 64, 96), with_images=False)
+        (tmp_path / name / "index.jsonl").write_text(index_lines([entry | {"repeats": 2.0}]))
+    mix = tmp_path / "mix.json"
+    mix.write_text(json.dumps([{"data_root": "a", "repeats": 3}, {"data_root": "b"}]))
+    flags = ["--pretrained_model_name_or_path", "org/name", "--dataset_mix", str(mix), "--load_tensors"]
+    args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method="lora")
+    assert plan_training_data(args).repeats == [6, 2]
+
+
+# Clips held out
+
+
+SIZE = ("--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17")
+
+
+def hold_out(table: Path, data_root: Path, *flags: str, with_images: bool = False) -> RawData | None:
+    places = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(data_root)]
+    places += ["--output_dir", str(table.parent / "out"), "--validation_dataset_file", str(table)]
+    args = parse_args([*places, *flags], task="text-to-video", method="lora")
+    return plan_validation_clips(args, with_images=with_images)
+
+
+@pytest.fixture
+def held_out(demo_clips, tmp_path) -> Path:
+    """A table of two clips that lie beside it."""
+    folder = tmp_path / "held-out"
+    (folder / "videos").mkdir(parents=True)
+    rows = []
+    for number, path in enumerate(sorted((demo_clips / "videos").iterdir())[:2]):
+        (folder / "videos" / f"{number}.mp4").symlink_to(path)
+        rows.append({"file": f"videos/{number}.mp4", "caption": f"clip {number}"})
+    (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "table.jsonl"
+
+
+COLUMNS = ("--video_column", "file", "--caption_column", "caption")
+
+
+def test_no_clips_are_held_out_unless_a_table_names_them(demo_clips, tmp_path):
+    flags = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips)]
+    args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method="lora")
+    assert plan_validation_clips(args, with_images=False) is None
+
+
+def test_paths_of_clips_held_out_start_from_their_table(held_out, demo_clips):
+    """Clips of these names are in --data_root, too, which is what is trained on."""
+    flags = [*SIZE, *COLUMNS, "--id_token", "TOKEN", "--max_samples", "1"]
+    found = hold_out(held_out, demo_clips, *flags)
+    assert [planned.clip.video for planned in found.clips] == [held_out.parent / f"videos/{n}.mp4" for n in (0, 1)]
+    assert found.captions == ["TOKEN clip 0", "TOKEN clip 1"]
+    assert found.buckets == [Bucket(17, 64, 96)] * 2
+
+
+def test_clips_that_are_trained_on_too_are_not_held_out(held_out, demo_clips):
+    places = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips)]
+    places += ["--output_dir", str(held_out.parent / "out"), "--validation_dataset_file", str(held_out)]
+    (held_out.parent / "all.csv").write_text(
+        "file,caption\n" + "".join(f"{path},a\n" for path in sorted((demo_clips / "videos").iterdir())[1:])
+    )
+    flags = [*places, "--dataset_file", str(held_out.parent / "all.csv"), *COLUMNS]  # the clips are in --data_root
+    args = parse_args(flags, task="text-to-video", method="lora")
+    with pytest.raises(UserError, match="--validation_dataset_file: 1 of its clips are trained on too") as caught:
+        plan_training_data(args)
+    assert "1.mp4" in str(caught.value)
+
+
+def test_of_a_clip_that_is_split_the_first_part_is_held_out(held_out, demo_clips):
+    found = hold_out(held_out, demo_clips, *SIZE, "--frame_buckets", "5", *COLUMNS, "--long_clips", "split")
+    assert [planned.frame_indices for planned in found.clips] == [(0, 1, 2, 3, 4)] * 2
+
+
+def test_bad_clips_among_those_held_out_are_listed_whatever_becomes_of_others(data):
+    with pytest.raises(UserError, match="--validation_dataset_file: 3 of 6 clips cannot be used") as caught:
+        hold_out(data / "table.jsonl", data, *SIZE, "--caption_column", "caption", "--on_bad_clip", "skip")
+    assert all(f"table.jsonl:{line}" in str(caught.value) for line in (4, 5, 6))
+
+
+def test_images_of_clips_held_out_are_looked_at_only_where_they_are_needed(held_out, demo_clips):
+    rows = [json.loads(line) | {"image": "no-such.png"} for line in held_out.read_text().splitlines()]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(hold_out(held_out, demo_clips, *SIZE, *COLUMNS).clips) == 2
+    with pytest.raises(UserError, match=r"2 of 2 clips cannot be used(.|\n)*no-such\.png"):
+        hold_out(held_out, demo_clips, *SIZE, *COLUMNS, with_images=True)
+
+
+def write_settings_of(folder: Path, **flags) -> Path:
+    """A prepared folder, as far as the flags it was made with."""
+    folder.mkdir()
+    (folder / "prepared.json").write_text(json.dumps({"flags": flags}))
+    return folder
+
+
+def test_clips_held_out_are_cut_as_the_prepared_ones_were(held_out, tmp_path):
+    folder = write_settings_of(
+        tmp_path / "prepared",
+        id_token="TOKEN",
+        frame_buckets=[33],
+        height_buckets=[96],
+        width_buckets=[128],
+        skip_frames_start=2,
+    )
+    # The launchers pass the length of validation videos as a frame bucket.
+    found = hold_out(held_out, folder, "--load_tensors", *COLUMNS, "--frame_buckets", "17")
+    assert found.buckets == [Bucket(33, 96, 128)] * 2
+    assert {planned.frame_indices[0] for planned in found.clips} == {2}
+    assert found.captions == ["TOKEN clip 0", "TOKEN clip 1"]
+
+
+def test_where_prepared_folders_differ_the_flags_decide(held_out, tmp_path):
+    for name, height in (("a", 96), ("b", 112)):
+        write_settings_of(tmp_path / name, height_buckets=[height], width_buckets=[128], fps=None)
+    mix = tmp_path / "mix.json"
+    mix.write_text(json.dumps([{"data_root": "a"}, {"data_root": "b"}]))
+    flags = ["--pretrained_model_name_or_path", "org/name", "--dataset_mix", str(mix), "--load_tensors"]
+    flags += ["--validation_dataset_file", str(held_out), "--output_dir", str(tmp_path / "out"), *SIZE]
+    used = validation_data_flags(parse_args(flags, task="text-to-video", method="lora"))
+    assert (used.height_buckets, used.width_buckets) == ([64], [128])
+
+
+def test_nothing_about_clips_held_out_is_random(held_out, demo_clips):
+    flags = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips), "--random_flip", "0.5"]
+    flags += ["--validation_dataset_file", str(held_out), "--output_dir", str(held_out.parent / "out")]
+    for mode, kept in (("random", "center"), ("center", "center"), ("none", "none")):
+        args = parse_args([*flags, "--video_reshape_mode", mode], task="text-to-video", method="lora")
+        used = validation_data_flags(args)
+        assert (used.video_reshape_mode, used.random_flip) == (kept, None)
+
+
+class Configs:
+    """What `describe` reads of a model."""
+
+    transformer = {"max_text_seq_length": 226, "patch_size": 2, "patch_size_t": None}  # noqa: RUF012
+
+
+def test_prepared_samples_are_counted_by_bucket():
+    stored = StoredTensor(Path("a.pt"))
+    clips = [PreparedClip("a", Bucket(frames, 64, 96), stored, stored) for frames in (17, 17, 49)]
+    lines = describe(PreparedData(clips, []), None, Configs(), batch_size=1).splitlines()
+    assert lines == [
+        f"17x64x96: 2 prepared samples of {226 + 5 * 4 * 6} tokens",
+        f"49x64x96: 1 prepared samples of {226 + 13 * 4 * 6} tokens",
+    ]

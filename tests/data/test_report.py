@@ -1,0 +1,276 @@
+"""The plan's report says what is in the plan, and what stands out in it."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.buckets import Bucket, make_buckets
+from data.clips import BadClip, Clip, PlannedClip, plan_clips
+from data.report import describe_plan, sequence_length, write_plan
+from repository import TRAINING
+from video.probe import VideoInfo
+
+
+BUCKETS = make_buckets([1, 9, 17], [32, 64], [32, 64], 17)
+VIDEO = VideoInfo(17, 64, 64, 8.0)
+
+
+def plan(infos, captions="A cat.", repeats=1.0, **options):
+    """Samples of a clip for each of `infos`, all good."""
+    captions = [captions] * len(infos) if isinstance(captions, str) else captions
+    clips = [
+        Clip(Path(f"videos/{number}.mp4"), caption, f"videos.txt:{number + 1}", repeats=repeats)
+        for number, caption in enumerate(captions)
+    ]
+    infos = {clip.video: info for clip, info in zip(clips, infos, strict=True)}
+    planned, bad = plan_clips(clips, infos, BUCKETS, **options)
+    assert bad == []
+    return planned
+
+
+def notes(planned, **options):
+    """What stands below the table and the length of the epoch."""
+    lines = describe_plan(planned, batch_size=1, **options).splitlines()
+    return lines[[line.startswith("an epoch is") for line in lines].index(True) + 1 :]
+
+
+# The table
+
+
+def test_the_plan_is_described_bucket_by_bucket():
+    infos = [
+        VideoInfo(34, 90, 90, 8.0),  # spread: a half of its frames is used
+        VideoInfo(17, 64, 80, 8.0),  # a fifth of the width is cropped
+        VideoInfo(17, 64, 64, 8.0),
+        VideoInfo(10, 16, 40, 8.0),  # smaller than every bucket
+        VideoInfo(1, 64, 64, 0.0, is_image=True),
+    ]
+    assert describe_plan(plan(infos), batch_size=2).splitlines() == [
+        "bucket    samples  upscaled  cropped  clip frames  unused  batches",
+        "1x64x64         1         0       0%            1      0%        1",
+        "9x32x64         1         1      20%           10     10%        1",
+        "17x64x64        3         0       0%           17     25%        2",
+        "an epoch is 5 samples in 4 batches of up to 2",
+    ]
+
+
+def test_tokens_are_a_column_where_they_can_be_counted():
+    table = describe_plan(plan([VIDEO]), batch_size=1, tokens_of=lambda bucket: 226 + bucket.height)
+    assert [line.split()[2] for line in table.splitlines()[:2]] == ["tokens", "290"]
+
+
+@pytest.mark.parametrize(("mode", "name"), [("center", "cropped"), ("random", "cropped"), ("none", "squeezed")])
+def test_what_becomes_of_another_aspect_depends_on_the_reshape_mode(mode, name):
+    header, row, *_ = describe_plan(plan([VideoInfo(17, 64, 80, 8.0)]), batch_size=1, reshape_mode=mode).splitlines()
+    assert header.split()[3] == name
+    assert row.split()[3] == "20%"
+
+
+def test_frames_of_a_split_clip_count_as_used_whichever_sample_shows_them():
+    table = describe_plan(plan([VideoInfo(30, 64, 64, 8.0)], long_clips="split"), batch_size=1)
+    # 17 + 9 of 30 frames
+    assert [line.split()[-2] for line in table.splitlines()[:3]] == ["unused", "13%", "13%"]
+
+
+def test_batches_are_shared_out_over_the_ranks():
+    assert "an epoch is 9 samples in 5 batches of up to 2, 2 on each of 4 ranks" in describe_plan(
+        plan([VIDEO] * 9), batch_size=2, num_ranks=4
+    )
+
+
+def test_a_plan_without_samples_says_so():
+    assert describe_plan([], batch_size=1) == "there are no samples"
+
+
+# What stands out
+
+
+def test_nothing_is_noted_of_plain_clips():
+    assert notes(plan([VIDEO] * 3), model_fps=8.0, num_long_captions=0) == []
+
+
+def test_repeats_count_in_the_epoch():
+    planned = [*plan([VIDEO] * 4, repeats=2.5), *plan([VIDEO] * 3)]
+    assert "an epoch is 13 samples in 7 batches of up to 2" in describe_plan(planned, batch_size=2)
+    assert notes(planned) == ["in an epoch come 3 samples 1 times, 4 samples 2.5 times"]
+
+
+def test_many_different_repeats_are_summed_up():
+    planned = [sample for times in (0.5, 1, 2, 4) for sample in plan([VIDEO], repeats=times)]
+    assert notes(planned) == ["in an epoch come every sample 0.5 to 4 times"]
+
+
+def test_clips_that_were_split_are_counted():
+    planned = plan([VideoInfo(51, 64, 64, 8.0), VideoInfo(26, 64, 64, 8.0), VIDEO], long_clips="split")
+    assert notes(planned) == ["2 clips split: 5 samples"]
+
+
+def test_frames_that_are_held_are_told_with_the_worst_clip():
+    planned = plan([VideoInfo(8, 64, 64, 8.0), VideoInfo(5, 64, 64, 8.0)], hold_last_frame=True)
+    assert notes(planned) == [
+        "2 samples too short: the last frame is held, for up to 4 of 9 frames (1.mp4 (videos.txt:2))"
+    ]
+
+
+def test_captions_that_are_cut_are_counted():
+    assert notes(plan([VIDEO]), num_long_captions=1, max_caption_tokens=100) == [
+        "1 caption longer than 100 tokens: the model never sees what is beyond"
+    ]
+
+
+# Rates
+
+
+def rate_notes(*infos, **options):
+    return notes(plan(infos, **options), model_fps=8.0)
+
+
+def test_clips_faster_than_the_model_teach_slow_motion():
+    assert rate_notes(VideoInfo(17, 64, 64, 24.0), VideoInfo(17, 64, 64, 30.0), VIDEO) == [
+        "2 samples at 24 to 30 frames a second, where the model's videos have 8: it learns motion up to 3.8 times "
+        "slower than in life; --fps 8 samples at its rate"
+    ]
+
+
+def test_long_clips_spread_over_few_frames_teach_fast_motion():
+    # 17 frames from the first to the last of 161: 16 steps of 10 frames at 24 a second.
+    assert rate_notes(VideoInfo(161, 64, 64, 24.0)) == [
+        "1 sample at 2.4 frames a second, where the model's videos have 8: it learns motion up to 3.3 times faster "
+        "than in life; --fps 8 samples at its rate"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("info", "options"),
+    [
+        (VideoInfo(17, 64, 64, 16.0), {}),  # twice as fast is near enough
+        (VideoInfo(49, 64, 64, 24.0), {}),  # every third frame is shown
+        (VideoInfo(100, 64, 64, 24.0), {"fps": 8.0, "long_clips": "first"}),
+        (VideoInfo(17, 64, 64, 0.0), {}),  # nobody knows
+        (VideoInfo(1, 64, 64, 0.0, is_image=True), {}),
+        (VideoInfo(5, 64, 64, 8.0), {"hold_last_frame": True}),  # the frames held do not make it slower
+        (VideoInfo(1, 64, 64, 24.0), {"hold_last_frame": True}),
+    ],
+)
+def test_rates_near_the_models_are_not_noted(info, options):
+    assert not any("frames a second" in note for note in rate_notes(info, **options))
+
+
+def test_a_variable_rate_is_told_by_the_times_of_the_frames_shown():
+    times = tuple(range(0, 500_000, 50_000)) + tuple(range(1_000_000, 8_000_000, 1_000_000))
+    first = VideoInfo(17, 64, 64, 2.3, frame_times=times)  # 10 frames at 20 a second, then one a second
+    assert rate_notes(first)[0].startswith("1 sample at 2.29 frames a second")  # 16 steps in 7 seconds
+    assert rate_notes(first, skip_end=8)[0].startswith("1 sample at 20 frames a second")
+
+
+# Duplicates
+
+
+def of_content(*contents):
+    return [VideoInfo(17, 64, 64, 8.0, sha256=content) for content in contents]
+
+
+def test_clips_listed_twice_are_named_in_pairs():
+    assert notes(plan(of_content("a", "b", "a", "c", "a"))) == [
+        "2 clips listed again with the same caption, so they weigh more: 0.mp4 (videos.txt:1) and 2.mp4 "
+        "(videos.txt:3); 0.mp4 (videos.txt:1) and 4.mp4 (videos.txt:5)"
+    ]
+
+
+def test_only_the_first_pairs_are_named():
+    assert notes(plan(of_content(*"abcdabcd")))[0].endswith(
+        "2.mp4 (videos.txt:3) and 6.mp4 (videos.txt:7); and 1 more"
+    )
+
+
+def test_a_video_with_several_captions_is_no_duplicate():
+    planned = plan(of_content("a", "b", "a", "a"), captions=["A cat.", "A cat.", "A dog.", "A mouse."])
+    assert notes(planned) == ["1 video with several captions: 0.mp4 (videos.txt:1) and 2.mp4 (videos.txt:3)"]
+
+
+def test_the_samples_of_one_clip_are_no_duplicates():
+    planned = plan([VideoInfo(51, 64, 64, 8.0, sha256="a")], long_clips="split")
+    assert notes(planned) == ["1 clip split: 3 samples"]
+
+
+# The whole plan as a file
+
+
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_csv_has_a_line_for_every_sample_and_every_bad_clip(tmp_path):
+    planned = plan(
+        [VideoInfo(26, 48, 80, 30000 / 1001), VIDEO], captions=["A\ncat, äh.", "b" * 99], long_clips="split"
+    )
+    write_plan(planned, [BadClip("gone.mp4", "videos.txt:9", "does not exist")], tmp_path / "plan.csv")
+    first, second, third, bad = read(tmp_path / "plan.csv")
+    assert first == {
+        "source": "videos.txt:1",
+        "video": str(Path("videos/0.mp4")),
+        "caption": "A cat, äh.",
+        "frames": "26",
+        "fps": "29.97",
+        "height": "48",
+        "width": "80",
+        "bucket": "17x32x64",
+        "part": "0",
+        "first_frame": "0",
+        "last_frame": "16",
+        "held": "0",
+        "cropped": "0.167",
+        "upscaled": "",
+        "reason": "",
+    }
+    assert (second["part"], second["bucket"], second["first_frame"], second["last_frame"]) == (
+        "1",
+        "9x32x64",
+        "17",
+        "25",
+    )
+    assert third["caption"] == "b" * 59 + "…"
+    assert (bad["source"], bad["video"], bad["reason"]) == ("videos.txt:9", "gone.mp4", "does not exist")
+    assert bad["frames"] == ""
+
+
+def test_the_csv_tells_how_much_a_clip_is_upscaled_and_held(tmp_path):
+    write_plan(plan([VideoInfo(5, 16, 32, 8.0)], hold_last_frame=True), [], tmp_path / "plan.csv")
+    (row,) = read(tmp_path / "plan.csv")
+    assert (row["bucket"], row["upscaled"], row["held"], row["cropped"]) == ("9x32x64", "2", "4", "0.000")
+
+
+def test_a_file_name_that_is_not_unicode_can_be_written(tmp_path):
+    clip = Clip(Path("b\udcff.mp4"), "A cat.", "videos.txt:1")
+    write_plan([PlannedClip(clip, VIDEO, Bucket(9, 64, 64), tuple(range(9)))], [], tmp_path / "plan.csv")
+    assert read(tmp_path / "plan.csv")[0]["video"] == "b\\udcff.mp4"
+
+
+# Tokens
+
+
+def test_the_published_sizes_have_the_published_numbers_of_tokens():
+    assert sequence_length(Bucket(49, 480, 720)) == 226 + 17550  # CogVideoX: 13 x 30 x 45
+    assert sequence_length(Bucket(81, 768, 1360), patch_size_t=2) == 226 + 44880  # CogVideoX 1.5: 11 x 48 x 85
+    assert sequence_length(Bucket(1, 480, 720)) == 226 + 1350
+
+
+# What the VAE makes of so many frames.
+LATENT_FRAMES = {1: 1, 4: 1, 5: 2, 8: 2, 9: 3, 12: 3, 13: 4, 16: 4, 17: 5, 80: 20, 81: 21}
+
+
+@pytest.mark.parametrize(("num_frames", "latent_frames"), LATENT_FRAMES.items())
+def test_tokens_follow_the_latent_frames_filled_up_to_whole_patches(num_frames, latent_frames):
+    bucket = Bucket(num_frames, 32, 48)  # 2 x 3 patches a latent frame
+    assert sequence_length(bucket, text_tokens=10) == 10 + 6 * latent_frames
+    assert sequence_length(bucket, patch_size_t=2, text_tokens=10) == 10 + 6 * ((latent_frames + 1) // 2)
+
+
+def test_reporting_needs_no_torch():
+    script = "import sys, data.report; sys.exit('torch' in sys.modules)"
+    folder = TRAINING
+    assert subprocess.run([sys.executable, "-c", script], cwd=folder, check=False).returncode == 0

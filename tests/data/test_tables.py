@@ -1,0 +1,248 @@
+"""Text pairs, CSV, TSV, JSON and Parquet are read as `tables` promises, and what is wrong in them is said."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_lists import bad, captions, error_of, good, read, write, write_table
+from common.errors import UserError
+from data.clips import Clip
+
+
+def test_a_pair_of_text_files_is_read_line_by_line(tmp_path):
+    write(tmp_path / "videos.txt", "a.mp4\n videos/c d.mp4 \n")
+    write(tmp_path / "prompts.txt", "A cat.\n  Ein Käfer, 2 m “groß” \n")
+    assert good(tmp_path) == [
+        Clip(tmp_path / "a.mp4", "A cat.", "videos.txt:1"),
+        Clip(tmp_path / "videos/c d.mp4", "Ein Käfer, 2 m “groß”", "videos.txt:2"),
+    ]
+
+
+def test_the_columns_name_the_text_files(tmp_path):
+    write(tmp_path / "my_videos.txt", "a.mp4")
+    write(tmp_path / "captions", "A cat.")
+    write(tmp_path / "frames.txt", "a.png")
+    assert good(tmp_path, video_column="my_videos.txt", caption_column="captions", image_column="frames.txt") == [
+        Clip(tmp_path / "a.mp4", "A cat.", "my_videos.txt:1", tmp_path / "a.png")
+    ]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_byte_order_marks_line_ends_and_blank_last_lines_do_not_matter(tmp_path, mark, end):
+    write(tmp_path / "videos.txt", mark + end.join(["a.mp4", "b.mp4", "", " "]))
+    write(tmp_path / "prompts.txt", mark + end.join(["A cat.", "A dog.", ""]))
+    assert [(clip.video.name, clip.caption) for clip in good(tmp_path)] == [("a.mp4", "A cat."), ("b.mp4", "A dog.")]
+
+
+def test_only_line_ends_split_lines(tmp_path):
+    write(tmp_path / "videos.txt", "a.mp4\n")
+    write(tmp_path / "prompts.txt", "A cat\u2028on a mat\x0b.\n")
+    assert captions(good(tmp_path)) == ["A cat\u2028on a mat\x0b."]
+
+
+def test_a_missing_text_file_is_named_with_its_flag(tmp_path):
+    write(tmp_path / "videos.txt", "a.mp4")
+    assert error_of(tmp_path).startswith(f"{tmp_path / 'prompts.txt'} does not exist; --caption_column names the file")
+    assert error_of(tmp_path, video_column="clips.txt").startswith(
+        f"{tmp_path / 'clips.txt'} does not exist; --video_column names the file"
+    )
+
+
+def test_differing_line_counts_are_told(tmp_path):
+    write(tmp_path / "videos.txt", "a.mp4\nb.mp4\n")
+    write(tmp_path / "prompts.txt", "A cat.\n")
+    assert f"{tmp_path / 'videos.txt'} has 2 lines and {tmp_path / 'prompts.txt'} has 1;" in error_of(tmp_path)
+
+
+def test_blank_lines_in_the_middle_make_bad_clips(tmp_path):
+    write(tmp_path / "videos.txt", "a.mp4\n\nc.mp4\nd.mp4\n")
+    write(tmp_path / "prompts.txt", "A cat.\nA dog.\n \nA cow.\n")
+    assert bad(tmp_path) == ["unnamed clip (videos.txt:2): has no path", "c.mp4 (videos.txt:3): has no caption"]
+    assert captions(read(tmp_path)[0]) == ["A cat.", "A cow."]
+
+
+def test_empty_lists_are_an_error(tmp_path):
+    write(tmp_path / "videos.txt", "\n")
+    write(tmp_path / "prompts.txt", "")
+    assert error_of(tmp_path) == f"{tmp_path / 'videos.txt'} has no rows"
+
+
+@pytest.mark.parametrize(("content", "position"), [(b"a.mp4\nb\xff.mp4", 7), ("a.mp4".encode("utf-16"), 0)])
+def test_text_that_is_not_utf8_is_located(tmp_path, content, position):
+    write(tmp_path / "videos.txt", content)
+    write(tmp_path / "prompts.txt", "A cat.")
+    assert error_of(tmp_path) == (
+        f"{tmp_path / 'videos.txt'} is not UTF-8 text: byte {position} does not fit; save it as UTF-8"
+    )
+
+
+@pytest.mark.parametrize("images", ["a.png\n\nc.png", "a.png\r\n\r\nc.png\r\n\r\n"])
+def test_images_txt_names_first_frames_and_an_empty_line_the_videos_own(tmp_path, images):
+    write(tmp_path / "videos.txt", "a.mp4\nb.mp4\nc.mp4")
+    write(tmp_path / "prompts.txt", "A cat.\nA dog.\nA cow.")
+    write(tmp_path / "images.txt", images)
+    assert [clip.image for clip in good(tmp_path)] == [tmp_path / "a.png", None, tmp_path / "c.png"]
+
+
+def test_blank_lines_at_the_end_of_images_txt_count(tmp_path):
+    write(tmp_path / "videos.txt", "a.mp4\nb.mp4\nc.mp4")
+    write(tmp_path / "prompts.txt", "A cat.\nA dog.\nA cow.")
+    write(tmp_path / "images.txt", "\n".join(["a.png", "", ""]))
+    assert [clip.image for clip in good(tmp_path)] == [tmp_path / "a.png", None, None]
+
+
+@pytest.mark.parametrize(("images", "count"), [("a.png", 1), ("a.png\nb.png\nc.png\n", 3)])
+def test_an_images_txt_of_another_length_is_an_error(tmp_path, images, count):
+    write(tmp_path / "videos.txt", "a.mp4\nb.mp4")
+    write(tmp_path / "prompts.txt", "A cat.\nA dog.")
+    write(tmp_path / "images.txt", images)
+    assert error_of(tmp_path).startswith(
+        f"{tmp_path / 'videos.txt'} has 2 lines and {tmp_path / 'images.txt'} has {count};"
+    )
+
+
+def test_an_images_file_that_is_asked_for_must_be_there(tmp_path):
+    write(tmp_path / "videos.txt", "a.mp4")
+    write(tmp_path / "prompts.txt", "A cat.")
+    assert error_of(tmp_path, image_column="frames.txt").startswith(
+        f"{tmp_path / 'frames.txt'} does not exist; --image_column"
+    )
+
+
+def test_csv_columns_are_found_by_name_and_the_others_are_metadata(tmp_path):
+    file = write(tmp_path / "data.csv", "text,number,note,video\nA cat.,1,,a.mp4\nA dog.,2,good,b.mp4\n")
+    assert good(tmp_path, dataset_file=file) == [
+        Clip(tmp_path / "a.mp4", "A cat.", "data.csv:2", metadata={"number": "1"}),
+        Clip(tmp_path / "b.mp4", "A dog.", "data.csv:3", metadata={"number": "2", "note": "good"}),
+    ]
+
+
+def test_tabs_separate_the_fields_of_tsv(tmp_path):
+    file = write(tmp_path / "data.tsv", 'video\ttext\na.mp4\tA cat, on a mat.\nb.mp4\t"A\tdog."\nc.mp4\tA\tcow.\n')
+    clips, bad_clips = read(tmp_path, dataset_file=file)
+    assert captions(clips) == ["A cat, on a mat.", "A\tdog."]
+    assert [str(clip) for clip in bad_clips] == [
+        "c.mp4 (data.tsv:4): 3 fields where the header has 2; quote captions that contain tabs"
+    ]
+
+
+def test_the_example_of_the_documentation_loses_its_three_quotes(tmp_path):
+    file = write(tmp_path / "data.csv", 'video,text\n"""a.mp4""","""A black and white film, ""noisy"" sound."""\n')
+    file_simple = write(tmp_path / "simple.csv", 'video,text\n"""a.mp4""","""A cat, on a mat."""\n')
+    assert good(tmp_path, dataset_file=file)[0].video == tmp_path / "a.mp4"
+    assert captions(good(tmp_path, dataset_file=file_simple)) == ["A cat, on a mat."]
+
+
+def test_quotes_that_belong_to_a_caption_stay(tmp_path):
+    file = write(tmp_path / "data.csv", 'video,text\na.mp4,"""Hello"" she said, ""bye"""\n')
+    assert captions(good(tmp_path, dataset_file=file)) == ['"Hello" she said, "bye"']
+
+
+def test_csv_captions_may_have_commas_newlines_and_spaces_before_their_quotes(tmp_path):
+    file = write(tmp_path / "data.csv", 'video, text\r\n\r\na.mp4, "A cat,\n on a mat."\r\nb.mp4,A dog.\r\n')
+    assert good(tmp_path, dataset_file=file) == [
+        Clip(tmp_path / "a.mp4", "A cat,\n on a mat.", "data.csv:3"),
+        Clip(tmp_path / "b.mp4", "A dog.", "data.csv:5"),
+    ]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    file = write(tmp_path / "data.csv", "\ufeffvideo,text\na.mp4,A cat.\n")
+    assert captions(good(tmp_path, dataset_file=file)) == ["A cat."]
+
+
+def test_rows_of_another_length_are_bad_clips(tmp_path):
+    file = write(tmp_path / "data.csv", "video,text\na.mp4,A cat, on a mat.\nb.mp4,A dog.\nc.mp4\n")
+    assert bad(tmp_path, dataset_file=file) == [
+        "a.mp4 (data.csv:2): 3 fields where the header has 2; quote captions that contain commas",
+        "c.mp4 (data.csv:4): 1 field where the header has 2; quote captions that contain commas",
+    ]
+
+
+def test_a_quote_that_is_never_closed_is_an_error_not_a_short_list(tmp_path):
+    file = write(tmp_path / "data.csv", 'video,text\na.mp4,"A cat.\nb.mp4,A dog.\n')
+    assert error_of(tmp_path, dataset_file=file).startswith(f"{file}:2 is not valid CSV:")
+
+
+def test_a_table_of_an_unknown_kind_is_refused_with_those_that_are_known(tmp_path):
+    file = write(tmp_path / "data.xlsx", b"PK")
+    assert error_of(tmp_path, dataset_file=file).endswith("must be one of .csv, .tsv, .jsonl, .json, .parquet")
+
+
+def test_jsonl_has_one_object_a_line_with_newlines_in_captions(tmp_path):
+    rows = ['{"video": "a.mp4", "text": "A cat.\\nOn a mat.", "n": 3, "ok": true, "no": null, "tags": ["x"]}', ""]
+    file = write(tmp_path / "data.jsonl", "\ufeff" + "\r\n".join([*rows, '{"text": "A\u2028dog.", "video": "b.mp4"}']))
+    assert good(tmp_path, dataset_file=file) == [
+        Clip(tmp_path / "a.mp4", "A cat.\nOn a mat.", "data.jsonl:1", metadata={"n": "3", "ok": "True"}),
+        Clip(tmp_path / "b.mp4", "A\u2028dog.", "data.jsonl:3"),
+    ]
+
+
+def test_a_json_array_of_objects_is_read(tmp_path):
+    file = write(tmp_path / "data.json", json.dumps([{"video": "a.mp4", "text": "A cat."}], indent=2))
+    assert good(tmp_path, dataset_file=file) == [Clip(tmp_path / "a.mp4", "A cat.", "data.json:row 1")]
+
+
+def test_lines_that_are_not_json_are_located(tmp_path):
+    file = write(tmp_path / "data.jsonl", '{"video": "a.mp4", "text": "A cat."}\n{"video": }\n')
+    assert error_of(tmp_path, dataset_file=file) == (
+        f"{file}:2 is not valid JSON: Expecting value at character 11; "
+        "it must be an array of objects, or one object a line"
+    )
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_json_that_is_damaged_in_a_later_line_is_located(tmp_path, name):
+    file = write(tmp_path / name, '[\n{"video": "a.mp4", "text": "A cat."},\n{"video": }]')
+    assert error_of(tmp_path, dataset_file=file).startswith(
+        f"{file}:3 is not valid JSON: Expecting value at character"
+    )
+
+
+def test_json_may_have_one_object_a_line_whatever_the_files_suffix(tmp_path):
+    file = write(tmp_path / "data.json", '{"video": "a.mp4", "text": "A cat."}\n{"video": "b.mp4", "text": "A dog."}')
+    assert captions(good(tmp_path, dataset_file=file)) == ["A cat.", "A dog."]
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[" + "1" * 5000 + "]"])
+def test_json_that_no_parser_takes_is_one_line(tmp_path, content):
+    message = error_of(tmp_path, dataset_file=write(tmp_path / "data.json", content))
+    assert "is not valid JSON" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet"])
+@settings(deadline=None)
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1))
+def test_every_caption_comes_back_as_it_was_written(tmp_path_factory, suffix, texts):
+    file = tmp_path_factory.getbasetemp() / f"captions{suffix}"
+    write_table(file, [{"video": f"{number}.mp4", "text": text} for number, text in enumerate(texts)])
+    stripped = [text.strip() for text in texts]
+    if suffix in (".csv", ".tsv"):  # where quotes around a whole field are a spreadsheet's, not the caption's
+        stripped = [
+            text[1:-1].strip() if text[:1] == text[-1:] == '"' and text.count('"') == 2 else text for text in stripped
+        ]
+    clips, bad_clips = read(None, dataset_file=file)
+    found = {clip.video.name: clip.caption for clip in clips} | {clip.what: "" for clip in bad_clips}
+    assert found == {f"{number}.mp4": text for number, text in enumerate(stripped)}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet"])
+@settings(deadline=None, max_examples=50)
+@given(position=st.floats(0, 1), junk=st.binary(max_size=8), removed=st.integers(0, 20))
+def test_a_damaged_table_is_rows_or_one_line_and_never_a_traceback(tmp_path_factory, suffix, position, junk, removed):
+    file = tmp_path_factory.getbasetemp() / f"damaged{suffix}"
+    write_table(file, [{"video": f"{number}.mp4", "text": f'A "cat", {number}.\nIt sits.'} for number in range(4)])
+    content = file.read_bytes()
+    at = int(position * len(content))
+    file.write_bytes(content[:at] + junk + content[at + removed :])
+    try:
+        clips, bad_clips = read(None, dataset_file=file)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert clips or bad_clips
+        assert all(clip.caption and clip.source.startswith(file.name) for clip in clips)

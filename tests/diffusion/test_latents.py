@@ -1,0 +1,162 @@
+"""The objective, latents and positions against independent float64 computations and the pipeline's own."""
+
+import math
+
+import pytest
+import torch
+from diffusers import CogVideoXPipeline
+
+from data.buckets import Draw
+from diffusion.latents import (
+    image_noise_scales,
+    pad_latent_frames,
+    rotary_embeddings,
+    sample_generators,
+    sample_latents,
+    sample_noise,
+    sample_uniform,
+    step_generator,
+    velocity_losses,
+)
+from schedulers import alphas_cumprod, make_scheduler
+
+
+@pytest.mark.parametrize("snr_shift_scale", [3.0, 1.0])
+@pytest.mark.parametrize("timestep", [0, 1, 250, 500, 900, 998, 999])
+def test_the_loss_is_the_published_weighted_one_computed_in_float64(snr_shift_scale, timestep):
+    scheduler = make_scheduler(snr_shift_scale)
+    generator = torch.Generator().manual_seed(timestep)
+    latents, noise, prediction = (torch.randn(2, 3, 4, 5, 6, generator=generator) for _ in range(3))
+    timesteps = torch.full((2,), timestep)
+    losses = velocity_losses(prediction, scheduler.get_velocity(latents, noise, timesteps))
+
+    ac = alphas_cumprod(snr_shift_scale)[timestep]
+    for sample, loss in enumerate(losses.tolist()):
+        total = 0.0
+        values = (tensor[sample].flatten().tolist() for tensor in (latents, noise, prediction))
+        for z0, e, v in zip(*values, strict=True):
+            zt = math.sqrt(ac) * z0 + math.sqrt(1 - ac) * e
+            z0_hat = math.sqrt(ac) * zt - math.sqrt(1 - ac) * v
+            total += (z0_hat - z0) ** 2 / (1 - ac)
+        assert loss == pytest.approx(total / latents[sample].numel(), rel=1e-5)
+
+
+@pytest.mark.parametrize("timestep", [0, 400, 999])
+def test_predicting_the_true_velocity_gives_no_loss_and_the_clean_latents(timestep):
+    scheduler = make_scheduler(1.0)
+    latents, noise = torch.randn(2, 1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([timestep])
+    velocity = scheduler.get_velocity(latents, noise, timesteps)
+    assert velocity_losses(velocity, scheduler.get_velocity(latents, noise, timesteps)).tolist() == [0]
+    ac = scheduler.alphas_cumprod[timestep]
+    recovered = ac.sqrt() * scheduler.add_noise(latents, noise, timesteps) - (1 - ac).sqrt() * velocity
+    torch.testing.assert_close(recovered, latents, atol=1e-5, rtol=0)
+
+
+def test_latents_are_a_scaled_draw_from_the_posterior():
+    generator = torch.Generator().manual_seed(0)
+    mean, logvar = torch.full((1, 2, 3, 64, 64), 5.0), torch.full((1, 2, 3, 64, 64), 2 * math.log(0.5))
+    latents = sample_latents(torch.cat([mean, logvar], dim=1), 0.7, [generator])
+    assert latents.shape == (1, 3, 2, 64, 64)
+    assert latents.mean().item() == pytest.approx(5.0 * 0.7, abs=0.01)
+    assert latents.std().item() == pytest.approx(0.5 * 0.7, rel=0.02)
+
+
+def test_latents_decode_in_the_pipelines_own_scale_and_layout(tiny_models):
+    """What the pipeline hands to the VAE's decoder is what the encoder gave."""
+    pipeline = CogVideoXPipeline.from_pretrained(tiny_models("2b"))
+    mean = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    moments = torch.cat([mean, torch.full_like(mean, -30.0)], dim=1)  # e^-30: no noise to speak of
+    latents = sample_latents(moments, pipeline.vae.config.scaling_factor, [torch.Generator()])
+    torch.testing.assert_close(
+        pipeline.decode_latents(latents), pipeline.vae.decode(mean).sample, atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("frames", "patch_size_t", "padded"), [(13, None, 13), (13, 2, 14), (21, 2, 22), (12, 2, 12)])
+def test_odd_latent_frames_are_padded_in_front_with_the_first(frames, patch_size_t, padded):
+    latents = torch.randn(2, frames, 3, 4, 5)
+    result = pad_latent_frames(latents, patch_size_t)
+    extra = padded - frames
+    assert result.shape[1] == padded
+    assert torch.equal(result[:, extra:], latents)
+    assert all(torch.equal(result[:, i], latents[:, 0]) for i in range(extra))
+
+
+class Seen(Exception):
+    """Carries what the transformer was called with out of the sampling."""
+
+
+def stop_sampling(hidden_states, image_rotary_emb, **_):
+    """Stands in for the transformer's forward pass."""
+    raise Seen(hidden_states.shape, image_rotary_emb)
+
+
+SIZES = [(17, 64, 96), (9, 64, 96), (17, 32, 64)]  # the native one, then others; 17 x 64 x 96 is what 1.5 has grid for
+LARGER = [(17, 96, 64), (25, 32, 128)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [(kind, size) for kind in ("2b", "5b", "1.5-5b") for size in SIZES + (LARGER if kind != "1.5-5b" else [])],
+)
+def test_positions_are_exactly_those_that_sampling_uses(tiny_models, monkeypatch, kind, size):
+    num_frames, height, width = size
+    pipeline = CogVideoXPipeline.from_pretrained(tiny_models(kind))
+    monkeypatch.setattr(pipeline.transformer, "forward", stop_sampling)
+    with pytest.raises(Seen) as caught:
+        pipeline("a circle", height=height, width=width, num_frames=num_frames, num_inference_steps=1)
+    latents_shape, sampled = caught.value.args
+    trained = rotary_embeddings(pipeline.transformer, latents_shape[1], height, width, torch.device("cpu"))
+    if kind == "2b":
+        assert sampled is None
+        assert trained is None
+    else:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(trained, sampled, strict=True))
+
+
+def test_what_a_sample_is_noised_with_does_not_depend_on_its_batch():
+    draws = [Draw(3, 0), Draw(5, 0), Draw(3, 1), Draw(3, 0, copy=1)]
+    latents = torch.zeros(4, 2, 3, 4, 4)
+
+    def noise(*numbers: int) -> torch.Tensor:
+        generators = sample_generators(torch.device("cpu"), 7, [draws[number] for number in numbers])
+        uniform = sample_uniform(generators)
+        return sample_noise(latents[: len(numbers)], generators) + uniform.view(-1, 1, 1, 1, 1)
+
+    together = noise(0, 1, 2, 3)
+    assert torch.equal(torch.cat([noise(0), noise(1), noise(2), noise(3)]), together)
+    assert torch.equal(noise(2, 0), together[[2, 0]])
+    assert len({sample.sum().item() for sample in together}) == 4
+
+
+def test_a_steps_noise_depends_on_its_place_in_the_run_alone():
+    def draw(*position: int) -> torch.Tensor:
+        return torch.randn(4, generator=step_generator(torch.device("cpu"), *position))
+
+    first = draw(42, 7, 0, 0)
+    torch.randn(100)
+    assert torch.equal(draw(42, 7, 0, 0), first)
+    assert not any(
+        torch.equal(draw(*other), first) for other in [(43, 7, 0, 0), (42, 8, 0, 0), (42, 7, 1, 0), (42, 7, 0, 1)]
+    )
+
+
+# Noise on the first frame
+
+
+def test_one_noise_scale_follows_the_published_distribution():
+    generator = torch.Generator().manual_seed(0)
+    logs = torch.cat([image_noise_scales(1, generator) for _ in range(4000)]).log().double()
+    assert logs.mean() == pytest.approx(-3.0, abs=0.03)
+    assert logs.std() == pytest.approx(0.5, abs=0.03)
+
+
+def test_several_noise_scales_share_the_distribution_out_among_them():
+    generator = torch.Generator().manual_seed(0)
+    # The quartiles of N(-3, 0.5): the normal distribution's are at 0.67449 standard deviations.
+    edges = [-math.inf, -3 - 0.5 * 0.67449, -3, -3 + 0.5 * 0.67449, math.inf]
+    draws = torch.stack([image_noise_scales(4, generator) for _ in range(200)]).log()
+    for part in range(4):
+        assert ((edges[part] - 1e-4 <= draws[:, part]) & (draws[:, part] <= edges[part + 1] + 1e-4)).all()
+    assert draws.mean() == pytest.approx(-3.0, abs=0.05)

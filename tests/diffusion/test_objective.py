@@ -1,0 +1,242 @@
+"""The loss of a batch against the published formula, computed apart in float64 from the same random draws."""
+
+import pytest
+import torch
+from diffusers import CogVideoXPipeline
+
+from data.buckets import Bucket
+from dataset import Batch
+from diffusion.objective import Objective
+from diffusion.tasks import TextToVideo
+from diffusion.timesteps import TimestepSampling
+from models.source import ModelSource, encode_videos
+from schedulers import alphas_cumprod
+
+
+KINDS = {"2b": (1.15258426, 3.0, 1), "5b": (0.7, 1.0, 1), "1.5-5b": (0.7, 1.0, 2)}  # scaling, shift, frames per patch
+SEED = 11
+
+
+def make_batch(frames: int = 5, height: int = 8, width: int = 12) -> Batch:
+    """Two prepared samples, sized in latents."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(2, 16, frames, height, width, generator=generator)
+    logvar = torch.randn(2, 16, frames, height, width, generator=generator) - 2
+    return Batch(
+        names=["a", "b"],
+        bucket=Bucket(4 * frames - 3, 8 * height, 8 * width),
+        video_moments=torch.cat([mean, logvar], dim=1),
+        prompt_embeds=torch.randn(2, 226, 64, generator=generator),
+    )
+
+
+def make_objective(source: ModelSource, model=None) -> Objective:
+    transformer = source.load_transformer(torch.float32)
+    return Objective(
+        task=TextToVideo(),
+        model=model or transformer,
+        transformer=transformer,
+        scheduler=source.load_scheduler(),
+        configs=source.configs(),
+        vae=None,
+        dtype=torch.float32,
+    )
+
+
+def draw(moments: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor, list[float], torch.Tensor]:
+    """What the objective draws: latents [B, F, C, H, W] and noise in float64, ac of each sample, timesteps."""
+    scaling_factor, snr_shift_scale, frames_per_patch = KINDS[kind]
+    schedule = alphas_cumprod(snr_shift_scale)
+    timesteps, latents, noise = [], [], []
+    for generator, moment in zip(generators(len(moments)), moments.double(), strict=True):
+        timesteps.append(int(1000 * torch.rand(1, generator=generator, dtype=torch.float64)))
+        mean, logvar = moment.chunk(2)
+        posterior = mean + (0.5 * logvar).exp() * torch.randn(1, *mean.shape, generator=generator)[0].double()
+        sample = (posterior * scaling_factor).movedim(1, 0)
+        if len(sample) % frames_per_patch:
+            sample = torch.cat([sample[:1], sample])
+        latents.append(sample)
+        noise.append(torch.randn(1, *sample.shape, generator=generator)[0].double())
+    acs = [schedule[timestep] for timestep in timesteps]
+    return torch.stack(latents), torch.stack(noise), acs, torch.tensor(timesteps)
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(SEED + number) for number in range(count)]
+
+
+def losses_of(objective: Objective, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        return objective(batch, generators(len(batch.names)))
+
+
+@pytest.mark.parametrize("frames", [5, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_the_published_one(tiny_models, kind, frames):
+    batch = make_batch(frames)
+    source = ModelSource(str(tiny_models(kind)))
+    losses = losses_of(make_objective(source), batch)
+
+    latents, noise, acs, timesteps = draw(batch.video_moments, kind)
+    ac = torch.tensor(acs, dtype=torch.float64).reshape(-1, 1, 1, 1, 1)
+    noisy = ac.sqrt() * latents + (1 - ac).sqrt() * noise
+    pipeline = CogVideoXPipeline.from_pretrained(tiny_models(kind), text_encoder=None, tokenizer=None, vae=None)
+    positions = None
+    if kind != "2b":
+        positions = pipeline._prepare_rotary_positional_embeddings(64, 96, latents.shape[1], torch.device("cpu"))
+    with torch.no_grad():
+        velocity = pipeline.transformer(
+            noisy.float(), batch.prompt_embeds, timesteps, image_rotary_emb=positions, return_dict=False
+        )[0].double()
+    denoised = ac.sqrt() * noisy - (1 - ac).sqrt() * velocity
+    expected = ((denoised - latents) ** 2).mean(dim=(1, 2, 3, 4)) / (1 - ac.flatten())
+    assert losses.dtype == torch.float32
+    assert losses.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_predicts_the_true_velocity_has_no_loss(tiny_models, kind):
+    batch = make_batch()
+    latents, noise, acs, _ = draw(batch.video_moments, kind)
+    ac = torch.tensor(acs, dtype=torch.float64).reshape(-1, 1, 1, 1, 1)
+    velocity = (ac.sqrt() * noise - (1 - ac).sqrt() * latents).float()
+
+    def oracle(**_) -> tuple[torch.Tensor]:
+        return (velocity,)
+
+    losses = losses_of(make_objective(ModelSource(str(tiny_models(kind))), model=oracle), batch)
+    assert losses.tolist() == pytest.approx([0, 0], abs=1e-8)
+
+
+def test_a_model_that_predicts_the_true_velocity_and_one_more_has_a_loss_of_one(tiny_models):
+    batch = make_batch()
+    latents, noise, acs, _ = draw(batch.video_moments, "5b")
+    ac = torch.tensor(acs, dtype=torch.float64).reshape(-1, 1, 1, 1, 1)
+    velocity = (ac.sqrt() * noise - (1 - ac).sqrt() * latents).float()
+    objective = make_objective(ModelSource(str(tiny_models("5b"))), model=lambda **_: (velocity + 1,))
+    assert losses_of(objective, batch).tolist() == pytest.approx([1, 1], rel=1e-4)
+
+
+def test_raw_and_prepared_clips_have_the_same_loss(tiny_models):
+    source = ModelSource(str(tiny_models("5b")))
+    vae = source.load_vae(torch.float32, slicing=False, tiling=False)
+    videos = torch.randint(256, (2, 5, 3, 16, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    embeds = make_batch().prompt_embeds
+    raw = Batch(["a", "b"], Bucket(5, 16, 32), videos=videos, prompt_embeds=embeds)
+    prepared = Batch(["a", "b"], Bucket(5, 16, 32), video_moments=encode_videos(vae, videos), prompt_embeds=embeds)
+    objective = make_objective(source)
+    losses = losses_of(objective, prepared)
+    objective.vae = vae
+    assert torch.equal(losses_of(objective, raw), losses)
+    assert losses.isfinite().all()
+
+
+def test_the_transformer_is_given_its_inputs_in_the_runs_dtype_and_the_loss_stays_in_float32(tiny_models):
+    seen = {}
+
+    def note(**inputs) -> tuple[torch.Tensor]:
+        seen.update(inputs)
+        return (torch.zeros_like(inputs["hidden_states"]),)
+
+    objective = make_objective(ModelSource(str(tiny_models("5b"))), model=note)
+    objective.dtype = torch.bfloat16
+    assert losses_of(objective, make_batch()).dtype == torch.float32
+    assert seen["hidden_states"].dtype == seen["encoder_hidden_states"].dtype == torch.bfloat16
+    assert seen["timestep"].dtype == torch.int64
+    assert all(positions.dtype == torch.float32 for positions in seen["image_rotary_emb"])
+
+
+def test_batches_of_different_sizes_each_get_their_own_positions(tiny_models):
+    objective = make_objective(ModelSource(str(tiny_models("5b"))))
+    sizes = [(5, 8, 12), (3, 4, 6), (5, 8, 12)]
+    mixed = [losses_of(objective, make_batch(*size)).tolist() for size in sizes]
+    source = ModelSource(str(tiny_models("5b")))
+    alone = [losses_of(make_objective(source), make_batch(*size)).tolist() for size in sizes[:2]]
+    assert mixed == [*alone, alone[0]]
+
+
+def test_the_draws_come_from_the_generators_alone(tiny_models):
+    objective = make_objective(ModelSource(str(tiny_models("5b"))))
+    first = losses_of(objective, make_batch())
+    torch.rand(5)
+    assert torch.equal(losses_of(objective, make_batch()), first)
+
+
+def split(batch: Batch) -> list[Batch]:
+    """Each sample as a batch of its own."""
+    return [
+        Batch([name], batch.bucket, video_moments=moments[None], prompt_embeds=embeds[None])
+        for name, moments, embeds in zip(batch.names, batch.video_moments, batch.prompt_embeds, strict=True)
+    ]
+
+
+def gradients(objective: Objective) -> dict[str, torch.Tensor]:
+    named = {name: weight.grad for name, weight in objective.transformer.named_parameters()}
+    return {name: gradient for name, gradient in named.items() if gradient is not None}
+
+
+def test_accumulated_gradients_are_those_of_the_big_batch(tiny_models):
+    source = ModelSource(str(tiny_models("5b")))
+    whole, accumulated = make_objective(source), make_objective(source)
+    whole(make_batch(), generators(2)).mean().backward()
+    for one, generator in zip(split(make_batch()), generators(2), strict=True):
+        (accumulated(one, [generator]).sum() / 2).backward()
+    expected = gradients(whole)
+    assert gradients(accumulated).keys() == expected.keys() != set()
+    for name, gradient in gradients(accumulated).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_a_dropped_caption_becomes_the_empty_prompt(tiny_models, probability):
+    seen = []
+
+    def note(encoder_hidden_states, hidden_states, **_) -> tuple[torch.Tensor]:
+        seen.append(encoder_hidden_states)
+        return (torch.zeros_like(hidden_states),)
+
+    objective = make_objective(ModelSource(str(tiny_models("5b"))), model=note)
+    objective.empty_prompt = torch.full((226, 64), 7.0)
+    batch, objective.caption_dropout = make_batch(), probability
+    losses_of(objective, batch)
+    expected = objective.empty_prompt.expand(2, -1, -1) if probability else batch.prompt_embeds
+    assert torch.equal(seen[0], expected)
+    objective.losses(batch, torch.tensor([5, 5]), generators(2))
+    assert torch.equal(seen[1], batch.prompt_embeds)
+
+
+def test_captions_are_dropped_sample_by_sample_as_often_as_asked_for(tiny_models):
+    num_dropped = []
+
+    def note(encoder_hidden_states, hidden_states, **_) -> tuple[torch.Tensor]:
+        num_dropped.append((encoder_hidden_states[:, 0, 0] == 7).sum().item())
+        return (torch.zeros_like(hidden_states),)
+
+    objective = make_objective(ModelSource(str(tiny_models("5b"))), model=note)
+    objective.caption_dropout, objective.empty_prompt = 0.25, torch.full((226, 64), 7.0)
+    moments = torch.zeros(400, 32, 1, 2, 2)
+    batch = Batch(["a"] * 400, Bucket(1, 16, 16), video_moments=moments, prompt_embeds=torch.zeros(400, 226, 64))
+    losses_of(objective, batch)
+    assert num_dropped[0] == pytest.approx(100, abs=30)
+
+
+def test_weights_multiply_the_losses_of_the_samples(tiny_models):
+    objective = make_objective(ModelSource(str(tiny_models("5b"))))
+    plain = losses_of(objective, make_batch())
+    objective.timesteps = TimestepSampling(snr_gamma=5.0)
+    acs = torch.tensor(draw(make_batch().video_moments, "5b")[2])
+    snr = acs / (1 - acs)
+    torch.testing.assert_close(losses_of(objective, make_batch()), plain * snr.clamp(max=5.0) / (snr + 1))
+
+
+def test_timesteps_are_taken_from_the_part_that_a_sample_is_given(tiny_models):
+    seen = []
+
+    def note(hidden_states, timestep, **_) -> tuple[torch.Tensor]:
+        seen.extend(timestep.tolist())
+        return (torch.zeros_like(hidden_states),)
+
+    objective = make_objective(ModelSource(str(tiny_models("5b"))), model=note)
+    objective(make_batch(), generators(2), parts=torch.tensor([[9, 10], [0, 10]]))
+    assert 900 <= seen[0] < 1000
+    assert 0 <= seen[1] < 100

@@ -1,0 +1,254 @@
+"""A task takes the models that are made for it, and shows the transformer what the pipeline shows it."""
+
+from itertools import product
+
+import pytest
+import torch
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+from PIL import Image
+
+from common.errors import UserError
+from data.buckets import Bucket
+from dataset import Batch
+from diffusion.latents import rotary_embeddings
+from diffusion.tasks import ImageToVideo, TextToVideo
+from models.source import ModelSource, encode_noised_image
+
+
+SIZE = Bucket(17, 64, 96)  # that the tiny models were made for
+IMAGE_KINDS = ["5b-i2v", "1.5-5b-i2v"]
+LATER_KINDS = ["1.5-5b", "1.5-5b-i2v"]
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in range(count)]
+
+
+def configs_of(model):
+    return ModelSource(str(model)).configs()
+
+
+# Which model
+
+
+@pytest.mark.parametrize("kind", ["2b", "5b", "1.5-5b"])
+def test_text_to_video_takes_a_text_to_video_model(tiny_models, kind):
+    TextToVideo().check_model(configs_of(tiny_models(kind)), [SIZE])
+
+
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_image_to_video_takes_an_image_to_video_model(tiny_models, kind):
+    ImageToVideo(0.05, False).check_model(configs_of(tiny_models(kind)), [SIZE])
+
+
+def test_text_to_video_refuses_an_image_to_video_model_and_names_the_script(tiny_models):
+    with pytest.raises(UserError, match="--pretrained_model_name_or_path: this is an image-to-video model") as caught:
+        TextToVideo().check_model(configs_of(tiny_models("5b-i2v")), [SIZE])
+    assert "32 channels" in str(caught.value)
+    assert "cogvideox_image_to_video_lora.py" in str(caught.value)
+
+
+def test_image_to_video_refuses_a_text_to_video_model_and_names_the_script(tiny_models):
+    with pytest.raises(UserError, match="--pretrained_model_name_or_path: this is a text-to-video model") as caught:
+        ImageToVideo(0.05, False).check_model(configs_of(tiny_models("5b")), [SIZE])
+    assert "cogvideox_text_to_video_lora.py" in str(caught.value)
+
+
+def test_learned_positions_are_refused_at_another_size_unless_they_are_dropped(tiny_models):
+    configs = configs_of(tiny_models("5b-i2v"))
+    with pytest.raises(UserError, match=r"fit 17x64x96 .* alone, not 17x96x64; .*--ignore_learned_positional_embed"):
+        ImageToVideo(0.05, False).check_model(configs, [SIZE, Bucket(17, 96, 64)])
+    ImageToVideo(0.05, True).check_model(configs, [SIZE, Bucket(17, 96, 64)])
+
+
+@pytest.mark.parametrize("kind", ["2b", "5b"])
+def test_models_that_compute_their_positions_take_any_size(tiny_models, kind):
+    TextToVideo().check_model(configs_of(tiny_models(kind)), [Bucket(9, 96, 64), Bucket(33, 128, 160)])
+
+
+def task_of(kind: str) -> TextToVideo | ImageToVideo:
+    return ImageToVideo(0.05, False) if kind in IMAGE_KINDS else TextToVideo()
+
+
+@pytest.mark.parametrize("kind", LATER_KINDS)
+@pytest.mark.parametrize(("size", "nearest"), [((96, 64), "64x64"), ((64, 112), "64x96"), ((128, 128), "64x96")])
+def test_sizes_beyond_the_positions_of_cogvideox_1_5_are_refused_with_the_nearest(tiny_models, kind, size, nearest):
+    height, width = size
+    words = rf"--height_buckets.* up to 64x96 .*, not for {height}x{width}; nearest is {nearest}"
+    with pytest.raises(UserError, match=words) as caught:
+        task_of(kind).check_model(configs_of(tiny_models(kind)), [SIZE, Bucket(17, height, width)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", LATER_KINDS)
+def test_cogvideox_1_5_takes_exactly_the_sizes_that_its_pipeline_has_positions_for(tiny_models, kind):
+    transformer = ModelSource(str(tiny_models(kind))).load_transformer(torch.float32)
+    configs, taken = configs_of(tiny_models(kind)), []
+    for height, width in product(range(16, 113, 16), repeat=2):
+        try:
+            rotary_embeddings(transformer, 4, height, width, torch.device("cpu"))
+        except RuntimeError:
+            with pytest.raises(UserError, match="nearest"):
+                task_of(kind).check_model(configs, [Bucket(17, height, width)])
+        else:
+            task_of(kind).check_model(configs, [Bucket(17, height, width)])
+            taken.append((height, width))
+    assert set(taken) == set(product(range(16, 65, 16), range(16, 97, 16)))
+
+
+@pytest.mark.parametrize("kind", LATER_KINDS)
+@pytest.mark.parametrize(
+    ("frames", "nearest"), [(4, "1, 8"), (5, "1, 8"), (12, "9, 16"), (13, "9, 16"), (20, "17, 24"), (45, "41, 48")]
+)
+def test_frame_counts_that_cogvideox_1_5_does_not_sample_are_refused_with_the_nearest(
+    tiny_models, kind, frames, nearest
+):
+    words = rf"--frame_buckets: .* takes 1, 8k or 8k\+1 frames, not {frames}, .*; nearest are {nearest} "
+    with pytest.raises(UserError, match=words) as caught:
+        task_of(kind).check_model(configs_of(tiny_models(kind)), [SIZE, Bucket(frames, 64, 96)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", LATER_KINDS)
+def test_the_frame_counts_taken_are_those_that_the_vae_gives_back(tiny_models, kind):
+    vae = ModelSource(str(tiny_models(kind))).load_vae(torch.float32, slicing=False, tiling=False)
+    configs, taken = configs_of(tiny_models(kind)), []
+    for frames in (1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25):
+        size = Bucket(frames, 16, 16)
+        with torch.no_grad():
+            latents = vae.encode(torch.zeros(1, 3, *size)).latent_dist.mean
+            decoded = vae.decode(latents).sample
+        if decoded.shape[2] == frames:
+            task_of(kind).check_model(configs, [size])
+            taken.append(frames)
+        else:
+            with pytest.raises(UserError, match="--max_num_frames"):
+                task_of(kind).check_model(configs, [size])
+    assert taken == [1, 8, 9, 16, 17, 24, 25]
+
+
+@pytest.mark.parametrize("ignore", [True, False])
+def test_learned_positions_are_dropped_where_that_was_asked_for_and_in_the_config_too(tiny_models, ignore):
+    transformer = ModelSource(str(tiny_models("5b-i2v"))).load_transformer(torch.float32)
+    ImageToVideo(0.05, ignore).prepare_model(transformer)
+    assert transformer.config.use_learned_positional_embeddings is not ignore
+    assert ("patch_embed.pos_embedding" in transformer.state_dict()) is not ignore
+
+
+# What the transformer sees
+
+
+def test_text_to_video_shows_the_transformer_the_noisy_latents_alone(tiny_models):
+    noisy_latents = torch.randn(1, 3, 16, 8, 12)
+    batch = Batch(["a"], SIZE)
+    configs = configs_of(tiny_models("5b"))
+    inputs = TextToVideo().transformer_inputs(noisy_latents, batch, configs, None, generators(1))
+    assert inputs.keys() == {"hidden_states"}
+    assert inputs["hidden_states"] is noisy_latents
+
+
+def inputs_of_pipeline(model, image: Image.Image, num_frames: int) -> dict[str, torch.Tensor]:
+    """What the transformer is given in the first step of sampling."""
+    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(model)
+    seen = []
+    pipeline.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    pipeline(
+        image,
+        "a",
+        height=64,
+        width=96,
+        num_frames=num_frames,
+        num_inference_steps=1,
+        guidance_scale=1,
+        generator=generator(),
+        output_type="latent",
+    )
+    return seen[0]
+
+
+@pytest.mark.parametrize("num_frames", [17, 13])
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_the_image_is_where_the_pipeline_puts_it_and_scaled_alike(tiny_models, kind, num_frames):
+    pixels = torch.randint(256, (3, 64, 96), dtype=torch.uint8, generator=generator())
+    sampled = inputs_of_pipeline(tiny_models(kind), Image.fromarray(pixels.permute(1, 2, 0).numpy()), num_frames)
+
+    source = ModelSource(str(tiny_models(kind)))
+    vae = source.load_vae(torch.float32, slicing=False, tiling=False)
+    moments = encode_noised_image(vae, pixels, torch.zeros(1), generator())
+    noisy_latents = sampled["hidden_states"][:, :, :16]
+    trained = ImageToVideo(0.0, False).transformer_inputs(
+        noisy_latents, Batch(["a"], SIZE, image_moments=moments), source.configs(), None, [generator()]
+    )
+    torch.testing.assert_close(trained["hidden_states"], sampled["hidden_states"], atol=1e-5, rtol=1e-5)
+    assert trained["hidden_states"][:, 1:, 16:].abs().max() == 0 < trained["hidden_states"][:, 0, 16:].abs().max()
+    if kind == "1.5-5b-i2v":
+        assert torch.equal(trained["ofs"], sampled["ofs"])
+    else:
+        assert "ofs" not in trained
+        assert sampled["ofs"] is None
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
+def test_images_are_dropped_sample_by_sample(tiny_models, dropout):
+    moments = torch.cat([torch.ones(64, 16, 1, 8, 12), torch.full((64, 16, 1, 8, 12), -30.0)], dim=1)
+    inputs = ImageToVideo(dropout, False).transformer_inputs(
+        torch.zeros(64, 2, 16, 8, 12),
+        Batch(["a"] * 64, SIZE, image_moments=moments),
+        configs_of(tiny_models("5b-i2v")),
+        None,
+        generators(64),
+        drop_images=True,
+    )
+    images = inputs["hidden_states"][:, 0, 16:]
+    is_dropped = (images == 0).flatten(1).all(dim=1)
+    assert torch.allclose(images[~is_dropped], torch.tensor(0.7), atol=1e-4)
+    assert is_dropped.float().mean() == pytest.approx(dropout, abs=0.2 if dropout == 0.5 else 0)
+
+
+def test_raw_images_are_encoded_under_noise_of_the_published_strength(tiny_models):
+    source = ModelSource(str(tiny_models("5b-i2v")))
+    vae = source.load_vae(torch.float32, slicing=False, tiling=False)
+    image = torch.full((3, 64, 96), 255, dtype=torch.uint8)
+    batch = Batch(["a", "b"], SIZE, images=torch.stack([image, image]))
+    task = ImageToVideo(0.0, False)
+    inputs = task.transformer_inputs(torch.zeros(2, 5, 16, 8, 12), batch, source.configs(), vae, generators(2))
+    one, other = inputs["hidden_states"][:, 0, 16:]
+    clean = encode_noised_image(vae, image, torch.zeros(1), generator())[0, :16, 0] * 0.7
+    assert not torch.allclose(one, other)
+    assert (one - clean).abs().mean() < 1  # the image is still there
+
+
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_the_condition_follows_the_image(tiny_models, kind):
+    source = ModelSource(str(tiny_models(kind)))
+    vae = source.load_vae(torch.float32, slicing=False, tiling=False)
+    red, blue = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
+    red[0], blue[2] = 255, 255
+    noisy_latents = torch.zeros(1, 5, 16, 8, 12)
+
+    def condition(image: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+        task, batch = ImageToVideo(dropout, False), Batch(["a"], SIZE, images=image[None])
+        inputs = task.transformer_inputs(noisy_latents, batch, source.configs(), vae, generators(1), drop_images=True)
+        return inputs["hidden_states"][0, 0, 16:]
+
+    assert torch.equal(condition(red), condition(red))
+    # The same draws of noise for both: what differs is the image.
+    assert (condition(red) - condition(blue)).norm() > 0.3 * condition(red).norm()
+    assert condition(red, dropout=1.0).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "pipeline"),
+    [(TextToVideo(), CogVideoXPipeline), (ImageToVideo(0.05, False), CogVideoXImageToVideoPipeline)],
+)
+def test_a_task_is_sampled_with_its_own_pipeline(task, pipeline):
+    assert task.pipeline_class is pipeline
+
+
+def test_learned_positions_that_a_model_does_not_have_are_not_dropped(tiny_models):
+    with pytest.raises(UserError, match="this model has no learned positions; leave it out"):
+        ImageToVideo(0.05, True).check_model(configs_of(tiny_models("1.5-5b-i2v")), [SIZE])

@@ -1,0 +1,279 @@
+"""The pages on data sets say what the code does: their files are written, their commands parsed, their clips read."""
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import make_first_frames
+from args import parse_args, parse_prepare_args
+from common.errors import UserError
+from data.buckets import Bucket
+from data.clips import Clip
+from data.plan import RawData, check_bad_clips, data_sources, plan_raw_clips
+from data.report import describe_plan, sequence_length
+from data.sources import read_clips
+from flags import captions as caption_flags
+from make_demo_clips import make_demo_clips
+from pages import anchors, named_flags, outline
+from repository import ROOT
+
+
+PAGES = {
+    name: (ROOT / "assets" / "docs" / name).read_text(encoding="utf-8") for name in ("dataset.md", "dataset_zh.md")
+}
+ENGLISH, CHINESE = PAGES.values()
+# (kind, name, content): what a marker says of the code block below it
+EXAMPLES = re.findall(r"<!-- ([a-z]+): ([^>]+?) -->\n```[a-z]*\n(.*?)```", ENGLISH, flags=re.DOTALL)
+PARSERS: dict[str, Callable] = {
+    "prepare_dataset.py": parse_prepare_args,
+    "make_first_frames.py": make_first_frames.parse_flags,
+    "caption_dataset.py": caption_flags.parse_flags,
+    "cogvideox_text_to_video_lora.py": lambda flags: parse_args(flags, task="text-to-video", method="lora"),
+}
+NOTE_ARGUMENTS = """#!/usr/bin/env bash
+printf '%q ' "$@" >> calls
+echo >> calls
+"""
+DEMO_SCRIPTS = ("make_demo_clips.py", "make_tiny_model.py")  # whose flags need no check beyond their names
+
+RABBIT = "A plump grey rabbit yawns in front of its burrow, both arms stretched out"
+STREET = "A cyclist waits at the edge of a busy street, one foot on the kerb"
+LISTED = [("my-clips/videos/rabbit.mp4", RABBIT), ("my-clips/videos/street.mp4", STREET)]
+READ_BY_LIBRARY = ("A rabbit yawns", "A cyclist waits")
+# The clips that each command reads; those of the other commands are on the hub, or prepared.
+CLIPS = {
+    "pair": LISTED,
+    "folder": [("my-folder/night/street.mp4", STREET), ("my-folder/rabbit.mp4", RABBIT)],
+    "csv": LISTED,
+    "tsv": LISTED,
+    "jsonl": LISTED,
+    "json": LISTED,
+    "parquet": LISTED,
+    "local data set": list(zip(("my-dataset/rabbit.mp4", "my-dataset/street.mp4"), READ_BY_LIBRARY, strict=True)),
+    "saved": [(video, caption) for (video, _), caption in zip(LISTED, READ_BY_LIBRARY, strict=True)],
+    "mix": [("my-folder/night/street.mp4", f"BURROW {STREET}"), ("my-folder/rabbit.mp4", f"BURROW {RABBIT}"), *LISTED],
+    "stills": [
+        ("my-folder/night/street.mp4", STREET),
+        ("my-folder/poster.png", "A poster of a rabbit on a bicycle"),
+        ("my-folder/rabbit.mp4", RABBIT),
+    ],
+    "captioned": [("my-footage/rabbit.mp4", RABBIT), ("my-footage/street.mp4", STREET)],
+    "images": LISTED,
+    "with first frames": [
+        ("my-clips/videos/rabbit.mp4", "A rabbit yawns"),
+        ("my-clips/videos/street.mp4", "A cyclist waits"),
+    ],
+}
+
+
+class Workplace:
+    """A folder in which a reader follows the page from top to bottom, with programs that only note their arguments."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.flags: dict[str, list] = {}  # of each command's scripts, parsed
+        self.clips: dict[str, list[Clip]] = {}
+        make_demo_clips(folder / "try/clips")
+        for name in ("my-clips", "my-prepared", "try/model", "programs"):
+            (folder / name).mkdir(parents=True)
+        (folder / "try/model/model_index.json").touch()
+        for launcher in ROOT.glob("*.sh"):
+            (folder / launcher.name).symlink_to(launcher)
+        for program in ("python", "torchrun", "accelerate", "vllm"):
+            script = folder / "programs" / program
+            script.write_text(NOTE_ARGUMENTS)
+            script.chmod(0o755)
+
+    def follow(self, kind: str, name: str, content: str) -> None:
+        """Do what a block of the page says."""
+        if kind == "file":
+            write(self.folder / name, content.replace("/data/", f"{self.folder}/"))  # where the page's reader works
+        elif kind == "files":
+            for line in content.splitlines():
+                path, _, text = line.partition(" ")
+                write(self.folder / path, text.strip())
+        elif kind == "python":
+            exec(content, {})
+        elif kind == "command":
+            self.flags[name] = [flags for call in self.calls(content) if (flags := parsed(call))]
+            if name in CLIPS:
+                (flags,) = self.flags[name]
+                self.clips[name] = [clip for source in data_sources(flags) for clip in good_clips(source)]
+
+    def calls(self, command: str) -> list[list[str]]:
+        """The arguments of each program that a command starts."""
+        path = os.pathsep.join([str(self.folder / "programs"), os.environ["PATH"]])
+        subprocess.run(["bash", "-euc", command], check=True, env=os.environ | {"PATH": path}, capture_output=True)
+        lines = (self.folder / "calls").read_text().splitlines()
+        (self.folder / "calls").unlink()
+        return [shlex.split(line) for line in lines]
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def parsed(call: list[str]):
+    """The flags of a script, by its own parser; None for one of the demo, and for vLLM."""
+    if call[0] == "serve":
+        return None
+    (script,) = [index for index, word in enumerate(call) if word.endswith(".py")]
+    name = Path(call[script]).name
+    assert list(ROOT.glob(f"[!.]*/**/{name}")), f"there is no {name}"
+    return None if name in DEMO_SCRIPTS else PARSERS[name](call[script + 1 :])
+
+
+def good_clips(source) -> list[Clip]:
+    clips, bad = read_clips(source, Path("media"))
+    assert bad == []
+    return clips
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Workplace:
+    """The page followed to its end."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    folder = tmp_path_factory.mktemp("reader")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets_cache")
+        place = Workplace(folder)
+        for example in EXAMPLES:
+            place.follow(*example)
+    return place
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_the_examples_are_read_as_the_clips_that_they_show(workplace, name):
+    clips = workplace.clips[name]
+    assert [(str(clip.video).removeprefix(f"{workplace.folder}/"), clip.caption) for clip in clips] == CLIPS[name]
+
+
+def test_every_command_is_parsed_and_every_other_block_with_a_marker_is_understood(workplace):
+    assert {kind for kind, _, _ in EXAMPLES} == {"file", "files", "python", "command", "output"}
+    assert workplace.flags.keys() == {name for kind, name, _ in EXAMPLES if kind == "command"}
+    assert workplace.clips.keys() == CLIPS.keys()
+
+
+def test_every_shell_and_python_block_has_a_marker():
+    blocks = re.findall(r"```(?:bash|python)\n(.*?)```", ENGLISH, flags=re.DOTALL)
+    assert blocks == [content for kind, _, content in EXAMPLES if kind in ("command", "python")]
+
+
+def test_the_images_of_the_examples_are_found(workplace):
+    first_frames = [clip.image for clip in workplace.clips["images"]]
+    assert first_frames == [Path("my-clips/first-frames/rabbit.png"), None]
+    folder = workplace.folder / "my-first-frames"
+    assert {clip.image.parent for clip in workplace.clips["with first frames"]} == {folder}
+
+
+def test_the_mix_repeats_its_first_data_set(workplace):
+    assert [clip.repeats for clip in workplace.clips["mix"]] == [2.5, 2.5, 1, 1]
+
+
+# What the page shows as output, of the demo's clips
+
+
+@pytest.fixture
+def demo(workplace, monkeypatch) -> Callable[..., RawData]:
+    """Plan the demo's clips with the page's own flags and others."""
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setenv("COGVIDEOX_FACTORY_CACHE", str(workplace.folder / "cache"))
+    *_, call = workplace.calls(block("command", "try"))
+    return lambda *more: plan_raw_clips(parsed([*call, *more]))
+
+
+def block(kind: str, name: str) -> str:
+    (content,) = [content for its_kind, its_name, content in EXAMPLES if (its_kind, its_name) == (kind, name)]
+    return content
+
+
+def test_the_plan_shown_is_the_demos(demo):
+    table = describe_plan(demo().clips, batch_size=1, tokens_of=sequence_length, model_fps=8)
+    wrote = "wrote try/prepared/plan.csv and try/prepared/contact_sheet.png\n"
+    assert block("output", "plan") == f"{table}\n{wrote}"
+
+
+def test_the_bad_clips_shown_are_the_demos(demo):
+    with pytest.raises(UserError) as error:
+        check_bad_clips(demo("--fps", "8"), "error")
+    shown = block("output", "bad").splitlines()
+    assert shown == [*f"error: {error.value}".splitlines()[:3], "  ..."]
+
+
+def test_the_sizes_are_those_of_the_tensors():
+    """Mean and log-variance of 16 channels, compressed 4 x 8 x 8; 226 x 4096 for a caption; four image latents."""
+
+    def gib(num_frames: int, bucket: Bucket) -> float:
+        return 1000 * 2 * 2 * 16 * num_frames * (bucket.height // 8) * (bucket.width // 8) / 2**30
+
+    captions = 1000 * 2 * 226 * 4096 / 2**30
+    rows = []
+    for bucket, latent_frames, kind in (
+        (Bucket(49, 480, 720), 13, ""),
+        (Bucket(49, 480, 720), 13, ", image-to-video"),
+        (Bucket(81, 768, 1360), 21, ""),
+    ):
+        latents, images = gib(latent_frames, bucket), gib(4, bucket) if kind else 0
+        total = latents + captions + images
+        rows.append(
+            f"| {bucket}{kind} | {latents:.1f} | {captions:.1f} | {f'{images:.1f}' if kind else '-'} | {total:.1f} |"
+        )
+    assert "\n".join(rows) in ENGLISH
+
+
+# Names
+
+
+def help_of(script: str, capsys) -> str:
+    with pytest.raises(SystemExit):
+        PARSERS[script](["--help"])
+    return capsys.readouterr().out
+
+
+def test_every_flag_that_a_page_names_exists(capsys):
+    flags = {"--help"}
+    for script in PARSERS:
+        lines = re.findall(r"^  (?=-).*", help_of(script, capsys), flags=re.MULTILINE)
+        flags |= named_flags(" ".join(lines))
+    for script in DEMO_SCRIPTS:
+        flags |= named_flags((ROOT / "assets" / "scripts" / script).read_text(encoding="utf-8"))
+    for page in PAGES.values():
+        assert named_flags(page) <= flags
+
+
+def test_every_file_of_the_repository_that_a_page_names_exists():
+    for page in PAGES.values():
+        for name in re.findall(r"(?<![\w/-])(?:training|assets)/\w+\.py", page):
+            assert (ROOT / name).is_file(), name
+        for target in re.findall(r"\]\(([\w./]+\.md)\)", page):
+            assert (ROOT / "assets" / "docs" / target).is_file(), target
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_within_a_page_leads_somewhere(name):
+    assert set(re.findall(r"\]\(#([^)]+)\)", PAGES[name])) <= anchors(PAGES[name])
+
+
+# The two languages
+
+
+def test_both_pages_have_the_same_examples():
+    blocks = re.compile(r"(?:<!-- .*? -->\n)?```.*?```", flags=re.DOTALL)
+    assert blocks.findall(ENGLISH) == blocks.findall(CHINESE)
+
+
+def test_both_pages_name_the_same_flags():
+    assert named_flags(ENGLISH) == named_flags(CHINESE)
+
+
+def test_both_pages_have_the_same_sections_and_tables():
+    assert outline(ENGLISH) == outline(CHINESE)

@@ -1,0 +1,118 @@
+"""The page on many GPUs says what the code does: its commands are launched, and their flags parsed."""
+
+import os
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from pages import NOTE_ARGUMENTS, flags_of, marked_blocks
+from repository import ROOT
+
+
+PAGE = (ROOT / "assets" / "docs" / "distributed.md").read_text(encoding="utf-8")
+BLOCKS = marked_blocks(PAGE)
+# As SLURM does it: the script's own settings come from the environment, its flags after it.
+SBATCH = """#!/usr/bin/env bash
+while [[ "$1" != *.sbatch ]]; do shift; done
+SLURM_JOB_ID=1 SLURM_JOB_NODELIST=a SLURM_SUBMIT_DIR="$PWD" bash "$@"
+"""
+SRUN = '#!/usr/bin/env bash\nprintf "%q " "${@:7}" >> "$CALLS"\necho >> "$CALLS"\n'
+
+
+@pytest.fixture
+def calls_of(tmp_path, monkeypatch):
+    """Give the calls of programs that a block of the page leads to, in a folder with what the commands name."""
+    for name in ("prepared", "my-clips", "clips", "programs"):
+        (tmp_path / name).mkdir()
+    for name in ("assets", "accelerate_configs", "training", *(path.name for path in ROOT.glob("*.sh"))):
+        (tmp_path / name).symlink_to(ROOT / name)
+    programs = {"accelerate": NOTE_ARGUMENTS, "torchrun": NOTE_ARGUMENTS, "srun": SRUN, "sbatch": SBATCH}
+    for name, text in (programs | {"scontrol": "#!/bin/sh\necho a\n", "not-python": "#!/bin/sh\n"}).items():
+        (tmp_path / "programs" / name).write_text(text)
+        (tmp_path / "programs" / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    own = {"PATH": os.pathsep.join([str(tmp_path / "programs"), os.environ["PATH"]]), "CALLS": str(tmp_path / "calls")}
+
+    def calls_of(block: str) -> list[list[str]]:
+        code = BLOCKS[block].replace("/shared/", "")
+        environment = os.environ | own | {"PYTHON": "not-python"}
+        subprocess.run(["bash", "-euc", code], check=True, env=environment, capture_output=True)
+        return [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+
+    return calls_of
+
+
+def options(call: list[str], *names: str) -> list[str]:
+    """The values of a launcher's options."""
+    return [call[call.index(f"--{name}") + 1] for name in names]
+
+
+def test_the_number_of_gpus_reaches_accelerate(calls_of):
+    (call,) = calls_of("eight")
+    assert options(call, "num_processes", "config_file") == ["8", "accelerate_configs/ddp.yaml"]
+    assert not {"--machine_rank", "--main_process_ip", "--main_process_port"} & set(call)
+
+
+@pytest.mark.parametrize(
+    ("block", "configs"),
+    [
+        ("ddp", ["ddp", "ddp_8"]),
+        ("zero", ["zero2", "zero2_offload"]),
+        ("fsdp", ["fsdp2"] * 2),
+        ("context", ["fsdp2_context_parallel", "ddp"]),
+    ],
+)
+def test_a_way_to_divide_a_run_is_a_config_and_flags_that_are_taken(calls_of, monkeypatch, block, configs):
+    calls = calls_of(block)
+    assert [options(call, "config_file") for call in calls] == [
+        [f"accelerate_configs/{name}.yaml"] for name in configs
+    ]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    for call, config in zip(calls, configs, strict=True):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", str(config.startswith("fsdp2")).lower())
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", str(config.startswith("zero")).lower())
+        assert flags_of(call).data_root == "prepared"
+
+
+def test_each_machine_gets_its_number_and_the_address(calls_of):
+    calls = calls_of("two machines")
+    assert [options(call, "machine_rank", "main_process_ip") for call in calls] == [
+        ["0", "10.0.0.1"],
+        ["1", "10.0.0.1"],
+    ]
+    assert flags_of(calls[0]) == flags_of(calls[1])
+
+
+def test_the_jobs_of_slurm_call_their_scripts_with_flags_that_are_taken(calls_of):
+    calls = calls_of("slurm")
+    prepare, *runs = map(flags_of, calls)
+    assert prepare.output_dir == runs[0].data_root == "prepared"
+    assert [run.output_dir for run in runs] == ["outputs/cogvideox-lora", "outputs/other", "outputs/all-weights"]
+    assert [run.learning_rate for run in runs] == [1e-4, 3e-4, 1e-4]
+    assert [run.method for run in runs] == ["lora", "lora", "sft"]
+
+
+def test_preparation_is_launched_on_all_gpus_of_all_machines(calls_of):
+    one, *machines = calls_of("prepare")
+    assert "--standalone" in one and "--nproc_per_node=8" in one
+    names = ("nnodes", "node_rank", "nproc_per_node", "master_addr", "master_port")
+    assert [options(call, *names) for call in machines] == [["2", rank, "8", "10.0.0.1", "29500"] for rank in "01"]
+    assert {flags_of(call).output_dir for call in (one, *machines)} == {"prepared"}
+
+
+def test_a_run_to_look_for_the_right_device_is_short(calls_of):
+    (call,) = calls_of("debug")
+    assert flags_of(call).max_train_steps == 2
+
+
+def test_every_command_of_the_page_is_tested():
+    assert PAGE.count("```bash") == len(BLOCKS)
+
+
+def test_every_config_is_in_the_table():
+    table = PAGE.split("\n\n")[2]
+    configs = {path.name for path in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert configs <= set(re.findall(r"`(\w+\.yaml)`", table))

@@ -1,0 +1,148 @@
+"""The flags of generate.py: what they settle, and one line for every mistake before anything heavy is imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.run_folder import LORA_FILE, MANIFEST
+from flags.generation import parse_generate_args
+from flags.generation_checks import describe_savings
+from repository import TRAINING
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch) -> Path:
+    """A working directory with what the flags name."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("model", "lora", "full/transformer", "stopped/checkpoint-20", "stopped/checkpoint-100", "there"):
+        Path(folder).mkdir(parents=True)
+    for file in ("model/model_index.json", f"lora/{LORA_FILE}", "mine.safetensors", "mine.bin", "rabbit.png"):
+        Path(file).touch()
+    Path("folder.mp4").mkdir()
+    Path("full/transformer/config.json").touch()
+    for step in (20, 100):
+        Path(f"stopped/checkpoint-{step}/{MANIFEST}").touch()
+    Path("there/00-a-cat-seed-42.mp4").touch()
+    Path("there/cat-base.mp4").touch()
+    Path("empty.txt").write_text("\n \n")
+    Path("prompts.txt").write_text("a cat\r\n\r\n  a dog\u2028asleep  \r\n", encoding="utf-8-sig")
+    Path("latin.txt").write_bytes("Käfer".encode("latin-1"))
+    return tmp_path
+
+
+def parse(*flags: object, prompt: bool = True):
+    prompts = ["--prompt", "a cat"] if prompt else []
+    return parse_generate_args(["--model_path", "model", *prompts, *map(str, flags)])
+
+
+def test_what_is_not_said_is_left_to_the_model_or_as_in_validation():
+    args = parse()
+    assert (args.height, args.width, args.num_frames, args.fps, args.dtype) == (None, None, None, None, "auto")
+    assert (args.num_inference_steps, args.guidance_scale, args.use_dynamic_cfg) == (50, 6.0, False)
+    assert (args.enable_tiling, args.negative_prompt, args.transformer, args.loras) == (True, "", None, [])
+    assert [str(video.file) for video in args.videos] == ["generated/00-a-cat-seed-42.mp4"]
+    assert not Path("generated").exists()
+
+
+def test_loras_and_transformers_are_files_run_folders_or_ids():
+    args = parse("--lora", "lora", "mine.safetensors", "owner/style", "--lora_scale", "1", "-0.5", "0")
+    assert args.loras == [(f"lora/{LORA_FILE}", 1.0), ("mine.safetensors", -0.5), ("owner/style", 0.0)]
+    for given in ("full", "full/transformer"):
+        assert parse("--transformer", given).transformer == "full"
+    assert parse("--transformer", "owner/tuned").transformer == "owner/tuned"
+
+
+def test_each_prompt_of_a_file_is_sampled_with_each_seed():
+    args = parse("--prompts_file", "prompts.txt", "--seed", 3, 1, "--output_dir", "out", prompt=False)
+    assert args.prompts == ["a cat", "a dog\u2028asleep"]
+    assert [(video.number, video.seed, video.file.name) for video in args.videos] == [
+        (0, 3, "00-a-cat-seed-3.mp4"),
+        (0, 1, "00-a-cat-seed-1.mp4"),
+        (1, 3, "01-a-dog-asleep-seed-3.mp4"),
+        (1, 1, "01-a-dog-asleep-seed-1.mp4"),
+    ]
+    assert [video.seed for video in parse("--num_videos", 3, "--seed", 7).videos] == [7, 8, 9]
+
+
+def test_files_that_are_there_are_written_over_only_when_that_is_said():
+    assert parse("--output_dir", "there", "--overwrite").videos
+    assert parse("--output_file", "there/cat.mp4").videos  # its companion is written by --compare alone
+
+
+@pytest.mark.parametrize(
+    ("flags", "flag", "reason"),
+    [
+        ("--height 100", "--height", "not divisible by 16; nearest valid sizes are 96 and 112"),
+        ("--num_frames 50", "--num_frames", "not 4k or 4k+1; nearest valid counts are 49 and 52"),
+        ("--seed 1 1", "--seed", "given twice"),
+        (f"--seed {2**64}", "--seed", f"goes beyond {2**64 - 1}"),
+        (f"--seed {2**64 - 1} --num_videos 2", "--seed", f"goes beyond {2**64 - 1}"),
+        ("--num_inference_steps 1001", "--num_inference_steps", "1001 is too large; give a whole number up to 1000"),
+        ("--negative_prompt \udcb0", "--negative_prompt", "not UTF-8"),
+        ("--seed 1 2 --num_videos 2", "--num_videos", "several in --seed"),
+        ("--prompts_file prompts.txt", "--prompts_file", "leave one of them out"),
+        ("--negative_prompt blue --guidance_scale 1", "--negative_prompt", "no effect without guidance"),
+        ("--image nowhere.png", "--image", "no file 'nowhere.png'"),
+        ("--image rabbit.png rabbit.png", "--image", "2 for 1 prompts"),
+        ("--lora nowhere.safetensors", "--lora", "no file 'nowhere.safetensors'"),
+        ("--lora mine.bin", "--lora", "others may run code"),
+        ("--lora full", "--lora", "give it as --transformer"),
+        ("--lora stopped", "--lora", "the run has not ended; give its checkpoint 'stopped/checkpoint-100'"),
+        ("--lora model", "--lora", "give the output folder of a run, or its checkpoint-N"),
+        ("--lora lora --lora_scale 1 2", "--lora_scale", "2 for 1 in --lora"),
+        ("--lora_scale 1", "--lora_scale", "there is no --lora"),
+        ("--transformer lora", "--transformer", "give it as --lora"),
+        ("--transformer ./nowhere", "--transformer", "no folder './nowhere'"),
+        ("--compare", "--compare", "nothing to compare"),
+        ("--enable_model_cpu_offload --enable_sequential_cpu_offload", "--enable_sequential_cpu_offload", "give one"),
+        ("--enable_sequential_cpu_offload --quantize_base int8", "--enable_sequential_cpu_offload", "quantized"),
+        ("--output_dir there", "--output_dir", "there/00-a-cat-seed-42.mp4 is there already"),
+        ("--lora lora --output_file there/cat.mp4 --compare", "--output_file", "there/cat-base.mp4 is there already"),
+        ("--output_file a.gif", "--output_file", "no mp4"),
+        ("--output_file a.mp4 --seed 1 2", "--output_file", "there are 2 videos"),
+        ("--output_file a.mp4 --output_dir out", "--output_file", "leave one of them out"),
+        ("--output_dir rabbit.png", "--output_dir", "not a folder"),
+        ("--output_file rabbit.png/a.mp4", "--output_file", "not a folder"),
+        ("--output_file folder.mp4 --overwrite", "--output_file", "folder.mp4 is a folder"),
+        ("--model_path nowhere", "--pretrained_model_name_or_path", "no folder 'nowhere'"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_flag(flags, flag, reason, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(*flags.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    assert line.startswith(f"error: {flag}: ")
+    assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ([], "--prompt or --prompts_file: required"),
+        (["--prompt", "a c\udcb0t"], "--prompt: the text is not UTF-8"),
+        (["--prompt", "a cat", " "], "--prompt: prompt 2 of 2 is empty"),
+        (["--prompts_file", "empty.txt"], "--prompts_file: 'empty.txt' is empty"),
+        (["--prompts_file", "latin.txt"], "--prompts_file: latin.txt is not UTF-8 text"),
+        (["--prompts_file", "nowhere.txt"], "--prompts_file: nowhere.txt cannot be read: No such file"),
+    ],
+)
+def test_there_are_prompts(flags, reason, capsys):
+    with pytest.raises(SystemExit):
+        parse(*flags, prompt=False)
+    assert capsys.readouterr().err.startswith(f"error: {reason}")
+
+
+def test_a_gpu_that_is_too_small_is_told_what_is_left_to_save():
+    assert "--enable_model_cpu_offload" in describe_savings(parse())
+    saving = parse("--enable_sequential_cpu_offload", "--text_encoder_8bit")
+    assert describe_savings(saving) == ["smaller --height and --width, or fewer --num_frames"]
+
+
+def test_flags_are_read_without_torch():
+    code = "import sys, flags.generation; print({'torch', 'diffusers', 'numpy', 'PIL'} & set(sys.modules))"
+    folder = TRAINING
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr

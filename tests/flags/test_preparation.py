@@ -1,0 +1,17 @@
+"""What the preparation can do with less memory, by its flags."""
+
+from args import parse_prepare_args
+from flags.preparation import describe_savings
+
+
+def advice(tmp_path, *flags: str) -> str:
+    argv = ["--data_root", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--save_latents_and_embeddings"]
+    return "\n".join(describe_savings(parse_prepare_args([*argv, *flags])))
+
+
+def test_savings_are_advised_that_are_not_made_yet(tmp_path):
+    every = advice(tmp_path, "--batch_size", "2")
+    assert all(flag in every for flag in ("--batch_size 1", "--use_slicing", "--use_tiling", "--dtype bf16"))
+    some = advice(tmp_path, "--use_tiling", "--dtype", "bf16")
+    assert not any(flag in some for flag in ("--batch_size", "--use_tiling", "--dtype"))
+    assert "--use_slicing" in some

@@ -1,0 +1,219 @@
+"""Whatever is computed again, and wherever its inputs are kept meanwhile: the gradients are the same."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+from memory.activations import CheckpointStore, KeptActivations, checkpoint_activations, count_kept
+from memory.pinned import HostStack
+from tiny_steps import (
+    assert_close,
+    assert_same,
+    inputs_of,
+    peak_of_steps,
+    sample_step,
+    train_step,
+    wide_transformer,
+    with_adapters,
+)
+
+
+SETTINGS = [
+    ("block", 1),
+    ("block", 2),
+    ("block", 3),
+    ("segment", 2),
+    ("segment", 3),
+    ("feed-forward", 1),
+    ("feed-forward", 3),
+]
+NUM_BLOCKS = 4
+pytestmark = pytest.mark.usefixtures("one_thread")
+INPUT_BYTES = 2 * (16 + 5 * 4 * 6) * 128 * 4  # text and video tokens of two samples, float32
+
+
+@pytest.fixture(scope="module")
+def resident(tiny_models) -> CogVideoXTransformer3DModel:
+    """What the others are made from: without checkpoints."""
+    return with_adapters(tiny_models("5b"))
+
+
+@pytest.fixture(scope="module")
+def expected(resident):
+    return train_step(resident)
+
+
+@pytest.fixture
+def transformer(resident) -> CogVideoXTransformer3DModel:
+    return deepcopy(resident)
+
+
+def small_store() -> CheckpointStore:
+    """With chunks that tensors straddle."""
+    return CheckpointStore(HostStack(chunk_bytes=10_000))
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize(("scope", "every"), SETTINGS)
+def test_gradients_are_those_without_checkpointing_dropout_included(transformer, expected, scope, every, offloaded):
+    checkpoint_activations(transformer, scope, every, small_store() if offloaded else None)
+
+    for _ in range(2):
+        assert_same(train_step(transformer), expected)
+
+
+def test_gradients_of_all_weights_are_those_without_checkpointing(transformer):
+    transformer.requires_grad_(True)
+    expected = train_step(transformer)
+    checkpoint_activations(transformer, "segment", 2, small_store())
+
+    assert_same(train_step(transformer), expected)
+
+
+@pytest.mark.parametrize(("scope", "every"), SETTINGS)
+def test_what_the_setting_says_is_computed_again_and_nothing_else(transformer, scope, every):
+    checkpoint_activations(transformer, scope, every)
+    computed = []
+    for number, block in enumerate(transformer.transformer_blocks):
+        block.attn1.register_forward_pre_hook(lambda part, inputs, number=number: computed.append(number))
+        block.ff.net[0].register_forward_pre_hook(lambda part, inputs, number=number: computed.append(f"ff {number}"))
+    numbers = range(NUM_BLOCKS)
+
+    output = transformer(**inputs_of(transformer), return_dict=False)[0]
+    assert computed == [part for number in numbers for part in (number, f"ff {number}")]
+
+    computed.clear()
+    output.mean().backward()
+    pieces = [numbers[first : first + (every if scope == "segment" else 1)] for first in numbers[::every]]
+    again = [number for piece in reversed(pieces) for number in piece]
+    if scope == "feed-forward":
+        assert computed == [f"ff {number}" for number in again]
+    else:
+        assert computed == [part for number in again for part in (number, f"ff {number}")]
+
+
+@pytest.mark.parametrize("scope", ["block", "segment", "feed-forward"])
+def test_weights_keep_their_names_and_sampling_is_untouched(transformer, scope):
+    store = small_store()
+    names, sample = list(transformer.state_dict()), sample_step(transformer)
+    checkpoint_activations(transformer, scope, 2, store)
+
+    assert list(transformer.state_dict()) == names
+    assert torch.equal(sample_step(transformer), sample)
+    assert store.stack.used == 0
+
+
+@pytest.mark.parametrize(("scope", "every"), SETTINGS)
+def test_all_inputs_of_checkpoints_go_to_host_memory_and_come_back(transformer, scope, every):
+    store = small_store()
+    checkpoint_activations(transformer, scope, every, store)
+
+    output = transformer(**inputs_of(transformer), return_dict=False)[0]
+
+    assert store.stack.used == count_kept(scope, every, NUM_BLOCKS).inputs * INPUT_BYTES
+    # Those of the last checkpoint are needed first, so they are still on the device too.
+    assert store.num_on_device() == (1 if scope == "feed-forward" else 2)
+    output.mean().backward()
+    assert store.num_on_device() == 0
+
+
+def test_host_memory_is_allocated_once_and_grows_only_for_larger_batches(transformer):
+    stack = HostStack(chunk_bytes=10_000)
+    checkpoint_activations(transformer, offload_to=CheckpointStore(stack))
+    train_step(transformer)
+    allocated = stack.allocated
+
+    assert 0 <= allocated - NUM_BLOCKS * INPUT_BYTES < 10_000
+    for batch_size in (2, 1, 2):
+        train_step(transformer, batch_size)
+        assert stack.allocated == allocated
+    train_step(transformer, batch_size=3)
+    assert 0 <= stack.allocated - NUM_BLOCKS * INPUT_BYTES * 3 / 2 < 10_000
+
+
+def test_a_forward_pass_without_backward_pass_does_not_disturb_the_next_step(transformer, expected):
+    store = small_store()
+    checkpoint_activations(transformer, offload_to=store)
+    transformer(**inputs_of(transformer))
+    failing = transformer.transformer_blocks[2].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        train_step(transformer)
+    failing.remove()
+    assert_same(train_step(transformer), expected)
+
+    # In the backward pass too, when inputs were already on their way back.
+    output = transformer(**inputs_of(transformer), return_dict=False)[0]
+    failing = transformer.transformer_blocks[2].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        output.mean().backward()
+    failing.remove()
+    assert_same(train_step(transformer), expected)
+
+
+def fail(module: torch.nn.Module, inputs: tuple) -> None:
+    raise MemoryError
+
+
+def test_a_backward_pass_whose_inputs_were_given_up_is_refused(transformer):
+    checkpoint_activations(transformer, offload_to=small_store())
+    first = transformer(**inputs_of(transformer), return_dict=False)[0]
+    transformer(**inputs_of(transformer))
+
+    with pytest.raises(RuntimeError, match="given up when another forward pass began"):
+        first.mean().backward()
+
+
+def test_a_wrapped_transformer_gets_the_same_gradients(transformer, expected, one_process):
+    checkpoint_activations(transformer, "segment", 2, small_store())
+    wrapped = DistributedDataParallel(transformer)
+
+    for _ in range(2):
+        assert_same(train_step(transformer, model=wrapped), expected)
+
+
+@pytest.fixture
+def one_process(tmp_path) -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_what_is_kept_is_counted():
+    assert count_kept("none", 1, 42) == KeptActivations(inputs=0, whole_blocks=42, without_feed_forward=0)
+    assert count_kept("block", 1, 42) == KeptActivations(inputs=42, whole_blocks=1, without_feed_forward=0)
+    assert count_kept("block", 4, 42) == KeptActivations(inputs=11, whole_blocks=32, without_feed_forward=0)
+    assert count_kept("segment", 4, 42) == KeptActivations(inputs=11, whole_blocks=4, without_feed_forward=0)
+    assert count_kept("feed-forward", 1, 42) == KeptActivations(inputs=42, whole_blocks=1, without_feed_forward=41)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("scope", "every"), [("block", 1), ("segment", 2), ("feed-forward", 1)])
+def test_offloaded_checkpoints_give_the_same_gradients_on_a_gpu(scope, every):
+    transformer = wide_transformer().cuda()
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cuda", torch.bfloat16):
+        expected = train_step(transformer, size=32)
+        checkpoint_activations(transformer, scope, every, CheckpointStore())
+        for _ in range(3):
+            assert_close(train_step(transformer, size=32), expected, 1e-3)
+
+
+@pytest.mark.gpu
+def test_offloaded_checkpoints_take_the_inputs_of_blocks_off_the_gpu():
+    tokens = 2 * (16 + 5 * 32 * 34)
+    kept = tokens * 512 * 2  # bytes in bfloat16
+    peaks = []
+    for store in (None, CheckpointStore()):
+        transformer = wide_transformer().cuda()
+        checkpoint_activations(transformer, offload_to=store)
+        with torch.autocast("cuda", torch.bfloat16):
+            peaks.append(peak_of_steps(transformer, size=64))
+        del transformer
+
+    # Of 12, the one that is computed again, the one before it, and perhaps one on its way out.
+    assert peaks[0] - peaks[1] > 8 * kept

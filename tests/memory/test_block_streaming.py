@@ -1,0 +1,291 @@
+"""Blocks that come and go compute what blocks that stay compute; how much room, and how many copies, that takes."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from peft import get_peft_model_state_dict
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import UserError
+from memory.activations import CheckpointStore
+from memory.block_streaming import BlockStream, frozen_bytes, stream_blocks
+from memory.pinned import HostStack
+from tiny_steps import (
+    assert_close,
+    assert_same,
+    inputs_of,
+    peak_of_steps,
+    sample_step,
+    train_step,
+    wide_transformer,
+    with_adapters,
+)
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models) -> Path:
+    return tiny_models("5b")  # of four blocks
+
+
+@pytest.fixture(scope="module")
+def resident(model) -> CogVideoXTransformer3DModel:
+    """What the others are made from: all its blocks stay on the device."""
+    return with_adapters(model)
+
+
+@pytest.fixture(scope="module")
+def expected(resident):
+    return train_step(resident)
+
+
+@pytest.fixture
+def transformer(resident) -> CogVideoXTransformer3DModel:
+    return deepcopy(resident)
+
+
+def frozen_weights(block: nn.Module) -> list[torch.Tensor]:
+    return [parameter for parameter in block.parameters() if not parameter.requires_grad]
+
+
+def entries(transformer: CogVideoXTransformer3DModel, stream: BlockStream) -> list[tuple[int, set[int]]]:
+    """From now on, each block that begins and the blocks that are on the device, or on their way there, then."""
+    seen = []
+    for number, block in enumerate(transformer.transformer_blocks):
+        block.norm1.register_forward_pre_hook(
+            lambda part, inputs, number=number: seen.append((number, stream.resident))
+        )
+    return seen
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_outputs_and_gradients_are_those_of_resident_blocks(transformer, expected, offloaded):
+    stream_blocks(transformer, CPU, CheckpointStore(HostStack(10_000)) if offloaded else None)
+
+    for _ in range(3):
+        assert_same(train_step(transformer), expected)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_quantized_blocks_are_streamed(model, resident, quantize):
+    pytest.importorskip("torchao")
+    transformer = with_adapters(model, quantize=quantize)
+    expected = train_step(transformer)
+    quantized, plain = (frozen_bytes(one.transformer_blocks[0]) for one in (transformer, resident))
+    stream = stream_blocks(transformer, CPU)
+
+    for _ in range(2):
+        assert_same(train_step(transformer), expected)
+    assert stream.device_bytes == 2 * quantized
+    assert quantized < 0.35 * plain  # which is in float32
+
+
+def test_the_device_holds_two_blocks_and_a_block_computes_with_weights_in_its_slot(transformer):
+    block_bytes = sum(weight.nbytes for weight in frozen_weights(transformer.transformer_blocks[0]))
+    stream = stream_blocks(transformer, CPU)
+    blocks = transformer.transformer_blocks
+    at_rest = [[weight.data_ptr() for weight in frozen_weights(block)] for block in blocks]
+    slots = set()
+
+    def check(part: nn.Module, inputs: tuple) -> None:
+        for block, places in zip(blocks, at_rest, strict=True):
+            now = [weight.data_ptr() for weight in frozen_weights(block)]
+            if block.ff is part:
+                assert not set(now) & set(places)
+                slots.add(frozen_weights(block)[0].untyped_storage().data_ptr())
+            else:
+                assert now == places
+
+    for block in blocks:
+        block.ff.register_forward_pre_hook(check)
+    train_step(transformer)
+
+    assert len(slots) == 2
+    assert stream.device_bytes == 2 * frozen_bytes(blocks[0])
+    assert block_bytes <= frozen_bytes(blocks[0]) < 1.05 * block_bytes  # what alignment costs
+
+
+def test_the_next_block_is_fetched_while_one_computes_in_either_direction(transformer):
+    stream = stream_blocks(transformer, CPU)
+    seen = entries(transformer, stream)
+
+    train_step(transformer)
+    there = [(0, {0, 1}), (1, {1, 2}), (2, {2, 3}), (3, {2, 3})]
+    back = [(3, {2, 3}), (2, {1, 2}), (1, {0, 1}), (0, {0, 1})]
+    assert seen == there + back
+    assert stream.num_copies == 2 * 4 - 2
+
+    train_step(transformer)  # the first two blocks are still there
+    assert seen == 2 * (there + back)
+    assert stream.num_copies == 2 * 4 - 2 + 2 * 4 - 4
+
+
+def test_sampling_goes_round_and_round(transformer):
+    sample = sample_step(transformer)
+    stream = stream_blocks(transformer, CPU)
+    seen = entries(transformer, stream)
+
+    for _ in range(3):
+        assert torch.equal(sample_step(transformer), sample)
+    assert seen == 3 * [(0, {0, 1}), (1, {1, 2}), (2, {2, 3}), (3, {3, 0})]
+    assert stream.num_copies == 3 * 4 + 1
+
+
+# With three, the first cannot come while the last computes: their slot is the same.
+@pytest.mark.parametrize(("num_blocks", "num_copies"), [(1, 1), (2, 2), (3, 4 + 1 + 3 + 1)])
+def test_training_and_sampling_take_turns_on_any_number_of_blocks(transformer, num_blocks, num_copies):
+    transformer.transformer_blocks = transformer.transformer_blocks[:num_blocks]
+    expected, sample = train_step(transformer), sample_step(transformer)
+    stream = stream_blocks(transformer, CPU)
+
+    for _ in range(2):
+        assert_same(train_step(transformer), expected)
+        assert torch.equal(sample_step(transformer), sample)
+    assert stream.num_copies == num_copies
+
+
+def test_a_pass_that_failed_does_not_disturb_the_next_step(transformer, expected):
+    stream_blocks(transformer, CPU)
+
+    def fail(module: nn.Module, inputs: tuple) -> None:
+        raise MemoryError
+
+    failing = transformer.transformer_blocks[2].ff.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        train_step(transformer)
+    failing.remove()
+    assert_same(train_step(transformer), expected)
+
+    output = transformer(**inputs_of(transformer), return_dict=False)[0]
+    failing = transformer.transformer_blocks[2].ff.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        output.mean().backward()
+    failing.remove()
+    assert_same(train_step(transformer), expected)
+
+
+def test_autograd_refuses_to_go_back_to_blocks_that_are_not_computed_again(transformer):
+    stream_blocks(transformer, CPU)
+    transformer.disable_gradient_checkpointing()
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        train_step(transformer)
+
+
+def test_moving_the_model_leaves_the_blocks_where_they_are(transformer):
+    stream_blocks(transformer, CPU)
+    train_step(transformer)
+    places = [weight.data_ptr() for block in transformer.transformer_blocks for weight in frozen_weights(block)]
+
+    transformer.double()
+
+    after = [weight for block in transformer.transformer_blocks for weight in frozen_weights(block)]
+    assert [weight.data_ptr() for weight in after] == places
+    assert {weight.dtype for weight in after} == {torch.float32}
+    others = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    others += transformer.patch_embed.parameters()
+    assert {parameter.dtype for parameter in others} == {torch.float64}
+
+
+def test_what_is_saved_and_what_is_trained_stay_the_same(transformer):
+    names = list(transformer.state_dict())
+    saved = {name: weight.clone() for name, weight in get_peft_model_state_dict(transformer).items()}
+    weights = {name: weight.clone() for name, weight in transformer.state_dict().items()}
+    trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    stream_blocks(transformer, CPU)
+    train_step(transformer)
+
+    assert list(transformer.state_dict()) == names
+    assert all(torch.equal(weight, weights[name]) for name, weight in transformer.state_dict().items())
+    adapters = get_peft_model_state_dict(transformer)
+    assert adapters.keys() == saved.keys()
+    assert all(torch.equal(weight, saved[name]) for name, weight in adapters.items())
+    still = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    assert list(map(id, still)) == list(map(id, trainable))
+
+
+def test_weights_of_an_unknown_kind_are_refused(transformer):
+    class Packed(nn.Parameter):
+        """As bitsandbytes keeps 4 bits: bytes that mean nothing without what lies beside them."""
+
+    layer = transformer.transformer_blocks[1].ff.net[2]
+    layer.weight = Packed(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+
+    with pytest.raises(UserError, match=r"--stream_blocks: weights that are kept as Packed cannot be streamed; use"):
+        stream_blocks(transformer, CPU)
+
+
+def test_blocks_may_be_compiled(model):
+    transformer = with_adapters(model, dropout=0.0)
+    expected = train_step(transformer)
+    stream = stream_blocks(transformer, CPU, CheckpointStore(HostStack(10_000)))
+    for block in transformer.transformer_blocks:
+        block.compile(backend="eager", fullgraph=True)
+
+    assert_close(train_step(transformer), expected, 1e-5)
+    assert stream.num_copies == 2 * 4 - 2
+
+
+def test_a_wrapped_transformer_exchanges_its_adapters_alone(transformer, expected, tmp_path):
+    stream_blocks(transformer, CPU)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(transformer)
+        for _ in range(2):
+            assert_same(train_step(transformer, model=wrapped), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+    parameters = dict(transformer.named_parameters())
+    ignored = parameters.keys() & wrapped.parameters_to_ignore
+    assert ignored == {name for name, parameter in parameters.items() if not parameter.requires_grad}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_streamed_blocks_compute_the_same_on_a_gpu(offloaded):
+    resident, streamed = wide_transformer().cuda(), wide_transformer()
+    stream_blocks(streamed, torch.device("cuda"), CheckpointStore() if offloaded else None)
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cuda", torch.bfloat16):
+        expected, sample = train_step(resident, size=32), sample_step(resident)
+        for _ in range(3):
+            assert_close(train_step(streamed, size=32), expected, 1e-3)
+            assert_close((sample_step(streamed), {}), (sample, {}), 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_quantized_blocks_are_streamed_on_a_gpu(model, quantize):
+    pytest.importorskip("torchao")
+    resident = with_adapters(model, dropout=0.0, quantize=quantize).cuda()
+    streamed = with_adapters(model, dropout=0.0, quantize=quantize)
+    stream_blocks(streamed, torch.device("cuda"))
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = train_step(resident)
+        for _ in range(3):
+            assert_close(train_step(streamed), expected, 1e-3)
+
+
+@pytest.mark.gpu
+def test_streaming_takes_all_blocks_but_two_off_the_gpu():
+    peaks = []
+    for is_streamed in (False, True):
+        transformer = wide_transformer()
+        if is_streamed:
+            stream_blocks(transformer, torch.device("cuda"))
+        else:
+            transformer.cuda().enable_gradient_checkpointing()
+        with torch.autocast("cuda", torch.bfloat16):
+            peaks.append(peak_of_steps(transformer, size=16))
+        blocks = [frozen_bytes(block) for block in transformer.transformer_blocks]
+        del transformer
+
+    assert peaks[0] - peaks[1] == pytest.approx(sum(blocks[2:]), rel=0.05)

@@ -1,0 +1,224 @@
+"""The ladder of memory settings, and which rung is chosen."""
+
+import json
+import re
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from itertools import pairwise
+
+import pytest
+
+from args import parse_args
+from common.errors import UserError
+from data.buckets import Bucket
+from memory.ladder import (
+    MEASURED_FILE,
+    Choice,
+    MeasuredRow,
+    RunFacts,
+    adapter_key,
+    choose,
+    describe,
+    ladder,
+    measure_or_calculate,
+    model_key,
+    next_rung,
+    read_measured,
+    usable_filter,
+)
+from memory.settings import GB, MemorySettings, apply_settings, differing_flags, read_settings
+
+
+SIZE = Bucket(49, 480, 720)
+FACTS = RunFacts("42x48", "lora", SIZE, 1, "rank 64", SIZE, "bf16")
+
+
+def anything(settings: MemorySettings) -> bool:
+    return True
+
+
+def rungs_of(method: str = "lora", given: set[str] = frozenset(), **settings) -> list[MemorySettings]:
+    return ladder(MemorySettings(method, **settings), given, anything)
+
+
+def falling(rungs: list[MemorySettings], first: int = 100):
+    """Every rung takes 10 GB less than the one before; settings of the validation change nothing."""
+    sizes = {rung: (first - 10 * number) * GB for number, rung in enumerate(rungs)}
+    return lambda settings: sizes[replace(settings, enable_model_cpu_offload=False)]
+
+
+def steps(rungs: list[MemorySettings]) -> list[str]:
+    return [" ".join(differing_flags(rung, before)) for before, rung in pairwise(rungs)]
+
+
+def test_a_lora_goes_from_no_checkpointing_to_streamed_blocks():
+    assert steps(rungs_of()) == [
+        "--gradient_checkpointing --checkpoint_every 4",
+        "--checkpoint_every 2",
+        "--checkpoint_every 1",
+        "--offload_checkpoints",
+        "--quantize_base int8",
+        "--quantize_base nf4",
+        "--quantize_base int8 --stream_blocks",
+    ]
+
+
+def test_full_fine_tuning_ends_with_everything_on_the_host():
+    rungs = rungs_of("sft")
+    assert steps(rungs)[3:7] == [
+        "--use_8bit --use_torchao",
+        "--offload_checkpoints",
+        "--weights_dtype bf16",
+        "--step_in_backward",
+    ]
+    assert rungs[-1].use_cpu_offload_optimizer and not rungs[-1].step_in_backward
+
+
+def test_what_the_user_gave_stays():
+    rungs = rungs_of(given={"gradient_checkpointing", "quantize_base"}, gradient_checkpointing=True)
+    assert steps(rungs) == ["--offload_checkpoints"]
+    rungs = rungs_of("sft", {"use_4bit"}, use_4bit=True, use_torchao=True)
+    assert all(rung.use_4bit and not rung.use_8bit for rung in rungs)
+    assert rungs[-1].use_cpu_offload_optimizer
+
+
+def test_an_optimizer_without_low_bits_keeps_its_states():
+    rungs = rungs_of("sft", {"optimizer"}, optimizer="came")
+    assert steps(rungs)[-1] == "--offload_checkpoints"
+
+
+def test_combinations_that_the_flags_refuse_are_left_out(tiny_models, tmp_path):
+    flags = ["--pretrained_model_name_or_path", str(tiny_models("2b")), "--data_root", str(tmp_path)]
+    flags += ["--output_dir", str(tmp_path / "out"), "--gradient_accumulation_steps", "2"]
+    args = parse_args([*flags, "--optimizer", "adamw"], task="text-to-video", method="sft")
+
+    def rungs_where(mixed_precision: str, *, has_gpu: bool) -> list[MemorySettings]:
+        is_usable = usable_filter(args, {"optimizer"}, mixed_precision=mixed_precision, has_gpu=has_gpu)
+        return ladder(read_settings(args), {"optimizer"}, is_usable)
+
+    # Gradients that accumulate cannot be freed during the backward pass.
+    in_bf16 = rungs_where("bf16", has_gpu=True)
+    assert not any(rung.step_in_backward or rung.offload_gradients for rung in in_bf16)
+    assert any(rung.weights_dtype == "bf16" for rung in in_bf16)
+    assert not any(rung.weights_dtype == "bf16" for rung in rungs_where("no", has_gpu=True))
+
+
+def test_what_needs_a_gpu_is_left_out_where_there_is_none(tiny_models, tmp_path):
+    flags = ["--pretrained_model_name_or_path", str(tiny_models("2b")), "--data_root", str(tmp_path)]
+    needs = ("lora", "--quantize_base nf4", "bitsandbytes"), ("sft", "--use_cpu_offload_optimizer", "torchao")
+    for method, needs_gpu, package in needs:
+        args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method=method)
+        for has_gpu in (True, False):
+            is_usable = usable_filter(args, set(), mixed_precision="bf16", has_gpu=has_gpu)
+            rungs = ladder(read_settings(args), set(), is_usable)
+            assert any(needs_gpu in step for step in steps(rungs)) == (has_gpu and bool(find_spec(package)))
+
+
+def test_adam_and_adamw_take_the_same():
+    row = MeasuredRow(FACTS, MemorySettings("lora", optimizer="adamw"), training=1, validation=1, device="a card")
+    assert row.serves(FACTS, MemorySettings("lora", optimizer="adam"))
+    assert not row.serves(FACTS, MemorySettings("lora", optimizer="came"))
+
+
+def test_settings_go_to_flags_and_back(tiny_models, tmp_path):
+    flags = ["--pretrained_model_name_or_path", str(tiny_models("2b")), "--data_root", str(tmp_path)]
+    args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method="lora")
+    settings = read_settings(args)
+    assert settings == MemorySettings("lora")
+    rung = rungs_of()[-1]
+    changed = apply_settings(args, rung)
+    assert read_settings(changed) == rung
+    typed = [*flags, "--output_dir", str(tmp_path / "out"), *differing_flags(rung, settings)]
+    assert read_settings(parse_args(typed, task="text-to-video", method="lora")) == rung
+    assert not args.gradient_checkpointing  # the flags themselves are as they were
+
+
+def test_the_fastest_rung_that_fits_is_chosen():
+    rungs = rungs_of()
+    choice = choose(81, rungs, set(), replace(FACTS, sampled=None), falling(rungs, 100), [])
+    # 80 GB with the margin are too much, 70 are not.
+    assert choice.settings == rungs[3] and not choice.is_measured
+    assert 70 * GB < choice.needed < 81 * GB
+    assert describe(choice, rungs[0], 81) == (
+        "--memory_budget_gb 81: --gradient_checkpointing; takes 76.20 GB (calculated, not measured)"
+    )
+
+
+def test_a_measured_row_is_believed_before_the_calculation():
+    rungs = rungs_of()
+    row = MeasuredRow(FACTS, rungs[1], 30 * GB, 40 * GB, "NVIDIA H200")
+    choice = choose(41, rungs, set(), FACTS, falling(rungs, 100), [row])
+    assert (choice.settings, choice.is_measured) == (rungs[1], True)
+    assert "measured on a GPU" in describe(choice, rungs[0], 41)
+    # Without validation, its peak does not matter.
+    choice = choose(31, rungs, set(), replace(FACTS, sampled=None), falling(rungs, 100), [row])
+    assert choice.settings == rungs[1]
+
+
+@pytest.mark.parametrize("other", [{"batch_size": 2}, {"adapters": "rank 8"}, {"size": Bucket(81, 480, 720)}])
+def test_a_row_of_another_run_is_not_used(other):
+    rungs = rungs_of()
+    row = MeasuredRow(replace(FACTS, **other), rungs[0], GB, GB, "NVIDIA H200")
+    assert not measure_or_calculate(rungs[0], FACTS, falling(rungs), [row]).is_measured
+
+
+def test_where_validation_is_the_peak_the_transformer_leaves_the_device():
+    rungs = rungs_of()
+
+    def calculate(settings: MemorySettings) -> int:
+        return 10 * GB if settings.enable_model_cpu_offload else 20 * GB
+
+    choice = choose(16, rungs, set(), FACTS, calculate, [])
+    assert choice.settings == replace(rungs[0], enable_model_cpu_offload=True)
+    given = {"enable_model_cpu_offload"}
+    with pytest.raises(UserError):
+        choose(16, rungs, given, FACTS, calculate, [])
+
+
+def test_when_nothing_fits_the_smallest_is_named():
+    rungs = rungs_of()
+    with pytest.raises(UserError, match="--memory_budget_gb 6: nothing fits") as error:
+        choose(6, rungs, set(), FACTS, falling(rungs, 100), [])
+    message = str(error.value)
+    assert "--stream_blocks, which takes 33.00 GB (calculated, not measured)" in message and "\n" not in message
+
+
+def test_the_next_rung_takes_less_memory():
+    rungs = rungs_of()
+    sizes = dict(zip(rungs, (90, 80, 85, 70, 60, 50, 40, 30), strict=True))
+    assert next_rung(rungs, rungs[1], sizes.__getitem__) == rungs[3]  # rungs[2] would take more
+    assert next_rung(rungs, rungs[-1], sizes.__getitem__) is None
+
+
+def test_measured_rows_are_read_from_the_committed_file(tmp_path):
+    rows = read_measured()
+    assert MEASURED_FILE.is_file() and all(row.device != "cpu" for row in rows)
+    settings = MemorySettings("lora", gradient_checkpointing=True)
+    row = {
+        "facts": asdict(FACTS) | {"size": list(SIZE), "sampled": list(SIZE)},
+        "settings": asdict(settings),
+        "measured": {"training reserved": 20 * GB, "validation reserved": 25 * GB},
+        "device": "NVIDIA H200",
+    }
+    failed = {name: value for name, value in row.items() if name != "measured"} | {"failed": "out of memory"}
+    file = tmp_path / "memory.json"
+    unsampled = row | {"facts": row["facts"] | {"sampled": None}, "measured": {"training reserved": 20 * GB}}
+    file.write_text(json.dumps({"rows": {"a": row, "b": failed, "c": row | {"device": "cpu"}, "d": unsampled}}))
+    assert read_measured(file) == [
+        MeasuredRow(FACTS, settings, 20 * GB, 25 * GB, "NVIDIA H200"),
+        MeasuredRow(replace(FACTS, sampled=None), settings, 20 * GB, 0, "NVIDIA H200"),
+    ]
+    assert read_measured(tmp_path / "none.json") == []
+
+
+def test_models_and_adapters_are_named_by_what_they_take():
+    config = {"num_layers": 42, "num_attention_heads": 48, "attention_head_dim": 64, "in_channels": 16}
+    assert model_key(config) == model_key(config | {"patch_size_t": None, "_name_or_path": "somewhere"})
+    assert model_key(config) != model_key(config | {"in_channels": 32})
+    assert adapter_key(64, ["to_q", "to_k"]) == adapter_key(64, ("to_k", "to_q")) == "rank 64 on to_k to_q"
+
+
+def test_flags_say_what_is_switched_off():
+    before, after = MemorySettings("sft", use_4bit=True), MemorySettings("sft", use_8bit=True)
+    assert differing_flags(after, before) == ["--use_8bit", "(no --use_4bit)"]
+    assert re.fullmatch(r".*\(no --use_4bit\).*", describe(Choice(after, GB, False), before, 2))

@@ -1,0 +1,90 @@
+"""Our attention against the library's own, and the backends that a machine cannot run."""
+
+import importlib.util
+
+import pytest
+import torch
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+
+from common.errors import UserError
+from flags.speed import ATTENTION_BACKENDS
+from forward_pass import gradients, load, predict
+from models.attention import BACKENDS, DispatchedAttention, attention_set, check_attention, set_attention
+
+
+CPU = torch.device("cpu")
+KINDS = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, torch.float32) for kind in KINDS), ("5b", torch.bfloat16)])
+def test_native_attention_is_the_librarys_bit_for_bit(tiny_models, kind, dtype):
+    transformer = load(tiny_models(kind))
+    output, expected = predict(transformer, dtype=dtype), gradients(transformer, dtype=dtype)
+    assert all(gradient.abs().sum() > 0 for name, gradient in expected.items() if ".to_q." in name)
+    set_attention(transformer, "native")
+    assert torch.equal(predict(transformer, dtype=dtype), output)
+    ours = gradients(transformer, dtype=dtype)
+    assert ours.keys() == expected.keys()
+    assert [name for name in ours if not torch.equal(ours[name], expected[name])] == []
+
+
+@torch.no_grad()
+def test_positions_follow_the_size_of_each_batch(tiny_models):
+    transformer = load(tiny_models("5b"))
+    expected = [predict(transformer, frames) for frames in (5, 2, 5)]
+    set_attention(transformer, "native")
+    assert all(map(torch.equal, (predict(transformer, frames) for frames in (5, 2, 5)), expected))
+
+
+def test_the_attention_of_training_comes_back_after_sampling(tiny_models):
+    transformer = load(tiny_models("5b"))
+    with pytest.raises(RuntimeError, match="sampling failed"), attention_set(transformer, "native"):
+        assert {type(processor) for processor in transformer.attn_processors.values()} == {DispatchedAttention}
+        raise RuntimeError("sampling failed")
+    assert {type(processor) for processor in transformer.attn_processors.values()} == {CogVideoXAttnProcessor2_0}
+    with attention_set(transformer, None):
+        assert {type(processor) for processor in transformer.attn_processors.values()} == {CogVideoXAttnProcessor2_0}
+
+
+def test_every_name_of_the_flag_is_known():
+    assert tuple(BACKENDS) == ATTENTION_BACKENDS
+
+
+@pytest.mark.parametrize("backend", [name for name in ATTENTION_BACKENDS if name != "native"])
+def test_kernels_of_gpus_are_refused_on_a_cpu(backend):
+    with pytest.raises(UserError, match=f"^--attention_backend {backend}: needs a GPU.*use native$"):
+        check_attention(backend, "--attention_backend", CPU, torch.bfloat16, 64, trains=True)
+
+
+@pytest.mark.parametrize("backend", ["flash", "cudnn", "flash-attn", "flash-attn-3", "sage"])
+def test_kernels_of_half_precision_are_refused_in_float32(backend):
+    with pytest.raises(UserError, match=f"^--attention_backend {backend}: .*half precision only; add --mixed_prec"):
+        check_attention(backend, "--attention_backend", torch.device("cuda"), torch.float32, 64, trains=True)
+
+
+@pytest.mark.parametrize(("backend", "module"), [("flash-attn", "flash_attn"), ("sage", "sageattention")])
+def test_a_package_that_is_missing_is_named(backend, module):
+    if importlib.util.find_spec(module):
+        pytest.skip(f"{module} is installed")
+    with pytest.raises(UserError, match=f"^--flag {backend}: does not run here.*install `{module.replace('_', '-')}"):
+        check_attention(backend, "--flag", torch.device("cuda"), torch.bfloat16, 64, trains=False)
+
+
+def test_a_backend_that_runs_here_passes():
+    check_attention("native", "--attention_backend", CPU, torch.float32, 64, trains=True)
+    check_attention(None, "--attention_backend", CPU, torch.float32, 64, trains=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["native", "flash", "cudnn", "efficient"])
+def test_kernels_of_torch_train_as_the_library_does(tiny_models, backend):
+    device = torch.device("cuda")
+    check_attention(backend, "--attention_backend", device, torch.bfloat16, 32, trains=True)
+    transformer = load(tiny_models("5b")).to(device)
+    options = {"device": device, "dtype": torch.bfloat16}
+    output, expected = predict(transformer, **options), gradients(transformer, **options)
+    set_attention(transformer, backend)
+    ours = gradients(transformer, **options)
+    assert torch.nn.functional.mse_loss(predict(transformer, **options), output) < 1e-3 * output.square().mean()
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() <= 0.05 * gradient.norm(), name

@@ -1,0 +1,104 @@
+"""How often blocks are compiled, and that they compute the same afterwards."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from common.errors import UserError
+from forward_pass import load, predict
+from methods.lora import Lora
+from models.attention import set_attention
+from models.compilation import check_compiler, compile_blocks
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before counts, and limits are as they were afterwards."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(optimize_ddp=torch._dynamo.config.optimize_ddp):
+        yield
+    torch._dynamo.reset()
+
+
+def with_lora(folder) -> CogVideoXTransformer3DModel:
+    transformer = load(folder)
+    torch.manual_seed(0)
+    Lora(rank=4, alpha=4).attach(transformer)
+    for name, weight in transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    return transformer.train()
+
+
+def losses(transformer, sizes: list[int], **options) -> list[float]:
+    """Of a few steps of training, one of each number of frames in turn."""
+    optimizer = torch.optim.SGD([weight for weight in transformer.parameters() if weight.requires_grad], lr=10.0)
+    values = []
+    for frames in sizes:
+        loss = predict(transformer, frames, **options).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(loss.item())
+    return values
+
+
+def test_all_blocks_share_one_compilation_for_each_size_and_mode(tiny_models):
+    sizes = [5, 2, 5, 2]  # latent frames
+    eager, compiled = with_lora(tiny_models("5b")), with_lora(tiny_models("5b"))
+    names = list(eager.state_dict())
+    for transformer in (eager, compiled):
+        set_attention(transformer, "native")
+        transformer.enable_gradient_checkpointing()
+    counter = CompileCounterWithBackend("eager")
+    compile_blocks(compiled, num_sizes=2, backend=counter)
+    expected = losses(eager, sizes)
+    assert losses(compiled, sizes) == pytest.approx(expected, rel=1e-5)
+    assert expected[2:] != pytest.approx(expected[:2], rel=1e-2)  # the steps between changed something
+    assert counter.frame_count == 2
+    with torch.no_grad():
+        torch.testing.assert_close(predict(compiled.eval(), 2), predict(eager.eval(), 2))
+    assert counter.frame_count == 3
+    losses(compiled.train(), sizes)
+    assert counter.frame_count == 3
+    assert list(compiled.state_dict()) == names
+
+
+def test_more_sizes_than_were_announced_are_an_error_and_not_slow(tiny_models):
+    transformer = with_lora(tiny_models("5b"))
+    compile_blocks(transformer, num_sizes=1, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(FailOnRecompileLimitHit):
+        losses(transformer, [5, 2])
+
+
+def test_the_limit_grows_with_the_number_of_sizes(tiny_models):
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_blocks(load(tiny_models("5b")), num_sizes=9, backend="eager")
+        assert torch._dynamo.config.recompile_limit >= 9 * 4  # two batch sizes, training and sampling
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch, tmp_path):
+    check_compiler(CPU)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"^--compile: needs a C\+\+ compiler; install g\+\+, or leave it out$"):
+        check_compiler(CPU)
+
+
+@pytest.mark.gpu
+def test_compiled_kernels_train_as_the_plain_ones(tiny_models):
+    device = torch.device("cuda")
+    check_compiler(device)
+    eager, compiled = (with_lora(tiny_models("5b")).to(device) for _ in range(2))
+    for transformer in (eager, compiled):
+        transformer.enable_gradient_checkpointing()
+    compile_blocks(compiled, num_sizes=2)
+    expected = losses(eager, [5, 2, 5], device=device, dtype=torch.bfloat16)
+    assert losses(compiled, [5, 2, 5], device=device, dtype=torch.bfloat16) == pytest.approx(expected, rel=0.02)

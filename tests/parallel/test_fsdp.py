@@ -1,0 +1,365 @@
+"""Weights in shards on several ranks (FSDP2) train, save, resume and sample as whole ones do.
+
+The launches run on CPUs, on torch's own shards: see fsdp_on_cpu.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
+
+import cogvideox_text_to_video_lora
+import cogvideox_text_to_video_sft
+import curves
+from args import parse_args
+from common.errors import UserError
+from parallel.coordinator import Agreement
+from parallel.fsdp import load_optimizer, save_optimizer
+from parallel.lockstep import Lockstep, OutOfStep
+from repository import ROOT, TRAINING
+from run.spec import check_start
+
+
+CONFIG = ROOT / "accelerate_configs" / "fsdp2.yaml"
+LORA, SFT = cogvideox_text_to_video_lora.__name__, cogvideox_text_to_video_sft.__name__
+LORA_FILE = "pytorch_lora_weights.safetensors"
+TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"
+SIZE = ["--height", "32", "--width", "48", "--frame_buckets", "9", "--max_num_frames", "9"]
+
+
+def launch_environment(config: Path = CONFIG) -> dict[str, str]:
+    """What `accelerate launch` sets from the config."""
+    args, _, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(config), "--main_process_port", "0", "script.py"])
+    )
+    environment = prepare_multi_gpu_env(args)
+    return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def launch(runs: list[tuple[str, list[str]]], folder: Path, num_ranks: int = 2, **others: str) -> str:
+    """Run scripts one after another on ranks that divide the weights; returns what they printed."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "helpers" / "fsdp_on_cpu.py"), str(folder / "runs.json")],
+        env=os.environ | launch_environment() | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | others,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def run_alone(run: tuple[str, list[str]]) -> None:
+    """Run a script in this process, on whole weights."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    {LORA: cogvideox_text_to_video_lora, SFT: cogvideox_text_to_video_sft}[run[0]].main(run[1])
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def prepared(prepared_demo) -> Path:
+    return prepared_demo(*SIZE)
+
+
+@pytest.fixture(scope="module")
+def a_run(tiny_models, prepared):
+    """Give the script and the flags of a run that sees two samples a step on each of two ranks, four on one."""
+
+    def make(script: str, output: Path, *flags: str, batches: int = 2) -> tuple[str, list[str]]:
+        made = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(prepared)]
+        made += ["--load_tensors", "--output_dir", str(output), *SIZE, "--train_batch_size", "1", "--seed", "0"]
+        made += ["--gradient_accumulation_steps", str(batches), "--max_train_steps", "3", "--learning_rate", "1e-3"]
+        made += ["--lr_warmup_steps", "0", "--optimizer", "adamw", "--max_grad_norm", "0.1"]
+        made += ["--rank", "4", "--lora_alpha", "4"] if script == LORA else []
+        return script, [*made, *flags]
+
+    return make
+
+
+def curve(output: Path, name: str) -> list[float]:
+    """Of a run, step by step."""
+    return list(curves.curve(output, name).values())
+
+
+def assert_same_run(ours: Path, theirs: Path, file: str, tolerance: float = 1e-4) -> None:
+    """Losses, gradients before clipping, and what was saved."""
+    for name in ("loss", "grad_norm", "lr"):
+        assert curve(ours, name) == pytest.approx(curve(theirs, name), rel=tolerance)
+    saved, expected = load_file(ours / file), load_file(theirs / file)
+    assert saved.keys() == expected.keys()
+    for name, weight in saved.items():
+        assert weight.dtype == expected[name].dtype
+        # Adam's first steps have one size, whatever the gradient's: where that is almost zero, they may differ.
+        assert (weight - expected[name]).abs().gt(1e-4).float().mean() < 0.01, name
+
+
+@pytest.fixture(scope="module")
+def in_shards(a_run, demo_clips, tmp_path_factory) -> SimpleNamespace:
+    """Runs on two ranks, and what they printed; the same runs of one process beside them."""
+    root = tmp_path_factory.mktemp("runs")
+    names = ("lora", "lora_alone", "resumed", "sft", "sft_alone")
+    done = SimpleNamespace(**{name: root / name for name in names})
+    video = sorted((demo_clips / "videos").iterdir())[0]
+    table = root / "held-out.jsonl"
+    table.write_text(json.dumps({"video": str(video), "text": "a clip"}) + "\n")  # one, which both ranks take
+    validation = ["--validation_dataset_file", str(table), "--allow_outside_paths"]
+    sampling = ["--validation_prompt", "a:::b:::c", "--num_inference_steps", "2"]
+    (done.lora / "validation" / "step-3" / "01-00-b.mp4").mkdir(parents=True)  # in the way of the second rank
+    done.output = launch(
+        [
+            a_run(LORA, done.lora, "--checkpointing_steps", "2", "--gradient_checkpointing", *validation, *sampling),
+            a_run(LORA, done.resumed, "--resume_from_checkpoint", str(done.lora / "checkpoint-2")),
+            a_run(SFT, done.sft),
+        ],
+        root,
+    )
+    run_alone(a_run(LORA, done.lora_alone, *validation, batches=4))
+    run_alone(a_run(SFT, done.sft_alone, batches=4))
+    return done
+
+
+@pytest.mark.slow
+def test_a_lora_is_trained_as_by_one_process(in_shards):
+    assert_same_run(in_shards.lora, in_shards.lora_alone, LORA_FILE)
+
+
+@pytest.mark.slow
+def test_all_weights_are_trained_and_saved_as_by_one_process(in_shards):
+    assert_same_run(in_shards.sft, in_shards.sft_alone, TRANSFORMER_FILE)
+    configs = [(run / "transformer" / "config.json").read_text() for run in (in_shards.sft, in_shards.sft_alone)]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_in_shards_ends_with_the_same_weights_bit_for_bit(in_shards):
+    resumed, straight = (load_file(run / LORA_FILE) for run in (in_shards.resumed, in_shards.lora))
+    assert resumed.keys() == straight.keys()
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+    assert curve(in_shards.resumed, "loss") == curve(in_shards.lora, "loss")[2:]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_holds_what_trains_and_each_rank_writes_its_states(in_shards):
+    checkpoint = in_shards.lora / "checkpoint-3"
+    names = {path.name for path in checkpoint.iterdir()}
+    random_states = {f"random_states_{rank}.pkl" for rank in (0, 1)}
+    assert names == {
+        LORA_FILE,
+        "optimizer",
+        "custom_checkpoint_0.pkl",
+        "trainer_state.json",
+        "manifest.json",
+        *random_states,
+    }
+    shards = [load_file(path) for path in sorted((checkpoint / "optimizer").iterdir())]
+    adapters = sum(weight.numel() for weight in load_file(checkpoint / LORA_FILE).values())
+    for shard in shards:
+        kept = {name: state.numel() for name, state in shard.items() if not name.endswith(".step")}
+        assert sum(kept.values()) == 2 * adapters / len(shards)
+    assert len(shards) == 2
+
+
+@pytest.mark.slow
+def test_the_held_out_loss_is_that_of_one_process(in_shards):
+    ours, theirs = (curve(run, "validation_loss") for run in (in_shards.lora, in_shards.lora_alone))
+    assert len(ours) == 2
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_ranks_with_fewer_videos_sample_for_the_others_and_one_that_fails_keeps_none_waiting(in_shards):
+    before, after = (in_shards.lora / "validation" / f"step-{step}" for step in (0, 3))
+    assert {path.name for path in before.glob("*.mp4")} == {"00-00-a.mp4", "01-00-b.mp4", "02-00-c.mp4"}
+    assert {path.name for path in after.glob("*.mp4") if path.is_file()} == {"00-00-a.mp4"}
+    assert in_shards.output.count("training goes on; rank 1: ") == 1
+
+
+@pytest.mark.slow
+def test_three_ranks_go_on_where_two_stopped(a_run, tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    two_steps = ["--max_train_steps", "2", "--checkpointing_steps", "1"]  # of six samples
+    launch([a_run(SFT, straight, *two_steps, batches=3)], tmp_path)
+    resume = ["--resume_from_checkpoint", str(straight / "checkpoint-1")]
+    launch([a_run(SFT, resumed, *two_steps, *resume, batches=2)], tmp_path, num_ranks=3)
+    assert curve(resumed, "loss") == pytest.approx(curve(straight, "loss")[1:], rel=1e-4)
+    assert curve(resumed, "grad_norm") == pytest.approx(curve(straight, "grad_norm")[1:], rel=1e-4)
+    ours, theirs = (load_file(run / TRANSFORMER_FILE) for run in (resumed, straight))
+    assert all((ours[name] - theirs[name]).abs().gt(1e-4).float().mean() < 0.01 for name in theirs)
+
+
+@pytest.mark.slow
+def test_half_precision_is_that_of_one_process(a_run, tmp_path):
+    half = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--checkpoint_scope", "segment"]
+    half += ["--checkpoint_every", "2"]
+    runs = [("lora", LORA, half), ("dora", LORA, [*half, "--use_dora", "--lora_dropout", "0"]), ("sft", SFT, half)]
+    launch([a_run(script, tmp_path / name, *flags) for name, script, flags in runs], tmp_path)
+    for name, script, flags in runs:
+        run_alone(a_run(script, tmp_path / f"{name}-alone", *flags, batches=4))
+    for name in ("lora", "dora"):
+        assert_same_run(tmp_path / name, tmp_path / f"{name}-alone", LORA_FILE)
+    for name in ("loss", "grad_norm"):  # norms have weights in bfloat16, too
+        ours, theirs = (curve(tmp_path / run, name) for run in ("sft", "sft-alone"))
+        assert ours == pytest.approx(theirs, rel=2e-3)
+
+
+@pytest.mark.slow
+def test_ranks_in_shards_divide_the_tokens_of_a_sample(a_run, tmp_path):
+    parallelism = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
+    launch([a_run(SFT, tmp_path / "divided")], tmp_path, **parallelism, PARALLELISM_CONFIG_DP_SHARD_SIZE="1")
+    run_alone(a_run(SFT, tmp_path / "whole"))
+    assert_same_run(tmp_path / "divided", tmp_path / "whole", TRANSFORMER_FILE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script", [LORA, SFT])
+def test_one_gpu_in_one_shard_does_as_one_without(a_run, tmp_path, script):
+    flags = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--validation_prompt", "a"]
+    name, made = a_run(script, tmp_path / "sharded", *flags, "--num_inference_steps", "2")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    environment = os.environ | launch_environment()
+    subprocess.run([*command, str(TRAINING / f"{name}.py"), *made], env=environment, check=True)
+    run_alone(a_run(script, tmp_path / "alone", *flags, "--num_inference_steps", "2"))
+    for name in ("loss", "grad_norm"):
+        ours, theirs = (curve(tmp_path / run, name) for run in ("sharded", "alone"))
+        assert ours == pytest.approx(theirs, rel=1e-2)
+    assert list((tmp_path / "sharded" / "validation" / "step-3").glob("*.mp4"))
+
+
+def test_states_that_cannot_be_written_or_read_are_an_error_for_the_user(one_rank, tmp_path):
+    model, optimizer = in_one_shard(torch.nn.Linear(4, 4))
+    save_optimizer(model, optimizer, tmp_path / "small")
+    load_optimizer(model, optimizer, tmp_path / "small")
+    larger = in_one_shard(torch.nn.Linear(4, 8))
+    with pytest.raises(ValueError, match=r"lacks parts of state\."):
+        load_optimizer(*larger, tmp_path / "small")
+    with pytest.raises(OSError):
+        load_optimizer(model, optimizer, tmp_path / "none")
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "optimizer").write_text("in the way")
+    with pytest.raises(OSError, match="exists"):
+        save_optimizer(model, optimizer, tmp_path / "blocked")
+    (shard,) = (tmp_path / "small" / "optimizer").iterdir()
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError):
+        load_optimizer(model, optimizer, tmp_path / "small")
+
+
+def in_one_shard(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The model on the one rank there is, with an optimizer that has made a step."""
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.fixture
+def one_rank(fresh_accelerator, tmp_path) -> Iterator[None]:
+    """A process group of this process alone."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_failure_inside_the_network_ends_the_run(one_rank):
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    network = torch.nn.Linear(4, 4)
+    lockstep = Lockstep(accelerator, Agreement())
+    with pytest.raises(OutOfStep, match="resumed"), lockstep, lockstep.calling(network):
+        network(torch.ones(1, 4))
+        network(torch.ones(1, 5))
+
+
+@pytest.fixture
+def launched_by(monkeypatch) -> Callable[..., None]:
+    """Set the environment of a launch by the config, with other settings if any are given."""
+
+    def launched(**others: str) -> None:
+        for name, value in (launch_environment() | others).items():
+            monkeypatch.setenv(name, value)
+
+    return launched
+
+
+def flags_of(demo_clips: Path, *flags: str, method: str = "lora") -> Namespace:
+    """Read and check flags."""
+    needed = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips)]
+    return parse_args([*needed, *flags], task="text-to-video", method=method)
+
+
+@pytest.mark.parametrize("config", sorted(CONFIG.parent.glob("fsdp2*.yaml")), ids=lambda path: path.name)
+def test_the_configs_are_taken_and_shard_block_by_block(launched_by, demo_clips, config):
+    launched_by(**launch_environment(config))
+    flags_of(demo_clips, "--optimizer", "adamw", "--mixed_precision", "bf16", "--gradient_checkpointing")
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.transformer_cls_names_to_wrap == ["CogVideoXBlock"]
+    assert plugin.reshard_after_forward is True
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [
+        ("FSDP_VERSION", "1", "fsdp_version must be 2"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading must be false"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp_activation_checkpointing must be false"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params must be false"),
+    ],
+)
+def test_settings_that_runs_do_not_take_are_refused(launched_by, demo_clips, capsys, variable, value, named):
+    launched_by(**{variable: value})
+    with pytest.raises(SystemExit):
+        flags_of(demo_clips, "--optimizer", "adamw")
+    assert capsys.readouterr().err.startswith(f"error: --config_file: {named}, as in ")
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("lora", ["--optimizer", "prodigy"]),
+        ("lora", ["--optimizer", "came"]),
+        ("lora", ["--optimizer", "muon"]),
+        ("lora", ["--mixed_precision", "fp16"]),
+        ("lora", ["--use_8bit"]),
+        ("lora", ["--use_torchao", "--use_4bit"]),
+        ("lora", ["--use_ema"]),
+        ("lora", ["--enable_model_cpu_offload"]),
+        ("lora", ["--memory_budget_gb", "24"]),
+        ("lora", ["--auto_fit"]),
+        ("sft", ["--weights_dtype", "bf16", "--use_torchao", "--optimizer", "adamw", "--mixed_precision", "bf16"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_flags_that_need_whole_weights_are_refused(launched_by, demo_clips, capsys, method, flags):
+    launched_by()
+    with pytest.raises(SystemExit):
+        flags_of(demo_clips, *flags, method=method)
+    assert "does not work on weights in shards (FSDP)" in (refusal := capsys.readouterr().err)
+    assert refusal.split(":")[1].split()[0] in flags
+
+
+def test_without_gpus_accelerate_would_divide_nothing(launched_by, a_run, monkeypatch, tmp_path):
+    launched_by(WORLD_SIZE="2")
+    accelerator = SimpleNamespace(device=torch.device("cpu"), distributed_type=DistributedType.NO)
+    args = parse_args(a_run(LORA, tmp_path)[1], task="text-to-video", method="lora")
+    configs = SimpleNamespace(transformer={"attention_head_dim": 64})
+    with pytest.raises(UserError, match="accelerate takes FSDP for GPUs alone"):
+        check_start(args, accelerator, configs)

@@ -1,0 +1,33 @@
+"""Whole weights in one process; of processes that divide them see test_distributed.py."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from methods.lora import Lora
+from models.source import ModelSource
+from parallel.sharding import load_state, save_state, whole_weights
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+def test_weights_in_one_process_are_the_transformers_own(tiny_models):
+    transformer = ModelSource(str(tiny_models("5b"))).load_transformer(torch.float32)
+    method = Lora(4, 4.0)
+    method.attach(transformer)
+    names = method.weight_names(transformer)
+    weights = whole_weights(Accelerator(cpu=True), transformer, names)
+    assert list(weights) == names
+    state = transformer.state_dict()
+    assert all(weight.data_ptr() == state[name].data_ptr() for name, weight in weights.items())
+
+
+def test_a_state_is_loaded_as_it_was_saved(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    before = model.weight.detach().clone()
+    save_state(accelerator, tmp_path)
+    torch.nn.init.zeros_(model.weight)
+    load_state(accelerator, tmp_path)
+    assert torch.equal(model.weight, before)

@@ -1,0 +1,584 @@
+"""prepare_dataset.py end to end on a tiny model: what it writes, and what a second run does.
+
+Every clip gets a bucket of its own size, so that nothing is resized and the expected latents follow from its frames.
+"""
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import prepare_dataset
+from data.buckets import Bucket
+from data.prepared import PreparedClip, read_empty_prompt, read_index, read_tensor
+from data.sources import DataSource, read_clips
+from diffusion.latents import image_noise_scales, step_generator
+from models.source import ModelSource, encode_noised_image, encode_prompts, encode_videos
+from preparation.prepare import warn_of_overflow
+from video.probe import probe_video
+
+
+FRAMES = 5
+SIZES = ["--height_buckets", "96", "128", "144", "192", "--width_buckets", "128", "160", "192", "208"]
+FILES = {"videos": ".mp4", "prompts": ".txt", "video_latents": ".pt", "prompt_embeds": ".pt"}
+Rows = Sequence[tuple[Path, str]]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models) -> Path:
+    return tiny_models("5b")
+
+
+@pytest.fixture(scope="module")
+def all_rows(demo_clips) -> list[tuple[Path, str]]:
+    captions = (demo_clips / "prompts.txt").read_text().splitlines()
+    return list(zip(sorted((demo_clips / "videos").iterdir()), captions, strict=True))
+
+
+@pytest.fixture(scope="module")
+def rows(all_rows) -> list[tuple[Path, str]]:
+    """Clips of five sizes and their captions."""
+    return all_rows[:5]
+
+
+@pytest.fixture(scope="module")
+def small(all_rows) -> list[tuple[Path, str]]:
+    """Two of the smallest clips, 96 x 160, for tests that prepare anew."""
+    return [all_rows[2], all_rows[7]]
+
+
+def write_data(folder: Path, rows: Rows) -> Path:
+    """A data set that lists the clips."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "videos.txt").write_text("".join(f"{video}\n" for video, _ in rows))
+    (folder / "prompts.txt").write_text("".join(f"{caption}\n" for _, caption in rows))
+    return folder
+
+
+def flags_of(model: Path, data: Path, output: Path, *flags: str) -> list[str]:
+    """The data sets of these tests list clips that several of them share."""
+    places = ["--model_id", str(model), "--data_root", str(data), "--output_dir", str(output), "--allow_outside_paths"]
+    frames = ["--frame_buckets", str(FRAMES), "--max_num_frames", str(FRAMES)]
+    return [*places, *SIZES, *frames, *flags]
+
+
+def prepare(model: Path, data: Path, output: Path, *flags: str, tensors: bool = True) -> Path:
+    """Run the script in this process."""
+    save = ["--save_latents_and_embeddings"] if tensors else []
+    prepare_dataset.main(flags_of(model, data, output, *save, *flags))
+    return output
+
+
+def entries_of(folder: Path, index: str = "index.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / index).read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file and its bytes."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def times_of(folder: Path) -> dict[Path, int]:
+    """When each file of tensors or previews was written."""
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.glob("*/*")}
+
+
+def tensors_of(clip: PreparedClip) -> tuple[torch.Tensor, torch.Tensor]:
+    return read_tensor(clip.video_latents), read_tensor(clip.prompt_embeds)
+
+
+def decode(path: Path) -> np.ndarray:
+    """The truth: every frame, as PyAV decodes them one after another."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def frames_of(clip: Path) -> np.ndarray:
+    """The frames that belong into the bucket: spread from first to last, halves rounded up. `[F, H, W, 3]`"""
+    frames = decode(clip)
+    return frames[[(2 * i * (len(frames) - 1) + FRAMES - 1) // (2 * (FRAMES - 1)) for i in range(FRAMES)]]
+
+
+@pytest.fixture(scope="module")
+def prepared(model, rows, tmp_path_factory) -> Path:
+    """The five clips, prepared with first frames, in shards; not to be changed."""
+    root = tmp_path_factory.mktemp("prepared")
+    return prepare(model, write_data(root / "data", rows), root / "out", "--save_image_latents")
+
+
+@pytest.fixture(scope="module")
+def prepared_files(model, small, tmp_path_factory) -> Path:
+    """The two small clips, prepared with first frames, one file a tensor; not to be changed."""
+    root = tmp_path_factory.mktemp("files")
+    return prepare(model, write_data(root / "data", small), root / "out", "--save_image_latents", "--layout", "files")
+
+
+@pytest.fixture(scope="module")
+def prepared_once(model, small, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("small")
+    return prepare(model, write_data(root / "data", small), root / "out")
+
+
+@pytest.fixture
+def prepared_small(small, prepared_once, tmp_path) -> tuple[Path, Path]:
+    """(data, output) of the two small clips, to be changed at will."""
+    return write_data(tmp_path / "data", small), Path(shutil.copytree(prepared_once, tmp_path / "out"))
+
+
+# What is written
+
+
+def test_the_folder_holds_what_its_documentation_lists(prepared):
+    files = {"prepared.json", "index.jsonl", "empty_prompt.safetensors"}
+    assert {path.name for path in prepared.iterdir()} == files | {"latents", "prompt_embeds"}
+    # Five clips of five sizes: a shard for each; the captions are in one.
+    assert len(list((prepared / "latents").glob("*.safetensors"))) == 5
+    assert len(list((prepared / "prompt_embeds").glob("*.safetensors"))) == 1
+
+
+def test_the_index_tells_where_each_sample_comes_from_in_the_order_of_the_list(prepared, rows):
+    for number, ((video, caption), entry) in enumerate(zip(rows, entries_of(prepared), strict=True), 1):
+        num_frames, height, width, _ = decode(video).shape
+        assert entry["name"].startswith(f"{video.stem}-")
+        assert (entry["clip"], entry["caption"], entry["source"]) == (str(video), caption, f"videos.txt:{number}")
+        assert entry["metadata"] == {"num_frames": FRAMES, "height": height, "width": width}
+        assert entry["frames"] == [0, num_frames - 1]
+
+
+def test_the_index_is_read_back_as_the_samples_to_train_on(prepared, rows):
+    clips = read_index(prepared)
+    assert [clip.name for clip in clips] == [entry["name"] for entry in entries_of(prepared)]
+    assert clips[0].bucket == Bucket(FRAMES, 128, 192)
+    assert all(clip.repeats == 1 for clip in clips)
+
+
+def test_the_latents_are_the_moments_of_the_clips_own_frames(prepared, model, rows):
+    vae = ModelSource(str(model)).load_vae(torch.float32, slicing=False, tiling=False)
+    for number in (2, 4):
+        video = torch.from_numpy(frames_of(rows[number][0]).transpose(0, 3, 1, 2).copy())[None]
+        moments = read_tensor(read_index(prepared)[number].video_latents)
+        assert moments.shape == (32, 2, video.shape[-2] // 8, video.shape[-1] // 8)
+        assert torch.equal(moments, encode_videos(vae, video)[0])
+
+
+def test_the_embeddings_are_those_of_the_captions(prepared, model, rows):
+    pipeline = ModelSource(str(model)).load_text_pipeline(torch.float32)
+    for (_, caption), clip in zip(rows, read_index(prepared), strict=True):
+        assert torch.equal(read_tensor(clip.prompt_embeds), encode_prompts(pipeline, [caption])[0])
+
+
+def test_the_text_encoder_in_8_bits_embeds_captions_for_a_folder_of_its_own(model, small, tmp_path, capsys):
+    data = write_data(tmp_path / "data", small[:1])
+    folder = prepare(model, data, tmp_path / "out", "--text_encoder_8bit")
+    pipeline = ModelSource(str(model)).load_text_pipeline(torch.float32, in_8bit=True)
+    (clip,) = read_index(folder)
+    assert torch.equal(read_tensor(clip.prompt_embeds), encode_prompts(pipeline, [small[0][1]])[0])
+    assert torch.equal(read_empty_prompt(folder), encode_prompts(pipeline, [""])[0])
+    with pytest.raises(SystemExit):
+        prepare(model, data, folder)
+    assert "dtype was 'fp32, text encoder in 8 bits', is now 'fp32'" in capsys.readouterr().err
+
+
+def test_the_empty_prompt_is_embedded_as_captions_are(prepared, prepared_files, model):
+    pipeline = ModelSource(str(model)).load_text_pipeline(torch.float32)
+    expected = encode_prompts(pipeline, [""])[0]
+    assert torch.equal(read_empty_prompt(prepared), expected)
+    assert torch.equal(read_empty_prompt(prepared_files), expected)
+
+
+def test_the_first_frame_is_encoded_under_noise_of_several_strengths(prepared, model, rows):
+    vae = ModelSource(str(model)).load_vae(torch.float32, slicing=False, tiling=False)
+    clip = read_index(prepared)[2]
+    latents = read_tensor(clip.image_latents)
+    assert latents.shape == (4, 32, 1, 12, 20)
+    first = torch.from_numpy(frames_of(rows[2][0])[0].transpose(2, 0, 1).copy())
+    generator = step_generator(torch.device("cpu"), 42, clip.name)
+    scales = image_noise_scales(4, generator)
+    assert torch.equal(latents, encode_noised_image(vae, first, scales, generator))
+    # The more noise, the further from the encoding of the clean frame.
+    clean = encode_videos(vae, first[None, None])[0]
+    distances = [float((latent - clean)[:16].abs().mean()) for latent in latents]
+    assert distances == sorted(distances)
+    assert distances[0] > 0
+
+
+def test_an_image_of_the_users_own_takes_the_place_of_the_first_frame(model, small, tmp_path):
+    video, caption = small[0]
+    data = write_data(tmp_path / "data", [(video, caption)])
+    image = np.random.default_rng(0).integers(0, 256, (96, 160, 3), np.uint8)
+    Image.fromarray(image).save(data / "start.png")
+    (data / "images.txt").write_text("start.png\n")
+    folder = prepare(model, data, tmp_path / "out", "--save_image_latents", "--num_image_latents", "1")
+    (clip,) = read_index(folder)
+    vae = ModelSource(str(model)).load_vae(torch.float32, slicing=False, tiling=False)
+    generator = step_generator(torch.device("cpu"), 42, clip.name)
+    scales = image_noise_scales(1, generator)
+    expected = encode_noised_image(vae, torch.from_numpy(image.transpose(2, 0, 1).copy()), scales, generator)
+    assert torch.equal(read_tensor(clip.image_latents), expected)
+
+
+def test_the_tensors_have_the_dtype_and_the_embeddings_the_length_asked_for(model, small, tmp_path):
+    data = write_data(tmp_path / "data", small[:1])
+    folder = prepare(model, data, tmp_path / "out", "--dtype", "bf16", "--max_sequence_length", "64")
+    (clip,) = read_index(folder)
+    tensors = [*tensors_of(clip), read_empty_prompt(folder)]
+    assert [tensor.dtype for tensor in tensors] == [torch.bfloat16] * 3
+    assert [len(embeds) for embeds in tensors[1:]] == [64, 64]
+
+
+def test_a_table_gives_the_same_tensors_as_the_two_lists(model, demo_clips, prepared_small, tmp_path):
+    """Names come from content, so that moving from one format to the other prepares nothing again."""
+    data, folder = prepared_small
+    videos = [Path(line) for line in (data / "videos.txt").read_text().splitlines()]
+    captions = (data / "prompts.txt").read_text().splitlines()
+    table = tmp_path / "metadata.jsonl"
+    rows = zip(videos, captions, strict=True)
+    table.write_text("".join(json.dumps({"video": str(video), "caption": text}) + "\n" for video, text in rows))
+    before = times_of(folder)
+    prepare(model, data, folder, "--dataset_file", str(table))
+    assert times_of(folder) == before
+    assert [entry["source"] for entry in entries_of(folder)] == ["metadata.jsonl:1", "metadata.jsonl:2"]
+
+
+def test_identical_captions_are_embedded_once_and_identical_clips_encoded_once(model, small, tmp_path):
+    (first, _), (second, _) = small
+    rows = [(first, "a circle"), (second, "a circle"), (first, "another caption")]
+    folder = prepare(model, write_data(tmp_path / "data", rows), tmp_path / "out")
+    one, two, three = read_index(folder)
+    assert one.prompt_embeds == two.prompt_embeds != three.prompt_embeds
+    assert one.video_latents == three.video_latents != two.video_latents
+
+
+def test_clips_of_one_name_in_two_folders_do_not_collide(model, small, tmp_path):
+    rows = []
+    for number, (video, caption) in enumerate(small):
+        path = tmp_path / f"scene-{number}" / "clip.mp4"
+        path.parent.mkdir()
+        rows.append((Path(shutil.copy(video, path)), caption))
+    first, second = read_index(prepare(model, write_data(tmp_path / "data", rows), tmp_path / "out"))
+    assert not torch.equal(read_tensor(first.video_latents), read_tensor(second.video_latents))
+
+
+def test_a_clip_that_is_listed_many_times_is_in_the_index_as_often(model, small, tmp_path):
+    """Repeating lines is a way to give clips more weight."""
+    data = write_data(tmp_path / "data", [small[0]] * 6 + [small[1]])
+    folder = prepare(model, data, tmp_path / "out", "--batch_size", "7")
+    assert len(read_index(folder)) == 7
+    assert len({clip.video_latents for clip in read_index(folder)}) == 2
+
+
+def test_repeats_of_a_mix_are_kept_for_the_training(model, small, tmp_path):
+    for name, row in zip("ab", small, strict=True):
+        write_data(tmp_path / name, [row])
+    mix = tmp_path / "mix.json"
+    mix.write_text(json.dumps([{"data_root": str(tmp_path / "a"), "repeats": 3}, {"data_root": str(tmp_path / "b")}]))
+    flags = flags_of(model, tmp_path, tmp_path / "out", "--dataset_mix", str(mix), "--save_latents_and_embeddings")
+    at = flags.index("--data_root")
+    prepare_dataset.main(flags[:at] + flags[at + 2 :])
+    assert [clip.repeats for clip in read_index(tmp_path / "out")] == [3, 1]
+
+
+def test_larger_batches_and_workers_give_the_same_latents(model, prepared_small, tmp_path):
+    data, one_by_one = prepared_small
+    together = prepare(model, data, tmp_path / "together", "--batch_size", "2", "--dataloader_num_workers", "1")
+    for ours, theirs in zip(read_index(one_by_one), read_index(together), strict=True):
+        assert ours.name == theirs.name
+        torch.testing.assert_close(
+            read_tensor(theirs.video_latents), read_tensor(ours.video_latents), atol=2e-3, rtol=0
+        )
+
+
+def test_a_long_clip_that_is_split_becomes_several_samples(model, small, tmp_path):
+    data = write_data(tmp_path / "data", small[:1])
+    folder = prepare(model, data, tmp_path / "out", "--long_clips", "split")
+    num_frames = len(decode(small[0][0]))
+    starts = range(0, num_frames - FRAMES + 1, FRAMES)
+    assert [entry["frames"] for entry in entries_of(folder)] == [[at, at + FRAMES - 1] for at in starts]
+    vae = ModelSource(str(model)).load_vae(torch.float32, slicing=False, tiling=False)
+    last = decode(small[0][0])[starts[-1] : starts[-1] + FRAMES].transpose(0, 3, 1, 2).copy()
+    moments = read_tensor(read_index(folder)[-1].video_latents)
+    assert torch.equal(moments, encode_videos(vae, torch.from_numpy(last)[None])[0])
+
+
+# One file a tensor
+
+
+def test_the_layout_of_the_original_script_can_be_asked_for(prepared_files, small):
+    names = {path.stem for path in (prepared_files / "videos").iterdir()}
+    assert len(names) == 2
+    for kind, suffix in {**FILES, "images": ".png", "image_latents": ".pt"}.items():
+        assert {path.name for path in (prepared_files / kind).iterdir()} == {name + suffix for name in names}
+    lists = {"prepared.json", "data.jsonl", "prompts.txt", "videos.txt", "empty_prompt.safetensors"}
+    assert {path.name for path in prepared_files.iterdir()} == lists | {*FILES, "images", "image_latents"}
+    for (_, caption), entry in zip(small, entries_of(prepared_files, "data.jsonl"), strict=True):
+        assert (prepared_files / entry["prompt"]).read_text() == caption
+
+
+def test_both_layouts_hold_the_same_tensors(prepared_files, prepared_once):
+    for one, other in zip(read_index(prepared_files), read_index(prepared_once), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(tensors_of(one), tensors_of(other), strict=True))
+
+
+def test_image_latents_in_files_have_the_shape_of_the_original(prepared_files):
+    assert read_tensor(read_index(prepared_files)[0].image_latents).shape == (32, 1, 12, 20)
+
+
+def test_the_preview_shows_the_clip_as_the_model_sees_it(prepared_files, small):
+    entry = entries_of(prepared_files, "data.jsonl")[0]
+    with av.open(prepared_files / entry["video"]) as container:
+        assert container.streams.video[0].average_rate == 8
+    shown, seen = decode(prepared_files / entry["video"]), frames_of(small[0][0])
+    assert shown.shape == seen.shape == (FRAMES, 96, 160, 3)
+    assert np.abs(shown.astype(int) - seen).mean() < 6  # H.264 is lossy; another frame is far off
+    assert np.array_equal(np.asarray(Image.open(prepared_files / entry["image"])), seen[0])
+
+
+def test_without_tensors_the_folder_is_a_data_set_of_raw_clips(model, small, tmp_path):
+    data = write_data(tmp_path / "data", small)
+    folder = prepare(model, data, tmp_path / "out", "--target_fps", "12", tensors=False)
+    written = {"prepared.json", "prompts.txt", "videos.txt", "videos", "prompts"}
+    assert {path.name for path in folder.iterdir()} == written
+    clips, bad = read_clips(DataSource(folder), tmp_path / "cache")
+    assert not bad
+    assert [clip.caption for clip in clips] == [caption for _, caption in small]
+    assert all(decode(clip.video).shape == (FRAMES, 96, 160, 3) for clip in clips)
+    with av.open(clips[0].video) as container:
+        assert container.streams.video[0].average_rate == 12
+
+
+# The second run
+
+
+def test_a_second_run_writes_nothing_again_and_loads_no_model(tiny_models, small, tmp_path):
+    model = Path(shutil.copytree(tiny_models("5b"), tmp_path / "model"))
+    data = write_data(tmp_path / "data", small)
+    folder = prepare(model, data, tmp_path / "out")
+    before, everything = times_of(folder), contents(folder)
+    for weights in model.glob("*/*.safetensors"):
+        weights.unlink()
+    prepare(model, data, folder)
+    assert times_of(folder) == before
+    assert contents(folder) == everything
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_folder_that_lacks_the_empty_prompt_alone_gets_it(model, prepared_small, monkeypatch, order):
+    """As folders do that were prepared before there was one."""
+    data, folder = prepared_small
+    before, whole = times_of(folder), contents(folder)
+    (folder / "empty_prompt.safetensors").unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in order:
+        monkeypatch.setenv("RANK", str(rank))
+        prepare(model, data, folder)
+    assert times_of(folder) == before
+    assert contents(folder) == whole
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_in_files_what_a_killed_run_left_out_is_all_that_is_made(model, prepared_files, small, tmp_path, kind):
+    data, folder = write_data(tmp_path / "data", small), Path(shutil.copytree(prepared_files, tmp_path / "out"))
+    before, whole = times_of(folder), contents(folder)
+    lost, kept = entries_of(folder, "data.jsonl")
+    (folder / kind / f"{Path(lost['video']).stem}{FILES[kind]}").unlink()
+    (folder / "data.jsonl").unlink()  # written last, so never there after a killed run
+    prepare(model, data, folder, "--save_image_latents", "--layout", "files")
+    after = times_of(folder)
+    assert all(after[Path(kept[role])] == before[Path(kept[role])] for role in ("video", "video_latent", "prompt"))
+    assert contents(folder) == whole
+
+
+def test_flips_and_crops_do_not_depend_on_the_place_in_the_list(model, all_rows, tmp_path):
+    flags = ["--random_flip", "0.5", "--video_reshape_mode", "random", "--height_buckets", "64"]
+    flags += ["--width_buckets", "96"]
+    rows = all_rows[:4]
+    one, other = (
+        prepare(model, write_data(tmp_path / name, listed), tmp_path / f"out-{name}", *flags)
+        for name, listed in (("forward", rows), ("backward", rows[::-1]))
+    )
+    theirs = {clip.name: clip for clip in read_index(other)}
+    for clip in read_index(one):
+        assert torch.equal(read_tensor(clip.video_latents), read_tensor(theirs[clip.name].video_latents))
+
+
+def test_a_changed_caption_encodes_no_clip_again(model, small, prepared_small):
+    data, folder = prepared_small
+    before, (changed, kept) = times_of(folder), read_index(folder)
+    write_data(data, [(small[0][0], "another caption"), small[1]])
+    prepare(model, data, folder)
+    clip, unchanged = read_index(folder)
+    assert unchanged == kept
+    assert clip.video_latents == changed.video_latents
+    pipeline = ModelSource(str(model)).load_text_pipeline(torch.float32)
+    assert torch.equal(read_tensor(clip.prompt_embeds), encode_prompts(pipeline, ["another caption"])[0])
+    after = times_of(folder)
+    assert all(after[path] == time for path, time in before.items())
+    assert len(after) == len(before) + 1
+
+
+def test_a_changed_clip_is_encoded_anew_under_its_old_path(model, all_rows, small, prepared_small, tmp_path):
+    data, folder = prepared_small
+    path = Path(shutil.copy(small[0][0], tmp_path / "clip.mp4"))
+    write_data(data, [(path, small[0][1])])
+    prepare(model, data, folder)
+    (before,) = read_index(folder)
+    shutil.copy(small[1][0], path)
+    prepare(model, data, folder)
+    (after,) = read_index(folder)
+    assert before.name != after.name
+    assert not torch.equal(read_tensor(before.video_latents), read_tensor(after.video_latents))
+
+
+def test_a_clip_taken_from_the_list_is_taken_from_the_index(model, small, prepared_small, caplog):
+    data, folder = prepared_small
+    _, kept = entries_of(folder)
+    write_data(data, small[1:])
+    prepare(model, data, folder)
+    assert [entry["name"] for entry in entries_of(folder)] == [kept["name"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dtype", "bf16"], "dtype was 'fp32', is now 'bf16'"),
+        (["--text_encoder_8bit"], "dtype was 'fp32', is now 'fp32, text encoder in 8 bits'"),
+        (["--max_sequence_length", "64"], "max_sequence_length was 226, is now 64"),
+        (["--layout", "files"], "layout was 'shards', is now 'files'"),
+    ],
+)
+def test_a_folder_prepared_with_other_settings_is_refused(model, prepared_small, capsys, flags, message):
+    data, folder = prepared_small
+    before = contents(folder)
+    with pytest.raises(SystemExit) as caught:
+        prepare(model, data, folder, *flags)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --output_dir: ")
+    assert message in error
+    assert contents(folder) == before
+
+
+def test_a_folder_prepared_with_another_vae_is_refused(tiny_models, prepared_small, tmp_path, capsys):
+    data, folder = prepared_small
+    model = Path(shutil.copytree(tiny_models("5b"), tmp_path / "model"))
+    (weights,) = (model / "vae").glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(SystemExit):
+        prepare(model, data, folder)
+    assert "(another vae)" in capsys.readouterr().err
+
+
+def test_a_copy_of_the_model_elsewhere_is_the_same_model(tiny_models, prepared_small, tmp_path):
+    data, folder = prepared_small
+    before = times_of(folder)
+    prepare(Path(shutil.copytree(tiny_models("5b"), tmp_path / "elsewhere")), data, folder)
+    assert times_of(folder) == before
+
+
+# Clips that do not decode, though the probe found nothing
+
+
+@pytest.fixture
+def with_broken(small, tmp_path) -> tuple[Path, Path]:
+    """A data set of two good clips and one that only decoding all of it finds broken; and that one."""
+    broken = tmp_path / "broken.mp4"
+    with av.open(str(broken), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"g": "5", "bf": "0", "x264-params": "scenecut=0"})
+        stream.width, stream.height = 160, 96
+        for shift in range(40):
+            picture = np.roll(np.random.default_rng(0).integers(0, 255, (96, 160, 3), np.uint8), shift, axis=1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode(None))
+    content = bytearray(broken.read_bytes())
+    with av.open(str(broken)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    for packet in packets[8:20]:
+        content[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    broken.write_bytes(content)
+    assert probe_video(broken).num_frames == 40
+    return write_data(tmp_path / "data", [small[0], (broken, "a broken clip"), small[1]]), broken
+
+
+def test_broken_clips_are_listed_at_the_end_and_the_others_are_kept(model, with_broken, tmp_path, capsys):
+    data, broken = with_broken
+    folder = tmp_path / "out"
+    with pytest.raises(SystemExit) as caught:
+        prepare(model, data, folder, "--shard_size_mb", "1")
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert str(broken) in error
+    assert "--on_bad_clip skip" in error
+    assert not (folder / "index.jsonl").exists()
+
+
+def test_broken_clips_are_left_out_and_listed_where_that_is_asked_for(model, with_broken, tmp_path):
+    data, broken = with_broken
+    folder = prepare(model, data, tmp_path / "out", "--on_bad_clip", "skip")
+    assert len(read_index(folder)) == 2
+    with open(folder / "skipped_clips.csv", newline="", encoding="utf-8") as file:
+        ((clip, source, reason),) = list(csv.reader(file))[1:]
+    assert (clip, source) == (str(broken), "videos.txt:2")
+    assert reason
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_whichever_rank_comes_last_knows_of_the_clips_that_broke(model, with_broken, tmp_path, monkeypatch, order):
+    data, broken = with_broken
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in order:
+        monkeypatch.setenv("RANK", str(rank))
+        folder = prepare(model, data, tmp_path / "out", "--on_bad_clip", "skip")
+    assert len(read_index(folder)) == 2
+    assert str(broken) in (folder / "skipped_clips.csv").read_text()
+    assert not (folder / ".staging").exists()
+
+
+@pytest.mark.parametrize("name", ["broken.mp4", ".hidden\u2603 clip.mp4"])
+def test_nothing_is_prepared_where_every_clip_is_broken(model, with_broken, tmp_path, capsys, name):
+    _, broken = with_broken
+    data = write_data(tmp_path / "broken-data", [(broken.rename(tmp_path / name), "a caption")])
+    with pytest.raises(SystemExit) as caught:
+        prepare(model, data, tmp_path / "out", "--on_bad_clip", "skip")
+    assert caught.value.code == 2
+    assert "none of the clips can be used" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "index.jsonl").exists()
+
+
+# The rehearsal
+
+
+@pytest.mark.parametrize(("stored", "warns"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_fp16_for_encoders_in_bfloat16_is_warned_about(tmp_path, caplog, stored, warns):
+    (tmp_path / "text_encoder").mkdir()
+    save_file({"weight": torch.zeros(1, dtype=stored)}, tmp_path / "text_encoder" / "model.safetensors")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        warn_of_overflow(dtype, ModelSource(str(tmp_path)))
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == warns
+    assert all(line.startswith("warning: --dtype fp16: ") and line.endswith("use --dtype bf16") for line in warnings)
+
+
+def test_a_dry_run_shows_the_plan_and_makes_nothing_else(model, rows, tmp_path, capsys, caplog):
+    data = write_data(tmp_path / "data", [*rows, (tmp_path / "missing.mp4", "not there")])
+    with pytest.raises(SystemExit) as caught:
+        prepare(model, data, tmp_path / "out", "--dry_run")
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    assert "missing.mp4" in output.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.csv", "contact_sheet.png"}
+    with open(tmp_path / "out" / "plan.csv", newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 6
+    sheet = Image.open(tmp_path / "out" / "contact_sheet.png")
+    assert sheet.width >= 600
+    prepare(model, write_data(tmp_path / "data", rows), tmp_path / "out", "--dry_run", "--on_bad_clip", "skip")

@@ -1,0 +1,149 @@
+"""What a run writes about itself is enough to repeat it exactly."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
+
+import cogvideox_text_to_video_lora
+from args import flag_names, parse_args
+from common.run_folder import CONFIG_FILE
+from memory.settings import apply_settings, read_settings
+from results.publish import PRIVATE
+from run.config import render_config, split_flags
+
+
+LORA = "pytorch_lora_weights.safetensors"
+TOKEN = "hf_" + "Secret0" * 5
+
+
+@pytest.fixture
+def run(tiny_models, demo_clips, fresh_accelerator):
+    def run(output: Path, *flags: str) -> dict[str, torch.Tensor]:
+        """The weights that a run with these flags ends with."""
+        AcceleratorState._reset_state(reset_partial_state=True)
+        argv = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(demo_clips)]
+        argv += ["--caption_column", "prompts.txt", "--max_samples", "2", "--train_batch_size", "1", "--rank", "4"]
+        argv += ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
+        argv = [] if "--config" in flags else [*argv, "--report_to", "none"]
+        cogvideox_text_to_video_lora.main([*argv, *flags, "--output_dir", str(output)])
+        return load_file(output / LORA)
+
+    return run
+
+
+def test_a_run_is_repeated_bit_for_bit_from_its_configuration(run, tmp_path):
+    first = run(
+        tmp_path / "first",
+        *("--max_train_steps", "2", "--memory_budget_gb", "64", "--random_flip", "0.5", "--caption_dropout", "0.5"),
+    )
+    drawn = yaml.safe_load((tmp_path / "first" / CONFIG_FILE).read_text())
+    assert isinstance(drawn["seed"], int)
+    assert "memory_budget_gb" not in drawn
+    assert drawn["mixed_precision"] == "no"
+    again = run(tmp_path / "again", "--config", str(tmp_path / "first" / CONFIG_FILE))
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_a_resumed_run_keeps_the_configuration_that_it_began_with(run, tmp_path, capfd):
+    steps = ("--max_train_steps", "1", "--seed", "3")
+    run(tmp_path, *steps)
+    began = (tmp_path / CONFIG_FILE).read_text()
+    resume = ("--resume_from_checkpoint", "latest")
+    run(tmp_path, *steps, *resume)
+    assert not list(tmp_path.glob("config-step-*"))  # the same flags say nothing new
+    run(tmp_path, "--max_train_steps", "2", *resume, "--config", str(tmp_path / CONFIG_FILE))
+    assert (tmp_path / CONFIG_FILE).read_text() == began
+    assert "other flags than before: --max_train_steps; noted in config-step-1.yaml" in capfd.readouterr().err
+    assert "ANOTHER_FOLDER\n" in began
+    noted = (tmp_path / "config-step-1.yaml").read_text()
+    assert f"ANOTHER_FOLDER --resume_from_checkpoint {tmp_path}/checkpoint-1\n" in noted
+    went_on = yaml.safe_load(noted)
+    assert went_on == yaml.safe_load(began) | {"max_train_steps": 2}
+
+    for text in ("- a list", "rank: [", "rank: \xff"):  # which somebody has made of it since
+        (tmp_path / "config-step-1.yaml").write_bytes(text.encode("latin-1"))
+        run(tmp_path, "--max_train_steps", "2", *steps[2:], *resume)
+        assert (
+            "config-step-1.yaml is no list of flags any more; they are noted in config-step-2"
+            in capfd.readouterr().err
+        )
+        (tmp_path / "config-step-2.yaml").unlink()
+
+
+def parsed(*flags: str, method: str = "lora"):
+    required = ["--pretrained_model_name_or_path", "a/b", "--data_root", "."]
+    return parse_args([*required, *flags], task="text-to-video", method=method)
+
+
+def written(args) -> str:
+    """The file of a run with these flags."""
+    return render_config(*split_flags(args, flag_names("text-to-video", args.method), seed=7), ["a title"])
+
+
+def reread(text: str, folder: Path, method: str = "lora"):
+    """The flags that a script has with that file alone."""
+    (folder / "again.yaml").write_text(text, encoding="utf-8")
+    return parse_args(["--config", str(folder / "again.yaml")], task="text-to-video", method=method)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--height", "64", "--width", "96", "--fps", "8"),
+        ("--validation_prompt", "- \U0001f407 'a' \"b\": c # d\nnext line:::兔子 \x85", "--validation_steps", "5"),
+        ("--learning_rate", "1e-5", "--frame_buckets", "17", "49", "81", "--no-validate_first"),
+        ("--lora_target_modules", "to_q", "--id_token", "no", "--weight_decay", "0.1"),
+        ("--optimizer", "prodigy", "--learning_rate", "1", "--mixed_precision", "no"),
+    ],
+)
+def test_what_is_written_reads_as_the_same_flags(tmp_path, flags):
+    args = parsed(*flags)
+    again = reread(written(args), tmp_path)
+    assert again.given == args.given | {"seed", "mixed_precision", "config"}
+    settled = {"seed": 7, "mixed_precision": "no", "config": again.config, "given": again.given}
+    assert vars(again) == vars(args) | settled
+
+
+@pytest.mark.parametrize(
+    ("method", "chosen"),
+    [
+        ("lora", {"gradient_checkpointing": True, "offload_checkpoints": True, "quantize_base": "int8"}),
+        ("lora", {"gradient_checkpointing": True, "checkpoint_every": 2}),
+        ("sft", {"weights_dtype": "bf16", "use_8bit": True, "use_torchao": True, "step_in_backward": True}),
+    ],
+)
+def test_settings_of_memory_that_were_chosen_are_written_as_if_they_had_been_given(tmp_path, method, chosen):
+    args = parsed("--memory_budget_gb", "20", "--optimizer", "adamw", "--mixed_precision", "bf16", method=method)
+    args = apply_settings(args, replace(read_settings(args), **chosen))
+    again = reread(written(args), tmp_path, method)
+    assert (again.memory_budget_gb, again.max_grad_norm) == (None, args.max_grad_norm)
+    assert read_settings(again) == read_settings(args)
+    assert chosen.keys() <= again.given
+
+
+def test_all_that_was_not_given_is_there_to_be_read(tmp_path):
+    comments = [line[2:] for line in written(parsed("--rank", "8")).splitlines() if line.startswith("# ")]
+    values = yaml.safe_load("\n".join(comments[2:]))
+    assert (values["learning_rate"], values["lora_alpha"], values["long_clips"]) == (1e-4, 64, "spread")
+    assert not {"rank", "seed", "hub_token"} & values.keys()
+
+
+def test_no_token_is_written_and_a_repeated_run_uploads_nothing(tmp_path):
+    text = written(
+        parsed("--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "me/it", "--id_token", f"a {TOKEN}")
+    )
+    assert TOKEN not in text
+    assert "hub_token" not in text
+    again = reread(text, tmp_path)
+    assert (again.push_to_hub, again.hub_model_id) == (False, None)
+
+
+def test_the_configuration_names_folders_and_is_not_uploaded():
+    files = [CONFIG_FILE, "config-step-12.yaml", "transformer/config.json"]
+    assert list(filter_repo_objects(files, ignore_patterns=list(PRIVATE))) == ["transformer/config.json"]

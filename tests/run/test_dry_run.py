@@ -1,0 +1,104 @@
+"""A dry run goes through everything once, and leaves nothing behind."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import cogvideox_image_to_video_lora
+import cogvideox_text_to_video_sft
+import prepare_dataset
+from data.buckets import Bucket
+from data.plan import PreparedData
+from data.prepared import PreparedClip
+from run.dry_run import largest_batch, trial_folder
+from tiny_runs import SIZE
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+def rehearse(script, model: Path, data: Path, output: Path, *flags: str) -> None:
+    argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
+    script.main([*argv, "--caption_column", "prompts.txt", "--train_batch_size", "2", *SIZE, *flags, "--dry_run"])
+
+
+def test_a_dry_run_trains_saves_loads_and_samples_and_leaves_nothing(tiny_models, demo_clips, tmp_path, caplog, capfd):
+    model = tiny_models("5b-i2v")
+    rehearse(cogvideox_image_to_video_lora, model, demo_clips, tmp_path / "out", "--rank", "4", "--max_samples", "4")
+    assert list(tmp_path.iterdir()) == []
+    told = capfd.readouterr().err
+    assert "Reading every sample" in told
+    assert "4/4" in told
+    assert "peak memory up to two steps: host" in told
+    assert "peak memory up to a video: host" in told
+    assert "saving, loading and sampling all work" in told
+
+
+def test_a_dry_run_does_not_touch_an_earlier_run(tiny_models, demo_clips, tmp_path):
+    kept = tmp_path / "out" / "transformer" / "weights"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("precious")
+    rehearse(cogvideox_text_to_video_sft, tiny_models("5b"), demo_clips, tmp_path / "out", "--max_samples", "1")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]
+
+
+def test_a_dry_run_fails_where_sampling_does(tiny_models, demo_clips, tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "start.png")
+    model = Path(shutil.copytree(tiny_models("5b-i2v"), tmp_path / "model"))
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("scaled_linear", "linear").replace('"v_prediction"', '"none"'))
+    flags = ("--validation_prompt", "a", "--validation_images", str(tmp_path / "start.png"), "--max_samples", "1")
+    with pytest.raises(SystemExit, match="2"):
+        rehearse(cogvideox_image_to_video_lora, model, demo_clips, tmp_path / "out", "--rank", "4", *flags)
+    assert "--dry_run: the validation failed" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / ".dry-run.out").exists()
+
+
+def test_a_dry_run_lists_the_samples_that_cannot_be_read(tiny_models, demo_clips, tmp_path, capsys):
+    prepared, model = tmp_path / "prepared", tiny_models("5b")
+    flags = ["--model_id", str(model), "--data_root", str(demo_clips), "--output_dir", str(prepared)]
+    flags += ["--max_samples", "4", "--save_latents_and_embeddings", "--layout", "files"]
+    prepare_dataset.main([*flags, *SIZE])
+    damaged = sorted((prepared / "video_latents").iterdir())[2:]
+    for file in damaged:
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(SystemExit, match="2"):
+        rehearse(cogvideox_text_to_video_sft, model, prepared, tmp_path / "out", "--load_tensors")
+    told = capsys.readouterr().err
+    assert "2 of 4 samples cannot be read" in told
+    assert all(file.name in told for file in damaged)
+
+
+def samples(count: int, *size: int, repeats: float = 1.0) -> list[PreparedClip]:
+    return [PreparedClip(f"{size}-{n}", Bucket(*size), None, None, None, repeats) for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "batch_size", "num_ranks", "expected"),
+    [
+        (samples(8, 9, 64, 64), samples(1, 17, 64, 64), 1, 1, (17, 1)),
+        (samples(8, 9, 64, 64), samples(1, 17, 64, 64), 4, 1, (9, 4)),
+        # Each rank has a batch of its own.
+        (samples(16, 9, 64, 64), samples(4, 17, 64, 64), 1, 8, (17, 8)),
+        # A sample that comes four times in an epoch fills a batch of four.
+        (samples(8, 9, 64, 64), samples(1, 17, 64, 64, repeats=4), 4, 1, (17, 4)),
+        (samples(64, 9, 64, 64, repeats=0.25), samples(1, 17, 64, 64), 4, 1, (9, 4)),
+    ],
+)
+def test_the_largest_batch_is_the_one_with_most_pixels_that_a_rank_can_meet(
+    small, large, batch_size, num_ranks, expected
+):
+    largest = largest_batch(PreparedData([*small, *large], []), batch_size, num_ranks, accumulation=1)
+    frames, count = expected
+    assert [clip.bucket.num_frames for clip in largest.clips] == [frames] * count
+    assert set(largest.repeats) == {1}
+    assert len(largest_batch(PreparedData([*small, *large], []), batch_size, num_ranks, 2).clips) == 2 * count
+
+
+@pytest.mark.parametrize("output", ["out", "new/deep/out"])
+def test_the_trial_is_on_the_disk_of_the_output(tmp_path, output):
+    assert trial_folder(tmp_path / output) == tmp_path / ".dry-run.out"
+    (tmp_path / output).mkdir(parents=True)
+    assert trial_folder(tmp_path / output) == tmp_path / output / ".dry-run.out"

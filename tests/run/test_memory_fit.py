@@ -1,0 +1,111 @@
+"""Runs whose settings are changed so that they fit into memory."""
+
+import json
+from argparse import Namespace
+from dataclasses import asdict
+
+import pytest
+
+from args import parse_args
+from checkpoints.folder import TrainerState
+from checkpoints.manifest import write_manifest
+from common.errors import UserError
+from common.run_folder import STATE_FILE
+from data.buckets import Bucket
+from data.plan import TrainingData, plan_training_data
+from memory.settings import MemorySettings, read_settings
+from methods.lora import FullFinetune, Lora
+from models.source import ModelSource
+from run.launch import start_logging
+from run.memory_fit import choose_by_budget, chosen_before, describe_savings, run_facts, step_down, with_settings
+
+
+@pytest.fixture
+def make_run(tiny_models, demo_clips, tmp_path):
+    """Flags, data and method of a run."""
+
+    def make(method: str, *flags: str) -> tuple[Namespace, TrainingData, Lora | FullFinetune]:
+        size = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
+        size += ["--height_buckets", "64", "--width_buckets", "96"]
+        paths = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(demo_clips)]
+        paths += ["--dataset_file", str(demo_clips / "metadata.csv"), "--output_dir", str(tmp_path / "out")]
+        paths += ["--caption_column", "caption"]
+        args = parse_args([*paths, *size, "--train_batch_size", "2", *flags], task="text-to-video", method=method)
+        chosen = Lora(8, 8) if method == "lora" else FullFinetune(weights_dtype=args.weights_dtype)
+        return args, plan_training_data(args), chosen
+
+    return make
+
+
+def test_a_budget_that_is_ample_keeps_the_fastest_settings(make_run, capsys):
+    run = make_run("lora", "--memory_budget_gb", "80")
+    start_logging()
+    assert choose_by_budget(*run) == read_settings(run[0])
+    logged = capsys.readouterr().err
+    assert "--memory_budget_gb 80: nothing to change; takes " in logged and "(calculated, not measured)" in logged
+
+
+def test_a_budget_that_is_too_small_is_refused(make_run):
+    run = make_run("lora", "--memory_budget_gb", "0.1")
+    with pytest.raises(UserError, match=r"--memory_budget_gb 0\.1: nothing fits; .*--stream_blocks"):
+        choose_by_budget(*run)
+
+
+def test_stepping_down_goes_to_the_last_rung_one_by_one(make_run, caplog):
+    args, data, method = make_run("sft", "--optimizer", "adamw", "--mixed_precision", "bf16")
+    rungs = []
+    while settings := step_down(args, data, method):
+        args, method = with_settings(args, method, settings)
+        rungs.append((args, method))
+    assert rungs[0][0].gradient_checkpointing
+    # The method changes with the flags.
+    assert next(method for args, method in rungs if args.weights_dtype == "bf16").weights_dtype == "bf16"
+    assert next(args for args, _ in rungs if args.step_in_backward).max_grad_norm == 0
+    assert "--step_in_backward (gradients are not clipped)" in caplog.text
+
+
+def test_a_resumed_run_has_the_settings_that_were_chosen_when_it_began(make_run, tmp_path):
+    checkpoint = tmp_path / "out" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "pytorch_lora_weights.safetensors").touch()
+    memory = asdict(MemorySettings("lora", quantize_base="int8", gradient_checkpointing=True))
+    for noted in (memory, {}):
+        (checkpoint / STATE_FILE).write_text(json.dumps(asdict(TrainerState(5, 0, {}, noted))))
+        write_manifest(checkpoint)
+        args, _, _ = make_run("lora", "--memory_budget_gb", "80", "--resume_from_checkpoint", str(checkpoint))
+        assert chosen_before(args) == (MemorySettings(**noted) if noted else None)
+    args.memory_budget_gb = None  # now the flags say the settings
+    assert chosen_before(args) is None
+
+
+def test_what_memory_depends_on_is_read_from_the_run(make_run, tiny_models):
+    configs = ModelSource(str(tiny_models("5b"))).configs()
+    facts = run_facts(*make_run("lora", "--validation_prompt", "a circle"), configs)
+    assert (facts.size, facts.batch_size, facts.sampled) == (Bucket(17, 64, 96), 2, Bucket(17, 64, 96))
+    assert facts.adapters == "rank 8 on to_k to_out.0 to_q to_v"
+    assert run_facts(*make_run("sft"), configs).adapters == ""
+
+
+def test_the_savings_advised_are_those_of_the_ladder_each_smaller_than_the_one_before(make_run):
+    args, data, method = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "4")
+    now, batch, *rungs, sizes = describe_savings(args, data, method)
+    assert now.startswith("now: 4 x 17x64x96 takes ") and now.endswith("GB (calculated, not measured)")
+    assert batch.startswith("--train_batch_size 1 --gradient_accumulation_steps 4 (the same steps): ")
+    assert rungs[0].startswith("--gradient_checkpointing --checkpoint_every ")
+    assert "--quantize_base int8 --stream_blocks" in rungs[-1]
+    needed = [float(line.split(" GB, ")[0].split()[-1]) for line in rungs]
+    assert needed == sorted(needed, reverse=True)
+    assert "--height" in sizes
+
+
+def test_savings_that_are_made_already_are_not_advised(make_run):
+    flags = ("--gradient_checkpointing", "--quantize_base", "int8", "--stream_blocks", "--train_batch_size", "1")
+    _, *rungs, _ = describe_savings(*make_run("lora", "--mixed_precision", "bf16", *flags))
+    assert [line.split(":")[0] for line in rungs] == ["--offload_checkpoints"]
+
+
+def test_what_is_advised_takes_as_little_as_it_says(make_run):
+    args, data, method = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "1")
+    flags, said = describe_savings(args, data, method)[-2].split(": ")
+    args, data, method = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "1", *flags.split())
+    assert f"takes {said.split(',')[0]} " in describe_savings(args, data, method)[0]

@@ -1,0 +1,98 @@
+"""The block of lines that says what a run is about to do."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from args import parse_args
+from data.plan import plan_training_data
+from diffusion.tasks import TextToVideo
+from memory.ladder import Choice
+from memory.settings import GB, MemorySettings
+from methods.lora import FullFinetune, Lora
+from models.source import ModelSource
+from run.setup import make_sampler
+from run.spec import check_recipe
+from run.summary import describe_memory, describe_method, describe_model, describe_start
+
+
+@pytest.fixture
+def summarize(tiny_models, demo_clips, tmp_path, fresh_accelerator):
+    def summarize(*flags: str, padding: int = 0, done: int = 0) -> dict[str, str]:
+        """The lines of a run's summary by their names."""
+        argv = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(demo_clips)]
+        argv += ["--caption_column", "prompts.txt", "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
+        argv += ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
+        argv += ["--seed", "0", "--max_train_steps", "30", "--train_batch_size", "2", "--optimizer", "adamw"]
+        args = parse_args([*argv, *flags], task="text-to-video", method="lora")
+        recipe = check_recipe(args, plan_training_data(args), TextToVideo(), Lora(rank=8, alpha=4))
+        recipe = replace(recipe, state=replace(recipe.state, step=done))
+        _, schedule = make_sampler(recipe, recipe.state.schedule)
+        transformer = recipe.source.load_transformer(torch.float32)
+        recipe.method.attach(transformer)
+        text = describe_start(recipe, transformer, schedule, 30, padding)
+        starts = {len(line) - len(line.split(maxsplit=1)[1]) for line in text.splitlines()}
+        assert len(starts) == 1, text  # one column
+        return dict(line.split(maxsplit=1) for line in text.splitlines())
+
+    return summarize
+
+
+def test_a_run_says_what_it_is_about_to_do(summarize, tmp_path):
+    flags = (
+        "--gradient_accumulation_steps",
+        "2",
+        "--scale_lr",
+        "--validation_prompt",
+        "a:::b",
+        "--checkpointing_steps",
+    )
+    lines = summarize(*flags, "15", "--validation_steps", "10", "--no-validate_first", padding=3)
+    assert lines["model"].split(": ")[-1] == "CogVideoX text-to-video, 4 blocks, rotary positions, made for 17x64x96"
+    assert lines["training"] == "LoRA of rank 8, alpha 4: 32,768 of 1,280,192 parameters"
+    assert lines["data"] == "16 samples (frames x height x width): 16 x 17x64x96"
+    assert lines["steps"].startswith("1 to 30, up to 4 samples a step, 4 steps an epoch; 3 batches come twice")
+    assert lines["optimizer"] == "adamw, learning rate 0.0004, constant"
+    assert lines["devices"] == "1 x cpu, precision no"
+    assert lines["memory"].endswith(" GB on a GPU expected (calculated, not measured)")
+    assert lines["validation"] == "2 videos, every 10 steps, at the end"
+    assert lines["output"] == str(tmp_path / "out")
+    assert lines["written"] == "every 15 steps a checkpoint of 0 MB; losses to loss.png, metrics.jsonl"
+
+
+def test_what_is_not_validated_is_said_too(summarize):
+    assert summarize()["validation"] == "none"
+    often = ("--validation_prompt", "a", "--num_validation_videos", "3", "--validation_epochs", "1")
+    assert summarize(*often)["validation"] == "3 videos, before the first step, every epoch, at the end"
+
+
+def test_a_run_that_is_resumed_says_what_is_left(summarize):
+    assert summarize("--validation_prompt", "a", done=12)["steps"].startswith("13 to 30, ")
+    finished = summarize("--validation_prompt", "a", done=30)
+    assert (finished["steps"], finished["validation"]) == ("none left of 30", "1 video, at the end")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("2b", "CogVideoX text-to-video, 4 blocks, sinusoidal positions, made for 17x64x96"),
+        ("5b-i2v", "CogVideoX image-to-video, 4 blocks, learned positions, made for 17x64x96"),
+        ("1.5-5b", "CogVideoX 1.5 text-to-video, 4 blocks, rotary positions, made for 17x64x96"),
+    ],
+)
+def test_a_model_is_described_by_its_configs(tiny_models, kind, words):
+    assert describe_model(ModelSource(str(tiny_models(kind))).configs()) == words
+
+
+def test_a_method_is_described_by_what_it_trains():
+    assert describe_method(Lora(64, 32, quantize_base="int8")) == "LoRA of rank 64, alpha 32 on a base in int8"
+    assert describe_method(FullFinetune(weights_dtype="bf16")) == "all weights, kept in bf16"
+
+
+@pytest.mark.gpu
+def test_expected_memory_stands_beside_what_the_card_has():
+    choice = Choice(MemorySettings("lora"), 3 * GB, is_measured=True)
+    card = torch.cuda.get_device_properties(0).total_memory / GB
+    said = describe_memory(choice, torch.device("cuda"), shares=True)
+    assert said == f"3.00 GB of {card:.2f} GB expected (measured on a GPU), less where GPUs share weights"

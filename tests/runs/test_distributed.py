@@ -1,0 +1,247 @@
+"""Two processes on one machine, over gloo, launched as users launch them."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+import cogvideox_text_to_video_lora
+import cogvideox_text_to_video_sft
+from curves import curve
+from data.prepared import read_index
+from repository import TRAINING
+
+
+CONFIGS = TRAINING.parent / "accelerate_configs"
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LORA, ALL_WEIGHTS = "cogvideox_text_to_video_lora.py", "cogvideox_text_to_video_sft.py"
+SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
+# 16 samples make batches of 3, 3, 3, 3, 3 and 1: two steps an epoch, where ranks have different numbers of samples and
+# the second one accumulates fewer batches. Gradients are clipped to a hundredth.
+STEPS = ["--train_batch_size", "3", "--max_train_steps", "4", "--max_grad_norm", "0.01", "--seed", "0"]
+STEPS += ["--optimizer", "adamw", "--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "0"]
+
+
+def zero(config: str | Path) -> list[str]:
+    """The launcher for one of our DeepSpeed configurations, or another file."""
+    return ["accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
+
+
+def launch(launcher: Iterable[str], script: str, *flags: str, fails: bool = False) -> str:
+    """Run a script on two ranks; returns what it printed."""
+    by_accelerate = "accelerate.commands.launch" in launcher
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, str(TRAINING / script), *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | ({} if by_accelerate else {"ACCELERATE_USE_CPU": "true"}),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def weights_of(output: Path) -> dict[str, torch.Tensor]:
+    """What a run wrote at its end, a LoRA or all weights."""
+    lora = output / "pytorch_lora_weights.safetensors"
+    files = [lora] if lora.exists() else sorted((output / "transformer").glob("*.safetensors"))
+    return {name: weight for file in files for name, weight in load_file(file).items()}
+
+
+def assert_same_run(output: Path, expected: Path, *, tolerance: float = 1e-5) -> None:
+    """Losses, gradient norms, learning rates and the result are equal up to rounding."""
+    for name in ("loss", "grad_norm", "lr"):
+        assert curve(output, name) == pytest.approx(curve(expected, name), rel=tolerance), name
+    ours, theirs = weights_of(output), weights_of(expected)
+    assert ours.keys() == theirs.keys()
+    distance = sum((ours[name] - theirs[name]).float().square().sum() for name in ours).sqrt()
+    assert distance < 10 * tolerance * sum(theirs[name].float().square().sum() for name in ours).sqrt()
+
+
+@pytest.fixture(scope="module")
+def prepared_by_two(tiny_models, demo_clips, tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("prepared-by-two")
+    flags = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder), *SIZE]
+    return folder, launch(TORCHRUN, "prepare_dataset.py", *flags, "--save_latents_and_embeddings")
+
+
+@pytest.fixture(scope="module")
+def fixed_flags(prepared_by_two, tiny_models) -> list[str]:
+    model, data = str(tiny_models("5b")), str(prepared_by_two[0])
+    return ["--pretrained_model_name_or_path", model, "--data_root", data, "--load_tensors", *SIZE, *STEPS]
+
+
+@pytest.fixture(scope="module")
+def lora_of_one(fixed_flags, tmp_path_factory) -> Path:
+    """A LoRA of one process: the batches of a step one after another."""
+    from accelerate.state import AcceleratorState
+
+    output = tmp_path_factory.mktemp("one") / "lora"
+    more = ["--rank", "4", "--gradient_accumulation_steps", "4", "--output_dir", str(output)]
+    cogvideox_text_to_video_lora.main([*fixed_flags, *more])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return output
+
+
+LORA_OF_TWO = ["--rank", "4", "--gradient_accumulation_steps", "2"]
+
+
+def test_two_ranks_share_the_clips_and_prepare_all_of_them(prepared_by_two):
+    folder, output = prepared_by_two
+    assert "8/8" in output
+    assert "16/16" not in output
+    assert "prepared 16 samples" in output
+    assert len(read_index(folder)) == 16
+
+
+def test_two_ranks_train_validate_and_save_as_one_does(fixed_flags, lora_of_one, tmp_path):
+    flags = [*fixed_flags, *LORA_OF_TWO, "--output_dir", str(tmp_path), "--checkpointing_steps", "2"]
+    (tmp_path / "validation" / "step-4" / "01-00-b.mp4").mkdir(parents=True)  # in the way of the second rank
+    output = launch(TORCHRUN, LORA, *flags, "--num_inference_steps", "1", "--validation_prompt", "a:::b:::c")
+    assert "devices     2 x cpu" in output
+    assert_same_run(tmp_path, lora_of_one)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    before, after = (tmp_path / "validation" / f"step-{step}" for step in (0, 4))
+    names = ["00-00-a.mp4", "01-00-b.mp4", "02-00-c.mp4", "contact_sheet.png"]
+    assert sorted(path.name for path in before.iterdir() if path.is_file()) == names
+    # A rank that fails keeps no other waiting, nor does it end the run.
+    assert sorted(path.name for path in after.iterdir() if path.is_file()) == [names[0], *names[2:]]
+    assert "warning: validation at step 4 failed, training goes on; rank 1: " in output
+
+
+def test_a_run_in_shards_is_that_of_one_process_and_resumes_exactly(fixed_flags, lora_of_one, tiny_models, tmp_path):
+    pytest.importorskip("deepspeed")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = [*fixed_flags, *LORA_OF_TWO, "--output_dir"]
+    output = launch(zero("zero2.yaml"), LORA, *flags, str(whole), "--checkpointing_steps", "3")
+    assert "devices     2 x cpu" in output
+    assert_same_run(whole, lora_of_one)
+    pipeline = CogVideoXPipeline.from_pretrained(tiny_models("5b"))
+    pipeline.load_lora_weights(whole)
+    assert pipeline.transformer.peft_config["default_0"].r == 4
+
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    launch(zero("zero2.yaml"), LORA, *flags, str(resumed), "--resume_from_checkpoint", "latest")
+    for name in ("loss", "grad_norm", "lr"):
+        assert curve(resumed, name) == {4: curve(whole, name)[4]}
+    ours, theirs = weights_of(resumed), weights_of(whole)
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, zero("zero2.yaml")], ids=["ddp", "zero2"])
+def test_a_step_that_one_rank_spoils_is_left_out_on_all_and_counted(fixed_flags, prepared_by_two, tmp_path, launcher):
+    shutil.copytree(prepared_by_two[0], tmp_path / "data")
+    shard = next((tmp_path / "data" / "latents").glob("*.safetensors"))
+    tensors = load_file(shard)
+    name = min(tensors)
+    save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, shard)
+    flags = [*fixed_flags, *LORA_OF_TWO, "--data_root", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
+    output = launch(launcher, LORA, *flags)
+    # Once in each of two epochs.
+    assert output.count("is skipped: its loss is not finite; it trained on ") == 2
+    assert name.rpartition(".")[0] in output
+    assert "warning: 2 steps were skipped" in output
+    rates = [1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert list(curve(tmp_path / "out", "lr").values()) == pytest.approx(rates)
+    assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "out").values())
+
+
+def config_of_ones_own(folder: Path, **changed: object) -> Path:
+    """An accelerate configuration that names a DeepSpeed one: ZeRO-3 that keeps no weight whole, however small."""
+    zero3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": "auto"}
+    config = {"zero_optimization": zero3, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
+    (folder / "zero3.json").write_text(json.dumps(config | changed))
+    text = (CONFIGS / "zero3.yaml").read_text().split("deepspeed_config:")[0]
+    text += f"deepspeed_config:\n  deepspeed_config_file: {folder / 'zero3.json'}\nnum_machines: 1\nnum_processes: 2\n"
+    (folder / "zero3.yaml").write_text(text)
+    return folder / "zero3.yaml"
+
+
+@pytest.mark.slow
+def test_a_lora_on_a_divided_model_is_that_of_one_process(fixed_flags, lora_of_one, tmp_path):
+    pytest.importorskip("deepspeed")
+    launcher, whole, resumed = zero(config_of_ones_own(tmp_path)), tmp_path / "whole", tmp_path / "resumed"
+    flags = [*fixed_flags, *LORA_OF_TWO, "--gradient_checkpointing", "--output_dir"]
+    more = ["--checkpointing_steps", "3", "--validation_steps", "2", "--num_inference_steps", "1"]
+    (whole / "validation" / "step-2" / "01-00-b.mp4").mkdir(parents=True)  # in the way of the second rank
+    output = launch(launcher, LORA, *flags, str(whole), *more, "--validation_prompt", "a:::b:::c")
+    assert ": 16,384 of 1,263,808 parameters" in output
+    assert "warning: validation at step 2 failed, training goes on; rank 1: " in output
+    assert len(list((whole / "validation" / "step-4").glob("*.mp4"))) == 3
+    assert_same_run(whole, lora_of_one)
+
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    launch(launcher, LORA, *flags, str(resumed), "--resume_from_checkpoint", "latest")
+    assert all(torch.equal(weights_of(resumed)[name], weight) for name, weight in weights_of(whole).items())
+
+
+@pytest.mark.slow
+def test_an_average_of_a_run_in_shards_is_resumed_as_it_was_divided(fixed_flags, tmp_path):
+    pytest.importorskip("deepspeed")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = [*fixed_flags, *LORA_OF_TWO, "--use_ema", "--ema_decay", "0.5", "--output_dir"]
+    launch(zero("zero2.yaml"), LORA, *flags, str(whole), "--checkpointing_steps", "3")
+    last = load_file(whole / "checkpoint-4" / "pytorch_lora_weights.safetensors")
+    assert any(not torch.equal(weights_of(whole)[name], weight) for name, weight in last.items())
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    flags += [str(resumed), "--resume_from_checkpoint", "latest"]
+    assert "DeepSpeed was ZeRO-2 on 2 processes, is now off" in launch(TORCHRUN, LORA, *flags, fails=True)
+    launch(zero("zero2.yaml"), LORA, *flags)
+    assert all(torch.equal(weights_of(resumed)[name], weight) for name, weight in weights_of(whole).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, zero("zero3.yaml")], ids=["DDP", "ZeRO-3"])
+def test_several_processes_try_a_run_out(fixed_flags, tmp_path, launcher):
+    if launcher is not TORCHRUN:
+        pytest.importorskip("deepspeed")
+    output = launch(launcher, LORA, *fixed_flags, *LORA_OF_TWO, "--output_dir", str(tmp_path / "run"), "--dry_run")
+    assert "saving, loading and sampling all work; nothing is kept" in output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "precision", "tolerance"),
+    # A difference in the last digit becomes another number of bf16 here and there, and linear layers of ZeRO-3 round
+    # elsewhere. Of weights kept in bf16 only those of linear layers are what autocast would make of float32 ones:
+    # norms and biases lose what is small beside them.
+    [
+        ("zero2_offload.yaml", "no --weights_dtype fp32", 1e-5),
+        ("zero2.yaml", "bf16 --weights_dtype fp32", 1e-3),
+        ("zero2.yaml", "bf16 --weights_dtype bf16", 3e-2),
+        (None, "no --weights_dtype fp32", 1e-5),
+        (None, "bf16 --weights_dtype fp32", 1e-2),
+        (None, "bf16 --weights_dtype bf16", 3e-2),
+    ],
+)
+def test_all_weights_in_shards_become_those_of_one_process(
+    fixed_flags, tmp_path, fresh_accelerator, config, precision, tolerance
+):
+    pytest.importorskip("deepspeed")
+    launcher = zero(config or config_of_ones_own(tmp_path))
+    one, whole, resumed = (tmp_path / name for name in ("one", "whole", "resumed"))
+    precision, flag, weights = precision.split()
+    flags = [*fixed_flags, "--learning_rate", "1e-4", "--mixed_precision", precision]
+    cogvideox_text_to_video_sft.main([*flags, "--gradient_accumulation_steps", "4", "--output_dir", str(one)])
+    flags += [flag, weights, "--gradient_accumulation_steps", "2", "--output_dir"]
+    launch(launcher, ALL_WEIGHTS, *flags, str(whole), "--checkpointing_steps", "3")
+    assert_same_run(whole, one, tolerance=tolerance)
+    CogVideoXTransformer3DModel.from_pretrained(whole / "transformer")
+    saved = load_file(next((whole / "checkpoint-4" / "transformer").glob("*.safetensors")))
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    if weights == "bf16":  # of the optimizer, not the rounded ones
+        assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in saved.values())
+
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    launch(launcher, ALL_WEIGHTS, *flags, str(resumed), "--resume_from_checkpoint", "latest")
+    assert all(torch.equal(weights_of(resumed)[name], weight) for name, weight in weights_of(whole).items())

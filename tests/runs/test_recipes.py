@@ -1,0 +1,204 @@
+"""Every recipe on every model: what it writes loads into plain diffusers and does there what it did in training."""
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
+from PIL import Image
+
+import cogvideox_image_to_video_lora
+import cogvideox_image_to_video_sft
+import cogvideox_text_to_video_lora
+import cogvideox_text_to_video_sft
+import prepare_dataset
+from methods.lora import Lora
+from models.source import ModelSource
+from tiny_runs import SIZE
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+SCRIPTS = {
+    ("text", "lora"): cogvideox_text_to_video_lora,
+    ("text", "sft"): cogvideox_text_to_video_sft,
+    ("image", "lora"): cogvideox_image_to_video_lora,
+    ("image", "sft"): cogvideox_image_to_video_sft,
+}
+TASKS = {"2b": "text", "5b": "text", "1.5-5b": "text", "5b-i2v": "image", "1.5-5b-i2v": "image"}
+VALIDATION = ("--validation_prompt", "a red circle")
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_models, demo_clips, tmp_path_factory):
+    """Give the demo clips prepared with a model, with image latents."""
+    root = tmp_path_factory.mktemp("prepared")
+
+    def prepare(kind: str) -> Path:
+        if not (root / kind).exists():
+            flags = ["--model_id", str(tiny_models(kind)), "--data_root", str(demo_clips), "--max_samples", "2"]
+            flags += ["--output_dir", str(root / kind), "--save_latents_and_embeddings", "--save_image_latents"]
+            prepare_dataset.main([*flags, *SIZE])
+        return root / kind
+
+    return prepare
+
+
+def train(kind: str, method: str, model: Path, data: Path, output: Path, *flags: str) -> Path:
+    """Run the recipe's script in this process."""
+    argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
+    argv += ["--rank", "4", "--lora_alpha", "4"] if method == "lora" else []
+    argv += ["--train_batch_size", "1", "--seed", "0", "--report_to", "none", *SIZE, *flags]
+    SCRIPTS[TASKS[kind], method].main(argv)
+    return output
+
+
+def sample(kind: str, model: Path, output: Path | None, method: str) -> torch.Tensor:
+    """The latents that a user of plain diffusers samples with a result; without one, with the model itself."""
+    classes = {"text": CogVideoXPipeline, "image": CogVideoXImageToVideoPipeline}
+    parts = {}
+    if output is not None and method == "sft":
+        parts["transformer"] = CogVideoXTransformer3DModel.from_pretrained(output / "transformer")
+    pipeline = classes[TASKS[kind]].from_pretrained(model, **parts)
+    if output is not None and method == "lora":
+        pipeline.load_lora_weights(output)
+    pipeline.set_progress_bar_config(disable=True)
+    image = {"image": Image.new("RGB", (96, 64), "red")} if TASKS[kind] == "image" else {}
+    return pipeline(
+        prompt="a red circle",
+        height=64,
+        width=96,
+        num_frames=17,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        **image,
+    ).frames
+
+
+@pytest.fixture(scope="module")
+def sample_base(tiny_models):
+    """Give what a model samples as it is, computed once."""
+    return cache(lambda kind: sample(kind, tiny_models(kind), None, ""))
+
+
+@pytest.mark.parametrize("method", ["lora", "sft"])
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_result_loads_into_its_pipeline_and_changes_what_is_sampled(
+    tiny_models, prepared, sample_base, tmp_path, kind, method
+):
+    flags = ("--load_tensors", "--max_train_steps", "20", "--learning_rate", "1e-3", "--lr_warmup_steps", "0")
+    output = train(kind, method, tiny_models(kind), prepared(kind), tmp_path / "out", *flags)
+    sampled, base = sample(kind, tiny_models(kind), output, method), sample_base(kind)
+    assert sampled.isfinite().all()
+    assert (sampled - base).norm() > 1e-3 * base.norm()
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_an_untrained_lora_changes_nothing(tiny_models, sample_base, tmp_path, kind):
+    transformer = ModelSource(str(tiny_models(kind))).load_transformer(torch.float32)
+    lora = Lora(rank=4, alpha=8)
+    lora.attach(transformer)
+    lora.save(transformer, tmp_path, torch.float32)
+    assert torch.equal(sample(kind, tiny_models(kind), tmp_path, "lora"), sample_base(kind))
+
+
+@pytest.mark.parametrize("method", ["lora", "sft"])
+@pytest.mark.parametrize("kind", ["5b", "1.5-5b-i2v"])
+def test_a_result_of_learning_rate_zero_samples_exactly_what_the_model_does(
+    tiny_models, prepared, sample_base, tmp_path, kind, method
+):
+    model = tiny_models(kind)
+    flags = ("--load_tensors", "--max_train_steps", "2", "--learning_rate", "0")
+    output = train(kind, method, model, prepared(kind), tmp_path / "out", *flags)
+    assert torch.equal(sample(kind, model, output, method), sample_base(kind))
+
+
+@pytest.mark.parametrize(("kind", "method"), [("2b", "lora"), ("5b-i2v", "sft")])
+def test_a_model_whose_configs_are_older_than_the_library_trains_as_ever(
+    tiny_models, prepared, tmp_path, kind, method
+):
+    """The published folders of CogVideoX-2b and 5b lack the settings that later kinds brought."""
+    model = Path(shutil.copytree(tiny_models(kind), tmp_path / "model"))
+    removed = {"transformer": ["patch_size_t", "ofs_embed_dim", "patch_bias"], "vae": ["invert_scale_latents"]}
+    removed["transformer"] += ["use_learned_positional_embeddings"] if kind == "2b" else []
+    for part, names in removed.items():
+        file = model / part / "config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({name: value for name, value in config.items() if name not in names}))
+    flags = ("--load_tensors", "--max_train_steps", "2", "--learning_rate", "1e-3", "--lr_warmup_steps", "0")
+    whole = train(kind, method, tiny_models(kind), prepared(kind), tmp_path / "whole", *flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    older = train(kind, method, model, prepared(kind), tmp_path / "older", *flags)
+    assert torch.equal(sample(kind, model, older, method), sample(kind, tiny_models(kind), whole, method))
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "message"),
+    [
+        ("1.5-5b", ("--height", "96", "--width", "64"), "positions for up to 64x96 (height x width), not for 96x64"),
+        (
+            "1.5-5b-i2v",
+            ("--height_buckets", "80", "--width_buckets", "96"),
+            "up to 64x96 (height x width), not for 80x96",
+        ),
+        ("1.5-5b", ("--frame_buckets", "12"), "takes 1, 8k or 8k+1 frames, not 12"),
+        ("1.5-5b-i2v", ("--max_num_frames", "21", *VALIDATION), "takes 1, 8k or 8k+1 frames, not 21"),
+        (
+            "1.5-5b",
+            ("--height_buckets", "64", "--width_buckets", "64", "--width", "112", *VALIDATION),
+            "not for 64x112; nearest is 64x96",
+        ),
+        ("5b-i2v", ("--frame_buckets", "16"), "--ignore_learned_positional_embeddings"),
+    ],
+)
+def test_a_size_that_a_model_does_not_take_is_refused_before_any_weights_are_loaded(
+    tiny_models, demo_clips, tmp_path, capsys, kind, flags, message
+):
+    model = Path(shutil.copytree(tiny_models(kind), tmp_path / "model"))
+    for weights in model.rglob("*.safetensors"):
+        weights.write_bytes(b"")
+    image = Image.new("RGB", (96, 64), "blue")
+    image.save(tmp_path / "image.png")
+    if VALIDATION[0] in flags and TASKS[kind] == "image":
+        flags += ("--validation_images", str(tmp_path / "image.png"))
+    with pytest.raises(SystemExit, match="2"):
+        train(kind, "lora", model, demo_clips, tmp_path / "out", "--caption_column", "prompts.txt", *flags)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize("method", ["lora", "sft"])
+def test_image_to_video_trains_on_raw_clips_and_validates(tiny_models, demo_clips, tmp_path, method):
+    Image.new("RGB", (200, 100), "blue").save(tmp_path / "start.png")
+    flags = ("--max_samples", "2", "--max_train_steps", "2", "--validation_prompt", "a", "--num_inference_steps", "1")
+    flags += ("--validation_images", str(tmp_path / "start.png"), "--caption_column", "prompts.txt")
+    output = train("5b-i2v", method, tiny_models("5b-i2v"), demo_clips, tmp_path / "out", *flags)
+    assert list((output / "validation" / "step-2").glob("*.mp4"))
+
+
+def test_a_model_trained_without_learned_positions_samples_at_another_size(tiny_models, demo_clips, tmp_path):
+    flags = ("--max_samples", "2", "--max_train_steps", "1", "--ignore_learned_positional_embeddings")
+    flags += ("--height", "96", "--width", "64")
+    output = train("5b-i2v", "sft", tiny_models("5b-i2v"), demo_clips, tmp_path / "out", *flags)
+    transformer = CogVideoXTransformer3DModel.from_pretrained(output / "transformer")
+    assert not transformer.config.use_learned_positional_embeddings
+    assert "patch_embed.pos_embedding" not in transformer.state_dict()
+
+
+def test_a_full_fine_tuning_is_resumed_bit_by_bit(tiny_models, prepared, tmp_path):
+    common = ("--load_tensors", "--learning_rate", "1e-3", "--lr_warmup_steps", "0", "--checkpointing_steps", "2")
+    model, data = tiny_models("5b"), prepared("5b")
+    whole = train("5b", "sft", model, data, tmp_path / "whole", *common, "--max_train_steps", "4")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train("5b", "sft", model, data, tmp_path / "parts", *common, "--max_train_steps", "2")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    resumed = ("--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    parts = train("5b", "sft", model, data, tmp_path / "parts", *common, *resumed)
+    one, other = (CogVideoXTransformer3DModel.from_pretrained(out / "transformer") for out in (whole, parts))
+    weights = other.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in one.state_dict().items())

@@ -1,0 +1,283 @@
+"""The validation set's losses: what is encoded, and that nothing but the weights moves them."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from args import parse_args
+from common.errors import UserError
+from data.buckets import Bucket, Draw
+from data.clips import PlannedClip
+from data.plan import plan_validation_clips
+from dataset import Batch, ClipDataset
+from diffusion.objective import Objective
+from diffusion.tasks import ImageToVideo
+from models.prompts import PromptCache
+from models.source import ModelSource, encode_noised_image, encode_videos
+from parallel.coordinator import Agreement
+from validation.loss import (
+    clip_losses,
+    encode_validation_set,
+    log_validation_losses,
+    mean_losses,
+    validation_losses,
+)
+
+
+CPU = torch.device("cpu")
+TIMESTEPS = [100, 200, 300, 400, 500, 599, 699, 799, 899]  # of 1000
+NUM_CLIPS = 3
+
+
+@pytest.fixture(scope="module")
+def held_out(demo_clips, tmp_path_factory) -> list[PlannedClip]:
+    """Three clips of 5 x 32 x 48."""
+    folder = tmp_path_factory.mktemp("held-out")
+    videos = sorted((demo_clips / "videos").iterdir())[:NUM_CLIPS]
+    rows = [{"video": str(video), "text": f"clip {number}"} for number, video in enumerate(videos)]
+    table = folder / "table.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips)]
+    flags += ["--output_dir", str(folder / "out"), "--validation_dataset_file", str(table)]
+    flags += ["--allow_outside_paths"]  # the table lists clips of --data_root
+    flags += ["--height_buckets", "32", "--width_buckets", "48", "--frame_buckets", "5"]
+    args = parse_args(flags, task="image-to-video", method="lora")
+    return list(plan_validation_clips(args, with_images=True).clips)
+
+
+class Encoders:
+    """The parts of a tiny model that encode the clips."""
+
+    def __init__(self, model: Path, folder: Path, clips: list[PlannedClip]):
+        source = ModelSource(str(model))
+        self.vae = source.load_vae(torch.float32, slicing=False, tiling=False)
+        self.prompts = PromptCache(folder, source, torch.float32)
+        self.prompts.embed([planned.clip.caption for planned in clips], CPU)
+
+    def encode(self, clips: list[PlannedClip], *, with_images: bool = False, **ranks: int) -> list[Batch]:
+        return encode_validation_set(
+            clips, self.vae, self.prompts, reshape_mode="center", with_images=with_images, **ranks
+        )
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_models, held_out, tmp_path_factory) -> Encoders:
+    return Encoders(tiny_models("5b"), tmp_path_factory.mktemp("prompts"), held_out)
+
+
+@pytest.fixture(scope="module")
+def whole(encoders, held_out) -> list[Batch]:
+    """The three clips, encoded on one rank."""
+    return encoders.encode(held_out)
+
+
+def frames_of(planned: PlannedClip) -> torch.Tensor:
+    """A clip as the model is to see it, `[1, F, 3, H, W]`."""
+    return ClipDataset([planned], reshape_mode="center", random_flip=None, seed=0)[Draw(0, 0)].videos
+
+
+# What is encoded
+
+
+def test_each_clip_becomes_a_batch_of_its_moments_and_its_prompt(encoders, held_out, whole):
+    assert [batch.draws[0].index for batch in whole] == [0, 1, 2]
+    for planned, batch in zip(held_out, whole, strict=True):
+        assert torch.equal(batch.video_moments, encode_videos(encoders.vae, frames_of(planned)))
+        assert torch.equal(batch.prompt_embeds[0], encoders.prompts.load(planned.clip.caption))
+        assert (batch.videos, batch.images, batch.image_moments) == (None, None, None)
+
+
+def test_the_image_is_the_first_frame_under_a_noise_that_is_always_the_same(encoders, held_out):
+    (batch,) = encoders.encode(held_out[:1], with_images=True)
+    assert batch.image_moments.shape == (1, 32, 1, 4, 6)
+    assert torch.equal(batch.image_moments, encoders.encode(held_out[1::-1], with_images=True)[1].image_moments)
+    # Neither clean nor further off than by noise that is five standard deviations stronger than usual.
+    clean, strongest = (
+        encode_noised_image(encoders.vae, frames_of(held_out[0])[0, 0], scale, torch.Generator().manual_seed(1))
+        for scale in (torch.zeros(1), torch.full((1,), math.exp(-3 + 0.5 * 5)))
+    )
+    distance = (batch.image_moments - clean)[:, :16].abs().mean()
+    assert 0 < distance < (strongest - clean)[:, :16].abs().mean()
+
+
+@pytest.mark.parametrize(("world_size", "indices"), [(2, [[0, 2], [1, 0]]), (4, [[0], [1], [2], [0]])])
+def test_the_ranks_have_all_clips_between_them_and_each_as_many(encoders, held_out, whole, world_size, indices):
+    shares = [encoders.encode(held_out, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert [[batch.draws[0].index for batch in share] for share in shares] == indices
+    for batch in (batch for share in shares for batch in share):
+        assert torch.equal(batch.video_moments, whole[batch.draws[0].index].video_moments)
+        assert torch.equal(batch.prompt_embeds, whole[batch.draws[0].index].prompt_embeds)
+
+
+def test_clips_that_do_not_decode_are_listed(encoders, held_out, tmp_path):
+    clips = []
+    for planned in held_out[:2]:
+        video = tmp_path / planned.clip.video.name
+        video.write_bytes(bytes(1000))
+        clips.append(replace(planned, clip=replace(planned.clip, video=video)))
+    with pytest.raises(UserError, match="--validation_dataset_file: 2 clips cannot be decoded") as caught:
+        encoders.encode([*clips, held_out[2]])
+    assert all(str(planned.clip.video) in str(caught.value) for planned in clips)
+
+
+# What the losses are
+
+
+class StandIn:
+    """An objective whose losses follow from latents, timesteps and draws in a way that a test can follow."""
+
+    def __init__(self):
+        self.model = torch.nn.Dropout(0.5)
+        self.modes: list[bool] = []
+        self.draws: list[float] = []
+
+    def losses(self, batch: Batch, timesteps: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        assert timesteps.dtype == torch.int64
+        assert not torch.is_grad_enabled()
+        self.modes.append(self.model.training)
+        (generator,) = generators
+        self.draws.append(float(torch.rand(1, generator=generator)))
+        torch.rand(1)  # as a model that draws from the global generator would
+        return self.model(batch.video_moments.mean(dim=(1, 2, 3, 4))) * timesteps
+
+
+def make_batches(means: list[float]) -> list[Batch]:
+    return [
+        Batch([f"clip {number}"], None, video_moments=torch.full((1, 2, 1, 2, 2), mean), draws=[Draw(number, 0)])
+        for number, mean in enumerate(means)
+    ]
+
+
+def test_the_loss_at_a_quantile_is_the_mean_over_clips_and_the_loss_the_mean_over_quantiles():
+    losses, failures = validation_losses(
+        StandIn(), make_batches([1.0, 2.0, 6.0]), Accelerator(cpu=True), Agreement(), 1000
+    )
+    assert failures == []
+    expected = {f"validation_loss/t={timestep}": 3.0 * timestep for timestep in TIMESTEPS}
+    expected["validation_loss"] = 3.0 * sum(TIMESTEPS) / 9
+    assert losses == pytest.approx(expected)
+
+
+def test_every_clip_has_its_own_noise_at_every_quantile_always_the_same():
+    first, second = StandIn(), StandIn()
+    clip_losses(first, make_batches([1.0, 2.0]), CPU, 1000)
+    assert len(set(first.draws)) == 2 * 9
+    torch.manual_seed(7)
+    clip_losses(second, make_batches([1.0, 2.0])[::-1], CPU, 1000)
+    assert second.draws == first.draws[9:] + first.draws[:9]
+
+
+@pytest.mark.parametrize("was_training", [True, False])
+def test_the_model_is_judged_in_eval_mode_and_left_as_it_was(was_training):
+    objective = StandIn()
+    objective.model.train(was_training)
+    state = torch.get_rng_state()
+    clip_losses(objective, make_batches([1.0]), CPU, 1000)
+    assert objective.modes == [False] * 9
+    assert objective.model.training == was_training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_model_is_left_as_it_was_where_a_loss_cannot_be_computed():
+    objective = StandIn()
+    state = torch.get_rng_state()
+    without_moments = [replace(batch, video_moments=None) for batch in make_batches([1.0])]
+    with pytest.raises(AttributeError):
+        clip_losses(objective, without_moments, CPU, 1000)
+    assert objective.model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture(scope="module")
+def image_objective(tiny_models) -> Objective:
+    """Of a model that training would give neither captions nor images."""
+    source = ModelSource(str(tiny_models("1.5-5b-i2v")))
+    transformer = source.load_transformer(torch.float32)
+    return Objective(
+        ImageToVideo(noised_image_dropout=1.0, ignore_learned_positions=False),
+        transformer,
+        transformer,
+        source.load_scheduler(),
+        source.configs(),
+        None,
+        torch.float32,
+        caption_dropout=1.0,
+        empty_prompt=torch.zeros(8, 64),
+    )
+
+
+@pytest.fixture(scope="module")
+def image_batches() -> list[Batch]:
+    """Two clips of 5 x 32 x 48, encoded."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Batch(
+            names=[f"clip {number}"],
+            bucket=Bucket(5, 32, 48),
+            video_moments=torch.randn(1, 32, 2, 4, 6, generator=generator),
+            image_moments=torch.randn(1, 32, 1, 4, 6, generator=generator),
+            prompt_embeds=torch.randn(1, 8, 64, generator=generator),
+            draws=[Draw(number, 0)],
+        )
+        for number in range(2)
+    ]
+
+
+def test_the_losses_of_a_model_are_the_same_at_every_call_and_on_any_ranks(image_objective, image_batches):
+    alone, _ = validation_losses(image_objective, image_batches, Accelerator(cpu=True), Agreement(), 1000)
+    torch.rand(5)
+    together: dict[int, list[float]] = {}
+    for share in ([image_batches[1]], [image_batches[0]]):
+        together |= clip_losses(image_objective, share, CPU, 1000)
+    assert mean_losses(together, 1000) == alone
+    assert all(0 < loss < 10 for loss in alone.values())
+
+
+@pytest.mark.parametrize("kept", ["prompt_embeds", "image_moments"])
+def test_neither_captions_nor_images_are_dropped(image_objective, image_batches, kept):
+    batch = image_batches[0]
+    other = replace(batch, **{kept: torch.ones_like(getattr(batch, kept))})
+    ((losses,), (other_losses,)) = (clip_losses(image_objective, [one], CPU, 1000).values() for one in (batch, other))
+    assert all(loss != other_loss for loss, other_loss in zip(losses, other_losses, strict=True))
+
+
+def test_a_loss_that_fails_is_a_warning(caplog):
+    class Broken(StandIn):
+        def losses(self, batch, timesteps, generators):
+            raise RuntimeError("out of memory")
+
+    broken = Broken()
+    losses, failures = validation_losses(broken, make_batches([1.0]), Accelerator(cpu=True), Agreement(), 1000)
+    assert (losses, failures) == ({}, ["rank 0: RuntimeError: out of memory"])
+    log_validation_losses(Accelerator(cpu=True), losses, failures, 7)
+    assert "the validation loss at step 7 failed, training goes on; rank 0: RuntimeError: out of memory" in caplog.text
+
+
+def test_the_losses_are_logged_as_curves(tmp_path):
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("run")
+    for step, loss in ((0, 1.5), (10, 1.25)):
+        log_validation_losses(accelerator, {"validation_loss": loss, "validation_loss/t=100": 2 * loss}, [], step)
+    accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    for name, factor in (("validation_loss", 1), ("validation_loss/t=100", 2)):
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [
+            (0, 1.5 * factor),
+            (10, 1.25 * factor),
+        ]
+
+
+def test_a_clip_keeps_its_noise_when_it_is_moved_or_listed_elsewhere(encoders, held_out, whole, tmp_path):
+    moved = Path(shutil.copy(held_out[0].clip.video, tmp_path / "moved.mp4"))
+    clip = replace(held_out[0], clip=replace(held_out[0].clip, video=moved))
+    after = encoders.encode([held_out[1], clip])[1]
+    objective = StandIn()
+    clip_losses(objective, [whole[0], after], CPU, 1000)
+    assert objective.draws[:9] == objective.draws[9:]

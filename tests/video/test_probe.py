@@ -1,0 +1,397 @@
+"""The probe finds what decoding everything would find, names what is wrong with a file, and shares what it found."""
+
+import hashlib
+import os
+import random
+import stat
+from contextlib import contextmanager
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from encoded_clips import ENCODINGS, all_frames, clip_maker, encode, ffmpeg, numbered_frame, stream_copied_cut
+from video.cache import FileCache
+from video.io import read_frames
+from video.probe import VideoInfo, probe_files, probe_video
+
+
+@pytest.fixture(scope="module")
+def clip_of(tmp_path_factory):
+    return clip_maker(tmp_path_factory.mktemp("clips"))
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def still_image(path, number=1):
+    Image.fromarray(numbered_frame(number)).save(path)
+    return path
+
+
+# Counts and sizes
+
+
+# Only decoding can tell what these hold.
+NOT_BY_PACKETS = {"transport stream", "MPEG-4 with B-frames", "AVI", "VP8"}
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_the_probe_agrees_with_decoding_everything(clip_of, name):
+    clip = clip_of(name)
+    assert probe_video(clip) == VideoInfo(
+        *all_frames(clip).shape[:3], fps=25.0, seekable=name not in NOT_BY_PACKETS, sha256=sha256(clip)
+    )
+
+
+@pytest.mark.parametrize("name", ["closed groups", "single keyframe, B-frames"])
+def test_frames_hidden_by_an_edit_list_are_not_counted(clip_of, tmp_path, name):
+    cut = stream_copied_cut(clip_of(name), tmp_path / "cut.mp4")
+    with av.open(str(cut)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    truth = all_frames(cut)
+    assert len(truth) < len(packets)
+    assert probe_video(cut).num_frames == len(truth)
+    assert not probe_video(cut).seekable
+
+
+def test_packets_without_a_picture_are_not_counted(clip_of, tmp_path):
+    clip = clip_of("AV1")
+    with av.open(str(clip)) as container:
+        last = max(container.streams.video[0].index_entries, key=lambda entry: entry.pos)
+    filling = last.size - 5
+    padding = b"\x12\0" + bytes([0x7A, filling & 0x7F | 0x80, filling >> 7]) + bytes(filling)  # valid, and no picture
+    content = clip.read_bytes()
+    path = tmp_path / "padded.mp4"
+    path.write_bytes(content[: last.pos] + padding + content[last.pos + last.size :])
+    assert len(all_frames(path)) < 60
+    assert probe_video(path).num_frames == len(all_frames(path))
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_a_rotated_clip_is_probed_as_displayed(clip_of, tmp_path, degrees):
+    path = tmp_path / "rotated.mp4"
+    ffmpeg("-display_rotation", degrees, "-i", clip_of("single keyframe, B-frames"), "-c", "copy", path)
+    info = probe_video(path)
+    assert (info.num_frames, info.height, info.width) == np.rot90(all_frames(path), degrees // 90, (1, 2)).shape[:3]
+    assert info.rotation == degrees
+
+
+def test_a_still_image_is_one_frame_without_a_rate(tmp_path):
+    path = still_image(tmp_path / "still.png")
+    assert probe_video(path) == VideoInfo(1, 48, 80, 0.0, is_image=True, sha256=sha256(path))
+
+
+def test_a_turned_photo_is_probed_as_displayed(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    Image.fromarray(numbered_frame(1)).save(tmp_path / "photo.jpg", exif=exif)
+    info = probe_video(tmp_path / "photo.jpg")
+    assert (info.height, info.width, info.rotation) == (80, 48, 270)
+
+
+def test_a_gif_that_moves_is_a_video(tmp_path):
+    pictures = [Image.fromarray(numbered_frame(number)) for number in range(6)]
+    pictures[0].save(tmp_path / "clip.gif", save_all=True, append_images=pictures[1:], duration=100)
+    info = probe_video(tmp_path / "clip.gif")
+    assert (info.num_frames, info.height, info.width, info.fps, info.is_image) == (6, 48, 80, 10.0, False)
+
+
+# Rates
+
+
+def test_the_rate_is_exact_for_ntsc(tmp_path):
+    for suffix in ("mp4", "mkv"):  # Matroska rounds time stamps to milliseconds
+        clip = encode(tmp_path / f"ntsc.{suffix}", frames=40, fps=Fraction(30000, 1001))
+        assert probe_video(clip).fps == 30000 / 1001
+        assert probe_video(clip).frame_times is None
+
+
+TIMES = [0, 40, 80, 120, 160, 360, 400, 440, 480, 520, 560, 1000, 1020, 1040]  # milliseconds
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
+def test_the_times_of_a_variable_rate_are_those_it_was_made_with(tmp_path, suffix):
+    codec = {"codec": "mjpeg", "pixels": "yuvj420p"} if suffix == "avi" else {"bf": "2"}
+    clip = encode(tmp_path / f"variable.{suffix}", frames=len(TIMES), times=TIMES, fps=1000, **codec)
+    info = probe_video(clip)
+    assert info.frame_times == tuple(1000 * time for time in TIMES)
+    assert info.fps == pytest.approx(13 / 1.04)
+
+
+def test_times_count_from_the_first_frame(tmp_path):
+    clip = encode(tmp_path / "late.mkv", frames=len(TIMES), times=[time + 300 for time in TIMES])
+    assert probe_video(clip).frame_times == tuple(1000 * time for time in TIMES)
+
+
+@pytest.mark.parametrize(("shift", "varies"), [(9, False), (11, True)])
+def test_a_rate_varies_from_a_quarter_of_a_frame_on(tmp_path, shift, varies):
+    times = [40 * number for number in range(21)]
+    times[10] += shift
+    info = probe_video(encode(tmp_path / "shaken.mkv", frames=21, times=times))
+    assert (info.frame_times is not None) == varies
+    assert info.fps == pytest.approx(25)
+
+
+def test_how_long_the_last_frame_stays_does_not_matter(clip_of, tmp_path):
+    path = tmp_path / "stays.mp4"
+    with av.open(str(clip_of("no B-frames"))) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        packets[-1].duration *= 50
+        for packet in packets:
+            packet.stream = stream
+            target.mux(packet)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate < 20
+    info = probe_video(path)
+    assert (info.fps, info.frame_times) == (25.0, None)
+
+
+def test_equal_time_stamps_are_taken_for_a_constant_rate(clip_of, tmp_path):
+    path = tmp_path / "equal.mkv"
+    with av.open(str(clip_of("no B-frames"))) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.pts = packet.dts = packet.pts // (10 * 512) * (10 * 512)
+                packet.stream = stream
+                target.mux(packet)
+    info = probe_video(path)
+    assert (info.num_frames, info.frame_times, info.seekable) == (60, None, False)
+
+
+# What is wrong with a file
+
+
+def test_files_that_are_no_video_are_named_by_reason(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "noise.mp4").write_bytes(random.Random(0).randbytes(5000))
+    (tmp_path / "noise.png").write_bytes(b"\x89PNG\r\n\x1a\n" + random.Random(0).randbytes(5000))
+    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
+    ffmpeg("-f", "lavfi", "-i", "sine=d=0.2", tmp_path / "sound.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    reasons = {
+        "empty.mp4": r"^file is empty \(0 bytes\)$",
+        "noise.mp4": r"^not a readable video: Invalid data",
+        "noise.png": r"^not a readable image",
+        "sound.mp4": r"^has no video stream$",
+        "nowhere.mp4": r"^does not exist$",
+        "empty.mp4/clip.mp4": r"^does not exist$",
+        "loop.mp4": r"^cannot be read: Too many levels of symbolic links$",
+        "a caption in place of a path" * 20: r"^cannot be read: File name too long$",
+        "pipe.mp4": r"^is not a file$",
+        ".": r"^is not a file$",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(ValueError, match=reason):
+            probe_video(tmp_path / name)
+
+
+@pytest.fixture
+def as_ordinary_user():
+    """Root may read everything, so that root becomes nobody for a while."""
+    user = os.geteuid()
+
+    @contextmanager
+    def ordinary_user():
+        if user == 0:
+            os.seteuid(65534)
+        yield
+        os.seteuid(user)
+
+    yield ordinary_user
+    os.seteuid(user)
+
+
+def test_a_file_without_permission_is_named_by_reason(tmp_path, as_ordinary_user):
+    (tmp_path / "closed").mkdir()
+    path, hidden = still_image(tmp_path / "still.png"), still_image(tmp_path / "closed" / "still.png")
+    path.chmod(stat.S_IWUSR)
+    hidden.parent.chmod(stat.S_IWUSR)
+    with as_ordinary_user():
+        for file in (path, hidden):
+            with pytest.raises(ValueError, match=r"^cannot be read: Permission denied$"):
+                probe_video(file)
+
+
+def test_the_cover_picture_of_a_song_is_no_video(tmp_path):
+    still_image(tmp_path / "cover.png")
+    inputs = ["-f", "lavfi", "-i", "sine=d=0.2", "-i", tmp_path / "cover.png", "-map", "0", "-map", "1"]
+    ffmpeg(*inputs, "-c:v", "copy", "-disposition:v", "attached_pic", tmp_path / "song.m4a")
+    with pytest.raises(ValueError, match="has no video stream"):
+        probe_video(tmp_path / "song.m4a")
+
+
+def frame_ends(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return sorted(entry.pos + entry.size for entry in stream.index_entries)
+
+
+def test_a_file_cut_off_after_its_index_is_truncated(clip_of, tmp_path):
+    whole = clip_of("index in front")
+    content, ends = whole.read_bytes(), frame_ends(whole)
+    for size in (len(content) * 6 // 10, ends[-1] - 3, ends[40]):  # the last: exactly between two frames
+        path = tmp_path / "cut.mp4"
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"^is truncated or damaged: 60 frames are listed but only \d+ decode"):
+            probe_video(path)
+
+
+def test_a_file_cut_off_before_its_index_is_not_readable(clip_of, tmp_path):
+    content = clip_of("closed groups").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="not a readable video"):
+        probe_video(tmp_path / "cut.mp4")
+
+
+def test_a_tail_of_zeros_is_damage(clip_of, tmp_path):
+    content = clip_of("index in front").read_bytes()
+    keep = len(content) * 6 // 10
+    (tmp_path / "holes.mp4").write_bytes(content[:keep] + bytes(len(content) - keep))
+    with pytest.raises(ValueError, match="truncated or damaged: 60 frames are listed"):
+        probe_video(tmp_path / "holes.mp4")
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mkv"])
+def test_a_clip_that_changes_its_size_is_refused(tmp_path, suffix):
+    parts = [encode(tmp_path / f"{width}.ts", frames=20, width=width) for width in (80, 96)]
+    (tmp_path / "joined.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    if suffix != "ts":
+        ffmpeg("-i", tmp_path / "joined.ts", "-c", "copy", tmp_path / f"joined.{suffix}")
+    with pytest.raises(ValueError, match=r"^changes its size from 80x48 to 96x48 at frame 20$"):
+        probe_video(tmp_path / f"joined.{suffix}")
+
+
+@pytest.fixture(scope="module")
+def contents(clip_of, tmp_path_factory):
+    """Files of many kinds to damage: suffix and bytes."""
+    folder = tmp_path_factory.mktemp("images")
+    images = [still_image(folder / f"still.{suffix}") for suffix in ("png", "jpg", "webp", "bmp", "tif", "gif")]
+    names = ["index in front", "fragmented", "open groups, matroska", "HEVC, open groups", "VP9", "AVI"]
+    return [(path.suffix, path.read_bytes()) for path in (*images, *map(clip_of, (*names, "transport stream")))]
+
+
+edits = st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 40), st.binary(max_size=20))
+
+
+@given(st.integers(0, 12), st.lists(edits, min_size=1, max_size=8), st.floats(0.1, 1.3))
+@settings(deadline=None, max_examples=150)
+def test_a_damaged_file_has_a_reason_or_can_be_read(contents, tmp_path_factory, number, edits, length):
+    suffix, content = contents[number]
+    for place, removed, added in edits:
+        at = int(place * len(content)) if removed % 2 else int(place * min(len(content), 400))
+        content = content[:at] + added + content[at + removed :]
+    path = tmp_path_factory.mktemp("damaged") / f"damaged{suffix}"
+    path.write_bytes(content[: int(length * len(content))])
+    info = probe_files([path], num_threads=1)[path]
+    if isinstance(info, str):
+        assert info
+        return
+    wanted = sorted({0, info.num_frames // 2, info.num_frames - 1})
+    try:
+        frames = read_frames(path, wanted, seekable=info.seekable)
+    except ValueError as error:  # damage in the middle, which only decoding everything can find
+        assert str(error).startswith(f"{path}: ")
+    else:
+        assert frames.shape == (len(wanted), info.height, info.width, 3)
+
+
+# Many files
+
+
+def test_reasons_stand_in_for_what_cannot_be_used(clip_of, tmp_path):
+    empty, noise, image = tmp_path / "empty.mp4", tmp_path / "noise.mp4", tmp_path / "cut.png"
+    empty.touch()
+    noise.write_bytes(b"noise" * 100)
+    image.write_bytes(still_image(tmp_path / "still.png").read_bytes()[:100])
+    good, missing = clip_of("no B-frames"), tmp_path / "nowhere\0.mp4"
+    results = probe_files([empty, good, missing, noise, image, good], num_threads=2)
+    assert list(results) == [empty, good, missing, noise, image]
+    assert results[good] == probe_video(good)
+    assert results[empty] == "file is empty (0 bytes)"
+    assert "embedded null" in results[missing]
+    assert results[noise] == "not a readable video: Invalid data found when processing input"
+    assert results[image].startswith("not a readable image: ")
+
+
+def test_no_files_are_no_infos():
+    assert probe_files([]) == {}
+
+
+def test_what_was_found_is_not_looked_for_again(tmp_path):
+    path = tmp_path / "clip.mkv"
+    encode(path, frames=len(TIMES), times=TIMES)
+    (info,) = probe_files([path], FileCache(tmp_path / "cache")).values()
+    state = path.stat()
+    path.write_bytes(bytes(state.st_size))  # what only the cache can know
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    (again,) = probe_files([path], FileCache(tmp_path / "cache")).values()
+    assert again == info
+    assert info.frame_times == tuple(1000 * time for time in TIMES)
+
+
+def test_a_clip_that_was_mended_is_probed_again(clip_of, tmp_path):
+    path, cache = tmp_path / "clip.mp4", FileCache(tmp_path)
+    whole = clip_of("no B-frames").read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    state = path.stat()
+    assert "not a readable video" in probe_files([path], cache)[path]
+    path.write_bytes(whole)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert probe_files([path], cache)[path].num_frames == 60
+
+
+class RecordingCache(FileCache):
+    """Notes what is looked up."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.looked_up = []
+
+    def get(self, path, kind):
+        self.looked_up.append(path)
+        return super().get(path, kind)
+
+
+def test_each_rank_begins_at_its_own_part_of_the_list(tmp_path, monkeypatch):
+    paths = [still_image(tmp_path / f"{number}.png", number) for number in range(6)]
+    for rank, first in ((0, 0), (1, 2), (2, 4)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        cache = RecordingCache(tmp_path / "cache")
+        assert list(probe_files(paths, cache, num_threads=1)) == paths
+        assert cache.looked_up == paths[first:] + paths[:first]
+
+
+def test_the_ranks_of_each_machine_are_spread_over_the_list_as_well_as_all_together(tmp_path, monkeypatch):
+    """For a machine may have a cache of its own."""
+    paths = [still_image(tmp_path / f"{number}.png", number) for number in range(4)]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    firsts = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        cache = RecordingCache(tmp_path / f"cache of machine {rank // 2}")
+        probe_files(paths, cache, num_threads=1)
+        firsts.append(paths.index(cache.looked_up[0]))
+    assert firsts == [0, 2, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "shown"), [(None, 50, True), ("0", 50, True), ("0", 49, False), ("1", 50, False)]
+)
+def test_many_files_show_their_progress_on_the_main_rank(tmp_path, monkeypatch, capsys, rank, count, shown):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if rank is None:
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", rank)
+    probe_files([tmp_path / f"{number}.mp4" for number in range(count)])
+    assert ("Checking clips" in capsys.readouterr().err) == shown

@@ -1,0 +1,83 @@
+"""Captions from a vision-language model that transformers loads into this process."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from captions.text import clean_caption
+from common.errors import UserError
+from common.out_of_memory import memory_that_ran_out
+from data.rows import one_line
+
+
+class ModelCaptioner:
+    """A model in memory: on the GPUs where there are any, in the precision that it is stored in.
+
+    Args:
+        model: a folder, or a name on the hub. No code that comes with it is run.
+        temperature, max_tokens: of the answers.
+
+    Raises:
+        UserError: it cannot be loaded, or does not talk about pictures.
+    """
+
+    def __init__(self, model: str, *, temperature: float, max_tokens: int):
+        self.model = model
+        try:
+            # Said outright: left open, a model with code of its own has the user asked whether to run it.
+            self._processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+            self._model = AutoModelForImageTextToText.from_pretrained(
+                model, dtype="auto", device_map="auto", trust_remote_code=False
+            ).eval()
+        # ImportError: some processors need more packages.
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
+            reason = one_line(str(error).strip().split("\n")[0], 300)
+            raise UserError(
+                f"--model {model} cannot be loaded as a vision-language model: {reason}; for a model behind a server "
+                "give --endpoint too"
+            ) from error
+        if getattr(self._processor, "chat_template", None) is None:
+            raise UserError(f"--model {model} has no chat template; give one that was trained to follow instructions")
+        # Without sampling, the model's own settings for it are taken away: transformers would warn of them.
+        sampling = {"temperature": temperature} if temperature else dict.fromkeys(("temperature", "top_p", "top_k"))
+        self._options = {"max_new_tokens": max_tokens, "do_sample": temperature > 0, **sampling}
+
+    @torch.inference_mode()
+    def describe(self, frames: Sequence[Image.Image], prompt: str) -> str:
+        """Ask for a caption.
+
+        Args:
+            frames: in order, RGB.
+            prompt: what to say to the model after them.
+
+        Raises:
+            NoCaption: the model's answer is none.
+            UserError: memory does not suffice.
+        """
+        content = [{"type": "image", "image": frame} for frame in frames]
+        content.append({"type": "text", "text": prompt})
+        try:
+            inputs = self._processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            ).to(self._model.device, self._model.dtype)
+            sequence = self._model.generate(**inputs, **self._options)[0]
+        except (RuntimeError, MemoryError) as error:
+            if memory_that_ran_out(error) is None:
+                raise
+            raise UserError(
+                "memory ran out; lower --num_frames or --max_size, or give a smaller --model; what is done is kept"
+            ) from error
+        answer = sequence[inputs["input_ids"].shape[1] :]
+        was_cut = len(answer) >= self._options["max_new_tokens"] and int(answer[-1]) not in self._ends()
+        return clean_caption(self._processor.decode(answer, skip_special_tokens=True), was_cut=was_cut)
+
+    def _ends(self) -> Sequence[int]:
+        ends = self._model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [ends]

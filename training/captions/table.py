@@ -1,0 +1,179 @@
+"""The table of captions, and beside it the captions of a run that is not finished.
+
+Each caption is appended to `captions.jsonl.part` as soon as it is there, so that a killed run loses none. The table
+itself is only ever replaced as a whole.
+"""
+
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import written_whole
+from data.prepared import index_lines
+from data.tables import read_json
+from models.fingerprints import digest_lines
+
+
+AUTHOR_COLUMN = "captioned_by"  # tells this table from others: the model's name, or USER
+USER = "user"
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption and who wrote it."""
+
+    text: str
+    author: str  # the model's name, or USER
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """All that an answer depends on besides the clip."""
+
+    model: str
+    prompt: str | None  # None: the built-in one
+    num_frames: int
+    skipped: tuple[int, int]  # frames at the start and at the end
+    max_size: int
+    temperature: float
+    max_tokens: int
+
+    @property
+    def digest(self) -> str:
+        """Changes with any of them."""
+        return digest_lines([json.dumps(asdict(self))])
+
+
+class CaptionFile:
+    """A JSONL table with a row for each clip: `video`, `caption`, `captioned_by`, and the clip's other columns.
+
+    Args:
+        path: of the table, which need not exist.
+
+    Raises:
+        UserError: there is a file, but not one that this class wrote.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._part = path.with_name(f"{path.name}.part")
+        self._lock = threading.Lock()
+        self._rows = self._read()
+        self._appended = self._recover()
+
+    def captions(self) -> dict[str, Caption]:
+        """The captions there are by the clips' paths as listed: of the table, and of a run that was stopped.
+
+        A caption that was emptied by hand is none.
+        """
+        filled = [row for row in self._rows if row["caption"].strip()]
+        found = {row["video"]: Caption(row["caption"], row.get(AUTHOR_COLUMN, USER)) for row in filled}
+        return found | {line["video"]: Caption(line["caption"], line["author"]) for line in self._appended}
+
+    def unfinished(self, settings: CaptionSettings) -> dict[str, Caption]:
+        """Only those of a run that is not finished, as far as they were asked for with these settings."""
+        return {
+            line["video"]: Caption(line["caption"], line["author"])
+            for line in self._appended
+            if line["settings"] == settings.digest
+        }
+
+    def check_writable(self) -> None:
+        """Make sure that captions can be kept, before they are asked for.
+
+        Raises:
+            UserError: they cannot.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path.parent):
+                pass
+        except OSError as error:
+            raise UserError(f"--output_file: {self.path} cannot be written ({error.strerror})") from error
+
+    def append(self, video: str, caption: Caption, settings: CaptionSettings) -> None:
+        """Keep a caption at once. Any thread may call this.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        line = {"video": video, "caption": caption.text, "author": caption.author, "settings": settings.digest}
+        with self._lock:
+            size = self._part.stat().st_size if self._part.exists() else 0
+            try:
+                with open(self._part, "ab") as file:
+                    file.write(index_lines([line]).encode())
+            except OSError as error:
+                with suppress(OSError):
+                    os.truncate(self._part, size)  # half a line would spoil the one that comes behind it
+                raise UserError(f"{self._part} cannot be written ({error.strerror}); what is done is kept") from error
+            self._appended.append(line)
+
+    def write(self, rows: Sequence[Mapping[str, str]], folder: Path | None, *, finished: bool) -> None:
+        """Replace the table.
+
+        Args:
+            rows: of the clips listed. Behind them stay those of other clips that have captions, as long as their files
+                exist.
+            folder: where the clips' relative paths start.
+            finished: all that was asked for is in `rows`, so that what was appended need not be kept.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        listed = {row["video"] for row in rows}
+        earlier = {row["video"]: row for row in self._rows}
+        kept = [
+            earlier.get(video, {}) | {"video": video, "caption": caption.text, AUTHOR_COLUMN: caption.author}
+            for video, caption in self.captions().items()
+            if video not in listed and os.path.exists(os.path.join(folder or "", video))
+        ]
+        if rows or kept:
+            with written_whole(self.path) as partial:
+                partial.write_text(index_lines([*rows, *kept]), encoding="utf-8")
+        if finished:
+            self._part.unlink(missing_ok=True)
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        rows = read_json(self.path)
+        if rows and not any(isinstance(row, dict) and AUTHOR_COLUMN in row for _, row in rows):
+            raise UserError(
+                f"--output_file: {self.path} is there already, and caption_dataset.py did not write it; give another "
+                "name; if it is the list of the clips, give it as --dataset_file"
+            )
+        for place, row in rows:
+            if not (
+                isinstance(row, dict)
+                and isinstance(row.get("video"), str)
+                and isinstance(row.get("caption"), str | None)
+            ):
+                raise UserError(
+                    f"--output_file: {self.path}: {place} has no video or no text as its caption; mend it, or remove "
+                    "the line to have the clip captioned anew"
+                )
+        return [row | {"caption": row.get("caption") or ""} for _, row in rows]
+
+    def _recover(self) -> list[dict[str, str]]:
+        """What an earlier run appended, without the half line that it may have left at the end."""
+        if not self._part.exists():
+            return []
+        try:
+            content = self._part.read_bytes()
+            if not content.endswith(b"\n"):
+                os.truncate(self._part, content.rfind(b"\n") + 1)
+        except OSError as error:
+            raise UserError(f"{self._part} cannot be read or mended ({error.strerror})") from error
+        lines = [line for _, line in read_json(self._part)]
+        if not all(
+            isinstance(line, dict) and line.keys() == {"video", "caption", "author", "settings"} for line in lines
+        ):
+            raise UserError(f"{self._part} is not what caption_dataset.py left there; remove it")
+        return lines

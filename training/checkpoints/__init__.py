@@ -1,0 +1,1 @@
+"""Training state on disk: save, verify, rotate, resume."""

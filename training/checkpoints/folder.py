@@ -1,0 +1,269 @@
+"""Checkpoints that exist whole or not at all: save, rotate, find, verify, resume."""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import CogVideoXTransformer3DModel
+from safetensors import SafetensorError
+
+from checkpoints.manifest import find_damage, size_of, write_manifest
+from checkpoints.schedule import ScheduleStart
+from common.errors import UserError, first_line
+from common.files import nearest_folder, replace_folder
+from common.run_folder import STATE_FILE, list_checkpoints, list_unfinished
+from methods.lora import FullFinetune, Lora
+from parallel.coordinator import Agreement
+from parallel.fsdp import is_fsdp, load_optimizer, save_optimizer, take_sharded
+from parallel.sharding import load_state, save_state, whole_weights
+
+
+logger = logging.getLogger(__name__)
+_REMOVED = ".removed."
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a resumed run must know beside weights, optimizer and learning-rate schedule."""
+
+    step: int  # optimizer steps done
+    seed: int
+    settings: dict[str, Any]  # that must not change on the way, by flag
+    memory: dict[str, Any] = field(default_factory=dict)  # settings that were chosen for the run, by flag
+    schedule: ScheduleStart = field(default_factory=ScheduleStart)  # that the steps are counted from
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Refuse to go on with other settings.
+
+        Raises:
+            UserError: lists those that differ.
+        """
+        made_with = {**self.settings, "--seed": self.seed}
+        differing = [
+            f"{name} was {_in_words(before)}, is now {_in_words(value)}"
+            for name, value in settings.items()
+            # A checkpoint of before there was a switch is one without it.
+            if (before := made_with.get(name, False if value is False else None)) != value
+        ]
+        if differing:
+            raise UserError(
+                f"--resume_from_checkpoint: the checkpoint is of a run with other settings: {'; '.join(differing)}; "
+                "give them as they were, or start anew in another --output_dir"
+            )
+
+
+def _in_words(value: object) -> object:
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+class CheckpointFolder:
+    """The checkpoints of a run: `checkpoint-<step>` in its output folder, which all ranks see.
+
+    One is written beside them under another name, flushed to the disk, listed in a manifest and then renamed, so that
+    a process that is killed leaves it whole or not at all. Older ones go only after that.
+
+    Args:
+        total_limit: how many are kept; None for all.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, agreement: Agreement, total_limit: int | None):
+        self.folder = folder
+        self.accelerator = accelerator
+        self.agreement = agreement
+        self.total_limit = total_limit
+
+    def save(self, state: TrainerState, min_bytes: int = 0) -> Path:
+        """Save the whole training state; called on every rank.
+
+        Args:
+            min_bytes: that it will take at the least. Without so much space nothing is begun.
+
+        Raises:
+            UserError: it cannot be written: the disk is full, or not ours to write to. Older ones are as they were.
+        """
+        target = self.folder / f"checkpoint-{state.step}"
+        partial = self.folder / f".partial.{target.name}"
+        self.agreement.from_main(lambda: self._make_room(partial, min_bytes))
+        problem = None
+        try:
+            save_state(self.accelerator, partial)
+        except WRITE_ERRORS as error:
+            problem = why_unwritten(error)
+        # Not a barrier of the GPUs: the ranks write for differently long.
+        if problems := [found for found in self.agreement.gather(problem) if found]:
+            self.agreement.from_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+            raise self._cannot_write(target, problems[0])
+        self.agreement.from_main(lambda: self._finish(partial, target, state))
+        return target
+
+    def _make_room(self, partial: Path, min_bytes: int) -> None:
+        """Remove what a killed process left, and see that there is space; on the main process."""
+        for pattern in (".partial.checkpoint-*", f"{_REMOVED}checkpoint-*", ".replaced.checkpoint-*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+        older = list_checkpoints(self.folder)
+        needed = max(min_bytes, size_of(older[-1][1]) if older else 0)
+        check_space(self.folder, needed, f"{partial.name.removeprefix('.partial.')}{self._what_is_left()}")
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise self._cannot_write(partial, str(error)) from error
+
+    def _finish(self, partial: Path, target: Path, state: TrainerState) -> None:
+        """Put the written folder in place, and remove what is beyond the limit; on the main process."""
+        try:
+            (partial / STATE_FILE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
+            write_manifest(partial)
+            replace_folder(partial, target)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise self._cannot_write(target, str(error)) from error
+        if self.total_limit is not None:
+            older = [path for step, path in list_checkpoints(self.folder) if step < state.step]
+            for old in older[: len(older) + 1 - self.total_limit]:
+                try:
+                    # Under another name first: half removed it must not look like a checkpoint.
+                    shutil.rmtree(old.rename(old.with_name(_REMOVED + old.name)))
+                except OSError as error:
+                    logger.warning("warning: %s cannot be removed (%s); %s is whole", old, error, target)
+
+    def _cannot_write(self, target: Path, problem: str) -> UserError:
+        return UserError(f"{target} cannot be written: {problem}{self._what_is_left()}")
+
+    def _what_is_left(self) -> str:
+        whole = list_checkpoints(self.folder)
+        if not whole:
+            return ""
+        return f"; {whole[-1][1].name} is whole: make room and go on with --resume_from_checkpoint latest"
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        UserError: says how much there is, and how much `what` needs.
+    """
+    free = shutil.disk_usage(nearest_folder(folder)).free
+    if free < needed:
+        raise UserError(
+            f"--output_dir: '{folder}' has {free / 1e9:.2f} GB of free space, and at least {needed / 1e9:.2f} GB are "
+            f"needed for {what}"
+        )
+
+
+def why_unwritten(error: Exception) -> str:
+    """In one line, why a file could not be written.
+
+    Args:
+        error: one of `WRITE_ERRORS`; raised again if it is about something else.
+    """
+    # torch says it in words alone.
+    words = ("PytorchStreamWriter", "unexpected pos", "No space left", "file write")
+    if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+        raise error
+    return first_line(error)
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
+    """Load weights, optimizer and schedule; called on every rank after `accelerator.prepare`.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of other adapters.
+    """
+    try:
+        load_state(accelerator, folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--resume_from_checkpoint: {folder} cannot be loaded ({error}); move it away and give latest, which is "
+            "the one before"
+        ) from error
+
+
+def read_state(folder: Path) -> TrainerState:
+    """Read how far the run of a checkpoint was.
+
+    Raises:
+        UserError: the folder is no checkpoint.
+    """
+    try:
+        values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return TrainerState(**values | {"schedule": ScheduleStart(**values.get("schedule", {}))})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--resume_from_checkpoint: {folder} is no complete checkpoint (cannot read its {STATE_FILE})"
+        ) from error
+
+
+def newest_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
+    """What `find_checkpoint` returns if nothing is damaged, found without reading it all."""
+    if resume_from != "latest":
+        return None if resume_from is None else Path(resume_from)
+    checkpoints = list_checkpoints(output_dir)
+    return checkpoints[-1][1] if checkpoints else None
+
+
+def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint to resume from: a folder, or for "latest" the newest whole one; None to start anew.
+
+    Every byte of it is compared with its manifest. Damaged ones that "latest" passes over are named in a warning.
+
+    Raises:
+        UserError: the folder given is damaged or no checkpoint, or all that there are.
+    """
+    if resume_from is None:
+        return None
+    if resume_from != "latest":
+        folder = Path(resume_from)
+        if damage := find_damage(folder):
+            raise UserError(
+                f"--resume_from_checkpoint: {folder} is no whole checkpoint: {damage}; latest passes over it"
+            )
+        return folder
+    for folder in list_unfinished(output_dir):
+        logger.warning("warning: %s is no checkpoint (it was never finished); passed over", folder)
+    checkpoints = [folder for _, folder in list_checkpoints(output_dir)]
+    for folder in reversed(checkpoints):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        logger.warning("warning: %s is damaged (%s); passed over", folder, damage)
+    if checkpoints:
+        raise UserError(
+            f"--resume_from_checkpoint latest: every checkpoint in '{output_dir}' is damaged; to start anew, give "
+            "another --output_dir"
+        )
+    return None
+
+
+def checkpoint_only_what_trains(accelerator: Accelerator, method: Lora | FullFinetune) -> None:
+    """Have `accelerator.save_state` and `load_state` store only what the method trains, in full precision."""
+
+    sharded = take_sharded(accelerator) if is_fsdp(accelerator) else []
+
+    def save(models: Sequence[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
+        for model, optimizer in sharded:
+            save_optimizer(model, optimizer, Path(output_dir))
+        for model in [*models, *(model for model, _ in sharded)]:
+            transformer: CogVideoXTransformer3DModel = accelerator.unwrap_model(model)
+            whole = whole_weights(accelerator, transformer, method.weight_names(transformer))
+            if accelerator.is_main_process:
+                method.save(transformer, Path(output_dir), torch.float32, whole)
+        weights.clear()  # nothing is left for accelerate to save
+
+    def load(models: list[torch.nn.Module], input_dir: str) -> None:
+        for model in [*models, *(model for model, _ in sharded)]:
+            transformer: CogVideoXTransformer3DModel = accelerator.unwrap_model(model)
+            method.load(transformer, Path(input_dir))
+        models.clear()
+        for model, optimizer in sharded:
+            load_optimizer(model, optimizer, Path(input_dir))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

@@ -1,0 +1,79 @@
+"""What a finished folder holds, by size and digest: damage is found before anything is loaded from it."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common.bars import tqdm
+from common.files import flush
+from common.run_folder import MANIFEST
+
+
+_THREADS = 8  # hashing lets other threads run
+_PIECE = 2**20  # bytes read at once
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file of a folder in its manifest, flushed to the disk with all of them."""
+    files = _files(folder)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(lambda name: flush(folder / name), files))
+    entries = _entries(folder, files, "Hashing")
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"files": entries}, indent=1) + "\n", encoding="utf-8")
+    flush(manifest)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a folder that has a manifest, or should have one; None for a whole one.
+
+    Every byte is read: some seconds for each ten gigabytes.
+    """
+    try:
+        expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        missing = [name for name in expected if not (folder / name).is_file()]
+        sizes = {name: entry["size"] for name, entry in expected.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"it has no {MANIFEST} that can be read"
+    if missing:
+        return f"{missing[0]} is missing"
+    try:
+        for name, size in sizes.items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes of {size}"
+        entries = _entries(folder, list(expected), "Verifying")
+        differing = [name for name, entry in entries.items() if entry != expected[name]]
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    return f"{differing[0]} has other bytes than were written" if differing else None
+
+
+def size_of(folder: Path) -> int:
+    """The bytes of all files of a folder."""
+    return sum((folder / name).stat().st_size for name in _files(folder))
+
+
+def _files(folder: Path) -> list[str]:
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [str(path) for path in paths if path != Path(MANIFEST)]
+
+
+def _entries(folder: Path, files: list[str], doing: str) -> dict[str, dict[str, int | str]]:
+    """Size and digest of each file, with a bar over the bytes that says what is being done."""
+    total = sum((folder / name).stat().st_size for name in files)
+    with (
+        tqdm(desc=f"{doing} {folder.name}", total=total, unit="B", unit_scale=True, leave=False) as bar,
+        ThreadPoolExecutor(_THREADS) as pool,
+    ):
+        return dict(zip(files, pool.map(lambda name: _entry(folder / name, bar), files), strict=True))
+
+
+def _entry(file: Path, bar: tqdm) -> dict[str, int | str]:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    with open(file, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            bar.update(count)
+    return {"size": file.stat().st_size, "sha256": digest.hexdigest()}

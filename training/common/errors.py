@@ -1,0 +1,53 @@
+"""The one exception that means "the user can mend this", how its message is laid out, and how it is shown."""
+
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from common.hub_token import without_tokens
+from common.ranks import launch_rank
+
+
+class UserError(Exception):
+    """A mistake in flags, files or data. The message says what is wrong, where, and what to do now."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a `UserError` into its message on stderr and exit code 2; any other exception keeps its traceback.
+
+    Neither shows a token of the hub. Ctrl-C where nothing is there to be saved ends with a line and the exit code that
+    shells know for it.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if launch_rank() == 0:
+            print("\ninterrupted", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except UserError as error:
+        # Before torch is imported flags and files are checked, and every rank of a launch finds the same.
+        if launch_rank() == 0 or "torch" in sys.modules:
+            print(without_tokens(f"error: {error}"), file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except Exception as error:
+        trace = "".join(traceback.format_exception(error))
+        if without_tokens(trace) == trace:
+            raise
+        print(without_tokens(trace), end="", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, or what it is called where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def listing(title: str, items: Sequence[object], most: int = 20) -> str:
+    """A message's first line, then its items, one to an indented line; those beyond `most` are counted."""
+    lines = [f"  {item}" for item in items[:most]]
+    if len(items) > most:
+        lines.append(f"  ... and {len(items) - most} more")
+    return "\n".join([title, *lines])

@@ -1,0 +1,191 @@
+"""Arrow data: Parquet files, and what the `datasets` library reads.
+
+Rows that may carry media are read one by one, so that no two videos are in memory at once.
+"""
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.errors import UserError
+from data.rows import Row, Table, one_line
+
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+_ROWS_AT_ONCE = 1000  # where there are no media in them
+
+
+def read_parquet(file: Path) -> Table:
+    """Read a Parquet file.
+
+    Raises:
+        UserError: it is none, or damaged.
+    """
+    parquet = _library("pyarrow.parquet", f"--dataset_file {file}")
+    opened = _call(str(file), parquet.ParquetFile, file, pre_buffer=False)
+    schema = opened.schema_arrow
+    batches = opened.iter_batches(batch_size=_rows_at_once(schema))
+    rows = _rows(str(file), batches, f"{file.name}:row")
+    return Table(str(file), schema.names, _counted(rows, opened.metadata.num_rows, file), file.parent)
+
+
+def _counted(rows: Iterator[Row], num_rows: int, file: Path) -> Iterator[Row]:
+    """The rows, and an error at their end if they are not as many as the file says: pyarrow drops what is damaged."""
+    found = 0
+    for found, row in enumerate(rows, 1):  # noqa: B007
+        yield row
+    if found != num_rows:
+        raise UserError(f"{file} is damaged: it should have {num_rows} rows, and {found} can be read")
+
+
+def read_dataset(name: str, config_name: str | None, split: str, streaming: bool) -> Table:
+    """Read a split of a data set of the `datasets` library. Code that comes with data is never run.
+
+    Args:
+        name: on the hub, or a local folder: of data files, or as `save_to_disk` writes it.
+        config_name: of the configuration; None: the only one.
+        split: its name.
+        streaming: read row by row, without a copy of the data set on disk.
+
+    Raises:
+        UserError: there is no such data set, configuration or split, or it cannot be read.
+    """
+    datasets = _library("datasets", "--dataset_name")
+    datasets.config.TORCH_AVAILABLE = False  # streaming imports torch, which takes seconds, only to subclass it
+    where = f"--dataset_name {name}"
+    folder = Path(name) if os.path.isdir(name) else None
+    with _quiet(datasets):
+        if folder and any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            dataset = _load_saved(datasets, where, folder, split)
+        else:
+            # The whole path of a folder, so that one called "csv" or "text" is not taken for the builder of that name.
+            path = str(folder.resolve()) if folder else name
+            dataset = _call(where, datasets.load_dataset, path, config_name, split=split, streaming=streaming)
+        # Data that is streamed may have no names until the first row is read.
+        names = dataset.column_names or _call(where, lambda: list(next(iter(dataset), {})))
+    # In Arrow's format, videos and images stay as they are stored: bytes, paths or numbers.
+    schema = dataset.features.arrow_schema if dataset.features else None
+    batches = dataset.with_format("arrow").iter(batch_size=_rows_at_once(schema))
+    return Table(where, names, _rows(where, batches, f"{name}:{split}:row"), folder, _download_folders(datasets))
+
+
+def _download_folders(datasets: ModuleType) -> list[Path]:
+    """Where `datasets` puts the files that come with a data set on the hub, which its rows then name."""
+    hub = importlib.import_module("huggingface_hub.constants")
+    config = datasets.config
+    return [Path(place) for place in (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, hub.HF_HUB_CACHE)]
+
+
+def _load_saved(datasets: ModuleType, where: str, folder: Path, split: str) -> Any:
+    saved = _call(where, datasets.load_from_disk, str(folder))
+    splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+    if split not in splits:
+        raise UserError(f"{where} has no split {split!r}; it has {', '.join(splits)}: set --dataset_split")
+    return splits[split]
+
+
+def _library(name: str, needed_for: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise UserError(
+            f"{needed_for} needs {package}, which cannot be imported ({error}): pip install {package}"
+        ) from error
+
+
+def _call(where: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    try:
+        return function(*arguments, **options)
+    # What goes wrong in strangers' files and on the network comes as a dozen kinds of exceptions of five libraries.
+    except Exception as error:
+        cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
+        raise UserError(f"{where} cannot be read: {one_line(error) or type(error).__name__}{cause}") from error
+
+
+@contextmanager
+def _quiet(datasets: ModuleType) -> Iterator[None]:
+    """No progress bars, and no log lines about what we report ourselves. The hub's bars come back for the models."""
+    hub = importlib.import_module("huggingface_hub.utils")
+    shown = not hub.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    hub.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            hub.enable_progress_bars()
+
+
+def _rows_at_once(schema: "pa.Schema | None") -> int:
+    import pyarrow as pa
+
+    def may_be_large(kind: pa.DataType) -> bool:
+        is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        return is_bytes or pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)
+
+    return 1 if schema is None or any(map(may_be_large, schema.types)) else _ROWS_AT_ONCE
+
+
+def _rows(where: str, batches: Iterator[Any], place: str) -> Iterator[Row]:
+    number = 0
+    while (batch := _call(f"{where}, after row {number},", next, batches, None)) is not None:
+        for index in range(batch.num_rows):
+            number += 1
+            yield _row(batch, index, f"{place} {number}")
+
+
+def _row(batch: "pa.Table | pa.RecordBatch", index: int, source: str) -> Row:
+    values: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[name] = _value(column[index])
+        except (ValueError, OverflowError) as error:  # text that is not UTF-8, times beyond Python's
+            return Row(source, values, f"has an unreadable value in column {name!r}: {one_line(error)}")
+    return Row(source, values)
+
+
+def _value(scalar: "pa.Scalar") -> Any:
+    """As Python has it, but lists of numbers (a decoded video) as an array: a hundred times faster."""
+    import pyarrow as pa
+
+    if not scalar.is_valid:
+        return None
+    if isinstance(scalar, pa.ExtensionScalar):
+        scalar = scalar.value
+    array = _array(scalar.values) if _is_list(scalar.type) else None
+    return scalar.as_py() if array is None else array
+
+
+def _array(values: "pa.Array") -> np.ndarray | None:
+    """Nested lists of numbers by their buffer; None: they are no numbers, or of different lengths."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    shape = [len(values)]
+    while _is_list(values.type):
+        lengths = compute.list_value_length(values).unique().to_pylist()
+        if len(lengths) != 1 or lengths[0] is None:
+            return None
+        shape.append(lengths[0])
+        values = values.flatten()
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        return None
+    return values.to_numpy(zero_copy_only=False).reshape(shape)
+
+
+def _is_list(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

@@ -1,0 +1,111 @@
+"""A folder of clips, each with its caption in a .txt of the same name beside it."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from common.errors import UserError
+from data.media_cache import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from data.rows import Row, Table
+from data.tables import TABLE_SUFFIXES, read_utf8
+
+
+_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES | {".txt"}
+_SIDE_NOTES = {"readme", "license", "licence", "copying", "notice", "changelog"}
+
+
+def read_folder(root: Path, captions_file: Path | None = None) -> Table:
+    """Read the videos and still images in a folder and below, sorted by path.
+
+    `b.png` beside `b.mp4` is that video's first frame. Hidden files do not count. Every .txt needs a clip, except one
+    named like a readme or licence in the folder itself.
+
+    Args:
+        root: the folder.
+        captions_file: a table that captions are going to be written to, which may lie in the folder. Clips may be
+            without one then.
+
+    Returns:
+        Columns video, caption and image.
+
+    Raises:
+        UserError: there are no clips; it says what to give instead.
+    """
+    groups: dict[str, list[str]] = {}
+    for file in sorted(_visible_files(root)):
+        groups.setdefault(os.path.splitext(file)[0], []).append(file)
+    suffixes = [set(map(_suffix, files)) for files in groups.values()]
+    tables = sorted(name for name in os.listdir(root) if _suffix(name) in TABLE_SUFFIXES and name[0] != ".")
+    if captions_file is not None:
+        tables = [name for name in tables if (root / name).resolve() != captions_file.resolve()]
+    if tables and not any(".txt" in kinds and len(kinds) > 1 for kinds in suffixes):
+        raise UserError(
+            f"{root} has no clips with captions beside them, but {', '.join(tables)}: give "
+            f"--dataset_file {root / tables[0]}"
+        )
+    if all(kinds == {".txt"} for kinds in suffixes):
+        raise UserError(
+            f"{root} has nothing that can be read as clips. Put videos.txt and prompts.txt there, with one path and "
+            "one caption a line; or clips that each have a .txt of the same name beside them; or give a table with "
+            f"--dataset_file ({', '.join(TABLE_SUFFIXES)}), or a data set with --dataset_name"
+        )
+    needed = captions_file is None
+    rows = (row for name, files in groups.items() for row in _rows(root, name, files, needed))
+    return Table(str(root), ("video", "caption", "image"), rows, root)
+
+
+def _is_ours(folder: str) -> bool:
+    """What an earlier preparation or dry run wrote among the clips is no clip."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("prepared.json", "plan.csv"))
+
+
+def _visible_files(root: Path) -> Iterator[str]:
+    """Clips and captions, as paths below root; each folder once, though links may lead to it twice or in circles."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_report_folder):
+        place = os.path.realpath(folder)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if name[0] != "." and not _is_ours(os.path.join(folder, name)))
+        for name in names:
+            if name[0] != "." and _suffix(name) in _SUFFIXES:
+                yield (Path(folder) / name).relative_to(root).as_posix()
+
+
+def _report_folder(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _rows(root: Path, name: str, files: Sequence[str], captions_needed: bool) -> Iterator[Row]:
+    """The clips among the files of one name."""
+    videos, images, captions = (
+        [file for file in files if _suffix(file) in kinds] for kinds in (VIDEO_SUFFIXES, IMAGE_SUFFIXES, {".txt"})
+    )
+    if not videos and not images:
+        if name.lower() not in _SIDE_NOTES:
+            yield Row(str(root), {"video": captions[0]}, "has no clip of the same name beside it")
+        return
+    clips, first_frames = (videos, images) if videos else (images, [])
+    for clip in clips:
+        yield _row(root, clip, captions, first_frames, captions_needed)
+
+
+def _row(root: Path, clip: str, captions: Sequence[str], first_frames: Sequence[str], captions_needed: bool) -> Row:
+    values = {"video": clip, "image": first_frames[0] if first_frames else None}
+    if not captions and captions_needed:
+        return Row(str(root), values, f"has no caption file {Path(clip).stem}.txt beside it")
+    if len(first_frames) > 1:
+        return Row(str(root), values, f"has several images for its first frame beside it: {', '.join(first_frames)}")
+    if not captions:
+        return Row(str(root), values)
+    try:
+        caption = read_utf8(root / captions[0]).replace("\r\n", "\n")
+    except UserError as error:
+        return Row(captions[0], values, str(error))
+    return Row(captions[0], values | {"caption": caption})

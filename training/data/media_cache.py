@@ -1,0 +1,232 @@
+"""The files behind the media of a row: those it names, and in a cache those that it carries itself.
+
+Files in the cache are named by their content: each is written once, however many processes read it how often. What is
+in them is left to the probe.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from common.errors import UserError
+from common.files import written_whole
+from data.downloads import pieces_within
+from data.paths import stays_inside
+from data.rows import UnusableRow, described, one_line
+from video.media import decode_still_image, reason_of
+
+
+VIDEO_SUFFIXES = frozenset([".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"])
+IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
+
+FETCH_LIMIT = 4 * 2**30  # bytes of one clip
+FETCH_TIMEOUT = 1800.0  # seconds that one clip may take
+
+_DECODED_FPS = 8  # of decoded videos without an fps column: what CogVideoX 1.0 was trained at
+_ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # that fsspec looks into
+
+
+def media_file(
+    value: object, folder: Path | None, cache: Path, fps: object = None, *, within: Sequence[Path] | None = None
+) -> Path:
+    """Find the file of a row's video or image, or write what the row carries into the cache.
+
+    Args:
+        value: a path, in which ~/ is the home folder; a file's bytes; a dict of "bytes" and "path", as `datasets`
+            stores videos and images, where the path may be a link to the hub or into an archive; a decoded video,
+            [F, H, W, 3], or image, [H, W, 3], of integers from 0 to 255; or a video as a list of images, each a path,
+            bytes or dict.
+        folder: where relative paths start.
+        cache: folder for what the row carries. Decoded videos are kept without loss, as FFV1.
+        fps: of decoded videos; None: 8.
+        within: the folders that a path has to stay in, as `stays_inside` takes it; None: it may be anywhere.
+
+    Raises:
+        UnusableRow: it is nothing of all that.
+        UserError: the cache cannot be written.
+    """
+    match value:
+        case str(path):
+            return _listed_file(path, folder, within)
+        case bytes(data):
+            return _write_bytes(data, "", cache)
+        case {"bytes": bytes(data)}:
+            return _write_bytes(data, str(value.get("path") or ""), cache)
+        case {"path": str(path)}:
+            return _fetch(path, folder, cache, within) if "://" in path else _listed_file(path, folder, within)
+        case None | {"path": None}:
+            raise UnusableRow("has no path")
+        case np.ndarray():
+            return _write_decoded(value, fps, cache)
+        case list():
+            return _write_images([_image_bytes(image, folder, within) for image in value], fps, cache)
+    raise UnusableRow(f"is {described(value)}, not a path")
+
+
+def first_frame_file(
+    value: object, folder: Path | None, cache: Path, *, within: Sequence[Path] | None = None
+) -> Path | None:
+    """The same for the image that image-to-video conditions on, which a row may lack, or have as a list of one."""
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise UnusableRow(f"has {len(value)} images where one belongs")
+        value = value[0] if value else None
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        return media_file(value, folder, cache, within=within)
+    except UnusableRow as problem:
+        raise UnusableRow(f"its image {problem}") from problem
+
+
+def expand_home(path: str) -> str:
+    """A path with ~/ at its start as the home folder. A file name may begin with ~, so ~name stays as it is."""
+    return os.path.expanduser(path) if path.startswith("~/") else path
+
+
+def _listed_file(text: str, folder: Path | None, within: Sequence[Path] | None) -> Path:
+    path = expand_home(text.strip())
+    if not path:
+        raise UnusableRow("has no path")
+    if "://" in path:
+        raise UnusableRow("is a URL; download the file and list its path")
+    if folder is None and not os.path.isabs(path):
+        raise UnusableRow("has a relative path; give the folder it starts from with --data_root")
+    if within is not None and not stays_inside(path, folder, within):
+        where = f"outside of {folder}" if folder else "in no folder that was named (--data_root)"
+        raise UnusableRow(f"lies {where}; move it there, or give --allow_outside_paths if you trust this list")
+    return Path(path) if folder is None else folder / path
+
+
+def _write_bytes(data: bytes, name: str, cache: Path) -> Path:
+    return _cached(cache, _digest(data), name, lambda partial: partial.write_bytes(data))
+
+
+def _fetch(url: str, folder: Path | None, cache: Path, within: Sequence[Path] | None) -> Path:
+    """A copy of a file on the hub or in an archive, found again by its link: the hub's contain the revision."""
+    import fsspec
+
+    *inner, outermost = url.split("::")
+    if "://" not in outermost:
+        url = "::".join([*inner, str(_listed_file(outermost, folder, within).absolute())])
+    elif not _is_on_hub(outermost):
+        raise UnusableRow("is a URL; download the file and list its path")
+    if not all(link.partition("://")[0] in _ARCHIVES for link in inner):
+        raise UnusableRow("is a link of a kind that is not followed; list the path of a file")
+
+    def copy(partial: Path) -> None:
+        try:
+            with fsspec.open(url, "rb") as remote, partial.open("wb") as file:
+                for piece in pieces_within(iter(lambda: remote.read(2**20), b""), FETCH_LIMIT, FETCH_TIMEOUT):
+                    file.write(piece)
+        except Exception as error:  # every file system that fsspec reaches has its own
+            raise UnusableRow(f"cannot be fetched: {one_line(error) or type(error).__name__}") from error
+
+    return _cached(cache, _digest(url.encode()), url.split("::")[0].split("?")[0], copy)
+
+
+def _is_on_hub(url: str) -> bool:
+    """Whether a link is one that `datasets` makes of a file on the hub: no other server is asked for anything."""
+    from huggingface_hub import constants
+
+    return url.startswith(("hf://", f"{constants.ENDPOINT}/"))
+
+
+def _write_decoded(array: np.ndarray, fps: object, cache: Path) -> Path:
+    is_decoded = array.ndim in (3, 4) and array.shape[-1] == 3 and array.size and array.dtype.kind in "iu"
+    if not is_decoded or array.min() < 0 or array.max() > 255:
+        raise UnusableRow(
+            f"holds {array.dtype} of shape {list(array.shape)}; decoded videos are integers, 0 to 255, [F, H, W, 3]"
+        )
+    array, rate = np.ascontiguousarray(array, np.uint8), _rate(fps)
+    digest = _digest(f"{array.shape} at {rate}".encode(), array)
+    if array.ndim == 3:
+        return _cached(cache, digest, "a.png", Image.fromarray(array).save)
+    return _cached(cache, digest, "a.mkv", lambda partial: _write_video(partial, array, rate))
+
+
+def _write_images(images: Sequence[bytes], fps: object, cache: Path) -> Path:
+    """A list of encoded images as one video."""
+    if not images:
+        raise UnusableRow("holds no frames")
+    rate = _rate(fps)
+    digest = _digest(f"stills of {[len(image) for image in images]} bytes at {rate}".encode(), *images)
+    return _cached(cache, digest, "a.mkv", lambda partial: _write_video(partial, map(_decode_image, images), rate))
+
+
+def _image_bytes(image: object, folder: Path | None, within: Sequence[Path] | None) -> bytes:
+    match image:
+        case bytes(data) | {"bytes": bytes(data)}:
+            return data
+        case str(path) | {"path": str(path)}:
+            file = _listed_file(path, folder, within)
+            if not os.path.isfile(file):
+                raise UnusableRow(f"has a frame {one_line(path, 200)} that is no file")
+            try:
+                return file.read_bytes()
+            except (OSError, ValueError) as error:  # ValueError: a path with a null character
+                raise UnusableRow(
+                    f"has a frame {one_line(path, 200)} that cannot be read: {reason_of(error)}"
+                ) from error
+    raise UnusableRow(f"has {described(image)} among its frames, not an image")
+
+
+def _decode_image(data: bytes) -> np.ndarray:
+    try:
+        image = decode_still_image(io.BytesIO(data))
+    except ValueError as error:
+        raise UnusableRow(f"has a frame that is {one_line(error)}") from error
+    if image is None:
+        raise UnusableRow("has a frame that is no still image")
+    return image.pixels
+
+
+def _rate(fps: object) -> Fraction:
+    if fps is None:
+        return Fraction(_DECODED_FPS)
+    if isinstance(fps, int | float) and 0.01 <= fps <= 1000:
+        return Fraction(fps).limit_denominator(1001)
+    raise UnusableRow(f"has {described(fps)} in its fps column; a rate is a number from 0.01 to 1000")
+
+
+def _write_video(path: Path, frames: Iterable[np.ndarray], rate: Fraction) -> None:
+    """Losslessly, and the same bytes for the same frames: without bitexact, Matroska draws a random identifier."""
+    with av.open(str(path), "w", format="matroska", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("ffv1", rate=rate)
+        stream.pix_fmt = "bgr0"
+        for index, pixels in enumerate(frames):
+            if index == 0:
+                stream.height, stream.width = size = pixels.shape[:2]
+            if pixels.shape[:2] != size:
+                raise UnusableRow("holds frames of different sizes")
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format="bgr0")
+            frame.pts, frame.time_base = index, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def _digest(*parts: bytes | np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _cached(cache: Path, digest: str, name: str, write: Callable[[Path], object]) -> Path:
+    """The file of a digest, with the suffix of `name`, written unless it is there."""
+    suffix = os.path.splitext(name)[1].lower()
+    path = cache / digest[:2] / f"{digest}{suffix if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES else ''}"
+    if not path.exists():
+        try:
+            with written_whole(path) as partial:
+                write(partial)
+        except av.FFmpegError as error:
+            raise UserError(f"{path} cannot be written: {reason_of(error)}") from error
+    return path

@@ -1,0 +1,334 @@
+"""What a run will see, settled from flags and files before anything heavy is imported or any model is loaded."""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from common.bars import tqdm
+from common.errors import UserError, listing
+from common.files import written_whole
+from data.buckets import Bucket, make_buckets
+from data.clips import BadClip, PlannedClip, plan_clips
+from data.prepared import PreparedClip, read_index, read_settings
+from data.report import describe_plan, sequence_length
+from data.sources import DataSource, read_clips, read_mix, weights_to_repeats
+from flags.checks import PREPARED_FLAGS
+from models.fingerprints import digest_lines
+from video.cache import FileCache, default_cache_folder
+from video.probe import probe_files
+
+
+SKIPPED_FILE = "skipped_clips.csv"
+
+
+@dataclass(frozen=True)
+class RawData:
+    """Clips to be decoded, and those that cannot be used."""
+
+    clips: Sequence[PlannedClip]
+    bad: Sequence[BadClip] = ()
+    held_out: "RawData | None" = None  # clips whose loss is measured, and which are not trained on
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The bucket of each clip."""
+        return [planned.bucket for planned in self.clips]
+
+    @property
+    def repeats(self) -> list[float]:
+        """How often each clip comes in an epoch."""
+        return [planned.clip.repeats for planned in self.clips]
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions to be embedded."""
+        return [planned.clip.caption for planned in self.clips]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with what is trained on, not with where it lies."""
+        return _describe_samples(
+            [
+                (
+                    planned.info.sha256,
+                    planned.first_frame and planned.first_frame.sha256,
+                    planned.frame_indices,
+                    planned.bucket,
+                    planned.clip.caption,
+                    planned.clip.repeats,
+                )
+                for planned in self.clips
+            ]
+        )
+
+    @property
+    def num_listed(self) -> int:
+        """How many clips were listed, those that cannot be used among them; one that is split counts once."""
+        return len({id(planned.clip) for planned in self.clips}) + len(self.bad)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Samples that were prepared."""
+
+    clips: Sequence[PreparedClip]
+    folders: Sequence[Path]  # they lie in
+    held_out: RawData | None = None  # clips whose loss is measured, and which are not trained on
+
+    captions = ()  # embedded already
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with what is trained on, not with where it lies."""
+        return _describe_samples(
+            [(clip.name, clip.prompt_embeds.key, clip.bucket, clip.repeats) for clip in self.clips]
+        )
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The bucket of each sample."""
+        return [clip.bucket for clip in self.clips]
+
+    @property
+    def repeats(self) -> list[float]:
+        """How often each sample comes in an epoch."""
+        return [clip.repeats for clip in self.clips]
+
+
+TrainingData = RawData | PreparedData
+
+
+def _describe_samples(samples: Sequence[tuple]) -> str:
+    """How many, and a digest of them in their order, by which batches are drawn."""
+    return f"{len(samples)} samples ({digest_lines(map(repr, samples))})"
+
+
+def plan_training_data(args: argparse.Namespace, *, with_images: bool = False) -> TrainingData:
+    """Find the clips that the training flags name, those held out among them.
+
+    Raises:
+        UserError: files are missing or unusable; all of them are listed.
+    """
+    if args.load_tensors:
+        data = _read_prepared(args)
+    else:
+        data = plan_raw_clips(args, with_images=with_images)
+        check_bad_clips(data, args.on_bad_clip)
+    held_out = plan_validation_clips(args, with_images=with_images)
+    if isinstance(data, RawData) and held_out is not None:
+        _check_held_out(data, held_out)
+    return replace(data, held_out=held_out)
+
+
+def _check_held_out(data: RawData, held_out: RawData) -> None:
+    """Refuse clips that are trained on and held out as well: their loss would show no overfitting."""
+    trained = {planned.info.sha256 for planned in data.clips}
+    both = [str(planned.clip.video) for planned in held_out.clips if planned.info.sha256 in trained]
+    if both:
+        title = (
+            f"--validation_dataset_file: {len(both)} of its clips are trained on too; take them out of one of the two:"
+        )
+        raise UserError(listing(title, both))
+
+
+def plan_raw_clips(args: argparse.Namespace, *, with_images: bool = False) -> RawData:
+    """List, probe and bucket the clips, by the data flags that training and preparation share.
+
+    Raises:
+        UserError: lists are missing or malformed.
+    """
+    cache = default_cache_folder()
+    try:
+        buckets = make_buckets(args.frame_buckets, args.height_buckets, args.width_buckets, args.max_num_frames)
+    except ValueError as error:
+        raise UserError(f"--frame_buckets: {error}") from error
+    sources = data_sources(args)
+    read = [read_clips(source, cache / "media", name_folder=bool(args.dataset_mix)) for source in sources]
+    clips = [clip for of_source, _ in read for clip in of_source]
+    files = [clip.video for clip in clips]
+    files += [clip.image for clip in clips if with_images and clip.image is not None]
+    infos = probe_files(files, FileCache(cache))
+    planned, bad = [], []
+    for of_source, unreadable in read:
+        usable, unusable = plan_clips(
+            of_source,
+            infos,
+            buckets,
+            skip_start=args.skip_frames_start,
+            skip_end=args.skip_frames_end,
+            fps=args.fps,
+            long_clips=args.long_clips,
+            hold_last_frame=args.hold_last_frame,
+            with_images=with_images,
+        )
+        planned.append(usable)
+        bad += [*unreadable, *unusable]
+    return RawData(_weighted(sources, planned), bad)
+
+
+def plan_validation_clips(args: argparse.Namespace, *, with_images: bool) -> RawData | None:
+    """List, probe and bucket the clips of --validation_dataset_file, held out from training.
+
+    They get frames and sizes as the training clips do, but one sample each: of a clip that is split, its first part.
+
+    Args:
+        args: the flags of training.
+        with_images: clips that name an image need it.
+
+    Returns:
+        The clips; None where none are held out.
+
+    Raises:
+        UserError: the table cannot be used, or clips cannot; all of them are listed.
+    """
+    if args.validation_dataset_file is None:
+        return None
+    data = plan_raw_clips(validation_data_flags(args), with_images=with_images)
+    if data.bad:
+        what = f"{len(data.bad)} of {data.num_listed} clips"
+        title = f"--validation_dataset_file: {what} cannot be used; mend or remove them:"
+        raise UserError(listing(title, data.bad, most=len(data.bad)))
+    return RawData([planned for planned in data.clips if planned.part == 0])
+
+
+def validation_data_flags(args: argparse.Namespace) -> argparse.Namespace:
+    """The data flags that the clips of --validation_dataset_file are read with.
+
+    Those of training, but for where the clips are, and with nothing random. Where training data was prepared, frames
+    and sizes are as it was prepared with, as far as its folders say and agree.
+    """
+    places = {"data_root": None, "dataset_name": None, "dataset_mix": None, "max_samples": None}
+    flags = vars(args) | places | {"dataset_file": args.validation_dataset_file}
+    if args.load_tensors:
+        made_with = [read_settings(folder).get("flags", {}) for folder in _prepared_folders(data_sources(args))]
+        first = made_with[0]
+        flags |= {
+            name: first[name]
+            for name in PREPARED_FLAGS
+            if all(name in others and others[name] == first[name] for others in made_with)
+        }
+        flags["max_num_frames"] = max(flags["frame_buckets"])
+    flags["random_flip"] = None
+    if flags["video_reshape_mode"] == "random":
+        flags["video_reshape_mode"] = "center"
+    return argparse.Namespace(**flags)
+
+
+def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[PlannedClip]]) -> list[PlannedClip]:
+    """The samples of all data sets, with weights turned into repeats: weights count samples, not listed clips."""
+    joined = []
+    for repeats, samples in zip(weights_to_repeats(sources, list(map(len, planned))), planned, strict=True):
+        if repeats is not None:
+            # The samples of a clip keep sharing it.
+            clips = {id(sample.clip): replace(sample.clip, repeats=repeats) for sample in samples}
+            samples = [replace(sample, clip=clips[id(sample.clip)]) for sample in samples]
+        joined += samples
+    return joined
+
+
+def check_bad_clips(data: RawData, on_bad_clip: str) -> None:
+    """Refuse clips that cannot be used, unless they are to be left out and some others remain.
+
+    Raises:
+        UserError: one for all of them, each with its reason.
+    """
+    if not data.bad or (data.clips and on_bad_clip == "skip"):
+        return
+    advice = "; mend or remove them, or leave them out by --on_bad_clip skip" if data.clips else ""
+    title = f"{len(data.bad)} of {data.num_listed} clips cannot be used{advice}:"
+    raise UserError(listing(title, data.bad, most=len(data.bad)))
+
+
+def data_sources(args: argparse.Namespace) -> list[DataSource]:
+    """The data sets that the flags name."""
+    source = DataSource(
+        data_root=Path(args.data_root) if args.data_root else None,
+        dataset_file=Path(args.dataset_file) if args.dataset_file else None,
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        dataset_split=args.dataset_split,
+        dataset_streaming=args.dataset_streaming,
+        max_samples=args.max_samples,
+        video_column=args.video_column,
+        caption_column=args.caption_column,
+        image_column=args.image_column,
+        id_token=args.id_token,
+        allow_outside_paths=args.allow_outside_paths,
+    )
+    return read_mix(Path(args.dataset_mix), source) if args.dataset_mix else [source]
+
+
+def _read_prepared(args: argparse.Namespace) -> PreparedData:
+    sources = data_sources(args)
+    folders = _prepared_folders(sources)
+    outside = args.allow_outside_paths
+    indexes = [read_index(source.data_root, allow_outside_paths=outside) for source in sources]
+    weighted = weights_to_repeats(sources, list(map(len, indexes)))
+    clips = [
+        replace(clip, repeats=clip.repeats * source.repeats if repeats is None else repeats)
+        for source, repeats, index in zip(sources, weighted, indexes, strict=True)
+        for clip in index
+    ]
+    return PreparedData(clips, folders)
+
+
+def _prepared_folders(sources: Sequence[DataSource]) -> list[Path]:
+    folders = [source.data_root for source in sources]
+    if None in folders:
+        raise UserError("--load_tensors: give the prepared folder as --data_root (in every entry of --dataset_mix)")
+    return list(dict.fromkeys(folders))
+
+
+def describe(
+    data: TrainingData, model: Any, configs: Any, *, batch_size: int, num_ranks: int = 1, reshape_mode: str = "center"
+) -> str:
+    """The plan as a table for the log.
+
+    Args:
+        data: what is to be trained on or prepared.
+        model: a `ModelSource`, for its tokenizer.
+        configs: its `ModelConfigs`.
+        batch_size: on one rank.
+        num_ranks: that share the data.
+        reshape_mode: how clips of another aspect get their bucket's size.
+    """
+    tokens = configs.transformer["max_text_seq_length"]
+
+    def tokens_of(bucket: Bucket) -> int:
+        patches = {name: configs.transformer[name] for name in ("patch_size", "patch_size_t")}
+        return sequence_length(bucket, **patches, text_tokens=tokens)
+
+    if isinstance(data, PreparedData):
+        counts = {bucket: data.buckets.count(bucket) for bucket in sorted(set(data.buckets))}
+        return "\n".join(
+            f"{bucket}: {count} prepared samples of {tokens_of(bucket)} tokens" for bucket, count in counts.items()
+        )
+    return describe_plan(
+        data.clips,
+        batch_size=batch_size,
+        num_ranks=num_ranks,
+        tokens_of=tokens_of,
+        num_long_captions=model.count_long_captions(data.captions, tokens),
+        max_caption_tokens=tokens,
+        # CogVideoX 1.5, the one that patches in time, was trained at 16 frames a second, the others at 8.
+        model_fps=8 if configs.transformer.get("patch_size_t") is None else 16,
+        reshape_mode=reshape_mode,
+    )
+
+
+def report_skipped(bad: Sequence[BadClip], folder: Path) -> None:
+    """Write the clips left out to `skipped_clips.csv` in the output folder, and say so; none: remove the file."""
+    path = folder / SKIPPED_FILE
+    if not bad:
+        path.unlink(missing_ok=True)
+        return
+    with written_whole(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("clip", "source", "reason"))
+        table.writerows((clip.what, clip.source, clip.reason) for clip in bad)
+    # Not by the logger, which is silent on all ranks but the first.
+    tqdm.write(f"{len(bad)} of the clips cannot be used and are left out: see {path}")

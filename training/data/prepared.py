@@ -1,0 +1,405 @@
+"""The on-disk format of prepared data: latent moments and prompt embeddings, and the index of samples.
+
+Written by default, in shards (`--layout shards`):
+
+    <folder>/prepared.json                       what it was prepared with: encoders, precision, flags
+    <folder>/index.jsonl                         one object a sample: its shards, its bucket, its caption and source
+    <folder>/latents/<digest>.safetensors        <name>.video_latents  [2C, F', H / 8, W / 8], the VAE's moments, and
+                                                 <name>.image_latents  [K, 2C, 1, H / 8, W / 8] (image-to-video)
+    <folder>/prompt_embeds/<digest>.safetensors  <caption's digest>.prompt_embeds  [226, D]
+    <folder>/empty_prompt.safetensors            prompt_embeds  [226, D], of the empty prompt: for caption dropout
+
+One file a clip (`--layout files`), as the original `prepare_dataset.py` wrote it; its folders load alike, they only
+lack `prepared.json` and `empty_prompt.safetensors`:
+
+    <folder>/data.jsonl                  one object a clip: its files, and {num_frames, height, width}
+    <folder>/prompts.txt, videos.txt     the same clips as a plain list
+    <folder>/video_latents/<name>.pt     [2C, F', H / 8, W / 8]
+    <folder>/prompt_embeds/<name>.pt     [226, D]
+    <folder>/videos/<name>.mp4           the clip as the model sees it
+    <folder>/prompts/<name>.txt
+    <folder>/images/<name>.png           its first frame, and
+    <folder>/image_latents/<name>.pt     that frame's moments, [2C, 1, H / 8, W / 8] (image-to-video)
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import UserError, first_line, listing
+from common.files import written_whole
+from data.buckets import Bucket
+from data.paths import stays_inside
+from data.tensor_files import finished_names, save_tensors
+
+
+if TYPE_CHECKING:
+    import torch
+
+SETTINGS_FILE = "prepared.json"
+INDEX_FILE = "index.jsonl"
+FILES_INDEX = "data.jsonl"
+LISTS = ("prompts.txt", "videos.txt")
+EMPTY_PROMPT_FILE = "empty_prompt.safetensors"
+STAGING = ".staging"
+# Of an index: what leads to files.
+_PATH_KEYS = ("latents", "prompt_embeds", "video_latent", "prompt_embed", "image_latent")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    file: Path
+    key: str | None = None  # in a safetensors file; None: the file is a .pt file with this tensor alone
+    shape: tuple[int | None, ...] = ()  # of the tensor, None for an axis of any length; (): any shape
+
+
+@dataclass(frozen=True)
+class PreparedClip:
+    """One sample of a prepared folder."""
+
+    name: str
+    bucket: Bucket
+    video_latents: StoredTensor  # [2C, F', H / 8, W / 8]
+    prompt_embeds: StoredTensor  # [226, D]
+    image_latents: StoredTensor | None = None  # [K, 2C, 1, H / 8, W / 8], or without K
+    repeats: float = 1.0
+
+
+@dataclass(frozen=True)
+class PreparedSettings:
+    """What the tensors of a folder depend on beside the clips: a folder is prepared with one set of these."""
+
+    layout: str  # shards, files
+    encoders: Mapping[str, str | None]  # as `fingerprint_encoders` gives them
+    dtype: str
+    max_sequence_length: int
+    tiling: bool
+    model: str = ""  # where the encoders were, for messages
+    flags: Mapping[str, Any] = field(default_factory=dict)  # which clips and frames were chosen: of the last run
+
+    _FOR_INFORMATION = ("model", "flags")
+
+    def differences(self, earlier: Mapping[str, Any]) -> list[str]:
+        """What was otherwise in `earlier`, as `read_settings` gives it; an encoder that one side lacks is not."""
+        mine = {name: value for name, value in asdict(self).items() if name not in self._FOR_INFORMATION}
+        different = encoder_differences(mine.pop("encoders"), earlier.get("encoders", {}))
+        return [f"another {name}" for name in different] + [
+            f"{name} was {earlier.get(name)!r}, is now {value!r}"
+            for name, value in mine.items()
+            if earlier.get(name) != value
+        ]
+
+
+def encoder_differences(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> list[str]:
+    """Names of the encoders that both sides know and that are not the same."""
+    return [name for name, digest in one.items() if digest and other.get(name) and digest != other[name]]
+
+
+def check_encoders(folder: Path, encoders: Mapping[str, str | None]) -> str | None:
+    """What is wrong with training a model with these encoders on a prepared folder; None: nothing that can be told."""
+    settings = read_settings(folder)
+    different = encoder_differences(encoders, settings.get("encoders", {}))
+    if not different:
+        return None
+    return (
+        f"{folder} was prepared with another {' and '.join(different)} (of {settings.get('model')}) than the model's"
+    )
+
+
+def read_tensor(stored: StoredTensor) -> "torch.Tensor":
+    """Read a tensor; never unpickles anything but tensors.
+
+    Raises:
+        ValueError: the file is damaged, holds no such tensor, or one of another shape.
+    """
+    import torch
+
+    try:
+        if stored.key is None:
+            tensor = torch.load(stored.file, map_location="cpu", weights_only=True)
+        else:
+            tensor = _open_shard(stored.file).get_tensor(stored.key)
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"it holds a {type(tensor).__name__}")
+        if not _fits(tensor.shape, stored.shape):
+            raise ValueError(f"its shape is {list(tensor.shape)}")
+        return tensor
+    except Exception as error:
+        # The first line: torch goes on to recommend loading what may run code.
+        reason = first_line(error)
+        raise ValueError(f"{stored.file} cannot be read as a tensor: {reason}") from error
+
+
+def write_empty_prompt(folder: Path, embeds: "torch.Tensor") -> None:
+    """Write the embedding of the empty prompt, `[226, D]`, beside those of the captions."""
+    with written_whole(folder / EMPTY_PROMPT_FILE, staging=folder / STAGING) as partial:
+        # A copy: a slice of a batch shares its memory, which safetensors refuses.
+        save_tensors({"prompt_embeds": embeds.detach().cpu().clone().contiguous()}, partial)
+
+
+def read_empty_prompt(folder: Path) -> "torch.Tensor | None":
+    """Read the embedding of the empty prompt, `[226, D]`; None in folders that were prepared without it.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = folder / EMPTY_PROMPT_FILE
+    if not path.exists():
+        return None
+    try:
+        tensors = load(path.read_bytes())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and prepare the data again") from error
+    if "prompt_embeds" not in tensors or tensors["prompt_embeds"].ndim != 2:
+        raise UserError(f"{path} holds no embedding of a prompt; remove it and prepare the data again")
+    return tensors["prompt_embeds"]
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    if not wanted:
+        return True
+    return len(shape) == len(wanted) and all(want in (None, size) for want, size in zip(wanted, shape, strict=True))
+
+
+@lru_cache(maxsize=256)
+def _open_shard(file: Path) -> Any:
+    """A shard, mapped into memory once per process: opening one parses a header of many thousand entries."""
+    from safetensors import safe_open
+
+    return safe_open(file, "pt")
+
+
+def claim_folder(folder: Path, settings: PreparedSettings) -> PreparedSettings:
+    """Make `folder` one of prepared data with these settings, or check that it is one already.
+
+    Returns:
+        The settings, with the encoders that were known before: what `write_settings` is given in the end.
+
+    Raises:
+        UserError: the folder holds data prepared with other settings, or lists that are not ours to overwrite.
+    """
+    path = folder / SETTINGS_FILE
+    if path.exists():
+        earlier = read_settings(folder)
+        differing = settings.differences(earlier)
+        if differing:
+            raise UserError(
+                f"--output_dir: {folder} holds data prepared with other settings ({'; '.join(differing)}); "
+                "give a new folder"
+            )
+        known = {name: digest or earlier["encoders"].get(name) for name, digest in settings.encoders.items()}
+        return PreparedSettings(**asdict(settings) | {"encoders": known})
+    foreign = [name for name in (INDEX_FILE, FILES_INDEX, *LISTS) if (folder / name).exists()]
+    if foreign:
+        raise UserError(
+            f"--output_dir: {folder} already holds {', '.join(foreign)} of a data set that was not prepared here; "
+            "give a new folder"
+        )
+    write_settings(folder, settings)
+    return settings
+
+
+def write_settings(folder: Path, settings: PreparedSettings) -> None:
+    """Write the settings down; again with the index, whose samples are those of the last run's flags."""
+    with written_whole(folder / SETTINGS_FILE, staging=folder / STAGING) as partial:
+        partial.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
+
+
+def index_lines(entries: Iterable[Mapping[str, Any]]) -> str:
+    """The text of an index: a JSON object a line."""
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a folder was prepared with; empty for folders of the original script.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); prepare into a new folder") from error
+    kinds = {"encoders": dict, "flags": dict, "model": str}
+    if not isinstance(settings, dict) or any(
+        not isinstance(settings.get(name, kind()), kind) for name, kind in kinds.items()
+    ):
+        raise UserError(f"{path} is damaged; prepare into a new folder")
+    return settings
+
+
+def read_index(folder: Path, *, allow_outside_paths: bool = False) -> list[PreparedClip]:
+    """List the samples of a prepared folder, and check that all their tensors are there.
+
+    Args:
+        folder: as `prepare_dataset.py` wrote it, here or at a stranger's.
+        allow_outside_paths: the index may name files outside of the folder.
+
+    Raises:
+        UserError: the folder was never prepared, its preparation was not finished, tensors are missing, or the index
+            leads out of the folder.
+    """
+    if (folder / INDEX_FILE).is_file():
+        clips = _read_lines(folder / INDEX_FILE, _clip_in_shards, allow_outside_paths)
+    elif (folder / FILES_INDEX).is_file():
+        clips = _read_lines(folder / FILES_INDEX, _clip_in_files, allow_outside_paths)
+    elif (folder / SETTINGS_FILE).is_file():
+        raise UserError(
+            f"--load_tensors: the preparation of {folder} was not finished (there is no {INDEX_FILE}); run it again: "
+            "it does only what is missing"
+        )
+    else:
+        clips = [_clip_from_latents(path) for path in sorted((folder / "video_latents").glob("[!.]*.pt"))]
+    if not clips:
+        raise UserError(
+            f"--load_tensors: {folder} holds no prepared data (no {INDEX_FILE}, no {FILES_INDEX} and no "
+            "video_latents/*.pt); run prepare_dataset.sh first and give its --output_dir as --data_root, or leave "
+            "--load_tensors out"
+        )
+    missing = _missing_tensors(folder, clips)
+    if missing:
+        raise UserError(listing(f"--load_tensors: {len(missing)} files of {folder} are missing:", missing))
+    return clips
+
+
+def _missing_tensors(folder: Path, clips: Iterable[PreparedClip]) -> list[str]:
+    stored = {
+        tensor for clip in clips for tensor in (clip.video_latents, clip.prompt_embeds, clip.image_latents) if tensor
+    }
+    in_shards = finished_names(folder / "latents") | finished_names(folder / "prompt_embeds")
+
+    def is_there(tensor: StoredTensor) -> bool:
+        if tensor.key is None:
+            return os.path.isfile(tensor.file)  # Path.is_file raises on a name that is too long
+        return in_shards.get(tensor.key.rpartition(".")[0]) == tensor.file
+
+    missing = [tensor for tensor in stored if not is_there(tensor)]
+    return sorted(str(tensor.file) + (f" ({tensor.key})" if tensor.key else "") for tensor in missing)
+
+
+def _read_lines(path: Path, to_clip: Any, allow_outside_paths: bool) -> list[PreparedClip]:
+    clips, outside, folder = [], [], path.parent
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                clips.append(to_clip(folder, entry))
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                raise UserError(
+                    f"{path}:{number}: not a prepared clip ({type(error).__name__}: {error}); "
+                    "run prepare_dataset.sh again"
+                ) from error
+            named = [value for key in _PATH_KEYS if isinstance(value := entry.get(key), str)]
+            outside += [f"{path.name}:{number}: {file}" for file in named if not stays_inside(file, folder, [folder])]
+    if outside and not allow_outside_paths:
+        title = (
+            f"--load_tensors: {path} names {len(outside)} files outside of its folder; prepare the data again, "
+            "or give --allow_outside_paths if you trust whom it is from:"
+        )
+        raise UserError(listing(title, outside, most=len(outside)))
+    return clips
+
+
+def sample_in_shards(
+    folder: Path, name: str, latents: Path, embeds: Path, caption_key: str, bucket: Bucket, *, with_images: bool
+) -> dict[str, Any]:
+    """What the index says of a sample whose tensors are in these two shards."""
+    return {
+        "name": name,
+        "latents": latents.relative_to(folder).as_posix(),
+        "prompt_embeds": embeds.relative_to(folder).as_posix(),
+        "caption_key": caption_key,
+        "with_image": with_images,
+        "metadata": bucket._asdict(),
+    }
+
+
+def sample_in_files(name: str, bucket: Bucket, *, with_images: bool) -> dict[str, Any]:
+    """What the index says of a sample with files of its own."""
+    images = {"image": f"images/{name}.png", "image_latent": f"image_latents/{name}.pt"} if with_images else {}
+    return {
+        "prompt": f"prompts/{name}.txt",
+        "prompt_embed": f"prompt_embeds/{name}.pt",
+        "video": f"videos/{name}.mp4",
+        "video_latent": f"video_latents/{name}.pt",
+        **images,
+        "metadata": bucket._asdict(),
+    }
+
+
+def _clip_in_shards(folder: Path, entry: dict[str, Any]) -> PreparedClip:
+    name, latents, bucket = entry["name"], _joined(folder, entry["latents"]), _bucket(entry["metadata"])
+    frames, height, width = bucket.latent_shape
+    image = StoredTensor(latents, f"{name}.image_latents", (None, None, 1, height, width))
+    return PreparedClip(
+        name,
+        bucket,
+        StoredTensor(latents, f"{name}.video_latents", (None, frames, height, width)),
+        StoredTensor(_joined(folder, entry["prompt_embeds"]), f"{entry['caption_key']}.prompt_embeds", (None, None)),
+        image if entry["with_image"] else None,
+        _repeats(entry["repeats"]),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _joined(folder: Path, shard: str) -> Path:
+    """One path object for all the samples of a shard."""
+    return folder / shard
+
+
+def _clip_in_files(folder: Path, entry: dict[str, Any]) -> PreparedClip:
+    latents, image = folder / entry["video_latent"], entry.get("image_latent")
+    bucket = _bucket(entry["metadata"])
+    frames, height, width = bucket.latent_shape
+    return PreparedClip(
+        latents.stem,
+        bucket,
+        StoredTensor(latents, shape=(None, frames, height, width)),
+        StoredTensor(folder / entry["prompt_embed"], shape=(None, None)),
+        StoredTensor(folder / image, shape=(None, 1, height, width)) if image else None,
+        _repeats(entry.get("repeats", 1.0)),
+    )
+
+
+def _repeats(value: Any) -> float:
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"repeats are {value}; they must be above 0")
+    return float(value)
+
+
+def _bucket(size: Mapping[str, Any]) -> Bucket:
+    bucket = Bucket(int(size["num_frames"]), int(size["height"]), int(size["width"]))
+    if min(bucket) < 1:
+        raise ValueError(f"its size is {bucket}")
+    return bucket
+
+
+def _clip_from_latents(path: Path) -> PreparedClip:
+    try:
+        _, frames, height, width = read_tensor(StoredTensor(path)).shape
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"--load_tensors: {path} holds no latents of a video ({error}); remove it") from error
+    bucket = Bucket((frames - 1) * 4 + 1, height * 8, width * 8)
+    image = path.parent.parent / "image_latents" / path.name
+    return PreparedClip(
+        path.stem,
+        bucket,
+        StoredTensor(path, shape=(None, frames, height, width)),
+        StoredTensor(path.parent.parent / "prompt_embeds" / path.name, shape=(None, None)),
+        StoredTensor(image, shape=(None, 1, height, width)) if image.is_file() else None,
+    )

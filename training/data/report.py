@@ -1,0 +1,285 @@
+"""The plan as the user sees it before anything is encoded or trained: a table of buckets, what stands out, a CSV."""
+
+import csv
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+
+from common.files import written_whole
+from data.buckets import Bucket, BucketBatchSampler
+from data.clips import BadClip, Clip, PlannedClip
+
+
+# A sample that plays this many times slower or faster than the model's videos teaches another kind of motion.
+_FAR_RATE = 2
+_EXAMPLES = 3
+
+
+def describe_plan(
+    planned: Sequence[PlannedClip],
+    *,
+    batch_size: int,
+    num_ranks: int = 1,
+    tokens_of: Callable[[Bucket], int] | None = None,
+    num_long_captions: int | None = None,
+    max_caption_tokens: int = 226,
+    model_fps: float | None = None,
+    reshape_mode: str = "center",
+) -> str:
+    """A table with one line a bucket, the length of an epoch, and a line for everything that stands out.
+
+    "upscaled" counts samples smaller than their bucket. "cropped" is the median share of the picture that center and
+    random crop away; with none it is "squeezed". "clip frames" is the median length of the clips themselves, "unused"
+    the share of these clips' frames that is in no sample. "batches" are those of an epoch, over all ranks.
+
+    Args:
+        planned: as from `plan_clips`; the samples of a clip stand together.
+        batch_size: samples in a batch, on one rank.
+        num_ranks: that share the batches.
+        tokens_of: bucket -> tokens of a sample, as `sequence_length` counts them; None leaves the column out.
+        num_long_captions: captions beyond `max_caption_tokens`; None where they have not been counted.
+        max_caption_tokens: that the model takes.
+        model_fps: frames a second of the model's videos; None leaves the rates unchecked.
+        reshape_mode: "center", "random" or "none".
+    """
+    if not planned:
+        return "there are no samples"
+    repeats = [sample.clip.repeats for sample in planned]
+    sampler = BucketBatchSampler(
+        [sample.bucket for sample in planned], batch_size, seed=0, repeats=repeats, world_size=num_ranks
+    )
+    batches = {bucket: -(-count // batch_size) for bucket, count in sampler.samples_per_epoch.items()}
+    ranks = f", {sampler.batches_per_epoch} on each of {num_ranks} ranks" if num_ranks > 1 else ""
+    lines = [
+        *_table(planned, batches, tokens_of, "squeezed" if reshape_mode == "none" else "cropped"),
+        f"an epoch is {_number(sum(sampler.samples_per_epoch.values()), 'sample')} in "
+        f"{_number(sum(batches.values()), 'batch')} of up to {batch_size}{ranks}",
+        *_repeat_notes(planned),
+        *_sample_notes(planned),
+        *_rate_notes(planned, model_fps),
+    ]
+    if num_long_captions:
+        lines.append(
+            f"{_number(num_long_captions, 'caption')} longer than {max_caption_tokens} tokens: the model never sees "
+            "what is beyond"
+        )
+    return "\n".join([*lines, *_duplicate_notes(planned)])
+
+
+def write_plan(planned: Iterable[PlannedClip], bad: Iterable[BadClip], path: Path) -> None:
+    """Write the whole plan as a CSV, UTF-8: one line for every sample, then one for every bad clip.
+
+    first_frame, last_frame: numbers in the file, from 0. held: frames that repeat the last one. cropped: share of the
+    picture outside the bucket's aspect ratio. upscaled: how many times, where the clip is smaller than its bucket.
+    """
+    # backslashreplace: a file name need not be UTF-8
+    with (
+        written_whole(path) as partial,
+        open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        table = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(_row(sample) for sample in planned)
+        table.writerows({"source": clip.source, "video": clip.what, "reason": clip.reason} for clip in bad)
+
+
+def sequence_length(
+    bucket: Bucket, *, patch_size: int = 2, patch_size_t: int | None = None, text_tokens: int = 226
+) -> int:
+    """Tokens that the transformer sees of a sample, text and video together.
+
+    Args:
+        bucket: height and width divide by 8 · patch_size.
+        patch_size: of the transformer, in latents, which are 8 pixels wide and high.
+        patch_size_t: of the transformer, in latent frames; None for the models that do not patch in time.
+        text_tokens: the length that prompts are padded or cut to.
+    """
+    frames, height, width = bucket.latent_shape
+    patches = -(-frames // (patch_size_t or 1))  # filled up, as `diffusion.pad_latent_frames` does
+    return text_tokens + patches * (height // patch_size) * (width // patch_size)
+
+
+def _table(
+    planned: Sequence[PlannedClip],
+    batches: Mapping[Bucket, int],
+    tokens_of: Callable[[Bucket], int] | None,
+    off_aspect: str,
+) -> list[str]:
+    """The lines of the table, its columns set to one width."""
+    samples: dict[Bucket, list[PlannedClip]] = defaultdict(list)
+    for sample in planned:
+        samples[sample.bucket].append(sample)
+    unused = _unused_shares(planned)
+    rows = [["bucket", "samples", "tokens", "upscaled", off_aspect, "clip frames", "unused", "batches"]]
+    for bucket in sorted(samples):
+        rows.append(
+            [
+                str(bucket),
+                str(len(samples[bucket])),
+                str(tokens_of(bucket) if tokens_of else ""),
+                str(sum(_upscaling(sample) > 1 for sample in samples[bucket])),
+                f"{median(map(_off_aspect, samples[bucket])):.0%}",
+                f"{median(sample.info.num_frames for sample in samples[bucket]):g}",
+                f"{unused[bucket]:.0%}",
+                str(batches[bucket]),
+            ]
+        )
+    columns = [column for column in zip(*rows, strict=True) if tokens_of or column[0] != "tokens"]
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
+        for first, *others in zip(*columns, strict=True)
+    ]
+
+
+def _unused_shares(planned: Sequence[PlannedClip]) -> dict[Bucket, float]:
+    """For each bucket, the share of the frames of its clips that no sample shows, in this bucket or another."""
+    frames, shown = Counter(), Counter()
+    for _, of_clip in groupby(planned, key=lambda sample: id(sample.clip)):
+        samples = list(of_clip)
+        num_shown = len(set().union(*(sample.frame_indices for sample in samples)))
+        for bucket in {sample.bucket for sample in samples}:
+            frames[bucket] += samples[0].info.num_frames
+            shown[bucket] += num_shown
+    return {bucket: 1 - shown[bucket] / frames[bucket] for bucket in frames}
+
+
+def _upscaling(sample: PlannedClip) -> float:
+    return max(sample.bucket.height / sample.info.height, sample.bucket.width / sample.info.width)
+
+
+def _off_aspect(sample: PlannedClip) -> float:
+    """Share of the picture that is outside the bucket's aspect ratio."""
+    ratio = (sample.info.width * sample.bucket.height) / (sample.info.height * sample.bucket.width)
+    return 1 - min(ratio, 1 / ratio)
+
+
+def _repeat_notes(planned: Sequence[PlannedClip]) -> Iterator[str]:
+    counts = Counter(sample.clip.repeats for sample in planned)
+    if set(counts) == {1}:
+        return
+    if len(counts) <= _EXAMPLES:
+        times = ", ".join(f"{_number(counts[times], 'sample')} {times:g} times" for times in sorted(counts))
+    else:
+        times = f"every sample {min(counts):g} to {max(counts):g} times"
+    yield f"in an epoch come {times}"
+
+
+def _sample_notes(planned: Sequence[PlannedClip]) -> Iterator[str]:
+    """How many samples are not simply a clip: parts of a long one, or a short one filled up."""
+    num_split = sum(sample.part == 1 for sample in planned)
+    if num_split:
+        later = sum(sample.part > 0 for sample in planned)
+        yield f"{_number(num_split, 'clip')} split: {num_split + later} samples"
+    held = [sample for sample in planned if sample.num_held]
+    if held:
+        most = max(held, key=lambda sample: sample.num_held / len(sample.frame_indices))
+        yield (
+            f"{_number(len(held), 'sample')} too short: the last frame is held, for up to {most.num_held} of "
+            f"{len(most.frame_indices)} frames ({_name(most.clip)})"
+        )
+
+
+def _rate_notes(planned: Sequence[PlannedClip], model_fps: float | None) -> Iterator[str]:
+    """What motion the model will learn where samples play far from its own rate."""
+    if model_fps is None:
+        return
+    rates = [rate for sample in planned if (rate := _shown_fps(sample)) is not None]
+    fast = [rate for rate in rates if rate > _FAR_RATE * model_fps]
+    slow = [rate for rate in rates if rate < model_fps / _FAR_RATE]
+    for far, motion in (
+        (fast, f"{max(fast, default=0) / model_fps:.1f} times slower"),
+        (slow, f"{model_fps / min(slow, default=1):.1f} times faster"),
+    ):
+        if far:
+            yield (
+                f"{_number(len(far), 'sample')} at {_range(far)} frames a second, where the model's videos have "
+                f"{model_fps:g}: it learns motion up to {motion} than in life; --fps {model_fps:g} samples at its rate"
+            )
+
+
+def _shown_fps(sample: PlannedClip) -> float | None:
+    """Frames a second of the frames chosen, without those held; None where it cannot be told."""
+    indices, info = sample.frame_indices[: len(sample.frame_indices) - sample.num_held], sample.info
+    first, last = indices[0], indices[-1]
+    if info.frame_times is not None:
+        seconds = (info.frame_times[last] - info.frame_times[first]) / 1_000_000
+    else:
+        seconds = (last - first) / info.fps if info.fps > 0 else 0
+    return (len(indices) - 1) / seconds if seconds > 0 else None
+
+
+def _duplicate_notes(planned: Sequence[PlannedClip]) -> Iterator[str]:
+    """Clips with the same file content, with the same caption or another."""
+    # Most clips are there once: the first of each is kept, and the rest of the work is for those that come again.
+    first: dict[str, Clip] = {}
+    alike: dict[str, list[Clip]] = {}
+    for sample in planned:
+        content = sample.info.sha256
+        if not content or sample.part > 0:
+            continue
+        if content in first:
+            alike.setdefault(content, [first[content]]).append(sample.clip)
+        else:
+            first[content] = sample.clip
+    same, other = [], []  # pairs with the same caption; one pair of each file that has several captions
+    for clips in alike.values():
+        of_caption: dict[str, Clip] = {}
+        for clip in clips:
+            if clip.caption in of_caption:
+                same.append((of_caption[clip.caption], clip))
+            of_caption.setdefault(clip.caption, clip)
+        if len(of_caption) > 1:
+            other.append(tuple(of_caption.values())[:2])
+    if same:
+        yield f"{_number(len(same), 'clip')} listed again with the same caption, so they weigh more: {_pairs(same)}"
+    if other:
+        yield f"{_number(len(other), 'video')} with several captions: {_pairs(other)}"
+
+
+def _pairs(pairs: Sequence[tuple[Clip, ...]]) -> str:
+    names = [" and ".join(_name(clip) for clip in pair) for pair in pairs[:_EXAMPLES]]
+    return "; ".join([*names, f"and {len(pairs) - _EXAMPLES} more"] if len(pairs) > _EXAMPLES else names)
+
+
+def _name(clip: Clip) -> str:
+    return f"{clip.video.name} ({clip.source})"
+
+
+def _number(count: int, noun: str) -> str:
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{count} {noun if count == 1 else plural}"
+
+
+def _range(values: Sequence[float]) -> str:
+    least, most = f"{min(values):.3g}", f"{max(values):.3g}"
+    return least if least == most else f"{least} to {most}"
+
+
+_COLUMNS = (
+    *("source", "video", "caption", "frames", "fps", "height", "width", "bucket", "part"),
+    *("first_frame", "last_frame", "held", "cropped", "upscaled", "reason"),
+)
+
+
+def _row(sample: PlannedClip) -> dict[str, object]:
+    """A sample's line of the CSV."""
+    caption = " ".join(sample.clip.caption.split())
+    return {
+        "source": sample.clip.source,
+        "video": sample.clip.video,
+        "caption": caption if len(caption) <= 60 else f"{caption[:59].rstrip()}…",
+        "frames": sample.info.num_frames,
+        "fps": f"{sample.info.fps:g}",
+        "height": sample.info.height,
+        "width": sample.info.width,
+        "bucket": sample.bucket,
+        "part": sample.part,
+        "first_frame": sample.frame_indices[0],
+        "last_frame": sample.frame_indices[-1],
+        "held": sample.num_held,
+        "cropped": f"{_off_aspect(sample):.3f}",
+        "upscaled": f"{_upscaling(sample):.3g}" if _upscaling(sample) > 1 else "",
+    }

@@ -1,0 +1,201 @@
+"""Lists of clips in files: a pair of text files, CSV, TSV, JSON and Parquet.
+
+Rows are counted from 1, as lines are.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from data.arrow import read_parquet
+from data.rows import Row, Table, described
+
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+
+
+def has_text_files(data_root: Path, video_column: str, caption_column: str) -> bool:
+    """Whether one of the pair of text files lies in `data_root`, or a flag asks for one."""
+    named = ((video_column, "videos.txt"), (caption_column, "prompts.txt"))
+    return any(
+        column.endswith(".txt") or os.path.isfile(_text_file(data_root, column, default)) for column, default in named
+    )
+
+
+def read_text_files(
+    data_root: Path,
+    video_column: str,
+    caption_column: str,
+    image_column: str | None,
+    *,
+    captions_needed: bool = True,
+) -> Table:
+    """Read videos.txt, prompts.txt and, where there is one, images.txt: line n of one belongs to line n of the others.
+
+    Args:
+        data_root: the folder they are in.
+        video_column, caption_column, image_column: files that take their place; names that are neither a .txt nor a
+            file are those of a table's columns, and mean nothing here.
+        captions_needed: whether there must be prompts.txt, and a line in it for each video.
+
+    Returns:
+        Columns video, caption and image. An empty line in images.txt is for a video that has no image.
+
+    Raises:
+        UserError: a file is missing, not UTF-8, or of another length.
+    """
+    videos_file = _text_file(data_root, video_column, "videos.txt")
+    prompts_file = _text_file(data_root, caption_column, "prompts.txt")
+    images_file = _text_file(data_root, image_column or "images.txt", "images.txt")
+    needed = [(videos_file, "--video_column")]
+    if captions_needed or caption_column.endswith(".txt"):
+        needed.append((prompts_file, "--caption_column"))
+    if image_column is not None:
+        needed.append((images_file, "--image_column"))
+    for file, flag in needed:
+        if not os.path.isfile(file):
+            raise UserError(
+                f"{file} does not exist; {flag} names the file, below --data_root (or give a --dataset_file)"
+            )
+    videos = read_lines(videos_file)
+    # Blank lines at the end may be for videos without an image, or without a caption where none is needed.
+    prompts, images = (
+        read_lines(file, at_least=0 if complete else len(videos)) if os.path.isfile(file) else [""] * len(videos)
+        for file, complete in ((prompts_file, captions_needed), (images_file, False))
+    )
+    for file, lines in ((prompts_file, prompts), (images_file, images)):
+        if len(lines) != len(videos):
+            raise UserError(
+                f"{videos_file} has {len(videos)} lines and {file} has {len(lines)}; line n of one belongs to line n "
+                "of the other"
+            )
+    names = ("video", "caption", "image")
+    rows = (
+        Row(f"{videos_file.name}:{number}", dict(zip(names, lines, strict=True)))
+        for number, lines in enumerate(zip(videos, prompts, images, strict=True), 1)
+    )
+    return Table(str(videos_file), names, rows, data_root)
+
+
+def _text_file(data_root: Path, column: str, default: str) -> Path:
+    """The file that a column flag names; the default one while the flag still holds a table's column name."""
+    named = data_root / column
+    return named if column.endswith(".txt") or os.path.isfile(named) else data_root / default
+
+
+def read_lines(file: Path, at_least: int = 0) -> list[str]:
+    """Stripped lines, without blank ones at the end. Only line ends split: U+2028 and the like stay in the caption."""
+    lines = [line.strip() for line in read_utf8(file).replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    while len(lines) > at_least and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def read_utf8(file: Path) -> str:
+    """Read a text file, without a byte order mark.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: byte {error.start} does not fit; save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def read_table(file: Path) -> Table:
+    """Read a table of a kind that its suffix tells.
+
+    Raises:
+        UserError: it is of no kind that is understood, or malformed.
+    """
+    suffix = file.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        return _read_csv(file, "," if suffix == ".csv" else "\t")
+    if suffix in (".jsonl", ".json"):
+        entries = read_json(file)
+        names = list(dict.fromkeys(name for _, entry in entries if isinstance(entry, dict) for name in entry))
+        return Table(str(file), names, (_json_row(*entry) for entry in entries), file.parent)
+    if suffix == ".parquet":
+        return read_parquet(file)
+    raise UserError(
+        f"--dataset_file {file} is of no kind that is understood; it must be one of {', '.join(TABLE_SUFFIXES)}"
+    )
+
+
+def _read_csv(file: Path, delimiter: str) -> Table:
+    records = _csv_records(file, delimiter)
+    _, header = next(records, (0, []))
+    names = [name.strip() for name in header]
+
+    def row(line: int, cells: list[str]) -> Row:
+        problem = None
+        if len(cells) != len(names):
+            separators = "commas" if delimiter == "," else "tabs"
+            fields = "1 field" if len(cells) == 1 else f"{len(cells)} fields"
+            problem = f"{fields} where the header has {len(names)}; quote captions that contain {separators}"
+        return Row(f"{file.name}:{line}", dict(zip(names, map(_unquoted, cells), strict=False)), problem)
+
+    return Table(str(file), names, (row(*record) for record in records), file.parent)
+
+
+def _csv_records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """(line number where the record starts, its fields), without blank lines."""
+    text = io.StringIO(read_utf8(file), newline="")
+    # strict: otherwise a quote that is never closed swallows the rest of the file without a word
+    reader = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
+    line = 1
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                yield line, cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{file}:{line} is not valid {file.suffix[1:].upper()}: {error}") from error
+
+
+def _unquoted(cell: str) -> str:
+    """Without the quotes that stay when a field is quoted three times, as the documentation's example is."""
+    cell = cell.strip()
+    inner = cell[1:-1]
+    if len(cell) >= 2 and cell[0] == cell[-1] == '"' and '"' not in inner:
+        return inner.strip()
+    return cell
+
+
+def read_json(file: Path) -> list[tuple[str, Any]]:
+    """Read an array, or one value a line, whichever it is.
+
+    Returns:
+        (where it is, what it is) of each value.
+
+    Raises:
+        UserError: it is neither; with the line.
+    """
+    text = read_utf8(file)
+    if text.lstrip().startswith("["):
+        return [(f"{file.name}:row {number}", value) for number, value in enumerate(_parsed(text, file), 1)]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(f"{file.name}:{number}", _parsed(line, file, number)) for number, line in lines]
+
+
+def _parsed(text: str, file: Path, first_line: int = 1) -> Any:
+    advice = "it must be an array of objects, or one object a line"
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{file}:{first_line + error.lineno - 1}"
+        raise UserError(f"{place} is not valid JSON: {error.msg} at character {error.colno}; {advice}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of open brackets
+        raise UserError(f"{file}:{first_line} is not valid JSON: {error}; {advice}") from error
+
+
+def _json_row(place: str, value: object) -> Row:
+    return Row(place, value) if isinstance(value, dict) else Row(place, {}, f"is {described(value)}, not an object")

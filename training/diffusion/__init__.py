@@ -1,0 +1,1 @@
+"""The mathematics: latents, timesteps, the objective, the two tasks, random draws."""

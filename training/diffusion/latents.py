@@ -1,0 +1,142 @@
+"""Pure tensor functions of the training objective: latents, noise, velocity, positions."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils.torch_utils import randn_tensor
+
+from data.buckets import Draw
+
+
+def derive_seed(seed: int, *position: object) -> int:
+    """A seed for torch, of 63 bits, that depends on nothing but `seed` and what else is given."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *position)).encode()).digest()[:8], "big") >> 1
+
+
+def step_generator(device: torch.device, seed: int, *position: object) -> torch.Generator:
+    """A random generator that depends on nothing but `seed` and what else is given (a step, a sample).
+
+    Noise drawn from it is the same after a resume, whatever validation or data loading did to the global generators.
+    """
+    return torch.Generator(device).manual_seed(derive_seed(seed, *position))
+
+
+def seed_global(device: torch.device, seed: int) -> None:
+    """Seed torch's global generators of the CPU and of `device`.
+
+    `torch.manual_seed` goes through every kind of accelerator there is, which takes as long as 3% of a small step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def sample_generators(device: torch.device, seed: int, draws: Sequence[Draw]) -> list[torch.Generator]:
+    """A random generator for each sample of a batch.
+
+    What a sample is trained with then follows from the seed and its draw alone: it is the same in a batch of four, in
+    four batches of one whose gradients accumulate, on any rank, and after a resume.
+    """
+    return [step_generator(device, seed, *draw) for draw in draws]
+
+
+def sample_latents(
+    moments: torch.Tensor, scaling_factor: float, generators: Sequence[torch.Generator]
+) -> torch.Tensor:
+    """Draw scaled latents from the VAE's posterior.
+
+    Args:
+        moments: `[B, 2C, F, H, W]`, mean and log-variance on the channel axis.
+        scaling_factor: the VAE's; brings the latents to about unit variance.
+        generators: B of them, on the device of `moments`.
+
+    Returns:
+        `[B, F, C, H, W]`, float32, in the transformer's layout.
+
+    Source: the inverse of `CogVideoXPipeline.decode_latents`.
+    """
+    latents = DiagonalGaussianDistribution(moments.float()).sample(list(generators)) * scaling_factor
+    return latents.permute(0, 2, 1, 3, 4)
+
+
+def image_noise_scales(num_scales: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw how strongly the first frame is noised before it conditions an image-to-video model.
+
+    `log(scale) ~ N(-3, 0.5)`, relative to pixels in [-1, 1]. One scale is drawn from each of `num_scales` equally
+    likely parts of the distribution, so that a few of them cover it.
+
+    Args:
+        num_scales: how many, at least 1.
+        generator: on the device wanted.
+
+    Returns:
+        `[num_scales]`, float32, increasing; a single one has exactly the published distribution.
+
+    Source: CogVideoX, https://arxiv.org/abs/2408.06072, section on image-to-video.
+    """
+    parts = torch.arange(num_scales, device=generator.device)
+    quantiles = (parts + torch.rand(num_scales, generator=generator, device=generator.device)) / num_scales
+    # The ends of the distribution lie infinitely far out.
+    return torch.exp(-3.0 + 0.5 * torch.special.ndtri(quantiles.clamp(1e-6, 1 - 1e-6)))
+
+
+def pad_latent_frames(latents: torch.Tensor, patch_size_t: int | None) -> torch.Tensor:
+    """Repeat the first latent frame in front until the frame count divides by `patch_size_t` (CogVideoX 1.5).
+
+    Args:
+        latents: `[B, F, C, H, W]`.
+        patch_size_t: frames per patch; None for the models that do not patch in time.
+
+    Source: `CogVideoXPipeline.__call__` samples as many extra frames in front and discards them before decoding.
+    """
+    missing = -latents.shape[1] % (patch_size_t or 1)
+    return torch.cat([latents[:, :1]] * missing + [latents], dim=1) if missing else latents
+
+
+def sample_uniform(generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Draw a number in [0, 1) from each generator. Returns `[B]`, float64, on their device."""
+    return torch.cat([torch.rand(1, generator=g, device=g.device, dtype=torch.float64) for g in generators])
+
+
+def sample_noise(latents: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Draw standard normal noise of the shape, device and dtype of `latents`, each sample's from its generator."""
+    return randn_tensor(latents.shape, generator=list(generators), device=latents.device, dtype=latents.dtype)
+
+
+def velocity_losses(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each sample's predicted velocity, in float32. Returns `[B]`.
+
+    With `z0_hat = sqrt(ac) zt - sqrt(1 - ac) v`, CogVideoX's published loss `mean((z0_hat - z0)^2) / (1 - ac)` is in
+    exact arithmetic `mean((v - v_target)^2)` with `v_target = sqrt(ac) noise - sqrt(1 - ac) z0`. This form needs no
+    division, which loses digits as ac nears 1.
+
+    Args:
+        velocity: `[B, F, C, H, W]`, what the transformer predicts.
+        target: the same shape, `scheduler.get_velocity(latents, noise, timesteps)`.
+
+    Source: v-prediction, https://arxiv.org/abs/2202.00512; the loss of CogVideoX, https://arxiv.org/abs/2408.06072.
+    """
+    return torch.nn.functional.mse_loss(velocity.float(), target.float(), reduction="none").mean(dim=(1, 2, 3, 4))
+
+
+def rotary_embeddings(
+    transformer: CogVideoXTransformer3DModel, num_latent_frames: int, height: int, width: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The pipeline's own rotary position embeddings for a video of this size; None for models without them.
+
+    Args:
+        transformer: only its config is read.
+        num_latent_frames: after padding.
+        height, width: of the video, in pixels.
+
+    Returns:
+        cos and sin, each `[tokens, head_dim]`, float32.
+    """
+    if not transformer.config.use_rotary_positional_embeddings:
+        return None
+    # Calling the pipeline's method, private as it is, is what keeps training and sampling from drifting apart.
+    pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=None)
+    return pipeline._prepare_rotary_positional_embeddings(height, width, num_latent_frames, device)

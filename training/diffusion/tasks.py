@@ -1,0 +1,229 @@
+"""What a task adds to the training loop: which pipeline samples it, and what the transformer sees."""
+
+from collections.abc import Iterable, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+
+from common.errors import UserError
+from data.buckets import Bucket
+from dataset import Batch
+from diffusion.latents import image_noise_scales, sample_latents, sample_uniform
+from models.source import ModelConfigs, encode_noised_image
+
+
+class SizeFlags(NamedTuple):
+    """Which flags give sizes, for messages on one that a model does not take."""
+
+    sides: str
+    frames: str
+    advice: str = ""  # what else another size needs
+
+
+TRAINING_SIZES = SizeFlags(
+    "--height, --width, --height_buckets, --width_buckets",
+    "--max_num_frames, --frame_buckets",
+    " (prepare data anew for it)",
+)
+
+
+class TextToVideo:
+    """Videos from text alone: the transformer sees the noisy video latents as they are."""
+
+    name = "text-to-video"
+    pipeline_class = CogVideoXPipeline
+    with_images = False
+    settings = MappingProxyType({})  # what a resumed run must have in common with its checkpoint, by flag
+
+    def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlags = TRAINING_SIZES) -> None:
+        """Refuse a model that another task needs, and sizes that it cannot sample.
+
+        Args:
+            configs: the model's.
+            sizes: of the clips and of the videos to sample.
+            flags: that the sizes were given by, for messages.
+
+        Raises:
+            UserError: the transformer wants image latents beside the video's, or does not take a size.
+        """
+        if configs.is_image_to_video:
+            raise UserError(
+                "--pretrained_model_name_or_path: this is an image-to-video model (its transformer takes "
+                f"{configs.transformer['in_channels']} channels, a video has {configs.vae['latent_channels']}); train "
+                "it with cogvideox_image_to_video_lora.py or cogvideox_image_to_video_sft.py, or give a "
+                "text-to-video model such as THUDM/CogVideoX-5b"
+            )
+        _check_sizes(configs, sizes, flags)
+
+    def prepare_model(self, transformer: CogVideoXTransformer3DModel) -> None:
+        """Change the transformer before training; nothing is to be changed."""
+
+    def transformer_inputs(
+        self,
+        noisy_latents: torch.Tensor,
+        batch: Batch,
+        configs: ModelConfigs,
+        vae: AutoencoderKLCogVideoX | None,
+        generators: Sequence[torch.Generator],
+        *,
+        drop_images: bool = False,
+    ) -> dict[str, Any]:
+        """What the transformer takes beside text, timesteps and positions.
+
+        Args:
+            noisy_latents: `[B, F, C, H, W]`.
+            batch: what else is known of the samples.
+            configs: the model's.
+            vae: encodes raw clips; None when all batches are prepared.
+            generators: one for each sample, on the device of the latents, for everything random about it here.
+            drop_images: leave some images out.
+        """
+        return {"hidden_states": noisy_latents}
+
+    def usage(self) -> list[str]:
+        """Lines of code that a user of the result needs after loading the pipeline."""
+        return []
+
+
+class ImageToVideo:
+    """Videos that begin with an image: its latents lie beside the noisy ones, as the pipeline puts them there.
+
+    Args:
+        noised_image_dropout: probability that a sample is trained without its image.
+        ignore_learned_positions: drop the learned positions of CogVideoX-5b-I2V, which fit its native size alone.
+    """
+
+    name = "image-to-video"
+    pipeline_class = CogVideoXImageToVideoPipeline
+    with_images = True
+
+    def __init__(self, noised_image_dropout: float, ignore_learned_positions: bool):
+        self.noised_image_dropout = noised_image_dropout
+        self.ignore_learned_positions = ignore_learned_positions
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What a resumed run must have in common with its checkpoint, by flag."""
+        return {"--ignore_learned_positional_embeddings": self.ignore_learned_positions}
+
+    def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlags = TRAINING_SIZES) -> None:
+        """Refuse a model that another task needs, and sizes that it cannot sample or has no learned positions for.
+
+        Raises:
+            UserError: the transformer takes no image latents, or does not take a size.
+        """
+        if not configs.is_image_to_video:
+            raise UserError(
+                "--pretrained_model_name_or_path: this is a text-to-video model (its transformer takes "
+                f"{configs.transformer['in_channels']} channels, which leaves no room for an image); train it with "
+                "cogvideox_text_to_video_lora.py or cogvideox_text_to_video_sft.py, or give an image-to-video model "
+                "such as THUDM/CogVideoX-5b-I2V"
+            )
+        sizes = set(sizes)
+        _check_sizes(configs, sizes, flags)
+        if not configs.transformer["use_learned_positional_embeddings"]:
+            if self.ignore_learned_positions:
+                raise UserError(
+                    "--ignore_learned_positional_embeddings: this model has no learned positions; leave it out"
+                )
+            return
+        native = configs.native_size
+        others = sorted(sizes - {native})
+        if others and not self.ignore_learned_positions:
+            raise UserError(
+                f"the learned positions of this model fit {native} (frames x height x width) alone, not "
+                f"{', '.join(map(str, others))}; take that size, or drop them by "
+                "--ignore_learned_positional_embeddings"
+            )
+
+    def prepare_model(self, transformer: CogVideoXTransformer3DModel) -> None:
+        """Drop the learned positions if that was asked for, here and in the config that is saved."""
+        if self.ignore_learned_positions and transformer.config.use_learned_positional_embeddings:
+            del transformer.patch_embed.pos_embedding
+            transformer.patch_embed.use_learned_positional_embeddings = False
+            transformer.register_to_config(use_learned_positional_embeddings=False)
+
+    def transformer_inputs(
+        self,
+        noisy_latents: torch.Tensor,
+        batch: Batch,
+        configs: ModelConfigs,
+        vae: AutoencoderKLCogVideoX | None,
+        generators: Sequence[torch.Generator],
+        *,
+        drop_images: bool = False,
+    ) -> dict[str, Any]:
+        """What the transformer takes beside text, timesteps and positions; see `TextToVideo`.
+
+        Source: `CogVideoXImageToVideoPipeline.prepare_latents` and `__call__`: the image's latents in the first latent
+        frame, zeros in all others, with CogVideoX 1.5 in the padded ones too.
+        """
+        moments = batch.image_moments
+        if moments is None:
+            moments = torch.cat(
+                [
+                    encode_noised_image(vae, image, image_noise_scales(1, generator), generator)
+                    for image, generator in zip(batch.images, generators, strict=True)
+                ]
+            )
+        latents = sample_latents(moments, configs.image_scaling_factor, generators)
+        if drop_images:
+            is_kept = sample_uniform(generators) >= self.noised_image_dropout
+            latents = latents * is_kept.view(-1, 1, 1, 1, 1)
+        condition = torch.zeros_like(noisy_latents)
+        condition[:, :1] = latents
+        inputs = {"hidden_states": torch.cat([noisy_latents, condition], dim=2)}
+        if configs.transformer["ofs_embed_dim"] is not None:
+            inputs["ofs"] = noisy_latents.new_full((1,), 2.0)  # as the pipeline gives it
+        return inputs
+
+    def usage(self) -> list[str]:
+        """Lines of code that a user of the result needs after loading the pipeline."""
+        if not self.ignore_learned_positions:
+            return []
+        return [
+            "del pipe.transformer.patch_embed.pos_embedding  # the result was trained without learned positions",
+            "pipe.transformer.patch_embed.use_learned_positional_embeddings = False",
+            "pipe.transformer.register_to_config(use_learned_positional_embeddings=False)",
+        ]
+
+
+def _check_sizes(configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlags) -> None:
+    """Refuse the sizes that CogVideoX 1.5 cannot be trained or sampled at; the other models compute positions for any.
+
+    Raises:
+        UserError: names them, what the model takes, and the nearest that it takes.
+    """
+    patch, patch_frames = configs.transformer["patch_size"], configs.transformer["patch_size_t"]
+    if patch_frames is None:
+        return
+    sizes = sorted(set(sizes))
+    # Positions are the first ones of a table that covers the native height and width.
+    height, width = (configs.transformer[side] // patch * patch * 8 for side in ("sample_height", "sample_width"))
+    too_large = {(size.height, size.width) for size in sizes if size.height > height or size.width > width}
+    if too_large:
+        nearest = {(min(size[0], height), min(size[1], width)) for size in too_large}
+        raise UserError(
+            f"{flags.sides}: this CogVideoX 1.5 model has positions for up to {height}x{width} (height x width), not "
+            f"for {_names(too_large)}; nearest is {_names(nearest)}{flags.advice}"
+        )
+    # The VAE decodes latent frames two by two to eight frames; of an odd number, the first alone to one frame.
+    unsampled = {size.num_frames for size in sizes if size.num_frames != 1 and size.num_frames % 8 > 1}
+    if unsampled:
+        nearest = {count for frames in unsampled for count in (max(1, frames // 8 * 8 + 1), frames // 8 * 8 + 8)}
+        raise UserError(
+            f"{flags.frames}: CogVideoX 1.5 takes 1, 8k or 8k+1 frames, not "
+            f"{', '.join(map(str, sorted(unsampled)))}, which its pipeline does not sample; nearest are "
+            f"{', '.join(map(str, sorted(nearest)))}{flags.advice}"
+        )
+
+
+def _names(sizes: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"{height}x{width}" for height, width in sorted(sizes))

@@ -1,0 +1,1 @@
+"""Every flag, by subject, and which of them go together. Imports nothing heavy."""

@@ -1,0 +1,231 @@
+"""Gradient checkpointing: which activations are kept for the backward pass, and where."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from memory.pinned import HostStack
+
+
+@dataclass(frozen=True)
+class KeptActivations:
+    """What is on the device when the backward pass begins to use it, counted in transformer blocks."""
+
+    inputs: int  # of checkpoints: hidden states and encoder hidden states, [B, T, D] together
+    whole_blocks: int  # all activations: of blocks without checkpoint, and of those that are computed again at once
+    without_feed_forward: int  # all activations but those of the feed-forward
+
+
+def count_kept(scope: str, every: int, num_blocks: int) -> KeptActivations:
+    """What a setting of `checkpoint_activations` keeps; "none" for no checkpointing.
+
+    With offloaded checkpoints, two of the inputs are on the device at a time, the others in host memory.
+    """
+    if scope == "none":
+        return KeptActivations(0, num_blocks, 0)
+    checkpoints = -(-num_blocks // every)
+    if scope == "segment":
+        return KeptActivations(checkpoints, min(every, num_blocks), 0)
+    if scope == "feed-forward":
+        return KeptActivations(checkpoints, num_blocks - checkpoints + 1, checkpoints - 1)
+    return KeptActivations(checkpoints, num_blocks - checkpoints + 1, 0)
+
+
+def checkpoint_activations(
+    transformer: CogVideoXTransformer3DModel,
+    scope: str = "block",
+    every: int = 1,
+    offload_to: "CheckpointStore | None" = None,
+) -> None:
+    """Have the transformer compute activations again in the backward pass instead of keeping them.
+
+    Gradients are the same, dropout included. Names of weights stay, and nothing changes where no gradients are
+    computed. The blocks may be compiled, before or after; with the feed-forward alone and a store, they may not. To be
+    called once for a transformer.
+
+    Args:
+        transformer: to be changed.
+        scope: what is computed again as one piece: "block", "segment" (several blocks) or "feed-forward" (that part of
+            a block, by far its largest).
+        every: checkpoint every so many blocks, from the first on; in a segment, how many blocks it has.
+        offload_to: where the inputs of what is computed again are kept; None for the device.
+    """
+    blocks = transformer.transformer_blocks
+    if scope == "feed-forward":
+        for number in range(0, len(blocks), every):
+            _checkpoint_forward(blocks[number].ff, offload_to, is_first=number == 0)
+        return
+
+    def run_block(block: torch.nn.Module, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stands for a call of the block; the first of a segment runs all of it."""
+        number = next(number for number, candidate in enumerate(blocks) if candidate is block)
+        if number % every > 0:
+            return inputs[:2] if scope == "segment" else block(*inputs)
+        segment = blocks[number : number + every] if scope == "segment" else [block]
+
+        def run_segment(hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *others: Any) -> tuple:
+            for member in segment:
+                hidden_states, encoder_hidden_states = member(hidden_states, encoder_hidden_states, *others)
+            return hidden_states, encoder_hidden_states
+
+        return _checkpoint(run_segment, inputs, offload_to, is_first=number == 0)
+
+    transformer.enable_gradient_checkpointing(run_block)
+
+
+def _checkpoint_forward(module: torch.nn.Module, store: "CheckpointStore | None", *, is_first: bool) -> None:
+    forward = module.forward
+
+    def checkpointed(*inputs: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return forward(*inputs)
+        return _checkpoint(forward, inputs, store, is_first=is_first)
+
+    module.forward = checkpointed
+
+
+def _checkpoint(
+    function: Callable[..., Any], inputs: tuple, store: "CheckpointStore | None", *, is_first: bool
+) -> Any:
+    """Call the function now, and again in the backward pass, with the same random numbers.
+
+    Args:
+        is_first: whether it is the first checkpoint of the forward pass.
+    """
+    if store is None:
+        return checkpoint(function, *inputs, use_reentrant=False)
+    if is_first:
+        store.clear()
+    # The checkpoint saves its inputs under these hooks, and hides from them all that is saved inside it.
+    with store.next_checkpoint():
+        return checkpoint(function, *inputs, use_reentrant=False)
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A tensor in host memory."""
+
+    checkpoint: int  # its number in the forward pass
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    host: list[torch.Tensor] | None  # its bytes; None when their room was given up
+    tensor: torch.Tensor | None  # while it is on the device too: on its way out, or back
+
+
+@dataclass(eq=False)
+class _Checkpoint:
+    """What one checkpoint keeps."""
+
+    kept: list[_Kept] = field(default_factory=list)
+    copied: torch.cuda.Event | None = None  # the last copy, out or back
+
+
+class CheckpointStore:
+    """Keeps the inputs of checkpoints in host memory between forward and backward pass.
+
+    On a GPU the memory is pinned and copies run on a stream of their own: out while the checkpoint's function is
+    computed, back while the checkpoint after it is in its backward pass. torch's `save_on_cpu` copies in line with the
+    computation, and asks for pinned memory for each tensor anew.
+
+    A forward pass gives up what was kept for the one before, whether a backward pass used it or not. Device memory is
+    always allocated on the stream of the computation, and dropped only after that stream has waited for the copy: so
+    it can be used again in that stream's order, however far ahead the CPU is. (`Tensor.record_stream` would keep it
+    from being used again until the copy was seen to have ended: with the CPU a whole pass ahead, nothing were saved.)
+    Host memory is used by the copying stream alone, in its order.
+    """
+
+    def __init__(self, stack: HostStack | None = None) -> None:
+        self.stack = stack or HostStack()
+        self._checkpoints: list[_Checkpoint] = []
+        self._copying: torch.cuda.Stream | None = None
+
+    def clear(self) -> None:
+        """Give up all that is kept: a forward pass begins."""
+        for one in self._checkpoints:
+            self._drop(one)
+            for kept in one.kept:
+                kept.host = None
+        self._checkpoints.clear()
+        self.stack.reset()
+
+    def next_checkpoint(self) -> saved_tensors_hooks:
+        """A context in which the next checkpoint is to be called."""
+        if self._checkpoints:
+            self._drop(self._checkpoints[-1])  # was copied while its function was computed
+        self._checkpoints.append(_Checkpoint())
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def num_on_device(self) -> int:
+        """How many of the tensors kept are on the device too, on their way."""
+        return sum(kept.tensor is not None for one in self._checkpoints for kept in one.kept)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Kept:
+        # Sequences of tokens, [B, T, D]; the time embedding, [B, D], is small, and the same tensor for all blocks.
+        if tensor.dim() < 3:
+            return tensor
+        tensor = tensor.detach().contiguous()
+        host = self.stack.take(tensor.nbytes, pinned=tensor.is_cuda)
+        number = len(self._checkpoints) - 1
+        kept = _Kept(number, tensor.shape, tensor.dtype, tensor.device, host, tensor)
+        self._checkpoints[number].kept.append(kept)
+        self._copy(self._checkpoints[number], zip(host, _split_bytes(tensor, host), strict=True), tensor.device)
+        return kept
+
+    def _unpack(self, packed: torch.Tensor | _Kept) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        if packed.host is None:
+            raise RuntimeError("the inputs of this checkpoint were given up when another forward pass began")
+        one = self._checkpoints[packed.checkpoint]
+        if packed.tensor is None:
+            self._bring_back(one)
+        self._wait(one)
+        if packed.checkpoint > 0:
+            self._bring_back(self._checkpoints[packed.checkpoint - 1])
+        tensor, packed.tensor = packed.tensor, None
+        return tensor
+
+    def _bring_back(self, one: _Checkpoint) -> None:
+        """Begin to copy to the device what is not there."""
+        for kept in one.kept:
+            if kept.tensor is None:
+                kept.tensor = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
+                self._copy(one, zip(_split_bytes(kept.tensor, kept.host), kept.host, strict=True), kept.device)
+
+    def _copy(
+        self, one: _Checkpoint, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+    ) -> None:
+        """Copy from the second of each pair to the first: behind what was computed so far, beside what comes."""
+        if device.type != "cuda":
+            for target, source in pairs:
+                target.copy_(source)
+            return
+        if self._copying is None:
+            self._copying = torch.cuda.Stream(device)
+        self._copying.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._copying):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            one.copied = self._copying.record_event()
+
+    def _wait(self, one: _Checkpoint) -> None:
+        """Have what is computed from now on wait for the last copy."""
+        if one.copied is not None:
+            torch.cuda.current_stream(self._copying.device).wait_event(one.copied)
+
+    def _drop(self, one: _Checkpoint) -> None:
+        """Leave in host memory alone what one checkpoint keeps."""
+        self._wait(one)
+        for kept in one.kept:
+            kept.tensor = None
+
+
+def _split_bytes(tensor: torch.Tensor, pieces: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The bytes of a contiguous tensor, in parts as long as the pieces."""
+    return tensor.view(-1).view(torch.uint8).split([len(piece) for piece in pieces])

@@ -1,0 +1,301 @@
+"""Which settings fit into how much GPU memory: the ladder from the fastest to the smallest, and the rung to choose.
+
+A rung is chosen by what was measured on a GPU where there is such a row (`benchmarks/memory.json`), else by
+calculation with a margin; what is said names which of the two it was.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from data.buckets import Bucket
+from flags.memory import check_memory
+from flags.optimizer import check_low_bit, check_optimizer
+from flags.speed import check_speed
+from memory.settings import GB, MemorySettings, apply_settings, describe_change
+
+
+# Beside the repository's training/, wherever that lies.
+MEASURED_FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "memory.json"
+
+_CONTEXT = 0.6 * GB  # CUDA's own, and the work space of libraries: no part of what torch reports
+_MARGIN = 1.08  # what torch reserves is more than what is allocated
+
+_CHECKPOINTS = {"gradient_checkpointing": True, "checkpoint_scope": "block"}
+_LORA_LADDER: tuple[dict[str, Any], ...] = (
+    {**_CHECKPOINTS, "checkpoint_every": 4},
+    {**_CHECKPOINTS, "checkpoint_every": 2},
+    {**_CHECKPOINTS, "checkpoint_every": 1},
+    {"offload_checkpoints": True},
+    {"quantize_base": "int8"},
+    {"quantize_base": "nf4"},
+    {"quantize_base": "int8", "stream_blocks": True},
+)
+_SFT_LADDER: tuple[dict[str, Any], ...] = (
+    {**_CHECKPOINTS, "checkpoint_every": 4},
+    {**_CHECKPOINTS, "checkpoint_every": 2},
+    {**_CHECKPOINTS, "checkpoint_every": 1},
+    {"use_8bit": True, "use_torchao": True},
+    {"offload_checkpoints": True},
+    {"weights_dtype": "bf16"},
+    {"step_in_backward": True},  # gradients are no longer clipped
+    {"use_8bit": False, "use_4bit": True},
+    {
+        "use_4bit": False,
+        "use_8bit": True,
+        "step_in_backward": False,
+        "use_cpu_offload_optimizer": True,
+        "offload_gradients": True,
+    },
+)
+# What belongs together: who says one of these has said all.
+_GROUPS = (
+    ("gradient_checkpointing", "checkpoint_scope", "checkpoint_every"),
+    ("quantize_base", "stream_blocks"),
+    ("use_8bit", "use_4bit", "use_fp8", "use_torchao"),
+    ("use_cpu_offload_optimizer", "offload_gradients", "step_in_backward"),
+)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What memory depends on beside the settings; rows were measured for some of these."""
+
+    model: str  # as `model_key` names it
+    method: str
+    size: Bucket  # of the largest batch's clips
+    batch_size: int
+    adapters: str  # as `adapter_key` names them
+    sampled: Bucket | None  # the validation videos' size; None: there are none
+    mixed_precision: str  # no, fp16, bf16
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """What a run took on a GPU."""
+
+    facts: RunFacts
+    settings: MemorySettings
+    training: int  # bytes reserved, at most
+    validation: int
+    device: str
+
+    def serves(self, facts: RunFacts, settings: MemorySettings) -> bool:
+        """Whether a run takes what this one did."""
+        if facts.sampled is None:  # settings of the validation do not matter then
+            settings = replace(settings, enable_model_cpu_offload=self.settings.enable_model_cpu_offload)
+            facts = replace(facts, sampled=self.facts.sampled)
+        if {settings.optimizer, self.settings.optimizer} == {"adam", "adamw"}:  # they take the same
+            settings = replace(settings, optimizer=self.settings.optimizer)
+        return (facts, settings) == (self.facts, self.settings)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A rung, and what it takes."""
+
+    settings: MemorySettings
+    needed: int  # bytes of the whole card
+    is_measured: bool
+
+    @property
+    def how(self) -> str:
+        """Where the number comes from, in words."""
+        return "measured on a GPU" if self.is_measured else "calculated, not measured"
+
+
+def model_key(transformer: Mapping[str, Any]) -> str:
+    """A name for a transformer's size that is the same for every folder with such a model.
+
+    Args:
+        transformer: its config.
+    """
+    names = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "patch_size_t")
+    return "x".join(str(transformer.get(name)) for name in names)
+
+
+def adapter_key(rank: int, target_modules: Sequence[str], *, use_dora: bool = False) -> str:
+    """A name for how large a LoRA's adapters are; "" stands for training all weights."""
+    return f"rank {rank}{' DoRA' if use_dora else ''} on {' '.join(sorted(target_modules))}"
+
+
+def ladder(
+    settings: MemorySettings, given: Collection[str], is_usable: Callable[[MemorySettings], bool]
+) -> list[MemorySettings]:
+    """The rungs from the settings as they are to the smallest, each slower or less exact than the one before.
+
+    Args:
+        settings: as the flags have them.
+        given: names of the flags that the user typed; these, and what belongs to them, stay as they are.
+        is_usable: whether a combination is possible at all.
+    """
+    fixed = _fixed(given)
+    if settings.optimizer not in ("adam", "adamw"):
+        fixed |= {*_GROUPS[2], *_GROUPS[3], "weights_dtype"}  # these are adam's
+    rungs = [settings]
+    for changes in _LORA_LADDER if settings.method == "lora" else _SFT_LADDER:
+        kept = {name: value for name, value in changes.items() if name not in fixed}
+        rung = replace(rungs[-1], **kept)
+        if rung != rungs[-1] and is_usable(rung):
+            rungs.append(rung)
+    return rungs
+
+
+def _fixed(given: Collection[str]) -> set[str]:
+    """What the flags given say, and what belongs to them."""
+    return {name for group in _GROUPS if set(given) & set(group) for name in group} | set(given)
+
+
+def usable_filter(
+    args: argparse.Namespace, given: set[str], *, mixed_precision: str, has_gpu: bool
+) -> Callable[[MemorySettings], bool]:
+    """Whether settings pass the checks of the flags, beside all the other flags, and can run here.
+
+    Args:
+        args: the run's flags, checked.
+        given: names of the flags that the user typed.
+        mixed_precision: no, fp16 or bf16; the flags may leave it to the launch configuration.
+    """
+    args = argparse.Namespace(**(vars(args) | {"mixed_precision": mixed_precision}))
+
+    def is_usable(settings: MemorySettings) -> bool:
+        changed = apply_settings(args, settings)
+        if not all(find_spec(package) for package in _packages(settings)):
+            return False
+        if not has_gpu and (settings.quantize_base == "nf4" or settings.use_cpu_offload_optimizer):
+            return False
+        try:
+            check_low_bit(changed)
+            check_optimizer(changed, given)
+            check_memory(changed, given, settings.method)
+            check_speed(changed)
+        except UserError:
+            return False
+        return True
+
+    return is_usable
+
+
+def _packages(settings: MemorySettings) -> list[str]:
+    """What settings need beside what every run does."""
+    has_torchao_states = settings.use_torchao or settings.use_cpu_offload_optimizer
+    return [
+        *(["torchao"] if has_torchao_states or settings.quantize_base in ("int8", "fp8") else []),
+        *(
+            ["bitsandbytes"]
+            if settings.quantize_base == "nf4" or (settings.use_8bit and not settings.use_torchao)
+            else []
+        ),
+    ]
+
+
+def next_rung(
+    rungs: Sequence[MemorySettings], current: MemorySettings, calculate: Callable[[MemorySettings], int]
+) -> MemorySettings | None:
+    """What to try when `current` ran out of memory: the next rung that takes less of it; None after the last.
+
+    Args:
+        calculate: bytes that settings take.
+    """
+    behind = rungs[rungs.index(current) + 1 :]
+    return next((rung for rung in behind if calculate(rung) < calculate(current)), None)
+
+
+def choose(
+    budget_gb: float,
+    rungs: Sequence[MemorySettings],
+    given: Collection[str],
+    facts: RunFacts,
+    calculate: Callable[[MemorySettings], int],
+    measured: Sequence[MeasuredRow],
+    is_usable: Callable[[MemorySettings], bool] = lambda settings: True,
+) -> Choice:
+    """The fastest rung that fits.
+
+    Args:
+        budget_gb: of the card, in GB of 2^30 bytes.
+        rungs: as `ladder` gives them.
+        given: names of the flags that the user typed.
+        facts: of the run.
+        calculate: bytes allocated at most under some settings, validation included.
+        measured: rows to look up before calculating.
+        is_usable: whether a combination is possible at all.
+
+    Raises:
+        UserError: not even the smallest fits.
+    """
+    choices = []
+    for rung in rungs:
+        for variant in _with_validation(rung, given, facts, is_usable):
+            choice = measure_or_calculate(variant, facts, calculate, measured)
+            if choice.needed <= budget_gb * GB:
+                return choice
+            choices.append(choice)
+    smallest = min(choices, key=lambda choice: choice.needed)
+    flags = describe_change(smallest.settings, rungs[0]) or "what the flags say"
+    raise UserError(
+        f"--memory_budget_gb {budget_gb:g}: nothing fits; the smallest is {flags}, which takes "
+        f"{smallest.needed / GB:.2f} GB ({smallest.how}); train at a smaller --height, --width or --max_num_frames, "
+        "or leave out flags that cost memory"
+    )
+
+
+def _with_validation(
+    rung: MemorySettings, given: Collection[str], facts: RunFacts, is_usable: Callable[[MemorySettings], bool]
+) -> list[MemorySettings]:
+    """The rung, and where it helps with the transformer off the device while videos are decoded."""
+    moves = not rung.stream_blocks and rung.quantize_base == "none"
+    offloaded = replace(rung, enable_model_cpu_offload=True)
+    is_open = facts.sampled is not None and "enable_model_cpu_offload" not in given and moves
+    return [rung, offloaded] if is_open and is_usable(offloaded) else [rung]
+
+
+def measure_or_calculate(
+    settings: MemorySettings,
+    facts: RunFacts,
+    calculate: Callable[[MemorySettings], int],
+    measured: Sequence[MeasuredRow],
+) -> Choice:
+    """What settings take of a card: by a measured row if one serves, else by calculation with a margin."""
+    for row in measured:
+        if row.serves(facts, settings):
+            reserved = max(row.training, row.validation if facts.sampled else 0)
+            return Choice(settings, int(reserved + _CONTEXT), is_measured=True)
+    return Choice(settings, int(calculate(settings) * _MARGIN + _CONTEXT), is_measured=False)
+
+
+def describe(choice: Choice, base: MemorySettings, budget_gb: float) -> str:
+    """What was chosen, in a line for the log.
+
+    Args:
+        base: the settings as the flags had them.
+    """
+    flags = describe_change(choice.settings, base) or "nothing to change"
+    return f"--memory_budget_gb {budget_gb:g}: {flags}; takes {choice.needed / GB:.2f} GB ({choice.how})"
+
+
+def read_measured(file: Path = MEASURED_FILE) -> list[MeasuredRow]:
+    """The rows that were measured on a GPU; none where there is no such file, as in a copy of training/ alone."""
+    if not file.is_file():
+        return []
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"].values()
+    return [_read_row(row) for row in rows if "measured" in row and row["device"] != "cpu"]
+
+
+def _read_row(row: Mapping[str, Any]) -> MeasuredRow:
+    facts = dict(row["facts"])
+    for name in ("size", "sampled"):
+        facts[name] = Bucket(*facts[name]) if facts[name] else None
+    measured = row["measured"]
+    return MeasuredRow(
+        RunFacts(**facts),
+        MemorySettings(**row["settings"]),
+        measured["training reserved"],
+        measured.get("validation reserved", 0),  # not of rows without validation
+        row["device"],
+    )

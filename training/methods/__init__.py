@@ -1,0 +1,1 @@
+"""What is trained and what is written at the end: LoRA or full fine-tuning."""

@@ -1,0 +1,343 @@
+"""What is trainable, and what a run writes at its end."""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from huggingface_hub import save_torch_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import UserError
+from common.files import replace_folder, written_whole
+from common.run_folder import LORA_FILE, PIPELINE_FOLDER, TRANSFORMER_FOLDER
+from flags.training import ALL_LINEAR, LORA_TARGET_MODULES
+from methods.lora_file import check_start, load_lora, read_lora
+from methods.pipeline_folder import find_components, write_pipeline
+from models.quantization import check_quantization
+from models.source import DTYPES, ModelConfigs, ModelSource
+from parallel.fsdp import divided_like
+
+
+logger = logging.getLogger(__name__)
+
+# As diffusers names the files that `from_pretrained` looks for.
+_WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on some linear layers; the base model stays frozen.
+
+    Source: https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, DoRA
+    https://arxiv.org/abs/2402.09353, all through peft.
+    """
+
+    rank: int  # of the two factors
+    alpha: float  # the adapters' output is scaled by alpha / rank
+    target_modules: Sequence[str] = LORA_TARGET_MODULES  # ends of layers' names; "all-linear" for all in the blocks
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) instead
+    use_dora: bool = False  # learn the norms of the weights' rows too
+    dropout: float = 0.0  # probability that an input of an adapter is dropped in training
+    start_from: Path | None = None  # a LoRA file whose values the adapters begin with
+    quantize_base: str = "none"  # what the frozen model's blocks are stored in: int8, fp8, nf4
+
+    def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        """What to load the transformer in: frozen, it needs no more precision than the computation."""
+        return compute_dtype
+
+    def result_dtype(self, compute_dtype: torch.dtype, source: ModelSource) -> torch.dtype:
+        """What to store the result in: what the model samples in beside it."""
+        return compute_dtype
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What a resumed run must have in common with its checkpoint, by flag; dropout may change, as a rate may."""
+        return {
+            "--rank": self.rank,
+            "--lora_alpha": self.alpha,
+            "--lora_target_modules": " ".join(sorted(self.target_modules)),
+            "--use_rslora": self.use_rslora,
+            "--use_dora": self.use_dora,
+        }
+
+    def check_model(self, configs: ModelConfigs, source: ModelSource) -> None:
+        """Refuse target modules that the model does not have, a LoRA to start from that does not fit, and a
+        quantization that this machine lacks the means for.
+
+        Raises:
+            UserError: names them and what to give; no weights of the model are loaded.
+        """
+        check_quantization(self.quantize_base)
+        with torch.device("meta"):
+            transformer = CogVideoXTransformer3DModel.from_config(configs.transformer)
+            self._add_adapters(transformer)
+        if self.start_from is not None:
+            check_start(self.start_from, transformer)
+
+    def attach(self, transformer: CogVideoXTransformer3DModel) -> None:
+        """Freeze the transformer and add trainable adapters in float32 to it, with the values to start from."""
+        transformer.requires_grad_(False)
+        self._add_adapters(transformer)
+        # Half-precision parameters would lose small updates, and fp16 gradients cannot be unscaled.
+        cast_training_params(transformer, dtype=torch.float32)
+        if self.use_dora:
+            _set_magnitudes(transformer)
+        _keep_frozen_from_ddp(transformer)
+        if self.start_from is not None:
+            file = read_lora(self.start_from)
+            load_lora(transformer, file)
+            logger.info("starting from %s", file.path)
+            if not file.config:
+                logger.warning(
+                    "warning: --lora_weights: %s does not say what alpha it was made with; --lora_alpha %g is taken",
+                    file.path,
+                    self.alpha,
+                )
+
+    def _add_adapters(self, transformer: CogVideoXTransformer3DModel) -> None:
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules=_find_modules(transformer, self.target_modules),
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            lora_dropout=self.dropout,
+        )
+        transformer.add_adapter(config)
+
+    def weight_names(self, transformer: CogVideoXTransformer3DModel) -> list[str]:
+        """Of what `save` writes, as in the transformer's `state_dict`."""
+        return [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+
+    def save(
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        folder: Path,
+        dtype: torch.dtype,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> Path:
+        """Write the LoRA in the diffusers format, rank, alpha and the rest in its metadata, so that
+        `CogVideoXPipeline.load_lora_weights(folder)` applies it at the strength it was trained with.
+
+        Args:
+            transformer: with the adapters.
+            folder: where `pytorch_lora_weights.safetensors` goes.
+            dtype: to store the weights in.
+            weights: those of `weight_names`; the transformer's own when None.
+        """
+        adapters = get_peft_model_state_dict(transformer, state_dict=weights)
+        layers = {name: weight.to(dtype) for name, weight in adapters.items()}
+        with written_whole(folder / LORA_FILE) as path:
+            CogVideoXPipeline.save_lora_weights(
+                path.parent,
+                transformer_lora_layers=layers,
+                weight_name=path.name,
+                **_collate_lora_metadata({"transformer": transformer}),
+            )
+        return folder / LORA_FILE
+
+    def save_result(
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        source: ModelSource,
+        folder: Path,
+        dtype: torch.dtype,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> Path:
+        """Write what the run was for, at its end; see `save`."""
+        return self.save(transformer, folder, dtype, weights)
+
+    def load(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
+        """Load what `save` wrote into a transformer that has the adapters.
+
+        Raises:
+            ValueError: the file's adapters are not those of the transformer.
+        """
+        load_lora(transformer, read_lora(folder / LORA_FILE))
+
+    def usage(
+        self, pipeline_class: str, model_path: str, folder: Path | str, model_changes: Sequence[str] = ()
+    ) -> list[str]:
+        """The code that loads the result, to be printed at the end of the run.
+
+        Args:
+            folder: of the run, or the repository that its result is uploaded to.
+            model_changes: code that changes the base model as the task did before training.
+        """
+        return [
+            f'pipe = {pipeline_class}.from_pretrained("{model_path}", dtype=torch.bfloat16).to("cuda")',
+            *model_changes,
+            f'pipe.load_lora_weights("{folder}")',
+        ]
+
+
+def _find_modules(transformer: CogVideoXTransformer3DModel, names: Sequence[str]) -> list[str]:
+    """The target modules as peft takes them.
+
+    Raises:
+        UserError: some are no linear layers of this transformer; peft itself minds only if all are not.
+    """
+    layers = {name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)}
+    in_blocks = sorted({name.split(".", 2)[2] for name in layers if name.startswith("transformer_blocks.")})
+    if list(names) == [ALL_LINEAR]:
+        return in_blocks
+    unknown = []
+    for name in names:
+        config = LoraConfig(target_modules=[name])
+        meant = {module for module, _ in transformer.named_modules() if check_target_module_exists(config, module)}
+        if not meant or not meant <= layers:
+            unknown.append(name)
+    if unknown:
+        outside = sorted(name for name in layers if not name.startswith("transformer_blocks."))
+        raise UserError(
+            f"--lora_target_modules: {', '.join(unknown)}: not the name of linear layers of this model; there are "
+            f"{', '.join(in_blocks)} in every block, and {', '.join(outside)}"
+        )
+    return list(names)
+
+
+def _keep_frozen_from_ddp(transformer: CogVideoXTransformer3DModel) -> None:
+    """Let DistributedDataParallel leave alone what never changes: every rank read it from the same files, sending it
+    around takes time, and quantized weights cannot be sent."""
+    names = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
+    names += [name for name, _ in transformer.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, names)
+
+
+def _set_magnitudes(transformer: CogVideoXTransformer3DModel) -> None:
+    """Let DoRA start without effect on a base in half precision: peft rounds its magnitudes to that, but not the
+    norms which it divides them by."""
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
+            layer.lora_magnitude_vector["default"].weight.data = torch.linalg.norm(weight, dim=1)
+
+
+@dataclass(frozen=True)
+class FullFinetune:
+    """All weights of the transformer; the forward pass computes in the precision of the run."""
+
+    save_pipeline: bool = False  # write a whole pipeline at the end, not the transformer alone
+    weights_dtype: str = "fp32"  # what is trained; bf16 needs updates that are rounded stochastically
+    max_shard_size: str = "10GB"  # of the transformer's files
+
+    def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        """What to load the transformer in: what is trained, whatever the computation takes."""
+        return DTYPES[self.weights_dtype]
+
+    def result_dtype(self, compute_dtype: torch.dtype, source: ModelSource) -> torch.dtype:
+        """What to store the result in: the dtype of the model's own files."""
+        return source.native_dtype()
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What a resumed run must have in common with its checkpoint, by flag."""
+        return {"method": "full fine-tuning", "--weights_dtype": self.weights_dtype}
+
+    def check_model(self, configs: ModelConfigs, source: ModelSource) -> None:
+        """Find, or download, what the pipeline to be written needs beside the transformer.
+
+        Raises:
+            UserError: a part of the model is missing.
+        """
+        if self.save_pipeline:
+            find_components(source)
+
+    def attach(self, transformer: CogVideoXTransformer3DModel) -> None:
+        """Make every parameter trainable."""
+        transformer.requires_grad_(True)
+
+    def weight_names(self, transformer: CogVideoXTransformer3DModel) -> list[str]:
+        """Of what `save` writes, as in the transformer's `state_dict`."""
+        return list(transformer.state_dict())
+
+    def save(
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        folder: Path,
+        dtype: torch.dtype,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> Path:
+        """Write the transformer as `CogVideoXTransformer3DModel.from_pretrained(folder / "transformer")` loads it.
+
+        Args:
+            transformer: what was trained.
+            folder: where `transformer/` goes, in shards of at most `max_shard_size`.
+            dtype: to store the weights in.
+            weights: those of `weight_names`; the transformer's own when None.
+        """
+        partial, result = folder / f".partial.{TRANSFORMER_FOLDER}", folder / TRANSFORMER_FOLDER
+        shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+        transformer.save_config(partial)
+        # On the CPU: a second copy of all weights may not fit beside what training holds on the device.
+        weights = transformer.state_dict() if weights is None else weights
+        weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
+        save_torch_state_dict(weights, partial, filename_pattern=_WEIGHTS, max_shard_size=self.max_shard_size)
+        replace_folder(partial, result)
+        return result
+
+    def save_result(
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        source: ModelSource,
+        folder: Path,
+        dtype: torch.dtype,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> Path:
+        """Write what the run was for, at its end: the transformer, and with `save_pipeline` all the rest of the model.
+
+        Args:
+            source: of the model that was tuned.
+
+        Raises:
+            UserError: the pipeline cannot be written; the transformer is in place.
+        """
+        result = self.save(transformer, folder, dtype, weights)
+        return write_pipeline(source, result, folder / PIPELINE_FOLDER) if self.save_pipeline else result
+
+    def load(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
+        """Load what `save` wrote.
+
+        Raises:
+            ValueError: the files are not of this transformer.
+        """
+        own = transformer.state_dict()
+        missing = {name: weight.shape for name, weight in own.items()}
+        for file in sorted((folder / TRANSFORMER_FOLDER).glob("*.safetensors")):
+            weights = load_file(file)
+            if any(missing.pop(name, None) != weight.shape for name, weight in weights.items()):
+                raise ValueError(f"{file} holds weights of another transformer")
+            with torch.no_grad():
+                for name, weight in weights.items():  # one after another: each goes to the device as a whole
+                    own[name].copy_(divided_like(weight, own[name]))
+        if missing:
+            raise ValueError(f"{folder / TRANSFORMER_FOLDER} lacks {len(missing)} weights, {min(missing)} among them")
+
+    def usage(
+        self, pipeline_class: str, model_path: str, folder: Path | str, model_changes: Sequence[str] = ()
+    ) -> list[str]:
+        """The code that loads the result, to be printed at the end of the run.
+
+        Args:
+            folder: of the run, or the repository that its result is uploaded to, which has no whole pipeline.
+            model_changes: ignored, the result's own config has them.
+        """
+        if self.save_pipeline and isinstance(folder, Path):
+            pipeline = folder / PIPELINE_FOLDER
+            return [f'pipe = {pipeline_class}.from_pretrained("{pipeline}", dtype=torch.bfloat16).to("cuda")']
+        return [
+            f'transformer = CogVideoXTransformer3DModel.from_pretrained("{folder}", subfolder="{TRANSFORMER_FOLDER}", '
+            "dtype=torch.bfloat16)",
+            f'pipe = {pipeline_class}.from_pretrained("{model_path}", transformer=transformer, '
+            'dtype=torch.bfloat16).to("cuda")',
+        ]

@@ -1,0 +1,131 @@
+"""Write a whole pipeline: a tuned transformer beside the other components of the model that it was tuned from."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from diffusers import CogVideoXPipeline
+
+from common.errors import UserError, first_line
+from common.files import replace_folder
+from models.fingerprints import weight_files
+from models.source import ModelSource
+
+
+_INDEX = "model_index.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".h5", ".msgpack", ".onnx")
+
+
+def find_components(source: ModelSource) -> dict[Path, str]:
+    """Find the files of a pipeline without its transformer; those of a model on the hub are downloaded.
+
+    Returns:
+        file -> its path in a pipeline's folder, where no file is of a variant.
+
+    Raises:
+        UserError: a component that `model_index.json` names is not there.
+    """
+    model = _local_folder(source)
+    index = json.loads((model / _INDEX).read_text(encoding="utf-8"))
+    # Beside settings that begin with _, a component is [library, class], and [null, null] one that is left out.
+    names = [name for name, value in index.items() if isinstance(value, list) and all(value)]
+    files = {model / _INDEX: _INDEX}
+    for name in names:
+        if name != "transformer":
+            found = _component_files(model / name, source.variant)
+            files |= {file: f"{name}/{target}" for file, target in found.items()}
+    return files
+
+
+def write_pipeline(source: ModelSource, transformer: Path, folder: Path) -> Path:
+    """Write a folder that the pipeline's `from_pretrained` loads, or nothing.
+
+    Args:
+        source: of the components beside the transformer; they are copied, not loaded.
+        transformer: folder of the tuned one, as `save_pretrained` writes it.
+        folder: to write, in the place of an earlier one.
+
+    Raises:
+        UserError: a component is missing, or the folder cannot be written.
+    """
+    files = find_components(source)
+    partial = folder.with_name(f".partial.{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(transformer, partial / "transformer", copy_function=_link_or_copy)
+        for file, target in files.items():
+            (partial / target).parent.mkdir(exist_ok=True)
+            if file.suffix == ".json" and _is_index(file):
+                _copy_index(file, partial / target, source.variant)
+            else:
+                shutil.copyfile(file, partial / target)  # follows the symbolic links of a hub cache
+        replace_folder(partial, folder)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--save_pipeline: {folder} cannot be written ({reason}); {transformer} is whole") from error
+    return folder
+
+
+def _local_folder(source: ModelSource) -> Path:
+    if Path(source.path).is_dir():
+        return Path(source.path)
+    try:
+        # What is given, even as None, is not downloaded; what is in the cache already is not fetched again.
+        folder = CogVideoXPipeline.download(
+            source.path,
+            transformer=None,
+            variant=source.variant,
+            revision=source.revision,
+            cache_dir=source.cache_dir,
+        )
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+        raise UserError(f"--save_pipeline: the model '{source.path}' cannot be downloaded: {reason}") from error
+    return Path(folder)
+
+
+def _component_files(folder: Path, variant: str | None) -> dict[Path, str]:
+    """file -> its name without the variant; of the weights those alone that `from_pretrained` would read."""
+    weights = weight_files(folder, variant)
+    if not weights and variant:  # not every component need have it
+        weights, variant = weight_files(folder, None), None
+    others = [file for file in sorted(folder.glob("[!.]*")) if file.is_file()]
+    others = [file for file in others if file.suffix not in _WEIGHT_SUFFIXES and not _is_index(file)]
+    is_network = any(file.name == "config.json" for file in others)
+    if not others or (is_network and not weights):
+        raise UserError(
+            f"--save_pipeline: the model has no {'weights in' if others else 'files in'} '{folder}', which its "
+            f"{_INDEX} names; complete it, or leave the flag out"
+        )
+    names = {file: _without_variant(file.name, variant) for file in weights}
+    if len(weights) > 1:
+        suffix = weights[0].suffix
+        for file in folder.glob(f"*{suffix}.index*.json"):
+            plain = _without_variant(file.name, variant)
+            # Where there is a variant, its index has it in the name; the plain one is of other files.
+            if plain.endswith(f"{suffix}.index.json") and (plain != file.name) == bool(variant):
+                names[file] = plain
+    return names | {file: file.name for file in others}
+
+
+def _is_index(file: Path) -> bool:
+    return ".index." in file.name
+
+
+def _without_variant(name: str, variant: str | None) -> str:
+    return name.replace(f".{variant}", "") if variant else name
+
+
+def _copy_index(file: Path, target: Path, variant: str | None) -> None:
+    index = json.loads(file.read_text(encoding="utf-8"))
+    index["weight_map"] = {name: _without_variant(shard, variant) for name, shard in index["weight_map"].items()}
+    target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """The tuned transformer is many gigabytes, and lies in the same folder: it need not be there twice."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)

@@ -1,0 +1,1 @@
+"""The pretrained networks: configs, loading, encoding, quantization, attention, compilation."""

@@ -1,0 +1,59 @@
+"""Embed every prompt once, before the transformer is loaded, and keep the embeddings on disk.
+
+The text encoder is larger than most transformers it conditions (4.8 B parameters): it is never resident together with
+one. Training on clips that were not prepared reads its captions' embeddings from here, validation its prompts'.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.bars import tqdm
+from common.files import written_whole
+from models.source import ModelSource, encode_prompts
+
+
+class PromptCache:
+    """Prompt embeddings in a folder, one safetensors file per distinct prompt.
+
+    Args:
+        folder: where the files go; created when needed.
+        source: the model whose text encoder is used. Its identity is part of each file's name, so that a folder can
+            serve several models.
+        dtype: of the text encoder and so of the embeddings.
+        in_8bit: embed by the text encoder with weights in 8 bits. Its embeddings are other ones, in other files.
+    """
+
+    def __init__(self, folder: Path, source: ModelSource, dtype: torch.dtype, *, in_8bit: bool = False):
+        self.folder = folder
+        self.source = source
+        self.dtype = dtype
+        self.in_8bit = in_8bit
+
+    def load(self, prompt: str) -> torch.Tensor:
+        """Return the embedding of an embedded prompt, `[226, D]`."""
+        return load_file(self._file(prompt))["prompt_embeds"]
+
+    def embed(self, prompts: list[str], device: torch.device, *, rank: int = 0, world_size: int = 1) -> None:
+        """Embed this rank's share of the prompts that are not there yet; loads the text encoder only if there are any.
+
+        Callers on several ranks wait for one another before they `load`.
+        """
+        # Shared out before looking at what is there: that changes while other ranks work.
+        share = [
+            prompt for prompt in list(dict.fromkeys(prompts))[rank::world_size] if not self._file(prompt).exists()
+        ]
+        if not share:
+            return
+        pipeline = self.source.load_text_pipeline(self.dtype, device=device, in_8bit=self.in_8bit)
+        for prompt in tqdm(share, desc="Embedding prompts", unit=" prompts", disable=rank != 0):
+            embeds = encode_prompts(pipeline, [prompt])[0]
+            with written_whole(self._file(prompt)) as path:
+                save_file({"prompt_embeds": embeds.cpu().contiguous()}, path)
+
+    def _file(self, prompt: str) -> Path:
+        precision = f"{self.dtype}, int8 weights" if self.in_8bit else str(self.dtype)
+        key = repr((self.source.fingerprint(), precision, prompt))
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"

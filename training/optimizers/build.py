@@ -1,0 +1,275 @@
+"""Build the optimizer and the learning-rate scheduler that the flags name."""
+
+import importlib
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from common.errors import UserError
+from optimizers.composite import matrices_by_muon
+from optimizers.step_in_backward import StepInBackward
+from parallel.fsdp import whole
+
+
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter],
+    name: str,
+    *,
+    learning_rate: float,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    beta3: float | None = None,
+    weight_decay: float = 1e-4,
+    epsilon: float = 1e-8,
+    use_8bit: bool = False,
+    use_4bit: bool = False,
+    use_fp8: bool = False,
+    use_torchao: bool = False,
+    use_cpu_offload: bool = False,
+    offload_gradients: bool = False,
+    step_in_backward: bool = False,
+    stochastic_rounding: bool = False,
+    prodigy_decouple: bool = False,
+    prodigy_use_bias_correction: bool = False,
+    prodigy_safeguard_warmup: bool = False,
+    fused: bool = True,
+) -> Optimizer:
+    """Build an optimizer over the trainable ones of `parameters`.
+
+    Args:
+        name: adam, adamw, prodigy, came, schedulefree or muon. What follows but `fused` is for adam and adamw alone.
+        use_8bit, use_4bit, use_fp8: keep the states in low precision; bitsandbytes' 8-bit unless `use_torchao`.
+        use_cpu_offload: keep states (and, with `offload_gradients`, gradients) in host memory, through torchao.
+        step_in_backward: step each parameter as soon as the backward pass has its gradient.
+        stochastic_rounding: of the updates of bfloat16 parameters, drawn from torch's global generator.
+        fused: take torch's single-kernel Adam. Under a gradient scaler it hides from accelerate that it skipped a
+            step, and the learning rate would move on.
+
+    Raises:
+        UserError: the package that implements the choice is not installed, or it needs a (newer) GPU.
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    settings: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
+    if name == "prodigy":
+        return _import("prodigyopt", "--optimizer prodigy").Prodigy(
+            trainable,
+            betas=(beta1, beta2),
+            beta3=beta3,
+            eps=epsilon,
+            decouple=prodigy_decouple,
+            use_bias_correction=prodigy_use_bias_correction,
+            safeguard_warmup=prodigy_safeguard_warmup,
+            **settings,
+        )
+    if name == "came":
+        betas = (beta1, beta2, 0.9999 if beta3 is None else beta3)
+        return _import("came_pytorch", "--optimizer came").CAME(trainable, betas=betas, **settings)
+    if name == "muon":
+        return _make_muon(trainable, learning_rate, (beta1, beta2), weight_decay, epsilon, fused)
+    settings |= {"betas": (beta1, beta2), "eps": epsilon}
+    if name == "schedulefree":
+        optimizer = _import("schedulefree", "--optimizer schedulefree").AdamWScheduleFree(trainable, **settings)
+        optimizer.train()
+        return optimizer
+    adam_class = _adam_class(name, use_8bit, use_4bit, use_fp8, use_torchao, stochastic_rounding)
+    if adam_class.__module__.startswith("torch.optim"):
+        settings["fused"] = fused
+    if stochastic_rounding:
+        settings["bf16_stochastic_round"] = True
+    if use_cpu_offload:
+        return _offload(trainable, adam_class, offload_gradients, settings)
+    make = partial(adam_class, **settings)
+    return StepInBackward(trainable, make) if step_in_backward else make(trainable)
+
+
+def _make_muon(
+    trainable: Sequence[torch.nn.Parameter],
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    epsilon: float,
+    fused: bool,
+) -> Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(
+            f"--optimizer muon: torch {torch.__version__} does not have it; install torch 2.9 or newer, or use "
+            "--optimizer adamw"
+        )
+    return matrices_by_muon(
+        trainable, learning_rate=learning_rate, betas=betas, weight_decay=weight_decay, epsilon=epsilon, fused=fused
+    )
+
+
+def _adam_class(
+    name: str, use_8bit: bool, use_4bit: bool, use_fp8: bool, use_torchao: bool, stochastic_rounding: bool
+) -> type[Optimizer]:
+    class_name = {"adam": "Adam", "adamw": "AdamW"}[name]
+    if use_fp8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        raise UserError("--use_fp8: needs a GPU of compute capability 8.9 or newer; use --use_8bit --use_torchao")
+    if use_4bit or use_fp8 or (use_8bit and use_torchao):
+        bits = "4bit" if use_4bit else "Fp8" if use_fp8 else "8bit"
+        return getattr(_import("torchao.optim", "--use_torchao"), f"{class_name}{bits}")
+    if use_8bit:
+        return getattr(_import("bitsandbytes", "--use_8bit").optim, f"{class_name}8bit")
+    if stochastic_rounding:
+        # Not low-bit: its states have the dtype of the weights.
+        return getattr(_import("torchao.optim", "--use_torchao"), f"_{class_name}")
+    return getattr(torch.optim, class_name)
+
+
+def _offload(
+    trainable: Sequence[torch.nn.Parameter],
+    adam_class: type[Optimizer],
+    offload_gradients: bool,
+    settings: dict[str, Any],
+) -> Optimizer:
+    if not torch.cuda.is_available():
+        raise UserError("--use_cpu_offload_optimizer: moves optimizer states off a GPU, and there is none here")
+    _import("torchao.optim", "--use_cpu_offload_optimizer")
+    offload = importlib.import_module("optimizers.offload").ClippedOffloadOptimizer
+    return offload(trainable, adam_class, offload_gradients=offload_gradients, **settings)
+
+
+def _import(module: str, flag: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = {"came_pytorch": "came-pytorch"}.get(module, module.split(".")[0])
+        raise UserError(f"{flag}: needs the package {package} (pip install {package}): {error}") from error
+
+
+def check_launch(
+    distributed_type: DistributedType,
+    dtype: torch.dtype,
+    name: str,
+    *,
+    use_cpu_offload: bool,
+    step_in_backward: bool,
+    bf16_weights: bool,
+) -> None:
+    """Refuse what does not go together with how the run was launched, which flags alone do not tell.
+
+    Args:
+        dtype: what the networks compute in.
+
+    Raises:
+        UserError: names the flag and what to do.
+    """
+    for flag, chosen in (
+        ("--use_cpu_offload_optimizer", use_cpu_offload),
+        ("--step_in_backward", step_in_backward),
+    ):
+        if chosen and distributed_type != DistributedType.NO:
+            raise UserError(
+                f"{flag}: takes gradients before processes average them; launch one process, or leave it out"
+            )
+        if chosen and dtype == torch.float16:
+            raise UserError(f"{flag}: takes gradients before fp16's scaling is undone; use --mixed_precision bf16")
+    whole = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if name in ("muon", "schedulefree") and distributed_type not in whole:
+        raise UserError(
+            f"--optimizer {name}: does not work on weights in shards ({distributed_type.value}); use --optimizer adamw"
+        )
+    if bf16_weights and dtype != torch.bfloat16:
+        raise UserError("--weights_dtype bf16: the networks must compute in bf16 too; add --mixed_precision bf16")
+
+
+def clip_gradients(
+    accelerator: Accelerator, optimizer: Optimizer, parameters: Sequence[torch.nn.Parameter], max_norm: float
+) -> torch.Tensor | None:
+    """Scale the gradients so that their norm over all parameters is at most `max_norm`; 0 leaves them.
+
+    Args:
+        optimizer: as accelerate wrapped it. Optimizers that take the gradients away during the backward pass clip by
+            themselves.
+
+    Returns:
+        The norm before, on the device; None where nobody knows it.
+    """
+    max_norm = max_norm or math.inf
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if hasattr(inner, "clip_grad_norm_"):
+        return inner.clip_grad_norm_(max_norm)
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    return whole(norm)
+
+
+def step_if_finite(accelerator: Accelerator, optimizer: Optimizer, grad_norm: torch.Tensor | float | None) -> None:
+    """Update the weights, unless the gradients hold something that is not finite.
+
+    torch's fused Adam decides that where the gradients are. For others the CPU waits for the norm, once a step.
+
+    Args:
+        optimizer: as accelerate wrapped it.
+        grad_norm: as from `clip_gradients`; where nobody knows it, nothing is left out.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    # A gradient scaler and DeepSpeed look for themselves.
+    if grad_norm is None or accelerator.scaler is not None or not isinstance(grad_norm, torch.Tensor):
+        optimizer.step()
+    elif _looks_itself(inner):
+        # What a gradient scaler would set, https://docs.pytorch.org/docs/stable/amp.html
+        inner.grad_scale, inner.found_inf = None, grad_norm.isfinite().logical_not().float()
+        optimizer.step()
+    elif grad_norm.isfinite():
+        optimizer.step()
+    elif hasattr(inner, "discard_gradients"):
+        inner.discard_gradients()
+
+
+def _looks_itself(optimizer: Optimizer) -> bool:
+    is_adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+    return is_adam and all(
+        group["fused"] and not any(isinstance(parameter, DTensor) for parameter in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
+def can_step(optimizer: Optimizer, loss: torch.Tensor) -> bool:
+    """Whether the backward pass may be taken: one that steps at the same time cannot be taken back.
+
+    Args:
+        optimizer: as accelerate wrapped it.
+        loss: waited for only in that case.
+    """
+    steps_in_backward = isinstance(getattr(optimizer, "optimizer", optimizer), StepInBackward)
+    return not steps_in_backward or bool(loss.isfinite())
+
+
+def keep_rates_on_host(optimizer: Optimizer) -> None:
+    """Move learning rates that are tensors, as torchao wants them, to the host, where reading them waits for nothing.
+
+    accelerate moves them to the device with the rest of the optimizer's state.
+    """
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"] = group["lr"].cpu()
+
+
+def apply_learning_rate(optimizer: Optimizer, lr_scheduler: LambdaLR, learning_rate: float) -> None:
+    """Go on along the schedule with this base learning rate, whatever the checkpoint that was loaded had.
+
+    Args:
+        optimizer: may be accelerate's wrapper.
+        lr_scheduler: at the step it goes on from.
+        learning_rate: the schedule's factor is multiplied with it.
+    """
+    keep_rates_on_host(optimizer)  # a checkpoint may have been loaded to the device
+    lr_scheduler.base_lrs = [learning_rate] * len(optimizer.param_groups)
+    rates = [learning_rate * factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["initial_lr"] = learning_rate
+        if isinstance(group["lr"], torch.Tensor):  # torchao's
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    lr_scheduler._last_lr = rates

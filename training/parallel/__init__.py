@@ -1,0 +1,1 @@
+"""Many processes: agreement between ranks, DDP, DeepSpeed, FSDP, context parallelism."""

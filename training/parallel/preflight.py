@@ -1,0 +1,185 @@
+"""What the ranks of a launch must have in common, compared before any of them works: folder, code, flags, data, model.
+
+On several machines each rank plans its own part from what it sees there. If that is not the same everywhere, a run
+hangs when one rank has fewer batches, or trains replicas that drift apart, and prepared data is never finished.
+"""
+
+import argparse
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import DistError, rendezvous
+from torch.distributed.constants import default_pg_timeout
+
+from common.errors import UserError, first_line
+from common.files import written_whole
+from common.ranks import launch_rank, launch_size, local_rank, num_machines
+from data.plan import TrainingData
+from models.fingerprints import digest_lines
+from parallel.coordinator import Agreement
+
+
+Exchange = Callable[[Any], list[Any]]  # what every rank has to say, by rank; called on every one
+
+# What each machine may have in its own way: places, where what they hold is compared or read by itself, ...
+PLACES = ("cache_dir", "data_root", "dataset_file", "dataset_mix", "dataset_name", "validation_dataset_file")
+PLACES += ("validation_images",)
+# ... and how its own work is done. `given` is which flags were written out, `config` a file of others.
+WORKERS = ("dataloader_num_workers", "num_artifact_workers", "num_decode_threads", "pin_memory")
+OWN_FLAGS = {*PLACES, *WORKERS, "hub_token", "given", "config"}
+PACKAGES = ("torch", "diffusers", "accelerate")
+
+
+def compare_ranks(exchange: Exchange, folder: Path, facts: dict[str, str]) -> str | None:
+    """Compare the ranks with the first one; called on every rank, and the same on all.
+
+    Args:
+        exchange: how the ranks tell one another.
+        folder: the output folder, which must be one and the same on all machines.
+        facts: what must be equal, by the name for messages.
+
+    Returns:
+        What tells the first rank that differs from rank 0; None where all agree.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # A new name each time: machines that share a folder over a network remember for a while which names it lacks.
+    token = f".shared-{os.urandom(8).hex()}" if launch_rank() == 0 else None
+    if token:
+        for left in folder.glob(".shared-*"):  # by a run that was killed here
+            left.unlink(missing_ok=True)
+        with written_whole(folder / token):
+            pass
+    try:
+        is_shared = (folder / exchange(token)[0]).exists()
+        mine = {"host": socket.gethostname(), "folder": str(folder.absolute()), "is_shared": is_shared, "facts": facts}
+        everyone = exchange(mine)
+    finally:
+        if token:
+            (folder / token).unlink(missing_ok=True)
+    return first_difference(everyone)
+
+
+def first_difference(everyone: list[dict[str, Any]]) -> str | None:
+    """Of what every rank said, as `compare_ranks` returns it."""
+    main = everyone[0]
+    for rank, other in enumerate(everyone):
+        who = f"rank {rank} on {other['host']}"
+        if not other["is_shared"]:
+            return (
+                f"--output_dir: '{other['folder']}' of {who} is not the folder of rank 0 on {main['host']}; give a "
+                "folder that all machines share (NFS, Lustre, ...)"
+            )
+        differing = [
+            f"{name} {here}, there {there}"
+            for name, there in main["facts"].items()
+            if (here := other["facts"].get(name, "unknown")) != there
+        ]
+        if differing:
+            return (
+                f"{who} was not started as rank 0 on {main['host']}: {'; '.join(differing)}; start all machines with "
+                "the same code, flags, model and data"
+            )
+    return None
+
+
+def refuse(problem: str | None) -> None:
+    """End every rank if there is a problem; the first one of each machine says it.
+
+    Raises:
+        UserError: there is one.
+    """
+    if problem and local_rank() == 0:
+        raise UserError(problem)
+    if problem:
+        raise SystemExit(2)
+
+
+def check_training(agreement: Agreement, args: argparse.Namespace, data: TrainingData, model: str) -> None:
+    """Compare the ranks of a training run; called on every rank.
+
+    Args:
+        model: what tells it from another one.
+
+    Raises:
+        UserError: they have not in common what they must.
+    """
+    if agreement.num_ranks == 1:
+        return
+    facts = common_facts(args, model) | {"data": data.fingerprint}
+    if data.held_out:
+        facts["validation data"] = data.held_out.fingerprint
+    refuse(compare_ranks(agreement.gather, Path(args.output_dir), facts))
+
+
+def check_preparation(args: argparse.Namespace, folder: Path, model: str, samples: Iterable[str]) -> None:
+    """Compare the ranks of a preparation on several machines, which otherwise share nothing but the output folder.
+
+    Without an address to meet at, as for ranks that are started one by one, nothing is compared.
+
+    Args:
+        model: what tells it from another one.
+        samples: names of what is to be made.
+
+    Raises:
+        UserError: they have not in common what they must, or they did not meet.
+    """
+    if num_machines() == 1 or not os.environ.get("MASTER_ADDR"):
+        return
+    with exchange_by_store() as exchange:
+        problem = compare_ranks(exchange, folder, common_facts(args, model) | {"data": digest_lines(samples)})
+    refuse(problem)
+
+
+def common_facts(args: argparse.Namespace, model: str) -> dict[str, str]:
+    """What does not depend on the data."""
+    flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
+    code = (
+        path.name + path.read_text(encoding="utf-8")
+        for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py"))
+    )
+    return {
+        "code": digest_lines(code),
+        "model": model,
+        **{package: version(package) for package in PACKAGES},
+        **{f"--{name}": str(value) for name, value in flags.items()},
+    }
+
+
+@contextmanager
+def exchange_by_store(timeout: timedelta = default_pg_timeout) -> Iterator[Exchange]:
+    """Let ranks without a process group tell one another, by the store at the launch's MASTER_ADDR and MASTER_PORT.
+
+    Args:
+        timeout: how long to wait for the last rank, which may still be looking through its clips.
+
+    Raises:
+        UserError: not all ranks came.
+    """
+    ranks, rounds = range(launch_size()), 0
+    try:
+        store, _, _ = next(rendezvous("env://", launch_rank(), launch_size(), timeout=timeout))
+
+        def exchange(value: Any) -> list[Any]:
+            nonlocal rounds
+            rounds += 1
+            store.set(f"ranks/{rounds}/{launch_rank()}", json.dumps(value))
+            return [json.loads(store.get(f"ranks/{rounds}/{rank}")) for rank in ranks]
+
+        yield exchange
+        store.set(f"ranks/left/{launch_rank()}", "")
+        if launch_rank() == 0:  # who may keep the store, and then takes it away
+            store.wait([f"ranks/left/{rank}" for rank in ranks])
+    except DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+        reason = first_line(error)
+        raise UserError(
+            f"the {launch_size()} processes of this launch did not meet at {where} ({reason}); start it on every "
+            "machine, and let that port through the firewall"
+        ) from error

@@ -1,0 +1,1 @@
+"""Clips to latents and text embeddings on disk."""

@@ -1,0 +1,238 @@
+"""How prepared samples are laid out on disk: in shards, or one file a tensor as the original script did.
+
+Both know what is there already, hand out the rest in batches, write a batch whole or not at all, and list the samples
+once all are there. `prepared.py` documents and reads what they write.
+"""
+
+import io
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from common.files import written_whole
+from data.buckets import Bucket
+from data.clips import PlannedClip
+from data.prepared import FILES_INDEX, LISTS, STAGING, index_lines, sample_in_files, sample_in_shards
+from data.tensor_files import ShardWriter, finished_names, samples_per_shard
+from video.io import write_video
+
+
+Tensors = Mapping[str, torch.Tensor]  # by kind: video_latents, image_latents, prompt_embeds
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A planned clip and the names of what is made from it."""
+
+    name: str  # of its latents
+    caption_key: str  # of its prompt embedding
+    planned: PlannedClip
+
+    def origin(self) -> dict[str, Any]:
+        """What the index tells of where the sample comes from."""
+        clip, indices = self.planned.clip, self.planned.frame_indices
+        return {
+            "repeats": clip.repeats,
+            "caption": clip.caption,
+            "source": clip.source,
+            "clip": str(clip.video),
+            "frames": [indices[0], indices[-1]],
+            "extra": dict(clip.metadata),
+        }
+
+
+class ShardLayout:
+    """Safetensors shards of latents and of prompt embeddings, and an index.
+
+    Args:
+        folder: of the prepared data.
+        samples: all of them, whichever rank this is.
+        latent_bytes: size of a bucket's tensors.
+        embed_bytes: size of a prompt embedding.
+        shard_bytes: about how large a shard may become.
+        with_images: whether samples have image latents.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        samples: Sequence[Sample],
+        *,
+        latent_bytes: Callable[[Bucket], int],
+        embed_bytes: int,
+        shard_bytes: int,
+        with_images: bool,
+    ):
+        self.folder, self.samples, self.with_images = folder, samples, with_images
+        groups = _names_by_bucket(samples)
+        sizes = [samples_per_shard(latent_bytes(bucket), shard_bytes) for bucket in groups]
+        self.latents = ShardWriter(folder / "latents", folder / STAGING, list(groups.values()), sizes)
+        captions = list(dict.fromkeys(sample.caption_key for sample in samples))
+        size = samples_per_shard(embed_bytes, shard_bytes)
+        self.captions = ShardWriter(folder / "prompt_embeds", folder / STAGING, [captions], [size])
+
+    def captions_to_do(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
+        """This rank's batches of caption keys that are not embedded."""
+        return self.captions.todo(batch_size, rank, world_size)
+
+    def clips_to_do(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
+        """This rank's batches of sample names, of one bucket each, that are not encoded."""
+        return self.latents.todo(batch_size, rank, world_size)
+
+    def write_captions(self, embeds: Mapping[str, torch.Tensor]) -> None:
+        """Write a batch of prompt embeddings by caption key."""
+        self.captions.write({key: {"prompt_embeds": tensor} for key, tensor in embeds.items()})
+
+    def write_clips(self, clips: Mapping[str, Tensors], videos: Mapping[str, torch.Tensor]) -> None:
+        """Write a batch of latents by sample name; `videos` are not kept."""
+        self.latents.write(clips)
+
+    def missing(self, given_up: Container[str]) -> list[Sample]:
+        """The samples that are not finished, by any rank; those `given_up` hold nothing else up."""
+        self.captions.merge()
+        self.latents.merge(given_up)
+        latents, captions = finished_names(self.latents.folder), finished_names(self.captions.folder)
+        return [s for s in self.samples if s.name not in latents or s.caption_key not in captions]
+
+    def write_index(self, samples: Sequence[Sample]) -> int:
+        """List the samples, all of which are finished. Returns how many others lie in the shards unlisted."""
+        latents, captions = finished_names(self.latents.folder), finished_names(self.captions.folder)
+        entries = (
+            sample_in_shards(
+                self.folder,
+                sample.name,
+                latents[sample.name],
+                captions[sample.caption_key],
+                sample.caption_key,
+                sample.planned.bucket,
+                with_images=self.with_images,
+            )
+            | sample.origin()
+            for sample in samples
+        )
+        _write_text(self.folder, "index.jsonl", index_lines(entries))
+        return len(latents.keys() - {sample.name for sample in samples})
+
+
+class FileLayout:
+    """One file a tensor, named after its sample, and a preview of each: the layout of the original script.
+
+    Args:
+        folder: of the prepared data.
+        samples: all of them, whichever rank this is.
+        with_tensors: write latents and embeddings; only previews and lists otherwise.
+        with_images: write first frames, and their latents where latents are written.
+        preview_fps: rate of the preview videos.
+    """
+
+    def __init__(
+        self, folder: Path, samples: Sequence[Sample], *, with_tensors: bool, with_images: bool, preview_fps: int
+    ):
+        self.folder, self.samples = folder, samples
+        self.with_tensors, self.with_images, self.preview_fps = with_tensors, with_images, preview_fps
+        self._by_name = {sample.name: sample for sample in samples}
+        self._names_of: dict[str, list[str]] = {}
+        for sample in samples:
+            self._names_of.setdefault(sample.caption_key, []).append(sample.name)
+
+    def captions_to_do(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
+        """This rank's batches of caption keys that are not embedded."""
+        return _share([list(self._names_of)], batch_size, rank, world_size, self._is_embedded)
+
+    def clips_to_do(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
+        """This rank's batches of sample names, of one bucket each, that are not encoded."""
+        return _share(_names_by_bucket(self.samples).values(), batch_size, rank, world_size, self._is_encoded)
+
+    def write_captions(self, embeds: Mapping[str, torch.Tensor]) -> None:
+        """Write a batch of prompt embeddings by caption key, once for every sample that has the caption."""
+        for key, tensor in embeds.items():
+            for name in self._names_of[key]:
+                self._write_tensor("prompt_embeds", name, tensor)
+
+    def write_clips(self, clips: Mapping[str, Tensors], videos: Mapping[str, torch.Tensor]) -> None:
+        """Write a batch by sample name; `videos` are `[F, 3, H, W]`, uint8."""
+        for name, video in videos.items():
+            self._write_previews(name, video)
+            for kind, tensor in clips.get(name, {}).items():
+                # The original has one encoding of an image, and no axis for several.
+                self._write_tensor(kind, name, tensor[0] if kind == "image_latents" else tensor)
+
+    def missing(self, given_up: Container[str]) -> list[Sample]:
+        """The samples that are not finished, by any rank."""
+        return [s for s in self.samples if not (self._is_encoded(s.name) and self._is_embedded(s.caption_key))]
+
+    def write_index(self, samples: Sequence[Sample]) -> int:
+        """List the samples, all of which are finished. Returns how many others have files here unlisted."""
+        prompts, videos = LISTS
+        captions = [" ".join(sample.planned.clip.caption.split()) for sample in samples]
+        _write_text(self.folder, prompts, "".join(f"{caption}\n" for caption in captions))
+        _write_text(self.folder, videos, "".join(f"videos/{sample.name}.mp4\n" for sample in samples))
+        if self.with_tensors:
+            entries = (
+                sample_in_files(sample.name, sample.planned.bucket, with_images=self.with_images) | sample.origin()
+                for sample in samples
+            )
+            _write_text(self.folder, FILES_INDEX, index_lines(entries))
+        there = {path.stem for path in (self.folder / "videos").glob("[!.]*.mp4")}
+        return len(there - {sample.name for sample in samples})
+
+    def _is_embedded(self, caption_key: str) -> bool:
+        names = self._names_of[caption_key] if self.with_tensors else []
+        return all(self._tensor_file("prompt_embeds", name).is_file() for name in names)
+
+    def _is_encoded(self, name: str) -> bool:
+        kinds = ["video_latents", *(["image_latents"] if self.with_images else [])] if self.with_tensors else []
+        files = [self._tensor_file(kind, name) for kind in kinds] + self._preview_files(name)
+        return all(file.is_file() for file in files)
+
+    def _preview_files(self, name: str) -> list[Path]:
+        files = [self.folder / "videos" / f"{name}.mp4", self.folder / "prompts" / f"{name}.txt"]
+        return [*files, self.folder / "images" / f"{name}.png"] if self.with_images else files
+
+    def _write_previews(self, name: str, video: torch.Tensor) -> None:
+        mp4, prompt, *png = self._preview_files(name)
+        images = [Image.fromarray(frame) for frame in video.permute(0, 2, 3, 1).numpy()]
+        with written_whole(mp4, staging=self.folder / STAGING) as path:
+            write_video(path, images, self.preview_fps)
+        with written_whole(prompt, staging=self.folder / STAGING) as path:
+            path.write_text(self._by_name[name].planned.clip.caption, encoding="utf-8")
+        for file in png:
+            with written_whole(file, staging=self.folder / STAGING) as path:
+                images[0].save(path)
+
+    def _tensor_file(self, kind: str, name: str) -> Path:
+        return self.folder / kind / f"{name}.pt"
+
+    def _write_tensor(self, kind: str, name: str, tensor: torch.Tensor) -> None:
+        # By way of bytes, because torch writes a path's name into the archive; a copy, because a slice of a batch is
+        # saved with the whole batch's storage.
+        content = io.BytesIO()
+        torch.save(tensor.detach().cpu().clone(), content)
+        with written_whole(self._tensor_file(kind, name), staging=self.folder / STAGING) as path:
+            path.write_bytes(content.getbuffer())
+
+
+def _names_by_bucket(samples: Sequence[Sample]) -> dict[Bucket, list[str]]:
+    """Names of the samples of each bucket in their order, each name once."""
+    names: dict[Bucket, dict[str, None]] = {}
+    for sample in samples:
+        names.setdefault(sample.planned.bucket, {})[sample.name] = None
+    return {bucket: list(names[bucket]) for bucket in sorted(names)}
+
+
+def _share(
+    groups: Sequence[Sequence[str]], batch_size: int, rank: int, world_size: int, is_done: Callable[[str], bool]
+) -> list[list[str]]:
+    """This rank's batches, shared out before looking at what is done: that changes while other ranks work."""
+    batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+    # A batch that is done in part is done again as a whole: in another company its bits would be others.
+    return [batch for batch in batches[rank::world_size] if not all(map(is_done, batch))]
+
+
+def _write_text(folder: Path, name: str, text: str) -> None:
+    with written_whole(folder / name, staging=folder / STAGING) as path:
+        path.write_text(text, encoding="utf-8")

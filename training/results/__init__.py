@@ -1,0 +1,1 @@
+"""After the run: sampling, the model card, the hub."""

@@ -1,0 +1,266 @@
+"""Sample the videos that generate.py was asked for: text encoder, then transformer and VAE, never all at once."""
+
+import argparse
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from diffusers.training_utils import free_memory
+from PIL import Image, ImageOps
+
+from common.errors import UserError, first_line
+from common.files import written_whole
+from data.buckets import Bucket
+from diffusion.tasks import ImageToVideo, SizeFlags, TextToVideo
+from flags.generation_checks import BASE, COMPARED, SHEET, PlannedVideo
+from methods.lora_mounting import check_loras, mount_loras
+from models.quantization import check_quantization
+from models.sampling import Pipeline, sample_video
+from models.source import CPU, DTYPES, ModelConfigs, ModelSource, encode_prompts, precision_warning
+from run.launch import start_logging
+from video.contact_sheet import SheetRow, draw_contact_sheet, shown_indices
+from video.images import load_validation_images
+from video.io import read_frames, write_video
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is sampled, settled against the model."""
+
+    source: ModelSource  # the base model
+    configs: ModelConfigs  # its configs
+    task: TextToVideo | ImageToVideo
+    size: Bucket
+    fps: int
+    device: torch.device
+    dtype: torch.dtype
+    images: list[Image.Image] | None  # one for each prompt, of the videos' size; None for text-to-video
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Sample and write what the flags ask for.
+
+    Raises:
+        UserError: model, result of training, images and flags do not go together; found before weights are loaded.
+            Or a file cannot be written.
+    """
+    start_logging()
+    generation = settle(args)
+    check_loras(args.loras, generation.configs, args.cache_dir)
+    logger.info(
+        "videos: %d of %s (frames x height x width), in %s on %s",
+        len(args.videos),
+        generation.size,
+        str(generation.dtype).removeprefix("torch."),
+        generation.device,
+    )
+    embeds = embed_prompts(args, generation)
+    for video, frames in sample_all(args, generation, embeds, tuned=True):
+        write(frames, video.file, generation.fps)
+    if args.compare:
+        free_memory()
+        for video, frames in sample_all(args, generation, embeds, tuned=False):
+            write(frames, video.beside(BASE), generation.fps)
+            compare(video, generation)
+
+
+def settle(args: argparse.Namespace) -> Generation:
+    """Settle by the model's configs alone what is sampled, and how.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    source = ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+    configs = source.configs()
+    native = configs.native_size
+    size = Bucket(args.num_frames or native.num_frames, args.height or native.height, args.width or native.width)
+    task = choose_task(args, configs)
+    task.check_model(configs, [size], SizeFlags("--height, --width", "--num_frames"))
+    check_quantization(args.quantize_base)
+    images = None
+    if task.with_images:
+        # As validation does: the pipeline would distort images of another aspect.
+        images = [
+            ImageOps.fit(one, (size.width, size.height)) for one in load_validation_images(args.image, "--image")
+        ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == CPU and (args.enable_model_cpu_offload or args.enable_sequential_cpu_offload):
+        logger.warning("warning: there is no GPU, nothing is offloaded from it")
+    fps = args.fps or configs.native_fps
+    return Generation(source, configs, task, size, fps, device, choose_dtype(args.dtype, source, device), images)
+
+
+def choose_task(args: argparse.Namespace, configs: ModelConfigs) -> TextToVideo | ImageToVideo:
+    """What the model's own config says that it is for.
+
+    Raises:
+        UserError: it is for something else than the flags, or than the tuned transformer.
+    """
+    ignores_positions = args.ignore_learned_positional_embeddings
+    has_positions = configs.transformer["use_learned_positional_embeddings"]
+    if args.transformer is not None:
+        tuned = read_tuned_config(args.transformer, args.cache_dir, configs)
+        ignores_positions |= has_positions and not tuned["use_learned_positional_embeddings"]
+    if configs.is_image_to_video:
+        if not args.image:
+            raise UserError("--image: this is an image-to-video model; give an image for each prompt")
+        return ImageToVideo(0.0, ignores_positions)
+    if args.image:
+        raise UserError(
+            "--image: this is a text-to-video model, which takes none; leave it out, or give an image-to-video model "
+            "such as THUDM/CogVideoX-5b-I2V"
+        )
+    if ignores_positions:
+        raise UserError("--ignore_learned_positional_embeddings: this model has no learned positions; leave it out")
+    return TextToVideo()
+
+
+def read_tuned_config(transformer: str, cache_dir: str | None, base: ModelConfigs) -> dict[str, object]:
+    """The config of a tuned transformer, which differs from the base model's in the positions that it uses at most.
+
+    Raises:
+        UserError: it cannot be read, or is of another model.
+    """
+    try:
+        config = CogVideoXTransformer3DModel.load_config(transformer, subfolder="transformer", cache_dir=cache_dir)
+    except OSError as error:
+        reason = first_line(error)
+        raise UserError(f"--transformer: '{transformer}' cannot be read: {reason}") from error
+    may_differ = {"use_learned_positional_embeddings"}
+    differing = sorted(
+        name
+        for name, value in base.transformer.items()
+        if not name.startswith("_") and name not in may_differ and config.get(name, value) != value
+    )
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"--transformer: '{transformer}' was tuned from another model than --pretrained_model_name_or_path: its "
+            f"{name} is {config[name]}, not {base.transformer[name]}; give that model"
+        )
+    return base.transformer | config
+
+
+def choose_dtype(name: str, source: ModelSource, device: torch.device) -> torch.dtype:
+    """What the networks compute in; "auto" is what the model's files are in, which is downloaded for it.
+
+    Raises:
+        UserError: the device does not compute in it, or there are no weights.
+    """
+    if name == "fp16" and device == CPU:
+        raise UserError("--dtype fp16: needs a GPU; give bf16 or fp32")
+    if name == "auto" and device == CPU:
+        return torch.float32
+    if name not in ("auto", "fp16"):
+        return DTYPES[name]
+    source.download_transformer()
+    native = source.native_dtype()
+    dtype = native if name == "auto" else DTYPES[name]
+    if warning := precision_warning(dtype, native, "--dtype"):
+        logger.warning("warning: %s", warning)
+    return dtype
+
+
+def embed_prompts(args: argparse.Namespace, generation: Generation) -> dict[str, torch.Tensor]:
+    """Embed all prompts, `[T, D]` each on the CPU; the text encoder is let go again."""
+    texts = [*args.prompts, args.negative_prompt] if args.guidance_scale > 1 else args.prompts
+    text_pipeline = generation.source.load_text_pipeline(
+        generation.dtype, device=generation.device, in_8bit=args.text_encoder_8bit
+    )
+    # One by one, as validation does: in a batch, the last digits may be others.
+    embeds = {text: encode_prompts(text_pipeline, [text])[0].cpu() for text in dict.fromkeys(texts)}
+    del text_pipeline
+    free_memory()
+    return embeds
+
+
+def sample_all(
+    args: argparse.Namespace, generation: Generation, embeds: dict[str, torch.Tensor], *, tuned: bool
+) -> Iterator[tuple[PlannedVideo, list[Image.Image]]]:
+    """Sample all videos one after another, by the tuned model or by the base model."""
+    pipeline = load_pipeline(args, generation, tuned=tuned)
+    for number, video in enumerate(args.videos, start=1):
+        pipeline.set_progress_bar_config(desc=f"{'video' if tuned else 'base model'} {number} of {len(args.videos)}")
+        yield (
+            video,
+            sample_video(
+                pipeline,
+                embeds[video.prompt],
+                embeds[args.negative_prompt] if args.guidance_scale > 1 else None,
+                None if generation.images is None else generation.images[video.number],
+                size=generation.size,
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                use_dynamic_cfg=args.use_dynamic_cfg,
+                seed=video.seed,
+            ),
+        )
+
+
+def load_pipeline(args: argparse.Namespace, generation: Generation, *, tuned: bool) -> Pipeline:
+    """Load the pipeline without its text encoder, and what was trained if `tuned`, to where it samples."""
+    source, device, dtype = generation.source, generation.device, generation.dtype
+    is_offloaded = device != CPU and (args.enable_model_cpu_offload or args.enable_sequential_cpu_offload)
+    resting = CPU if is_offloaded else device
+    origin = ModelSource(args.transformer, cache_dir=args.cache_dir) if tuned and args.transformer else source
+    is_quantized = args.quantize_base != "none"  # where it is fastest, and for nf4 the only place
+    transformer = origin.load_transformer(
+        dtype, device=device if is_quantized else resting, quantize=args.quantize_base
+    )
+    generation.task.prepare_model(transformer)
+    pipeline = generation.task.pipeline_class(
+        tokenizer=None,
+        text_encoder=None,
+        vae=source.load_vae(
+            dtype,
+            slicing=False,  # videos are decoded one by one
+            tiling=args.enable_tiling,
+            device=resting,
+            decoder_only=not generation.task.with_images,
+        ),
+        transformer=transformer.eval(),
+        scheduler=source.load_scheduler(),
+    )
+    if tuned:
+        mount_loras(pipeline, args.loras, args.cache_dir)
+    if is_offloaded and args.enable_sequential_cpu_offload:
+        pipeline.enable_sequential_cpu_offload(device=device)
+    elif is_offloaded:
+        pipeline.enable_model_cpu_offload(device=device)
+    return pipeline
+
+
+def write(frames: list[Image.Image], file: Path, fps: int) -> None:
+    """Write a video whole or not at all, and say so."""
+    with written_whole(file) as partial:
+        write_video(partial, frames, fps)
+    logger.info("wrote %s", file)
+
+
+def compare(video: PlannedVideo, generation: Generation) -> None:
+    """Show the base model's video and the tuned one's side by side, as a video and as a picture."""
+    size = generation.size
+    base, tuned = (
+        read_frames(file, range(size.num_frames)) for file in (video.beside(BASE), video.file)
+    )  # each [F, H, W, 3]
+    with written_whole(video.beside(COMPARED)) as partial:
+        write_video(partial, list(np.concatenate([base, tuned], axis=2)), generation.fps)
+    indices = shown_indices(size.num_frames)
+    columns = [f"frame {index + 1}" for index in indices]
+    start = []
+    if generation.images is not None:
+        columns.insert(0, "start image")
+        start = [np.asarray(generation.images[video.number])]
+    rows = [
+        SheetRow([*start, *frames[indices]], title, video.prompt)
+        for frames, title in ((base, f"base model · seed {video.seed}"), (tuned, f"tuned · seed {video.seed}"))
+    ]
+    draw_contact_sheet(rows, video.beside(SHEET), columns)
+    logger.info("wrote %s and %s", video.beside(COMPARED), video.beside(SHEET))

@@ -1,0 +1,145 @@
+"""The configuration that a run has in effect, as a file in its folder from which the run can be repeated."""
+
+import argparse
+import logging
+import platform
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+
+from args import flag_names
+from common.files import remove_partials, written_whole
+from common.hub_token import without_tokens
+from common.ranks import precision_of
+from common.run_folder import CONFIG_FILE, CONFIG_TITLE
+from memory.settings import MemorySettings, differences, read_settings
+from run.spec import Recipe
+
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "deepspeed")
+
+_CHOOSERS = ("memory_budget_gb", "auto_fit")  # what they chose is written in their place
+_NEVER_REPEATED = (*_CHOOSERS, "config", "hub_token", "push_to_hub", "hub_model_id", "dry_run")
+
+
+def write_config(recipe: Recipe) -> Path | None:
+    """Write the flags that a run has in effect into its folder; called on the main process, before it trains.
+
+    `config.yaml` is what the run began with. When it is resumed with other flags, `config-step-<N>.yaml` beside it is
+    what it went on with after step N. What killed runs left half written in the folder is removed.
+
+    Returns:
+        The file; None where what is there already says the same.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    args, folder = recipe.args, recipe.output_dir
+    remove_partials(folder)
+    goes_on = recipe.resumed is not None and recipe.resumed.resolve().parent == folder.resolve()
+    repeated, others = split_flags(args, flag_names(recipe.task.name, args.method), recipe.state.seed)
+    if goes_on:
+        others["resume_from_checkpoint"] = repeated.pop("resume_from_checkpoint")
+    text = render_config(repeated, others, _describe_start(recipe, goes_on))
+    file = folder / (f"config-step-{recipe.state.step}.yaml" if goes_on else CONFIG_FILE)
+    before = _latest_config(folder) if goes_on else None
+    if before is not None:
+        old, new = _read_flags(before), yaml.safe_load(text)
+        if old is None:
+            logger.warning("warning: %s is no list of flags any more; they are noted in %s", before, file.name)
+        else:
+            changed = [f"--{name}" for name in old | new if old.get(name) != new.get(name)]
+            if not changed:
+                return None
+            logger.info("other flags than before: %s; noted in %s", ", ".join(changed), file.name)
+    with written_whole(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return file
+
+
+def split_flags(
+    args: argparse.Namespace, names: Sequence[str], seed: int
+) -> tuple[dict[str, object], dict[str, object]]:
+    """The flags with which a run can be repeated, and the values of all others.
+
+    Args:
+        args: checked flags, with the settings of memory that were chosen, if any were.
+        names: of the script's flags.
+        seed: given or drawn.
+
+    Returns:
+        What was given, what was chosen or drawn in its place, and the precision that the launcher may have said. To
+        give what was not given could contradict it: those come second, with the values that they have by default.
+    """
+    chosen = differences(read_settings(args), MemorySettings(args.method))
+    values = {name: getattr(args, name) for name in names}
+    values |= {
+        "seed": seed,
+        "mixed_precision": precision_of(args),
+        "validation_images": args.validation_prompt_separator.join(args.validation_images),
+    }
+    given = {*args.given, *chosen, "seed", "mixed_precision"}.difference(_NEVER_REPEATED)
+    return (
+        {name: value for name, value in values.items() if name in given},
+        {name: value for name, value in values.items() if name not in given and name not in ("config", "hub_token")},
+    )
+
+
+def render_config(repeated: dict[str, object], others: dict[str, object], title: Sequence[str]) -> str:
+    """The file's text: a title and the other flags in comments, no tokens."""
+    lines = [f"# {line}" for line in title]
+    lines += ["", _dump(repeated), "# Not given: defaults, and what follows from the above."]
+    lines += [f"# {line}" for line in _dump(others).splitlines()]
+    return without_tokens("\n".join(lines) + "\n")
+
+
+def _dump(flags: dict[str, object]) -> str:
+    return yaml.safe_dump(flags, sort_keys=False, allow_unicode=True, width=float("inf"))
+
+
+def _describe_start(recipe: Recipe, goes_on: bool) -> list[str]:
+    """What the flags do not say, for whoever repeats the run."""
+    script = f"cogvideox_{recipe.task.name.replace('-', '_')}_{recipe.args.method}.py"
+    accelerator = recipe.accelerator
+    resumed = f" --resume_from_checkpoint {recipe.resumed}" if goes_on else ""  # else it is among the flags
+    return [
+        f"{CONFIG_TITLE} on {datetime.now():%Y-%m-%d, %H:%M}, at step {recipe.state.step}. To repeat it:",
+        f"  {script} --config THIS_FILE --output_dir ANOTHER_FOLDER{resumed}",
+        f"launched on {accelerator.num_processes} x {accelerator.device.type} "
+        f"({accelerator.distributed_type.value}), Python {platform.python_version()},",
+        ", ".join(f"{package} {found}" for package in PACKAGES if (found := _version_of(package))),
+    ]
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _latest_config(folder: Path) -> Path | None:
+    """What the run went on with last, or began with."""
+    later = [(int(step), path) for path in folder.glob("config-step-*.yaml") if (step := _step_of(path))]
+    first = folder / CONFIG_FILE
+    return max(later)[1] if later else first if first.is_file() else None
+
+
+def _read_flags(file: Path) -> dict[str, object] | None:
+    """What a run has written, unless somebody has made something else of it since."""
+    try:
+        flags = yaml.safe_load(file.read_bytes())
+    except (OSError, yaml.YAMLError):
+        return None
+    return flags if isinstance(flags, dict) else None
+
+
+def _step_of(path: Path) -> str | None:
+    match = re.fullmatch(r"config-step-(\d+)\.yaml", path.name)
+    return match and match.group(1)

@@ -1,0 +1,97 @@
+"""What is encoded once, before the transformer is loaded: text encoder and VAE come and go one after another."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from diffusers.training_utils import free_memory
+from PIL import Image, ImageOps
+
+from common.errors import UserError
+from data.plan import PreparedData, TrainingData, validation_data_flags
+from data.prepared import read_empty_prompt
+from dataset import Batch
+from models.prompts import PromptCache
+from models.source import ModelConfigs
+from run.spec import Recipe
+from validation.loss import encode_validation_set
+from video.images import load_validation_images
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What training and validation need of the other networks."""
+
+    prompts: PromptCache  # has every caption and prompt
+    empty_prompt: torch.Tensor | None  # [226, D], for caption dropout
+    images: list[Image.Image] | None  # that validation videos begin with; None for text-to-video
+    vae: AutoencoderKLCogVideoX | None  # stays to encode raw clips; None where all are prepared
+    held_out: list[Batch]  # this rank's share of the clips whose loss is measured, on the CPU
+
+
+def encode_conditions(recipe: Recipe) -> Conditions:
+    """Load what is needed, use it and let it go; called on every rank.
+
+    Raises:
+        UserError: an image or a clip cannot be had.
+    """
+    args, accelerator, data = recipe.args, recipe.accelerator, recipe.data
+    images = load_validation_images(args.validation_images) if recipe.task.with_images else None
+    if images is not None and args.video_reshape_mode != "none":
+        # As clips are cut to size; the pipeline would distort images of another aspect.
+        images = [ImageOps.fit(image, (args.width, args.height)) for image in images]
+    empty_prompt = find_empty_prompt(data, recipe.configs) if args.caption_dropout else None
+    prompts = PromptCache(
+        recipe.output_dir / "prompt_embeds", recipe.source, recipe.dtype, in_8bit=args.text_encoder_8bit
+    )
+    texts = [*data.captions, *args.validation_prompts]
+    texts += data.held_out.captions if data.held_out else []
+    is_guided = args.validation_prompts and args.guidance_scale > 1  # guidance compares with the empty prompt
+    if is_guided or (args.caption_dropout and empty_prompt is None):
+        texts.append("")
+    prompts.embed(texts, accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    free_memory()
+    recipe.agreement.wait()  # one rank may fetch the text encoder and embed for long, while others have nothing to do
+    if args.caption_dropout and empty_prompt is None:
+        empty_prompt = prompts.load("")
+    vae = None if isinstance(data, PreparedData) else recipe.load_vae(accelerator.device)
+    held_out = encode_held_out(recipe, vae, prompts)
+    free_memory()
+    return Conditions(prompts, empty_prompt, images, vae, held_out)
+
+
+def find_empty_prompt(data: TrainingData, configs: ModelConfigs) -> torch.Tensor | None:
+    """The embedding of the empty prompt, `[226, D]`, where the data was prepared with it.
+
+    Raises:
+        UserError: it is damaged, or of another model.
+    """
+    if not isinstance(data, PreparedData):
+        return None
+    for folder in data.folders:
+        embeds = read_empty_prompt(folder)
+        expected = (configs.transformer["max_text_seq_length"], configs.transformer["text_embed_dim"])
+        if embeds is not None and embeds.shape != expected:
+            raise UserError(
+                f"--caption_dropout: the empty prompt in '{folder}' has the shape {tuple(embeds.shape)}, the model "
+                f"needs {expected}; prepare the data with the model to be trained"
+            )
+        if embeds is not None:
+            return embeds
+    return None
+
+
+def encode_held_out(recipe: Recipe, vae: AutoencoderKLCogVideoX | None, prompts: PromptCache) -> list[Batch]:
+    """Encode this rank's share of --validation_dataset_file; without a `vae`, with one that goes again."""
+    if recipe.data.held_out is None:
+        return []
+    accelerator = recipe.accelerator
+    return encode_validation_set(
+        recipe.data.held_out.clips,
+        vae or recipe.load_vae(accelerator.device),
+        prompts,
+        reshape_mode=validation_data_flags(recipe.args).video_reshape_mode,
+        with_images=recipe.task.with_images,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )

@@ -1,0 +1,74 @@
+"""Start a run as the launcher configured it: devices, precision, process group, logging."""
+
+import argparse
+import logging
+import random
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from huggingface_hub.serialization import _torch as hub_serialization
+
+from common.errors import UserError
+from common.hub_token import log_without_tokens
+from common.ranks import launch_rank, launch_size, precision_of, uses_deepspeed
+from parallel.deepspeed import exchange_by_gloo, has_divided_weights, keep_others_whole
+
+
+logger = logging.getLogger(__name__)
+
+
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Set up devices, precision and process group from the flags and the launch configuration.
+
+    Raises:
+        UserError: the precision asked for does not exist on this device.
+    """
+    precision = precision_of(args)
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no on a CPU")
+    if precision == "fp8":
+        raise UserError("--mixed_precision: the accelerate config says fp8, which is not supported; give bf16")
+    # Naming a backend makes accelerate look for a process group, which one process has under DeepSpeed alone.
+    backend = None if launch_size() == 1 and not uses_deepspeed() else "nccl" if torch.cuda.is_available() else "gloo"
+    if uses_deepspeed() and backend == "gloo":
+        exchange_by_gloo()
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+        ),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend, timeout=timedelta(seconds=args.nccl_timeout)),
+            # The cache would keep half-precision copies of all float32 weights until the forward pass is done, in case
+            # that one is used again; none is.
+            AutocastKwargs(cache_enabled=False),
+        ],
+    )
+    start_logging()
+    if has_divided_weights(accelerator):
+        keep_others_whole()
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def start_logging() -> None:
+    """Write what the main process has to say, and the errors of the others, to stderr."""
+    level = logging.INFO if launch_rank() == 0 else logging.ERROR
+    log_without_tokens(level)
+    for chatty in ("accelerate", "httpx", "huggingface_hub", "torchao", "PIL", "DeepSpeed"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    hub_serialization.logger.setLevel(logging.WARNING)  # named by its file, not by its package
+
+
+def choose_seed(seed: int | None) -> int:
+    """The seed given, or a random one."""
+    if seed is not None:
+        return seed
+    drawn = random.SystemRandom().randrange(2**31)
+    logger.info("seed %d (none was given)", drawn)
+    return drawn

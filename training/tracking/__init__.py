@@ -1,0 +1,1 @@
+"""What a run reports while it trains: trackers, loss curve, progress, bad steps, throughput."""

@@ -1,0 +1,109 @@
+"""What watches the steps: those that went wrong are counted and named, and too many in a row end the run."""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+
+from common.errors import UserError
+from common.run_folder import list_checkpoints
+from parallel.coordinator import Agreement
+
+
+logger = logging.getLogger(__name__)
+
+_HISTORY = 200  # steps that a loss is compared with
+_SPIKE = 5.0  # standard deviations of the logarithm of the loss above its mean
+_MOST_NAMES = 8  # of clips, in a message
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known of an optimizer step afterwards."""
+
+    number: int
+    loss: float
+    grad_norm: float | None  # None where nobody knows it
+    names: Sequence[str]  # this rank's clips
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether its update was left out: it would have spoilt the weights."""
+        return not math.isfinite(self.loss) or (self.grad_norm is not None and not math.isfinite(self.grad_norm))
+
+
+class StepGuard:
+    """Looks at finished steps, some at a time; called on every rank alike.
+
+    Args:
+        max_bad_steps: in a row, that end the run.
+        output_dir: of the run, where its checkpoints are.
+    """
+
+    def __init__(self, agreement: Agreement, max_bad_steps: int, output_dir: Path):
+        self.agreement = agreement
+        self.max_bad_steps = max_bad_steps
+        self.output_dir = output_dir
+        self.num_bad = 0
+        self._in_a_row = 0
+        self._logs: deque[float] = deque(maxlen=_HISTORY)
+
+    def look_at(self, steps: Sequence[Step], *, searches_scale: bool = False) -> None:
+        """Warn of steps that were skipped, and of losses that jumped.
+
+        Args:
+            searches_scale: fp16's loss scale is still high enough to be halved: an overflow of gradients is how it
+                finds the right one.
+
+        Raises:
+            UserError: too many in a row were bad.
+        """
+        for step in steps:
+            if step.is_bad and searches_scale and math.isfinite(step.loss):
+                continue
+            if step.is_bad:
+                self._count(step)
+                continue
+            self._in_a_row = 0
+            if self._is_spike(step.loss):
+                typical = math.exp(fmean(self._logs))
+                logger.warning(
+                    "warning: step %d: its loss of %.4g is far above the usual %.4g; it trained on %s",
+                    step.number,
+                    step.loss,
+                    typical,
+                    self._clips_of(step),
+                )
+            if step.loss > 0:
+                self._logs.append(math.log(step.loss))
+
+    def _count(self, step: Step) -> None:
+        self.num_bad += 1
+        self._in_a_row += 1
+        what = "gradient" if math.isfinite(step.loss) else "loss"
+        clips = self._clips_of(step)
+        logger.warning("warning: step %d is skipped: its %s is not finite; it trained on %s", step.number, what, clips)
+        if self._in_a_row < self.max_bad_steps:
+            return
+        checkpoints = self.agreement.from_main(lambda: list_checkpoints(self.output_dir))
+        good = f"{checkpoints[-1][1]} is the last good checkpoint" if checkpoints else "there is no checkpoint yet"
+        raise UserError(
+            f"--max_bad_steps: {self._in_a_row} steps in a row had no finite loss and gradient; {good}. Give a lower "
+            "--learning_rate or the precision that the model was made in (--mixed_precision), and look at the clips "
+            "named above"
+        )
+
+    def _is_spike(self, loss: float) -> bool:
+        if len(self._logs) < _HISTORY // 4 or loss <= 0:
+            return False
+        # The losses of different timesteps lie apart by factors: it is their logarithms that scatter evenly.
+        return math.log(loss) > fmean(self._logs) + _SPIKE * max(pstdev(self._logs), 0.1)
+
+    def _clips_of(self, step: Step) -> str:
+        gathered = self.agreement.gather(list(step.names))
+        names = list(dict.fromkeys(name for of_rank in gathered for name in of_rank))  # ranks may share clips
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        return ", ".join(names[:_MOST_NAMES]) + more

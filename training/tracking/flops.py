@@ -1,0 +1,117 @@
+"""What a training step computes, counted from the transformer's config, and what cards can compute at most."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from data.buckets import Bucket
+
+
+# Dense bfloat16 products with float32 sums, TFLOP/s, by what the driver calls the card.
+_PEAK_TFLOPS = {
+    r"A100\b": 312.0,
+    r"A10$": 125.0,
+    r"A40$": 149.7,
+    r"RTX A6000$": 154.8,
+    r"H100 (80GB HBM3|SXM)": 989.4,
+    r"H100 PCIe$": 756.0,
+    r"H100 NVL$": 835.0,
+    r"H200$": 989.4,
+    r"H200 NVL$": 835.0,
+    r"L4$": 121.0,
+    r"L40$": 181.0,
+    r"L40S$": 362.0,
+    r"RTX 6000 Ada": 364.2,
+    r"RTX 3090$": 71.0,
+    r"RTX 4080$": 97.5,
+    r"RTX 4090$": 165.2,
+    r"RTX 5090$": 209.5,
+}
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """The most TFLOP/s of dense bfloat16 products that a card can do; None for an unknown one.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` gives it. "RTX 4090 Laptop GPU" is another card than "RTX 4090".
+
+    Source: NVIDIA's data sheets of these cards without the factor two of sparsity; for GeForce cards the architecture
+    white papers, half precision with float32 sums (GeForce halves that rate).
+    """
+    return next((peak for name, peak in _PEAK_TFLOPS.items() if re.search(rf"\b{name}", device_name)), None)
+
+
+def count_tokens(config: Mapping[str, Any], bucket: Bucket) -> int:
+    """How long the transformer's sequence is for one sample: text and patches of the video's latents.
+
+    Args:
+        config: the transformer's.
+        bucket: the sample's size, in frames and pixels.
+    """
+    frames, height, width = bucket.latent_shape
+    patch, patch_frames = config["patch_size"], config["patch_size_t"] or 1
+    video = -(-frames // patch_frames) * (height // patch) * (width // patch)  # frames are padded to whole patches
+    return config["max_text_seq_length"] + video
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Floating-point operations of a training step's parts; a multiplication and an addition are two."""
+
+    forward: float
+    attention_backward: float
+    linear_backward: float
+    recompute: float
+
+    @property
+    def total(self) -> float:
+        """All of the step."""
+        return self.forward + self.attention_backward + self.linear_backward + self.recompute
+
+
+def count_flops(
+    config: Mapping[str, Any],
+    num_tokens: int,
+    *,
+    trains_all: bool,
+    checkpoint_scope: str | None = None,
+    checkpoint_every: int = 1,
+) -> StepFlops:
+    """Count what the transformer's blocks compute for one sample, as far as it is products of matrices.
+
+    With N tokens of width d in L blocks, a linear layer from a to b channels takes 2 N a b. A block has four of d to d
+    in its attention and two between d and 4 d in its feed-forward part: 8 N d^2 + 16 N d^2. Its scores and their
+    weighted sums take 2 N^2 d each. So the forward pass takes L (24 N d^2 + 4 N^2 d).
+
+    The backward pass of attention is two such products for each in the forward pass, and the scores again, which are
+    not kept: 2.5 times its forward pass. The backward pass of a linear layer takes as much as its forward pass for the
+    gradient of its input and, where the layer is trained, as much again for that of its weights.
+
+    Not counted: adapters (less than 1% at rank 64), the modulation of the norms (it takes one vector a sample, so that
+    2 x parameters x tokens would say too much), the layers before and after the blocks (0.1%), all that is no product
+    of matrices, and the VAE where clips are not prepared.
+
+    Args:
+        config: the transformer's.
+        num_tokens: N, of one sample.
+        trains_all: the weights of the linear layers are trained, not adapters beside them.
+        checkpoint_scope: what is computed again in the backward pass: "block", "feed-forward" or "segment" (every
+            block, in several pieces); None for nothing.
+        checkpoint_every: of so many blocks one is checkpointed; in a segment, how many blocks it has.
+
+    Source: https://arxiv.org/abs/2205.14135 and 2307.08691 for attention that keeps no scores.
+    """
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    layers = config["num_layers"]
+    feed_forward = 16 * num_tokens * width**2
+    linear = feed_forward + 8 * num_tokens * width**2
+    attention = 4 * num_tokens**2 * width
+    checkpointed = layers if checkpoint_scope == "segment" else -(-layers // checkpoint_every)
+    again = {None: 0, "feed-forward": feed_forward}.get(checkpoint_scope, linear + attention)
+    return StepFlops(
+        forward=layers * (linear + attention),
+        attention_backward=layers * 2.5 * attention,
+        linear_backward=layers * linear * (2 if trains_all else 1),
+        recompute=checkpointed * again,
+    )

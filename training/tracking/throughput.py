@@ -1,0 +1,173 @@
+"""How fast a run is: samples and tokens a second, where a step's time goes, what of the GPU's arithmetic is used."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data.buckets import Bucket
+from tracking.flops import count_flops, count_tokens, peak_tflops
+
+
+PHASES = ("data", "forward", "backward", "optimizer")
+
+
+class PhaseTimer:
+    """How long the phases of some steps take together, without making the device wait.
+
+    On a GPU the time of a phase is what passes there between its first and its last operation; a phase that waits for
+    the CPU shows as long, one that the CPU prepared while the GPU was busy as short.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: Counter[str] = Counter()
+        self.pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what is done meanwhile."""
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self.seconds[name] += time.perf_counter() - start
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self.pending.append((name, start, end))
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds of each phase since the last call; on a GPU what was timed must be over."""
+        for name, start, end in self.pending:
+            self.seconds[name] += start.elapsed_time(end) / 1000
+        seconds = dict(self.seconds)
+        self.pending.clear()
+        self.seconds.clear()
+        return seconds
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was done in how long."""
+
+    steps: int
+    seconds: float
+    samples: int  # on all devices
+    tokens: int  # on all devices
+    phases: dict[str, float]  # seconds of each, on this device
+    tflops: float  # on this device
+    peak_tflops: float | None
+
+    def __add__(self, other: "Speed") -> "Speed":
+        return Speed(
+            self.steps + other.steps,
+            self.seconds + other.seconds,
+            self.samples + other.samples,
+            self.tokens + other.tokens,
+            {name: self.phases.get(name, 0.0) + other.phases.get(name, 0.0) for name in PHASES},
+            self.tflops + other.tflops,
+            self.peak_tflops,
+        )
+
+    def values(self) -> dict[str, float]:
+        """What trackers log, by name."""
+        values = {
+            "samples_per_second": self.samples / self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+            "step_seconds": self.seconds / self.steps,
+            **{f"{name}_seconds": self.phases.get(name, 0.0) / self.steps for name in PHASES},
+            "tflops_per_second": self.tflops / self.seconds,
+        }
+        if self.peak_tflops is not None:
+            values["peak_percent"] = 100 * values["tflops_per_second"] / self.peak_tflops
+        return values
+
+    def short(self) -> str:
+        """A few words, for a progress bar."""
+        values = self.values()
+        peak = f" ({values['peak_percent']:.0f}%)" if "peak_percent" in values else ""
+        return f"{values['samples_per_second']:.3g} samples/s, {values['tflops_per_second']:.3g} TFLOP/s{peak}"
+
+    def __str__(self) -> str:
+        values = self.values()
+        split = ", ".join(f"{name} {values[f'{name}_seconds']:.3f}" for name in PHASES)
+        peak = f", {values['peak_percent']:.0f}% of the card's peak" if "peak_percent" in values else ""
+        return (
+            f"{values['samples_per_second']:.3g} samples/s, {values['tokens_per_second']:,.0f} tokens/s; "
+            f"{values['step_seconds']:.3f} s a step: {split}; {values['tflops_per_second']:.3g} TFLOP/s{peak}"
+        )
+
+
+class Throughput:
+    """Counts and times what a run does between two looks at it.
+
+    Args:
+        config: the transformer's.
+        device: that computes.
+        num_ranks: that have as many samples of their own.
+        trains_all, checkpoint_scope, checkpoint_every: as `count_flops` takes them.
+        dtype: what the networks compute in; a percentage of the peak is known in half precision alone.
+        devices_per_sample: how many divide the tokens of a sample.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        device: torch.device,
+        num_ranks: int,
+        dtype: torch.dtype,
+        *,
+        trains_all: bool,
+        checkpoint_scope: str | None = None,
+        checkpoint_every: int = 1,
+        devices_per_sample: int = 1,
+    ):
+        self.config = config
+        self.num_ranks = num_ranks
+        self.devices_per_sample = devices_per_sample
+        self.settings = {
+            "trains_all": trains_all,
+            "checkpoint_scope": checkpoint_scope,
+            "checkpoint_every": checkpoint_every,
+        }
+        known = device.type == "cuda" and dtype != torch.float32
+        self.peak = peak_tflops(torch.cuda.get_device_name(device)) if known else None
+        self.timer = PhaseTimer(device)
+        self.start: float | None = None
+        self.samples = self.tokens = 0
+        self.flops = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time one of `PHASES`. The clock starts with the first one after a `read`: what lies between is no step."""
+        if self.start is None:
+            self.start = time.perf_counter()
+        with self.timer.phase(name):
+            yield
+
+    def count(self, bucket: Bucket, samples: int) -> None:
+        """Note a batch."""
+        tokens = count_tokens(self.config, bucket)
+        self.samples += samples
+        self.tokens += samples * tokens
+        self.flops += samples * count_flops(self.config, tokens, **self.settings).total / self.devices_per_sample
+
+    def read(self, steps: int) -> Speed:
+        """Say how fast the `steps` since the last call were, 1 at least; the device must have finished them."""
+        speed = Speed(
+            steps=steps,
+            seconds=time.perf_counter() - self.start,
+            samples=self.samples * self.num_ranks,
+            tokens=self.tokens * self.num_ranks,
+            phases=self.timer.read(),
+            tflops=self.flops / 1e12,
+            peak_tflops=self.peak,
+        )
+        self.start, self.samples, self.tokens, self.flops = None, 0, 0, 0.0
+        return speed

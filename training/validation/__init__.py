@@ -1,0 +1,1 @@
+"""Sampled videos and the loss on held-out clips."""

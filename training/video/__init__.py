@@ -1,0 +1,1 @@
+"""One file on disk: probe it, choose its frames, decode, write."""

@@ -1,0 +1,260 @@
+"""What clips are, found out before anything is decoded for training: frame counts that hold, size, rate, hash."""
+
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+
+from common.bars import tqdm
+from common.ranks import launch_rank, launch_size, local_size, machine_rank, num_machines
+from video.cache import FileCache, file_state
+from video.media import decode, open_video, packets_of, quarter_turns, read_still_image, reason_of, video_stream
+
+
+# Where one packet is one frame. Elsewhere (VP8's hidden frames, packed B-frames in AVI) only decoding can count.
+_PACKETS_ARE_FRAMES = {"h264", "hevc", "av1", "vp9", "prores", "mjpeg"}
+_PROGRESS_BAR_FROM = 50
+# The number goes up whenever VideoInfo changes, or what the probe finds.
+_CACHE_KIND = "probe 1"
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """What a clip is once decoded.
+
+    A phone's upright clip is stored lying down with a note to rotate it: height and width are those of the frames that
+    `read_frames` returns, after that rotation.
+    """
+
+    num_frames: int  # frames that decode, never duration × fps
+    height: int
+    width: int
+    fps: float  # average over the clip; 0.0 where the file does not say
+    rotation: int = 0  # degrees against the clock by which the stored picture is turned for display
+    # [num_frames], microseconds from the first frame on, the first is 0; None where the rate is constant
+    frame_times: tuple[int, ...] | None = None
+    seekable: bool = False  # every frame can be found by its time stamp, as `read_frames` takes it
+    is_image: bool = False  # a still image: one frame, no rate
+    sha256: str = ""  # of the file's bytes
+
+
+def probe_video(path: Path) -> VideoInfo:
+    """Frame count, size, rate and hash of a clip, with proof that its last frame decodes.
+
+    All packets are read and those after the last keyframe are decoded; the whole clip is decoded where that alone
+    cannot settle the count (stream-copied cuts with an edit list, hidden frames, any sign of damage). A still image is
+    decoded as `media.read_still_image` does.
+
+    The rate varies where a frame's time is more than a quarter of the average frame duration away from its place at a
+    constant rate. It is taken as constant where time stamps are missing or equal.
+
+    Raises:
+        ValueError: with a short reason ("file is empty (0 bytes)", "has no video stream", "is truncated or damaged: 80
+            frames are listed but only 52 decode"). The message does not name the file.
+    """
+    path = Path(path)
+    _check_file(path)
+    try:
+        info = _probe_image(path) or _probe_packets(path) or _probe_by_decoding(path)
+        with open(path, "rb") as file:
+            return replace(info, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"not a readable video: {reason_of(error)}") from error
+
+
+def _check_file(path: Path) -> None:
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("is not a file")
+        if status.st_size == 0:
+            raise ValueError("file is empty (0 bytes)")
+        open(path, "rb").close()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError("does not exist") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read: {reason_of(error)}") from error
+
+
+def _probe_image(path: Path) -> VideoInfo | None:
+    image = read_still_image(path)
+    if image is None:
+        return None
+    height, width, _ = image.pixels.shape
+    return VideoInfo(1, height, width, 0.0, rotation=image.rotation, is_image=True)
+
+
+def _probe_packets(path: Path) -> VideoInfo | None:
+    """The cheap probe; None where only decoding the whole clip can tell."""
+    with open_video(path) as container:
+        stream = video_stream(container)
+        stream.codec_context.options = {"skip_loop_filter": "all"}  # these pictures are only counted: a fifth faster
+        one_to_one = stream.codec_context.codec.canonical_name in _PACKETS_ARE_FRAMES
+        if not one_to_one or _container_family(container) is None or _index_end(stream) > path.stat().st_size:
+            return None
+        size = stream.codec_context.height, stream.codec_context.width
+        time_stamps, last_group = [], []
+        try:
+            for packet in packets_of(container, stream):
+                if packet.is_discard or packet.is_corrupt or packet.pts is None:
+                    return None
+                time_stamps.append(packet.pts)
+                if packet.pts < time_stamps[0]:
+                    return None
+                if packet.is_keyframe:
+                    last_group = []
+                last_group.append(packet)
+            if not last_group:
+                return None
+            # Frames shown before an open group's keyframe lean on the group before it and need not decode here.
+            missing = {packet.pts for packet in last_group if packet.pts >= last_group[0].pts}
+            for frame in decode(last_group, stream):
+                missing.discard(frame.pts)
+        except av.FFmpegError:
+            return None
+        if missing or (frame.height, frame.width) != size:
+            return None
+        info = _info(stream, frame, sorted(time_stamps))
+        return replace(info, seekable=len(set(time_stamps)) == len(time_stamps))
+
+
+def _probe_by_decoding(path: Path) -> VideoInfo:
+    """Decode everything: exact whatever the container says, and the judge of damage."""
+    with open_video(path) as container:
+        stream = video_stream(container)
+        stream.codec_context.options = {"skip_loop_filter": "all"}
+        listed, bytes_missing = max(stream.frames, len(stream.index_entries)), _index_end(stream) - path.stat().st_size
+        time_stamps, frame, size, damage = [], None, None, None
+        try:
+            for frame in decode(packets_of(container, stream), stream):
+                size = size or (frame.width, frame.height)
+                if (frame.width, frame.height) != size:
+                    sizes = f"{size[0]}x{size[1]} to {frame.width}x{frame.height}"
+                    raise ValueError(f"changes its size from {sizes} at frame {len(time_stamps)}")
+                time_stamps.append(frame.pts)
+        except av.FFmpegError as error:
+            damage = reason_of(error)
+        decoded = len(time_stamps)
+        if damage is None and bytes_missing > 0:
+            damage = f"the file ends {bytes_missing} bytes too early"
+        if damage is not None and listed > decoded:
+            raise ValueError(
+                f"is truncated or damaged: {listed} frames are listed but only {decoded} decode ({damage})"
+            )
+        if damage is not None:
+            raise ValueError(f"is damaged: decoding stops after {decoded} frames ({damage})")
+        if frame is None:
+            raise ValueError("has a video stream without a single frame")
+        return _info(stream, frame, time_stamps)
+
+
+def _container_family(container: av.container.InputContainer) -> str | None:
+    return next((name for name in ("mp4", "matroska") if name in container.format.name.split(",")), None)
+
+
+def _index_end(stream: av.VideoStream) -> int:
+    """The byte where the last frame that an mp4's index lists ends; 0 for other containers."""
+    if _container_family(stream.container) != "mp4":
+        return 0
+    return max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+
+
+def _info(stream: av.VideoStream, frame: av.VideoFrame, time_stamps: Sequence[int | None]) -> VideoInfo:
+    """What is known once every frame has been seen.
+
+    Args:
+        frame: any one of them.
+        time_stamps: of all, in display order.
+    """
+    height, width, turns = frame.height, frame.width, quarter_turns(frame)
+    if turns % 2:
+        height, width = width, height
+    fps, frame_times = _timing(stream, time_stamps)
+    return VideoInfo(len(time_stamps), height, width, fps, rotation=90 * turns, frame_times=frame_times)
+
+
+def _timing(stream: av.VideoStream, time_stamps: Sequence[int | None]) -> tuple[float, tuple[int, ...] | None]:
+    """The average rate, and the frames' times where the rate varies."""
+    stated = [rate for rate in (stream.average_rate, stream.guessed_rate) if rate]
+    if len(time_stamps) < 2 or None in time_stamps or any(a >= b for a, b in pairwise(time_stamps)):
+        return float(stated[0]) if stated else 0.0, None
+    ticks = [time_stamp - time_stamps[0] for time_stamp in time_stamps]
+    steps, seconds = len(ticks) - 1, ticks[-1] * stream.time_base
+    measured = float(steps / seconds)
+    if any(4 * abs(tick * steps - i * ticks[-1]) > ticks[-1] for i, tick in enumerate(ticks)):
+        return measured, tuple(round(tick * stream.time_base * 1_000_000) for tick in ticks)
+    # The file's own figure is the exact one (time stamps in Matroska are whole milliseconds), if it is right: in an
+    # mp4 it counts how long the last frame stays.
+    right = [rate for rate in stated if 4 * abs(rate * seconds - steps) <= 1]
+    return float(right[0]) if right else measured, None
+
+
+def probe_files(
+    paths: Sequence[Path], cache: FileCache | None = None, num_threads: int = 0
+) -> dict[Path, VideoInfo | str]:
+    """Probe every distinct path once, in parallel.
+
+    The ranks of a launch that probe the same list each begin at another part of it, and look into the cache before
+    each file, so that they share the work.
+
+    Args:
+        paths: clips and still images; repeats are probed once.
+        cache: where to look first and keep what was found; files that cannot be used are probed again each time.
+        num_threads: 0 = one per CPU core.
+
+    Returns:
+        path -> info, or the reason why the file cannot be used; in the order in which the paths first appear.
+    """
+    order = list(dict.fromkeys(paths))
+    # Evenly spread over the ranks of each machine as well as over all: the cache may be a machine's own, or shared.
+    begin = len(order) * (launch_rank() % local_size() * num_machines() + machine_rank()) // launch_size()
+    remaining = iter([*order[begin:], *order[:begin]])  # shared: each thread takes the next one
+    results: dict[Path, VideoInfo | str] = {}
+    shown = launch_rank() == 0 and len(order) >= _PROGRESS_BAR_FROM
+    bar = tqdm(total=len(order), desc="Checking clips", unit=" clips", delay=0, disable=not shown)
+    lock, stopped = threading.Lock(), threading.Event()
+
+    def work() -> None:
+        for path in remaining:
+            if stopped.is_set():
+                return
+            result = _probe_or_reason(path, cache)
+            with lock:
+                results[path] = result
+                bar.update()
+
+    num_threads = num_threads or os.cpu_count() or 1
+    with bar, ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for thread in [pool.submit(work) for _ in range(num_threads)]:
+                thread.result()
+        finally:
+            stopped.set()  # after Ctrl-C, not a million clips later
+    return {path: results[path] for path in order}
+
+
+def _probe_or_reason(path: Path, cache: FileCache | None) -> VideoInfo | str:
+    known = None if cache is None else cache.get(path, _CACHE_KIND)
+    if known is not None:
+        return _from_json(known)
+    state = file_state(path)
+    try:
+        info = probe_video(path)
+    except ValueError as error:
+        return str(error)
+    if cache is not None:
+        cache.put(path, _CACHE_KIND, asdict(info), state)
+    return info
+
+
+def _from_json(known: dict[str, Any]) -> VideoInfo:
+    times = known["frame_times"]
+    return VideoInfo(**{**known, "frame_times": None if times is None else tuple(times)})

@@ -17,7 +17,8 @@ import torch
 from materials import folders
 from memory_rows import CHECKPOINTED, LOW_BIT, SMALLEST_FULL, Row
 
-from models.source import ModelSource, encode_videos
+from models.encoding import encode_videos
+from models.source import ModelSource
 
 
 PREPARE = "prepare"

@@ -11,10 +11,11 @@ from memory_rows import Row
 
 from clip_files import new_folder
 from data.buckets import Bucket
-from data.clips import Clip, PlannedClip
+from data.clips import Clip, ClipSample
 from make_full_size_model import make_full_size_model
 from make_tiny_model import make_tiny_model
-from models.source import ModelConfigs, ModelSource
+from models.configs import ModelConfigs
+from models.source import ModelSource
 from preparation.layouts import Sample, ShardLayout
 from video.probe import VideoInfo
 
@@ -55,7 +56,7 @@ def draw_prepared_clips(configs: ModelConfigs, folder: Path, bucket: Bucket, cou
     info = VideoInfo(*bucket, fps=8.0)
     frames = tuple(range(bucket.num_frames))
     samples = [
-        Sample(f"clip-{number}", f"caption-{number}", PlannedClip(clip, info, bucket, frames))
+        Sample(f"clip-{number}", f"caption-{number}", ClipSample(clip, info, bucket, frames))
         for number in range(count)
         for clip in [Clip(Path(f"clip-{number}.mp4"), f"caption {number}", "random numbers")]
     ]

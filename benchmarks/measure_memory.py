@@ -39,19 +39,20 @@ from memory_rows import ROWS, Row
 
 from args import parse_args
 from common.files import written_whole
-from data.buckets import Bucket
+from data.buckets import Bucket, count_tokens
 from data.plan import plan_training_data
 from diffusion.tasks import TextToVideo
 from make_full_size_model import full_size_configs
 from memory.accounting import account
 from memory.facts import Workload, model_facts
-from memory.settings import MemorySettings, read_settings
-from methods.lora import FullFinetune, Lora
-from run.finetune import train
+from memory.settings import MemorySettings, memory_settings_of
+from methods.full import FullFinetune
+from methods.lora import Lora
+from run.loop import train
 from run.memory_fit import run_facts
 from run.setup import Run, set_up
-from run.spec import Recipe, check_recipe
-from tracking.flops import count_flops, count_tokens, peak_tflops
+from run.spec import RunSpec, check_spec
+from tracking.flops import count_flops, peak_tflops
 
 
 HERE = Path(__file__).resolve().parent
@@ -177,12 +178,12 @@ def measure_row(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
     failed = {}
     with tempfile.TemporaryDirectory(dir=work) as output:
         args = parse_args(row_flags(row, model, prepared, Path(output), size), task="text-to-video", method=row.method)
-        recipe = check_recipe(args, plan_training_data(args), TextToVideo(), make_method(args, row))
+        spec = check_spec(args, plan_training_data(args), TextToVideo(), make_method(args, row))
         forget_host_peak()
-        run = set_up(recipe)
+        run = set_up(spec)
         seconds = time_steps(args, run, *row.steps)
-        facts, settings = run_facts(args, recipe.data, recipe.method, recipe.configs), read_settings(args)
-        measured = {**speed_figures(seconds, recipe, settings), **device_peaks("training")}
+        facts, settings = run_facts(args, spec.data, spec.method, spec.configs), memory_settings_of(args)
+        measured = {**speed_figures(seconds, spec, settings), **device_peaks("training")}
         if row.is_sampled:
             forget_device_peaks()
             if failures := run.validate(sum(row.steps)):
@@ -207,10 +208,10 @@ def time_steps(args: argparse.Namespace, run: Run, warm_up: int, timed: int) -> 
     return (time.perf_counter() - began) / timed
 
 
-def speed_figures(seconds: float, recipe: Recipe, settings: MemorySettings) -> dict[str, float]:
+def speed_figures(seconds: float, spec: RunSpec, settings: MemorySettings) -> dict[str, float]:
     """What a step of one clip that takes so long means; the share of the peak for known cards alone."""
-    config = recipe.configs.transformer
-    tokens = count_tokens(config, recipe.data.buckets[0])
+    config = spec.configs.transformer
+    tokens = count_tokens(config, spec.data.buckets[0])
     scope, every = settings.checkpoint_scope, settings.checkpoint_every
     if not settings.gradient_checkpointing:
         scope = None
@@ -231,7 +232,7 @@ def calculate_row(row: Row) -> dict[str, int]:
     configs, size = full_size_configs(row.model), Bucket(*row.size)
     workload = Workload(size, 1, "bf16", size if row.is_sampled else None)
     facts = model_facts(configs, make_method(args, row))
-    result = account(facts, configs, read_settings(args), workload)
+    result = account(facts, configs, memory_settings_of(args), workload)
     return {**asdict(result), "training": result.training, "validation": result.validation}
 
 

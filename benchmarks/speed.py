@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 
 from args import parse_args, parse_prepare_args
-from data.buckets import Bucket, BucketBatchSampler
+from data.buckets import Bucket
 from data.plan import plan_raw_clips, plan_training_data
 from data.prepared import PreparedClip, StoredTensor
+from data.sampler import BucketBatchSampler
 from data.tensor_files import ShardWriter
 from dataset import ClipDataset, PreparedDataset, make_loader
 from diffusion.tasks import TextToVideo
@@ -32,9 +33,9 @@ from make_real_clips import make_real_clips
 from make_tiny_model import make_tiny_model
 from methods.lora import Lora
 from preparation.prepare import prepare
-from run.finetune import train
+from run.loop import train
 from run.setup import set_up
-from run.spec import check_recipe
+from run.spec import check_spec
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +69,7 @@ def measure_training(model: Path, prepared: Path, output: Path, steps: int = 100
         flags += ["--lora_alpha", "16", "--train_batch_size", "1", "--seed", "0", "--report_to", "none", *SMALL]
         args = parse_args(flags, task="text-to-video", method="lora")
         method = Lora(args.rank, args.lora_alpha)
-        prepared_run = set_up(check_recipe(args, plan_training_data(args), TextToVideo(), method))
+        prepared_run = set_up(check_spec(args, plan_training_data(args), TextToVideo(), method))
         return seconds(lambda: train(args, prepared_run))
 
     run("warm-up", 10)

@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from data.buckets import Bucket, BucketBatchSampler, Draw
-from data.clips import Clip, PlannedClip, plan_clips
+from data.buckets import Bucket
+from data.clips import Clip, ClipSample, plan_clips
 from data.prepared import PreparedClip, StoredTensor
+from data.sampler import BucketBatchSampler, Draw
 from dataset import Batch, ClipDataset, PreparedDataset, check_prepared, collate, make_loader, without_failures
+from models.encoding import encode_prompts
 from models.prompts import PromptCache
-from models.source import ModelSource, encode_prompts
+from models.source import ModelSource
 from video.probe import probe_files
 
 
@@ -34,7 +36,7 @@ def spread(count: int, num_frames: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def planned(demo_clips) -> list[PlannedClip]:
+def planned(demo_clips) -> list[ClipSample]:
     """The 16 clips, each in a bucket of its own size: nothing is to be resized."""
     paths = sorted((demo_clips / "videos").iterdir())
     infos = probe_files(paths)
@@ -42,7 +44,7 @@ def planned(demo_clips) -> list[PlannedClip]:
     return plan_clips([Clip(path, path.stem, path.name) for path in paths], infos, buckets)[0]
 
 
-def make_dataset(planned: list[PlannedClip], random_flip: float | None = None, seed: int = 0) -> ClipDataset:
+def make_dataset(planned: list[ClipSample], random_flip: float | None = None, seed: int = 0) -> ClipDataset:
     return ClipDataset(planned, reshape_mode="center", random_flip=random_flip, seed=seed)
 
 
@@ -90,7 +92,7 @@ def test_a_flipped_clip_is_mirrored_in_every_frame(planned):
     assert not torch.equal(flipped, plain)
 
 
-def flips(planned: list[PlannedClip], draws: list[Draw], seed: int = 0) -> list[bool]:
+def flips(planned: list[ClipSample], draws: list[Draw], seed: int = 0) -> list[bool]:
     """Which draws are mirrored; asserts that the others are as they were, in every frame."""
     plain, maybe_flipped = make_dataset(planned), make_dataset(planned, random_flip=0.5, seed=seed)
     found = []
@@ -124,11 +126,11 @@ def test_a_clip_is_flipped_alike_wherever_it_stands_in_the_list(planned):
 # Images to start from
 
 
-def with_image(planned: PlannedClip, image: Path | None) -> PlannedClip:
+def with_image(planned: ClipSample, image: Path | None) -> ClipSample:
     return replace(planned, clip=replace(planned.clip, image=image))
 
 
-def image_of(planned: PlannedClip, mode: str = "center", random_flip: float | None = None) -> tuple[Batch, np.ndarray]:
+def image_of(planned: ClipSample, mode: str = "center", random_flip: float | None = None) -> tuple[Batch, np.ndarray]:
     dataset = ClipDataset([planned], reshape_mode=mode, random_flip=random_flip, seed=0, with_images=True)
     batch = dataset[Draw(0, 0)]
     return batch, batch.images[0].numpy()
@@ -164,7 +166,7 @@ def test_images_are_left_out_where_nobody_needs_them(planned):
 
 
 @pytest.fixture
-def broken(planned, tmp_path) -> PlannedClip:
+def broken(planned, tmp_path) -> ClipSample:
     """A clip like the third, whose file is gone since it was planned."""
     return replace(planned[2], clip=replace(planned[2].clip, video=tmp_path / "gone.mp4"))
 
@@ -205,7 +207,7 @@ def test_where_no_clip_of_the_bucket_decodes_the_failure_is_told(broken):
 # Batches from workers
 
 
-def load_epochs(planned: list[PlannedClip], num_workers: int) -> list[Batch]:
+def load_epochs(planned: list[ClipSample], num_workers: int) -> list[Batch]:
     """Two epochs of batches of up to 2, cropped and flipped at random."""
     sampler = BucketBatchSampler([clip.bucket for clip in planned], 2, seed=3)
     sampler.total_batches = 2 * sampler.batches_per_epoch

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 import generate
 from common.run_folder import LORA_FILE
 from diffusion.tasks import ImageToVideo
-from methods.lora import FullFinetune, Lora
+from methods.full import FullFinetune
+from methods.lora import Lora
 from models.prompts import PromptCache
 from models.source import ModelSource
-from parallel.coordinator import Agreement
+from parallel.coordinator import Coordinator
 from validation.videos import ValidationSettings, validate
 from video.io import write_video
 
@@ -146,7 +147,7 @@ def test_a_lora_gives_the_video_that_validation_showed(base, lora, lora_video, t
     )
     validate(
         Accelerator(cpu=True),
-        Agreement(),
+        Coordinator(),
         lambda: CogVideoXPipeline(None, None, vae, transformer, source.load_scheduler()),
         settings,
         prompts,

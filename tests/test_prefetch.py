@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from data.buckets import Bucket
-from dataset import Batch
-from prefetch import DeviceCopies
+from dataset import Batch, DeviceCopies
 
 
 def make_batch(number: int, channels: int = 32) -> Batch:

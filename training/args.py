@@ -22,7 +22,7 @@ from flags.checks import (
     check_sizes,
     check_validation,
     check_validation_images,
-    find_checkpoint,
+    resolve_checkpoint,
     training_warnings,
 )
 from flags.data import DEFAULT_BUCKETS, DEFAULT_HEIGHT, DEFAULT_WIDTH, add_data_flags, add_download_flags
@@ -106,7 +106,7 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
         )
         check_validation_images(args, task)
         check_prepared_flags(args, given)
-        find_checkpoint(args)
+        resolve_checkpoint(args)
         if not args.dry_run:
             check_no_earlier_run(args)
     except UserError as error:

@@ -20,9 +20,10 @@ from captions.pool import Captioner, caption_clip, caption_clips
 from captions.table import AUTHOR_COLUMN, USER, Caption, CaptionFile, CaptionSettings
 from common.bars import tqdm
 from common.errors import UserError, listing, one_line_errors
-from common.hub_token import HubToken, log_without_tokens
+from common.hub_token import HubToken
+from common.logs import log_without_tokens
 from data.buckets import Bucket
-from data.clips import BadClip, Clip, PlannedClip, plan_clips
+from data.clips import BadClip, Clip, ClipSample, plan_clips
 from data.plan import RawData, check_bad_clips, data_sources
 from data.sources import DataSource, read_clips
 from flags.captions import TABLE_FILE, parse_flags
@@ -98,7 +99,7 @@ def table_row(clip: Clip, caption: Caption, folder: Path | None) -> dict[str, st
 
 
 def ask_for_captions(
-    args: argparse.Namespace, table: CaptionFile, clips: Mapping[str, PlannedClip]
+    args: argparse.Namespace, table: CaptionFile, clips: Mapping[str, ClipSample]
 ) -> tuple[dict[str, Caption], list[BadClip]]:
     """Have clips captioned, but for those of them that a stopped run has captioned by the same settings.
 
@@ -124,7 +125,7 @@ def ask_for_captions(
         args.max_tokens,
     )
 
-    def caption(path: str, planned: PlannedClip) -> None:
+    def caption(path: str, planned: ClipSample) -> None:
         text = caption_clip(planned, captioner, args.prompt, args.max_size)
         table.append(path, Caption(text, captioner.model), settings)
 

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare_imports(args, owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
         from diffusion.tasks import ImageToVideo
-        from methods.lora import FullFinetune
+        from methods.full import FullFinetune
         from run.finetune import finetune
 
         task = ImageToVideo(args.noised_image_dropout, args.ignore_learned_positional_embeddings)

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare_imports(args, owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
         from diffusion.tasks import TextToVideo
-        from methods.lora import FullFinetune
+        from methods.full import FullFinetune
         from run.finetune import finetune
 
         finetune(args, data, TextToVideo(), FullFinetune(args.save_pipeline, weights_dtype=args.weights_dtype))

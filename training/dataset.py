@@ -12,13 +12,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import UserError, listing
+from common.failures import WatchedDataset
 from common.signals import outlive_signals
-from common.worker_watch import WatchedDataset
-from data.buckets import Bucket, Draw
-from data.clips import PlannedClip
+from data.buckets import Bucket
+from data.clips import ClipSample
 from data.prepared import PreparedClip, read_tensor
+from data.sampler import Draw
+from models.configs import ModelConfigs
 from models.prompts import PromptCache
-from models.source import ModelConfigs
 from video.io import flip_frames, read_frames, reshape_frames
 
 
@@ -70,7 +71,7 @@ class ClipDataset(Dataset):
 
     def __init__(
         self,
-        clips: Sequence[PlannedClip],
+        clips: Sequence[ClipSample],
         *,
         reshape_mode: str,
         random_flip: float | None,
@@ -137,7 +138,7 @@ class ClipDataset(Dataset):
             prompt_embeds=None if self.prompts is None else self.prompts.load(clip.caption)[None],
         )
 
-    def _shape(self, frames: np.ndarray, planned: PlannedClip, epoch: int) -> torch.Tensor:
+    def _shape(self, frames: np.ndarray, planned: ClipSample, epoch: int) -> torch.Tensor:
         """`[F, H, W, 3]` of any size to `[F, 3, H, W]` of the bucket's; clip and image are cut and flipped alike."""
         chance = random.Random(f"{self.seed}-{epoch}-{planned.info.sha256}-{planned.frame_indices[0]}")
         _, height, width = planned.bucket
@@ -282,3 +283,30 @@ def check_prepared(clips: Sequence[PreparedClip], configs: ModelConfigs) -> None
             f"--load_tensors: {clip.video_latents.file} and its prompt embedding have {channels} and {text_dim} "
             f"channels; the model needs {expected[0]} and {expected[1]}: prepare the data with the model to be trained"
         )
+
+
+class DeviceCopies:
+    """Copies batches to a device; on a GPU by a stream of their own, so that no copy waits for the computation.
+
+    The training loop does not wait for the GPU: when it asks for a batch, the GPU is still busy with what came before,
+    and the copy is done before the computation comes to it. From pinned memory the loop does not wait for the copy
+    either.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Return the batch on the device, ready for what is computed there from now on."""
+        if self.stream is None:
+            return batch.to(self.device)
+        with torch.cuda.stream(self.stream):
+            moved = batch.to(self.device)
+        computation = torch.cuda.current_stream(self.device)
+        computation.wait_stream(self.stream)
+        for tensor in (getattr(moved, part.name) for part in fields(moved)):
+            if isinstance(tensor, torch.Tensor):
+                # The memory is the side stream's: without this it would copy the next batch over one still in use.
+                tensor.record_stream(computation)
+        return moved

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from common.errors import one_line_errors
 from common.startup import prepare_imports
 from flags.generation import parse_generate_args
-from flags.generation_checks import HOST_SAVINGS, describe_savings
+from flags.generation_checks import HOST_SAVINGS, sampling_memory_advice
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from common.failures import explained_failures
         from results.generation import generate
 
-        with explained_failures(lambda: describe_savings(args), HOST_SAVINGS):
+        with explained_failures(lambda: sampling_memory_advice(args), HOST_SAVINGS):
             generate(args)
 
 

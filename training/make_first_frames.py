@@ -18,11 +18,11 @@ from PIL import Image
 from common.bars import tqdm
 from common.errors import UserError, one_line_errors
 from common.files import written_whole
-from common.hub_token import log_without_tokens
+from common.logs import log_without_tokens
+from common.text_files import index_lines
 from data.buckets import Bucket
-from data.clips import BadClip, PlannedClip, plan_clips
+from data.clips import BadClip, ClipSample, plan_clips
 from data.plan import RawData, check_bad_clips, data_sources, report_skipped
-from data.prepared import index_lines
 from data.sources import DataSource, read_clips
 from flags.checks import check_dataset_name
 from flags.data import add_dataset_flags, add_dataset_name_flags
@@ -125,7 +125,7 @@ def make_first_frames(data: RawData, folder: Path, on_bad_clip: str) -> Path:
     return table
 
 
-def write_images(planned: Sequence[PlannedClip], folder: Path) -> list[BadClip | None]:
+def write_images(planned: Sequence[ClipSample], folder: Path) -> list[BadClip | None]:
     """Write the first frames in parallel; returns for each clip why it has none, or None."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
@@ -135,7 +135,7 @@ def write_images(planned: Sequence[PlannedClip], folder: Path) -> list[BadClip |
         pool.shutdown(cancel_futures=True)  # after Ctrl-C or on a full disk, not a million clips later
 
 
-def write_image(planned: PlannedClip, image: Path) -> BadClip | None:
+def write_image(planned: ClipSample, image: Path) -> BadClip | None:
     """Write the frame planned of a clip as PNG, unless the file is there, or why it cannot be decoded."""
     if image.exists():
         return None
@@ -149,7 +149,7 @@ def write_image(planned: PlannedClip, image: Path) -> BadClip | None:
     return None
 
 
-def image_path(planned: PlannedClip, folder: Path) -> Path:
+def image_path(planned: ClipSample, folder: Path) -> Path:
     """The image that the clip names, or where its first frame goes.
 
     The name says which frame of which content it is: a clip that changed never gets the image of what it was.
@@ -160,7 +160,7 @@ def image_path(planned: PlannedClip, folder: Path) -> Path:
     return folder / f"{stem}-{planned.info.sha256[:12]}-{planned.frame_indices[0]}.png"
 
 
-def table_row(planned: PlannedClip, folder: Path) -> dict[str, str]:
+def table_row(planned: ClipSample, folder: Path) -> dict[str, str]:
     """A clip's line of the table: its paths and caption, then the other columns that it came with."""
     row = {
         "video": str(planned.clip.video.absolute()),

@@ -17,7 +17,7 @@ from args import parse_prepare_args
 from common.errors import UserError, one_line_errors
 from common.startup import prepare_imports
 from data.plan import check_bad_clips, plan_raw_clips
-from flags.preparation import describe_savings
+from flags.preparation import preparation_memory_advice
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,15 +30,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare_imports(args, owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
         from common.failures import explained_failures
-        from preparation.dry_run import rehearse
+        from preparation.dry_run import show_plan
         from preparation.prepare import prepare
 
         if args.dry_run:
-            rehearse(args, data)
+            show_plan(args, data)
             if data.bad and args.on_bad_clip == "error":
                 raise UserError("these clips stop the preparation; mend or remove them, or give --on_bad_clip skip")
         else:
-            with explained_failures(lambda: describe_savings(args)):
+            with explained_failures(lambda: preparation_memory_advice(args)):
                 prepare(args, data)
 
 

@@ -17,7 +17,7 @@ from transformers import T5Config, T5EncoderModel
 
 from clip_files import new_folder
 from make_tiny_model import KINDS, TEXT_LENGTH, build_scheduler, build_tokenizer
-from models.source import ModelConfigs
+from models.configs import ModelConfigs
 
 
 TEXT_DIM, TIME_EMBED_DIM = 4096, 512

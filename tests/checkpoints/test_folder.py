@@ -6,19 +6,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from checkpoints.folder import (
-    CheckpointFolder,
-    TrainerState,
-    check_space,
-    find_checkpoint,
-    newest_checkpoint,
-    read_state,
-)
+from checkpoints.folder import CheckpointFolder, check_space
 from checkpoints.manifest import find_damage, write_manifest
 from checkpoints.schedule import ScheduleStart
+from checkpoints.state import TrainerState, find_checkpoint, newest_checkpoint, read_state
 from common.errors import UserError
 from common.run_folder import STATE_FILE, list_checkpoints
-from parallel.coordinator import Agreement
+from parallel.coordinator import Coordinator
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:
@@ -122,7 +116,7 @@ class TestSaving:
         accelerator = Accelerator(cpu=True)
         model = torch.nn.Linear(1, 1)
         accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-        return CheckpointFolder(path, accelerator, Agreement(), total_limit)
+        return CheckpointFolder(path, accelerator, Coordinator(), total_limit)
 
     def test_a_saved_one_is_whole_and_says_where_the_run_was(self, tmp_path):
         state = TrainerState(5, 1, {"model": "5b"}, {"use_8bit": True}, ScheduleStart(2, 3, 4, 1, 6))

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints.schedule import ScheduleStart, StepSchedule
-from data.buckets import Bucket, BucketBatchSampler
+from data.buckets import Bucket
+from data.sampler import BucketBatchSampler
 
 
 def whole_epochs(batches_per_epoch: int, accumulation: int) -> StepSchedule:

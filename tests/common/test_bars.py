@@ -4,8 +4,8 @@ import logging
 import subprocess
 import sys
 
-from common.bars import LineHandler, tqdm
-from common.hub_token import log_without_tokens
+from common.bars import tqdm
+from common.logs import LineHandler, log_without_tokens
 from repository import TRAINING
 
 

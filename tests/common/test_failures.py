@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.failures import explained_failures
-from common.out_of_memory import memory_that_ran_out
+from common.failures import explained_failures, memory_that_ran_out
 
 
 CUDA_SAYS = (

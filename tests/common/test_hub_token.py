@@ -9,7 +9,8 @@ import pytest
 
 from args import parse_args
 from common.errors import UserError, one_line_errors
-from common.hub_token import HubToken, log_without_tokens, without_tokens
+from common.hub_token import HubToken, without_tokens
+from common.logs import log_without_tokens
 
 
 TOKEN = "hf_" + "Secret0" * 5

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.failures import explained_failures
-from common.worker_watch import explain_death
-from data.buckets import Bucket, Draw
-from data.clips import Clip, PlannedClip
+from common.failures import explain_death, explained_failures
+from data.buckets import Bucket
+from data.clips import Clip, ClipSample
 from data.prepared import PreparedClip, StoredTensor
+from data.sampler import Draw
 from dataset import ClipDataset, PreparedDataset, make_loader, without_failures
 from video.probe import VideoInfo
 
@@ -28,7 +28,7 @@ class Clips(ClipDataset):
     def __init__(self, names: str, read_bad: Callable[[], None]):
         info = VideoInfo(1, 16, 16, 8.0, 0, "")
         clips = [
-            PlannedClip(Clip(Path(f"{name}.mp4"), "a caption", f"videos.txt:{number}"), info, BUCKET, (0,))
+            ClipSample(Clip(Path(f"{name}.mp4"), "a caption", f"videos.txt:{number}"), info, BUCKET, (0,))
             for number, name in enumerate(names.split(), 1)
         ]
         super().__init__(clips, reshape_mode="none", random_flip=None, seed=0)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.buckets import Bucket, BucketBatchSampler, Draw, assign_bucket, make_buckets
+from data.buckets import Bucket, assign_bucket, make_buckets
+from data.sampler import BucketBatchSampler, Draw
 from repository import TRAINING
 
 
@@ -191,7 +192,8 @@ def test_the_stream_goes_through_the_epochs(buckets, batch_size, world, seed):
 
 # Written down once; another machine or Python must find the same.
 GOLDEN_SCRIPT = """
-from data.buckets import Bucket, BucketBatchSampler
+from data.buckets import Bucket
+from data.sampler import BucketBatchSampler
 a, b, c = Bucket(9, 32, 32), Bucket(9, 32, 64), Bucket(17, 32, 32)
 samples, repeats = [a, b, c, a, a, b, a, c, b, a], [1, 1, 1, 0.4, 0.4, 1, 0.4, 1, 2.5, 1]
 for sampler in BucketBatchSampler(samples, 2, seed=42), BucketBatchSampler(samples, 2, seed=42, repeats=repeats):

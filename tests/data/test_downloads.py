@@ -2,8 +2,8 @@
 
 import pytest
 
-from data import downloads
-from data.downloads import pieces_within
+from data import media_cache
+from data.media_cache import pieces_within
 
 
 def test_pieces_come_through_as_they_are():
@@ -21,7 +21,7 @@ def test_what_is_larger_is_not_asked_for_to_its_end():
 
 
 def test_what_takes_longer_is_given_up(monkeypatch):
-    monkeypatch.setattr(downloads, "monotonic", iter((0.0, 9.0, 11.0)).__next__)
+    monkeypatch.setattr(media_cache, "monotonic", iter((0.0, 9.0, 11.0)).__next__)
     passed = []
     with pytest.raises(TimeoutError, match="not whole within 10 s"):
         for piece in pieces_within([b"a", b"b", b"c"], 99, 10):

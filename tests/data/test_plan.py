@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from args import parse_args, parse_prepare_args
 from common.errors import UserError
+from common.text_files import index_lines
 from data.buckets import Bucket
 from data.clips import BadClip
 from data.plan import (
@@ -17,14 +18,14 @@ from data.plan import (
     RawData,
     check_bad_clips,
     data_sources,
-    describe,
+    describe_plan,
     plan_raw_clips,
     plan_training_data,
     plan_validation_clips,
     report_skipped,
     validation_data_flags,
 )
-from data.prepared import PreparedClip, StoredTensor, index_lines, sample_in_shards
+from data.prepared import PreparedClip, StoredTensor, sample_in_shards
 
 
 @pytest.fixture
@@ -276,7 +277,7 @@ class Configs:
 def test_prepared_samples_are_counted_by_bucket():
     stored = StoredTensor(Path("a.pt"))
     clips = [PreparedClip("a", Bucket(frames, 64, 96), stored, stored) for frames in (17, 17, 49)]
-    lines = describe(PreparedData(clips, []), None, Configs(), batch_size=1).splitlines()
+    lines = describe_plan(PreparedData(clips, []), None, Configs(), batch_size=1).splitlines()
     assert lines == [
         f"17x64x96: 2 prepared samples of {226 + 5 * 4 * 6} tokens",
         f"49x64x96: 1 prepared samples of {226 + 13 * 4 * 6} tokens",

@@ -5,16 +5,16 @@ import torch
 from safetensors.torch import save_file
 
 from common.errors import UserError
+from common.text_files import index_lines
 from data.buckets import Bucket
 from data.prepared import (
     PreparedSettings,
     StoredTensor,
     check_encoders,
     claim_folder,
-    index_lines,
     read_empty_prompt,
     read_index,
-    read_settings,
+    read_prepared_settings,
     read_tensor,
     sample_in_files,
     sample_in_shards,
@@ -167,9 +167,9 @@ def test_a_broken_line_of_the_index_is_named(tmp_path):
 def test_a_folder_keeps_to_the_settings_it_was_begun_with(tmp_path):
     claim_folder(tmp_path, settings())
     claimed = claim_folder(tmp_path, settings(flags={"fps": 8}, model="elsewhere"))
-    assert read_settings(tmp_path)["flags"] == {}  # those of the index that is there
+    assert read_prepared_settings(tmp_path)["flags"] == {}  # those of the index that is there
     write_settings(tmp_path, claimed)
-    assert read_settings(tmp_path)["flags"] == {"fps": 8}
+    assert read_prepared_settings(tmp_path)["flags"] == {"fps": 8}
     with pytest.raises(UserError, match=r"dtype was 'fp32', is now 'bf16'"):
         claim_folder(tmp_path, settings(dtype="bf16"))
     with pytest.raises(UserError, match=r"another vae; tiling was False, is now True"):
@@ -179,7 +179,7 @@ def test_a_folder_keeps_to_the_settings_it_was_begun_with(tmp_path):
 def test_an_encoder_whose_files_are_not_there_is_no_difference_and_not_forgotten(tmp_path):
     claim_folder(tmp_path, settings())
     claim_folder(tmp_path, settings(encoders=ENCODERS | {"vae": None}))
-    assert read_settings(tmp_path)["encoders"] == ENCODERS
+    assert read_prepared_settings(tmp_path)["encoders"] == ENCODERS
 
 
 def test_other_encoders_than_the_models_are_named(tmp_path):
@@ -222,7 +222,7 @@ def test_a_preparation_that_was_not_finished_is_not_trained_on(tmp_path):
 def test_damaged_settings_are_named(tmp_path, content):
     (tmp_path / "prepared.json").write_text(content)
     with pytest.raises(UserError, match=r"prepared\.json is damaged"):
-        read_settings(tmp_path)
+        read_prepared_settings(tmp_path)
 
 
 @pytest.mark.parametrize("line", [b'{"name": "\xff"}', b"[]", b'{"name": 5}'])

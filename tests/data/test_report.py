@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from data.buckets import Bucket, make_buckets
-from data.clips import BadClip, Clip, PlannedClip, plan_clips
-from data.report import describe_plan, sequence_length, write_plan
+from data.clips import BadClip, Clip, ClipSample, plan_clips
+from data.report import plan_table, sequence_length, write_plan
 from repository import TRAINING
 from video.probe import VideoInfo
 
@@ -33,7 +33,7 @@ def plan(infos, captions="A cat.", repeats=1.0, **options):
 
 def notes(planned, **options):
     """What stands below the table and the length of the epoch."""
-    lines = describe_plan(planned, batch_size=1, **options).splitlines()
+    lines = plan_table(planned, batch_size=1, **options).splitlines()
     return lines[[line.startswith("an epoch is") for line in lines].index(True) + 1 :]
 
 
@@ -48,7 +48,7 @@ def test_the_plan_is_described_bucket_by_bucket():
         VideoInfo(10, 16, 40, 8.0),  # smaller than every bucket
         VideoInfo(1, 64, 64, 0.0, is_image=True),
     ]
-    assert describe_plan(plan(infos), batch_size=2).splitlines() == [
+    assert plan_table(plan(infos), batch_size=2).splitlines() == [
         "bucket    samples  upscaled  cropped  clip frames  unused  batches",
         "1x64x64         1         0       0%            1      0%        1",
         "9x32x64         1         1      20%           10     10%        1",
@@ -58,31 +58,31 @@ def test_the_plan_is_described_bucket_by_bucket():
 
 
 def test_tokens_are_a_column_where_they_can_be_counted():
-    table = describe_plan(plan([VIDEO]), batch_size=1, tokens_of=lambda bucket: 226 + bucket.height)
+    table = plan_table(plan([VIDEO]), batch_size=1, tokens_of=lambda bucket: 226 + bucket.height)
     assert [line.split()[2] for line in table.splitlines()[:2]] == ["tokens", "290"]
 
 
 @pytest.mark.parametrize(("mode", "name"), [("center", "cropped"), ("random", "cropped"), ("none", "squeezed")])
 def test_what_becomes_of_another_aspect_depends_on_the_reshape_mode(mode, name):
-    header, row, *_ = describe_plan(plan([VideoInfo(17, 64, 80, 8.0)]), batch_size=1, reshape_mode=mode).splitlines()
+    header, row, *_ = plan_table(plan([VideoInfo(17, 64, 80, 8.0)]), batch_size=1, reshape_mode=mode).splitlines()
     assert header.split()[3] == name
     assert row.split()[3] == "20%"
 
 
 def test_frames_of_a_split_clip_count_as_used_whichever_sample_shows_them():
-    table = describe_plan(plan([VideoInfo(30, 64, 64, 8.0)], long_clips="split"), batch_size=1)
+    table = plan_table(plan([VideoInfo(30, 64, 64, 8.0)], long_clips="split"), batch_size=1)
     # 17 + 9 of 30 frames
     assert [line.split()[-2] for line in table.splitlines()[:3]] == ["unused", "13%", "13%"]
 
 
 def test_batches_are_shared_out_over_the_ranks():
-    assert "an epoch is 9 samples in 5 batches of up to 2, 2 on each of 4 ranks" in describe_plan(
+    assert "an epoch is 9 samples in 5 batches of up to 2, 2 on each of 4 ranks" in plan_table(
         plan([VIDEO] * 9), batch_size=2, num_ranks=4
     )
 
 
 def test_a_plan_without_samples_says_so():
-    assert describe_plan([], batch_size=1) == "there are no samples"
+    assert plan_table([], batch_size=1) == "there are no samples"
 
 
 # What stands out
@@ -94,7 +94,7 @@ def test_nothing_is_noted_of_plain_clips():
 
 def test_repeats_count_in_the_epoch():
     planned = [*plan([VIDEO] * 4, repeats=2.5), *plan([VIDEO] * 3)]
-    assert "an epoch is 13 samples in 7 batches of up to 2" in describe_plan(planned, batch_size=2)
+    assert "an epoch is 13 samples in 7 batches of up to 2" in plan_table(planned, batch_size=2)
     assert notes(planned) == ["in an epoch come 3 samples 1 times, 4 samples 2.5 times"]
 
 
@@ -246,7 +246,7 @@ def test_the_csv_tells_how_much_a_clip_is_upscaled_and_held(tmp_path):
 
 def test_a_file_name_that_is_not_unicode_can_be_written(tmp_path):
     clip = Clip(Path("b\udcff.mp4"), "A cat.", "videos.txt:1")
-    write_plan([PlannedClip(clip, VIDEO, Bucket(9, 64, 64), tuple(range(9)))], [], tmp_path / "plan.csv")
+    write_plan([ClipSample(clip, VIDEO, Bucket(9, 64, 64), tuple(range(9)))], [], tmp_path / "plan.csv")
     assert read(tmp_path / "plan.csv")[0]["video"] == "b\\udcff.mp4"
 
 

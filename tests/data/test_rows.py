@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.rows import described, one_line
+from common.errors import described, one_line
 
 
 def test_quoted_text_is_on_one_line():

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from clip_lists import bad, captions, error_of, good, read, touch, write, write_table
 from common.errors import UserError
-from data.sources import DataSource, read_clips, read_mix, weights_to_repeats
+from data.mix import read_mix, weights_to_repeats
+from data.sources import DataSource, read_clips
 
 
 def test_paths_that_lead_out_of_the_data_root_are_bad_clips_each_with_its_line(tmp_path):

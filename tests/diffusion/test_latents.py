@@ -6,18 +6,17 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
-from data.buckets import Draw
+from data.sampler import Draw
 from diffusion.latents import (
     image_noise_scales,
     pad_latent_frames,
     rotary_embeddings,
-    sample_generators,
     sample_latents,
     sample_noise,
     sample_uniform,
-    step_generator,
     velocity_losses,
 )
+from diffusion.randomness import sample_generators, step_generator
 from schedulers import alphas_cumprod, make_scheduler
 
 

@@ -9,7 +9,8 @@ from dataset import Batch
 from diffusion.objective import Objective
 from diffusion.tasks import TextToVideo
 from diffusion.timesteps import TimestepSampling
-from models.source import ModelSource, encode_videos
+from models.encoding import encode_videos
+from models.source import ModelSource
 from schedulers import alphas_cumprod
 
 

@@ -12,7 +12,8 @@ from data.buckets import Bucket
 from dataset import Batch
 from diffusion.latents import rotary_embeddings
 from diffusion.tasks import ImageToVideo, TextToVideo
-from models.source import ModelSource, encode_noised_image
+from models.encoding import encode_noised_image
+from models.source import ModelSource
 
 
 SIZE = Bucket(17, 64, 96)  # that the tiny models were made for

@@ -17,7 +17,7 @@ BLOCKS = marked_blocks(PAGE)
 
 
 def test_every_room_of_the_house_is_in_the_tree():
-    tree = next(code for code in re.findall(r"```\n(.*?)```", PAGE, flags=re.DOTALL) if code.startswith("training/\n"))
+    tree = PAGE.split("```\ntraining/\n")[1].split("```")[0]
     rooms = re.findall(r"^  (\w+)/ ", tree, flags=re.MULTILINE)
     assert sorted(rooms) == sorted(path.parent.name for path in TRAINING.glob("*/__init__.py"))
 
@@ -58,11 +58,12 @@ def test_every_name_of_the_code_that_the_page_gives_is_in_the_module_beside_it()
             "prepare_model",
             "transformer_inputs",
         ),
-        "methods/lora": ("Lora", "FullFinetune"),
+        "methods/lora": ("Lora",),
+        "methods/full": ("FullFinetune",),
         "flags/optimizer": ("OPTIMIZERS",),
         "optimizers/build": ("make_optimizer",),
         "run/spec": ("lasting_settings",),
-        "models/source": ("ModelConfigs",),
+        "models/configs": ("ModelConfigs",),
         "memory/settings": ("MemorySettings",),
         "data/rows": ("Table",),
     }

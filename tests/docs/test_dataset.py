@@ -15,7 +15,7 @@ from common.errors import UserError
 from data.buckets import Bucket
 from data.clips import Clip
 from data.plan import RawData, check_bad_clips, data_sources, plan_raw_clips
-from data.report import describe_plan, sequence_length
+from data.report import plan_table, sequence_length
 from data.sources import read_clips
 from flags import captions as caption_flags
 from make_demo_clips import make_demo_clips
@@ -197,7 +197,7 @@ def block(kind: str, name: str) -> str:
 
 
 def test_the_plan_shown_is_the_demos(demo):
-    table = describe_plan(demo().clips, batch_size=1, tokens_of=sequence_length, model_fps=8)
+    table = plan_table(demo().clips, batch_size=1, tokens_of=sequence_length, model_fps=8)
     wrote = "wrote try/prepared/plan.csv and try/prepared/contact_sheet.png\n"
     assert block("output", "plan") == f"{table}\n{wrote}"
 

@@ -8,7 +8,7 @@ import pytest
 
 from common.run_folder import LORA_FILE, MANIFEST
 from flags.generation import parse_generate_args
-from flags.generation_checks import describe_savings
+from flags.generation_checks import sampling_memory_advice
 from repository import TRAINING
 
 
@@ -136,9 +136,9 @@ def test_there_are_prompts(flags, reason, capsys):
 
 
 def test_a_gpu_that_is_too_small_is_told_what_is_left_to_save():
-    assert "--enable_model_cpu_offload" in describe_savings(parse())
+    assert "--enable_model_cpu_offload" in sampling_memory_advice(parse())
     saving = parse("--enable_sequential_cpu_offload", "--text_encoder_8bit")
-    assert describe_savings(saving) == ["smaller --height and --width, or fewer --num_frames"]
+    assert sampling_memory_advice(saving) == ["smaller --height and --width, or fewer --num_frames"]
 
 
 def test_flags_are_read_without_torch():

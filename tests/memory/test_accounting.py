@@ -20,8 +20,10 @@ from memory.accounting import account, quantized_bytes, state_bytes
 from memory.activation_bytes import block_tensors, decoding_bytes, sampling_bytes
 from memory.facts import ModelFacts, Workload, model_facts
 from memory.settings import GB, MemorySettings
-from methods.lora import FullFinetune, Lora
-from models.source import ModelConfigs, ModelSource
+from methods.full import FullFinetune
+from methods.lora import Lora
+from models.configs import ModelConfigs
+from models.source import ModelSource
 from optimizers.build import make_optimizer
 
 

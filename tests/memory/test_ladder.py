@@ -18,7 +18,7 @@ from memory.ladder import (
     RunFacts,
     adapter_key,
     choose,
-    describe,
+    describe_settings,
     ladder,
     measure_or_calculate,
     model_key,
@@ -26,7 +26,7 @@ from memory.ladder import (
     read_measured,
     usable_filter,
 )
-from memory.settings import GB, MemorySettings, apply_settings, differing_flags, read_settings
+from memory.settings import GB, MemorySettings, apply_settings, differing_flags, memory_settings_of
 
 
 SIZE = Bucket(49, 480, 720)
@@ -94,7 +94,7 @@ def test_combinations_that_the_flags_refuse_are_left_out(tiny_models, tmp_path):
 
     def rungs_where(mixed_precision: str, *, has_gpu: bool) -> list[MemorySettings]:
         is_usable = usable_filter(args, {"optimizer"}, mixed_precision=mixed_precision, has_gpu=has_gpu)
-        return ladder(read_settings(args), {"optimizer"}, is_usable)
+        return ladder(memory_settings_of(args), {"optimizer"}, is_usable)
 
     # Gradients that accumulate cannot be freed during the backward pass.
     in_bf16 = rungs_where("bf16", has_gpu=True)
@@ -110,7 +110,7 @@ def test_what_needs_a_gpu_is_left_out_where_there_is_none(tiny_models, tmp_path)
         args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method=method)
         for has_gpu in (True, False):
             is_usable = usable_filter(args, set(), mixed_precision="bf16", has_gpu=has_gpu)
-            rungs = ladder(read_settings(args), set(), is_usable)
+            rungs = ladder(memory_settings_of(args), set(), is_usable)
             assert any(needs_gpu in step for step in steps(rungs)) == (has_gpu and bool(find_spec(package)))
 
 
@@ -123,13 +123,13 @@ def test_adam_and_adamw_take_the_same():
 def test_settings_go_to_flags_and_back(tiny_models, tmp_path):
     flags = ["--pretrained_model_name_or_path", str(tiny_models("2b")), "--data_root", str(tmp_path)]
     args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method="lora")
-    settings = read_settings(args)
+    settings = memory_settings_of(args)
     assert settings == MemorySettings("lora")
     rung = rungs_of()[-1]
     changed = apply_settings(args, rung)
-    assert read_settings(changed) == rung
+    assert memory_settings_of(changed) == rung
     typed = [*flags, "--output_dir", str(tmp_path / "out"), *differing_flags(rung, settings)]
-    assert read_settings(parse_args(typed, task="text-to-video", method="lora")) == rung
+    assert memory_settings_of(parse_args(typed, task="text-to-video", method="lora")) == rung
     assert not args.gradient_checkpointing  # the flags themselves are as they were
 
 
@@ -139,7 +139,7 @@ def test_the_fastest_rung_that_fits_is_chosen():
     # 80 GB with the margin are too much, 70 are not.
     assert choice.settings == rungs[3] and not choice.is_measured
     assert 70 * GB < choice.needed < 81 * GB
-    assert describe(choice, rungs[0], 81) == (
+    assert describe_settings(choice, rungs[0], 81) == (
         "--memory_budget_gb 81: --gradient_checkpointing; takes 76.20 GB (calculated, not measured)"
     )
 
@@ -149,7 +149,7 @@ def test_a_measured_row_is_believed_before_the_calculation():
     row = MeasuredRow(FACTS, rungs[1], 30 * GB, 40 * GB, "NVIDIA H200")
     choice = choose(41, rungs, set(), FACTS, falling(rungs, 100), [row])
     assert (choice.settings, choice.is_measured) == (rungs[1], True)
-    assert "measured on a GPU" in describe(choice, rungs[0], 41)
+    assert "measured on a GPU" in describe_settings(choice, rungs[0], 41)
     # Without validation, its peak does not matter.
     choice = choose(31, rungs, set(), replace(FACTS, sampled=None), falling(rungs, 100), [row])
     assert choice.settings == rungs[1]
@@ -221,4 +221,4 @@ def test_models_and_adapters_are_named_by_what_they_take():
 def test_flags_say_what_is_switched_off():
     before, after = MemorySettings("sft", use_4bit=True), MemorySettings("sft", use_8bit=True)
     assert differing_flags(after, before) == ["--use_8bit", "(no --use_4bit)"]
-    assert re.fullmatch(r".*\(no --use_4bit\).*", describe(Choice(after, GB, False), before, 2))
+    assert re.fullmatch(r".*\(no --use_4bit\).*", describe_settings(Choice(after, GB, False), before, 2))

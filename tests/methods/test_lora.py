@@ -20,8 +20,10 @@ from transformers import T5Config, T5EncoderModel
 
 from common.errors import UserError
 from diffusion.tasks import ImageToVideo
-from methods.lora import LORA_FILE, FullFinetune, Lora
-from models.source import ModelSource, precision_warning
+from methods.full import FullFinetune
+from methods.lora import LORA_FILE, Lora
+from models.configs import precision_warning
+from models.source import ModelSource
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -455,7 +457,7 @@ def test_an_alpha_that_the_file_does_not_know_is_warned_about(
         without_metadata(file)
     with caplog.at_level(logging.WARNING):
         Lora(rank=4, alpha=8, start_from=file).attach(transformer)
-    warned = [record.message for record in caplog.records if record.name == "methods"]
+    warned = [record.message for record in caplog.records if record.name == "methods.lora"]
     assert len(warned) == (0 if has_metadata else 1)
     assert all("--lora_alpha 8 is taken" in line for line in warned)
 

@@ -12,7 +12,7 @@ from transformers import T5EncoderModel
 
 from common.errors import UserError
 from diffusion.tasks import ImageToVideo
-from methods.lora import FullFinetune
+from methods.full import FullFinetune
 from methods.pipeline_folder import find_components, write_pipeline
 from models.source import ModelSource
 

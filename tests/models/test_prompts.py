@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.encoding import encode_prompts
 from models.prompts import PromptCache
-from models.source import ModelSource, encode_prompts
+from models.source import ModelSource
 
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle", "an orange circle", ""]

@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from methods.lora import Lora
+from models.encoding import encode_prompts
 from models.prompts import PromptCache
 from models.quantization import FrozenLinear, check_quantization
-from models.source import ModelSource, encode_prompts
+from models.source import ModelSource
 from validation.videos import _left_as_found
 
 

@@ -23,7 +23,8 @@ from common.errors import UserError
 from data.buckets import Bucket
 from data.report import sequence_length
 from diffusion.latents import pad_latent_frames
-from models.source import ModelSource, encode_noised_image, encode_prompts, encode_videos
+from models.encoding import encode_noised_image, encode_prompts, encode_videos
+from models.source import ModelSource
 
 
 LONG_PROMPT = "a red circle moves over a blue background, " * 100

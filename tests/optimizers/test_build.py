@@ -19,7 +19,7 @@ from common.errors import UserError
 from diffusion.latents import rotary_embeddings, velocity_losses
 from flags.optimizer import LOW_BITS, OPTIMIZERS, check_low_bit, check_optimizer
 from methods.lora import Lora
-from models.source import DTYPES
+from models.configs import DTYPES
 from optimizers.build import (
     apply_learning_rate,
     can_step,

@@ -27,7 +27,7 @@ from curves import curve
 from diffusion.latents import rotary_embeddings
 from memory.activations import checkpoint_activations
 from memory.block_streaming import stream_blocks
-from methods.lora import FullFinetune
+from methods.full import FullFinetune
 from models.attention import set_attention
 from parallel.context import ContextParallel, part_of, start_context_parallel
 from repository import ROOT

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from common.errors import UserError
-from parallel.coordinator import Agreement
+from parallel.coordinator import Coordinator
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -18,16 +18,16 @@ CONTEXT.set_forkserver_preload(["torch.distributed"])
 
 
 def test_one_process_agrees_with_itself():
-    agreement = Agreement()
-    agreement.wait()
-    assert agreement.is_main
-    assert agreement.any(True)
-    assert agreement.ask(True, False) == (True, False)
-    agreement.finish_asking()
-    assert agreement.from_main(lambda: 3) == 3
-    assert agreement.gather("a") == ["a"]
+    coordinator = Coordinator()
+    coordinator.wait()
+    assert coordinator.is_main
+    assert coordinator.any(True)
+    assert coordinator.ask(True, False) == (True, False)
+    coordinator.finish_asking()
+    assert coordinator.from_main(lambda: 3) == 3
+    assert coordinator.gather("a") == ["a"]
     with pytest.raises(UserError, match="so it is"):
-        agreement.from_main(refuse)
+        coordinator.from_main(refuse)
 
 
 def refuse() -> None:
@@ -38,7 +38,7 @@ def start_rank(rank: int, port: int, work: Callable, results: "multiprocessing.Q
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # The group of the GPUs, whose patience is short.
     dist.init_process_group("gloo", timeout=timedelta(seconds=1))
-    results.put((rank, work(rank, Agreement(), gate)))
+    results.put((rank, work(rank, Coordinator(), gate)))
 
 
 def on_two_ranks(work: Callable) -> list:
@@ -55,21 +55,21 @@ def on_two_ranks(work: Callable) -> list:
     return [found[0], found[1]]
 
 
-def use_everything(rank: int, agreement: Agreement, gate) -> list:
-    asked = [agreement.ask(rank == 1 and turn == 1, False) for turn in range(4)]
-    agreement.finish_asking()
+def use_everything(rank: int, coordinator: Coordinator, gate) -> list:
+    asked = [coordinator.ask(rank == 1 and turn == 1, False) for turn in range(4)]
+    coordinator.finish_asking()
     try:
-        agreement.from_main(refuse)
+        coordinator.from_main(refuse)
         refused = False
     except UserError as error:
         refused = str(error)
     return [
         asked,
-        agreement.is_main,
-        agreement.any(rank == 1),
-        agreement.any(False),
-        agreement.from_main(lambda: f"from {rank}"),
-        agreement.gather(rank),
+        coordinator.is_main,
+        coordinator.any(rank == 1),
+        coordinator.any(False),
+        coordinator.from_main(lambda: f"from {rank}"),
+        coordinator.gather(rank),
         refused,
     ]
 
@@ -82,11 +82,11 @@ def test_two_ranks_hear_the_same_one_call_later():
     assert second == [expected[0], False, *expected[2:]]
 
 
-def be_late(rank: int, agreement: Agreement, gate) -> bool:
+def be_late(rank: int, coordinator: Coordinator, gate) -> bool:
     """The second rank comes when the first one has waited for longer than its group of GPUs would have."""
     if rank == 1:
         gate.wait(timeout=2)  # nobody opens it: a validation that takes long
-    agreement.wait()
+    coordinator.wait()
     return True
 
 

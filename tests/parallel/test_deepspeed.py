@@ -8,8 +8,9 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from methods.lora import Lora
-from models.source import ModelSource, autocast_forward
+from models.source import ModelSource
 from parallel.deepspeed import configure_zero, count_weights, errors_later, weights_only_loads
+from parallel.fsdp import autocast_forward
 
 
 def configured(config: dict, **changed) -> dict:

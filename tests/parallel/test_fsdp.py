@@ -27,11 +27,11 @@ import cogvideox_text_to_video_sft
 import curves
 from args import parse_args
 from common.errors import UserError
-from parallel.coordinator import Agreement
+from parallel.coordinator import Coordinator
 from parallel.fsdp import load_optimizer, save_optimizer
 from parallel.lockstep import Lockstep, OutOfStep
 from repository import ROOT, TRAINING
-from run.spec import check_start
+from run.spec import check_device
 
 
 CONFIG = ROOT / "accelerate_configs" / "fsdp2.yaml"
@@ -282,7 +282,7 @@ def test_a_failure_inside_the_network_ends_the_run(one_rank):
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = DistributedType.FSDP
     network = torch.nn.Linear(4, 4)
-    lockstep = Lockstep(accelerator, Agreement())
+    lockstep = Lockstep(accelerator, Coordinator())
     with pytest.raises(OutOfStep, match="resumed"), lockstep, lockstep.calling(network):
         network(torch.ones(1, 4))
         network(torch.ones(1, 5))
@@ -362,4 +362,4 @@ def test_without_gpus_accelerate_would_divide_nothing(launched_by, a_run, monkey
     args = parse_args(a_run(LORA, tmp_path)[1], task="text-to-video", method="lora")
     configs = SimpleNamespace(transformer={"attention_head_dim": 64})
     with pytest.raises(UserError, match="accelerate takes FSDP for GPUs alone"):
-        check_start(args, accelerator, configs)
+        check_device(args, accelerator, configs)

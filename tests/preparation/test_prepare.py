@@ -20,8 +20,10 @@ import prepare_dataset
 from data.buckets import Bucket
 from data.prepared import PreparedClip, read_empty_prompt, read_index, read_tensor
 from data.sources import DataSource, read_clips
-from diffusion.latents import image_noise_scales, step_generator
-from models.source import ModelSource, encode_noised_image, encode_prompts, encode_videos
+from diffusion.latents import image_noise_scales
+from diffusion.randomness import step_generator
+from models.encoding import encode_noised_image, encode_prompts, encode_videos
+from models.source import ModelSource
 from preparation.prepare import warn_of_overflow
 from video.probe import probe_video
 

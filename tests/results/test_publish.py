@@ -18,7 +18,8 @@ from huggingface_hub.utils import filter_repo_objects
 
 from common.errors import UserError
 from common.hub_token import HubToken
-from methods.lora import FullFinetune, Lora
+from methods.full import FullFinetune
+from methods.lora import Lora
 from results import publish
 from results.model_card import CardFacts
 

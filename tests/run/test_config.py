@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import cogvideox_text_to_video_lora
 from args import flag_names, parse_args
 from common.run_folder import CONFIG_FILE
-from memory.settings import apply_settings, read_settings
+from memory.settings import apply_settings, memory_settings_of
 from results.publish import PRIVATE
 from run.config import render_config, split_flags
 
@@ -120,10 +120,10 @@ def test_what_is_written_reads_as_the_same_flags(tmp_path, flags):
 )
 def test_settings_of_memory_that_were_chosen_are_written_as_if_they_had_been_given(tmp_path, method, chosen):
     args = parsed("--memory_budget_gb", "20", "--optimizer", "adamw", "--mixed_precision", "bf16", method=method)
-    args = apply_settings(args, replace(read_settings(args), **chosen))
+    args = apply_settings(args, replace(memory_settings_of(args), **chosen))
     again = reread(written(args), tmp_path, method)
     assert (again.memory_budget_gb, again.max_grad_norm) == (None, args.max_grad_norm)
-    assert read_settings(again) == read_settings(args)
+    assert memory_settings_of(again) == memory_settings_of(args)
     assert chosen.keys() <= again.given
 
 

@@ -11,8 +11,8 @@ from data.prepared import write_empty_prompt
 from diffusion.tasks import ImageToVideo
 from methods.lora import Lora
 from models.source import ModelSource
-from run.encoded_inputs import encode_conditions, find_empty_prompt
-from run.spec import check_recipe
+from run.encoded_inputs import encode_inputs, find_empty_prompt
+from run.spec import check_spec
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -29,14 +29,14 @@ def test_images_to_begin_with_are_cut_to_the_videos_size_as_clips_are(tiny_model
     argv += ["--validation_prompt", "a", "--validation_images", str(tmp_path / "wide.png")]
     args = parse_args([*argv, "--video_reshape_mode", mode], task="image-to-video", method="lora")
     data = plan_training_data(args, with_images=True)
-    conditions = encode_conditions(check_recipe(args, data, ImageToVideo(0.05, False), Lora(4, 4.0)))
-    (image,) = conditions.images
+    inputs = encode_inputs(check_spec(args, data, ImageToVideo(0.05, False), Lora(4, 4.0)))
+    (image,) = inputs.images
     if mode == "center":
         assert image.size == (96, 64)
     assert image.getpixel((0, 0)) == left
-    assert conditions.prompts.load("a").shape == conditions.prompts.load("").shape == (226, 64)
-    assert conditions.vae is not None  # the clips are raw
-    assert conditions.empty_prompt is None  # no caption is dropped
+    assert inputs.prompts.load("a").shape == inputs.prompts.load("").shape == (226, 64)
+    assert inputs.vae is not None  # the clips are raw
+    assert inputs.empty_prompt is None  # no caption is dropped
 
 
 def test_the_empty_prompt_is_the_one_that_the_data_was_prepared_with(tiny_models, tmp_path):

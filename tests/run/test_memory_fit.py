@@ -7,17 +7,18 @@ from dataclasses import asdict
 import pytest
 
 from args import parse_args
-from checkpoints.folder import TrainerState
 from checkpoints.manifest import write_manifest
+from checkpoints.state import TrainerState
 from common.errors import UserError
+from common.logs import start_logging
 from common.run_folder import STATE_FILE
 from data.buckets import Bucket
 from data.plan import TrainingData, plan_training_data
-from memory.settings import MemorySettings, read_settings
-from methods.lora import FullFinetune, Lora
+from memory.settings import MemorySettings, memory_settings_of
+from methods.full import FullFinetune
+from methods.lora import Lora
 from models.source import ModelSource
-from run.launch import start_logging
-from run.memory_fit import choose_by_budget, chosen_before, describe_savings, run_facts, step_down, with_settings
+from run.memory_fit import choose_by_budget, chosen_before, run_facts, step_down, training_memory_advice, with_settings
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def make_run(tiny_models, demo_clips, tmp_path):
 def test_a_budget_that_is_ample_keeps_the_fastest_settings(make_run, capsys):
     run = make_run("lora", "--memory_budget_gb", "80")
     start_logging()
-    assert choose_by_budget(*run) == read_settings(run[0])
+    assert choose_by_budget(*run) == memory_settings_of(run[0])
     logged = capsys.readouterr().err
     assert "--memory_budget_gb 80: nothing to change; takes " in logged and "(calculated, not measured)" in logged
 
@@ -88,7 +89,7 @@ def test_what_memory_depends_on_is_read_from_the_run(make_run, tiny_models):
 
 def test_the_savings_advised_are_those_of_the_ladder_each_smaller_than_the_one_before(make_run):
     args, data, method = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "4")
-    now, batch, *rungs, sizes = describe_savings(args, data, method)
+    now, batch, *rungs, sizes = training_memory_advice(args, data, method)
     assert now.startswith("now: 4 x 17x64x96 takes ") and now.endswith("GB (calculated, not measured)")
     assert batch.startswith("--train_batch_size 1 --gradient_accumulation_steps 4 (the same steps): ")
     assert rungs[0].startswith("--gradient_checkpointing --checkpoint_every ")
@@ -100,12 +101,12 @@ def test_the_savings_advised_are_those_of_the_ladder_each_smaller_than_the_one_b
 
 def test_savings_that_are_made_already_are_not_advised(make_run):
     flags = ("--gradient_checkpointing", "--quantize_base", "int8", "--stream_blocks", "--train_batch_size", "1")
-    _, *rungs, _ = describe_savings(*make_run("lora", "--mixed_precision", "bf16", *flags))
+    _, *rungs, _ = training_memory_advice(*make_run("lora", "--mixed_precision", "bf16", *flags))
     assert [line.split(":")[0] for line in rungs] == ["--offload_checkpoints"]
 
 
 def test_what_is_advised_takes_as_little_as_it_says(make_run):
     args, data, method = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "1")
-    flags, said = describe_savings(args, data, method)[-2].split(": ")
+    flags, said = training_memory_advice(args, data, method)[-2].split(": ")
     args, data, method = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "1", *flags.split())
-    assert f"takes {said.split(',')[0]} " in describe_savings(args, data, method)[0]
+    assert f"takes {said.split(',')[0]} " in training_memory_advice(args, data, method)[0]

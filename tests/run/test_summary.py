@@ -10,11 +10,12 @@ from data.plan import plan_training_data
 from diffusion.tasks import TextToVideo
 from memory.ladder import Choice
 from memory.settings import GB, MemorySettings
-from methods.lora import FullFinetune, Lora
+from methods.full import FullFinetune
+from methods.lora import Lora
 from models.source import ModelSource
 from run.setup import make_sampler
-from run.spec import check_recipe
-from run.summary import describe_memory, describe_method, describe_model, describe_start
+from run.spec import check_spec
+from run.summary import describe_expected_memory, describe_method, describe_model, describe_start
 
 
 @pytest.fixture
@@ -26,12 +27,12 @@ def summarize(tiny_models, demo_clips, tmp_path, fresh_accelerator):
         argv += ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
         argv += ["--seed", "0", "--max_train_steps", "30", "--train_batch_size", "2", "--optimizer", "adamw"]
         args = parse_args([*argv, *flags], task="text-to-video", method="lora")
-        recipe = check_recipe(args, plan_training_data(args), TextToVideo(), Lora(rank=8, alpha=4))
-        recipe = replace(recipe, state=replace(recipe.state, step=done))
-        _, schedule = make_sampler(recipe, recipe.state.schedule)
-        transformer = recipe.source.load_transformer(torch.float32)
-        recipe.method.attach(transformer)
-        text = describe_start(recipe, transformer, schedule, 30, padding)
+        spec = check_spec(args, plan_training_data(args), TextToVideo(), Lora(rank=8, alpha=4))
+        spec = replace(spec, state=replace(spec.state, step=done))
+        _, schedule = make_sampler(spec, spec.state.schedule)
+        transformer = spec.source.load_transformer(torch.float32)
+        spec.method.attach(transformer)
+        text = describe_start(spec, transformer, schedule, 30, padding)
         starts = {len(line) - len(line.split(maxsplit=1)[1]) for line in text.splitlines()}
         assert len(starts) == 1, text  # one column
         return dict(line.split(maxsplit=1) for line in text.splitlines())
@@ -94,5 +95,5 @@ def test_a_method_is_described_by_what_it_trains():
 def test_expected_memory_stands_beside_what_the_card_has():
     choice = Choice(MemorySettings("lora"), 3 * GB, is_measured=True)
     card = torch.cuda.get_device_properties(0).total_memory / GB
-    said = describe_memory(choice, torch.device("cuda"), shares=True)
+    said = describe_expected_memory(choice, torch.device("cuda"), shares=True)
     assert said == f"3.00 GB of {card:.2f} GB expected (measured on a GPU), less where GPUs share weights"

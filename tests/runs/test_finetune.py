@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 
 import cogvideox_text_to_video_lora
 from args import parse_args
-from checkpoints.folder import read_state
 from checkpoints.schedule import ScheduleStart
+from checkpoints.state import read_state
 from curves import curve
 from data.plan import plan_training_data
 from diffusion.tasks import TextToVideo
 from methods.lora import Lora
-from run.finetune import train as train_loop
+from run.loop import train as train_loop
 from run.setup import Run, set_up
-from run.spec import check_recipe
+from run.spec import check_spec
 from run.trainable import build_optimizer
 
 
@@ -402,12 +402,12 @@ def set_up_with_scaler(model: Path, data: Path, output: Path, scale: float | Non
     argv += ["--max_train_steps", "2", "--gradient_accumulation_steps", "2", "--lr_scheduler", "linear"]
     argv += ["--train_batch_size", "1", "--lr_warmup_steps", "0", "--max_grad_norm", "0.1", "--report_to", "none"]
     args = parse_args(argv, task="text-to-video", method="lora")
-    run = set_up(check_recipe(args, plan_training_data(args), TextToVideo(), Lora(8, 8.0)))
+    run = set_up(check_spec(args, plan_training_data(args), TextToVideo(), Lora(8, 8.0)))
     if scale is not None:
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        optimizer, schedule = build_optimizer(args, run.learner.trainable, args.learning_rate, 2, has_scaler=True)
+        optimizer, schedule = build_optimizer(args, run.trainable.parameters, args.learning_rate, 2, has_scaler=True)
         optimizer = AcceleratedOptimizer(optimizer, scaler=scaler)
-        run.learner = replace(run.learner, optimizer=optimizer, lr_scheduler=schedule)
+        run.trainable = replace(run.trainable, optimizer=optimizer, lr_scheduler=schedule)
         run.accelerator.scaler, run.accelerator._optimizers = scaler, [optimizer]
         # As on a GPU with fp16, which accelerate refuses to start with on a CPU.
         run.accelerator.native_amp, run.accelerator.state._mixed_precision = True, "fp16"
@@ -419,7 +419,7 @@ def test_a_gradient_scaler_is_undone_before_gradients_are_clipped(tiny_models, p
     for scale in (None, 1024.0):
         args, run = set_up_with_scaler(tiny_models("5b"), prepared, tmp_path / str(scale), scale)
         train_loop(args, run)
-        trained.append([parameter.detach().clone() for parameter in run.learner.trainable])
+        trained.append([parameter.detach().clone() for parameter in run.trainable.parameters])
         AcceleratorState._reset_state(reset_partial_state=True)
     for plain, scaled in zip(*trained, strict=True):
         torch.testing.assert_close(scaled, plain, atol=1e-6, rtol=1e-4)
@@ -429,9 +429,9 @@ def test_a_step_whose_scaled_gradients_overflow_is_skipped_and_not_counted_by_th
     tiny_models, prepared, tmp_path
 ):
     args, run = set_up_with_scaler(tiny_models("5b"), prepared, tmp_path, 1024.0)
-    run.learner.trainable[0].register_hook(lambda gradient: torch.full_like(gradient, math.inf))
-    before = [parameter.detach().clone() for parameter in run.learner.trainable]
+    run.trainable.parameters[0].register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+    before = [parameter.detach().clone() for parameter in run.trainable.parameters]
     train_loop(args, run)
-    assert all(torch.equal(now, then) for now, then in zip(run.learner.trainable, before, strict=True))
-    assert run.learner.lr_scheduler.get_last_lr() == [1e-3]
+    assert all(torch.equal(now, then) for now, then in zip(run.trainable.parameters, before, strict=True))
+    assert run.trainable.lr_scheduler.get_last_lr() == [1e-3]
     assert run.accelerator.scaler.get_scale() == 1024.0 / 4  # halved by each of the two steps

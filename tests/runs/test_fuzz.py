@@ -35,6 +35,7 @@ from PIL import Image
 
 from args import parse_prepare_args
 from common.errors import UserError
+from common.text_files import index_lines
 from data.buckets import Bucket
 from data.plan import RawData, plan_raw_clips
 from data.prepared import (
@@ -42,7 +43,6 @@ from data.prepared import (
     StoredTensor,
     check_encoders,
     claim_folder,
-    index_lines,
     read_index,
     read_tensor,
     sample_in_files,

@@ -13,11 +13,12 @@ from diffusers.utils import export_to_video
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
 import prepare_dataset
-from data.buckets import Bucket, Draw
+from data.buckets import Bucket
 from data.prepared import PreparedClip, read_index, read_tensor
+from data.sampler import Draw
 from dataset import Batch
-from diffusion.latents import sample_generators
 from diffusion.objective import Objective
+from diffusion.randomness import sample_generators
 from diffusion.tasks import TextToVideo
 from models.source import ModelSource
 

@@ -22,8 +22,9 @@ from dataset import Batch
 from diffusion.latents import velocity_losses
 from diffusion.objective import Objective
 from diffusion.tasks import ImageToVideo, TextToVideo
+from models.encoding import encode_noised_image, encode_prompts
 from models.prompts import PromptCache
-from models.source import ModelSource, encode_noised_image, encode_prompts
+from models.source import ModelSource
 from schedulers import alphas_cumprod
 
 

@@ -21,9 +21,9 @@ from args import parse_args
 from data.plan import plan_training_data
 from diffusion.tasks import ImageToVideo, TextToVideo
 from methods.lora import Lora
-from run.finetune import train
+from run.loop import train
 from run.setup import Run, set_up
-from run.spec import check_recipe
+from run.spec import check_spec
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -86,4 +86,4 @@ def set_up_run(model: str, prepared: Path, output: Path, task: TextToVideo | Ima
         Image.new("RGB", (96, 64), "gray").save(image)
         flags += ["--validation_images", str(image), "--ignore_learned_positional_embeddings"]
     args = parse_args(flags, task=task.name, method="lora")
-    return set_up(check_recipe(args, plan_training_data(args), task, Lora(4, 4.0))), args
+    return set_up(check_spec(args, plan_training_data(args), task, Lora(4, 4.0))), args

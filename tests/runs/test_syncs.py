@@ -12,9 +12,9 @@ from args import parse_args
 from data.plan import plan_training_data
 from diffusion.tasks import ImageToVideo
 from methods.lora import Lora
-from run.finetune import train
+from run.loop import train
 from run.setup import set_up
-from run.spec import check_recipe
+from run.spec import check_spec
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -49,7 +49,7 @@ def run(model: Path, data: Path, output: Path, steps: int, *flags: str) -> None:
         method="lora",
     )
     task = ImageToVideo(args.noised_image_dropout, args.ignore_learned_positional_embeddings)
-    train(args, set_up(check_recipe(args, plan_training_data(args), task, Lora(4, 4, dropout=args.lora_dropout))))
+    train(args, set_up(check_spec(args, plan_training_data(args), task, Lora(4, 4, dropout=args.lora_dropout))))
 
 
 class FetchedNumbers(TorchDispatchMode):

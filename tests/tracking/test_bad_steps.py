@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import UserError
 from common.run_folder import MANIFEST
-from parallel.coordinator import Agreement
+from parallel.coordinator import Coordinator
 from tracking.bad_steps import Step, StepGuard
 
 
@@ -20,7 +20,7 @@ def steps(*losses: float, grad_norm: float | None = 1.0) -> list[Step]:
 
 @pytest.fixture
 def guard(tmp_path) -> StepGuard:
-    return StepGuard(Agreement(), 3, tmp_path)
+    return StepGuard(Coordinator(), 3, tmp_path)
 
 
 @pytest.mark.parametrize("step", [Step(7, NAN, 1.0, ["a.mp4", "b.mp4"]), Step(7, INF, None, ["a.mp4", "b.mp4"])])

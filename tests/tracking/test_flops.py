@@ -5,10 +5,10 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.buckets import Bucket
+from data.buckets import Bucket, count_tokens
 from forward_pass import COGVIDEOX_5B, load, predict
 from methods.lora import Lora
-from tracking.flops import count_flops, count_tokens, peak_tflops
+from tracking.flops import count_flops, peak_tflops
 
 
 def test_a_step_of_cogvideox_5b():

@@ -8,7 +8,7 @@ from accelerate.tracking import GeneralTracker
 
 from data.buckets import Bucket
 from forward_pass import COGVIDEOX_5B
-from parallel.coordinator import Agreement
+from parallel.coordinator import Coordinator
 from tracking.bad_steps import StepGuard
 from tracking.progress import StepLog, in_words
 from tracking.throughput import Throughput
@@ -41,7 +41,7 @@ def test_every_step_is_logged_and_every_interval_says_how_fast_it_was(tmp_path, 
     accelerator = Accelerator(cpu=True, log_with=[curves])
     accelerator.init_trackers("run")
     throughput = Throughput(COGVIDEOX_5B, accelerator.device, 1, torch.float32, trains_all=False)
-    guard = StepGuard(Agreement(), 3, tmp_path)
+    guard = StepGuard(Coordinator(), 3, tmp_path)
     log = StepLog(accelerator, first_step=10, total_steps=15, interval=2, throughput=throughput, guard=guard)
     rate = torch.tensor(0.5)  # torchao's optimizers change theirs in place
     with caplog.at_level(logging.INFO):
@@ -66,7 +66,7 @@ def test_every_step_is_logged_and_every_interval_says_how_fast_it_was(tmp_path, 
 def test_after_ten_steps_it_says_once_how_long_the_rest_takes(tmp_path, caplog):
     accelerator = Accelerator(cpu=True)
     throughput = Throughput(COGVIDEOX_5B, accelerator.device, 1, torch.float32, trains_all=False)
-    guard = StepGuard(Agreement(), 3, tmp_path)
+    guard = StepGuard(Coordinator(), 3, tmp_path)
     log = StepLog(accelerator, first_step=20, total_steps=50, interval=4, throughput=throughput, guard=guard)
     with caplog.at_level(logging.INFO):
         for step in range(30):

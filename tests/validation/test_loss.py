@@ -13,15 +13,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from args import parse_args
 from common.errors import UserError
-from data.buckets import Bucket, Draw
-from data.clips import PlannedClip
+from data.buckets import Bucket
+from data.clips import ClipSample
 from data.plan import plan_validation_clips
+from data.sampler import Draw
 from dataset import Batch, ClipDataset
 from diffusion.objective import Objective
 from diffusion.tasks import ImageToVideo
+from models.encoding import encode_noised_image, encode_videos
 from models.prompts import PromptCache
-from models.source import ModelSource, encode_noised_image, encode_videos
-from parallel.coordinator import Agreement
+from models.source import ModelSource
+from parallel.coordinator import Coordinator
 from validation.loss import (
     clip_losses,
     encode_validation_set,
@@ -37,7 +39,7 @@ NUM_CLIPS = 3
 
 
 @pytest.fixture(scope="module")
-def held_out(demo_clips, tmp_path_factory) -> list[PlannedClip]:
+def held_out(demo_clips, tmp_path_factory) -> list[ClipSample]:
     """Three clips of 5 x 32 x 48."""
     folder = tmp_path_factory.mktemp("held-out")
     videos = sorted((demo_clips / "videos").iterdir())[:NUM_CLIPS]
@@ -55,13 +57,13 @@ def held_out(demo_clips, tmp_path_factory) -> list[PlannedClip]:
 class Encoders:
     """The parts of a tiny model that encode the clips."""
 
-    def __init__(self, model: Path, folder: Path, clips: list[PlannedClip]):
+    def __init__(self, model: Path, folder: Path, clips: list[ClipSample]):
         source = ModelSource(str(model))
         self.vae = source.load_vae(torch.float32, slicing=False, tiling=False)
         self.prompts = PromptCache(folder, source, torch.float32)
         self.prompts.embed([planned.clip.caption for planned in clips], CPU)
 
-    def encode(self, clips: list[PlannedClip], *, with_images: bool = False, **ranks: int) -> list[Batch]:
+    def encode(self, clips: list[ClipSample], *, with_images: bool = False, **ranks: int) -> list[Batch]:
         return encode_validation_set(
             clips, self.vae, self.prompts, reshape_mode="center", with_images=with_images, **ranks
         )
@@ -78,7 +80,7 @@ def whole(encoders, held_out) -> list[Batch]:
     return encoders.encode(held_out)
 
 
-def frames_of(planned: PlannedClip) -> torch.Tensor:
+def frames_of(planned: ClipSample) -> torch.Tensor:
     """A clip as the model is to see it, `[1, F, 3, H, W]`."""
     return ClipDataset([planned], reshape_mode="center", random_flip=None, seed=0)[Draw(0, 0)].videos
 
@@ -157,7 +159,7 @@ def make_batches(means: list[float]) -> list[Batch]:
 
 def test_the_loss_at_a_quantile_is_the_mean_over_clips_and_the_loss_the_mean_over_quantiles():
     losses, failures = validation_losses(
-        StandIn(), make_batches([1.0, 2.0, 6.0]), Accelerator(cpu=True), Agreement(), 1000
+        StandIn(), make_batches([1.0, 2.0, 6.0]), Accelerator(cpu=True), Coordinator(), 1000
     )
     assert failures == []
     expected = {f"validation_loss/t={timestep}": 3.0 * timestep for timestep in TIMESTEPS}
@@ -231,7 +233,7 @@ def image_batches() -> list[Batch]:
 
 
 def test_the_losses_of_a_model_are_the_same_at_every_call_and_on_any_ranks(image_objective, image_batches):
-    alone, _ = validation_losses(image_objective, image_batches, Accelerator(cpu=True), Agreement(), 1000)
+    alone, _ = validation_losses(image_objective, image_batches, Accelerator(cpu=True), Coordinator(), 1000)
     torch.rand(5)
     together: dict[int, list[float]] = {}
     for share in ([image_batches[1]], [image_batches[0]]):
@@ -254,7 +256,7 @@ def test_a_loss_that_fails_is_a_warning(caplog):
             raise RuntimeError("out of memory")
 
     broken = Broken()
-    losses, failures = validation_losses(broken, make_batches([1.0]), Accelerator(cpu=True), Agreement(), 1000)
+    losses, failures = validation_losses(broken, make_batches([1.0]), Accelerator(cpu=True), Coordinator(), 1000)
     assert (losses, failures) == ({}, ["rank 0: RuntimeError: out of memory"])
     log_validation_losses(Accelerator(cpu=True), losses, failures, 7)
     assert "the validation loss at step 7 failed, training goes on; rank 0: RuntimeError: out of memory" in caplog.text

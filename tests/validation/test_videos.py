@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models.prompts import PromptCache
 from models.source import ModelSource
-from parallel.coordinator import Agreement
+from parallel.coordinator import Coordinator
 from validation.videos import ValidationSettings, validate
 
 
@@ -61,7 +61,7 @@ class Workplace:
         self, settings: ValidationSettings = SETTINGS, step: int = 5, accelerator: Accelerator | None = None, **options
     ):
         accelerator, given = accelerator or Accelerator(cpu=True), (settings, self.prompts, self.folder, step)
-        return validate(accelerator, Agreement(), self.make_pipeline, *given, **options)
+        return validate(accelerator, Coordinator(), self.make_pipeline, *given, **options)
 
     def videos(self, step: int = 5) -> list[np.ndarray]:
         return [read_video(file) for file in sorted((self.folder / f"step-{step}").glob("*.mp4"))]
@@ -89,7 +89,7 @@ def workplace(tiny_models, tmp_path, embeddings):
 @pytest.fixture
 def warnings_of(caplog):
     """Give the project's own warnings so far."""
-    ours = ("validation", "validation_trackers")
+    ours = ("validation.videos", "validation.trackers")
     return lambda: [
         record.getMessage() for record in caplog.records if record.levelno == logging.WARNING and record.name in ours
     ]

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.buckets import Bucket
-from data.clips import Clip, PlannedClip
+from data.clips import Clip, ClipSample
+from preparation.dry_run import sample_for_sheet
 from repository import TRAINING
 from video import contact_sheet
-from video.contact_sheet import SheetRow, draw_contact_sheet, sample_for_sheet
+from video.contact_sheet import SheetRow, draw_contact_sheet
 from video.probe import VideoInfo
 
 
@@ -149,7 +150,7 @@ def plan(*numbers):
     buckets = [Bucket(9, 16 * (number + 1), 16) for number, count in enumerate(numbers) for _ in range(count)]
     order = np.random.default_rng(0).permutation(len(buckets))
     return [
-        PlannedClip(Clip(Path(f"{i}.mp4"), "", f"list:{i}"), VideoInfo(9, 16, 16, 8.0), buckets[at], (0,) * 9)
+        ClipSample(Clip(Path(f"{i}.mp4"), "", f"list:{i}"), VideoInfo(9, 16, 16, 8.0), buckets[at], (0,) * 9)
         for i, at in enumerate(order)
     ]
 

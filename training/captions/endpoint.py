@@ -11,9 +11,8 @@ import httpx
 from PIL import Image
 
 from captions.text import NoCaption, clean_caption
-from common.errors import UserError, listing
+from common.errors import UserError, listing, one_line
 from common.hub_token import HubToken, without_tokens
-from data.rows import one_line
 
 
 _SERVE = "vllm serve Qwen/Qwen2.5-VL-7B-Instruct"

@@ -8,9 +8,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captions.text import clean_caption
-from common.errors import UserError
-from common.out_of_memory import memory_that_ran_out
-from data.rows import one_line
+from common.errors import UserError, one_line
+from common.failures import memory_that_ran_out
 
 
 class ModelCaptioner:

@@ -11,7 +11,7 @@ from PIL import Image
 from captions.text import IMAGE_PROMPT, VIDEO_PROMPT, NoCaption
 from common.bars import tqdm
 from common.errors import UserError, listing
-from data.clips import BadClip, PlannedClip
+from data.clips import BadClip, ClipSample
 from video.io import read_frames
 
 
@@ -29,7 +29,7 @@ class Captioner(Protocol):
         ...
 
 
-def see_frames(planned: PlannedClip, max_size: int) -> list[Image.Image]:
+def see_frames(planned: ClipSample, max_size: int) -> list[Image.Image]:
     """The frames chosen of a clip, each once, in RGB, their longer side at most `max_size` pixels.
 
     Raises:
@@ -44,7 +44,7 @@ def see_frames(planned: PlannedClip, max_size: int) -> list[Image.Image]:
     return frames
 
 
-def caption_clip(planned: PlannedClip, captioner: Captioner, prompt: str | None, max_size: int) -> str:
+def caption_clip(planned: ClipSample, captioner: Captioner, prompt: str | None, max_size: int) -> str:
     """Have a clip described.
 
     Args:
@@ -62,8 +62,8 @@ def caption_clip(planned: PlannedClip, captioner: Captioner, prompt: str | None,
 
 
 def caption_clips(
-    clips: Mapping[str, PlannedClip],
-    caption: Callable[[str, PlannedClip], None],
+    clips: Mapping[str, ClipSample],
+    caption: Callable[[str, ClipSample], None],
     num_workers: int,
     stopped: threading.Event,
 ) -> list[BadClip]:

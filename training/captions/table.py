@@ -15,9 +15,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import written_whole
-from data.prepared import index_lines
-from data.tables import read_json
-from models.fingerprints import digest_lines
+from common.text_files import digest_lines, index_lines, read_json
 
 
 AUTHOR_COLUMN = "captioned_by"  # tells this table from others: the model's name, or USER

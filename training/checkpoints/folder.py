@@ -3,23 +3,23 @@
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError
 
-from checkpoints.manifest import find_damage, size_of, write_manifest
-from checkpoints.schedule import ScheduleStart
+from checkpoints.manifest import size_of, write_manifest
+from checkpoints.state import TrainerState
 from common.errors import UserError, first_line
 from common.files import nearest_folder, replace_folder
-from common.run_folder import STATE_FILE, list_checkpoints, list_unfinished
-from methods.lora import FullFinetune, Lora
-from parallel.coordinator import Agreement
+from common.run_folder import STATE_FILE, list_checkpoints
+from methods.full import FullFinetune
+from methods.lora import Lora
+from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp, load_optimizer, save_optimizer, take_sharded
 from parallel.sharding import load_state, save_state, whole_weights
 
@@ -27,40 +27,6 @@ from parallel.sharding import load_state, save_state, whole_weights
 logger = logging.getLogger(__name__)
 _REMOVED = ".removed."
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
-
-
-@dataclass(frozen=True)
-class TrainerState:
-    """What a resumed run must know beside weights, optimizer and learning-rate schedule."""
-
-    step: int  # optimizer steps done
-    seed: int
-    settings: dict[str, Any]  # that must not change on the way, by flag
-    memory: dict[str, Any] = field(default_factory=dict)  # settings that were chosen for the run, by flag
-    schedule: ScheduleStart = field(default_factory=ScheduleStart)  # that the steps are counted from
-
-    def check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Refuse to go on with other settings.
-
-        Raises:
-            UserError: lists those that differ.
-        """
-        made_with = {**self.settings, "--seed": self.seed}
-        differing = [
-            f"{name} was {_in_words(before)}, is now {_in_words(value)}"
-            for name, value in settings.items()
-            # A checkpoint of before there was a switch is one without it.
-            if (before := made_with.get(name, False if value is False else None)) != value
-        ]
-        if differing:
-            raise UserError(
-                f"--resume_from_checkpoint: the checkpoint is of a run with other settings: {'; '.join(differing)}; "
-                "give them as they were, or start anew in another --output_dir"
-            )
-
-
-def _in_words(value: object) -> object:
-    return ("on" if value else "off") if isinstance(value, bool) else value
 
 
 class CheckpointFolder:
@@ -73,10 +39,10 @@ class CheckpointFolder:
         total_limit: how many are kept; None for all.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, agreement: Agreement, total_limit: int | None):
+    def __init__(self, folder: Path, accelerator: Accelerator, coordinator: Coordinator, total_limit: int | None):
         self.folder = folder
         self.accelerator = accelerator
-        self.agreement = agreement
+        self.coordinator = coordinator
         self.total_limit = total_limit
 
     def save(self, state: TrainerState, min_bytes: int = 0) -> Path:
@@ -90,17 +56,17 @@ class CheckpointFolder:
         """
         target = self.folder / f"checkpoint-{state.step}"
         partial = self.folder / f".partial.{target.name}"
-        self.agreement.from_main(lambda: self._make_room(partial, min_bytes))
+        self.coordinator.from_main(lambda: self._make_room(partial, min_bytes))
         problem = None
         try:
             save_state(self.accelerator, partial)
         except WRITE_ERRORS as error:
             problem = why_unwritten(error)
         # Not a barrier of the GPUs: the ranks write for differently long.
-        if problems := [found for found in self.agreement.gather(problem) if found]:
-            self.agreement.from_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        if problems := [found for found in self.coordinator.gather(problem) if found]:
+            self.coordinator.from_main(lambda: shutil.rmtree(partial, ignore_errors=True))
             raise self._cannot_write(target, problems[0])
-        self.agreement.from_main(lambda: self._finish(partial, target, state))
+        self.coordinator.from_main(lambda: self._finish(partial, target, state))
         return target
 
     def _make_room(self, partial: Path, min_bytes: int) -> None:
@@ -184,62 +150,6 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
             f"--resume_from_checkpoint: {folder} cannot be loaded ({error}); move it away and give latest, which is "
             "the one before"
         ) from error
-
-
-def read_state(folder: Path) -> TrainerState:
-    """Read how far the run of a checkpoint was.
-
-    Raises:
-        UserError: the folder is no checkpoint.
-    """
-    try:
-        values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        return TrainerState(**values | {"schedule": ScheduleStart(**values.get("schedule", {}))})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--resume_from_checkpoint: {folder} is no complete checkpoint (cannot read its {STATE_FILE})"
-        ) from error
-
-
-def newest_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
-    """What `find_checkpoint` returns if nothing is damaged, found without reading it all."""
-    if resume_from != "latest":
-        return None if resume_from is None else Path(resume_from)
-    checkpoints = list_checkpoints(output_dir)
-    return checkpoints[-1][1] if checkpoints else None
-
-
-def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to resume from: a folder, or for "latest" the newest whole one; None to start anew.
-
-    Every byte of it is compared with its manifest. Damaged ones that "latest" passes over are named in a warning.
-
-    Raises:
-        UserError: the folder given is damaged or no checkpoint, or all that there are.
-    """
-    if resume_from is None:
-        return None
-    if resume_from != "latest":
-        folder = Path(resume_from)
-        if damage := find_damage(folder):
-            raise UserError(
-                f"--resume_from_checkpoint: {folder} is no whole checkpoint: {damage}; latest passes over it"
-            )
-        return folder
-    for folder in list_unfinished(output_dir):
-        logger.warning("warning: %s is no checkpoint (it was never finished); passed over", folder)
-    checkpoints = [folder for _, folder in list_checkpoints(output_dir)]
-    for folder in reversed(checkpoints):
-        damage = find_damage(folder)
-        if damage is None:
-            return folder
-        logger.warning("warning: %s is damaged (%s); passed over", folder, damage)
-    if checkpoints:
-        raise UserError(
-            f"--resume_from_checkpoint latest: every checkpoint in '{output_dir}' is damaged; to start anew, give "
-            "another --output_dir"
-        )
-    return None
 
 
 def checkpoint_only_what_trains(accelerator: Accelerator, method: Lora | FullFinetune) -> None:

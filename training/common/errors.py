@@ -51,3 +51,15 @@ def listing(title: str, items: Sequence[object], most: int = 20) -> str:
     if len(items) > most:
         lines.append(f"  ... and {len(items) - most} more")
     return "\n".join([title, *lines])
+
+
+def one_line(text: object, most: int = 1000) -> str:
+    """Text as a message can hold it: on one line, at most so long, without what is no Unicode."""
+    line = " ".join(str(text).encode("utf-8", "backslashreplace").decode().split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def described(value: object) -> str:
+    """A value of the wrong type: its type, and if it is a number, that too."""
+    kind = type(value).__name__
+    return one_line(f"{kind} {value}", 200) if isinstance(value, int | float) else kind

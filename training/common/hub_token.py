@@ -3,7 +3,6 @@
 Whatever is printed or logged goes through `without_tokens`. Trackers get neither the flag nor a command line with it.
 """
 
-import logging
 import os
 import re
 import sys
@@ -61,40 +60,3 @@ def _found() -> list[str]:
     except (OSError, ValueError):  # nobody logged in
         of_login = ""
     return [token.strip() for token in (*environment, of_login)]
-
-
-class TokenFreeFormatter(logging.Formatter):
-    """Formats log records, tracebacks included, without tokens."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """What is written of a record."""
-        return without_tokens(super().format(record))
-
-
-class SaidBefore(logging.Filter):
-    """Lets what a library logs through once; what the toolkit itself has to say, every time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is written."""
-        message = record.getMessage()
-        is_new = message not in self.said or TOOLKIT in Path(record.pathname).parents
-        self.said.add(message)
-        return is_new
-
-
-def log_without_tokens(level: int) -> None:
-    """Write what the toolkit and its libraries log to stderr, message by message, and no token.
-
-    Args:
-        level: what is less than that is not written.
-    """
-    from common.bars import LineHandler  # by tqdm, which is not there yet when flags are read
-
-    handler = LineHandler()
-    handler.addFilter(SaidBefore())
-    handler.setFormatter(TokenFreeFormatter("%(message)s"))
-    logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -56,3 +56,12 @@ def precision_of(args: argparse.Namespace) -> str:
 def uses_deepspeed() -> bool:
     """Whether `accelerate launch` was asked for DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def uses_fsdp() -> bool:
+    """Whether `accelerate launch` was asked for FSDP."""
+    return _is_set("ACCELERATE_USE_FSDP")
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")

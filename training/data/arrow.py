@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.errors import UserError
-from data.rows import Row, Table, one_line
+from common.errors import UserError, one_line
+from data.rows import Row, Table
 
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ class BadClip:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedClip:
+class ClipSample:
     """A sample: which frames of a clip go into which bucket."""
 
     clip: Clip
@@ -58,7 +58,7 @@ def plan_clips(
     long_clips: str = "spread",
     hold_last_frame: bool = False,
     with_images: bool = False,
-) -> tuple[list[PlannedClip], list[BadClip]]:
+) -> tuple[list[ClipSample], list[BadClip]]:
     """Give every clip its frames and its bucket, or the reason why it has none.
 
     Args:
@@ -98,7 +98,7 @@ def plan_clips(
             continue
         for part, indices in enumerate(samples):
             bucket = bucket_of(len(indices), info.height, info.width)
-            planned.append(PlannedClip(clip, info, bucket, indices, part, first_frame, num_held))
+            planned.append(ClipSample(clip, info, bucket, indices, part, first_frame, num_held))
     return planned, bad
 
 

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.errors import UserError
+from common.text_files import read_utf8
 from data.media_cache import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from data.rows import Row, Table
-from data.tables import TABLE_SUFFIXES, read_utf8
+from data.tables import TABLE_SUFFIXES
 
 
 _SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES | {".txt"}

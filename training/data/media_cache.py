@@ -7,19 +7,19 @@ in them is left to the probe.
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from time import monotonic
 
 import av
 import numpy as np
 from PIL import Image
 
-from common.errors import UserError
+from common.errors import UserError, described, one_line
 from common.files import written_whole
-from data.downloads import pieces_within
 from data.paths import stays_inside
-from data.rows import UnusableRow, described, one_line
+from data.rows import UnusableRow
 from video.media import decode_still_image, reason_of
 
 
@@ -230,3 +230,25 @@ def _cached(cache: Path, digest: str, name: str, write: Callable[[Path], object]
         except av.FFmpegError as error:
             raise UserError(f"{path} cannot be written: {reason_of(error)}") from error
     return path
+
+
+def pieces_within(pieces: Iterable[bytes], most_bytes: int, most_seconds: float) -> Iterator[bytes]:
+    """Pass the pieces of a file on as they come.
+
+    Args:
+        pieces: each asked for only when the one before it has been passed on.
+        most_bytes: of the file.
+        most_seconds: from the first piece asked for to the last; looked at when a piece has come.
+
+    Raises:
+        ValueError: the file is larger.
+        TimeoutError: it takes longer.
+    """
+    deadline, taken = monotonic() + most_seconds, 0
+    for piece in pieces:
+        taken += len(piece)
+        if taken > most_bytes:
+            raise ValueError(f"larger than {most_bytes / 2**20:g} MiB")
+        if monotonic() > deadline:
+            raise TimeoutError(f"not whole within {most_seconds:g} s")
+        yield piece

@@ -11,13 +11,13 @@ from typing import Any
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import written_whole
+from common.text_files import digest_lines
 from data.buckets import Bucket, make_buckets
-from data.clips import BadClip, PlannedClip, plan_clips
-from data.prepared import PreparedClip, read_index, read_settings
-from data.report import describe_plan, sequence_length
-from data.sources import DataSource, read_clips, read_mix, weights_to_repeats
-from flags.checks import PREPARED_FLAGS
-from models.fingerprints import digest_lines
+from data.clips import BadClip, ClipSample, plan_clips
+from data.mix import read_mix, weights_to_repeats
+from data.prepared import PREPARED_FLAGS, PreparedClip, read_index, read_prepared_settings
+from data.report import plan_table, sequence_length
+from data.sources import DataSource, read_clips
 from video.cache import FileCache, default_cache_folder
 from video.probe import probe_files
 
@@ -29,7 +29,7 @@ SKIPPED_FILE = "skipped_clips.csv"
 class RawData:
     """Clips to be decoded, and those that cannot be used."""
 
-    clips: Sequence[PlannedClip]
+    clips: Sequence[ClipSample]
     bad: Sequence[BadClip] = ()
     held_out: "RawData | None" = None  # clips whose loss is measured, and which are not trained on
 
@@ -204,7 +204,9 @@ def validation_data_flags(args: argparse.Namespace) -> argparse.Namespace:
     places = {"data_root": None, "dataset_name": None, "dataset_mix": None, "max_samples": None}
     flags = vars(args) | places | {"dataset_file": args.validation_dataset_file}
     if args.load_tensors:
-        made_with = [read_settings(folder).get("flags", {}) for folder in _prepared_folders(data_sources(args))]
+        made_with = [
+            read_prepared_settings(folder).get("flags", {}) for folder in _prepared_folders(data_sources(args))
+        ]
         first = made_with[0]
         flags |= {
             name: first[name]
@@ -218,7 +220,7 @@ def validation_data_flags(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**flags)
 
 
-def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[PlannedClip]]) -> list[PlannedClip]:
+def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[ClipSample]]) -> list[ClipSample]:
     """The samples of all data sets, with weights turned into repeats: weights count samples, not listed clips."""
     joined = []
     for repeats, samples in zip(weights_to_repeats(sources, list(map(len, planned))), planned, strict=True):
@@ -283,7 +285,7 @@ def _prepared_folders(sources: Sequence[DataSource]) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def describe(
+def describe_plan(
     data: TrainingData, model: Any, configs: Any, *, batch_size: int, num_ranks: int = 1, reshape_mode: str = "center"
 ) -> str:
     """The plan as a table for the log.
@@ -307,7 +309,7 @@ def describe(
         return "\n".join(
             f"{bucket}: {count} prepared samples of {tokens_of(bucket)} tokens" for bucket, count in counts.items()
         )
-    return describe_plan(
+    return plan_table(
         data.clips,
         batch_size=batch_size,
         num_ranks=num_ranks,

@@ -47,6 +47,9 @@ FILES_INDEX = "data.jsonl"
 LISTS = ("prompts.txt", "videos.txt")
 EMPTY_PROMPT_FILE = "empty_prompt.safetensors"
 STAGING = ".staging"
+# How raw clips become samples; settled for good when they are prepared.
+PREPARED_FLAGS = ("id_token", "video_reshape_mode", "random_flip", "fps", "skip_frames_start", "skip_frames_end")
+PREPARED_FLAGS += ("long_clips", "hold_last_frame", "height_buckets", "width_buckets", "frame_buckets")
 # Of an index: what leads to files.
 _PATH_KEYS = ("latents", "prompt_embeds", "video_latent", "prompt_embed", "image_latent")
 
@@ -104,7 +107,7 @@ def encoder_differences(one: Mapping[str, str | None], other: Mapping[str, str |
 
 def check_encoders(folder: Path, encoders: Mapping[str, str | None]) -> str | None:
     """What is wrong with training a model with these encoders on a prepared folder; None: nothing that can be told."""
-    settings = read_settings(folder)
+    settings = read_prepared_settings(folder)
     different = encoder_differences(encoders, settings.get("encoders", {}))
     if not different:
         return None
@@ -190,7 +193,7 @@ def claim_folder(folder: Path, settings: PreparedSettings) -> PreparedSettings:
     """
     path = folder / SETTINGS_FILE
     if path.exists():
-        earlier = read_settings(folder)
+        earlier = read_prepared_settings(folder)
         differing = settings.differences(earlier)
         if differing:
             raise UserError(
@@ -215,12 +218,7 @@ def write_settings(folder: Path, settings: PreparedSettings) -> None:
         partial.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
 
 
-def index_lines(entries: Iterable[Mapping[str, Any]]) -> str:
-    """The text of an index: a JSON object a line."""
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_prepared_settings(folder: Path) -> dict[str, Any]:
     """The settings that a folder was prepared with; empty for folders of the original script.
 
     Raises:

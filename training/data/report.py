@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import median
 
 from common.files import written_whole
-from data.buckets import Bucket, BucketBatchSampler
-from data.clips import BadClip, Clip, PlannedClip
+from data.buckets import Bucket
+from data.clips import BadClip, Clip, ClipSample
+from data.sampler import BucketBatchSampler
 
 
 # A sample that plays this many times slower or faster than the model's videos teaches another kind of motion.
@@ -17,8 +18,8 @@ _FAR_RATE = 2
 _EXAMPLES = 3
 
 
-def describe_plan(
-    planned: Sequence[PlannedClip],
+def plan_table(
+    planned: Sequence[ClipSample],
     *,
     batch_size: int,
     num_ranks: int = 1,
@@ -68,7 +69,7 @@ def describe_plan(
     return "\n".join([*lines, *_duplicate_notes(planned)])
 
 
-def write_plan(planned: Iterable[PlannedClip], bad: Iterable[BadClip], path: Path) -> None:
+def write_plan(planned: Iterable[ClipSample], bad: Iterable[BadClip], path: Path) -> None:
     """Write the whole plan as a CSV, UTF-8: one line for every sample, then one for every bad clip.
 
     first_frame, last_frame: numbers in the file, from 0. held: frames that repeat the last one. cropped: share of the
@@ -102,13 +103,13 @@ def sequence_length(
 
 
 def _table(
-    planned: Sequence[PlannedClip],
+    planned: Sequence[ClipSample],
     batches: Mapping[Bucket, int],
     tokens_of: Callable[[Bucket], int] | None,
     off_aspect: str,
 ) -> list[str]:
     """The lines of the table, its columns set to one width."""
-    samples: dict[Bucket, list[PlannedClip]] = defaultdict(list)
+    samples: dict[Bucket, list[ClipSample]] = defaultdict(list)
     for sample in planned:
         samples[sample.bucket].append(sample)
     unused = _unused_shares(planned)
@@ -134,7 +135,7 @@ def _table(
     ]
 
 
-def _unused_shares(planned: Sequence[PlannedClip]) -> dict[Bucket, float]:
+def _unused_shares(planned: Sequence[ClipSample]) -> dict[Bucket, float]:
     """For each bucket, the share of the frames of its clips that no sample shows, in this bucket or another."""
     frames, shown = Counter(), Counter()
     for _, of_clip in groupby(planned, key=lambda sample: id(sample.clip)):
@@ -146,17 +147,17 @@ def _unused_shares(planned: Sequence[PlannedClip]) -> dict[Bucket, float]:
     return {bucket: 1 - shown[bucket] / frames[bucket] for bucket in frames}
 
 
-def _upscaling(sample: PlannedClip) -> float:
+def _upscaling(sample: ClipSample) -> float:
     return max(sample.bucket.height / sample.info.height, sample.bucket.width / sample.info.width)
 
 
-def _off_aspect(sample: PlannedClip) -> float:
+def _off_aspect(sample: ClipSample) -> float:
     """Share of the picture that is outside the bucket's aspect ratio."""
     ratio = (sample.info.width * sample.bucket.height) / (sample.info.height * sample.bucket.width)
     return 1 - min(ratio, 1 / ratio)
 
 
-def _repeat_notes(planned: Sequence[PlannedClip]) -> Iterator[str]:
+def _repeat_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
     counts = Counter(sample.clip.repeats for sample in planned)
     if set(counts) == {1}:
         return
@@ -167,7 +168,7 @@ def _repeat_notes(planned: Sequence[PlannedClip]) -> Iterator[str]:
     yield f"in an epoch come {times}"
 
 
-def _sample_notes(planned: Sequence[PlannedClip]) -> Iterator[str]:
+def _sample_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
     """How many samples are not simply a clip: parts of a long one, or a short one filled up."""
     num_split = sum(sample.part == 1 for sample in planned)
     if num_split:
@@ -182,7 +183,7 @@ def _sample_notes(planned: Sequence[PlannedClip]) -> Iterator[str]:
         )
 
 
-def _rate_notes(planned: Sequence[PlannedClip], model_fps: float | None) -> Iterator[str]:
+def _rate_notes(planned: Sequence[ClipSample], model_fps: float | None) -> Iterator[str]:
     """What motion the model will learn where samples play far from its own rate."""
     if model_fps is None:
         return
@@ -200,7 +201,7 @@ def _rate_notes(planned: Sequence[PlannedClip], model_fps: float | None) -> Iter
             )
 
 
-def _shown_fps(sample: PlannedClip) -> float | None:
+def _shown_fps(sample: ClipSample) -> float | None:
     """Frames a second of the frames chosen, without those held; None where it cannot be told."""
     indices, info = sample.frame_indices[: len(sample.frame_indices) - sample.num_held], sample.info
     first, last = indices[0], indices[-1]
@@ -211,7 +212,7 @@ def _shown_fps(sample: PlannedClip) -> float | None:
     return (len(indices) - 1) / seconds if seconds > 0 else None
 
 
-def _duplicate_notes(planned: Sequence[PlannedClip]) -> Iterator[str]:
+def _duplicate_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
     """Clips with the same file content, with the same caption or another."""
     # Most clips are there once: the first of each is kept, and the rest of the work is for those that come again.
     first: dict[str, Clip] = {}
@@ -264,7 +265,7 @@ _COLUMNS = (
 )
 
 
-def _row(sample: PlannedClip) -> dict[str, object]:
+def _row(sample: ClipSample) -> dict[str, object]:
     """A sample's line of the CSV."""
     caption = " ".join(sample.clip.caption.split())
     return {

@@ -28,15 +28,3 @@ class Table:
 
 class UnusableRow(Exception):
     """What is wrong with one row, as the end of a sentence that starts with the clip: "has no caption"."""
-
-
-def one_line(text: object, most: int = 1000) -> str:
-    """Text as a message can hold it: on one line, at most so long, without what is no Unicode."""
-    line = " ".join(str(text).encode("utf-8", "backslashreplace").decode().split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
-
-
-def described(value: object) -> str:
-    """A value of the wrong type: its type, and if it is a number, that too."""
-    kind = type(value).__name__
-    return one_line(f"{kind} {value}", 200) if isinstance(value, int | float) else kind

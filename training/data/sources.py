@@ -4,29 +4,23 @@ Every form is read into rows under named columns, and every row becomes a `Clip`
 without a word. Whether a listed file exists, and what is in it, is left to the probe.
 """
 
-import difflib
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.errors import UserError, listing
+from common.errors import UserError, described, one_line
 from data.arrow import read_dataset
 from data.clips import BadClip, Clip
 from data.folder import read_folder
-from data.media_cache import expand_home, first_frame_file, media_file
-from data.paths import stays_inside
-from data.rows import Row, Table, UnusableRow, described, one_line
-from data.tables import has_text_files, read_json, read_table, read_text_files
-
-
-_PATH_KEYS = ("data_root", "dataset_file", "dataset_name")  # of an entry of a mix
+from data.media_cache import first_frame_file, media_file
+from data.rows import Row, Table, UnusableRow
+from data.tables import has_text_files, read_table, read_text_files
 
 
 @dataclass(frozen=True)
@@ -211,117 +205,3 @@ def _name_of(video: object) -> str:
     """What messages call a clip. A caption where a path belongs must not fill the screen."""
     name = video.get("path") if isinstance(video, dict) else video
     return one_line(name, 200) if isinstance(name, str) and name.strip() else "unnamed clip"
-
-
-def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
-    """Read the data sets of a --dataset_mix file.
-
-    Args:
-        file: JSON, an array of objects whose keys are fields of `DataSource`; a prepared folder has `data_root` alone.
-            Relative paths start from the file's own folder, so that it means the same wherever it is used from; ~/ is
-            the home folder. A `dataset_file` may also lie in its `data_root`. Paths stay below the file's folder,
-            unless `defaults` allow others.
-        defaults: what the flags say, for the fields that an entry leaves out. Which data an entry reads, and its
-            repeats or weight, never come from there.
-
-    Returns:
-        One for each entry, its paths absolute.
-
-    Raises:
-        UserError: naming entry and key: unknown, of the wrong type, contradictory, or missing; or all that lead out of
-            the file's folder.
-    """
-    entries = [entry for _, entry in read_json(file)]
-    if not entries:
-        raise UserError(f"--dataset_mix {file} lists no data sets")
-    for number, entry in enumerate(entries, 1):
-        _check_entry(f"--dataset_mix {file}, entry {number}", entry)
-    if not defaults.allow_outside_paths:
-        _check_places(file, entries)
-    weighted = ["weight" in entry for entry in entries]
-    if any(weighted) and not all(weighted):
-        number = weighted.index(False) + 1
-        raise UserError(f"--dataset_mix {file}, entry {number} has no weight; either all entries have one, or none")
-    no_data = {"data_root": None, "dataset_file": None, "dataset_name": None, "dataset_config_name": None}
-    blank = replace(defaults, **no_data, repeats=1.0, weight=None)
-    return [replace(blank, **_with_paths(entry, file.parent.absolute())) for entry in entries]
-
-
-def _check_entry(where: str, entry: object) -> None:
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} is {described(entry)}, not an object")
-    known = [field.name for field in fields(DataSource) if field.name != "allow_outside_paths"]
-    for key, value in entry.items():
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1, 0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {key!r}; {hint}")
-        _check_value(where, key, value)
-    for first, second in (("repeats", "weight"), ("dataset_file", "dataset_name")):
-        if first in entry and second in entry:
-            raise UserError(f"{where} has both {first!r} and {second!r}; leave one of them out")
-    if not entry.keys() & {"data_root", "dataset_file", "dataset_name"}:
-        raise UserError(f"{where} names no data: give it data_root, dataset_file or dataset_name")
-
-
-def _check_value(where: str, key: str, value: object) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if key == "dataset_streaming":
-        fits, expected = isinstance(value, bool), "true or false"
-    elif key == "max_samples":
-        fits, expected = is_number and isinstance(value, int) and value > 0, "a whole number above 0"
-    elif key in ("repeats", "weight"):
-        fits, expected = is_number and 1e-6 <= value <= 1e6, "a number from 0.000001 to 1000000"
-    else:
-        fits, expected = isinstance(value, str) and value.strip(), "text"
-    if not fits:
-        raise UserError(f"{where}: {key!r} is {json.dumps(value)}; it must be {expected}")
-
-
-def _check_places(file: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """No entry leads out of the folder that the file is in."""
-    folder = file.parent.absolute()
-    outside = [
-        f"entry {number}: {key!r} is {value}"
-        for number, entry in enumerate(entries, 1)
-        for key in _PATH_KEYS
-        if (value := entry.get(key)) is not None
-        # The name of a data set on the hub starts no path.
-        and not stays_inside(expand_home(value), folder, [folder])
-    ]
-    if outside:
-        title = (
-            f"--dataset_mix {file}: data sets outside of the file's own folder; put it into a folder above them, or "
-            "give --allow_outside_paths if you trust it and what they list:"
-        )
-        raise UserError(listing(title, outside, most=len(outside)))
-
-
-def _with_paths(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    values = {key: expand_home(value) if key in _PATH_KEYS else value for key, value in entry.items()}
-    if "data_root" in values:
-        values["data_root"] = folder / values["data_root"]
-    if "dataset_file" in values:
-        beside, below = (place / values["dataset_file"] for place in (folder, values.get("data_root", folder)))
-        values["dataset_file"] = beside if os.path.isfile(beside) else below
-    if "dataset_name" in values and os.path.isdir(folder / values["dataset_name"]):
-        values["dataset_name"] = str(folder / values["dataset_name"])
-    return values
-
-
-def weights_to_repeats(sources: Sequence[DataSource], num_samples: Sequence[int]) -> list[float | None]:
-    """How often the samples of each data set come in an epoch by their weights; None for one without a weight.
-
-    A weight w is the share of the samples of an epoch, against the sum of all. With n samples each repeats w / n
-    times, scaled so that the least repeated data set comes exactly once an epoch.
-
-    Args:
-        sources: all with a weight, or none, as `read_mix` gives them.
-        num_samples: of each that can be used.
-    """
-    densities = [
-        source.weight / count if source.weight is not None and count else None
-        for source, count in zip(sources, num_samples, strict=True)
-    ]
-    least = min((density for density in densities if density is not None), default=None)
-    return [None if density is None else density / least for density in densities]

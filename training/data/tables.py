@@ -5,15 +5,14 @@ Rows are counted from 1, as lines are.
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, described
+from common.text_files import read_json, read_lines, read_utf8
 from data.arrow import read_parquet
-from data.rows import Row, Table, described
+from data.rows import Row, Table
 
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -88,28 +87,6 @@ def _text_file(data_root: Path, column: str, default: str) -> Path:
     return named if column.endswith(".txt") or os.path.isfile(named) else data_root / default
 
 
-def read_lines(file: Path, at_least: int = 0) -> list[str]:
-    """Stripped lines, without blank ones at the end. Only line ends split: U+2028 and the like stay in the caption."""
-    lines = [line.strip() for line in read_utf8(file).replace("\r\n", "\n").replace("\r", "\n").split("\n")]
-    while len(lines) > at_least and not lines[-1]:
-        lines.pop()
-    return lines
-
-
-def read_utf8(file: Path) -> str:
-    """Read a text file, without a byte order mark.
-
-    Raises:
-        UserError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return file.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: byte {error.start} does not fit; save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-
-
 def read_table(file: Path) -> Table:
     """Read a table of a kind that its suffix tells.
 
@@ -168,33 +145,6 @@ def _unquoted(cell: str) -> str:
     if len(cell) >= 2 and cell[0] == cell[-1] == '"' and '"' not in inner:
         return inner.strip()
     return cell
-
-
-def read_json(file: Path) -> list[tuple[str, Any]]:
-    """Read an array, or one value a line, whichever it is.
-
-    Returns:
-        (where it is, what it is) of each value.
-
-    Raises:
-        UserError: it is neither; with the line.
-    """
-    text = read_utf8(file)
-    if text.lstrip().startswith("["):
-        return [(f"{file.name}:row {number}", value) for number, value in enumerate(_parsed(text, file), 1)]
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [(f"{file.name}:{number}", _parsed(line, file, number)) for number, line in lines]
-
-
-def _parsed(text: str, file: Path, first_line: int = 1) -> Any:
-    advice = "it must be an array of objects, or one object a line"
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{file}:{first_line + error.lineno - 1}"
-        raise UserError(f"{place} is not valid JSON: {error.msg} at character {error.colno}; {advice}") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of open brackets
-        raise UserError(f"{file}:{first_line} is not valid JSON: {error}; {advice}") from error
 
 
 def _json_row(place: str, value: object) -> Row:

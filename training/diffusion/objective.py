@@ -17,7 +17,9 @@ from diffusion.latents import (
 )
 from diffusion.tasks import ImageToVideo, TextToVideo
 from diffusion.timesteps import TimestepSampling
-from models.source import ModelConfigs, NoiseScheduler, encode_videos
+from models.configs import ModelConfigs
+from models.encoding import encode_videos
+from models.source import NoiseScheduler
 
 
 @dataclass

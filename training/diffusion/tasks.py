@@ -16,7 +16,8 @@ from common.errors import UserError
 from data.buckets import Bucket
 from dataset import Batch
 from diffusion.latents import image_noise_scales, sample_latents, sample_uniform
-from models.source import ModelConfigs, encode_noised_image
+from models.configs import ModelConfigs
+from models.encoding import encode_noised_image
 
 
 class SizeFlags(NamedTuple):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from diffusers.training_utils import compute_snr
 
-from diffusion.latents import sample_uniform, step_generator
+from diffusion.latents import sample_uniform
+from diffusion.randomness import step_generator
 from models.source import NoiseScheduler
 
 

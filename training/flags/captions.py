@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from common.errors import UserError
-from data.tables import read_utf8
+from common.text_files import read_utf8
 from flags.checks import check_dataset_name
 from flags.data import add_dataset_flags, add_dataset_name_flags, add_skip_flags
 from flags.types import FlagParser, non_negative_float, non_negative_int, path, positive_float, positive_int, prose

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.run_folder import CONFIG_FILE, LORA_FILE, holds_other_config, list_checkpoints, list_results
-from data.prepared import read_settings
+from data.prepared import PREPARED_FLAGS, read_prepared_settings
 from flags.training import ALL_LINEAR
 
 
@@ -91,29 +91,6 @@ def check_dataset_name(args: argparse.Namespace) -> None:
     for flag in ("dataset_config_name", "dataset_streaming"):
         if getattr(args, flag) and not args.dataset_name:
             raise UserError(f"--{flag}: no effect without --dataset_name; leave it out")
-
-
-# How raw clips become samples; settled for good when they are prepared.
-PREPARED_FLAGS = ("id_token", "video_reshape_mode", "random_flip", "fps", "skip_frames_start", "skip_frames_end")
-PREPARED_FLAGS += ("long_clips", "hold_last_frame", "height_buckets", "width_buckets", "frame_buckets")
-
-
-def check_prepared_flags(args: argparse.Namespace, given: set[str]) -> None:
-    """Flags on raw clips that come with --load_tensors say what the data was prepared with."""
-    if not args.load_tensors or not args.data_root:
-        return
-    made_with = read_settings(Path(args.data_root)).get("flags", {})
-    # The launchers pass the length of validation videos as a frame bucket.
-    differing = [
-        f"--{name} was {made_with[name]!r}, is now {getattr(args, name)!r}"
-        for name in PREPARED_FLAGS
-        if name in given and name != "frame_buckets" and name in made_with and made_with[name] != getattr(args, name)
-    ]
-    if differing:
-        raise UserError(
-            f"--load_tensors: '{args.data_root}' was prepared otherwise ({'; '.join(differing)}); prepare it again, "
-            "or leave these flags out"
-        )
 
 
 def check_validation(args: argparse.Namespace, task: str) -> None:
@@ -292,7 +269,7 @@ def check_no_earlier_run(args: argparse.Namespace) -> None:
         )
 
 
-def find_checkpoint(args: argparse.Namespace) -> None:
+def resolve_checkpoint(args: argparse.Namespace) -> None:
     """Replace a checkpoint's bare name by its path inside the output folder."""
     wanted = args.resume_from_checkpoint
     if wanted is None or wanted == "latest":
@@ -352,3 +329,21 @@ def _learning_rate_warnings(args: argparse.Namespace, method: str) -> list[str]:
             "1e-4 to 1e-3"
         ]
     return []
+
+
+def check_prepared_flags(args: argparse.Namespace, given: set[str]) -> None:
+    """Flags on raw clips that come with --load_tensors say what the data was prepared with."""
+    if not args.load_tensors or not args.data_root:
+        return
+    made_with = read_prepared_settings(Path(args.data_root)).get("flags", {})
+    # The launchers pass the length of validation videos as a frame bucket.
+    differing = [
+        f"--{name} was {made_with[name]!r}, is now {getattr(args, name)!r}"
+        for name in PREPARED_FLAGS
+        if name in given and name != "frame_buckets" and name in made_with and made_with[name] != getattr(args, name)
+    ]
+    if differing:
+        raise UserError(
+            f"--load_tensors: '{args.data_root}' was prepared otherwise ({'; '.join(differing)}); prepare it again, "
+            "or leave these flags out"
+        )

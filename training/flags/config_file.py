@@ -24,7 +24,7 @@ class FileSetting:
         return SWITCH_WORDS.get(self.value.lower()) if isinstance(self.value, str) else None
 
 
-def read_config(file: str) -> list[FileSetting]:
+def read_config_file(file: str) -> list[FileSetting]:
     """Read the settings of a file, in their order.
 
     Raises:

@@ -18,7 +18,7 @@ _SAID_BY_FLAGS = {
 }
 
 
-def read_config() -> dict[str, Any]:
+def read_deepspeed_config() -> dict[str, Any]:
     """DeepSpeed's configuration as far as it was given: the file of `deepspeed_config_file`, else what the YAML says.
 
     Raises:
@@ -47,7 +47,7 @@ def read_config() -> dict[str, Any]:
 
 def zero_stage() -> int:
     """What is divided among processes: 1 the optimizer's states, 2 the gradients too, 3 the weights too; 0 nothing."""
-    return read_config()["zero_optimization"].get("stage", 0) if uses_deepspeed() else 0
+    return read_deepspeed_config()["zero_optimization"].get("stage", 0) if uses_deepspeed() else 0
 
 
 def describe_division() -> str | bool:
@@ -63,7 +63,7 @@ def check_zero(args: argparse.Namespace) -> None:
     """
     if not uses_deepspeed():
         return
-    precision, config = precision_of(args), read_config()
+    precision, config = precision_of(args), read_deepspeed_config()
     _check_config(args, config, precision)
     stage = config["zero_optimization"].get("stage", 0)
     if stage not in (1, 2, 3):

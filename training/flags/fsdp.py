@@ -4,7 +4,7 @@ import argparse
 import os
 
 from common.errors import UserError
-from common.ranks import precision_of
+from common.ranks import _is_set, precision_of, uses_fsdp
 from flags.optimizer import LOW_BITS
 
 
@@ -14,11 +14,6 @@ _FOR_WHOLE_WEIGHTS = {
     **dict.fromkeys((*LOW_BITS, "use_torchao"), _LOW_BIT_REMEDY),
     **dict.fromkeys(("use_ema", "enable_model_cpu_offload", "memory_budget_gb", "auto_fit"), "leave it out"),
 }
-
-
-def uses_fsdp() -> bool:
-    """Whether `accelerate launch` was asked for FSDP."""
-    return _is_set("ACCELERATE_USE_FSDP")
 
 
 def check_fsdp(args: argparse.Namespace) -> None:
@@ -45,7 +40,3 @@ def check_fsdp(args: argparse.Namespace) -> None:
     ):
         if is_given:
             raise UserError(f"{flag}: does not work on weights in shards (FSDP); {remedy}")
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("true", "1")

@@ -13,9 +13,9 @@ from flags.generation_checks import (
     DEFAULT_FOLDER,
     DEFAULT_SEED,
     SHEET,
-    check_memory,
     check_sampling,
-    check_sizes,
+    check_sampling_memory,
+    check_video_sizes,
     find_loras,
     find_prompts,
     find_transformer,
@@ -46,9 +46,9 @@ def parse_generate_args(argv: Sequence[str] | None = None) -> argparse.Namespace
         args.image = find_images("--image", args.image)
         if args.image and len(args.image) != len(args.prompts):
             raise UserError(f"--image: {len(args.image)} for {len(args.prompts)} prompts; give one for each prompt")
-        check_sizes(args)
+        check_video_sizes(args)
         check_sampling(args, given)
-        check_memory(args)
+        check_sampling_memory(args)
         check_model(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
         args.loras = find_loras(args)
         args.transformer = args.transformer and find_transformer(args.transformer)

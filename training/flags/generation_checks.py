@@ -54,7 +54,7 @@ def find_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def check_sizes(args: argparse.Namespace) -> None:
+def check_video_sizes(args: argparse.Namespace) -> None:
     """What is said of the size is what the VAE takes."""
     for flag, size in (("--height", args.height), ("--width", args.width)):
         if size is not None:
@@ -76,7 +76,7 @@ def check_sampling(args: argparse.Namespace, given: set[str]) -> None:
         raise UserError("--negative_prompt: no effect without guidance; raise --guidance_scale above 1")
 
 
-def check_memory(args: argparse.Namespace) -> None:
+def check_sampling_memory(args: argparse.Namespace) -> None:
     """The ways of saving memory go together."""
     if args.enable_sequential_cpu_offload and args.enable_model_cpu_offload:
         raise UserError("--enable_sequential_cpu_offload: goes further than --enable_model_cpu_offload; give one")
@@ -162,7 +162,7 @@ def _name(number: int, prompt: str, seed: int) -> str:
 HOST_SAVINGS = "give --dtype bf16 or --quantize_base int8, smaller --height and --width, or fewer --num_frames"
 
 
-def describe_savings(args: argparse.Namespace) -> list[str]:
+def sampling_memory_advice(args: argparse.Namespace) -> list[str]:
     """What makes sampling take less of the GPU's memory, for the user: a line each, the least costly first."""
     is_offloaded = args.enable_model_cpu_offload or args.enable_sequential_cpu_offload
     savings = [

@@ -3,8 +3,7 @@
 import argparse
 
 from common.errors import UserError
-from common.ranks import launch_size, uses_deepspeed
-from flags.fsdp import uses_fsdp
+from common.ranks import launch_size, uses_deepspeed, uses_fsdp
 from flags.types import choice, positive_float, positive_int
 
 

@@ -76,7 +76,7 @@ def add_prepare_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def describe_savings(args: argparse.Namespace) -> list[str]:
+def preparation_memory_advice(args: argparse.Namespace) -> list[str]:
     """What makes the preparation take less of the GPU's memory, for the user: a line each, the least costly first."""
     anew = "; into a new folder"
     savings = [

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from common.errors import UserError
 from common.hub_token import without_tokens
-from flags.config_file import FileSetting, read_config
+from flags.config_file import FileSetting, read_config_file
 
 
 _NOT_GIVEN = object()
@@ -76,7 +76,7 @@ class FlagParser(argparse.ArgumentParser):
     def _read_file(self, file: str, namespace: argparse.Namespace) -> argparse.Namespace:
         """Parse the settings of a file as if each had been typed, so that they are checked as those are."""
         try:
-            settings = read_config(file)
+            settings = read_config_file(file)
         except UserError as error:
             self.error(str(error))
         lines: dict[str, int] = {}

@@ -12,7 +12,7 @@ from memory.activation_bytes import batch_bytes, decoding_bytes, kept_memory, sa
 from memory.facts import ModelFacts, ParameterFacts, Workload
 from memory.pinned import power_above
 from memory.settings import GB, MemorySettings
-from models.source import ModelConfigs
+from models.configs import ModelConfigs
 
 
 _TINY = 4096  # numbers; optimizers of low precision leave smaller tensors in full precision

@@ -8,11 +8,11 @@ dtype.
 from dataclasses import dataclass
 from math import prod
 
+from data.buckets import count_tokens
 from memory.activations import count_kept
 from memory.facts import ModelFacts, Workload
 from memory.settings import MemorySettings
-from models.source import ModelConfigs
-from tracking.flops import count_tokens
+from models.configs import ModelConfigs
 
 
 _DECODER_TENSORS = 10, 7.5  # alive at once in the decoder's last layers, see `decoding_bytes`

@@ -8,8 +8,9 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import nn
 
 from data.buckets import Bucket
-from methods.lora import FullFinetune, Lora
-from models.source import DTYPES, ModelConfigs
+from methods.full import FullFinetune
+from methods.lora import Lora
+from models.configs import DTYPES, ModelConfigs
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,7 @@ def measure_or_calculate(
     return Choice(settings, int(calculate(settings) * _MARGIN + _CONTEXT), is_measured=False)
 
 
-def describe(choice: Choice, base: MemorySettings, budget_gb: float) -> str:
+def describe_settings(choice: Choice, base: MemorySettings, budget_gb: float) -> str:
     """What was chosen, in a line for the log.
 
     Args:

@@ -46,7 +46,7 @@ class MemorySettings:
 NAMES = tuple(field.name for field in fields(MemorySettings) if field.name != "method")
 
 
-def read_settings(args: argparse.Namespace) -> MemorySettings:
+def memory_settings_of(args: argparse.Namespace) -> MemorySettings:
     """The settings that checked flags say.
 
     Args:

@@ -1,7 +1,6 @@
 """What is trainable, and what a run writes at its end."""
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,29 +8,23 @@ from pathlib import Path
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
-from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.integrations import dequantize_module_weight
-from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
-from common.files import replace_folder, written_whole
-from common.run_folder import LORA_FILE, PIPELINE_FOLDER, TRANSFORMER_FOLDER
+from common.files import written_whole
+from common.run_folder import LORA_FILE
 from flags.training import ALL_LINEAR, LORA_TARGET_MODULES
-from methods.lora_file import check_start, load_lora, read_lora
-from methods.pipeline_folder import find_components, write_pipeline
+from methods.lora_file import check_starting_lora, load_lora, read_lora
+from models.configs import ModelConfigs
 from models.quantization import check_quantization
-from models.source import DTYPES, ModelConfigs, ModelSource
-from parallel.fsdp import divided_like
+from models.source import ModelSource
 
 
 logger = logging.getLogger(__name__)
-
-# As diffusers names the files that `from_pretrained` looks for.
-_WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ class Lora:
             transformer = CogVideoXTransformer3DModel.from_config(configs.transformer)
             self._add_adapters(transformer)
         if self.start_from is not None:
-            check_start(self.start_from, transformer)
+            check_starting_lora(self.start_from, transformer)
 
     def attach(self, transformer: CogVideoXTransformer3DModel) -> None:
         """Freeze the transformer and add trainable adapters in float32 to it, with the values to start from."""
@@ -221,123 +214,3 @@ def _set_magnitudes(transformer: CogVideoXTransformer3DModel) -> None:
         if isinstance(layer, LoraLayer):
             weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
             layer.lora_magnitude_vector["default"].weight.data = torch.linalg.norm(weight, dim=1)
-
-
-@dataclass(frozen=True)
-class FullFinetune:
-    """All weights of the transformer; the forward pass computes in the precision of the run."""
-
-    save_pipeline: bool = False  # write a whole pipeline at the end, not the transformer alone
-    weights_dtype: str = "fp32"  # what is trained; bf16 needs updates that are rounded stochastically
-    max_shard_size: str = "10GB"  # of the transformer's files
-
-    def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
-        """What to load the transformer in: what is trained, whatever the computation takes."""
-        return DTYPES[self.weights_dtype]
-
-    def result_dtype(self, compute_dtype: torch.dtype, source: ModelSource) -> torch.dtype:
-        """What to store the result in: the dtype of the model's own files."""
-        return source.native_dtype()
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """What a resumed run must have in common with its checkpoint, by flag."""
-        return {"method": "full fine-tuning", "--weights_dtype": self.weights_dtype}
-
-    def check_model(self, configs: ModelConfigs, source: ModelSource) -> None:
-        """Find, or download, what the pipeline to be written needs beside the transformer.
-
-        Raises:
-            UserError: a part of the model is missing.
-        """
-        if self.save_pipeline:
-            find_components(source)
-
-    def attach(self, transformer: CogVideoXTransformer3DModel) -> None:
-        """Make every parameter trainable."""
-        transformer.requires_grad_(True)
-
-    def weight_names(self, transformer: CogVideoXTransformer3DModel) -> list[str]:
-        """Of what `save` writes, as in the transformer's `state_dict`."""
-        return list(transformer.state_dict())
-
-    def save(
-        self,
-        transformer: CogVideoXTransformer3DModel,
-        folder: Path,
-        dtype: torch.dtype,
-        weights: Mapping[str, torch.Tensor] | None = None,
-    ) -> Path:
-        """Write the transformer as `CogVideoXTransformer3DModel.from_pretrained(folder / "transformer")` loads it.
-
-        Args:
-            transformer: what was trained.
-            folder: where `transformer/` goes, in shards of at most `max_shard_size`.
-            dtype: to store the weights in.
-            weights: those of `weight_names`; the transformer's own when None.
-        """
-        partial, result = folder / f".partial.{TRANSFORMER_FOLDER}", folder / TRANSFORMER_FOLDER
-        shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
-        transformer.save_config(partial)
-        # On the CPU: a second copy of all weights may not fit beside what training holds on the device.
-        weights = transformer.state_dict() if weights is None else weights
-        weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
-        save_torch_state_dict(weights, partial, filename_pattern=_WEIGHTS, max_shard_size=self.max_shard_size)
-        replace_folder(partial, result)
-        return result
-
-    def save_result(
-        self,
-        transformer: CogVideoXTransformer3DModel,
-        source: ModelSource,
-        folder: Path,
-        dtype: torch.dtype,
-        weights: Mapping[str, torch.Tensor] | None = None,
-    ) -> Path:
-        """Write what the run was for, at its end: the transformer, and with `save_pipeline` all the rest of the model.
-
-        Args:
-            source: of the model that was tuned.
-
-        Raises:
-            UserError: the pipeline cannot be written; the transformer is in place.
-        """
-        result = self.save(transformer, folder, dtype, weights)
-        return write_pipeline(source, result, folder / PIPELINE_FOLDER) if self.save_pipeline else result
-
-    def load(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
-        """Load what `save` wrote.
-
-        Raises:
-            ValueError: the files are not of this transformer.
-        """
-        own = transformer.state_dict()
-        missing = {name: weight.shape for name, weight in own.items()}
-        for file in sorted((folder / TRANSFORMER_FOLDER).glob("*.safetensors")):
-            weights = load_file(file)
-            if any(missing.pop(name, None) != weight.shape for name, weight in weights.items()):
-                raise ValueError(f"{file} holds weights of another transformer")
-            with torch.no_grad():
-                for name, weight in weights.items():  # one after another: each goes to the device as a whole
-                    own[name].copy_(divided_like(weight, own[name]))
-        if missing:
-            raise ValueError(f"{folder / TRANSFORMER_FOLDER} lacks {len(missing)} weights, {min(missing)} among them")
-
-    def usage(
-        self, pipeline_class: str, model_path: str, folder: Path | str, model_changes: Sequence[str] = ()
-    ) -> list[str]:
-        """The code that loads the result, to be printed at the end of the run.
-
-        Args:
-            folder: of the run, or the repository that its result is uploaded to, which has no whole pipeline.
-            model_changes: ignored, the result's own config has them.
-        """
-        if self.save_pipeline and isinstance(folder, Path):
-            pipeline = folder / PIPELINE_FOLDER
-            return [f'pipe = {pipeline_class}.from_pretrained("{pipeline}", dtype=torch.bfloat16).to("cuda")']
-        return [
-            f'transformer = CogVideoXTransformer3DModel.from_pretrained("{folder}", subfolder="{TRANSFORMER_FOLDER}", '
-            "dtype=torch.bfloat16)",
-            f'pipe = {pipeline_class}.from_pretrained("{model_path}", transformer=transformer, '
-            'dtype=torch.bfloat16).to("cuda")',
-        ]

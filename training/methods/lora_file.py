@@ -87,7 +87,7 @@ def load_lora(transformer: CogVideoXTransformer3DModel, file: LoraFile) -> None:
     set_peft_model_state_dict(transformer, weights)
 
 
-def check_start(path: Path, transformer: CogVideoXTransformer3DModel) -> None:
+def check_starting_lora(path: Path, transformer: CogVideoXTransformer3DModel) -> None:
     """Refuse a LoRA to start from that is not of this model, or was trained with other flags.
 
     Args:

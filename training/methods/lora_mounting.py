@@ -9,11 +9,10 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 
-from common.errors import UserError, first_line
-from data.rows import one_line
+from common.errors import UserError, first_line, one_line
 from methods.lora_file import LoraFile, check_layers, location, read_lora
+from models.configs import ModelConfigs
 from models.sampling import Pipeline
-from models.source import ModelConfigs
 
 
 logger = logging.getLogger(__name__)

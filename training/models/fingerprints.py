@@ -1,17 +1,11 @@
 """Tell things apart by what they hold, wherever they lie: prepared data is good for a model with the same encoders."""
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 
 ENCODERS = ("vae", "text_encoder", "tokenizer")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
-
-
-def digest_lines(lines: Iterable[str]) -> str:
-    """A short digest of lines in their order."""
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()[:12]
 
 
 def fingerprint_encoders(model: Path | None, variant: str | None = None) -> dict[str, str | None]:

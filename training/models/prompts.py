@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from common.bars import tqdm
 from common.files import written_whole
-from models.source import ModelSource, encode_prompts
+from models.encoding import encode_prompts
+from models.source import ModelSource
 
 
 class PromptCache:

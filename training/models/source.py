@@ -1,8 +1,5 @@
 """Load a model's components from a folder or the hub, one at a time, and encode text and video with them."""
 
-import hashlib
-import inspect
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,72 +8,24 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from accelerate.utils import convert_outputs_to_fp32
 from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
-    ModelMixin,
 )
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from common.errors import UserError, first_line
-from data.buckets import Bucket
+from models.configs import CPU, ModelConfigs, _with_defaults
 from models.fingerprints import weight_files
 from models.quantization import compute_frozen, quantize_text_encoder, quantize_transformer
 
 
 NoiseScheduler = CogVideoXDDIMScheduler | CogVideoXDPMScheduler
-CPU = torch.device("cpu")
-DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ModelConfigs:
-    """The facts that tell the model kinds apart, as `from_pretrained` reads them; the path's name says nothing."""
-
-    transformer: dict[str, Any]
-    vae: dict[str, Any]
-    scheduler: dict[str, Any]
-
-    @property
-    def is_image_to_video(self) -> bool:
-        """Whether the transformer takes an image's latents beside the video's."""
-        return self.transformer["in_channels"] != self.vae["latent_channels"]
-
-    @property
-    def image_scaling_factor(self) -> float:
-        """What the latents of the image to start from are multiplied by.
-
-        Source: `CogVideoXImageToVideoPipeline.prepare_latents`; CogVideoX 1.5 was trained with the inverse.
-        """
-        factor = self.vae["scaling_factor"]
-        return 1 / factor if self.vae["invert_scale_latents"] else factor
-
-    @property
-    def native_size(self) -> Bucket:
-        """The size that the model was trained at."""
-        sample = self.transformer
-        height, width = 8 * sample["sample_height"], 8 * sample["sample_width"]
-        if sample["patch_size_t"] is not None:
-            # Published configs of CogVideoX 1.5 give the 300x300 latents that its positions reach to.
-            height, width = min(height, 768), min(width, 1360)
-        return Bucket(sample["sample_frames"], height, width)
-
-    @property
-    def native_fps(self) -> int:
-        """The frame rate of the videos that the model was trained on: CogVideoX 1.5 has patches in time, and 16."""
-        return 8 if self.transformer["patch_size_t"] is None else 16
-
-    @property
-    def kind(self) -> str:
-        """A digest of the transformer's config, which tells model kinds apart wherever the model lies."""
-        config = {name: value for name, value in self.transformer.items() if not name.startswith("_")}
-        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -324,122 +273,6 @@ class ModelSource:
         return str(folder.resolve()) if folder.exists() else f"{self.path}@{self.revision or 'main'}"
 
 
-def autocast_forward(transformer: CogVideoXTransformer3DModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Run the forward pass under autocast and return float32, as accelerate does where weights are not divided."""
-    if dtype != torch.float32:
-        autocast = torch.autocast(device.type, dtype, cache_enabled=False)
-        transformer.forward = convert_outputs_to_fp32(autocast(transformer.forward))
-
-
 def _device_map(device: torch.device) -> dict[str, torch.device] | None:
     """`from_pretrained`'s way to say that all goes to one device; it sets no hooks for one."""
     return None if device.type == "cpu" else {"": device}
-
-
-def _with_defaults(model_class: type[ModelMixin], config: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what a config lacks, as `from_pretrained` does.
-
-    The published folders of CogVideoX-2b and 5b are older than patches in time and learned positions.
-    """
-    parameters = inspect.signature(model_class.__init__).parameters.values()
-    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "self"}
-    return {**defaults, **config}
-
-
-def precision_warning(
-    compute_dtype: torch.dtype, native_dtype: torch.dtype | None, flag: str = "--mixed_precision"
-) -> str | None:
-    """What to tell a user who computes in a precision that the model's weights were not made for, if anything.
-
-    Args:
-        compute_dtype: of the forward pass.
-        native_dtype: that the weights are stored in; None if that is not known.
-        flag: which says what to compute in, for the message.
-    """
-    if (compute_dtype, native_dtype) != (torch.float16, torch.bfloat16):
-        return None
-    return (
-        f"{flag} fp16: this model was trained in bfloat16, whose numbers go up to 3e38; fp16 ends at 65504, "
-        f"so that activations overflow, which shows as NaN losses and black videos; use {flag} bf16"
-    )
-
-
-@torch.no_grad()
-def encode_prompts(pipeline: CogVideoXPipeline, prompts: list[str], max_sequence_length: int = 226) -> torch.Tensor:
-    """Embed prompts exactly as sampling does.
-
-    Args:
-        pipeline: with tokenizer and text encoder, on the device to use.
-        prompts: B of them; longer ones than `max_sequence_length` tokens are cut.
-
-    Returns:
-        `[B, max_sequence_length, D]`, in the text encoder's dtype and on its device.
-    """
-    prompt_embeds, _ = pipeline.encode_prompt(
-        prompts,
-        do_classifier_free_guidance=False,
-        max_sequence_length=max_sequence_length,
-        device=pipeline.text_encoder.device,
-        dtype=pipeline.text_encoder.dtype,
-    )
-    return prompt_embeds
-
-
-@torch.no_grad()
-def encode_videos(vae: AutoencoderKLCogVideoX, videos: torch.Tensor) -> torch.Tensor:
-    """Encode videos to the moments of the VAE's posterior.
-
-    Args:
-        vae: on the device to use.
-        videos: `[B, F, 3, H, W]`, uint8 on any device; F = 4k or 4k + 1.
-
-    Returns:
-        `[B, 2C, F', H / 8, W / 8]`: mean and log-variance on the channel axis, unscaled, in the VAE's dtype.
-    """
-    pixels = videos.to(vae.device).permute(0, 2, 1, 3, 4).to(torch.float32)
-    return _encode_pixels(vae, pixels.div_(127.5).sub_(1.0))
-
-
-@torch.no_grad()
-def encode_noised_image(
-    vae: AutoencoderKLCogVideoX, image: torch.Tensor, scales: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """Encode an image under noise of several strengths to the moments of the VAE's posterior.
-
-    Args:
-        vae: on the device to use.
-        image: `[3, H, W]`, uint8 on any device.
-        scales: `[K]`, the noise's standard deviations, for pixels in [-1, 1].
-        generator: of the noise; one on the CPU draws the same for every device.
-
-    Returns:
-        `[K, 2C, 1, H / 8, W / 8]`, as `encode_videos` gives them.
-    """
-    pixels = image.to(generator.device, torch.float32).div(127.5).sub(1.0)
-    noise = torch.randn(len(scales), *image.shape, generator=generator, device=generator.device)
-    noised = pixels + scales.view(-1, 1, 1, 1) * noise
-    moments = [_encode_pixels(vae, one[None, :, None].to(vae.device)) for one in noised]
-    return torch.cat(moments)
-
-
-def _encode_pixels(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
-    """`[B, 3, F, H, W]` in [-1, 1] -> moments."""
-    height, width = pixels.shape[-2:]
-    if vae.use_tiling and (height > vae.tile_sample_min_height or width > vae.tile_sample_min_width):
-        _check_tiles(vae)
-    # In this layout the CPU's 3D convolutions are several times as fast.
-    layout = torch.channels_last_3d if vae.device.type == "cpu" else torch.contiguous_format
-    return vae.encode(pixels.to(vae.dtype, memory_format=layout)).latent_dist.parameters
-
-
-def _check_tiles(vae: AutoencoderKLCogVideoX) -> None:
-    """diffusers steps from tile to tile in pixels; a step that is no whole number of latents displaces them."""
-    steps = (
-        int(vae.tile_sample_min_height * (1 - vae.tile_overlap_factor_height)),
-        int(vae.tile_sample_min_width * (1 - vae.tile_overlap_factor_width)),
-    )
-    if any(step % 8 for step in steps):
-        raise UserError(
-            f"--use_tiling, --enable_tiling: the tiles of this model's VAE are {steps[0]}x{steps[1]} pixels apart, "
-            "which does not divide by 8; leave the flag out"
-        )

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from common.errors import UserError
 
 
-T = TypeVar("T")
+_T = TypeVar("T")
 # Long enough for anything that a rank may do alone. Where one dies, its launcher or the closed connection ends others.
 PATIENCE = timedelta(days=7)
 
 
-class Agreement:
+class Coordinator:
     """Decisions that all ranks must take alike, and waits that may last, over CPUs.
 
     A collective of GPUs that one rank enters early is ended by a watchdog (--nccl_timeout), because it may be a hang.
@@ -68,7 +68,7 @@ class Agreement:
             self._asked[0].wait()
             self._asked = None
 
-    def from_main(self, find: Callable[[], T]) -> T:
+    def from_main(self, find: Callable[[], _T]) -> _T:
         """What `find` returns on the main process, on all of them.
 
         Args:
@@ -89,7 +89,7 @@ class Agreement:
             raise UserError(found[1])
         return found[0]
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: _T) -> list[_T]:
         """The values of all ranks, in their order, on all of them."""
         values: list[Any] = [value] * self.num_ranks
         if self.group is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, convert_outputs_to_fp32
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -25,8 +25,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-
-from models.source import autocast_forward
 
 
 _OPTIMIZER_FOLDER = "optimizer"  # of a checkpoint
@@ -158,3 +156,10 @@ def _reasons(error: CheckpointException) -> str:
 
 def _tensors(state_dict: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
+
+
+def autocast_forward(transformer: CogVideoXTransformer3DModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Run the forward pass under autocast and return float32, as accelerate does where weights are not divided."""
+    if dtype != torch.float32:
+        autocast = torch.autocast(device.type, dtype, cache_enabled=False)
+        transformer.forward = convert_outputs_to_fp32(autocast(transformer.forward))

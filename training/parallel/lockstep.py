@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from parallel.coordinator import Agreement
+from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp
 
 
@@ -30,8 +30,8 @@ class Lockstep:
         OutOfStep: this rank failed inside the network.
     """
 
-    def __init__(self, accelerator: Accelerator, agreement: Agreement):
-        self._agreement = agreement
+    def __init__(self, accelerator: Accelerator, coordinator: Coordinator):
+        self._coordinator = coordinator
         self._is_inside = False  # the network
         self._is_over = not is_fsdp(accelerator)
 
@@ -75,5 +75,5 @@ class Lockstep:
         self._is_inside = False
 
     def _agree(self, *, has_failed: bool) -> bool:
-        self._is_over = self._agreement.any(has_failed)
+        self._is_over = self._coordinator.any(has_failed)
         return self._is_over

@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
@@ -21,9 +21,8 @@ from torch.distributed.constants import default_pg_timeout
 from common.errors import UserError, first_line
 from common.files import written_whole
 from common.ranks import launch_rank, launch_size, local_rank, num_machines
-from data.plan import TrainingData
-from models.fingerprints import digest_lines
-from parallel.coordinator import Agreement
+from common.text_files import digest_lines
+from parallel.coordinator import Coordinator
 
 
 Exchange = Callable[[Any], list[Any]]  # what every rank has to say, by rank; called on every one
@@ -34,7 +33,7 @@ PLACES += ("validation_images",)
 # ... and how its own work is done. `given` is which flags were written out, `config` a file of others.
 WORKERS = ("dataloader_num_workers", "num_artifact_workers", "num_decode_threads", "pin_memory")
 OWN_FLAGS = {*PLACES, *WORKERS, "hub_token", "given", "config"}
-PACKAGES = ("torch", "diffusers", "accelerate")
+COMPARED_PACKAGES = ("torch", "diffusers", "accelerate")
 
 
 def compare_ranks(exchange: Exchange, folder: Path, facts: dict[str, str]) -> str | None:
@@ -101,21 +100,19 @@ def refuse(problem: str | None) -> None:
         raise SystemExit(2)
 
 
-def check_training(agreement: Agreement, args: argparse.Namespace, data: TrainingData, model: str) -> None:
+def check_training(coordinator: Coordinator, args: argparse.Namespace, data: Mapping[str, str], model: str) -> None:
     """Compare the ranks of a training run; called on every rank.
 
     Args:
+        data: fingerprints of the clips to train on and of those held out, by what they are.
         model: what tells it from another one.
 
     Raises:
         UserError: they have not in common what they must.
     """
-    if agreement.num_ranks == 1:
+    if coordinator.num_ranks == 1:
         return
-    facts = common_facts(args, model) | {"data": data.fingerprint}
-    if data.held_out:
-        facts["validation data"] = data.held_out.fingerprint
-    refuse(compare_ranks(agreement.gather, Path(args.output_dir), facts))
+    refuse(compare_ranks(coordinator.gather, Path(args.output_dir), common_facts(args, model) | data))
 
 
 def check_preparation(args: argparse.Namespace, folder: Path, model: str, samples: Iterable[str]) -> None:
@@ -147,7 +144,7 @@ def common_facts(args: argparse.Namespace, model: str) -> dict[str, str]:
     return {
         "code": digest_lines(code),
         "model": model,
-        **{package: version(package) for package in PACKAGES},
+        **{package: version(package) for package in COMPARED_PACKAGES},
         **{f"--{name}": str(value) for name, value in flags.items()},
     }
 

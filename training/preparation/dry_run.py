@@ -2,25 +2,29 @@
 
 import argparse
 import logging
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import listing
-from common.hub_token import log_without_tokens
+from common.logs import log_without_tokens
 from common.ranks import launch_rank
-from data.buckets import Draw
-from data.clips import PlannedClip
+from data.buckets import Bucket
+from data.clips import ClipSample
 from data.plan import RawData
 from data.report import write_plan
+from data.sampler import Draw
 from dataset import Batch
 from models.source import ModelSource
-from preparation.prepare import clip_dataset, log_plan
-from video.contact_sheet import SheetRow, draw_contact_sheet, sample_for_sheet
+from preparation.encode import clip_dataset
+from preparation.prepare import log_plan
+from video.contact_sheet import SheetRow, draw_contact_sheet
 
 
 logger = logging.getLogger(__name__)
 
 
-def rehearse(args: argparse.Namespace, data: RawData) -> None:
+def show_plan(args: argparse.Namespace, data: RawData) -> None:
     """Print the plan, and write it in detail and as a picture; nothing is encoded. Of several ranks, one does.
 
     Raises:
@@ -47,9 +51,34 @@ def rehearse(args: argparse.Namespace, data: RawData) -> None:
     logger.info("wrote %s and %s", folder / "plan.csv", folder / "contact_sheet.png")
 
 
-def sheet_row(planned: PlannedClip, batch: Batch) -> SheetRow:
+def sheet_row(planned: ClipSample, batch: Batch) -> SheetRow:
     """First, middle and last frame of a clip as the model sees it."""
     frames = batch.videos[0].permute(0, 2, 3, 1).numpy()
     shown = dict.fromkeys((0, len(frames) // 2, len(frames) - 1))
     title = f"{planned.bucket} · {planned.clip.video.name}" + (f" · part {planned.part + 1}" if planned.part else "")
     return SheetRow([frames[index] for index in shown], title, planned.clip.caption)
+
+
+def sample_for_sheet(planned: Sequence[ClipSample], most: int = 16) -> list[ClipSample]:
+    """Choose samples for a sheet: of every bucket, more of those that hold more, from all over the plan.
+
+    Where there are more buckets than places, those with most samples are shown. The same plan gives the same samples.
+
+    Returns:
+        At most `most` of them, by bucket and then as in the plan.
+    """
+    samples: dict[Bucket, list[ClipSample]] = defaultdict(list)
+    for sample in planned:
+        samples[sample.bucket].append(sample)
+    largest = sorted(samples, key=lambda bucket: (-len(samples[bucket]), bucket))[:most]
+    places = dict.fromkeys(largest, 1)
+    for _ in range(most - len(places)):
+        more = [bucket for bucket in places if places[bucket] < len(samples[bucket])]
+        if not more:
+            break
+        places[max(more, key=lambda bucket: len(samples[bucket]) / places[bucket])] += 1
+    return [
+        samples[bucket][(2 * place + 1) * len(samples[bucket]) // (2 * places[bucket])]
+        for bucket in sorted(places)
+        for place in range(places[bucket])
+    ]

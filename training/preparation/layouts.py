@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from common.files import written_whole
+from common.text_files import index_lines
 from data.buckets import Bucket
-from data.clips import PlannedClip
-from data.prepared import FILES_INDEX, LISTS, STAGING, index_lines, sample_in_files, sample_in_shards
+from data.clips import ClipSample
+from data.prepared import FILES_INDEX, LISTS, STAGING, sample_in_files, sample_in_shards
 from data.tensor_files import ShardWriter, finished_names, samples_per_shard
 from video.io import write_video
 
@@ -30,7 +31,7 @@ class Sample:
 
     name: str  # of its latents
     caption_key: str  # of its prompt embedding
-    planned: PlannedClip
+    planned: ClipSample
 
     def origin(self) -> dict[str, Any]:
         """What the index tells of where the sample comes from."""
@@ -236,3 +237,6 @@ def _share(
 def _write_text(folder: Path, name: str, text: str) -> None:
     with written_whole(folder / name, staging=folder / STAGING) as path:
         path.write_text(text, encoding="utf-8")
+
+
+Layout = ShardLayout | FileLayout

@@ -14,14 +14,16 @@ from PIL import Image, ImageOps
 
 from common.errors import UserError, first_line
 from common.files import written_whole
+from common.logs import start_logging
 from data.buckets import Bucket
 from diffusion.tasks import ImageToVideo, SizeFlags, TextToVideo
 from flags.generation_checks import BASE, COMPARED, SHEET, PlannedVideo
 from methods.lora_mounting import check_loras, mount_loras
+from models.configs import CPU, DTYPES, ModelConfigs, precision_warning
+from models.encoding import encode_prompts
 from models.quantization import check_quantization
 from models.sampling import Pipeline, sample_video
-from models.source import CPU, DTYPES, ModelConfigs, ModelSource, encode_prompts, precision_warning
-from run.launch import start_logging
+from models.source import ModelSource
 from video.contact_sheet import SheetRow, draw_contact_sheet, shown_indices
 from video.images import load_validation_images
 from video.io import read_frames, write_video

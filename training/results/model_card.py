@@ -8,12 +8,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from args import flag_names
 from common.files import slug
 from common.hub_token import without_tokens
-from methods.lora import Lora
-from run.config import split_flags
-from run.spec import Recipe
 from tracking.loss_curve import PICTURE_FILE
 from validation.grid import GRID_FILE
 
@@ -39,25 +35,6 @@ class CardFacts:
     width: int
     fps: int
     last_step: int
-
-
-def card_facts(recipe: Recipe, total_steps: int) -> CardFacts:
-    """What the card of a finished run says."""
-    args = recipe.args
-    repeated, _ = split_flags(args, flag_names(recipe.task.name, args.method), recipe.state.seed)
-    return CardFacts(
-        base_model=args.pretrained_model_name_or_path,
-        task=recipe.task.name,
-        is_lora=isinstance(recipe.method, Lora),
-        usage=recipe.usage,
-        settings=repeated,
-        prompts=args.validation_prompts,
-        num_frames=args.max_num_frames,
-        height=args.height,
-        width=args.width,
-        fps=recipe.video_fps,
-        last_step=total_steps,
-    )
 
 
 def write_card(folder: Path, repo_id: str, facts: CardFacts) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 from huggingface_hub import create_repo, upload_folder, whoami
 from huggingface_hub.utils import validate_repo_id
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.hub_token import HubToken
 from common.run_folder import CONFIG_FILE
 from data.plan import SKIPPED_FILE
-from data.rows import one_line
 from results.model_card import CardFacts, write_card
 
 

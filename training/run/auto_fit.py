@@ -9,9 +9,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import free_memory
 
 from common.errors import UserError
+from common.logs import start_logging
 from data.plan import TrainingData
-from run.dry_run import trial_recipe, try_out
-from run.launch import start_logging
+from run.dry_run import trial_spec, try_out
 from run.memory_fit import choose_by_budget, chosen_before, step_down, with_settings
 from run.setup import Run
 from run.spec import Method, Task
@@ -82,8 +82,8 @@ def runs_out_of_memory(
     """Try a run out. Nothing of it is held on to when this returns, but by cycles: not by the error, nor the
     accelerator."""
     try:
-        with trial_recipe(args, data, task, method, samples=False) as recipe:
-            _, failures = try_out(recipe, train)
+        with trial_spec(args, data, task, method, samples=False) as spec:
+            _, failures = try_out(spec, train)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
             raise

@@ -16,19 +16,30 @@ from common.files import remove_partials, written_whole
 from common.hub_token import without_tokens
 from common.ranks import precision_of
 from common.run_folder import CONFIG_FILE, CONFIG_TITLE
-from memory.settings import MemorySettings, differences, read_settings
-from run.spec import Recipe
+from memory.settings import MemorySettings, differences, memory_settings_of
+from methods.lora import Lora
+from results.model_card import CardFacts
+from run.spec import RunSpec
 
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "deepspeed")
+RECORDED_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "torchao",
+    "bitsandbytes",
+    "deepspeed",
+)
 
 _CHOOSERS = ("memory_budget_gb", "auto_fit")  # what they chose is written in their place
 _NEVER_REPEATED = (*_CHOOSERS, "config", "hub_token", "push_to_hub", "hub_model_id", "dry_run")
 
 
-def write_config(recipe: Recipe) -> Path | None:
+def write_config(spec: RunSpec) -> Path | None:
     """Write the flags that a run has in effect into its folder; called on the main process, before it trains.
 
     `config.yaml` is what the run began with. When it is resumed with other flags, `config-step-<N>.yaml` beside it is
@@ -40,14 +51,14 @@ def write_config(recipe: Recipe) -> Path | None:
     Raises:
         UserError: it cannot be written.
     """
-    args, folder = recipe.args, recipe.output_dir
+    args, folder = spec.args, spec.output_dir
     remove_partials(folder)
-    goes_on = recipe.resumed is not None and recipe.resumed.resolve().parent == folder.resolve()
-    repeated, others = split_flags(args, flag_names(recipe.task.name, args.method), recipe.state.seed)
+    goes_on = spec.resumed is not None and spec.resumed.resolve().parent == folder.resolve()
+    repeated, others = split_flags(args, flag_names(spec.task.name, args.method), spec.state.seed)
     if goes_on:
         others["resume_from_checkpoint"] = repeated.pop("resume_from_checkpoint")
-    text = render_config(repeated, others, _describe_start(recipe, goes_on))
-    file = folder / (f"config-step-{recipe.state.step}.yaml" if goes_on else CONFIG_FILE)
+    text = render_config(repeated, others, _describe_start(spec, goes_on))
+    file = folder / (f"config-step-{spec.state.step}.yaml" if goes_on else CONFIG_FILE)
     before = _latest_config(folder) if goes_on else None
     if before is not None:
         old, new = _read_flags(before), yaml.safe_load(text)
@@ -77,7 +88,7 @@ def split_flags(
         What was given, what was chosen or drawn in its place, and the precision that the launcher may have said. To
         give what was not given could contradict it: those come second, with the values that they have by default.
     """
-    chosen = differences(read_settings(args), MemorySettings(args.method))
+    chosen = differences(memory_settings_of(args), MemorySettings(args.method))
     values = {name: getattr(args, name) for name in names}
     values |= {
         "seed": seed,
@@ -103,17 +114,17 @@ def _dump(flags: dict[str, object]) -> str:
     return yaml.safe_dump(flags, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
-def _describe_start(recipe: Recipe, goes_on: bool) -> list[str]:
+def _describe_start(spec: RunSpec, goes_on: bool) -> list[str]:
     """What the flags do not say, for whoever repeats the run."""
-    script = f"cogvideox_{recipe.task.name.replace('-', '_')}_{recipe.args.method}.py"
-    accelerator = recipe.accelerator
-    resumed = f" --resume_from_checkpoint {recipe.resumed}" if goes_on else ""  # else it is among the flags
+    script = f"cogvideox_{spec.task.name.replace('-', '_')}_{spec.args.method}.py"
+    accelerator = spec.accelerator
+    resumed = f" --resume_from_checkpoint {spec.resumed}" if goes_on else ""  # else it is among the flags
     return [
-        f"{CONFIG_TITLE} on {datetime.now():%Y-%m-%d, %H:%M}, at step {recipe.state.step}. To repeat it:",
+        f"{CONFIG_TITLE} on {datetime.now():%Y-%m-%d, %H:%M}, at step {spec.state.step}. To repeat it:",
         f"  {script} --config THIS_FILE --output_dir ANOTHER_FOLDER{resumed}",
         f"launched on {accelerator.num_processes} x {accelerator.device.type} "
         f"({accelerator.distributed_type.value}), Python {platform.python_version()},",
-        ", ".join(f"{package} {found}" for package in PACKAGES if (found := _version_of(package))),
+        ", ".join(f"{package} {found}" for package in RECORDED_PACKAGES if (found := _version_of(package))),
     ]
 
 
@@ -143,3 +154,22 @@ def _read_flags(file: Path) -> dict[str, object] | None:
 def _step_of(path: Path) -> str | None:
     match = re.fullmatch(r"config-step-(\d+)\.yaml", path.name)
     return match and match.group(1)
+
+
+def card_facts(spec: RunSpec, total_steps: int) -> CardFacts:
+    """What the card of a finished run says."""
+    args = spec.args
+    repeated, _ = split_flags(args, flag_names(spec.task.name, args.method), spec.state.seed)
+    return CardFacts(
+        base_model=args.pretrained_model_name_or_path,
+        task=spec.task.name,
+        is_lora=isinstance(spec.method, Lora),
+        usage=spec.usage,
+        settings=repeated,
+        prompts=args.validation_prompts,
+        num_frames=args.max_num_frames,
+        height=args.height,
+        width=args.width,
+        fps=spec.video_fps,
+        last_step=total_steps,
+    )

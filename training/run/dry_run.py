@@ -22,13 +22,14 @@ from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import nearest_folder, written_whole
 from common.ranks import launch_rank, launch_size
-from data.buckets import Bucket, BucketBatchSampler, Draw
-from data.clips import PlannedClip
+from data.buckets import Bucket
+from data.clips import ClipSample
 from data.plan import TrainingData
 from data.prepared import PreparedClip
+from data.sampler import BucketBatchSampler, Draw
 from dataset import make_loader
 from run.setup import Run, make_dataset, set_up
-from run.spec import Method, Recipe, Task, check_recipe
+from run.spec import Method, RunSpec, Task, check_spec
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 STEPS = 2  # the optimizer's states come with the first step and are there in the second
 
 
-def rehearse(
+def dry_run(
     args: argparse.Namespace,
     data: TrainingData,
     task: Task,
@@ -52,19 +53,19 @@ def rehearse(
     Raises:
         UserError: model, data and flags do not go together, a sample cannot be read, or no video could be sampled.
     """
-    with trial_recipe(args, data, task, method, samples=True) as recipe:
+    with trial_spec(args, data, task, method, samples=True) as spec:
         read_every_sample(args, data, task)
-        memory, failures = try_out(recipe, train)
+        memory, failures = try_out(spec, train)
         if failures:
             raise UserError(f"--dry_run: the validation failed: {failures[0].splitlines()[0]}")
-        logger.info("%s", describe_memory(memory))
+        logger.info("%s", describe_measured_memory(memory))
         logger.info("dry run: steps of the largest batch, saving, loading and sampling all work; nothing is kept")
 
 
 @contextmanager
-def trial_recipe(
+def trial_spec(
     args: argparse.Namespace, data: TrainingData, task: Task, method: Method, *, samples: bool
-) -> Iterator[Recipe]:
+) -> Iterator[RunSpec]:
     """What a trial is made from: the largest batch, and a folder that is removed in the end; called on every rank.
 
     Args:
@@ -77,29 +78,29 @@ def trial_recipe(
     largest = largest_batch(data, args.train_batch_size, launch_size(), min(2, args.gradient_accumulation_steps))
     try:
         trial = trial_flags(args, folder, task, largest.buckets[0], samples=samples)
-        yield replace(check_recipe(trial, data, task, method), data=largest)
+        yield replace(check_spec(trial, data, task, method), data=largest)
     finally:
         if launch_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def try_out(
-    recipe: Recipe, train: Callable[[argparse.Namespace, Run], None]
+    spec: RunSpec, train: Callable[[argparse.Namespace, Run], None]
 ) -> tuple[dict[str, dict[str, int]], list[str]]:
     """Train two steps, save, load and sample.
 
     Returns:
         The peaks of memory by part, and why sampling failed, if it did.
     """
-    run = set_up(recipe)
-    train(recipe.args, run)
+    run = set_up(spec)
+    train(spec.args, run)
     memory = {"two steps": peak_memory(run.accelerator.device)}
     run.save_checkpoint(STEPS)
-    load_checkpoint(run.accelerator, recipe.output_dir / f"checkpoint-{STEPS}")
+    load_checkpoint(run.accelerator, spec.output_dir / f"checkpoint-{STEPS}")
     run.save_result()
     failures = run.validate(STEPS)
     memory["a video"] = peak_memory(run.accelerator.device)
-    run.agreement.wait()
+    run.coordinator.wait()
     run.accelerator.end_training()
     return memory, failures
 
@@ -174,7 +175,7 @@ def largest_batch(data: TrainingData, batch_size: int, num_ranks: int, accumulat
     return replace(data, clips=list(islice(cycle(clips), sizes[largest] * num_ranks * accumulation)))
 
 
-def _once(sample: PlannedClip | PreparedClip) -> PlannedClip | PreparedClip:
+def _once(sample: ClipSample | PreparedClip) -> ClipSample | PreparedClip:
     """The sample as it is without repeats."""
     if isinstance(sample, PreparedClip):
         return replace(sample, repeats=1.0)
@@ -192,7 +193,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return peaks
 
 
-def describe_memory(memory: dict[str, dict[str, int]]) -> str:
+def describe_measured_memory(memory: dict[str, dict[str, int]]) -> str:
     """A line for each part of the trial."""
     lines = []
     for part, peaks in memory.items():

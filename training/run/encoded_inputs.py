@@ -11,15 +11,15 @@ from common.errors import UserError
 from data.plan import PreparedData, TrainingData, validation_data_flags
 from data.prepared import read_empty_prompt
 from dataset import Batch
+from models.configs import ModelConfigs
 from models.prompts import PromptCache
-from models.source import ModelConfigs
-from run.spec import Recipe
+from run.spec import RunSpec
 from validation.loss import encode_validation_set
 from video.images import load_validation_images
 
 
 @dataclass(frozen=True)
-class Conditions:
+class EncodedInputs:
     """What training and validation need of the other networks."""
 
     prompts: PromptCache  # has every caption and prompt
@@ -29,21 +29,19 @@ class Conditions:
     held_out: list[Batch]  # this rank's share of the clips whose loss is measured, on the CPU
 
 
-def encode_conditions(recipe: Recipe) -> Conditions:
+def encode_inputs(spec: RunSpec) -> EncodedInputs:
     """Load what is needed, use it and let it go; called on every rank.
 
     Raises:
         UserError: an image or a clip cannot be had.
     """
-    args, accelerator, data = recipe.args, recipe.accelerator, recipe.data
-    images = load_validation_images(args.validation_images) if recipe.task.with_images else None
+    args, accelerator, data = spec.args, spec.accelerator, spec.data
+    images = load_validation_images(args.validation_images) if spec.task.with_images else None
     if images is not None and args.video_reshape_mode != "none":
         # As clips are cut to size; the pipeline would distort images of another aspect.
         images = [ImageOps.fit(image, (args.width, args.height)) for image in images]
-    empty_prompt = find_empty_prompt(data, recipe.configs) if args.caption_dropout else None
-    prompts = PromptCache(
-        recipe.output_dir / "prompt_embeds", recipe.source, recipe.dtype, in_8bit=args.text_encoder_8bit
-    )
+    empty_prompt = find_empty_prompt(data, spec.configs) if args.caption_dropout else None
+    prompts = PromptCache(spec.output_dir / "prompt_embeds", spec.source, spec.dtype, in_8bit=args.text_encoder_8bit)
     texts = [*data.captions, *args.validation_prompts]
     texts += data.held_out.captions if data.held_out else []
     is_guided = args.validation_prompts and args.guidance_scale > 1  # guidance compares with the empty prompt
@@ -51,13 +49,13 @@ def encode_conditions(recipe: Recipe) -> Conditions:
         texts.append("")
     prompts.embed(texts, accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes)
     free_memory()
-    recipe.agreement.wait()  # one rank may fetch the text encoder and embed for long, while others have nothing to do
+    spec.coordinator.wait()  # one rank may fetch the text encoder and embed for long, while others have nothing to do
     if args.caption_dropout and empty_prompt is None:
         empty_prompt = prompts.load("")
-    vae = None if isinstance(data, PreparedData) else recipe.load_vae(accelerator.device)
-    held_out = encode_held_out(recipe, vae, prompts)
+    vae = None if isinstance(data, PreparedData) else spec.load_vae(accelerator.device)
+    held_out = encode_held_out(spec, vae, prompts)
     free_memory()
-    return Conditions(prompts, empty_prompt, images, vae, held_out)
+    return EncodedInputs(prompts, empty_prompt, images, vae, held_out)
 
 
 def find_empty_prompt(data: TrainingData, configs: ModelConfigs) -> torch.Tensor | None:
@@ -81,17 +79,17 @@ def find_empty_prompt(data: TrainingData, configs: ModelConfigs) -> torch.Tensor
     return None
 
 
-def encode_held_out(recipe: Recipe, vae: AutoencoderKLCogVideoX | None, prompts: PromptCache) -> list[Batch]:
+def encode_held_out(spec: RunSpec, vae: AutoencoderKLCogVideoX | None, prompts: PromptCache) -> list[Batch]:
     """Encode this rank's share of --validation_dataset_file; without a `vae`, with one that goes again."""
-    if recipe.data.held_out is None:
+    if spec.data.held_out is None:
         return []
-    accelerator = recipe.accelerator
+    accelerator = spec.accelerator
     return encode_validation_set(
-        recipe.data.held_out.clips,
-        vae or recipe.load_vae(accelerator.device),
+        spec.data.held_out.clips,
+        vae or spec.load_vae(accelerator.device),
         prompts,
-        reshape_mode=validation_data_flags(recipe.args).video_reshape_mode,
-        with_images=recipe.task.with_images,
+        reshape_mode=validation_data_flags(spec.args).video_reshape_mode,
+        with_images=spec.task.with_images,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
-from huggingface_hub.serialization import _torch as hub_serialization
 
 from common.errors import UserError
-from common.hub_token import log_without_tokens
-from common.ranks import launch_rank, launch_size, precision_of, uses_deepspeed
+from common.logs import start_logging
+from common.ranks import launch_size, precision_of, uses_deepspeed
 from parallel.deepspeed import exchange_by_gloo, has_divided_weights, keep_others_whole
 
 
@@ -54,15 +53,6 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         keep_others_whole()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
-
-
-def start_logging() -> None:
-    """Write what the main process has to say, and the errors of the others, to stderr."""
-    level = logging.INFO if launch_rank() == 0 else logging.ERROR
-    log_without_tokens(level)
-    for chatty in ("accelerate", "httpx", "huggingface_hub", "torchao", "PIL", "DeepSpeed"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    hub_serialization.logger.setLevel(logging.WARNING)  # named by its file, not by its package
 
 
 def choose_seed(seed: int | None) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.folder import newest_checkpoint, read_state
+from checkpoints.state import newest_checkpoint, read_state
 from common.ranks import precision_of
 from data.plan import TrainingData
 from memory.accounting import MemoryAccount, account
@@ -20,7 +20,7 @@ from memory.ladder import (
     RunFacts,
     adapter_key,
     choose,
-    describe,
+    describe_settings,
     ladder,
     measure_or_calculate,
     model_key,
@@ -28,9 +28,9 @@ from memory.ladder import (
     read_measured,
     usable_filter,
 )
-from memory.settings import GB, MemorySettings, apply_settings, describe_change, read_settings
+from memory.settings import GB, MemorySettings, apply_settings, describe_change, memory_settings_of
 from methods.lora import Lora
-from models.source import ModelConfigs
+from models.configs import ModelConfigs
 from run.spec import Method, model_source, sampled_size
 
 
@@ -58,7 +58,7 @@ def choose_by_budget(args: argparse.Namespace, data: TrainingData, method: Metho
     Raises:
         UserError: nothing fits, or the model's configs cannot be read.
     """
-    settings, is_usable = read_settings(args), _usable_here(args)
+    settings, is_usable = memory_settings_of(args), _usable_here(args)
     configs = model_source(args).configs()
     account_for = _accounting(args, data, method, configs)
     choice = choose(
@@ -70,13 +70,13 @@ def choose_by_budget(args: argparse.Namespace, data: TrainingData, method: Metho
         read_measured(),
         is_usable,
     )
-    logger.info("%s", describe(choice, settings, args.memory_budget_gb))
+    logger.info("%s", describe_settings(choice, settings, args.memory_budget_gb))
     return choice.settings
 
 
 def step_down(args: argparse.Namespace, data: TrainingData, method: Method) -> MemorySettings | None:
     """The next stronger savings, for `--auto_fit` when these flags ran out of memory; None: there are none."""
-    settings = read_settings(args)
+    settings = memory_settings_of(args)
     rungs = ladder(settings, args.given, _usable_here(args))
     account_for = _accounting(args, data, method, model_source(args).configs())
     # Training or validation, who knows which ran out: less for either is worth a try.
@@ -86,12 +86,12 @@ def step_down(args: argparse.Namespace, data: TrainingData, method: Method) -> M
     return rung
 
 
-def describe_savings(args: argparse.Namespace, data: TrainingData, method: Method) -> list[str]:
+def training_memory_advice(args: argparse.Namespace, data: TrainingData, method: Method) -> list[str]:
     """What a run takes of the GPU's memory, and how much less it would take otherwise, for the user: a line each.
 
     The settings are those of the ladder, each with all that it needs beside the flags as they are, the fastest first.
     """
-    settings, is_usable = read_settings(args), _usable_here(args)
+    settings, is_usable = memory_settings_of(args), _usable_here(args)
     taken = _memory_taken(args, data, method)
     now = smallest = taken(settings)
     size = max(data.buckets, key=prod)
@@ -114,7 +114,7 @@ def describe_savings(args: argparse.Namespace, data: TrainingData, method: Metho
 
 def expected_memory(args: argparse.Namespace, data: TrainingData, method: Method) -> Choice:
     """What the run takes of one card that shares nothing with others, under its settings."""
-    return _memory_taken(args, data, method)(read_settings(args))
+    return _memory_taken(args, data, method)(memory_settings_of(args))
 
 
 def _memory_taken(args: argparse.Namespace, data: TrainingData, method: Method) -> Callable[[MemorySettings], Choice]:

@@ -10,27 +10,28 @@ import torch
 from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
 
-from checkpoints.folder import WRITE_ERRORS, CheckpointFolder, TrainerState, why_unwritten
+from checkpoints.folder import WRITE_ERRORS, CheckpointFolder, why_unwritten
 from checkpoints.schedule import ScheduleStart, StepSchedule
+from checkpoints.state import TrainerState
 from common.errors import UserError
 from common.signals import StopSignals
-from data.buckets import BucketBatchSampler
 from data.plan import PreparedData, TrainingData
+from data.sampler import BucketBatchSampler
 from dataset import Batch, ClipDataset, PreparedDataset, make_loader, without_failures
 from diffusion.objective import Objective
 from diffusion.timesteps import TimestepSampling
-from methods.lora import FullFinetune
+from methods.full import FullFinetune
 from models.attention import attention_set
+from models.configs import CPU
 from models.prompts import PromptCache
 from models.sampling import Pipeline
-from models.source import CPU
-from parallel.coordinator import Agreement
+from parallel.coordinator import Coordinator
 from parallel.deepspeed import gathered
 from parallel.sharding import whole_weights
-from run.encoded_inputs import Conditions, encode_conditions
-from run.spec import Recipe, Task
+from run.encoded_inputs import EncodedInputs, encode_inputs
+from run.spec import RunSpec, Task
 from run.summary import describe_start
-from run.trainable import Learner, make_learner, resume
+from run.trainable import Trainable, make_trainable, resume
 from tracking.throughput import Throughput
 from tracking.trackers import keep_losses, start_trackers
 from validation.loss import log_validation_losses, validation_losses
@@ -45,7 +46,7 @@ class Run:
     """What the loop works with."""
 
     accelerator: Accelerator
-    agreement: Agreement
+    coordinator: Coordinator
     output_dir: Path
     state: TrainerState  # at the start of the loop: resumed, or step 0
     total_steps: int
@@ -53,7 +54,7 @@ class Run:
     sampler: BucketBatchSampler
     batches: Iterator[Batch]  # this rank's, from `state.step` on
     objective: Objective
-    learner: Learner
+    trainable: Trainable
     throughput: Throughput
     validate: Callable[[int], list[str]]  # validate after so many steps; returns why sampling failed, if it did
     save_result: Callable[[], Path]  # write the result on the main process; returns where it is
@@ -86,58 +87,58 @@ class Run:
         return self.sampler.samples_between(before(step), before(step + 1))
 
 
-def set_up(recipe: Recipe) -> Run:
+def set_up(spec: RunSpec) -> Run:
     """Load and wire everything, in an order that never holds two large components that are not needed together.
 
     Raises:
         UserError: weights, images or clips cannot be had, or the checkpoint is beyond the steps asked for.
     """
-    args, accelerator = recipe.args, recipe.accelerator
-    state = replace(recipe.state, schedule=start_schedule(recipe))
-    sampler, schedule = make_sampler(recipe, state.schedule)
+    args, accelerator = spec.args, spec.accelerator
+    state = replace(spec.state, schedule=start_schedule(spec))
+    sampler, schedule = make_sampler(spec, state.schedule)
     total_steps = args.max_train_steps or schedule.end_of_epochs(args.num_train_epochs)
     if state.step > total_steps:
         raise UserError(
-            f"--max_train_steps: {recipe.resumed} is at step {state.step}, beyond the {total_steps} steps asked for"
+            f"--max_train_steps: {spec.resumed} is at step {state.step}, beyond the {total_steps} steps asked for"
         )
     sampler.first_batch = schedule.batches_before(state.step)
     sampler.total_batches = schedule.batches_before(total_steps)
 
-    conditions = encode_conditions(recipe)
-    learner = make_learner(recipe, total_steps)
-    if recipe.resumed:
-        resume(recipe, learner)
-    resumed_at = state.step if recipe.resumed else None
+    inputs = encode_inputs(spec)
+    trainable = make_trainable(spec, total_steps)
+    if spec.resumed:
+        resume(spec, trainable)
+    resumed_at = state.step if spec.resumed else None
     start_trackers(accelerator, args, resumed_at=resumed_at)
-    keep_losses(accelerator, recipe.output_dir, resumed_at=resumed_at)
-    logger.info("%s", describe_start(recipe, learner.transformer, schedule, total_steps, sampler.padding))
-    objective, signals = make_objective(recipe, conditions, learner), StopSignals()
+    keep_losses(accelerator, spec.output_dir, resumed_at=resumed_at)
+    logger.info("%s", describe_start(spec, trainable.transformer, schedule, total_steps, sampler.padding))
+    objective, signals = make_objective(spec, inputs, trainable), StopSignals()
     return Run(
         accelerator=accelerator,
-        agreement=recipe.agreement,
-        output_dir=recipe.output_dir,
+        coordinator=spec.coordinator,
+        output_dir=spec.output_dir,
         state=state,
         total_steps=total_steps,
         schedule=schedule,
         sampler=sampler,
-        batches=load_batches(recipe, conditions.prompts, sampler),
+        batches=load_batches(spec, inputs.prompts, sampler),
         objective=objective,
-        learner=learner,
-        throughput=make_throughput(recipe),
-        validate=make_validation(recipe, conditions, learner, objective, signals),
-        save_result=make_saving(recipe, learner),
-        usage=recipe.usage(recipe.output_dir),
-        checkpoints=CheckpointFolder(recipe.output_dir, accelerator, recipe.agreement, args.checkpoints_total_limit),
-        checkpoint_bytes=recipe.checkpoint_bytes,
+        trainable=trainable,
+        throughput=make_throughput(spec),
+        validate=make_validation(spec, inputs, trainable, objective, signals),
+        save_result=make_saving(spec, trainable),
+        usage=spec.usage(spec.output_dir),
+        checkpoints=CheckpointFolder(spec.output_dir, accelerator, spec.coordinator, args.checkpoints_total_limit),
+        checkpoint_bytes=spec.checkpoint_bytes,
         signals=signals,
     )
 
 
-def start_schedule(recipe: Recipe) -> ScheduleStart:
+def start_schedule(spec: RunSpec) -> ScheduleStart:
     """From where on the steps are counted: as before or, where the run goes on with another number of ranks or of
     batches in a step, from the checkpoint on."""
-    before = recipe.state.schedule
-    num_ranks, accumulation = recipe.num_data_ranks, recipe.args.gradient_accumulation_steps
+    before = spec.state.schedule
+    num_ranks, accumulation = spec.num_data_ranks, spec.args.gradient_accumulation_steps
     if (before.num_ranks, before.accumulation) == (num_ranks, accumulation):
         return before
     logger.warning(
@@ -148,18 +149,18 @@ def start_schedule(recipe: Recipe) -> ScheduleStart:
         before.num_ranks,
         before.accumulation,
     )
-    _, schedule = make_sampler(recipe, before)
-    return schedule.restart(recipe.state.step, num_ranks, accumulation)
+    _, schedule = make_sampler(spec, before)
+    return schedule.restart(spec.state.step, num_ranks, accumulation)
 
 
-def make_sampler(recipe: Recipe, start: ScheduleStart) -> tuple[BucketBatchSampler, StepSchedule]:
+def make_sampler(spec: RunSpec, start: ScheduleStart) -> tuple[BucketBatchSampler, StepSchedule]:
     """This rank's stream of batches from a start on, and which of them make up a step."""
     sampler = BucketBatchSampler(
-        recipe.data.buckets,
-        recipe.args.train_batch_size,
-        seed=recipe.state.seed,
-        repeats=recipe.data.repeats,
-        rank=recipe.data_rank % start.num_ranks,  # there were fewer, maybe
+        spec.data.buckets,
+        spec.args.train_batch_size,
+        seed=spec.state.seed,
+        repeats=spec.data.repeats,
+        rank=spec.data_rank % start.num_ranks,  # there were fewer, maybe
         world_size=start.num_ranks,
         first_epoch=start.epoch,
         seen_batches=start.seen_batches,
@@ -167,32 +168,32 @@ def make_sampler(recipe: Recipe, start: ScheduleStart) -> tuple[BucketBatchSampl
     return sampler, StepSchedule(start, sampler.batches_per_epoch, sampler.batches_in_first_epoch)
 
 
-def make_throughput(recipe: Recipe) -> Throughput:
+def make_throughput(spec: RunSpec) -> Throughput:
     """What counts and times the steps."""
-    args, accelerator = recipe.args, recipe.accelerator
+    args, accelerator = spec.args, spec.accelerator
     return Throughput(
-        recipe.configs.transformer,
+        spec.configs.transformer,
         accelerator.device,
-        recipe.num_data_ranks,
-        recipe.dtype,
-        trains_all=isinstance(recipe.method, FullFinetune),
+        spec.num_data_ranks,
+        spec.dtype,
+        trains_all=isinstance(spec.method, FullFinetune),
         checkpoint_scope=args.checkpoint_scope if args.gradient_checkpointing else None,
         checkpoint_every=args.checkpoint_every,
         devices_per_sample=args.context_parallel_size,
     )
 
 
-def make_objective(recipe: Recipe, conditions: Conditions, learner: Learner) -> Objective:
+def make_objective(spec: RunSpec, inputs: EncodedInputs, trainable: Trainable) -> Objective:
     """The objective as the flags want it."""
-    args, empty_prompt = recipe.args, conditions.empty_prompt
+    args, empty_prompt = spec.args, inputs.empty_prompt
     return Objective(
-        task=recipe.task,
-        model=learner.model,
-        transformer=learner.transformer,
-        scheduler=recipe.source.load_scheduler(),
-        configs=recipe.configs,
-        vae=conditions.vae,
-        dtype=recipe.dtype,
+        task=spec.task,
+        model=trainable.model,
+        transformer=trainable.transformer,
+        scheduler=spec.source.load_scheduler(),
+        configs=spec.configs,
+        vae=inputs.vae,
+        dtype=spec.dtype,
         timesteps=TimestepSampling(
             distribution=args.timestep_sampling,
             logit_mean=args.logit_mean,
@@ -200,41 +201,41 @@ def make_objective(recipe: Recipe, conditions: Conditions, learner: Learner) -> 
             snr_gamma=args.snr_gamma,
         ),
         caption_dropout=args.caption_dropout,
-        empty_prompt=None if empty_prompt is None else empty_prompt.to(recipe.accelerator.device),
+        empty_prompt=None if empty_prompt is None else empty_prompt.to(spec.accelerator.device),
     )
 
 
 def make_validation(
-    recipe: Recipe, conditions: Conditions, learner: Learner, objective: Objective, signals: StopSignals
+    spec: RunSpec, inputs: EncodedInputs, trainable: Trainable, objective: Objective, signals: StopSignals
 ) -> Callable[[int], list[str]]:
     """Return what validates a step: the loss of the clips held out, and videos of the prompts, if there are any."""
-    sample_videos = make_sampling(recipe, conditions, learner.transformer, signals)
+    sample_videos = make_sampling(spec, inputs, trainable.transformer, signals)
     num_timesteps = objective.scheduler.config.num_train_timesteps
     # Not what accelerate wrapped: a rank that fails must not leave the others waiting inside a forward pass.
-    objective = replace(objective, model=learner.transformer)
+    objective = replace(objective, model=trainable.transformer)
 
     def run_validation(step: int) -> list[str]:
         failures = []
-        with learner.averaged(), recipe.undivided(), gathered(recipe.accelerator, learner.model):
-            if conditions.held_out:
+        with trainable.averaged(), spec.undivided(), gathered(spec.accelerator, trainable.model):
+            if inputs.held_out:
                 losses, failures = validation_losses(
-                    objective, conditions.held_out, recipe.accelerator, recipe.agreement, num_timesteps
+                    objective, inputs.held_out, spec.accelerator, spec.coordinator, num_timesteps
                 )
-                log_validation_losses(recipe.accelerator, losses, failures, step)
+                log_validation_losses(spec.accelerator, losses, failures, step)
             return failures + sample_videos(step)
 
     return run_validation
 
 
 def make_sampling(
-    recipe: Recipe, conditions: Conditions, transformer: CogVideoXTransformer3DModel, signals: StopSignals
+    spec: RunSpec, inputs: EncodedInputs, transformer: CogVideoXTransformer3DModel, signals: StopSignals
 ) -> Callable[[int], list[str]]:
     """Return what samples the validation videos of a step; it does nothing when no prompts were given."""
-    args, accelerator = recipe.args, recipe.accelerator
+    args, accelerator = spec.args, spec.accelerator
     settings = ValidationSettings(
         prompts=args.validation_prompts,
-        images=conditions.images,
-        dtype=recipe.dtype,
+        images=inputs.images,
+        dtype=spec.dtype,
         num_videos=args.num_validation_videos,
         height=args.height,
         width=args.width,
@@ -243,30 +244,30 @@ def make_sampling(
         guidance_scale=args.guidance_scale,
         use_dynamic_cfg=args.use_dynamic_cfg,
         enable_model_cpu_offload=args.enable_model_cpu_offload,
-        seed=recipe.state.seed,
-        fps=recipe.video_fps,
+        seed=spec.state.seed,
+        fps=spec.video_fps,
     )
 
     def make_pipeline() -> Pipeline:
-        return recipe.task.pipeline_class(
+        return spec.task.pipeline_class(
             tokenizer=None,
             text_encoder=None,
             # Loaded for the occasion: while training from prepared data, no VAE is resident.
-            vae=conditions.vae or recipe.load_vae(CPU, decoder_only=not recipe.task.with_images),
+            vae=inputs.vae or spec.load_vae(CPU, decoder_only=not spec.task.with_images),
             transformer=transformer,
-            scheduler=recipe.source.load_scheduler(),
+            scheduler=spec.source.load_scheduler(),
         )
 
-    folder = recipe.output_dir / "validation"
+    folder = spec.output_dir / "validation"
 
     def sample_videos(step: int) -> list[str]:
         with attention_set(transformer, args.validation_attention_backend):
             return validate(
                 accelerator,
-                recipe.agreement,
+                spec.coordinator,
                 make_pipeline,
                 settings,
-                conditions.prompts,
+                inputs.prompts,
                 folder,
                 step,
                 lambda: signals.received is not None,
@@ -275,21 +276,21 @@ def make_sampling(
     return sample_videos if settings.prompts else lambda step: []
 
 
-def make_saving(recipe: Recipe, learner: Learner) -> Callable[[], Path]:
+def make_saving(spec: RunSpec, trainable: Trainable) -> Callable[[], Path]:
     """Return what writes the result on the main process, and says where it is."""
-    accelerator, method, folder = recipe.accelerator, recipe.method, recipe.output_dir
+    accelerator, method, folder = spec.accelerator, spec.method, spec.output_dir
     # Known before the first step: what fails here must not fail at the end.
-    dtype = method.result_dtype(recipe.dtype, recipe.source)
+    dtype = method.result_dtype(spec.dtype, spec.source)
 
     def save_result() -> Path:
-        transformer = learner.transformer
-        with learner.averaged():
+        transformer = trainable.transformer
+        with trainable.averaged():
             weights = whole_weights(accelerator, transformer, method.weight_names(transformer))
-            return recipe.agreement.from_main(lambda: write(weights))
+            return spec.coordinator.from_main(lambda: write(weights))
 
     def write(weights: dict[str, torch.Tensor]) -> Path:
         try:
-            return method.save_result(learner.transformer, recipe.source, folder, dtype, weights)
+            return method.save_result(trainable.transformer, spec.source, folder, dtype, weights)
         except UserError:
             raise
         except WRITE_ERRORS as error:
@@ -324,10 +325,10 @@ def make_dataset(
     )
 
 
-def load_batches(recipe: Recipe, prompts: PromptCache, sampler: BucketBatchSampler) -> Iterator[Batch]:
+def load_batches(spec: RunSpec, prompts: PromptCache, sampler: BucketBatchSampler) -> Iterator[Batch]:
     """Load the batches that the sampler draws, from raw or prepared clips."""
-    args, seed = recipe.args, recipe.state.seed
+    args, seed = spec.args, spec.state.seed
     skips_failed = args.on_bad_clip == "skip"
-    dataset = make_dataset(args, recipe.data, recipe.task, seed, prompts, replace_failed=skips_failed)
+    dataset = make_dataset(args, spec.data, spec.task, seed, prompts, replace_failed=skips_failed)
     loader = make_loader(dataset, sampler, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory)
     return without_failures(loader)

@@ -11,29 +11,31 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKLCogVideoX
 
-from checkpoints.folder import TrainerState, check_space, find_checkpoint, read_state
+from checkpoints.folder import check_space
 from checkpoints.schedule import ScheduleStart
+from checkpoints.state import TrainerState, find_checkpoint, read_state
 from common.errors import UserError
-from common.ranks import launch_size, precision_of, uses_deepspeed
+from common.ranks import launch_size, precision_of, uses_deepspeed, uses_fsdp
 from data.buckets import Bucket
-from data.plan import PreparedData, TrainingData, describe, report_skipped
+from data.plan import PreparedData, TrainingData, describe_plan, report_skipped
 from data.prepared import check_encoders
 from dataset import check_prepared
 from diffusion.tasks import ImageToVideo, TextToVideo
 from flags.deepspeed import describe_division
-from flags.fsdp import uses_fsdp
 from flags.optimizer import LOW_BITS
 from memory.accounting import checkpoint_bytes
 from memory.facts import model_facts
-from memory.settings import read_settings
-from methods.lora import FullFinetune, Lora
+from memory.settings import memory_settings_of
+from methods.full import FullFinetune
+from methods.lora import Lora
 from models.attention import check_attention
 from models.compilation import check_compiler
+from models.configs import DTYPES, ModelConfigs
 from models.fingerprints import fingerprint_encoders
-from models.source import DTYPES, ModelConfigs, ModelSource
+from models.source import ModelSource
 from optimizers.build import check_launch
 from parallel.context import ContextParallel, start_context_parallel
-from parallel.coordinator import Agreement
+from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp
 from parallel.preflight import check_training
 from run.launch import choose_seed, start_accelerator
@@ -52,7 +54,7 @@ Method = Lora | FullFinetune
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RunSpec:
     """What a run is made from."""
 
     args: argparse.Namespace
@@ -62,7 +64,7 @@ class Recipe:
     source: ModelSource
     configs: ModelConfigs
     accelerator: Accelerator
-    agreement: Agreement
+    coordinator: Coordinator
     resumed: Path | None  # the checkpoint to go on from
     state: TrainerState  # where the loop starts: at step 0, or where the checkpoint is
     checkpoint_bytes: int  # that a checkpoint takes, or a little more
@@ -134,7 +136,7 @@ def model_source(args: argparse.Namespace) -> ModelSource:
     return ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
 
 
-def check_recipe(args: argparse.Namespace, data: TrainingData, task: Task, method: Method) -> Recipe:
+def check_spec(args: argparse.Namespace, data: TrainingData, task: Task, method: Method) -> RunSpec:
     """Put a recipe together, by the configs alone, and say what it will train on.
 
     Raises:
@@ -147,28 +149,31 @@ def check_recipe(args: argparse.Namespace, data: TrainingData, task: Task, metho
     if isinstance(data, PreparedData):
         check_prepared(data.clips, configs)
     accelerator = start_accelerator(args)
-    agreement = Agreement()
-    check_training(agreement, args, data, f"{source.fingerprint()} {configs.kind}")
-    check_start(args, accelerator, configs)
+    coordinator = Coordinator()
+    fingerprints = {"data": data.fingerprint}
+    if data.held_out:
+        fingerprints["validation data"] = data.held_out.fingerprint
+    check_training(coordinator, args, fingerprints, f"{source.fingerprint()} {configs.kind}")
+    check_device(args, accelerator, configs)
     describe_data(args, accelerator, data, source, configs)
-    resumed = agreement.from_main(lambda: find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir)))
+    resumed = coordinator.from_main(lambda: find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir)))
     settings = lasting_settings(args, data, task, method, configs)
     if resumed:
         state = read_state(resumed)
         state.check_settings(settings)
     else:
         is_chosen = args.memory_budget_gb or args.auto_fit
-        memory = asdict(read_settings(args)) if is_chosen else {}
-        seed = agreement.from_main(lambda: choose_seed(args.seed))
+        memory = asdict(memory_settings_of(args)) if is_chosen else {}
+        seed = coordinator.from_main(lambda: choose_seed(args.seed))
         start = ScheduleStart(count_data_ranks(args, accelerator), args.gradient_accumulation_steps)
         state = TrainerState(0, seed, settings, memory, start)
-    num_bytes = checkpoint_bytes(model_facts(configs, method), read_settings(args))
+    num_bytes = checkpoint_bytes(model_facts(configs, method), memory_settings_of(args))
     if uses_deepspeed():
         num_bytes = num_bytes * 5 // 3  # with the optimizer's weights and those of the module as DeepSpeed has them
-    agreement.from_main(lambda: check_space(Path(args.output_dir), num_bytes, "a checkpoint"))
+    coordinator.from_main(lambda: check_space(Path(args.output_dir), num_bytes, "a checkpoint"))
     context = start_context_parallel(args.context_parallel_size, timedelta(seconds=args.nccl_timeout))
-    return Recipe(
-        args, data, task, method, source, configs, accelerator, agreement, resumed, state, num_bytes, context
+    return RunSpec(
+        args, data, task, method, source, configs, accelerator, coordinator, resumed, state, num_bytes, context
     )
 
 
@@ -203,7 +208,7 @@ def sampled_size(args: argparse.Namespace) -> Bucket | None:
     return Bucket(args.max_num_frames, args.height, args.width) if args.validation_prompts else None
 
 
-def check_start(args: argparse.Namespace, accelerator: Accelerator, configs: ModelConfigs) -> None:
+def check_device(args: argparse.Namespace, accelerator: Accelerator, configs: ModelConfigs) -> None:
     """Refuse what the device, this machine or the way of the launch cannot do.
 
     Raises:
@@ -250,7 +255,7 @@ def describe_data(
     elif accelerator.is_main_process:
         report_skipped(data.bad, Path(args.output_dir))
     if accelerator.is_main_process:
-        plan = describe(
+        plan = describe_plan(
             data,
             source,
             configs,

@@ -10,10 +10,10 @@ from common.ranks import precision_of
 from memory.ladder import Choice
 from memory.settings import GB
 from methods.lora import Lora
-from models.source import ModelConfigs
+from models.configs import ModelConfigs
 from parallel.deepspeed import count_weights
 from run.memory_fit import expected_memory
-from run.spec import Method, Recipe
+from run.spec import Method, RunSpec
 from run.trainable import learning_rate_of
 from tracking.loss_curve import METRICS_FILE, PICTURE_FILE
 
@@ -23,7 +23,7 @@ _BITS = {"use_8bit": " in 8 bits", "use_4bit": " in 4 bits", "use_fp8": " in flo
 
 
 def describe_start(
-    recipe: Recipe, transformer: CogVideoXTransformer3DModel, schedule: StepSchedule, total_steps: int, padding: int
+    spec: RunSpec, transformer: CogVideoXTransformer3DModel, schedule: StepSchedule, total_steps: int, padding: int
 ) -> str:
     """The summary, a line for each subject.
 
@@ -31,23 +31,23 @@ def describe_start(
         transformer: as the method trains it.
         padding: batches that come twice in an epoch.
     """
-    args, accelerator = recipe.args, recipe.accelerator
+    args, accelerator = spec.args, spec.accelerator
     trainable, total = count_weights(transformer)
     devices = f"{accelerator.num_processes} x {_device_name(accelerator.device)}, precision {precision_of(args)}"
-    if recipe.context is not None:
+    if spec.context is not None:
         devices += f"; {args.context_parallel_size} ranks at a time divide the tokens of a sample"
-    memory = expected_memory(args, recipe.data, recipe.method)
+    memory = expected_memory(args, spec.data, spec.method)
     rows = {
-        "model": f"{args.pretrained_model_name_or_path}: {describe_model(recipe.configs)}",
-        "training": f"{describe_method(recipe.method)}: {trainable:,} of {total:,} parameters",
-        "data": describe_samples(recipe),
-        "steps": describe_steps(recipe, schedule, total_steps, padding),
-        "optimizer": describe_optimizer(recipe),
+        "model": f"{args.pretrained_model_name_or_path}: {describe_model(spec.configs)}",
+        "training": f"{describe_method(spec.method)}: {trainable:,} of {total:,} parameters",
+        "data": describe_samples(spec),
+        "steps": describe_steps(spec, schedule, total_steps, padding),
+        "optimizer": describe_optimizer(spec),
         "devices": devices,
-        "memory": describe_memory(memory, accelerator.device, shares=accelerator.num_processes > 1),
-        "validation": describe_validation(recipe),
+        "memory": describe_expected_memory(memory, accelerator.device, shares=accelerator.num_processes > 1),
+        "validation": describe_validation(spec),
         "output": args.output_dir,
-        "written": f"every {args.checkpointing_steps} steps a checkpoint of {recipe.checkpoint_bytes / 1e6:,.0f} MB; "
+        "written": f"every {args.checkpointing_steps} steps a checkpoint of {spec.checkpoint_bytes / 1e6:,.0f} MB; "
         f"losses to {describe_logs(args.report_to)}",
     }
     width = max(map(len, rows)) + 2
@@ -75,38 +75,38 @@ def describe_method(method: Method) -> str:
     return f"LoRA of rank {method.rank}, alpha {method.alpha:g}{base}"
 
 
-def describe_samples(recipe: Recipe) -> str:
+def describe_samples(spec: RunSpec) -> str:
     """How many samples of which sizes, the most frequent ones first."""
-    sizes = Counter(recipe.data.buckets).most_common()
+    sizes = Counter(spec.data.buckets).most_common()
     listed = ", ".join(f"{count} x {size}" for size, count in sizes[:_MOST_SIZES])
     more = f" and {len(sizes) - _MOST_SIZES} sizes more" if len(sizes) > _MOST_SIZES else ""
-    held_out = recipe.data.held_out
+    held_out = spec.data.held_out
     kept = f"; {len(held_out.clips)} held out for the validation loss" if held_out else ""
-    return f"{len(recipe.data.clips)} samples (frames x height x width): {listed}{more}{kept}"
+    return f"{len(spec.data.clips)} samples (frames x height x width): {listed}{more}{kept}"
 
 
-def describe_steps(recipe: Recipe, schedule: StepSchedule, total_steps: int, padding: int) -> str:
+def describe_steps(spec: RunSpec, schedule: StepSchedule, total_steps: int, padding: int) -> str:
     """From where to where, and what a step is."""
-    args = recipe.args
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * recipe.num_data_ranks
-    if recipe.state.step == total_steps:
+    args = spec.args
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * spec.num_data_ranks
+    if spec.state.step == total_steps:
         return f"none left of {total_steps}"
     twice = f"; {padding} batches come twice in each epoch, so that all ranks have as many" if padding else ""
     return (
-        f"{recipe.state.step + 1} to {total_steps}, up to {per_step} samples a step, {schedule.steps_per_epoch} steps "
+        f"{spec.state.step + 1} to {total_steps}, up to {per_step} samples a step, {schedule.steps_per_epoch} steps "
         f"an epoch{twice}"
     )
 
 
-def describe_optimizer(recipe: Recipe) -> str:
+def describe_optimizer(spec: RunSpec) -> str:
     """The optimizer and its learning rate; one that is resumed may have its rate of before, which is said then."""
-    args = recipe.args
+    args = spec.args
     bits = next((words for flag, words in _BITS.items() if getattr(args, flag)), "")
-    rate = "" if recipe.resumed else f", learning rate {learning_rate_of(args, recipe.num_data_ranks):g}"
+    rate = "" if spec.resumed else f", learning rate {learning_rate_of(args, spec.num_data_ranks):g}"
     return f"{args.optimizer}{bits}{rate}, {args.lr_scheduler}"
 
 
-def describe_memory(memory: Choice, device: torch.device, *, shares: bool) -> str:
+def describe_expected_memory(memory: Choice, device: torch.device, *, shares: bool) -> str:
     """What is expected to be taken of a card, beside what it has.
 
     Args:
@@ -120,14 +120,14 @@ def describe_memory(memory: Choice, device: torch.device, *, shares: bool) -> st
     return f"{needed} expected ({memory.how}){', less where GPUs share weights' if shares else ''}"
 
 
-def describe_validation(recipe: Recipe) -> str:
+def describe_validation(spec: RunSpec) -> str:
     """What is validated, and when."""
-    args = recipe.args
-    held_out = recipe.data.held_out
+    args = spec.args
+    held_out = spec.data.held_out
     videos = len(args.validation_prompts) * args.num_validation_videos
     what = [f"{videos} video{'s' if videos > 1 else ''}"] if videos else []
     what += [f"the loss of {len(held_out.clips)} samples"] if held_out else []
-    when = ["before the first step"] if args.validate_first and not recipe.state.step else []
+    when = ["before the first step"] if args.validate_first and not spec.state.step else []
     when += [f"every {args.validation_steps} steps"] if args.validation_steps else []
     epochs = args.validation_epochs
     when += [f"every {epochs} epochs" if epochs > 1 else "every epoch"] if epochs else []

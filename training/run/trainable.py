@@ -20,24 +20,24 @@ from memory.activations import CheckpointStore, checkpoint_activations
 from memory.block_streaming import stream_blocks
 from models.attention import set_attention
 from models.compilation import compile_blocks
-from models.source import CPU, autocast_forward, precision_warning
+from models.configs import CPU, precision_warning
 from optimizers.averages import averaged_weights, make_ema, schedule_free_weights
 from optimizers.build import apply_learning_rate, keep_rates_on_host, make_optimizer
 from parallel.deepspeed import configure_zero, has_divided_weights, is_zero, look_at_gradients
-from parallel.fsdp import is_fsdp, prepare_in_shards
-from run.spec import Recipe
+from parallel.fsdp import autocast_forward, is_fsdp, prepare_in_shards
+from run.spec import RunSpec
 
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Learner:
+class Trainable:
     """The transformer and what changes it."""
 
     transformer: CogVideoXTransformer3DModel
     model: torch.nn.Module  # the transformer as accelerate wrapped it
-    trainable: Sequence[torch.nn.Parameter]
+    parameters: Sequence[torch.nn.Parameter]
     optimizer: Optimizer
     lr_scheduler: LRScheduler
     ema: EMAModel | None  # of the trainable parameters
@@ -46,62 +46,62 @@ class Learner:
     def averaged(self) -> AbstractContextManager[None]:
         """Puts the average in the place of the trained weights meanwhile, if there is one."""
         if self.is_schedule_free:
-            return schedule_free_weights(self.optimizer, self.trainable)
-        return averaged_weights(self.ema, self.trainable)
+            return schedule_free_weights(self.optimizer, self.parameters)
+        return averaged_weights(self.ema, self.parameters)
 
 
-def make_learner(recipe: Recipe, total_steps: int) -> Learner:
+def make_trainable(spec: RunSpec, total_steps: int) -> Trainable:
     """Load the transformer, make it trainable and wrap it for the launch."""
-    args, accelerator = recipe.args, recipe.accelerator
-    set_seed(recipe.state.seed)  # the adapters' initial weights
-    transformer = load_transformer(recipe)
-    recipe.agreement.wait()  # machines download and read at their own pace; what follows is timed
+    args, accelerator = spec.args, spec.accelerator
+    set_seed(spec.state.seed)  # the adapters' initial weights
+    transformer = load_transformer(spec)
+    spec.coordinator.wait()  # machines download and read at their own pace; what follows is timed
     optimizer, lr_scheduler = build_optimizer(
         args,
         trainable_of(transformer),
-        learning_rate_of(args, recipe.num_data_ranks),
+        learning_rate_of(args, spec.num_data_ranks),
         total_steps,
-        has_scaler=recipe.dtype == torch.float16,
+        has_scaler=spec.dtype == torch.float16,
     )
     if args.use_torchao:
         logger.info("torchao compiles its optimizer in the first step, which takes up to some minutes")
-    model, optimizer = wrap(recipe, transformer, optimizer)
-    trainable = trainable_of(transformer)  # not as above: shards may have taken their place
+    model, optimizer = wrap(spec, transformer, optimizer)
+    parameters = trainable_of(transformer)  # not as above: shards may have taken their place
     keep_rates_on_host(optimizer)
-    ema = make_ema(trainable, args.ema_decay) if args.use_ema else None
+    ema = make_ema(parameters, args.ema_decay) if args.use_ema else None
     # Not prepared: accelerate would step it once per process. Here a step is an optimizer step, on any ranks.
     accelerator.register_for_checkpointing(lr_scheduler)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
-    checkpoint_only_what_trains(accelerator, recipe.method)
-    return Learner(transformer, model, trainable, optimizer, lr_scheduler, ema, args.optimizer == "schedulefree")
+    checkpoint_only_what_trains(accelerator, spec.method)
+    return Trainable(transformer, model, parameters, optimizer, lr_scheduler, ema, args.optimizer == "schedulefree")
 
 
-def load_transformer(recipe: Recipe) -> CogVideoXTransformer3DModel:
+def load_transformer(spec: RunSpec) -> CogVideoXTransformer3DModel:
     """Load the transformer as task and method want it."""
-    args, accelerator, source, dtype = recipe.args, recipe.accelerator, recipe.source, recipe.dtype
+    args, accelerator, source, dtype = spec.args, spec.accelerator, spec.source, spec.dtype
     # Weights that are streamed or divided among ranks need not fit onto the device as a whole.
     whole = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
     is_whole = accelerator.distributed_type in whole and not has_divided_weights(accelerator)
     transformer = source.load_transformer(
-        recipe.method.base_dtype(dtype),
+        spec.method.base_dtype(dtype),
         device=accelerator.device if is_whole and not args.stream_blocks else CPU,
         quantize=args.quantize_base,
     )
     if dtype == torch.float16 and (warning := precision_warning(dtype, source.native_dtype())):
         logger.warning("warning: %s", warning)
-    recipe.task.prepare_model(transformer)
-    recipe.method.attach(transformer)
+    spec.task.prepare_model(transformer)
+    spec.method.attach(transformer)
     store = CheckpointStore() if args.offload_checkpoints else None
     if args.stream_blocks:
         stream_blocks(transformer, accelerator.device, store)
     elif args.gradient_checkpointing:
         checkpoint_activations(transformer, args.checkpoint_scope, args.checkpoint_every, store)
-    set_attention(transformer, args.attention_backend, recipe.context)
-    if recipe.context is not None:
-        recipe.context.divide(transformer)
+    set_attention(transformer, args.attention_backend, spec.context)
+    if spec.context is not None:
+        spec.context.divide(transformer)
     if args.compile:
-        compile_blocks(transformer, num_sizes=len(recipe.sizes))
+        compile_blocks(transformer, num_sizes=len(spec.sizes))
         logger.info("the blocks are compiled when they are first used: a minute or so for each size of clips")
     return transformer
 
@@ -112,12 +112,12 @@ def trainable_of(transformer: CogVideoXTransformer3DModel) -> list[torch.nn.Para
 
 
 def wrap(
-    recipe: Recipe, transformer: CogVideoXTransformer3DModel, optimizer: Optimizer
+    spec: RunSpec, transformer: CogVideoXTransformer3DModel, optimizer: Optimizer
 ) -> tuple[torch.nn.Module, Optimizer]:
     """Have accelerate wrap transformer and optimizer for the launch."""
-    args, accelerator = recipe.args, recipe.accelerator
+    args, accelerator = spec.args, spec.accelerator
     if is_fsdp(accelerator):
-        return prepare_in_shards(accelerator, transformer, optimizer, recipe.dtype)
+        return prepare_in_shards(accelerator, transformer, optimizer, spec.dtype)
     if not is_zero(accelerator):
         return accelerator.prepare(transformer, optimizer)
     configure_zero(
@@ -127,25 +127,25 @@ def wrap(
         accumulation=args.gradient_accumulation_steps,
         max_grad_norm=args.max_grad_norm,
     )
-    autocast_forward(transformer, accelerator.device, recipe.dtype)
+    autocast_forward(transformer, accelerator.device, spec.dtype)
     prepared = accelerator.prepare(transformer, optimizer)
     look_at_gradients(accelerator)
     return prepared
 
 
-def resume(recipe: Recipe, learner: Learner) -> None:
+def resume(spec: RunSpec, trainable: Trainable) -> None:
     """Go on where the checkpoint is, at the learning rate given now, or at that of before where none is given."""
-    load_checkpoint(recipe.accelerator, recipe.resumed)
-    before = learner.lr_scheduler.base_lrs[0]
-    is_given = "learning_rate" in recipe.args.given or recipe.args.scale_lr
-    rate = learning_rate_of(recipe.args, recipe.num_data_ranks) if is_given else before
+    load_checkpoint(spec.accelerator, spec.resumed)
+    before = trainable.lr_scheduler.base_lrs[0]
+    is_given = "learning_rate" in spec.args.given or spec.args.scale_lr
+    rate = learning_rate_of(spec.args, spec.num_data_ranks) if is_given else before
     if rate != before:
         logger.info("--learning_rate: the run goes on at a base rate of %g, after %g", rate, before)
-    apply_learning_rate(learner.optimizer, learner.lr_scheduler, rate)
-    if learner.ema is not None:
-        learner.ema.to(recipe.accelerator.device)
-        learner.ema.decay = recipe.args.ema_decay  # may change on the way, as the learning rate may
-    logger.info("resumed from %s at learning rate %g", recipe.resumed, learner.lr_scheduler.get_last_lr()[0])
+    apply_learning_rate(trainable.optimizer, trainable.lr_scheduler, rate)
+    if trainable.ema is not None:
+        trainable.ema.to(spec.accelerator.device)
+        trainable.ema.decay = spec.args.ema_decay  # may change on the way, as the learning rate may
+    logger.info("resumed from %s at learning rate %g", spec.resumed, trainable.lr_scheduler.get_last_lr()[0])
 
 
 def learning_rate_of(args: argparse.Namespace, num_data_ranks: int) -> float:
@@ -156,7 +156,7 @@ def learning_rate_of(args: argparse.Namespace, num_data_ranks: int) -> float:
 
 def build_optimizer(
     args: argparse.Namespace,
-    trainable: Sequence[torch.nn.Parameter],
+    parameters: Sequence[torch.nn.Parameter],
     learning_rate: float,
     total_steps: int,
     *,
@@ -164,7 +164,7 @@ def build_optimizer(
 ) -> tuple[Optimizer, LRScheduler]:
     """Build the optimizer and its learning-rate schedule, counted in optimizer steps."""
     optimizer = make_optimizer(
-        trainable,
+        parameters,
         args.optimizer,
         learning_rate=learning_rate,
         beta1=args.beta1,

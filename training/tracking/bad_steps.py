@@ -10,7 +10,7 @@ from statistics import fmean, pstdev
 
 from common.errors import UserError
 from common.run_folder import list_checkpoints
-from parallel.coordinator import Agreement
+from parallel.coordinator import Coordinator
 
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class StepGuard:
         output_dir: of the run, where its checkpoints are.
     """
 
-    def __init__(self, agreement: Agreement, max_bad_steps: int, output_dir: Path):
-        self.agreement = agreement
+    def __init__(self, coordinator: Coordinator, max_bad_steps: int, output_dir: Path):
+        self.coordinator = coordinator
         self.max_bad_steps = max_bad_steps
         self.output_dir = output_dir
         self.num_bad = 0
@@ -88,7 +88,7 @@ class StepGuard:
         logger.warning("warning: step %d is skipped: its %s is not finite; it trained on %s", step.number, what, clips)
         if self._in_a_row < self.max_bad_steps:
             return
-        checkpoints = self.agreement.from_main(lambda: list_checkpoints(self.output_dir))
+        checkpoints = self.coordinator.from_main(lambda: list_checkpoints(self.output_dir))
         good = f"{checkpoints[-1][1]} is the last good checkpoint" if checkpoints else "there is no checkpoint yet"
         raise UserError(
             f"--max_bad_steps: {self._in_a_row} steps in a row had no finite loss and gradient; {good}. Give a lower "
@@ -103,7 +103,7 @@ class StepGuard:
         return math.log(loss) > fmean(self._logs) + _SPIKE * max(pstdev(self._logs), 0.1)
 
     def _clips_of(self, step: Step) -> str:
-        gathered = self.agreement.gather(list(step.names))
+        gathered = self.coordinator.gather(list(step.names))
         names = list(dict.fromkeys(name for of_rank in gathered for name in of_rank))  # ranks may share clips
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         return ", ".join(names[:_MOST_NAMES]) + more

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data.buckets import Bucket
-
 
 # Dense bfloat16 products with float32 sums, TFLOP/s, by what the driver calls the card.
 _PEAK_TFLOPS = {
@@ -40,19 +38,6 @@ def peak_tflops(device_name: str) -> float | None:
     white papers, half precision with float32 sums (GeForce halves that rate).
     """
     return next((peak for name, peak in _PEAK_TFLOPS.items() if re.search(rf"\b{name}", device_name)), None)
-
-
-def count_tokens(config: Mapping[str, Any], bucket: Bucket) -> int:
-    """How long the transformer's sequence is for one sample: text and patches of the video's latents.
-
-    Args:
-        config: the transformer's.
-        bucket: the sample's size, in frames and pixels.
-    """
-    frames, height, width = bucket.latent_shape
-    patch, patch_frames = config["patch_size"], config["patch_size_t"] or 1
-    video = -(-frames // patch_frames) * (height // patch) * (width // patch)  # frames are padded to whole patches
-    return config["max_text_seq_length"] + video
 
 
 @dataclass(frozen=True)

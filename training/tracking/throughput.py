@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from data.buckets import Bucket
-from tracking.flops import count_flops, count_tokens, peak_tflops
+from data.buckets import Bucket, count_tokens
+from tracking.flops import count_flops, peak_tflops
 
 
 PHASES = ("data", "forward", "backward", "optimizer")

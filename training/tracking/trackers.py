@@ -11,10 +11,9 @@ from uuid import uuid4
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import written_whole
 from common.hub_token import HubToken, without_tokens
-from data.rows import one_line
 from tracking.loss_curve import LossCurve
 
 

@@ -16,14 +16,15 @@ from diffusers import AutoencoderKLCogVideoX
 
 from common.bars import tqdm
 from common.errors import UserError, listing
-from data.buckets import Draw
-from data.clips import PlannedClip
+from data.clips import ClipSample
+from data.sampler import Draw
 from dataset import Batch, ClipDataset
-from diffusion.latents import image_noise_scales, step_generator
+from diffusion.latents import image_noise_scales
 from diffusion.objective import Objective
+from diffusion.randomness import step_generator
+from models.encoding import encode_noised_image, encode_videos
 from models.prompts import PromptCache
-from models.source import encode_noised_image, encode_videos
-from parallel.coordinator import Agreement
+from parallel.coordinator import Coordinator
 from parallel.lockstep import Lockstep, OutOfStep
 
 
@@ -34,7 +35,7 @@ NOISE_SEED = 0  # the same in every run, so that runs compare
 
 
 def encode_validation_set(
-    clips: Sequence[PlannedClip],
+    clips: Sequence[ClipSample],
     vae: AutoencoderKLCogVideoX,
     prompts: PromptCache,
     *,
@@ -93,7 +94,7 @@ def validation_losses(
     objective: Objective,
     batches: Sequence[Batch],
     accelerator: Accelerator,
-    agreement: Agreement,
+    coordinator: Coordinator,
     num_train_timesteps: int,
 ) -> tuple[dict[str, float], list[str]]:
     """The losses of the whole set, by the names they are logged under; called on every rank, which all get them.
@@ -110,7 +111,7 @@ def validation_losses(
     """
     losses, failures = {}, []
     try:
-        with Lockstep(accelerator, agreement) as lockstep, lockstep.calling(objective.model):
+        with Lockstep(accelerator, coordinator) as lockstep, lockstep.calling(objective.model):
             bar = tqdm(
                 batches, desc="Validation loss", unit=" clips", leave=False, disable=not accelerator.is_main_process
             )
@@ -121,7 +122,7 @@ def validation_losses(
         # As text: the error itself holds on to all that was on the device.
         failures = [f"rank {accelerator.process_index}: {type(error).__name__}: {error}"]
     # The losses of each clip, not their sum on each rank: however many ranks there are, the means have the same bits.
-    of_ranks, failures_of_ranks = zip(*agreement.gather((losses, failures)), strict=True)
+    of_ranks, failures_of_ranks = zip(*coordinator.gather((losses, failures)), strict=True)
     failures = list(chain(*failures_of_ranks))
     if failures:
         return {}, failures

@@ -22,7 +22,7 @@ from common.files import slug, written_whole
 from data.buckets import Bucket
 from models.prompts import PromptCache
 from models.sampling import Pipeline, sample_video
-from parallel.coordinator import Agreement
+from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp
 from parallel.lockstep import Lockstep, OutOfStep
 from validation.grid import draw_grid
@@ -57,7 +57,7 @@ class ValidationSettings:
 
 def validate(
     accelerator: Accelerator,
-    agreement: Agreement,
+    coordinator: Coordinator,
     make_pipeline: Callable[[], Pipeline],
     settings: ValidationSettings,
     prompts: PromptCache,
@@ -84,11 +84,11 @@ def validate(
     """
     with _random_states_kept(accelerator.device):
         share = _sample_share(
-            accelerator, agreement, make_pipeline, settings, prompts, folder / f"step-{step}", is_told_to_stop
+            accelerator, coordinator, make_pipeline, settings, prompts, folder / f"step-{step}", is_told_to_stop
         )
         free_memory()
         # Whatever happened, every rank comes here, and may have to wait for long.
-        videos_of_ranks, failures_of_ranks = zip(*agreement.gather(share), strict=True)
+        videos_of_ranks, failures_of_ranks = zip(*coordinator.gather(share), strict=True)
         failures = list(chain(*failures_of_ranks))
         for failure in failures:
             logger.warning("warning: validation at step %d failed, training goes on; %s", step, failure)
@@ -105,7 +105,7 @@ def validate(
 
 def _sample_share(
     accelerator: Accelerator,
-    agreement: Agreement,
+    coordinator: Coordinator,
     make_pipeline: Callable[[], Pipeline],
     settings: ValidationSettings,
     prompts: PromptCache,
@@ -118,7 +118,7 @@ def _sample_share(
     # In shards the network needs all ranks: those that have no more to do sample for the others' sake.
     last = math.ceil(total / num_ranks) * num_ranks if is_fsdp(accelerator) else total
     try:
-        with Lockstep(accelerator, agreement) as lockstep:
+        with Lockstep(accelerator, coordinator) as lockstep:
             pipeline = make_pipeline()
             with (
                 _sampling(accelerator, pipeline, settings.enable_model_cpu_offload),

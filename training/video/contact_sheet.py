@@ -2,7 +2,6 @@
 
 import unicodedata
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,8 +11,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common.files import written_whole
-from data.buckets import Bucket
-from data.clips import PlannedClip
 
 
 _MARGIN = 20
@@ -76,31 +73,6 @@ def shown_indices(num_frames: int) -> list[int]:
     """Up to five frame numbers, spread over a video from its first to its last."""
     spread = np.linspace(0, num_frames - 1, _SHOWN_FRAMES).round().astype(int)
     return list(dict.fromkeys(spread.tolist()))
-
-
-def sample_for_sheet(planned: Sequence[PlannedClip], most: int = 16) -> list[PlannedClip]:
-    """Choose samples for a sheet: of every bucket, more of those that hold more, from all over the plan.
-
-    Where there are more buckets than places, those with most samples are shown. The same plan gives the same samples.
-
-    Returns:
-        At most `most` of them, by bucket and then as in the plan.
-    """
-    samples: dict[Bucket, list[PlannedClip]] = defaultdict(list)
-    for sample in planned:
-        samples[sample.bucket].append(sample)
-    largest = sorted(samples, key=lambda bucket: (-len(samples[bucket]), bucket))[:most]
-    places = dict.fromkeys(largest, 1)
-    for _ in range(most - len(places)):
-        more = [bucket for bucket in places if places[bucket] < len(samples[bucket])]
-        if not more:
-            break
-        places[max(more, key=lambda bucket: len(samples[bucket]) / places[bucket])] += 1
-    return [
-        samples[bucket][(2 * place + 1) * len(samples[bucket]) // (2 * places[bucket])]
-        for bucket in sorted(places)
-        for place in range(places[bucket])
-    ]
 
 
 def _draw_frames(sheet: Image.Image, draw: ImageDraw.ImageDraw, frames: Sequence[np.ndarray], top: int) -> None:

@@ -1,0 +1,68 @@
+"""Text files that users or runs wrote: UTF-8, lines, JSON, with the place of what is wrong."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+
+def read_lines(file: Path, at_least: int = 0) -> list[str]:
+    """Stripped lines, without blank ones at the end. Only line ends split: U+2028 and the like stay in the caption."""
+    lines = [line.strip() for line in read_utf8(file).replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    while len(lines) > at_least and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def read_utf8(file: Path) -> str:
+    """Read a text file, without a byte order mark.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: byte {error.start} does not fit; save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def read_json(file: Path) -> list[tuple[str, Any]]:
+    """Read an array, or one value a line, whichever it is.
+
+    Returns:
+        (where it is, what it is) of each value.
+
+    Raises:
+        UserError: it is neither; with the line.
+    """
+    text = read_utf8(file)
+    if text.lstrip().startswith("["):
+        return [(f"{file.name}:row {number}", value) for number, value in enumerate(_parsed(text, file), 1)]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(f"{file.name}:{number}", _parsed(line, file, number)) for number, line in lines]
+
+
+def _parsed(text: str, file: Path, first_line: int = 1) -> Any:
+    advice = "it must be an array of objects, or one object a line"
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{file}:{first_line + error.lineno - 1}"
+        raise UserError(f"{place} is not valid JSON: {error.msg} at character {error.colno}; {advice}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of open brackets
+        raise UserError(f"{file}:{first_line} is not valid JSON: {error}; {advice}") from error
+
+
+def index_lines(entries: Iterable[Mapping[str, Any]]) -> str:
+    """The text of an index: a JSON object a line."""
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+def digest_lines(lines: Iterable[str]) -> str:
+    """A short digest of lines in their order."""
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()[:12]

@@ -1,0 +1,142 @@
+"""Full fine-tuning: all weights of the transformer are trained, and written as a transformer folder."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+
+from common.files import replace_folder
+from common.run_folder import PIPELINE_FOLDER, TRANSFORMER_FOLDER
+from methods.pipeline_folder import find_components, write_pipeline
+from models.configs import DTYPES, ModelConfigs
+from models.source import ModelSource
+from parallel.fsdp import divided_like
+
+
+# As diffusers names the files that `from_pretrained` looks for.
+_WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
+
+
+@dataclass(frozen=True)
+class FullFinetune:
+    """All weights of the transformer; the forward pass computes in the precision of the run."""
+
+    save_pipeline: bool = False  # write a whole pipeline at the end, not the transformer alone
+    weights_dtype: str = "fp32"  # what is trained; bf16 needs updates that are rounded stochastically
+    max_shard_size: str = "10GB"  # of the transformer's files
+
+    def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        """What to load the transformer in: what is trained, whatever the computation takes."""
+        return DTYPES[self.weights_dtype]
+
+    def result_dtype(self, compute_dtype: torch.dtype, source: ModelSource) -> torch.dtype:
+        """What to store the result in: the dtype of the model's own files."""
+        return source.native_dtype()
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What a resumed run must have in common with its checkpoint, by flag."""
+        return {"method": "full fine-tuning", "--weights_dtype": self.weights_dtype}
+
+    def check_model(self, configs: ModelConfigs, source: ModelSource) -> None:
+        """Find, or download, what the pipeline to be written needs beside the transformer.
+
+        Raises:
+            UserError: a part of the model is missing.
+        """
+        if self.save_pipeline:
+            find_components(source)
+
+    def attach(self, transformer: CogVideoXTransformer3DModel) -> None:
+        """Make every parameter trainable."""
+        transformer.requires_grad_(True)
+
+    def weight_names(self, transformer: CogVideoXTransformer3DModel) -> list[str]:
+        """Of what `save` writes, as in the transformer's `state_dict`."""
+        return list(transformer.state_dict())
+
+    def save(
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        folder: Path,
+        dtype: torch.dtype,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> Path:
+        """Write the transformer as `CogVideoXTransformer3DModel.from_pretrained(folder / "transformer")` loads it.
+
+        Args:
+            transformer: what was trained.
+            folder: where `transformer/` goes, in shards of at most `max_shard_size`.
+            dtype: to store the weights in.
+            weights: those of `weight_names`; the transformer's own when None.
+        """
+        partial, result = folder / f".partial.{TRANSFORMER_FOLDER}", folder / TRANSFORMER_FOLDER
+        shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+        transformer.save_config(partial)
+        # On the CPU: a second copy of all weights may not fit beside what training holds on the device.
+        weights = transformer.state_dict() if weights is None else weights
+        weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
+        save_torch_state_dict(weights, partial, filename_pattern=_WEIGHTS, max_shard_size=self.max_shard_size)
+        replace_folder(partial, result)
+        return result
+
+    def save_result(
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        source: ModelSource,
+        folder: Path,
+        dtype: torch.dtype,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> Path:
+        """Write what the run was for, at its end: the transformer, and with `save_pipeline` all the rest of the model.
+
+        Args:
+            source: of the model that was tuned.
+
+        Raises:
+            UserError: the pipeline cannot be written; the transformer is in place.
+        """
+        result = self.save(transformer, folder, dtype, weights)
+        return write_pipeline(source, result, folder / PIPELINE_FOLDER) if self.save_pipeline else result
+
+    def load(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
+        """Load what `save` wrote.
+
+        Raises:
+            ValueError: the files are not of this transformer.
+        """
+        own = transformer.state_dict()
+        missing = {name: weight.shape for name, weight in own.items()}
+        for file in sorted((folder / TRANSFORMER_FOLDER).glob("*.safetensors")):
+            weights = load_file(file)
+            if any(missing.pop(name, None) != weight.shape for name, weight in weights.items()):
+                raise ValueError(f"{file} holds weights of another transformer")
+            with torch.no_grad():
+                for name, weight in weights.items():  # one after another: each goes to the device as a whole
+                    own[name].copy_(divided_like(weight, own[name]))
+        if missing:
+            raise ValueError(f"{folder / TRANSFORMER_FOLDER} lacks {len(missing)} weights, {min(missing)} among them")
+
+    def usage(
+        self, pipeline_class: str, model_path: str, folder: Path | str, model_changes: Sequence[str] = ()
+    ) -> list[str]:
+        """The code that loads the result, to be printed at the end of the run.
+
+        Args:
+            folder: of the run, or the repository that its result is uploaded to, which has no whole pipeline.
+            model_changes: ignored, the result's own config has them.
+        """
+        if self.save_pipeline and isinstance(folder, Path):
+            pipeline = folder / PIPELINE_FOLDER
+            return [f'pipe = {pipeline_class}.from_pretrained("{pipeline}", dtype=torch.bfloat16).to("cuda")']
+        return [
+            f'transformer = CogVideoXTransformer3DModel.from_pretrained("{folder}", subfolder="{TRANSFORMER_FOLDER}", '
+            "dtype=torch.bfloat16)",
+            f'pipe = {pipeline_class}.from_pretrained("{model_path}", transformer=transformer, '
+            'dtype=torch.bfloat16).to("cuda")',
+        ]

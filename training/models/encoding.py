@@ -1,0 +1,90 @@
+"""Prompts to embeddings, videos and first frames to latent moments, as the pipelines do it."""
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXPipeline,
+)
+
+from common.errors import UserError
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: CogVideoXPipeline, prompts: list[str], max_sequence_length: int = 226) -> torch.Tensor:
+    """Embed prompts exactly as sampling does.
+
+    Args:
+        pipeline: with tokenizer and text encoder, on the device to use.
+        prompts: B of them; longer ones than `max_sequence_length` tokens are cut.
+
+    Returns:
+        `[B, max_sequence_length, D]`, in the text encoder's dtype and on its device.
+    """
+    prompt_embeds, _ = pipeline.encode_prompt(
+        prompts,
+        do_classifier_free_guidance=False,
+        max_sequence_length=max_sequence_length,
+        device=pipeline.text_encoder.device,
+        dtype=pipeline.text_encoder.dtype,
+    )
+    return prompt_embeds
+
+
+@torch.no_grad()
+def encode_videos(vae: AutoencoderKLCogVideoX, videos: torch.Tensor) -> torch.Tensor:
+    """Encode videos to the moments of the VAE's posterior.
+
+    Args:
+        vae: on the device to use.
+        videos: `[B, F, 3, H, W]`, uint8 on any device; F = 4k or 4k + 1.
+
+    Returns:
+        `[B, 2C, F', H / 8, W / 8]`: mean and log-variance on the channel axis, unscaled, in the VAE's dtype.
+    """
+    pixels = videos.to(vae.device).permute(0, 2, 1, 3, 4).to(torch.float32)
+    return _encode_pixels(vae, pixels.div_(127.5).sub_(1.0))
+
+
+@torch.no_grad()
+def encode_noised_image(
+    vae: AutoencoderKLCogVideoX, image: torch.Tensor, scales: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Encode an image under noise of several strengths to the moments of the VAE's posterior.
+
+    Args:
+        vae: on the device to use.
+        image: `[3, H, W]`, uint8 on any device.
+        scales: `[K]`, the noise's standard deviations, for pixels in [-1, 1].
+        generator: of the noise; one on the CPU draws the same for every device.
+
+    Returns:
+        `[K, 2C, 1, H / 8, W / 8]`, as `encode_videos` gives them.
+    """
+    pixels = image.to(generator.device, torch.float32).div(127.5).sub(1.0)
+    noise = torch.randn(len(scales), *image.shape, generator=generator, device=generator.device)
+    noised = pixels + scales.view(-1, 1, 1, 1) * noise
+    moments = [_encode_pixels(vae, one[None, :, None].to(vae.device)) for one in noised]
+    return torch.cat(moments)
+
+
+def _encode_pixels(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
+    """`[B, 3, F, H, W]` in [-1, 1] -> moments."""
+    height, width = pixels.shape[-2:]
+    if vae.use_tiling and (height > vae.tile_sample_min_height or width > vae.tile_sample_min_width):
+        _check_tiles(vae)
+    # In this layout the CPU's 3D convolutions are several times as fast.
+    layout = torch.channels_last_3d if vae.device.type == "cpu" else torch.contiguous_format
+    return vae.encode(pixels.to(vae.dtype, memory_format=layout)).latent_dist.parameters
+
+
+def _check_tiles(vae: AutoencoderKLCogVideoX) -> None:
+    """diffusers steps from tile to tile in pixels; a step that is no whole number of latents displaces them."""
+    steps = (
+        int(vae.tile_sample_min_height * (1 - vae.tile_overlap_factor_height)),
+        int(vae.tile_sample_min_width * (1 - vae.tile_overlap_factor_width)),
+    )
+    if any(step % 8 for step in steps):
+        raise UserError(
+            f"--use_tiling, --enable_tiling: the tiles of this model's VAE are {steps[0]}x{steps[1]} pixels apart, "
+            "which does not divide by 8; leave the flag out"
+        )

@@ -42,6 +42,7 @@ from common.files import written_whole
 from data.buckets import Bucket, count_tokens
 from data.plan import plan_training_data
 from diffusion.tasks import TextToVideo
+from flags.settings import TrainingSettings
 from make_full_size_model import full_size_configs
 from memory.accounting import account
 from memory.facts import Workload, model_facts
@@ -165,11 +166,11 @@ def row_flags(row: Row, model: Path | str, data: Path, output: Path, size: tuple
     return flags
 
 
-def make_method(args: argparse.Namespace, row: Row) -> Lora | FullFinetune:
+def make_method(settings: TrainingSettings, row: Row) -> Lora | FullFinetune:
     """What is trainable in a row."""
     if row.method == "lora":
-        return Lora(row.rank, row.rank, args.lora_target_modules, quantize_base=args.quantize_base)
-    return FullFinetune(weights_dtype=args.weights_dtype)
+        return Lora.from_flags(settings.lora, settings.memory.quantize_base)
+    return FullFinetune(weights_dtype=settings.memory.weights_dtype)
 
 
 def measure_row(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
@@ -181,7 +182,7 @@ def measure_row(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
         spec = check_spec(args, plan_training_data(args), TextToVideo(), make_method(args, row))
         forget_host_peak()
         run = set_up(spec)
-        seconds = time_steps(args, run, *row.steps)
+        seconds = time_steps(run, *row.steps)
         facts, settings = run_facts(args, spec.data, spec.method, spec.configs), memory_settings_of(args)
         measured = {**speed_figures(seconds, spec, settings), **device_peaks("training")}
         if row.is_sampled:
@@ -196,14 +197,14 @@ def measure_row(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
     return {"facts": asdict(facts), "settings": asdict(settings), "device": device, "measured": measured, **failed}
 
 
-def time_steps(args: argparse.Namespace, run: Run, warm_up: int, timed: int) -> float:
+def time_steps(run: Run, warm_up: int, timed: int) -> float:
     """Train, and return the seconds of a step after the first ones."""
     run.total_steps = warm_up
-    train(args, run)
+    train(run)
     run.state, run.total_steps = replace(run.state, step=warm_up), warm_up + timed
     wait_for_device()
     began = time.perf_counter()
-    train(args, run)
+    train(run)
     wait_for_device()
     return (time.perf_counter() - began) / timed
 

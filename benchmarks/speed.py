@@ -56,7 +56,7 @@ def measure_preparation(model: Path, clips: Path, prepared: Path) -> float:
     flags = ["--model_id", str(model), "--data_root", str(clips), "--output_dir", str(prepared), *SMALL]
     flags += ["--batch_size", "2", "--dataloader_num_workers", "1", "--save_latents_and_embeddings"]
     args = parse_prepare_args(flags)
-    data = plan_raw_clips(args)
+    data = plan_raw_clips(args.sources, args.clips)
     return len(data.clips) / seconds(lambda: prepare(args, data))
 
 
@@ -68,9 +68,9 @@ def measure_training(model: Path, prepared: Path, output: Path, steps: int = 100
         flags += ["--output_dir", str(output / name), "--max_train_steps", str(num_steps), "--rank", "16"]
         flags += ["--lora_alpha", "16", "--train_batch_size", "1", "--seed", "0", "--report_to", "none", *SMALL]
         args = parse_args(flags, task="text-to-video", method="lora")
-        method = Lora(args.rank, args.lora_alpha)
+        method = Lora.from_flags(args.lora, args.memory.quantize_base)
         prepared_run = set_up(check_spec(args, plan_training_data(args), TextToVideo(), method))
-        return seconds(lambda: train(args, prepared_run))
+        return seconds(lambda: train(prepared_run))
 
     run("warm-up", 10)
     return steps / run("measured", steps)
@@ -79,10 +79,10 @@ def measure_training(model: Path, prepared: Path, output: Path, steps: int = 100
 def measure_loading(clips: Path, output: Path, num_workers: int, epochs: int = 2) -> float:
     """Clips a second decoded and resized to 49x480x720 by the training's own loader, workers' start included."""
     args = parse_prepare_args(["--data_root", str(clips), "--output_dir", str(output), "--model_id", "o/m", *NATIVE])
-    data = plan_raw_clips(args)
+    data = plan_raw_clips(args.sources, args.clips)
     sampler = BucketBatchSampler(data.buckets, 1, seed=0)
     sampler.total_batches = epochs * sampler.batches_per_epoch
-    dataset = ClipDataset(data.clips, reshape_mode=args.video_reshape_mode, random_flip=None, seed=0)
+    dataset = ClipDataset(data.clips, reshape_mode=args.clips.video_reshape_mode, random_flip=None, seed=0)
     loader = make_loader(dataset, sampler, num_workers=num_workers)
     return epochs * len(data.clips) / seconds(lambda: [batch.names for batch in loader])
 

@@ -192,7 +192,7 @@ def test_the_table_is_read_by_the_preparation_with_the_flags_that_are_told(clips
     caption(clips, server)
     told = shlex.split(capsys.readouterr().out.split("with: ")[1])
     args = parse_prepare_args([*told, "--model_id", "some/model", "--output_dir", "out", "--frame_buckets", "9"])
-    data = plan_raw_clips(args)
+    data = plan_raw_clips(args.sources, args.clips)
     assert data.bad == []
     assert [(planned.clip.video, planned.clip.caption) for planned in data.clips] == [
         (clips / name, text) for name, text in all_captioned().items()

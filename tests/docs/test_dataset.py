@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import make_first_frames
-from args import parse_args, parse_prepare_args
+from args import parse_args, parse_caption_args, parse_first_frame_args, parse_prepare_args
 from common.errors import UserError
 from data.buckets import Bucket
 from data.clips import Clip
 from data.plan import RawData, check_bad_clips, data_sources, plan_raw_clips
 from data.report import plan_table, sequence_length
 from data.sources import read_clips
-from flags import captions as caption_flags
 from make_demo_clips import make_demo_clips
 from pages import anchors, named_flags, outline
 from repository import ROOT
@@ -31,8 +29,8 @@ ENGLISH, CHINESE = PAGES.values()
 EXAMPLES = re.findall(r"<!-- ([a-z]+): ([^>]+?) -->\n```[a-z]*\n(.*?)```", ENGLISH, flags=re.DOTALL)
 PARSERS: dict[str, Callable] = {
     "prepare_dataset.py": parse_prepare_args,
-    "make_first_frames.py": make_first_frames.parse_flags,
-    "caption_dataset.py": caption_flags.parse_flags,
+    "make_first_frames.py": parse_first_frame_args,
+    "caption_dataset.py": parse_caption_args,
     "cogvideox_text_to_video_lora.py": lambda flags: parse_args(flags, task="text-to-video", method="lora"),
 }
 NOTE_ARGUMENTS = """#!/usr/bin/env bash
@@ -103,7 +101,7 @@ class Workplace:
             self.flags[name] = [flags for call in self.calls(content) if (flags := parsed(call))]
             if name in CLIPS:
                 (flags,) = self.flags[name]
-                self.clips[name] = [clip for source in data_sources(flags) for clip in good_clips(source)]
+                self.clips[name] = [clip for source in data_sources(flags.sources) for clip in good_clips(source)]
 
     def calls(self, command: str) -> list[list[str]]:
         """The arguments of each program that a command starts."""
@@ -188,7 +186,12 @@ def demo(workplace, monkeypatch) -> Callable[..., RawData]:
     monkeypatch.chdir(workplace.folder)
     monkeypatch.setenv("COGVIDEOX_FACTORY_CACHE", str(workplace.folder / "cache"))
     *_, call = workplace.calls(block("command", "try"))
-    return lambda *more: plan_raw_clips(parsed([*call, *more]))
+
+    def plan(*more: str) -> RawData:
+        settings = parsed([*call, *more])
+        return plan_raw_clips(settings.sources, settings.clips)
+
+    return plan
 
 
 def block(kind: str, name: str) -> str:

@@ -10,8 +10,8 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 
+from args import generation_parser, parse_generate_args
 from common.run_folder import LORA_FILE
-from flags.generation import _parser, parse_generate_args
 from methods.lora import Lora
 from models.source import ModelSource
 from repository import ROOT
@@ -48,9 +48,9 @@ def test_the_commands_of_the_page_ask_for_what_it_says(folder):
         f"00-bw-style-a-panda-plays-a-tiny-guitar-seed-{seed}.mp4" for seed in (1, 2)
     ]
     assert f"generated/{text.videos[0].file.name}" in PAGE
-    assert (image.transformer, image.image) == ("outputs/my-model", ["rabbit.png"])
+    assert (image.result.transformer, image.content.image) == ("outputs/my-model", ("rabbit.png",))
     (compare,) = parsed("compare")
-    assert compare.compare and len(compare.videos) == 2
+    assert compare.result.compare and len(compare.videos) == 2
     (several,) = parsed("several")
     assert [scale for _, scale in several.loras] == [1.0, 0.6]
 
@@ -59,7 +59,7 @@ def test_all_code_of_the_page_is_tested_and_its_flags_exist():
     assert re.findall(r"```(?:bash|python)\n(.*?)```", PAGE, flags=re.DOTALL) == list(BLOCKS.values())
     assert BLOCKS.keys() == {"generate", "compare", "several", "merge"}
     named = set(re.findall(r"--\w[\w-]*", re.sub(r"<!--.*?-->", "", PAGE)))
-    assert named <= set(_parser()._option_string_actions) | {"--help"}
+    assert named <= set(generation_parser()._option_string_actions) | {"--help"}
 
 
 def test_the_code_that_merges_writes_weights_with_the_lora_in_them(folder, tiny_models):

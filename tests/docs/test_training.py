@@ -38,7 +38,7 @@ def test_every_launcher_of_the_page_calls_its_script_with_flags_that_are_taken(f
     assert len({run.output_dir for run in runs}) == 4
     assert [run.use_8bit for run in runs] == [False, True, False, True]
     assert all(run.load_tensors and run.data_root == "prepared" for run in runs)
-    assert runs[2].validation_images == ["rabbit.png"]
+    assert runs[2].settings.validation.images == ("rabbit.png",)
     assert (runs[3].save_pipeline, runs[3].max_num_frames, runs[3].width) == (True, 81, 1360)
 
 

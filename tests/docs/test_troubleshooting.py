@@ -44,6 +44,6 @@ def test_one_can_go_back_to_an_earlier_step(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sampled, trained = map(flags_of, noted_calls(BLOCKS["earlier step"], tmp_path))
     lora = f"outputs/my-lora/checkpoint-1000/{LORA_FILE}"
-    assert sampled.loras == [(lora, 1.0)]
+    assert sampled.settings.loras == ((lora, 1.0),)
     assert (trained.lora_weights, trained.learning_rate) == (lora, 5e-5)
     assert code_blocks(PAGE) == list(BLOCKS.values())

@@ -1,6 +1,5 @@
 """What pages of Markdown consist of, code, headings, tables, flags and links, and what their commands call."""
 
-import argparse
 import os
 import re
 import shlex
@@ -9,10 +8,10 @@ from contextlib import redirect_stdout, suppress
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
-from args import METHODS, TASKS, parse_args, parse_prepare_args
-from flags import captions as caption_flags
-from flags.generation import parse_generate_args
+from args import METHODS, TASKS, parse_args, parse_caption_args, parse_generate_args, parse_prepare_args
+from flags.schema import flag_values
 from repository import ROOT
 
 
@@ -95,14 +94,19 @@ def script_of(call: list[str]) -> str:
     return next(Path(word).name for word in call if word.endswith(".py"))
 
 
-def flags_of(call: list[str]) -> argparse.Namespace:
+def flags_of(call: list[str]) -> SimpleNamespace:
     """The flags of the script in a call, as it reads them."""
     script = script_of(call)
     flags = call[next(index for index, word in enumerate(call) if word.endswith(script)) + 1 :]
     if parse := PARSERS.get(script):
-        return parse(flags)
+        return _by_name(parse(flags))
     task, method = re.fullmatch(r"cogvideox_(text|image)_to_video_(lora|sft)\.py", script).groups()
-    return parse_args(flags, task=f"{task}-to-video", method=method)
+    return _by_name(parse_args(flags, task=f"{task}-to-video", method=method))
+
+
+def _by_name(settings) -> SimpleNamespace:
+    """The flags of all groups, and what follows from them."""
+    return SimpleNamespace(**flag_values(settings), settings=settings)
 
 
 def known_flags() -> set[str]:
@@ -118,6 +122,6 @@ def known_flags() -> set[str]:
 
 PARSERS = {
     "prepare_dataset.py": parse_prepare_args,
-    "caption_dataset.py": caption_flags.parse_flags,
+    "caption_dataset.py": parse_caption_args,
     "generate.py": parse_generate_args,
 }

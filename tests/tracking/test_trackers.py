@@ -3,7 +3,6 @@
 import importlib
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -57,14 +56,10 @@ class Working(GeneralTracker):
         self.logged.append((values, step))
 
 
-def flags(folder: Path, **others) -> Namespace:
-    return Namespace(output_dir=str(folder), logging_dir="logs", tracker_name="run", **others)
-
-
 def started(folder: Path, report_to: str, resumed_at: int | None = None, **others) -> Accelerator:
     """An accelerator with trackers, as a run starts it."""
     accelerator = Accelerator(cpu=True, log_with=report_to, project_dir=folder)
-    start_trackers(accelerator, flags(folder, **others), resumed_at=resumed_at)
+    start_trackers(accelerator, "run", folder / "logs", others, resumed_at=resumed_at)
     return accelerator
 
 
@@ -187,7 +182,7 @@ def start_one(folder: Path, kind: str, resumed_at: int | None = None) -> Acceler
     """An accelerator with a tracker whose library accelerate need not find."""
     accelerator = Accelerator(cpu=True)
     accelerator.log_with = [kind]
-    start_trackers(accelerator, flags(folder), resumed_at=resumed_at)
+    start_trackers(accelerator, "run", folder / "logs", {"rank": 4}, resumed_at=resumed_at)
     return accelerator
 
 
@@ -218,7 +213,7 @@ def test_the_environment_says_which_comet_experiment_it_is(tmp_path, monkeypatch
 def test_trackio_gets_the_settings_and_the_videos(tmp_path, stand_in):
     library = stand_in("trackio")
     accelerator = start_one(tmp_path, "trackio")
-    assert library.config["tracker_name"] == "run"
+    assert library.config["rank"] == 4
     video = ValidationVideo(0, "00-00-a", "a rabbit", tmp_path / "a.mp4", [])
     log_videos(accelerator.trackers, [video], tmp_path / "sheet.png", step=5)
     shown = {
@@ -253,5 +248,5 @@ def test_the_token_is_in_no_file_of_any_tracker(tmp_path, monkeypatch):
 
 
 def test_settings_are_numbers_and_texts():
-    settings = plain_settings(Namespace(rank=4, use_ema=True, fps=None, frame_buckets=[49], hub_token=None))
+    settings = plain_settings({"rank": 4, "use_ema": True, "fps": None, "frame_buckets": (49,), "hub_token": None})
     assert settings == {"rank": 4, "use_ema": True, "fps": "None", "frame_buckets": "[49]"}

@@ -47,9 +47,6 @@ FILES_INDEX = "data.jsonl"
 LISTS = ("prompts.txt", "videos.txt")
 EMPTY_PROMPT_FILE = "empty_prompt.safetensors"
 STAGING = ".staging"
-# How raw clips become samples; settled for good when they are prepared.
-PREPARED_FLAGS = ("id_token", "video_reshape_mode", "random_flip", "fps", "skip_frames_start", "skip_frames_end")
-PREPARED_FLAGS += ("long_clips", "hold_last_frame", "height_buckets", "width_buckets", "frame_buckets")
 # Of an index: what leads to files.
 _PATH_KEYS = ("latents", "prompt_embeds", "video_latent", "prompt_embed", "image_latent")
 
@@ -236,7 +233,9 @@ def read_prepared_settings(folder: Path) -> dict[str, Any]:
         not isinstance(settings.get(name, kind()), kind) for name, kind in kinds.items()
     ):
         raise UserError(f"{path} is damaged; prepare into a new folder")
-    return settings
+    flags = settings.get("flags", {})
+    # As the flags of a script hold them.
+    return settings | {"flags": {name: tuple(one) if isinstance(one, list) else one for name, one in flags.items()}}
 
 
 def read_index(folder: Path, *, allow_outside_paths: bool = False) -> list[PreparedClip]:

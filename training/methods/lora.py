@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.errors import UserError
 from common.files import written_whole
 from common.run_folder import LORA_FILE
-from flags.training import ALL_LINEAR, LORA_TARGET_MODULES
+from flags.training import ALL_LINEAR, LORA_TARGET_MODULES, LoraFlags
 from methods.lora_file import check_starting_lora, load_lora, read_lora
 from models.configs import ModelConfigs
 from models.quantization import check_quantization
@@ -43,6 +43,20 @@ class Lora:
     dropout: float = 0.0  # probability that an input of an adapter is dropped in training
     start_from: Path | None = None  # a LoRA file whose values the adapters begin with
     quantize_base: str = "none"  # what the frozen model's blocks are stored in: int8, fp8, nf4
+
+    @classmethod
+    def from_flags(cls, flags: LoraFlags, quantize_base: str) -> "Lora":
+        """Return the LoRA that the flags describe."""
+        return cls(
+            rank=flags.rank,
+            alpha=flags.lora_alpha,
+            target_modules=list(flags.lora_target_modules),
+            use_rslora=flags.use_rslora,
+            use_dora=flags.use_dora,
+            dropout=flags.lora_dropout,
+            start_from=Path(flags.lora_weights) if flags.lora_weights else None,
+            quantize_base=quantize_base,
+        )
 
     def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
         """What to load the transformer in: frozen, it needs no more precision than the computation."""

@@ -88,13 +88,6 @@ def test_a_name_that_is_no_text_is_a_name(tmp_path):
     assert cache.get(path, "probe 1") == {"num_frames": 49}
 
 
-def test_a_closed_cache_opens_again(clip, tmp_path):
-    cache = FileCache(tmp_path / "cache")
-    cache.put(clip, "probe 1", {"num_frames": 49})
-    cache.close()
-    assert cache.get(clip, "probe 1") == {"num_frames": 49}
-
-
 def test_nothing_else_is_left_in_the_folder(clip, tmp_path):
     FileCache(tmp_path / "cache").put(clip, "probe 1", {"num_frames": 49})
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["files.sqlite"]

@@ -126,7 +126,7 @@ def error_of(*references):
 def test_an_address_that_is_not_there_is_one_line_with_the_answer(server):
     address = f"{server.address}/gone.png"
     assert error_of(address) == (
-        f"--validation_images: '{address}': the server answers 404 Not Found; give a path or an http(s) URL of a "
+        f"--validation_images: '{address}': the server answers 404 Not Found; pass a path or an http(s) URL of a "
         "still image"
     )
 
@@ -152,14 +152,14 @@ def test_an_image_that_is_too_large_is_not_read_to_its_end(server, monkeypatch):
 
 def test_a_server_that_does_not_answer_is_given_up(server, monkeypatch):
     monkeypatch.setattr(validation_images, "DOWNLOAD_TIMEOUT", 0.2)
-    assert "no whole answer within 0.2 s" in error_of(f"{server.address}/silent")
+    assert "no complete answer within 0.2 s" in error_of(f"{server.address}/silent")
 
 
 @pytest.mark.parametrize("part", ["headers", "content"])
 def test_an_answer_that_never_ends_is_given_up(server, monkeypatch, part):
     """Though something comes all the time, so that no single wait is long."""
     monkeypatch.setattr(validation_images, "DOWNLOAD_TIMEOUT", 0.3)
-    assert "no whole answer within 0.3 s" in error_of(f"{server.address}/endless-{part}")
+    assert "no complete answer within 0.3 s" in error_of(f"{server.address}/endless-{part}")
 
 
 def test_a_server_that_sends_us_round_in_circles_is_given_up(server):
@@ -176,7 +176,7 @@ def test_a_server_cannot_send_us_to_a_file_on_this_machine(server, tmp_path):
 def test_what_unpacks_to_more_than_was_sent_is_not_unpacked(server):
     server.encoding = "gzip"
     server.pages["/bomb.png"] = gzip.compress(bytes(2**20))
-    assert "packs the image once more" in error_of(f"{server.address}/bomb.png")
+    assert "compresses the image" in error_of(f"{server.address}/bomb.png")
 
 
 def test_an_image_that_claims_to_be_vast_is_refused_before_it_is_decoded(server):

@@ -346,8 +346,3 @@ def test_frames_of_the_right_size_stay_untouched():
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="must be center, random or none"):
         reshape_frames(noise_video(8, 8), 8, 8, "centre", random.Random(0))
-
-
-def test_a_flip_mirrors_left_and_right():
-    frames = noise_video(8, 10)
-    assert (video.flip_frames(frames).numpy() == frames.numpy()[..., ::-1]).all()

@@ -14,16 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from encoded_clips import ENCODINGS, all_frames, clip_maker, encode, ffmpeg, numbers_of, stream_copied_cut
+from encoded_clips import ENCODINGS, all_frames, encode, ffmpeg, numbers_of, remuxed, stream_copied_cut
 from repository import TRAINING
 from video import io as video
 from video.io import read_frames, reshape_frames, write_video
 from video.probe import probe_video
-
-
-@pytest.fixture(scope="module")
-def clip_of(tmp_path_factory):
-    return clip_maker(tmp_path_factory.mktemp("clips"))
 
 
 def test_no_torch_is_imported_to_find_bad_data():
@@ -115,18 +110,6 @@ def test_a_clip_that_changes_its_size_is_named(tmp_path):
 
 
 # Seeking
-
-
-def remuxed(clip, path, change):
-    """A copy whose packets have gone through `change`."""
-    with av.open(str(clip)) as source, av.open(str(path), "w") as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.size:
-                change(packet)
-                packet.stream = stream
-                target.mux(packet)
-    return path
 
 
 SEEKABLE = [

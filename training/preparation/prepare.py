@@ -60,7 +60,7 @@ def prepare(args: argparse.Namespace, data: RawData) -> None:
     samples = [name_sample(planned, args) for planned in data.clips]
     check_preparation(args, folder, source.fingerprint(), (sample.name + sample.caption_key for sample in samples))
     if args.save_latents_and_embeddings:
-        source.download_encoders()
+        source.download("vae", "text_encoder", "tokenizer")
         warn_of_overflow(DTYPES[args.dtype], source)
     settings = claim_folder(folder, settings_of(args, source))
     layout = make_layout(args, folder, samples, configs)

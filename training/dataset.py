@@ -20,7 +20,7 @@ from data.prepared import PreparedClip, read_tensor
 from data.sampler import Draw
 from models.configs import ModelConfigs
 from models.prompts import PromptCache
-from video.io import flip_frames, read_frames, reshape_frames
+from video.io import read_frames, reshape_frames
 
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class ClipDataset(Dataset):
         chance = random.Random(f"{self.seed}-{epoch}-{planned.info.sha256}-{planned.frame_indices[0]}")
         _, height, width = planned.bucket
         shaped = reshape_frames(torch.from_numpy(frames).permute(0, 3, 1, 2), height, width, self.reshape_mode, chance)
-        return flip_frames(shaped) if chance.random() < self.random_flip else shaped
+        return shaped.flip(-1) if chance.random() < self.random_flip else shaped
 
 
 class PreparedDataset(Dataset):

@@ -65,7 +65,7 @@ def prepare(settings: PreparationSettings, data: RawData) -> None:
         flag_values(settings), folder, source.fingerprint(), (sample.name + sample.caption_key for sample in samples)
     )
     if settings.preparation.save_latents_and_embeddings:
-        source.download_encoders()
+        source.download("vae", "text_encoder", "tokenizer")
         warn_of_overflow(DTYPES[settings.model.dtype], source)
     prepared = claim_folder(folder, settings_of(settings, source))
     layout = make_layout(settings, folder, samples, configs)

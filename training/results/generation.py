@@ -174,7 +174,7 @@ def choose_dtype(name: str, source: ModelSource, device: torch.device) -> torch.
         return torch.float32
     if name not in ("auto", "fp16"):
         return DTYPES[name]
-    source.download_transformer()
+    source.download("transformer")
     native = source.native_dtype()
     dtype = native if name == "auto" else DTYPES[name]
     if warning := precision_warning(dtype, native, "--dtype"):

@@ -105,7 +105,7 @@ def test_a_file_name_that_is_no_unicode_is_a_bad_clip(tmp_path):
 def test_a_table_beside_clips_without_captions_is_pointed_to(tmp_path):
     touch(tmp_path, "a.mp4", "b.mp4")
     write(tmp_path / "metadata.csv", "file_name,text\na.mp4,A cat.\n")
-    assert error_of(tmp_path).endswith(f"but metadata.csv: give --dataset_file {tmp_path / 'metadata.csv'}")
+    assert error_of(tmp_path).endswith(f"but metadata.csv: pass --dataset_file {tmp_path / 'metadata.csv'}")
 
 
 @pytest.mark.parametrize("ours", ["prepared.json", "plan.csv"])

@@ -117,9 +117,9 @@ def test_a_missing_data_root_is_named(tmp_path):
 
 
 def test_no_source_and_two_sources_are_errors():
-    assert "give --data_root, --dataset_file, --dataset_name" in error_of(None)
+    assert "set --data_root, --dataset_file, --dataset_name" in error_of(None)
     assert error_of(None, dataset_file=Path("a.csv"), dataset_name="b").startswith(
-        "--dataset_file and --dataset_name are both given"
+        "--dataset_file and --dataset_name are both set"
     )
 
 
@@ -170,7 +170,7 @@ def test_a_relative_table_is_looked_for_here_and_then_in_the_data_root(tmp_path,
     monkeypatch.chdir(here)
     name = Path("data.csv")
     assert error_of(tmp_path, dataset_file=name) == (
-        f"--dataset_file data.csv does not exist, neither as given nor in {tmp_path}"
+        f"--dataset_file data.csv does not exist, neither here nor in {tmp_path}"
     )
     write(tmp_path / name, "video,text\na.mp4,from the data root\n")
     assert captions(good(tmp_path, dataset_file=name)) == ["from the data root"]

@@ -14,17 +14,12 @@ from PIL import Image
 
 from clip_lists import bad, captions, error_of, good, read, touch, write
 from data.clips import Clip
+from encoded_clips import all_frames
 
 
 ROWS = {"video": ["a.mp4", "sub/b.mp4"], "text": ["A cat.\nOn a mat.", "A dog."], "n": [1, None]}
 MEDIA = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
-
-
-def decoded(path):
-    """All frames."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def picture():
@@ -81,7 +76,7 @@ def test_parquet_may_hold_decoded_videos_of_any_length_and_their_rate(tmp_path, 
     videos = [PIXELS, PIXELS[:2]]
     clips, bad_clips = read_parquet(tmp_path, [video.tolist() for video in videos], nested(kind, 4), fps=[None, 12])
     assert bad_clips == []
-    assert all(np.array_equal(decoded(clip.video), video) for clip, video in zip(clips, videos, strict=True))
+    assert all(np.array_equal(all_frames(clip.video), video) for clip, video in zip(clips, videos, strict=True))
     with av.open(str(clips[1].video)) as container:
         assert container.streams.video[0].average_rate == 12
 
@@ -100,7 +95,7 @@ def test_decoded_frames_that_make_no_video_are_a_bad_clip(tmp_path, video, reaso
 
 def test_parquet_may_hold_videos_as_lists_of_images(tmp_path):
     ((clip,), _) = read_parquet(tmp_path, [[{"bytes": picture(), "path": None}] * 3], pa.list_(MEDIA))
-    assert np.array_equal(decoded(clip.video), PIXELS[[0, 0, 0]])
+    assert np.array_equal(all_frames(clip.video), PIXELS[[0, 0, 0]])
 
 
 def test_parquet_may_hold_first_frames(tmp_path):
@@ -237,8 +232,8 @@ def test_features_of_media_are_read(hub, tmp_path, streaming):
     options = {"dataset_name": str(tmp_path / "data"), "dataset_streaming": streaming, "cache": tmp_path / "cache"}
     by_column = {column: good(None, **options, video_column=column)[0] for column in row}
     assert by_column["encoded"].video.read_bytes() == b"content"
-    assert np.array_equal(decoded(by_column["decoded"].video), PIXELS)
-    assert np.array_equal(decoded(by_column["frames"].video), PIXELS[[0, 0]])
+    assert np.array_equal(all_frames(by_column["decoded"].video), PIXELS)
+    assert np.array_equal(all_frames(by_column["frames"].video), PIXELS[[0, 0]])
     assert by_column["encoded"].image.read_bytes() == picture()
 
 

@@ -20,6 +20,7 @@ from common.errors import UserError
 from data import media_cache
 from data.media_cache import first_frame_file, media_file
 from data.rows import UnusableRow
+from encoded_clips import all_frames
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 9, 3), np.uint8)
@@ -35,8 +36,7 @@ def picture(format="PNG", size=(6, 4), colour=(255, 0, 0)):
 def decoded(path):
     """All frames, and the rate."""
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]), stream.average_rate
+        return all_frames(path), container.streams.video[0].average_rate
 
 
 def files_in(cache):

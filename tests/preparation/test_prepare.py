@@ -22,6 +22,7 @@ from data.prepared import PreparedClip, read_empty_prompt, read_index, read_tens
 from data.sources import DataSource, read_clips
 from diffusion.latents import image_noise_scales
 from diffusion.randomness import step_generator
+from encoded_clips import all_frames
 from models.encoding import encode_noised_image, encode_prompts, encode_videos
 from models.source import ModelSource
 from preparation.prepare import warn_of_overflow
@@ -97,15 +98,9 @@ def tensors_of(clip: PreparedClip) -> tuple[torch.Tensor, torch.Tensor]:
     return read_tensor(clip.video_latents), read_tensor(clip.prompt_embeds)
 
 
-def decode(path: Path) -> np.ndarray:
-    """The truth: every frame, as PyAV decodes them one after another."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
 def frames_of(clip: Path) -> np.ndarray:
     """The frames that belong into the bucket: spread from first to last, halves rounded up. `[F, H, W, 3]`"""
-    frames = decode(clip)
+    frames = all_frames(clip)
     return frames[[(2 * i * (len(frames) - 1) + FRAMES - 1) // (2 * (FRAMES - 1)) for i in range(FRAMES)]]
 
 
@@ -148,7 +143,7 @@ def test_the_folder_holds_what_its_documentation_lists(prepared):
 
 def test_the_index_tells_where_each_sample_comes_from_in_the_order_of_the_list(prepared, rows):
     for number, ((video, caption), entry) in enumerate(zip(rows, entries_of(prepared), strict=True), 1):
-        num_frames, height, width, _ = decode(video).shape
+        num_frames, height, width, _ = all_frames(video).shape
         assert entry["name"].startswith(f"{video.stem}-")
         assert (entry["clip"], entry["caption"], entry["source"]) == (str(video), caption, f"videos.txt:{number}")
         assert entry["metadata"] == {"num_frames": FRAMES, "height": height, "width": width}
@@ -301,11 +296,11 @@ def test_larger_batches_and_workers_give_the_same_latents(model, prepared_small,
 def test_a_long_clip_that_is_split_becomes_several_samples(model, small, tmp_path):
     data = write_data(tmp_path / "data", small[:1])
     folder = prepare(model, data, tmp_path / "out", "--long_clips", "split")
-    num_frames = len(decode(small[0][0]))
+    num_frames = len(all_frames(small[0][0]))
     starts = range(0, num_frames - FRAMES + 1, FRAMES)
     assert [entry["frames"] for entry in entries_of(folder)] == [[at, at + FRAMES - 1] for at in starts]
     vae = ModelSource(str(model)).load_vae(torch.float32, slicing=False, tiling=False)
-    last = decode(small[0][0])[starts[-1] : starts[-1] + FRAMES].transpose(0, 3, 1, 2).copy()
+    last = all_frames(small[0][0])[starts[-1] : starts[-1] + FRAMES].transpose(0, 3, 1, 2).copy()
     moments = read_tensor(read_index(folder)[-1].video_latents)
     assert torch.equal(moments, encode_videos(vae, torch.from_numpy(last)[None])[0])
 
@@ -337,7 +332,7 @@ def test_the_preview_shows_the_clip_as_the_model_sees_it(prepared_files, small):
     entry = entries_of(prepared_files, "data.jsonl")[0]
     with av.open(prepared_files / entry["video"]) as container:
         assert container.streams.video[0].average_rate == 8
-    shown, seen = decode(prepared_files / entry["video"]), frames_of(small[0][0])
+    shown, seen = all_frames(prepared_files / entry["video"]), frames_of(small[0][0])
     assert shown.shape == seen.shape == (FRAMES, 96, 160, 3)
     assert np.abs(shown.astype(int) - seen).mean() < 6  # H.264 is lossy; another frame is far off
     assert np.array_equal(np.asarray(Image.open(prepared_files / entry["image"])), seen[0])
@@ -351,7 +346,7 @@ def test_without_tensors_the_folder_is_a_data_set_of_raw_clips(model, small, tmp
     clips, bad = read_clips(DataSource(folder), tmp_path / "cache")
     assert not bad
     assert [clip.caption for clip in clips] == [caption for _, caption in small]
-    assert all(decode(clip.video).shape == (FRAMES, 96, 160, 3) for clip in clips)
+    assert all(all_frames(clip.video).shape == (FRAMES, 96, 160, 3) for clip in clips)
     with av.open(clips[0].video) as container:
         assert container.streams.video[0].average_rate == 12
 

@@ -5,7 +5,6 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from encoded_clips import all_frames
 from models.prompts import PromptCache
 from models.source import ModelSource
 from parallel.coordinator import Coordinator
@@ -64,13 +64,7 @@ class Workplace:
         return validate(accelerator, Coordinator(), self.make_pipeline, *given, **options)
 
     def videos(self, step: int = 5) -> list[np.ndarray]:
-        return [read_video(file) for file in sorted((self.folder / f"step-{step}").glob("*.mp4"))]
-
-
-def read_video(file: Path) -> np.ndarray:
-    """All frames, uint8 [F, H, W, 3]."""
-    with av.open(file) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        return [all_frames(file) for file in sorted((self.folder / f"step-{step}").glob("*.mp4"))]
 
 
 @pytest.fixture(scope="module")
@@ -438,5 +432,5 @@ def test_wandb_gets_each_video_and_the_sheet(workplace, tmp_path, warnings_of):
     assert warnings_of() == []
     (media,) = tmp_path.glob("wandb/offline-run-*/files/media")
     (video,) = media.glob("videos/validation_*.mp4")
-    assert np.array_equal(read_video(video), place.videos()[0])
+    assert np.array_equal(all_frames(video), place.videos()[0])
     assert len(list(media.glob("images/validation_contact_sheet_*.png"))) == 1

@@ -61,7 +61,7 @@ def test_image_to_video_refuses_a_text_to_video_model_and_names_the_script(tiny_
 
 def test_learned_positions_are_refused_at_another_size_unless_they_are_dropped(tiny_models):
     configs = configs_of(tiny_models("5b-i2v"))
-    with pytest.raises(UserError, match=r"fit 17x64x96 .* alone, not 17x96x64; .*--ignore_learned_positional_embed"):
+    with pytest.raises(UserError, match=r"fit only 17x64x96 .*, not 17x96x64; .*--ignore_learned_positional_embed"):
         ImageToVideo(0.05, False).check_model(configs, [SIZE, Bucket(17, 96, 64)])
     ImageToVideo(0.05, True).check_model(configs, [SIZE, Bucket(17, 96, 64)])
 
@@ -251,5 +251,5 @@ def test_a_task_is_sampled_with_its_own_pipeline(task, pipeline):
 
 
 def test_learned_positions_that_a_model_does_not_have_are_not_dropped(tiny_models):
-    with pytest.raises(UserError, match="this model has no learned positions; leave it out"):
+    with pytest.raises(UserError, match="this model has no learned positions; omit the flag"):
         ImageToVideo(0.05, True).check_model(configs_of(tiny_models("1.5-5b-i2v")), [SIZE])

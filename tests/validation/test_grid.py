@@ -68,7 +68,7 @@ def test_steps_that_a_resumed_run_has_not_come_to_again_are_left_out(validations
 def test_a_grid_that_cannot_be_written_is_a_warning(validations, caplog):
     (validations / GRID_FILE).mkdir()
     assert draw_grid(validations, videos_of(validations, 10), frame=4, last_step=10) is None
-    assert "warning: the steps are not drawn side by side: " in caplog.text
+    assert "warning: cannot draw the validations side by side: " in caplog.text
 
 
 def test_of_many_steps_eight_are_shown_with_the_first_and_the_last():

@@ -259,7 +259,9 @@ def test_a_loss_that_fails_is_a_warning(caplog):
     losses, failures = validation_losses(broken, make_batches([1.0]), Accelerator(cpu=True), Coordinator(), 1000)
     assert (losses, failures) == ({}, ["rank 0: RuntimeError: out of memory"])
     log_validation_losses(Accelerator(cpu=True), losses, failures, 7)
-    assert "the validation loss at step 7 failed, training goes on; rank 0: RuntimeError: out of memory" in caplog.text
+    assert (
+        "the validation loss at step 7 failed, training continues; rank 0: RuntimeError: out of memory" in caplog.text
+    )
 
 
 def test_the_losses_are_logged_as_curves(tmp_path):

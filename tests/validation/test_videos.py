@@ -320,7 +320,7 @@ def test_models_and_random_states_are_left_as_they_were(workplace, monkeypatch, 
     assert "decode_latents" in failure  # where it happened
     (warning,) = warnings_of()
     assert warning.startswith(
-        "warning: validation at step 5 failed, training goes on; rank 0: RuntimeError: no memory"
+        "warning: validation at step 5 failed, training continues; rank 0: RuntimeError: no memory"
     )
 
 
@@ -356,7 +356,7 @@ def test_a_damaged_video_of_the_base_model_costs_the_sheet_alone(workplace, warn
     (video,) = (place.folder / "step-0").glob("*.mp4")
     video.write_bytes(b"damaged")
     assert place.validate(step=5) == []
-    assert [warning.split(":")[1] for warning in warnings_of()] == [" there is no contact sheet of step 5"]
+    assert [warning.split(":")[1] for warning in warnings_of()] == [" cannot draw the contact sheet of step 5"]
     assert len(place.videos()) == 1
 
 
@@ -412,7 +412,7 @@ def test_tensorboard_gets_frames_and_prompt_though_another_tracker_fails(workpla
     assert place.validate(accelerator=accelerator) == []
     accelerator.end_training()
     (warning,) = warnings_of()
-    assert warning.startswith("warning: comet_ml did not take the validation videos of step 5 (AttributeError: ")
+    assert warning.startswith("warning: comet_ml failed to log the validation videos of step 5 (AttributeError: ")
 
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     (tag,) = events.Tags()["images"]

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from clip_lists import bad, captions, error_of, good, read, touch, write, write_table
+from clip_lists import bad, captions, error_of, good, read, touch, write, write_lists, write_table
 from data.sources import DataSource, read_clips
 
 
 def test_paths_that_lead_out_of_the_data_root_are_bad_clips_each_with_its_line(tmp_path):
-    write(tmp_path / "videos.txt", f"/clips/z.mp4\n../y.mp4\n~/x.mp4\n{tmp_path}/a.mp4\nb.mp4")
-    write(tmp_path / "prompts.txt", "A cat.\n" * 5)
+    write_lists(tmp_path, videos=f"/clips/z.mp4\n../y.mp4\n~/x.mp4\n{tmp_path}/a.mp4\nb.mp4", prompts="A cat.\n" * 5)
     clips, unusable = read(tmp_path)
     assert [clip.video.name for clip in clips] == ["a.mp4", "b.mp4"]
     assert [(clip.what, clip.source) for clip in unusable] == [
@@ -39,9 +38,8 @@ def test_no_table_names_files_elsewhere_neither_as_videos_nor_as_images(tmp_path
     assert "its image lies outside of" in str(image)
 
 
-def test_paths_that_lead_out_stay_as_they_are_where_they_are_allowed(tmp_path):
-    write(tmp_path / "videos.txt", "/clips/z.mp4\n../y.mp4")
-    write(tmp_path / "prompts.txt", "A cat.\nA dog.")
+def test_paths_that_lead_out_are_kept_if_they_are_allowed(tmp_path):
+    write_lists(tmp_path, videos="/clips/z.mp4\n../y.mp4", prompts="A cat.\nA dog.")
     clips = good(tmp_path, allow_outside_paths=True)
     assert [clip.video for clip in clips] == [Path("/clips/z.mp4"), tmp_path / "../y.mp4"]
 
@@ -61,7 +59,7 @@ def test_a_table_may_list_what_the_cache_holds(tmp_path):
 
 
 def test_a_folder_of_clips_may_hold_links_to_elsewhere(tmp_path):
-    """Its owner made them; only what a list says is not trusted."""
+    """The folder's owner made them; only listed paths are not trusted."""
     touch(tmp_path / "elsewhere", "a.mp4")
     write(tmp_path / "elsewhere/a.txt", "A cat.")
     (tmp_path / "data").mkdir()
@@ -73,8 +71,7 @@ def test_a_folder_of_clips_may_hold_links_to_elsewhere(tmp_path):
 
 def test_paths_of_every_list_may_start_from_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    write(tmp_path / "videos.txt", "~/clips/z.mp4")
-    write(tmp_path / "prompts.txt", "A cat.")
+    write_lists(tmp_path, videos="~/clips/z.mp4", prompts="A cat.")
     file = write(tmp_path / "data.csv", "video,text,image\n~/clips/z.mp4,A cat.,~/z.png\n")
     (listed,) = good(tmp_path, allow_outside_paths=True)
     (in_table,) = good(tmp_path, dataset_file=file, allow_outside_paths=True)
@@ -83,19 +80,17 @@ def test_paths_of_every_list_may_start_from_the_home_folder(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("token", "caption"), [("BW_STYLE", "BW_STYLE A cat."), (" X ", "X A cat."), ("", "A cat.")])
-def test_the_id_token_stands_before_every_caption(tmp_path, token, caption):
-    write(tmp_path / "videos.txt", "a.mp4")
-    write(tmp_path / "prompts.txt", "A cat.")
+def test_the_id_token_is_added_before_every_caption(tmp_path, token, caption):
+    write_lists(tmp_path, videos="a.mp4", prompts="A cat.")
     assert captions(good(tmp_path, id_token=token)) == [caption]
 
 
-def test_whether_a_listed_file_exists_is_not_asked_here(tmp_path):
-    write(tmp_path / "videos.txt", "A very long caption, where a path belongs. " * 50)
-    write(tmp_path / "prompts.txt", "a.mp4")
+def test_listed_files_need_not_exist(tmp_path):
+    write_lists(tmp_path, videos="A very long caption, where a path belongs. " * 50, prompts="a.mp4")
     assert captions(good(tmp_path)) == ["a.mp4"]
 
 
-def test_where_a_clip_is_listed_is_named_with_its_folder_when_asked(tmp_path):
+def test_the_folder_of_the_list_is_named_on_request(tmp_path):
     touch(tmp_path / "folder", "a.mp4", "sub/b.mp4")
     write(tmp_path / "folder/sub/b.txt", "A dog.")
     write(tmp_path / "lists/videos.txt", "a.mp4")
@@ -129,7 +124,7 @@ def test_an_image_column_has_no_meaning_in_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data.csv", "data.jsonl", "data.json", "data.parquet"])
-def test_a_missing_column_is_told_with_those_there_and_the_flag(tmp_path, name):
+def test_a_missing_column_is_named_with_the_existing_ones_and_the_flag(tmp_path, name):
     file = write_table(tmp_path / name, [{"path": "a.mp4", "caption": "A cat."}])
     there = f"{file} has no column 'video'; it has path, caption: set --video_column"
     assert error_of(tmp_path, dataset_file=file) == there
@@ -191,7 +186,7 @@ def test_a_url_is_not_a_path(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["image", "images"])
-def test_an_image_column_is_used_where_there_is_one(tmp_path, column):
+def test_an_image_column_is_used_if_it_exists(tmp_path, column):
     file = write(tmp_path / "data.csv", f"video,text,{column}\na.mp4,A cat.,a.png\nb.mp4,A dog.,\n")
     assert [clip.image for clip in good(tmp_path, dataset_file=file)] == [tmp_path / "a.png", None]
 
@@ -208,7 +203,7 @@ def test_a_column_of_stills_is_not_its_own_first_frame(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data.csv", "data.jsonl", "data.json", "data.parquet"])
-def test_only_the_first_samples_are_read_when_asked(tmp_path, name):
+def test_only_the_first_samples_are_read_on_request(tmp_path, name):
     file = write_table(tmp_path / name, [{"video": f"{number}.mp4", "text": f"Cat {number}."} for number in range(5)])
     assert captions(good(tmp_path, dataset_file=file, max_samples=2)) == ["Cat 0.", "Cat 1."]
 
@@ -241,13 +236,13 @@ def test_values_of_the_wrong_type_are_bad_clips(tmp_path):
         {"video": "a.mp4", "text": "A cat.", "note": "\ud800"},
     ],
 )
-def test_text_that_no_file_can_hold_is_a_bad_clip_that_any_file_can_hold(tmp_path, row):
+def test_text_that_is_not_valid_unicode_is_a_bad_clip_with_an_ascii_message(tmp_path, row):
     (line,) = bad(tmp_path, dataset_file=write(tmp_path / "data.json", json.dumps([row])))
     assert line.isascii()
     assert line.endswith("(data.json:row 1): has text that is not valid Unicode, which no list can hold")
 
 
-def test_other_columns_are_metadata_if_they_hold_single_values_that_are_the_users(tmp_path):
+def test_other_columns_with_single_values_of_the_user_are_metadata(tmp_path):
     row = {"video": "a.mp4", "text": "A cat.", "n": 3, "ok": True, "no": None, "empty": "", "tags": ["x"], "": 0}
     bookkeeping = {"__key__": "a", "__url__": "clips.tar", "__index_level_0__": 7}
     file = write(tmp_path / "data.jsonl", json.dumps(row | bookkeeping))

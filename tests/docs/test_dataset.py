@@ -5,16 +5,17 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from args import parse_args, parse_caption_args, parse_first_frame_args, parse_prepare_args
 from common.errors import UserError
-from data.buckets import Bucket
+from data.buckets import Bucket, count_tokens
 from data.clips import Clip
 from data.plan import RawData, check_bad_clips, data_sources, plan_raw_clips
-from data.report import plan_table, sequence_length
+from data.report import plan_table
 from data.sources import read_clips
 from make_demo_clips import make_demo_clips
 from pages import anchors, named_flags, outline
@@ -200,7 +201,8 @@ def block(kind: str, name: str) -> str:
 
 
 def test_the_plan_shown_is_the_demos(demo):
-    table = plan_table(demo().clips, batch_size=1, tokens_of=sequence_length, model_fps=8)
+    tokens_of = partial(count_tokens, {"patch_size": 2, "patch_size_t": None, "max_text_seq_length": 226})
+    table = plan_table(demo().clips, batch_size=1, tokens_of=tokens_of, model_fps=8)
     wrote = "wrote try/prepared/plan.csv and try/prepared/contact_sheet.png\n"
     assert block("output", "plan") == f"{table}\n{wrote}"
 

@@ -20,8 +20,7 @@ from diffusers import (
 from torch.profiler import ProfilerActivity, profile
 
 from common.errors import UserError
-from data.buckets import Bucket
-from data.report import sequence_length
+from data.buckets import Bucket, count_tokens
 from diffusion.latents import pad_latent_frames
 from models.encoding import encode_noised_image, encode_prompts, encode_videos
 from models.source import ModelSource
@@ -380,12 +379,7 @@ def test_tokens_are_those_that_a_real_model_sees(tiny_models, kind):
         with torch.no_grad():
             latents = vae.encode(torch.zeros(1, 3, num_frames, 32, 48)).latent_dist.mean.permute(0, 2, 1, 3, 4)
             embedded = transformer.patch_embed(text, pad_latent_frames(latents, config.patch_size_t))
-        assert embedded.shape[1] == sequence_length(
-            Bucket(num_frames, 32, 48),
-            patch_size=config.patch_size,
-            patch_size_t=config.patch_size_t,
-            text_tokens=config.max_text_seq_length,
-        )
+        assert embedded.shape[1] == count_tokens(config, Bucket(num_frames, 32, 48))
 
 
 @pytest.mark.parametrize(("value", "pixel"), [(0, -1.0), (255, 1.0), (51, -0.6)])

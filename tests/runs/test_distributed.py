@@ -114,7 +114,7 @@ def test_two_ranks_train_validate_and_save_as_one_does(fixed_flags, lora_of_one,
     assert sorted(path.name for path in before.iterdir() if path.is_file()) == names
     # A rank that fails keeps no other waiting, nor does it end the run.
     assert sorted(path.name for path in after.iterdir() if path.is_file()) == [names[0], *names[2:]]
-    assert "warning: validation at step 4 failed, training goes on; rank 1: " in output
+    assert "warning: validation at step 4 failed, training continues; rank 1: " in output
 
 
 def test_a_run_in_shards_is_that_of_one_process_and_resumes_exactly(fixed_flags, lora_of_one, tiny_models, tmp_path):
@@ -175,7 +175,7 @@ def test_a_lora_on_a_divided_model_is_that_of_one_process(fixed_flags, lora_of_o
     (whole / "validation" / "step-2" / "01-00-b.mp4").mkdir(parents=True)  # in the way of the second rank
     output = launch(launcher, LORA, *flags, str(whole), *more, "--validation_prompt", "a:::b:::c")
     assert ": 16,384 of 1,263,808 parameters" in output
-    assert "warning: validation at step 2 failed, training goes on; rank 1: " in output
+    assert "warning: validation at step 2 failed, training continues; rank 1: " in output
     assert len(list((whole / "validation" / "step-4").glob("*.mp4"))) == 3
     assert_same_run(whole, lora_of_one)
 

@@ -11,11 +11,11 @@ from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import written_whole
 from common.text_files import digest_lines
-from data.buckets import Bucket, make_buckets
+from data.buckets import Bucket, count_tokens, make_buckets
 from data.clips import BadClip, ClipSample, plan_clips
 from data.mix import read_mix, weights_to_repeats
 from data.prepared import PreparedClip, read_index, read_prepared_settings
-from data.report import plan_table, sequence_length
+from data.report import plan_table
 from data.sources import DataSource, read_clips
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
 from flags.settings import TrainingSettings
@@ -309,8 +309,7 @@ def describe_plan(
     tokens = configs.transformer["max_text_seq_length"]
 
     def tokens_of(bucket: Bucket) -> int:
-        patches = {name: configs.transformer[name] for name in ("patch_size", "patch_size_t")}
-        return sequence_length(bucket, **patches, text_tokens=tokens)
+        return count_tokens(configs.transformer, bucket)
 
     if isinstance(data, PreparedData):
         counts = {bucket: data.buckets.count(bucket) for bucket in sorted(set(data.buckets))}

@@ -232,7 +232,7 @@ def calculate_row(row: Row) -> dict[str, int]:
     configs, size = full_size_configs(row.model), Bucket(*row.size)
     workload = Workload(size, 1, "bf16", size if row.is_sampled else None)
     facts = model_facts(configs, make_method(args, row))
-    result = account(facts, configs, memory_settings_of(args), workload)
+    result = account(facts, memory_settings_of(args), workload)
     return {**asdict(result), "training": result.training, "validation": result.validation}
 
 

@@ -209,7 +209,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(flags, small
     argv = [*flags, "--checkpoints_total_limit", "9", "--output_dir", str(run), "--resume_from_checkpoint", "latest"]
     error = fail(argv, log)
     assert "GB of free space, and at least 0.00 GB are needed for checkpoint-" in error
-    assert error.endswith("is whole: make room and go on with --resume_from_checkpoint latest")
+    assert error.endswith("is complete: make room and continue with --resume_from_checkpoint latest")
     whole = [path for _, path in list_checkpoints(run)]
     assert whole
     assert [find_damage(path) for path in whole] == [None] * len(whole)
@@ -226,7 +226,7 @@ def test_a_save_that_fails_half_way_leaves_nothing_of_it(flags, tmp_path):
     largest = (run / LORA_FILE).stat().st_size + 1000
     error = fail(argv, log, largest_file=largest)
     assert "checkpoint-3 cannot be written: " in error
-    assert error.endswith("checkpoint-2 is whole: make room and go on with --resume_from_checkpoint latest")
+    assert error.endswith("checkpoint-2 is complete: make room and continue with --resume_from_checkpoint latest")
     others = ["config-step-2.yaml", "config.yaml", "loss.png", "metrics.jsonl"]
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-1", "checkpoint-2", *others, LORA_FILE]
     finish(LORA, argv, log)

@@ -314,7 +314,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(tiny_models
     (stopped_run / "checkpoint-4" / "optimizer.bin").unlink()
     train(tiny_models("5b"), prepared, stopped_run, *RESUME)
     said = capsys.readouterr().err
-    assert "checkpoint-4 is damaged (optimizer.bin is missing); passed over" in said
+    assert "checkpoint-4 is damaged (optimizer.bin is missing); skipped" in said
     assert f"resumed from {stopped_run / 'checkpoint-2'}" in said
 
 

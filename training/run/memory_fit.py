@@ -177,6 +177,6 @@ def _accounting(
 
     @cache
     def account_for(settings: MemorySettings) -> MemoryAccount:
-        return account(model, configs, settings, workload)
+        return account(model, settings, workload)
 
     return account_for

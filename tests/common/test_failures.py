@@ -94,10 +94,15 @@ class Clips(ClipDataset):
 
 
 def read_all(dataset, num_workers: int = 2) -> None:
-    loader = make_loader(dataset, [[Draw(index, 0)] for index in range(len(dataset))], num_workers=num_workers)
-    with explained_failures(list):
-        for _ in loader:
-            pass
+    batches = iter(make_loader(dataset, [[Draw(index, 0)] for index in range(len(dataset))], num_workers=num_workers))
+    try:
+        with explained_failures(list):
+            for _ in batches:
+                pass
+    finally:
+        if num_workers:
+            # An error keeps the loader in a reference cycle, and the garbage collector waits minutes for its workers.
+            batches._shutdown_workers()
 
 
 @pytest.mark.parametrize(

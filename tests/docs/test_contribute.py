@@ -14,10 +14,10 @@ PAGE = read_page("assets/docs/contribute.md")
 BLOCKS = marked_blocks(PAGE)
 
 
-def test_every_room_of_the_house_is_in_the_tree():
+def test_the_tree_has_every_package_in_the_order_of_imports():
     tree = PAGE.split("```\ntraining/\n")[1].split("```")[0]
-    rooms = re.findall(r"^  (\w+)/ ", tree, flags=re.MULTILINE)
-    assert sorted(rooms) == sorted(path.parent.name for path in TRAINING.glob("*/__init__.py"))
+    order = (ROOT / "tests/test_packages.py").read_text(encoding="utf-8").split("ORDER = (")[1].split(")")[0]
+    assert re.findall(r"^  (\w+)/ ", tree, flags=re.MULTILINE) == re.findall(r'"(\w+)"', order)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -37,26 +37,11 @@ def test_every_file_that_the_page_names_exists():
         ), name
 
 
-def test_every_name_of_the_code_that_the_page_gives_is_in_the_module_beside_it():
-    given = {
-        "diffusion/tasks": (
-            "pipeline_class",
-            "with_images",
-            "settings",
-            "check_model",
-            "prepare_model",
-            "transformer_inputs",
-        ),
-        "methods/lora": ("Lora",),
-        "methods/full": ("FullFinetune",),
-        "flags/optimizer": ("OPTIMIZERS",),
-        "optimizers/build": ("make_optimizer",),
-        "run/spec": ("lasting_settings",),
-        "models/configs": ("ModelConfigs",),
-        "memory/settings": ("MemorySettings",),
-        "data/rows": ("Table",),
-    }
-    for module, names in given.items():
-        code = (TRAINING / f"{module}.py").read_text(encoding="utf-8")
-        for name in names:
-            assert f"`{name}`" in PAGE and re.search(rf"\b{name}\b", code), name
+def test_every_name_of_the_code_is_in_the_module_beside_it():
+    given = re.findall(r"`(\w+)` (?:in |of |\()`([\w/]+\.py)`", PAGE)
+    assert len(given) > 10
+    task = re.search(r"`diffusion/tasks.py`: (.*?)\. ", PAGE).group(1)
+    given += [(name, "diffusion/tasks.py") for name in re.findall(r"`(\w+)`", task)]
+    for name, module in given:
+        (file,) = (path for path in (ROOT / module, TRAINING / module) if path.is_file())
+        assert re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")), (name, module)

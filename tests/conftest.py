@@ -16,7 +16,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE":
 
 
 # Few tests, but minutes of them: they start first, so that no process is left alone with them in the end.
-LONGEST = ("test_distributed.py", "test_readme.py", "test_finetune.py", "test_recipes.py")
+LONGEST = ("test_distributed.py", "test_finetune.py", "test_recipes.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,16 +1,12 @@
-"""The pages on data sets say what the code does: their files are written, their commands parsed, their clips read."""
+"""The page on data sets matches the code: its files are written, its commands parsed, its clips read."""
 
-import os
 import re
-import shlex
-import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from args import parse_args, parse_caption_args, parse_first_frame_args, parse_prepare_args
 from common.errors import UserError
 from data.buckets import Bucket, count_tokens
 from data.clips import Clip
@@ -18,33 +14,19 @@ from data.plan import RawData, check_bad_clips, data_sources, plan_raw_clips
 from data.report import plan_table
 from data.sources import read_clips
 from make_demo_clips import make_demo_clips
-from pages import anchors, named_flags, outline
+from pages import PARSERS, flags_of, noted_calls, read_page, script_of
 from repository import ROOT
 
 
-PAGES = {
-    name: (ROOT / "assets" / "docs" / name).read_text(encoding="utf-8") for name in ("dataset.md", "dataset_zh.md")
-}
-ENGLISH, CHINESE = PAGES.values()
-# (kind, name, content): what a marker says of the code block below it
-EXAMPLES = re.findall(r"<!-- ([a-z]+): ([^>]+?) -->\n```[a-z]*\n(.*?)```", ENGLISH, flags=re.DOTALL)
-PARSERS: dict[str, Callable] = {
-    "prepare_dataset.py": parse_prepare_args,
-    "make_first_frames.py": parse_first_frame_args,
-    "caption_dataset.py": parse_caption_args,
-    "cogvideox_text_to_video_lora.py": lambda flags: parse_args(flags, task="text-to-video", method="lora"),
-}
-NOTE_ARGUMENTS = """#!/usr/bin/env bash
-printf '%q ' "$@" >> calls
-echo >> calls
-"""
-DEMO_SCRIPTS = ("make_demo_clips.py", "make_tiny_model.py")  # whose flags need no check beyond their names
+PAGE = read_page("assets/docs/dataset.md")
+# (kind, name, content): the marker of a code block, and the code
+EXAMPLES = re.findall(r"<!-- ([a-z]+): ([^>]+?) -->\n```[a-z]*\n(.*?)```", PAGE, flags=re.DOTALL)
 
 RABBIT = "A plump grey rabbit yawns in front of its burrow, both arms stretched out"
 STREET = "A cyclist waits at the edge of a busy street, one foot on the kerb"
 LISTED = [("my-clips/videos/rabbit.mp4", RABBIT), ("my-clips/videos/street.mp4", STREET)]
 READ_BY_LIBRARY = ("A rabbit yawns", "A cyclist waits")
-# The clips that each command reads; those of the other commands are on the hub, or prepared.
+# The clips that each command reads; the other commands read clips on the hub, or prepared data.
 CLIPS = {
     "pair": LISTED,
     "folder": [("my-folder/night/street.mp4", STREET), ("my-folder/rabbit.mp4", RABBIT)],
@@ -71,27 +53,22 @@ CLIPS = {
 
 
 class Workplace:
-    """A folder in which a reader follows the page from top to bottom, with programs that only note their arguments."""
+    """A folder in which a reader follows the page from top to bottom; scripts only note their arguments."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.flags: dict[str, list] = {}  # of each command's scripts, parsed
         self.clips: dict[str, list[Clip]] = {}
         make_demo_clips(folder / "try/clips")
-        for name in ("my-clips", "my-prepared", "try/model", "programs"):
+        for name in ("my-clips", "my-prepared", "try/model", "disney", "prepared"):
             (folder / name).mkdir(parents=True)
         (folder / "try/model/model_index.json").touch()
-        for launcher in ROOT.glob("*.sh"):
-            (folder / launcher.name).symlink_to(launcher)
-        for program in ("python", "torchrun", "accelerate", "vllm"):
-            script = folder / "programs" / program
-            script.write_text(NOTE_ARGUMENTS)
-            script.chmod(0o755)
 
     def follow(self, kind: str, name: str, content: str) -> None:
         """Do what a block of the page says."""
         if kind == "file":
-            write(self.folder / name, content.replace("/data/", f"{self.folder}/"))  # where the page's reader works
+            in_folder = content.replace("/data/", f"{self.folder}/")
+            write(self.folder / name, in_folder)
         elif kind == "files":
             for line in content.splitlines():
                 path, _, text = line.partition(" ")
@@ -99,33 +76,23 @@ class Workplace:
         elif kind == "python":
             exec(content, {})
         elif kind == "command":
-            self.flags[name] = [flags for call in self.calls(content) if (flags := parsed(call))]
+            self.flags[name] = [flags_of(call) for call in self.calls(content)]
             if name in CLIPS:
                 (flags,) = self.flags[name]
-                self.clips[name] = [clip for source in data_sources(flags.sources) for clip in good_clips(source)]
+                self.clips[name] = [
+                    clip for source in data_sources(flags.settings.sources) for clip in good_clips(source)
+                ]
 
     def calls(self, command: str) -> list[list[str]]:
-        """The arguments of each program that a command starts."""
-        path = os.pathsep.join([str(self.folder / "programs"), os.environ["PATH"]])
-        subprocess.run(["bash", "-euc", command], check=True, env=os.environ | {"PATH": path}, capture_output=True)
-        lines = (self.folder / "calls").read_text().splitlines()
-        (self.folder / "calls").unlink()
-        return [shlex.split(line) for line in lines]
+        """Return the calls of our scripts in a command; those that make the demo's clips and model must exist."""
+        calls = noted_calls(command, self.folder)
+        assert all((ROOT / word).is_file() for call in calls for word in call if word.startswith("assets/scripts/"))
+        return [call for call in calls if script_of(call) in PARSERS]
 
 
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-
-
-def parsed(call: list[str]):
-    """The flags of a script, by its own parser; None for one of the demo, and for vLLM."""
-    if call[0] == "serve":
-        return None
-    (script,) = [index for index, word in enumerate(call) if word.endswith(".py")]
-    name = Path(call[script]).name
-    assert list(ROOT.glob(f"[!.]*/**/{name}")), f"there is no {name}"
-    return None if name in DEMO_SCRIPTS else PARSERS[name](call[script + 1 :])
 
 
 def good_clips(source) -> list[Clip]:
@@ -136,7 +103,7 @@ def good_clips(source) -> list[Clip]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Workplace:
-    """The page followed to its end."""
+    """The page, followed to its end."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -162,9 +129,12 @@ def test_every_command_is_parsed_and_every_other_block_with_a_marker_is_understo
     assert workplace.clips.keys() == CLIPS.keys()
 
 
-def test_every_shell_and_python_block_has_a_marker():
-    blocks = re.findall(r"```(?:bash|python)\n(.*?)```", ENGLISH, flags=re.DOTALL)
-    assert blocks == [content for kind, _, content in EXAMPLES if kind in ("command", "python")]
+def test_the_clips_of_the_hub_are_prepared_and_trained(workplace):
+    (fetched,) = re.findall(r"--local-dir (\S+)", block("command", "hub clips"))
+    prepare, train = workplace.flags["hub clips"]
+    assert (prepare.data_root, prepare.caption_column, prepare.id_token) == (fetched, "prompt.txt", "BW_STYLE")
+    assert train.data_root == prepare.output_dir
+    assert train.validation_prompt.startswith("BW_STYLE ")
 
 
 def test_the_images_of_the_examples_are_found(workplace):
@@ -178,18 +148,18 @@ def test_the_mix_repeats_its_first_data_set(workplace):
     assert [clip.repeats for clip in workplace.clips["mix"]] == [2.5, 2.5, 1, 1]
 
 
-# What the page shows as output, of the demo's clips
+# The output of the page, from the demo's clips
 
 
 @pytest.fixture
 def demo(workplace, monkeypatch) -> Callable[..., RawData]:
-    """Plan the demo's clips with the page's own flags and others."""
+    """Plan the demo's clips with the page's flags and others."""
     monkeypatch.chdir(workplace.folder)
     monkeypatch.setenv("COGVIDEOX_FACTORY_CACHE", str(workplace.folder / "cache"))
     *_, call = workplace.calls(block("command", "try"))
 
     def plan(*more: str) -> RawData:
-        settings = parsed([*call, *more])
+        settings = flags_of([*call, *more]).settings
         return plan_raw_clips(settings.sources, settings.clips)
 
     return plan
@@ -232,53 +202,4 @@ def test_the_sizes_are_those_of_the_tensors():
         rows.append(
             f"| {bucket}{kind} | {latents:.1f} | {captions:.1f} | {f'{images:.1f}' if kind else '-'} | {total:.1f} |"
         )
-    assert "\n".join(rows) in ENGLISH
-
-
-# Names
-
-
-def help_of(script: str, capsys) -> str:
-    with pytest.raises(SystemExit):
-        PARSERS[script](["--help"])
-    return capsys.readouterr().out
-
-
-def test_every_flag_that_a_page_names_exists(capsys):
-    flags = {"--help"}
-    for script in PARSERS:
-        lines = re.findall(r"^  (?=-).*", help_of(script, capsys), flags=re.MULTILINE)
-        flags |= named_flags(" ".join(lines))
-    for script in DEMO_SCRIPTS:
-        flags |= named_flags((ROOT / "assets" / "scripts" / script).read_text(encoding="utf-8"))
-    for page in PAGES.values():
-        assert named_flags(page) <= flags
-
-
-def test_every_file_of_the_repository_that_a_page_names_exists():
-    for page in PAGES.values():
-        for name in re.findall(r"(?<![\w/-])(?:training|assets)/\w+\.py", page):
-            assert (ROOT / name).is_file(), name
-        for target in re.findall(r"\]\(([\w./]+\.md)\)", page):
-            assert (ROOT / "assets" / "docs" / target).is_file(), target
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_every_link_within_a_page_leads_somewhere(name):
-    assert set(re.findall(r"\]\(#([^)]+)\)", PAGES[name])) <= anchors(PAGES[name])
-
-
-# The two languages
-
-
-def test_both_pages_have_the_same_examples():
-    blocks = re.compile(r"(?:<!-- .*? -->\n)?```.*?```", flags=re.DOTALL)
-    assert blocks.findall(ENGLISH) == blocks.findall(CHINESE)
-
-
-def test_both_pages_name_the_same_flags():
-    assert named_flags(ENGLISH) == named_flags(CHINESE)
-
-
-def test_both_pages_have_the_same_sections_and_tables():
-    assert outline(ENGLISH) == outline(CHINESE)
+    assert "\n".join(rows) in PAGE

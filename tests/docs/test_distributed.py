@@ -1,19 +1,16 @@
-"""The page on many GPUs says what the code does: its commands are launched, and their flags parsed."""
+"""The page on several GPUs matches the code: its commands are launched, and their flags parsed."""
 
-import os
 import re
-import shlex
-import subprocess
 
 import pytest
 
-from pages import NOTE_ARGUMENTS, flags_of, marked_blocks
+from pages import PROGRAMS, flags_of, marked_blocks, noted_calls, read_page, value_of
 from repository import ROOT
 
 
-PAGE = (ROOT / "assets" / "docs" / "distributed.md").read_text(encoding="utf-8")
+PAGE = read_page("assets/docs/distributed.md")
 BLOCKS = marked_blocks(PAGE)
-# As SLURM does it: the script's own settings come from the environment, its flags after it.
+# As in SLURM: the script's settings come from the environment, its flags follow it.
 SBATCH = """#!/usr/bin/env bash
 while [[ "$1" != *.sbatch ]]; do shift; done
 SLURM_JOB_ID=1 SLURM_JOB_NODELIST=a SLURM_SUBMIT_DIR="$PWD" bash "$@"
@@ -21,32 +18,23 @@ SLURM_JOB_ID=1 SLURM_JOB_NODELIST=a SLURM_SUBMIT_DIR="$PWD" bash "$@"
 SRUN = '#!/usr/bin/env bash\nprintf "%q " "${@:7}" >> "$CALLS"\necho >> "$CALLS"\n'
 
 
+SLURM = {"srun": SRUN, "sbatch": SBATCH, "scontrol": "#!/bin/sh\necho a\n", "not-python": "#!/bin/sh\n"}
+
+
 @pytest.fixture
 def calls_of(tmp_path, monkeypatch):
-    """Give the calls of programs that a block of the page leads to, in a folder with what the commands name."""
-    for name in ("prepared", "my-clips", "clips", "programs"):
+    """Return the calls of a block of the page, in a folder with the files that the commands name."""
+    for name in ("prepared", "my-clips", "clips"):
         (tmp_path / name).mkdir()
-    for name in ("assets", "accelerate_configs", "training", *(path.name for path in ROOT.glob("*.sh"))):
-        (tmp_path / name).symlink_to(ROOT / name)
-    programs = {"accelerate": NOTE_ARGUMENTS, "torchrun": NOTE_ARGUMENTS, "srun": SRUN, "sbatch": SBATCH}
-    for name, text in (programs | {"scontrol": "#!/bin/sh\necho a\n", "not-python": "#!/bin/sh\n"}).items():
-        (tmp_path / "programs" / name).write_text(text)
-        (tmp_path / "programs" / name).chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    own = {"PATH": os.pathsep.join([str(tmp_path / "programs"), os.environ["PATH"]]), "CALLS": str(tmp_path / "calls")}
-
-    def calls_of(block: str) -> list[list[str]]:
-        code = BLOCKS[block].replace("/shared/", "")
-        environment = os.environ | own | {"PYTHON": "not-python"}
-        subprocess.run(["bash", "-euc", code], check=True, env=environment, capture_output=True)
-        return [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
-
-    return calls_of
+    return lambda block: noted_calls(
+        BLOCKS[block].replace("/shared/", ""), tmp_path, PROGRAMS | SLURM, PYTHON="not-python"
+    )
 
 
 def options(call: list[str], *names: str) -> list[str]:
     """The values of a launcher's options."""
-    return [call[call.index(f"--{name}") + 1] for name in names]
+    return [value_of(call, f"--{name}") for name in names]
 
 
 def test_the_number_of_gpus_reaches_accelerate(calls_of):
@@ -108,11 +96,12 @@ def test_a_run_to_look_for_the_right_device_is_short(calls_of):
     assert flags_of(call).max_train_steps == 2
 
 
-def test_every_command_of_the_page_is_tested():
-    assert PAGE.count("```bash") == len(BLOCKS)
+def test_every_block_of_the_page_is_tested():
+    tested = {"eight", "ddp", "zero", "fsdp", "context", "two machines", "slurm", "prepare", "debug"}
+    assert BLOCKS.keys() == tested
 
 
 def test_every_config_is_in_the_table():
-    table = PAGE.split("\n\n")[2]
+    table = PAGE.split("| hardware")[1].split("\n\n")[0]
     configs = {path.name for path in (ROOT / "accelerate_configs").glob("*.yaml")}
     assert configs <= set(re.findall(r"`(\w+\.yaml)`", table))

@@ -1,7 +1,5 @@
-"""The page on using the result says what the code does: its commands are parsed, its code runs."""
+"""The page on using the result matches the code: its commands are parsed, its code runs."""
 
-import re
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +8,19 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 
-from args import generation_parser, parse_generate_args
 from common.run_folder import LORA_FILE
 from methods.lora import Lora
 from models.source import ModelSource
-from repository import ROOT
+from pages import flags_of, help_flags, marked_blocks, named_flags, noted_calls, read_page, without_code
 
 
-PAGE = (ROOT / "assets" / "docs" / "inference.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"<!-- tested: ([\w ]+) -->\n```(?:bash|python)\n(.*?)```", PAGE, flags=re.DOTALL))
+PAGE = read_page("assets/docs/inference.md")
+BLOCKS = marked_blocks(PAGE)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A working directory with what the commands name."""
+    """A working directory with the files that the commands name."""
     for name in ("my-lora", "style", "motion"):
         (tmp_path / "outputs" / name).mkdir(parents=True)
         (tmp_path / "outputs" / name / LORA_FILE).touch()
@@ -35,34 +32,28 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def parsed(block: str) -> list:
-    """The flags of the commands of a block, as the script reads them."""
-    commands = [shlex.split(line) for line in BLOCKS[block].replace("\\\n", " ").splitlines() if line]
-    assert all(words[:2] == ["python", "training/generate.py"] for words in commands)
-    return [parse_generate_args(words[2:]) for words in commands]
-
-
-def test_the_commands_of_the_page_ask_for_what_it_says(folder):
-    text, image = parsed("generate")
-    assert [video.file.name for video in text.videos] == [
+def test_the_commands_sample_the_videos_that_the_page_names(folder):
+    text, image = map(flags_of, noted_calls(BLOCKS["generate"], folder))
+    assert [video.file.name for video in text.settings.videos] == [
         f"00-bw-style-a-panda-plays-a-tiny-guitar-seed-{seed}.mp4" for seed in (1, 2)
     ]
-    assert f"generated/{text.videos[0].file.name}" in PAGE
-    assert (image.result.transformer, image.content.image) == ("outputs/my-model", ("rabbit.png",))
-    (compare,) = parsed("compare")
-    assert compare.result.compare and len(compare.videos) == 2
-    (several,) = parsed("several")
-    assert [scale for _, scale in several.loras] == [1.0, 0.6]
+    assert f"generated/{text.settings.videos[0].file.name}" in PAGE
+    assert (image.transformer, image.image) == ("outputs/my-model", ("rabbit.png",))
+    (compare,) = map(flags_of, noted_calls(BLOCKS["compare"], folder))
+    assert compare.compare and len(compare.settings.videos) == 2
+    (several,) = map(flags_of, noted_calls(BLOCKS["several"], folder))
+    assert [scale for _, scale in several.settings.loras] == [1.0, 0.6]
 
 
-def test_all_code_of_the_page_is_tested_and_its_flags_exist():
-    assert re.findall(r"```(?:bash|python)\n(.*?)```", PAGE, flags=re.DOTALL) == list(BLOCKS.values())
-    assert BLOCKS.keys() == {"generate", "compare", "several", "merge"}
-    named = set(re.findall(r"--\w[\w-]*", re.sub(r"<!--.*?-->", "", PAGE)))
-    assert named <= set(generation_parser()._option_string_actions) | {"--help"}
+def test_every_block_of_the_page_is_tested_here_or_with_the_readme():
+    assert BLOCKS.keys() == {"generate", "compare", "several", "merge", "check"}
 
 
-def test_the_code_that_merges_writes_weights_with_the_lora_in_them(folder, tiny_models):
+def test_the_flags_that_the_page_names_are_those_of_the_script():
+    assert named_flags(without_code(PAGE)) <= help_flags("generate.py") | {"--help"}
+
+
+def test_the_merging_code_writes_weights_that_include_the_lora(folder, tiny_models):
     model = tiny_models("5b")
     transformer = ModelSource(str(model)).load_transformer(torch.float32)
     lora = Lora(rank=4, alpha=2)

@@ -1,8 +1,7 @@
-"""The page on training says what the code does: its commands are launched and their flags parsed, its code runs."""
+"""The page on training matches the code: its commands are launched and their flags parsed, its code runs."""
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,19 +9,30 @@ from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 
 from args import flag_names, parse_args
-from pages import code_blocks, flags_of, marked_blocks, noted_calls, script_of
-from repository import ROOT, TRAINING
+from pages import (
+    TRAINING_SCRIPTS,
+    flags_of,
+    help_flags,
+    marked_blocks,
+    named_flags,
+    noted_calls,
+    read_page,
+    script_of,
+    value_of,
+    without_code,
+)
+from repository import ROOT
 from run.config import render_config, split_flags
 
 
-PAGE = (ROOT / "assets" / "docs" / "training.md").read_text(encoding="utf-8")
+PAGE = read_page("assets/docs/training.md")
 BLOCKS = marked_blocks(PAGE)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A working directory with what the commands name."""
-    for name in ("prepared", "my-clips", "held-out"):
+    """A working directory with the files that the commands name."""
+    for name in ("my-prepared", "prepared-2b", "prepared-i2v", "prepared-1.5", "my-clips", "held-out"):
         (tmp_path / name).mkdir()
     (tmp_path / "held-out" / "metadata.csv").write_text("video,text\n")
     Image.new("RGB", (16, 16)).save(tmp_path / "rabbit.png")
@@ -30,35 +40,64 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_every_launcher_of_the_page_calls_its_script_with_flags_that_are_taken(folder):
-    calls = noted_calls(BLOCKS["launchers"], folder)
+def test_each_recipe_prepares_and_trains_with_flags_that_are_accepted(folder):
+    calls = noted_calls(BLOCKS["recipes"], folder)
+    runs = [(script_of(call), flags_of(call)) for call in calls]
+    prepared_for = {flags.output_dir: flags.model_id for name, flags in runs if name == "prepare_dataset.py"}
+    trained = [(name, flags) for name, flags in runs if name != "prepare_dataset.py"]
     scripts = [f"cogvideox_{task}_to_video_{method}.py" for task in ("text", "image") for method in ("lora", "sft")]
-    assert list(map(script_of, calls)) == scripts
-    runs = list(map(flags_of, calls))
-    assert len({run.output_dir for run in runs}) == 4
-    assert [run.use_8bit for run in runs] == [False, True, False, True]
-    assert all(run.load_tensors and run.data_root == "prepared" for run in runs)
-    assert runs[2].settings.validation.images == ("rabbit.png",)
-    assert (runs[3].save_pipeline, runs[3].max_num_frames, runs[3].width) == (True, 81, 1360)
+    assert [name for name, _ in trained] == [*scripts, scripts[0]]
+    assert len({flags.output_dir for _, flags in trained[:4]}) == 4
+    for name, flags in trained:
+        model = flags.pretrained_model_name_or_path
+        assert flags.load_tensors and prepared_for.get(flags.data_root, "THUDM/CogVideoX-5b") == model
+        assert flags.use_8bit == name.endswith("_sft.py")
+    assert trained[2][1].settings.validation.images == ("rabbit.png",)
+    assert value_of(calls[-1], "--num_processes") == "8"
+    later = [flags for name, flags in runs if "1.5" in flags.output_dir]
+    assert [(flags.max_num_frames, flags.frame_buckets) for flags in later] == [(81, (81,))] * 2
+    assert later[0].height_buckets == (768,) and later[0].save_image_latents
+    assert later[1].width == 1360 and later[1].save_pipeline
 
 
 @pytest.mark.parametrize(
     ("block", "flag", "value"),
     [
+        ("script", "load_tensors", True),
         ("dry run", "dry_run", True),
-        ("prepare for images", "save_image_latents", True),
         ("validation set", "validation_dataset_file", "held-out/metadata.csv"),
     ],
 )
-def test_a_command_of_the_page_does_what_it_is_there_for(folder, block, flag, value):
+def test_a_command_passes_its_flag(folder, block, flag, value):
     (call,) = noted_calls(BLOCKS[block], folder)
     assert getattr(flags_of(call), flag) == value
+
+
+def test_the_sweep_launches_one_run_for_each_combination(folder):
+    runs = noted_calls(BLOCKS["sweep"], folder, OPTIMIZERS="adam adamw")
+    names = ("--learning_rate", "--optimizer", "--max_train_steps")
+    values = [tuple(value_of(call, name) for name in names) for call in runs]
+    assert values == [(rate, name, "2000") for rate in ("1e-4", "3e-4") for name in ("adam", "adamw")]
+    assert len({value_of(call, "--output_dir") for call in runs}) == 4
 
 
 def test_the_commands_on_memory_let_the_toolkit_choose(folder):
     budget, trial = map(flags_of, noted_calls(BLOCKS["memory"], folder))
     assert (budget.memory_budget_gb, budget.auto_fit) == (16, False)
     assert (trial.memory_budget_gb, trial.auto_fit) == (None, True)
+
+
+@pytest.mark.parametrize("launcher", sorted(path.name for path in ROOT.glob("train_*.sh")))
+def test_a_launcher_drops_its_own_memory_flags_if_the_toolkit_chooses(folder, launcher):
+    savings = {"--gradient_checkpointing", *(["--use_8bit"] if launcher.endswith("sft.sh") else [])}
+    code = (
+        f"bash {launcher}\nbash {launcher} --auto_fit\n"
+        f"OPTIMIZER_FLAGS=--use_4bit bash {launcher} --memory_budget_gb 24"
+    )
+    plain, chosen, own = noted_calls(code, folder, VALIDATION_IMAGES="start.png")
+    assert savings <= set(plain)
+    assert not savings & {*chosen, *own}
+    assert ("--use_4bit" in own) == launcher.endswith("sft.sh")
 
 
 def test_the_command_with_a_file_of_flags_reads_the_one_that_the_page_shows(folder):
@@ -72,7 +111,7 @@ def test_the_command_with_a_file_of_flags_reads_the_one_that_the_page_shows(fold
 
 @pytest.mark.parametrize("launcher", sorted(path.name for path in ROOT.glob("*.sh")))
 @pytest.mark.parametrize("flags", ["--config run.yaml", "--report_to none --config=run.yaml"])
-def test_a_launcher_whose_settings_would_count_more_refuses_a_file(folder, launcher, flags):
+def test_a_launcher_refuses_a_file_that_its_settings_would_override(folder, launcher, flags):
     done = subprocess.run(["bash", ROOT / launcher, *flags.split()], capture_output=True, text=True)
     assert done.returncode == 2
     named = re.search(r"^error: --config: .* (training/\w+\.py)$", done.stderr).group(1)
@@ -82,23 +121,21 @@ def test_a_launcher_whose_settings_would_count_more_refuses_a_file(folder, launc
 def test_the_command_that_repeats_a_run_reads_what_that_run_wrote(folder):
     (folder / "outputs" / "my-lora").mkdir(parents=True)
     args = parse_args(
-        ["--pretrained_model_name_or_path", "a/b", "--data_root", "prepared"], task="text-to-video", method="lora"
+        ["--pretrained_model_name_or_path", "a/b", "--data_root", "my-prepared"], task="text-to-video", method="lora"
     )
     repeated, others = split_flags(args, flag_names("text-to-video", "lora"), seed=7)
     (folder / "outputs/my-lora/config.yaml").write_text(render_config(repeated, others, []), encoding="utf-8")
     (call,) = noted_calls(BLOCKS["repeat"], folder)
     again = flags_of(call)
-    assert (again.seed, again.data_root, again.output_dir) == (7, "prepared", "outputs/again")
+    assert (again.seed, again.data_root, again.output_dir) == (7, "my-prepared", "outputs/again")
 
 
-def test_all_code_of_the_page_is_tested():
-    assert code_blocks(PAGE) == list(BLOCKS.values())
-    tested = {"launchers", "dry run", "prepare for images", "all weights", "validation set", "memory"}
-    tested |= {"config", "repeat"}
+def test_every_block_of_the_page_is_tested():
+    tested = {"recipes", "sweep", "script", "dry run", "all weights", "validation set", "memory", "config", "repeat"}
     assert BLOCKS.keys() == tested
 
 
-def test_the_code_for_all_weights_loads_them(folder, tiny_models):
+def test_the_code_for_full_fine_tuning_loads_the_weights(folder, tiny_models):
     tuned = CogVideoXTransformer3DModel.from_pretrained(tiny_models("5b") / "transformer")
     tuned.save_pretrained(folder / "outputs" / "my-model" / "transformer")
     code = BLOCKS["all weights"].replace("THUDM/CogVideoX-5b", str(tiny_models("5b")))
@@ -107,19 +144,10 @@ def test_the_code_for_all_weights_loads_them(folder, tiny_models):
     assert names["pipe"].transformer is names["transformer"]
 
 
-@pytest.mark.parametrize("task", ["text", "image"])
-@pytest.mark.parametrize("method", ["lora", "sft"])
-def test_the_flags_that_the_page_names_exist(task, method):
-    done = subprocess.run(
-        [sys.executable, TRAINING / f"cogvideox_{task}_to_video_{method}.py", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    of_lora, of_sft = {"--lora_target_modules", "--use_rslora", "--use_dora", "--lora_dropout"}, {"--save_pipeline"}
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
+def test_the_flags_that_the_page_names_are_those_of_each_script(script):
+    of_lora = {"--lora_target_modules", "--use_rslora", "--use_dora", "--lora_dropout", "--lora_alpha", "--rank"}
     of_lora |= {"--lora_weights", "--quantize_base", "--stream_blocks"}
-    of_sft |= {"--weights_dtype"}
-    elsewhere = {"--save_image_latents"} | (of_sft if method == "lora" else of_lora)
-    elsewhere |= {"--config_file", "--no-NAME", "--no-gradient_checkpointing"}
-    named = set(re.findall(r"--\w[\w-]*", re.sub(r"<!--.*?-->", "", PAGE))) - elsewhere
-    assert named <= set(re.findall(r"--\w[\w-]*", done.stdout))
+    elsewhere = {"--save_image_latents", "--quiet"}
+    elsewhere |= of_lora if script.endswith("_sft.py") else {"--save_pipeline", "--weights_dtype"}
+    assert named_flags(without_code(PAGE)) - elsewhere <= help_flags(script)

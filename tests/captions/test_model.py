@@ -77,7 +77,7 @@ def test_with_a_temperature_captions_vary(model):
     assert len({captioner.describe(frames_of(COLOURS[0]), PROMPT) for _ in range(4)}) > 1
 
 
-def test_an_answer_longer_than_allowed_is_known_to_be_cut(tmp_path):
+def test_an_answer_at_the_token_limit_is_cut(tmp_path):
     endless = make_tiny_vision_model(tmp_path, says_only="sea", ends=False)
     with pytest.raises(NoCaption, match="no complete sentence in it; raise --max_tokens"):
         load(endless).describe(frames_of(COLOURS[0]), PROMPT)
@@ -85,7 +85,7 @@ def test_an_answer_longer_than_allowed_is_known_to_be_cut(tmp_path):
     assert set(load(in_time).describe(frames_of(COLOURS[0]), PROMPT).split()) == {"sea"}
 
 
-def test_memory_that_runs_out_is_one_line(model, monkeypatch):
+def test_out_of_memory_is_one_line(model, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -95,7 +95,7 @@ def test_memory_that_runs_out_is_one_line(model, monkeypatch):
         captioner.describe(frames_of(COLOURS[0]), PROMPT)
 
 
-def test_a_model_with_code_of_its_own_does_not_run_it(tmp_path, monkeypatch):
+def test_the_code_of_a_model_is_not_run(tmp_path, monkeypatch):
     folder = make_tiny_vision_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config |= {
@@ -110,7 +110,7 @@ def test_a_model_with_code_of_its_own_does_not_run_it(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_that_is_none_or_was_not_taught_to_chat_is_one_line(tmp_path):
+def test_an_unusable_model_is_one_line(tmp_path):
     text_only = tmp_path / "text"
     text_only.mkdir()
     (text_only / "config.json").write_text(json.dumps({"model_type": "t5"}))

@@ -29,7 +29,7 @@ def test_the_newest_checkpoint_of_a_run_is_resumed_in_place(run_folder, tmp_path
 
 
 @pytest.mark.parametrize("checkpoint", ["checkpoint-2", "checkpoint-12"])
-def test_going_back_in_place_would_write_over_newer_work(run_folder, tmp_path, checkpoint, capsys):
+def test_resuming_an_older_checkpoint_in_place_is_refused(run_folder, tmp_path, checkpoint, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(tmp_path, run_folder, "--resume_from_checkpoint", checkpoint)
     assert "give another --output_dir" in capsys.readouterr().err
@@ -39,7 +39,7 @@ def test_a_run_branches_off_into_a_new_folder(run_folder, tmp_path):
     parse(tmp_path, tmp_path / "new", "--resume_from_checkpoint", str(run_folder / "checkpoint-2"))
 
 
-def test_another_runs_checkpoint_is_not_resumed_over_a_finished_run(run_folder, tmp_path, capsys):
+def test_another_runs_checkpoint_does_not_overwrite_a_finished_run(run_folder, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
     (other / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
@@ -48,7 +48,7 @@ def test_another_runs_checkpoint_is_not_resumed_over_a_finished_run(run_folder, 
     assert "--output_dir" in capsys.readouterr().err
 
 
-def test_a_result_without_a_checkpoint_is_not_trained_over_by_latest(tmp_path, capsys):
+def test_latest_does_not_overwrite_a_result_without_a_checkpoint(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
     with pytest.raises(SystemExit, match="2"):
@@ -56,11 +56,11 @@ def test_a_result_without_a_checkpoint_is_not_trained_over_by_latest(tmp_path, c
     assert "no complete checkpoint" in capsys.readouterr().err
 
 
-def test_latest_in_an_empty_folder_starts_anew(tmp_path):
+def test_latest_in_an_empty_folder_starts_a_new_run(tmp_path):
     parse(tmp_path, tmp_path / "run", "--resume_from_checkpoint", "latest")
 
 
-def test_flags_that_somebody_wrote_are_not_written_over(run_folder, tmp_path, capsys):
+def test_a_users_config_file_is_not_overwritten(run_folder, tmp_path, capsys):
     new = tmp_path / "new"
     new.mkdir()
     (new / CONFIG_FILE).write_text("rank: 8\n")

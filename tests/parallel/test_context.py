@@ -195,7 +195,7 @@ def divide_everything(cases: Sequence[Case], flags: list[str]) -> tuple[list[Res
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_two_ranks_that_divide_samples_train_as_one(tiny_models, prepared, tmp_path):
+def test_two_ranks_of_a_context_group_train_as_one_process(tiny_models, prepared, tmp_path):
     cases = [
         (tiny_models("5b"), "lora", "checkpointed"),
         (tiny_models("2b"), "full", "feed-forward"),
@@ -217,7 +217,7 @@ def test_two_ranks_that_divide_samples_train_as_one(tiny_models, prepared, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_ranks", "size"), [(4, 4), (4, 2)])
-def test_groups_of_any_size_divide_samples_of_any_length(tiny_models, tmp_path, num_ranks, size):
+def test_context_groups_of_any_size_divide_samples_of_any_length(tiny_models, tmp_path, num_ranks, size):
     kinds = ("5b", "1.5-5b", "1.5-5b-i2v")  # with 75, 45 and 45 tokens
     ways = ("plain", "checkpointed", "sharded")
     cases = [(tiny_models(kind), method, way) for kind in kinds for method in ("lora", "full") for way in ways]
@@ -228,7 +228,7 @@ def test_groups_of_any_size_divide_samples_of_any_length(tiny_models, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_groups_of_a_torchrun_train_on_as_many_samples_as_there_are_groups(tiny_models, prepared, tmp_path):
+def test_each_context_group_of_a_torchrun_trains_on_one_sample(tiny_models, prepared, tmp_path):
     others = ["--max_train_steps", "3", "--scale_lr"]
     script = cogvideox_text_to_video_sft.__file__
     done = subprocess.run(
@@ -265,7 +265,7 @@ def test_the_accelerate_config_decides_how_many_ranks_divide_a_sample(tmp_path, 
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 8, 9])
-def test_parts_are_equally_long_and_make_up_the_whole(num_tokens):
+def test_parts_are_equally_long_and_complete(num_tokens):
     tokens = torch.arange(1, 2 * num_tokens + 1).view(2, num_tokens)
     parts = [part_of(tokens, 1, part, 4) for part in range(4)]
     assert {part.shape[1] for part in parts} == {-(-num_tokens // 4)}

@@ -74,7 +74,7 @@ def use_everything(rank: int, coordinator: Coordinator, gate) -> list:
     ]
 
 
-def test_two_ranks_hear_the_same_one_call_later():
+def test_two_ranks_get_the_same_answers_one_call_later():
     first, second = on_two_ranks(use_everything)
     nothing = (False, False)
     expected = [[nothing, nothing, (True, False), nothing], True, True, False, "from 0", [0, 1], "so it is"]
@@ -90,5 +90,5 @@ def be_late(rank: int, coordinator: Coordinator, gate) -> bool:
     return True
 
 
-def test_a_rank_that_takes_long_is_waited_for_beyond_the_timeout_of_the_gpus():
+def test_ranks_wait_longer_than_the_timeout_of_the_gpus():
     assert on_two_ranks(be_late) == [True, True]

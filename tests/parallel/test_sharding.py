@@ -12,7 +12,7 @@ from parallel.sharding import load_state, save_state, whole_weights
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
-def test_weights_in_one_process_are_the_transformers_own(tiny_models):
+def test_in_one_process_the_weights_are_not_copied(tiny_models):
     transformer = ModelSource(str(tiny_models("5b"))).load_transformer(torch.float32)
     method = Lora(4, 4.0)
     method.attach(transformer)

@@ -1,4 +1,4 @@
-"""Clips without captions get them from a server, whatever happens on the way, in a table that training reads."""
+"""Clips without captions get them from a server, in a table that training reads, even after failures."""
 
 import json
 import os
@@ -64,17 +64,21 @@ def flags(clips: Path, server: CaptionServer, *more: str) -> list[str]:
 
 
 def caption(clips: Path, server: CaptionServer, *more: str) -> list[dict]:
-    """Caption a folder; returns the rows of the table."""
+    """Caption a folder, and return the rows of the table."""
     caption_dataset.main(flags(clips, server, *more))
     return rows_of(clips / "captions.jsonl")
 
 
 def refuse(argv: list[str], capsys) -> str:
-    """Run with flags that lead to an error; returns it."""
+    """Run with flags that lead to an error, and return its message."""
     with pytest.raises(SystemExit) as stopped:
         caption_dataset.main(argv)
     assert stopped.value.code == 2
     return capsys.readouterr().err.split("error: ", 1)[1].rstrip()
+
+
+def write_rows(table: Path, rows: list[dict]) -> Path:
+    return write(table, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def rows_of(table: Path) -> list[dict]:
@@ -89,12 +93,7 @@ def all_captioned() -> dict[str, str]:
     return {name: caption_of(length) for name, length in LENGTHS.items()}
 
 
-def test_flags_for_hub_data_sets_need_its_name(clips, server, capsys):
-    error = refuse(flags(clips, server, "--dataset_config_name", "x"), capsys)
-    assert error.startswith("--dataset_config_name: no effect without --dataset_name")
-
-
-# What the model is asked
+# Requests
 
 
 def test_every_clip_is_captioned_in_the_order_of_the_list(clips, server):
@@ -105,20 +104,18 @@ def test_every_clip_is_captioned_in_the_order_of_the_list(clips, server):
     assert not (clips / "captions.jsonl.part").exists()
 
 
-def test_the_model_sees_frames_spread_over_the_clip(clips, server):
-    caption(clips, server, "--num_frames", "5")
-    seen = {question.numbers[-1] + 1: question.numbers for question in server.questions}
-    assert seen == {length: [round(i * (length - 1) / 4 + 1e-9) for i in range(5)] for length in LENGTHS.values()}
-
-
-def test_skipped_frames_are_not_seen(clips, server):
-    caption(clips, server, "--num_frames", "2", "--skip_frames_start", "3", "--skip_frames_end", "1")
-    assert sorted(question.numbers for question in server.questions) == [[3, 10], [3, 18], [3, 28]]
-
-
-def test_a_clip_of_fewer_frames_shows_each_of_them_once(clips, server):
-    caption(clips, server, "--num_frames", "16")
-    assert [question.numbers for question in server.questions if len(question.frames) < 16] == [list(range(12))]
+@pytest.mark.parametrize(
+    ("flags", "numbers"),
+    [
+        (["--num_frames", "5"], [[0, 3, 6, 8, 11], [0, 5, 10, 14, 19], [0, 7, 15, 22, 29]]),
+        (["--num_frames", "2", "--skip_frames_start", "3", "--skip_frames_end", "1"], [[3, 10], [3, 18], [3, 28]]),
+        (["--num_frames", "30", "--max_samples", "2"], [list(range(12)), list(range(30))]),
+    ],
+    ids=["spread", "skipped", "fewer"],
+)
+def test_the_model_sees_frames_spread_over_the_usable_part_of_the_clip(clips, server, flags, numbers):
+    caption(clips, server, *flags)
+    assert sorted(question.numbers for question in server.questions) == numbers
 
 
 def test_frames_are_shrunk_to_the_maximum_size(clips, server):
@@ -127,9 +124,11 @@ def test_frames_are_shrunk_to_the_maximum_size(clips, server):
     assert {frame.shape for question in server.questions for frame in question.frames} == {(48, 80, 3)}
 
 
-def test_the_request_follows_the_flags(clips, server, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    caption(clips, server, "--temperature", "0.5", "--max_tokens", "77", "--prompt", "Say what you see.")
+@pytest.mark.parametrize("variable", ["OPENAI_API_KEY", "MY_KEY"])
+def test_the_request_follows_the_flags(clips, server, monkeypatch, variable):
+    monkeypatch.setenv(variable, KEY)
+    more = ["--temperature", "0.5", "--max_tokens", "77", "--prompt", "Say what you see."]
+    caption(clips, server, *more, "--api_key_variable", variable)
     for question in server.questions:
         assert question.prompt == "Say what you see."
         assert question.headers["Authorization"] == f"Bearer {KEY}"
@@ -159,12 +158,6 @@ def test_without_a_key_none_is_sent_and_temperature_is_zero(clips, server):
     assert {question.body["temperature"] for question in server.questions} == {0}
 
 
-def test_the_key_can_be_in_another_variable(clips, server, monkeypatch):
-    monkeypatch.setenv("MY_KEY", KEY)
-    caption(clips, server, "--api_key_variable", "MY_KEY")
-    assert {question.headers["Authorization"] for question in server.questions} == {f"Bearer {KEY}"}
-
-
 def test_each_worker_has_a_request_under_way(clips, server):
     together, lock, under_way, most = threading.Barrier(2), threading.Lock(), 0, 0
 
@@ -173,7 +166,7 @@ def test_each_worker_has_a_request_under_way(clips, server):
         with lock:
             under_way += 1
             most = max(most, under_way)
-        together.wait()  # for another one that is under way
+        together.wait()  # for the other request
         with lock:
             under_way -= 1
         return said("Bars.")
@@ -184,7 +177,7 @@ def test_each_worker_has_a_request_under_way(clips, server):
     assert most == 2
 
 
-# What becomes of the answer
+# Answers
 
 
 def test_the_preparation_reads_the_table_with_the_printed_flags(clips, server, capsys):
@@ -238,7 +231,7 @@ def test_an_answer_that_is_not_a_chat_completion_is_a_failure(clips, server, cap
     assert not (clips / "captions.jsonl").exists()
 
 
-# Captions that are there
+# Existing captions
 
 
 def test_existing_captions_are_kept(clips, server):
@@ -252,7 +245,7 @@ def test_existing_captions_are_kept(clips, server):
 def test_a_second_run_captions_only_new_clips_and_keeps_edits(clips, server):
     rows = caption(clips, server)
     rows[0]["caption"] = "They fly."
-    (clips / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(clips / "captions.jsonl", rows)
     encode(clips / "swim.mp4", frames=16)
     server.lengths_asked()
     expected = all_captioned() | {"fly.mp4": "They fly.", "swim.mp4": caption_of(16)}
@@ -271,31 +264,31 @@ def test_overwrite_captions_all_clips_again(clips, server):
     write(clips / "run.txt", "They run.\n")
     caption(clips, server)
     server.lengths_asked()
-    server.answer = lambda question, before: said("Anew.")
-    assert set(captions_of(caption(clips, server, "--overwrite")).values()) == {"Anew."}
+    server.answer = lambda question, before: said("Again.")
+    assert set(captions_of(caption(clips, server, "--overwrite")).values()) == {"Again."}
     assert server.lengths_asked() == [12, 20, 30]
 
 
 def test_a_run_that_overwrites_resumes_only_with_the_same_prompt(clips, server, capsys):
     def fail_for_run(question: Question, before: int) -> Answer:
-        return refused(400) if question.numbers[-1] == 11 else said(f"Anew: {question.prompt}")
+        return refused(400) if question.numbers[-1] == 11 else said(f"Again: {question.prompt}")
 
     write(clips / "run.txt", "They run.\n")
     server.answer = fail_for_run
-    anew = flags(clips, server, "--overwrite", "--prompt", "One.")
-    refuse(anew, capsys)
+    again = flags(clips, server, "--overwrite", "--prompt", "One.")
+    refuse(again, capsys)
     assert captions_of(rows_of(clips / "captions.jsonl")) == {
-        "fly.mp4": "Anew: One.",
+        "fly.mp4": "Again: One.",
         "run.mkv": "They run.",
-        "walk/walk.mp4": "Anew: One.",
+        "walk/walk.mp4": "Again: One.",
     }
     server.lengths_asked()
-    refuse(anew, capsys)
+    refuse(again, capsys)
     assert server.lengths_asked() == [12]
-    refuse([*anew[:-1], "Two."], capsys)
+    refuse([*again[:-1], "Two."], capsys)
     assert server.lengths_asked() == [12, 20, 30]
     server.answer = lambda question, before: said("At last.")
-    caption_dataset.main(anew)
+    caption_dataset.main(again)
     assert server.lengths_asked() == [12]
     assert not (clips / "captions.jsonl.part").exists()
 
@@ -324,7 +317,7 @@ def test_a_run_on_fewer_clips_keeps_the_captions_of_a_stopped_run(clips, server)
 def test_an_emptied_caption_is_filled_again(clips, server):
     rows = caption(clips, server)
     rows[1]["caption"] = ""
-    (clips / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(clips / "captions.jsonl", rows)
     server.lengths_asked()
     assert captions_of(caption(clips, server)) == all_captioned()
     assert server.lengths_asked() == [12]
@@ -350,7 +343,7 @@ def test_a_table_keeps_its_other_columns_and_the_captions_it_has(clips, server, 
         {"file": "fly.mp4", "text": "They fly.", "camera": "fixed"},
         {"file": "run.mkv", "text": "", "image": "first.png"},
     ]
-    table = write(tmp_path / "list.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    table = write_rows(tmp_path / "list.jsonl", rows)
     columns = ["--dataset_file", str(table), "--video_column", "file", "--caption_column", "text"]
     assert caption(clips, server, *columns) == [
         {"video": "fly.mp4", "caption": "They fly.", "captioned_by": "user", "camera": "fixed"},
@@ -370,7 +363,7 @@ def test_a_clip_listed_twice_is_captioned_once(clips, server, tmp_path):
     assert server.lengths_asked() == [12]
 
 
-# What goes wrong on the way
+# Failures
 
 
 def test_a_busy_server_is_asked_again(clips, server):
@@ -422,7 +415,7 @@ def test_an_undecodable_clip_is_listed_at_the_end(clips, server, capsys):
     with av.open(str(clips / "fly.mp4")) as container:
         first = next(container.demux(video=0))
     content = bytearray((clips / "fly.mp4").read_bytes())
-    content[first.pos : first.pos + first.size] = bytes(first.size)  # the probe decodes what follows the last keyframe
+    content[first.pos : first.pos + first.size] = bytes(first.size)  # the probe decodes only from the last keyframe on
     (clips / "fly.mp4").write_bytes(content)
     message = refuse(flags(clips, server), capsys)
     assert f"  {clips / 'fly.mp4'} ({clips}): " in message
@@ -437,16 +430,15 @@ def test_unusable_clips_are_listed_before_the_model_is_asked(clips, server, caps
     assert "1 of the clips cannot be used and are left out:" in capsys.readouterr().out
 
 
-def start(clips: Path, server: CaptionServer, *more: str) -> subprocess.Popen:
-    """Run the script in a process of its own."""
+def start(clips: Path, server: CaptionServer) -> subprocess.Popen:
+    """Run the script in a separate process."""
     script = Path(caption_dataset.__file__)
-    command = [sys.executable, str(script), *flags(clips, server, "--num_workers", "1", *more)]
     return subprocess.Popen(
-        command,
+        [sys.executable, str(script), *flags(clips, server, "--num_workers", "1")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Shells have what they start in the background ignore it, the tests too.
+        # Background processes of a shell ignore it, and so may the tests.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -531,8 +523,7 @@ def test_no_request_is_sent_again_once_stopped(server):
 def test_torch_is_not_imported_to_ask_a_server(clips, server):
     argv = flags(clips, server)
     code = f"import sys, caption_dataset\ncaption_dataset.main({argv!r})\nprint('torch' in sys.modules)"
-    folder = TRAINING
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=TRAINING, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
     assert "Captioning: 100%" in done.stderr
 
@@ -662,9 +653,18 @@ def test_mistakes_in_flags_and_lists_are_one_line(tmp_path, monkeypatch, capsys,
     assert len(error.splitlines()) == 1
 
 
-def test_a_data_set_without_a_folder_needs_a_name_for_the_table(capsys):
-    error = refuse(["--dataset_name", "name/of-it", "--model", "x"], capsys)
-    assert error.startswith("--output_file: required with --dataset_name alone")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset_name", "name/of-it", "--model", "x"], "--output_file: required with --dataset_name alone"),
+        (
+            ["--data_root", "x", "--model", "x", "--dataset_config_name", "x"],
+            "--dataset_config_name: no effect without --dataset_name",
+        ),
+    ],
+)
+def test_hub_data_sets_need_their_name_and_a_file(capsys, flags, message):
+    assert refuse(flags, capsys).startswith(message)
 
 
 def test_the_server_gets_the_frames_of_the_clip(clips, server):

@@ -1,4 +1,4 @@
-"""First frames are the clips' own pixels, edits survive, and the table comes back as the same clips with images."""
+"""First frames are pixels of the clips, edits are kept, and the table lists the same clips with images."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def write_table(folder: Path, **extra: dict) -> None:
 
 
 def run(clips: Path, *flags: str, code: int = 0) -> list[dict]:
-    """Make the first frames in "frames" beside the clips; returns the table."""
+    """Make the first frames in "frames" next to the clips, and return the table."""
     argv = ["--dataset_file", str(clips / "list.jsonl"), "--output_dir", str(frames_of(clips)), *flags]
     if code:
         with pytest.raises(SystemExit) as stopped:
@@ -168,7 +168,7 @@ def test_a_clip_with_an_undecodable_first_frame_is_unusable(clips, capsys):
     encode(clips / "gone.mp4", g="10")
     with av.open(str(clips / "gone.mp4")) as container:
         first = next(container.demux(video=0))
-    # The probe decodes what comes after the last keyframe, and finds nothing wrong.
+    # The probe decodes only from the last keyframe on.
     content = bytearray((clips / "gone.mp4").read_bytes())
     content[first.pos : first.pos + first.size] = bytes(first.size)
     (clips / "gone.mp4").write_bytes(content)
@@ -205,8 +205,7 @@ try:
 finally:
     print("torch" in sys.modules)
 """
-    folder = TRAINING
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=TRAINING, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout.strip() == "False"
     (line,) = done.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""A model in this process says of a clip what transformers itself makes it say, and one that cannot is one line."""
+"""Captions of a model in this process equal those of transformers, and unusable models are one line."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def frames_of(colour: tuple[int, int, int], count: int = 3) -> list[Image.Image]
 
 
 def said_by_library(model: Path, frames: list[Image.Image], prompt: str, max_tokens: int = 8) -> str:
-    """The likeliest words, token by token, without `generate`."""
+    """Decode greedily, token by token, without `generate`."""
     processor = AutoProcessor.from_pretrained(model)
     network = AutoModelForImageTextToText.from_pretrained(model)
     inputs = processor(text="<image> " * len(frames) + prompt, images=frames, return_tensors="pt")
@@ -104,7 +104,7 @@ def test_the_code_of_a_model_is_not_run(tmp_path, monkeypatch):
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # whoever is asked says yes
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # answers yes to any question
     with pytest.raises(UserError, match="cannot be loaded as a vision-language model: "):
         load(folder)
     assert not (tmp_path / "ran").exists()

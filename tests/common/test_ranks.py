@@ -1,4 +1,4 @@
-"""A process knows its place in a launch, and is the only one without one."""
+"""A process knows its place in a launch, or that it is the only one."""
 
 import pytest
 

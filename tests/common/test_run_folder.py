@@ -1,4 +1,4 @@
-"""What may be written into a folder that holds a run already."""
+"""A run does not overwrite the results of another run."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from common.run_folder import CONFIG_FILE, CONFIG_TITLE, MANIFEST
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """A folder with a result and two checkpoints, and one that was half removed."""
+    """A folder with a result, two checkpoints, and an incomplete checkpoint."""
     folder = tmp_path / "run"
     for step in (2, 10):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
@@ -68,7 +68,7 @@ def test_a_users_config_file_is_not_overwritten(run_folder, tmp_path, capsys):
         parse(tmp_path, new, "--config", str(new / CONFIG_FILE))
     assert f"would write its flags over '{new / CONFIG_FILE}', which is not of a run" in capsys.readouterr().err
     parse(tmp_path, tmp_path / "elsewhere", "--config", str(new / CONFIG_FILE))
-    # Of a run that ended before its first checkpoint, and of one that goes on, whose file is left as it is.
+    # Config files of a run without a checkpoint, and of a resumed run, which does not write its own.
     (new / CONFIG_FILE).write_text(f"# {CONFIG_TITLE} on some day\nrank: 8\n")
     assert parse(tmp_path, new, "--config", str(new / CONFIG_FILE)).rank == 8
     (run_folder / CONFIG_FILE).write_text("rank: 8\n")

@@ -1,4 +1,4 @@
-"""Samples divided among processes: outputs, gradients and whole runs are those of one process."""
+"""Context parallelism: outputs, gradients and complete runs are those of one process."""
 
 import multiprocessing
 import os
@@ -38,13 +38,13 @@ CPU = torch.device("cpu")
 MINUTE = timedelta(seconds=60)
 SIZE = ["--height", "48", "--width", "80", "--frame_buckets", "17", "--max_num_frames", "17"]
 CONTEXT = multiprocessing.get_context("forkserver")
-# Imported once, in the server that all processes are forked from; it does not know where our own modules are.
+# Imported once, in the server that all processes are forked from, which cannot import our modules.
 CONTEXT.set_forkserver_preload(["diffusers.pipelines.cogvideo.pipeline_cogvideox"])
-Case = tuple[Path, str, str]  # the model, the method, the way it is run
+Case = tuple[Path, str, str]  # model, method, way to run it
 
 
 def launch(function: Callable[..., Any], num_ranks: int, folder: Path, *args: Any) -> list[Any]:
-    """Call a function in the processes of a launch; returns what it returned in each of them."""
+    """Call a function in the processes of a launch, and return its results."""
     folder.mkdir()
     ranks = [
         CONTEXT.Process(target=run_rank, args=(function, rank, num_ranks, folder, args)) for rank in range(num_ranks)
@@ -69,7 +69,7 @@ def run_rank(function: Callable[..., Any], rank: int, num_ranks: int, folder: Pa
 
 
 def load(model: Path, method: str) -> CogVideoXTransformer3DModel:
-    """A transformer to train all of, or adapters on it, without dropout."""
+    """Load a transformer for full fine-tuning, or with adapters without dropout."""
     transformer = CogVideoXTransformer3DModel.from_pretrained(model, subfolder="transformer")
     if method == "lora":
         add_adapters(transformer, dropout=0.0)
@@ -79,12 +79,12 @@ def load(model: Path, method: str) -> CogVideoXTransformer3DModel:
 
 
 def step(transformer: CogVideoXTransformer3DModel, model: torch.nn.Module | None = None, seed: int = 0) -> Result:
-    """The output and the gradients of the mean loss of two samples of 48x80 pixels, 15 tokens to a frame.
+    """Return output and gradients of the mean loss of two samples of 48x80 pixels, with 15 tokens per frame.
 
-    Of the frames there are five, or three pairs of them, so that the number of tokens is odd.
+    There are five frames, or three pairs of frames, so that the number of tokens is odd.
 
     Args:
-        model: what the transformer is wrapped in, if it is.
+        model: the wrapped transformer, if it is wrapped.
         seed: of the samples.
     """
     config, generator = transformer.config, torch.Generator().manual_seed(seed)
@@ -113,7 +113,7 @@ def divided(transformer: CogVideoXTransformer3DModel, size: int) -> ContextParal
 
 
 def divided_step(model: Path, method: str, way: str, size: int) -> Result:
-    """The same where groups of so many ranks divide the samples, each group with samples of its own."""
+    """Do the same with context groups of `size` ranks, each group with different samples."""
     transformer = load(model, method)
     if way == "streamed":
         stream_blocks(transformer, CPU)
@@ -135,7 +135,7 @@ def divided_steps(cases: Sequence[Case], size: int) -> list[Result]:
 
 
 def alone_beside_others(model: Path) -> torch.Tensor:
-    """What the first rank computes while the other one does nothing, and both go on together after that."""
+    """Return what the first rank computes while the other one does nothing; then both compute together."""
     transformer = load(model, "full")
     context = divided(transformer, 2)
     with context.off():
@@ -145,7 +145,7 @@ def alone_beside_others(model: Path) -> torch.Tensor:
 
 
 def assert_same_step(result: Result, expected: Result) -> None:
-    """But for the order of sums. The gradient of keys' biases is zero but for rounding where nothing rotates them."""
+    """Compare up to the order of sums. Gradients of unrotated keys' biases are zero up to rounding."""
     torch.testing.assert_close(result[0], expected[0], rtol=1e-5, atol=1e-6)
     assert result[1].keys() == expected[1].keys()
     largest = max(gradient.norm() for gradient in expected[1].values())
@@ -155,7 +155,7 @@ def assert_same_step(result: Result, expected: Result) -> None:
 
 
 def assert_same_steps(results: list[list[Result]], cases: Sequence[Case], size: int) -> None:
-    """Each rank's output is that of its group's samples, and its gradients are the mean over the groups."""
+    """Check that each rank has the output of its group's samples and the mean gradients of all groups."""
     num_groups = len(results) // size
     for number, (model, method, _) in enumerate(cases):
         transformers = [load(model, method) for _ in range(num_groups)]
@@ -179,7 +179,7 @@ def training_flags(model: Path, data: Path, output: Path, *others: str) -> list[
 
 
 def assert_same_curves(output: Path, expected: Path) -> None:
-    """But for the order of sums, which grows with the steps."""
+    """Compare up to the order of sums, whose effect grows with the steps."""
     for name in ("loss", "grad_norm"):
         values, reference = curve(output, name), curve(expected, name)
         assert values.keys() == reference.keys()
@@ -187,7 +187,7 @@ def assert_same_curves(output: Path, expected: Path) -> None:
 
 
 def divide_everything(cases: Sequence[Case], flags: list[str]) -> tuple[list[Result], torch.Tensor]:
-    """All that two ranks do in one launch."""
+    """Do everything that two ranks do in one launch."""
     results = divided_steps(cases, 2), alone_beside_others(cases[0][0])
     cogvideox_text_to_video_lora.main(flags)
     return results
@@ -203,7 +203,7 @@ def test_two_ranks_of_a_context_group_train_as_one_process(tiny_models, prepared
         (tiny_models("1.5-5b"), "lora", "streamed"),
         (tiny_models("5b"), "full", "sharded"),
     ]
-    # Were they not off while videos are sampled, the rank without a prompt would keep the other one waiting.
+    # If the division were not off during sampling, the rank without a prompt would block the other one.
     others = ["--max_train_steps", "4", "--rank", "8", "--validation_prompt", "a", "--num_inference_steps", "1"]
     flags = training_flags(tiny_models("5b"), prepared, tmp_path / "divided", *others)
     ranks = launch(divide_everything, 2, tmp_path / "ranks", cases, [*flags, "--context_parallel_size", "2"])
@@ -269,6 +269,6 @@ def test_parts_are_equally_long_and_complete(num_tokens):
     tokens = torch.arange(1, 2 * num_tokens + 1).view(2, num_tokens)
     parts = [part_of(tokens, 1, part, 4) for part in range(4)]
     assert {part.shape[1] for part in parts} == {-(-num_tokens // 4)}
-    whole = torch.cat(parts, dim=1)
-    assert torch.equal(whole[:, :num_tokens], tokens)
-    assert whole[:, num_tokens:].sum() == 0
+    joined = torch.cat(parts, dim=1)
+    assert torch.equal(joined[:, :num_tokens], tokens)
+    assert joined[:, num_tokens:].sum() == 0

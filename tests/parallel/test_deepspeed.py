@@ -1,4 +1,4 @@
-"""What DeepSpeed is told, and what its checkpoints may hold; runs in shards are in test_distributed.py."""
+"""The configuration of DeepSpeed, and safe loading of its checkpoints; for runs see test_distributed.py."""
 
 import pickle
 from types import SimpleNamespace
@@ -30,15 +30,10 @@ def test_the_flags_reach_deepspeed():
     assert (config["communication_data_type"], config["data_types"]["grad_accum_dtype"]) == ("fp32", "fp32")
 
 
-def test_zero_disables_clipping():
-    assert configured({"zero_optimization": {"stage": 2}}, max_grad_norm=0.0)["gradient_clipping"] == 0
-
-
-def test_gradients_of_bf16_weights_are_checked():
-    assert configured({"zero_optimization": {"stage": 2}}, is_rounded=True)["bf16"] == {
-        "enabled": True,
-        "check_grad_overflow": True,
-    }
+def test_gradients_of_bf16_weights_are_checked_and_zero_disables_clipping():
+    config = configured({"zero_optimization": {"stage": 2}}, is_rounded=True, max_grad_norm=0.0)
+    assert config["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert config["gradient_clipping"] == 0
 
 
 def test_settings_of_the_user_are_kept():
@@ -70,14 +65,14 @@ def test_sharded_weights_are_counted(tiny_models):
         sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad),
         sum(parameter.numel() for parameter in transformer.parameters()),
     )
-    for parameter in transformer.parameters():  # as ZeRO-3 leaves them
+    for parameter in transformer.parameters():  # as under ZeRO-3
         parameter.ds_numel = parameter.numel()
         parameter.data = torch.empty(0)
     assert count_weights(transformer) == counts
 
 
 class FullDisk:
-    """Writes as DeepSpeed's engines do, and notes what it could not."""
+    """A checkpoint engine that fails to write, and records the paths."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -123,5 +118,5 @@ def test_a_deepspeed_checkpoint_cannot_run_code(tmp_path):
     with weights_only_loads(), pytest.raises(pickle.UnpicklingError):
         TorchCheckpointEngine().load(file)
     assert not proof.exists()
-    TorchCheckpointEngine().load(file)["module"].close()  # as DeepSpeed does it by itself
+    TorchCheckpointEngine().load(file)["module"].close()  # as DeepSpeed does
     assert proof.exists()

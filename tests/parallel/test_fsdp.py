@@ -1,6 +1,6 @@
-"""Weights in shards on several ranks (FSDP2) train, save, resume and sample as whole ones do.
+"""Sharded weights on several ranks (FSDP2) train, save, resume and sample like unsharded ones.
 
-The launches run on CPUs, on torch's own shards: see fsdp_on_cpu.py.
+The launches run on CPUs: see fsdp_on_cpu.py.
 """
 
 import json
@@ -42,7 +42,7 @@ SIZE = ["--height", "32", "--width", "48", "--frame_buckets", "9", "--max_num_fr
 
 
 def launch_environment(config: Path = CONFIG) -> dict[str, str]:
-    """What `accelerate launch` sets from the config."""
+    """Return the variables that `accelerate launch` sets from the config."""
     args, _, _ = _validate_launch_command(
         launch_command_parser().parse_args(["--config_file", str(config), "--main_process_port", "0", "script.py"])
     )
@@ -51,7 +51,7 @@ def launch_environment(config: Path = CONFIG) -> dict[str, str]:
 
 
 def launch(runs: list[tuple[str, list[str]]], folder: Path, num_ranks: int = 2, **others: str) -> str:
-    """Run scripts one after another on ranks that divide the weights; returns what they printed."""
+    """Run scripts one after another on sharded ranks, and return their output."""
     (folder / "runs.json").write_text(json.dumps(runs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     done = subprocess.run(
@@ -65,7 +65,7 @@ def launch(runs: list[tuple[str, list[str]]], folder: Path, num_ranks: int = 2, 
 
 
 def run_alone(run: tuple[str, list[str]]) -> None:
-    """Run a script in this process, on whole weights."""
+    """Run a script in this process, on unsharded weights."""
     AcceleratorState._reset_state(reset_partial_state=True)
     {LORA: cogvideox_text_to_video_lora, SFT: cogvideox_text_to_video_sft}[run[0]].main(run[1])
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -78,7 +78,7 @@ def prepared(prepared_demo) -> Path:
 
 @pytest.fixture(scope="module")
 def a_run(tiny_models, prepared):
-    """Give the script and the flags of a run that sees two samples a step on each of two ranks, four on one."""
+    """A function that returns script and flags of a run with four samples a step on two ranks or on one."""
 
     def make(script: str, output: Path, *flags: str, batches: int = 2) -> tuple[str, list[str]]:
         made = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(prepared)]
@@ -92,31 +92,31 @@ def a_run(tiny_models, prepared):
 
 
 def curve(output: Path, name: str) -> list[float]:
-    """Of a run, step by step."""
+    """Return the values of a run, step by step."""
     return list(curves.curve(output, name).values())
 
 
 def assert_same_run(ours: Path, theirs: Path, file: str, tolerance: float = 1e-4) -> None:
-    """Losses, gradients before clipping, and what was saved."""
+    """Compare losses, gradient norms before clipping, and saved weights."""
     for name in ("loss", "grad_norm", "lr"):
         assert curve(ours, name) == pytest.approx(curve(theirs, name), rel=tolerance)
     saved, expected = load_file(ours / file), load_file(theirs / file)
     assert saved.keys() == expected.keys()
     for name, weight in saved.items():
         assert weight.dtype == expected[name].dtype
-        # Adam's first steps have one size, whatever the gradient's: where that is almost zero, they may differ.
+        # The size of Adam's first steps does not depend on the gradient's: tiny gradients may cause a difference.
         assert (weight - expected[name]).abs().gt(1e-4).float().mean() < 0.01, name
 
 
 @pytest.fixture(scope="module")
 def in_shards(a_run, demo_clips, tmp_path_factory) -> SimpleNamespace:
-    """Runs on two ranks, and what they printed; the same runs of one process beside them."""
+    """Runs on two ranks with their output, and the same runs of one process."""
     root = tmp_path_factory.mktemp("runs")
     names = ("lora", "lora_alone", "resumed", "sft", "sft_alone")
     done = SimpleNamespace(**{name: root / name for name in names})
     video = sorted((demo_clips / "videos").iterdir())[0]
     table = root / "held-out.jsonl"
-    table.write_text(json.dumps({"video": str(video), "text": "a clip"}) + "\n")  # one, which both ranks take
+    table.write_text(json.dumps({"video": str(video), "text": "a clip"}) + "\n")  # one clip for both ranks
     validation = ["--validation_dataset_file", str(table), "--allow_outside_paths"]
     sampling = ["--validation_prompt", "a:::b:::c", "--num_inference_steps", "2"]
     (done.lora / "validation" / "step-3" / "01-00-b.mp4").mkdir(parents=True)  # in the way of the second rank
@@ -212,7 +212,7 @@ def test_half_precision_training_equals_that_of_one_process(a_run, tmp_path):
         run_alone(a_run(script, tmp_path / f"{name}-alone", *flags, batches=4))
     for name in ("lora", "dora"):
         assert_same_run(tmp_path / name, tmp_path / f"{name}-alone", LORA_FILE)
-    for name in ("loss", "grad_norm"):  # norms have weights in bfloat16, too
+    for name in ("loss", "grad_norm"):  # norms have bfloat16 weights too
         ours, theirs = (curve(tmp_path / run, name) for run in ("sft", "sft-alone"))
         assert ours == pytest.approx(theirs, rel=2e-3)
 
@@ -221,8 +221,8 @@ def test_half_precision_training_equals_that_of_one_process(a_run, tmp_path):
 def test_sharded_ranks_divide_the_tokens_of_a_sample(a_run, tmp_path):
     parallelism = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
     launch([a_run(SFT, tmp_path / "divided")], tmp_path, **parallelism, PARALLELISM_CONFIG_DP_SHARD_SIZE="1")
-    run_alone(a_run(SFT, tmp_path / "whole"))
-    assert_same_run(tmp_path / "divided", tmp_path / "whole", TRANSFORMER_FILE)
+    run_alone(a_run(SFT, tmp_path / "unsharded"))
+    assert_same_run(tmp_path / "divided", tmp_path / "unsharded", TRANSFORMER_FILE)
 
 
 @pytest.mark.gpu
@@ -260,7 +260,7 @@ def test_errors_of_writing_and_reading_states_have_the_documented_types(one_rank
 
 
 def in_one_shard(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The model on the one rank there is, with an optimizer that has made a step."""
+    """Shard the model on the only rank, with an optimizer that has made a step."""
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 4)).sum().backward()
@@ -271,7 +271,7 @@ def in_one_shard(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.optim.O
 
 @pytest.fixture
 def one_rank(fresh_accelerator, tmp_path) -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group of only this process."""
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield

@@ -1,4 +1,4 @@
-"""Ranks that do not belong together are found at the start, in one line that says where and what."""
+"""Ranks that do not match are detected at the start, in one line that says where and what."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Whole weights in one process; of processes that divide them see test_distributed.py."""
+"""Weights in one process; for sharded ones see test_distributed.py."""
 
 import pytest
 import torch

@@ -9,6 +9,7 @@ from common.files import refresh_names, remove_partials, replace_folder, written
 def test_a_file_appears_only_when_its_block_has_succeeded(tmp_path):
     target = tmp_path / "folder" / "file.txt"
     with written_whole(target) as path:
+        assert path.suffix == ".txt"
         path.write_text("complete")
         assert not target.exists()
     assert target.read_text() == "complete"
@@ -45,12 +46,6 @@ def test_a_refresh_changes_every_folder_and_leaves_nothing(tmp_path):
     assert {path.name for path in tmp_path.rglob("*")} == {"latents", "below", "shard"}
 
 
-def test_the_partial_file_keeps_the_suffix(tmp_path):
-    with written_whole(tmp_path / "video.mp4") as path:
-        assert path.suffix == ".mp4"
-        path.write_bytes(b"")
-
-
 def test_a_folder_is_replaced_completely(tmp_path):
     folder, partial = tmp_path / "checkpoint-1", tmp_path / ".partial"
     for path, content in ((folder, "old"), (partial, "new")):
@@ -69,19 +64,14 @@ def test_a_file_has_the_usual_permissions_whatever_the_writer_does(tmp_path):
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_an_unwritable_place_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "reason"), [("file/below", r".*\); finished work is kept"), ("target", "No space left on device")]
+)
+def test_an_unwritable_place_and_a_full_disk_are_one_line(tmp_path, name, reason):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(UserError, match=r"file/below cannot be written \(.*\); finished work is kept"),
-        written_whole(tmp_path / "file" / "below") as path,
-    ):
-        path.write_text("x")
-
-
-def test_a_full_disk_is_one_line(tmp_path):
-    with (
-        pytest.raises(UserError, match=r"target cannot be written \(No space left on device\)"),
-        written_whole(tmp_path / "target"),
+        pytest.raises(UserError, match=rf"{name} cannot be written \({reason}"),
+        written_whole(tmp_path / name),
         open("/dev/full", "w") as full,
     ):
         full.write("x")

@@ -1,5 +1,6 @@
 """Quantized weights are close to the original ones, compute and train like plain ones, and save memory."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from common.errors import UserError
 from methods.lora import Lora
 from models.encoding import encode_prompts
 from models.prompts import PromptCache
-from models.quantization import FrozenLinear, check_quantization
+from models.quantization import FrozenLinear, check_quantization, compute_frozen
 from models.source import ModelSource
 from validation.videos import _left_as_found
 
@@ -228,6 +229,12 @@ def test_a_missing_package_is_named(monkeypatch, source):
         check_quantization("fp8")
     with pytest.raises(UserError, match=r"^--text_encoder_8bit: .*pip install torchao"):
         source.load_text_pipeline(torch.float32, in_8bit=True)
+
+
+def test_nf4_runs_without_torchao_which_they_do_not_import(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.utils", None)
+    compute_frozen(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
 # The text encoder

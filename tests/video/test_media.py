@@ -1,4 +1,4 @@
-"""Still images are read as they are displayed, and what is no still image is left to PyAV."""
+"""Still images are read as displayed, and other files are left to PyAV."""
 
 import av
 import numpy as np

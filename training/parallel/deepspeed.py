@@ -8,7 +8,7 @@ Source: https://arxiv.org/abs/1910.02054, ZeRO-Offload https://arxiv.org/abs/210
 """
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,22 +127,8 @@ def count_weights(transformer: CogVideoXTransformer3DModel) -> tuple[int, int]:
     return transformer.num_parameters(only_trainable=True), transformer.num_parameters()
 
 
-def gather_zero_weights(
-    transformer: CogVideoXTransformer3DModel, names: Iterable[str], is_main: bool
-) -> dict[str, torch.Tensor]:
-    """Gather weights by name on the CPU of the main process, in float32 if the optimizer steps that; called on every
-    process."""
-    state = transformer.state_dict(keep_vars=True)
-    weights = {}
-    for name in names:
-        weight = _gather(state[name])
-        if is_main:
-            # A copy: DeepSpeed keeps weights as views of one long tensor, which safetensors does not write.
-            weights[name] = weight.detach().to("cpu", copy=True)
-    return weights
-
-
-def _gather(tensor: torch.Tensor) -> torch.Tensor:
+def whole_zero(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a weight if it is sharded, in float32 if the optimizer steps that; called on every process."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 

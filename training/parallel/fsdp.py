@@ -4,7 +4,6 @@ Source: https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
 """
 
 import warnings
-from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -74,20 +73,6 @@ def divided_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     if not isinstance(other, DTensor):
         return tensor
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
-
-
-def gather_weights(
-    transformer: CogVideoXTransformer3DModel, names: Iterable[str], is_main: bool
-) -> dict[str, torch.Tensor]:
-    """Gather weights by name in the main process's host memory, one after another; called on every rank."""
-    shards = transformer.state_dict()
-    gathered = {}
-    for name in names:
-        weight = whole(shards[name])
-        if is_main:
-            # A copy: unequal shards are gathered into a storage that is larger than the weight.
-            gathered[name] = weight.to("cpu", copy=True)
-    return gathered
 
 
 def take_sharded(accelerator: Accelerator) -> list[tuple[torch.nn.Module, Optimizer]]:

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from common.errors import UserError
 from flags.speed import ATTENTION_BACKENDS
 from forward_pass import gradients, load, predict
-from models.attention import BACKENDS, DispatchedAttention, attention_set, check_attention, set_attention
+from models.attention import BACKENDS, DispatchedAttention, check_attention, set_attention, temporary_attention
 
 
 CPU = torch.device("cpu")
@@ -38,11 +38,11 @@ def test_positions_follow_the_size_of_each_batch(tiny_models):
 
 def test_the_attention_of_training_is_restored_after_sampling(tiny_models):
     transformer = load(tiny_models("5b"))
-    with pytest.raises(RuntimeError, match="sampling failed"), attention_set(transformer, "native"):
+    with pytest.raises(RuntimeError, match="sampling failed"), temporary_attention(transformer, "native"):
         assert {type(processor) for processor in transformer.attn_processors.values()} == {DispatchedAttention}
         raise RuntimeError("sampling failed")
     assert {type(processor) for processor in transformer.attn_processors.values()} == {CogVideoXAttnProcessor2_0}
-    with attention_set(transformer, None):
+    with temporary_attention(transformer, None):
         assert {type(processor) for processor in transformer.attn_processors.values()} == {CogVideoXAttnProcessor2_0}
 
 

@@ -20,8 +20,8 @@ from common.run_folder import STATE_FILE, list_checkpoints
 from methods.full import FullFinetune
 from methods.lora import Lora
 from parallel.coordinator import Coordinator
-from parallel.fsdp import is_fsdp, load_optimizer, save_optimizer, take_sharded
-from parallel.sharding import load_state, save_state, whole_weights
+from parallel.fsdp import detach_sharded, is_fsdp, load_optimizer, save_optimizer
+from parallel.sharding import gather_weights, load_state, save_state
 
 
 logger = logging.getLogger(__name__)
@@ -155,14 +155,14 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
 def checkpoint_only_what_trains(accelerator: Accelerator, method: Lora | FullFinetune) -> None:
     """Have `accelerator.save_state` and `load_state` store only what the method trains, in full precision."""
 
-    sharded = take_sharded(accelerator) if is_fsdp(accelerator) else []
+    sharded = detach_sharded(accelerator) if is_fsdp(accelerator) else []
 
     def save(models: Sequence[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
         for model, optimizer in sharded:
             save_optimizer(model, optimizer, Path(output_dir))
         for model in [*models, *(model for model, _ in sharded)]:
             transformer: CogVideoXTransformer3DModel = accelerator.unwrap_model(model)
-            whole = whole_weights(accelerator, transformer, method.weight_names(transformer))
+            whole = gather_weights(accelerator, transformer, method.weight_names(transformer))
             if accelerator.is_main_process:
                 method.save(transformer, Path(output_dir), torch.float32, whole)
         weights.clear()  # nothing is left for accelerate to save

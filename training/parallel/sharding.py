@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
 
-from parallel.deepspeed import is_zero, load_zero_state, save_zero_state, whole_zero
-from parallel.fsdp import is_fsdp, whole
+from parallel.deepspeed import gather_zero_shards, is_zero, load_zero_state, save_zero_state
+from parallel.fsdp import gather_shards, is_fsdp
 
 
-def whole_weights(
+def gather_weights(
     accelerator: Accelerator, transformer: CogVideoXTransformer3DModel, names: Iterable[str]
 ) -> dict[str, torch.Tensor]:
     """Gather weights by name; called on every rank.
@@ -26,7 +26,7 @@ def whole_weights(
     state = transformer.state_dict(keep_vars=is_zero(accelerator))
     if not (is_zero(accelerator) or is_fsdp(accelerator)):
         return {name: state[name] for name in names} if accelerator.is_main_process else {}
-    gather = whole_zero if is_zero(accelerator) else whole
+    gather = gather_zero_shards if is_zero(accelerator) else gather_shards
     weights = {}
     for name in names:  # one after another, to save memory
         weight = gather(state[name])

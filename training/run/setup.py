@@ -21,13 +21,13 @@ from dataset import Batch, ClipDataset, PreparedDataset, make_loader, without_fa
 from diffusion.objective import Objective
 from diffusion.timesteps import TimestepSampling
 from methods.full import FullFinetune
-from models.attention import attention_set
+from models.attention import temporary_attention
 from models.configs import CPU
 from models.prompts import PromptCache
 from models.sampling import Pipeline
 from parallel.coordinator import Coordinator
 from parallel.deepspeed import gathered
-from parallel.sharding import whole_weights
+from parallel.sharding import gather_weights
 from run.encoded_inputs import EncodedInputs, encode_inputs
 from run.spec import RunSpec, Task
 from run.summary import describe_start
@@ -261,7 +261,7 @@ def make_sampling(
     folder = spec.output_dir / "validation"
 
     def sample_videos(step: int) -> list[str]:
-        with attention_set(transformer, args.validation_attention_backend):
+        with temporary_attention(transformer, args.validation_attention_backend):
             return validate(
                 accelerator,
                 spec.coordinator,
@@ -285,7 +285,7 @@ def make_saving(spec: RunSpec, trainable: Trainable) -> Callable[[], Path]:
     def save_result() -> Path:
         transformer = trainable.transformer
         with trainable.averaged():
-            weights = whole_weights(accelerator, transformer, method.weight_names(transformer))
+            weights = gather_weights(accelerator, transformer, method.weight_names(transformer))
             return spec.coordinator.from_main(lambda: write(weights))
 
     def write(weights: dict[str, torch.Tensor]) -> Path:

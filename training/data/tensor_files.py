@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from common.files import flush, written_whole
+from common.files import atomic_write, flush
 
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class ShardWriter:
                 for name in names
                 for kind, tensor in samples[name].items()
             }
-            with written_whole(self._staging_of(shard) / f"{_digest(names)}-{len(names)}.safetensors") as partial:
+            with atomic_write(self._staging_of(shard) / f"{_digest(names)}-{len(names)}.safetensors") as partial:
                 save_tensors(tensors, partial)
             self._merge_if_whole(shard)
 
@@ -133,7 +133,7 @@ class ShardWriter:
             if not wanted.issubset(name for part in parts for name in names_in(part)):
                 return
             try:
-                with written_whole(shard.path, staging=self._staging_of(shard)) as whole:
+                with atomic_write(shard.path, staging=self._staging_of(shard)) as whole:
                     save_tensors({key: tensor for part in parts for key, tensor in load_file(part).items()}, whole)
                     flush(whole)
             except FileNotFoundError:

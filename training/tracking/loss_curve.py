@@ -13,7 +13,7 @@ import numpy as np
 from accelerate.tracking import GeneralTracker
 from PIL import Image, ImageDraw, ImageFont
 
-from common.files import written_whole
+from common.files import atomic_write
 
 
 METRICS_FILE = "metrics.jsonl"
@@ -47,7 +47,7 @@ class LossCurve(GeneralTracker):
         self.folder = folder
         self.points: dict[str, list[tuple[int, float]]] = {"loss": [], "validation_loss": []}
         kept = _read_metrics(folder / METRICS_FILE, resumed_at) if resumed_at is not None else []
-        with written_whole(folder / METRICS_FILE) as partial:
+        with atomic_write(folder / METRICS_FILE) as partial:
             partial.write_text("".join(f"{json.dumps(values)}\n" for values in kept), encoding="utf-8")
         for values in kept:
             self._remember(values)
@@ -75,7 +75,7 @@ class LossCurve(GeneralTracker):
     def _draw(self) -> None:
         if self.points["loss"]:
             picture = draw_losses(self.points["loss"], self.points["validation_loss"])
-            with written_whole(self.folder / PICTURE_FILE) as partial:
+            with atomic_write(self.folder / PICTURE_FILE) as partial:
                 picture.save(partial, format="PNG")
         self.drawn_at = time.monotonic()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.files import written_whole
+from common.files import atomic_write
 
 
 _MARGIN = 20
@@ -67,7 +67,7 @@ def draw_contact_sheet(
             sheet.paste(cell, (_cell_left(column), top))
         _draw_text(draw, row, text_left, top)
     if path is not None:
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             sheet.save(partial, format="PNG")
     return sheet
 

@@ -37,7 +37,7 @@ from materials import folders, make_materials
 from memory_rows import ROWS, Row
 
 from args import parse_args
-from common.files import written_whole
+from common.files import atomic_write
 from data.buckets import Bucket, count_tokens
 from data.plan import plan_training_data
 from diffusion.tasks import TextToVideo
@@ -278,7 +278,7 @@ def installed_versions() -> dict[str, str]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file completely or not at all."""
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ from captions.text import IMAGE_PROMPT, VIDEO_PROMPT, NoCaption, clean_caption
         ("A cat\u2028sleeps\ud800.", "A cat sleeps."),
     ],
 )
-def test_what_surrounds_a_caption_is_taken_away(answer, caption):
+def test_a_caption_is_stripped_of_quotes_and_reasoning(answer, caption):
     assert clean_caption(answer) == caption
 
 
@@ -31,7 +31,7 @@ def test_what_surrounds_a_caption_is_taken_away(answer, caption):
         ("一只猫在睡觉。它是", "一只猫在睡觉。"),
     ],
 )
-def test_of_an_answer_that_was_cut_whole_sentences_remain(answer, caption):
+def test_complete_sentences_of_a_cut_answer_are_kept(answer, caption):
     if caption is None:
         with pytest.raises(NoCaption, match="no complete sentence in it; raise --max_tokens"):
             clean_caption(answer, was_cut=True)
@@ -40,12 +40,12 @@ def test_of_an_answer_that_was_cut_whole_sentences_remain(answer, caption):
 
 
 @pytest.mark.parametrize("answer", [None, "", " \n", '""', "<think>A cat?</think> "])
-def test_nothing_is_no_caption(answer):
+def test_an_empty_answer_is_not_a_caption(answer):
     with pytest.raises(NoCaption, match=r"has nothing in it$"):
         clean_caption(answer)
 
 
-def test_thoughts_that_never_end_are_no_caption():
+def test_unfinished_reasoning_is_not_a_caption():
     with pytest.raises(NoCaption, match="thoughts, but no caption; raise --max_tokens"):
         clean_caption("<think>A cat. Or", was_cut=True)
 

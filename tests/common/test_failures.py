@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.failures import explain_death, explained_failures, memory_that_ran_out
+from common.failures import exhausted_memory, explain_death, explained_failures
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample
 from data.prepared import PreparedClip, StoredTensor
@@ -57,7 +57,7 @@ def test_the_advice_for_the_host_can_be_replaced():
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), KeyError("a bug"), UserError("--rank: 0")])
 def test_other_errors_are_raised_unchanged(error):
-    assert memory_that_ran_out(error) is None
+    assert exhausted_memory(error) is None
     with pytest.raises(type(error)) as caught, explained_failures(list):
         raise error
     assert caught.value is error

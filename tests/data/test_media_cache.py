@@ -18,7 +18,7 @@ from PIL import Image
 from clip_lists import write
 from common.errors import UserError
 from data import media_cache
-from data.media_cache import first_frame_file, media_file, pieces_within
+from data.media_cache import first_frame_file, media_file
 from data.rows import UnusableRow
 from encoded_clips import all_frames
 
@@ -291,29 +291,3 @@ def test_processes_that_fill_one_cache_at_once_agree(tmp_path):
     assert first == second
     assert sorted(map(str, files_in(tmp_path))) == sorted(first)
     assert all((decoded(Path(path))[0] == value).all() for value, path in enumerate(first))
-
-
-# Downloads
-
-
-def test_pieces_within_the_limits_are_unchanged():
-    assert list(pieces_within([b"ab", b"c"], 3, 60)) == [b"ab", b"c"]
-
-
-def test_a_download_that_is_too_large_is_stopped():
-    def endless():
-        while True:
-            yield bytes(2**20)
-
-    taken = []
-    with pytest.raises(ValueError, match="larger than 3 MiB"):
-        taken.extend(pieces_within(endless(), 3 * 2**20, 60))
-
-
-def test_a_download_that_takes_too_long_is_stopped(monkeypatch):
-    monkeypatch.setattr(media_cache, "monotonic", iter((0.0, 9.0, 11.0)).__next__)
-    passed = []
-    with pytest.raises(TimeoutError, match="not whole within 10 s"):
-        for piece in pieces_within([b"a", b"b", b"c"], 99, 10):
-            passed.append(piece)
-    assert passed == [b"a"]

@@ -1,4 +1,4 @@
-"""How often blocks are compiled, and that they compute the same afterwards."""
+"""Blocks are compiled once per size and mode, and compute the same."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """Nothing compiled before counts, and limits are as they were afterwards."""
+    """Forget earlier compilations, and restore the limits afterwards."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(optimize_ddp=torch._dynamo.config.optimize_ddp):
         yield
@@ -38,7 +38,7 @@ def with_lora(folder) -> CogVideoXTransformer3DModel:
 
 
 def losses(transformer, sizes: list[int], **options) -> list[float]:
-    """Of a few steps of training, one of each number of frames in turn."""
+    """Return the losses of training steps with these numbers of frames."""
     optimizer = torch.optim.SGD([weight for weight in transformer.parameters() if weight.requires_grad], lr=10.0)
     values = []
     for frames in sizes:
@@ -71,7 +71,7 @@ def test_all_blocks_share_one_compilation_for_each_size_and_mode(tiny_models):
     assert list(compiled.state_dict()) == names
 
 
-def test_more_sizes_than_were_announced_are_an_error_and_not_slow(tiny_models):
+def test_more_sizes_than_announced_are_an_error(tiny_models):
     transformer = with_lora(tiny_models("5b"))
     compile_blocks(transformer, num_sizes=1, backend="eager")
     with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(FailOnRecompileLimitHit):
@@ -93,7 +93,7 @@ def test_a_missing_compiler_is_one_line(monkeypatch, tmp_path):
 
 
 @pytest.mark.gpu
-def test_compiled_kernels_train_as_the_plain_ones(tiny_models):
+def test_compiled_blocks_train_as_eager_ones(tiny_models):
     device = torch.device("cuda")
     check_compiler(device)
     eager, compiled = (with_lora(tiny_models("5b")).to(device) for _ in range(2))

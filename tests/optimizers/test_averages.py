@@ -1,4 +1,4 @@
-"""The average of the weights follows them, and takes their place only meanwhile."""
+"""The average of the weights follows its formula, and replaces them only within a block."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_the_average_follows_the_weights_by_its_formula():
         torch.testing.assert_close(weight.detach(), average)
 
 
-def test_the_weights_come_back_whatever_happens_meanwhile():
+def test_the_weights_are_restored_after_an_error():
     weight = torch.nn.Parameter(torch.randn(3))
     before = weight.detach().clone()
     ema = make_ema([weight], decay=0.9)
@@ -34,14 +34,8 @@ def test_the_weights_come_back_whatever_happens_meanwhile():
     assert torch.equal(weight.detach(), before + 1)
 
 
-def test_without_an_average_the_weights_stay():
-    weight = torch.nn.Parameter(torch.ones(2))
-    with averaged_weights(None, [weight]):
-        assert weight.tolist() == [1, 1]
-
-
 def schedule_free_run(steps: int, averages: list[torch.Tensor] | None = None) -> torch.Tensor:
-    """Weights after so many steps; with a list, after a look at the average after each."""
+    """Return the weights after some steps; with a list, collect the average after each."""
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
     optimizer = make_optimizer([weight], "schedulefree", learning_rate=0.1, beta1=0.9)
     for step in range(steps):
@@ -54,7 +48,7 @@ def schedule_free_run(steps: int, averages: list[torch.Tensor] | None = None) ->
     return weight.detach()
 
 
-def test_the_average_of_a_schedule_free_optimizer_is_the_one_it_is_defined_by():
+def test_the_schedule_free_average_follows_its_definition():
     """The weights trained are y = (1 - beta1) z + beta1 x; x is the mean of all z, here by hand."""
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
     optimizer = make_optimizer([weight], "schedulefree", learning_rate=0.1, beta1=0.9)
@@ -69,14 +63,15 @@ def test_the_average_of_a_schedule_free_optimizer_is_the_one_it_is_defined_by():
     assert not torch.equal(weight.detach(), torch.stack(visited).mean(dim=0))
 
 
-def test_a_look_at_the_schedule_free_average_changes_nothing_in_training():
+def test_reading_the_schedule_free_average_does_not_change_training():
     averages = []
     assert torch.equal(schedule_free_run(5, averages), schedule_free_run(5))
     assert not torch.equal(averages[-1], schedule_free_run(5))
 
 
-def test_before_the_first_step_the_schedule_free_average_is_the_weights():
+def test_without_an_average_or_a_step_the_weights_do_not_change():
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = make_optimizer([weight], "schedulefree", learning_rate=0.1)
-    with schedule_free_weights(optimizer, [weight]):
-        assert weight.tolist() == [1, 1]
+    for average in (schedule_free_weights(optimizer, [weight]), averaged_weights(None, [weight])):
+        with average:
+            assert weight.tolist() == [1, 1]

@@ -1,4 +1,4 @@
-"""The offloaded optimizer does what the optimizer inside does, clipped, and goes on from a checkpoint."""
+"""The offloaded optimizer equals the inner one with clipping, and resumes from a checkpoint."""
 
 import copy
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ INNER = [Adam, AdamW, AdamW8bit, AdamW4bit, AdamWFp8]
 
 
 class HostStream(torch.cpu.Stream):
-    """torch's stand-in for a stream on the CPU, and the two methods which it lacks."""
+    """torch's CPU stream with the two methods that it lacks."""
 
     def record_event(self) -> torch.cpu.Event:
         return torch.cpu.Event()
@@ -29,17 +29,9 @@ class HostStream(torch.cpu.Stream):
         pass
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.gpu,
-        ),
-    ]
-)
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch) -> Iterator[str]:
-    """Where parameters are. As a GPU, the CPU has streams that wait for nothing and memory that is not pinned."""
+    """The device of the parameters. The CPU acts as a GPU, with dummy streams and without pinned memory."""
     if request.param == "cpu":
         streams = {"Stream": HostStream, "stream": torch.cpu.stream, "current_stream": torch.cpu.current_stream}
         stand_in = SimpleNamespace(
@@ -50,13 +42,12 @@ def device(request, monkeypatch) -> Iterator[str]:
         monkeypatch.setattr(cpu_offload, "torch", stand_in)
         monkeypatch.setattr(cpu_offload, "get_available_devices", lambda: ["cpu", "cuda"])
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    # torchao compiles its step, which changes nothing in the result and takes long.
     with torch.compiler.set_stance("force_eager"):
         yield request.param
 
 
 def model(device: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """Matrices that are offloaded, and biases too small for that."""
+    """Build matrices that are offloaded, and biases that are too small for that."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Tanh(), torch.nn.Linear(128, 64))
     return layers.to(device, dtype)
@@ -74,7 +65,7 @@ def backward(net: torch.nn.Module, step: int) -> None:
 
 
 def train(net: torch.nn.Module, optimizer: Optimizer, steps: range, max_norm: float = 1e9) -> list[torch.Tensor]:
-    """Train, and give the norms."""
+    """Train, and return the norms."""
     norms = []
     for step in steps:
         torch.manual_seed(step)
@@ -104,7 +95,7 @@ def test_gradients_are_clipped_as_torch_clips_them(device, offload_gradients, ma
     torch.testing.assert_close(list(net.parameters()), list(expected.parameters()))
 
 
-def test_the_norm_is_that_of_gradients_which_accumulated(device):
+def test_the_norm_is_that_of_accumulated_gradients(device):
     expected, net = model(device), model(device)
     optimizer = ClippedOffloadOptimizer(list(net.parameters()), AdamW, **settings(AdamW))
     for step in range(2):
@@ -140,7 +131,7 @@ def test_a_schedule_reaches_all_weights_through_accelerate(device, optimizer_cla
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimizer_class", [*INNER, _AdamW], ids=lambda inner: inner.__name__)
-def test_it_goes_on_from_a_checkpoint_bit_for_bit(device, optimizer_class, dtype, tmp_path):
+def test_it_resumes_bit_exactly(device, optimizer_class, dtype, tmp_path):
     options = settings(optimizer_class)
     if dtype == torch.bfloat16 and optimizer_class not in (Adam, AdamW):
         options["bf16_stochastic_round"] = True

@@ -1,4 +1,4 @@
-"""A step inside the backward pass is the step after it, without the gradients."""
+"""A step inside the backward pass equals one after it, without storing all gradients."""
 
 import copy
 
@@ -36,7 +36,7 @@ def loss_of(net: torch.nn.Module, step: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("flags", [flags for flags in STATES if not flags.get("stochastic_rounding")], ids=str)
-def test_it_ends_with_the_weights_of_steps_after_the_backward_pass(flags, device):
+def test_it_equals_steps_after_the_backward_pass(flags, device):
     ends = []
     with torch.compiler.set_stance("force_eager" if device == "cpu" else "default"):
         for step_in_backward in (False, True):
@@ -59,7 +59,7 @@ def test_it_ends_with_the_weights_of_steps_after_the_backward_pass(flags, device
 
 
 @pytest.mark.parametrize("flags", STATES, ids=str)
-def test_it_goes_on_from_a_checkpoint_bit_for_bit(flags, tmp_path):
+def test_it_resumes_bit_exactly(flags, tmp_path):
     def train(net: torch.nn.Module, steps: range) -> None:
         for step in steps:
             torch.manual_seed(step)
@@ -79,7 +79,7 @@ def test_it_goes_on_from_a_checkpoint_bit_for_bit(flags, tmp_path):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed.parameters(), net.parameters(), strict=True))
 
 
-def test_it_has_no_norm_of_gradients_to_give():
+def test_the_norm_of_the_gradients_is_unknown():
     net = model({})
     optimizer = make_optimizer(net.parameters(), "adamw", learning_rate=1e-2, step_in_backward=True)
     loss_of(net, 0).backward()

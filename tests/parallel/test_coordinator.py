@@ -1,4 +1,4 @@
-"""Ranks decide alike, and wait for one another as long as it takes."""
+"""Ranks make the same decisions, and wait for one another without a timeout."""
 
 import os
 import socket
@@ -32,7 +32,7 @@ def refuse() -> None:
 
 def start_rank(rank: int, port: int, work: Callable, results, gate) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    # The group of the GPUs, whose patience is short.
+    # The group of the GPUs, with a short timeout.
     dist.init_process_group("gloo", timeout=timedelta(seconds=1))
     results.put((rank, work(rank, Coordinator(), gate)))
 
@@ -71,7 +71,7 @@ def use_everything(rank: int, coordinator: Coordinator, gate) -> list:
     ]
 
 
-def test_two_ranks_hear_the_same_one_call_later():
+def test_two_ranks_get_the_same_answers_one_call_later():
     first, second = on_two_ranks(use_everything)
     nothing = (False, False)
     expected = [[nothing, nothing, (True, False), nothing], True, True, False, "from 0", [0, 1], "so it is"]
@@ -80,12 +80,12 @@ def test_two_ranks_hear_the_same_one_call_later():
 
 
 def be_late(rank: int, coordinator: Coordinator, gate) -> bool:
-    """The second rank comes when the first one has waited for longer than its group of GPUs would have."""
+    """Let the first rank wait longer than the timeout of the GPUs' group."""
     if rank == 1:
-        gate.wait(timeout=2)  # nobody opens it: a validation that takes long
+        gate.wait(timeout=2)  # never set: a long validation
     coordinator.wait()
     return True
 
 
-def test_a_rank_that_takes_long_is_waited_for_beyond_the_timeout_of_the_gpus():
+def test_ranks_wait_longer_than_the_timeout_of_the_gpus():
     assert on_two_ranks(be_late) == [True, True]

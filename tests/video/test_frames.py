@@ -71,7 +71,7 @@ increasing_times = st.lists(st.integers(1, 200_000), min_size=1, max_size=40).ma
 
 
 @given(st.integers(1, 80), frame_counts, skips, skips, st.sampled_from(LONG_CLIPS))
-def test_without_a_rate_the_usable_frames_are_used_as_they_come(num_frames, counts, start, end, long_clips):
+def test_without_a_rate_the_usable_frames_are_not_resampled(num_frames, counts, start, end, long_clips):
     samples = chosen_or_none(clip(num_frames), counts, skip_start=start, skip_end=end, long_clips=long_clips)
     assert samples == samples_of(list(range(start, num_frames - end)), counts, long_clips)
 
@@ -86,7 +86,7 @@ def test_at_a_rate_frames_are_the_nearest_in_time(num_frames, counts, start, end
 
 
 @given(increasing_times, frame_counts, skips, skips, rates, st.sampled_from(["first", "split"]))
-def test_a_variable_rate_goes_by_the_times_of_the_frames(frame_times, counts, start, end, fps, long_clips):
+def test_at_a_variable_rate_frames_are_the_nearest_in_time(frame_times, counts, start, end, fps, long_clips):
     last = len(frame_times) - 1
     average = Fraction(frame_times[-1], last)
     info = clip(last + 1, fps=float(1_000_000 / average), frame_times=frame_times)
@@ -147,14 +147,14 @@ def test_the_first_part_is_consecutive():
     assert choose_samples(clip(50), [4], skip_start=3, long_clips="first") == [(3, 4, 5, 6)]
 
 
-def test_a_long_clip_is_split_into_the_longest_parts_that_fit_and_a_tail_is_left():
+def test_a_long_clip_is_split_into_the_longest_parts_that_fit():
     lengths = [len(sample) for sample in choose_samples(clip(120), [17, 49], long_clips="split")]
     assert lengths == [49, 49, 17]
     samples = choose_samples(clip(12), [4, 2], skip_end=1, long_clips="split")
     assert samples == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
 
 
-def test_parts_at_a_rate_go_on_where_the_one_before_ended():
+def test_parts_at_a_rate_are_consecutive():
     first, second = choose_samples(clip(61, fps=24.0), [10], fps=8, long_clips="split")
     assert first + second == tuple(range(0, 60, 3))
 
@@ -174,7 +174,7 @@ def test_a_second_of_ntsc_film_at_its_nominal_rate_loses_no_frame():
     assert samples == [tuple(range(30))]
 
 
-def test_one_frame_is_for_still_images_while_there_is_another_count():
+def test_videos_use_one_frame_only_if_there_is_no_other_count():
     assert choose_samples(clip(50), [1, 49], long_clips="first") == [tuple(range(49))]
     with pytest.raises(ValueError, match=r"^40 usable frames; the smallest frame bucket for videos has 49"):
         choose_samples(clip(40), [1, 49])
@@ -195,7 +195,7 @@ def test_a_short_clip_is_held_to_the_smallest_count_above_one():
     assert choose_samples(clip(9), [4], skip_start=6, skip_end=1, hold_last_frame=True) == [(6, 7, 7, 7)]
 
 
-def test_nothing_can_be_held_where_no_frame_is_usable():
+def test_without_usable_frames_nothing_is_held():
     with pytest.raises(ValueError, match=r"^0 usable frames \(of 9\); .*: lower --skip_frames_start"):
         choose_samples(clip(9), [4], skip_start=9, hold_last_frame=True)
 
@@ -233,7 +233,7 @@ def test_nothing_can_be_held_where_no_frame_is_usable():
         ),
     ],
 )
-def test_the_reason_tells_the_numbers_and_what_would_help(num_frames, options, reason):
+def test_the_reason_has_the_numbers_and_what_helps(num_frames, options, reason):
     with pytest.raises(ValueError) as raised:
         choose_samples(clip(num_frames), [49], **options)
     assert str(raised.value) == reason
@@ -244,7 +244,7 @@ def test_a_rate_needs_the_rate_of_the_clip():
         choose_samples(clip(100, fps=0.0), [10], fps=8, long_clips="first")
 
 
-def test_damaged_time_stamps_do_not_make_samples_without_end():
+def test_damaged_time_stamps_do_not_make_endless_samples():
     info = clip(3, fps=2e-6, frame_times=(0, 40_000, 10**12))
     with pytest.raises(ValueError, match="plays at 2e-06 fps, too slow to be sampled at --fps 8"):
         choose_samples(info, [10], fps=8, long_clips="split")

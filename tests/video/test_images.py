@@ -179,7 +179,7 @@ def test_a_deleted_file_is_named(tmp_path):
     assert "gone.png': No such file or directory;" in error_of(str(tmp_path / "gone.png"))
 
 
-def test_several_problems_come_in_one_list(server, tmp_path):
+def test_several_problems_are_one_list(server, tmp_path):
     picture().save(tmp_path / "fine.png")
     (tmp_path / "notes.txt").write_text("no image")
     message = error_of(f"{server.address}/gone.png", str(tmp_path / "fine.png"), str(tmp_path / "notes.txt"))

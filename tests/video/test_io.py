@@ -44,7 +44,7 @@ def test_frames_are_exact(clip_of, name):
 
 
 @pytest.mark.parametrize("name", ["closed groups", "single keyframe, B-frames"])
-def test_frames_of_a_stream_copied_cut_are_those_asked_for(clip_of, tmp_path, name):
+def test_frames_of_a_stream_copied_cut_are_exact(clip_of, tmp_path, name):
     cut = stream_copied_cut(clip_of(name), tmp_path / "cut.mp4")
     truth = all_frames(cut)
     wanted = [0, 3, len(truth) - 1]
@@ -319,7 +319,7 @@ def test_every_size_becomes_the_target_size(height, width, target_height, target
     assert reshaped.shape == (2, 3, target_height, target_width)
 
 
-def test_frames_of_the_right_size_stay_untouched():
+def test_frames_of_the_target_size_are_not_copied():
     frames = noise_video(24, 32)
     for mode in ("center", "random", "none"):
         assert reshape_frames(frames, 24, 32, mode, random.Random(0)).data_ptr() == frames.data_ptr()

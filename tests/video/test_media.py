@@ -1,4 +1,4 @@
-"""Still images are read as they are displayed, and what is no still image is left to PyAV."""
+"""Still images are read as displayed, and other files are left to PyAV."""
 
 import av
 import numpy as np
@@ -27,7 +27,7 @@ def test_every_pixel_of_an_image_is_read(tmp_path, name):
     assert image.rotation == 0
 
 
-def test_a_photo_is_read_as_its_decoder_gives_it(tmp_path):
+def test_a_photo_is_read_as_pyav_reads_it(tmp_path):
     path = saved(tmp_path, numbered_frame(7), name="photo.jpg")
     with av.open(str(path)) as container:
         (frame,) = container.decode(video=0)
@@ -110,7 +110,7 @@ def animation(path, num_frames):
 
 
 @pytest.mark.parametrize("name", ["clip.gif", "clip.png"])
-def test_a_picture_that_moves_is_a_video(tmp_path, name):
+def test_an_animated_picture_is_a_video(tmp_path, name):
     path = animation(tmp_path / name, 5)
     assert read_still_image(path) is None
     for number, frame in enumerate(frames_of(path)):
@@ -128,7 +128,7 @@ def test_an_animated_webp_is_refused_with_a_way_out(tmp_path):
         read_still_image(animation(tmp_path / "clip.webp", 3))
 
 
-def test_content_decides_not_the_name(tmp_path):
+def test_the_content_decides_not_the_name(tmp_path):
     image, clip = tmp_path / "image.mp4", tmp_path / "clip.png"
     image.write_bytes(saved(tmp_path, noise()).read_bytes())
     clip.write_bytes(encode(tmp_path / "clip.mp4", frames=5).read_bytes())
@@ -147,7 +147,7 @@ def test_a_cut_image_is_refused_by_one_of_the_two_readers(tmp_path, name, share)
         open_video(tmp_path / name)
 
 
-def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path):
+def test_a_picture_too_large_for_memory_is_refused(tmp_path):
     content = bytearray(saved(tmp_path, noise(), name="bomb.bmp").read_bytes())
     content[18:26] = (60_000).to_bytes(4, "little") * 2  # width and height
     (tmp_path / "bomb.bmp").write_bytes(content)
@@ -155,7 +155,7 @@ def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path):
         read_still_image(tmp_path / "bomb.bmp")
 
 
-def test_what_is_missing_is_an_error_of_the_system(tmp_path):
+def test_a_missing_file_is_a_file_not_found_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_still_image(tmp_path / "nowhere.png")
 

@@ -90,7 +90,7 @@ def test_a_turned_photo_is_probed_as_displayed(tmp_path):
     assert (info.height, info.width, info.rotation) == (80, 48, 270)
 
 
-def test_a_gif_that_moves_is_a_video(tmp_path):
+def test_an_animated_gif_is_a_video(tmp_path):
     pictures = [Image.fromarray(numbered_frame(number)) for number in range(6)]
     pictures[0].save(tmp_path / "clip.gif", save_all=True, append_images=pictures[1:], duration=100)
     info = probe_video(tmp_path / "clip.gif")

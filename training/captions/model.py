@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captions.text import clean_caption
 from common.errors import UserError, one_line
-from common.failures import memory_that_ran_out
+from common.failures import exhausted_memory
 
 
 class ModelCaptioner:
@@ -68,7 +68,7 @@ class ModelCaptioner:
             ).to(self._model.device, self._model.dtype)
             sequence = self._model.generate(**inputs, **self._options)[0]
         except (RuntimeError, MemoryError) as error:
-            if memory_that_ran_out(error) is None:
+            if exhausted_memory(error) is None:
                 raise
             raise UserError(
                 "memory ran out; lower --num_frames or --max_size, or use a smaller --model; finished ones are kept"

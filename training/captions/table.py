@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import written_whole
+from common.files import atomic_write
 from common.text_files import digest_lines, index_lines, read_json
 
 
@@ -134,7 +134,7 @@ class CaptionFile:
             if video not in listed and os.path.exists(os.path.join(folder or "", video))
         ]
         if rows or kept:
-            with written_whole(self.path) as partial:
+            with atomic_write(self.path) as partial:
                 partial.write_text(index_lines([*rows, *kept]), encoding="utf-8")
         if finished:
             self._part.unlink(missing_ok=True)

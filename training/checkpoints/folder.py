@@ -20,8 +20,8 @@ from common.run_folder import STATE_FILE, list_checkpoints
 from methods.full import FullFinetune
 from methods.lora import Lora
 from parallel.coordinator import Coordinator
-from parallel.fsdp import is_fsdp, load_optimizer, save_optimizer, take_sharded
-from parallel.sharding import load_state, save_state, whole_weights
+from parallel.fsdp import detach_sharded, is_fsdp, load_optimizer, save_optimizer
+from parallel.sharding import gather_weights, load_state, save_state
 
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
 
 def checkpoint_only_what_trains(accelerator: Accelerator, method: Lora | FullFinetune) -> None:
     """Have `accelerator.save_state` and `load_state` store only what the method trains, in full precision."""
-    sharded = take_sharded(accelerator) if is_fsdp(accelerator) else []
+    sharded = detach_sharded(accelerator) if is_fsdp(accelerator) else []
 
     def transformers(models: Sequence[torch.nn.Module]) -> list[CogVideoXTransformer3DModel]:
         return [accelerator.unwrap_model(model) for model in [*models, *(model for model, _ in sharded)]]
@@ -163,7 +163,7 @@ def checkpoint_only_what_trains(accelerator: Accelerator, method: Lora | FullFin
         for model, optimizer in sharded:
             save_optimizer(model, optimizer, Path(output_dir))
         for transformer in transformers(models):
-            full = whole_weights(accelerator, transformer, method.weight_names(transformer))
+            full = gather_weights(accelerator, transformer, method.weight_names(transformer))
             if accelerator.is_main_process:
                 method.save(transformer, Path(output_dir), torch.float32, full)
         weights.clear()  # accelerate must not save them again

@@ -53,7 +53,7 @@ def explained_failures(advise: Callable[[], list[str]], on_host: str = _ADVICE_O
 
 
 def _explain_memory(error: BaseException, advise: Callable[[], list[str]], on_host: str) -> str | None:
-    memory = memory_that_ran_out(error)
+    memory = exhausted_memory(error)
     if memory is None:
         return None
     # Torch adds a page about its allocator.
@@ -63,7 +63,7 @@ def _explain_memory(error: BaseException, advise: Callable[[], list[str]], on_ho
     return listing(f"out of GPU memory ({reason}); what to change, the least costly first:", advise())
 
 
-def memory_that_ran_out(error: BaseException) -> str | None:
+def exhausted_memory(error: BaseException) -> str | None:
     """Return which memory an error reports as full, "device" or "host"; None for other errors."""
     if isinstance(error, MemoryError):
         return "host"
@@ -113,7 +113,7 @@ class WatchedDataset(Dataset):
             return self.dataset[draw]
         except Exception as error:
             name = self.dataset.name_of(draw.index)
-            if memory_that_ran_out(error) == "host":
+            if exhausted_memory(error) == "host":
                 # As a value, because torch turns an exception from a worker into a page of text.
                 reason = f"{name}: too little host memory to read it ({error}); lower --dataloader_num_workers"
                 return self.dataset.failed(draw, reason)

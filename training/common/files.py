@@ -13,7 +13,7 @@ from common.errors import UserError
 
 
 @contextmanager
-def written_whole(path: Path, staging: Path | None = None) -> Iterator[Path]:
+def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path, next to `path` or in `staging`, that replaces `path` when the block succeeds.
 
     A killed process leaves at most a hidden `.partial` file, never a half-written `path`. The temporary name ends as
@@ -51,7 +51,7 @@ def slug(text: str) -> str:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what killed processes left of `written_whole` in a folder that no process writes to."""
+    """Remove what killed processes left of `atomic_write` in a folder that no process writes to."""
     for path in folder.glob(".*.partial.*"):
         path.unlink(missing_ok=True)
 

@@ -10,14 +10,6 @@ from common.hub_token import TOOLKIT, without_tokens
 from common.ranks import launch_rank
 
 
-class TokenFreeFormatter(logging.Formatter):
-    """Formats log records and tracebacks without tokens."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Format one record."""
-        return without_tokens(super().format(record))
-
-
 class SaidBefore(logging.Filter):
     """Drops repeated messages of libraries; those of the toolkit pass every time."""
 
@@ -37,16 +29,19 @@ def log_without_tokens(level: int) -> None:
     """Log to stderr without tokens, from this level on."""
     handler = LineHandler()
     handler.addFilter(SaidBefore())
-    handler.setFormatter(TokenFreeFormatter("%(message)s"))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
 
 
 class LineHandler(logging.Handler):
-    """Writes records to stderr, above active progress bars."""
+    """Writes records and tracebacks to stderr without tokens, above active progress bars."""
 
     def __init__(self) -> None:
         super().__init__()
         self.process = os.getpid()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format one record without tokens."""
+        return without_tokens(super().format(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import UserError, described, one_line
-from common.files import written_whole
+from common.files import atomic_write
 from data.paths import stays_inside
 from data.rows import UnusableRow
 from video.media import decode_still_image, reason_of
@@ -230,7 +230,7 @@ def _cached(cache: Path, digest: str, name: str, write: Callable[[Path], object]
     path = cache / digest[:2] / f"{digest}{suffix if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES else ''}"
     if not path.exists():
         try:
-            with written_whole(path) as partial:
+            with atomic_write(path) as partial:
                 write(partial)
         except av.FFmpegError as error:
             raise UserError(f"{path} cannot be written: {reason_of(error)}") from error

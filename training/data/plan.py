@@ -9,7 +9,7 @@ from typing import Any
 
 from common.bars import tqdm
 from common.errors import UserError, listing
-from common.files import written_whole
+from common.files import atomic_write
 from common.text_files import digest_lines
 from data.buckets import Bucket, count_tokens, make_buckets
 from data.clips import BadClip, ClipSample, plan_clips
@@ -335,7 +335,7 @@ def report_skipped(bad: Sequence[BadClip], folder: Path) -> None:
     if not bad:
         path.unlink(missing_ok=True)
         return
-    with written_whole(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("clip", "source", "reason"))
         table.writerows((clip.what, clip.source, clip.reason) for clip in bad)

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError, first_line, listing
-from common.files import written_whole
+from common.files import atomic_write
 from data.buckets import Bucket
 from data.paths import stays_inside
 from data.tensor_files import finished_names, save_tensors
@@ -138,7 +138,7 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
 
 def write_empty_prompt(folder: Path, embeds: "torch.Tensor") -> None:
     """Write the embedding of the empty prompt, `[226, D]`."""
-    with written_whole(folder / EMPTY_PROMPT_FILE, staging=folder / STAGING) as partial:
+    with atomic_write(folder / EMPTY_PROMPT_FILE, staging=folder / STAGING) as partial:
         # A copy: a slice of a batch shares its memory, which safetensors refuses.
         save_tensors({"prompt_embeds": embeds.detach().cpu().clone().contiguous()}, partial)
 
@@ -210,7 +210,7 @@ def claim_folder(folder: Path, settings: PreparedSettings) -> PreparedSettings:
 
 def write_settings(folder: Path, settings: PreparedSettings) -> None:
     """Write the settings; also with the index, whose samples depend on the flags of the last run."""
-    with written_whole(folder / SETTINGS_FILE, staging=folder / STAGING) as partial:
+    with atomic_write(folder / SETTINGS_FILE, staging=folder / STAGING) as partial:
         partial.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
 
 

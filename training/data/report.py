@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from common.files import written_whole
+from common.files import atomic_write
 from data.buckets import Bucket
 from data.clips import BadClip, Clip, ClipSample
 from data.sampler import BucketBatchSampler
@@ -75,7 +75,7 @@ def write_plan(planned: Iterable[ClipSample], bad: Iterable[BadClip], path: Path
     """
     # backslashreplace: a file name need not be UTF-8
     with (
-        written_whole(path) as partial,
+        atomic_write(path) as partial,
         open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         table = csv.DictWriter(file, _COLUMNS, lineterminator="\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from common.files import flush, written_whole
+from common.files import atomic_write, flush
 
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class ShardWriter:
                 for name in names
                 for kind, tensor in samples[name].items()
             }
-            with written_whole(self.staging / digest / f"{_digest(names)}-{len(names)}.safetensors") as partial:
+            with atomic_write(self.staging / digest / f"{_digest(names)}-{len(names)}.safetensors") as partial:
                 save_tensors(tensors, partial)
             self._merge_if_complete(digest)
 
@@ -120,7 +120,7 @@ class ShardWriter:
             if not wanted.issubset(name for part in parts for name in names_in(part)):
                 return
             try:
-                with written_whole(shard, staging=staging) as partial:
+                with atomic_write(shard, staging=staging) as partial:
                     save_tensors({key: tensor for part in parts for key, tensor in load_file(part).items()}, partial)
                     flush(partial)
             except FileNotFoundError:

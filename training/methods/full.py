@@ -15,7 +15,7 @@ from common.run_folder import PIPELINE_FOLDER, TRANSFORMER_FOLDER
 from methods.pipeline_folder import find_components, write_pipeline
 from models.configs import DTYPES, ModelConfigs
 from models.source import ModelSource
-from parallel.fsdp import divided_like
+from parallel.fsdp import shard_like
 
 
 _WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers looks for
@@ -116,7 +116,7 @@ class FullFinetune:
                 raise ValueError(f"{file} holds weights of another transformer")
             with torch.no_grad():
                 for name, weight in weights.items():  # one by one: each goes to the device unsharded
-                    own[name].copy_(divided_like(weight, own[name]))
+                    own[name].copy_(shard_like(weight, own[name]))
         if missing:
             raise ValueError(f"{folder / TRANSFORMER_FOLDER} lacks {len(missing)} weights, {min(missing)} among them")
 

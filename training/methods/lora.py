@@ -15,7 +15,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
-from common.files import written_whole
+from common.files import atomic_write
 from common.run_folder import LORA_FILE
 from flags.training import ALL_LINEAR, LORA_TARGET_MODULES, LoraFlags
 from methods.lora_file import check_starting_lora, inside_block, load_lora, read_lora
@@ -141,7 +141,7 @@ class Lora:
         """
         adapters = get_peft_model_state_dict(transformer, state_dict=weights)
         layers = {name: weight.to(dtype) for name, weight in adapters.items()}
-        with written_whole(folder / LORA_FILE) as path:
+        with atomic_write(folder / LORA_FILE) as path:
             CogVideoXPipeline.save_lora_weights(
                 path.parent,
                 transformer_lora_layers=layers,

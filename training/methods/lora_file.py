@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from common.errors import UserError, first_line
 from common.run_folder import LORA_FILE
-from parallel.fsdp import divided_like
+from parallel.fsdp import shard_like
 
 
 _PREFIX = "transformer."  # of the names in a diffusers file
@@ -82,7 +82,7 @@ def load_lora(transformer: CogVideoXTransformer3DModel, file: LoraFile) -> None:
     expected = get_peft_model_state_dict(transformer)
     if _shapes(file.weights) != _shapes(expected):
         raise ValueError(f"{file.path} holds adapters of another rank or of other modules")
-    weights = {name: divided_like(weight, expected[name]) for name, weight in file.weights.items()}
+    weights = {name: shard_like(weight, expected[name]) for name, weight in file.weights.items()}
     set_peft_model_state_dict(transformer, weights)
 
 

@@ -120,7 +120,7 @@ def set_attention(
 
 
 @contextmanager
-def attention_set(transformer: CogVideoXTransformer3DModel, backend: str | None) -> Iterator[None]:
+def temporary_attention(transformer: CogVideoXTransformer3DModel, backend: str | None) -> Iterator[None]:
     """Set the attention backend within the block; None changes nothing."""
     processors = dict(transformer.attn_processors)
     set_attention(transformer, backend)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.bars import tqdm
-from common.files import written_whole
+from common.files import atomic_write
 from models.encoding import encode_prompts
 from models.source import ModelSource
 
@@ -50,7 +50,7 @@ class PromptCache:
         pipeline = self.source.load_text_pipeline(self.dtype, device=device, in_8bit=self.in_8bit)
         for prompt in tqdm(share, desc="Embedding prompts", unit=" prompts", disable=rank != 0):
             embeds = encode_prompts(pipeline, [prompt])[0]
-            with written_whole(self._file(prompt)) as path:
+            with atomic_write(self._file(prompt)) as path:
                 save_file({"prompt_embeds": embeds.cpu().contiguous()}, path)
 
     def _file(self, prompt: str) -> Path:

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from common.errors import UserError
-from optimizers.composite import matrices_by_muon
+from optimizers.composite import make_muon
 from optimizers.step_in_backward import StepInBackward
-from parallel.fsdp import whole
+from parallel.fsdp import gather_shards
 
 
 def make_optimizer(
@@ -75,7 +75,7 @@ def make_optimizer(
         betas = (beta1, beta2, 0.9999 if beta3 is None else beta3)
         return _import("came_pytorch", "--optimizer came").CAME(trainable, betas=betas, **settings)
     if name == "muon":
-        return matrices_by_muon(
+        return make_muon(
             trainable,
             learning_rate=learning_rate,
             betas=(beta1, beta2),
@@ -178,7 +178,7 @@ def clip_gradients(
     inner = getattr(optimizer, "optimizer", optimizer)
     if hasattr(inner, "clip_grad_norm_"):
         return inner.clip_grad_norm_(max_norm)
-    return whole(accelerator.clip_grad_norm_(parameters, max_norm))
+    return gather_shards(accelerator.clip_grad_norm_(parameters, max_norm))
 
 
 def step_if_finite(accelerator: Accelerator, optimizer: Optimizer, grad_norm: torch.Tensor | float | None) -> None:

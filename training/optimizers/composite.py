@@ -44,7 +44,7 @@ class CompositeOptimizer(Optimizer):
         self.param_groups = self._groups_of_parts()  # loading creates new ones
 
 
-def matrices_by_muon(
+def make_muon(
     parameters: Sequence[torch.nn.Parameter],
     *,
     learning_rate: float,

@@ -8,7 +8,7 @@ Source: https://arxiv.org/abs/1910.02054, ZeRO-Offload https://arxiv.org/abs/210
 """
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,19 @@ def is_zero(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def has_divided_weights(accelerator: Accelerator) -> bool:
+def has_sharded_weights(accelerator: Accelerator) -> bool:
     """Return whether each process holds only a shard of the weights."""
     return is_zero(accelerator) and accelerator.deepspeed_plugin.zero_stage == 3
 
 
-def keep_others_whole() -> None:
+def shard_only_transformer() -> None:
     """Let ZeRO-3 shard only the transformer: transformers would also shard the text encoders that it loads."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
 
 
-def exchange_by_gloo() -> None:
+def use_gloo() -> None:
     """Make DeepSpeed use gloo on CPUs, instead of compiling its own kernels for minutes."""
     from deepspeed import ops
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
@@ -86,7 +86,7 @@ def configure_zero(
             zero[key].setdefault("pin_memory", torch.cuda.is_available())
 
 
-def look_at_gradients(accelerator: Accelerator) -> None:
+def check_gradients(accelerator: Accelerator) -> None:
     """Make DeepSpeed skip steps with non-finite gradients in every precision; called after `accelerator.prepare`.
 
     ZeRO-3 always does; ZeRO-2 has a setting for bf16 only.
@@ -103,7 +103,7 @@ def gathered(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]
     Args:
         model: as accelerate wrapped it.
     """
-    if not has_divided_weights(accelerator):
+    if not has_sharded_weights(accelerator):
         yield
         return
     from deepspeed.runtime.zero import GatheredParameters
@@ -127,22 +127,8 @@ def count_weights(transformer: CogVideoXTransformer3DModel) -> tuple[int, int]:
     return transformer.num_parameters(only_trainable=True), transformer.num_parameters()
 
 
-def gather_zero_weights(
-    transformer: CogVideoXTransformer3DModel, names: Iterable[str], is_main: bool
-) -> dict[str, torch.Tensor]:
-    """Gather weights by name on the CPU of the main process, in float32 if the optimizer steps that; called on every
-    process."""
-    state = transformer.state_dict(keep_vars=True)
-    weights = {}
-    for name in names:
-        weight = _gather(state[name])
-        if is_main:
-            # A copy: DeepSpeed keeps weights as views of one long tensor, which safetensors does not write.
-            weights[name] = weight.detach().to("cpu", copy=True)
-    return weights
-
-
-def _gather(tensor: torch.Tensor) -> torch.Tensor:
+def gather_zero_shards(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a weight if it is sharded, in float32 if the optimizer steps that; called on every process."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 

@@ -4,7 +4,6 @@ Source: https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
 """
 
 import warnings
-from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def is_fsdp(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def prepare_in_shards(
+def prepare_sharded(
     accelerator: Accelerator, transformer: CogVideoXTransformer3DModel, optimizer: Optimizer, dtype: torch.dtype
 ) -> tuple[CogVideoXTransformer3DModel, Optimizer]:
     """Shard the transformer and the optimizer's parameters as the launch configuration says.
@@ -64,33 +63,19 @@ def prepare_in_shards(
     return model, optimizer
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def gather_shards(tensor: torch.Tensor) -> torch.Tensor:
     """Gather a tensor if it is sharded; then it must be called on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def divided_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def shard_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Shard a tensor, which every rank has, as `other` is sharded, if it is."""
     if not isinstance(other, DTensor):
         return tensor
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
-def gather_weights(
-    transformer: CogVideoXTransformer3DModel, names: Iterable[str], is_main: bool
-) -> dict[str, torch.Tensor]:
-    """Gather weights by name in the main process's host memory, one after another; called on every rank."""
-    shards = transformer.state_dict()
-    gathered = {}
-    for name in names:
-        weight = whole(shards[name])
-        if is_main:
-            # A copy: unequal shards are gathered into a storage that is larger than the weight.
-            gathered[name] = weight.to("cpu", copy=True)
-    return gathered
-
-
-def take_sharded(accelerator: Accelerator) -> list[tuple[torch.nn.Module, Optimizer]]:
+def detach_sharded(accelerator: Accelerator) -> list[tuple[torch.nn.Module, Optimizer]]:
     """Remove the model and its optimizer from what `accelerator.save_state` and `load_state` handle.
 
     These would write all weights, frozen ones too, and an index that is read by unpickling, which may run code.

@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
 
-from parallel.deepspeed import gather_zero_weights, is_zero, load_zero_state, save_zero_state
-from parallel.fsdp import gather_weights, is_fsdp
+from parallel.deepspeed import gather_zero_shards, is_zero, load_zero_state, save_zero_state
+from parallel.fsdp import gather_shards, is_fsdp
 
 
-def whole_weights(
+def gather_weights(
     accelerator: Accelerator, transformer: CogVideoXTransformer3DModel, names: Iterable[str]
 ) -> dict[str, torch.Tensor]:
     """Gather weights by name; called on every rank.
@@ -23,12 +23,17 @@ def whole_weights(
     Returns:
         On the main process, each weight by its name; on the others an empty dict.
     """
-    if is_zero(accelerator):
-        return gather_zero_weights(transformer, names, accelerator.is_main_process)
-    if is_fsdp(accelerator):
-        return gather_weights(transformer, names, accelerator.is_main_process)
-    weights = transformer.state_dict() if accelerator.is_main_process else {}
-    return {name: weights[name] for name in names if name in weights}
+    state = transformer.state_dict(keep_vars=is_zero(accelerator))
+    if not (is_zero(accelerator) or is_fsdp(accelerator)):
+        return {name: state[name] for name in names} if accelerator.is_main_process else {}
+    gather = gather_zero_shards if is_zero(accelerator) else gather_shards
+    weights = {}
+    for name in names:  # one after another, to save memory
+        weight = gather(state[name])
+        if accelerator.is_main_process:
+            # A copy: weights may be views of larger storages, which safetensors does not write.
+            weights[name] = weight.detach().to("cpu", copy=True)
+    return weights
 
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from common.files import written_whole
+from common.files import atomic_write
 from common.text_files import index_lines
 from data.buckets import Bucket
 from data.clips import ClipSample
@@ -197,12 +197,12 @@ class FileLayout:
     def _write_previews(self, name: str, video: torch.Tensor) -> None:
         mp4, prompt, *png = self._preview_files(name)
         images = [Image.fromarray(frame) for frame in video.permute(0, 2, 3, 1).numpy()]
-        with written_whole(mp4, staging=self.folder / STAGING) as path:
+        with atomic_write(mp4, staging=self.folder / STAGING) as path:
             write_video(path, images, self.preview_fps)
-        with written_whole(prompt, staging=self.folder / STAGING) as path:
+        with atomic_write(prompt, staging=self.folder / STAGING) as path:
             path.write_text(self._by_name[name].planned.clip.caption, encoding="utf-8")
         for file in png:
-            with written_whole(file, staging=self.folder / STAGING) as path:
+            with atomic_write(file, staging=self.folder / STAGING) as path:
                 images[0].save(path)
 
     def _tensor_file(self, kind: str, name: str) -> Path:
@@ -213,7 +213,7 @@ class FileLayout:
         # with the storage of its batch.
         content = io.BytesIO()
         torch.save(tensor.detach().cpu().clone(), content)
-        with written_whole(self._tensor_file(kind, name), staging=self.folder / STAGING) as path:
+        with atomic_write(self._tensor_file(kind, name), staging=self.folder / STAGING) as path:
             path.write_bytes(content.getbuffer())
 
 
@@ -235,7 +235,7 @@ def _share(
 
 
 def _write_text(folder: Path, name: str, text: str) -> None:
-    with written_whole(folder / name, staging=folder / STAGING) as path:
+    with atomic_write(folder / name, staging=folder / STAGING) as path:
         path.write_text(text, encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from args import flag_names
-from common.files import remove_partials, written_whole
+from common.files import atomic_write, remove_partials
 from common.hub_token import without_tokens
 from common.ranks import precision_of
 from common.run_folder import CONFIG_FILE, CONFIG_TITLE
@@ -70,7 +70,7 @@ def write_config(spec: RunSpec) -> Path | None:
             if not changed:
                 return None
             logger.info("other flags than before: %s; noted in %s", ", ".join(changed), file.name)
-    with written_whole(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text(text, encoding="utf-8")
     return file
 

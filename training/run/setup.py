@@ -22,13 +22,13 @@ from diffusion.timesteps import TimestepSampling
 from flags.schema import flag_values
 from flags.settings import TrainingSettings
 from methods.full import FullFinetune
-from models.attention import attention_set
+from models.attention import temporary_attention
 from models.configs import CPU
 from models.prompts import PromptCache
 from models.sampling import Pipeline
 from parallel.coordinator import Coordinator
 from parallel.deepspeed import gathered
-from parallel.sharding import whole_weights
+from parallel.sharding import gather_weights
 from run.encoded_inputs import EncodedInputs, encode_inputs
 from run.spec import RunSpec, Task
 from run.summary import describe_start
@@ -272,7 +272,7 @@ def make_sampling(
     folder = spec.output_dir / "validation"
 
     def sample_videos(step: int) -> list[str]:
-        with attention_set(transformer, settings.speed.validation_attention_backend):
+        with temporary_attention(transformer, settings.speed.validation_attention_backend):
             return validate(
                 accelerator,
                 spec.coordinator,
@@ -296,7 +296,7 @@ def make_saving(spec: RunSpec, trainable: Trainable) -> Callable[[], Path]:
     def save_result() -> Path:
         transformer = trainable.transformer
         with trainable.averaged():
-            weights = whole_weights(accelerator, transformer, method.weight_names(transformer))
+            weights = gather_weights(accelerator, transformer, method.weight_names(transformer))
             return spec.coordinator.from_main(lambda: write(weights))
 
     def write(weights: dict[str, torch.Tensor]) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from accelerate.tracking import GeneralTracker
 
-from common.files import written_whole
+from common.files import atomic_write
 
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class LossCurve(GeneralTracker):
         self.folder = folder
         self.points: dict[str, list[tuple[int, float]]] = {"loss": [], "validation_loss": []}
         kept = _read_metrics(folder / METRICS_FILE, resumed_at) if resumed_at is not None else []
-        with written_whole(folder / METRICS_FILE) as partial:
+        with atomic_write(folder / METRICS_FILE) as partial:
             partial.write_text("".join(f"{json.dumps(values)}\n" for values in kept), encoding="utf-8")
         for values in kept:
             self._remember(values)
@@ -75,7 +75,7 @@ class LossCurve(GeneralTracker):
     def _draw(self) -> None:
         if self.points["loss"]:
             picture = draw_losses(self.points["loss"], self.points["validation_loss"])
-            with written_whole(self.folder / PICTURE_FILE) as partial:
+            with atomic_write(self.folder / PICTURE_FILE) as partial:
                 picture.savefig(partial, format="png", dpi=100)
         self.drawn_at = time.monotonic()
 

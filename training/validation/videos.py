@@ -18,7 +18,7 @@ from diffusers.training_utils import free_memory
 from PIL import Image
 
 from common.errors import UserError
-from common.files import slug, written_whole
+from common.files import atomic_write, slug
 from data.buckets import Bucket
 from models.prompts import PromptCache
 from models.sampling import Pipeline, sample_video
@@ -222,7 +222,7 @@ def _make_video(
     text = settings.prompts[prompt]
     name = "-".join(filter(None, (f"{prompt:02d}", f"{video:02d}", slug(text))))
     frames = _sample(pipeline, settings, prompts, prompt, settings.seed + number)
-    with written_whole(folder / f"{name}.mp4") as path:
+    with atomic_write(folder / f"{name}.mp4") as path:
         write_video(path, frames, settings.fps)
     shown = [frames[index] for index in shown_indices(settings.num_frames)]
     for frame in shown:

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.errors import UserError
 
@@ -18,11 +18,7 @@ _TABLE = """CREATE TABLE IF NOT EXISTS facts (
 ) WITHOUT ROWID"""
 
 
-class FileState(NamedTuple):
-    """Size and modification time of a file."""
-
-    size: int  # bytes
-    mtime_ns: int
+FileState = tuple[int, int]  # size in bytes, modification time in nanoseconds
 
 
 def file_state(path: Path) -> FileState | None:
@@ -31,7 +27,7 @@ def file_state(path: Path) -> FileState | None:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a path with a null character
         return None
-    return FileState(status.st_size, status.st_mtime_ns)
+    return status.st_size, status.st_mtime_ns
 
 
 def default_cache_folder() -> Path:

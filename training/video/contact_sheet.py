@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.files import written_whole
+from common.files import atomic_write
 
 
 _MARGIN = 20
-_CELL_WIDTH, _CELL_HEIGHT, _CELL_GAP = 222, 148, 4
+_CELL_SIZE = _CELL_WIDTH, _CELL_HEIGHT = 222, 148
+_CELL_GAP = 4
 _HEADER_HEIGHT = 44
 _ROW_HEIGHT = _CELL_HEIGHT + 24
 _TEXT_GAP, _TEXT_WIDTH = 20, 462
@@ -61,10 +62,12 @@ def draw_contact_sheet(
         top = _HEADER_HEIGHT + number * _ROW_HEIGHT
         draw.line((_MARGIN, top, width - _MARGIN, top), fill=_RULE)
         top += (_ROW_HEIGHT - _CELL_HEIGHT) // 2
-        _draw_frames(sheet, row.frames[: len(columns)], top)
+        for column, frame in enumerate(row.frames[: len(columns)]):
+            cell = ImageOps.pad(Image.fromarray(frame), _CELL_SIZE, Image.Resampling.LANCZOS, _CELL)
+            sheet.paste(cell, (_cell_left(column), top))
         _draw_text(draw, row, text_left, top)
     if path is not None:
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             sheet.save(partial, format="PNG")
     return sheet
 
@@ -73,12 +76,6 @@ def shown_indices(num_frames: int) -> list[int]:
     """Return up to five frame numbers, spread evenly from the first frame to the last."""
     spread = np.linspace(0, num_frames - 1, _SHOWN_FRAMES).round().astype(int)
     return list(dict.fromkeys(spread.tolist()))
-
-
-def _draw_frames(sheet: Image.Image, frames: Sequence[np.ndarray], top: int) -> None:
-    for column, frame in enumerate(frames):
-        cell = ImageOps.pad(Image.fromarray(frame), (_CELL_WIDTH, _CELL_HEIGHT), Image.Resampling.LANCZOS, _CELL)
-        sheet.paste(cell, (_cell_left(column), top))
 
 
 def _draw_text(draw: ImageDraw.ImageDraw, row: SheetRow, left: int, top: int) -> None:
@@ -119,14 +116,11 @@ def _wrap(text: str, most: int) -> list[str]:
 @cache
 def _drawable(character: str) -> str:
     """Return the character, or the closest one that the font has."""
-    if _glyph(character) != _glyph("\U0010ffff"):  # which every font draws as a box
+    glyph, box = (bytes(_font().getmask(one)) for one in (character, "\U0010ffff"))
+    if glyph != box:  # which every font draws as a box
         return character
     plain = [c for c in unicodedata.normalize("NFKD", character) if not unicodedata.combining(c)]
     return "".join(_SUBSTITUTES.get(c, c) for c in plain)
-
-
-def _glyph(character: str) -> bytes:
-    return bytes(_font().getmask(character))
 
 
 @cache

@@ -81,7 +81,7 @@ def _read_distinct(path: Path, indices: list[int], num_threads: int, seekable: b
 def _read_from_start(path: Path, indices: list[int], num_threads: int) -> np.ndarray:
     """Read frames, counted from the first one that decodes."""
     with open_video(path) as container:
-        stream = _threaded(video_stream(container), num_threads)
+        stream = video_stream(container, num_threads)
         return _gather(enumerate(decode(packets_of(container, stream), stream)), indices)
 
 
@@ -92,7 +92,7 @@ def _read_from_keyframe(path: Path, indices: list[int], num_threads: int) -> np.
     """
     try:
         with open_video(path) as container:
-            stream = _threaded(video_stream(container), num_threads)
+            stream = video_stream(container, num_threads)
             time_stamps, clean_starts = _survey(container, stream)
             start = max((clean for clean in clean_starts if clean <= indices[0]), default=0)
             if start == 0 or indices[-1] >= len(time_stamps):
@@ -170,12 +170,6 @@ def _unit_headers(packet: bytes, length_size: int) -> Iterator[int]:
     while at + length_size < len(packet):
         yield packet[at + length_size]
         at += length_size + int.from_bytes(packet[at : at + length_size], "big")
-
-
-def _threaded(stream: av.VideoStream, num_threads: int) -> av.VideoStream:
-    stream.codec_context.thread_count = num_threads
-    stream.codec_context.thread_type = "AUTO"
-    return stream
 
 
 def write_video(path: Path, frames: Sequence["Image.Image | np.ndarray"], fps: int | Fraction) -> None:

@@ -103,8 +103,8 @@ def open_video(path: Path) -> av.container.InputContainer:
     return container
 
 
-def video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """Return the stream to read, set to decode on one thread.
+def video_stream(container: av.container.InputContainer, num_threads: int = 1) -> av.VideoStream:
+    """Return the stream to read, set to decode on `num_threads` threads; 0 lets FFmpeg choose.
 
     Raises:
         ValueError: there is no video stream, or no decoder for it.
@@ -114,7 +114,8 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
         raise ValueError("has no video stream")
     if stream.codec_context is None:
         raise ValueError("its codec is unknown")
-    stream.codec_context.thread_count = 1  # probes run in parallel with one another, readers in parallel workers
+    stream.codec_context.thread_count = num_threads
+    stream.codec_context.thread_type = "AUTO"
     return stream
 
 

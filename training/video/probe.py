@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import av
 
@@ -242,7 +241,8 @@ def probe_files(
 def _probe_or_reason(path: Path, cache: FileCache | None) -> VideoInfo | str:
     known = None if cache is None else cache.get(path, _CACHE_KIND)
     if known is not None:
-        return _from_json(known)
+        times = known["frame_times"]
+        return VideoInfo(**known | {"frame_times": None if times is None else tuple(times)})
     state = file_state(path)
     try:
         info = probe_video(path)
@@ -251,8 +251,3 @@ def _probe_or_reason(path: Path, cache: FileCache | None) -> VideoInfo | str:
     if cache is not None:
         cache.put(path, _CACHE_KIND, asdict(info), state)
     return info
-
-
-def _from_json(known: dict[str, Any]) -> VideoInfo:
-    times = known["frame_times"]
-    return VideoInfo(**{**known, "frame_times": None if times is None else tuple(times)})

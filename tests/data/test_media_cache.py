@@ -147,7 +147,7 @@ def test_an_image_of_a_list_is_read_as_a_still_image_is(tmp_path):
         ([picture(), picture(size=(8, 8))], "holds frames of different sizes"),
         ([picture(), picture()[:50]], "has a frame that is not a readable image"),
         ([picture(), b"text"], "has a frame that is not a still image"),
-        ([picture(), "/gone.png"], "has a frame /gone.png that is not a file"),
+        ([picture(), "/gone.png"], "has a frame /gone.png that cannot be read: No such file"),
         ([picture(), "/\0.png"], "has a frame /"),
         ([{"x": 5}], "has dict among its frames, not an image"),
         ({"x": 5}, "is dict, not a path"),

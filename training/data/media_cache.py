@@ -171,15 +171,11 @@ def _image_bytes(image: object, folder: Path | None, within: Sequence[Path] | No
         case bytes(data) | {"bytes": bytes(data)}:
             return data
         case str(path) | {"path": str(path)}:
-            file = _listed_file(path, folder, within)
-            if not os.path.isfile(file):
-                raise UnusableRow(f"has a frame {one_line(path, 200)} that is not a file")
             try:
-                return file.read_bytes()
+                return _listed_file(path, folder, within).read_bytes()
             except (OSError, ValueError) as error:  # ValueError: a path with a null character
-                raise UnusableRow(
-                    f"has a frame {one_line(path, 200)} that cannot be read: {reason_of(error)}"
-                ) from error
+                name = one_line(path, 200)
+                raise UnusableRow(f"has a frame {name} that cannot be read: {reason_of(error)}") from error
     raise UnusableRow(f"has {described(image)} among its frames, not an image")
 
 

@@ -243,7 +243,7 @@ def test_a_file_that_cannot_be_fetched_is_named_and_not_kept(hub, tmp_path, monk
 )
 def test_links_of_a_table_contact_no_server_but_the_hub(tmp_path, link):
     for within in ([], None):
-        with pytest.raises(UnusableRow, match=r"^is a (URL; download the file|link of a kind that is not followed)"):
+        with pytest.raises(UnusableRow, match=r"^is (a URL; download the file|an unsupported kind of link)"):
             media_file({"path": link}, None, tmp_path, within=within)
 
 

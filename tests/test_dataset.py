@@ -238,7 +238,7 @@ def prepared_clip(folder: Path, name: str, moments: torch.Tensor, embeds: torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_prepared_clip_is_what_was_written(tmp_path, dtype):
+def test_a_prepared_clip_is_read_as_it_was_written(tmp_path, dtype):
     written = {name: (torch.randn(32, 3, 8, 12).to(dtype), torch.randn(226, 64).to(dtype)) for name in "ab"}
     dataset = PreparedDataset([prepared_clip(tmp_path, name, *tensors) for name, tensors in written.items()])
     assert len(dataset) == 2

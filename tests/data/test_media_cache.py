@@ -170,7 +170,7 @@ def test_a_first_frame_may_be_missing(tmp_path, value):
 
 
 @pytest.mark.parametrize("value", [picture(), {"bytes": picture(), "path": None}, [{"bytes": picture()}]])
-def test_a_first_frame_may_be_in_the_row_alone_or_as_a_list_of_one(tmp_path, value):
+def test_a_first_frame_may_be_a_value_or_a_list_of_one(tmp_path, value):
     assert first_frame_file(value, None, tmp_path).read_bytes() == picture()
 
 

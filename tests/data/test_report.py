@@ -186,12 +186,12 @@ def test_only_the_first_pairs_are_named():
     )
 
 
-def test_a_video_with_several_captions_is_no_duplicate():
+def test_a_video_with_several_captions_is_not_a_duplicate():
     planned = plan(of_content("a", "b", "a", "a"), captions=["A cat.", "A cat.", "A dog.", "A mouse."])
     assert notes(planned) == ["1 video with several captions: 0.mp4 (videos.txt:1) and 2.mp4 (videos.txt:3)"]
 
 
-def test_the_samples_of_one_clip_are_no_duplicates():
+def test_the_samples_of_one_clip_are_not_duplicates():
     planned = plan([VideoInfo(51, 64, 64, 8.0, sha256="a")], long_clips="split")
     assert notes(planned) == ["1 clip split: 3 samples"]
 

@@ -18,7 +18,7 @@ def test_buckets_are_every_combination_sorted_without_repeats():
     ]
 
 
-def test_buckets_with_too_many_frames_are_left_out():
+def test_buckets_with_too_many_frames_are_omitted():
     assert make_buckets([9, 17, 33], [32], [32], max_num_frames=17) == [Bucket(9, 32, 32), Bucket(17, 32, 32)]
 
 

@@ -1,4 +1,4 @@
-"""Clips are planned as `clips` promises: frames and bucket for each, or the reason why not."""
+"""Clips get frames and a bucket, or the reason why not, as `data.clips` documents."""
 
 import pickle
 from collections import Counter
@@ -42,7 +42,7 @@ def test_every_clip_gets_its_bucket_and_frames():
     assert samples[1].info == VideoInfo(16, 40, 80, 25.0)
 
 
-def test_skipped_ends_and_rate_count_before_the_bucket():
+def test_skipped_ends_and_the_rate_are_applied_before_the_bucket():
     options = {"skip_start": 5, "fps": 10, "long_clips": "first"}
     (sample,) = planned([VideoInfo(60, 64, 64, 30.0)], skip_end=5, **options)
     assert sample.bucket.num_frames == 17
@@ -51,7 +51,7 @@ def test_skipped_ends_and_rate_count_before_the_bucket():
     assert sample.bucket.num_frames == 9
 
 
-def test_a_long_clip_can_give_several_samples_of_different_buckets():
+def test_a_long_clip_can_be_split_into_samples_of_different_buckets():
     samples = planned([VideoInfo(45, 64, 64, 8.0), VideoInfo(9, 64, 64, 8.0)], long_clips="split")
     assert [(sample.clip.video.name, sample.part, sample.bucket.num_frames) for sample in samples] == [
         ("0.mp4", 0, 17),
@@ -71,7 +71,7 @@ def test_a_still_image_goes_into_a_bucket_of_one_frame():
 # Clips that cannot be used
 
 
-def test_what_the_probe_refused_is_a_bad_clip_in_its_words():
+def test_a_file_that_the_probe_refused_is_a_bad_clip_with_its_reason():
     samples, bad = plan(["does not exist", VideoInfo(9, 64, 64, 25.0), "is not a file"])
     assert [sample.clip.source for sample in samples] == ["videos.txt:2"]
     assert bad == [
@@ -138,7 +138,7 @@ def images(first, second):
     return plan_clips(clips, infos, BUCKETS, with_images=True)
 
 
-def test_the_image_of_a_clip_is_found_with_it():
+def test_the_image_of_a_clip_is_planned_with_it():
     samples, bad = images(VideoInfo(9, 64, 64, 8.0), STILL)
     assert bad == []
     assert [sample.first_frame for sample in samples] == [STILL, None]
@@ -150,7 +150,7 @@ def test_an_image_that_cannot_be_used_makes_its_clip_a_bad_one():
     assert bad == [BadClip("a.mp4", "data.csv:2", "its image a.png: does not exist")]
 
 
-def test_images_that_are_not_needed_are_not_looked_at():
+def test_images_that_are_not_needed_are_not_read():
     clip = Clip(Path("a.mp4"), "A cat.", "data.csv:2", image=Path("never probed.png"))
     (sample,), bad = plan_clips([clip], {clip.video: VideoInfo(9, 64, 64, 8.0)}, BUCKETS)
     assert (sample.first_frame, bad) == (None, [])
@@ -159,37 +159,28 @@ def test_images_that_are_not_needed_are_not_looked_at():
 # Frames held
 
 
-@pytest.mark.parametrize("long_clips", ["spread", "first", "split"])
-def test_frames_that_repeat_the_last_one_are_counted(long_clips):
-    (sample,) = planned([VideoInfo(6, 64, 64, 8.0)], long_clips=long_clips, hold_last_frame=True)
-    assert sample.frame_indices == (0, 1, 2, 3, 4, 5, 5, 5, 5)
-    assert sample.num_held == 3
-
-
-def test_frames_that_repeat_because_of_the_rate_are_not_held():
-    (sample,) = planned([VideoInfo(6, 64, 64, 8.0)], fps=16, long_clips="first", hold_last_frame=True)
-    assert sample.frame_indices == (0, 1, 1, 2, 2, 3, 3, 4, 4)
-    assert sample.num_held == 0
-    (sample,) = planned([VideoInfo(3, 64, 64, 8.0)], fps=16, long_clips="first", hold_last_frame=True)
-    assert sample.frame_indices == (0, 1, 1, 2, 2, 2, 2, 2, 2)
-    # At 16 frames a second the three frames give 0, 1, 1, 2 and, as the nearest to 4 / 16 s, 2.
-    assert sample.num_held == 4
-
-
-def test_a_single_frame_can_be_held():
-    (sample,) = planned([VideoInfo(5, 64, 64, 8.0)], skip_start=4, hold_last_frame=True)
-    assert (sample.frame_indices, sample.num_held) == ((4,) * 9, 8)
-
-
-def test_long_enough_clips_hold_nothing():
-    (sample,) = planned([VideoInfo(9, 64, 64, 8.0)], hold_last_frame=True)
-    assert sample.num_held == 0
+@pytest.mark.parametrize(
+    ("num_frames", "options", "indices", "num_held"),
+    [
+        (6, {"long_clips": "spread"}, (0, 1, 2, 3, 4, 5, 5, 5, 5), 3),
+        (6, {"long_clips": "first"}, (0, 1, 2, 3, 4, 5, 5, 5, 5), 3),
+        (6, {"long_clips": "split"}, (0, 1, 2, 3, 4, 5, 5, 5, 5), 3),
+        (6, {"long_clips": "first", "fps": 16}, (0, 1, 1, 2, 2, 3, 3, 4, 4), 0),  # repeated because of the rate
+        # At 16 frames per second the three frames give 0, 1, 1, 2 and, as the nearest to 4 / 16 s, 2.
+        (3, {"long_clips": "first", "fps": 16}, (0, 1, 1, 2, 2, 2, 2, 2, 2), 4),
+        (5, {"skip_start": 4}, (4,) * 9, 8),
+        (9, {}, tuple(range(9)), 0),
+    ],
+)
+def test_frames_that_repeat_the_last_one_are_counted(num_frames, options, indices, num_held):
+    (sample,) = planned([VideoInfo(num_frames, 64, 64, 8.0)], hold_last_frame=True, **options)
+    assert (sample.frame_indices, sample.num_held) == (indices, num_held)
 
 
 # Many clips
 
 
-def test_clips_alike_share_their_frame_numbers_and_their_bucket():
+def test_similar_clips_share_their_frame_numbers_and_their_bucket():
     one, other = planned([VideoInfo(33, 90, 90, 25.0, sha256="a"), VideoInfo(33, 91, 90, 25.0, sha256="b")])
     assert one.frame_indices is other.frame_indices
     samples = planned([VideoInfo(33, 90, 90, 25.0, sha256="a"), VideoInfo(20, 90, 90, 25.0, sha256="b")])

@@ -1,4 +1,4 @@
-"""Media that rows carry become files as `media_cache` promises: whole, without loss, each once."""
+"""Media in rows become files as `data.media_cache` documents: atomically, losslessly, each once."""
 
 import importlib
 import io
@@ -79,7 +79,7 @@ def test_bytes_become_a_file(tmp_path, value):
     assert media_file(value, None, tmp_path).read_bytes() == b"content"
 
 
-def test_bytes_keep_the_suffix_of_the_path_that_comes_with_them_if_it_is_one_of_media(tmp_path):
+def test_bytes_keep_the_suffix_of_their_path_if_it_is_a_media_suffix(tmp_path):
     names = ["somewhere/a.MOV", "b.jpg", "c.exe", "d"]
     files = [media_file({"bytes": b"content", "path": name}, None, tmp_path) for name in names]
     assert [file.suffix for file in files] == [".mov", ".jpg", "", ""]
@@ -147,20 +147,20 @@ def test_an_image_of_a_list_is_read_as_a_still_image_is(tmp_path):
         ([picture(), picture(size=(8, 8))], "holds frames of different sizes"),
         ([picture(), picture()[:50]], "has a frame that is not a readable image"),
         ([picture(), b"text"], "has a frame that is not a still image"),
-        ([picture(), "/gone.png"], "has a frame /gone.png that is not a file"),
+        ([picture(), "/gone.png"], "has a frame /gone.png that cannot be read: No such file"),
         ([picture(), "/\0.png"], "has a frame /"),
         ([{"x": 5}], "has dict among its frames, not an image"),
         ({"x": 5}, "is dict, not a path"),
         (7, "is int 7, not a path"),
     ],
 )
-def test_media_that_make_no_video_are_told_and_not_kept(tmp_path, value, problem):
+def test_media_that_are_not_a_video_are_named_and_not_kept(tmp_path, value, problem):
     assert problem_of(value, tmp_path).startswith(problem)
     assert files_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("fps", [0.0, -8.0, float("nan"), float("inf"), "8"])
-def test_a_rate_that_is_none_is_told(tmp_path, fps):
+def test_a_rate_that_is_not_a_number_in_range_is_named(tmp_path, fps):
     assert "in its fps column; a rate is a number" in problem_of(PIXELS, tmp_path, fps)
 
 
@@ -170,11 +170,11 @@ def test_a_first_frame_may_be_missing(tmp_path, value):
 
 
 @pytest.mark.parametrize("value", [picture(), {"bytes": picture(), "path": None}, [{"bytes": picture()}]])
-def test_a_first_frame_may_be_in_the_row_alone_or_as_a_list_of_one(tmp_path, value):
+def test_a_first_frame_may_be_a_value_or_a_list_of_one(tmp_path, value):
     assert first_frame_file(value, None, tmp_path).read_bytes() == picture()
 
 
-def test_what_is_wrong_with_a_first_frame_is_said_of_the_image(tmp_path):
+def test_a_problem_of_a_first_frame_names_the_image(tmp_path):
     with pytest.raises(UnusableRow, match=r"^its image is int 5, not a path$"):
         first_frame_file(5, None, tmp_path)
     with pytest.raises(UnusableRow, match=r"^has 2 images instead of one$"):
@@ -182,7 +182,7 @@ def test_what_is_wrong_with_a_first_frame_is_said_of_the_image(tmp_path):
 
 
 class Hub(AbstractFileSystem):
-    """Files of the hub, as they are asked for by their links."""
+    """A file system for links to the hub."""
 
     protocol = "hf"
     files: ClassVar[dict[str, bytes]] = {}
@@ -196,7 +196,7 @@ class Hub(AbstractFileSystem):
 
 @pytest.fixture
 def hub(monkeypatch) -> dict[str, bytes]:
-    """What lies on the hub."""
+    """The files on the hub."""
     monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "hf", Hub)
     monkeypatch.setattr(Hub, "files", {})
     return Hub.files
@@ -212,19 +212,19 @@ def test_a_file_on_the_hub_is_fetched_once(hub, tmp_path):
     assert fetched.read_bytes() == b"content"
 
 
-def test_a_file_that_is_not_on_the_hub_is_told_and_not_kept(hub, tmp_path):
-    assert problem_of({"path": "hf://datasets/o/n@main/gone.mp4"}, tmp_path).startswith("cannot be fetched: ")
-    assert files_in(tmp_path) == []
-
-
 @pytest.mark.parametrize(
-    ("limit", "value", "reason"),
-    [("FETCH_LIMIT", 2**20, "larger than 1 MiB"), ("FETCH_TIMEOUT", -1.0, "not complete within -1 s")],
+    ("name", "limits", "reason"),
+    [
+        ("a.mp4", {"FETCH_LIMIT": 2**20}, "larger than 1 MiB"),
+        ("a.mp4", {"FETCH_TIMEOUT": -1.0}, "not complete within -1 s"),
+        ("gone.mp4", {}, "datasets/o/n@main/gone.mp4"),
+    ],
 )
-def test_a_file_that_is_too_large_or_takes_too_long_is_not_kept(hub, tmp_path, monkeypatch, limit, value, reason):
-    monkeypatch.setattr(media_cache, limit, value)
+def test_a_file_that_cannot_be_fetched_is_named_and_not_kept(hub, tmp_path, monkeypatch, name, limits, reason):
+    for limit, value in limits.items():
+        monkeypatch.setattr(media_cache, limit, value)
     hub["datasets/o/n@main/a.mp4"] = bytes(2**20 + 1)
-    assert problem_of({"path": "hf://datasets/o/n@main/a.mp4"}, tmp_path) == f"cannot be fetched: {reason}"
+    assert problem_of({"path": f"hf://datasets/o/n@main/{name}"}, tmp_path) == f"cannot be fetched: {reason}"
     assert files_in(tmp_path) == []
 
 
@@ -241,9 +241,9 @@ def test_a_file_that_is_too_large_or_takes_too_long_is_not_kept(hub, tmp_path, m
         "filecache://a::hf://datasets/o/n/a.zip",
     ],
 )
-def test_no_other_server_is_asked_for_what_a_table_links_to(tmp_path, link):
+def test_links_of_a_table_contact_no_server_but_the_hub(tmp_path, link):
     for within in ([], None):
-        with pytest.raises(UnusableRow, match=r"^is a (URL; download the file|link of a kind that is not followed)"):
+        with pytest.raises(UnusableRow, match=r"^is (a URL; download the file|an unsupported kind of link)"):
             media_file({"path": link}, None, tmp_path, within=within)
 
 
@@ -272,7 +272,7 @@ def test_frames_that_a_row_lists_stay_in_the_data_root(tmp_path):
             media_file(["frame.png", frame], folder, cache, within=[folder])
 
 
-def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path):
+def test_a_cache_that_cannot_be_written_is_a_user_error(tmp_path):
     write(tmp_path / "cache", b"a file where a folder belongs")
     with pytest.raises(UserError, match="cannot be written"):
         media_file(b"content", None, tmp_path / "cache")

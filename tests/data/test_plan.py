@@ -81,7 +81,7 @@ def test_nothing_is_left_to_skip_where_every_clip_is_bad():
         check_bad_clips(RawData([], [BadClip("a.mp4", "videos.txt:1", "is empty")]), "skip")
 
 
-def test_clips_left_out_are_written_to_a_table_and_forgotten_when_they_are_mended(tmp_path):
+def test_skipped_clips_are_written_to_a_table_and_removed_when_they_are_fixed(tmp_path):
     bad = [BadClip("a, b.mp4", "videos.txt:1", "is empty")]
     report_skipped(bad, tmp_path)
     with open(tmp_path / "skipped_clips.csv", newline="", encoding="utf-8") as file:
@@ -90,7 +90,7 @@ def test_clips_left_out_are_written_to_a_table_and_forgotten_when_they_are_mende
     assert not (tmp_path / "skipped_clips.csv").exists()
 
 
-def test_an_image_is_looked_at_only_where_it_is_needed(data):
+def test_an_image_is_read_only_if_it_is_needed(data):
     video = json.loads((data / "table.jsonl").read_text().splitlines()[0])["video"]
     row = {"video": video, "caption": "one", "image": "no-such.png"}
     (data / "images.jsonl").write_text(json.dumps(row) + "\n")
@@ -218,7 +218,7 @@ def test_bad_clips_among_those_held_out_are_listed_whatever_becomes_of_others(da
     assert all(f"table.jsonl:{line}" in str(caught.value) for line in (4, 5, 6))
 
 
-def test_images_of_clips_held_out_are_looked_at_only_where_they_are_needed(held_out, demo_clips):
+def test_images_of_held_out_clips_are_read_only_if_they_are_needed(held_out, demo_clips):
     rows = [json.loads(line) | {"image": "no-such.png"} for line in held_out.read_text().splitlines()]
     held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(hold_out(held_out, demo_clips, *SIZE, *COLUMNS).clips) == 2

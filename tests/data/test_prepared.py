@@ -1,8 +1,12 @@
+"""Prepared folders are claimed, written and read as `data.prepared` documents."""
+
 import json
+import os
+import pickle
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from common.errors import UserError
 from common.text_files import index_lines
@@ -33,14 +37,14 @@ def settings(**changes):
 
 
 def write_clip(folder, name, moments, embeds):
-    """A clip as the original script writes it."""
+    """Write a clip as the original script does."""
     for kind, tensor in (("video_latents", moments), ("prompt_embeds", embeds)):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         torch.save(tensor, folder / kind / f"{name}.pt")
 
 
 def write_shards(folder, names, *, with_images=False):
-    """Samples in two shards with one caption, and their index."""
+    """Write samples in two shards with one caption, and their index."""
     for part in ("latents", "prompt_embeds"):
         (folder / part).mkdir(parents=True)
     latents, embeds = folder / "latents" / "aa.safetensors", folder / "prompt_embeds" / "bb.safetensors"
@@ -56,35 +60,25 @@ def write_shards(folder, names, *, with_images=False):
     return tensors
 
 
-def test_samples_in_shards_are_read_back(tmp_path):
-    tensors = write_shards(tmp_path, ["a", "b.c"], with_images=True)
+@pytest.mark.parametrize("with_images", [False, True])
+def test_samples_in_shards_are_read_back(tmp_path, with_images):
+    tensors = write_shards(tmp_path, ["a", "b.c"], with_images=with_images)
     clips = read_index(tmp_path)
     assert [(clip.name, clip.bucket, clip.repeats) for clip in clips] == [("a", BUCKET, 1.5), ("b.c", BUCKET, 1.5)]
     assert torch.equal(read_tensor(clips[1].video_latents), tensors["b.c.video_latents"])
-    assert torch.equal(read_tensor(clips[1].image_latents), tensors["b.c.image_latents"])
     assert read_tensor(clips[1].prompt_embeds).shape == (226, 64)
+    assert (clips[1].image_latents is not None) == with_images
+    if with_images:
+        assert torch.equal(read_tensor(clips[1].image_latents), tensors["b.c.image_latents"])
 
 
-def test_samples_without_image_latents_say_so(tmp_path):
-    write_shards(tmp_path, ["a"])
-    assert read_index(tmp_path)[0].image_latents is None
-
-
-def test_a_sample_that_is_in_no_shard_is_missed_before_training(tmp_path):
+def test_a_sample_that_is_missing_in_its_shard_is_named(tmp_path):
     write_shards(tmp_path, ["a", "b"])
     path = tmp_path / "latents" / "aa.safetensors"
     save_file({"a.video_latents": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=r"1 files of .* are missing") as caught:
         read_index(tmp_path)
     assert "aa.safetensors (b.video_latents)" in str(caught.value)
-
-
-def test_a_shard_that_was_cut_short_is_named_before_training(tmp_path):
-    write_shards(tmp_path, ["a"])
-    path = tmp_path / "latents" / "aa.safetensors"
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"aa\.safetensors is damaged"):
-        read_index(tmp_path)
 
 
 def test_a_folder_of_the_original_script_is_read_through_its_index(tmp_path):
@@ -100,7 +94,7 @@ def test_a_folder_of_the_original_script_is_read_through_its_index(tmp_path):
     assert [clip.bucket for clip in read_index(tmp_path)] == [Bucket(49, 480, 720)]
 
 
-def test_without_an_index_the_tensors_tell_the_sizes(tmp_path):
+def test_without_an_index_the_sizes_come_from_the_tensors(tmp_path):
     write_clip(tmp_path, "a", torch.zeros(32, 13, 60, 90), torch.zeros(226, 4096))
     write_clip(tmp_path, "b", torch.zeros(32, 3, 8, 12), torch.zeros(226, 4096))
     assert [clip.bucket for clip in read_index(tmp_path)] == [Bucket(49, 480, 720), Bucket(9, 64, 96)]
@@ -132,8 +126,8 @@ def test_all_missing_tensor_files_are_listed(tmp_path):
     )
 
 
-def test_an_index_that_leads_out_of_its_folder_is_refused_line_by_line(tmp_path):
-    """A folder handed over by a stranger reads its own files alone."""
+def test_an_index_that_leads_out_of_its_folder_is_refused_with_its_lines(tmp_path):
+    """A folder from a stranger reads only its own files."""
     folder = tmp_path / "prepared"
     write_clip(folder, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
     write_clip(tmp_path, "secret", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
@@ -164,10 +158,10 @@ def test_a_broken_line_of_the_index_is_named(tmp_path):
         read_index(tmp_path)
 
 
-def test_a_folder_keeps_to_the_settings_it_was_begun_with(tmp_path):
+def test_a_folder_keeps_the_settings_of_its_first_preparation(tmp_path):
     claim_folder(tmp_path, settings())
     claimed = claim_folder(tmp_path, settings(flags={"fps": 8}, model="elsewhere"))
-    assert read_prepared_settings(tmp_path)["flags"] == {}  # those of the index that is there
+    assert read_prepared_settings(tmp_path)["flags"] == {}  # those of the existing index
     write_settings(tmp_path, claimed)
     assert read_prepared_settings(tmp_path)["flags"] == {"fps": 8}
     with pytest.raises(UserError, match=r"dtype was 'fp32', is now 'bf16'"):
@@ -176,14 +170,14 @@ def test_a_folder_keeps_to_the_settings_it_was_begun_with(tmp_path):
         claim_folder(tmp_path, settings(encoders=ENCODERS | {"vae": "d"}, tiling=True))
 
 
-def test_an_encoder_whose_files_are_not_there_is_no_difference_and_not_forgotten(tmp_path):
+def test_an_encoder_without_files_does_not_differ_and_is_remembered(tmp_path):
     claim_folder(tmp_path, settings())
     claim_folder(tmp_path, settings(encoders=ENCODERS | {"vae": None}))
     assert read_prepared_settings(tmp_path)["encoders"] == ENCODERS
 
 
 def test_other_encoders_than_the_models_are_named(tmp_path):
-    assert check_encoders(tmp_path, ENCODERS) is None  # a folder of the original script: nothing is known
+    assert check_encoders(tmp_path, ENCODERS) is None  # a folder of the original script, without settings
     claim_folder(tmp_path, settings(model="THUDM/CogVideoX-2b"))
     assert check_encoders(tmp_path, ENCODERS) is None
     assert check_encoders(tmp_path, ENCODERS | {"tokenizer": None}) is None
@@ -198,9 +192,6 @@ def test_lists_of_another_data_set_are_never_overwritten(tmp_path):
 
 
 def test_a_file_that_would_run_code_when_unpickled_is_refused(tmp_path):
-    import os
-    import pickle
-
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "evil"),)
@@ -241,7 +232,7 @@ def test_without_an_index_a_damaged_tensor_is_named(tmp_path):
         read_index(tmp_path)
 
 
-def test_the_empty_prompt_is_read_back_and_none_where_there_is_none(tmp_path):
+def test_the_empty_prompt_is_read_back_if_it_exists(tmp_path):
     assert read_empty_prompt(tmp_path) is None
     embeds = torch.randn(2, 226, 64, dtype=torch.bfloat16)
     write_empty_prompt(tmp_path, embeds[1])
@@ -249,16 +240,18 @@ def test_the_empty_prompt_is_read_back_and_none_where_there_is_none(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["empty_prompt.safetensors"]
 
 
-def test_a_damaged_empty_prompt_is_named(tmp_path):
-    write_empty_prompt(tmp_path, torch.zeros(226, 64))
-    path = tmp_path / "empty_prompt.safetensors"
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"empty_prompt\.safetensors is damaged .* prepare the data again"):
-        read_empty_prompt(tmp_path)
-
-
-@pytest.mark.parametrize("tensors", [{"other": torch.zeros(226, 64)}, {"prompt_embeds": torch.zeros(64)}])
-def test_a_file_that_holds_something_else_is_no_empty_prompt(tmp_path, tensors):
-    save_file(tensors, tmp_path / "empty_prompt.safetensors")
-    with pytest.raises(UserError, match=r"empty_prompt\.safetensors has no embedding of a prompt"):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (save({"prompt_embeds": torch.zeros(226, 64)})[:-4], "is damaged"),
+        (save({"other": torch.zeros(226, 64)}), "has no embedding of a prompt"),
+        (save({"prompt_embeds": torch.zeros(64)}), "has no embedding of a prompt"),
+    ],
+    ids=["cut short", "another tensor", "another shape"],
+)
+def test_an_empty_prompt_that_cannot_be_used_is_named(tmp_path, content, problem):
+    (tmp_path / "empty_prompt.safetensors").write_bytes(content)
+    with pytest.raises(
+        UserError, match=rf"empty_prompt\.safetensors {problem}.*; remove it and prepare the data again"
+    ):
         read_empty_prompt(tmp_path)

@@ -1,4 +1,4 @@
-"""The plan's report says what is in the plan, and what stands out in it."""
+"""The report shows the plan and notes unusual samples, as `data.report` documents."""
 
 import csv
 import subprocess
@@ -32,7 +32,7 @@ def plan(infos, captions="A cat.", repeats=1.0, **options):
 
 
 def notes(planned, **options):
-    """What stands below the table and the length of the epoch."""
+    """The lines below the table and the length of the epoch."""
     lines = plan_table(planned, batch_size=1, **options).splitlines()
     return lines[[line.startswith("an epoch is") for line in lines].index(True) + 1 :]
 
@@ -63,13 +63,13 @@ def test_tokens_are_a_column_where_they_can_be_counted():
 
 
 @pytest.mark.parametrize(("mode", "name"), [("center", "cropped"), ("random", "cropped"), ("none", "squeezed")])
-def test_what_becomes_of_another_aspect_depends_on_the_reshape_mode(mode, name):
+def test_the_column_of_another_aspect_depends_on_the_reshape_mode(mode, name):
     header, row, *_ = plan_table(plan([VideoInfo(17, 64, 80, 8.0)]), batch_size=1, reshape_mode=mode).splitlines()
     assert header.split()[3] == name
     assert row.split()[3] == "20%"
 
 
-def test_frames_of_a_split_clip_count_as_used_whichever_sample_shows_them():
+def test_frames_of_a_split_clip_are_used_by_any_of_its_samples():
     table = plan_table(plan([VideoInfo(30, 64, 64, 8.0)], long_clips="split"), batch_size=1)
     # 17 + 9 of 30 frames
     assert [line.split()[-2] for line in table.splitlines()[:3]] == ["unused", "13%", "13%"]
@@ -81,11 +81,11 @@ def test_batches_are_shared_out_over_the_ranks():
     )
 
 
-def test_a_plan_without_samples_says_so():
+def test_an_empty_plan_is_reported():
     assert plan_table([], batch_size=1) == "there are no samples"
 
 
-# What stands out
+# Notes
 
 
 def test_nothing_is_noted_of_plain_clips():
@@ -108,7 +108,7 @@ def test_clips_that_were_split_are_counted():
     assert notes(planned) == ["2 clips split: 5 samples"]
 
 
-def test_frames_that_are_held_are_told_with_the_worst_clip():
+def test_held_frames_are_noted_with_the_worst_clip():
     planned = plan([VideoInfo(8, 64, 64, 8.0), VideoInfo(5, 64, 64, 8.0)], hold_last_frame=True)
     assert notes(planned) == [
         "2 samples too short: the last frame is held, for up to 4 of 9 frames (1.mp4 (videos.txt:2))"
@@ -149,7 +149,7 @@ def test_long_clips_spread_over_few_frames_teach_fast_motion():
         (VideoInfo(17, 64, 64, 16.0), {}),  # twice as fast is near enough
         (VideoInfo(49, 64, 64, 24.0), {}),  # every third frame is shown
         (VideoInfo(100, 64, 64, 24.0), {"fps": 8.0, "long_clips": "first"}),
-        (VideoInfo(17, 64, 64, 0.0), {}),  # nobody knows
+        (VideoInfo(17, 64, 64, 0.0), {}),  # unknown
         (VideoInfo(1, 64, 64, 0.0, is_image=True), {}),
         (VideoInfo(5, 64, 64, 8.0), {"hold_last_frame": True}),  # the frames held do not make it slower
         (VideoInfo(1, 64, 64, 24.0), {"hold_last_frame": True}),
@@ -159,7 +159,7 @@ def test_rates_near_the_models_are_not_noted(info, options):
     assert not any("frames per second" in note for note in rate_notes(info, **options))
 
 
-def test_a_variable_rate_is_told_by_the_times_of_the_frames_shown():
+def test_a_variable_rate_follows_from_the_times_of_the_chosen_frames():
     times = tuple(range(0, 500_000, 50_000)) + tuple(range(1_000_000, 8_000_000, 1_000_000))
     first = VideoInfo(17, 64, 64, 2.3, frame_times=times)  # 10 frames at 20 a second, then one a second
     assert rate_notes(first)[0].startswith("1 sample at 2.29 frames per second")  # 16 steps in 7 seconds
@@ -186,17 +186,17 @@ def test_only_the_first_pairs_are_named():
     )
 
 
-def test_a_video_with_several_captions_is_no_duplicate():
+def test_a_video_with_several_captions_is_not_a_duplicate():
     planned = plan(of_content("a", "b", "a", "a"), captions=["A cat.", "A cat.", "A dog.", "A mouse."])
     assert notes(planned) == ["1 video with several captions: 0.mp4 (videos.txt:1) and 2.mp4 (videos.txt:3)"]
 
 
-def test_the_samples_of_one_clip_are_no_duplicates():
+def test_the_samples_of_one_clip_are_not_duplicates():
     planned = plan([VideoInfo(51, 64, 64, 8.0, sha256="a")], long_clips="split")
     assert notes(planned) == ["1 clip split: 3 samples"]
 
 
-# The whole plan as a file
+# The full plan as a file
 
 
 def read(path):
@@ -227,18 +227,14 @@ def test_the_csv_has_a_line_for_every_sample_and_every_bad_clip(tmp_path):
         "upscaled": "",
         "reason": "",
     }
-    assert (second["part"], second["bucket"], second["first_frame"], second["last_frame"]) == (
-        "1",
-        "9x32x64",
-        "17",
-        "25",
-    )
+    columns = ("part", "bucket", "first_frame", "last_frame")
+    assert [second[column] for column in columns] == ["1", "9x32x64", "17", "25"]
     assert third["caption"] == "b" * 59 + "…"
     assert (bad["source"], bad["video"], bad["reason"]) == ("videos.txt:9", "gone.mp4", "does not exist")
     assert bad["frames"] == ""
 
 
-def test_the_csv_tells_how_much_a_clip_is_upscaled_and_held(tmp_path):
+def test_the_csv_has_the_upscaling_and_the_held_frames(tmp_path):
     write_plan(plan([VideoInfo(5, 16, 32, 8.0)], hold_last_frame=True), [], tmp_path / "plan.csv")
     (row,) = read(tmp_path / "plan.csv")
     assert (row["bucket"], row["upscaled"], row["held"], row["cropped"]) == ("9x32x64", "2", "4", "0.000")
@@ -252,5 +248,4 @@ def test_a_file_name_that_is_not_unicode_can_be_written(tmp_path):
 
 def test_reporting_needs_no_torch():
     script = "import sys, data.report; sys.exit('torch' in sys.modules)"
-    folder = TRAINING
-    assert subprocess.run([sys.executable, "-c", script], cwd=folder, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], cwd=TRAINING, check=False).returncode == 0

@@ -53,7 +53,7 @@ def test_a_table_may_list_files_beside_itself_and_in_the_data_root(tmp_path):
     assert (clip.video, clip.image) == (tmp_path / "clips/a.mp4", tmp_path / "frames/a.png")
 
 
-def test_a_table_may_list_what_the_cache_holds(tmp_path):
+def test_a_table_may_list_files_of_the_cache(tmp_path):
     file = write_table(tmp_path / "lists/table.csv", [{"video": str(tmp_path / "cache/01/01.mp4"), "text": "A cat."}])
     assert len(good(None, dataset_file=file, cache=tmp_path / "cache")) == 1
 
@@ -160,7 +160,7 @@ def test_a_table_without_rows_is_an_error(tmp_path, name, content, message):
     assert message in error_of(tmp_path, dataset_file=write(tmp_path / name, content))
 
 
-def test_a_relative_table_is_looked_for_here_and_then_in_the_data_root(tmp_path, tmp_path_factory, monkeypatch):
+def test_a_relative_table_is_searched_here_and_then_in_the_data_root(tmp_path, tmp_path_factory, monkeypatch):
     here = tmp_path_factory.mktemp("here")
     monkeypatch.chdir(here)
     name = Path("data.csv")

@@ -199,7 +199,7 @@ def test_every_caption_comes_back_as_it_was_written(tmp_path_factory, suffix, te
     file = tmp_path_factory.getbasetemp() / f"captions{suffix}"
     write_table(file, [{"video": f"{number}.mp4", "text": text} for number, text in enumerate(texts)])
     stripped = [text.strip() for text in texts]
-    if suffix in (".csv", ".tsv"):  # where quotes around a whole field are a spreadsheet's, not the caption's
+    if suffix in (".csv", ".tsv"):  # where quotes around a field are a spreadsheet's, not the caption's
         stripped = [
             text[1:-1].strip() if text[:1] == text[-1:] == '"' and text.count('"') == 2 else text for text in stripped
         ]

@@ -55,10 +55,9 @@ def media_file(
     match value:
         case str(path):
             return _listed_file(path, folder, within)
-        case bytes(data):
-            return _write_bytes(data, "", cache)
-        case {"bytes": bytes(data)}:
-            return _write_bytes(data, str(value.get("path") or ""), cache)
+        case bytes(data) | {"bytes": bytes(data)}:
+            name = value.get("path") if isinstance(value, dict) else None
+            return _cached(cache, _digest(data), str(name or ""), lambda partial: partial.write_bytes(data))
         case {"path": str(path)}:
             return _fetch(path, folder, cache, within) if "://" in path else _listed_file(path, folder, within)
         case None | {"path": None}:
@@ -100,13 +99,9 @@ def _listed_file(text: str, folder: Path | None, within: Sequence[Path] | None) 
     if folder is None and not os.path.isabs(path):
         raise UnusableRow("has a relative path; set the folder it starts from with --data_root")
     if within is not None and not stays_inside(path, folder, within):
-        where = f"outside of {folder}" if folder else "in no folder that was named (--data_root)"
+        where = f"outside of {folder}" if folder else "outside of the folders that were named (--data_root)"
         raise UnusableRow(f"lies {where}; move it there, or pass --allow_outside_paths if you trust this list")
     return Path(path) if folder is None else folder / path
-
-
-def _write_bytes(data: bytes, name: str, cache: Path) -> Path:
-    return _cached(cache, _digest(data), name, lambda partial: partial.write_bytes(data))
 
 
 def _fetch(url: str, folder: Path | None, cache: Path, within: Sequence[Path] | None) -> Path:
@@ -119,7 +114,7 @@ def _fetch(url: str, folder: Path | None, cache: Path, within: Sequence[Path] | 
     elif not _is_on_hub(outermost):
         raise UnusableRow("is a URL; download the file and list its path")
     if not all(link.partition("://")[0] in _ARCHIVES for link in inner):
-        raise UnusableRow("is a link of a kind that is not followed; list the path of a file")
+        raise UnusableRow("is an unsupported kind of link; list the path of a file")
 
     def copy(partial: Path) -> None:
         deadline = monotonic() + FETCH_TIMEOUT
@@ -171,15 +166,11 @@ def _image_bytes(image: object, folder: Path | None, within: Sequence[Path] | No
         case bytes(data) | {"bytes": bytes(data)}:
             return data
         case str(path) | {"path": str(path)}:
-            file = _listed_file(path, folder, within)
-            if not os.path.isfile(file):
-                raise UnusableRow(f"has a frame {one_line(path, 200)} that is not a file")
             try:
-                return file.read_bytes()
+                return _listed_file(path, folder, within).read_bytes()
             except (OSError, ValueError) as error:  # ValueError: a path with a null character
-                raise UnusableRow(
-                    f"has a frame {one_line(path, 200)} that cannot be read: {reason_of(error)}"
-                ) from error
+                name = one_line(path, 200)
+                raise UnusableRow(f"has a frame {name} that cannot be read: {reason_of(error)}") from error
     raise UnusableRow(f"has {described(image)} among its frames, not an image")
 
 

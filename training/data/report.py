@@ -78,9 +78,9 @@ def write_plan(planned: Iterable[ClipSample], bad: Iterable[BadClip], path: Path
         atomic_write(path) as partial,
         open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
-        table = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        table = csv.DictWriter(file, [*_COLUMNS, "reason"], lineterminator="\n")
         table.writeheader()
-        table.writerows(_row(sample) for sample in planned)
+        table.writerows({name: value(sample) for name, value in _COLUMNS.items()} for sample in planned)
         table.writerows({"source": clip.source, "video": clip.what, "reason": clip.reason} for clip in bad)
 
 
@@ -234,28 +234,24 @@ def _range(values: Sequence[float]) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-_COLUMNS = (
-    *("source", "video", "caption", "frames", "fps", "height", "width", "bucket", "part"),
-    *("first_frame", "last_frame", "held", "cropped", "upscaled", "reason"),
-)
-
-
-def _row(sample: ClipSample) -> dict[str, object]:
-    """Return a sample's line of the CSV file."""
+def _short_caption(sample: ClipSample) -> str:
     caption = " ".join(sample.clip.caption.split())
-    return {
-        "source": sample.clip.source,
-        "video": sample.clip.video,
-        "caption": caption if len(caption) <= 60 else f"{caption[:59].rstrip()}…",
-        "frames": sample.info.num_frames,
-        "fps": f"{sample.info.fps:g}",
-        "height": sample.info.height,
-        "width": sample.info.width,
-        "bucket": sample.bucket,
-        "part": sample.part,
-        "first_frame": sample.frame_indices[0],
-        "last_frame": sample.frame_indices[-1],
-        "held": sample.num_held,
-        "cropped": f"{_off_aspect(sample):.3f}",
-        "upscaled": f"{_upscaling(sample):.3g}" if _upscaling(sample) > 1 else "",
-    }
+    return caption if len(caption) <= 60 else f"{caption[:59].rstrip()}…"
+
+
+_COLUMNS: dict[str, Callable[[ClipSample], object]] = {
+    "source": lambda sample: sample.clip.source,
+    "video": lambda sample: sample.clip.video,
+    "caption": _short_caption,
+    "frames": lambda sample: sample.info.num_frames,
+    "fps": lambda sample: f"{sample.info.fps:g}",
+    "height": lambda sample: sample.info.height,
+    "width": lambda sample: sample.info.width,
+    "bucket": lambda sample: sample.bucket,
+    "part": lambda sample: sample.part,
+    "first_frame": lambda sample: sample.frame_indices[0],
+    "last_frame": lambda sample: sample.frame_indices[-1],
+    "held": lambda sample: sample.num_held,
+    "cropped": lambda sample: f"{_off_aspect(sample):.3f}",
+    "upscaled": lambda sample: f"{_upscaling(sample):.3g}" if _upscaling(sample) > 1 else "",
+}

@@ -84,11 +84,8 @@ class BucketBatchSampler:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}; it must be from 0 to world_size - 1 = {world_size - 1}")
-        for name, value in (
-            ("first_epoch", first_epoch),
-            ("seen_batches", seen_batches),
-            ("first_batch", first_batch),
-        ):
+        starts = {"first_epoch": first_epoch, "seen_batches": seen_batches, "first_batch": first_batch}
+        for name, value in starts.items():
             if value < 0:
                 raise ValueError(f"{name} is {value}; it must be at least 0")
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
@@ -120,9 +117,9 @@ class BucketBatchSampler:
         """Batches, over all ranks, that come a second time in each epoch."""
         return self.batches_per_epoch * self.world_size - self._num_batches
 
-    def epoch_batches(self, epoch: int) -> list[list[int]]:
-        """Return this rank's batches of indices in an epoch; in `first_epoch`, those after `seen_batches`."""
-        return [[draw.index for draw in batch] for batch in self._epoch_draws(epoch)]
+    def epoch_batches(self, epoch: int) -> list[list[Draw]]:
+        """Return this rank's batches in an epoch; in `first_epoch`, those after `seen_batches`."""
+        return [self._draws_of(epoch, place, self.rank) for place in range(self._batches_in(epoch))]
 
     def samples_between(self, first_batch: int, last_batch: int) -> int:
         """Count the samples of all ranks in their batches from `first_batch` up to, not including, `last_batch`; both
@@ -132,9 +129,6 @@ class BucketBatchSampler:
             for epoch, place in map(self._locate, range(first_batch, last_batch))
             for rank in range(self.world_size)
         )
-
-    def _epoch_draws(self, epoch: int) -> list[list[Draw]]:
-        return [self._draws_of(epoch, place, self.rank) for place in range(self._batches_in(epoch))]
 
     def _draws_of(self, epoch: int, place: int, rank: int) -> list[Draw]:
         draws = self._all_draws(epoch)
@@ -189,7 +183,7 @@ class BucketBatchSampler:
         epoch, skip = self._locate(self.first_batch)
         position = self.first_batch
         while True:
-            for batch in self._epoch_draws(epoch)[skip:]:
+            for batch in self.epoch_batches(epoch)[skip:]:
                 if self.total_batches is not None and position >= self.total_batches:
                     return
                 yield batch

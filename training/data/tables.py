@@ -96,7 +96,11 @@ def read_table(file: Path) -> Table:
     if suffix in (".jsonl", ".json"):
         entries = read_json(file)
         names = list(dict.fromkeys(name for _, entry in entries if isinstance(entry, dict) for name in entry))
-        return Table(str(file), names, (_json_row(*entry) for entry in entries), file.parent)
+        rows = (
+            Row(place, value) if isinstance(value, dict) else Row(place, {}, f"is {described(value)}, not an object")
+            for place, value in entries
+        )
+        return Table(str(file), names, rows, file.parent)
     if suffix == ".parquet":
         return read_parquet(file)
     raise UserError(f"--dataset_file {file} is of an unknown kind; it must be one of {', '.join(TABLE_SUFFIXES)}")
@@ -140,7 +144,3 @@ def _unquoted(cell: str) -> str:
     if len(cell) >= 2 and cell[0] == cell[-1] == '"' and '"' not in inner:
         return inner.strip()
     return cell
-
-
-def _json_row(place: str, value: object) -> Row:
-    return Row(place, value) if isinstance(value, dict) else Row(place, {}, f"is {described(value)}, not an object")

@@ -36,14 +36,8 @@ def log_videos(
     """
     for tracker in trackers:
         try:
-            if tracker.name == "wandb":
-                _log_to_wandb(tracker, videos, sheet, step)
-            elif tracker.name == "trackio":
-                _log_to_trackio(tracker, videos, sheet, step)
-            elif tracker.name == "tensorboard":
-                _log_to_tensorboard(tracker, videos, step)
-            elif tracker.name == "comet_ml":
-                _log_to_comet(tracker, videos, sheet, step)
+            if tracker.name in _LOGGERS:
+                _LOGGERS[tracker.name](tracker, videos, sheet, step)
         except Exception as error:
             logger.warning(
                 "warning: %s failed to log the validation videos of step %d (%s); training continues",
@@ -73,7 +67,9 @@ def _log_to_trackio(tracker: GeneralTracker, videos: Sequence[ValidationVideo], 
     tracker.log(logged, step=step)
 
 
-def _log_to_tensorboard(tracker: GeneralTracker, videos: Sequence[ValidationVideo], step: int) -> None:
+def _log_to_tensorboard(
+    tracker: GeneralTracker, videos: Sequence[ValidationVideo], sheet: Path | None, step: int
+) -> None:
     """Log each video's frames side by side, as TensorBoard's writer needs moviepy for videos."""
     for video in videos:
         strip = np.concatenate(video.shown, axis=1)
@@ -89,3 +85,11 @@ def _log_to_comet(tracker: GeneralTracker, videos: Sequence[ValidationVideo], sh
         )
     if sheet is not None:
         experiment.log_image(str(sheet), name="validation/contact_sheet", step=step)
+
+
+_LOGGERS = {
+    "wandb": _log_to_wandb,
+    "trackio": _log_to_trackio,
+    "tensorboard": _log_to_tensorboard,
+    "comet_ml": _log_to_comet,
+}

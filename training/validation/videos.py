@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKLCogVideoX
 from diffusers.training_utils import free_memory
 from PIL import Image
 
@@ -152,29 +151,22 @@ def _sample_share(
 @contextmanager
 def _sampling(accelerator: Accelerator, pipeline: Pipeline, cpu_offload: bool) -> Iterator[None]:
     """Set up a pipeline for sampling, and undo everything afterwards."""
-    with _restored(pipeline.transformer), _restored(pipeline.vae), _sliced_and_tiled(pipeline.vae):
+    vae = pipeline.vae
+    with _restored(pipeline.transformer), _restored(vae):
+        flags = vae.use_slicing, vae.use_tiling
         try:
             pipeline.transformer.eval()
+            vae.use_slicing = vae.use_tiling = True  # a frame of 480x720 that is not tiled takes 18 GB
             if cpu_offload and accelerator.device.type != "cpu":
                 pipeline.enable_model_cpu_offload(device=accelerator.device)
             else:
-                pipeline.vae.to(accelerator.device)
+                vae.to(accelerator.device)
             # The transformer's forward pass includes accelerate's autocast, which float32 adapters on a base in half
             # precision need.
             yield
         finally:
+            vae.use_slicing, vae.use_tiling = flags
             pipeline.remove_all_hooks()
-
-
-@contextmanager
-def _sliced_and_tiled(vae: AutoencoderKLCogVideoX) -> Iterator[None]:
-    """Have the VAE decode one video and one tile at a time: without tiles, a frame of 480x720 takes 18 GB."""
-    flags = vae.use_slicing, vae.use_tiling
-    vae.use_slicing = vae.use_tiling = True
-    try:
-        yield
-    finally:
-        vae.use_slicing, vae.use_tiling = flags
 
 
 @contextmanager

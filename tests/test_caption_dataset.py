@@ -386,6 +386,19 @@ def test_a_failed_clip_is_listed_and_captioned_in_the_next_run(clips, server, ca
     assert server.lengths_asked() == [12]
 
 
+def test_a_silent_server_is_reported(clips, server, capsys):
+    released = threading.Event()
+
+    def answer(question: Question, before: int) -> Answer:
+        released.wait()
+        return said("Too late.")
+
+    server.answer = answer
+    message = refuse(flags(clips, server, "--timeout", "0.2", "--max_retries", "0"), capsys)
+    released.set()
+    assert message.count("the server did not answer within --timeout") == 3
+
+
 def test_a_refused_request_is_sent_once(clips, server, capsys):
     server.answer = lambda question, before: refused(400, "At most 1 image")
     assert refuse(flags(clips, server), capsys).count("the server says 400: At most 1 image") == 3

@@ -72,7 +72,7 @@ def fill_page(page: str, measured: Mapping, calculated: Mapping, speed: Mapping)
 
 
 def memory_table(rows: Iterable[Row], measured: Mapping, calculated: Mapping) -> str:
-    """Training and, behind the stroke, training with validation, in GB."""
+    """Return the table of training / training with validation, in GB."""
     with_published = any(row.published for row in rows)
     published = ["published, GB"] if with_published else []
     header = ["run", *published, "measured, GB", "s/step", "calculated, GB", "host, GB"]

@@ -1,4 +1,4 @@
-"""Run functions in processes of their own: memory has never been used there, and what fails or hangs ends no other."""
+"""Run functions in separate processes, so that each starts with unused memory and a failure ends no other."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-SECONDS_TO_END = 20  # for a process whose result is there
+SECONDS_TO_END = 20  # for a process that has sent its result
 
 
 def run_apart(
@@ -17,15 +17,15 @@ def run_apart(
     seconds: float | None = None,
     start: str | None = None,
 ) -> dict[str, Any]:
-    """Call a function in a process of its own.
+    """Call a function in a separate process.
 
     Args:
-        function: of a module, as its arguments must be something that pickle takes.
-        seconds: how long to wait for its result before the process is killed; None waits for ever.
-        start: fork or spawn; by default what `start_method` found.
+        function: picklable, like its arguments.
+        seconds: to wait for the result before the process is killed; None waits without limit.
+        start: fork or spawn; the result of `start_method` by default.
 
     Returns:
-        What the function returned; {"failed": why} if it did not.
+        The function's result, or {"failed": why}.
     """
     context = multiprocessing.get_context(start or start_method())
     here, there = context.Pipe(duplex=False)
@@ -47,14 +47,14 @@ def run_apart(
 
 @cache
 def start_method() -> str:
-    """How to start processes that may use CUDA: fork, which has all the imports already, unless CUDA fails in forks.
+    """Return how to start processes that may use CUDA: fork, which is faster, unless CUDA fails in forks.
 
-    It does so once anything has asked the CUDA library for a GPU before, as some packages do when they are imported
-    where NVIDIA's management library cannot answer instead.
+    It fails once anything has asked the CUDA library for a GPU, as some packages do on import if NVIDIA's management
+    library cannot answer.
     """
     if "failed" not in run_apart(_use_gpu, seconds=60, start="fork"):
         return "fork"
-    # From here on asking spoils nothing: forks cannot use the GPU, or there is none.
+    # Forks cannot use a GPU anyway, so that asking for one here does no harm.
     return "spawn" if torch.cuda.is_available() else "fork"
 
 
@@ -69,10 +69,10 @@ def _send_result(connection: Any, function: Callable[..., dict[str, Any]], argum
         connection.send({"failed": f"out of memory: {first_line(error)}"})
     except SystemExit:
         connection.send({"failed": "the flags were refused"})
-    except Exception as error:  # whatever it is, it belongs into the table and the next row goes on
+    except Exception as error:  # any failure is written into the table, and the next row follows
         connection.send({"failed": f"{type(error).__name__}: {first_line(error)}"})
 
 
 def first_line(text: object) -> str:
-    """The first line of a message."""
+    """Return the first line of a message."""
     return next(iter(str(text).splitlines()), "")

@@ -1,9 +1,9 @@
-"""Measure speed at full size on a GPU: training steps under the settings that matter, and encoding clips by the VAE.
+"""Measure speed at full size on a GPU: training steps with the important settings, and encoding clips with the VAE.
 
     PYTHONPATH=training:assets/scripts python benchmarks/gpu_speed.py          # into benchmarks/speed_gpu.json
     PYTHONPATH=training:assets/scripts python benchmarks/gpu_speed.py --tiny --output_file x.json    # on a CPU too
 
-Models and clips are those of measure_memory.py. Every run has a process of its own; figures are written after each.
+Models and clips are those of measure_memory.py. Every run has a separate process; figures are written after each.
 """
 
 import argparse
@@ -26,7 +26,7 @@ STEPS = (3, 4)
 
 
 def step(name: str, model: str, method: str, *flags: str) -> Row:
-    """A row that trains and does not validate."""
+    """Return a row that trains without validation."""
     return Row(name, model, method, flags, is_sampled=False, steps=STEPS)
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--output_file", type=Path, help="(default: speed_gpu.json, here)")
     args = parser.parse_args()
     if args.tiny and not args.output_file:
-        parser.error("--tiny: its figures do not belong into speed_gpu.json; give an --output_file")
+        parser.error("--tiny: its figures do not belong into speed_gpu.json; pass an --output_file")
     rows = measure_memory.find_rows(parser, ROWS, args.only)
     output = args.output_file or measure_memory.HERE / "speed_gpu.json"
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ def measure(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
 
 
 def measure_encoder(row: Row, work: Path, tiny: bool, clips: int = 3) -> dict[str, Any]:
-    """Clips a second through the VAE's encoder, with weights in the usual layout and with channels last."""
+    """Measure clips a second of the VAE's encoder, with contiguous and with channels-last weights."""
     model, _, size = folders(row, work, tiny)
     frames, height, width = size
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,4 @@
-"""What a row of the benchmarks trains, and on what: a model with random weights, and prepared clips of random numbers.
-
-No video is encoded for them, so that a machine needs no encoder and no clip that fits.
-"""
+"""Make models with random weights and prepared clips of random numbers for the benchmarks; no video is encoded."""
 
 from pathlib import Path
 from typing import Any
@@ -24,14 +21,14 @@ TINY_SIZE = (17, 64, 96)
 
 
 def folders(row: Row, work: Path, tiny: bool) -> tuple[Path, Path, tuple[int, int, int]]:
-    """Model, prepared clips and size of a row."""
+    """Return the folders of model and prepared clips, and the size of a row."""
     size = TINY_SIZE if tiny else row.size
     name = f"{'tiny-' if tiny else ''}{row.model}"
     return work / name, work / f"prepared-{name}-{'x'.join(map(str, size))}", size
 
 
 def make_materials(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
-    """Make the model and the prepared clips of a row, unless they are there."""
+    """Make the model and the prepared clips of a row, unless they exist."""
     model, prepared, size = folders(row, work, tiny)
     if tiny:
         make_tiny_model(row.model, model)
@@ -44,12 +41,12 @@ def make_materials(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
 
 
 def draw_prepared_clips(configs: ModelConfigs, folder: Path, bucket: Bucket, count: int = 4) -> None:
-    """Write random moments and prompt embeddings in bfloat16 as prepare_dataset.py writes those of clips.
+    """Write random bfloat16 moments and prompt embeddings in the format of prepare_dataset.py.
 
     Args:
-        configs: of the model whose latents and embeddings they could be.
+        configs: of the model.
         folder: for `--load_tensors`.
-        bucket: size of the clips that there might be.
+        bucket: size of the clips.
     """
     latents = (2 * configs.vae["latent_channels"], *bucket.latent_shape)
     embeds = (configs.transformer["max_text_seq_length"], configs.transformer["text_embed_dim"])

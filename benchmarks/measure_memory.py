@@ -1,4 +1,4 @@
-"""Measure how much memory training takes, row by row of the tables in assets/docs/memory.md.
+"""Measure the memory of training, row by row of the tables in assets/docs/memory.md.
 
     make benchmark-memory                                   # all rows, on a GPU, into benchmarks/memory.json
     python benchmarks/measure_memory.py --only "5b LoRA" "2b LoRA"  # with PYTHONPATH=training:assets/scripts
@@ -6,9 +6,8 @@
     python benchmarks/measure_memory.py --calculate                 # no run: into benchmarks/memory_calculated.json
 
 Models have the released sizes and random weights: nothing is downloaded, but 11 GB are written for each 5b model. Each
-row runs in a process of its own, the training's own code from the flags on: a few steps on prepared clips of random
-numbers, then a validation of two denoising steps. Results are written after each row; a row that fails says why, and
-the next one goes on.
+row runs the training's own code in a separate process: a few steps on prepared clips of random numbers, then a
+validation of two denoising steps. Results are written after each row; a failed row has the reason.
 """
 
 import argparse
@@ -19,7 +18,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -27,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 
-# Rows run in forks of this process, which must not have touched CUDA: asking for a GPU goes by NVIDIA's management
-# library where that answers.
+# Rows run in forks of this process, which must not have used CUDA: torch then asks NVIDIA's management library for a
+# GPU.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -42,6 +41,7 @@ from common.files import written_whole
 from data.buckets import Bucket, count_tokens
 from data.plan import plan_training_data
 from diffusion.tasks import TextToVideo
+from flags.settings import TrainingSettings
 from make_full_size_model import full_size_configs
 from memory.accounting import account
 from memory.facts import Workload, model_facts
@@ -61,19 +61,17 @@ SECONDS_A_ROW = 600.0
 
 
 def main() -> None:
-    """Measure, or calculate, the rows asked for."""
+    """Measure or calculate the requested rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="ROW", help="names of rows (default: all)")
     parser.add_argument("--tiny", action="store_true", help="tiny models and clips of 17x64x96")
-    parser.add_argument(
-        "--calculate", action="store_true", help="calculate all rows from the configs, and run nothing"
-    )
+    parser.add_argument("--calculate", action="store_true", help="calculate all rows from the configs; run nothing")
     add_limits(parser)
     parser.add_argument("--work_dir", type=Path, help="folder of models and clips, kept (default: a temporary one)")
     parser.add_argument("--output_file", type=Path, help="(default: memory.json, or memory_calculated.json, here)")
     args = parser.parse_args()
     if args.tiny and not args.output_file:
-        parser.error("--tiny: its figures do not belong into memory.json; give an --output_file")
+        parser.error("--tiny: its figures do not belong into memory.json; pass an --output_file")
     output = args.output_file or HERE / ("memory_calculated.json" if args.calculate else "memory.json")
     rows = find_rows(parser, ROWS, args.only)
     if args.calculate:
@@ -85,16 +83,16 @@ def main() -> None:
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
-    """Flags that say how long it may take."""
+    """Add the flags that limit the time."""
     parser.add_argument("--time_limit", type=float, metavar="SECONDS", help="start no row after so long")
     parser.add_argument(
         "--row_limit", type=float, metavar="SECONDS", default=SECONDS_A_ROW,
-        help="kill a row that has no result after so long, and go on with the next one (default: %(default)g)",
+        help="kill a row that has no result after so long, and continue with the next (default: %(default)g)",
     )  # fmt: skip
 
 
 def find_rows(parser: argparse.ArgumentParser, rows: Iterable[Row], names: Iterable[str] | None) -> list[Row]:
-    """The rows asked for, in their order; all if none is. Ends the program where there is no such row."""
+    """Return the rows with these names, all for None; end the program if a name is unknown."""
     by_name = {row.name: row for row in rows}
     if unknown := sorted(set(names or ()) - by_name.keys()):
         parser.error(f"--only: there is no row {', '.join(unknown)}; rows are {'; '.join(by_name)}")
@@ -110,13 +108,13 @@ def measure_rows(
     limits: tuple[float | None, float],
     measure: Callable[[Row, Path, bool], dict[str, Any]] | None = None,
 ) -> None:
-    """Measure rows one after another, and write what is known after each.
+    """Measure rows one after another, and write the results after each.
 
     Args:
         work: folder of models and clips.
         tiny: with tiny ones.
-        limits: seconds after which no row is started, and after which one that has no result is killed.
-        measure: what to do for a row, in a process of its own; `measure_row` by default.
+        limits: seconds after which no row is started, and after which a row without result is killed.
+        measure: function to call for a row in a separate process; `measure_row` by default.
     """
     started, (time_limit, row_limit) = time.monotonic(), limits
     results = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {"rows": {}}
@@ -131,28 +129,20 @@ def measure_rows(
         result |= {"seconds": round(time.monotonic() - began, 1), "date": datetime.now(UTC).date().isoformat()}
         result |= {"versions": installed_versions()}
         if "measured" in result or "measured" not in results["rows"].get(row.name, {}):
-            results["rows"][row.name] = result  # a failure does not replace what was measured before
+            results["rows"][row.name] = result  # a failure does not replace an earlier measurement
         write_json(output, results)
         print(f"{row.name}: {result.get('measured', '')} {result.get('failed', '')}".rstrip(), flush=True)
 
 
 def bucket_flags(size: tuple[int, int, int]) -> list[str]:
-    """Flags of one size for clips."""
+    """Return the flags for clips of one size."""
     frames, height, width = map(str, size)
-    return [
-        "--frame_buckets",
-        frames,
-        "--height_buckets",
-        height,
-        "--width_buckets",
-        width,
-        "--max_num_frames",
-        frames,
-    ]
+    flags = ["--frame_buckets", frames, "--height_buckets", height, "--width_buckets", width]
+    return [*flags, "--max_num_frames", frames]
 
 
 def row_flags(row: Row, model: Path | str, data: Path, output: Path, size: tuple[int, int, int]) -> list[str]:
-    """The command line of a row."""
+    """Return the command line of a row."""
     _, height, width = map(str, size)
     flags = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
     flags += ["--load_tensors", *bucket_flags(size), "--height", height, "--width", width]
@@ -165,15 +155,15 @@ def row_flags(row: Row, model: Path | str, data: Path, output: Path, size: tuple
     return flags
 
 
-def make_method(args: argparse.Namespace, row: Row) -> Lora | FullFinetune:
-    """What is trainable in a row."""
+def make_method(settings: TrainingSettings, row: Row) -> Lora | FullFinetune:
+    """Return the method of a row."""
     if row.method == "lora":
-        return Lora(row.rank, row.rank, args.lora_target_modules, quantize_base=args.quantize_base)
-    return FullFinetune(weights_dtype=args.weights_dtype)
+        return Lora.from_flags(settings.lora, settings.memory.quantize_base)
+    return FullFinetune(weights_dtype=settings.memory.weights_dtype)
 
 
 def measure_row(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
-    """Run a row: bytes at their peaks, seconds a step; those of the training too where the validation failed."""
+    """Run a row; return its peaks in bytes and the seconds of a step, also if the validation failed."""
     model, prepared, size = folders(row, work, tiny)
     failed = {}
     with tempfile.TemporaryDirectory(dir=work) as output:
@@ -181,14 +171,14 @@ def measure_row(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
         spec = check_spec(args, plan_training_data(args), TextToVideo(), make_method(args, row))
         forget_host_peak()
         run = set_up(spec)
-        seconds = time_steps(args, run, *row.steps)
+        seconds = time_steps(run, *row.steps)
         facts, settings = run_facts(args, spec.data, spec.method, spec.configs), memory_settings_of(args)
         measured = {**speed_figures(seconds, spec, settings), **device_peaks("training")}
         if row.is_sampled:
             forget_device_peaks()
             if failures := run.validate(sum(row.steps)):
                 failed = {"failed": f"the validation: {first_line(failures[0])}"}
-                facts = replace(facts, sampled=None)  # for who takes the figures for those of such a run
+                facts = replace(facts, sampled=None)  # the figures are those of a run without validation
             else:
                 measured |= device_peaks("validation")
         measured["host"] = host_peak()
@@ -196,27 +186,28 @@ def measure_row(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
     return {"facts": asdict(facts), "settings": asdict(settings), "device": device, "measured": measured, **failed}
 
 
-def time_steps(args: argparse.Namespace, run: Run, warm_up: int, timed: int) -> float:
-    """Train, and return the seconds of a step after the first ones."""
+def time_steps(run: Run, warm_up: int, timed: int) -> float:
+    """Train; return the seconds of a step after the warm-up."""
     run.total_steps = warm_up
-    train(args, run)
+    train(run)
     run.state, run.total_steps = replace(run.state, step=warm_up), warm_up + timed
     wait_for_device()
     began = time.perf_counter()
-    train(args, run)
+    train(run)
     wait_for_device()
     return (time.perf_counter() - began) / timed
 
 
 def speed_figures(seconds: float, spec: RunSpec, settings: MemorySettings) -> dict[str, float]:
-    """What a step of one clip that takes so long means; the share of the peak for known cards alone."""
+    """Return the figures of a step of one clip; the share of the peak only for known cards."""
     config = spec.configs.transformer
     tokens = count_tokens(config, spec.data.buckets[0])
-    scope, every = settings.checkpoint_scope, settings.checkpoint_every
-    if not settings.gradient_checkpointing:
-        scope = None
     flops = count_flops(
-        config, tokens, trains_all=settings.method == "sft", checkpoint_scope=scope, checkpoint_every=every
+        config,
+        tokens,
+        trains_all=settings.method == "sft",
+        checkpoint_scope=settings.checkpoint_scope if settings.gradient_checkpointing else None,
+        checkpoint_every=settings.checkpoint_every,
     )
     tflop = flops.total / 1e12
     figures = {"seconds a step": seconds, "tokens/s": tokens / seconds, "TFLOP/s": tflop / seconds}
@@ -225,50 +216,48 @@ def speed_figures(seconds: float, spec: RunSpec, settings: MemorySettings) -> di
 
 
 def calculate_row(row: Row) -> dict[str, int]:
-    """What the accounting says of a row, in bytes."""
+    """Return the calculated bytes of a row."""
     with tempfile.TemporaryDirectory() as folder:
         flags = row_flags(row, "THUDM/CogVideoX-5b", Path(folder), Path(folder), row.size)
         args = parse_args(flags, task="text-to-video", method=row.method)
     configs, size = full_size_configs(row.model), Bucket(*row.size)
     workload = Workload(size, 1, "bf16", size if row.is_sampled else None)
     facts = model_facts(configs, make_method(args, row))
-    result = account(facts, configs, memory_settings_of(args), workload)
+    result = account(facts, memory_settings_of(args), workload)
     return {**asdict(result), "training": result.training, "validation": result.validation}
 
 
 def wait_for_device() -> None:
-    """Until all that was started is done."""
+    """Wait until all GPU operations are done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def device_peaks(when: str) -> dict[str, int]:
-    """The most bytes on the device since the peaks were forgotten; none on the CPU."""
+    """Return the peaks of bytes on the device since the last reset; none on the CPU."""
     if not torch.cuda.is_available():
         return {}
-    return {
-        f"{when} allocated": torch.cuda.max_memory_allocated(),
-        f"{when} reserved": torch.cuda.max_memory_reserved(),
-    }
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {f"{when} allocated": allocated, f"{when} reserved": reserved}
 
 
 def forget_device_peaks() -> None:
-    """Count peaks from now on, with nothing reserved that is not in use."""
+    """Release unused memory and reset the peaks of the device."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def forget_host_peak() -> None:
-    """Count the host's peak from now on, where the system lets a process do so."""
+    """Reset the peak of host memory, if the system allows it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
-        print(f"the peak of host memory includes what was there before: {error}", file=sys.stderr)
+        print(f"the peak of host memory includes earlier memory: {error}", file=sys.stderr)
 
 
 def host_peak() -> int:
-    """The most bytes of host memory in use at once, mapped parts of files among them."""
+    """Return the peak bytes of host memory, mapped files included."""
     try:
         status = Path("/proc/self/status").read_text()
         return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
@@ -277,20 +266,18 @@ def host_peak() -> int:
 
 
 def installed_versions() -> dict[str, str]:
-    """Of Python and of the packages that decide over memory and speed."""
-
-    def installed() -> Iterator[tuple[str, str]]:
-        for package in PACKAGES:
-            try:
-                yield package, version(package)
-            except PackageNotFoundError:
-                yield package, "not installed"
-
-    return {"python": platform.python_version(), **dict(installed())}
+    """Return the versions of Python and of the packages that affect memory and speed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     with written_whole(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

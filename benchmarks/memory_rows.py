@@ -1,4 +1,4 @@
-"""The rows of the memory tables: what is run, in the order of importance, and what others published for it."""
+"""The rows of the memory tables: the runs, most important first, and the figures that others published."""
 
 from dataclasses import dataclass, field
 
@@ -14,60 +14,33 @@ class Row:
     """One run."""
 
     name: str
-    model: str  # a kind, as make_full_size_model takes it
+    model: str  # a kind for make_full_size_model
     method: str  # lora, sft
-    flags: tuple[str, ...] = ()  # beside those that all rows have
+    flags: tuple[str, ...] = ()  # besides those of all rows
     rank: int = 64
     size: tuple[int, int, int] = SIZE
     is_sampled: bool = True  # whether it validates
-    steps: tuple[int, int] = (2, 2)  # to warm up, and timed; the optimizer's states come with the first
-    goal: float | None = None  # GB, of training and validation together
-    # trainer -> GB of training, and with validation; None where nothing was published, "out of memory" on 80 GB
+    steps: tuple[int, int] = (2, 2)  # warm-up and timed; the first one allocates the optimizer's states
+    # trainer -> GB of training, and with validation; None if unpublished, "out of memory" on 80 GB
     published: dict[str, tuple[float | str, float | None]] = field(default_factory=dict)
 
 
 CHECKPOINTED = ("--gradient_checkpointing",)
 
 ROWS = (
-    Row(
-        "5b LoRA",
-        "5b",
-        "lora",
-        CHECKPOINTED,
-        goal=19,
-        published={FACTORY: (20.8, 30.3)},
-    ),
-    Row("5b LoRA, offloaded checkpoints", "5b", "lora", (*CHECKPOINTED, "--offload_checkpoints"), goal=15),
+    Row("5b LoRA", "5b", "lora", CHECKPOINTED, published={FACTORY: (20.8, 30.3)}),
+    Row("5b LoRA, offloaded checkpoints", "5b", "lora", (*CHECKPOINTED, "--offload_checkpoints")),
     Row(
         "5b LoRA, int8, streamed blocks",
         "5b",
         "lora",
         (*CHECKPOINTED, "--offload_checkpoints", "--quantize_base", "int8", "--stream_blocks"),
-        goal=8,
     ),
-    Row("2b LoRA", "2b", "lora", CHECKPOINTED, goal=8, published={FACTORY: (13.0, 21.6)}),
-    Row(
-        "5b full, bf16 weights, 8-bit, step in backward",
-        "5b",
-        "sft",
-        (*CHECKPOINTED, *LOW_BIT, *SMALLEST_FULL),
-        goal=24,
-    ),
+    Row("2b LoRA", "2b", "lora", CHECKPOINTED, published={FACTORY: (13.0, 21.6)}),
+    Row("5b full, bf16 weights, 8-bit, step in backward", "5b", "sft", (*CHECKPOINTED, *LOW_BIT, *SMALLEST_FULL)),
     Row("2b full, 8-bit", "2b", "sft", (*CHECKPOINTED, *LOW_BIT), published={FACTORY: (16.4, 27.6)}),
-    Row(
-        "2b full, bf16 weights, 8-bit, step in backward",
-        "2b",
-        "sft",
-        (*CHECKPOINTED, *LOW_BIT, *SMALLEST_FULL),
-        goal=16,
-    ),
-    Row(
-        "2b full, AdamW",
-        "2b",
-        "sft",
-        CHECKPOINTED,
-        published={FACTORY: (33.9, 43.8), COGVIDEO: (36.0, None)},
-    ),
+    Row("2b full, bf16 weights, 8-bit, step in backward", "2b", "sft", (*CHECKPOINTED, *LOW_BIT, *SMALLEST_FULL)),
+    Row("2b full, AdamW", "2b", "sft", CHECKPOINTED, published={FACTORY: (33.9, 43.8), COGVIDEO: (36.0, None)}),
     Row("5b full, 8-bit", "5b", "sft", (*CHECKPOINTED, *LOW_BIT), published={FACTORY: (52.8, 58.6)}),
     Row(
         "5b full, bf16 weights, 8-bit, CPU-offloaded",
@@ -78,7 +51,7 @@ ROWS = (
             *("--use_cpu_offload_optimizer", "--offload_gradients"),
         ),
     ),
-    # May need more host memory than there is: pinned copies are rounded up to powers of two.
+    # May exceed the host memory: pinned copies are rounded up to powers of two.
     Row(
         "5b full, CPU-offloaded",
         "5b",
@@ -105,14 +78,12 @@ ROWS = (
         "5b",
         "lora",
         (*CHECKPOINTED, "--offload_checkpoints", "--quantize_base", "nf4"),
-        goal=8,
     ),
     Row(
         "5b full, bf16 weights, 4-bit, step in backward",
         "5b",
         "sft",
         (*CHECKPOINTED, "--use_4bit", "--use_torchao", *SMALLEST_FULL),
-        goal=24,
     ),
     Row(
         "2b full, bf16 weights, 8-bit",
@@ -156,10 +127,6 @@ ROWS = (
     Row("5b full, 4-bit", "5b", "sft", (*CHECKPOINTED, "--use_4bit", "--use_torchao")),
     Row("5b full, fp8 states", "5b", "sft", (*CHECKPOINTED, "--use_fp8", "--use_torchao")),
     Row(
-        "5b full, 8-bit of bitsandbytes",
-        "5b",
-        "sft",
-        (*CHECKPOINTED, "--use_8bit"),
-        published={FACTORY: (52.8, 58.6)},
+        "5b full, 8-bit of bitsandbytes", "5b", "sft", (*CHECKPOINTED, "--use_8bit"), published={FACTORY: (52.8, 58.6)}
     ),
 )

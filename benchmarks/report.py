@@ -1,9 +1,9 @@
-"""Turn the benchmarks' JSON into the tables of assets/docs/memory.md and the charts beside it.
+"""Turn the benchmarks' JSON into the tables and charts of assets/docs/memory.md.
 
     make tables
 
-Needs no torch, and matplotlib for the charts alone. What was not measured on a GPU says so; calculated figures have a
-column, and a chart, of their own.
+Needs no torch, and matplotlib only for the charts. Rows that were not measured on a GPU say so; calculated figures
+have a separate column and chart.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PARTS = {"weights": "#4c72b0", "optimizer states": "#dd8452", "gradients": "#c44
 def main() -> None:
     """Write page and charts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no_charts", action="store_true", help="write the tables alone")
+    parser.add_argument("--no_charts", action="store_true", help="write only the tables")
     args = parser.parse_args()
     measured, calculated = read_rows("memory.json"), read_rows("memory_calculated.json")
     PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), measured, calculated, read_speed()), encoding="utf-8")
@@ -38,19 +38,19 @@ def main() -> None:
 
 
 def read_rows(name: str) -> dict[str, Any]:
-    """The rows of one of the JSON files; none if it is not there."""
+    """Return the rows of a JSON file; none if it does not exist."""
     file = ROOT / "benchmarks" / name
     return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else {}
 
 
 def read_speed() -> dict[str, Any]:
-    """The figures of speed.py for GPUs; none if there are none."""
+    """Return the figures of gpu_speed.py; none if they do not exist."""
     file = ROOT / "benchmarks" / "speed_gpu.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def fill_page(page: str, measured: Mapping, calculated: Mapping, speed: Mapping) -> str:
-    """The page with its tables as the JSON has them.
+    """Return the page with its tables replaced.
 
     Raises:
         ValueError: the page lacks the marks of a table.
@@ -72,7 +72,7 @@ def fill_page(page: str, measured: Mapping, calculated: Mapping, speed: Mapping)
 
 
 def memory_table(rows: Iterable[Row], measured: Mapping, calculated: Mapping) -> str:
-    """Return the table of training / training with validation, in GB."""
+    """Return a table of GB in training and, after the slash, in training with validation."""
     with_published = any(row.published for row in rows)
     published = ["published, GB"] if with_published else []
     header = ["run", *published, "measured, GB", "s/step", "calculated, GB", "host, GB"]
@@ -93,7 +93,7 @@ def memory_table(rows: Iterable[Row], measured: Mapping, calculated: Mapping) ->
 
 
 def published_cell(row: Row) -> str:
-    """What others published, and who."""
+    """Return the figures that others published."""
     return "; ".join(
         f"{published if isinstance(published, str) else f'{published:.1f}'}"
         + (f" / {sampled:.1f}" if sampled else "")
@@ -103,7 +103,7 @@ def published_cell(row: Row) -> str:
 
 
 def measured_cell(result: Mapping[str, Any]) -> str:
-    """Peaks that torch reserved; why there are none, or none of the validation."""
+    """Return the peaks that torch reserved, or why they are missing."""
     failed = f": {result['failed'].replace('|', '/')}" if "failed" in result else ""
     if "training reserved" not in result.get("measured", {}):
         return NOT_MEASURED + failed
@@ -112,13 +112,13 @@ def measured_cell(result: Mapping[str, Any]) -> str:
 
 
 def peaks_cell(training: int, validation: int) -> str:
-    """Of training, and of training and validation together."""
+    """Return the GB of training, and of training and validation together."""
     both = f" / {max(training, validation) / GB:.1f}" if validation else ""
     return f"{training / GB:.1f}{both}"
 
 
 def parts_table(rows: Iterable[Row], calculated: Mapping) -> str:
-    """What a training step's calculated peak consists of."""
+    """Return a table of the parts of a training step's calculated peak."""
     lines = [["run", *(f"{name}, GB" for name in PARTS), "peak, GB"], ["---"] * (len(PARTS) + 2)]
     for row in rows:
         parts = peak_parts(calculated[row.name])
@@ -127,7 +127,7 @@ def parts_table(rows: Iterable[Row], calculated: Mapping) -> str:
 
 
 def peak_parts(account: Mapping[str, int]) -> dict[str, int]:
-    """The parts of a training step's peak, in bytes."""
+    """Return the bytes of the parts of a training step's peak."""
     weights = account["frozen_weights"] + account["trained_weights"] + account["averaged_weights"]
     start = account["kept_inputs"] + account["kept_activations"]
     earlier = account["earlier_gradients"] if account["last_input"] + account["earlier_gradients"] > start else 0
@@ -137,7 +137,7 @@ def peak_parts(account: Mapping[str, int]) -> dict[str, int]:
 
 
 def machine_line(measured: Mapping[str, Any]) -> str:
-    """Where and when rows were measured."""
+    """Return where and when rows were measured."""
     where = sorted(
         {
             ", ".join([row["device"], row["date"], *(f"{name} {row['versions'][name]}" for name in VERSIONS)])
@@ -151,7 +151,7 @@ def machine_line(measured: Mapping[str, Any]) -> str:
 
 
 def speed_table(speed: Mapping[str, Any]) -> str:
-    """Steps on a GPU at full size: figures of speed, and what torch reserved at most."""
+    """Return a table of the speed and reserved memory of steps on a GPU at full size."""
     rows = {name: speed_figures(row["measured"]) for name, row in speed.get("rows", {}).items() if "measured" in row}
     if not rows:
         return "No speed has been measured on a GPU yet."
@@ -163,19 +163,19 @@ def speed_table(speed: Mapping[str, Any]) -> str:
 
 
 def speed_figures(measured: Mapping[str, float]) -> dict[str, str]:
-    """Figures of a row as they are shown."""
+    """Format the figures of a row."""
     shown = {key: f"{value:.3g}" for key, value in measured.items() if key not in BYTES}
     reserved = measured.get("training reserved")
     return shown | ({"reserved, GB": f"{reserved / GB:.1f}"} if reserved else {})
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table; its first line is the header."""
+    """Format a table whose first line is the header."""
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def draw_charts(folder: Path, measured: Mapping, calculated: Mapping) -> list[Path]:
-    """Write the charts, and return where: of what was calculated and, if anything was, of what was measured."""
+    """Write the charts of calculated and, if there are any, of measured figures; return their paths."""
     charts = [draw_calculated(folder / CALCULATED_CHART, calculated)]
     rows = {name: row["measured"] for name, row in measured.items() if "training reserved" in row.get("measured", {})}
     if rows:
@@ -185,7 +185,7 @@ def draw_charts(folder: Path, measured: Mapping, calculated: Mapping) -> list[Pa
 
 
 def draw_calculated(path: Path, calculated: Mapping[str, Any]) -> Path:
-    """Stacked bars of a training step's parts, with marks for validation and for what others published."""
+    """Draw stacked bars of a training step's parts, with marks for validation and published figures."""
     largest = {name: max(row["training"], row["validation"]) / GB for name, row in calculated.items()}
     rows = in_groups(largest)
     figure, axes = new_chart(len(rows))
@@ -202,7 +202,7 @@ def draw_calculated(path: Path, calculated: Mapping[str, Any]) -> Path:
 
 
 def draw_measured(path: Path, measured: Mapping[str, Any], device: str) -> Path:
-    """Bars of what torch reserved, training and with validation."""
+    """Draw bars of the memory that torch reserved in training and with validation."""
     largest = {
         name: max(row["training reserved"], row.get("validation reserved", 0)) / GB for name, row in measured.items()
     }
@@ -218,13 +218,13 @@ def draw_measured(path: Path, measured: Mapping[str, Any], device: str) -> Path:
 
 
 def in_groups(peaks: Mapping[str, float]) -> list[Row]:
-    """The rows that have a peak, from below: full fine-tuning, then LoRA, the largest model and peak first."""
+    """Return the rows with a peak, bottom first: full fine-tuning, then LoRA, the largest model and peak first."""
     rows = [row for row in ROWS if row.name in peaks]
     return sorted(rows, key=lambda row: (row.method == "lora", row.model == "2b", -peaks[row.name]))
 
 
 def label(axes: Any, peaks: Sequence[float]) -> None:
-    """Write each peak in a column of its own, right of all bars."""
+    """Write each peak in a column to the right of the bars."""
     for number, peak in enumerate(peaks):
         axes.annotate(
             f"{peak:.1f}", (1, number), (4, -3), xycoords=("axes fraction", "data"), textcoords="offset points",
@@ -233,17 +233,15 @@ def label(axes: Any, peaks: Sequence[float]) -> None:
 
 
 def new_chart(num_rows: int) -> tuple[Any, Any]:
-    """An empty chart with room for so many bars."""
-    import matplotlib
+    """Return an empty figure and its axes with room for so many bars."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(11, 1.6 + 0.31 * num_rows), layout="constrained")
+    figure = Figure(figsize=(11, 1.6 + 0.31 * num_rows), layout="constrained")
+    return figure, figure.subplots()
 
 
 def draw_published(axes: Any, rows: Sequence[Row]) -> None:
-    """Marks for what the original factory took, training and validation together."""
+    """Mark the published memory of the original factory, training and validation together."""
     points = [
         (max(size for size in row.published[FACTORY] if isinstance(size, float)), number)
         for number, row in enumerate(rows)
@@ -258,9 +256,7 @@ def draw_published(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def finish(figure: Any, axes: Any, path: Path, rows: Sequence[Row], title: str) -> Path:
-    """Label a chart, and write it."""
-    from matplotlib import pyplot
-
+    """Label a chart and write it."""
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=9)
     axes.set_xlabel("GB of GPU memory (GB = 2^30 bytes)")
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
@@ -273,7 +269,6 @@ def finish(figure: Any, axes: Any, path: Path, rows: Sequence[Row], title: str) 
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     return path
 
 

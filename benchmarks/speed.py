@@ -45,50 +45,50 @@ NATIVE = ["--height_buckets", "480", "--width_buckets", "720"]
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Wall-clock time of one call."""
+    """Return the wall-clock time of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def measure_preparation(model: Path, clips: Path, prepared: Path) -> float:
-    """Clips a second from mp4 files to latents and embeddings at 49x96x144, loading of models included."""
+    """Return clips a second from mp4 files to latents and embeddings at 49x96x144, including model loading."""
     flags = ["--model_id", str(model), "--data_root", str(clips), "--output_dir", str(prepared), *SMALL]
     flags += ["--batch_size", "2", "--dataloader_num_workers", "1", "--save_latents_and_embeddings"]
     args = parse_prepare_args(flags)
-    data = plan_raw_clips(args)
+    data = plan_raw_clips(args.sources, args.clips)
     return len(data.clips) / seconds(lambda: prepare(args, data))
 
 
 def measure_training(model: Path, prepared: Path, output: Path, steps: int = 100) -> float:
-    """Optimizer steps a second of a LoRA of rank 16 on prepared 49x96x144 clips, batch 1, float32, after warm-up."""
+    """Return steps a second of a LoRA of rank 16 on prepared 49x96x144 clips, batch 1, float32, after warm-up."""
 
     def run(name: str, num_steps: int) -> float:
         flags = ["--pretrained_model_name_or_path", str(model), "--data_root", str(prepared), "--load_tensors"]
         flags += ["--output_dir", str(output / name), "--max_train_steps", str(num_steps), "--rank", "16"]
         flags += ["--lora_alpha", "16", "--train_batch_size", "1", "--seed", "0", "--report_to", "none", *SMALL]
         args = parse_args(flags, task="text-to-video", method="lora")
-        method = Lora(args.rank, args.lora_alpha)
+        method = Lora.from_flags(args.lora, args.memory.quantize_base)
         prepared_run = set_up(check_spec(args, plan_training_data(args), TextToVideo(), method))
-        return seconds(lambda: train(args, prepared_run))
+        return seconds(lambda: train(prepared_run))
 
     run("warm-up", 10)
     return steps / run("measured", steps)
 
 
 def measure_loading(clips: Path, output: Path, num_workers: int, epochs: int = 2) -> float:
-    """Clips a second decoded and resized to 49x480x720 by the training's own loader, workers' start included."""
+    """Return clips a second decoded and resized to 49x480x720 by the training's loader, including worker start."""
     args = parse_prepare_args(["--data_root", str(clips), "--output_dir", str(output), "--model_id", "o/m", *NATIVE])
-    data = plan_raw_clips(args)
+    data = plan_raw_clips(args.sources, args.clips)
     sampler = BucketBatchSampler(data.buckets, 1, seed=0)
     sampler.total_batches = epochs * sampler.batches_per_epoch
-    dataset = ClipDataset(data.clips, reshape_mode=args.video_reshape_mode, random_flip=None, seed=0)
+    dataset = ClipDataset(data.clips, reshape_mode=args.clips.video_reshape_mode, random_flip=None, seed=0)
     loader = make_loader(dataset, sampler, num_workers=num_workers)
     return epochs * len(data.clips) / seconds(lambda: [batch.names for batch in loader])
 
 
 def measure_prepared_loading(folder: Path, num_workers: int, num_samples: int = 64, epochs: int = 8) -> float:
-    """Samples a second of 13x60x90 latents (49x480x720) and T5-XXL embeddings in bfloat16, loaded from shards."""
+    """Return samples a second of bfloat16 latents (49x480x720) and T5-XXL embeddings loaded from shards."""
     names = [f"sample-{number}" for number in range(num_samples)]
     shapes = {("latents", "video_latents"): (32, 13, 60, 90), ("prompt_embeds", "prompt_embeds"): (226, 4096)}
     for (part, kind), shape in shapes.items():
@@ -112,13 +112,13 @@ def measure_prepared_loading(folder: Path, num_workers: int, num_samples: int = 
 
 
 def measure_help() -> float:
-    """Seconds until the T2V LoRA script has shown its help; the best of three."""
+    """Return the seconds until the T2V LoRA script has shown its help, the best of three."""
     command = [sys.executable, str(TRAINING / "cogvideox_text_to_video_lora.py"), "--help"]
     return min(seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(3))
 
 
-def measure_whole_run(model: Path, prepared: Path, output: Path, steps: int = 40) -> float:
-    """Seconds of a whole run of the T2V LoRA script, from `accelerate launch` to the LoRA on the disk."""
+def measure_complete_run(model: Path, prepared: Path, output: Path, steps: int = 40) -> float:
+    """Return the seconds of a run of the T2V LoRA script, from `accelerate launch` to the LoRA on disk."""
     accelerate = Path(sys.executable).with_name("accelerate")
     config = "single_gpu" if torch.cuda.is_available() else "cpu"
     command = [str(accelerate), "launch", "--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
@@ -145,7 +145,7 @@ def main() -> None:
             "prepared samples/s loaded at 49x480x720, 2 workers": measure_prepared_loading(root / "shards", 2),
             "prepared clips/s at 49x96x144": measure_preparation(model, root / "clips", root / "prepared"),
             "training steps/s at 49x96x144": measure_training(model, root / "prepared", root / "output"),
-            "seconds of a whole run of 40 steps": measure_whole_run(model, root / "prepared", root / "whole"),
+            "seconds of a whole run of 40 steps": measure_complete_run(model, root / "prepared", root / "complete"),
             "seconds until --help": measure_help(),
         }
     machine = {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count()}

@@ -1,5 +1,6 @@
 """What many tests need: tiny models and clips, made once a session, and a world without network."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -29,6 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         missing = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
         for item in for_gpu:
             item.add_marker(missing)
+
+
+def pytest_collection_finish() -> None:
+    """Exclude what the tests have imported from garbage collection, which a run in a test starts several times."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Undo `gc.freeze`: extension modules report what is not collected at exit."""
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -1,22 +1,26 @@
 """The command line: names, defaults and aliases as users know them, and one clear line for every mistake."""
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from args import check_files, parse_args, parse_prepare_args
+from args import parse_args, parse_prepare_args
+from checks.files import check_files
 from common.errors import UserError
 from data.tables import TABLE_SUFFIXES
+from flags.data import SourceFlags
+from flags.schema import flag_values
+from flags.settings import TrainingSettings
 from repository import TRAINING
 
 
-BUCKETS = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
+BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 
 DATA_DEFAULTS = {
     "dataset_file": None,
@@ -33,7 +37,7 @@ DATA_DEFAULTS = {
     "id_token": None,
     "height_buckets": BUCKETS,
     "width_buckets": BUCKETS,
-    "frame_buckets": [49],
+    "frame_buckets": (49,),
     "random_flip": None,
     "dataloader_num_workers": 0,
     "pin_memory": False,
@@ -49,7 +53,6 @@ DATA_DEFAULTS = {
     "revision": None,
     "variant": None,
     "cache_dir": None,
-    "config": None,
 }
 
 TRAINING_DEFAULTS = DATA_DEFAULTS | {
@@ -58,8 +61,7 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
     "ignore_prepared_mismatch": False,
     "validation_prompt": None,
     "validation_dataset_file": None,
-    "validation_images": [],
-    "validation_prompts": [],
+    "validation_images": None,
     "validation_prompt_separator": ":::",
     "num_validation_videos": 1,
     "validation_epochs": None,
@@ -142,7 +144,7 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
 
 METHOD_DEFAULTS = {
     "lora": {
-        "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+        "lora_target_modules": ("to_q", "to_k", "to_v", "to_out.0"),
         "use_rslora": False,
         "use_dora": False,
         "lora_dropout": 0.0,
@@ -153,8 +155,6 @@ METHOD_DEFAULTS = {
     "sft": {"save_pipeline": False, "weights_dtype": "fp32"},
 }
 # Parts of the toolkit ask for these without asking for the method.
-OTHER_METHOD = {"lora": {"weights_dtype": "fp32"}, "sft": {"quantize_base": "none", "stream_blocks": False}}
-
 PREPARE_DEFAULTS = DATA_DEFAULTS | {
     "model_id": "THUDM/CogVideoX-2b",
     "caption_column": "caption",
@@ -329,13 +329,18 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def train(*flags: str, task: str = "text-to-video", method: str = "lora") -> argparse.Namespace:
+def settings(*flags: str, task: str = "text-to-video", method: str = "lora") -> TrainingSettings:
     required = ["--pretrained_model_name_or_path", "THUDM/CogVideoX-5b", "--data_root", "clips"]
     return parse_args([*required, *flags], task=task, method=method)
 
 
-def prepare(*flags: str) -> argparse.Namespace:
-    return parse_prepare_args(["--data_root", "clips", "--output_dir", "out", *flags])
+def train(*flags: str, **script: str) -> SimpleNamespace:
+    """The values of the flags of a training script by name."""
+    return SimpleNamespace(**flag_values(settings(*flags, **script)))
+
+
+def prepare(*flags: str) -> SimpleNamespace:
+    return SimpleNamespace(**flag_values(parse_prepare_args(["--data_root", "clips", "--output_dir", "out", *flags])))
 
 
 def error_of(call: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> str:
@@ -361,8 +366,7 @@ def help_of(call: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> s
 @pytest.mark.parametrize("task", ["text-to-video", "image-to-video"])
 @pytest.mark.parametrize("method", ["lora", "sft"])
 def test_training_defaults_are_the_documented_ones(task: str, method: str) -> None:
-    given = frozenset({"pretrained_model_name_or_path", "data_root"})
-    expected = TRAINING_DEFAULTS | METHOD_DEFAULTS[method] | OTHER_METHOD[method] | {"method": method, "given": given}
+    expected = TRAINING_DEFAULTS | METHOD_DEFAULTS["lora"] | METHOD_DEFAULTS["sft"]
     expected |= {
         "pretrained_model_name_or_path": "THUDM/CogVideoX-5b",
         "data_root": "clips",
@@ -398,7 +402,7 @@ def test_a_launcher_of_the_original_scripts_parses() -> None:
         --beta1 0.9 --beta2 0.95 --weight_decay 0.001 --max_grad_norm 1.0 --allow_tf32 --report_to wandb
         --nccl_timeout 1800"""
     args = train("--validation_prompt", "BW_STYLE a cat:::BW_STYLE a dog", *line.split())
-    assert (args.rank, args.lr_scheduler, args.frame_buckets) == (128, "cosine_with_restarts", [49])
+    assert (args.rank, args.lr_scheduler, args.frame_buckets) == (128, "cosine_with_restarts", (49,))
 
 
 @pytest.mark.parametrize(("alias", "destination"), ALIASES)
@@ -408,7 +412,7 @@ def test_an_alias_sets_the_same_destination(alias: str, destination: str) -> Non
 
 def test_instance_data_root_is_data_root() -> None:
     flags = ["--pretrained_model_name_or_path", "a/b", "--instance_data_root", "clips"]
-    assert parse_args(flags, task="text-to-video", method="lora").data_root == "clips"
+    assert parse_args(flags, task="text-to-video", method="lora").sources.data_root == "clips"
 
 
 def test_prodigy_beta3_is_beta3() -> None:
@@ -495,23 +499,23 @@ def test_a_value_with_a_line_break_still_gives_one_line(capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("count", ["1", "4", "5", "8", "48", "49"])
 def test_frame_counts_that_the_vae_takes_whole_are_accepted(count: str) -> None:
-    assert train("--frame_buckets", count, "--max_num_frames", count).frame_buckets == [int(count)]
+    assert train("--frame_buckets", count, "--max_num_frames", count).frame_buckets == (int(count),)
 
 
 def test_frame_buckets_above_the_maximum_are_left_out_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("--frame_buckets", "17", "49", "81").frame_buckets == [17, 49]
+    assert train("--frame_buckets", "17", "49", "81").frame_buckets == (17, 49)
     assert capsys.readouterr().err == "warning: --frame_buckets 81 not used: longer than --max_num_frames 49\n"
 
 
 @pytest.mark.parametrize("parse", [train, prepare])
-def test_height_and_width_alone_become_the_only_bucket(parse: Callable[..., argparse.Namespace]) -> None:
+def test_height_and_width_alone_become_the_only_bucket(parse: Callable[..., SimpleNamespace]) -> None:
     args = parse("--height", "256", "--width", "384")
-    assert (args.height_buckets, args.width_buckets, args.height, args.width) == ([256], [384], 256, 384)
+    assert (args.height_buckets, args.width_buckets, args.height, args.width) == ((256,), (384,), 256, 384)
 
 
 def test_height_and_width_equal_to_their_defaults_become_the_only_bucket_too() -> None:
     args = train("--height", "480", "--width", "720")
-    assert (args.height_buckets, args.width_buckets) == ([480], [720])
+    assert (args.height_buckets, args.width_buckets) == ((480,), (720,))
 
 
 def test_height_without_width_leaves_the_buckets_alone() -> None:
@@ -521,7 +525,7 @@ def test_height_without_width_leaves_the_buckets_alone() -> None:
 
 def test_a_bucket_list_wins_over_height_and_width() -> None:
     args = train("--height", "256", "--width", "384", "--height_buckets", "480", "512")
-    assert (args.height_buckets, args.width_buckets) == ([480, 512], BUCKETS)
+    assert (args.height_buckets, args.width_buckets) == ((480, 512), BUCKETS)
 
 
 def test_choices_are_lowercased() -> None:
@@ -697,25 +701,25 @@ def test_a_validation_set_can_be_scheduled_without_prompts(workplace: Path) -> N
 
 
 def test_validation_prompts_are_split_and_stripped() -> None:
-    args = train("--validation_prompt", " a cat ::: a dog", "--validation_steps", "5")
-    assert args.validation_prompts == ["a cat", "a dog"]
-    assert args.validation_prompt == " a cat ::: a dog"
+    validation = settings("--validation_prompt", " a cat ::: a dog", "--validation_steps", "5").validation
+    assert validation.prompts == ("a cat", "a dog")
+    assert validation.validation_prompt == " a cat ::: a dog"
 
 
 def test_validation_prompts_follow_the_separator() -> None:
-    args = train("--validation_prompt", "a:::b|c", "--validation_prompt_separator", "|")
-    assert args.validation_prompts == ["a:::b", "c"]
+    validation = settings("--validation_prompt", "a:::b|c", "--validation_prompt_separator", "|").validation
+    assert validation.prompts == ("a:::b", "c")
 
 
 def test_validation_images_are_split_and_may_be_urls() -> None:
-    args = train(
+    args = settings(
         "--validation_prompt",
         "a cat:::a dog",
         "--validation_images",
         "first.png ::: https://example.org/dog.png",
         task="image-to-video",
     )
-    assert args.validation_images == ["first.png", "https://example.org/dog.png"]
+    assert args.validation.images == ("first.png", "https://example.org/dog.png")
 
 
 @pytest.mark.parametrize(
@@ -807,11 +811,11 @@ def test_the_checks_leave_nothing_behind(workplace: Path) -> None:
 
 def test_check_files_reports_to_python_callers_with_a_user_error() -> None:
     with pytest.raises(UserError, match="--model_id: no folder 'nowhere'"):
-        check_files(model="nowhere", data_root="clips", dataset_file=None, output_dir="out", model_flag="--model_id")
+        check_files("nowhere", SourceFlags(data_root="clips"), "out", model_flag="--model_id")
 
 
 def test_training_help_mentions_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    names = set(vars(train())) - {"validation_prompts", "method", "given", *OTHER_METHOD["lora"]}
+    names = set(vars(train())) - METHOD_DEFAULTS["sft"].keys()
     aliases = {alias.removeprefix("--") for alias, _ in ALIASES}
     aliases |= {"instance_data_root", "prodigy_beta3", "use_8bit_adam"}
     shown = help_of(lambda: train("--help"), capsys)
@@ -829,7 +833,7 @@ def test_help_names_the_task(task: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"CogVideoX {task} model" in help_of(lambda: train("--help", task=task), capsys)
 
 
-OURS = {"args", "common", "data", "flags", "video"}
+OURS = {"args", "checks", "common", "data", "flags", "video"}
 
 
 def test_only_the_standard_library_is_imported() -> None:

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -14,7 +13,17 @@ from data.buckets import Bucket
 from data.clips import Clip, ClipSample, plan_clips
 from data.prepared import PreparedClip, StoredTensor
 from data.sampler import BucketBatchSampler, Draw
-from dataset import Batch, ClipDataset, PreparedDataset, check_prepared, collate, make_loader, without_failures
+from dataset import (
+    Batch,
+    ClipDataset,
+    DeviceCopies,
+    PreparedDataset,
+    check_prepared,
+    collate,
+    make_loader,
+    without_failures,
+)
+from encoded_clips import all_frames
 from models.encoding import encode_prompts
 from models.prompts import PromptCache
 from models.source import ModelSource
@@ -24,12 +33,6 @@ from video.probe import probe_files
 BUCKET = Bucket(9, 64, 96)
 
 
-def decode(path: Path) -> np.ndarray:
-    """The truth: every frame, as PyAV decodes them one after another."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
 def spread(count: int, num_frames: int) -> list[int]:
     """`count` frames from the first to the last, halves rounded up."""
     return [(2 * i * (num_frames - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]
@@ -37,15 +40,15 @@ def spread(count: int, num_frames: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def planned(demo_clips) -> list[ClipSample]:
-    """The 16 clips, each in a bucket of its own size: nothing is to be resized."""
+    """The 16 clips, each in a bucket of its own size, so that nothing is resized."""
     paths = sorted((demo_clips / "videos").iterdir())
     infos = probe_files(paths)
     buckets = sorted({Bucket(9, info.height, info.width) for info in infos.values()})
     return plan_clips([Clip(path, path.stem, path.name) for path in paths], infos, buckets)[0]
 
 
-def make_dataset(planned: list[ClipSample], random_flip: float | None = None, seed: int = 0) -> ClipDataset:
-    return ClipDataset(planned, reshape_mode="center", random_flip=random_flip, seed=seed)
+def make_dataset(planned: list[ClipSample], **options) -> ClipDataset:
+    return ClipDataset(planned, **{"reshape_mode": "center", "random_flip": None, "seed": 0} | options)
 
 
 # Raw clips
@@ -55,7 +58,7 @@ def test_a_clip_has_exactly_the_planned_frames(planned):
     dataset = make_dataset(planned)
     assert len(dataset) == 16
     for index in range(5):  # one of each size
-        frames = decode(planned[index].clip.video)
+        frames = all_frames(planned[index].clip.video)
         batch = dataset[Draw(index, 0)]
         assert batch.videos.dtype == torch.uint8
         assert batch.videos.shape == (1, 9, 3, *frames.shape[1:3])
@@ -76,7 +79,7 @@ def test_every_frame_that_was_chosen_is_the_one_that_pyav_counts(demo_clips, cho
     buckets = sorted({Bucket(5, info.height, info.width) for info in infos.values()})
     samples, bad = plan_clips([Clip(path, "", path.name) for path in paths], infos, buckets, **choice)
     assert not bad
-    truth = {path: decode(path) for path in paths}
+    truth = {path: all_frames(path) for path in paths}
     dataset = make_dataset(samples)
     for index, sample in enumerate(samples):
         expected = truth[sample.clip.video][list(sample.frame_indices)].transpose(0, 3, 1, 2)
@@ -84,16 +87,13 @@ def test_every_frame_that_was_chosen_is_the_one_that_pyav_counts(demo_clips, cho
 
 
 def test_a_flipped_clip_is_mirrored_in_every_frame(planned):
-    plain, flipped = (
-        make_dataset(planned)[Draw(0, 0)].videos,
-        make_dataset(planned, random_flip=1.0)[Draw(0, 0)].videos,
-    )
+    plain, flipped = (make_dataset(planned, random_flip=flip)[Draw(0, 0)].videos for flip in (None, 1.0))
     assert np.array_equal(flipped.numpy(), plain.numpy()[..., ::-1])
     assert not torch.equal(flipped, plain)
 
 
 def flips(planned: list[ClipSample], draws: list[Draw], seed: int = 0) -> list[bool]:
-    """Which draws are mirrored; asserts that the others are as they were, in every frame."""
+    """Return which draws are mirrored, and assert that the others are unchanged in every frame."""
     plain, maybe_flipped = make_dataset(planned), make_dataset(planned, random_flip=0.5, seed=seed)
     found = []
     for draw in draws:
@@ -103,7 +103,7 @@ def flips(planned: list[ClipSample], draws: list[Draw], seed: int = 0) -> list[b
     return found
 
 
-def test_half_of_the_clips_are_flipped_as_wholes_and_always_the_same(planned):
+def test_half_of_the_clips_are_flipped_in_all_frames_and_always_the_same(planned):
     draws = [Draw(index, epoch) for index in (0, 2, 4, 7) for epoch in range(4)]
     first = flips(planned, draws)
     assert {True, False} == set(first)
@@ -117,7 +117,7 @@ def test_another_epoch_seed_or_clip_flips_others(planned):
     assert len(set(flips(planned, [Draw(index, 0) for index in range(8)]))) == 2
 
 
-def test_a_clip_is_flipped_alike_wherever_it_stands_in_the_list(planned):
+def test_a_flip_does_not_depend_on_the_place_in_the_list(planned):
     draws = [Draw(index, epoch) for index in range(4) for epoch in range(3)]
     moved = [Draw(3 - draw.index, draw.epoch) for draw in draws]
     assert flips(planned[:4][::-1], moved) == flips(planned[:4], draws)
@@ -131,8 +131,7 @@ def with_image(planned: ClipSample, image: Path | None) -> ClipSample:
 
 
 def image_of(planned: ClipSample, mode: str = "center", random_flip: float | None = None) -> tuple[Batch, np.ndarray]:
-    dataset = ClipDataset([planned], reshape_mode=mode, random_flip=random_flip, seed=0, with_images=True)
-    batch = dataset[Draw(0, 0)]
+    batch = make_dataset([planned], reshape_mode=mode, random_flip=random_flip, with_images=True)[Draw(0, 0)]
     return batch, batch.images[0].numpy()
 
 
@@ -144,7 +143,7 @@ def test_a_clip_without_an_image_starts_from_its_own_first_frame(planned):
 @pytest.mark.parametrize("mode", ["center", "random"])
 def test_an_image_is_cut_and_flipped_like_its_clip(planned, tmp_path, mode):
     smaller = replace(planned[2], bucket=Bucket(9, 64, 96))
-    frame = decode(smaller.clip.video)[smaller.frame_indices[0]]
+    frame = all_frames(smaller.clip.video)[smaller.frame_indices[0]]
     Image.fromarray(frame).save(tmp_path / "first.png")
     batch, image = image_of(with_image(smaller, tmp_path / "first.png"), mode, random_flip=1.0)
     assert image.shape == (3, 64, 96)
@@ -158,7 +157,7 @@ def test_the_later_parts_of_a_clip_start_from_their_own_first_frame(planned, tmp
     assert np.array_equal(image, batch.videos[0, 0].numpy())
 
 
-def test_images_are_left_out_where_nobody_needs_them(planned):
+def test_images_are_omitted_unless_they_are_needed(planned):
     assert make_dataset(planned)[Draw(0, 0)].images is None
 
 
@@ -167,11 +166,11 @@ def test_images_are_left_out_where_nobody_needs_them(planned):
 
 @pytest.fixture
 def broken(planned, tmp_path) -> ClipSample:
-    """A clip like the third, whose file is gone since it was planned."""
+    """A clip like the third, whose file was removed after planning."""
     return replace(planned[2], clip=replace(planned[2].clip, video=tmp_path / "gone.mp4"))
 
 
-def test_a_clip_that_does_not_decode_leaves_the_others_of_its_batch(planned, broken):
+def test_a_batch_keeps_its_other_clips_if_one_does_not_decode(planned, broken):
     dataset = make_dataset([planned[2], broken, planned[7]])
     batch = collate([dataset[Draw(index, 0)] for index in range(3)])
     assert (batch.draws, len(batch.videos)) == ([Draw(0, 0), Draw(2, 0)], 2)
@@ -188,19 +187,19 @@ def test_training_stops_at_a_clip_that_does_not_decode_and_names_it(planned, bro
         next(batches)
 
 
-def test_another_clip_of_the_bucket_takes_the_place_of_one_that_does_not_decode(planned, broken, caplog):
+def test_a_clip_that_does_not_decode_is_replaced_by_another_of_its_bucket(planned, broken, caplog):
     clips = [planned[0], broken, planned[1], planned[7]]
     assert planned[7].bucket == broken.bucket != planned[1].bucket
-    dataset = ClipDataset(clips, reshape_mode="center", random_flip=None, seed=0, replace_failed=True)
+    dataset = make_dataset(clips, replace_failed=True)
     batch = dataset[Draw(1, 0)]
     assert batch.names == [str(planned[7].clip.video)]
     assert not batch.failed
-    assert batch.draws == [Draw(1, 0)]  # noised as the one that it stands for would be
+    assert batch.draws == [Draw(1, 0)]  # with the noise of the clip that it replaces
     assert "gone.mp4" in caplog.text
 
 
-def test_where_no_clip_of_the_bucket_decodes_the_failure_is_told(broken):
-    dataset = ClipDataset([broken, broken], reshape_mode="center", random_flip=None, seed=0, replace_failed=True)
+def test_a_failure_is_reported_if_no_clip_of_the_bucket_decodes(broken):
+    dataset = make_dataset([broken, broken], replace_failed=True)
     assert dataset[Draw(0, 0)].failed
 
 
@@ -211,7 +210,7 @@ def load_epochs(planned: list[ClipSample], num_workers: int) -> list[Batch]:
     """Two epochs of batches of up to 2, cropped and flipped at random."""
     sampler = BucketBatchSampler([clip.bucket for clip in planned], 2, seed=3)
     sampler.total_batches = 2 * sampler.batches_per_epoch
-    dataset = ClipDataset(planned, reshape_mode="random", random_flip=0.5, seed=3)
+    dataset = make_dataset(planned, reshape_mode="random", random_flip=0.5, seed=3)
     return list(make_loader(dataset, sampler, num_workers=num_workers))
 
 
@@ -226,7 +225,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(demo_clips):
     assert sorted(name for batch in alone for name in batch.names) == sorted(2 * list(map(str, paths)))
 
 
-def test_loading_leaves_the_global_random_numbers_alone(planned):
+def test_loading_does_not_change_the_global_random_numbers(planned):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -238,7 +237,7 @@ def test_captions_come_as_their_embeddings(planned, tiny_models, tmp_path):
     source = ModelSource(str(tiny_models("5b")))
     prompts = PromptCache(tmp_path, source, torch.float32)
     prompts.embed([planned[2].clip.caption], torch.device("cpu"))
-    dataset = ClipDataset(planned, reshape_mode="center", random_flip=None, seed=0, prompts=prompts)
+    dataset = make_dataset(planned, prompts=prompts)
     expected = encode_prompts(source.load_text_pipeline(torch.float32), [planned[2].clip.caption])
     assert torch.equal(dataset[Draw(2, 0)].prompt_embeds, expected)
 
@@ -265,7 +264,7 @@ def test_a_prepared_clip_is_what_was_written(tmp_path, dtype):
     assert torch.equal(batch.prompt_embeds, written["b"][1][None])
 
 
-def test_a_damaged_tensor_is_named_and_nobody_is_told_to_unpickle_it(tmp_path):
+def test_a_damaged_tensor_is_named_without_advice_to_unpickle_it(tmp_path):
     clip = prepared_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
     clip.video_latents.file.write_bytes(b"damaged")
     loader = make_loader(PreparedDataset([clip]), [[Draw(0, 0)]], num_workers=1)
@@ -315,24 +314,41 @@ def test_samples_are_joined_in_order():
     assert batch.prompt_embeds.shape == (3, 4)
 
 
-def test_a_moved_batch_keeps_what_it_does_not_have():
+def test_a_moved_batch_keeps_its_fields():
     batch = make_batch("a")
-    moved = batch.to(torch.device("meta"))
-    assert (moved.names, moved.bucket, moved.videos) == (batch.names, batch.bucket, None)
-    assert moved.video_moments.device.type == moved.prompt_embeds.device.type == "meta"
+    moved = DeviceCopies(torch.device("cpu"))(batch)
+    assert (moved.names, moved.bucket, moved.tensors) == (batch.names, batch.bucket, batch.tensors)
+    on_meta = batch.to(torch.device("meta"))
+    assert {tensor.device.type for tensor in on_meta.tensors.values()} == {"meta"}
     assert batch.video_moments.device.type == "cpu"
 
 
-def test_a_batch_without_tensors_is_pinned_as_it_is():
+def test_a_batch_without_tensors_can_be_pinned():
     batch = Batch(["a"], BUCKET)
     assert batch.pin_memory() == batch
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
-def test_a_pinned_batch_keeps_what_it_does_not_have():
+def test_a_pinned_batch_keeps_its_fields():
     batch = make_batch("a")
     pinned = batch.pin_memory()
     assert pinned.videos is None
     assert pinned.video_moments.is_pinned()
     assert torch.equal(pinned.prompt_embeds, batch.prompt_embeds)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pinned", [False, True])
+def test_no_batch_is_overwritten_while_it_is_used(pinned):
+    device = torch.device("cuda")
+    copy, load = DeviceCopies(device), torch.randn(4096, 4096, device=device)
+    sums = []
+    for number in range(30):
+        moments = torch.full((1, 32, 13, 60, 90), float(number))
+        batch = Batch(["a"], Bucket(49, 480, 720), video_moments=moments, prompt_embeds=moments[0, 0])
+        moved = copy(batch.pin_memory() if pinned else batch)
+        for _ in range(20):  # the GPU falls behind the CPU
+            load = load @ load * 1e-3
+        sums.append(moved.video_moments.mean() + moved.prompt_embeds.mean())
+        del moved
+    assert torch.stack(sums).tolist() == pytest.approx([2.0 * number for number in range(30)])

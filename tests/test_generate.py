@@ -244,7 +244,7 @@ def test_a_lora_without_metadata_is_warned_about_and_alpha_by_rank_mends_it(base
     save_file(load_file(lora / LORA_FILE), tmp_path / "bare.safetensors")
     flags = ("--lora", tmp_path / "bare.safetensors", "--lora_scale", 0.5)
     assert run(base, tmp_path / "a.mp4", *flags) == lora_video
-    assert "bare.safetensors does not say what alpha" in capsys.readouterr().err
+    assert "bare.safetensors has no metadata on its alpha" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -265,8 +265,8 @@ def test_a_lora_without_effect_is_refused(base, no_weights, make_lora, tmp_path,
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("not a number", "has weights that are no numbers (NaN) or infinite"),
-        ("half", "is not whole: it has no transformer_blocks.0.attn1.to_k.lora_B.weight"),
+        ("not a number", "has NaN or infinite weights"),
+        ("half", "is incomplete: it has no transformer_blocks.0.attn1.to_k.lora_B.weight"),
         ("ranks", "cannot be mounted (Error(s) in loading state_dict"),
         ("newer", "cannot be mounted (LoraConfig.__init__() got an unexpected keyword argument 'of_next_year')"),
         ("list", "cannot be used ("),
@@ -309,7 +309,7 @@ def test_a_lora_that_does_not_fit_is_refused(no_weights, lora, tmp_path, capsys,
 
 def test_what_is_neither_here_nor_on_the_hub_is_one_line(no_weights, tmp_path, capsys):
     message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--lora", "outputs/misspelt")
-    assert "--lora: 'outputs/misspelt' is no file or folder here, and cannot be used" in message
+    assert "--lora: 'outputs/misspelt' is not a file or folder here, and cannot be used" in message
     message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--transformer", "outputs/misspelt")
     assert "--transformer: 'outputs/misspelt' cannot be read" in message
 

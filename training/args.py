@@ -1,66 +1,59 @@
-"""Read the command line of the training scripts and of prepare_dataset.py, and check it as far as no model is needed.
+"""Read the command line of every script, and check it as far as no model is needed.
 
 Only the standard library is imported, so `--help` and every mistake in the flags show within a fraction of a second,
-before anything heavy is loaded.
+before anything heavy is loaded. The flags themselves are the fields of the dataclasses in `flags/`.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
-from common.errors import UserError
-from common.ranks import launch_rank
-from flags.checks import (
-    check_data,
-    check_files,
-    check_frames,
-    check_hub,
-    check_lora,
+from checks.captions import check_captioning, settle_prompt
+from checks.data import check_prepared_flags, check_sources, drop_long_buckets, settle_clips
+from checks.deepspeed import check_zero
+from checks.files import check_files, check_model, find_images
+from checks.fsdp import check_fsdp
+from checks.generation import (
+    check_sampling,
+    check_sampling_memory,
+    find_loras,
+    find_transformer,
+    plan_videos,
+    settle_prompts,
+)
+from checks.memory import check_memory, check_optimizer, settle_memory
+from checks.preparation import settle_preparation
+from checks.speed import check_speed, settle_context_parallel
+from checks.training import (
+    check_details,
     check_no_earlier_run,
-    check_objective,
-    check_prepared_flags,
-    check_sizes,
-    check_validation,
-    check_validation_images,
-    resolve_checkpoint,
+    check_tracker,
+    settle_files,
+    settle_validation,
     training_warnings,
 )
-from flags.data import DEFAULT_BUCKETS, DEFAULT_HEIGHT, DEFAULT_WIDTH, add_data_flags, add_download_flags
-from flags.deepspeed import check_zero
-from flags.fsdp import check_fsdp
-from flags.memory import add_memory_flags, check_memory
-from flags.optimizer import add_optimizer_flags, add_optimizer_memory_flags, check_low_bit, check_optimizer
-from flags.preparation import add_prepare_flags, add_prepare_speed_flags
-from flags.speed import add_speed_flags, check_context_parallel, check_speed
-from flags.tracking import check_tracker
-from flags.training import (
-    add_checkpoint_flags,
-    add_configuration_flags,
-    add_dry_run_flag,
-    add_encoding_flags,
-    add_image_flags,
-    add_lora_flags,
-    add_objective_flags,
-    add_result_flags,
-    add_schedule_flags,
-    add_training_flags,
+from common.errors import UserError
+from common.ranks import launch_rank
+from flags.schema import FlagParser
+from flags.settings import (
+    CaptioningSettings,
+    FirstFrameSettings,
+    GenerationSettings,
+    PreparationSettings,
+    TrainingSettings,
 )
-from flags.types import FlagParser, choice, path
-from flags.validation import add_validation_flags, add_validation_set_flags
 
 
 TASKS = ("text-to-video", "image-to-video")
 METHODS = ("lora", "sft")
 DATA_FLAGS = ("data_root", "dataset_file", "dataset_name", "dataset_mix")  # one of them names the data
+_LORA_ONLY = ("lora_target_modules", "use_rslora", "use_dora", "lora_dropout", "lora_weights")
+_LORA_ONLY += ("quantize_base", "stream_blocks")
+_SFT_ONLY = ("save_pipeline", "weights_dtype")
 
 
-def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> TrainingSettings:
     """Read and check the flags of a training script.
-
-    Besides one attribute for each flag, the result has `validation_prompts` (list of str, stripped), `method` and
-    `given` (the names of the flags that the user typed). On return,
-    `height_buckets`, `width_buckets` and `frame_buckets` are lists of int, `height` and `width` are ints and
-    `validation_images` is a list of str.
 
     Args:
         argv: the flags; those of the running process when None.
@@ -68,7 +61,7 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
         method: "lora" or "sft".
 
     Returns:
-        The flags, every one checked as far as this is possible without loading anything.
+        The settings, every flag checked as far as this is possible without loading anything.
 
     Raises:
         SystemExit: code 2 after one line on stderr when a flag is wrong; code 0 after `--help`.
@@ -76,209 +69,196 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
     """
     if task not in TASKS or method not in METHODS:
         raise ValueError(f"task must be one of {TASKS} and method one of {METHODS}, not {task!r} and {method!r}")
-    parser = _training_parser(task, method)
-    args, given = parser.read(argv)
+    parser = training_parser(task, method)
+    groups, given = parser.read(argv)
     try:
-        _fill_sizes(args, given)
-        _split_validation(args)
-        check_sizes(args)
-        check_frames(args)
-        check_data(args)
-        args.long_clips = args.long_clips or ("first" if args.fps else "spread")
-        check_validation(args, task)
-        check_low_bit(args)
-        check_optimizer(args, given)
-        check_memory(args, given, method)
-        check_speed(args)
-        check_context_parallel(args)
-        check_zero(args)
-        check_fsdp(args)
-        check_objective(given, args.timestep_sampling, args.use_ema)
-        if method == "lora":
-            check_lora(args)
-        check_tracker(args.report_to)
-        check_hub(args)
-        check_files(
-            model=args.pretrained_model_name_or_path,
-            data_root=args.data_root,
-            dataset_file=args.dataset_file,
-            output_dir=args.output_dir,
-        )
-        check_validation_images(args, task)
-        check_prepared_flags(args, given)
-        resolve_checkpoint(args)
-        if not args.dry_run:
-            check_no_earlier_run(args)
+        settings = _check_training(TrainingSettings(task, method, given, **groups))
     except UserError as error:
         parser.error(str(error))
-    _warn(training_warnings(args, given, task, method))
-    _drop_long_buckets(args)
-    args.method, args.given = method, frozenset(given)
-    return args
+    clips, warnings = drop_long_buckets(settings.clips)
+    _warn([*training_warnings(settings), *warnings])
+    return replace(settings, clips=clips)
 
 
-def parse_prepare_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def _check_training(settings: TrainingSettings) -> TrainingSettings:
+    settings = settle_validation(replace(settings, clips=settle_clips(settings.clips, settings.given)))
+    check_sources(settings.sources)
+    check_optimizer(settings)
+    check_memory(settings)
+    settings = settle_memory(settings)
+    check_speed(settings)
+    settings = settle_context_parallel(settings)
+    check_zero(settings)
+    check_fsdp(settings)
+    check_details(settings)
+    check_tracker(settings.tracking.report_to)
+    check_files(settings.model.pretrained_model_name_or_path, settings.sources, settings.training.output_dir)
+    settings = settle_files(settings)
+    check_prepared_flags(settings)
+    if not settings.training.dry_run:
+        check_no_earlier_run(settings)
+    return settings
+
+
+def training_parser(task: str, method: str) -> FlagParser:
+    """Return the parser of a training script."""
+    what = {"lora": "Train a LoRA for", "sft": "Fine-tune all weights of"}[method]
+    is_lora = method == "lora"
+    return FlagParser(
+        TrainingSettings,
+        required=(("pretrained_model_name_or_path",), DATA_FLAGS),
+        omit=_SFT_ONLY if is_lora else _LORA_ONLY,
+        defaults={"output_dir": f"cogvideox-{method}", "tracker_name": f"cogvideox-{method}"},
+        # Both are accepted with a warning, because launchers of both methods share them.
+        titles={} if is_lora else {"lora": "lora (no effect on full fine-tuning)"},
+        usage="%(prog)s --pretrained_model_name_or_path MODEL --data_root FOLDER [flags]",
+        description=f"{what} a CogVideoX {task} model on your own clips.",
+    )
+
+
+def flag_names(task: str, method: str) -> list[str]:
+    """Return the names of the flags of a training script, in the order of `--help`."""
+    return [action.dest for action in training_parser(task, method)._actions if action.dest != "help"]
+
+
+def parse_prepare_args(argv: Sequence[str] | None = None) -> PreparationSettings:
     """Read and check the flags of prepare_dataset.py.
 
     Args:
         argv: the flags; those of the running process when None.
 
-    Returns:
-        One attribute for each flag; buckets are lists of int, `height` and `width` ints.
+    Raises:
+        SystemExit: code 2 after one line on stderr when a flag is wrong; code 0 after `--help`.
+    """
+    parser = FlagParser(
+        PreparationSettings,
+        required=(DATA_FLAGS, ("output_dir",)),
+        defaults={"caption_column": "caption"},
+        usage="%(prog)s --data_root FOLDER --output_dir FOLDER [flags]",
+        description="Turn clips and captions into latents and text embeddings on disk, for training with "
+        "--load_tensors.",
+    )
+    groups, given = parser.read(argv)
+    settings = PreparationSettings(**groups)
+    try:
+        clips = settle_clips(settings.clips, given)
+        check_sources(settings.sources)
+        preparation = settle_preparation(
+            settings.preparation, given, text_encoder_8bit=settings.encoding.text_encoder_8bit
+        )
+        check_files(settings.model.model_id, settings.sources, preparation.output_dir, model_flag="--model_id")
+    except UserError as error:
+        parser.error(str(error))
+    clips, warnings = drop_long_buckets(clips)
+    _warn(warnings)
+    return replace(settings, clips=clips, preparation=preparation)
+
+
+def parse_caption_args(argv: Sequence[str] | None = None) -> CaptioningSettings:
+    """Read and check the flags of caption_dataset.py. Those on data mean what they mean to prepare_dataset.py.
+
+    There is no --id_token: preparation and training put it before captions.
+
+    Args:
+        argv: the flags; those of the running process when None.
+
+    Raises:
+        SystemExit: code 2 after one line on stderr when a flag is wrong; code 0 after `--help`.
+        UserError: the file of the prompt cannot be used.
+    """
+    parser = FlagParser(
+        CaptioningSettings,
+        required=(("data_root", "dataset_file", "dataset_name"), ("endpoint", "model")),
+        omit=("id_token", "dataset_mix"),
+        defaults={"caption_column": "caption"},
+        has_config=False,
+        usage="%(prog)s --data_root FOLDER (--endpoint URL | --model NAME) [flags]",
+        description="Write captions for clips that have none, with a vision-language model: one behind an "
+        "OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp, Ollama, a hosted one), or one that transformers loads. "
+        "Run again, it continues where it was stopped.",
+    )
+    groups, given = parser.read(argv)
+    settings = CaptioningSettings(**groups)
+    try:
+        check_captioning(settings.sources, settings.model, settings.captions, given)
+    except UserError as error:
+        parser.error(str(error))
+    if settings.model.endpoint is not None:
+        settings = replace(settings, model=replace(settings.model, endpoint=settings.model.endpoint.rstrip("/")))
+    return replace(settings, captions=settle_prompt(settings.captions))
+
+
+def parse_first_frame_args(argv: Sequence[str] | None = None) -> FirstFrameSettings:
+    """Read and check the flags of make_first_frames.py.
+
+    Args:
+        argv: the flags; those of the running process when None.
 
     Raises:
         SystemExit: code 2 after one line on stderr when a flag is wrong; code 0 after `--help`.
     """
-    parser = _prepare_parser()
-    args, given = parser.read(argv)
+    parser = FlagParser(
+        FirstFrameSettings,
+        required=(("data_root", "dataset_file", "dataset_name"), ("output_dir",)),
+        omit=("id_token", "dataset_mix", "skip_frames_end"),
+        defaults={"caption_column": "caption"},
+        has_config=False,
+        usage="%(prog)s --data_root FOLDER --output_dir FOLDER [flags]",
+        description="Write the first frame of every clip as a PNG, and a table of both for --dataset_file.",
+    )
+    groups, _ = parser.read(argv)
+    settings = FirstFrameSettings(**groups)
     try:
-        _fill_sizes(args, given)
-        check_sizes(args)
-        check_frames(args)
-        check_data(args)
-        args.long_clips = args.long_clips or ("first" if args.fps else "spread")
-        if args.save_image_latents and not args.save_latents_and_embeddings:
-            raise UserError("--save_image_latents: latents are written by --save_latents_and_embeddings; add it")
-        if args.text_encoder_8bit and not args.save_latents_and_embeddings:
-            raise UserError("--text_encoder_8bit: nothing is embedded without --save_latents_and_embeddings; add it")
-        if args.layout == "shards" and not args.save_latents_and_embeddings:
-            raise UserError("--layout shards: shards hold latents; add --save_latents_and_embeddings")
-        args.layout = args.layout or ("shards" if args.save_latents_and_embeddings else "files")
-        if args.layout == "files" and args.num_image_latents > 1:
-            if "num_image_latents" in given:
-                raise UserError("--num_image_latents: --layout files has room for one; leave it out, or use shards")
-            args.num_image_latents = 1
-        check_files(
-            model=args.model_id,
-            data_root=args.data_root,
-            dataset_file=args.dataset_file,
-            output_dir=args.output_dir,
-            model_flag="--model_id",
-        )
+        check_sources(settings.sources)
     except UserError as error:
         parser.error(str(error))
-    _drop_long_buckets(args)
-    return args
+    return settings
 
 
-def flag_names(task: str, method: str) -> list[str]:
-    """The attributes that the flags of a training script have after `parse_args`, in the order of `--help`."""
-    actions = _training_parser(task, method)._actions
-    return [action.dest for action in actions if action.dest != "help"]
+def parse_generate_args(argv: Sequence[str] | None = None) -> GenerationSettings:
+    """Read and check the flags of generate.py.
+
+    Args:
+        argv: the flags; those of the running process when None.
+
+    Raises:
+        SystemExit: code 2 after one line on stderr when a flag is wrong; code 0 after `--help`.
+    """
+    parser = generation_parser()
+    groups, given = parser.read(argv)
+    try:
+        return _check_generation(GenerationSettings(**groups), has_negative_prompt="negative_prompt" in given)
+    except UserError as error:
+        parser.error(str(error))
 
 
-def _training_parser(task: str, method: str) -> FlagParser:
-    what = {"lora": "Train a LoRA for", "sft": "Fine-tune all weights of"}[method]
-    parser = FlagParser(
-        usage="%(prog)s --pretrained_model_name_or_path MODEL --data_root FOLDER [flags]",
-        description=f"{what} a CogVideoX {task} model on your own clips.",
-        required=(("pretrained_model_name_or_path",), DATA_FLAGS),
+def generation_parser() -> FlagParser:
+    """Return the parser of generate.py."""
+    return FlagParser(
+        GenerationSettings,
+        required=(("pretrained_model_name_or_path",), ("prompt", "prompts_file")),
+        has_config=False,
+        usage="%(prog)s --pretrained_model_name_or_path MODEL --prompt TEXT [flags]",
+        description="Sample videos from a CogVideoX model: as it is, with LoRAs, or with all its weights tuned.",
     )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--pretrained_model_name_or_path",
-        metavar="MODEL",
-        type=path,
-        help="Required. Model to start from: a hub id such as THUDM/CogVideoX-5b, or a local folder in the diffusers "
-        "layout (with model_index.json).",
-    )
-    add_download_flags(model)
-    data = parser.add_argument_group("data")
-    add_data_flags(data, caption_column="text")
-    data.add_argument(
-        "--load_tensors",
-        action="store_true",
-        help="Train on latents and embeddings written by prepare_dataset.py, with --data_root as its --output_dir. "
-        "Saves loading the VAE and the text encoder and makes steps faster; use it whenever you train for more than "
-        "one epoch. (default: off)",
-    )
-    data.add_argument(
-        "--ignore_prepared_mismatch",
-        action="store_true",
-        help="With --load_tensors, go on with a warning when the data was prepared with other encoders than the "
-        "model's. (default: off)",
-    )
-    validation = parser.add_argument_group("validation")
-    add_validation_flags(validation)
-    add_validation_set_flags(validation)
-    training = parser.add_argument_group("training")
-    add_training_flags(training, method)
-    add_checkpoint_flags(training)
-    add_encoding_flags(training)
-    add_dry_run_flag(training)
-    add_objective_flags(parser.add_argument_group("objective"))
-    add_schedule_flags(parser.add_argument_group("learning rate"))
-    if method == "lora":
-        add_lora_flags(parser.add_argument_group("lora"), method)
-    else:
-        add_lora_flags(parser.add_argument_group("lora (no effect on full fine-tuning)"), method)
-        add_result_flags(parser.add_argument_group("result"))
-    add_image_flags(parser.add_argument_group("image-to-video (no effect on text-to-video)"))
-    add_optimizer_flags(parser.add_argument_group("optimizer"))
-    add_optimizer_memory_flags(parser.add_argument_group("optimizer memory"))
-    add_memory_flags(parser.add_argument_group("memory"), method)
-    add_speed_flags(parser.add_argument_group("speed"))
-    add_configuration_flags(parser.add_argument_group("configuration"), method)
-    return parser
 
 
-def _prepare_parser() -> FlagParser:
-    parser = FlagParser(
-        usage="%(prog)s --data_root FOLDER --output_dir FOLDER [flags]",
-        description="Turn clips and captions into latents and text embeddings on disk, for training with "
-        "--load_tensors.",
-        required=(DATA_FLAGS, ("output_dir",)),
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model_id",
-        "--pretrained_model_name_or_path",
-        metavar="MODEL",
-        type=path,
-        default="THUDM/CogVideoX-2b",
-        help="Model whose VAE and text encoder are used: a hub id or a local folder in the diffusers layout. Give the "
-        "model that you are going to train. (default: %(default)s)",
-    )
-    add_download_flags(model)
-    model.add_argument(
-        "--dtype",
-        **choice(("fp32", "fp16", "bf16")),
-        default="fp32",
-        help="Precision of the VAE, the text encoder and what they write. bf16 halves memory and disk space. "
-        "(default: %(default)s)",
-    )
-    add_data_flags(parser.add_argument_group("data"), caption_column="caption")
-    add_prepare_flags(parser.add_argument_group("preparation"))
-    add_prepare_speed_flags(parser.add_argument_group("memory and speed"))
-    return parser
-
-
-def _fill_sizes(args: argparse.Namespace, given: set[str]) -> None:
-    """Turn the four size flags into numbers; with height and width alone that one size becomes the only bucket."""
-    one_size = {"height", "width"} <= given and not given & {"height_buckets", "width_buckets"}
-    args.height = args.height or DEFAULT_HEIGHT
-    args.width = args.width or DEFAULT_WIDTH
-    args.height_buckets = args.height_buckets or ([args.height] if one_size else list(DEFAULT_BUCKETS))
-    args.width_buckets = args.width_buckets or ([args.width] if one_size else list(DEFAULT_BUCKETS))
-
-
-def _split_validation(args: argparse.Namespace) -> None:
-    separator = args.validation_prompt_separator
-    if not separator:
-        raise UserError("--validation_prompt_separator: the value is empty; give the text between two prompts")
-    args.validation_prompts = _split(args.validation_prompt, separator)
-    args.validation_images = _split(args.validation_images, separator)
-
-
-def _split(text: str | None, separator: str) -> list[str]:
-    return [] if text is None else [part.strip() for part in text.split(separator)]
-
-
-def _drop_long_buckets(args: argparse.Namespace) -> None:
-    long = [str(count) for count in args.frame_buckets if count > args.max_num_frames]
-    if long:
-        _warn([f"--frame_buckets {' '.join(long)} not used: longer than --max_num_frames {args.max_num_frames}"])
-    args.frame_buckets = [count for count in args.frame_buckets if count <= args.max_num_frames]
+def _check_generation(settings: GenerationSettings, *, has_negative_prompt: bool) -> GenerationSettings:
+    content, result = settle_prompts(settings.content), settings.result
+    content = replace(content, image=find_images("--image", content.image))
+    if content.image and len(content.image) != len(content.prompt):
+        raise UserError(f"--image: {len(content.image)} for {len(content.prompt)} prompts; give one for each prompt")
+    check_sampling(settings.sampling)
+    if has_negative_prompt and settings.guidance.guidance_scale <= 1:
+        raise UserError("--negative_prompt: no effect without guidance; raise --guidance_scale above 1")
+    check_sampling_memory(settings.memory)
+    check_model(settings.model.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
+    loras = find_loras(result)
+    result = replace(result, transformer=result.transformer and find_transformer(result.transformer))
+    if result.compare and not loras and not result.transformer:
+        raise UserError("--compare: there is nothing to compare the base model with; add --lora or --transformer")
+    videos = plan_videos(content.prompt, settings.sampling, settings.output, compare=result.compare)
+    return replace(settings, content=content, result=result, loras=loras, videos=videos)
 
 
 def _warn(lines: list[str]) -> None:

@@ -7,7 +7,6 @@ Then give my-clips/captions.jsonl as --dataset_file, with the same --data_root. 
 goes on where it was.
 """
 
-import argparse
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from args import parse_caption_args
 from captions.pool import Captioner, caption_clip, caption_clips
 from captions.table import AUTHOR_COLUMN, USER, Caption, CaptionFile, CaptionSettings
 from common.bars import tqdm
@@ -26,7 +26,8 @@ from data.buckets import Bucket
 from data.clips import BadClip, Clip, ClipSample, plan_clips
 from data.plan import RawData, check_bad_clips, data_sources
 from data.sources import DataSource, read_clips
-from flags.captions import TABLE_FILE, parse_flags
+from flags.captions import CAPTIONS_FILE
+from flags.settings import CaptioningSettings
 from video.cache import FileCache, default_cache_folder
 from video.probe import probe_files
 
@@ -63,34 +64,36 @@ def listed_path(file: Path, folder: Path | None) -> str:
     return str(file.absolute())
 
 
-def make_captioner(args: argparse.Namespace, stopped: threading.Event) -> Captioner:
+def make_captioner(settings: CaptioningSettings, stopped: threading.Event) -> Captioner:
     """The model that the flags name.
 
     Raises:
         UserError: it cannot be reached or loaded.
     """
-    answers = {"temperature": args.temperature, "max_tokens": args.max_tokens}
-    if args.endpoint is None:
+    answers = {"temperature": settings.captions.temperature, "max_tokens": settings.captions.max_tokens}
+    if settings.model.endpoint is None:
         from captions.model import ModelCaptioner
 
-        return ModelCaptioner(args.model, **answers)
+        return ModelCaptioner(settings.model.model, **answers)
     from captions.endpoint import EndpointCaptioner
 
-    key = os.environ.get(args.api_key_variable, "").strip()
+    key = os.environ.get(settings.model.api_key_variable, "").strip()
     if not re.fullmatch("[!-~]*", key):  # a blank or a line end: mostly two keys in one variable
-        raise UserError(f"the key in the environment variable {args.api_key_variable} has characters that no key has")
+        raise UserError(
+            f"the key in the environment variable {settings.model.api_key_variable} has characters that no key has"
+        )
     return EndpointCaptioner(
-        args.endpoint,
-        args.model,
+        settings.model.endpoint,
+        settings.model.model,
         HubToken(key) if key else None,  # hidden from messages, as the hub's own is
         **answers,
-        timeout=args.timeout,
-        max_retries=args.max_retries,
+        timeout=settings.model.timeout,
+        max_retries=settings.model.max_retries,
         stopped=stopped,
     )
 
 
-def table_row(clip: Clip, caption: Caption, folder: Path | None) -> dict[str, str]:
+def caption_row(clip: Clip, caption: Caption, folder: Path | None) -> dict[str, str]:
     """A clip's line of the table: its path, its caption and who wrote it, then the columns that it came with."""
     row = {"video": listed_path(clip.video, folder), "caption": caption.text, AUTHOR_COLUMN: caption.author}
     if clip.image is not None:
@@ -99,7 +102,7 @@ def table_row(clip: Clip, caption: Caption, folder: Path | None) -> dict[str, st
 
 
 def ask_for_captions(
-    args: argparse.Namespace, table: CaptionFile, clips: Mapping[str, ClipSample]
+    settings: CaptioningSettings, table: CaptionFile, clips: Mapping[str, ClipSample]
 ) -> tuple[dict[str, Caption], list[BadClip]]:
     """Have clips captioned, but for those of them that a stopped run has captioned by the same settings.
 
@@ -114,57 +117,69 @@ def ask_for_captions(
     """
     table.check_writable()
     stopped = threading.Event()
-    captioner = make_captioner(args, stopped)
-    settings = CaptionSettings(
+    captioner = make_captioner(settings, stopped)
+    used = CaptionSettings(
         captioner.model,
-        args.prompt,
-        args.num_frames,
-        (args.skip_frames_start, args.skip_frames_end),
-        args.max_size,
-        args.temperature,
-        args.max_tokens,
+        settings.captions.prompt,
+        settings.frames.num_frames,
+        (settings.sources.skip_frames_start, settings.sources.skip_frames_end),
+        settings.frames.max_size,
+        settings.captions.temperature,
+        settings.captions.max_tokens,
     )
 
     def caption(path: str, planned: ClipSample) -> None:
-        text = caption_clip(planned, captioner, args.prompt, args.max_size)
-        table.append(path, Caption(text, captioner.model), settings)
+        text = caption_clip(planned, captioner, settings.captions.prompt, settings.frames.max_size)
+        table.append(path, Caption(text, captioner.model), used)
 
-    done = table.unfinished(settings)
+    done = table.unfinished(used)
     remaining = {path: planned for path, planned in clips.items() if path not in done}
-    failures = caption_clips(remaining, caption, 1 if args.endpoint is None else args.num_workers, stopped)
-    return {path: made for path, made in table.unfinished(settings).items() if path in clips}, failures
+    failures = caption_clips(
+        remaining, caption, 1 if settings.model.endpoint is None else settings.model.num_workers, stopped
+    )
+    return {path: made for path, made in table.unfinished(used).items() if path in clips}, failures
 
 
-def caption_dataset(args: argparse.Namespace) -> None:
+def caption_dataset(settings: CaptioningSettings) -> None:
     """Write the table of captions that the flags ask for.
 
     Raises:
         UserError: clips cannot be used or got no caption, or none can be had.
     """
-    (source,) = data_sources(args)
+    (source,) = data_sources(settings.sources)
     folder = folder_of(source)
-    table = CaptionFile(Path(args.output_file) if args.output_file else folder / TABLE_FILE)
-    data = plan_captions(source, table.path, args.num_frames, args.skip_frames_start, args.skip_frames_end)
-    check_bad_clips(data, args.on_bad_clip)
+    table = CaptionFile(
+        Path(settings.captions.output_file) if settings.captions.output_file else folder / CAPTIONS_FILE
+    )
+    data = plan_captions(
+        source,
+        table.path,
+        settings.frames.num_frames,
+        settings.sources.skip_frames_start,
+        settings.sources.skip_frames_end,
+    )
+    check_bad_clips(data, settings.sources.on_bad_clip)
     if data.bad:
         tqdm.write(listing(f"{len(data.bad)} of the clips cannot be used and are left out:", data.bad))
 
     earlier = table.captions()
     listed = [(listed_path(planned.clip.video, folder), planned) for planned in data.clips]
     kept = [own_caption(planned.clip) or earlier.get(path) for path, planned in listed]
-    wanted = dict(item for item, caption in zip(listed, kept, strict=True) if args.overwrite or caption is None)
-    made, failures = ask_for_captions(args, table, wanted) if wanted else ({}, [])
+    wanted = dict(
+        item for item, caption in zip(listed, kept, strict=True) if settings.captions.overwrite or caption is None
+    )
+    made, failures = ask_for_captions(settings, table, wanted) if wanted else ({}, [])
 
     captions = [made.get(path, caption) for (path, _), caption in zip(listed, kept, strict=True)]
     rows = [
-        table_row(planned.clip, caption, folder)
+        caption_row(planned.clip, caption, folder)
         for (_, planned), caption in zip(listed, captions, strict=True)
         if caption is not None
     ]
     # Where captions are replaced, the table cannot tell which of them already are.
-    table.write(rows, folder, finished=not (args.overwrite and failures))
+    table.write(rows, folder, finished=not (settings.captions.overwrite and failures))
     if rows:
-        flags = flags_for(table.path, folder, allow_outside_paths=args.allow_outside_paths)
+        flags = table_flags(table.path, folder, allow_outside_paths=settings.sources.allow_outside_paths)
         print(f"wrote {table.path}: {len(rows)} captions, {len(made)} of them new; read them, mend them there, and")
         print(f"prepare or train with: {flags}")
     if failures:
@@ -177,7 +192,7 @@ def own_caption(clip: Clip) -> Caption | None:
     return Caption(clip.caption, clip.metadata.get(AUTHOR_COLUMN, USER)) if clip.caption else None
 
 
-def flags_for(table: Path, folder: Path | None, *, allow_outside_paths: bool) -> str:
+def table_flags(table: Path, folder: Path | None, *, allow_outside_paths: bool) -> str:
     """How the table is given to a script that reads it."""
     flags = ["--dataset_file", str(table), "--caption_column", "caption"]
     flags += [] if folder is None else ["--data_root", str(folder)]
@@ -187,9 +202,9 @@ def flags_for(table: Path, folder: Path | None, *, allow_outside_paths: bool) ->
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the given flags; None for those of the command line."""
     with one_line_errors():
-        args = parse_flags(argv)
+        settings = parse_caption_args(argv)
         log_without_tokens(logging.WARNING)
-        caption_dataset(args)
+        caption_dataset(settings)
 
 
 if __name__ == "__main__":

@@ -10,37 +10,28 @@ or, on one GPU, from data that prepare_dataset.sh prepared:
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from args import parse_args
 from common.errors import one_line_errors
 from common.startup import prepare_imports
 from data.plan import plan_training_data
+from flags.schema import flag_values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the given flags; None for those of the command line."""
     with one_line_errors():
-        args = parse_args(argv, task="image-to-video", method="lora")
-        data = plan_training_data(args, with_images=True)
-        prepare_imports(args, owns_process=argv is None)
+        settings = parse_args(argv, task="image-to-video", method="lora")
+        data = plan_training_data(settings)
+        prepare_imports(flag_values(settings), owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
         from diffusion.tasks import ImageToVideo
         from methods.lora import Lora
         from run.finetune import finetune
 
-        task = ImageToVideo(args.noised_image_dropout, args.ignore_learned_positional_embeddings)
-        method = Lora(
-            rank=args.rank,
-            alpha=args.lora_alpha,
-            target_modules=args.lora_target_modules,
-            use_rslora=args.use_rslora,
-            use_dora=args.use_dora,
-            dropout=args.lora_dropout,
-            start_from=Path(args.lora_weights) if args.lora_weights else None,
-            quantize_base=args.quantize_base,
-        )
-        finetune(args, data, task, method)
+        task = ImageToVideo(settings.image.noised_image_dropout, settings.image.ignore_learned_positional_embeddings)
+        method = Lora.from_flags(settings.lora, settings.memory.quantize_base)
+        finetune(settings, data, task, method)
 
 
 if __name__ == "__main__":

@@ -15,21 +15,27 @@ from args import parse_args
 from common.errors import one_line_errors
 from common.startup import prepare_imports
 from data.plan import plan_training_data
+from flags.schema import flag_values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the given flags; None for those of the command line."""
     with one_line_errors():
-        args = parse_args(argv, task="image-to-video", method="sft")
-        data = plan_training_data(args, with_images=True)
-        prepare_imports(args, owns_process=argv is None)
+        settings = parse_args(argv, task="image-to-video", method="sft")
+        data = plan_training_data(settings)
+        prepare_imports(flag_values(settings), owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
         from diffusion.tasks import ImageToVideo
         from methods.full import FullFinetune
         from run.finetune import finetune
 
-        task = ImageToVideo(args.noised_image_dropout, args.ignore_learned_positional_embeddings)
-        finetune(args, data, task, FullFinetune(args.save_pipeline, weights_dtype=args.weights_dtype))
+        task = ImageToVideo(settings.image.noised_image_dropout, settings.image.ignore_learned_positional_embeddings)
+        finetune(
+            settings,
+            data,
+            task,
+            FullFinetune(settings.full.save_pipeline, weights_dtype=settings.memory.weights_dtype),
+        )
 
 
 if __name__ == "__main__":

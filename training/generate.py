@@ -8,23 +8,24 @@ With `--compare` the base model is sampled from the same noise, and both are sho
 
 from collections.abc import Sequence
 
+from args import parse_generate_args
+from checks.generation import HOST_SAVINGS, sampling_memory_advice
 from common.errors import one_line_errors
 from common.startup import prepare_imports
-from flags.generation import parse_generate_args
-from flags.generation_checks import HOST_SAVINGS, sampling_memory_advice
+from flags.schema import flag_values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the given flags; None for those of the command line."""
     with one_line_errors():
-        args = parse_generate_args(argv)
-        prepare_imports(args, owns_process=argv is None)
+        settings = parse_generate_args(argv)
+        prepare_imports(flag_values(settings), owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and files are found good first.
         from common.failures import explained_failures
         from results.generation import generate
 
-        with explained_failures(lambda: sampling_memory_advice(args), HOST_SAVINGS):
-            generate(args)
+        with explained_failures(lambda: sampling_memory_advice(settings.memory), HOST_SAVINGS):
+            generate(settings)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Edit the images or leave them as they are, then give my-first-frames/metadata.js
 --data_root. Images that are there already stay, so that a second run never undoes an edit.
 """
 
-import argparse
 import logging
 import os
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from args import parse_first_frame_args
 from common.bars import tqdm
 from common.errors import UserError, one_line_errors
 from common.files import written_whole
@@ -24,58 +24,10 @@ from data.buckets import Bucket
 from data.clips import BadClip, ClipSample, plan_clips
 from data.plan import RawData, check_bad_clips, data_sources, report_skipped
 from data.sources import DataSource, read_clips
-from flags.checks import check_dataset_name
-from flags.data import add_dataset_flags, add_dataset_name_flags
-from flags.types import FlagParser, non_negative_int, path
+from flags.preparation import FIRST_FRAMES_FILE
 from video.cache import FileCache, default_cache_folder
 from video.io import read_frames
 from video.probe import probe_files
-
-
-TABLE_FILE = "metadata.jsonl"
-
-
-def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the flags. Those on data mean what they mean to prepare_dataset.py.
-
-    There is no --id_token and no --dataset_mix: the table goes into a preparation that adds the word and the repeats.
-
-    Args:
-        argv: the flags; those of the running process when None.
-
-    Raises:
-        SystemExit: code 2 after one line on stderr when a flag is wrong; code 0 after `--help`.
-    """
-    parser = FlagParser(
-        usage="%(prog)s --data_root FOLDER --output_dir FOLDER [flags]",
-        description="Write the first frame of every clip as a PNG, and a table of both for --dataset_file.",
-        required=(("data_root", "dataset_file", "dataset_name"), ("output_dir",)),
-    )
-    parser.set_defaults(id_token=None, dataset_mix=None)  # which `data_sources` looks for
-    data = parser.add_argument_group("data")
-    add_dataset_flags(data, caption_column="caption")
-    add_dataset_name_flags(data)
-    output = parser.add_argument_group("first frames")
-    output.add_argument(
-        "--skip_frames_start",
-        metavar="N",
-        type=non_negative_int,
-        default=0,
-        help="Frames of the file to leave out at the clip's start; give the same number when preparing. "
-        "(default: %(default)s)",
-    )
-    output.add_argument(
-        "--output_dir",
-        metavar="FOLDER",
-        type=path,
-        help=f"Required. Where the images and {TABLE_FILE} are written; best a folder of its own.",
-    )
-    args, _ = parser.read(argv)
-    try:
-        check_dataset_name(args)
-    except UserError as error:
-        parser.error(str(error))
-    return args
 
 
 def plan_first_frames(source: DataSource, skip_start: int) -> RawData:
@@ -108,7 +60,7 @@ def make_first_frames(data: RawData, folder: Path, on_bad_clip: str) -> Path:
         UserError: the folder has a table already, or a clip does not decode and `on_bad_clip` is "error".
         OSError: a file cannot be written.
     """
-    table = folder / TABLE_FILE
+    table = folder / FIRST_FRAMES_FILE
     if table.exists():
         raise UserError(
             f"--output_dir: {table} is there already; remove it to have it written anew (images that are there stay "
@@ -121,7 +73,7 @@ def make_first_frames(data: RawData, folder: Path, on_bad_clip: str) -> Path:
     check_bad_clips(made, on_bad_clip)
     report_skipped(made.bad, folder)
     with written_whole(table) as partial:
-        partial.write_text(index_lines(table_row(planned, folder) for planned in listed), encoding="utf-8")
+        partial.write_text(index_lines(image_row(planned, folder) for planned in listed), encoding="utf-8")
     return table
 
 
@@ -160,7 +112,7 @@ def image_path(planned: ClipSample, folder: Path) -> Path:
     return folder / f"{stem}-{planned.info.sha256[:12]}-{planned.frame_indices[0]}.png"
 
 
-def table_row(planned: ClipSample, folder: Path) -> dict[str, str]:
+def image_row(planned: ClipSample, folder: Path) -> dict[str, str]:
     """A clip's line of the table: its paths and caption, then the other columns that it came with."""
     row = {
         "video": str(planned.clip.video.absolute()),
@@ -170,7 +122,7 @@ def table_row(planned: ClipSample, folder: Path) -> dict[str, str]:
     return row | {name: value for name, value in planned.clip.metadata.items() if name not in row}
 
 
-def flags_for(table: Path, source: DataSource) -> str:
+def table_flags(table: Path, source: DataSource) -> str:
     """How the table is given to a script that reads it: clips must lie in a folder that is named."""
     folder = source.data_root or (source.dataset_file and source.dataset_file.absolute().parent)
     return f"--dataset_file {table}" + (f" --data_root {folder}" if folder else "")
@@ -179,18 +131,18 @@ def flags_for(table: Path, source: DataSource) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the given flags; None for those of the command line."""
     with one_line_errors():
-        args = parse_flags(argv)
+        settings = parse_first_frame_args(argv)
         log_without_tokens(logging.INFO)
-        (source,) = data_sources(args)
-        data = plan_first_frames(source, args.skip_frames_start)
-        check_bad_clips(data, args.on_bad_clip)
+        (source,) = data_sources(settings.sources)
+        data = plan_first_frames(source, settings.sources.skip_frames_start)
+        check_bad_clips(data, settings.sources.on_bad_clip)
         try:
-            table = make_first_frames(data, Path(args.output_dir).absolute(), args.on_bad_clip)
+            table = make_first_frames(data, Path(settings.output.output_dir).absolute(), settings.sources.on_bad_clip)
         except OSError as error:
             raise UserError(
-                f"--output_dir: {args.output_dir} cannot be written ({error.strerror or error})"
+                f"--output_dir: {settings.output.output_dir} cannot be written ({error.strerror or error})"
             ) from error
-        print(f"wrote {table}; edit the images if you like, then give prepare_dataset.py {flags_for(table, source)}")
+        print(f"wrote {table}; edit the images if you like, then give prepare_dataset.py {table_flags(table, source)}")
 
 
 if __name__ == "__main__":

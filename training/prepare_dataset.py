@@ -14,32 +14,33 @@ does only what is missing. `--dry_run` shows what will be made of the clips, as 
 from collections.abc import Sequence
 
 from args import parse_prepare_args
+from checks.preparation import preparation_memory_advice
 from common.errors import UserError, one_line_errors
 from common.startup import prepare_imports
 from data.plan import check_bad_clips, plan_raw_clips
-from flags.preparation import preparation_memory_advice
+from flags.schema import flag_values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the given flags; None for those of the command line."""
     with one_line_errors():
-        args = parse_prepare_args(argv)
-        data = plan_raw_clips(args, with_images=args.save_image_latents)
-        if not (args.dry_run and data.clips):
-            check_bad_clips(data, args.on_bad_clip)
-        prepare_imports(args, owns_process=argv is None)
+        settings = parse_prepare_args(argv)
+        data = plan_raw_clips(settings.sources, settings.clips, with_images=settings.preparation.save_image_latents)
+        if not (settings.preparation.dry_run and data.clips):
+            check_bad_clips(data, settings.sources.on_bad_clip)
+        prepare_imports(flag_values(settings), owns_process=argv is None)
         # Importing torch and diffusers takes many seconds: flags and clips are found good first.
         from common.failures import explained_failures
         from preparation.dry_run import show_plan
         from preparation.prepare import prepare
 
-        if args.dry_run:
-            show_plan(args, data)
-            if data.bad and args.on_bad_clip == "error":
+        if settings.preparation.dry_run:
+            show_plan(settings, data)
+            if data.bad and settings.sources.on_bad_clip == "error":
                 raise UserError("these clips stop the preparation; mend or remove them, or give --on_bad_clip skip")
         else:
-            with explained_failures(lambda: preparation_memory_advice(args)):
-                prepare(args, data)
+            with explained_failures(lambda: preparation_memory_advice(settings.encoding, settings.model.dtype)):
+                prepare(settings, data)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def test_the_flags_of_every_row_are_accepted(tmp_path):
     trained = [row for row in (*ROWS, *gpu_speed.ROWS) if row.method != gpu_speed.PREPARE]
     for row in trained:
         flags = row_flags(row, "THUDM/CogVideoX-5b", tmp_path, tmp_path / "out", row.size)
-        assert parse_args(flags, task="text-to-video", method=row.method).load_tensors
+        assert parse_args(flags, task="text-to-video", method=row.method).prepared.load_tensors
 
 
 def test_the_parts_of_a_peak_add_up_to_it():

@@ -79,7 +79,7 @@ def test_with_a_temperature_captions_vary(model):
 
 def test_an_answer_longer_than_allowed_is_known_to_be_cut(tmp_path):
     endless = make_tiny_vision_model(tmp_path, says_only="sea", ends=False)
-    with pytest.raises(NoCaption, match="no whole sentence in it; raise --max_tokens"):
+    with pytest.raises(NoCaption, match="no complete sentence in it; raise --max_tokens"):
         load(endless).describe(frames_of(COLOURS[0]), PROMPT)
     in_time = make_tiny_vision_model(tmp_path, says_only="sea")
     assert set(load(in_time).describe(frames_of(COLOURS[0]), PROMPT).split()) == {"sea"}

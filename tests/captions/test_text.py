@@ -33,7 +33,7 @@ def test_what_surrounds_a_caption_is_taken_away(answer, caption):
 )
 def test_of_an_answer_that_was_cut_whole_sentences_remain(answer, caption):
     if caption is None:
-        with pytest.raises(NoCaption, match="no whole sentence in it; raise --max_tokens"):
+        with pytest.raises(NoCaption, match="no complete sentence in it; raise --max_tokens"):
             clean_caption(answer, was_cut=True)
     else:
         assert clean_caption(answer, was_cut=True) == caption

@@ -1,4 +1,4 @@
-"""Bars for what takes long alone, and log lines that stand beside none of them."""
+"""Only long operations have bars, and log lines do not mix with them."""
 
 import logging
 import subprocess
@@ -9,7 +9,7 @@ from common.logs import LineHandler, log_without_tokens
 from repository import TRAINING
 
 
-def test_what_is_logged_under_a_bar_has_a_line_of_its_own(capsys):
+def test_a_log_message_during_a_bar_is_on_a_separate_line(capsys):
     logger = logging.Logger("finetune")
     logger.addHandler(LineHandler())
     with tqdm(total=2, desc="Training", delay=0) as bar:
@@ -21,7 +21,7 @@ def test_what_is_logged_under_a_bar_has_a_line_of_its_own(capsys):
     assert any(line.startswith("Training:  50%") for line in lines)
 
 
-def test_in_a_file_short_bars_are_left_out_and_long_ones_are_rare():
+def test_in_a_file_there_are_no_short_bars_and_few_updates():
     code = (
         "import data.plan\n"  # as the scripts import it, before any library
         "import tqdm.auto\n"
@@ -33,7 +33,7 @@ def test_in_a_file_short_bars_are_left_out_and_long_ones_are_rare():
     assert (done.stdout, done.stderr) == ("1.0 10.0\n", "")
 
 
-def test_a_library_says_everything_once_and_the_toolkit_whenever_it_happens(capsys):
+def test_only_repeated_messages_of_libraries_are_dropped(capsys):
     log_without_tokens(logging.INFO)
     ours = logging.makeLogRecord({"name": "checkpoints", "pathname": str(TRAINING / "checkpoints.py"), "levelno": 30})
     theirs = logging.makeLogRecord({"name": "torchao.utils", "pathname": "/site/torchao/utils.py", "levelno": 30})

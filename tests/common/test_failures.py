@@ -1,13 +1,25 @@
-"""Out of memory is said in a few lines, with what to change; other errors stay what they are."""
+"""Out of memory and dead data workers become short errors with advice; other errors stay as they are."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from common.errors import UserError
-from common.failures import explained_failures, memory_that_ran_out
+from common.failures import explain_death, explained_failures, memory_that_ran_out
+from data.buckets import Bucket
+from data.clips import Clip, ClipSample
+from data.prepared import PreparedClip, StoredTensor
+from data.sampler import Draw
+from dataset import ClipDataset, PreparedDataset, make_loader, without_failures
+from video.probe import VideoInfo
 
 
+ALLOCATIONS = [lambda: np.empty(2**60, np.uint8), lambda: torch.empty(2**55, dtype=torch.uint8)]
 CUDA_SAYS = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 3.12 GiB is "
     "free. Process 1 has 75.98 GiB memory in use. Of the allocated memory 70 GiB is allocated by PyTorch."
@@ -15,24 +27,22 @@ CUDA_SAYS = (
 
 
 def explained(error: Exception) -> list[str]:
-    """The lines that an error becomes."""
+    """Return the lines of the explanation of an error."""
     with pytest.raises(UserError) as caught, explained_failures(lambda: ["--offload_checkpoints: 5 GB less"]):
         raise error
     return str(caught.value).splitlines()
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(CUDA_SAYS), RuntimeError("CUDA error: out of memory")])
-def test_a_full_gpu_is_told_with_what_to_change(error):
+def test_a_full_gpu_is_reported_with_advice(error):
     title, advice = explained(error)
     assert title.startswith(f"out of GPU memory ({type(error).__name__}: CUDA ")
     assert "Of the allocated memory" not in title
     assert advice.strip() == "--offload_checkpoints: 5 GB less"
 
 
-@pytest.mark.parametrize(
-    "allocate", [lambda: np.empty(2**60, np.uint8), lambda: torch.empty(2**55, dtype=torch.uint8)]
-)
-def test_a_full_host_is_told_with_other_advice(allocate):
+@pytest.mark.parametrize("allocate", ALLOCATIONS)
+def test_a_full_host_is_reported_with_other_advice(allocate):
     with pytest.raises(UserError) as caught, explained_failures(list):
         allocate()
     (line,) = str(caught.value).splitlines()
@@ -40,13 +50,13 @@ def test_a_full_host_is_told_with_other_advice(allocate):
     assert "--dataloader_num_workers" in line
 
 
-def test_a_script_with_other_flags_has_advice_of_its_own():
+def test_the_advice_for_the_host_can_be_replaced():
     with pytest.raises(UserError, match=r"; fewer --num_frames$"), explained_failures(list, "fewer --num_frames"):
         np.empty(2**60, np.uint8)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), KeyError("a bug"), UserError("--rank: 0")])
-def test_other_errors_stay_what_they_are(error):
+def test_other_errors_are_raised_unchanged(error):
     assert memory_that_ran_out(error) is None
     with pytest.raises(type(error)) as caught, explained_failures(list):
         raise error
@@ -54,6 +64,107 @@ def test_other_errors_stay_what_they_are(error):
 
 
 @pytest.mark.gpu
-def test_a_gpu_that_is_really_full_is_told():
+def test_an_allocation_too_large_for_the_gpu_is_reported():
     with pytest.raises(UserError, match=r"^out of GPU memory "), explained_failures(list):
         torch.empty(2**50, dtype=torch.uint8, device="cuda")
+
+
+# Data workers
+
+
+BUCKET = Bucket(1, 16, 16)
+
+
+class Clips(ClipDataset):
+    """Clips; reading the one named "bad" calls `read_bad`."""
+
+    def __init__(self, names: str, read_bad: Callable[[], None]):
+        info = VideoInfo(1, 16, 16, 8.0, 0, "")
+        clips = [
+            ClipSample(Clip(Path(f"{name}.mp4"), "a caption", f"videos.txt:{number}"), info, BUCKET, (0,))
+            for number, name in enumerate(names.split(), 1)
+        ]
+        super().__init__(clips, reshape_mode="none", random_flip=None, seed=0)
+        self.read_bad = read_bad
+
+    def _read(self, draw: Draw):
+        if self.clips[draw.index].clip.video.stem == "bad":
+            self.read_bad()
+        return self.failed(draw, "")
+
+
+def read_all(dataset, num_workers: int = 2) -> None:
+    batches = iter(make_loader(dataset, [[Draw(index, 0)] for index in range(len(dataset))], num_workers=num_workers))
+    try:
+        with explained_failures(list):
+            for _ in batches:
+                pass
+    finally:
+        if num_workers:
+            # An error keeps the loader in a reference cycle, and the garbage collector waits minutes for its workers.
+            batches._shutdown_workers()
+
+
+@pytest.mark.parametrize(
+    ("number", "cause", "advice"),
+    [
+        (signal.SIGKILL, "Killed", "ran out of host memory: lower --dataloader_num_workers"),
+        (signal.SIGSEGV, "Segmentation fault", "convert the file (ffmpeg -i OLD NEW.mp4), or remove it from the list"),
+        (signal.SIGBUS, "Bus error", "enlarge /dev/shm"),
+    ],
+)
+def test_a_killed_worker_is_reported_with_its_clip(number, cause, advice):
+    with pytest.raises(UserError) as caught:
+        read_all(Clips("a b bad c", lambda: os.kill(os.getpid(), number)))
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"a data worker died ({cause}) while reading bad.mp4 (videos.txt:3); ")
+    assert advice in line
+
+
+def test_a_worker_that_exits_is_reported_with_its_clip():
+    with pytest.raises(UserError, match=r"a data worker died \(it exited without an error\) while reading bad\.mp4"):
+        read_all(Clips("bad a", lambda: os._exit(3)), num_workers=1)
+
+
+def test_the_loader_of_the_dead_worker_is_found():
+    idle = iter(make_loader(Clips("x y", lambda: None), [[Draw(0, 0)], [Draw(1, 0)]], num_workers=1))
+    next(idle)
+    with pytest.raises(UserError, match=r"while reading bad\.mp4"):
+        read_all(Clips("bad", lambda: os.kill(os.getpid(), signal.SIGKILL)), num_workers=1)
+
+
+def test_a_worker_that_dies_between_two_clips_is_reported_without_one():
+    error = RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+    assert explain_death(error).startswith("a data worker died (Killed) between two clips; most likely the system ran")
+
+
+def test_other_errors_of_workers_are_not_deaths():
+    assert explain_death(RuntimeError("Caught ValueError in DataLoader worker process 0.")) is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_while_a_clip_is_read_names_the_clip(num_workers):
+    def fail():
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError) as caught:
+        read_all(Clips("a bad", fail), num_workers)
+    told = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert "while reading bad.mp4 (videos.txt:2)" in told
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("allocate", ALLOCATIONS)
+def test_a_clip_too_large_for_memory_is_one_line(num_workers, allocate):
+    batches = without_failures(make_loader(Clips("bad", allocate), [[Draw(0, 0)]], num_workers=num_workers))
+    with pytest.raises(UserError) as caught:
+        next(batches)
+    _, line = str(caught.value).splitlines()
+    assert line.strip().startswith("bad.mp4 (videos.txt:1): too little host memory to read it (")
+    assert line.endswith("lower --dataloader_num_workers")
+
+
+def test_a_prepared_sample_is_named_with_its_file():
+    stored = StoredTensor(Path("prepared/latents/aa.safetensors"), "rabbit.video_latents")
+    dataset = PreparedDataset([PreparedClip("rabbit", BUCKET, stored, stored)])
+    assert dataset.name_of(0) == "rabbit (prepared/latents/aa.safetensors)"

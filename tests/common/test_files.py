@@ -9,9 +9,9 @@ from common.files import refresh_names, remove_partials, replace_folder, written
 def test_a_file_appears_only_when_its_block_has_succeeded(tmp_path):
     target = tmp_path / "folder" / "file.txt"
     with written_whole(target) as path:
-        path.write_text("whole")
+        path.write_text("complete")
         assert not target.exists()
-    assert target.read_text() == "whole"
+    assert target.read_text() == "complete"
     assert [file.name for file in target.parent.iterdir()] == ["file.txt"]
 
 
@@ -25,8 +25,7 @@ def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_writers_of_one_file_on_several_machines_do_not_meet(tmp_path):
-    """Whose numbers of process and thread are equal."""
+def test_writers_of_one_file_do_not_share_a_temporary_file(tmp_path):
     target = tmp_path / "file.txt"
     with written_whole(target) as one, written_whole(target) as other:
         one.write_text("one")
@@ -35,7 +34,7 @@ def test_writers_of_one_file_on_several_machines_do_not_meet(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_names_are_refreshed_by_a_change_to_every_folder_that_leaves_nothing(tmp_path):
+def test_a_refresh_changes_every_folder_and_leaves_nothing(tmp_path):
     folders = [tmp_path, tmp_path / "latents", tmp_path / "latents" / "below"]
     folders[-1].mkdir(parents=True)
     (tmp_path / "latents" / "shard").touch()
@@ -46,13 +45,13 @@ def test_names_are_refreshed_by_a_change_to_every_folder_that_leaves_nothing(tmp
     assert {path.name for path in tmp_path.rglob("*")} == {"latents", "below", "shard"}
 
 
-def test_the_partial_file_keeps_the_suffix_that_writers_choose_a_format_by(tmp_path):
+def test_the_partial_file_keeps_the_suffix(tmp_path):
     with written_whole(tmp_path / "video.mp4") as path:
         assert path.suffix == ".mp4"
         path.write_bytes(b"")
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path):
+def test_a_folder_is_replaced_completely(tmp_path):
     folder, partial = tmp_path / "checkpoint-1", tmp_path / ".partial"
     for path, content in ((folder, "old"), (partial, "new")):
         path.mkdir()
@@ -62,7 +61,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-def test_a_file_is_as_readable_as_any_other_whatever_the_writer_does(tmp_path):
+def test_a_file_has_the_usual_permissions_whatever_the_writer_does(tmp_path):
     (tmp_path / "usual").touch()
     with written_whole(tmp_path / "file") as path:
         path.unlink()
@@ -70,16 +69,16 @@ def test_a_file_is_as_readable_as_any_other_whatever_the_writer_does(tmp_path):
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path):
+def test_an_unwritable_place_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(UserError, match=r"file/below cannot be written \(.*\); what is done is kept"),
+        pytest.raises(UserError, match=r"file/below cannot be written \(.*\); finished work is kept"),
         written_whole(tmp_path / "file" / "below") as path,
     ):
         path.write_text("x")
 
 
-def test_a_disk_that_is_full_in_the_middle_is_told_in_one_line(tmp_path):
+def test_a_full_disk_is_one_line(tmp_path):
     with (
         pytest.raises(UserError, match=r"target cannot be written \(No space left on device\)"),
         written_whole(tmp_path / "target"),
@@ -88,7 +87,7 @@ def test_a_disk_that_is_full_in_the_middle_is_told_in_one_line(tmp_path):
         full.write("x")
 
 
-def test_what_is_no_folder_gives_way_to_one(tmp_path):
+def test_a_folder_replaces_a_file(tmp_path):
     partial, folder = tmp_path / ".partial.new", tmp_path / "new"
     partial.mkdir()
     folder.write_text("in the way")
@@ -97,7 +96,7 @@ def test_what_is_no_folder_gives_way_to_one(tmp_path):
     assert folder.is_dir()
 
 
-def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+def test_only_the_files_of_killed_processes_are_removed(tmp_path):
     (tmp_path / f".{'0' * 16}.partial.loss.png").touch()
     for name in ("loss.png", ".hidden", "a.partial.b"):
         (tmp_path / name).touch()

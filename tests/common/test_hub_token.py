@@ -1,4 +1,4 @@
-"""A token is seen by nobody, whatever is printed, and however it came here."""
+"""No output contains a token, wherever the token came from."""
 
 import argparse
 import json
@@ -17,13 +17,13 @@ TOKEN = "hf_" + "Secret0" * 5
 
 
 @pytest.fixture(autouse=True)
-def nobody_logged_in(monkeypatch, tmp_path):
+def logged_out(monkeypatch, tmp_path):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
 
 
-def test_a_token_among_the_flags_shows_as_hidden():
+def test_a_token_in_the_flags_is_shown_as_hidden():
     args = argparse.Namespace(hub_token=HubToken(TOKEN))
     assert args.hub_token.value == TOKEN
     shown = [str(args), repr(vars(args)), f"{args.hub_token}", json.dumps(vars(args), default=str)]
@@ -31,7 +31,7 @@ def test_a_token_among_the_flags_shows_as_hidden():
     assert all("(hidden)" in text for text in shown)
 
 
-def test_a_token_is_taken_off_the_command_line(monkeypatch):
+def test_a_token_is_removed_from_the_command_line(monkeypatch):
     words = ["train.py", "--hub_token", TOKEN, f"--hub_token={TOKEN}", "--rank", "4"]
     monkeypatch.setattr(sys, "argv", words)
     HubToken(TOKEN)
@@ -48,12 +48,12 @@ def test_tokens_of_the_environment_and_the_login_are_hidden(monkeypatch, tmp_pat
     assert without_tokens("login-token or third-token") == "login-token or (hidden)"
 
 
-def test_what_looks_like_a_token_is_hidden_whoever_it_is_of():
+def test_text_that_looks_like_a_token_is_hidden():
     assert without_tokens("Bearer hf_abcdefghijklmnopqrst.") == "Bearer (hidden)."
     assert without_tokens("hf_transfer and hf_hub_download") == "hf_transfer and hf_hub_download"
 
 
-def test_a_token_that_is_no_longer_than_a_word_hides_no_words(monkeypatch):
+def test_a_very_short_token_does_not_hide_words(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "a")
     assert without_tokens("a rabbit") == "a rabbit"
 
@@ -84,13 +84,13 @@ def test_neither_errors_of_the_user_nor_of_the_program_show_a_token(capsys):
     assert err.endswith("RuntimeError: sent (hidden)\n")
 
 
-def test_an_error_without_a_token_is_what_it_was():
+def test_an_error_without_a_token_is_unchanged():
     with pytest.raises(RuntimeError, match="a bug"), one_line_errors():
         raise RuntimeError("a bug")
 
 
 @pytest.mark.parametrize("flags", [["--hub_token", TOKEN], [TOKEN], ["--hub_token", TOKEN, "--rank", "x"]])
-def test_mistakes_in_the_flags_are_told_without_the_token(flags, capsys):
+def test_errors_in_the_flags_do_not_show_the_token(flags, capsys):
     argv = ["--pretrained_model_name_or_path", "org/name", "--data_root", ".", *flags]
     with pytest.raises(SystemExit):
         parse_args(argv, task="text-to-video", method="lora")

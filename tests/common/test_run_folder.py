@@ -70,6 +70,6 @@ def test_flags_that_somebody_wrote_are_not_written_over(run_folder, tmp_path, ca
     parse(tmp_path, tmp_path / "elsewhere", "--config", str(new / CONFIG_FILE))
     # Of a run that ended before its first checkpoint, and of one that goes on, whose file is left as it is.
     (new / CONFIG_FILE).write_text(f"# {CONFIG_TITLE} on some day\nrank: 8\n")
-    assert parse(tmp_path, new, "--config", str(new / CONFIG_FILE)).rank == 8
+    assert parse(tmp_path, new, "--config", str(new / CONFIG_FILE)).lora.rank == 8
     (run_folder / CONFIG_FILE).write_text("rank: 8\n")
     parse(tmp_path, run_folder, "--resume_from_checkpoint", "latest")

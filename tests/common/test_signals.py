@@ -1,4 +1,4 @@
-"""Signals ask to stop; a second one does not ask."""
+"""A first signal stops the run gracefully, a second one at once."""
 
 import os
 import signal
@@ -12,13 +12,13 @@ from repository import TRAINING
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_noted_and_said_and_the_process_goes_on(number, capfd):
+def test_a_signal_is_recorded_and_announced_and_the_process_continues(number, capfd):
     before = [signal.getsignal(one) for one in SIGNALS]
     with StopSignals() as signals:
         assert signals.received is None
         os.kill(os.getpid(), number)
         assert signals.received == number
-        os.kill(os.getpid(), number)  # what a launcher passes on again
+        os.kill(os.getpid(), number)  # as forwarded by a launcher
         assert signals.received == number
     assert [signal.getsignal(one) for one in SIGNALS] == before
     said = capfd.readouterr().err
@@ -59,7 +59,7 @@ print("still here")
 """
 
 
-def test_a_worker_outlives_the_signals_of_its_group_for_a_while():
+def test_a_worker_survives_the_signals_of_its_group_for_a_while():
     done = run(WORKER)
     assert (done.returncode, done.stdout) == (0, "still here\n"), done.stderr
 
@@ -77,7 +77,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports a parent's death")
 def test_a_worker_does_not_outlive_its_parent():
     # Returns at the end of standard output, which the worker inherits.
     assert run(PARENT).returncode == -signal.SIGKILL
@@ -96,7 +96,7 @@ with stop_signals.StopSignals() as signals:
     os.close(1)
     signal.sigwait([signal.SIGTERM])  # the launcher is dead
     signals._receive(signal.SIGTERM, None)
-    os.write(2, f"goes on after {signals.received.name}".encode())
+    os.write(2, f"continues after {signals.received.name}".encode())
 """
 LAUNCHER = f"""
 import subprocess, sys
@@ -105,10 +105,10 @@ child.stdout.read()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports a parent's death")
 @pytest.mark.parametrize(("case", "first"), [("Ctrl-C", "SIGINT"), ("kill", "SIGTERM")])
-def test_a_launcher_that_dies_asks_the_run_to_stop_and_is_no_second_signal(monkeypatch, case, first):
+def test_the_death_of_the_launcher_stops_the_run_and_is_not_a_second_signal(monkeypatch, case, first):
     monkeypatch.setenv("CASE", case)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as the launcher sets it
     # Its end is the end of standard error, which the run inherits.
-    assert f"goes on after {first}" in run(LAUNCHER).stderr
+    assert f"continues after {first}" in run(LAUNCHER).stderr

@@ -6,6 +6,7 @@ import pytest
 
 from args import parse_args, parse_prepare_args
 from common.startup import unused_libraries
+from flags.schema import flag_values
 from repository import TRAINING
 
 
@@ -34,27 +35,26 @@ def flags(tmp_path) -> list[str]:
     ids=lambda value: " ".join(sorted(value)),
 )
 def test_a_library_is_left_out_unless_a_flag_needs_it(flags, more, used):
-    args = parse_args([*flags, *more], task="text-to-video", method="lora")
-    assert set(unused_libraries(args)) == {"bitsandbytes", "torchao", "deepspeed"} - used
+    settings = parse_args([*flags, *more], task="text-to-video", method="lora")
+    assert set(unused_libraries(flag_values(settings))) == {"bitsandbytes", "torchao", "deepspeed"} - used
 
 
 def test_deepspeed_is_imported_where_accelerate_launches_it(flags, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert "deepspeed" not in unused_libraries(parse_args(flags, task="text-to-video", method="lora"))
+    assert "deepspeed" not in unused_libraries(flag_values(parse_args(flags, task="text-to-video", method="lora")))
 
 
 def test_a_preparation_leaves_them_out_too(flags):
-    args = parse_prepare_args(flags)
-    assert set(unused_libraries(args)) == {"bitsandbytes", "torchao", "deepspeed"}
+    settings = parse_prepare_args(flags)
+    assert set(unused_libraries(flag_values(settings))) == {"bitsandbytes", "torchao", "deepspeed"}
 
 
 def test_a_library_left_out_is_as_good_as_not_installed():
     code = (
-        "import argparse\n"
         "from common import startup\n"
         "from importlib.util import find_spec\n"  # by which libraries look for one another
         "print(find_spec('bitsandbytes') is None, find_spec('torchao') is None)\n"
-        "startup.prepare_imports(argparse.Namespace(), owns_process=True)\n"
+        "startup.prepare_imports({}, owns_process=True)\n"
         "print(find_spec('bitsandbytes') is None, find_spec('torchao') is None)\n"
     )
     folder = TRAINING

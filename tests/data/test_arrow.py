@@ -1,4 +1,4 @@
-"""Parquet files and data sets of the `datasets` library are read as `arrow_data` promises."""
+"""Parquet files and data sets of the `datasets` library are read as `data.arrow` documents."""
 
 import io
 import sys
@@ -14,17 +14,12 @@ from PIL import Image
 
 from clip_lists import bad, captions, error_of, good, read, touch, write
 from data.clips import Clip
+from encoded_clips import all_frames
 
 
 ROWS = {"video": ["a.mp4", "sub/b.mp4"], "text": ["A cat.\nOn a mat.", "A dog."], "n": [1, None]}
 MEDIA = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
-
-
-def decoded(path):
-    """All frames."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def picture():
@@ -55,7 +50,7 @@ def test_parquet_rows_are_numbered_and_extra_columns_of_single_values_kept(tmp_p
     assert [str(clip) for clip in bad_clips] == ["unnamed clip (data.parquet:row 2): has no path"]
 
 
-def test_a_file_that_is_no_parquet_is_one_line(tmp_path):
+def test_a_file_that_is_not_parquet_is_one_line(tmp_path):
     message = error_of(tmp_path, dataset_file=write(tmp_path / "data.parquet", b"video,text\n"))
     assert message.startswith(f"{tmp_path / 'data.parquet'} cannot be read: Parquet")
 
@@ -67,7 +62,7 @@ def test_parquet_text_that_is_not_utf8_is_a_bad_clip(tmp_path):
     assert line.startswith("a.mp4 (data.parquet:row 1): has an unreadable value in column 'text'")
 
 
-def test_parquet_may_hold_files_bytes_alone_or_with_their_path(tmp_path):
+def test_parquet_may_hold_a_files_bytes_with_or_without_its_path(tmp_path):
     ((clip,), _) = read_parquet(tmp_path, [b"content"])
     assert clip.video.read_bytes() == b"content"
     clips, bad_clips = read_parquet(tmp_path, [{"bytes": b"x", "path": "a.MOV"}, {"path": "b.mp4"}, None], MEDIA)
@@ -81,7 +76,7 @@ def test_parquet_may_hold_decoded_videos_of_any_length_and_their_rate(tmp_path, 
     videos = [PIXELS, PIXELS[:2]]
     clips, bad_clips = read_parquet(tmp_path, [video.tolist() for video in videos], nested(kind, 4), fps=[None, 12])
     assert bad_clips == []
-    assert all(np.array_equal(decoded(clip.video), video) for clip, video in zip(clips, videos, strict=True))
+    assert all(np.array_equal(all_frames(clip.video), video) for clip, video in zip(clips, videos, strict=True))
     with av.open(str(clips[1].video)) as container:
         assert container.streams.video[0].average_rate == 12
 
@@ -98,11 +93,6 @@ def test_decoded_frames_that_make_no_video_are_a_bad_clip(tmp_path, video, reaso
     assert bad_clip.reason == reason
 
 
-def test_parquet_may_hold_videos_as_lists_of_images(tmp_path):
-    ((clip,), _) = read_parquet(tmp_path, [[{"bytes": picture(), "path": None}] * 3], pa.list_(MEDIA))
-    assert np.array_equal(decoded(clip.video), PIXELS[[0, 0, 0]])
-
-
 def test_parquet_may_hold_first_frames(tmp_path):
     images = pa.array([[{"bytes": picture(), "path": None}], [], None], pa.list_(MEDIA))
     clips, _ = read_parquet(tmp_path, ["a.mp4", "b.mp4", "c.mp4"], images=images)
@@ -111,7 +101,7 @@ def test_parquet_may_hold_first_frames(tmp_path):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """The library, with a cache of its own."""
+    """The library with a temporary cache."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -173,7 +163,7 @@ def test_another_split_is_read_when_named(hub, tmp_path):
     assert captions(good(None, dataset_name=str(tmp_path / "saved"), dataset_split="test")) == ["A dog."]
 
 
-def test_an_unknown_split_is_told_with_those_there(hub, local_dataset):
+def test_an_unknown_split_is_named_with_the_existing_ones(hub, local_dataset):
     message = error_of(None, dataset_name=str(local_dataset), dataset_split="validation")
     assert "validation" in message
     assert "train" in message
@@ -181,7 +171,7 @@ def test_an_unknown_split_is_told_with_those_there(hub, local_dataset):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_an_unknown_column_of_a_data_set_is_told_with_those_there(hub, tmp_path, streaming):
+def test_an_unknown_column_is_named_with_the_existing_ones(hub, tmp_path, streaming):
     write(tmp_path / "data/train.csv", "path,text\na.mp4,A cat.\n")
     name = str(tmp_path / "data")
     assert error_of(None, dataset_name=name, dataset_streaming=streaming) == (
@@ -189,35 +179,36 @@ def test_an_unknown_column_of_a_data_set_is_told_with_those_there(hub, tmp_path,
     )
 
 
-def test_an_unknown_configuration_is_told_with_those_there(hub, tmp_path):
+def test_an_unknown_configuration_is_named_with_the_existing_ones(hub, tmp_path):
     write(tmp_path / "data/train.csv", "video,text\na.mp4,A cat.\n")
     message = error_of(None, dataset_name=str(tmp_path / "data"), dataset_config_name="large")
     assert "'large' not found. Available: ['default']" in message
 
 
-def test_a_data_set_that_cannot_be_reached_is_one_line(hub):
-    message = error_of(None, dataset_name="nobody/nothing")
-    assert message.startswith("--dataset_name nobody/nothing cannot be read: Couldn't reach")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("train.parquet", "PAR1 and nothing more", ""),  # damaged
+        ("data.py", "open('ran', 'w')", " cannot be read"),  # code is never run
+        (None, "", " cannot be read: Couldn't reach"),  # not on this machine, and there is no network
+    ],
+)
+def test_a_data_set_that_cannot_be_read_is_one_line(hub, tmp_path, monkeypatch, streaming, name, content, reason):
+    monkeypatch.chdir(tmp_path)
+    dataset = str(write(tmp_path / "data" / name, content).parent) if name else "nobody/nothing"
+    message = error_of(None, dataset_name=dataset, dataset_streaming=streaming)
+    assert message.startswith(f"--dataset_name {dataset}{reason}")
     assert len(message.splitlines()) == 1
-
-
-def test_code_in_a_data_set_is_never_run(hub, tmp_path):
-    code = f"open({str(tmp_path / 'ran')!r}, 'w')"
-    write(tmp_path / "data/data.py", code)
-    assert "cannot be read" in error_of(None, dataset_name=str(tmp_path / "data"))
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_folder_of_videos_with_metadata_is_read_without_a_video_decoder(hub, tmp_path):
-    for name in ("a", "b"):
-        write(tmp_path / f"data/train/{name}.mp4", b"content")
-    write(tmp_path / "data/train/metadata.csv", "file_name,text\na.mp4,A cat.\nb.mp4,A dog.\n")
-    for streaming in (False, True):
-        clips = good(None, dataset_name=str(tmp_path / "data"), dataset_streaming=streaming)
-        assert [(clip.video, clip.caption) for clip in clips] == [
-            (tmp_path / "data/train/a.mp4", "A cat."),
-            (tmp_path / "data/train/b.mp4", "A dog."),
-        ]
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_videos_with_metadata_is_read_without_a_video_decoder(hub, tmp_path, streaming):
+    touch(tmp_path / "data/train", "a.mp4")
+    write(tmp_path / "data/train/metadata.csv", "file_name,text\na.mp4,A cat.\n")
+    (clip,) = good(None, dataset_name=str(tmp_path / "data"), dataset_streaming=streaming)
+    assert (clip.video, clip.caption) == (tmp_path / "data/train/a.mp4", "A cat.")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -237,22 +228,17 @@ def test_features_of_media_are_read(hub, tmp_path, streaming):
     options = {"dataset_name": str(tmp_path / "data"), "dataset_streaming": streaming, "cache": tmp_path / "cache"}
     by_column = {column: good(None, **options, video_column=column)[0] for column in row}
     assert by_column["encoded"].video.read_bytes() == b"content"
-    assert np.array_equal(decoded(by_column["decoded"].video), PIXELS)
-    assert np.array_equal(decoded(by_column["frames"].video), PIXELS[[0, 0]])
+    assert np.array_equal(all_frames(by_column["decoded"].video), PIXELS)
+    assert np.array_equal(all_frames(by_column["frames"].video), PIXELS[[0, 0]])
     assert by_column["encoded"].image.read_bytes() == picture()
 
 
-def test_streaming_takes_no_more_rows_than_asked_for(hub, tmp_path):
+def test_streaming_reads_only_the_rows_asked_for(hub, tmp_path):
     table = pa.table({"video": [b"first", b"second", b"third"], "text": ["A cat."] * 3})
     (tmp_path / "data").mkdir()
     pq.write_table(table, tmp_path / "data/train-00000.parquet", row_group_size=1)
-    options = {
-        "dataset_name": str(tmp_path / "data"),
-        "dataset_streaming": True,
-        "cache": tmp_path / "cache",
-        "max_samples": 2,
-    }
-    assert len(good(None, **options)) == 2
+    options = {"dataset_name": str(tmp_path / "data"), "dataset_streaming": True, "max_samples": 2}
+    assert len(good(None, **options, cache=tmp_path / "cache")) == 2
     assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == 2
 
 
@@ -270,22 +256,14 @@ def test_a_web_data_set_is_read(hub, tmp_path, streaming):
     assert [clip.video.read_bytes() for clip in clips] == [b"first", b"second"]
 
 
-def test_a_data_set_is_read_without_a_word(local_dataset, hub, capfd):
+def test_a_data_set_is_read_silently(local_dataset, hub, capfd):
     hub.enable_progress_bars()
     hub.logging.set_verbosity_info()
     good(None, dataset_name=str(local_dataset))
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_damaged_data_set_is_one_line(hub, tmp_path):
-    write(tmp_path / "data/train.parquet", b"PAR1 and nothing more")
-    for streaming in (False, True):
-        message = error_of(None, dataset_name=str(tmp_path / "data"), dataset_streaming=streaming)
-        assert message.startswith(f"--dataset_name {tmp_path / 'data'}")
-        assert len(message.splitlines()) == 1
-
-
-def test_streaming_does_without_torch(hub, tmp_path, monkeypatch):
+def test_streaming_does_not_import_torch(hub, tmp_path, monkeypatch):
     class NoTorch:
         @staticmethod
         def find_spec(name, path=None, target=None):

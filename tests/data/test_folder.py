@@ -1,4 +1,4 @@
-"""A folder of clips and captions is read as `clip_folder` promises."""
+"""A folder of clips and captions is read as `data.folder` documents."""
 
 import os
 
@@ -24,14 +24,15 @@ VIDEOS = ["mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "ts", "gif"]
 IMAGES = ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff"]
 
 
-@pytest.mark.parametrize("suffix", VIDEOS + IMAGES)
-def test_videos_and_images_of_every_kind_are_found(tmp_path, suffix):
-    touch(tmp_path, f"a.{suffix}")
-    write(tmp_path / "a.txt", "A cat.")
-    assert [clip.video.name for clip in good(tmp_path)] == [f"a.{suffix}"]
+def test_videos_and_images_of_every_kind_are_found(tmp_path):
+    names = sorted(f"{suffix}.{suffix}" for suffix in VIDEOS + IMAGES)
+    touch(tmp_path, *names)
+    for name in names:
+        write((tmp_path / name).with_suffix(".txt"), "A cat.")
+    assert sorted(clip.video.name for clip in good(tmp_path)) == names
 
 
-def test_an_image_beside_a_video_is_its_first_frame_and_no_clip(tmp_path):
+def test_an_image_beside_a_video_is_its_first_frame_not_a_clip(tmp_path):
     touch(tmp_path, "a.mp4", "a.png", "b.png")
     write(tmp_path / "a.txt", "A cat.")
     write(tmp_path / "b.txt", "A dog.")
@@ -58,7 +59,7 @@ def test_clips_without_caption_and_captions_without_clip_are_bad_clips(tmp_path)
     ]
 
 
-def test_captions_that_are_empty_or_no_text_are_bad_clips(tmp_path):
+def test_captions_that_are_empty_or_not_text_are_bad_clips(tmp_path):
     touch(tmp_path, "a.mp4", "b.mp4")
     write(tmp_path / "a.txt", " \n")
     write(tmp_path / "b.txt", b"caf\xe9")
@@ -74,7 +75,7 @@ def test_several_images_for_one_video_are_a_bad_clip(tmp_path):
     assert bad(tmp_path) == [f"a.mp4 ({tmp_path}): has several images for its first frame beside it: a.jpg, a.png"]
 
 
-def test_hidden_files_and_notes_at_the_top_do_not_count(tmp_path):
+def test_hidden_files_and_notes_at_the_top_level_are_ignored(tmp_path):
     touch(tmp_path, "a.mp4", ".b.mp4", ".cache/c.mp4", "sub/.d.txt")
     for name in ("a.txt", "README.txt", "License.txt"):
         write(tmp_path / name, "A cat.")
@@ -83,7 +84,7 @@ def test_hidden_files_and_notes_at_the_top_do_not_count(tmp_path):
     assert bad(tmp_path) == [f"sub/readme.txt ({tmp_path}): has no clip of the same name beside it"]
 
 
-def test_links_to_folders_are_followed_once_even_in_circles(tmp_path, tmp_path_factory):
+def test_links_to_folders_are_followed_once_even_in_cycles(tmp_path, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     touch(elsewhere, "a.mp4")
     write(elsewhere / "a.txt", "A cat.")
@@ -92,7 +93,7 @@ def test_links_to_folders_are_followed_once_even_in_circles(tmp_path, tmp_path_f
     assert [clip.video for clip in good(tmp_path)] == [tmp_path / "linked/a.mp4"]
 
 
-def test_a_file_name_that_is_no_unicode_is_a_bad_clip(tmp_path):
+def test_a_file_name_that_is_not_unicode_is_a_bad_clip(tmp_path):
     name = os.fsencode(tmp_path) + b"/caf\xe9"
     for suffix in (b".mp4", b".txt"):
         with open(name + suffix, "w") as file:
@@ -102,31 +103,22 @@ def test_a_file_name_that_is_no_unicode_is_a_bad_clip(tmp_path):
     assert line.isascii()
 
 
-def test_a_table_beside_clips_without_captions_is_pointed_to(tmp_path):
+def test_a_table_beside_clips_without_captions_is_suggested(tmp_path):
     touch(tmp_path, "a.mp4", "b.mp4")
     write(tmp_path / "metadata.csv", "file_name,text\na.mp4,A cat.\n")
-    assert error_of(tmp_path).endswith(f"but metadata.csv: give --dataset_file {tmp_path / 'metadata.csv'}")
+    assert error_of(tmp_path).endswith(f"but metadata.csv: pass --dataset_file {tmp_path / 'metadata.csv'}")
 
 
 @pytest.mark.parametrize("ours", ["prepared.json", "plan.csv"])
-def test_what_was_prepared_among_the_clips_is_no_clip(tmp_path, ours):
+def test_prepared_data_among_the_clips_is_ignored(tmp_path, ours):
     touch(tmp_path, "a.mp4", "prepared/contact_sheet.png", f"prepared/{ours}")
     write(tmp_path / "a.txt", "A cat.")
     assert captions(good(tmp_path)) == ["A cat."]
 
 
-def test_a_folder_with_nothing_names_the_formats(tmp_path):
+def test_the_message_on_a_folder_without_clips_names_the_formats(tmp_path):
     write(tmp_path / "captions.txt", "A cat.")
     message = error_of(tmp_path)
     assert message.startswith(f"{tmp_path} has nothing that can be read as clips")
-    for form in (
-        "videos.txt",
-        "prompts.txt",
-        "--dataset_file",
-        ".csv",
-        ".tsv",
-        ".jsonl",
-        ".parquet",
-        "--dataset_name",
-    ):
-        assert form in message
+    forms = ("videos.txt", "prompts.txt", "--dataset_file", ".csv", ".tsv", ".jsonl", ".parquet", "--dataset_name")
+    assert all(form in message for form in forms)

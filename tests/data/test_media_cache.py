@@ -18,8 +18,9 @@ from PIL import Image
 from clip_lists import write
 from common.errors import UserError
 from data import media_cache
-from data.media_cache import first_frame_file, media_file
+from data.media_cache import first_frame_file, media_file, pieces_within
 from data.rows import UnusableRow
+from encoded_clips import all_frames
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 9, 3), np.uint8)
@@ -35,8 +36,7 @@ def picture(format="PNG", size=(6, 4), colour=(255, 0, 0)):
 def decoded(path):
     """All frames, and the rate."""
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]), stream.average_rate
+        return all_frames(path), container.streams.video[0].average_rate
 
 
 def files_in(cache):
@@ -71,7 +71,7 @@ def test_an_empty_path_is_none(tmp_path, value):
 
 
 def test_a_relative_path_needs_a_folder(tmp_path):
-    assert problem_of("a.mp4", tmp_path).endswith("give the folder it starts from with --data_root")
+    assert problem_of("a.mp4", tmp_path).endswith("set the folder it starts from with --data_root")
 
 
 @pytest.mark.parametrize("value", [b"content", {"bytes": b"content"}, {"bytes": b"content", "path": None}])
@@ -146,8 +146,8 @@ def test_an_image_of_a_list_is_read_as_a_still_image_is(tmp_path):
         ([], "holds no frames"),
         ([picture(), picture(size=(8, 8))], "holds frames of different sizes"),
         ([picture(), picture()[:50]], "has a frame that is not a readable image"),
-        ([picture(), b"text"], "has a frame that is no still image"),
-        ([picture(), "/gone.png"], "has a frame /gone.png that is no file"),
+        ([picture(), b"text"], "has a frame that is not a still image"),
+        ([picture(), "/gone.png"], "has a frame /gone.png that is not a file"),
         ([picture(), "/\0.png"], "has a frame /"),
         ([{"x": 5}], "has dict among its frames, not an image"),
         ({"x": 5}, "is dict, not a path"),
@@ -177,7 +177,7 @@ def test_a_first_frame_may_be_in_the_row_alone_or_as_a_list_of_one(tmp_path, val
 def test_what_is_wrong_with_a_first_frame_is_said_of_the_image(tmp_path):
     with pytest.raises(UnusableRow, match=r"^its image is int 5, not a path$"):
         first_frame_file(5, None, tmp_path)
-    with pytest.raises(UnusableRow, match=r"^has 2 images where one belongs$"):
+    with pytest.raises(UnusableRow, match=r"^has 2 images instead of one$"):
         first_frame_file([picture(), picture()], None, tmp_path)
 
 
@@ -217,10 +217,14 @@ def test_a_file_that_is_not_on_the_hub_is_told_and_not_kept(hub, tmp_path):
     assert files_in(tmp_path) == []
 
 
-def test_a_file_that_is_larger_than_a_clip_can_be_is_not_kept(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(media_cache, "FETCH_LIMIT", 2**20)
+@pytest.mark.parametrize(
+    ("limit", "value", "reason"),
+    [("FETCH_LIMIT", 2**20, "larger than 1 MiB"), ("FETCH_TIMEOUT", -1.0, "not complete within -1 s")],
+)
+def test_a_file_that_is_too_large_or_takes_too_long_is_not_kept(hub, tmp_path, monkeypatch, limit, value, reason):
+    monkeypatch.setattr(media_cache, limit, value)
     hub["datasets/o/n@main/a.mp4"] = bytes(2**20 + 1)
-    assert problem_of({"path": "hf://datasets/o/n@main/a.mp4"}, tmp_path) == "cannot be fetched: larger than 1 MiB"
+    assert problem_of({"path": "hf://datasets/o/n@main/a.mp4"}, tmp_path) == f"cannot be fetched: {reason}"
     assert files_in(tmp_path) == []
 
 
@@ -287,3 +291,29 @@ def test_processes_that_fill_one_cache_at_once_agree(tmp_path):
     assert first == second
     assert sorted(map(str, files_in(tmp_path))) == sorted(first)
     assert all((decoded(Path(path))[0] == value).all() for value, path in enumerate(first))
+
+
+# Downloads
+
+
+def test_pieces_within_the_limits_are_unchanged():
+    assert list(pieces_within([b"ab", b"c"], 3, 60)) == [b"ab", b"c"]
+
+
+def test_a_download_that_is_too_large_is_stopped():
+    def endless():
+        while True:
+            yield bytes(2**20)
+
+    taken = []
+    with pytest.raises(ValueError, match="larger than 3 MiB"):
+        taken.extend(pieces_within(endless(), 3 * 2**20, 60))
+
+
+def test_a_download_that_takes_too_long_is_stopped(monkeypatch):
+    monkeypatch.setattr(media_cache, "monotonic", iter((0.0, 9.0, 11.0)).__next__)
+    passed = []
+    with pytest.raises(TimeoutError, match="not whole within 10 s"):
+        for piece in pieces_within([b"a", b"b", b"c"], 99, 10):
+            passed.append(piece)
+    assert passed == [b"a"]

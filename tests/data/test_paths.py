@@ -1,4 +1,4 @@
-"""What a list says cannot lead out of the folders that the user named; links in these folders can."""
+"""Listed paths cannot lead out of the folders that the user named; links in these folders can."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from data.paths import stays_inside
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """A folder of clips with a link to one elsewhere, itself reached by a link."""
+    """A folder of clips that has a link to another folder, and is itself a link."""
     (tmp_path / "real/videos").mkdir(parents=True)
     (tmp_path / "elsewhere/deep").mkdir(parents=True)
     (tmp_path / "data").symlink_to(tmp_path / "real")
@@ -32,7 +32,7 @@ def root(tmp_path) -> Path:
         ".",
     ],
 )
-def test_what_lies_in_the_folder_is_inside(root, listed):
+def test_a_path_in_the_folder_is_inside(root, listed):
     assert stays_inside(listed.format(root=root, real=root.resolve()), root, [root])
 
 
@@ -50,11 +50,11 @@ def test_what_lies_in_the_folder_is_inside(root, listed):
         "../\0",
     ],
 )
-def test_what_lies_elsewhere_is_not(root, listed):
+def test_a_path_elsewhere_is_not_inside(root, listed):
     assert not stays_inside(listed.format(root=root, parent=root.parent), root, [root])
 
 
-def test_any_of_several_folders_will_do(root, tmp_path):
+def test_a_path_may_be_in_any_of_several_folders(root, tmp_path):
     folders = [root, tmp_path / "elsewhere"]
     assert stays_inside(f"{tmp_path}/elsewhere/a.mp4", root, folders)
     assert stays_inside("linked/../a.mp4", root, folders)

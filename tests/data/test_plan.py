@@ -47,7 +47,8 @@ def data(demo_clips, tmp_path) -> Path:
 def plan(data: Path, *flags: str, **options: bool) -> RawData:
     places = ["--model_id", "org/name", "--data_root", str(data), "--output_dir", str(data.parent / "out")]
     size = ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17"]
-    return plan_raw_clips(parse_prepare_args([*places, *size, *flags]), **options)
+    settings = parse_prepare_args([*places, *size, *flags])
+    return plan_raw_clips(settings.sources, settings.clips, **options)
 
 
 def test_every_listed_clip_is_planned_or_bad_with_its_reason(data):
@@ -105,8 +106,8 @@ def test_the_data_sets_of_a_mix_are_joined(data, demo_clips, tmp_path):
     mix.write_text(json.dumps(entries))
     flags = ["--model_id", "org/name", "--dataset_mix", str(mix), "--output_dir", str(tmp_path / "out")]
     args = parse_prepare_args([*flags, *SIZE, "--allow_outside_paths"])
-    assert len(data_sources(args)) == 2
-    found = plan_raw_clips(args)
+    assert len(data_sources(args.sources)) == 2
+    found = plan_raw_clips(args.sources, args.clips)
     assert found.repeats == [2] * 16 + [1] * 3
 
 
@@ -115,7 +116,7 @@ def test_a_bad_clip_of_a_mix_is_named_with_the_folder_of_its_list(data, demo_cli
     mix.write_text(json.dumps([{"data_root": str(demo_clips)}, {"dataset_file": "data/table.jsonl"}]))
     flags = ["--dataset_mix", str(mix), "--output_dir", str(tmp_path / "out")]
     args = parse_prepare_args([*flags, "--allow_outside_paths"])
-    places = {clip.source for clip in plan_raw_clips(args).bad}
+    places = {clip.source for clip in plan_raw_clips(args.sources, args.clips).bad}
     assert {f"{data}/table.jsonl:{line}" for line in (4, 5, 6)} <= places
 
 
@@ -127,7 +128,7 @@ def test_weights_count_the_samples_that_can_be_used(data, demo_clips, tmp_path):
     mix.write_text(json.dumps(entries))
     flags = ["--model_id", "org/name", "--dataset_mix", str(mix), "--output_dir", str(tmp_path / "out")]
     args = parse_prepare_args([*flags, "--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17"])
-    assert plan_raw_clips(args).repeats == [1, 1, 1, 3]  # three rows of the first are bad
+    assert plan_raw_clips(args.sources, args.clips).repeats == [1, 1, 1, 3]  # three rows of the first are bad
 
 
 def test_repeats_of_a_mix_multiply_those_of_prepared_samples(tmp_path):
@@ -255,8 +256,8 @@ def test_where_prepared_folders_differ_the_flags_decide(held_out, tmp_path):
     mix.write_text(json.dumps([{"data_root": "a"}, {"data_root": "b"}]))
     flags = ["--pretrained_model_name_or_path", "org/name", "--dataset_mix", str(mix), "--load_tensors"]
     flags += ["--validation_dataset_file", str(held_out), "--output_dir", str(tmp_path / "out"), *SIZE]
-    used = validation_data_flags(parse_args(flags, task="text-to-video", method="lora"))
-    assert (used.height_buckets, used.width_buckets) == ([64], [128])
+    _, clips = validation_data_flags(parse_args(flags, task="text-to-video", method="lora"))
+    assert (clips.height_buckets, clips.width_buckets) == ((64,), (128,))
 
 
 def test_nothing_about_clips_held_out_is_random(held_out, demo_clips):
@@ -264,8 +265,8 @@ def test_nothing_about_clips_held_out_is_random(held_out, demo_clips):
     flags += ["--validation_dataset_file", str(held_out), "--output_dir", str(held_out.parent / "out")]
     for mode, kept in (("random", "center"), ("center", "center"), ("none", "none")):
         args = parse_args([*flags, "--video_reshape_mode", mode], task="text-to-video", method="lora")
-        used = validation_data_flags(args)
-        assert (used.video_reshape_mode, used.random_flip) == (kept, None)
+        _, clips = validation_data_flags(args)
+        assert (clips.video_reshape_mode, clips.random_flip) == (kept, None)
 
 
 class Configs:

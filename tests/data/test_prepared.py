@@ -107,7 +107,7 @@ def test_without_an_index_the_tensors_tell_the_sizes(tmp_path):
 
 
 def test_a_folder_that_was_never_prepared_says_what_to_run(tmp_path):
-    with pytest.raises(UserError, match=r"--load_tensors: .* holds no prepared data .* prepare_dataset\.sh"):
+    with pytest.raises(UserError, match=r"--load_tensors: .* has no prepared data .* prepare_dataset\.sh"):
         read_index(tmp_path)
 
 
@@ -193,7 +193,7 @@ def test_other_encoders_than_the_models_are_named(tmp_path):
 
 def test_lists_of_another_data_set_are_never_overwritten(tmp_path):
     (tmp_path / "prompts.txt").write_text("mine\n")
-    with pytest.raises(UserError, match=r"already holds prompts\.txt"):
+    with pytest.raises(UserError, match=r"already has prompts\.txt"):
         claim_folder(tmp_path, settings())
 
 
@@ -237,7 +237,7 @@ def test_a_damaged_line_of_an_index_of_shards_is_named(tmp_path, line):
 def test_without_an_index_a_damaged_tensor_is_named(tmp_path):
     (tmp_path / "video_latents").mkdir()
     torch.save(torch.zeros(3), tmp_path / "video_latents" / "a.pt")
-    with pytest.raises(UserError, match=r"a\.pt holds no latents of a video"):
+    with pytest.raises(UserError, match=r"a\.pt has no latents of a video"):
         read_index(tmp_path)
 
 
@@ -260,5 +260,5 @@ def test_a_damaged_empty_prompt_is_named(tmp_path):
 @pytest.mark.parametrize("tensors", [{"other": torch.zeros(226, 64)}, {"prompt_embeds": torch.zeros(64)}])
 def test_a_file_that_holds_something_else_is_no_empty_prompt(tmp_path, tensors):
     save_file(tensors, tmp_path / "empty_prompt.safetensors")
-    with pytest.raises(UserError, match=r"empty_prompt\.safetensors holds no embedding of a prompt"):
+    with pytest.raises(UserError, match=r"empty_prompt\.safetensors has no embedding of a prompt"):
         read_empty_prompt(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 
 from data.buckets import Bucket, make_buckets
 from data.clips import BadClip, Clip, ClipSample, plan_clips
-from data.report import plan_table, sequence_length, write_plan
+from data.report import plan_table, write_plan
 from repository import TRAINING
 from video.probe import VideoInfo
 
@@ -95,12 +95,12 @@ def test_nothing_is_noted_of_plain_clips():
 def test_repeats_count_in_the_epoch():
     planned = [*plan([VIDEO] * 4, repeats=2.5), *plan([VIDEO] * 3)]
     assert "an epoch is 13 samples in 7 batches of up to 2" in plan_table(planned, batch_size=2)
-    assert notes(planned) == ["in an epoch come 3 samples 1 times, 4 samples 2.5 times"]
+    assert notes(planned) == ["an epoch has 3 samples 1 times, 4 samples 2.5 times"]
 
 
 def test_many_different_repeats_are_summed_up():
     planned = [sample for times in (0.5, 1, 2, 4) for sample in plan([VIDEO], repeats=times)]
-    assert notes(planned) == ["in an epoch come every sample 0.5 to 4 times"]
+    assert notes(planned) == ["an epoch has every sample 0.5 to 4 times"]
 
 
 def test_clips_that_were_split_are_counted():
@@ -117,7 +117,7 @@ def test_frames_that_are_held_are_told_with_the_worst_clip():
 
 def test_captions_that_are_cut_are_counted():
     assert notes(plan([VIDEO]), num_long_captions=1, max_caption_tokens=100) == [
-        "1 caption longer than 100 tokens: the model never sees what is beyond"
+        "1 caption longer than 100 tokens: the rest is cut off"
     ]
 
 
@@ -130,16 +130,16 @@ def rate_notes(*infos, **options):
 
 def test_clips_faster_than_the_model_teach_slow_motion():
     assert rate_notes(VideoInfo(17, 64, 64, 24.0), VideoInfo(17, 64, 64, 30.0), VIDEO) == [
-        "2 samples at 24 to 30 frames a second, where the model's videos have 8: it learns motion up to 3.8 times "
-        "slower than in life; --fps 8 samples at its rate"
+        "2 samples at 24 to 30 frames per second, the model's videos have 8: motion will be learned up to 3.8x too "
+        "slow; pass --fps 8 to match the model"
     ]
 
 
 def test_long_clips_spread_over_few_frames_teach_fast_motion():
     # 17 frames from the first to the last of 161: 16 steps of 10 frames at 24 a second.
     assert rate_notes(VideoInfo(161, 64, 64, 24.0)) == [
-        "1 sample at 2.4 frames a second, where the model's videos have 8: it learns motion up to 3.3 times faster "
-        "than in life; --fps 8 samples at its rate"
+        "1 sample at 2.4 frames per second, the model's videos have 8: motion will be learned up to 3.3x too fast; "
+        "pass --fps 8 to match the model"
     ]
 
 
@@ -156,14 +156,14 @@ def test_long_clips_spread_over_few_frames_teach_fast_motion():
     ],
 )
 def test_rates_near_the_models_are_not_noted(info, options):
-    assert not any("frames a second" in note for note in rate_notes(info, **options))
+    assert not any("frames per second" in note for note in rate_notes(info, **options))
 
 
 def test_a_variable_rate_is_told_by_the_times_of_the_frames_shown():
     times = tuple(range(0, 500_000, 50_000)) + tuple(range(1_000_000, 8_000_000, 1_000_000))
     first = VideoInfo(17, 64, 64, 2.3, frame_times=times)  # 10 frames at 20 a second, then one a second
-    assert rate_notes(first)[0].startswith("1 sample at 2.29 frames a second")  # 16 steps in 7 seconds
-    assert rate_notes(first, skip_end=8)[0].startswith("1 sample at 20 frames a second")
+    assert rate_notes(first)[0].startswith("1 sample at 2.29 frames per second")  # 16 steps in 7 seconds
+    assert rate_notes(first, skip_end=8)[0].startswith("1 sample at 20 frames per second")
 
 
 # Duplicates
@@ -175,7 +175,7 @@ def of_content(*contents):
 
 def test_clips_listed_twice_are_named_in_pairs():
     assert notes(plan(of_content("a", "b", "a", "c", "a"))) == [
-        "2 clips listed again with the same caption, so they weigh more: 0.mp4 (videos.txt:1) and 2.mp4 "
+        "2 clips listed again with the same caption, which adds weight: 0.mp4 (videos.txt:1) and 2.mp4 "
         "(videos.txt:3); 0.mp4 (videos.txt:1) and 4.mp4 (videos.txt:5)"
     ]
 
@@ -248,26 +248,6 @@ def test_a_file_name_that_is_not_unicode_can_be_written(tmp_path):
     clip = Clip(Path("b\udcff.mp4"), "A cat.", "videos.txt:1")
     write_plan([ClipSample(clip, VIDEO, Bucket(9, 64, 64), tuple(range(9)))], [], tmp_path / "plan.csv")
     assert read(tmp_path / "plan.csv")[0]["video"] == "b\\udcff.mp4"
-
-
-# Tokens
-
-
-def test_the_published_sizes_have_the_published_numbers_of_tokens():
-    assert sequence_length(Bucket(49, 480, 720)) == 226 + 17550  # CogVideoX: 13 x 30 x 45
-    assert sequence_length(Bucket(81, 768, 1360), patch_size_t=2) == 226 + 44880  # CogVideoX 1.5: 11 x 48 x 85
-    assert sequence_length(Bucket(1, 480, 720)) == 226 + 1350
-
-
-# What the VAE makes of so many frames.
-LATENT_FRAMES = {1: 1, 4: 1, 5: 2, 8: 2, 9: 3, 12: 3, 13: 4, 16: 4, 17: 5, 80: 20, 81: 21}
-
-
-@pytest.mark.parametrize(("num_frames", "latent_frames"), LATENT_FRAMES.items())
-def test_tokens_follow_the_latent_frames_filled_up_to_whole_patches(num_frames, latent_frames):
-    bucket = Bucket(num_frames, 32, 48)  # 2 x 3 patches a latent frame
-    assert sequence_length(bucket, text_tokens=10) == 10 + 6 * latent_frames
-    assert sequence_length(bucket, patch_size_t=2, text_tokens=10) == 10 + 6 * ((latent_frames + 1) // 2)
 
 
 def test_reporting_needs_no_torch():

@@ -1,25 +1,19 @@
-"""Rows of every list become clips as `sources` promises, and data sets are mixed as their file says."""
+"""Rows of every list become clips as `data.sources` documents."""
 
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from clip_lists import bad, captions, error_of, good, read, touch, write, write_table
-from common.errors import UserError
-from data.mix import read_mix, weights_to_repeats
+from clip_lists import bad, captions, error_of, good, read, touch, write, write_lists, write_table
 from data.sources import DataSource, read_clips
 
 
 def test_paths_that_lead_out_of_the_data_root_are_bad_clips_each_with_its_line(tmp_path):
-    write(tmp_path / "videos.txt", f"/clips/z.mp4\n../y.mp4\n~/x.mp4\n{tmp_path}/a.mp4\nb.mp4")
-    write(tmp_path / "prompts.txt", "A cat.\n" * 5)
+    write_lists(tmp_path, videos=f"/clips/z.mp4\n../y.mp4\n~/x.mp4\n{tmp_path}/a.mp4\nb.mp4", prompts="A cat.\n" * 5)
     clips, unusable = read(tmp_path)
     assert [clip.video.name for clip in clips] == ["a.mp4", "b.mp4"]
     assert [(clip.what, clip.source) for clip in unusable] == [
@@ -44,9 +38,8 @@ def test_no_table_names_files_elsewhere_neither_as_videos_nor_as_images(tmp_path
     assert "its image lies outside of" in str(image)
 
 
-def test_paths_that_lead_out_stay_as_they_are_where_they_are_allowed(tmp_path):
-    write(tmp_path / "videos.txt", "/clips/z.mp4\n../y.mp4")
-    write(tmp_path / "prompts.txt", "A cat.\nA dog.")
+def test_paths_that_lead_out_are_kept_if_they_are_allowed(tmp_path):
+    write_lists(tmp_path, videos="/clips/z.mp4\n../y.mp4", prompts="A cat.\nA dog.")
     clips = good(tmp_path, allow_outside_paths=True)
     assert [clip.video for clip in clips] == [Path("/clips/z.mp4"), tmp_path / "../y.mp4"]
 
@@ -66,7 +59,7 @@ def test_a_table_may_list_what_the_cache_holds(tmp_path):
 
 
 def test_a_folder_of_clips_may_hold_links_to_elsewhere(tmp_path):
-    """Its owner made them; only what a list says is not trusted."""
+    """The folder's owner made them; only listed paths are not trusted."""
     touch(tmp_path / "elsewhere", "a.mp4")
     write(tmp_path / "elsewhere/a.txt", "A cat.")
     (tmp_path / "data").mkdir()
@@ -78,8 +71,7 @@ def test_a_folder_of_clips_may_hold_links_to_elsewhere(tmp_path):
 
 def test_paths_of_every_list_may_start_from_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    write(tmp_path / "videos.txt", "~/clips/z.mp4")
-    write(tmp_path / "prompts.txt", "A cat.")
+    write_lists(tmp_path, videos="~/clips/z.mp4", prompts="A cat.")
     file = write(tmp_path / "data.csv", "video,text,image\n~/clips/z.mp4,A cat.,~/z.png\n")
     (listed,) = good(tmp_path, allow_outside_paths=True)
     (in_table,) = good(tmp_path, dataset_file=file, allow_outside_paths=True)
@@ -88,19 +80,17 @@ def test_paths_of_every_list_may_start_from_the_home_folder(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("token", "caption"), [("BW_STYLE", "BW_STYLE A cat."), (" X ", "X A cat."), ("", "A cat.")])
-def test_the_id_token_stands_before_every_caption(tmp_path, token, caption):
-    write(tmp_path / "videos.txt", "a.mp4")
-    write(tmp_path / "prompts.txt", "A cat.")
+def test_the_id_token_is_added_before_every_caption(tmp_path, token, caption):
+    write_lists(tmp_path, videos="a.mp4", prompts="A cat.")
     assert captions(good(tmp_path, id_token=token)) == [caption]
 
 
-def test_whether_a_listed_file_exists_is_not_asked_here(tmp_path):
-    write(tmp_path / "videos.txt", "A very long caption, where a path belongs. " * 50)
-    write(tmp_path / "prompts.txt", "a.mp4")
+def test_listed_files_need_not_exist(tmp_path):
+    write_lists(tmp_path, videos="A very long caption, where a path belongs. " * 50, prompts="a.mp4")
     assert captions(good(tmp_path)) == ["a.mp4"]
 
 
-def test_where_a_clip_is_listed_is_named_with_its_folder_when_asked(tmp_path):
+def test_the_folder_of_the_list_is_named_on_request(tmp_path):
     touch(tmp_path / "folder", "a.mp4", "sub/b.mp4")
     write(tmp_path / "folder/sub/b.txt", "A dog.")
     write(tmp_path / "lists/videos.txt", "a.mp4")
@@ -122,9 +112,9 @@ def test_a_missing_data_root_is_named(tmp_path):
 
 
 def test_no_source_and_two_sources_are_errors():
-    assert "give --data_root, --dataset_file, --dataset_name" in error_of(None)
+    assert "set --data_root, --dataset_file, --dataset_name" in error_of(None)
     assert error_of(None, dataset_file=Path("a.csv"), dataset_name="b").startswith(
-        "--dataset_file and --dataset_name are both given"
+        "--dataset_file and --dataset_name are both set"
     )
 
 
@@ -134,7 +124,7 @@ def test_an_image_column_has_no_meaning_in_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data.csv", "data.jsonl", "data.json", "data.parquet"])
-def test_a_missing_column_is_told_with_those_there_and_the_flag(tmp_path, name):
+def test_a_missing_column_is_named_with_the_existing_ones_and_the_flag(tmp_path, name):
     file = write_table(tmp_path / name, [{"path": "a.mp4", "caption": "A cat."}])
     there = f"{file} has no column 'video'; it has path, caption: set --video_column"
     assert error_of(tmp_path, dataset_file=file) == there
@@ -175,7 +165,7 @@ def test_a_relative_table_is_looked_for_here_and_then_in_the_data_root(tmp_path,
     monkeypatch.chdir(here)
     name = Path("data.csv")
     assert error_of(tmp_path, dataset_file=name) == (
-        f"--dataset_file data.csv does not exist, neither as given nor in {tmp_path}"
+        f"--dataset_file data.csv does not exist, neither here nor in {tmp_path}"
     )
     write(tmp_path / name, "video,text\na.mp4,from the data root\n")
     assert captions(good(tmp_path, dataset_file=name)) == ["from the data root"]
@@ -196,7 +186,7 @@ def test_a_url_is_not_a_path(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["image", "images"])
-def test_an_image_column_is_used_where_there_is_one(tmp_path, column):
+def test_an_image_column_is_used_if_it_exists(tmp_path, column):
     file = write(tmp_path / "data.csv", f"video,text,{column}\na.mp4,A cat.,a.png\nb.mp4,A dog.,\n")
     assert [clip.image for clip in good(tmp_path, dataset_file=file)] == [tmp_path / "a.png", None]
 
@@ -213,7 +203,7 @@ def test_a_column_of_stills_is_not_its_own_first_frame(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data.csv", "data.jsonl", "data.json", "data.parquet"])
-def test_only_the_first_samples_are_read_when_asked(tmp_path, name):
+def test_only_the_first_samples_are_read_on_request(tmp_path, name):
     file = write_table(tmp_path / name, [{"video": f"{number}.mp4", "text": f"Cat {number}."} for number in range(5)])
     assert captions(good(tmp_path, dataset_file=file, max_samples=2)) == ["Cat 0.", "Cat 1."]
 
@@ -246,13 +236,13 @@ def test_values_of_the_wrong_type_are_bad_clips(tmp_path):
         {"video": "a.mp4", "text": "A cat.", "note": "\ud800"},
     ],
 )
-def test_text_that_no_file_can_hold_is_a_bad_clip_that_any_file_can_hold(tmp_path, row):
+def test_text_that_is_not_valid_unicode_is_a_bad_clip_with_an_ascii_message(tmp_path, row):
     (line,) = bad(tmp_path, dataset_file=write(tmp_path / "data.json", json.dumps([row])))
     assert line.isascii()
     assert line.endswith("(data.json:row 1): has text that is not valid Unicode, which no list can hold")
 
 
-def test_other_columns_are_metadata_if_they_hold_single_values_that_are_the_users(tmp_path):
+def test_other_columns_with_single_values_of_the_user_are_metadata(tmp_path):
     row = {"video": "a.mp4", "text": "A cat.", "n": 3, "ok": True, "no": None, "empty": "", "tags": ["x"], "": 0}
     bookkeeping = {"__key__": "a", "__url__": "clips.tar", "__index_level_0__": 7}
     file = write(tmp_path / "data.jsonl", json.dumps(row | bookkeeping))
@@ -264,142 +254,3 @@ def test_reading_lists_imports_nothing_heavy():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert result.stdout.strip() == "set()"
-
-
-DEFAULTS = DataSource(Path("unused"), caption_column="text", id_token="X", max_samples=9)
-
-
-def mix(tmp_path, entries):
-    return read_mix(
-        write(tmp_path / "mix.json", entries if isinstance(entries, str) else json.dumps(entries)), DEFAULTS
-    )
-
-
-def test_entries_of_a_mix_that_lead_out_of_its_folder_come_in_one_list(tmp_path):
-    entries = [
-        {"data_root": "../a"},
-        {"data_root": "b", "dataset_file": "/c.csv"},
-        {"data_root": "inside"},
-        {"dataset_name": "~/saved"},
-        {"dataset_name": "user/name"},
-    ]
-    title, *outside = mix_error(tmp_path, entries).splitlines()
-    assert "--allow_outside_paths" in title
-    assert [line.strip() for line in outside] == [
-        "entry 1: 'data_root' is ../a",
-        "entry 2: 'dataset_file' is /c.csv",
-        "entry 4: 'dataset_name' is ~/saved",
-    ]
-    write(tmp_path / "mix.json", json.dumps(entries))
-    assert len(read_mix(tmp_path / "mix.json", replace(DEFAULTS, allow_outside_paths=True))) == 5
-
-
-def test_a_mix_cannot_allow_itself_to_lead_out(tmp_path):
-    message = mix_error(tmp_path, [{"data_root": "../a", "allow_outside_paths": True}])
-    assert message.startswith("entry 1: unknown key 'allow_outside_paths'")
-
-
-def mix_error(tmp_path, entries):
-    with pytest.raises(UserError) as raised:
-        mix(tmp_path, entries)
-    return str(raised.value).removeprefix(f"--dataset_mix {tmp_path / 'mix.json'}, ")
-
-
-def test_a_mix_names_data_sets_relative_to_its_own_folder(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    touch(tmp_path, "a/table.csv", "other.jsonl", "saved/state.json")
-    sources = mix(
-        tmp_path,
-        [
-            {"data_root": "prepared", "repeats": 2},
-            {"data_root": "a", "dataset_file": "table.csv"},
-            {"dataset_file": "other.jsonl", "caption_column": "prompt", "max_samples": 3},
-            {"dataset_name": "saved", "dataset_streaming": True},
-            {"dataset_name": "user/name", "dataset_config_name": "large", "dataset_split": "test"},
-        ],
-    )
-    common = {"caption_column": "text", "id_token": "X", "max_samples": 9}
-    assert sources == [
-        DataSource(tmp_path / "prepared", repeats=2, **common),
-        DataSource(tmp_path / "a", tmp_path / "a/table.csv", **common),
-        DataSource(None, tmp_path / "other.jsonl", **common | {"caption_column": "prompt", "max_samples": 3}),
-        DataSource(None, dataset_name=str(tmp_path / "saved"), dataset_streaming=True, **common),
-        DataSource(None, dataset_name="user/name", dataset_config_name="large", dataset_split="test", **common),
-    ]
-
-
-def test_paths_of_a_mix_are_absolute_and_may_start_from_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    touch(tmp_path, "home/saved/state.json")
-    write(
-        tmp_path / "mix.json",
-        '[{"data_root": "a"}, {"data_root": "~/a", "dataset_file": "~/b.csv"}, {"dataset_name": "~/saved"}]',
-    )
-    here, home, saved = read_mix(Path("mix.json"), DEFAULTS)
-    assert here.data_root == tmp_path / "a"
-    assert (home.data_root, home.dataset_file) == (tmp_path / "home/a", tmp_path / "home/b.csv")
-    assert saved.dataset_name == str(tmp_path / "home/saved")
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ({"data_root": "a", "wieght": 2}, "entry 2: unknown key 'wieght'; did you mean 'weight'?"),
-        ({"data_root": "a", "streaming": True}, "entry 2: unknown key 'streaming'; did you mean 'dataset_streaming'"),
-        ({"data_root": "a", "xyzzy": 2}, "entry 2: unknown key 'xyzzy'; it must be one of data_root, dataset_file"),
-        ({"data_root": 5}, "entry 2: 'data_root' is 5; it must be text"),
-        (
-            {"data_root": "a", "repeats": "two"},
-            "entry 2: 'repeats' is \"two\"; it must be a number from 0.000001 to 1000000",
-        ),
-        ({"data_root": "a", "repeats": 0}, "entry 2: 'repeats' is 0; it must be a number from 0.000001 to 1000000"),
-        (
-            {"data_root": "a", "repeats": True},
-            "entry 2: 'repeats' is true; it must be a number from 0.000001 to 1000000",
-        ),
-        (
-            {"data_root": "a", "weight": float("inf")},
-            "entry 2: 'weight' is Infinity; it must be a number from 0.000001 to 1000000",
-        ),
-        ({"data_root": "a", "max_samples": 2.5}, "entry 2: 'max_samples' is 2.5; it must be a whole number above 0"),
-        (
-            {"data_root": "a", "dataset_streaming": "yes"},
-            "entry 2: 'dataset_streaming' is \"yes\"; it must be true or false",
-        ),
-        ({"data_root": "a", "id_token": None}, "entry 2: 'id_token' is null; it must be text"),
-        ({"data_root": "a", "weight": 1, "repeats": 1}, "entry 2 has both 'repeats' and 'weight'"),
-        ({"dataset_file": "a.csv", "dataset_name": "b"}, "entry 2 has both 'dataset_file' and 'dataset_name'"),
-        ({"repeats": 2}, "entry 2 names no data"),
-        ({"data_root": "a", "weight": 1}, "entry 1 has no weight; either all entries have one, or none"),
-        ("a", "entry 2 is str, not an object"),
-    ],
-)
-def test_a_mistake_in_a_mix_is_named_with_its_entry_and_key(tmp_path, entry, message):
-    assert mix_error(tmp_path, [{"data_root": "z"}, entry]).startswith(message)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [("[]", "lists no data sets"), ("{}", "names no data"), ("[1", "not valid JSON")]
-)
-def test_a_mix_that_is_no_list_is_an_error(tmp_path, content, message):
-    assert message in mix_error(tmp_path, content)
-
-
-def test_without_weights_repeats_stay_as_they_are_given():
-    assert weights_to_repeats([DataSource(Path("a"), repeats=0.5), DataSource(Path("b"))], [2, 1]) == [None, None]
-
-
-@given(st.lists(st.tuples(st.integers(1, 20), st.floats(1e-3, 1e3)), min_size=1, max_size=5))
-def test_weights_are_the_shares_of_an_epoch_and_every_sample_comes_at_least_once(sets):
-    counts, weights = zip(*sets, strict=True)
-    repeats = weights_to_repeats([DataSource(Path("a"), weight=weight) for weight in weights], counts)
-    assert min(repeats) == 1
-    total = sum(count * times for count, times in zip(counts, repeats, strict=True))
-    for count, weight, times in zip(counts, weights, repeats, strict=True):
-        assert count * times / total == pytest.approx(weight / sum(weights))
-
-
-def test_a_data_set_without_samples_does_not_disturb_the_others():
-    sources = [DataSource(Path("a"), weight=1), DataSource(Path("b"), weight=3)]
-    assert weights_to_repeats(sources, [0, 2]) == [None, 1]

@@ -1,19 +1,16 @@
-"""Text pairs, CSV, TSV, JSON and Parquet are read as `tables` promises, and what is wrong in them is said."""
-
-import json
+"""Text files, CSV, TSV, JSON and Parquet are read as `data.tables` documents, and mistakes in them are named."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_lists import bad, captions, error_of, good, read, write, write_table
+from clip_lists import bad, captions, error_of, good, read, write, write_lists, write_table
 from common.errors import UserError
 from data.clips import Clip
 
 
 def test_a_pair_of_text_files_is_read_line_by_line(tmp_path):
-    write(tmp_path / "videos.txt", "a.mp4\n videos/c d.mp4 \n")
-    write(tmp_path / "prompts.txt", "A cat.\n  Ein Käfer, 2 m “groß” \n")
+    write_lists(tmp_path, videos="a.mp4\n videos/c d.mp4 \n", prompts="A cat.\n  Ein Käfer, 2 m “groß” \n")
     assert good(tmp_path) == [
         Clip(tmp_path / "a.mp4", "A cat.", "videos.txt:1"),
         Clip(tmp_path / "videos/c d.mp4", "Ein Käfer, 2 m “groß”", "videos.txt:2"),
@@ -32,14 +29,16 @@ def test_the_columns_name_the_text_files(tmp_path):
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_byte_order_marks_line_ends_and_blank_last_lines_do_not_matter(tmp_path, mark, end):
-    write(tmp_path / "videos.txt", mark + end.join(["a.mp4", "b.mp4", "", " "]))
-    write(tmp_path / "prompts.txt", mark + end.join(["A cat.", "A dog.", ""]))
+    write_lists(
+        tmp_path,
+        videos=mark + end.join(["a.mp4", "b.mp4", "", " "]),
+        prompts=mark + end.join(["A cat.", "A dog.", ""]),
+    )
     assert [(clip.video.name, clip.caption) for clip in good(tmp_path)] == [("a.mp4", "A cat."), ("b.mp4", "A dog.")]
 
 
 def test_only_line_ends_split_lines(tmp_path):
-    write(tmp_path / "videos.txt", "a.mp4\n")
-    write(tmp_path / "prompts.txt", "A cat\u2028on a mat\x0b.\n")
+    write_lists(tmp_path, videos="a.mp4\n", prompts="A cat\u2028on a mat\x0b.\n")
     assert captions(good(tmp_path)) == ["A cat\u2028on a mat\x0b."]
 
 
@@ -51,62 +50,51 @@ def test_a_missing_text_file_is_named_with_its_flag(tmp_path):
     )
 
 
-def test_differing_line_counts_are_told(tmp_path):
-    write(tmp_path / "videos.txt", "a.mp4\nb.mp4\n")
-    write(tmp_path / "prompts.txt", "A cat.\n")
-    assert f"{tmp_path / 'videos.txt'} has 2 lines and {tmp_path / 'prompts.txt'} has 1;" in error_of(tmp_path)
-
-
 def test_blank_lines_in_the_middle_make_bad_clips(tmp_path):
-    write(tmp_path / "videos.txt", "a.mp4\n\nc.mp4\nd.mp4\n")
-    write(tmp_path / "prompts.txt", "A cat.\nA dog.\n \nA cow.\n")
+    write_lists(tmp_path, videos="a.mp4\n\nc.mp4\nd.mp4\n", prompts="A cat.\nA dog.\n \nA cow.\n")
     assert bad(tmp_path) == ["unnamed clip (videos.txt:2): has no path", "c.mp4 (videos.txt:3): has no caption"]
     assert captions(read(tmp_path)[0]) == ["A cat.", "A cow."]
 
 
 def test_empty_lists_are_an_error(tmp_path):
-    write(tmp_path / "videos.txt", "\n")
-    write(tmp_path / "prompts.txt", "")
+    write_lists(tmp_path, videos="\n", prompts="")
     assert error_of(tmp_path) == f"{tmp_path / 'videos.txt'} has no rows"
 
 
 @pytest.mark.parametrize(("content", "position"), [(b"a.mp4\nb\xff.mp4", 7), ("a.mp4".encode("utf-16"), 0)])
-def test_text_that_is_not_utf8_is_located(tmp_path, content, position):
-    write(tmp_path / "videos.txt", content)
-    write(tmp_path / "prompts.txt", "A cat.")
+def test_text_that_is_not_utf8_is_named_with_the_byte(tmp_path, content, position):
+    write_lists(tmp_path, videos=content, prompts="A cat.")
     assert error_of(tmp_path) == (
         f"{tmp_path / 'videos.txt'} is not UTF-8 text: byte {position} does not fit; save it as UTF-8"
     )
 
 
-@pytest.mark.parametrize("images", ["a.png\n\nc.png", "a.png\r\n\r\nc.png\r\n\r\n"])
-def test_images_txt_names_first_frames_and_an_empty_line_the_videos_own(tmp_path, images):
-    write(tmp_path / "videos.txt", "a.mp4\nb.mp4\nc.mp4")
-    write(tmp_path / "prompts.txt", "A cat.\nA dog.\nA cow.")
-    write(tmp_path / "images.txt", images)
-    assert [clip.image for clip in good(tmp_path)] == [tmp_path / "a.png", None, tmp_path / "c.png"]
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        ("a.png\n\nc.png", ["a.png", None, "c.png"]),
+        ("a.png\r\n\r\nc.png\r\n\r\n", ["a.png", None, "c.png"]),
+        ("a.png\n\n", ["a.png", None, None]),
+    ],
+)
+def test_images_txt_names_first_frames_and_an_empty_line_the_videos_own(tmp_path, images, expected):
+    write_lists(tmp_path, videos="a.mp4\nb.mp4\nc.mp4", prompts="A cat.\nA dog.\nA cow.", images=images)
+    assert [clip.image and clip.image.name for clip in good(tmp_path)] == expected
 
 
-def test_blank_lines_at_the_end_of_images_txt_count(tmp_path):
-    write(tmp_path / "videos.txt", "a.mp4\nb.mp4\nc.mp4")
-    write(tmp_path / "prompts.txt", "A cat.\nA dog.\nA cow.")
-    write(tmp_path / "images.txt", "\n".join(["a.png", "", ""]))
-    assert [clip.image for clip in good(tmp_path)] == [tmp_path / "a.png", None, None]
-
-
-@pytest.mark.parametrize(("images", "count"), [("a.png", 1), ("a.png\nb.png\nc.png\n", 3)])
-def test_an_images_txt_of_another_length_is_an_error(tmp_path, images, count):
-    write(tmp_path / "videos.txt", "a.mp4\nb.mp4")
-    write(tmp_path / "prompts.txt", "A cat.\nA dog.")
-    write(tmp_path / "images.txt", images)
+@pytest.mark.parametrize(
+    ("name", "content", "count"),
+    [("prompts", "A cat.\n", 1), ("images", "a.png", 1), ("images", "a.png\nb.png\nc.png\n", 3)],
+)
+def test_a_list_of_another_length_is_an_error(tmp_path, name, content, count):
+    write_lists(tmp_path, **{"videos": "a.mp4\nb.mp4", "prompts": "A cat.\nA dog."} | {name: content})
     assert error_of(tmp_path).startswith(
-        f"{tmp_path / 'videos.txt'} has 2 lines and {tmp_path / 'images.txt'} has {count};"
+        f"{tmp_path / 'videos.txt'} has 2 lines and {tmp_path / name}.txt has {count};"
     )
 
 
 def test_an_images_file_that_is_asked_for_must_be_there(tmp_path):
-    write(tmp_path / "videos.txt", "a.mp4")
-    write(tmp_path / "prompts.txt", "A cat.")
+    write_lists(tmp_path, videos="a.mp4", prompts="A cat.")
     assert error_of(tmp_path, image_column="frames.txt").startswith(
         f"{tmp_path / 'frames.txt'} does not exist; --image_column"
     )
@@ -141,17 +129,12 @@ def test_quotes_that_belong_to_a_caption_stay(tmp_path):
     assert captions(good(tmp_path, dataset_file=file)) == ['"Hello" she said, "bye"']
 
 
-def test_csv_captions_may_have_commas_newlines_and_spaces_before_their_quotes(tmp_path):
-    file = write(tmp_path / "data.csv", 'video, text\r\n\r\na.mp4, "A cat,\n on a mat."\r\nb.mp4,A dog.\r\n')
+def test_csv_may_have_commas_newlines_and_spaces_before_quotes_and_a_byte_order_mark(tmp_path):
+    file = write(tmp_path / "data.csv", '\ufeffvideo, text\r\n\r\na.mp4, "A cat,\n on a mat."\r\nb.mp4,A dog.\r\n')
     assert good(tmp_path, dataset_file=file) == [
         Clip(tmp_path / "a.mp4", "A cat,\n on a mat.", "data.csv:3"),
         Clip(tmp_path / "b.mp4", "A dog.", "data.csv:5"),
     ]
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
-    file = write(tmp_path / "data.csv", "\ufeffvideo,text\na.mp4,A cat.\n")
-    assert captions(good(tmp_path, dataset_file=file)) == ["A cat."]
 
 
 def test_rows_of_another_length_are_bad_clips(tmp_path):
@@ -167,7 +150,7 @@ def test_a_quote_that_is_never_closed_is_an_error_not_a_short_list(tmp_path):
     assert error_of(tmp_path, dataset_file=file).startswith(f"{file}:2 is not valid CSV:")
 
 
-def test_a_table_of_an_unknown_kind_is_refused_with_those_that_are_known(tmp_path):
+def test_a_table_of_an_unknown_kind_is_refused_with_the_known_kinds(tmp_path):
     file = write(tmp_path / "data.xlsx", b"PK")
     assert error_of(tmp_path, dataset_file=file).endswith("must be one of .csv, .tsv, .jsonl, .json, .parquet")
 
@@ -181,12 +164,7 @@ def test_jsonl_has_one_object_a_line_with_newlines_in_captions(tmp_path):
     ]
 
 
-def test_a_json_array_of_objects_is_read(tmp_path):
-    file = write(tmp_path / "data.json", json.dumps([{"video": "a.mp4", "text": "A cat."}], indent=2))
-    assert good(tmp_path, dataset_file=file) == [Clip(tmp_path / "a.mp4", "A cat.", "data.json:row 1")]
-
-
-def test_lines_that_are_not_json_are_located(tmp_path):
+def test_lines_that_are_not_json_are_named(tmp_path):
     file = write(tmp_path / "data.jsonl", '{"video": "a.mp4", "text": "A cat."}\n{"video": }\n')
     assert error_of(tmp_path, dataset_file=file) == (
         f"{file}:2 is not valid JSON: Expecting value at character 11; "
@@ -195,7 +173,7 @@ def test_lines_that_are_not_json_are_located(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
-def test_json_that_is_damaged_in_a_later_line_is_located(tmp_path, name):
+def test_json_that_is_damaged_in_a_later_line_is_named(tmp_path, name):
     file = write(tmp_path / name, '[\n{"video": "a.mp4", "text": "A cat."},\n{"video": }]')
     assert error_of(tmp_path, dataset_file=file).startswith(
         f"{file}:3 is not valid JSON: Expecting value at character"
@@ -208,7 +186,7 @@ def test_json_may_have_one_object_a_line_whatever_the_files_suffix(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[" + "1" * 5000 + "]"])
-def test_json_that_no_parser_takes_is_one_line(tmp_path, content):
+def test_json_that_cannot_be_parsed_is_one_line(tmp_path, content):
     message = error_of(tmp_path, dataset_file=write(tmp_path / "data.json", content))
     assert "is not valid JSON" in message
     assert "\n" not in message

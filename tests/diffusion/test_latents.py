@@ -40,18 +40,6 @@ def test_the_loss_is_the_published_weighted_one_computed_in_float64(snr_shift_sc
         assert loss == pytest.approx(total / latents[sample].numel(), rel=1e-5)
 
 
-@pytest.mark.parametrize("timestep", [0, 400, 999])
-def test_predicting_the_true_velocity_gives_no_loss_and_the_clean_latents(timestep):
-    scheduler = make_scheduler(1.0)
-    latents, noise = torch.randn(2, 1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    timesteps = torch.tensor([timestep])
-    velocity = scheduler.get_velocity(latents, noise, timesteps)
-    assert velocity_losses(velocity, scheduler.get_velocity(latents, noise, timesteps)).tolist() == [0]
-    ac = scheduler.alphas_cumprod[timestep]
-    recovered = ac.sqrt() * scheduler.add_noise(latents, noise, timesteps) - (1 - ac).sqrt() * velocity
-    torch.testing.assert_close(recovered, latents, atol=1e-5, rtol=0)
-
-
 def test_latents_are_a_scaled_draw_from_the_posterior():
     generator = torch.Generator().manual_seed(0)
     mean, logvar = torch.full((1, 2, 3, 64, 64), 5.0), torch.full((1, 2, 3, 64, 64), 2 * math.log(0.5))
@@ -62,7 +50,7 @@ def test_latents_are_a_scaled_draw_from_the_posterior():
 
 
 def test_latents_decode_in_the_pipelines_own_scale_and_layout(tiny_models):
-    """What the pipeline hands to the VAE's decoder is what the encoder gave."""
+    """The pipeline passes to the VAE's decoder what the encoder returned."""
     pipeline = CogVideoXPipeline.from_pretrained(tiny_models("2b"))
     mean = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     moments = torch.cat([mean, torch.full_like(mean, -30.0)], dim=1)  # e^-30: no noise to speak of
@@ -83,11 +71,11 @@ def test_odd_latent_frames_are_padded_in_front_with_the_first(frames, patch_size
 
 
 class Seen(Exception):
-    """Carries what the transformer was called with out of the sampling."""
+    """Stops the sampling, with the transformer's inputs."""
 
 
 def stop_sampling(hidden_states, image_rotary_emb, **_):
-    """Stands in for the transformer's forward pass."""
+    """Replaces the transformer's forward pass."""
     raise Seen(hidden_states.shape, image_rotary_emb)
 
 
@@ -114,7 +102,7 @@ def test_positions_are_exactly_those_that_sampling_uses(tiny_models, monkeypatch
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(trained, sampled, strict=True))
 
 
-def test_what_a_sample_is_noised_with_does_not_depend_on_its_batch():
+def test_the_noise_of_a_sample_does_not_depend_on_its_batch():
     draws = [Draw(3, 0), Draw(5, 0), Draw(3, 1), Draw(3, 0, copy=1)]
     latents = torch.zeros(4, 2, 3, 4, 4)
 
@@ -129,7 +117,7 @@ def test_what_a_sample_is_noised_with_does_not_depend_on_its_batch():
     assert len({sample.sum().item() for sample in together}) == 4
 
 
-def test_a_steps_noise_depends_on_its_place_in_the_run_alone():
+def test_a_steps_noise_depends_only_on_its_place_in_the_run():
     def draw(*position: int) -> torch.Tensor:
         return torch.randn(4, generator=step_generator(torch.device("cpu"), *position))
 
@@ -151,7 +139,7 @@ def test_one_noise_scale_follows_the_published_distribution():
     assert logs.std() == pytest.approx(0.5, abs=0.03)
 
 
-def test_several_noise_scales_share_the_distribution_out_among_them():
+def test_each_of_several_noise_scales_is_from_another_part_of_the_distribution():
     generator = torch.Generator().manual_seed(0)
     # The quartiles of N(-3, 0.5): the normal distribution's are at 0.67449 standard deviations.
     edges = [-math.inf, -3 - 0.5 * 0.67449, -3, -3 + 0.5 * 0.67449, math.inf]

@@ -1,4 +1,4 @@
-"""The loss of a batch against the published formula, computed apart in float64 from the same random draws."""
+"""The loss of a batch equals the published formula, computed in float64 from the same random draws."""
 
 import pytest
 import torch
@@ -44,8 +44,19 @@ def make_objective(source: ModelSource, model=None) -> Objective:
     )
 
 
+def recorded_objective(tiny_models) -> tuple[Objective, list[dict[str, torch.Tensor]]]:
+    """An objective of a model that predicts zeros, and the inputs of each call."""
+    calls = []
+
+    def predict_zeros(**inputs) -> tuple[torch.Tensor]:
+        calls.append(inputs)
+        return (torch.zeros_like(inputs["hidden_states"]),)
+
+    return make_objective(ModelSource(str(tiny_models("5b"))), model=predict_zeros), calls
+
+
 def draw(moments: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor, list[float], torch.Tensor]:
-    """What the objective draws: latents [B, F, C, H, W] and noise in float64, ac of each sample, timesteps."""
+    """The objective's draws: latents [B, F, C, H, W] and noise in float64, ac of each sample, timesteps."""
     scaling_factor, snr_shift_scale, frames_per_patch = KINDS[kind]
     schedule = alphas_cumprod(snr_shift_scale)
     timesteps, latents, noise = [], [], []
@@ -95,27 +106,15 @@ def test_the_loss_is_the_published_one(tiny_models, kind, frames):
     assert losses.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
 
 
+@pytest.mark.parametrize("error", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_that_predicts_the_true_velocity_has_no_loss(tiny_models, kind):
+def test_the_loss_is_the_squared_error_of_the_velocity(tiny_models, kind, error):
     batch = make_batch()
     latents, noise, acs, _ = draw(batch.video_moments, kind)
     ac = torch.tensor(acs, dtype=torch.float64).reshape(-1, 1, 1, 1, 1)
     velocity = (ac.sqrt() * noise - (1 - ac).sqrt() * latents).float()
-
-    def oracle(**_) -> tuple[torch.Tensor]:
-        return (velocity,)
-
-    losses = losses_of(make_objective(ModelSource(str(tiny_models(kind))), model=oracle), batch)
-    assert losses.tolist() == pytest.approx([0, 0], abs=1e-8)
-
-
-def test_a_model_that_predicts_the_true_velocity_and_one_more_has_a_loss_of_one(tiny_models):
-    batch = make_batch()
-    latents, noise, acs, _ = draw(batch.video_moments, "5b")
-    ac = torch.tensor(acs, dtype=torch.float64).reshape(-1, 1, 1, 1, 1)
-    velocity = (ac.sqrt() * noise - (1 - ac).sqrt() * latents).float()
-    objective = make_objective(ModelSource(str(tiny_models("5b"))), model=lambda **_: (velocity + 1,))
-    assert losses_of(objective, batch).tolist() == pytest.approx([1, 1], rel=1e-4)
+    objective = make_objective(ModelSource(str(tiny_models(kind))), model=lambda **_: (velocity + error,))
+    assert losses_of(objective, batch).tolist() == pytest.approx([error, error], rel=1e-4, abs=1e-8)
 
 
 def test_raw_and_prepared_clips_have_the_same_loss(tiny_models):
@@ -132,16 +131,11 @@ def test_raw_and_prepared_clips_have_the_same_loss(tiny_models):
     assert losses.isfinite().all()
 
 
-def test_the_transformer_is_given_its_inputs_in_the_runs_dtype_and_the_loss_stays_in_float32(tiny_models):
-    seen = {}
-
-    def note(**inputs) -> tuple[torch.Tensor]:
-        seen.update(inputs)
-        return (torch.zeros_like(inputs["hidden_states"]),)
-
-    objective = make_objective(ModelSource(str(tiny_models("5b"))), model=note)
+def test_the_transformers_inputs_have_the_runs_dtype_and_the_loss_is_float32(tiny_models):
+    objective, calls = recorded_objective(tiny_models)
     objective.dtype = torch.bfloat16
     assert losses_of(objective, make_batch()).dtype == torch.float32
+    (seen,) = calls
     assert seen["hidden_states"].dtype == seen["encoder_hidden_states"].dtype == torch.bfloat16
     assert seen["timestep"].dtype == torch.int64
     assert all(positions.dtype == torch.float32 for positions in seen["image_rotary_emb"])
@@ -156,7 +150,7 @@ def test_batches_of_different_sizes_each_get_their_own_positions(tiny_models):
     assert mixed == [*alone, alone[0]]
 
 
-def test_the_draws_come_from_the_generators_alone(tiny_models):
+def test_the_draws_come_only_from_the_generators(tiny_models):
     objective = make_objective(ModelSource(str(tiny_models("5b"))))
     first = losses_of(objective, make_batch())
     torch.rand(5)
@@ -164,7 +158,7 @@ def test_the_draws_come_from_the_generators_alone(tiny_models):
 
 
 def split(batch: Batch) -> list[Batch]:
-    """Each sample as a batch of its own."""
+    """Each sample as a batch of one."""
     return [
         Batch([name], batch.bucket, video_moments=moments[None], prompt_embeds=embeds[None])
         for name, moments, embeds in zip(batch.names, batch.video_moments, batch.prompt_embeds, strict=True)
@@ -190,35 +184,25 @@ def test_accumulated_gradients_are_those_of_the_big_batch(tiny_models):
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_a_dropped_caption_becomes_the_empty_prompt(tiny_models, probability):
-    seen = []
-
-    def note(encoder_hidden_states, hidden_states, **_) -> tuple[torch.Tensor]:
-        seen.append(encoder_hidden_states)
-        return (torch.zeros_like(hidden_states),)
-
-    objective = make_objective(ModelSource(str(tiny_models("5b"))), model=note)
+    objective, calls = recorded_objective(tiny_models)
     objective.empty_prompt = torch.full((226, 64), 7.0)
     batch, objective.caption_dropout = make_batch(), probability
     losses_of(objective, batch)
     expected = objective.empty_prompt.expand(2, -1, -1) if probability else batch.prompt_embeds
-    assert torch.equal(seen[0], expected)
     objective.losses(batch, torch.tensor([5, 5]), generators(2))
-    assert torch.equal(seen[1], batch.prompt_embeds)
+    trained, validated = (call["encoder_hidden_states"] for call in calls)
+    assert torch.equal(trained, expected)
+    assert torch.equal(validated, batch.prompt_embeds)
 
 
 def test_captions_are_dropped_sample_by_sample_as_often_as_asked_for(tiny_models):
-    num_dropped = []
-
-    def note(encoder_hidden_states, hidden_states, **_) -> tuple[torch.Tensor]:
-        num_dropped.append((encoder_hidden_states[:, 0, 0] == 7).sum().item())
-        return (torch.zeros_like(hidden_states),)
-
-    objective = make_objective(ModelSource(str(tiny_models("5b"))), model=note)
+    objective, calls = recorded_objective(tiny_models)
     objective.caption_dropout, objective.empty_prompt = 0.25, torch.full((226, 64), 7.0)
     moments = torch.zeros(400, 32, 1, 2, 2)
     batch = Batch(["a"] * 400, Bucket(1, 16, 16), video_moments=moments, prompt_embeds=torch.zeros(400, 226, 64))
     losses_of(objective, batch)
-    assert num_dropped[0] == pytest.approx(100, abs=30)
+    num_dropped = (calls[0]["encoder_hidden_states"][:, 0, 0] == 7).sum().item()
+    assert num_dropped == pytest.approx(100, abs=30)
 
 
 def test_weights_multiply_the_losses_of_the_samples(tiny_models):
@@ -230,14 +214,9 @@ def test_weights_multiply_the_losses_of_the_samples(tiny_models):
     torch.testing.assert_close(losses_of(objective, make_batch()), plain * snr.clamp(max=5.0) / (snr + 1))
 
 
-def test_timesteps_are_taken_from_the_part_that_a_sample_is_given(tiny_models):
-    seen = []
-
-    def note(hidden_states, timestep, **_) -> tuple[torch.Tensor]:
-        seen.extend(timestep.tolist())
-        return (torch.zeros_like(hidden_states),)
-
-    objective = make_objective(ModelSource(str(tiny_models("5b"))), model=note)
+def test_timesteps_are_drawn_from_the_samples_part(tiny_models):
+    objective, calls = recorded_objective(tiny_models)
     objective(make_batch(), generators(2), parts=torch.tensor([[9, 10], [0, 10]]))
-    assert 900 <= seen[0] < 1000
-    assert 0 <= seen[1] < 100
+    first, second = calls[0]["timestep"].tolist()
+    assert 900 <= first < 1000
+    assert 0 <= second < 100

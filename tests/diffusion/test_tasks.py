@@ -1,10 +1,10 @@
-"""A task takes the models that are made for it, and shows the transformer what the pipeline shows it."""
+"""A task takes the models made for it, and gives the transformer the inputs that the pipeline gives it."""
 
 from itertools import product
 
 import pytest
 import torch
-from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+from diffusers import CogVideoXImageToVideoPipeline
 from PIL import Image
 
 from common.errors import UserError
@@ -36,43 +36,42 @@ def configs_of(model):
 # Which model
 
 
-@pytest.mark.parametrize("kind", ["2b", "5b", "1.5-5b"])
-def test_text_to_video_takes_a_text_to_video_model(tiny_models, kind):
-    TextToVideo().check_model(configs_of(tiny_models(kind)), [SIZE])
+def task_of(kind: str) -> TextToVideo | ImageToVideo:
+    return ImageToVideo(0.05, False) if kind in IMAGE_KINDS else TextToVideo()
 
 
-@pytest.mark.parametrize("kind", IMAGE_KINDS)
-def test_image_to_video_takes_an_image_to_video_model(tiny_models, kind):
-    ImageToVideo(0.05, False).check_model(configs_of(tiny_models(kind)), [SIZE])
+@pytest.mark.parametrize("kind", ["2b", "5b", "1.5-5b", *IMAGE_KINDS])
+def test_a_task_takes_the_models_that_are_made_for_it(tiny_models, kind):
+    task_of(kind).check_model(configs_of(tiny_models(kind)), [SIZE])
 
 
-def test_text_to_video_refuses_an_image_to_video_model_and_names_the_script(tiny_models):
-    with pytest.raises(UserError, match="--pretrained_model_name_or_path: this is an image-to-video model") as caught:
-        TextToVideo().check_model(configs_of(tiny_models("5b-i2v")), [SIZE])
-    assert "32 channels" in str(caught.value)
-    assert "cogvideox_image_to_video_lora.py" in str(caught.value)
-
-
-def test_image_to_video_refuses_a_text_to_video_model_and_names_the_script(tiny_models):
-    with pytest.raises(UserError, match="--pretrained_model_name_or_path: this is a text-to-video model") as caught:
-        ImageToVideo(0.05, False).check_model(configs_of(tiny_models("5b")), [SIZE])
-    assert "cogvideox_text_to_video_lora.py" in str(caught.value)
+@pytest.mark.parametrize(
+    ("task", "kind", "message"),
+    [
+        (TextToVideo(), "5b-i2v", "an image-to-video model .* takes 32 channels.* cogvideox_image_to_video_lora.py"),
+        (ImageToVideo(0.05, False), "5b", "a text-to-video model .* cogvideox_text_to_video_lora.py"),
+    ],
+)
+def test_a_model_of_the_other_task_is_refused_with_its_script(tiny_models, task, kind, message):
+    with pytest.raises(UserError, match=f"^--pretrained_model_name_or_path: this is {message}"):
+        task.check_model(configs_of(tiny_models(kind)), [SIZE])
 
 
 def test_learned_positions_are_refused_at_another_size_unless_they_are_dropped(tiny_models):
     configs = configs_of(tiny_models("5b-i2v"))
-    with pytest.raises(UserError, match=r"fit 17x64x96 .* alone, not 17x96x64; .*--ignore_learned_positional_embed"):
+    with pytest.raises(UserError, match=r"fit only 17x64x96 .*, not 17x96x64; .*--ignore_learned_positional_embed"):
         ImageToVideo(0.05, False).check_model(configs, [SIZE, Bucket(17, 96, 64)])
     ImageToVideo(0.05, True).check_model(configs, [SIZE, Bucket(17, 96, 64)])
+
+
+def test_a_model_without_learned_positions_cannot_drop_them(tiny_models):
+    with pytest.raises(UserError, match="this model has no learned positions; omit the flag"):
+        ImageToVideo(0.05, True).check_model(configs_of(tiny_models("1.5-5b-i2v")), [SIZE])
 
 
 @pytest.mark.parametrize("kind", ["2b", "5b"])
 def test_models_that_compute_their_positions_take_any_size(tiny_models, kind):
     TextToVideo().check_model(configs_of(tiny_models(kind)), [Bucket(9, 96, 64), Bucket(33, 128, 160)])
-
-
-def task_of(kind: str) -> TextToVideo | ImageToVideo:
-    return ImageToVideo(0.05, False) if kind in IMAGE_KINDS else TextToVideo()
 
 
 @pytest.mark.parametrize("kind", LATER_KINDS)
@@ -115,7 +114,7 @@ def test_frame_counts_that_cogvideox_1_5_does_not_sample_are_refused_with_the_ne
 
 
 @pytest.mark.parametrize("kind", LATER_KINDS)
-def test_the_frame_counts_taken_are_those_that_the_vae_gives_back(tiny_models, kind):
+def test_the_frame_counts_taken_are_those_that_the_vae_returns(tiny_models, kind):
     vae = ModelSource(str(tiny_models(kind))).load_vae(torch.float32, slicing=False, tiling=False)
     configs, taken = configs_of(tiny_models(kind)), []
     for frames in (1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25):
@@ -133,7 +132,7 @@ def test_the_frame_counts_taken_are_those_that_the_vae_gives_back(tiny_models, k
 
 
 @pytest.mark.parametrize("ignore", [True, False])
-def test_learned_positions_are_dropped_where_that_was_asked_for_and_in_the_config_too(tiny_models, ignore):
+def test_learned_positions_are_dropped_on_request_from_the_config_too(tiny_models, ignore):
     transformer = ModelSource(str(tiny_models("5b-i2v"))).load_transformer(torch.float32)
     ImageToVideo(0.05, ignore).prepare_model(transformer)
     assert transformer.config.use_learned_positional_embeddings is not ignore
@@ -143,7 +142,7 @@ def test_learned_positions_are_dropped_where_that_was_asked_for_and_in_the_confi
 # What the transformer sees
 
 
-def test_text_to_video_shows_the_transformer_the_noisy_latents_alone(tiny_models):
+def test_text_to_video_gives_the_transformer_only_the_noisy_latents(tiny_models):
     noisy_latents = torch.randn(1, 3, 16, 8, 12)
     batch = Batch(["a"], SIZE)
     configs = configs_of(tiny_models("5b"))
@@ -153,7 +152,7 @@ def test_text_to_video_shows_the_transformer_the_noisy_latents_alone(tiny_models
 
 
 def inputs_of_pipeline(model, image: Image.Image, num_frames: int) -> dict[str, torch.Tensor]:
-    """What the transformer is given in the first step of sampling."""
+    """The transformer's inputs in the first step of sampling."""
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(model)
     seen = []
     pipeline.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
@@ -240,16 +239,3 @@ def test_the_condition_follows_the_image(tiny_models, kind):
     # The same draws of noise for both: what differs is the image.
     assert (condition(red) - condition(blue)).norm() > 0.3 * condition(red).norm()
     assert condition(red, dropout=1.0).abs().max() == 0
-
-
-@pytest.mark.parametrize(
-    ("task", "pipeline"),
-    [(TextToVideo(), CogVideoXPipeline), (ImageToVideo(0.05, False), CogVideoXImageToVideoPipeline)],
-)
-def test_a_task_is_sampled_with_its_own_pipeline(task, pipeline):
-    assert task.pipeline_class is pipeline
-
-
-def test_learned_positions_that_a_model_does_not_have_are_not_dropped(tiny_models):
-    with pytest.raises(UserError, match="this model has no learned positions; leave it out"):
-        ImageToVideo(0.05, True).check_model(configs_of(tiny_models("1.5-5b-i2v")), [SIZE])

@@ -1,4 +1,4 @@
-"""Timesteps have the distribution asked for, stratified or not, and weights are those of the paper."""
+"""Timesteps have the set distribution, stratified or not, and weights are those of the paper."""
 
 import math
 from statistics import NormalDist
@@ -19,7 +19,7 @@ def share(timesteps: torch.Tensor, low: int, high: int) -> float:
     return ((timesteps >= low) & (timesteps < high)).float().mean().item()
 
 
-def test_timesteps_are_uniform_over_the_whole_schedule_by_default():
+def test_timesteps_are_uniform_over_the_full_schedule_by_default():
     timesteps = TimestepSampling().draw(generators(20_000), 1000)
     assert timesteps.dtype == torch.int64
     assert (timesteps.min(), timesteps.max()) == (0, 999)
@@ -40,13 +40,13 @@ def test_another_distribution_is_refused():
         TimestepSampling("cosine")
 
 
-def test_the_samples_of_a_step_over_all_ranks_lie_evenly():
+def test_the_timesteps_of_a_step_are_spread_evenly_over_all_ranks():
     parts = torch.cat([share_out(seed=3, step=5, rank=rank, num_ranks=2, samples_per_rank=4) for rank in (0, 1)])
     timesteps = TimestepSampling().draw(generators(8), 1000, parts)
     assert sorted(timestep // 125 for timestep in timesteps.tolist()) == list(range(8))
 
 
-def test_over_many_steps_any_one_sample_has_the_whole_distribution():
+def test_over_many_steps_each_sample_has_the_full_distribution():
     drawn = []
     for step in range(2000):
         part = share_out(seed=0, step=step, rank=1, num_ranks=2, samples_per_rank=2)[:1]

@@ -2,15 +2,16 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from common.errors import UserError
-from data.buckets import Bucket
+from data.buckets import Bucket, count_tokens
 from data.clips import Clip
 from data.plan import RawData, check_bad_clips, data_sources, plan_raw_clips
-from data.report import plan_table, sequence_length
+from data.report import plan_table
 from data.sources import read_clips
 from make_demo_clips import make_demo_clips
 from pages import PARSERS, flags_of, noted_calls, read_page, script_of
@@ -78,7 +79,9 @@ class Workplace:
             self.flags[name] = [flags_of(call) for call in self.calls(content)]
             if name in CLIPS:
                 (flags,) = self.flags[name]
-                self.clips[name] = [clip for source in data_sources(flags) for clip in good_clips(source)]
+                self.clips[name] = [
+                    clip for source in data_sources(flags.settings.sources) for clip in good_clips(source)
+                ]
 
     def calls(self, command: str) -> list[list[str]]:
         """Return the calls of our scripts in a command; those that make the demo's clips and model must exist."""
@@ -154,7 +157,12 @@ def demo(workplace, monkeypatch) -> Callable[..., RawData]:
     monkeypatch.chdir(workplace.folder)
     monkeypatch.setenv("COGVIDEOX_FACTORY_CACHE", str(workplace.folder / "cache"))
     *_, call = workplace.calls(block("command", "try"))
-    return lambda *more: plan_raw_clips(flags_of([*call, *more]))
+
+    def plan(*more: str) -> RawData:
+        settings = flags_of([*call, *more]).settings
+        return plan_raw_clips(settings.sources, settings.clips)
+
+    return plan
 
 
 def block(kind: str, name: str) -> str:
@@ -163,7 +171,8 @@ def block(kind: str, name: str) -> str:
 
 
 def test_the_plan_shown_is_the_demos(demo):
-    table = plan_table(demo().clips, batch_size=1, tokens_of=sequence_length, model_fps=8)
+    tokens_of = partial(count_tokens, {"patch_size": 2, "patch_size_t": None, "max_text_seq_length": 226})
+    table = plan_table(demo().clips, batch_size=1, tokens_of=tokens_of, model_fps=8)
     wrote = "wrote try/prepared/plan.csv and try/prepared/contact_sheet.png\n"
     assert block("output", "plan") == f"{table}\n{wrote}"
 

@@ -80,7 +80,7 @@ def test_the_jobs_of_slurm_call_their_scripts_with_flags_that_are_taken(calls_of
     assert prepare.output_dir == runs[0].data_root == "prepared"
     assert [run.output_dir for run in runs] == ["outputs/cogvideox-lora", "outputs/other", "outputs/all-weights"]
     assert [run.learning_rate for run in runs] == [1e-4, 3e-4, 1e-4]
-    assert [run.method for run in runs] == ["lora", "lora", "sft"]
+    assert [run.settings.method for run in runs] == ["lora", "lora", "sft"]
 
 
 def test_preparation_is_launched_on_all_gpus_of_all_machines(calls_of):

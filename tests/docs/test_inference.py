@@ -34,15 +34,15 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def test_the_commands_sample_the_videos_that_the_page_names(folder):
     text, image = map(flags_of, noted_calls(BLOCKS["generate"], folder))
-    assert [video.file.name for video in text.videos] == [
+    assert [video.file.name for video in text.settings.videos] == [
         f"00-bw-style-a-panda-plays-a-tiny-guitar-seed-{seed}.mp4" for seed in (1, 2)
     ]
-    assert f"generated/{text.videos[0].file.name}" in PAGE
-    assert (image.transformer, image.image) == ("outputs/my-model", ["rabbit.png"])
+    assert f"generated/{text.settings.videos[0].file.name}" in PAGE
+    assert (image.transformer, image.image) == ("outputs/my-model", ("rabbit.png",))
     (compare,) = map(flags_of, noted_calls(BLOCKS["compare"], folder))
-    assert compare.compare and len(compare.videos) == 2
+    assert compare.compare and len(compare.settings.videos) == 2
     (several,) = map(flags_of, noted_calls(BLOCKS["several"], folder))
-    assert [scale for _, scale in several.loras] == [1.0, 0.6]
+    assert [scale for _, scale in several.settings.loras] == [1.0, 0.6]
 
 
 def test_every_block_of_the_page_is_tested_here_or_with_the_readme():

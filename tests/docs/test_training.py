@@ -52,11 +52,11 @@ def test_each_recipe_prepares_and_trains_with_flags_that_are_accepted(folder):
         model = flags.pretrained_model_name_or_path
         assert flags.load_tensors and prepared_for.get(flags.data_root, "THUDM/CogVideoX-5b") == model
         assert flags.use_8bit == name.endswith("_sft.py")
-    assert trained[2][1].validation_images == ["rabbit.png"]
+    assert trained[2][1].settings.validation.images == ("rabbit.png",)
     assert value_of(calls[-1], "--num_processes") == "8"
     later = [flags for name, flags in runs if "1.5" in flags.output_dir]
-    assert [(flags.max_num_frames, flags.frame_buckets) for flags in later] == [(81, [81])] * 2
-    assert later[0].height_buckets == [768] and later[0].save_image_latents
+    assert [(flags.max_num_frames, flags.frame_buckets) for flags in later] == [(81, (81,))] * 2
+    assert later[0].height_buckets == (768,) and later[0].save_image_latents
     assert later[1].width == 1360 and later[1].save_pipeline
 
 

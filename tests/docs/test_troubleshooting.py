@@ -29,6 +29,6 @@ def test_an_earlier_step_is_sampled_and_trained_further(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sampled, trained = map(flags_of, noted_calls(BLOCKS["earlier step"], tmp_path))
     lora = f"outputs/my-lora/checkpoint-1000/{LORA_FILE}"
-    assert sampled.loras == [(lora, 1.0)]
+    assert sampled.settings.loras == ((lora, 1.0),)
     assert (trained.lora_weights, trained.learning_rate) == (lora, 5e-5)
     assert BLOCKS.keys() == {"earlier step"}

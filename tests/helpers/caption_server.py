@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -23,7 +24,7 @@ class Question:
     frames: list[np.ndarray]  # uint8 [H, W, 3]
     prompt: str
     body: dict[str, Any]
-    headers: dict[str, str]
+    headers: Message  # case-insensitive
 
     @property
     def numbers(self) -> list[int]:
@@ -47,7 +48,7 @@ def said(text: str | None, finish_reason: str = "stop") -> Answer:
 
 def refused(status: int, message: str = "no") -> Answer:
     """A refusal after which one may ask again at once."""
-    return Answer({"error": {"message": message}}, status, {"Retry-After": "0"})
+    return Answer({"error": {"message": message}}, status, {"Retry-After": "0.001"})
 
 
 def caption_of(length: int) -> str:
@@ -101,7 +102,7 @@ def serving() -> Iterator[CaptionServer]:
                 [np.asarray(picture(image["image_url"]["url"])) for image in images],
                 text["text"],
                 body,
-                dict(self.headers),
+                self.headers,
             )
             self._send(stand_in.ask(question) if self.path == "/v1/chat/completions" else Answer({}, 404))
 

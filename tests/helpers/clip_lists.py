@@ -27,6 +27,12 @@ def touch(folder: Path, *names: str) -> None:
         write(folder / name, b"")
 
 
+def write_lists(folder: Path, **lists: bytes | str) -> None:
+    """Write text files by their names: videos="a.mp4" is the content of videos.txt."""
+    for name, content in lists.items():
+        write(folder / f"{name}.txt", content)
+
+
 def write_table(path: Path, rows: Sequence[dict[str, str]]) -> Path:
     """Write a table of text with the library of the format that the suffix names."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,25 +51,25 @@ def write_table(path: Path, rows: Sequence[dict[str, str]]) -> Path:
 
 
 def read(data_root: Path | None, *, cache: Path | None = None, **source) -> tuple[list[Clip], list[BadClip]]:
-    """Clips and bad clips of a source. Captions are in column "text"."""
+    """Read the clips and bad clips of a source with captions in column "text"."""
     source = DataSource(data_root, **{"caption_column": "text"} | source)
     return read_clips(source, cache or Path("/nowhere/written"))
 
 
 def good(*arguments, **options) -> list[Clip]:
-    """The clips of a source without bad ones."""
+    """Read the clips of a source without bad ones."""
     clips, bad_clips = read(*arguments, **options)
     assert bad_clips == []
     return clips
 
 
 def bad(*arguments, **options) -> list[str]:
-    """What is said of the bad clips of a source."""
+    """Read the bad clips of a source as messages."""
     return [str(clip) for clip in read(*arguments, **options)[1]]
 
 
 def error_of(*arguments, **options) -> str:
-    """What is said of a source that cannot be used."""
+    """Return the message on a source that cannot be used."""
     with pytest.raises(UserError) as raised:
         read(*arguments, **options)
     return str(raised.value)

@@ -85,19 +85,16 @@ def encode(
     return path
 
 
-def clip_maker(folder: Path) -> Callable[[str], Path]:
-    """Give the clip of an encoding, made when it is first asked for."""
-    made: dict[str, Path] = {}
-
-    def clip_of(name: str) -> Path:
-        if name not in made:
-            file, options = ENCODINGS[name]
-            home = folder / str(len(made))
-            home.mkdir()
-            made[name] = encode(home / file, **options)
-        return made[name]
-
-    return clip_of
+def remuxed(clip: Path, path: Path, change: Callable[[av.Packet], None]) -> Path:
+    """Copy a clip whose packets go through `change`."""
+    with av.open(str(clip)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                change(packet)
+                packet.stream = stream
+                target.mux(packet)
+    return path
 
 
 def ffmpeg(*arguments: object) -> None:

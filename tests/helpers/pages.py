@@ -1,6 +1,5 @@
 """Parts of Markdown pages (code, headings, tables, flags, links), and the scripts that their commands start."""
 
-import argparse
 import os
 import re
 import shlex
@@ -10,11 +9,18 @@ from contextlib import redirect_stdout, suppress
 from functools import cache, partial
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
-import make_first_frames
-from args import METHODS, TASKS, parse_args, parse_prepare_args
-from flags import captions as caption_flags
-from flags.generation import parse_generate_args
+from args import (
+    METHODS,
+    TASKS,
+    parse_args,
+    parse_caption_args,
+    parse_first_frame_args,
+    parse_generate_args,
+    parse_prepare_args,
+)
+from flags.schema import flag_values
 from repository import ROOT
 
 
@@ -25,8 +31,8 @@ TRAINING_SCRIPTS = {
 }
 PARSERS = TRAINING_SCRIPTS | {
     "prepare_dataset.py": parse_prepare_args,
-    "make_first_frames.py": make_first_frames.parse_flags,
-    "caption_dataset.py": caption_flags.parse_flags,
+    "make_first_frames.py": parse_first_frame_args,
+    "caption_dataset.py": parse_caption_args,
     "generate.py": parse_generate_args,
 }
 MARKED_BLOCK = r"<!-- tested: ([\w ]+) -->\n```(?:bash|python)\n(.*?)```"
@@ -136,9 +142,10 @@ def script_flags(call: list[str]) -> list[str]:
     return call[next(index for index, word in enumerate(call) if word.endswith(".py")) + 1 :]
 
 
-def flags_of(call: list[str]) -> argparse.Namespace:
-    """Return the flags of the script in a call, as it parses them."""
-    return PARSERS[script_of(call)](script_flags(call))
+def flags_of(call: list[str]) -> SimpleNamespace:
+    """Return the flags of the script in a call by name, as it parses them, and its `settings`."""
+    settings = PARSERS[script_of(call)](script_flags(call))
+    return SimpleNamespace(**flag_values(settings), settings=settings)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The calculation of memory against real tensors where there are some, else against torch's fake ones."""
+"""The calculated memory equals that of real tensors, or of torch's fake ones for a GPU and full-size models."""
 
 import weakref
 from collections.abc import Callable
@@ -33,14 +33,14 @@ METHODS = {"lora": LORA, "sft": FULL}
 
 
 def storage_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor, of all its parts if it is made of several."""
+    """Return the bytes of a tensor or of all parts of a quantized one."""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(storage_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.nbytes
 
 
 class AllocationPeak(TorchDispatchMode):
-    """The most bytes that were alive at once among tensors made under it."""
+    """The peak of the bytes of tensors that are created in this mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class AllocationPeak(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def know(self, tensors) -> None:
-        """Do not count these, which were there before."""
+        """Exclude tensors that existed before."""
         self._seen |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def _free(self, key: int, size: int) -> None:
@@ -68,7 +68,7 @@ class AllocationPeak(TorchDispatchMode):
 
 
 def fake_model(model: torch.nn.Module, device: str, dtype: torch.dtype) -> None:
-    """Give a model on the meta device fake tensors; what is trainable stays in float32."""
+    """Replace the tensors of a model on the meta device by fake ones; trainable ones stay in float32."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             kind = torch.float32 if parameter.requires_grad else dtype
@@ -95,7 +95,7 @@ def fake_inputs(configs: ModelConfigs, size: Bucket, batch: int, device: str, dt
 
 @contextmanager
 def gpu_like(monkeypatch):
-    """Autocast and attention of a GPU on fake tensors of one; there need not be any."""
+    """Use a GPU's autocast and attention for fake tensors; needs no GPU."""
 
     def attend(query, key, value, **_):
         half = [tensor.to(torch.bfloat16) for tensor in (query, key, value)]
@@ -124,7 +124,7 @@ def on_meta(configs: ModelConfigs, method: Lora | FullFinetune) -> CogVideoXTran
 
 
 def kept_by_forward(transformer: torch.nn.Module, inputs: dict) -> int:
-    """Bytes that autograd keeps for the backward pass, without the parameters."""
+    """Return the bytes that autograd keeps for the backward pass, without the parameters."""
     parameters = {parameter.untyped_storage()._cdata for parameter in transformer.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -144,8 +144,7 @@ def released_facts(kind: str, name: str) -> ModelFacts:
     return model_facts(full_size_configs(kind), METHODS[name])
 
 
-# As the published model cards and facts on the kinds have them.
-RELEASED = {
+RELEASED = {  # parameters of the transformer, and of adapters of rank 64
     "2b": (1_693_783_872, 29_491_200),
     "5b": (5_570_283_072, 66_060_288),
     "1.5-5b-i2v": (5_571_594_880, 66_060_288),
@@ -153,9 +152,9 @@ RELEASED = {
 
 
 @pytest.mark.parametrize("kind", RELEASED)
-def test_the_released_models_have_as_many_parameters_as_counted(kind):
+def test_the_parameters_of_the_released_models_are_counted(kind):
     facts = released_facts(kind, "lora")
-    trainable = sum(one.numel for one in facts.parameters if one.is_trainable)
+    trainable = sum(one.numel for one in facts.trainable)
     assert (sum(one.numel for one in facts.parameters) - trainable, trainable) == RELEASED[kind]
 
 
@@ -166,7 +165,7 @@ def test_weights_and_gradients_are_those_of_a_real_model(tiny_models):
         method.attach(transformer)
         configs = source.configs()
         settings, workload = MemorySettings(name), Workload(Bucket(17, 64, 96), 1)
-        result = account(model_facts(configs, method), configs, settings, workload)
+        result = account(model_facts(configs, method), settings, workload)
         by_training = {
             kind: sum(parameter.nbytes for parameter in transformer.parameters() if parameter.requires_grad == kind)
             for kind in (True, False)
@@ -219,7 +218,7 @@ def test_quantized_weights_are_as_large_as_those_of_torchao(quantization, tiny_m
     transformer = source.load_transformer(torch.bfloat16, quantize=quantization)
     configs = source.configs()
     settings = MemorySettings("lora", quantize_base=quantization)
-    result = account(model_facts(configs, LORA), configs, settings, Workload(Bucket(17, 64, 96), 1))
+    result = account(model_facts(configs, LORA), settings, Workload(Bucket(17, 64, 96), 1))
     assert result.frozen_weights == sum(storage_bytes(parameter) for parameter in transformer.parameters())
 
 
@@ -244,7 +243,7 @@ def test_kept_activations_are_what_autograd_keeps_in_float32(name, kind, tiny_mo
         inputs = {key: value.zero_() if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
         kept[layers] = kept_by_forward(transformer, inputs)
     facts = model_facts(configs, METHODS[name])
-    tensors = block_tensors(facts, configs, MemorySettings(name), Workload(size, 2, "no"))
+    tensors = block_tensors(facts, MemorySettings(name), Workload(size, 2, "no"))
     assert sum(tensors.values()) == pytest.approx(kept[2] - kept[1], rel=0.03)
 
 
@@ -258,7 +257,7 @@ def test_kept_activations_are_what_autograd_keeps_under_autocast_on_a_gpu(name, 
             fake_model(transformer, "cuda", torch.bfloat16)
             kept[layers] = kept_by_forward(transformer, fake_inputs(configs, NATIVE, 1, "cuda", torch.bfloat16))
     facts = model_facts(configs, METHODS[name])
-    tensors = block_tensors(facts, configs, MemorySettings(name), Workload(NATIVE, 1))
+    tensors = block_tensors(facts, MemorySettings(name), Workload(NATIVE, 1))
     assert sum(tensors.values()) == pytest.approx(kept[2] - kept[1], rel=0.02)
 
 
@@ -279,7 +278,7 @@ def test_the_peak_of_a_step_is_what_allocations_add_up_to(name, kind, is_checkpo
             transformer(**inputs)[0].square().mean().backward()
     facts = model_facts(configs, METHODS[name])
     settings = MemorySettings(name, gradient_checkpointing=is_checkpointed)
-    result = account(facts, configs, settings, Workload(NATIVE, 1, "no"))
+    result = account(facts, settings, Workload(NATIVE, 1, "no"))
     assert result.training - result.resident - result.batch == pytest.approx(peak.peak, rel=0.05)
 
 
@@ -294,7 +293,7 @@ def test_the_peak_of_a_denoising_step_is_what_allocations_add_up_to(monkeypatch)
         with peak:
             transformer(**inputs)
     facts = model_facts(configs, LORA)
-    assert sampling_bytes(facts, configs, Workload(NATIVE, 1, sampled=NATIVE)) == pytest.approx(peak.peak, rel=0.1)
+    assert sampling_bytes(facts, Workload(NATIVE, 1, sampled=NATIVE)) == pytest.approx(peak.peak, rel=0.1)
 
 
 def test_the_peak_of_decoding_is_what_allocations_add_up_to():
@@ -313,18 +312,15 @@ def test_the_peak_of_decoding_is_what_allocations_add_up_to():
         with peak:
             vae.decode(latents)
     facts = model_facts(configs, LORA)
-    said = decoding_bytes(facts, configs, Workload(size, 1, sampled=size))
+    said = decoding_bytes(facts, Workload(size, 1, sampled=size))
     assert said == pytest.approx(peak.peak, rel=0.1)
 
 
 @pytest.fixture(scope="module")
 def account_5b() -> Callable[..., object]:
     """Accounts of the 5b model at full size, for any settings."""
-    configs = full_size_configs("5b")
     workload = Workload(NATIVE, 1, sampled=NATIVE)
-    return lambda name, **settings: account(
-        released_facts("5b", name), configs, MemorySettings(name, **settings), workload
-    )
+    return lambda name, **settings: account(released_facts("5b", name), MemorySettings(name, **settings), workload)
 
 
 def test_offloaded_checkpoints_leave_two_inputs_on_the_device(account_5b):
@@ -355,7 +351,7 @@ def test_an_offloaded_optimizer_has_states_gradients_and_weights_on_the_host(acc
     assert offloaded.gradients == plain.gradients - plain.earlier_gradients
 
 
-def test_the_published_lora_of_the_5b_model_takes_what_was_published(account_5b):
+def test_a_lora_of_the_5b_model_takes_the_published_memory(account_5b):
     # The original factory, rank 64: 20.8 GB reserved in training.
     result = account_5b("lora", gradient_checkpointing=True)
     assert result.training / GB == pytest.approx(20.8, rel=0.12)

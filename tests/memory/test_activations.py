@@ -1,4 +1,4 @@
-"""Whatever is computed again, and wherever its inputs are kept meanwhile: the gradients are the same."""
+"""Gradients are the same with every kind of checkpointing and with offloaded inputs."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -39,7 +39,7 @@ INPUT_BYTES = 2 * (16 + 5 * 4 * 6) * 128 * 4  # text and video tokens of two sam
 
 @pytest.fixture(scope="module")
 def resident(tiny_models) -> CogVideoXTransformer3DModel:
-    """What the others are made from: without checkpoints."""
+    """A transformer without checkpoints."""
     return with_adapters(tiny_models("5b"))
 
 
@@ -54,7 +54,7 @@ def transformer(resident) -> CogVideoXTransformer3DModel:
 
 
 def small_store() -> CheckpointStore:
-    """With chunks that tensors straddle."""
+    """Return a store with chunks smaller than the tensors."""
     return CheckpointStore(HostStack(chunk_bytes=10_000))
 
 
@@ -76,7 +76,7 @@ def test_gradients_of_all_weights_are_those_without_checkpointing(transformer):
 
 
 @pytest.mark.parametrize(("scope", "every"), SETTINGS)
-def test_what_the_setting_says_is_computed_again_and_nothing_else(transformer, scope, every):
+def test_only_the_checkpointed_parts_are_computed_again(transformer, scope, every):
     checkpoint_activations(transformer, scope, every)
     computed = []
     for number, block in enumerate(transformer.transformer_blocks):
@@ -116,7 +116,7 @@ def test_all_inputs_of_checkpoints_go_to_host_memory_and_come_back(transformer, 
     output = transformer(**inputs_of(transformer), return_dict=False)[0]
 
     assert store.stack.used == count_kept(scope, every, NUM_BLOCKS).inputs * INPUT_BYTES
-    # Those of the last checkpoint are needed first, so they are still on the device too.
+    # Those of the last checkpoint are needed first and still on the device.
     assert store.num_on_device() == (1 if scope == "feed-forward" else 2)
     output.mean().backward()
     assert store.num_on_device() == 0
@@ -146,7 +146,7 @@ def test_a_forward_pass_without_backward_pass_does_not_disturb_the_next_step(tra
     failing.remove()
     assert_same(train_step(transformer), expected)
 
-    # In the backward pass too, when inputs were already on their way back.
+    # A failure in the backward pass, while inputs are being copied back.
     output = transformer(**inputs_of(transformer), return_dict=False)[0]
     failing = transformer.transformer_blocks[2].register_forward_pre_hook(fail)
     with pytest.raises(MemoryError):
@@ -159,12 +159,12 @@ def fail(module: torch.nn.Module, inputs: tuple) -> None:
     raise MemoryError
 
 
-def test_a_backward_pass_whose_inputs_were_given_up_is_refused(transformer):
+def test_a_backward_pass_after_another_forward_pass_is_refused(transformer):
     checkpoint_activations(transformer, offload_to=small_store())
     first = transformer(**inputs_of(transformer), return_dict=False)[0]
     transformer(**inputs_of(transformer))
 
-    with pytest.raises(RuntimeError, match="given up when another forward pass began"):
+    with pytest.raises(RuntimeError, match="released when another forward pass began"):
         first.mean().backward()
 
 
@@ -178,18 +178,18 @@ def test_a_wrapped_transformer_gets_the_same_gradients(transformer, expected, on
 
 @pytest.fixture
 def one_process(tmp_path) -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group of one process."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
-def test_what_is_kept_is_counted():
-    assert count_kept("none", 1, 42) == KeptActivations(inputs=0, whole_blocks=42, without_feed_forward=0)
-    assert count_kept("block", 1, 42) == KeptActivations(inputs=42, whole_blocks=1, without_feed_forward=0)
-    assert count_kept("block", 4, 42) == KeptActivations(inputs=11, whole_blocks=32, without_feed_forward=0)
-    assert count_kept("segment", 4, 42) == KeptActivations(inputs=11, whole_blocks=4, without_feed_forward=0)
-    assert count_kept("feed-forward", 1, 42) == KeptActivations(inputs=42, whole_blocks=1, without_feed_forward=41)
+def test_kept_activations_are_counted():
+    assert count_kept("none", 1, 42) == KeptActivations(inputs=0, complete_blocks=42, without_feed_forward=0)
+    assert count_kept("block", 1, 42) == KeptActivations(inputs=42, complete_blocks=1, without_feed_forward=0)
+    assert count_kept("block", 4, 42) == KeptActivations(inputs=11, complete_blocks=32, without_feed_forward=0)
+    assert count_kept("segment", 4, 42) == KeptActivations(inputs=11, complete_blocks=4, without_feed_forward=0)
+    assert count_kept("feed-forward", 1, 42) == KeptActivations(inputs=42, complete_blocks=1, without_feed_forward=41)
 
 
 @pytest.mark.gpu
@@ -204,7 +204,7 @@ def test_offloaded_checkpoints_give_the_same_gradients_on_a_gpu(scope, every):
 
 
 @pytest.mark.gpu
-def test_offloaded_checkpoints_take_the_inputs_of_blocks_off_the_gpu():
+def test_offloaded_checkpoints_free_gpu_memory():
     tokens = 2 * (16 + 5 * 32 * 34)
     kept = tokens * 512 * 2  # bytes in bfloat16
     peaks = []
@@ -215,5 +215,5 @@ def test_offloaded_checkpoints_take_the_inputs_of_blocks_off_the_gpu():
             peaks.append(peak_of_steps(transformer, size=64))
         del transformer
 
-    # Of 12, the one that is computed again, the one before it, and perhaps one on its way out.
+    # Of 12 inputs, up to three are on the GPU: of the computed block, the one before it, and one being copied out.
     assert peaks[0] - peaks[1] > 8 * kept

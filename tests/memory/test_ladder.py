@@ -26,7 +26,7 @@ from memory.ladder import (
     read_measured,
     usable_filter,
 )
-from memory.settings import GB, MemorySettings, apply_settings, differing_flags, memory_settings_of
+from memory.settings import GB, MemorySettings, differing_flags, memory_settings_of, with_memory
 
 
 SIZE = Bucket(49, 480, 720)
@@ -93,7 +93,7 @@ def test_combinations_that_the_flags_refuse_are_left_out(tiny_models, tmp_path):
     args = parse_args([*flags, "--optimizer", "adamw"], task="text-to-video", method="sft")
 
     def rungs_where(mixed_precision: str, *, has_gpu: bool) -> list[MemorySettings]:
-        is_usable = usable_filter(args, {"optimizer"}, mixed_precision=mixed_precision, has_gpu=has_gpu)
+        is_usable = usable_filter(args, mixed_precision=mixed_precision, has_gpu=has_gpu)
         return ladder(memory_settings_of(args), {"optimizer"}, is_usable)
 
     # Gradients that accumulate cannot be freed during the backward pass.
@@ -109,7 +109,7 @@ def test_what_needs_a_gpu_is_left_out_where_there_is_none(tiny_models, tmp_path)
     for method, needs_gpu, package in needs:
         args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method=method)
         for has_gpu in (True, False):
-            is_usable = usable_filter(args, set(), mixed_precision="bf16", has_gpu=has_gpu)
+            is_usable = usable_filter(args, mixed_precision="bf16", has_gpu=has_gpu)
             rungs = ladder(memory_settings_of(args), set(), is_usable)
             assert any(needs_gpu in step for step in steps(rungs)) == (has_gpu and bool(find_spec(package)))
 
@@ -126,11 +126,11 @@ def test_settings_go_to_flags_and_back(tiny_models, tmp_path):
     settings = memory_settings_of(args)
     assert settings == MemorySettings("lora")
     rung = rungs_of()[-1]
-    changed = apply_settings(args, rung)
+    changed = with_memory(args, rung)
     assert memory_settings_of(changed) == rung
     typed = [*flags, "--output_dir", str(tmp_path / "out"), *differing_flags(rung, settings)]
     assert memory_settings_of(parse_args(typed, task="text-to-video", method="lora")) == rung
-    assert not args.gradient_checkpointing  # the flags themselves are as they were
+    assert not args.memory.gradient_checkpointing  # the flags themselves are as they were
 
 
 def test_the_fastest_rung_that_fits_is_chosen():

@@ -37,7 +37,7 @@ def test_buffers_have_their_sizes_and_share_no_byte():
 
 
 @given(SIZES)
-def test_a_stack_gives_each_request_bytes_of_its_own_and_the_same_ones_after_a_reset(sizes):
+def test_a_stack_reuses_its_bytes_after_a_reset(sizes):
     stack = HostStack(chunk_bytes=1000)
 
     def take_all() -> list[list[int]]:
@@ -51,7 +51,7 @@ def test_a_stack_gives_each_request_bytes_of_its_own_and_the_same_ones_after_a_r
     assert stack.allocated == -(-sum(sizes) // 1000) * 1000
 
 
-def test_pieces_of_a_stack_are_as_long_as_what_was_asked_for_together_and_do_not_overlap():
+def test_pieces_of_a_stack_have_the_requested_length_and_do_not_overlap():
     stack = HostStack(chunk_bytes=1000)
     requests = [stack.take(size, pinned=False) for size in (400, 2500, 100, 1)]
     for number, pieces in enumerate(requests):

@@ -88,7 +88,7 @@ def test_a_missing_compiler_is_one_line(monkeypatch, tmp_path):
     check_compiler(CPU)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(UserError, match=r"^--compile: needs a C\+\+ compiler; install g\+\+, or leave it out$"):
+    with pytest.raises(UserError, match=r"^--compile: needs a C\+\+ compiler; install g\+\+, or omit the flag$"):
         check_compiler(CPU)
 
 

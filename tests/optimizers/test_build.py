@@ -4,8 +4,8 @@ import copy
 import itertools
 import re
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
@@ -15,9 +15,12 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
 
+from checks.memory import check_optimizer
 from common.errors import UserError
 from diffusion.latents import rotary_embeddings, velocity_losses
-from flags.optimizer import LOW_BITS, OPTIMIZERS, check_low_bit, check_optimizer
+from flags.optimizer import LOW_BITS, OPTIMIZERS
+from flags.schema import replace_flags
+from flags.settings import TrainingSettings
 from methods.lora import Lora
 from models.configs import DTYPES
 from optimizers.build import (
@@ -249,12 +252,11 @@ def test_rates_stay_on_the_host_while_a_gpu_steps(fresh_accelerator, flags, step
     assert losses[-1] < losses[0]
 
 
-def combinations(name: str) -> Iterator[Namespace]:
+def combinations(name: str) -> Iterator[TrainingSettings]:
     """Every combination of the flags that choose this optimizer or are at odds with some."""
-    plain = dict.fromkeys([*LOW_BITS, "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"])
-    plain |= {"optimizer": name, "learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "beta3": None}
-    plain |= {"weight_decay": 1e-4, "epsilon": 1e-8, "max_grad_norm": 1.0}
-    plain |= {"lr_scheduler": "linear", "lr_warmup_steps": 0, "lr_num_cycles": 1, "lr_power": 1.0}
+    groups = {item.name: item.type() for item in fields(TrainingSettings) if is_dataclass(item.type)}
+    plain = TrainingSettings("text-to-video", "lora", frozenset(), **groups)
+    plain = replace_flags(plain, optimizer=name, learning_rate=1e-3, lr_scheduler="linear", lr_warmup_steps=0)
     choices = {
         "bits": [(), *((flag,) for flag in LOW_BITS), ("use_8bit", "use_fp8"), LOW_BITS],
         "use_torchao": [False, True],
@@ -267,35 +269,39 @@ def combinations(name: str) -> Iterator[Namespace]:
         "use_ema": [False, True],
     }
     for values in itertools.product(*choices.values()):
-        flags = plain | dict(zip(choices, values, strict=True))
-        yield Namespace(**flags | dict.fromkeys(flags.pop("bits"), True))
+        flags = dict(zip(choices, values, strict=True))
+        yield replace_flags(plain, **dict.fromkeys(flags.pop("bits"), True) | flags)
+
+
+def build(settings: TrainingSettings, weights: list[torch.nn.Parameter]):
+    rounds = settings.memory.weights_dtype == "bf16"
+    flags = (settings.optimizer, settings.schedule)
+    return build_optimizer(*flags, weights, 1e-2, 40, rounds_stochastically=rounds, has_scaler=False)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_combination_of_flags_steps_or_is_refused_in_one_line_that_says_what_to_do(name):
-    accepted: dict[tuple, Namespace] = {}
+    accepted: dict[tuple, TrainingSettings] = {}
     refusals = set()
     for args in combinations(name):
         try:
-            check_low_bit(args)
-            check_optimizer(args, set())
+            check_optimizer(args)
         except UserError as error:
             refusals.add(str(error))
         else:
             # The others do not change what is built.
-            built_from = ("use_torchao", *LOW_BITS, "use_cpu_offload_optimizer", "step_in_backward", "weights_dtype")
-            accepted[tuple(getattr(args, flag) for flag in built_from)] = args
+            accepted[args.memory.weights_dtype, replace(args.optimizer, offload_gradients=False)] = args
     assert all(re.fullmatch(r"--\w+.*: .*(use|add|leave).*", refusal) for refusal in refusals)
     for args in accepted.values():
         weights = parameters()
         for weight in weights:
-            weight.data = weight.data.to(DTYPES[args.weights_dtype])
+            weight.data = weight.data.to(DTYPES[args.memory.weights_dtype])
         before = weights[0].detach().clone()
-        if args.use_cpu_offload_optimizer and not torch.cuda.is_available():
+        if args.optimizer.use_cpu_offload_optimizer and not torch.cuda.is_available():
             with pytest.raises(UserError, match=r"--use_cpu_offload_optimizer: .*there is none here"):
-                build_optimizer(args, weights, 1e-2, 40, has_scaler=False)
+                build(args, weights)
             continue
-        optimizer, schedule = build_optimizer(args, weights, 1e-2, 40, has_scaler=False)
+        optimizer, schedule = build(args, weights)
         (weights[0] @ weights[1]).square().mean().backward()
         optimizer.step()
         schedule.step()

@@ -1,6 +1,5 @@
 """Samples divided among processes: outputs, gradients and whole runs are those of one process."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import cogvideox_text_to_video_sft
 from args import parse_args
 from curves import curve
 from diffusion.latents import rotary_embeddings
+from forked_ranks import CONTEXT, start_server
 from memory.activations import checkpoint_activations
 from memory.block_streaming import stream_blocks
 from methods.full import FullFinetune
@@ -37,15 +37,15 @@ from tiny_steps import Result, add_adapters
 CPU = torch.device("cpu")
 MINUTE = timedelta(seconds=60)
 SIZE = ["--height", "48", "--width", "80", "--frame_buckets", "17", "--max_num_frames", "17"]
-CONTEXT = multiprocessing.get_context("forkserver")
-# Imported once, in the server that all processes are forked from; it does not know where our own modules are.
-CONTEXT.set_forkserver_preload(["diffusers.pipelines.cogvideo.pipeline_cogvideox"])
+
+
 Case = tuple[Path, str, str]  # the model, the method, the way it is run
 
 
 def launch(function: Callable[..., Any], num_ranks: int, folder: Path, *args: Any) -> list[Any]:
     """Call a function in the processes of a launch; returns what it returned in each of them."""
     folder.mkdir()
+    start_server()
     ranks = [
         CONTEXT.Process(target=run_rank, args=(function, rank, num_ranks, folder, args)) for rank in range(num_ranks)
     ]

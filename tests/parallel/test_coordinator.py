@@ -1,6 +1,5 @@
 """Ranks decide alike, and wait for one another as long as it takes."""
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -10,11 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from common.errors import UserError
+from forked_ranks import CONTEXT, start_server
 from parallel.coordinator import Coordinator
-
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed"])
 
 
 def test_one_process_agrees_with_itself():
@@ -34,7 +30,7 @@ def refuse() -> None:
     raise UserError("so it is")
 
 
-def start_rank(rank: int, port: int, work: Callable, results: "multiprocessing.Queue", gate) -> None:
+def start_rank(rank: int, port: int, work: Callable, results, gate) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # The group of the GPUs, whose patience is short.
     dist.init_process_group("gloo", timeout=timedelta(seconds=1))
@@ -45,6 +41,7 @@ def on_two_ranks(work: Callable) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    start_server()
     results, gate = CONTEXT.Queue(), CONTEXT.Event()
     ranks = [CONTEXT.Process(target=start_rank, args=(rank, port, work, results, gate)) for rank in range(2)]
     for process in ranks:

@@ -186,7 +186,7 @@ def test_ranks_with_fewer_videos_sample_for_the_others_and_one_that_fails_keeps_
     before, after = (in_shards.lora / "validation" / f"step-{step}" for step in (0, 3))
     assert {path.name for path in before.glob("*.mp4")} == {"00-00-a.mp4", "01-00-b.mp4", "02-00-c.mp4"}
     assert {path.name for path in after.glob("*.mp4") if path.is_file()} == {"00-00-a.mp4"}
-    assert in_shards.output.count("training goes on; rank 1: ") == 1
+    assert in_shards.output.count("training continues; rank 1: ") == 1
 
 
 @pytest.mark.slow
@@ -283,7 +283,7 @@ def test_a_failure_inside_the_network_ends_the_run(one_rank):
     accelerator.state.distributed_type = DistributedType.FSDP
     network = torch.nn.Linear(4, 4)
     lockstep = Lockstep(accelerator, Coordinator())
-    with pytest.raises(OutOfStep, match="resumed"), lockstep, lockstep.calling(network):
+    with pytest.raises(OutOfStep, match="resume it"), lockstep, lockstep.calling(network):
         network(torch.ones(1, 4))
         network(torch.ones(1, 5))
 

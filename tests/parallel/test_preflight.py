@@ -10,6 +10,7 @@ import pytest
 
 from args import parse_prepare_args
 from common.errors import UserError
+from flags.schema import flag_values
 from parallel import preflight as machines
 from repository import TRAINING
 
@@ -19,13 +20,14 @@ RANK = """
 import json, os, sys
 from pathlib import Path
 from args import parse_prepare_args
+from flags.schema import flag_values
 from common.errors import UserError
 from parallel.preflight import check_preparation
 for launch in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(launch["port"])
-    args = parse_prepare_args(launch["flags"])
+    flags = flag_values(parse_prepare_args(launch["flags"]))
     try:
-        check_preparation(args, Path(args.output_dir), launch["model"], launch["samples"])
+        check_preparation(flags, Path(flags["output_dir"]), launch["model"], launch["samples"])
         print("agreed", flush=True)
     except UserError as error:
         print(error, flush=True)
@@ -108,7 +110,7 @@ def test_ranks_of_one_machine_or_without_a_place_to_meet_do_not_wait(monkeypatch
         monkeypatch.setenv(name, value)
     (tmp_path / "clips").mkdir()
     args = parse_prepare_args(["--data_root", str(tmp_path / "clips"), "--output_dir", str(tmp_path / "out")])
-    machines.check_preparation(args, tmp_path / "out", "a model", [])
+    machines.check_preparation(flag_values(args), tmp_path / "out", "a model", [])
     assert not (tmp_path / "out").exists()
 
 

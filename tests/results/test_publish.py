@@ -1,6 +1,6 @@
-"""What a finished run uploads: the card that a stranger reads, the weights, and nothing private.
+"""A finished run uploads its card and weights and nothing private.
 
-The calls that would reach the hub are replaced by ones that note their arguments, or answer as the hub does.
+Calls that would reach the hub are replaced by ones that note their arguments or answer as the hub does.
 """
 
 import re
@@ -59,9 +59,14 @@ def hub(monkeypatch) -> dict[str, dict]:
 
 
 def push(folder: Path, repo_id: str | None = "owner/circles", **others) -> str:
-    """Push a run's folder; returns the card's text."""
+    """Push a run's folder; return the card's text."""
     publish.push_to_hub(folder, repo_id, TOKEN, replace(FACTS, **others))
     return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def kept_by(hub: dict[str, dict], names: list[str]) -> list[str]:
+    """Return the names that the upload does not ignore, by the hub library's own filter."""
+    return list(filter_repo_objects(names, ignore_patterns=hub["upload_folder"]["ignore_patterns"]))
 
 
 def code_of(card: str) -> str:
@@ -69,36 +74,33 @@ def code_of(card: str) -> str:
     return code
 
 
-def test_the_card_names_the_base_model_where_the_hub_looks_for_it(hub, tmp_path):
+def test_the_metadata_of_the_card_has_the_base_model_and_tags(hub, tmp_path):
     push(tmp_path)
     data = ModelCard.load(tmp_path / "README.md").data
-    assert (data.base_model, data.base_model_relation, data.pipeline_tag) == (
-        "THUDM/CogVideoX-5b",
-        "adapter",
-        "text-to-video",
-    )
+    found = (data.base_model, data.base_model_relation, data.pipeline_tag)
+    assert found == ("THUDM/CogVideoX-5b", "adapter", "text-to-video")
     assert {"text-to-video", "lora", "cogvideox"} <= set(data.tags)
 
 
-def test_the_card_holds_code_that_loads_the_result_from_the_hub(hub, tmp_path):
+def test_the_code_on_the_card_loads_the_result_from_the_hub(hub, tmp_path):
     code = code_of(push(tmp_path))
     compile(code, "card", "exec")
     assert 'pipe.load_lora_weights("owner/circles")' in code
     assert f"prompt={PROMPTS[0]!r}, num_frames=17, height=64, width=96" in code
-    tuned = code_of(push(tmp_path, task="image-to-video", is_lora=False, usage=usage_of_weights))
+
+    def usage(repo_id: str, model: str) -> str:
+        return "\n".join(FullFinetune(save_pipeline=True).usage("CogVideoXImageToVideoPipeline", model, repo_id))
+
+    tuned = code_of(push(tmp_path, task="image-to-video", is_lora=False, usage=usage))
     compile(tuned, "card", "exec")
     assert 'from_pretrained("owner/circles", subfolder="transformer"' in tuned
     assert "import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel" in tuned
     assert "pipe(image=image, prompt=" in tuned
 
 
-def usage_of_weights(repo_id: str, model: str) -> str:
-    return "\n".join(FullFinetune(save_pipeline=True).usage("CogVideoXImageToVideoPipeline", model, repo_id))
-
-
-def test_the_card_shows_the_last_videos_and_the_pictures_that_there_are(hub, tmp_path):
+def test_the_card_shows_the_last_videos_and_the_pictures(hub, tmp_path):
     shown = ["00-00-a-red-circle-moves-over-a-blue-backgroun.mp4", "01-00-a-curly-square-50-more.mp4"]
-    others = ["00-00-of-another-prompt.mp4", "02-00-of-more-prompts.mp4", "mine.mp4"]  # before it was resumed
+    others = ["00-00-of-another-prompt.mp4", "02-00-of-more-prompts.mp4", "mine.mp4"]  # from before a resume
     for name in ("step-10/00-00-old.mp4", *(f"step-20/{name}" for name in (*shown, *others)), "progress.png"):
         (tmp_path / "validation" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "validation" / name).touch()
@@ -114,34 +116,38 @@ def test_the_card_shows_the_last_videos_and_the_pictures_that_there_are(hub, tmp
     assert "step-10" not in card
 
 
-def test_the_card_lists_the_prompts_where_there_are_no_videos(hub, tmp_path):
+def test_the_card_lists_the_prompts_if_there_are_no_videos(hub, tmp_path):
     card = push(tmp_path)
     assert all(f"- {prompt}\n" in card for prompt in PROMPTS)
     assert "Gallery" not in card
     assert "![" not in card
 
 
-def test_a_prompt_is_a_line_of_text_on_the_card_whatever_is_in_it(hub, tmp_path):
+def test_a_prompt_is_one_line_of_escaped_text_on_the_card(hub, tmp_path):
     card = push(tmp_path, prompts=["a [link](b) | <img src=x>\n\n# title `code`", "- *item* _b_", "兔子"])
     lines = card.split("## Validation prompts\n\n")[1].split("\n\n")[0].splitlines()
     assert lines == [r"- a \[link\](b) \| \<img src=x\> \# title \`code\`", r"- \- \*item\* \_b\_", "- 兔子"]
 
 
-def test_the_card_has_the_settings_and_names_no_folder(hub, tmp_path):
+def test_the_card_has_the_settings_without_folders(hub, tmp_path):
     card = push(tmp_path)
     (settings,) = re.findall(r"```yaml\n(.*?)```", card, flags=re.DOTALL)
     assert yaml.safe_load(settings) == {"rank": 8, "learning_rate": 1e-4}
     assert "/home/me" not in card
 
 
-def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path):
+def test_the_folder_goes_to_the_created_repository_and_the_token_only_to_the_hub(hub, tmp_path):
     card = push(tmp_path)
-    assert hub["create_repo"]["token"] == hub["upload_folder"]["token"] == TOKEN.value
+    created, uploaded = hub["create_repo"], hub["upload_folder"]
+    assert created["token"] == uploaded["token"] == TOKEN.value
+    assert created["repo_id"] == uploaded["repo_id"] == "owner/circles"
+    assert created["exist_ok"]
+    assert Path(uploaded["folder_path"]) == tmp_path
     assert TOKEN.value not in card
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
-def test_checkpoints_caches_and_partial_files_stay_at_home(hub, tmp_path):
+def test_checkpoints_caches_partial_files_and_records_of_trackers_are_not_uploaded(hub, tmp_path):
     push(tmp_path)
     published = ["README.md", "pytorch_lora_weights.safetensors", "validation/step-2/00-00-a-circle.mp4"]
     private = [
@@ -152,28 +158,14 @@ def test_checkpoints_caches_and_partial_files_stay_at_home(hub, tmp_path):
         ".123.partial.pytorch_lora_weights.safetensors",
         "skipped_clips.csv",
         "profile/steps-5-7.json.gz",
+        "logs/wandb/offline-run-1/run-1.wandb",
+        "logs/wandb/offline-run-1/files/wandb-metadata.json",  # with the command line, the machine's name and folders
+        *("logs/wandb_run_id", "logs/comet_ml_run_id", "logs/trackio_run_id"),
     ]
-    ignored = hub["upload_folder"]["ignore_patterns"]
-    # The library's own filter says what the patterns mean.
-    assert list(filter_repo_objects([*published, *private], ignore_patterns=ignored)) == published
+    assert kept_by(hub, [*published, *private]) == published
 
 
-def test_what_wandb_records_stays_at_home(hub, tmp_path):
-    """It keeps the command line, and with it a --hub_token, beside the machine's name and folders."""
-    push(tmp_path)
-    records = ["logs/wandb/offline-run-1/run-1.wandb", "logs/wandb/offline-run-1/files/wandb-metadata.json"]
-    records += ["logs/wandb_run_id", "logs/comet_ml_run_id", "logs/trackio_run_id"]
-    assert list(filter_repo_objects(records, ignore_patterns=hub["upload_folder"]["ignore_patterns"])) == []
-
-
-def test_the_folder_is_uploaded_to_the_repository_that_was_made(hub, tmp_path):
-    push(tmp_path)
-    assert hub["create_repo"]["repo_id"] == hub["upload_folder"]["repo_id"] == "owner/circles"
-    assert hub["create_repo"]["exist_ok"]
-    assert Path(hub["upload_folder"]["folder_path"]) == tmp_path
-
-
-def test_without_a_name_the_repository_is_called_after_the_folder(hub, tmp_path, monkeypatch):
+def test_without_a_name_the_repository_has_that_of_the_folder(hub, tmp_path, monkeypatch):
     folder = tmp_path / "my-lora"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -182,8 +174,8 @@ def test_without_a_name_the_repository_is_called_after_the_folder(hub, tmp_path,
     assert hub["upload_folder"]["repo_id"] == "owner/my-lora"
 
 
-def test_a_local_base_model_is_not_given_as_a_hub_id(hub, tmp_path):
-    """The hub refuses a card whose base_model is a path, and so the whole upload."""
+def test_a_local_base_model_is_not_written_as_a_hub_id(hub, tmp_path):
+    """The hub refuses a card whose base_model is a path, and with it the upload."""
     model = tmp_path / "models" / "my-cogvideox"
     model.mkdir(parents=True)
     card = push(tmp_path, base_model=str(model))
@@ -193,7 +185,7 @@ def test_a_local_base_model_is_not_given_as_a_hub_id(hub, tmp_path):
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_a_run_uploads_what_the_card_says(hub, tiny_models, demo_clips, tmp_path, monkeypatch):
+def test_a_run_uploads_the_files_and_code_of_its_card(hub, tiny_models, demo_clips, tmp_path, monkeypatch):
     import cogvideox_text_to_video_lora
 
     monkeypatch.setattr(publish, "whoami", lambda token: who())
@@ -207,9 +199,9 @@ def test_a_run_uploads_what_the_card_says(hub, tiny_models, demo_clips, tmp_path
     assert str(tmp_path) not in card
     shown = re.findall(r"\]\(([^)]*)\)", card)
     assert shown == ["validation/step-1/00-00-a-rabbit.mp4", "validation/progress.png", "loss.png"]
-    assert list(filter_repo_objects(shown, ignore_patterns=hub["upload_folder"]["ignore_patterns"])) == shown
+    assert kept_by(hub, shown) == shown
     assert all((tmp_path / "out" / name).is_file() for name in shown)
-    # With the folders in the place of the two repositories, the code runs as it stands.
+    # With the folders instead of the two repositories, the code runs.
     code = code_of(card).replace('"me/rabbit"', repr(str(tmp_path / "out"))).replace('.to("cuda")', "")
     code = code.replace(f'"{tiny_models("5b").name}"', repr(str(tiny_models("5b")))).replace("bfloat16", "float32")
     monkeypatch.chdir(tmp_path)
@@ -217,11 +209,8 @@ def test_a_run_uploads_what_the_card_says(hub, tiny_models, demo_clips, tmp_path
     assert (tmp_path / "video.mp4").stat().st_size > 0
 
 
-# What goes wrong at the end
-
-
 @pytest.mark.parametrize("call", ["create_repo", "upload_folder", "write_card"])
-def test_an_upload_that_fails_tells_how_to_do_it_later(hub, tmp_path, monkeypatch, caplog, call):
+def test_a_failed_upload_logs_the_command_to_do_it_later(hub, tmp_path, monkeypatch, caplog, call):
     def fail(*arguments, **options):
         raise HfHubHTTPError(f"403 Forbidden for {TOKEN.value}", response=Response(403, request=Request("POST", "/")))
 
@@ -229,17 +218,17 @@ def test_an_upload_that_fails_tells_how_to_do_it_later(hub, tmp_path, monkeypatc
     publish.push_to_hub(tmp_path, None, TOKEN, FACTS)
     title, command = caplog.records[-1].getMessage().splitlines()
     assert title.startswith("error: the result was not uploaded (HfHubHTTPError: 403 Forbidden")
-    assert f"it is whole in {tmp_path}" in title
+    assert f"it is complete in {tmp_path}" in title
     words = shlex.split(command)
     assert words[:5] == ["hf", "upload", tmp_path.name, str(tmp_path), "."]
     assert words[5:7] == ["--exclude", "checkpoint-*"]
 
 
-# What is found out before training
+# The check before training
 
 
 def who(role="write", **others):
-    """What the hub says of a token, as far as it matters."""
+    """Return the parts of the hub's answer on a token that matter."""
     orgs = [{"name": "studio", "roleInOrg": "write"}, {"name": "museum", "roleInOrg": "read"}]
     return {"name": "me", "orgs": orgs, "auth": {"accessToken": {"role": role, **others}}}
 
@@ -250,7 +239,7 @@ def scopes(*permissions):
 
 @pytest.mark.parametrize("repo_id", [None, "circles", "me/circles", "studio/circles"])
 @pytest.mark.parametrize("answer", [who(), who("fineGrained", fineGrained=scopes("repo.content.read", "repo.write"))])
-def test_whoever_may_write_may_train(monkeypatch, tmp_path, repo_id, answer):
+def test_a_token_with_write_access_is_accepted(monkeypatch, tmp_path, repo_id, answer):
     asked_with = []
     monkeypatch.setattr(publish, "whoami", lambda token: asked_with.append(token) or answer)
     publish.check_access(tmp_path / "circles", repo_id, TOKEN)
@@ -260,19 +249,15 @@ def test_whoever_may_write_may_train(monkeypatch, tmp_path, repo_id, answer):
 @pytest.mark.parametrize(
     ("answer", "repo_id", "reason"),
     [
-        (who("read"), None, "the token of me can read only"),
-        (
-            who("fineGrained", fineGrained=scopes("repo.content.read")),
-            None,
-            "the token of me can write to no repository",
-        ),
-        (who(), "somebody/circles", "me is no member of somebody"),
-        (who(), "museum/circles", "me can read only in museum"),
+        (who("read"), None, "the token of me is read-only"),
+        (who("fineGrained", fineGrained=scopes("repo.content.read")), None, "the token of me cannot write"),
+        (who(), "somebody/circles", "me is not a member of somebody"),
+        (who(), "museum/circles", "me has read-only access to museum"),
     ],
 )
-def test_whoever_may_not_write_learns_it_before_training(monkeypatch, tmp_path, answer, repo_id, reason):
+def test_a_token_without_write_access_is_refused_before_training(monkeypatch, tmp_path, answer, repo_id, reason):
     monkeypatch.setattr(publish, "whoami", lambda token: answer)
-    with pytest.raises(UserError, match=f"^--push_to_hub: {reason}; give a token with write access"):
+    with pytest.raises(UserError, match=f"^--push_to_hub: {reason}.*; pass a token with write access"):
         publish.check_access(tmp_path, repo_id, TOKEN)
 
 
@@ -285,7 +270,7 @@ def refused(token):
 
 
 class TransportError(Exception):
-    """Of an HTTP library that nobody here knows."""
+    """An error of an unknown HTTP library."""
 
 
 def unreachable(token):
@@ -293,7 +278,7 @@ def unreachable(token):
 
 
 @pytest.mark.parametrize("answer", [no_token, refused, unreachable])
-def test_a_hub_that_does_not_know_us_is_one_line_before_training(monkeypatch, tmp_path, answer):
+def test_a_hub_that_does_not_answer_is_one_line_before_training(monkeypatch, tmp_path, answer):
     monkeypatch.setattr(publish, "whoami", answer)
     with pytest.raises(UserError, match=r"^--push_to_hub: the upload to 'circles' would fail: ") as caught:
         publish.check_access(tmp_path / "circles", None, TOKEN)
@@ -301,12 +286,18 @@ def test_a_hub_that_does_not_know_us_is_one_line_before_training(monkeypatch, tm
     assert TOKEN.value not in str(caught.value)
 
 
-def test_without_a_network_it_is_told_before_training(tmp_path):
-    with pytest.raises(UserError, match=r"^--push_to_hub: the upload to 'circles' would fail: .*offline"):
-        publish.check_access(tmp_path / "circles", None, TOKEN)
+INVALID = "Repo id must use alphanumeric"
 
 
-@pytest.mark.parametrize("name", ["a" * 97, "two--dashes", "Some Words"])
-def test_a_folder_whose_name_no_repository_can_have_is_told_before_training(tmp_path, name):
-    with pytest.raises(UserError, match=r"^--push_to_hub: the upload to .* would fail"):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("circles", ".*offline"),
+        ("a" * 97, INVALID),
+        ("two--dashes", r"Cannot have -- or \.\. in repo_id"),
+        ("Some Words", INVALID),
+    ],
+)
+def test_no_network_and_invalid_names_are_found_before_training(tmp_path, name, reason):
+    with pytest.raises(UserError, match=rf"^--push_to_hub: the upload to '{name}' would fail: {reason}"):
         publish.check_access(tmp_path / name, None, TOKEN)

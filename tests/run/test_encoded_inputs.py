@@ -28,7 +28,7 @@ def test_images_to_begin_with_are_cut_to_the_videos_size_as_clips_are(tiny_model
     argv += ["--frame_buckets", "17", "--max_num_frames", "17", "--report_to", "none", "--output_dir", str(tmp_path)]
     argv += ["--validation_prompt", "a", "--validation_images", str(tmp_path / "wide.png")]
     args = parse_args([*argv, "--video_reshape_mode", mode], task="image-to-video", method="lora")
-    data = plan_training_data(args, with_images=True)
+    data = plan_training_data(args)
     inputs = encode_inputs(check_spec(args, data, ImageToVideo(0.05, False), Lora(4, 4.0)))
     (image,) = inputs.images
     if mode == "center":

@@ -1,7 +1,5 @@
 """How a run is started."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 from accelerate.utils import AutocastKwargs
@@ -14,8 +12,11 @@ from run.launch import start_accelerator
 
 def test_fp8_of_the_accelerate_config_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    settings = parse_args(
+        ["--pretrained_model_name_or_path", "a/b", "--data_root", "."], task="text-to-video", method="lora"
+    )
     with pytest.raises(UserError, match="fp8, which is not supported; give bf16"):
-        start_accelerator(Namespace(mixed_precision=None))
+        start_accelerator(settings)
 
 
 def test_autocast_keeps_no_copies_of_weights_and_computes_the_same(tiny_models, tmp_path, fresh_accelerator):

@@ -1,7 +1,6 @@
 """Runs whose settings are changed so that they fit into memory."""
 
 import json
-from argparse import Namespace
 from dataclasses import asdict
 
 import pytest
@@ -14,6 +13,8 @@ from common.logs import start_logging
 from common.run_folder import STATE_FILE
 from data.buckets import Bucket
 from data.plan import TrainingData, plan_training_data
+from flags.schema import replace_flags
+from flags.settings import TrainingSettings
 from memory.settings import MemorySettings, memory_settings_of
 from methods.full import FullFinetune
 from methods.lora import Lora
@@ -25,14 +26,14 @@ from run.memory_fit import choose_by_budget, chosen_before, run_facts, step_down
 def make_run(tiny_models, demo_clips, tmp_path):
     """Flags, data and method of a run."""
 
-    def make(method: str, *flags: str) -> tuple[Namespace, TrainingData, Lora | FullFinetune]:
+    def make(method: str, *flags: str) -> tuple[TrainingSettings, TrainingData, Lora | FullFinetune]:
         size = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
         size += ["--height_buckets", "64", "--width_buckets", "96"]
         paths = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(demo_clips)]
         paths += ["--dataset_file", str(demo_clips / "metadata.csv"), "--output_dir", str(tmp_path / "out")]
         paths += ["--caption_column", "caption"]
         args = parse_args([*paths, *size, "--train_batch_size", "2", *flags], task="text-to-video", method=method)
-        chosen = Lora(8, 8) if method == "lora" else FullFinetune(weights_dtype=args.weights_dtype)
+        chosen = Lora(8, 8) if method == "lora" else FullFinetune(weights_dtype=args.memory.weights_dtype)
         return args, plan_training_data(args), chosen
 
     return make
@@ -58,10 +59,10 @@ def test_stepping_down_goes_to_the_last_rung_one_by_one(make_run, caplog):
     while settings := step_down(args, data, method):
         args, method = with_settings(args, method, settings)
         rungs.append((args, method))
-    assert rungs[0][0].gradient_checkpointing
+    assert rungs[0][0].memory.gradient_checkpointing
     # The method changes with the flags.
-    assert next(method for args, method in rungs if args.weights_dtype == "bf16").weights_dtype == "bf16"
-    assert next(args for args, _ in rungs if args.step_in_backward).max_grad_norm == 0
+    assert next(method for args, method in rungs if args.memory.weights_dtype == "bf16").weights_dtype == "bf16"
+    assert next(args for args, _ in rungs if args.optimizer.step_in_backward).optimizer.max_grad_norm == 0
     assert "--step_in_backward (gradients are not clipped)" in caplog.text
 
 
@@ -75,8 +76,8 @@ def test_a_resumed_run_has_the_settings_that_were_chosen_when_it_began(make_run,
         write_manifest(checkpoint)
         args, _, _ = make_run("lora", "--memory_budget_gb", "80", "--resume_from_checkpoint", str(checkpoint))
         assert chosen_before(args) == (MemorySettings(**noted) if noted else None)
-    args.memory_budget_gb = None  # now the flags say the settings
-    assert chosen_before(args) is None
+    # Now the flags say the settings.
+    assert chosen_before(replace_flags(args, memory_budget_gb=None)) is None
 
 
 def test_what_memory_depends_on_is_read_from_the_run(make_run, tiny_models):

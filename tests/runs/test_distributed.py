@@ -1,4 +1,4 @@
-"""Two processes on one machine, over gloo, launched as users launch them."""
+"""Two processes on one machine, over gloo; training is launched as users launch it."""
 
 import json
 import math
@@ -18,13 +18,15 @@ import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
 from curves import curve
 from data.prepared import read_index
+from forked_ranks import finish
 from repository import TRAINING
+from tiny_runs import SIZE
 
 
+SCRIPTS_IN_TURN = Path(__file__).parents[1] / "helpers" / "fsdp_on_cpu.py"
 CONFIGS = TRAINING.parent / "accelerate_configs"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 LORA, ALL_WEIGHTS = "cogvideox_text_to_video_lora.py", "cogvideox_text_to_video_sft.py"
-SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
 # 16 samples make batches of 3, 3, 3, 3, 3 and 1: two steps an epoch, where ranks have different numbers of samples and
 # the second one accumulates fewer batches. Gradients are clipped to a hundredth.
 STEPS = ["--train_batch_size", "3", "--max_train_steps", "4", "--max_grad_norm", "0.01", "--seed", "0"]
@@ -68,9 +70,11 @@ def assert_same_run(output: Path, expected: Path, *, tolerance: float = 1e-5) ->
 
 @pytest.fixture(scope="module")
 def prepared_by_two(tiny_models, demo_clips, tmp_path_factory) -> tuple[Path, str]:
+    """A folder that two ranks prepared, and what they printed."""
     folder = tmp_path_factory.mktemp("prepared-by-two")
-    flags = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder), *SIZE]
-    return folder, launch(TORCHRUN, "prepare_dataset.py", *flags, "--save_latents_and_embeddings")
+    flags = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder / "out")]
+    flags += [*SIZE, "--save_latents_and_embeddings"]
+    return folder / "out", finish("prepare_dataset", flags, folder / "log.txt", num_ranks=2)
 
 
 @pytest.fixture(scope="module")
@@ -114,22 +118,22 @@ def test_two_ranks_train_validate_and_save_as_one_does(fixed_flags, lora_of_one,
     assert sorted(path.name for path in before.iterdir() if path.is_file()) == names
     # A rank that fails keeps no other waiting, nor does it end the run.
     assert sorted(path.name for path in after.iterdir() if path.is_file()) == [names[0], *names[2:]]
-    assert "warning: validation at step 4 failed, training goes on; rank 1: " in output
+    assert "warning: validation at step 4 failed, training continues; rank 1: " in output
 
 
 def test_a_run_in_shards_is_that_of_one_process_and_resumes_exactly(fixed_flags, lora_of_one, tiny_models, tmp_path):
     pytest.importorskip("deepspeed")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = [*fixed_flags, *LORA_OF_TWO, "--output_dir"]
-    output = launch(zero("zero2.yaml"), LORA, *flags, str(whole), "--checkpointing_steps", "3")
+    runs = [[*flags, str(whole), "--checkpointing_steps", "3"]]
+    runs += [[*flags, str(resumed), "--resume_from_checkpoint", str(whole / "checkpoint-3")]]
+    (tmp_path / "runs.json").write_text(json.dumps([(LORA.removesuffix(".py"), run) for run in runs]))
+    output = launch(zero("zero2.yaml"), str(SCRIPTS_IN_TURN), str(tmp_path / "runs.json"))
     assert "devices     2 x cpu" in output
     assert_same_run(whole, lora_of_one)
     pipeline = CogVideoXPipeline.from_pretrained(tiny_models("5b"))
     pipeline.load_lora_weights(whole)
     assert pipeline.transformer.peft_config["default_0"].r == 4
-
-    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
-    launch(zero("zero2.yaml"), LORA, *flags, str(resumed), "--resume_from_checkpoint", "latest")
     for name in ("loss", "grad_norm", "lr"):
         assert curve(resumed, name) == {4: curve(whole, name)[4]}
     ours, theirs = weights_of(resumed), weights_of(whole)
@@ -175,7 +179,7 @@ def test_a_lora_on_a_divided_model_is_that_of_one_process(fixed_flags, lora_of_o
     (whole / "validation" / "step-2" / "01-00-b.mp4").mkdir(parents=True)  # in the way of the second rank
     output = launch(launcher, LORA, *flags, str(whole), *more, "--validation_prompt", "a:::b:::c")
     assert ": 16,384 of 1,263,808 parameters" in output
-    assert "warning: validation at step 2 failed, training goes on; rank 1: " in output
+    assert "warning: validation at step 2 failed, training continues; rank 1: " in output
     assert len(list((whole / "validation" / "step-4").glob("*.mp4"))) == 3
     assert_same_run(whole, lora_of_one)
 

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -315,7 +314,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(tiny_models
     (stopped_run / "checkpoint-4" / "optimizer.bin").unlink()
     train(tiny_models("5b"), prepared, stopped_run, *RESUME)
     said = capsys.readouterr().err
-    assert "checkpoint-4 is damaged (optimizer.bin is missing); passed over" in said
+    assert "checkpoint-4 is damaged (optimizer.bin is missing); skipped" in said
     assert f"resumed from {stopped_run / 'checkpoint-2'}" in said
 
 
@@ -395,7 +394,7 @@ def test_float16_needs_a_gpu(tiny_models, prepared, tmp_path, capsys):
     assert "--mixed_precision fp16" in error_of(capsys)
 
 
-def set_up_with_scaler(model: Path, data: Path, output: Path, scale: float | None) -> tuple[Namespace, Run]:
+def set_up_with_scaler(model: Path, data: Path, output: Path, scale: float | None) -> Run:
     """A run as float16 makes it on a GPU: with a gradient scaler in accelerate's hands; None for one without."""
     argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
     argv += ["--rank", "8", "--lora_alpha", "8", "--seed", "0", "--learning_rate", "1e-3", "--load_tensors", *SIZE]
@@ -405,20 +404,21 @@ def set_up_with_scaler(model: Path, data: Path, output: Path, scale: float | Non
     run = set_up(check_spec(args, plan_training_data(args), TextToVideo(), Lora(8, 8.0)))
     if scale is not None:
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        optimizer, schedule = build_optimizer(args, run.trainable.parameters, args.learning_rate, 2, has_scaler=True)
+        flags = (args.optimizer, args.schedule, run.trainable.parameters, args.schedule.learning_rate)
+        optimizer, schedule = build_optimizer(*flags, 2, rounds_stochastically=False, has_scaler=True)
         optimizer = AcceleratedOptimizer(optimizer, scaler=scaler)
         run.trainable = replace(run.trainable, optimizer=optimizer, lr_scheduler=schedule)
         run.accelerator.scaler, run.accelerator._optimizers = scaler, [optimizer]
         # As on a GPU with fp16, which accelerate refuses to start with on a CPU.
         run.accelerator.native_amp, run.accelerator.state._mixed_precision = True, "fp16"
-    return args, run
+    return run
 
 
 def test_a_gradient_scaler_is_undone_before_gradients_are_clipped(tiny_models, prepared, tmp_path):
     trained = []
     for scale in (None, 1024.0):
-        args, run = set_up_with_scaler(tiny_models("5b"), prepared, tmp_path / str(scale), scale)
-        train_loop(args, run)
+        run = set_up_with_scaler(tiny_models("5b"), prepared, tmp_path / str(scale), scale)
+        train_loop(run)
         trained.append([parameter.detach().clone() for parameter in run.trainable.parameters])
         AcceleratorState._reset_state(reset_partial_state=True)
     for plain, scaled in zip(*trained, strict=True):
@@ -428,10 +428,10 @@ def test_a_gradient_scaler_is_undone_before_gradients_are_clipped(tiny_models, p
 def test_a_step_whose_scaled_gradients_overflow_is_skipped_and_not_counted_by_the_schedule(
     tiny_models, prepared, tmp_path
 ):
-    args, run = set_up_with_scaler(tiny_models("5b"), prepared, tmp_path, 1024.0)
+    run = set_up_with_scaler(tiny_models("5b"), prepared, tmp_path, 1024.0)
     run.trainable.parameters[0].register_hook(lambda gradient: torch.full_like(gradient, math.inf))
     before = [parameter.detach().clone() for parameter in run.trainable.parameters]
-    train_loop(args, run)
+    train_loop(run)
     assert all(torch.equal(now, then) for now, then in zip(run.trainable.parameters, before, strict=True))
     assert run.trainable.lr_scheduler.get_last_lr() == [1e-3]
     assert run.accelerator.scaler.get_scale() == 1024.0 / 4  # halved by each of the two steps

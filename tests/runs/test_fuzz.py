@@ -372,7 +372,7 @@ def plan(*flags: object) -> RawData:
     """Plan as preparation does, from the command line on."""
     sizes = ["--frame_buckets", "1", "9", "--height_buckets", str(HEIGHT), "--width_buckets", str(WIDTH)]
     args = parse_prepare_args([*sizes, "--output_dir", "out", *map(str, flags)])
-    return plan_raw_clips(args, with_images=True)
+    return plan_raw_clips(args.sources, args.clips, with_images=True)
 
 
 def listed(data: RawData) -> Counter[str]:

@@ -1,7 +1,6 @@
 """Nothing is in memory that is not needed: which networks are alive when, in runs of the real script."""
 
 import gc
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -67,16 +66,16 @@ def test_from_prepared_data_only_the_transformer_is_in_memory_and_to_sample_the_
         return decode(pipeline, latents)
 
     monkeypatch.setattr(pipeline_class, "decode_latents", decode_and_look)
-    run, args = set_up_run(model, prepared, tmp_path / "out", task)
+    run = set_up_run(model, prepared, tmp_path / "out", task)
     assert alive() == ["CogVideoXTransformer3DModel"]
-    train(args, run)
+    train(run)
     assert alive() == ["CogVideoXTransformer3DModel"]
     assert run.validate(1) == []
     assert while_sampling == [sorted([*sampled_with, "CogVideoXTransformer3DModel"])]
     assert alive() == ["CogVideoXTransformer3DModel"]
 
 
-def set_up_run(model: str, prepared: Path, output: Path, task: TextToVideo | ImageToVideo) -> tuple[Run, Namespace]:
+def set_up_run(model: str, prepared: Path, output: Path, task: TextToVideo | ImageToVideo) -> Run:
     """A run of one step with a validation; the prompts are embedded when this returns."""
     flags = ["--pretrained_model_name_or_path", model, "--data_root", str(prepared), "--load_tensors"]
     flags += ["--output_dir", str(output), "--max_train_steps", "1", "--train_batch_size", "1", "--report_to", "none"]
@@ -86,4 +85,4 @@ def set_up_run(model: str, prepared: Path, output: Path, task: TextToVideo | Ima
         Image.new("RGB", (96, 64), "gray").save(image)
         flags += ["--validation_images", str(image), "--ignore_learned_positional_embeddings"]
     args = parse_args(flags, task=task.name, method="lora")
-    return set_up(check_spec(args, plan_training_data(args), task, Lora(4, 4.0))), args
+    return set_up(check_spec(args, plan_training_data(args), task, Lora(4, 4.0)))

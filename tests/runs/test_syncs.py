@@ -48,8 +48,8 @@ def run(model: Path, data: Path, output: Path, steps: int, *flags: str) -> None:
         task="image-to-video",
         method="lora",
     )
-    task = ImageToVideo(args.noised_image_dropout, args.ignore_learned_positional_embeddings)
-    train(args, set_up(check_spec(args, plan_training_data(args), task, Lora(4, 4, dropout=args.lora_dropout))))
+    task = ImageToVideo(args.image.noised_image_dropout, args.image.ignore_learned_positional_embeddings)
+    train(set_up(check_spec(args, plan_training_data(args), task, Lora(4, 4, dropout=args.lora.lora_dropout))))
 
 
 class FetchedNumbers(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Steps that go wrong are named, counted, and in the end too many."""
+"""Bad steps are named and counted, and too many in a row end the run."""
 
 import logging
 import math
@@ -23,59 +23,56 @@ def guard(tmp_path) -> StepGuard:
     return StepGuard(Coordinator(), 3, tmp_path)
 
 
-@pytest.mark.parametrize("step", [Step(7, NAN, 1.0, ["a.mp4", "b.mp4"]), Step(7, INF, None, ["a.mp4", "b.mp4"])])
-def test_a_loss_that_is_not_finite_is_named_with_its_clips(guard, caplog, step):
-    guard.look_at([step])
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "what"), [(NAN, 1.0, "loss"), (INF, None, "loss"), (0.5, NAN, "gradient")]
+)
+def test_a_step_that_is_not_finite_is_named_with_its_clips(guard, caplog, loss, grad_norm, what):
+    guard.check([Step(7, loss, grad_norm, ["a.mp4", "b.mp4"])])
     assert caplog.messages == [
-        "warning: step 7 is skipped: its loss is not finite; it trained on a.mp4, b.mp4",
+        f"warning: step 7 is skipped: its {what} is not finite; it trained on a.mp4, b.mp4",
     ]
     assert guard.num_bad == 1
 
 
-def test_a_gradient_that_is_not_finite_is_named(guard, caplog):
-    guard.look_at([Step(7, 0.5, NAN, ["a.mp4"])])
-    assert "step 7 is skipped: its gradient is not finite" in caplog.text
-
-
-def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint_named(guard, tmp_path):
+def test_too_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(guard, tmp_path):
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / MANIFEST).touch()
-    guard.look_at(steps(NAN, NAN, 1.0, NAN, NAN))
+    guard.check(steps(NAN, NAN, 1.0, NAN, NAN))
     with pytest.raises(
         UserError, match=r"--max_bad_steps: 3 steps in a row .*checkpoint-10 is the last good checkpoint"
     ):
-        guard.look_at(steps(INF))
+        guard.check(steps(INF))
     assert guard.num_bad == 5
 
 
 def test_without_a_checkpoint_it_says_so(guard):
     with pytest.raises(UserError, match="there is no checkpoint yet"):
-        guard.look_at(steps(NAN, NAN, NAN))
+        guard.check(steps(NAN, NAN, NAN))
 
 
-def test_overflows_by_which_fp16_finds_its_scale_are_not_counted(guard, caplog):
-    guard.look_at(steps(1.0, 1.0, 1.0, 1.0, grad_norm=INF), searches_scale=True)
+def test_overflows_that_lower_the_fp16_scale_are_not_counted(guard, caplog):
+    guard.check(steps(1.0, 1.0, 1.0, 1.0, grad_norm=INF), searches_scale=True)
     assert guard.num_bad == 0
     assert not caplog.messages
-    guard.look_at(steps(NAN, grad_norm=INF), searches_scale=True)
+    guard.check(steps(NAN, grad_norm=INF), searches_scale=True)
     assert guard.num_bad == 1
 
 
-def test_a_loss_that_jumps_is_a_warning_and_one_that_scatters_is_none(guard, caplog):
+def test_a_loss_that_jumps_is_a_warning_and_usual_scatter_is_not(guard, caplog):
     caplog.set_level(logging.WARNING)
     usual = [0.01 * 3 ** (number % 4) for number in range(80)]  # from 0.01 to 0.27, as timesteps differ
-    guard.look_at(steps(*usual))
+    guard.check(steps(*usual))
     assert not caplog.messages
-    guard.look_at([Step(81, 1000.0, 1.0, ["odd.mp4"])])
+    guard.check([Step(81, 1000.0, 1.0, ["odd.mp4"])])
     assert "step 81: its loss of 1000 is far above the usual 0.05196; it trained on odd.mp4" in caplog.text
 
 
-def test_the_first_losses_are_compared_with_nothing(guard, caplog):
-    guard.look_at(steps(*[1e-3] * 20, 100.0))
+def test_the_first_losses_are_not_compared(guard, caplog):
+    guard.check(steps(*[1e-3] * 20, 100.0))
     assert not caplog.messages
 
 
 def test_of_many_clips_some_are_named(guard, caplog):
-    guard.look_at([Step(1, NAN, None, [str(number) for number in range(12)])])
+    guard.check([Step(1, NAN, None, [str(number) for number in range(12)])])
     assert caplog.text.rstrip().endswith("it trained on 0, 1, 2, 3, 4, 5, 6, 7 and 4 more")

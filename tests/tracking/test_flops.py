@@ -1,8 +1,7 @@
-"""What a step computes against figures worked out by hand, and against torch's own count of a tiny model's step."""
+"""The FLOPs of a step equal figures worked out by hand and torch's count of a tiny model's step."""
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.buckets import Bucket, count_tokens
@@ -22,13 +21,13 @@ def test_a_step_of_cogvideox_5b():
     assert step.total / 1e12 == pytest.approx(1241, abs=1)
 
 
-def test_training_all_weights_doubles_the_backward_pass_of_linear_layers():
+def test_full_fine_tuning_doubles_the_backward_pass_of_linear_layers():
     lora, full = (count_flops(COGVIDEOX_5B, 17_776, trains_all=trains_all) for trains_all in (False, True))
     assert full.linear_backward == 2 * lora.linear_backward
     assert full.attention_backward == lora.attention_backward
 
 
-def test_what_is_checkpointed_is_computed_again():
+def test_checkpointed_parts_are_computed_again():
     def recompute(scope: str | None, every: int = 1) -> float:
         settings = {"checkpoint_scope": scope, "checkpoint_every": every}
         return count_flops(COGVIDEOX_5B, 17_776, trains_all=False, **settings).recompute
@@ -37,12 +36,6 @@ def test_what_is_checkpointed_is_computed_again():
     assert recompute("feed-forward") == pytest.approx(169.1e12 * 2 / 3, rel=1e-3)
     assert recompute("block", every=4) == recompute("block") * 11 / 42  # blocks 0, 4, ... 40
     assert recompute("segment", every=4) == recompute("block")
-
-
-def count_step(transformer: CogVideoXTransformer3DModel) -> int:
-    with FlopCounterMode(display=False) as counter:
-        predict(transformer).sum().backward()
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("trains_all", [False, True])
@@ -56,11 +49,13 @@ def test_torch_counts_as_much_in_a_step(tiny_models, trains_all, checkpointing):
     tokens = count_tokens(transformer.config, Bucket(17, 64, 96))
     scope = "block" if checkpointing else None
     expected = 2 * count_flops(transformer.config, tokens, trains_all=trains_all, checkpoint_scope=scope).total
-    assert count_step(transformer) == pytest.approx(expected, rel=0.04)
+    with FlopCounterMode(display=False) as counter:
+        predict(transformer).sum().backward()
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.04)
 
 
 @pytest.mark.parametrize("kind", ["5b", "1.5-5b"])
-def test_tokens_are_as_many_as_the_blocks_see(tiny_models, kind):
+def test_the_number_of_tokens_is_that_of_the_blocks(tiny_models, kind):
     transformer = load(tiny_models(kind))
     seen = []
     transformer.transformer_blocks[0].attn1.to_q.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
@@ -88,5 +83,5 @@ def test_tokens_are_as_many_as_the_blocks_see(tiny_models, kind):
         ("Quadro P400", None),
     ],
 )
-def test_the_peak_is_that_of_exactly_this_card(name, peak):
+def test_the_peak_belongs_to_exactly_this_card(name, peak):
     assert peak_tflops(name) == peak

@@ -15,42 +15,47 @@ from tracking.throughput import Throughput
 
 
 class Curves(GeneralTracker):
-    """Keeps what is logged."""
+    """A tracker that keeps the logged values by step."""
 
     name = "curves"
     requires_logging_directory = False
+    tracker = None
 
     def __init__(self):
         super().__init__()
         self.logged: dict[int, dict[str, float]] = {}
 
-    @property
-    def tracker(self) -> None:
-        return None
-
-    def store_init_configuration(self, values: dict) -> None:
-        pass
-
     def log(self, values: dict, step: int, **options) -> None:
         self.logged[step] = values
 
 
-@pytest.mark.usefixtures("fresh_accelerator")
-def test_every_step_is_logged_and_every_interval_says_how_fast_it_was(tmp_path, caplog):
-    curves = Curves()
-    accelerator = Accelerator(cpu=True, log_with=[curves])
-    accelerator.init_trackers("run")
-    throughput = Throughput(COGVIDEOX_5B, accelerator.device, 1, torch.float32, trains_all=False)
-    guard = StepGuard(Coordinator(), 3, tmp_path)
-    log = StepLog(accelerator, first_step=10, total_steps=15, interval=2, throughput=throughput, guard=guard)
+@pytest.fixture
+def make_log(fresh_accelerator, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+
+    def make_log(first_step: int, total_steps: int, interval: int) -> StepLog:
+        accelerator = Accelerator(cpu=True)
+        throughput = Throughput(COGVIDEOX_5B, accelerator.device, 1, torch.float32, trains_all=False)
+        guard = StepGuard(Coordinator(), 3, tmp_path)
+        return StepLog(accelerator, first_step, total_steps, interval, throughput, guard)
+
+    return make_log
+
+
+def do_step(log: StepLog, loss: float, grad_norm: float | None, rate: torch.Tensor | float) -> None:
+    with log.throughput.phase("forward"):
+        log.throughput.count(Bucket(49, 480, 720), samples=3)
+    log.add(torch.tensor(loss), None if grad_norm is None else torch.tensor(grad_norm), rate)
+
+
+def test_every_step_is_logged_and_every_interval_has_a_speed(make_log, caplog):
+    log, curves = make_log(first_step=10, total_steps=15, interval=2), Curves()
+    log.accelerator.trackers = [curves]
     rate = torch.tensor(0.5)  # torchao's optimizers change theirs in place
-    with caplog.at_level(logging.INFO):
-        for step in range(5):
-            with throughput.phase("forward"):
-                throughput.count(Bucket(49, 480, 720), samples=3)
-            log.add(torch.tensor(float(step)), None if step == 4 else torch.tensor(2.0), rate)
-            rate.add_(1.0)
-        log.finish()
+    for step in range(5):
+        do_step(log, float(step), None if step == 4 else 2.0, rate)
+        rate.add_(1.0)
+    log.finish()
     assert list(curves.logged) == [11, 12, 13, 14, 15]
     assert [values["loss"] for values in curves.logged.values()] == [0, 1, 2, 3, 4]
     assert [values["lr"] for values in curves.logged.values()] == [0.5, 1.5, 2.5, 3.5, 4.5]
@@ -62,20 +67,13 @@ def test_every_step_is_logged_and_every_interval_says_how_fast_it_was(tmp_path, 
     assert "speed, without the first steps: " in caplog.text
 
 
-@pytest.mark.usefixtures("fresh_accelerator")
-def test_after_ten_steps_it_says_once_how_long_the_rest_takes(tmp_path, caplog):
-    accelerator = Accelerator(cpu=True)
-    throughput = Throughput(COGVIDEOX_5B, accelerator.device, 1, torch.float32, trains_all=False)
-    guard = StepGuard(Coordinator(), 3, tmp_path)
-    log = StepLog(accelerator, first_step=20, total_steps=50, interval=4, throughput=throughput, guard=guard)
-    with caplog.at_level(logging.INFO):
-        for step in range(30):
-            with throughput.phase("forward"):
-                throughput.count(Bucket(49, 480, 720), samples=3)
-            log.add(torch.tensor(1.0), torch.tensor(2.0), 0.5)
-            said = [record.getMessage() for record in caplog.records if " left: " in record.getMessage()]
-            assert len(said) == (step >= 11)  # the third interval of four steps
-        log.finish()
+def test_the_time_left_is_logged_once_after_ten_steps(make_log, caplog):
+    log = make_log(first_step=20, total_steps=50, interval=4)
+    for step in range(30):
+        do_step(log, 1.0, 2.0, 0.5)
+        said = [message for message in caplog.messages if " left: " in message]
+        assert len(said) == (step >= 11)  # the third interval of four steps
+    log.finish()
     assert re.fullmatch(r"about 0 s left: 18 steps of \d\S* s; validation and checkpoints come on top", said[0])
 
 
@@ -83,5 +81,5 @@ def test_after_ten_steps_it_says_once_how_long_the_rest_takes(tmp_path, caplog):
     ("seconds", "words"),
     [(0.4, "0 s"), (59, "59 s"), (130, "2 min"), (5990, "1 h 40 min"), (7800, "2 h 10 min"), (273600, "3 d 4 h")],
 )
-def test_durations_are_said_as_people_say_them(seconds, words):
+def test_durations_are_formatted_for_people(seconds, words):
     assert in_words(seconds) == words

@@ -14,7 +14,7 @@ def run(folder, steps: int, first_step: int = 0) -> None:
             next_step()
 
 
-def test_some_steps_are_written_as_a_trace_and_where_it_is_is_said(tmp_path, caplog):
+def test_some_steps_are_written_as_a_trace_and_its_path_is_logged(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run(tmp_path / "profile", SKIPPED + WARM_UP + RECORDED + 5, first_step=100)
     (file,) = (tmp_path / "profile").iterdir()
@@ -27,10 +27,10 @@ def test_some_steps_are_written_as_a_trace_and_where_it_is_is_said(tmp_path, cap
 
 def test_a_run_that_is_too_short_says_so(tmp_path, caplog):
     run(tmp_path / "profile", SKIPPED)
-    assert "--profile: nothing was recorded; that takes 7 steps at least" in caplog.text
+    assert "--profile: nothing was recorded; it takes at least 7 steps" in caplog.text
     assert not (tmp_path / "profile").exists()
 
 
-def test_nothing_is_recorded_unless_it_is_asked_for(tmp_path, caplog):
+def test_nothing_is_recorded_without_a_folder(tmp_path, caplog):
     run(None, 20)
     assert not caplog.records

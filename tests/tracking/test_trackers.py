@@ -1,9 +1,8 @@
-"""A tracker that fails is a warning, and a run that is resumed goes on where its trackers were."""
+"""A tracker that fails is a warning, and a resumed run continues the runs of its trackers."""
 
 import importlib
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -23,14 +22,14 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator", "fresh_wandb")
 
 @pytest.fixture
 def fresh_wandb():
-    """W&B reads the environment once in a process."""
+    """Make W&B read the environment, which it does once in a process."""
     wandb.teardown()
     yield
     wandb.teardown()
 
 
 class Broken(GeneralTracker):
-    """Fails at everything, as when its server has gone."""
+    """A tracker whose server is unreachable."""
 
     name = "broken"
     requires_logging_directory = False
@@ -57,18 +56,15 @@ class Working(GeneralTracker):
         self.logged.append((values, step))
 
 
-def flags(folder: Path, **others) -> Namespace:
-    return Namespace(output_dir=str(folder), logging_dir="logs", tracker_name="run", **others)
-
-
-def started(folder: Path, report_to: str, resumed_at: int | None = None, **others) -> Accelerator:
-    """An accelerator with trackers, as a run starts it."""
-    accelerator = Accelerator(cpu=True, log_with=report_to, project_dir=folder)
-    start_trackers(accelerator, flags(folder, **others), resumed_at=resumed_at)
+def started(folder: Path, *kinds: str, resumed_at: int | None = None, **flags) -> Accelerator:
+    """Return an accelerator with trackers, whose libraries accelerate need not find."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.log_with = kinds
+    start_trackers(accelerator, "run", folder / "logs", flags, resumed_at=resumed_at)
     return accelerator
 
 
-def test_nothing_that_a_tracker_does_raises_and_the_others_get_everything(caplog):
+def test_a_tracker_never_raises_and_the_others_get_everything(caplog):
     accelerator, working = Accelerator(cpu=True), Working()
     accelerator.trackers = [SteadyTracker(Broken()), SteadyTracker(working)]
     for tracker in accelerator.trackers:
@@ -80,7 +76,7 @@ def test_nothing_that_a_tracker_does_raises_and_the_others_get_everything(caplog
     assert accelerator.get_tracker("working", unwrap=True) == "the run"
 
 
-def test_a_tracker_that_keeps_failing_is_warned_of_ever_more_rarely(caplog):
+def test_repeated_failures_are_warned_of_ever_more_rarely(caplog):
     tracker = SteadyTracker(Broken())
     for step in range(150):
         tracker.log({"loss": 1.0}, step=step)
@@ -90,11 +86,11 @@ def test_a_tracker_that_keeps_failing_is_warned_of_ever_more_rarely(caplog):
 
 
 @pytest.mark.parametrize("report_to", ["tensorboard", "wandb"])
-def test_a_tracker_that_cannot_be_started_is_left_out_with_a_warning(tmp_path, monkeypatch, caplog, report_to):
+def test_a_tracker_that_cannot_be_started_is_skipped_with_a_warning(tmp_path, monkeypatch, caplog, report_to):
     (tmp_path / "logs").mkdir()
     monkeypatch.setenv("WANDB_MODE", "neither on nor off")
-    (tmp_path / "logs/run").write_text("a file where TensorBoard's folder belongs")
-    run_id_file("wandb", tmp_path / "logs").mkdir()  # where W&B's run is noted
+    (tmp_path / "logs/run").write_text("a file instead of TensorBoard's folder")
+    run_id_file("wandb", tmp_path / "logs").mkdir()
     accelerator = started(tmp_path, report_to)
     accelerator.log({"loss": 1.0}, step=1)
     accelerator.end_training()
@@ -117,15 +113,15 @@ def test_wandb_without_its_server_keeps_its_files(tmp_path, monkeypatch, caplog)
 
 
 def wandb_runs(folder: Path) -> list[str]:
-    """The ids of the runs that W&B has written, in their order."""
+    """Return the ids of the runs that W&B has written, oldest first."""
     return [path.stem.removeprefix("run-") for path in sorted((folder / "logs/wandb").glob("offline-run-*/*.wandb"))]
 
 
-def test_a_resumed_run_goes_on_in_its_wandb_run_and_a_new_one_has_its_own(tmp_path, monkeypatch):
+def test_a_resumed_run_continues_its_wandb_run_and_a_new_one_starts_another(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     ids = []
     for resumed_at in (None, 2, None):
-        accelerator = started(tmp_path, "wandb", resumed_at)
+        accelerator = started(tmp_path, "wandb", resumed_at=resumed_at)
         ids.append(accelerator.get_tracker("wandb", unwrap=True).id)
         accelerator.end_training()
         assert run_id_file("wandb", tmp_path / "logs").read_text().strip() == ids[-1]
@@ -133,14 +129,14 @@ def test_a_resumed_run_goes_on_in_its_wandb_run_and_a_new_one_has_its_own(tmp_pa
     assert set(wandb_runs(tmp_path)) == set(ids)
 
 
-def test_the_environment_says_which_wandb_run_it_is(tmp_path, monkeypatch):
+def test_the_environment_sets_the_wandb_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "chosen")
     accelerator = started(tmp_path, "wandb")
     accelerator.end_training()
     assert wandb_runs(tmp_path) == ["chosen"]
 
 
-# As much of each library as its tracker in accelerate needs, for those that may not be installed.
+# The parts of each library that accelerate's tracker needs, as the libraries may not be installed.
 STAND_INS = {
     "trackio": """
 config, calls = {}, []
@@ -169,7 +165,7 @@ def start(**options):
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Give a library's stand-in, which notes its calls."""
+    """Import a library's stand-in, which notes its calls."""
     monkeypatch.syspath_prepend(tmp_path / "libraries")
 
     def stand_in(name: str):
@@ -177,26 +173,18 @@ def stand_in(tmp_path, monkeypatch):
         (tmp_path / "libraries" / f"{name}.py").write_text(STAND_INS[name])
         monkeypatch.delitem(sys.modules, name, raising=False)
         library = importlib.import_module(name)
-        monkeypatch.setitem(sys.modules, name, library)  # gone again after the test
+        monkeypatch.setitem(sys.modules, name, library)  # removed after the test
         return library
 
     return stand_in
 
 
-def start_one(folder: Path, kind: str, resumed_at: int | None = None) -> Accelerator:
-    """An accelerator with a tracker whose library accelerate need not find."""
-    accelerator = Accelerator(cpu=True)
-    accelerator.log_with = [kind]
-    start_trackers(accelerator, flags(folder), resumed_at=resumed_at)
-    return accelerator
-
-
 @pytest.mark.parametrize(("kind", "key"), [("trackio", "name"), ("comet_ml", "experiment_key")])
-def test_a_resumed_run_goes_on_in_its_run_of_other_trackers(tmp_path, monkeypatch, stand_in, kind, key):
+def test_a_resumed_run_continues_the_run_of_other_trackers(tmp_path, monkeypatch, stand_in, kind, key):
     library = stand_in(kind)
     monkeypatch.delenv("COMET_EXPERIMENT_KEY", raising=False)
     for resumed_at in (None, 2, None):
-        accelerator = start_one(tmp_path / "my-run", kind, resumed_at)
+        accelerator = started(tmp_path / "my-run", kind, resumed_at=resumed_at)
         accelerator.log({"loss": 1.0}, step=3)
         accelerator.end_training()
     first, logged, again, _, new, _ = library.calls
@@ -208,17 +196,17 @@ def test_a_resumed_run_goes_on_in_its_run_of_other_trackers(tmp_path, monkeypatc
     assert first[key].startswith("my-run-") if kind == "trackio" else 32 <= len(first[key]) <= 50
 
 
-def test_the_environment_says_which_comet_experiment_it_is(tmp_path, monkeypatch, stand_in):
+def test_the_environment_sets_the_comet_experiment(tmp_path, monkeypatch, stand_in):
     library = stand_in("comet_ml")
     monkeypatch.setenv("COMET_EXPERIMENT_KEY", "c" * 32)  # which Comet reads itself
-    start_one(tmp_path, "comet_ml")
+    started(tmp_path, "comet_ml")
     assert library.calls[0]["experiment_key"] is None
 
 
 def test_trackio_gets_the_settings_and_the_videos(tmp_path, stand_in):
     library = stand_in("trackio")
-    accelerator = start_one(tmp_path, "trackio")
-    assert library.config["tracker_name"] == "run"
+    accelerator = started(tmp_path, "trackio", rank=4)
+    assert library.config["rank"] == 4
     video = ValidationVideo(0, "00-00-a", "a rabbit", tmp_path / "a.mp4", [])
     log_videos(accelerator.trackers, [video], tmp_path / "sheet.png", step=5)
     shown = {
@@ -228,10 +216,10 @@ def test_trackio_gets_the_settings_and_the_videos(tmp_path, stand_in):
     assert library.calls[-1] == (shown, 5)
 
 
-def test_a_resumed_run_goes_on_in_its_tensorboard_folder_without_what_comes_once_more(tmp_path):
+def test_a_resumed_run_replaces_the_later_steps_in_its_tensorboard_folder(tmp_path):
     for resumed_at, losses in ((None, [1.0, 2.0, 3.0]), (1, [20.0])):
         time.sleep(1.1)  # TensorBoard reads files in the order of their names, which begin with the second
-        accelerator = started(tmp_path, "tensorboard", resumed_at)
+        accelerator = started(tmp_path, "tensorboard", resumed_at=resumed_at)
         for step, loss in enumerate(losses, start=(resumed_at or 0) + 1):
             accelerator.log({"loss": loss}, step=step)
         accelerator.end_training()
@@ -244,8 +232,9 @@ def test_the_token_is_in_no_file_of_any_tracker(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--hub_token", TOKEN, f"--hub_token={TOKEN}"])
     monkeypatch.setenv("HF_TOKEN", "another-secret-token")
     prompt = "a rabbit; another-secret-token"
-    accelerator = started(tmp_path, "all", hub_token=HubToken(TOKEN), seed=1, validation_prompt=prompt)
-    assert {tracker.name for tracker in accelerator.trackers} == {"tensorboard", "wandb"}
+    kinds = ("tensorboard", "wandb")
+    accelerator = started(tmp_path, *kinds, hub_token=HubToken(TOKEN), seed=1, validation_prompt=prompt)
+    assert tuple(tracker.name for tracker in accelerator.trackers) == kinds
     accelerator.end_training()
     contents = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert any(b"a rabbit; (hidden)" in content for content in contents)
@@ -253,5 +242,5 @@ def test_the_token_is_in_no_file_of_any_tracker(tmp_path, monkeypatch):
 
 
 def test_settings_are_numbers_and_texts():
-    settings = plain_settings(Namespace(rank=4, use_ema=True, fps=None, frame_buckets=[49], hub_token=None))
+    settings = plain_settings({"rank": 4, "use_ema": True, "fps": None, "frame_buckets": (49,), "hub_token": None})
     assert settings == {"rank": 4, "use_ema": True, "fps": "None", "frame_buckets": "[49]"}

@@ -1,4 +1,4 @@
-"""The validations of a run side by side: rows are videos, columns are steps."""
+"""The grid of a run's validations: rows are videos, columns are steps."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ COLORS = {0: (220, 20, 20), 5: (20, 200, 20), 10: (20, 20, 220)}  # of the middl
 
 @pytest.fixture
 def validations(tmp_path) -> Path:
-    """A run's folder with the videos of two prompts at three steps: the middle frame alone is coloured."""
+    """A run's folder with the videos of two prompts at three steps: only the middle frame is coloured."""
     for step, color in COLORS.items():
         for name in ("00-00-a", "01-00-b"):
             frames = [Image.new("RGB", (48, 32), color if number == 4 else "white") for number in range(9)]
@@ -59,7 +59,7 @@ def test_a_video_that_is_missing_or_damaged_leaves_its_cell_empty(validations, c
     assert not caplog.records
 
 
-def test_steps_that_a_resumed_run_has_not_come_to_again_are_left_out(validations):
+def test_steps_that_a_resumed_run_has_not_reached_again_are_omitted(validations):
     draw_grid(validations, videos_of(validations, 5), frame=4, last_step=5)
     for row in cells(validations, 3):
         assert is_near(row[1], COLORS[5]) and is_near(row[2], (255, 255, 255))
@@ -68,7 +68,7 @@ def test_steps_that_a_resumed_run_has_not_come_to_again_are_left_out(validations
 def test_a_grid_that_cannot_be_written_is_a_warning(validations, caplog):
     (validations / GRID_FILE).mkdir()
     assert draw_grid(validations, videos_of(validations, 10), frame=4, last_step=10) is None
-    assert "warning: the steps are not drawn side by side: " in caplog.text
+    assert "warning: cannot draw the validations side by side: " in caplog.text
 
 
 def test_of_many_steps_eight_are_shown_with_the_first_and_the_last():

@@ -1,6 +1,5 @@
-"""The validation set's losses: what is encoded, and that nothing but the weights moves them."""
+"""The losses of held-out clips: what is encoded, and that only the weights change them."""
 
-import json
 import math
 import shutil
 from dataclasses import replace
@@ -11,11 +10,9 @@ import torch
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from args import parse_args
 from common.errors import UserError
 from data.buckets import Bucket
-from data.clips import ClipSample
-from data.plan import plan_validation_clips
+from data.clips import Clip, ClipSample, plan_clips
 from data.sampler import Draw
 from dataset import Batch, ClipDataset
 from diffusion.objective import Objective
@@ -31,27 +28,19 @@ from validation.loss import (
     mean_losses,
     validation_losses,
 )
+from video.probe import probe_files
 
 
 CPU = torch.device("cpu")
 TIMESTEPS = [100, 200, 300, 400, 500, 599, 699, 799, 899]  # of 1000
-NUM_CLIPS = 3
 
 
 @pytest.fixture(scope="module")
-def held_out(demo_clips, tmp_path_factory) -> list[ClipSample]:
+def held_out(demo_clips) -> list[ClipSample]:
     """Three clips of 5 x 32 x 48."""
-    folder = tmp_path_factory.mktemp("held-out")
-    videos = sorted((demo_clips / "videos").iterdir())[:NUM_CLIPS]
-    rows = [{"video": str(video), "text": f"clip {number}"} for number, video in enumerate(videos)]
-    table = folder / "table.jsonl"
-    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips)]
-    flags += ["--output_dir", str(folder / "out"), "--validation_dataset_file", str(table)]
-    flags += ["--allow_outside_paths"]  # the table lists clips of --data_root
-    flags += ["--height_buckets", "32", "--width_buckets", "48", "--frame_buckets", "5"]
-    args = parse_args(flags, task="image-to-video", method="lora")
-    return list(plan_validation_clips(args, with_images=True).clips)
+    paths = sorted((demo_clips / "videos").iterdir())[:3]
+    clips = [Clip(path, f"clip {number}", path.name) for number, path in enumerate(paths)]
+    return plan_clips(clips, probe_files(paths), [Bucket(5, 32, 48)], with_images=True)[0]
 
 
 class Encoders:
@@ -81,7 +70,7 @@ def whole(encoders, held_out) -> list[Batch]:
 
 
 def frames_of(planned: ClipSample) -> torch.Tensor:
-    """A clip as the model is to see it, `[1, F, 3, H, W]`."""
+    """A clip as the model sees it, `[1, F, 3, H, W]`."""
     return ClipDataset([planned], reshape_mode="center", random_flip=None, seed=0)[Draw(0, 0)].videos
 
 
@@ -96,7 +85,7 @@ def test_each_clip_becomes_a_batch_of_its_moments_and_its_prompt(encoders, held_
         assert (batch.videos, batch.images, batch.image_moments) == (None, None, None)
 
 
-def test_the_image_is_the_first_frame_under_a_noise_that_is_always_the_same(encoders, held_out):
+def test_the_image_is_the_first_frame_under_fixed_noise(encoders, held_out):
     (batch,) = encoders.encode(held_out[:1], with_images=True)
     assert batch.image_moments.shape == (1, 32, 1, 4, 6)
     assert torch.equal(batch.image_moments, encoders.encode(held_out[1::-1], with_images=True)[1].image_moments)
@@ -110,7 +99,7 @@ def test_the_image_is_the_first_frame_under_a_noise_that_is_always_the_same(enco
 
 
 @pytest.mark.parametrize(("world_size", "indices"), [(2, [[0, 2], [1, 0]]), (4, [[0], [1], [2], [0]])])
-def test_the_ranks_have_all_clips_between_them_and_each_as_many(encoders, held_out, whole, world_size, indices):
+def test_the_ranks_share_all_clips_evenly(encoders, held_out, whole, world_size, indices):
     shares = [encoders.encode(held_out, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert [[batch.draws[0].index for batch in share] for share in shares] == indices
     for batch in (batch for share in shares for batch in share):
@@ -133,7 +122,7 @@ def test_clips_that_do_not_decode_are_listed(encoders, held_out, tmp_path):
 
 
 class StandIn:
-    """An objective whose losses follow from latents, timesteps and draws in a way that a test can follow."""
+    """An objective with losses that a test can compute from latents and timesteps."""
 
     def __init__(self):
         self.model = torch.nn.Dropout(0.5)
@@ -167,7 +156,7 @@ def test_the_loss_at_a_quantile_is_the_mean_over_clips_and_the_loss_the_mean_ove
     assert losses == pytest.approx(expected)
 
 
-def test_every_clip_has_its_own_noise_at_every_quantile_always_the_same():
+def test_every_clip_has_its_own_fixed_noise_at_every_quantile():
     first, second = StandIn(), StandIn()
     clip_losses(first, make_batches([1.0, 2.0]), CPU, 1000)
     assert len(set(first.draws)) == 2 * 9
@@ -177,7 +166,7 @@ def test_every_clip_has_its_own_noise_at_every_quantile_always_the_same():
 
 
 @pytest.mark.parametrize("was_training", [True, False])
-def test_the_model_is_judged_in_eval_mode_and_left_as_it_was(was_training):
+def test_losses_are_computed_in_eval_mode_which_is_undone(was_training):
     objective = StandIn()
     objective.model.train(was_training)
     state = torch.get_rng_state()
@@ -187,7 +176,7 @@ def test_the_model_is_judged_in_eval_mode_and_left_as_it_was(was_training):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_model_is_left_as_it_was_where_a_loss_cannot_be_computed():
+def test_a_failed_loss_also_restores_the_model():
     objective = StandIn()
     state = torch.get_rng_state()
     without_moments = [replace(batch, video_moments=None) for batch in make_batches([1.0])]
@@ -199,7 +188,7 @@ def test_the_model_is_left_as_it_was_where_a_loss_cannot_be_computed():
 
 @pytest.fixture(scope="module")
 def image_objective(tiny_models) -> Objective:
-    """Of a model that training would give neither captions nor images."""
+    """The objective of a model that is trained without captions and images."""
     source = ModelSource(str(tiny_models("1.5-5b-i2v")))
     transformer = source.load_transformer(torch.float32)
     return Objective(
@@ -259,7 +248,7 @@ def test_a_loss_that_fails_is_a_warning(caplog):
     losses, failures = validation_losses(broken, make_batches([1.0]), Accelerator(cpu=True), Coordinator(), 1000)
     assert (losses, failures) == ({}, ["rank 0: RuntimeError: out of memory"])
     log_validation_losses(Accelerator(cpu=True), losses, failures, 7)
-    assert "the validation loss at step 7 failed, training goes on; rank 0: RuntimeError: out of memory" in caplog.text
+    assert f"the validation loss at step 7 failed, training continues; {failures[0]}" in caplog.text
 
 
 def test_the_losses_are_logged_as_curves(tmp_path):

@@ -1,11 +1,10 @@
-"""Validation videos are what the pipeline samples, lie side by side with those before training, and harm nothing."""
+"""Validation videos are what the pipeline samples, are shown beside earlier ones, and have no side effects."""
 
 import logging
 import random
 from dataclasses import replace
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from encoded_clips import all_frames
 from models.prompts import PromptCache
 from models.source import ModelSource
 from parallel.coordinator import Coordinator
@@ -64,13 +64,7 @@ class Workplace:
         return validate(accelerator, Coordinator(), self.make_pipeline, *given, **options)
 
     def videos(self, step: int = 5) -> list[np.ndarray]:
-        return [read_video(file) for file in sorted((self.folder / f"step-{step}").glob("*.mp4"))]
-
-
-def read_video(file: Path) -> np.ndarray:
-    """All frames, uint8 [F, H, W, 3]."""
-    with av.open(file) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        return [all_frames(file) for file in sorted((self.folder / f"step-{step}").glob("*.mp4"))]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +74,7 @@ def embeddings(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workplace(tiny_models, tmp_path, embeddings):
-    """Set up a workplace for a model kind, with these prompts embedded."""
+    """Return a function that sets up a workplace for a model kind with these prompts embedded."""
     return lambda kind, *prompts: Workplace(
         tiny_models(kind), tmp_path, [*(prompts or SETTINGS.prompts), ""], embeddings
     )
@@ -88,7 +82,7 @@ def workplace(tiny_models, tmp_path, embeddings):
 
 @pytest.fixture
 def warnings_of(caplog):
-    """Give the project's own warnings so far."""
+    """Return a function that lists the project's own warnings so far."""
     ours = ("validation.videos", "validation.trackers")
     return lambda: [
         record.getMessage() for record in caplog.records if record.levelno == logging.WARNING and record.name in ours
@@ -99,7 +93,7 @@ def warnings_of(caplog):
 
 
 class RecordedPipeline(CogVideoXPipeline):
-    """The pipeline, which keeps what it sampled."""
+    """The pipeline, which keeps the frames that it sampled."""
 
     def __call__(self, **options):
         output = super().__call__(**options)
@@ -132,26 +126,25 @@ def test_videos_are_what_a_user_samples_with_the_same_settings(workplace, use_dy
     assert np.abs(video.astype(int) - np.stack(expected)).mean() < 12  # but for the compression
 
 
-@pytest.mark.parametrize("kind", ["2b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])
-def test_a_video_has_the_size_and_the_frames_asked_for(workplace, kind):
+FRAMES_OF_1_5 = [1, 4, 12, 13, 16, 17]
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_frames"),
+    [("2b", 17), ("5b-i2v", 17), ("1.5-5b-i2v", 17), *(("1.5-5b", number) for number in FRAMES_OF_1_5)],
+)
+def test_a_video_has_the_size_and_the_frames_asked_for(workplace, kind, num_frames):
     place = workplace(kind)
     images = [Image.new("RGB", (50, 50), RED)] if kind.endswith("i2v") else None
-    native = replace(SETTINGS, images=images, height=64, width=96, num_frames=17, guidance_scale=1.0)
-    assert place.validate(native) == []
-    assert [video.shape for video in place.videos()] == [(17, 64, 96, 3)]
-
-
-@pytest.mark.parametrize("num_frames", [1, 4, 12, 13, 16])
-def test_any_frame_count_that_can_be_trained_can_be_sampled(workplace, num_frames):
-    place = workplace("1.5-5b")
-    assert place.validate(replace(SETTINGS, num_frames=num_frames, guidance_scale=1.0)) == []
-    assert [len(video) for video in place.videos()] == [num_frames]
+    settings = replace(SETTINGS, images=images, height=64, width=96, num_frames=num_frames, guidance_scale=1.0)
+    assert place.validate(settings) == []
+    assert [video.shape for video in place.videos()] == [(num_frames, 64, 96, 3)]
 
 
 def test_unchanged_weights_give_the_same_frames_at_every_validation(workplace):
     place = workplace("5b")
     for step in (5, 9):
-        torch.rand(step)  # where the global generator stands must not matter
+        torch.rand(step)  # the state of the global generator must not matter
         place.validate(replace(SETTINGS, num_videos=2), step)
     first, second = place.videos(5), place.videos(9)
     assert len(first) == 2
@@ -159,7 +152,7 @@ def test_unchanged_weights_give_the_same_frames_at_every_validation(workplace):
     assert not np.array_equal(*first)  # the videos of one prompt have seeds of their own
 
 
-def test_told_to_stop_it_begins_no_other_video(workplace):
+def test_no_further_video_is_sampled_when_told_to_stop(workplace):
     place = workplace("5b")
     told = iter([False, True])
     assert place.validate(replace(SETTINGS, num_videos=3), is_told_to_stop=lambda: next(told)) == []
@@ -194,6 +187,7 @@ def test_each_video_begins_with_the_image_of_its_own_prompt(workplace):
 def test_prompts_in_any_script_give_usable_file_names(workplace):
     names = {
         "A red circle, on BLUE_paper!": "-a-red-circle-on-blue-paper",
+        "a red circle on blue paper?": "-a-red-circle-on-blue-paper",
         "一只大灰兔。": "-一只大灰兔",
         "Ein Ka\u0308fer naïf": "-ein-käfer-naïf",
         "🐇": "",
@@ -205,14 +199,6 @@ def test_prompts_in_any_script_give_usable_file_names(workplace):
     assert place.validate(replace(SETTINGS, prompts=list(names), num_frames=1, guidance_scale=1.0)) == []
     files = sorted(file.name for file in (place.folder / "step-5").glob("*.mp4"))
     assert files == [f"{number:02d}-00{name}.mp4" for number, name in enumerate(names.values())]
-
-
-def test_prompts_with_the_same_name_do_not_write_over_each_other(workplace):
-    prompts = ["a cat!", "a cat?"]
-    place = workplace("5b", *prompts)
-    assert place.validate(replace(SETTINGS, prompts=prompts, num_frames=1)) == []
-    names = [file.name for file in sorted((place.folder / "step-5").glob("*.mp4"))]
-    assert names == ["00-00-a-cat.mp4", "01-00-a-cat.mp4"]
 
 
 # The contact sheet
@@ -241,7 +227,7 @@ def test_the_sheet_shows_five_frames_of_every_video(workplace):
             assert np.abs(cell(sheet, row, column) - frame).mean() < 12
 
 
-def test_the_base_models_video_stands_above_each_later_one(workplace):
+def test_the_base_models_video_is_above_each_later_one(workplace):
     place = workplace("5b")
     place.validate(step=0)
     torch.manual_seed(0)
@@ -255,7 +241,7 @@ def test_the_base_models_video_stands_above_each_later_one(workplace):
         assert np.abs(cell(after, 1, column) - cell(before, 0, column)).mean() > 20
 
 
-def test_the_start_image_stands_before_its_video(workplace):
+def test_the_start_image_is_left_of_its_video(workplace):
     place = workplace("1.5-5b-i2v", "a", "b")
     images = [Image.new("RGB", (96, 64), RED), Image.new("RGB", (64, 64), BLUE)]
     place.validate(replace(SETTINGS, prompts=["a", "b"], images=images))
@@ -292,7 +278,7 @@ def state_of(module):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_models_and_random_states_are_left_as_they_were(workplace, monkeypatch, warnings_of, fails):
+def test_models_and_random_states_are_restored(workplace, monkeypatch, warnings_of, fails):
     place = workplace("5b")
     place.pipeline_class = MeddlingPipeline
     monkeypatch.setattr(MeddlingPipeline, "fails", fails)
@@ -326,7 +312,7 @@ def test_models_and_random_states_are_left_as_they_were(workplace, monkeypatch, 
     assert "decode_latents" in failure  # where it happened
     (warning,) = warnings_of()
     assert warning.startswith(
-        "warning: validation at step 5 failed, training goes on; rank 0: RuntimeError: no memory"
+        "warning: validation at step 5 failed, training continues; rank 0: RuntimeError: no memory"
     )
 
 
@@ -356,13 +342,13 @@ def test_a_folder_that_cannot_be_written_is_a_warning_without_a_traceback(workpl
     assert len(warnings_of()) == 1
 
 
-def test_a_damaged_video_of_the_base_model_costs_the_sheet_alone(workplace, warnings_of):
+def test_a_damaged_video_of_the_base_model_costs_only_the_sheet(workplace, warnings_of):
     place = workplace("5b")
     place.validate(step=0)
     (video,) = (place.folder / "step-0").glob("*.mp4")
     video.write_bytes(b"damaged")
     assert place.validate(step=5) == []
-    assert [warning.split(":")[1] for warning in warnings_of()] == [" there is no contact sheet of step 5"]
+    assert [warning.split(":")[1] for warning in warnings_of()] == [" cannot draw the contact sheet of step 5"]
     assert len(place.videos()) == 1
 
 
@@ -370,7 +356,7 @@ def test_a_damaged_video_of_the_base_model_costs_the_sheet_alone(workplace, warn
 
 
 class Experiment:
-    """As much of a comet_ml experiment as videos need."""
+    """The methods of a comet_ml experiment that log videos."""
 
     def __init__(self):
         self.logged = []
@@ -383,7 +369,7 @@ class Experiment:
 
 
 class CometTracker(GeneralTracker):
-    """A tracker by comet_ml's name, which needs no account."""
+    """A tracker named like comet_ml's that needs no account."""
 
     name = "comet_ml"
     requires_logging_directory = False
@@ -418,7 +404,7 @@ def test_tensorboard_gets_frames_and_prompt_though_another_tracker_fails(workpla
     assert place.validate(accelerator=accelerator) == []
     accelerator.end_training()
     (warning,) = warnings_of()
-    assert warning.startswith("warning: comet_ml did not take the validation videos of step 5 (AttributeError: ")
+    assert warning.startswith("warning: comet_ml failed to log the validation videos of step 5 (AttributeError: ")
 
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     (tag,) = events.Tags()["images"]
@@ -438,5 +424,5 @@ def test_wandb_gets_each_video_and_the_sheet(workplace, tmp_path, warnings_of):
     assert warnings_of() == []
     (media,) = tmp_path.glob("wandb/offline-run-*/files/media")
     (video,) = media.glob("videos/validation_*.mp4")
-    assert np.array_equal(read_video(video), place.videos()[0])
+    assert np.array_equal(all_frames(video), place.videos()[0])
     assert len(list(media.glob("images/validation_contact_sheet_*.png"))) == 1

@@ -1,4 +1,4 @@
-"""Facts about files come back while the files are what they were, whoever shares the cache and whatever befalls it."""
+"""Facts about files are valid while the files do not change, whoever shares the cache."""
 
 import logging
 import multiprocessing
@@ -20,16 +20,17 @@ def clip(tmp_path):
 
 
 def rewritten(path, content):
-    """The file with other content and a later time of change, whatever the resolution of the disk's clock."""
+    """Write other content with a later modification time, whatever the resolution of the disk's clock."""
     changed = path.stat().st_mtime_ns
     path.write_bytes(content)
     os.utime(path, ns=(changed + 10**9, changed + 10**9))
 
 
-def test_a_fact_comes_back_also_in_a_later_run(clip, tmp_path):
+def test_a_fact_is_found_in_a_later_run(clip, tmp_path):
     fact = {"num_frames": 49, "fps": 30000 / 1001, "times": [0, 40000], "name": "Häschen 兎", "none": None}
     FileCache(tmp_path / "cache").put(clip, "probe 1", fact)
     assert FileCache(tmp_path / "cache").get(clip, "probe 1") == fact
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["files.sqlite"]
 
 
 def test_another_kind_and_another_file_are_unknown(clip, tmp_path):
@@ -49,14 +50,14 @@ def test_a_changed_file_is_unknown(clip, tmp_path, content):
     assert cache.get(clip, "probe 1") is None
 
 
-def test_a_later_fact_takes_the_place_of_an_earlier_one(clip, tmp_path):
+def test_a_later_fact_replaces_an_earlier_one(clip, tmp_path):
     cache = FileCache(tmp_path)
     for num_frames in (49, 50):
         cache.put(clip, "probe 1", {"num_frames": num_frames})
     assert cache.get(clip, "probe 1") == {"num_frames": 50}
 
 
-def test_what_was_found_before_the_file_changed_is_not_kept(clip, tmp_path):
+def test_a_fact_about_an_earlier_state_of_the_file_is_not_stored(clip, tmp_path):
     cache = FileCache(tmp_path)
     state = file_state(clip)
     rewritten(clip, b"other")
@@ -80,24 +81,12 @@ def test_relative_and_absolute_paths_are_one_file(clip, tmp_path, monkeypatch):
     assert cache.get(clip, "probe 1") == {"num_frames": 49}
 
 
-def test_a_name_that_is_no_text_is_a_name(tmp_path):
+def test_a_name_need_not_be_valid_text(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.mp4")
     path.write_bytes(b"frames")
     cache = FileCache(tmp_path / "cache")
     cache.put(path, "probe 1", {"num_frames": 49})
     assert cache.get(path, "probe 1") == {"num_frames": 49}
-
-
-def test_a_closed_cache_opens_again(clip, tmp_path):
-    cache = FileCache(tmp_path / "cache")
-    cache.put(clip, "probe 1", {"num_frames": 49})
-    cache.close()
-    assert cache.get(clip, "probe 1") == {"num_frames": 49}
-
-
-def test_nothing_else_is_left_in_the_folder(clip, tmp_path):
-    FileCache(tmp_path / "cache").put(clip, "probe 1", {"num_frames": 49})
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["files.sqlite"]
 
 
 # Several at once
@@ -132,10 +121,10 @@ def test_threads_share_a_cache(clip, tmp_path):
         assert list(pool.map(lambda kind: cache.get(clip, kind), kinds)) == [{"kind": kind} for kind in kinds]
 
 
-# What befalls it
+# Failures
 
 
-def assert_done_without(cache, clip, caplog):
+def assert_given_up(cache, clip, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             cache.put(clip, "probe 1", {"num_frames": 49})
@@ -144,17 +133,12 @@ def assert_done_without(cache, clip, caplog):
     assert str(cache.file) in record.getMessage()
 
 
-def test_a_damaged_cache_is_done_without(clip, tmp_path, caplog):
-    cache = FileCache(tmp_path)
-    cache.file.write_bytes(b"this is no database, whatever its name says" * 100)
-    assert_done_without(cache, clip, caplog)
-
-
-def test_a_cut_cache_is_done_without(clip, tmp_path, caplog):
+@pytest.mark.parametrize("damage", [lambda content: b"not a database" * 300, lambda content: content[:-4096]])
+def test_a_damaged_cache_is_not_used(clip, tmp_path, caplog, damage):
     FileCache(tmp_path).put(clip, "probe 1", {"num_frames": 49})
     cache = FileCache(tmp_path)
-    cache.file.write_bytes(cache.file.read_bytes()[:-4096])
-    assert_done_without(cache, clip, caplog)
+    cache.file.write_bytes(damage(cache.file.read_bytes()))
+    assert_given_up(cache, clip, caplog)
 
 
 def test_a_damaged_fact_is_unknown(clip, tmp_path, caplog):
@@ -167,20 +151,20 @@ def test_a_damaged_fact_is_unknown(clip, tmp_path, caplog):
     assert str(cache.file) in caplog.text
 
 
-def test_a_locked_cache_is_done_without(clip, tmp_path, caplog):
+def test_a_locked_cache_is_not_used(clip, tmp_path, caplog):
     FileCache(tmp_path).put(clip, "probe 1", {"num_frames": 48})
     cache = FileCache(tmp_path, wait_seconds=0.01)
     other = sqlite3.connect(cache.file, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
-    assert_done_without(cache, clip, caplog)
+    assert_given_up(cache, clip, caplog)
     other.close()
 
 
-def test_a_folder_that_cannot_be_made_is_done_without(clip, caplog):
-    assert_done_without(FileCache(clip / "cache"), clip, caplog)
+def test_without_a_folder_the_cache_is_not_used(clip, caplog):
+    assert_given_up(FileCache(clip / "cache"), clip, caplog)
 
 
-# Where it is
+# Its folder
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The contact sheet shows frames as they are and captions in any script, and its samples stand for the whole plan."""
+"""The contact sheet shows frames undistorted and captions in any script, with samples from all of the plan."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -34,7 +34,7 @@ def pixels(*rows):
 
 
 def box(sheet, color):
-    """left, top, right, bottom of the pixels of a colour; right and bottom are the first without."""
+    """Return left, top, right and bottom (exclusive) of the pixels of a colour."""
     rows, columns = np.where((sheet == color).all(axis=2))
     return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
@@ -42,7 +42,7 @@ def box(sheet, color):
 # The picture
 
 
-def test_frames_stand_side_by_side_at_one_height():
+def test_frames_are_side_by_side_at_one_height():
     small = SheetRow([frame(color, 32, 48) for color in COLORS], "small", "")
     large = SheetRow([frame(color, 480, 600) for color in COLORS], "large", "")
     one, other = pixels(small), pixels(large)
@@ -55,25 +55,20 @@ def test_frames_stand_side_by_side_at_one_height():
 
 
 @pytest.mark.parametrize(("height", "width"), [(768, 480), (480, 720), (576, 1360), (16, 1600), (1600, 16)])
-def test_frames_keep_their_aspect_ratio_within_their_place(height, width):
+def test_frames_keep_their_aspect_ratio_within_their_cell(height, width):
     left, top, right, bottom = box(pixels(SheetRow([frame(RED, height, width)], "", "")), RED)
     assert (right - left) <= 222 and (bottom - top) <= 148
     assert (right - left) == 222 or (bottom - top) == 148
     assert abs((right - left) - (bottom - top) * width / height) <= max(1, width / height)
 
 
-def test_rows_stand_below_one_another_as_they_were_given():
+def test_rows_are_below_one_another_and_a_still_image_has_one_frame():
     sheet = pixels(*(SheetRow([frame(color)], "", "") for color in COLORS))
     assert sheet.shape == (44 + 3 * 172, 1200, 3)
     boxes = [box(sheet, color) for color in COLORS]
     assert boxes[0][3] < boxes[1][1] and boxes[1][3] < boxes[2][1]
-
-
-def test_a_still_image_has_one_frame():
-    sheet = pixels(SheetRow([frame(RED)], "", ""))
-    _, top, right, bottom = box(sheet, RED)
-    beside = sheet[top:bottom, right + 1 : 700]
-    assert (beside == WHITE).all()
+    _, top, right, bottom = boxes[0]
+    assert (sheet[top:bottom, right + 1 : 700] == WHITE).all()
 
 
 def test_a_view_of_an_array_is_drawn_like_its_copy():
@@ -113,7 +108,7 @@ def test_any_text_stays_within_its_column_and_its_row(title, caption):
 
 
 @pytest.mark.parametrize("caption", ["word " * 5000, "x" * 50_000, "一只大灰兔。" * 5000])
-def test_a_caption_that_is_too_long_fills_its_place_and_ends_in_an_ellipsis(caption):
+def test_a_long_caption_fills_its_column_and_ends_in_an_ellipsis(caption):
     drawn, shorter = text_of("title", caption), text_of("title", caption[:2000])
     assert np.array_equal(drawn, shorter)
     assert (drawn[-40:-8] != 255).any()
@@ -127,12 +122,12 @@ def test_a_caption_that_just_fits_is_not_cut():
     assert " ".join(lines) == ("word " * 40).strip()
 
 
-def test_letters_that_the_font_lacks_lose_their_accents():
+def test_letters_missing_in_the_font_lose_their_accents():
     caption = "Ein Käfer \N{EN DASH} naïve 2 \N{MULTIPLICATION SIGN} weiß"
     assert np.array_equal(text_of("é", caption), text_of("e", "Ein Kafer - naive 2 x weiss"))
 
 
-def test_scripts_that_the_font_lacks_are_boxes():
+def test_scripts_missing_in_the_font_are_boxes():
     cat, dog = text_of("", "猫"), text_of("", "犬")
     assert (cat != 255).any()
     assert np.array_equal(cat, dog)
@@ -155,8 +150,9 @@ def plan(*numbers):
     ]
 
 
+@example([], 1)
 @given(st.lists(st.integers(1, 40), max_size=20), st.integers(1, 16))
-def test_samples_cover_every_bucket_and_none_comes_twice(numbers, most):
+def test_samples_cover_every_bucket_and_none_is_repeated(numbers, most):
     planned = plan(*numbers)
     chosen = sample_for_sheet(planned, most)
     assert len(chosen) == min(most, len(planned))
@@ -167,7 +163,7 @@ def test_samples_cover_every_bucket_and_none_comes_twice(numbers, most):
     assert chosen == sample_for_sheet(list(planned), most)
 
 
-def test_larger_buckets_get_more_places():
+def test_larger_buckets_get_more_samples():
     counts = Counter(sample.bucket.height for sample in sample_for_sheet(plan(1, 1000, 500), 16))
     assert counts == {16: 1, 32: 10, 48: 5}
 
@@ -177,16 +173,11 @@ def test_samples_come_from_all_over_the_plan():
     assert sample_for_sheet(planned, 4) == [planned[12], planned[37], planned[62], planned[87]]
 
 
-def test_with_more_buckets_than_places_the_largest_are_shown():
+def test_with_more_buckets_than_rows_the_largest_are_shown():
     heights = [sample.bucket.height for sample in sample_for_sheet(plan(2, 9, 1, 5), 2)]
     assert heights == [32, 64]
 
 
-def test_a_plan_without_samples_gives_none():
-    assert sample_for_sheet([]) == []
-
-
 def test_drawing_needs_no_torch():
     script = "import sys, video.contact_sheet; sys.exit('torch' in sys.modules)"
-    folder = TRAINING
-    assert subprocess.run([sys.executable, "-c", script], cwd=folder, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], cwd=TRAINING, check=False).returncode == 0

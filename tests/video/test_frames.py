@@ -210,26 +210,26 @@ def test_nothing_can_be_held_where_no_frame_is_usable():
             40,
             {},
             "40 usable frames; the smallest frame bucket for videos has 49: add a smaller one to --frame_buckets, or "
-            "give --hold_last_frame",
+            "pass --hold_last_frame",
         ),
-        (1, {}, "1 usable frame; the smallest frame bucket for videos has 49: give --hold_last_frame"),
+        (1, {}, "1 usable frame; the smallest frame bucket for videos has 49: pass --hold_last_frame"),
         (
             94,
             {"fps": 8.0, "long_clips": "first"},
             "30 usable frames at 8 fps (of 94 at 25 fps); the smallest frame bucket for videos has 49: raise --fps, "
-            "or add a smaller one to --frame_buckets, or give --hold_last_frame",
+            "or add a smaller one to --frame_buckets, or pass --hold_last_frame",
         ),
         (
             60,
             {"skip_start": 10, "skip_end": 10},
             "40 usable frames (of 60); the smallest frame bucket for videos has 49: lower --skip_frames_start or "
-            "--skip_frames_end, or add a smaller one to --frame_buckets, or give --hold_last_frame",
+            "--skip_frames_end, or add a smaller one to --frame_buckets, or pass --hold_last_frame",
         ),
         (
             30,
             {"fps": 8.0, "long_clips": "first", "skip_end": 5},
             "8 usable frames at 8 fps (of 30 at 25 fps); the smallest frame bucket for videos has 49: add a smaller "
-            "one to --frame_buckets, or give --hold_last_frame",
+            "one to --frame_buckets, or pass --hold_last_frame",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Frames are those asked for, pixel by pixel, and are brought to a bucket's size as `reshape_frames` promises."""
+"""`read_frames` returns exactly the requested frames, and `reshape_frames` resizes and crops them as documented."""
 
 import random
 import subprocess
@@ -14,16 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from encoded_clips import ENCODINGS, all_frames, clip_maker, encode, ffmpeg, numbers_of, stream_copied_cut
+from encoded_clips import ENCODINGS, all_frames, encode, ffmpeg, numbers_of, remuxed, stream_copied_cut
 from repository import TRAINING
 from video import io as video
 from video.io import read_frames, reshape_frames, write_video
 from video.probe import probe_video
-
-
-@pytest.fixture(scope="module")
-def clip_of(tmp_path_factory):
-    return clip_maker(tmp_path_factory.mktemp("clips"))
 
 
 def test_no_torch_is_imported_to_find_bad_data():
@@ -38,7 +33,7 @@ WANTED = [[0], [59], [0, 1, 2, 3], list(range(0, 60, 7)), [5, 5, 5, 40, 40], [41
 
 
 @pytest.mark.parametrize("name", [name for name in ENCODINGS if name != "one frame"])
-def test_frames_are_those_asked_for_pixel_by_pixel(clip_of, name):
+def test_frames_are_exact(clip_of, name):
     truth = all_frames(clip_of(name))
     assert numbers_of(truth) == list(range(60))
     for wanted in WANTED:
@@ -74,7 +69,7 @@ def test_an_image_is_a_clip_of_one_frame(tmp_path):
         read_frames(tmp_path / "still.png", [0, 3])
 
 
-def test_a_name_that_looks_like_an_address_or_a_pattern_is_a_name(clip_of, tmp_path, monkeypatch):
+def test_a_name_may_look_like_a_url_or_a_pattern(clip_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("take 2: rabbit.mp4", "rabbit %03d.mp4"):
         Path(name).write_bytes(clip_of("no B-frames").read_bytes())
@@ -82,20 +77,20 @@ def test_a_name_that_looks_like_an_address_or_a_pattern_is_a_name(clip_of, tmp_p
 
 
 @pytest.mark.parametrize("seekable", [False, True])
-def test_a_frame_beyond_the_end_is_an_error_that_names_the_clip(clip_of, seekable):
+def test_a_frame_beyond_the_end_is_an_error_with_the_clips_name(clip_of, seekable):
     for name in ("single keyframe, B-frames", "AVI"):
         with pytest.raises(ValueError, match=r"clip\.\w+: frame 99 was asked for, but the clip ends before it"):
             read_frames(clip_of(name), [99], seekable=seekable)
 
 
 @pytest.mark.parametrize("indices", [[], [-1, 3]])
-def test_no_frames_and_negative_frames_cannot_be_asked_for(clip_of, indices):
+def test_frame_numbers_must_be_a_list_from_0(clip_of, indices):
     with pytest.raises(ValueError, match="not a list of numbers from 0"):
         read_frames(clip_of("no B-frames"), indices)
 
 
 @pytest.mark.parametrize("seekable", [False, True])
-def test_a_clip_that_went_bad_after_the_probe_is_named(clip_of, tmp_path, seekable):
+def test_a_clip_damaged_after_the_probe_is_named(clip_of, tmp_path, seekable):
     content = clip_of("index in front").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(content[: len(content) * 6 // 10])
     (tmp_path / "empty.mp4").touch()
@@ -117,18 +112,6 @@ def test_a_clip_that_changes_its_size_is_named(tmp_path):
 # Seeking
 
 
-def remuxed(clip, path, change):
-    """A copy whose packets have gone through `change`."""
-    with av.open(str(clip)) as source, av.open(str(path), "w") as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.size:
-                change(packet)
-                packet.stream = stream
-                target.mux(packet)
-    return path
-
-
 SEEKABLE = [
     "no B-frames",
     "closed groups",
@@ -142,12 +125,17 @@ SEEKABLE = [
 ]
 
 
+def assert_exact_or_none(clip, num_frames):
+    """Read each of the first frames from a keyframe and compare it with the clip decoded from the start."""
+    truth = all_frames(clip)
+    for index in range(num_frames):
+        frames = video._read_from_keyframe(clip, [index], 1)
+        assert frames is None or (frames[0] == truth[index]).all()
+
+
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_a_frame_read_from_a_keyframe_is_the_one_read_from_the_start(clip_of, name):
-    truth = all_frames(clip_of(name))
-    for index in range(len(truth)):
-        frames = video._read_from_keyframe(clip_of(name), [index], 1)
-        assert frames is None or (frames[0] == truth[index]).all()
+    assert_exact_or_none(clip_of(name), 1 if name == "one frame" else 60)
 
 
 def test_a_cut_is_never_read_from_a_keyframe(clip_of, tmp_path):
@@ -165,7 +153,7 @@ def test_several_frames_over_several_groups_are_read_from_a_keyframe(clip_of, na
 
 
 @pytest.mark.parametrize("name", ["open groups", "open groups, matroska", "single keyframe, B-frames", "one frame"])
-def test_where_only_the_first_frame_is_a_clean_start_nothing_is_read_from_a_keyframe(clip_of, name):
+def test_a_clip_whose_only_clean_start_is_the_first_frame_is_not_read_from_a_keyframe(clip_of, name):
     last = 0 if name == "one frame" else 59
     assert video._read_from_keyframe(clip_of(name), [last], 1) is None
 
@@ -174,7 +162,7 @@ def long_clip(path):
     return encode(path, frames=150, **{"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=3"})
 
 
-def test_frames_deep_in_a_seekable_clip_are_those_asked_for(tmp_path):
+def test_frames_deep_in_a_seekable_clip_are_exact(tmp_path):
     clip = long_clip(tmp_path / "long.mp4")
     truth = all_frames(clip)
     for wanted in ([100], [149, 101, 101], list(range(70, 119))):
@@ -189,20 +177,17 @@ def test_a_rotated_clip_is_turned_also_from_a_keyframe(tmp_path):
     assert (video._read_from_keyframe(tmp_path / "rotated.mp4", [130], 1) == truth[[130]]).all()
 
 
-def test_flags_that_call_any_picture_a_keyframe_are_not_believed(clip_of, tmp_path):
+def test_keyframe_flags_are_not_trusted(clip_of, tmp_path):
     def flag(packet):
         packet.is_keyframe = True
 
     clip = remuxed(clip_of("HEVC, open groups"), tmp_path / "lying.mp4", flag)
     with av.open(str(clip)) as container:
         assert all(packet.is_keyframe for packet in container.demux(video=0) if packet.size)
-    truth = all_frames(clip)
-    for index in range(60):
-        frames = video._read_from_keyframe(clip, [index], 1)
-        assert frames is None or (frames[0] == truth[index]).all()
+    assert_exact_or_none(clip, 60)
 
 
-def test_time_stamps_in_the_order_of_decoding_are_not_believed(tmp_path):
+def test_time_stamps_in_decoding_order_are_not_trusted(tmp_path):
     def forget_the_order_of_display(packet):
         packet.pts = packet.dts = packet.dts + 1024  # from 0 on
 
@@ -220,14 +205,11 @@ def test_a_time_stamp_out_of_order_does_not_shift_the_frames(clip_of, tmp_path):
         packet.pts = 60_000 if packet.pts == 200 else packet.pts
 
     clip = remuxed(clip_of("VP9"), tmp_path / "late.webm", show_one_at_the_end)
-    truth = all_frames(clip)
-    assert numbers_of(truth) == list(range(60))
-    for index in range(59):
-        frames = video._read_from_keyframe(clip, [index], 1)
-        assert frames is None or (frames[0] == truth[index]).all()
+    assert numbers_of(all_frames(clip)) == list(range(60))
+    assert_exact_or_none(clip, 59)
 
 
-def test_gradual_refresh_is_no_clean_start(tmp_path):
+def test_gradual_refresh_is_not_a_clean_start(tmp_path):
     options = {"x264-params": "intra-refresh=1:keyint=20:scenecut=0:bframes=0:ref=1"}
     clip = encode(tmp_path / "refresh.mp4", frames=150, **options)
     truth = all_frames(clip)
@@ -236,7 +218,7 @@ def test_gradual_refresh_is_no_clean_start(tmp_path):
         assert (read_frames(clip, [index], seekable=True)[0] == truth[index]).all()
 
 
-def test_damage_leads_to_the_same_frames_as_without_seeking(tmp_path):
+def test_a_damaged_clip_has_the_same_frames_as_without_seeking(tmp_path):
     content = bytearray(long_clip(tmp_path / "long.mp4").read_bytes())
     with av.open(str(tmp_path / "long.mp4")) as container:
         entries = container.streams.video[0].index_entries
@@ -254,7 +236,7 @@ def test_damage_leads_to_the_same_frames_as_without_seeking(tmp_path):
 
 
 def moving_gradients(frames):
-    """Smooth pictures, each another one."""
+    """Return smooth pictures that all differ."""
     rows, columns, times = np.meshgrid(np.arange(48), np.arange(80), np.arange(frames), indexing="ij")
     colours = np.stack([40 + 3 * rows + times, 20 + 2 * columns + times, 10 * times + rows // 2], axis=-1)
     return colours.transpose(2, 0, 1, 3).astype(np.uint8)
@@ -262,9 +244,9 @@ def moving_gradients(frames):
 
 @pytest.mark.parametrize("as_pictures", [True, False])
 @pytest.mark.parametrize(("frames", "fps"), [(17, 8), (1, 8), (5, Fraction(30000, 1001))])
-def test_what_is_written_is_read_back(tmp_path, frames, fps, as_pictures):
+def test_a_written_video_is_read_back(tmp_path, frames, fps, as_pictures):
     written = moving_gradients(frames)
-    path = tmp_path / "a: b"  # no suffix, and almost an address
+    path = tmp_path / "a: b"  # no suffix, and like a URL
     write_video(path, [Image.fromarray(frame) for frame in written] if as_pictures else list(written), fps)
     info = probe_video(path)
     assert (info.num_frames, info.height, info.width) == (frames, 48, 80)
@@ -276,7 +258,7 @@ def test_what_is_written_is_read_back(tmp_path, frames, fps, as_pictures):
     assert np.abs(read.astype(int) - written).mean() < 2.5
 
 
-def test_no_frames_are_no_video(tmp_path):
+def test_a_video_needs_frames(tmp_path):
     with pytest.raises(ValueError, match="there are no frames to write"):
         write_video(tmp_path / "x.mp4", [], 8)
 
@@ -295,7 +277,7 @@ def noise_video(height, width, frames=3):
 
 
 def pillow_resized(frames, height, width):
-    """Pillow's bilinear filter widens with the scale too, and knows nothing of torch."""
+    """Resize with Pillow, whose bilinear filter is antialiased too."""
     images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
     return np.stack([np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) for image in images])
 
@@ -306,7 +288,7 @@ def assert_close(frames, expected):
     assert difference.max() <= 1  # two ways of rounding
 
 
-def test_none_resizes_whatever_the_aspect_ratio():
+def test_none_resizes_without_regard_to_the_aspect_ratio():
     frames = noise_video(96, 160)
     assert_close(reshape_frames(frames, 48, 48, "none", random.Random(0)), pillow_resized(frames, 48, 48))
 
@@ -331,7 +313,7 @@ def test_random_crops_one_place_for_all_frames_and_reaches_the_edges():
 
 @given(*[st.integers(8, 60)] * 4, st.sampled_from(["center", "random", "none"]))
 @settings(deadline=None, max_examples=150)
-def test_every_size_becomes_the_size_asked_for(height, width, target_height, target_width, mode):
+def test_every_size_becomes_the_target_size(height, width, target_height, target_width, mode):
     frames = torch.zeros(2, 3, height, width, dtype=torch.uint8)
     reshaped = reshape_frames(frames, target_height, target_width, mode, random.Random(0))
     assert reshaped.shape == (2, 3, target_height, target_width)
@@ -346,8 +328,3 @@ def test_frames_of_the_right_size_stay_untouched():
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="must be center, random or none"):
         reshape_frames(noise_video(8, 8), 8, 8, "centre", random.Random(0))
-
-
-def test_a_flip_mirrors_left_and_right():
-    frames = noise_video(8, 10)
-    assert (video.flip_frames(frames).numpy() == frames.numpy()[..., ::-1]).all()

@@ -13,20 +13,20 @@ from common.failures import memory_that_ran_out
 
 
 class ModelCaptioner:
-    """A model in memory: on the GPUs where there are any, in the precision that it is stored in.
+    """A model in this process, on the available GPUs, in the precision that it is stored in.
 
     Args:
-        model: a folder, or a name on the hub. No code that comes with it is run.
-        temperature, max_tokens: of the answers.
+        model: a folder, or a hub id. No code that comes with it is run.
+        temperature, max_tokens: sampling parameters.
 
     Raises:
-        UserError: it cannot be loaded, or does not talk about pictures.
+        UserError: it cannot be loaded, or is not a vision-language chat model.
     """
 
     def __init__(self, model: str, *, temperature: float, max_tokens: int):
         self.model = model
         try:
-            # Said outright: left open, a model with code of its own has the user asked whether to run it.
+            # By default transformers asks the user whether to run a model's own code.
             self._processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
             self._model = AutoModelForImageTextToText.from_pretrained(
                 model, dtype="auto", device_map="auto", trust_remote_code=False
@@ -36,11 +36,11 @@ class ModelCaptioner:
             reason = one_line(str(error).strip().split("\n")[0], 300)
             raise UserError(
                 f"--model {model} cannot be loaded as a vision-language model: {reason}; for a model behind a server "
-                "give --endpoint too"
+                "pass --endpoint too"
             ) from error
         if getattr(self._processor, "chat_template", None) is None:
-            raise UserError(f"--model {model} has no chat template; give one that was trained to follow instructions")
-        # Without sampling, the model's own settings for it are taken away: transformers would warn of them.
+            raise UserError(f"--model {model} has no chat template; use one that was trained to follow instructions")
+        # transformers warns of sampling parameters when it does not sample.
         sampling = {"temperature": temperature} if temperature else dict.fromkeys(("temperature", "top_p", "top_k"))
         self._options = {"max_new_tokens": max_tokens, "do_sample": temperature > 0, **sampling}
 
@@ -50,11 +50,11 @@ class ModelCaptioner:
 
         Args:
             frames: in order, RGB.
-            prompt: what to say to the model after them.
+            prompt: the text that follows them.
 
         Raises:
-            NoCaption: the model's answer is none.
-            UserError: memory does not suffice.
+            NoCaption: the answer holds no caption.
+            UserError: out of memory.
         """
         content = [{"type": "image", "image": frame} for frame in frames]
         content.append({"type": "text", "text": prompt})
@@ -71,12 +71,10 @@ class ModelCaptioner:
             if memory_that_ran_out(error) is None:
                 raise
             raise UserError(
-                "memory ran out; lower --num_frames or --max_size, or give a smaller --model; what is done is kept"
+                "memory ran out; lower --num_frames or --max_size, or use a smaller --model; finished ones are kept"
             ) from error
         answer = sequence[inputs["input_ids"].shape[1] :]
-        was_cut = len(answer) >= self._options["max_new_tokens"] and int(answer[-1]) not in self._ends()
-        return clean_caption(self._processor.decode(answer, skip_special_tokens=True), was_cut=was_cut)
-
-    def _ends(self) -> Sequence[int]:
         ends = self._model.generation_config.eos_token_id
-        return ends if isinstance(ends, list) else [ends]
+        ends = ends if isinstance(ends, list) else [ends]
+        was_cut = len(answer) >= self._options["max_new_tokens"] and int(answer[-1]) not in ends
+        return clean_caption(self._processor.decode(answer, skip_special_tokens=True), was_cut=was_cut)

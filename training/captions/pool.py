@@ -1,4 +1,4 @@
-"""Show a model the frames of clips, many clips at a time."""
+"""Caption clips in parallel: decode their frames and ask a captioner."""
 
 import sys
 import threading
@@ -15,26 +15,21 @@ from data.clips import BadClip, ClipSample
 from video.io import read_frames
 
 
-# Beyond that, what is wrong is not the clips: the server is gone, or takes no pictures.
+# More than these mean that the server is gone or does not accept pictures.
 MOST_FAILURES_IN_A_ROW = 10
 
 
 class Captioner(Protocol):
-    """A model that describes frames, wherever it runs."""
+    """A model that describes frames."""
 
     model: str
 
     def describe(self, frames: Sequence[Image.Image], prompt: str) -> str:
-        """The caption; raises NoCaption where there is none for this clip, UserError where there is none for any."""
-        ...
+        """Return a caption; raises NoCaption if there is none for this clip, UserError if there is none for any."""
 
 
-def see_frames(planned: ClipSample, max_size: int) -> list[Image.Image]:
-    """The frames chosen of a clip, each once, in RGB, their longer side at most `max_size` pixels.
-
-    Raises:
-        ValueError: the clip does not decode.
-    """
+def _read_frames(planned: ClipSample, max_size: int) -> list[Image.Image]:
+    """Return the chosen frames, each once, in RGB, their longer side at most `max_size` pixels."""
     indices = tuple(dict.fromkeys(planned.frame_indices))
     frames = [
         Image.fromarray(pixels) for pixels in read_frames(planned.clip.video, indices, seekable=planned.info.seekable)
@@ -45,17 +40,17 @@ def see_frames(planned: ClipSample, max_size: int) -> list[Image.Image]:
 
 
 def caption_clip(planned: ClipSample, captioner: Captioner, prompt: str | None, max_size: int) -> str:
-    """Have a clip described.
+    """Caption one clip.
 
     Args:
         prompt: None takes the built-in one.
 
     Raises:
-        NoCaption: there is none; with the reason.
-        UserError: there is none for any clip.
+        NoCaption: with the reason.
+        UserError: no clip can be captioned.
     """
     try:
-        frames = see_frames(planned, max_size)
+        frames = _read_frames(planned, max_size)
     except ValueError as error:
         raise NoCaption(str(error).removeprefix(f"{planned.clip.video}: ")) from error
     return captioner.describe(frames, prompt or (IMAGE_PROMPT if planned.info.is_image else VIDEO_PROMPT))
@@ -71,15 +66,15 @@ def caption_clips(
 
     Args:
         clips: by their paths as listed.
-        caption: captions one clip and keeps the caption, or raises NoCaption.
+        caption: captions one clip and stores the caption, or raises NoCaption.
         num_workers: clips at a time.
-        stopped: set in the end, however that comes about.
+        stopped: set on return, and on any exception.
 
     Returns:
-        Those that have no caption, and why, in the order of `clips`.
+        The clips without a caption and the reasons, in the order of `clips`.
 
     Raises:
-        UserError: no clip can be captioned any more.
+        UserError: no further clip can be captioned.
     """
     failures, in_a_row = {}, 0
     pool = ThreadPoolExecutor(num_workers)
@@ -96,12 +91,12 @@ def caption_clips(
                     bar.set_postfix_str(f"{len(failures)} failed")
                 bar.update()
                 if in_a_row == MOST_FAILURES_IN_A_ROW < len(asked):
-                    title = f"{in_a_row} clips in a row got no caption, so no more are tried; what is done is kept:"
+                    title = f"{in_a_row} clips in a row got no caption, so no more are tried; finished ones are kept:"
                     raise UserError(listing(title, list(failures.values())[-in_a_row:]))
     except KeyboardInterrupt:
         tqdm.write("\nstopping; answers that are under way are waited for", file=sys.stderr)
         raise
     finally:
         stopped.set()
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, not a million clips later
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the clips that are queued
     return [failures[path] for path in clips if path in failures]

@@ -1,7 +1,7 @@
-"""The table of captions, and beside it the captions of a run that is not finished.
+"""The table of captions, and the file with the captions of an unfinished run.
 
-Each caption is appended to `captions.jsonl.part` as soon as it is there, so that a killed run loses none. The table
-itself is only ever replaced as a whole.
+Each caption is appended to `captions.jsonl.part` at once, so that a killed run loses none. The table itself
+is replaced atomically.
 """
 
 import json
@@ -18,7 +18,7 @@ from common.files import written_whole
 from common.text_files import digest_lines, index_lines, read_json
 
 
-AUTHOR_COLUMN = "captioned_by"  # tells this table from others: the model's name, or USER
+AUTHOR_COLUMN = "captioned_by"  # marks tables that this script wrote
 USER = "user"
 
 
@@ -32,7 +32,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class CaptionSettings:
-    """All that an answer depends on besides the clip."""
+    """Everything besides the clip that an answer depends on."""
 
     model: str
     prompt: str | None  # None: the built-in one
@@ -44,18 +44,18 @@ class CaptionSettings:
 
     @property
     def digest(self) -> str:
-        """Changes with any of them."""
+        """A hash of all fields."""
         return digest_lines([json.dumps(asdict(self))])
 
 
 class CaptionFile:
-    """A JSONL table with a row for each clip: `video`, `caption`, `captioned_by`, and the clip's other columns.
+    """A JSONL table with one row per clip: `video`, `caption`, `captioned_by`, and the clip's other columns.
 
     Args:
         path: of the table, which need not exist.
 
     Raises:
-        UserError: there is a file, but not one that this class wrote.
+        UserError: the file exists, but this class did not write it.
     """
 
     def __init__(self, path: Path):
@@ -66,16 +66,16 @@ class CaptionFile:
         self._appended = self._recover()
 
     def captions(self) -> dict[str, Caption]:
-        """The captions there are by the clips' paths as listed: of the table, and of a run that was stopped.
+        """Return the captions of the table and of a stopped run, by the clips' paths as listed.
 
-        A caption that was emptied by hand is none.
+        Empty captions do not count.
         """
         filled = [row for row in self._rows if row["caption"].strip()]
         found = {row["video"]: Caption(row["caption"], row.get(AUTHOR_COLUMN, USER)) for row in filled}
         return found | {line["video"]: Caption(line["caption"], line["author"]) for line in self._appended}
 
     def unfinished(self, settings: CaptionSettings) -> dict[str, Caption]:
-        """Only those of a run that is not finished, as far as they were asked for with these settings."""
+        """Return the captions of an unfinished run that were requested with these settings."""
         return {
             line["video"]: Caption(line["caption"], line["author"])
             for line in self._appended
@@ -83,10 +83,10 @@ class CaptionFile:
         }
 
     def check_writable(self) -> None:
-        """Make sure that captions can be kept, before they are asked for.
+        """Check that the folder is writable, before the model is asked.
 
         Raises:
-            UserError: they cannot.
+            UserError: it is not.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class CaptionFile:
             raise UserError(f"--output_file: {self.path} cannot be written ({error.strerror})") from error
 
     def append(self, video: str, caption: Caption, settings: CaptionSettings) -> None:
-        """Keep a caption at once. Any thread may call this.
+        """Append a caption to the file of the unfinished run. Thread-safe.
 
         Raises:
             UserError: it cannot be written.
@@ -109,18 +109,19 @@ class CaptionFile:
                     file.write(index_lines([line]).encode())
             except OSError as error:
                 with suppress(OSError):
-                    os.truncate(self._part, size)  # half a line would spoil the one that comes behind it
-                raise UserError(f"{self._part} cannot be written ({error.strerror}); what is done is kept") from error
+                    os.truncate(self._part, size)  # half a line would corrupt the next one
+                raise UserError(
+                    f"{self._part} cannot be written ({error.strerror}); finished captions are kept"
+                ) from error
             self._appended.append(line)
 
     def write(self, rows: Sequence[Mapping[str, str]], folder: Path | None, *, finished: bool) -> None:
         """Replace the table.
 
         Args:
-            rows: of the clips listed. Behind them stay those of other clips that have captions, as long as their files
-                exist.
+            rows: of the listed clips. Rows of other captioned clips whose files exist are kept after them.
             folder: where the clips' relative paths start.
-            finished: all that was asked for is in `rows`, so that what was appended need not be kept.
+            finished: `rows` holds all captions asked for, so that the appended ones can be deleted.
 
         Raises:
             UserError: it cannot be written.
@@ -144,23 +145,20 @@ class CaptionFile:
         rows = read_json(self.path)
         if rows and not any(isinstance(row, dict) and AUTHOR_COLUMN in row for _, row in rows):
             raise UserError(
-                f"--output_file: {self.path} is there already, and caption_dataset.py did not write it; give another "
-                "name; if it is the list of the clips, give it as --dataset_file"
+                f"--output_file: {self.path} exists already, and caption_dataset.py did not write it; choose another "
+                "name; if it is the list of the clips, pass it as --dataset_file"
             )
         for place, row in rows:
-            if not (
-                isinstance(row, dict)
-                and isinstance(row.get("video"), str)
-                and isinstance(row.get("caption"), str | None)
-            ):
+            fields = (row.get("video"), row.get("caption") or "") if isinstance(row, dict) else (None,)
+            if not all(isinstance(field, str) for field in fields):
                 raise UserError(
-                    f"--output_file: {self.path}: {place} has no video or no text as its caption; mend it, or remove "
-                    "the line to have the clip captioned anew"
+                    f"--output_file: {self.path}: {place} has no video or no text as its caption; fix it, or remove "
+                    "the line to have the clip captioned again"
                 )
         return [row | {"caption": row.get("caption") or ""} for _, row in rows]
 
     def _recover(self) -> list[dict[str, str]]:
-        """What an earlier run appended, without the half line that it may have left at the end."""
+        """Return what an earlier run appended, without a half-written last line."""
         if not self._part.exists():
             return []
         try:
@@ -168,10 +166,9 @@ class CaptionFile:
             if not content.endswith(b"\n"):
                 os.truncate(self._part, content.rfind(b"\n") + 1)
         except OSError as error:
-            raise UserError(f"{self._part} cannot be read or mended ({error.strerror})") from error
+            raise UserError(f"{self._part} cannot be read or repaired ({error.strerror})") from error
         lines = [line for _, line in read_json(self._part)]
-        if not all(
-            isinstance(line, dict) and line.keys() == {"video", "caption", "author", "settings"} for line in lines
-        ):
+        fields = {"video", "caption", "author", "settings"}
+        if not all(isinstance(line, dict) and line.keys() == fields for line in lines):
             raise UserError(f"{self._part} is not what caption_dataset.py left there; remove it")
         return lines

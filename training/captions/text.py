@@ -1,9 +1,8 @@
-"""What a vision-language model is asked for, and what is made of its answer.
+"""The prompts for a vision-language model, and how its answers become captions.
 
-CogVideoX was trained on captions as long as a paragraph: its authors' own examples for rewriting prompts
-(`inference/convert_demo.py` of THUDM/CogVideo) are one paragraph of 70 to 100 words in the present tense, which names
-the subject and its looks, tells in order what happens, and gives setting and light. The text encoder reads 226 tokens,
-some 150 words; what is beyond is cut.
+CogVideoX was trained on captions as long as a paragraph. Its authors' examples for rewriting prompts
+(`inference/convert_demo.py` of THUDM/CogVideo) have 70 to 100 words in the present tense: the subject and its looks,
+what happens in order, setting and light. The text encoder reads 226 tokens, about 150 words; the rest is cut.
 """
 
 import re
@@ -33,21 +32,21 @@ _QUOTES = ('""', "''", "“”", "「」", "«»")
 
 
 class NoCaption(Exception):
-    """Why a model's answer is no caption, as the end of a sentence that starts with the clip."""
+    """A model's answer is not a caption; the message completes a sentence that starts with the clip."""
 
 
 def clean_caption(answer: str | None, *, was_cut: bool = False) -> str:
-    """The caption in an answer: on one line, without the thoughts before it and the quotes around it.
+    """Return the caption in an answer, on one line, without reasoning before it and quotes around it.
 
     Args:
-        answer: as the model gave it.
-        was_cut: it had more to say; only whole sentences are kept.
+        answer: as the model returned it.
+        was_cut: the answer reached the token limit; only complete sentences are kept.
 
     Raises:
-        NoCaption: there is none.
+        NoCaption: the answer has no caption.
     """
     more = "; raise --max_tokens" if was_cut else ""
-    text = (answer or "").rpartition("</think>")[2]  # of models that think aloud
+    text = (answer or "").rpartition("</think>")[2]  # of reasoning models
     if text.lstrip().startswith("<think>"):
         raise NoCaption(f"the model's answer has thoughts, but no caption{more}")
     caption = " ".join(text.encode("utf-8", "ignore").decode().split())
@@ -59,5 +58,5 @@ def clean_caption(answer: str | None, *, was_cut: bool = False) -> str:
         sentences = re.match(r".*(?:[.!?](?=\s|$)|[\u3002\uff01\uff1f])", caption)
         caption = sentences[0] if sentences else ""
     if not caption:
-        raise NoCaption(f"the model's answer has {'no whole sentence' if was_cut else 'nothing'} in it{more}")
+        raise NoCaption(f"the model's answer has {'no complete sentence' if was_cut else 'nothing'} in it{more}")
     return caption

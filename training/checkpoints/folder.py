@@ -1,4 +1,4 @@
-"""Checkpoints that exist whole or not at all: save, rotate, find, verify, resume."""
+"""Save, rotate and load checkpoints; each exists completely or not at all."""
 
 import json
 import logging
@@ -30,13 +30,13 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
 
 
 class CheckpointFolder:
-    """The checkpoints of a run: `checkpoint-<step>` in its output folder, which all ranks see.
+    """The checkpoints of a run: `checkpoint-<step>` in its output folder, which all ranks share.
 
-    One is written beside them under another name, flushed to the disk, listed in a manifest and then renamed, so that
-    a process that is killed leaves it whole or not at all. Older ones go only after that.
+    A new checkpoint is written under another name, flushed to disk, listed in a manifest and then renamed, so that a
+    killed process leaves only complete checkpoints. Older ones are removed after that.
 
     Args:
-        total_limit: how many are kept; None for all.
+        total_limit: the number to keep; None for all.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, coordinator: Coordinator, total_limit: int | None):
@@ -46,13 +46,13 @@ class CheckpointFolder:
         self.total_limit = total_limit
 
     def save(self, state: TrainerState, min_bytes: int = 0) -> Path:
-        """Save the whole training state; called on every rank.
+        """Save the complete training state; called on every rank.
 
         Args:
-            min_bytes: that it will take at the least. Without so much space nothing is begun.
+            min_bytes: that it takes at least; with less free space nothing is written.
 
         Raises:
-            UserError: it cannot be written: the disk is full, or not ours to write to. Older ones are as they were.
+            UserError: it cannot be written: the disk is full or not writable. Older ones are unchanged.
         """
         target = self.folder / f"checkpoint-{state.step}"
         partial = self.folder / f".partial.{target.name}"
@@ -62,7 +62,7 @@ class CheckpointFolder:
             save_state(self.accelerator, partial)
         except WRITE_ERRORS as error:
             problem = why_unwritten(error)
-        # Not a barrier of the GPUs: the ranks write for differently long.
+        # Not a GPU barrier, which could time out: the ranks take different times to write.
         if problems := [found for found in self.coordinator.gather(problem) if found]:
             self.coordinator.from_main(lambda: shutil.rmtree(partial, ignore_errors=True))
             raise self._cannot_write(target, problems[0])
@@ -70,7 +70,7 @@ class CheckpointFolder:
         return target
 
     def _make_room(self, partial: Path, min_bytes: int) -> None:
-        """Remove what a killed process left, and see that there is space; on the main process."""
+        """Remove what killed processes left and check the free space; on the main process."""
         for pattern in (".partial.checkpoint-*", f"{_REMOVED}checkpoint-*", ".replaced.checkpoint-*"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
@@ -83,7 +83,7 @@ class CheckpointFolder:
             raise self._cannot_write(partial, str(error)) from error
 
     def _finish(self, partial: Path, target: Path, state: TrainerState) -> None:
-        """Put the written folder in place, and remove what is beyond the limit; on the main process."""
+        """Put the written folder in place and remove those beyond the limit; on the main process."""
         try:
             (partial / STATE_FILE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
             write_manifest(partial)
@@ -95,26 +95,26 @@ class CheckpointFolder:
             older = [path for step, path in list_checkpoints(self.folder) if step < state.step]
             for old in older[: len(older) + 1 - self.total_limit]:
                 try:
-                    # Under another name first: half removed it must not look like a checkpoint.
+                    # Renamed first: a half removed folder must not look like a checkpoint.
                     shutil.rmtree(old.rename(old.with_name(_REMOVED + old.name)))
                 except OSError as error:
-                    logger.warning("warning: %s cannot be removed (%s); %s is whole", old, error, target)
+                    logger.warning("warning: %s cannot be removed (%s); %s is complete", old, error, target)
 
     def _cannot_write(self, target: Path, problem: str) -> UserError:
         return UserError(f"{target} cannot be written: {problem}{self._what_is_left()}")
 
     def _what_is_left(self) -> str:
-        whole = list_checkpoints(self.folder)
-        if not whole:
+        complete = list_checkpoints(self.folder)
+        if not complete:
             return ""
-        return f"; {whole[-1][1].name} is whole: make room and go on with --resume_from_checkpoint latest"
+        return f"; {complete[-1][1].name} is complete: make room and continue with --resume_from_checkpoint latest"
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse to begin what the disk has no room for.
+    """Check the free space of a disk.
 
     Raises:
-        UserError: says how much there is, and how much `what` needs.
+        UserError: there are less than `needed` bytes for `what`.
     """
     free = shutil.disk_usage(nearest_folder(folder)).free
     if free < needed:
@@ -125,12 +125,12 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 
 def why_unwritten(error: Exception) -> str:
-    """In one line, why a file could not be written.
+    """Return in one line why a file could not be written.
 
     Args:
-        error: one of `WRITE_ERRORS`; raised again if it is about something else.
+        error: one of `WRITE_ERRORS`; raised again if it has another cause.
     """
-    # torch says it in words alone.
+    # torch raises a RuntimeError that only its message tells from others.
     words = ("PytorchStreamWriter", "unexpected pos", "No space left", "file write")
     if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
         raise error
@@ -141,35 +141,35 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
     """Load weights, optimizer and schedule; called on every rank after `accelerator.prepare`.
 
     Raises:
-        UserError: the checkpoint is damaged, or of other adapters.
+        UserError: the checkpoint is damaged or has other adapters.
     """
     try:
         load_state(accelerator, folder)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--resume_from_checkpoint: {folder} cannot be loaded ({error}); move it away and give latest, which is "
+            f"--resume_from_checkpoint: {folder} cannot be loaded ({error}); move it away and pass latest, which is "
             "the one before"
         ) from error
 
 
 def checkpoint_only_what_trains(accelerator: Accelerator, method: Lora | FullFinetune) -> None:
     """Have `accelerator.save_state` and `load_state` store only what the method trains, in full precision."""
-
     sharded = take_sharded(accelerator) if is_fsdp(accelerator) else []
+
+    def transformers(models: Sequence[torch.nn.Module]) -> list[CogVideoXTransformer3DModel]:
+        return [accelerator.unwrap_model(model) for model in [*models, *(model for model, _ in sharded)]]
 
     def save(models: Sequence[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
         for model, optimizer in sharded:
             save_optimizer(model, optimizer, Path(output_dir))
-        for model in [*models, *(model for model, _ in sharded)]:
-            transformer: CogVideoXTransformer3DModel = accelerator.unwrap_model(model)
-            whole = whole_weights(accelerator, transformer, method.weight_names(transformer))
+        for transformer in transformers(models):
+            full = whole_weights(accelerator, transformer, method.weight_names(transformer))
             if accelerator.is_main_process:
-                method.save(transformer, Path(output_dir), torch.float32, whole)
-        weights.clear()  # nothing is left for accelerate to save
+                method.save(transformer, Path(output_dir), torch.float32, full)
+        weights.clear()  # accelerate must not save them again
 
     def load(models: list[torch.nn.Module], input_dir: str) -> None:
-        for model in [*models, *(model for model, _ in sharded)]:
-            transformer: CogVideoXTransformer3DModel = accelerator.unwrap_model(model)
+        for transformer in transformers(models):
             method.load(transformer, Path(input_dir))
         models.clear()
         for model, optimizer in sharded:

@@ -1,4 +1,4 @@
-"""What a finished folder holds, by size and digest: damage is found before anything is loaded from it."""
+"""Record the size and digest of a folder's files, and find damage before anything is loaded."""
 
 import hashlib
 import json
@@ -10,12 +10,12 @@ from common.files import flush
 from common.run_folder import MANIFEST
 
 
-_THREADS = 8  # hashing lets other threads run
-_PIECE = 2**20  # bytes read at once
+_THREADS = 8  # hashing releases the GIL
+_PIECE = 2**20  # bytes per read
 
 
 def write_manifest(folder: Path) -> None:
-    """List every file of a folder in its manifest, flushed to the disk with all of them."""
+    """List every file of a folder in its manifest; flush them all to disk."""
     files = _files(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(lambda name: flush(folder / name), files))
@@ -26,16 +26,16 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a folder that has a manifest, or should have one; None for a whole one.
+    """Return how a folder differs from its manifest; None if it does not.
 
-    Every byte is read: some seconds for each ten gigabytes.
+    Every byte is read, which takes some seconds per ten gigabytes.
     """
     try:
         expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         missing = [name for name in expected if not (folder / name).is_file()]
         sizes = {name: entry["size"] for name, entry in expected.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"it has no {MANIFEST} that can be read"
+        return f"it has no readable {MANIFEST}"
     if missing:
         return f"{missing[0]} is missing"
     try:
@@ -47,11 +47,11 @@ def find_damage(folder: Path) -> str | None:
         differing = [name for name, entry in entries.items() if entry != expected[name]]
     except OSError as error:
         return f"it cannot be read ({error})"
-    return f"{differing[0]} has other bytes than were written" if differing else None
+    return f"{differing[0]} has changed since it was written" if differing else None
 
 
 def size_of(folder: Path) -> int:
-    """The bytes of all files of a folder."""
+    """Return the bytes of all files of a folder."""
     return sum((folder / name).stat().st_size for name in _files(folder))
 
 
@@ -61,7 +61,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _entries(folder: Path, files: list[str], doing: str) -> dict[str, dict[str, int | str]]:
-    """Size and digest of each file, with a bar over the bytes that says what is being done."""
+    """Return size and digest of each file, with a progress bar over the bytes."""
     total = sum((folder / name).stat().st_size for name in files)
     with (
         tqdm(desc=f"{doing} {folder.name}", total=total, unit="B", unit_scale=True, leave=False) as bar,

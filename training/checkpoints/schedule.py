@@ -1,4 +1,4 @@
-"""Which batches make up an optimizer step, and how far into the data a step is: what a resumed run goes on from."""
+"""Map optimizer steps to batches, so that a resumed run continues where the data was."""
 
 import math
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ScheduleStart:
-    """From where on steps take equally many batches: the run's start, or where it went on otherwise launched."""
+    """The point from which the launch stays the same: the start of the run, or a resume with another launch."""
 
     num_ranks: int = 1
-    accumulation: int = 1  # batches of each rank in a step, but for an epoch's last
+    accumulation: int = 1  # batches of each rank in a step, except an epoch's last
     step: int = 0
     epoch: int = 0
     seen_batches: int = 0  # of that epoch, over all ranks, padding included
@@ -17,22 +17,22 @@ class ScheduleStart:
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """Which batches of the stream over all epochs make up an optimizer step.
+    """The batches of each optimizer step.
 
-    An epoch's last step takes the batches that are left, so that no step mixes epochs and no batch is dropped.
+    An epoch's last step takes the remaining batches, so that no step mixes epochs and no batch is dropped.
     """
 
     start: ScheduleStart
     batches_per_epoch: int  # of one rank
-    batches_in_first_epoch: int  # of one rank, that are left from the start on
+    batches_in_first_epoch: int  # of one rank, remaining at the start
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in a whole epoch."""
+        """Optimizer steps in a complete epoch."""
         return math.ceil(self.batches_per_epoch / self.start.accumulation)
 
     def batches_before(self, step: int) -> int:
-        """How many batches of a rank the steps before `step` take together, counted from the start."""
+        """Return how many batches a rank takes from the start up to `step`."""
         epochs, step_of_epoch = self._locate(step)
         batches = step_of_epoch * self.start.accumulation
         if epochs > 0:
@@ -40,7 +40,7 @@ class StepSchedule:
         return batches
 
     def restart(self, step: int, num_ranks: int, accumulation: int) -> ScheduleStart:
-        """Where another schedule goes on when `step` steps of this one are done: behind the batches they took."""
+        """Return the start of a schedule with another launch that continues after `step` steps of this one."""
         epochs, step_of_epoch = self._locate(step)
         seen = step_of_epoch * self.start.accumulation * self.start.num_ranks
         if epochs == 0:
@@ -48,12 +48,12 @@ class StepSchedule:
         return ScheduleStart(num_ranks, accumulation, step, self.start.epoch + epochs, seen)
 
     def end_of_epochs(self, num_epochs: int) -> int:
-        """The step at which so many epochs are done."""
+        """Return the step at which so many epochs are done."""
         left = num_epochs - self.start.epoch - 1
         return self.start.step + (self._first_steps + left * self.steps_per_epoch if left >= 0 else 0)
 
     def is_due(self, done: int, every_steps: int | None, every_epochs: int | None) -> bool:
-        """Whether something that happens every so many steps or epochs is due when `done` steps are done."""
+        """Return whether something periodic is due after `done` steps."""
         if every_steps and done % every_steps == 0:
             return True
         epochs, step_of_epoch = self._locate(done)
@@ -64,7 +64,7 @@ class StepSchedule:
         return math.ceil(self.batches_in_first_epoch / self.start.accumulation)
 
     def _locate(self, step: int) -> tuple[int, int]:
-        """How many epochs end between the start and `step`, and the steps since."""
+        """Return how many epochs end between the start and `step`, and the steps since."""
         done = step - self.start.step
         if done < self._first_steps:
             return 0, done

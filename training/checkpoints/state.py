@@ -1,4 +1,4 @@
-"""The state of a run in its checkpoints: what is recorded beside the weights, and which checkpoint to resume."""
+"""Read the state of a run from its checkpoints, and find the checkpoint to resume from."""
 
 import json
 import logging
@@ -18,16 +18,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a resumed run must know beside weights, optimizer and learning-rate schedule."""
+    """State of a run besides weights, optimizer and learning-rate schedule."""
 
     step: int  # optimizer steps done
     seed: int
-    settings: dict[str, Any]  # that must not change on the way, by flag
-    memory: dict[str, Any] = field(default_factory=dict)  # settings that were chosen for the run, by flag
-    schedule: ScheduleStart = field(default_factory=ScheduleStart)  # that the steps are counted from
+    settings: dict[str, Any]  # that must not change, by flag
+    memory: dict[str, Any] = field(default_factory=dict)  # memory settings chosen for the run, by flag
+    schedule: ScheduleStart = field(default_factory=ScheduleStart)
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Refuse to go on with other settings.
+        """Refuse to continue with other settings.
 
         Raises:
             UserError: lists those that differ.
@@ -36,13 +36,13 @@ class TrainerState:
         differing = [
             f"{name} was {_in_words(before)}, is now {_in_words(value)}"
             for name, value in settings.items()
-            # A checkpoint of before there was a switch is one without it.
+            # Checkpoints older than a switch were made without it.
             if (before := made_with.get(name, False if value is False else None)) != value
         ]
         if differing:
             raise UserError(
                 f"--resume_from_checkpoint: the checkpoint is of a run with other settings: {'; '.join(differing)}; "
-                "give them as they were, or start anew in another --output_dir"
+                "pass them as they were, or start again in another --output_dir"
             )
 
 
@@ -51,22 +51,22 @@ def _in_words(value: object) -> object:
 
 
 def read_state(folder: Path) -> TrainerState:
-    """Read how far the run of a checkpoint was.
+    """Read the state of a run from its checkpoint.
 
     Raises:
-        UserError: the folder is no checkpoint.
+        UserError: the folder is not a checkpoint.
     """
     try:
         values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         return TrainerState(**values | {"schedule": ScheduleStart(**values.get("schedule", {}))})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--resume_from_checkpoint: {folder} is no complete checkpoint (cannot read its {STATE_FILE})"
+            f"--resume_from_checkpoint: {folder} is not a complete checkpoint (cannot read its {STATE_FILE})"
         ) from error
 
 
 def newest_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
-    """What `find_checkpoint` returns if nothing is damaged, found without reading it all."""
+    """Return what `find_checkpoint` returns if nothing is damaged, without reading the files."""
     if resume_from != "latest":
         return None if resume_from is None else Path(resume_from)
     checkpoints = list_checkpoints(output_dir)
@@ -74,12 +74,13 @@ def newest_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
 
 
 def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to resume from: a folder, or for "latest" the newest whole one; None to start anew.
+    """Return the checkpoint to resume from, whose every byte matches its manifest.
 
-    Every byte of it is compared with its manifest. Damaged ones that "latest" passes over are named in a warning.
+    Args:
+        resume_from: a folder; "latest" for the newest undamaged one, with warnings of those skipped; None for none.
 
     Raises:
-        UserError: the folder given is damaged or no checkpoint, or all that there are.
+        UserError: the folder is damaged or not a checkpoint, or "latest" finds only damaged ones.
     """
     if resume_from is None:
         return None
@@ -87,20 +88,20 @@ def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
         folder = Path(resume_from)
         if damage := find_damage(folder):
             raise UserError(
-                f"--resume_from_checkpoint: {folder} is no whole checkpoint: {damage}; latest passes over it"
+                f"--resume_from_checkpoint: {folder} is not a complete checkpoint: {damage}; latest skips it"
             )
         return folder
     for folder in list_unfinished(output_dir):
-        logger.warning("warning: %s is no checkpoint (it was never finished); passed over", folder)
+        logger.warning("warning: %s is not a checkpoint (it was never finished); skipped", folder)
     checkpoints = [folder for _, folder in list_checkpoints(output_dir)]
     for folder in reversed(checkpoints):
         damage = find_damage(folder)
         if damage is None:
             return folder
-        logger.warning("warning: %s is damaged (%s); passed over", folder, damage)
+        logger.warning("warning: %s is damaged (%s); skipped", folder, damage)
     if checkpoints:
         raise UserError(
-            f"--resume_from_checkpoint latest: every checkpoint in '{output_dir}' is damaged; to start anew, give "
+            f"--resume_from_checkpoint latest: every checkpoint in '{output_dir}' is damaged; to start again, set "
             "another --output_dir"
         )
     return None

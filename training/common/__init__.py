@@ -1,1 +1,1 @@
-"""What every room may use: errors, files, text, logs, ranks, signals. Imports no other package of ours."""
+"""Shared by all packages: errors, files, text, logs, ranks, signals. Imports no other package of ours."""

@@ -1,7 +1,6 @@
-"""Progress bars, with rate and time left, for what takes long; what is logged meanwhile stands in lines of its own.
+"""Progress bars for long operations.
 
-Every module takes `tqdm` from here, so that these settings are there before it is imported: they hold for the bars of
-libraries too.
+Every module imports `tqdm` from here, so that these settings precede its import and apply to libraries too.
 """
 
 import os
@@ -9,9 +8,9 @@ import sys
 import threading
 
 
-# What is done within a second needs no bar: the small files that libraries load and write one by one.
+# No bar for less than a second, such as the small files that libraries load one by one.
 os.environ.setdefault("TQDM_DELAY", "1")
-if not sys.stderr.isatty():  # a file, which keeps each line
+if not sys.stderr.isatty():  # a file keeps every line
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 from tqdm import tqdm
@@ -19,5 +18,5 @@ from tqdm import tqdm
 
 __all__ = ["tqdm"]
 
-# Of one process: data workers show no bars, and one that is killed must not keep the lock of all.
+# A lock for this process only: data workers show no bars, and a killed one must not hold the lock of all.
 tqdm.set_lock(threading.RLock())

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this", how its message is laid out, and how it is shown."""
+"""The exception for errors that the user can fix, the layout of its message, and how it is shown."""
 
 import signal
 import sys
@@ -18,8 +18,7 @@ class UserError(Exception):
 def one_line_errors() -> Iterator[None]:
     """Turn a `UserError` into its message on stderr and exit code 2; any other exception keeps its traceback.
 
-    Neither shows a token of the hub. Ctrl-C where nothing is there to be saved ends with a line and the exit code that
-    shells know for it.
+    Neither shows a hub token. Ctrl-C prints a line and exits with the shells' usual code.
     """
     try:
         yield
@@ -28,7 +27,7 @@ def one_line_errors() -> Iterator[None]:
             print("\ninterrupted", file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGINT) from None
     except UserError as error:
-        # Before torch is imported flags and files are checked, and every rank of a launch finds the same.
+        # Before torch is imported, flags and files are checked, with the same result on every rank.
         if launch_rank() == 0 or "torch" in sys.modules:
             print(without_tokens(f"error: {error}"), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -41,12 +40,12 @@ def one_line_errors() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says first, or what it is called where it says nothing."""
+    """Return the first line of an error's message, or its class name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def listing(title: str, items: Sequence[object], most: int = 20) -> str:
-    """A message's first line, then its items, one to an indented line; those beyond `most` are counted."""
+    """Return a title and one indented line per item; items beyond `most` are only counted."""
     lines = [f"  {item}" for item in items[:most]]
     if len(items) > most:
         lines.append(f"  ... and {len(items) - most} more")
@@ -54,12 +53,12 @@ def listing(title: str, items: Sequence[object], most: int = 20) -> str:
 
 
 def one_line(text: object, most: int = 1000) -> str:
-    """Text as a message can hold it: on one line, at most so long, without what is no Unicode."""
+    """Return text on one line of at most `most` characters, with invalid Unicode escaped."""
     line = " ".join(str(text).encode("utf-8", "backslashreplace").decode().split())
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def described(value: object) -> str:
-    """A value of the wrong type: its type, and if it is a number, that too."""
+    """Describe a value of the wrong type: its type, and its value if it is a number."""
     kind = type(value).__name__
     return one_line(f"{kind} {value}", 200) if isinstance(value, int | float) else kind

@@ -1,4 +1,4 @@
-"""Write files and folders so that they exist whole or not at all."""
+"""Write files and folders atomically."""
 
 import os
 import re
@@ -14,17 +14,17 @@ from common.errors import UserError
 
 @contextmanager
 def written_whole(path: Path, staging: Path | None = None) -> Iterator[Path]:
-    """Give a path to write a file to, beside `path` or in `staging`; put it in place once the block has succeeded.
+    """Yield a temporary path, next to `path` or in `staging`, that replaces `path` when the block succeeds.
 
-    A process that is killed leaves at most a hidden `.partial` file behind, never a half-written `path`. Its name ends
-    as `path` does, because many writers pick their format by the suffix. The file is not flushed to disk: that costs
-    tenths of a second on some disks, and what is written here by the thousand can be made again after a power cut.
+    A killed process leaves at most a hidden `.partial` file, never a half-written `path`. The temporary name ends as
+    `path` does, because many writers choose their format by the suffix. The file is not flushed to disk: that takes
+    tenths of a second on some disks, and these files can be made again after a power cut.
 
     Raises:
-        UserError: it cannot be written: the disk is full, or not ours to write to.
+        UserError: the file cannot be written: the disk is full, or permission is missing.
     """
     folder = staging or path.parent
-    # Random, because processes on other machines, which may write the same file, can have the same numbers.
+    # Random, because processes on other machines that write the same file can have the same process id.
     partial = folder / f".{secrets.token_hex(8)}.partial.{path.name}"
     try:
         for needed in (path.parent, folder):
@@ -35,35 +35,35 @@ def written_whole(path: Path, staging: Path | None = None) -> Iterator[Path]:
         partial.chmod(permissions)  # safetensors makes files that only their owner can read
         os.replace(partial, path)
     except FileNotFoundError:
-        raise  # something was taken away by another process, which it may know about
+        raise  # another process removed something, which callers may expect
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"{path} cannot be written ({reason}); what is done is kept: run again") from error
+        raise UserError(f"{path} cannot be written ({reason}); finished work is kept: run again") from error
     finally:
         with suppress(NotADirectoryError):
             partial.unlink(missing_ok=True)
 
 
 def slug(text: str) -> str:
-    """The beginning of a text as part of a file name: letters of any script, digits and hyphens."""
+    """Return the beginning of a text as part of a file name: letters of any script, digits and hyphens."""
     words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", text).lower()).strip("-")
     return words[:40].rstrip("-")
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what killed processes left of `written_whole` in a folder that nobody writes to now."""
+    """Remove what killed processes left of `written_whole` in a folder that no process writes to."""
     for path in folder.glob(".*.partial.*"):
         path.unlink(missing_ok=True)
 
 
 def nearest_folder(path: Path) -> Path:
-    """The folder itself or, until it exists, the nearest one above it that does: they are on the same disk."""
+    """Return the folder or, if it does not exist, its nearest existing parent, on the same disk."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Put the finished folder `partial` in the place of `folder`, flushed to disk first."""
+    """Flush the finished folder `partial` to disk and replace `folder` with it."""
     for path in (*sorted(partial.rglob("*")), partial):
         flush(path)
     if folder.is_symlink() or folder.is_file():
@@ -73,14 +73,14 @@ def replace_folder(partial: Path, folder: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(folder, replaced)
         os.replace(partial, folder)
-        shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place, whatever becomes of the old one
+        shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place already
     else:
         os.replace(partial, folder)
     flush(folder.parent)
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until the content of a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -89,10 +89,9 @@ def flush(path: Path) -> None:
 
 
 def refresh_names(folder: Path) -> None:
-    """Have this machine ask the file server which files are in a folder and in those below it.
+    """Make this machine ask the file server again which files are in a folder and its subfolders.
 
-    A client of NFS remembers for up to a minute which names a folder has, and which it lacks, unless it changes the
-    folder itself; so this does.
+    An NFS client caches the names in a folder for up to a minute, unless it changes the folder itself.
     """
     for below in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         with suppress(FileNotFoundError):  # another process has removed it

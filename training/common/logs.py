@@ -1,4 +1,4 @@
-"""What is logged, and how: line by line, without tokens, library chatter once."""
+"""Logging: line by line, without tokens, repeated messages of libraries only once."""
 
 import logging
 import os
@@ -11,22 +11,22 @@ from common.ranks import launch_rank
 
 
 class TokenFreeFormatter(logging.Formatter):
-    """Formats log records, tracebacks included, without tokens."""
+    """Formats log records and tracebacks without tokens."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """What is written of a record."""
+        """Format one record."""
         return without_tokens(super().format(record))
 
 
 class SaidBefore(logging.Filter):
-    """Lets what a library logs through once; what the toolkit itself has to say, every time."""
+    """Drops repeated messages of libraries; those of the toolkit pass every time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.said: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is written."""
+        """Return whether the record is logged."""
         message = record.getMessage()
         is_new = message not in self.said or TOOLKIT in Path(record.pathname).parents
         self.said.add(message)
@@ -34,11 +34,7 @@ class SaidBefore(logging.Filter):
 
 
 def log_without_tokens(level: int) -> None:
-    """Write what the toolkit and its libraries log to stderr, message by message, and no token.
-
-    Args:
-        level: what is less than that is not written.
-    """
+    """Log to stderr without tokens, from this level on."""
     handler = LineHandler()
     handler.addFilter(SaidBefore())
     handler.setFormatter(TokenFreeFormatter("%(message)s"))
@@ -46,7 +42,7 @@ def log_without_tokens(level: int) -> None:
 
 
 class LineHandler(logging.Handler):
-    """Writes records to stderr, above the bars that are there."""
+    """Writes records to stderr, above active progress bars."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,14 +53,14 @@ class LineHandler(logging.Handler):
         try:
             if os.getpid() == self.process:
                 tqdm.write(self.format(record), file=sys.stderr)
-            else:  # a data worker, which may have been forked while the bars were locked
+            else:  # a data worker, possibly forked while the bars were locked
                 sys.stderr.write(f"{self.format(record)}\n")
-        except Exception:  # whatever it is: logging's own way with what cannot be written
+        except Exception:  # logging's convention for records that cannot be written
             self.handleError(record)
 
 
 def start_logging() -> None:
-    """Write what the main process has to say, and the errors of the others, to stderr."""
+    """Log the messages of the main process, and the errors of the others, to stderr."""
     from huggingface_hub.serialization import _torch as hub_serialization
 
     level = logging.INFO if launch_rank() == 0 else logging.ERROR

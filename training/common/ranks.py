@@ -3,7 +3,6 @@
 A process that was not launched by either is the only one.
 """
 
-import argparse
 import os
 
 
@@ -48,9 +47,9 @@ def machine_rank() -> int:
     return launch_rank() // local_size()
 
 
-def precision_of(args: argparse.Namespace) -> str:
-    """What the networks compute in (no, fp16, bf16): as the flags say, else the launch configuration."""
-    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+def precision_of(mixed_precision: str | None) -> str:
+    """Return what the networks compute in (no, fp16, bf16): --mixed_precision, else the launch configuration's."""
+    return mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def uses_deepspeed() -> bool:

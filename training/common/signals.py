@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and leave: SIGTERM (schedulers, `kill`), SIGINT (Ctrl-C), SIGUSR1 (SLURM)."""
+"""Signals that make a run save and exit: SIGTERM (schedulers, `kill`), SIGINT (Ctrl-C), SIGUSR1 (SLURM)."""
 
 import ctypes
 import os
@@ -11,22 +11,21 @@ from types import FrameType
 from common.ranks import launch_rank
 
 
-# EX_TEMPFAIL of sysexits.h: not done, but run again it goes on.
+# EX_TEMPFAIL of sysexits.h: not finished, but a new run resumes it.
 STOPPED_EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# A launcher passes on what its processes got from the terminal or the scheduler too: that is one signal, not two.
+# A launcher forwards signals that its processes also got from the terminal or the scheduler: these count once.
 ECHO_SECONDS = 2.0
-# After which a worker that was told to end does so, whatever became of its parent.
+# After SIGTERM a data worker exits at the latest after this time.
 WORKER_GRACE_SECONDS = 120
-_PR_SET_PDEATHSIG = 1  # of prctl(2): a signal for when the parent process dies
+_PR_SET_PDEATHSIG = 1  # of prctl(2): send a signal when the parent process dies
 
 
 class StopSignals:
-    """Takes the signals for as long as it is entered.
+    """A context that handles the signals.
 
-    The first one sets `received`. A second one ends the process at once, with the exit code that shells give a process
-    killed by it; but not an echo of the first, nor the one that tells of the launcher's death, which Ctrl-C brings
-    about some seconds later.
+    The first one sets `received`. A second one ends the process at once, with the exit code that shells use for it,
+    unless it is an echo of the first, or reports the launcher's death, which follows Ctrl-C some seconds later.
     """
 
     def __init__(self) -> None:
@@ -36,7 +35,7 @@ class StopSignals:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # Python allows no other to
+        if threading.current_thread() is threading.main_thread():  # no other thread can set handlers
             self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
@@ -51,26 +50,27 @@ class StopSignals:
             self.received, self._first_at = signal.Signals(number), time.monotonic()
             if launch_rank() == 0:
                 said = "saving after this step, then leaving; a second signal ends the run at once"
-                os.write(2, f"\n{self.received.name}: {said}\n".encode())  # print could be what was interrupted
+                os.write(2, f"\n{self.received.name}: {said}\n".encode())  # print may be what was interrupted
         elif time.monotonic() - self._first_at > ECHO_SECONDS and not is_orphaned:
             os._exit(128 + number)
 
 
 def follow_launcher() -> None:
-    """Get SIGTERM when the launcher dies: without it, nobody would know of a run that goes on. To be called early."""
+    """Request SIGTERM when the launcher dies, so that no run continues unnoticed. Call this early."""
     is_launched = any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
     if is_launched:
         _get_when_parent_dies(signal.SIGTERM)
 
 
 def outlive_signals() -> None:
-    """Let a data worker live on when its whole process group is told to stop: the parent decides, and needs it until
-    its step is done. When the parent dies it dies too: torch's workers look for it only between two batches, and wait
-    for ever to hand over one that nobody takes."""
+    """Keep a data worker alive when its process group is signalled: the parent needs it until its step is done.
+
+    The worker dies with its parent: torch's workers check for it only between two batches, and otherwise hang.
+    """
     _get_when_parent_dies(signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    # The alarm's own action ends the process.
+    # The alarm's default action ends the process.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_SECONDS))
 
 

@@ -1,4 +1,4 @@
-"""Text files that users or runs wrote: UTF-8, lines, JSON, with the place of what is wrong."""
+"""Read text files, lines and JSON, with the place of each error."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from common.errors import UserError
 
 
 def read_lines(file: Path, at_least: int = 0) -> list[str]:
-    """Stripped lines, without blank ones at the end. Only line ends split: U+2028 and the like stay in the caption."""
+    """Return stripped lines, without blank ones at the end. Only line ends split, not U+2028 and the like."""
     lines = [line.strip() for line in read_utf8(file).replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     while len(lines) > at_least and not lines[-1]:
         lines.pop()
@@ -21,7 +21,7 @@ def read_utf8(file: Path) -> str:
     """Read a text file, without a byte order mark.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: the file cannot be read, or is not UTF-8.
     """
     try:
         return file.read_bytes().decode("utf-8").removeprefix("\ufeff")
@@ -32,13 +32,13 @@ def read_utf8(file: Path) -> str:
 
 
 def read_json(file: Path) -> list[tuple[str, Any]]:
-    """Read an array, or one value a line, whichever it is.
+    """Read a JSON array, or one JSON value per line.
 
     Returns:
-        (where it is, what it is) of each value.
+        (place, value) of each value.
 
     Raises:
-        UserError: it is neither; with the line.
+        UserError: the file is neither; with the line.
     """
     text = read_utf8(file)
     if text.lstrip().startswith("["):
@@ -54,15 +54,15 @@ def _parsed(text: str, file: Path, first_line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         place = f"{file}:{first_line + error.lineno - 1}"
         raise UserError(f"{place} is not valid JSON: {error.msg} at character {error.colno}; {advice}") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of open brackets
+    except (ValueError, RecursionError) as error:  # very long numbers, very deep nesting
         raise UserError(f"{file}:{first_line} is not valid JSON: {error}; {advice}") from error
 
 
 def index_lines(entries: Iterable[Mapping[str, Any]]) -> str:
-    """The text of an index: a JSON object a line."""
+    """Return the text of an index: one JSON object per line."""
     return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
 def digest_lines(lines: Iterable[str]) -> str:
-    """A short digest of lines in their order."""
+    """Return a short digest of lines, in their order."""
     return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()[:12]

@@ -1,6 +1,6 @@
-"""Arrow data: Parquet files, and what the `datasets` library reads.
+"""Read Parquet files and data sets of the `datasets` library.
 
-Rows that may carry media are read one by one, so that no two videos are in memory at once.
+Rows that may carry media are read one by one, so that only one video is in memory at a time.
 """
 
 import importlib
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-_ROWS_AT_ONCE = 1000  # where there are no media in them
+_ROWS_AT_ONCE = 1000  # of tables without media
 
 
 def read_parquet(file: Path) -> Table:
     """Read a Parquet file.
 
     Raises:
-        UserError: it is none, or damaged.
+        UserError: the file is damaged or not a Parquet file.
     """
     parquet = _library("pyarrow.parquet", f"--dataset_file {file}")
     opened = _call(str(file), parquet.ParquetFile, file, pre_buffer=False)
@@ -40,7 +40,7 @@ def read_parquet(file: Path) -> Table:
 
 
 def _counted(rows: Iterator[Row], num_rows: int, file: Path) -> Iterator[Row]:
-    """The rows, and an error at their end if they are not as many as the file says: pyarrow drops what is damaged."""
+    """Yield the rows, then fail if there are fewer than the file says: pyarrow skips damaged rows silently."""
     found = 0
     for found, row in enumerate(rows, 1):  # noqa: B007
         yield row
@@ -49,16 +49,16 @@ def _counted(rows: Iterator[Row], num_rows: int, file: Path) -> Iterator[Row]:
 
 
 def read_dataset(name: str, config_name: str | None, split: str, streaming: bool) -> Table:
-    """Read a split of a data set of the `datasets` library. Code that comes with data is never run.
+    """Read a split of a data set of the `datasets` library, without running any code that comes with it.
 
     Args:
-        name: on the hub, or a local folder: of data files, or as `save_to_disk` writes it.
-        config_name: of the configuration; None: the only one.
-        split: its name.
+        name: a name on the hub, or a local folder of data files or written by `save_to_disk`.
+        config_name: the configuration; None for the only one.
+        split: name of the split.
         streaming: read row by row, without a copy of the data set on disk.
 
     Raises:
-        UserError: there is no such data set, configuration or split, or it cannot be read.
+        UserError: the data set, configuration or split does not exist or cannot be read.
     """
     datasets = _library("datasets", "--dataset_name")
     datasets.config.TORCH_AVAILABLE = False  # streaming imports torch, which takes seconds, only to subclass it
@@ -68,22 +68,23 @@ def read_dataset(name: str, config_name: str | None, split: str, streaming: bool
         if folder and any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
             dataset = _load_saved(datasets, where, folder, split)
         else:
-            # The whole path of a folder, so that one called "csv" or "text" is not taken for the builder of that name.
+            # An absolute path, because "csv" or "text" would select the builder of that name.
             path = str(folder.resolve()) if folder else name
             dataset = _call(where, datasets.load_dataset, path, config_name, split=split, streaming=streaming)
-        # Data that is streamed may have no names until the first row is read.
+        # Streamed data may have no column names until the first row is read.
         names = dataset.column_names or _call(where, lambda: list(next(iter(dataset), {})))
-    # In Arrow's format, videos and images stay as they are stored: bytes, paths or numbers.
+    # The Arrow format keeps videos and images as stored: bytes, paths or numbers.
     schema = dataset.features.arrow_schema if dataset.features else None
     batches = dataset.with_format("arrow").iter(batch_size=_rows_at_once(schema))
     return Table(where, names, _rows(where, batches, f"{name}:{split}:row"), folder, _download_folders(datasets))
 
 
 def _download_folders(datasets: ModuleType) -> list[Path]:
-    """Where `datasets` puts the files that come with a data set on the hub, which its rows then name."""
-    hub = importlib.import_module("huggingface_hub.constants")
+    """Return the folders that `datasets` downloads a data set's files to, which its rows then name."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     config = datasets.config
-    return [Path(place) for place in (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, hub.HF_HUB_CACHE)]
+    return [Path(place) for place in (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)]
 
 
 def _load_saved(datasets: ModuleType, where: str, folder: Path, split: str) -> Any:
@@ -107,25 +108,25 @@ def _library(name: str, needed_for: str) -> ModuleType:
 def _call(where: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     try:
         return function(*arguments, **options)
-    # What goes wrong in strangers' files and on the network comes as a dozen kinds of exceptions of five libraries.
-    except Exception as error:
+    except Exception as error:  # five libraries read the files and the network, each with its own exceptions
         cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
         raise UserError(f"{where} cannot be read: {one_line(error) or type(error).__name__}{cause}") from error
 
 
 @contextmanager
 def _quiet(datasets: ModuleType) -> Iterator[None]:
-    """No progress bars, and no log lines about what we report ourselves. The hub's bars come back for the models."""
-    hub = importlib.import_module("huggingface_hub.utils")
-    shown = not hub.are_progress_bars_disabled()
+    """Hide progress bars and log lines of what we report ourselves. The hub's bars are restored for the models."""
+    from huggingface_hub import utils
+
+    shown = not utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
-    hub.disable_progress_bars()
+    utils.disable_progress_bars()
     try:
         yield
     finally:
         if shown:
-            hub.enable_progress_bars()
+            utils.enable_progress_bars()
 
 
 def _rows_at_once(schema: "pa.Schema | None") -> int:
@@ -157,7 +158,7 @@ def _row(batch: "pa.Table | pa.RecordBatch", index: int, source: str) -> Row:
 
 
 def _value(scalar: "pa.Scalar") -> Any:
-    """As Python has it, but lists of numbers (a decoded video) as an array: a hundred times faster."""
+    """Convert to a Python value, but lists of numbers (a decoded video) to an array, which is 100 times faster."""
     import pyarrow as pa
 
     if not scalar.is_valid:
@@ -169,7 +170,7 @@ def _value(scalar: "pa.Scalar") -> Any:
 
 
 def _array(values: "pa.Array") -> np.ndarray | None:
-    """Nested lists of numbers by their buffer; None: they are no numbers, or of different lengths."""
+    """Return nested lists of numbers as an array; None if they are not numbers or differ in length."""
     import pyarrow as pa
     from pyarrow import compute
 

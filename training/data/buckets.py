@@ -1,7 +1,4 @@
-"""Buckets of one size (frames, height, width), and the sampler that makes batches of one bucket.
-
-The sampler knows indices only; clips are decoded where the batches go, in the DataLoader's workers.
-"""
+"""Buckets: the sizes (frames, height, width) that clips are resized to."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -10,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Bucket(NamedTuple):
-    """The size that all clips of a batch are brought to."""
+    """The size of all clips in a batch."""
 
     num_frames: int
     height: int
@@ -21,14 +18,14 @@ class Bucket(NamedTuple):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Frames, height and width of the VAE's latents: 4k frames become k of them, 4k + 1 frames k + 1."""
+        """Frames, height and width of the VAE's latents: 4k frames become k latent frames, 4k + 1 become k + 1."""
         return (self.num_frames + 3) // 4, self.height // 8, self.width // 8
 
 
 def make_buckets(
     frame_buckets: Iterable[int], height_buckets: Iterable[int], width_buckets: Iterable[int], max_num_frames: int
 ) -> list[Bucket]:
-    """Every combination of the sizes given, sorted, without repeats and without those above `max_num_frames`.
+    """Combine the sizes to buckets of at most `max_num_frames`, sorted and without repeats.
 
     Raises:
         ValueError: no bucket is left.
@@ -42,14 +39,14 @@ def make_buckets(
 
 
 def assign_bucket(num_frames: int, height: int, width: int, buckets: Iterable[Bucket]) -> Bucket:
-    """The bucket of a sample, among those with as many frames.
+    """Choose the bucket of a sample among those with the same number of frames.
 
-    One that needs no upscaling where there is one; then the nearest aspect ratio, |log(w/h) - log(w'/h')|; then the
-    nearest area; then the smallest height. The order of `buckets` does not matter.
+    Buckets that need no upscaling come first, then the nearest aspect ratio, |log(w/h) - log(w'/h')|, then the nearest
+    area, then the smallest height. The order of `buckets` does not matter.
 
     Args:
-        num_frames: of the sample, as from `choose_samples`; the number of frames of some bucket.
-        height, width: of the clip, in pixels.
+        num_frames: frames of the sample, as from `choose_samples`.
+        height, width: size of the clip, in pixels.
         buckets: as from `make_buckets`.
 
     Raises:
@@ -72,13 +69,13 @@ def assign_bucket(num_frames: int, height: int, width: int, buckets: Iterable[Bu
 
 
 def count_tokens(config: Mapping[str, Any], bucket: Bucket) -> int:
-    """How long the transformer's sequence is for one sample: text and patches of the video's latents.
+    """Count the transformer's tokens for one sample: text, and patches of the video's latents.
 
     Args:
-        config: the transformer's.
-        bucket: the sample's size, in frames and pixels.
+        config: the transformer's config.
+        bucket: size of the sample, in frames and pixels.
     """
     frames, height, width = bucket.latent_shape
     patch, patch_frames = config["patch_size"], config["patch_size_t"] or 1
-    video = -(-frames // patch_frames) * (height // patch) * (width // patch)  # frames are padded to whole patches
+    video = -(-frames // patch_frames) * (height // patch) * (width // patch)  # padded as by `pad_latent_frames`
     return config["max_text_seq_length"] + video

@@ -1,4 +1,4 @@
-"""Clips, and the plan that gives each its frames and its bucket before anything is decoded."""
+"""Clips, and the choice of frames and bucket for each before anything is decoded."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,21 +12,21 @@ from video.probe import VideoInfo
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One video, or still image, and its caption."""
+    """A video or still image with its caption."""
 
     video: Path
     caption: str  # with the id token in front
     source: str  # where it is listed, for messages: "videos.txt:3"
-    image: Path | None = None  # the first frame that image-to-video conditions on; None: the video's own
-    repeats: float = 1.0  # how often it comes in an epoch; 2.5: twice in each, and once more in half of them
+    image: Path | None = None  # the first frame that image-to-video conditions on; None for the video's own
+    repeats: float = 1.0  # times per epoch; 2.5 means twice in every epoch and a third time in half of them
     metadata: Mapping[str, str] = field(default_factory=dict)  # the table's other columns
 
 
 @dataclass(frozen=True, slots=True)
 class BadClip:
-    """A clip that cannot be used, and why."""
+    """A clip that cannot be used, with the reason."""
 
-    what: str  # its path as far as it is known
+    what: str  # its path as far as known
     source: str
     reason: str
 
@@ -36,15 +36,15 @@ class BadClip:
 
 @dataclass(frozen=True, slots=True)
 class ClipSample:
-    """A sample: which frames of a clip go into which bucket."""
+    """A sample: chosen frames of a clip, and their bucket."""
 
     clip: Clip
     info: VideoInfo
     bucket: Bucket
     frame_indices: tuple[int, ...]
-    part: int = 0  # which of the clip's samples, where a long clip gives several
-    first_frame: VideoInfo | None = None  # what the probe found of clip.image, where that is needed
-    num_held: int = 0  # frames at the end that are there only because the last one is held
+    part: int = 0  # index among the samples of a clip that is split
+    first_frame: VideoInfo | None = None  # probe result of clip.image, for image-to-video
+    num_held: int = 0  # frames at the end that repeat the last one to fill the bucket
 
 
 def plan_clips(
@@ -59,18 +59,18 @@ def plan_clips(
     hold_last_frame: bool = False,
     with_images: bool = False,
 ) -> tuple[list[ClipSample], list[BadClip]]:
-    """Give every clip its frames and its bucket, or the reason why it has none.
+    """Choose frames and bucket of every clip, or say why it cannot be used.
 
     Args:
-        clips: what to plan, in order.
-        infos: what the probe found of every video, and with `with_images` of every image; a str is the reason why a
-            file cannot be used. As from `probe_files`.
+        clips: the clips to plan.
+        infos: probe results of every video, and of every image if `with_images`, as from `probe_files`; a str is the
+            reason why a file cannot be used.
         buckets: as from `make_buckets`.
-        skip_start, skip_end: frames left out at either end of each video.
-        fps: frames a second to sample at; None takes a clip's frames as they are.
+        skip_start, skip_end: frames to skip at either end of each video.
+        fps: frames per second to sample at; None keeps all frames of a clip.
         long_clips: one of `frames.LONG_CLIPS`.
-        hold_last_frame: fill videos that are too short by repeating their last frame.
-        with_images: clips that name an image need it; otherwise images are not looked at.
+        hold_last_frame: repeat the last frame of videos that are too short.
+        with_images: require the images that clips name; otherwise images are not read.
 
     Returns:
         The samples and the bad clips, both in the order of `clips`. Every clip is in exactly one of the two.
@@ -78,7 +78,7 @@ def plan_clips(
     choose = partial(choose_samples, skip_start=skip_start, skip_end=skip_end, fps=fps, long_clips=long_clips)
     frame_counts = sorted({bucket.num_frames for bucket in buckets})
 
-    # Clips alike share one tuple of frame numbers, which saves time and memory where there are a million.
+    # Clips of equal timing share one tuple of frame numbers, which saves time and memory for a million clips.
     @cache
     def samples_of(timing: VideoInfo) -> tuple[list[tuple[int, ...]], int]:
         return _choose_or_hold(timing, frame_counts, choose, hold_last_frame)
@@ -118,14 +118,14 @@ def _first_frame(clip: Clip, infos: Mapping[Path, VideoInfo | str]) -> VideoInfo
 
 
 def _timing(info: VideoInfo) -> VideoInfo:
-    """The same for all clips that the same frames are chosen from."""
+    """Keep only what the choice of frames depends on."""
     return replace(info, height=0, width=0, rotation=0, seekable=False, sha256="")
 
 
 def _choose_or_hold(
     info: VideoInfo, frame_counts: Sequence[int], choose: Callable[..., list[tuple[int, ...]]], hold_last_frame: bool
 ) -> tuple[list[tuple[int, ...]], int]:
-    """The samples of a clip, and how many frames of its only one are there because the last frame is held."""
+    """Return the samples of a clip, and how many frames at the end of its only sample repeat the last one."""
     try:
         return choose(info, frame_counts), 0
     except ValueError:
@@ -139,5 +139,5 @@ def _choose_or_hold(
         except ValueError:
             return False
 
-    # Frames repeat by themselves where fps is above the clip's rate, so counting equal ones would not tell.
+    # Frames also repeat where fps is above the clip's rate, so equal frame numbers cannot be counted instead.
     return [sample], next(held for held in range(1, len(sample)) if fits(len(sample) - held))

@@ -1,4 +1,4 @@
-"""A folder of clips, each with its caption in a .txt of the same name beside it."""
+"""Read a folder of clips, each with its caption in a .txt file of the same name beside it."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -16,21 +16,20 @@ _SIDE_NOTES = {"readme", "license", "licence", "copying", "notice", "changelog"}
 
 
 def read_folder(root: Path, captions_file: Path | None = None) -> Table:
-    """Read the videos and still images in a folder and below, sorted by path.
+    """Read the videos and still images in a folder and its subfolders, sorted by path.
 
-    `b.png` beside `b.mp4` is that video's first frame. Hidden files do not count. Every .txt needs a clip, except one
-    named like a readme or licence in the folder itself.
+    `b.png` beside `b.mp4` is that video's first frame. Hidden files are ignored. Every .txt file needs a clip, except
+    one named like a readme or licence at the top level.
 
     Args:
         root: the folder.
-        captions_file: a table that captions are going to be written to, which may lie in the folder. Clips may be
-            without one then.
+        captions_file: a table that captions will be written to, possibly in the folder; clips then need no captions.
 
     Returns:
         Columns video, caption and image.
 
     Raises:
-        UserError: there are no clips; it says what to give instead.
+        UserError: there are no clips; the message says what to pass instead.
     """
     groups: dict[str, list[str]] = {}
     for file in sorted(_visible_files(root)):
@@ -41,13 +40,13 @@ def read_folder(root: Path, captions_file: Path | None = None) -> Table:
         tables = [name for name in tables if (root / name).resolve() != captions_file.resolve()]
     if tables and not any(".txt" in kinds and len(kinds) > 1 for kinds in suffixes):
         raise UserError(
-            f"{root} has no clips with captions beside them, but {', '.join(tables)}: give "
+            f"{root} has no clips with captions beside them, but {', '.join(tables)}: pass "
             f"--dataset_file {root / tables[0]}"
         )
     if all(kinds == {".txt"} for kinds in suffixes):
         raise UserError(
             f"{root} has nothing that can be read as clips. Put videos.txt and prompts.txt there, with one path and "
-            "one caption a line; or clips that each have a .txt of the same name beside them; or give a table with "
+            "one caption per line; or clips that each have a .txt of the same name beside them; or pass a table with "
             f"--dataset_file ({', '.join(TABLE_SUFFIXES)}), or a data set with --dataset_name"
         )
     needed = captions_file is None
@@ -56,12 +55,12 @@ def read_folder(root: Path, captions_file: Path | None = None) -> Table:
 
 
 def _is_ours(folder: str) -> bool:
-    """What an earlier preparation or dry run wrote among the clips is no clip."""
+    """Return whether an earlier preparation or dry run wrote the folder."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("prepared.json", "plan.csv"))
 
 
 def _visible_files(root: Path) -> Iterator[str]:
-    """Clips and captions, as paths below root; each folder once, though links may lead to it twice or in circles."""
+    """Yield clips and captions as paths below root. Each folder is read once, even if links form a cycle."""
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_report_folder):
         place = os.path.realpath(folder)
@@ -84,7 +83,7 @@ def _suffix(name: str) -> str:
 
 
 def _rows(root: Path, name: str, files: Sequence[str], captions_needed: bool) -> Iterator[Row]:
-    """The clips among the files of one name."""
+    """Yield the clips among the files of one name."""
     videos, images, captions = (
         [file for file in files if _suffix(file) in kinds] for kinds in (VIDEO_SUFFIXES, IMAGE_SUFFIXES, {".txt"})
     )

@@ -1,13 +1,13 @@
-"""The files behind the media of a row: those it names, and in a cache those that it carries itself.
+"""Find the media files that a row names, and write media that a row contains to a cache.
 
-Files in the cache are named by their content: each is written once, however many processes read it how often. What is
-in them is left to the probe.
+Cached files are named by their content, so each is written once however many processes read it. The probe checks what
+is in them.
 """
 
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from time import monotonic
@@ -26,30 +26,30 @@ from video.media import decode_still_image, reason_of
 VIDEO_SUFFIXES = frozenset([".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"])
 IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
 
-FETCH_LIMIT = 4 * 2**30  # bytes of one clip
-FETCH_TIMEOUT = 1800.0  # seconds that one clip may take
+FETCH_LIMIT = 4 * 2**30  # bytes per clip
+FETCH_TIMEOUT = 1800.0  # seconds per clip
 
-_DECODED_FPS = 8  # of decoded videos without an fps column: what CogVideoX 1.0 was trained at
-_ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # that fsspec looks into
+_DECODED_FPS = 8  # rate of decoded videos without an fps column: what CogVideoX 1.0 was trained at
+_ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # that fsspec can open
 
 
 def media_file(
     value: object, folder: Path | None, cache: Path, fps: object = None, *, within: Sequence[Path] | None = None
 ) -> Path:
-    """Find the file of a row's video or image, or write what the row carries into the cache.
+    """Find the file of a row's video or image, or write the media that the row contains to the cache.
 
     Args:
-        value: a path, in which ~/ is the home folder; a file's bytes; a dict of "bytes" and "path", as `datasets`
-            stores videos and images, where the path may be a link to the hub or into an archive; a decoded video,
+        value: a path, where ~/ is the home folder; a file's bytes; a dict of "bytes" and "path", as `datasets` stores
+            videos and images, where the path may be a link to the hub or into an archive; a decoded video,
             [F, H, W, 3], or image, [H, W, 3], of integers from 0 to 255; or a video as a list of images, each a path,
             bytes or dict.
-        folder: where relative paths start.
-        cache: folder for what the row carries. Decoded videos are kept without loss, as FFV1.
-        fps: of decoded videos; None: 8.
-        within: the folders that a path has to stay in, as `stays_inside` takes it; None: it may be anywhere.
+        folder: start of relative paths.
+        cache: folder for media that rows contain. Decoded videos are stored losslessly, as FFV1.
+        fps: rate of decoded videos; None for 8.
+        within: folders that a path must stay in, as in `stays_inside`; None allows any path.
 
     Raises:
-        UnusableRow: it is nothing of all that.
+        UnusableRow: the value is none of these.
         UserError: the cache cannot be written.
     """
     match value:
@@ -73,10 +73,10 @@ def media_file(
 def first_frame_file(
     value: object, folder: Path | None, cache: Path, *, within: Sequence[Path] | None = None
 ) -> Path | None:
-    """The same for the image that image-to-video conditions on, which a row may lack, or have as a list of one."""
+    """Find the image that image-to-video conditions on like `media_file`; a row may have none, or a list of one."""
     if isinstance(value, list):
         if len(value) > 1:
-            raise UnusableRow(f"has {len(value)} images where one belongs")
+            raise UnusableRow(f"has {len(value)} images instead of one")
         value = value[0] if value else None
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
@@ -87,7 +87,7 @@ def first_frame_file(
 
 
 def expand_home(path: str) -> str:
-    """A path with ~/ at its start as the home folder. A file name may begin with ~, so ~name stays as it is."""
+    """Replace ~/ at the start of a path by the home folder. ~name stays, because file names may begin with ~."""
     return os.path.expanduser(path) if path.startswith("~/") else path
 
 
@@ -98,10 +98,10 @@ def _listed_file(text: str, folder: Path | None, within: Sequence[Path] | None) 
     if "://" in path:
         raise UnusableRow("is a URL; download the file and list its path")
     if folder is None and not os.path.isabs(path):
-        raise UnusableRow("has a relative path; give the folder it starts from with --data_root")
+        raise UnusableRow("has a relative path; set the folder it starts from with --data_root")
     if within is not None and not stays_inside(path, folder, within):
         where = f"outside of {folder}" if folder else "in no folder that was named (--data_root)"
-        raise UnusableRow(f"lies {where}; move it there, or give --allow_outside_paths if you trust this list")
+        raise UnusableRow(f"lies {where}; move it there, or pass --allow_outside_paths if you trust this list")
     return Path(path) if folder is None else folder / path
 
 
@@ -110,7 +110,7 @@ def _write_bytes(data: bytes, name: str, cache: Path) -> Path:
 
 
 def _fetch(url: str, folder: Path | None, cache: Path, within: Sequence[Path] | None) -> Path:
-    """A copy of a file on the hub or in an archive, found again by its link: the hub's contain the revision."""
+    """Copy a file on the hub or in an archive, cached by its link: the hub's links contain the revision."""
     import fsspec
 
     *inner, outermost = url.split("::")
@@ -122,18 +122,23 @@ def _fetch(url: str, folder: Path | None, cache: Path, within: Sequence[Path] | 
         raise UnusableRow("is a link of a kind that is not followed; list the path of a file")
 
     def copy(partial: Path) -> None:
+        deadline = monotonic() + FETCH_TIMEOUT
         try:
             with fsspec.open(url, "rb") as remote, partial.open("wb") as file:
-                for piece in pieces_within(iter(lambda: remote.read(2**20), b""), FETCH_LIMIT, FETCH_TIMEOUT):
+                while piece := remote.read(2**20):
                     file.write(piece)
-        except Exception as error:  # every file system that fsspec reaches has its own
+                    if file.tell() > FETCH_LIMIT:
+                        raise ValueError(f"larger than {FETCH_LIMIT / 2**20:g} MiB")
+                    if monotonic() > deadline:
+                        raise TimeoutError(f"not complete within {FETCH_TIMEOUT:g} s")
+        except Exception as error:  # each file system of fsspec has its own exceptions
             raise UnusableRow(f"cannot be fetched: {one_line(error) or type(error).__name__}") from error
 
     return _cached(cache, _digest(url.encode()), url.split("::")[0].split("?")[0], copy)
 
 
 def _is_on_hub(url: str) -> bool:
-    """Whether a link is one that `datasets` makes of a file on the hub: no other server is asked for anything."""
+    """Return whether a link is one that `datasets` makes of a file on the hub. No other server is contacted."""
     from huggingface_hub import constants
 
     return url.startswith(("hf://", f"{constants.ENDPOINT}/"))
@@ -153,7 +158,7 @@ def _write_decoded(array: np.ndarray, fps: object, cache: Path) -> Path:
 
 
 def _write_images(images: Sequence[bytes], fps: object, cache: Path) -> Path:
-    """A list of encoded images as one video."""
+    """Write a list of encoded images as one video."""
     if not images:
         raise UnusableRow("holds no frames")
     rate = _rate(fps)
@@ -168,7 +173,7 @@ def _image_bytes(image: object, folder: Path | None, within: Sequence[Path] | No
         case str(path) | {"path": str(path)}:
             file = _listed_file(path, folder, within)
             if not os.path.isfile(file):
-                raise UnusableRow(f"has a frame {one_line(path, 200)} that is no file")
+                raise UnusableRow(f"has a frame {one_line(path, 200)} that is not a file")
             try:
                 return file.read_bytes()
             except (OSError, ValueError) as error:  # ValueError: a path with a null character
@@ -184,7 +189,7 @@ def _decode_image(data: bytes) -> np.ndarray:
     except ValueError as error:
         raise UnusableRow(f"has a frame that is {one_line(error)}") from error
     if image is None:
-        raise UnusableRow("has a frame that is no still image")
+        raise UnusableRow("has a frame that is not a still image")
     return image.pixels
 
 
@@ -197,7 +202,7 @@ def _rate(fps: object) -> Fraction:
 
 
 def _write_video(path: Path, frames: Iterable[np.ndarray], rate: Fraction) -> None:
-    """Losslessly, and the same bytes for the same frames: without bitexact, Matroska draws a random identifier."""
+    """Write frames losslessly. Equal frames make equal bytes: without bitexact, Matroska adds a random identifier."""
     with av.open(str(path), "w", format="matroska", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("ffv1", rate=rate)
         stream.pix_fmt = "bgr0"
@@ -220,7 +225,7 @@ def _digest(*parts: bytes | np.ndarray) -> str:
 
 
 def _cached(cache: Path, digest: str, name: str, write: Callable[[Path], object]) -> Path:
-    """The file of a digest, with the suffix of `name`, written unless it is there."""
+    """Return the file of a digest, with the suffix of `name`; write it if it does not exist."""
     suffix = os.path.splitext(name)[1].lower()
     path = cache / digest[:2] / f"{digest}{suffix if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES else ''}"
     if not path.exists():
@@ -230,25 +235,3 @@ def _cached(cache: Path, digest: str, name: str, write: Callable[[Path], object]
         except av.FFmpegError as error:
             raise UserError(f"{path} cannot be written: {reason_of(error)}") from error
     return path
-
-
-def pieces_within(pieces: Iterable[bytes], most_bytes: int, most_seconds: float) -> Iterator[bytes]:
-    """Pass the pieces of a file on as they come.
-
-    Args:
-        pieces: each asked for only when the one before it has been passed on.
-        most_bytes: of the file.
-        most_seconds: from the first piece asked for to the last; looked at when a piece has come.
-
-    Raises:
-        ValueError: the file is larger.
-        TimeoutError: it takes longer.
-    """
-    deadline, taken = monotonic() + most_seconds, 0
-    for piece in pieces:
-        taken += len(piece)
-        if taken > most_bytes:
-            raise ValueError(f"larger than {most_bytes / 2**20:g} MiB")
-        if monotonic() > deadline:
-            raise TimeoutError(f"not whole within {most_seconds:g} s")
-        yield piece

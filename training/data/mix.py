@@ -1,4 +1,4 @@
-"""Several data sets as one: the file of --dataset_mix, its repeats and weights."""
+"""Combine several data sets: the file of --dataset_mix, its repeats and weights."""
 
 import difflib
 import json
@@ -15,26 +15,26 @@ from data.paths import stays_inside
 from data.sources import DataSource
 
 
-_PATH_KEYS = ("data_root", "dataset_file", "dataset_name")  # of an entry of a mix
+_PATH_KEYS = ("data_root", "dataset_file", "dataset_name")  # they also say which data an entry reads
 
 
 def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
     """Read the data sets of a --dataset_mix file.
 
     Args:
-        file: JSON, an array of objects whose keys are fields of `DataSource`; a prepared folder has `data_root` alone.
-            Relative paths start from the file's own folder, so that it means the same wherever it is used from; ~/ is
-            the home folder. A `dataset_file` may also lie in its `data_root`. Paths stay below the file's folder,
-            unless `defaults` allow others.
-        defaults: what the flags say, for the fields that an entry leaves out. Which data an entry reads, and its
-            repeats or weight, never come from there.
+        file: JSON, an array of objects whose keys are fields of `DataSource`; a prepared folder has only `data_root`.
+            Relative paths start from the file's own folder, wherever the command runs; ~/ is the home folder. A
+            `dataset_file` may also be in its `data_root`. Paths must stay below the file's folder, unless `defaults`
+            allow others.
+        defaults: the flags, for fields that an entry omits. They never set which data an entry reads, nor its repeats
+            or weight.
 
     Returns:
-        One for each entry, its paths absolute.
+        One source per entry, with absolute paths.
 
     Raises:
-        UserError: naming entry and key: unknown, of the wrong type, contradictory, or missing; or all that lead out of
-            the file's folder.
+        UserError: an entry has an unknown, contradictory or missing key or a value of the wrong type, or paths lead
+            out of the file's folder.
     """
     entries = [entry for _, entry in read_json(file)]
     if not entries:
@@ -64,9 +64,9 @@ def _check_entry(where: str, entry: object) -> None:
         _check_value(where, key, value)
     for first, second in (("repeats", "weight"), ("dataset_file", "dataset_name")):
         if first in entry and second in entry:
-            raise UserError(f"{where} has both {first!r} and {second!r}; leave one of them out")
-    if not entry.keys() & {"data_root", "dataset_file", "dataset_name"}:
-        raise UserError(f"{where} names no data: give it data_root, dataset_file or dataset_name")
+            raise UserError(f"{where} has both {first!r} and {second!r}; omit one of them")
+    if not entry.keys() & set(_PATH_KEYS):
+        raise UserError(f"{where} names no data: add data_root, dataset_file or dataset_name")
 
 
 def _check_value(where: str, key: str, value: object) -> None:
@@ -84,20 +84,20 @@ def _check_value(where: str, key: str, value: object) -> None:
 
 
 def _check_places(file: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """No entry leads out of the folder that the file is in."""
+    """Refuse entries that lead out of the file's folder."""
     folder = file.parent.absolute()
     outside = [
         f"entry {number}: {key!r} is {value}"
         for number, entry in enumerate(entries, 1)
         for key in _PATH_KEYS
         if (value := entry.get(key)) is not None
-        # The name of a data set on the hub starts no path.
+        # The name of a data set on the hub looks like a relative path inside.
         and not stays_inside(expand_home(value), folder, [folder])
     ]
     if outside:
         title = (
             f"--dataset_mix {file}: data sets outside of the file's own folder; put it into a folder above them, or "
-            "give --allow_outside_paths if you trust it and what they list:"
+            "pass --allow_outside_paths if you trust it and what they list:"
         )
         raise UserError(listing(title, outside, most=len(outside)))
 
@@ -115,14 +115,14 @@ def _with_paths(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def weights_to_repeats(sources: Sequence[DataSource], num_samples: Sequence[int]) -> list[float | None]:
-    """How often the samples of each data set come in an epoch by their weights; None for one without a weight.
+    """Compute the repeats of each data set from its weight; None for data sets without a weight.
 
-    A weight w is the share of the samples of an epoch, against the sum of all. With n samples each repeats w / n
-    times, scaled so that the least repeated data set comes exactly once an epoch.
+    A weight is a share of an epoch's samples, relative to the sum of all weights. The n samples of a data set of
+    weight w repeat w / n times, scaled so that the least repeated data set comes exactly once per epoch.
 
     Args:
-        sources: all with a weight, or none, as `read_mix` gives them.
-        num_samples: of each that can be used.
+        sources: as from `read_mix`: all with a weight, or none.
+        num_samples: usable samples of each.
     """
     densities = [
         source.weight / count if source.weight is not None and count else None

@@ -1,4 +1,4 @@
-"""Whether a path that a list names stays in the folders that the user named: lists may come from strangers."""
+"""Keep the paths of a list, which may come from strangers, inside the folders that the user named."""
 
 import os
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from pathlib import Path
 
 
 def stays_inside(listed: str, start: Path | None, folders: Sequence[Path]) -> bool:
-    """Whether a path, as it is written, leads into one of the folders.
+    """Return whether a path, as it is written, leads into one of the folders.
 
-    Links inside a folder are followed wherever they lead, as its owner made them. What is written is not trusted: an
-    absolute path, and one with "..", has to end in a folder once it is resolved, unless it begins with the folder's
-    own path and never goes up from there.
+    Links inside a folder are trusted, as its owner made them. The written path is not: an absolute path, or one with
+    "..", must resolve to a place in a folder, unless it begins with the folder's own path and never goes up from
+    there.
 
     Args:
-        listed: as a list has it, ~/ replaced.
-        start: where relative paths start.
-        folders: that the user named; where relative paths start may be one of them.
+        listed: the path in the list, with ~/ replaced.
+        start: start of relative paths.
+        folders: folders that the user named, possibly with `start`.
     """
     climbs = ".." in listed.split("/")
     if start in folders and not climbs and not os.path.isabs(listed):

@@ -1,8 +1,7 @@
 """What a run will see, settled from flags and files before anything heavy is imported or any model is loaded."""
 
-import argparse
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +11,14 @@ from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import written_whole
 from common.text_files import digest_lines
-from data.buckets import Bucket, make_buckets
+from data.buckets import Bucket, count_tokens, make_buckets
 from data.clips import BadClip, ClipSample, plan_clips
 from data.mix import read_mix, weights_to_repeats
-from data.prepared import PREPARED_FLAGS, PreparedClip, read_index, read_prepared_settings
-from data.report import plan_table, sequence_length
+from data.prepared import PreparedClip, read_index, read_prepared_settings
+from data.report import plan_table
 from data.sources import DataSource, read_clips
+from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
+from flags.settings import TrainingSettings
 from video.cache import FileCache, default_cache_folder
 from video.probe import probe_files
 
@@ -107,18 +108,19 @@ def _describe_samples(samples: Sequence[tuple]) -> str:
     return f"{len(samples)} samples ({digest_lines(map(repr, samples))})"
 
 
-def plan_training_data(args: argparse.Namespace, *, with_images: bool = False) -> TrainingData:
-    """Find the clips that the training flags name, those held out among them.
+def plan_training_data(settings: TrainingSettings) -> TrainingData:
+    """Find the clips that the training flags name, and those held out.
 
     Raises:
         UserError: files are missing or unusable; all of them are listed.
     """
-    if args.load_tensors:
-        data = _read_prepared(args)
+    sources, with_images = settings.sources, settings.task == "image-to-video"
+    if settings.prepared.load_tensors:
+        data = _read_prepared(data_sources(sources))
     else:
-        data = plan_raw_clips(args, with_images=with_images)
-        check_bad_clips(data, args.on_bad_clip)
-    held_out = plan_validation_clips(args, with_images=with_images)
+        data = plan_raw_clips(sources, settings.clips, with_images=with_images)
+        check_bad_clips(data, sources.on_bad_clip)
+    held_out = plan_validation_clips(settings, with_images=with_images)
     if isinstance(data, RawData) and held_out is not None:
         _check_held_out(data, held_out)
     return replace(data, held_out=held_out)
@@ -135,19 +137,26 @@ def _check_held_out(data: RawData, held_out: RawData) -> None:
         raise UserError(listing(title, both))
 
 
-def plan_raw_clips(args: argparse.Namespace, *, with_images: bool = False) -> RawData:
-    """List, probe and bucket the clips, by the data flags that training and preparation share.
+def plan_raw_clips(flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bool = False) -> RawData:
+    """List, probe and bucket the clips.
+
+    Args:
+        flags: where they are.
+        clip_flags: how they become samples.
+        with_images: clips that name an image need it.
 
     Raises:
         UserError: lists are missing or malformed.
     """
     cache = default_cache_folder()
     try:
-        buckets = make_buckets(args.frame_buckets, args.height_buckets, args.width_buckets, args.max_num_frames)
+        buckets = make_buckets(
+            clip_flags.frame_buckets, clip_flags.height_buckets, clip_flags.width_buckets, clip_flags.max_num_frames
+        )
     except ValueError as error:
         raise UserError(f"--frame_buckets: {error}") from error
-    sources = data_sources(args)
-    read = [read_clips(source, cache / "media", name_folder=bool(args.dataset_mix)) for source in sources]
+    sources = data_sources(flags)
+    read = [read_clips(source, cache / "media", name_folder=bool(flags.dataset_mix)) for source in sources]
     clips = [clip for of_source, _ in read for clip in of_source]
     files = [clip.video for clip in clips]
     files += [clip.image for clip in clips if with_images and clip.image is not None]
@@ -158,11 +167,11 @@ def plan_raw_clips(args: argparse.Namespace, *, with_images: bool = False) -> Ra
             of_source,
             infos,
             buckets,
-            skip_start=args.skip_frames_start,
-            skip_end=args.skip_frames_end,
-            fps=args.fps,
-            long_clips=args.long_clips,
-            hold_last_frame=args.hold_last_frame,
+            skip_start=flags.skip_frames_start,
+            skip_end=flags.skip_frames_end,
+            fps=clip_flags.fps,
+            long_clips=clip_flags.long_clips,
+            hold_last_frame=clip_flags.hold_last_frame,
             with_images=with_images,
         )
         planned.append(usable)
@@ -170,14 +179,10 @@ def plan_raw_clips(args: argparse.Namespace, *, with_images: bool = False) -> Ra
     return RawData(_weighted(sources, planned), bad)
 
 
-def plan_validation_clips(args: argparse.Namespace, *, with_images: bool) -> RawData | None:
+def plan_validation_clips(settings: TrainingSettings, *, with_images: bool) -> RawData | None:
     """List, probe and bucket the clips of --validation_dataset_file, held out from training.
 
     They get frames and sizes as the training clips do, but one sample each: of a clip that is split, its first part.
-
-    Args:
-        args: the flags of training.
-        with_images: clips that name an image need it.
 
     Returns:
         The clips; None where none are held out.
@@ -185,9 +190,9 @@ def plan_validation_clips(args: argparse.Namespace, *, with_images: bool) -> Raw
     Raises:
         UserError: the table cannot be used, or clips cannot; all of them are listed.
     """
-    if args.validation_dataset_file is None:
+    if settings.validation.validation_dataset_file is None:
         return None
-    data = plan_raw_clips(validation_data_flags(args), with_images=with_images)
+    data = plan_raw_clips(*validation_data_flags(settings), with_images=with_images)
     if data.bad:
         what = f"{len(data.bad)} of {data.num_listed} clips"
         title = f"--validation_dataset_file: {what} cannot be used; mend or remove them:"
@@ -195,29 +200,34 @@ def plan_validation_clips(args: argparse.Namespace, *, with_images: bool) -> Raw
     return RawData([planned for planned in data.clips if planned.part == 0])
 
 
-def validation_data_flags(args: argparse.Namespace) -> argparse.Namespace:
-    """The data flags that the clips of --validation_dataset_file are read with.
+def validation_data_flags(settings: TrainingSettings) -> tuple[SourceFlags, ClipFlags]:
+    """Return the flags that the clips of --validation_dataset_file are read with.
 
-    Those of training, but for where the clips are, and with nothing random. Where training data was prepared, frames
-    and sizes are as it was prepared with, as far as its folders say and agree.
+    They are those of training, except for where the clips are, and with nothing random. Where the training data was
+    prepared, frames and sizes are as it was prepared with, as far as its folders agree.
     """
     places = {"data_root": None, "dataset_name": None, "dataset_mix": None, "max_samples": None}
-    flags = vars(args) | places | {"dataset_file": args.validation_dataset_file}
-    if args.load_tensors:
-        made_with = [
-            read_prepared_settings(folder).get("flags", {}) for folder in _prepared_folders(data_sources(args))
-        ]
-        first = made_with[0]
-        flags |= {
-            name: first[name]
-            for name in PREPARED_FLAGS
-            if all(name in others and others[name] == first[name] for others in made_with)
-        }
-        flags["max_num_frames"] = max(flags["frame_buckets"])
-    flags["random_flip"] = None
-    if flags["video_reshape_mode"] == "random":
-        flags["video_reshape_mode"] = "center"
-    return argparse.Namespace(**flags)
+    sources = replace(settings.sources, **places, dataset_file=settings.validation.validation_dataset_file)
+    clips = settings.clips
+    if settings.prepared.load_tensors:
+        folders = _prepared_folders(data_sources(settings.sources))
+        agreed = _common_flags([read_prepared_settings(folder).get("flags", {}) for folder in folders])
+        sources = replace(sources, **{name: value for name, value in agreed.items() if hasattr(sources, name)})
+        clips = replace(clips, **{name: value for name, value in agreed.items() if hasattr(clips, name)})
+        clips = replace(clips, max_num_frames=max(clips.frame_buckets))
+    is_random = clips.video_reshape_mode == "random"
+    mode = "center" if is_random else clips.video_reshape_mode
+    return sources, replace(clips, random_flip=None, video_reshape_mode=mode)
+
+
+def _common_flags(made_with: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the flags on which all prepared folders agree."""
+    first, *others = made_with
+    return {
+        name: first[name]
+        for name in PREPARED_FLAGS
+        if name in first and all(other.get(name) == first[name] for other in others)
+    }
 
 
 def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[ClipSample]]) -> list[ClipSample]:
@@ -245,30 +255,28 @@ def check_bad_clips(data: RawData, on_bad_clip: str) -> None:
     raise UserError(listing(title, data.bad, most=len(data.bad)))
 
 
-def data_sources(args: argparse.Namespace) -> list[DataSource]:
-    """The data sets that the flags name."""
+def data_sources(flags: SourceFlags) -> list[DataSource]:
+    """Return the data sets that the flags name."""
     source = DataSource(
-        data_root=Path(args.data_root) if args.data_root else None,
-        dataset_file=Path(args.dataset_file) if args.dataset_file else None,
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        dataset_split=args.dataset_split,
-        dataset_streaming=args.dataset_streaming,
-        max_samples=args.max_samples,
-        video_column=args.video_column,
-        caption_column=args.caption_column,
-        image_column=args.image_column,
-        id_token=args.id_token,
-        allow_outside_paths=args.allow_outside_paths,
+        data_root=Path(flags.data_root) if flags.data_root else None,
+        dataset_file=Path(flags.dataset_file) if flags.dataset_file else None,
+        dataset_name=flags.dataset_name,
+        dataset_config_name=flags.dataset_config_name,
+        dataset_split=flags.dataset_split,
+        dataset_streaming=flags.dataset_streaming,
+        max_samples=flags.max_samples,
+        video_column=flags.video_column,
+        caption_column=flags.caption_column,
+        image_column=flags.image_column,
+        id_token=flags.id_token,
+        allow_outside_paths=flags.allow_outside_paths,
     )
-    return read_mix(Path(args.dataset_mix), source) if args.dataset_mix else [source]
+    return read_mix(Path(flags.dataset_mix), source) if flags.dataset_mix else [source]
 
 
-def _read_prepared(args: argparse.Namespace) -> PreparedData:
-    sources = data_sources(args)
+def _read_prepared(sources: Sequence[DataSource]) -> PreparedData:
     folders = _prepared_folders(sources)
-    outside = args.allow_outside_paths
-    indexes = [read_index(source.data_root, allow_outside_paths=outside) for source in sources]
+    indexes = [read_index(source.data_root, allow_outside_paths=source.allow_outside_paths) for source in sources]
     weighted = weights_to_repeats(sources, list(map(len, indexes)))
     clips = [
         replace(clip, repeats=clip.repeats * source.repeats if repeats is None else repeats)
@@ -301,8 +309,7 @@ def describe_plan(
     tokens = configs.transformer["max_text_seq_length"]
 
     def tokens_of(bucket: Bucket) -> int:
-        patches = {name: configs.transformer[name] for name in ("patch_size", "patch_size_t")}
-        return sequence_length(bucket, **patches, text_tokens=tokens)
+        return count_tokens(configs.transformer, bucket)
 
     if isinstance(data, PreparedData):
         counts = {bucket: data.buckets.count(bucket) for bucket in sorted(set(data.buckets))}

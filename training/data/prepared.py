@@ -1,18 +1,18 @@
-"""The on-disk format of prepared data: latent moments and prompt embeddings, and the index of samples.
+"""The on-disk format of prepared data: latent moments, prompt embeddings, and the index of samples.
 
-Written by default, in shards (`--layout shards`):
+The default, tensors of many samples in a file (`--layout shards`):
 
-    <folder>/prepared.json                       what it was prepared with: encoders, precision, flags
-    <folder>/index.jsonl                         one object a sample: its shards, its bucket, its caption and source
+    <folder>/prepared.json                       encoders, precision and flags of the preparation
+    <folder>/index.jsonl                         one object per sample: its shards, bucket, caption and source
     <folder>/latents/<digest>.safetensors        <name>.video_latents  [2C, F', H / 8, W / 8], the VAE's moments, and
                                                  <name>.image_latents  [K, 2C, 1, H / 8, W / 8] (image-to-video)
     <folder>/prompt_embeds/<digest>.safetensors  <caption's digest>.prompt_embeds  [226, D]
     <folder>/empty_prompt.safetensors            prompt_embeds  [226, D], of the empty prompt: for caption dropout
 
-One file a clip (`--layout files`), as the original `prepare_dataset.py` wrote it; its folders load alike, they only
-lack `prepared.json` and `empty_prompt.safetensors`:
+One file per tensor (`--layout files`), as the original `prepare_dataset.py` wrote it; its folders can also be loaded,
+they only lack `prepared.json` and `empty_prompt.safetensors`:
 
-    <folder>/data.jsonl                  one object a clip: its files, and {num_frames, height, width}
+    <folder>/data.jsonl                  one object per clip: its files, and {num_frames, height, width}
     <folder>/prompts.txt, videos.txt     the same clips as a plain list
     <folder>/video_latents/<name>.pt     [2C, F', H / 8, W / 8]
     <folder>/prompt_embeds/<name>.pt     [226, D]
@@ -26,7 +26,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,20 +47,17 @@ FILES_INDEX = "data.jsonl"
 LISTS = ("prompts.txt", "videos.txt")
 EMPTY_PROMPT_FILE = "empty_prompt.safetensors"
 STAGING = ".staging"
-# How raw clips become samples; settled for good when they are prepared.
-PREPARED_FLAGS = ("id_token", "video_reshape_mode", "random_flip", "fps", "skip_frames_start", "skip_frames_end")
-PREPARED_FLAGS += ("long_clips", "hold_last_frame", "height_buckets", "width_buckets", "frame_buckets")
 # Of an index: what leads to files.
 _PATH_KEYS = ("latents", "prompt_embeds", "video_latent", "prompt_embed", "image_latent")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies."""
+    """The place of a tensor on disk."""
 
     file: Path
-    key: str | None = None  # in a safetensors file; None: the file is a .pt file with this tensor alone
-    shape: tuple[int | None, ...] = ()  # of the tensor, None for an axis of any length; (): any shape
+    key: str | None = None  # in a safetensors file; None for a .pt file with only this tensor
+    shape: tuple[int | None, ...] = ()  # expected, None for an axis of any length; () for any shape
 
 
 @dataclass(frozen=True)
@@ -77,20 +74,20 @@ class PreparedClip:
 
 @dataclass(frozen=True)
 class PreparedSettings:
-    """What the tensors of a folder depend on beside the clips: a folder is prepared with one set of these."""
+    """The settings that a folder's tensors depend on besides the clips; the same for all tensors of a folder."""
 
     layout: str  # shards, files
-    encoders: Mapping[str, str | None]  # as `fingerprint_encoders` gives them
+    encoders: Mapping[str, str | None]  # as from `fingerprint_encoders`
     dtype: str
     max_sequence_length: int
     tiling: bool
     model: str = ""  # where the encoders were, for messages
-    flags: Mapping[str, Any] = field(default_factory=dict)  # which clips and frames were chosen: of the last run
+    flags: Mapping[str, Any] = field(default_factory=dict)  # that chose clips and frames in the last run
 
     _FOR_INFORMATION = ("model", "flags")
 
     def differences(self, earlier: Mapping[str, Any]) -> list[str]:
-        """What was otherwise in `earlier`, as `read_settings` gives it; an encoder that one side lacks is not."""
+        """Describe what differs in `earlier`, as from `read_prepared_settings`. Missing encoders do not differ."""
         mine = {name: value for name, value in asdict(self).items() if name not in self._FOR_INFORMATION}
         different = encoder_differences(mine.pop("encoders"), earlier.get("encoders", {}))
         return [f"another {name}" for name in different] + [
@@ -101,12 +98,12 @@ class PreparedSettings:
 
 
 def encoder_differences(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> list[str]:
-    """Names of the encoders that both sides know and that are not the same."""
+    """Return the names of encoders that both sides know and that differ."""
     return [name for name, digest in one.items() if digest and other.get(name) and digest != other[name]]
 
 
 def check_encoders(folder: Path, encoders: Mapping[str, str | None]) -> str | None:
-    """What is wrong with training a model with these encoders on a prepared folder; None: nothing that can be told."""
+    """Return why a model with these encoders cannot be trained on a prepared folder; None if no reason is known."""
     settings = read_prepared_settings(folder)
     different = encoder_differences(encoders, settings.get("encoders", {}))
     if not different:
@@ -117,10 +114,10 @@ def check_encoders(folder: Path, encoders: Mapping[str, str | None]) -> str | No
 
 
 def read_tensor(stored: StoredTensor) -> "torch.Tensor":
-    """Read a tensor; never unpickles anything but tensors.
+    """Read a tensor without unpickling anything else.
 
     Raises:
-        ValueError: the file is damaged, holds no such tensor, or one of another shape.
+        ValueError: the file is damaged, or has no such tensor or one of another shape.
     """
     import torch
 
@@ -135,20 +132,19 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
             raise ValueError(f"its shape is {list(tensor.shape)}")
         return tensor
     except Exception as error:
-        # The first line: torch goes on to recommend loading what may run code.
-        reason = first_line(error)
-        raise ValueError(f"{stored.file} cannot be read as a tensor: {reason}") from error
+        # The first line, as torch then recommends a way of loading that may run code.
+        raise ValueError(f"{stored.file} cannot be read as a tensor: {first_line(error)}") from error
 
 
 def write_empty_prompt(folder: Path, embeds: "torch.Tensor") -> None:
-    """Write the embedding of the empty prompt, `[226, D]`, beside those of the captions."""
+    """Write the embedding of the empty prompt, `[226, D]`."""
     with written_whole(folder / EMPTY_PROMPT_FILE, staging=folder / STAGING) as partial:
         # A copy: a slice of a batch shares its memory, which safetensors refuses.
         save_tensors({"prompt_embeds": embeds.detach().cpu().clone().contiguous()}, partial)
 
 
 def read_empty_prompt(folder: Path) -> "torch.Tensor | None":
-    """Read the embedding of the empty prompt, `[226, D]`; None in folders that were prepared without it.
+    """Read the embedding of the empty prompt, `[226, D]`; None if the folder was prepared without it.
 
     Raises:
         UserError: the file is damaged.
@@ -164,7 +160,7 @@ def read_empty_prompt(folder: Path) -> "torch.Tensor | None":
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and prepare the data again") from error
     if "prompt_embeds" not in tensors or tensors["prompt_embeds"].ndim != 2:
-        raise UserError(f"{path} holds no embedding of a prompt; remove it and prepare the data again")
+        raise UserError(f"{path} has no embedding of a prompt; remove it and prepare the data again")
     return tensors["prompt_embeds"]
 
 
@@ -176,20 +172,20 @@ def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
 
 @lru_cache(maxsize=256)
 def _open_shard(file: Path) -> Any:
-    """A shard, mapped into memory once per process: opening one parses a header of many thousand entries."""
+    """Map a shard into memory once per process, as opening one parses a header of many thousand entries."""
     from safetensors import safe_open
 
     return safe_open(file, "pt")
 
 
 def claim_folder(folder: Path, settings: PreparedSettings) -> PreparedSettings:
-    """Make `folder` one of prepared data with these settings, or check that it is one already.
+    """Mark `folder` as prepared with these settings, or check that it already is.
 
     Returns:
-        The settings, with the encoders that were known before: what `write_settings` is given in the end.
+        The settings with the encoders that were known before, for `write_settings` at the end.
 
     Raises:
-        UserError: the folder holds data prepared with other settings, or lists that are not ours to overwrite.
+        UserError: the folder has data prepared with other settings, or lists of another data set.
     """
     path = folder / SETTINGS_FILE
     if path.exists():
@@ -198,28 +194,28 @@ def claim_folder(folder: Path, settings: PreparedSettings) -> PreparedSettings:
         if differing:
             raise UserError(
                 f"--output_dir: {folder} holds data prepared with other settings ({'; '.join(differing)}); "
-                "give a new folder"
+                "set a new folder"
             )
         known = {name: digest or earlier["encoders"].get(name) for name, digest in settings.encoders.items()}
-        return PreparedSettings(**asdict(settings) | {"encoders": known})
+        return replace(settings, encoders=known)
     foreign = [name for name in (INDEX_FILE, FILES_INDEX, *LISTS) if (folder / name).exists()]
     if foreign:
         raise UserError(
-            f"--output_dir: {folder} already holds {', '.join(foreign)} of a data set that was not prepared here; "
-            "give a new folder"
+            f"--output_dir: {folder} already has {', '.join(foreign)} of a data set that was not prepared here; "
+            "set a new folder"
         )
     write_settings(folder, settings)
     return settings
 
 
 def write_settings(folder: Path, settings: PreparedSettings) -> None:
-    """Write the settings down; again with the index, whose samples are those of the last run's flags."""
+    """Write the settings; also with the index, whose samples depend on the flags of the last run."""
     with written_whole(folder / SETTINGS_FILE, staging=folder / STAGING) as partial:
         partial.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
 
 
 def read_prepared_settings(folder: Path) -> dict[str, Any]:
-    """The settings that a folder was prepared with; empty for folders of the original script.
+    """Read the settings that a folder was prepared with; empty for folders of the original script.
 
     Raises:
         UserError: the file is damaged.
@@ -236,18 +232,20 @@ def read_prepared_settings(folder: Path) -> dict[str, Any]:
         not isinstance(settings.get(name, kind()), kind) for name, kind in kinds.items()
     ):
         raise UserError(f"{path} is damaged; prepare into a new folder")
-    return settings
+    flags = settings.get("flags", {})
+    # As the flags of a script hold them.
+    return settings | {"flags": {name: tuple(one) if isinstance(one, list) else one for name, one in flags.items()}}
 
 
 def read_index(folder: Path, *, allow_outside_paths: bool = False) -> list[PreparedClip]:
-    """List the samples of a prepared folder, and check that all their tensors are there.
+    """List the samples of a prepared folder, and check that all their tensors exist.
 
     Args:
-        folder: as `prepare_dataset.py` wrote it, here or at a stranger's.
+        folder: as written by `prepare_dataset.py`, possibly a stranger's.
         allow_outside_paths: the index may name files outside of the folder.
 
     Raises:
-        UserError: the folder was never prepared, its preparation was not finished, tensors are missing, or the index
+        UserError: the folder was not prepared, its preparation was not finished, tensors are missing, or the index
             leads out of the folder.
     """
     if (folder / INDEX_FILE).is_file():
@@ -260,12 +258,12 @@ def read_index(folder: Path, *, allow_outside_paths: bool = False) -> list[Prepa
             "it does only what is missing"
         )
     else:
-        clips = [_clip_from_latents(path) for path in sorted((folder / "video_latents").glob("[!.]*.pt"))]
+        clips = [_clip_from_latents(folder, path) for path in sorted((folder / "video_latents").glob("[!.]*.pt"))]
     if not clips:
         raise UserError(
-            f"--load_tensors: {folder} holds no prepared data (no {INDEX_FILE}, no {FILES_INDEX} and no "
-            "video_latents/*.pt); run prepare_dataset.sh first and give its --output_dir as --data_root, or leave "
-            "--load_tensors out"
+            f"--load_tensors: {folder} has no prepared data (no {INDEX_FILE}, no {FILES_INDEX} and no "
+            "video_latents/*.pt); run prepare_dataset.sh first and pass its --output_dir as --data_root, or omit "
+            "--load_tensors"
         )
     missing = _missing_tensors(folder, clips)
     if missing:
@@ -279,12 +277,12 @@ def _missing_tensors(folder: Path, clips: Iterable[PreparedClip]) -> list[str]:
     }
     in_shards = finished_names(folder / "latents") | finished_names(folder / "prompt_embeds")
 
-    def is_there(tensor: StoredTensor) -> bool:
+    def exists(tensor: StoredTensor) -> bool:
         if tensor.key is None:
             return os.path.isfile(tensor.file)  # Path.is_file raises on a name that is too long
         return in_shards.get(tensor.key.rpartition(".")[0]) == tensor.file
 
-    missing = [tensor for tensor in stored if not is_there(tensor)]
+    missing = [tensor for tensor in stored if not exists(tensor)]
     return sorted(str(tensor.file) + (f" ({tensor.key})" if tensor.key else "") for tensor in missing)
 
 
@@ -307,7 +305,7 @@ def _read_lines(path: Path, to_clip: Any, allow_outside_paths: bool) -> list[Pre
     if outside and not allow_outside_paths:
         title = (
             f"--load_tensors: {path} names {len(outside)} files outside of its folder; prepare the data again, "
-            "or give --allow_outside_paths if you trust whom it is from:"
+            "or pass --allow_outside_paths if you trust its author:"
         )
         raise UserError(listing(title, outside, most=len(outside)))
     return clips
@@ -316,7 +314,7 @@ def _read_lines(path: Path, to_clip: Any, allow_outside_paths: bool) -> list[Pre
 def sample_in_shards(
     folder: Path, name: str, latents: Path, embeds: Path, caption_key: str, bucket: Bucket, *, with_images: bool
 ) -> dict[str, Any]:
-    """What the index says of a sample whose tensors are in these two shards."""
+    """Return the index entry of a sample whose tensors are in these two shards."""
     return {
         "name": name,
         "latents": latents.relative_to(folder).as_posix(),
@@ -328,7 +326,7 @@ def sample_in_shards(
 
 
 def sample_in_files(name: str, bucket: Bucket, *, with_images: bool) -> dict[str, Any]:
-    """What the index says of a sample with files of its own."""
+    """Return the index entry of a sample with one file per tensor."""
     images = {"image": f"images/{name}.png", "image_latent": f"image_latents/{name}.pt"} if with_images else {}
     return {
         "prompt": f"prompts/{name}.txt",
@@ -356,7 +354,7 @@ def _clip_in_shards(folder: Path, entry: dict[str, Any]) -> PreparedClip:
 
 @lru_cache(maxsize=4096)
 def _joined(folder: Path, shard: str) -> Path:
-    """One path object for all the samples of a shard."""
+    """Return one path object for all samples of a shard."""
     return folder / shard
 
 
@@ -387,17 +385,11 @@ def _bucket(size: Mapping[str, Any]) -> Bucket:
     return bucket
 
 
-def _clip_from_latents(path: Path) -> PreparedClip:
+def _clip_from_latents(folder: Path, path: Path) -> PreparedClip:
     try:
         _, frames, height, width = read_tensor(StoredTensor(path)).shape
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"--load_tensors: {path} holds no latents of a video ({error}); remove it") from error
+    except ValueError as error:
+        raise UserError(f"--load_tensors: {path} has no latents of a video ({error}); remove it") from error
     bucket = Bucket((frames - 1) * 4 + 1, height * 8, width * 8)
-    image = path.parent.parent / "image_latents" / path.name
-    return PreparedClip(
-        path.stem,
-        bucket,
-        StoredTensor(path, shape=(None, frames, height, width)),
-        StoredTensor(path.parent.parent / "prompt_embeds" / path.name, shape=(None, None)),
-        StoredTensor(image, shape=(None, 1, height, width)) if image.is_file() else None,
-    )
+    with_images = (folder / "image_latents" / path.name).is_file()
+    return _clip_in_files(folder, sample_in_files(path.stem, bucket, with_images=with_images))

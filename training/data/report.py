@@ -1,4 +1,4 @@
-"""The plan as the user sees it before anything is encoded or trained: a table of buckets, what stands out, a CSV."""
+"""Show the plan before anything is encoded or trained: a table of buckets with notes, and a CSV file."""
 
 import csv
 from collections import Counter, defaultdict
@@ -13,8 +13,7 @@ from data.clips import BadClip, Clip, ClipSample
 from data.sampler import BucketBatchSampler
 
 
-# A sample that plays this many times slower or faster than the model's videos teaches another kind of motion.
-_FAR_RATE = 2
+_FAR_RATE = 2  # factor from the model's frame rate at which samples teach another kind of motion
 _EXAMPLES = 3
 
 
@@ -29,20 +28,20 @@ def plan_table(
     model_fps: float | None = None,
     reshape_mode: str = "center",
 ) -> str:
-    """A table with one line a bucket, the length of an epoch, and a line for everything that stands out.
+    """Return a table with one line per bucket, the length of an epoch, and notes on unusual samples.
 
     "upscaled" counts samples smaller than their bucket. "cropped" is the median share of the picture that center and
-    random crop away; with none it is "squeezed". "clip frames" is the median length of the clips themselves, "unused"
-    the share of these clips' frames that is in no sample. "batches" are those of an epoch, over all ranks.
+    random crop away; with none it is "squeezed". "clip frames" is the median length of the clips, "unused" the share
+    of their frames that is in no sample. "batches" are those of an epoch, over all ranks.
 
     Args:
-        planned: as from `plan_clips`; the samples of a clip stand together.
+        planned: as from `plan_clips`, with the samples of a clip next to each other.
         batch_size: samples in a batch, on one rank.
-        num_ranks: that share the batches.
-        tokens_of: bucket -> tokens of a sample, as `sequence_length` counts them; None leaves the column out.
-        num_long_captions: captions beyond `max_caption_tokens`; None where they have not been counted.
-        max_caption_tokens: that the model takes.
-        model_fps: frames a second of the model's videos; None leaves the rates unchecked.
+        num_ranks: ranks that share the batches.
+        tokens_of: returns the tokens of a sample in a bucket; None omits the column.
+        num_long_captions: captions beyond `max_caption_tokens`; None if they have not been counted.
+        max_caption_tokens: tokens that the model takes.
+        model_fps: frames per second of the model's videos; None skips the check of rates.
         reshape_mode: "center", "random" or "none".
     """
     if not planned:
@@ -63,17 +62,16 @@ def plan_table(
     ]
     if num_long_captions:
         lines.append(
-            f"{_number(num_long_captions, 'caption')} longer than {max_caption_tokens} tokens: the model never sees "
-            "what is beyond"
+            f"{_number(num_long_captions, 'caption')} longer than {max_caption_tokens} tokens: the rest is cut off"
         )
     return "\n".join([*lines, *_duplicate_notes(planned)])
 
 
 def write_plan(planned: Iterable[ClipSample], bad: Iterable[BadClip], path: Path) -> None:
-    """Write the whole plan as a CSV, UTF-8: one line for every sample, then one for every bad clip.
+    """Write the full plan as a CSV file in UTF-8, with a line for every sample, then one for every bad clip.
 
-    first_frame, last_frame: numbers in the file, from 0. held: frames that repeat the last one. cropped: share of the
-    picture outside the bucket's aspect ratio. upscaled: how many times, where the clip is smaller than its bucket.
+    first_frame, last_frame: frame numbers in the file, from 0. held: frames that repeat the last one. cropped: share
+    of the picture outside the bucket's aspect ratio. upscaled: the factor, if the clip is smaller than its bucket.
     """
     # backslashreplace: a file name need not be UTF-8
     with (
@@ -86,29 +84,13 @@ def write_plan(planned: Iterable[ClipSample], bad: Iterable[BadClip], path: Path
         table.writerows({"source": clip.source, "video": clip.what, "reason": clip.reason} for clip in bad)
 
 
-def sequence_length(
-    bucket: Bucket, *, patch_size: int = 2, patch_size_t: int | None = None, text_tokens: int = 226
-) -> int:
-    """Tokens that the transformer sees of a sample, text and video together.
-
-    Args:
-        bucket: height and width divide by 8 · patch_size.
-        patch_size: of the transformer, in latents, which are 8 pixels wide and high.
-        patch_size_t: of the transformer, in latent frames; None for the models that do not patch in time.
-        text_tokens: the length that prompts are padded or cut to.
-    """
-    frames, height, width = bucket.latent_shape
-    patches = -(-frames // (patch_size_t or 1))  # filled up, as `diffusion.pad_latent_frames` does
-    return text_tokens + patches * (height // patch_size) * (width // patch_size)
-
-
 def _table(
     planned: Sequence[ClipSample],
     batches: Mapping[Bucket, int],
     tokens_of: Callable[[Bucket], int] | None,
     off_aspect: str,
 ) -> list[str]:
-    """The lines of the table, its columns set to one width."""
+    """Return the lines of the table, its columns aligned."""
     samples: dict[Bucket, list[ClipSample]] = defaultdict(list)
     for sample in planned:
         samples[sample.bucket].append(sample)
@@ -136,7 +118,7 @@ def _table(
 
 
 def _unused_shares(planned: Sequence[ClipSample]) -> dict[Bucket, float]:
-    """For each bucket, the share of the frames of its clips that no sample shows, in this bucket or another."""
+    """Return for each bucket the share of its clips' frames that are in no sample of any bucket."""
     frames, shown = Counter(), Counter()
     for _, of_clip in groupby(planned, key=lambda sample: id(sample.clip)):
         samples = list(of_clip)
@@ -152,7 +134,7 @@ def _upscaling(sample: ClipSample) -> float:
 
 
 def _off_aspect(sample: ClipSample) -> float:
-    """Share of the picture that is outside the bucket's aspect ratio."""
+    """Return the share of the picture that is outside the bucket's aspect ratio."""
     ratio = (sample.info.width * sample.bucket.height) / (sample.info.height * sample.bucket.width)
     return 1 - min(ratio, 1 / ratio)
 
@@ -165,11 +147,11 @@ def _repeat_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
         times = ", ".join(f"{_number(counts[times], 'sample')} {times:g} times" for times in sorted(counts))
     else:
         times = f"every sample {min(counts):g} to {max(counts):g} times"
-    yield f"in an epoch come {times}"
+    yield f"an epoch has {times}"
 
 
 def _sample_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
-    """How many samples are not simply a clip: parts of a long one, or a short one filled up."""
+    """Count the samples that are parts of a long clip, and short clips whose last frame is held."""
     num_split = sum(sample.part == 1 for sample in planned)
     if num_split:
         later = sum(sample.part > 0 for sample in planned)
@@ -184,25 +166,25 @@ def _sample_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
 
 
 def _rate_notes(planned: Sequence[ClipSample], model_fps: float | None) -> Iterator[str]:
-    """What motion the model will learn where samples play far from its own rate."""
+    """Say which motion the model will learn from samples whose rate is far from its own."""
     if model_fps is None:
         return
     rates = [rate for sample in planned if (rate := _shown_fps(sample)) is not None]
     fast = [rate for rate in rates if rate > _FAR_RATE * model_fps]
     slow = [rate for rate in rates if rate < model_fps / _FAR_RATE]
-    for far, motion in (
-        (fast, f"{max(fast, default=0) / model_fps:.1f} times slower"),
-        (slow, f"{model_fps / min(slow, default=1):.1f} times faster"),
+    for far, speed in (
+        (fast, f"{max(fast, default=0) / model_fps:.1f}x too slow"),
+        (slow, f"{model_fps / min(slow, default=1):.1f}x too fast"),
     ):
         if far:
             yield (
-                f"{_number(len(far), 'sample')} at {_range(far)} frames a second, where the model's videos have "
-                f"{model_fps:g}: it learns motion up to {motion} than in life; --fps {model_fps:g} samples at its rate"
+                f"{_number(len(far), 'sample')} at {_range(far)} frames per second, the model's videos have "
+                f"{model_fps:g}: motion will be learned up to {speed}; pass --fps {model_fps:g} to match the model"
             )
 
 
 def _shown_fps(sample: ClipSample) -> float | None:
-    """Frames a second of the frames chosen, without those held; None where it cannot be told."""
+    """Return the frames per second of the chosen frames without held ones; None if unknown."""
     indices, info = sample.frame_indices[: len(sample.frame_indices) - sample.num_held], sample.info
     first, last = indices[0], indices[-1]
     if info.frame_times is not None:
@@ -213,20 +195,13 @@ def _shown_fps(sample: ClipSample) -> float | None:
 
 
 def _duplicate_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
-    """Clips with the same file content, with the same caption or another."""
-    # Most clips are there once: the first of each is kept, and the rest of the work is for those that come again.
-    first: dict[str, Clip] = {}
-    alike: dict[str, list[Clip]] = {}
+    """Name clips of the same file content, with the same caption or another."""
+    clips_of: dict[str, list[Clip]] = defaultdict(list)
     for sample in planned:
-        content = sample.info.sha256
-        if not content or sample.part > 0:
-            continue
-        if content in first:
-            alike.setdefault(content, [first[content]]).append(sample.clip)
-        else:
-            first[content] = sample.clip
+        if sample.info.sha256 and sample.part == 0:
+            clips_of[sample.info.sha256].append(sample.clip)
     same, other = [], []  # pairs with the same caption; one pair of each file that has several captions
-    for clips in alike.values():
+    for clips in clips_of.values():
         of_caption: dict[str, Clip] = {}
         for clip in clips:
             if clip.caption in of_caption:
@@ -235,7 +210,7 @@ def _duplicate_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
         if len(of_caption) > 1:
             other.append(tuple(of_caption.values())[:2])
     if same:
-        yield f"{_number(len(same), 'clip')} listed again with the same caption, so they weigh more: {_pairs(same)}"
+        yield f"{_number(len(same), 'clip')} listed again with the same caption, which adds weight: {_pairs(same)}"
     if other:
         yield f"{_number(len(other), 'video')} with several captions: {_pairs(other)}"
 
@@ -266,7 +241,7 @@ _COLUMNS = (
 
 
 def _row(sample: ClipSample) -> dict[str, object]:
-    """A sample's line of the CSV."""
+    """Return a sample's line of the CSV file."""
     caption = " ".join(sample.clip.caption.split())
     return {
         "source": sample.clip.source,

@@ -1,4 +1,4 @@
-"""What every list of clips is read into, whatever its format: rows of values by column."""
+"""Rows of values by column, which every list of clips is read into."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """The values of one row, as far as they could be read."""
+    """One row, with the values that could be read."""
 
     source: str  # where it is listed, for messages: "table.csv:3"
     values: Mapping[str, Any]
-    problem: str | None = None  # why it cannot be used, as an `UnusableRow` says it
+    problem: str | None = None  # why it cannot be used, worded as an `UnusableRow`
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Table:
     where: str  # for messages
     names: Sequence[str]  # of its columns
     rows: Iterator[Row]
-    folder: Path | None  # where relative paths start, unless --data_root says so; None: there is no such folder
-    filled: Sequence[Path] = ()  # folders that its files were downloaded to when it was opened
+    folder: Path | None  # start of relative paths without --data_root; None if there is none
+    filled: Sequence[Path] = ()  # folders that its files were downloaded to
 
 
 class UnusableRow(Exception):
-    """What is wrong with one row, as the end of a sentence that starts with the clip: "has no caption"."""
+    """A row that cannot be used. The message ends a sentence that starts with the clip: "has no caption"."""

@@ -18,50 +18,49 @@ _T = TypeVar("T")
 
 
 class Draw(NamedTuple):
-    """One sample of a batch. What is random about it follows from the seed and these three alone, whichever worker
-    decodes it and whatever batch, step and rank it falls to."""
+    """A sample of a batch. All its randomness follows from the seed and these three values, whichever worker decodes
+    it and whichever batch, step and rank it is in."""
 
     index: int
     epoch: int
-    copy: int = 0  # counts the times that the index comes in the epoch
+    copy: int = 0  # counts the occurrences of the index in the epoch
 
 
 class BucketBatchSampler:
-    """Batches of indices, one bucket a batch: an endless stream over epochs that can start anywhere.
+    """An endless stream of batches of indices, one bucket per batch, that can start at any step of any epoch.
 
-    In each epoch every index comes once over all ranks, or as often as `repeats` says. A bucket's last batch may be
-    smaller. All ranks get the same number of batches, and every epoch has as many; where the total does not divide by
-    the ranks, the epoch's first batches come again at its end (`padding`).
+    In each epoch every index comes once over all ranks, or as often as `repeats` says. The last batch of a bucket may
+    be smaller. All ranks get the same number of batches in every epoch; if the total is not divisible by the number of
+    ranks, the epoch's first batches come again at its end (`padding`).
 
-    Repeats of 2.3 mean twice in every epoch, and once more in three of ten. Epochs are equally long, so the n samples
-    of a bucket with equal repeats take turns: round(0.3 n) of them come once more, the next ones in the next epoch.
-    Below 1 at least one of the n comes, so that none is left out for ever. Copies of an index are kept out of one
-    another's batch where the bucket has samples enough.
+    Repeats of 2.3 mean twice in every epoch, and a third time in three of ten. Epochs are equally long, so the n
+    samples of a bucket with equal repeats take turns: round(0.3 n) of them get the extra copy, the next ones in the
+    next epoch. Below 1, at least one of the n comes, so that every sample is used. Copies of an index are in different
+    batches if the bucket has enough samples.
 
     The order follows from (seed, epoch) on any machine and Python version: only `random.Random(str).random()` is used,
     which Python guarantees. It does not depend on `world_size`: at every step the ranks take the next `world_size`
-    batches of it. That is how a run goes on with another number of ranks: its stream starts at `first_epoch`, behind
-    `seen_batches`.
+    batches. A run that continues on another number of ranks starts its stream at `first_epoch`, after `seen_batches`.
 
     Args:
         buckets: sample i belongs to buckets[i].
         batch_size: samples in a full batch, on one rank.
-        seed: of the order.
-        repeats: sample i comes repeats[i] times an epoch, above 0. None: each comes once.
+        seed: seed of the order.
+        repeats: sample i comes repeats[i] times per epoch, above 0; None for once each.
         shuffle: False keeps samples and buckets in order.
-        rank: of this process, from 0.
+        rank: rank of this process, from 0.
         world_size: number of ranks.
-        first_epoch: where the stream starts.
-        seen_batches: batches of `first_epoch`, over all ranks and with padding, that the stream leaves out.
-        first_batch: batches of this rank to leave out, counted over epochs from the start of the stream; those a
+        first_epoch: epoch that the stream starts in.
+        seen_batches: batches of `first_epoch` to skip, over all ranks and with padding.
+        first_batch: batches of this rank to skip, counted over epochs from the start of the stream; those that a
             checkpoint has seen.
-        total_batches: where the stream ends, counted like `first_batch`; None for never.
+        total_batches: end of the stream, counted like `first_batch`; None for never.
 
     Yields:
         list[Draw]: one batch.
 
     Raises:
-        ValueError: no samples, or a number out of its range.
+        ValueError: there are no samples, or a number is out of range.
     """
 
     def __init__(
@@ -98,12 +97,12 @@ class BucketBatchSampler:
         self.first_batch, self.total_batches = first_batch, total_batches
         self._groups = self._group(buckets, [1.0] * len(buckets) if repeats is None else repeats)
         self._num_batches = sum(-(-samples // batch_size) for samples in self.samples_per_epoch.values())
-        # Two epochs, because batches are drawn ahead of those that are trained on.
+        # Two epochs, because batches are drawn ahead of training.
         self._all_draws = lru_cache(maxsize=2)(self._plan_epoch)
 
     @property
     def samples_per_epoch(self) -> dict[Bucket, int]:
-        """How many samples of each bucket an epoch has over all ranks, with repeats and without padding."""
+        """Samples of each bucket in an epoch, over all ranks, with repeats and without padding."""
         return {bucket: sum(group.size for group in groups) for bucket, groups in self._groups.items()}
 
     @property
@@ -118,19 +117,16 @@ class BucketBatchSampler:
 
     @property
     def padding(self) -> int:
-        """Whole batches, over all ranks, that come a second time in each epoch."""
+        """Batches, over all ranks, that come a second time in each epoch."""
         return self.batches_per_epoch * self.world_size - self._num_batches
 
     def epoch_batches(self, epoch: int) -> list[list[int]]:
-        """This rank's batches of indices in one epoch; of `first_epoch`, those behind `seen_batches`.
-
-        A pure function of the samples, seed, epoch, rank and world.
-        """
+        """Return this rank's batches of indices in an epoch; in `first_epoch`, those after `seen_batches`."""
         return [[draw.index for draw in batch] for batch in self._epoch_draws(epoch)]
 
     def samples_between(self, first_batch: int, last_batch: int) -> int:
-        """How many samples all ranks together take while each takes its batches `first_batch` to `last_batch`, the
-        latter excluded; both are counted as the `first_batch` of the stream is."""
+        """Count the samples of all ranks in their batches from `first_batch` up to, not including, `last_batch`; both
+        are counted like the `first_batch` of the stream."""
         return sum(
             len(self._draws_of(epoch, place, rank))
             for epoch, place in map(self._locate, range(first_batch, last_batch))
@@ -145,7 +141,7 @@ class BucketBatchSampler:
         return draws[(self._seen_in(epoch) + place * self.world_size + rank) % len(draws)]
 
     def _plan_epoch(self, epoch: int) -> list[list[Draw]]:
-        """The batches of an epoch in order, which the ranks take in turns."""
+        """Return the batches of an epoch in the order in which the ranks take them."""
         rng = random.Random(f"{self.seed}-{epoch}")
         batches = []
         for groups in self._groups.values():
@@ -168,8 +164,8 @@ class BucketBatchSampler:
         return groups
 
     def _epoch_order(self, groups: Sequence["_Group"], epoch: int, rng: random.Random) -> list[int]:
-        """A bucket's indices in one epoch. Copy k of n lies in the k-th n-th of it: copies seldom meet in a batch, and
-        samples that come often share batches with those that come once."""
+        """Return a bucket's indices in an epoch. Copy k of n is in the k-th of n equal parts, so that copies rarely
+        meet in a batch, and frequent samples share batches with others."""
         places = [
             ((copy + rng.random()) / times if self.shuffle else copy, index)
             for group in groups
@@ -201,14 +197,14 @@ class BucketBatchSampler:
             epoch, skip = epoch + 1, 0
 
     def _locate(self, batch: int) -> tuple[int, int]:
-        """The epoch of this rank's batch of that number, and its place there."""
+        """Return the epoch of this rank's batch of that number, and its place in the epoch."""
         if batch < self.batches_in_first_epoch:
             return self.first_epoch, batch
         epochs, place = divmod(batch - self.batches_in_first_epoch, self.batches_per_epoch)
         return self.first_epoch + 1 + epochs, place
 
     def __len__(self) -> int:
-        """Batches still to come, from `first_batch` to `total_batches`."""
+        """Count the batches from `first_batch` to `total_batches`."""
         if self.total_batches is None:
             raise TypeError("an endless sampler has no length; set total_batches")
         return max(0, self.total_batches - self.first_batch)
@@ -216,11 +212,11 @@ class BucketBatchSampler:
 
 @dataclass(frozen=True)
 class _Group:
-    """Samples of one bucket that come equally often."""
+    """Samples of one bucket with equal repeats."""
 
     indices: list[int]  # in the order in which they take turns
-    whole: int  # how often each of them comes in every epoch
-    extra: int  # how many of them come once more
+    whole: int  # copies of each index in every epoch
+    extra: int  # number of indices with one more copy
 
     @property
     def size(self) -> int:
@@ -228,15 +224,15 @@ class _Group:
         return self.whole * len(self.indices) + self.extra
 
     def counts(self, epoch: int) -> Iterator[tuple[int, int]]:
-        """Each index, and how often it comes in this epoch."""
+        """Yield each index with its number of copies in this epoch."""
         first = epoch * self.extra
         for position, index in enumerate(self.indices):
             yield index, self.whole + ((position - first) % len(self.indices) < self.extra)
 
 
 def _cut(order: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches in order, the last maybe smaller. A copy of an index that is in the batch already moves to the next one
-    while there is something else to fill the batch with within reach."""
+    """Cut the order into batches; the last may be smaller. A second copy of an index moves to the next batch while
+    the nearby indices can fill its place."""
     batches, waiting = [], deque(order)
     while waiting:
         batch, copies = [], []

@@ -1,7 +1,7 @@
-"""The list of clips, read from what the user has: text files, a table, a folder, or a `datasets` data set.
+"""Read a list of clips: text files, a table, a folder, or a `datasets` data set.
 
-Every form is read into rows under named columns, and every row becomes a `Clip` or a `BadClip`: none is dropped
-without a word. Whether a listed file exists, and what is in it, is left to the probe.
+Every list is read into rows with named columns, and every row becomes a `Clip` or a `BadClip`: none is skipped
+silently. The probe checks whether the listed files exist and what is in them.
 """
 
 import os
@@ -25,22 +25,22 @@ from data.tables import has_text_files, read_table, read_text_files
 
 @dataclass(frozen=True)
 class DataSource:
-    """One data set as the flags, or an entry of --dataset_mix, name it."""
+    """A data set as set by the flags or an entry of --dataset_mix."""
 
-    data_root: Path | None  # where relative paths start; given alone: the folder of the lists or of the clips
+    data_root: Path | None  # start of relative paths; without a file or name: the folder of the lists or clips
     dataset_file: Path | None = None  # a table: .csv .tsv .jsonl .json .parquet
     dataset_name: str | None = None  # for datasets.load_dataset: a name on the hub, or a local folder
     dataset_config_name: str | None = None
     dataset_split: str = "train"
     dataset_streaming: bool = False  # read row by row, without a copy of the data set on disk
-    max_samples: int | None = None  # only the first N rows; unusable ones count
+    max_samples: int | None = None  # only the first N rows, unusable ones included
     video_column: str = "video"  # the column of paths or media, or the text file of paths
     caption_column: str = "caption"
-    image_column: str | None = None  # None: "image" or "images", or images.txt, where there is one
-    id_token: str | None = None  # stands before every caption, with a space
-    repeats: float = 1.0  # how often each clip comes in an epoch
-    weight: float | None = None  # instead of repeats: share of the samples of an epoch, against the others' weights
-    allow_outside_paths: bool = False  # listed paths may lead out of the folders named; of the flags alone
+    image_column: str | None = None  # None: "image", "images" or images.txt if it exists
+    id_token: str | None = None  # added before every caption, with a space
+    repeats: float = 1.0  # times that each clip comes in an epoch
+    weight: float | None = None  # instead of repeats: share of an epoch's samples, relative to other data sets
+    allow_outside_paths: bool = False  # listed paths may lead out of the named folders; only from the flags
 
 
 def read_clips(
@@ -48,22 +48,22 @@ def read_clips(
 ) -> tuple[list[Clip], list[BadClip]]:
     """Read the clips that a source lists.
 
-    What a source is, in this order: `dataset_name`; `dataset_file`; in `data_root` videos.txt and prompts.txt (or the
-    files that the columns name), with images.txt where some clips have a first frame of their own; else the videos and
-    still images in `data_root` and below, each with its caption in a .txt of the same name.
+    The list is, in this order: `dataset_name`; `dataset_file`; videos.txt and prompts.txt in `data_root` (or the files
+    that the columns name), with images.txt for first frames; else the videos and still images in `data_root` and its
+    subfolders, each with its caption in a .txt file of the same name.
 
     Args:
         source: relative paths in its list start from `data_root`; without one, from the folder of `dataset_file` or
             from a local `dataset_name`.
-        media_cache: folder for media that rows carry themselves (bytes, decoded frames).
-        name_folder: say with its folder where each clip is listed: data sets of a mix may have lists of the same name.
-        captions_file: a table that captions are going to be written to. Clips may be without one then; it is "".
+        media_cache: folder for media that rows contain (bytes, decoded frames).
+        name_folder: include the folder in each clip's `source`, as lists of a mix may have the same name.
+        captions_file: a table that captions will be written to; clips may then have none, which is "".
 
     Returns:
         Clips in the order of the list, and the rows that cannot be used.
 
     Raises:
-        UserError: the list as a whole cannot be used: missing, malformed, empty, without a column that was named.
+        UserError: the list cannot be used: it is missing, malformed, empty, or lacks a column that was named.
     """
     table, columns = _open(source, captions_file)
     within = None if source.allow_outside_paths else _folders_named(source, table, media_cache)
@@ -82,9 +82,9 @@ def read_clips(
 
 
 def _folders_named(source: DataSource, table: Table, media_cache: Path) -> list[Path]:
-    """Where listed files may lie: in the folders that the user named, or that were filled on the way here.
+    """Return the folders that listed files may be in: those that the user named, and those of downloads.
 
-    `make_first_frames.py` lists clips of the cache, and its own images beside its table.
+    The table of `make_first_frames.py` lists clips of the cache, and images beside itself.
     """
     named = (source.data_root, table.folder, media_cache, *table.filled)
     return [folder for folder in named if folder is not None]
@@ -92,7 +92,7 @@ def _folders_named(source: DataSource, table: Table, media_cache: Path) -> list[
 
 @dataclass(frozen=True)
 class _Columns:
-    """Where in a row the parts of a clip are."""
+    """The columns of a clip's parts."""
 
     video: str = "video"
     caption: str = "caption"
@@ -104,7 +104,7 @@ def _open(source: DataSource, captions_file: Path | None) -> tuple[Table, _Colum
     if source.data_root is not None and not os.path.isdir(source.data_root):
         raise UserError(f"--data_root {source.data_root} is not a folder")
     if source.dataset_file is not None and source.dataset_name is not None:
-        raise UserError("--dataset_file and --dataset_name are both given; leave one of them out")
+        raise UserError("--dataset_file and --dataset_name are both set; omit one of them")
     if source.dataset_name is not None:
         table = read_dataset(
             source.dataset_name, source.dataset_config_name, source.dataset_split, source.dataset_streaming
@@ -119,14 +119,12 @@ def _open(source: DataSource, captions_file: Path | None) -> tuple[Table, _Colum
 def _open_data_root(source: DataSource, captions_file: Path | None) -> Table:
     root, columns = source.data_root, (source.video_column, source.caption_column)
     if root is None:
-        raise UserError(
-            "there are no clips to read: give --data_root, --dataset_file, --dataset_name or --dataset_mix"
-        )
+        raise UserError("there are no clips to read: set --data_root, --dataset_file, --dataset_name or --dataset_mix")
     if has_text_files(root, *columns):
         return read_text_files(root, *columns, source.image_column, captions_needed=captions_file is None)
     if source.image_column is not None:
         raise UserError(
-            f"--image_column {source.image_column} names a column or a text file, and {root} holds neither; in a "
+            f"--image_column {source.image_column} names a column or a text file, but {root} has neither; in a "
             "folder of clips, b.png beside b.mp4 is its first frame"
         )
     return read_folder(root, captions_file)
@@ -137,15 +135,15 @@ def _find_dataset_file(source: DataSource) -> Path:
     for path in places:
         if os.path.isfile(path):
             return path
-    looked_in = f", neither as given nor in {source.data_root}" if source.data_root else ""
-    raise UserError(f"--dataset_file {source.dataset_file} does not exist{looked_in}")
+    searched = f", neither here nor in {source.data_root}" if source.data_root else ""
+    raise UserError(f"--dataset_file {source.dataset_file} does not exist{searched}")
 
 
 def _find_columns(table: Table, source: DataSource, *, caption_needed: bool) -> _Columns:
     wanted = {source.video_column: "--video_column", source.caption_column: "--caption_column"}
     if source.image_column is not None:
         wanted[source.image_column] = "--image_column"
-    if not caption_needed and source.caption_column == DataSource.caption_column:  # one that was named must be there
+    if not caption_needed and source.caption_column == DataSource.caption_column:  # a column that was named must exist
         wanted.pop(source.caption_column)
     for column, flag in wanted.items():
         if column not in table.names:
@@ -188,7 +186,7 @@ def _clip_of(
 
 
 def _metadata(values: Mapping[str, Any], columns: _Columns) -> dict[str, str]:
-    """The other columns' single values: bytes, lists and objects may be as large as a video."""
+    """Return the other columns' single values, as bytes, lists and objects may be as large as a video."""
     used = {columns.video, columns.caption, columns.image, ""}
     return {
         name: str(value)
@@ -202,6 +200,6 @@ def _metadata(values: Mapping[str, Any], columns: _Columns) -> dict[str, str]:
 
 
 def _name_of(video: object) -> str:
-    """What messages call a clip. A caption where a path belongs must not fill the screen."""
+    """Return the name of a clip for messages. A caption in the column of paths must not fill the screen."""
     name = video.get("path") if isinstance(video, dict) else video
     return one_line(name, 200) if isinstance(name, str) and name.strip() else "unnamed clip"

@@ -1,7 +1,4 @@
-"""Lists of clips in files: a pair of text files, CSV, TSV, JSON and Parquet.
-
-Rows are counted from 1, as lines are.
-"""
+"""Read lists of clips in files: a pair of text files, CSV, TSV, JSON and Parquet. Rows and lines count from 1."""
 
 import csv
 import io
@@ -19,7 +16,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
 def has_text_files(data_root: Path, video_column: str, caption_column: str) -> bool:
-    """Whether one of the pair of text files lies in `data_root`, or a flag asks for one."""
+    """Return whether `data_root` has videos.txt or prompts.txt, or a flag names such a file."""
     named = ((video_column, "videos.txt"), (caption_column, "prompts.txt"))
     return any(
         column.endswith(".txt") or os.path.isfile(_text_file(data_root, column, default)) for column, default in named
@@ -34,16 +31,16 @@ def read_text_files(
     *,
     captions_needed: bool = True,
 ) -> Table:
-    """Read videos.txt, prompts.txt and, where there is one, images.txt: line n of one belongs to line n of the others.
+    """Read videos.txt, prompts.txt and images.txt if it exists: line n of one belongs to line n of the others.
 
     Args:
         data_root: the folder they are in.
-        video_column, caption_column, image_column: files that take their place; names that are neither a .txt nor a
-            file are those of a table's columns, and mean nothing here.
-        captions_needed: whether there must be prompts.txt, and a line in it for each video.
+        video_column, caption_column, image_column: files to read instead; names that are neither a .txt nor a file are
+            a table's columns and are ignored.
+        captions_needed: require prompts.txt, with a line for each video.
 
     Returns:
-        Columns video, caption and image. An empty line in images.txt is for a video that has no image.
+        Columns video, caption and image. An empty line in images.txt is for a video without an image.
 
     Raises:
         UserError: a file is missing, not UTF-8, or of another length.
@@ -59,10 +56,10 @@ def read_text_files(
     for file, flag in needed:
         if not os.path.isfile(file):
             raise UserError(
-                f"{file} does not exist; {flag} names the file, below --data_root (or give a --dataset_file)"
+                f"{file} does not exist; {flag} names the file, below --data_root (or pass a --dataset_file)"
             )
     videos = read_lines(videos_file)
-    # Blank lines at the end may be for videos without an image, or without a caption where none is needed.
+    # Blank lines at the end may be for videos without an image, or without a caption if none is needed.
     prompts, images = (
         read_lines(file, at_least=0 if complete else len(videos)) if os.path.isfile(file) else [""] * len(videos)
         for file, complete in ((prompts_file, captions_needed), (images_file, False))
@@ -82,16 +79,16 @@ def read_text_files(
 
 
 def _text_file(data_root: Path, column: str, default: str) -> Path:
-    """The file that a column flag names; the default one while the flag still holds a table's column name."""
+    """Return the file that a column flag names, or the default one if the flag holds a table's column name."""
     named = data_root / column
     return named if column.endswith(".txt") or os.path.isfile(named) else data_root / default
 
 
 def read_table(file: Path) -> Table:
-    """Read a table of a kind that its suffix tells.
+    """Read a table in the format of its suffix.
 
     Raises:
-        UserError: it is of no kind that is understood, or malformed.
+        UserError: the format is unknown or the table is malformed.
     """
     suffix = file.suffix.lower()
     if suffix in (".csv", ".tsv"):
@@ -102,9 +99,7 @@ def read_table(file: Path) -> Table:
         return Table(str(file), names, (_json_row(*entry) for entry in entries), file.parent)
     if suffix == ".parquet":
         return read_parquet(file)
-    raise UserError(
-        f"--dataset_file {file} is of no kind that is understood; it must be one of {', '.join(TABLE_SUFFIXES)}"
-    )
+    raise UserError(f"--dataset_file {file} is of an unknown kind; it must be one of {', '.join(TABLE_SUFFIXES)}")
 
 
 def _read_csv(file: Path, delimiter: str) -> Table:
@@ -124,9 +119,9 @@ def _read_csv(file: Path, delimiter: str) -> Table:
 
 
 def _csv_records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number where the record starts, its fields), without blank lines."""
+    """Yield (line number where the record starts, its fields), without blank lines."""
     text = io.StringIO(read_utf8(file), newline="")
-    # strict: otherwise a quote that is never closed swallows the rest of the file without a word
+    # strict: otherwise a quote that is never closed silently swallows the rest of the file
     reader = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
     line = 1
     try:
@@ -139,7 +134,7 @@ def _csv_records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _unquoted(cell: str) -> str:
-    """Without the quotes that stay when a field is quoted three times, as the documentation's example is."""
+    """Remove the quotes that stay when a field is quoted three times, as in the documentation's example."""
     cell = cell.strip()
     inner = cell[1:-1]
     if len(cell) >= 2 and cell[0] == cell[-1] == '"' and '"' not in inner:

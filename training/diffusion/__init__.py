@@ -1,1 +1,1 @@
-"""The mathematics: latents, timesteps, the objective, the two tasks, random draws."""
+"""The mathematics of training: latents, timesteps, the objective, the two tasks, random draws."""

@@ -1,4 +1,4 @@
-"""Pure tensor functions of the training objective: latents, noise, velocity, positions."""
+"""Tensor functions of the training objective: latents, noise, velocity, positions."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,8 @@ def sample_latents(
 
     Args:
         moments: `[B, 2C, F, H, W]`, mean and log-variance on the channel axis.
-        scaling_factor: the VAE's; brings the latents to about unit variance.
-        generators: B of them, on the device of `moments`.
+        scaling_factor: of the VAE; scales the latents to about unit variance.
+        generators: B generators on the device of `moments`.
 
     Returns:
         `[B, F, C, H, W]`, float32, in the transformer's layout.
@@ -28,23 +28,23 @@ def sample_latents(
 
 
 def image_noise_scales(num_scales: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw how strongly the first frame is noised before it conditions an image-to-video model.
+    """Draw the noise strength on the first frame before it conditions an image-to-video model.
 
     `log(scale) ~ N(-3, 0.5)`, relative to pixels in [-1, 1]. One scale is drawn from each of `num_scales` equally
-    likely parts of the distribution, so that a few of them cover it.
+    likely parts of the distribution, so that a few scales cover it.
 
     Args:
-        num_scales: how many, at least 1.
-        generator: on the device wanted.
+        num_scales: number of scales, at least 1.
+        generator: on the device of the result.
 
     Returns:
-        `[num_scales]`, float32, increasing; a single one has exactly the published distribution.
+        `[num_scales]`, float32, increasing; a single scale has exactly the published distribution.
 
     Source: CogVideoX, https://arxiv.org/abs/2408.06072, section on image-to-video.
     """
     parts = torch.arange(num_scales, device=generator.device)
     quantiles = (parts + torch.rand(num_scales, generator=generator, device=generator.device)) / num_scales
-    # The ends of the distribution lie infinitely far out.
+    # The ends of the distribution are at infinity.
     return torch.exp(-3.0 + 0.5 * torch.special.ndtri(quantiles.clamp(1e-6, 1 - 1e-6)))
 
 
@@ -53,7 +53,7 @@ def pad_latent_frames(latents: torch.Tensor, patch_size_t: int | None) -> torch.
 
     Args:
         latents: `[B, F, C, H, W]`.
-        patch_size_t: frames per patch; None for the models that do not patch in time.
+        patch_size_t: frames per patch; None for models that do not patch in time.
 
     Source: `CogVideoXPipeline.__call__` samples as many extra frames in front and discards them before decoding.
     """
@@ -79,7 +79,7 @@ def velocity_losses(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tenso
     division, which loses digits as ac nears 1.
 
     Args:
-        velocity: `[B, F, C, H, W]`, what the transformer predicts.
+        velocity: `[B, F, C, H, W]`, the transformer's prediction.
         target: the same shape, `scheduler.get_velocity(latents, noise, timesteps)`.
 
     Source: v-prediction, https://arxiv.org/abs/2202.00512; the loss of CogVideoX, https://arxiv.org/abs/2408.06072.
@@ -90,18 +90,18 @@ def velocity_losses(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 def rotary_embeddings(
     transformer: CogVideoXTransformer3DModel, num_latent_frames: int, height: int, width: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The pipeline's own rotary position embeddings for a video of this size; None for models without them.
+    """Compute the pipeline's rotary position embeddings for a video of this size; None for models without them.
 
     Args:
         transformer: only its config is read.
-        num_latent_frames: after padding.
-        height, width: of the video, in pixels.
+        num_latent_frames: latent frames after padding.
+        height, width: size of the video, in pixels.
 
     Returns:
         cos and sin, each `[tokens, head_dim]`, float32.
     """
     if not transformer.config.use_rotary_positional_embeddings:
         return None
-    # Calling the pipeline's method, private as it is, is what keeps training and sampling from drifting apart.
+    # The pipeline's method is private, but calling it guarantees the same positions in training and sampling.
     pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=None)
     return pipeline._prepare_rotary_positional_embeddings(height, width, num_latent_frames, device)

@@ -1,4 +1,4 @@
-"""The training objective of a batch: noise what it was encoded to, predict the velocity, compare."""
+"""The training objective of a batch: noise its latents, predict the velocity, compare."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,17 +24,14 @@ from models.source import NoiseScheduler
 
 @dataclass
 class Objective:
-    """CogVideoX's training objective on batches of any size.
+    """CogVideoX's training objective on batches of any size; the defaults are as published."""
 
-    With other options than the defaults it departs from the published one.
-    """
-
-    task: TextToVideo | ImageToVideo  # adds what it conditions on
-    model: torch.nn.Module  # what to call: the transformer, or what accelerate wrapped it in
+    task: TextToVideo | ImageToVideo  # adds the conditioning
+    model: torch.nn.Module  # the transformer as wrapped by accelerate, to call
     transformer: CogVideoXTransformer3DModel  # the module inside, for its config
     scheduler: NoiseScheduler  # the model's own noise schedule
     configs: ModelConfigs
-    vae: AutoencoderKLCogVideoX | None  # encodes raw clips; None when all batches are prepared
+    vae: AutoencoderKLCogVideoX | None  # encodes raw clips; None if all batches are prepared
     dtype: torch.dtype  # of the transformer's inputs
     timesteps: TimestepSampling = field(default_factory=TimestepSampling)
     caption_dropout: float = 0.0  # probability that a sample is trained with the empty prompt
@@ -44,12 +41,12 @@ class Objective:
     def __call__(
         self, batch: Batch, generators: Sequence[torch.Generator], parts: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the weighted losses `[B]` of the samples at timesteps drawn for them, float32.
+        """Return the weighted losses `[B]` of the samples at random timesteps, float32.
 
         Args:
             batch: on the device.
-            generators: one for each sample, on the device; everything random about it is drawn from its own.
-            parts: of the timesteps' distribution, as `TimestepSampling.draw` takes them.
+            generators: one for each sample, on the device, for all its random draws.
+            parts: parts of the timesteps' distribution, as in `TimestepSampling.draw`.
         """
         timesteps = self.timesteps.draw(generators, self.scheduler.config.num_train_timesteps, parts)
         if self.caption_dropout:
@@ -67,13 +64,13 @@ class Objective:
         *,
         drop_images: bool = False,
     ) -> torch.Tensor:
-        """Return the losses `[B]` of the samples at given timesteps, float32, without any dropout of captions.
+        """Return the losses `[B]` of the samples at given timesteps, float32, without caption dropout.
 
         Args:
             batch: on the device.
             timesteps: `[B]`, int64, on the device.
             generators: one for each sample, on the device.
-            drop_images: train some samples without their image, as the task says.
+            drop_images: drop the image of some samples, as set in the task.
         """
         moments = batch.video_moments
         if moments is None:

@@ -1,4 +1,4 @@
-"""Random numbers that depend on seed, step and sample only, whatever ran before."""
+"""Random numbers that depend only on seed, step and sample, not on what ran before."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from data.sampler import Draw
 
 
 def derive_seed(seed: int, *position: object) -> int:
-    """A seed for torch, of 63 bits, that depends on nothing but `seed` and what else is given."""
+    """Return a 63-bit seed for torch that depends only on the arguments."""
     return int.from_bytes(hashlib.sha256(repr((seed, *position)).encode()).digest()[:8], "big") >> 1
 
 
 def step_generator(device: torch.device, seed: int, *position: object) -> torch.Generator:
-    """A random generator that depends on nothing but `seed` and what else is given (a step, a sample).
+    """Return a random generator that depends only on `seed` and `position` (a step, a sample).
 
-    Noise drawn from it is the same after a resume, whatever validation or data loading did to the global generators.
+    Its noise is the same after a resume, whatever validation or data loading did to the global generators.
     """
     return torch.Generator(device).manual_seed(derive_seed(seed, *position))
 
@@ -24,7 +24,7 @@ def step_generator(device: torch.device, seed: int, *position: object) -> torch.
 def seed_global(device: torch.device, seed: int) -> None:
     """Seed torch's global generators of the CPU and of `device`.
 
-    `torch.manual_seed` goes through every kind of accelerator there is, which takes as long as 3% of a small step.
+    `torch.manual_seed` seeds every kind of accelerator, which takes 3% of a small step.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -32,9 +32,9 @@ def seed_global(device: torch.device, seed: int) -> None:
 
 
 def sample_generators(device: torch.device, seed: int, draws: Sequence[Draw]) -> list[torch.Generator]:
-    """A random generator for each sample of a batch.
+    """Return a random generator for each sample of a batch.
 
-    What a sample is trained with then follows from the seed and its draw alone: it is the same in a batch of four, in
-    four batches of one whose gradients accumulate, on any rank, and after a resume.
+    A sample's randomness depends only on the seed and its draw: it is the same in a batch of four, in four batches of
+    one with gradient accumulation, on any rank, and after a resume.
     """
     return [step_generator(device, seed, *draw) for draw in draws]

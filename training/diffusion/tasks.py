@@ -1,4 +1,4 @@
-"""What a task adds to the training loop: which pipeline samples it, and what the transformer sees."""
+"""The tasks text-to-video and image-to-video: the pipeline that samples each, and the inputs of the transformer."""
 
 from collections.abc import Iterable, Sequence
 from types import MappingProxyType
@@ -21,50 +21,50 @@ from models.encoding import encode_noised_image
 
 
 class SizeFlags(NamedTuple):
-    """Which flags give sizes, for messages on one that a model does not take."""
+    """The flags that set sizes, for messages on a size that a model does not take."""
 
     sides: str
     frames: str
-    advice: str = ""  # what else another size needs
+    advice: str = ""  # what to do for another size
 
 
 TRAINING_SIZES = SizeFlags(
     "--height, --width, --height_buckets, --width_buckets",
     "--max_num_frames, --frame_buckets",
-    " (prepare data anew for it)",
+    " (prepare the data again for it)",
 )
 
 
 class TextToVideo:
-    """Videos from text alone: the transformer sees the noisy video latents as they are."""
+    """Videos from text: the transformer sees only the noisy video latents."""
 
     name = "text-to-video"
     pipeline_class = CogVideoXPipeline
     with_images = False
-    settings = MappingProxyType({})  # what a resumed run must have in common with its checkpoint, by flag
+    settings = MappingProxyType({})  # settings by flag that a resumed run must share with its checkpoint
 
     def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlags = TRAINING_SIZES) -> None:
-        """Refuse a model that another task needs, and sizes that it cannot sample.
+        """Refuse a model of another task, and sizes that the model cannot sample.
 
         Args:
-            configs: the model's.
-            sizes: of the clips and of the videos to sample.
-            flags: that the sizes were given by, for messages.
+            configs: configs of the model.
+            sizes: sizes of the clips and of the videos to sample.
+            flags: flags that set the sizes, for messages.
 
         Raises:
-            UserError: the transformer wants image latents beside the video's, or does not take a size.
+            UserError: the transformer needs image latents beside the video's, or does not take a size.
         """
         if configs.is_image_to_video:
             raise UserError(
                 "--pretrained_model_name_or_path: this is an image-to-video model (its transformer takes "
                 f"{configs.transformer['in_channels']} channels, a video has {configs.vae['latent_channels']}); train "
-                "it with cogvideox_image_to_video_lora.py or cogvideox_image_to_video_sft.py, or give a "
+                "it with cogvideox_image_to_video_lora.py or cogvideox_image_to_video_sft.py, or pass a "
                 "text-to-video model such as THUDM/CogVideoX-5b"
             )
         _check_sizes(configs, sizes, flags)
 
     def prepare_model(self, transformer: CogVideoXTransformer3DModel) -> None:
-        """Change the transformer before training; nothing is to be changed."""
+        """Change the transformer before training; this task changes nothing."""
 
     def transformer_inputs(
         self,
@@ -76,29 +76,29 @@ class TextToVideo:
         *,
         drop_images: bool = False,
     ) -> dict[str, Any]:
-        """What the transformer takes beside text, timesteps and positions.
+        """Return the transformer's inputs besides text, timesteps and positions.
 
         Args:
             noisy_latents: `[B, F, C, H, W]`.
-            batch: what else is known of the samples.
-            configs: the model's.
-            vae: encodes raw clips; None when all batches are prepared.
-            generators: one for each sample, on the device of the latents, for everything random about it here.
-            drop_images: leave some images out.
+            batch: the samples.
+            configs: configs of the model.
+            vae: encodes raw clips; None if all batches are prepared.
+            generators: one for each sample, on the device of the latents, for its random draws.
+            drop_images: drop some images.
         """
         return {"hidden_states": noisy_latents}
 
     def usage(self) -> list[str]:
-        """Lines of code that a user of the result needs after loading the pipeline."""
+        """Return the lines of code that a user of the result needs after loading the pipeline."""
         return []
 
 
 class ImageToVideo:
-    """Videos that begin with an image: its latents lie beside the noisy ones, as the pipeline puts them there.
+    """Videos that begin with an image: its latents are concatenated to the noisy ones, as in the pipeline.
 
     Args:
         noised_image_dropout: probability that a sample is trained without its image.
-        ignore_learned_positions: drop the learned positions of CogVideoX-5b-I2V, which fit its native size alone.
+        ignore_learned_positions: drop the learned positions of CogVideoX-5b-I2V, which fit only its native size.
     """
 
     name = "image-to-video"
@@ -111,11 +111,11 @@ class ImageToVideo:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What a resumed run must have in common with its checkpoint, by flag."""
+        """Settings by flag that a resumed run must share with its checkpoint."""
         return {"--ignore_learned_positional_embeddings": self.ignore_learned_positions}
 
     def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlags = TRAINING_SIZES) -> None:
-        """Refuse a model that another task needs, and sizes that it cannot sample or has no learned positions for.
+        """Refuse a model of another task, and sizes that it cannot sample or has no learned positions for.
 
         Raises:
             UserError: the transformer takes no image latents, or does not take a size.
@@ -123,8 +123,8 @@ class ImageToVideo:
         if not configs.is_image_to_video:
             raise UserError(
                 "--pretrained_model_name_or_path: this is a text-to-video model (its transformer takes "
-                f"{configs.transformer['in_channels']} channels, which leaves no room for an image); train it with "
-                "cogvideox_text_to_video_lora.py or cogvideox_text_to_video_sft.py, or give an image-to-video model "
+                f"{configs.transformer['in_channels']} channels, none of them for an image); train it with "
+                "cogvideox_text_to_video_lora.py or cogvideox_text_to_video_sft.py, or pass an image-to-video model "
                 "such as THUDM/CogVideoX-5b-I2V"
             )
         sizes = set(sizes)
@@ -132,20 +132,20 @@ class ImageToVideo:
         if not configs.transformer["use_learned_positional_embeddings"]:
             if self.ignore_learned_positions:
                 raise UserError(
-                    "--ignore_learned_positional_embeddings: this model has no learned positions; leave it out"
+                    "--ignore_learned_positional_embeddings: this model has no learned positions; omit the flag"
                 )
             return
         native = configs.native_size
         others = sorted(sizes - {native})
         if others and not self.ignore_learned_positions:
             raise UserError(
-                f"the learned positions of this model fit {native} (frames x height x width) alone, not "
-                f"{', '.join(map(str, others))}; take that size, or drop them by "
+                f"the learned positions of this model fit only {native} (frames x height x width), not "
+                f"{', '.join(map(str, others))}; use that size, or drop them with "
                 "--ignore_learned_positional_embeddings"
             )
 
     def prepare_model(self, transformer: CogVideoXTransformer3DModel) -> None:
-        """Drop the learned positions if that was asked for, here and in the config that is saved."""
+        """Drop the learned positions, if asked to, from the transformer and the config that is saved."""
         if self.ignore_learned_positions and transformer.config.use_learned_positional_embeddings:
             del transformer.patch_embed.pos_embedding
             transformer.patch_embed.use_learned_positional_embeddings = False
@@ -161,10 +161,10 @@ class ImageToVideo:
         *,
         drop_images: bool = False,
     ) -> dict[str, Any]:
-        """What the transformer takes beside text, timesteps and positions; see `TextToVideo`.
+        """Return the transformer's inputs besides text, timesteps and positions; see `TextToVideo`.
 
         Source: `CogVideoXImageToVideoPipeline.prepare_latents` and `__call__`: the image's latents in the first latent
-        frame, zeros in all others, with CogVideoX 1.5 in the padded ones too.
+        frame, zeros in all others, including the padded ones of CogVideoX 1.5.
         """
         moments = batch.image_moments
         if moments is None:
@@ -182,11 +182,11 @@ class ImageToVideo:
         condition[:, :1] = latents
         inputs = {"hidden_states": torch.cat([noisy_latents, condition], dim=2)}
         if configs.transformer["ofs_embed_dim"] is not None:
-            inputs["ofs"] = noisy_latents.new_full((1,), 2.0)  # as the pipeline gives it
+            inputs["ofs"] = noisy_latents.new_full((1,), 2.0)  # the pipeline's value
         return inputs
 
     def usage(self) -> list[str]:
-        """Lines of code that a user of the result needs after loading the pipeline."""
+        """Return the lines of code that a user of the result needs after loading the pipeline."""
         if not self.ignore_learned_positions:
             return []
         return [
@@ -197,16 +197,16 @@ class ImageToVideo:
 
 
 def _check_sizes(configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlags) -> None:
-    """Refuse the sizes that CogVideoX 1.5 cannot be trained or sampled at; the other models compute positions for any.
+    """Refuse sizes that CogVideoX 1.5 cannot be trained or sampled at; other models take any size.
 
     Raises:
-        UserError: names them, what the model takes, and the nearest that it takes.
+        UserError: naming the sizes, what the model takes, and the nearest sizes that it takes.
     """
     patch, patch_frames = configs.transformer["patch_size"], configs.transformer["patch_size_t"]
     if patch_frames is None:
         return
     sizes = sorted(set(sizes))
-    # Positions are the first ones of a table that covers the native height and width.
+    # Positions come from a table that covers the native height and width.
     height, width = (configs.transformer[side] // patch * patch * 8 for side in ("sample_height", "sample_width"))
     too_large = {(size.height, size.width) for size in sizes if size.height > height or size.width > width}
     if too_large:
@@ -215,7 +215,7 @@ def _check_sizes(configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlag
             f"{flags.sides}: this CogVideoX 1.5 model has positions for up to {height}x{width} (height x width), not "
             f"for {_names(too_large)}; nearest is {_names(nearest)}{flags.advice}"
         )
-    # The VAE decodes latent frames two by two to eight frames; of an odd number, the first alone to one frame.
+    # The VAE decodes two latent frames to eight frames; if their number is odd, the first one to one frame.
     unsampled = {size.num_frames for size in sizes if size.num_frames != 1 and size.num_frames % 8 > 1}
     if unsampled:
         nearest = {count for frames in unsampled for count in (max(1, frames // 8 * 8 + 1), frames // 8 * 8 + 8)}

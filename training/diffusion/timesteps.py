@@ -1,4 +1,4 @@
-"""Which timesteps a run is trained on, and how much each of them counts."""
+"""The distribution of training timesteps, and the weights of their losses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from models.source import NoiseScheduler
 
 @dataclass(frozen=True)
 class TimestepSampling:
-    """The distribution of timesteps. The defaults are as published: uniform, and all of equal weight.
+    """The distribution of timesteps. The defaults are as published: uniform, with equal weights.
 
     Raises:
-        ValueError: there is no such distribution.
+        ValueError: the distribution is unknown.
     """
 
     distribution: str = "uniform"  # or logit_normal
     logit_mean: float = 0.0  # of logit_normal; higher means noisier
     logit_std: float = 1.0
-    snr_gamma: float | None = None  # of min-SNR weights; None for equal ones
+    snr_gamma: float | None = None  # of min-SNR weights; None for equal weights
 
     def __post_init__(self):
         if self.distribution not in ("uniform", "logit_normal"):
@@ -35,9 +35,9 @@ class TimestepSampling:
 
         Args:
             generators: one for each sample.
-            num_timesteps: of the noise schedule.
-            parts: `[B, 2]`, which part each sample takes of how many equally likely ones, as from `share_out`; None
-                for all of the distribution.
+            num_timesteps: number of timesteps of the noise schedule.
+            parts: `[B, 2]`, the part of the distribution for each sample, and the number of equally likely parts, as
+                from `share_out`; None for the full distribution.
 
         Returns:
             `[B]`, int64, in `0..num_timesteps - 1`, on the generators' device.
@@ -53,7 +53,7 @@ class TimestepSampling:
         return (quantiles * num_timesteps).long().clamp(max=num_timesteps - 1)
 
     def weights(self, timesteps: torch.Tensor, scheduler: NoiseScheduler) -> torch.Tensor:
-        """How much the loss of the velocity counts at each timestep. Returns `[B]`, float32.
+        """Return the weights `[B]` of the velocity's loss at each timestep, float32.
 
         Source: min-SNR, https://arxiv.org/abs/2303.09556: min(SNR, gamma) on the error of the latents, which is
         min(SNR, gamma) / (SNR + 1) on the error of the velocity.
@@ -65,16 +65,16 @@ class TimestepSampling:
 
 
 def share_out(seed: int, step: int, rank: int, num_ranks: int, samples_per_rank: int) -> torch.Tensor:
-    """Give each sample of a step a part of its own of the timesteps' distribution.
+    """Assign a different part of the timesteps' distribution to each sample of a step.
 
-    Which sample gets which is drawn anew for each step, so that the timesteps of any one sample have the whole
-    distribution; those of a step lie evenly.
+    The assignment is random at each step, so each sample sees the full distribution over many steps, while the
+    timesteps of one step are spread evenly.
 
     Args:
-        samples_per_rank: the most that a rank can have in a step; where it has fewer, parts are left out at random.
+        samples_per_rank: maximum of a rank's samples in a step; with fewer samples, random parts are unused.
 
     Returns:
-        `[samples_per_rank, 2]`: this rank's parts, and how many there are.
+        `[samples_per_rank, 2]`: this rank's parts, and the number of parts.
     """
     num_parts = num_ranks * samples_per_rank
     order = torch.randperm(num_parts, generator=step_generator(torch.device("cpu"), seed, "parts", step))

@@ -1,261 +1,232 @@
-"""The flags on clips and models that training and preparation share."""
+"""The flags on clips."""
 
-import argparse
+from dataclasses import dataclass
 
-from flags.types import choice, non_negative_int, path, positive_float, positive_int, probability
+from flags.schema import flag
+from flags.types import non_negative_int, path, positive_float, positive_int, probability
 from video.frames import LONG_CLIPS
 
 
 DEFAULT_BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
-DEFAULT_HEIGHT = 480
-DEFAULT_WIDTH = 720
+# How raw clips become samples: fixed once they are prepared.
+PREPARED_FLAGS = (
+    "id_token",
+    "video_reshape_mode",
+    "random_flip",
+    "fps",
+    "skip_frames_start",
+    "skip_frames_end",
+    "long_clips",
+    "hold_last_frame",
+    "height_buckets",
+    "width_buckets",
+    "frame_buckets",
+)
 
 
-def add_download_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--revision",
-        help="Branch, tag or commit of the model on the hub. Give a commit to make a run repeatable. "
-        "(default: the main branch)",
-    )
-    group.add_argument(
-        "--variant",
-        help="Variant of the weight files, such as fp16 for files named *.fp16.safetensors. Only for models that are "
-        "stored in several. (default: the plain files)",
-    )
-    group.add_argument(
-        "--cache_dir",
-        metavar="FOLDER",
+@dataclass(frozen=True)
+class SourceFlags:
+    """Where the clips and captions are, and which frames of a file count."""
+
+    data_root: str | None = flag(
+        None,
+        "Folder that holds the clips; required unless another flag names the data. It lists them in two text "
+        "files (see --video_column), or has a caption clip.txt beside each clip.mp4.",
         type=path,
-        help="Where downloaded models are kept. Use it when your home disk is small. (default: the hub's own cache)",
-    )
-
-
-def add_data_flags(group: argparse._ArgumentGroup, *, caption_column: str) -> None:
-    """The flags on clips which training and preparation share; they differ only in the default caption column."""
-    add_dataset_flags(group, caption_column)
-    add_dataset_name_flags(group)
-    add_mix_flags(group)
-    add_size_flags(group)
-    add_frame_flags(group)
-    add_long_clip_flags(group)
-    group.add_argument(
-        "--random_flip",
-        metavar="P",
-        type=probability,
-        help="Probability (0 to 1) of mirroring a clip left to right: one coin per clip, so all its frames agree. "
-        "Avoid it when clips show text or captions say left and right. (default: no flips)",
-    )
-    group.add_argument(
-        "--dataloader_num_workers",
-        metavar="N",
-        type=non_negative_int,
-        default=0,
-        help="Processes that read clips while the model computes; 0 reads in the main process. Raise it (4 to 8) when "
-        "steps wait for data. (default: %(default)s)",
-    )
-    group.add_argument(
-        "--pin_memory",
-        action="store_true",
-        help="Keep batches in page-locked memory, which makes copies to a GPU faster at the cost of RAM. "
-        "(default: off)",
-    )
-
-
-def add_dataset_flags(
-    group: argparse._ArgumentGroup, caption_column: str, skipped_to: str = "skipped_clips.csv in --output_dir"
-) -> None:
-    group.add_argument(
-        "--data_root",
-        "--instance_data_root",
         metavar="FOLDER",
-        type=path,
-        help="Folder that holds the clips; required unless another flag names the data. "
-        "It lists them in two text files (see --video_column), or has a caption clip.txt beside each clip.mp4.",
+        also=("--instance_data_root",),
     )
-    group.add_argument(
-        "--dataset_file",
+    dataset_file: str | None = flag(
+        None,
+        "Table with one row per clip: .csv, .tsv, .jsonl, .json or .parquet. Paths in it are relative to "
+        "--data_root, or to the file itself without one.",
+        type=path,
         metavar="FILE",
-        type=path,
-        help="Table with one row per clip: .csv, .tsv, .jsonl, .json or .parquet. Paths in it are relative to "
-        "--data_root, or to the file itself without one. (default: none)",
+        shown="none",
     )
-    group.add_argument(
-        "--video_column",
+    video_column: str = flag(
+        "video",
+        "Column with the clips' paths, or name of the text file in --data_root that lists them, videos.txt otherwise.",
         metavar="NAME",
-        default="video",
-        help="Column with the clips' paths, or name of the text file in --data_root that lists them, videos.txt "
-        "otherwise. (default: %(default)s)",
     )
-    group.add_argument(
-        "--caption_column",
+    caption_column: str = flag(
+        "text",
+        "Column with the captions, or name of the text file that lists them, prompts.txt otherwise.",
         metavar="NAME",
-        default=caption_column,
-        help="Column with the captions, or name of the text file that lists them, prompts.txt otherwise. "
-        "(default: %(default)s)",
     )
-    group.add_argument(
-        "--image_column",
+    image_column: str | None = flag(
+        None,
+        "Image-to-video: column with images to start from, or name of the text file that lists them. Where it is "
+        "empty, a clip starts from its own first frame.",
         metavar="NAME",
-        help="Image-to-video: column with images to start from, or name of the text file that lists them. Where it is "
-        "empty, a clip starts from its own first frame. (default: image or images.txt, where there is one)",
+        shown="image or images.txt, where there is one",
     )
-    group.add_argument(
-        "--allow_outside_paths",
-        action="store_true",
-        help="Follow paths of a list wherever they lead; lists may come from strangers. Otherwise what a table, text "
-        "file or data set names must lie in --data_root or in the table's own folder, what --dataset_mix names below "
-        "that file's folder, and what the index of a prepared folder names in that folder; links inside these are "
-        "followed. (default: off)",
+    allow_outside_paths: bool = flag(
+        False,
+        "Follow paths of a list wherever they lead; lists may come from strangers. Otherwise what a table, text "
+        "file or data set names must lie in --data_root or in the table's own folder, what --dataset_mix names "
+        "below that file's folder, and what the index of a prepared folder names in that folder; links inside "
+        "these are followed.",
     )
-    group.add_argument(
-        "--on_bad_clip",
-        **choice(("error", "skip")),
-        default="error",
-        help="What to do about clips that are missing, damaged, too short or without a caption: list them all and "
-        f"stop, or leave them out and list them in {skipped_to}. (default: %(default)s)",
+    on_bad_clip: str = flag(
+        "error",
+        "What to do about clips that are missing, damaged, too short or without a caption: list them all and "
+        "stop, or skip them and list them in skipped_clips.csv in --output_dir (captioning: in the log).",
+        choices=("error", "skip"),
     )
-
-
-def add_dataset_name_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--dataset_name",
+    dataset_name: str | None = flag(
+        None,
+        "Data set on the Hugging Face hub, or a local one, as `datasets.load_dataset` takes it; its clips may be "
+        "paths, bytes or decoded videos.",
         metavar="NAME",
-        help="Data set on the Hugging Face hub, or a local one, as `datasets.load_dataset` takes it; its clips may be "
-        "paths, bytes or decoded videos. (default: none)",
+        shown="none",
     )
-    group.add_argument(
-        "--dataset_config_name",
-        metavar="NAME",
-        help="Configuration of --dataset_name. (default: its only one)",
+    dataset_config_name: str | None = flag(
+        None, "Configuration of --dataset_name.", metavar="NAME", shown="its only one"
     )
-    group.add_argument(
-        "--dataset_split",
-        metavar="NAME",
-        default="train",
-        help="Split of --dataset_name. (default: %(default)s)",
+    dataset_split: str = flag("train", "Split of --dataset_name.", metavar="NAME")
+    dataset_streaming: bool = flag(
+        False,
+        "Read --dataset_name row by row instead of downloading all of it first; with --max_samples, only what is "
+        "used is downloaded.",
     )
-    group.add_argument(
-        "--dataset_streaming",
-        action="store_true",
-        help="Read --dataset_name row by row instead of downloading all of it first; with --max_samples, only what is "
-        "used is downloaded. (default: off)",
-    )
-    group.add_argument(
-        "--max_samples",
-        metavar="N",
+    max_samples: int | None = flag(
+        None,
+        "Use only the first N rows of the data set, to try something out.",
         type=positive_int,
-        help="Use only the first N rows of the data set, to try something out. (default: all)",
+        metavar="N",
+        shown="all",
     )
-
-
-def add_mix_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--id_token",
+    id_token: str | None = flag(
+        None,
+        "Rare word put in front of every caption, which then calls up what you trained; use the same word in "
+        "prompts later.",
         metavar="WORD",
-        help="Rare word put in front of every caption, which then calls up what you trained; use the same word in "
-        "prompts later. (default: none)",
+        shown="none",
     )
-    group.add_argument(
-        "--dataset_mix",
-        metavar="JSON",
+    dataset_mix: str | None = flag(
+        None,
+        "Several data sets: a JSON file with a list of objects, each with these flags as keys and with repeats "
+        "(how often its clips come in an epoch) or weight (its share of an epoch).",
         type=path,
-        help="Several data sets: a JSON file with a list of objects, each with these flags as keys and with repeats "
-        "(how often its clips come in an epoch) or weight (its share of an epoch). (default: none)",
+        metavar="JSON",
+        shown="none",
     )
-
-
-def add_size_flags(group: argparse._ArgumentGroup) -> None:
-    buckets = " ".join(map(str, DEFAULT_BUCKETS))
-    group.add_argument(
-        "--height_buckets",
-        metavar="PX",
-        nargs="+",
-        type=positive_int,
-        help="Heights in pixels, multiples of 16; each clip is resized to the nearest height x width of the two "
-        "lists. When neither list is given but both --height and --width are, that one size is used for all clips. "
-        f"(default: {buckets})",
-    )
-    group.add_argument(
-        "--width_buckets",
-        metavar="PX",
-        nargs="+",
-        type=positive_int,
-        help=f"Widths in pixels, multiples of 16; see --height_buckets. (default: {buckets})",
-    )
-    group.add_argument(
-        "--height",
-        metavar="PX",
-        type=positive_int,
-        help="Height in pixels, a multiple of 16, of validation videos; together with --width, and without bucket "
-        f"lists, also the only size of clips. (default: {DEFAULT_HEIGHT})",
-    )
-    group.add_argument(
-        "--width",
-        metavar="PX",
-        type=positive_int,
-        help=f"Width in pixels, a multiple of 16; see --height. (default: {DEFAULT_WIDTH})",
-    )
-    group.add_argument(
-        "--video_reshape_mode",
-        **choice(("center", "random", "none")),
-        default="center",
-        help="How a clip gets its bucket's size: center and random resize it with its aspect kept and crop the middle "
-        "or a random part; none stretches it, which distorts clips of another aspect. (default: %(default)s)",
-    )
-
-
-def add_frame_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--frame_buckets",
+    skip_frames_start: int = flag(
+        0,
+        "Frames of the file to skip at the clip's start, for title cards and fades; pass the same number to every "
+        "script.",
+        type=non_negative_int,
         metavar="N",
-        nargs="+",
-        type=positive_int,
-        default=[49],
-        help="Lengths in frames that clips are cut to: 1, or numbers of the form 4k or 4k+1. The models know 49 "
-        "(CogVideoX 1.5: 81). (default: 49)",
     )
-    group.add_argument(
-        "--max_num_frames",
+    skip_frames_end: int = flag(
+        0,
+        "Frames of the file to skip at the clip's end; pass the same number to every script.",
+        type=non_negative_int,
         metavar="N",
-        type=positive_int,
-        default=49,
-        help="Longest clip in frames, and the length of validation videos. Raise it together with --frame_buckets. "
-        "(default: %(default)s)",
     )
-    group.add_argument(
-        "--fps",
-        metavar="RATE",
+
+
+@dataclass(frozen=True)
+class ClipFlags:
+    """How a clip becomes a sample: its size, its frames, its augmentation."""
+
+    height_buckets: tuple[int, ...] = flag(
+        DEFAULT_BUCKETS,
+        "Heights in pixels, multiples of 16; each clip is resized to the nearest height x width of the two "
+        "lists. When neither list is given but both --height and --width are, that one size is used for all "
+        "clips.",
+        type=positive_int,
+        metavar="PX",
+    )
+    width_buckets: tuple[int, ...] = flag(
+        DEFAULT_BUCKETS, "Widths in pixels, multiples of 16; see --height_buckets.", type=positive_int, metavar="PX"
+    )
+    height: int = flag(
+        480,
+        "Height in pixels, a multiple of 16, of validation videos; together with --width, and without bucket "
+        "lists, also the only size of clips.",
+        type=positive_int,
+        metavar="PX",
+    )
+    width: int = flag(720, "Width in pixels, a multiple of 16; see --height.", type=positive_int, metavar="PX")
+    video_reshape_mode: str = flag(
+        "center",
+        "How a clip gets its bucket's size: center and random resize it with its aspect kept and crop the middle "
+        "or a random part; none stretches it, which distorts clips of another aspect.",
+        choices=("center", "random", "none"),
+    )
+    frame_buckets: tuple[int, ...] = flag(
+        (49,),
+        "Lengths in frames that clips are cut to: 1, or numbers of the form 4k or 4k+1. The models know 49 "
+        "(CogVideoX 1.5: 81).",
+        type=positive_int,
+        metavar="N",
+    )
+    max_num_frames: int = flag(
+        49,
+        "Longest clip in frames, and the length of validation videos. Raise it together with --frame_buckets.",
+        type=positive_int,
+        metavar="N",
+    )
+    fps: float | None = flag(
+        None,
+        "Sample clips in time at this many frames per second, so that motion keeps its speed; give the model's "
+        "own rate (8, CogVideoX 1.5: 16). Without it frames are spread evenly over the clip, and written videos "
+        "play at 8.",
         type=positive_float,
-        help="Sample clips in time at this many frames per second, so that motion keeps its speed; give the model's "
-        "own rate (8, CogVideoX 1.5: 16). Without it frames are spread evenly over the clip, and written videos play "
-        "at 8. (default: not resampled)",
+        metavar="RATE",
+        shown="not resampled",
     )
-    add_skip_flags(group, ", for title cards and fades")
-
-
-def add_skip_flags(group: argparse._ArgumentGroup, purpose: str) -> None:
-    """The frames to leave out of every clip, and what to say of it behind that."""
-    for end in ("start", "end"):
-        group.add_argument(
-            f"--skip_frames_{end}",
-            metavar="N",
-            type=non_negative_int,
-            default=0,
-            help=f"Frames of the file to leave out at the clip's {end}{purpose}. (default: %(default)s)",
-        )
-
-
-def add_long_clip_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--long_clips",
-        **choice(LONG_CLIPS),
-        help="What to take of a clip longer than its frame bucket: spread takes frames evenly from all of it, first "
-        "its first frames in succession, split makes several samples of successive frames. "
-        "(default: spread; with --fps, which spread cannot keep, first)",
+    long_clips: str | None = flag(
+        None,
+        "What to take of a clip longer than its frame bucket: spread takes frames evenly from all of it, first "
+        "its first frames in succession, split makes several samples of successive frames.",
+        choices=LONG_CLIPS,
+        shown="spread; with --fps, which spread cannot keep, first",
     )
-    group.add_argument(
-        "--hold_last_frame",
-        action="store_true",
-        help="Fill clips that are too short for the smallest frame bucket by holding their last frame; otherwise they "
-        "are bad clips. (default: off)",
+    hold_last_frame: bool = flag(
+        False,
+        "Fill clips that are too short for the smallest frame bucket by holding their last frame; otherwise they "
+        "are bad clips.",
+    )
+    random_flip: float | None = flag(
+        None,
+        "Probability (0 to 1) of mirroring a clip left to right: one coin per clip, so all its frames agree. "
+        "Avoid it when clips show text or captions say left and right.",
+        type=probability,
+        metavar="P",
+        shown="no flips",
+    )
+
+
+@dataclass(frozen=True)
+class LoaderFlags:
+    """How samples are read."""
+
+    dataloader_num_workers: int = flag(
+        0,
+        "Processes that read clips while the model computes; 0 reads in the main process. Raise it (4 to 8) when "
+        "steps wait for data.",
+        type=non_negative_int,
+        metavar="N",
+    )
+    pin_memory: bool = flag(
+        False, "Keep batches in page-locked memory, which makes copies to a GPU faster at the cost of RAM."
+    )
+
+
+@dataclass(frozen=True)
+class PreparedFlags:
+    """Training on data from prepare_dataset.py."""
+
+    load_tensors: bool = flag(
+        False,
+        "Train on latents and embeddings written by prepare_dataset.py, with --data_root as its --output_dir. "
+        "Saves loading the VAE and the text encoder and makes steps faster; use it whenever you train for more "
+        "than one epoch.",
+    )
+    ignore_prepared_mismatch: bool = flag(
+        False,
+        "With --load_tensors, go on with a warning when the data was prepared with other encoders than the model's.",
     )

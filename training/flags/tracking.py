@@ -1,10 +1,10 @@
-"""The flags on experiment trackers."""
+"""The flags on experiment trackers and the hub."""
 
-import argparse
-from importlib.util import find_spec
+from dataclasses import dataclass
 
-from common.errors import UserError
-from flags.types import choice, path
+from common.hub_token import HubToken
+from flags.schema import flag
+from flags.types import path, positive_int
 
 
 # What each tracker needs: one of these packages.
@@ -16,37 +16,44 @@ TRACKERS = {
 }
 
 
-def add_tracking_flags(group: argparse._ArgumentGroup, method: str) -> None:
-    group.add_argument(
-        "--report_to",
-        **choice((*TRACKERS, "all", "none")),
-        default="tensorboard",
-        help="Where losses and validation videos are logged; all means every tracker that is installed. One that "
-        "fails is a warning and never ends a run; a resumed run goes on in the trackers' runs of before. "
-        "(default: %(default)s)",
+@dataclass(frozen=True)
+class TrackingFlags:
+    """Experiment trackers."""
+
+    report_to: str = flag(
+        "tensorboard",
+        "Where losses and validation videos are logged; all means every tracker that is installed. One that "
+        "fails is a warning and never ends a run; a resumed run goes on in the trackers' runs of before.",
+        choices=(*TRACKERS, "all", "none"),
     )
-    group.add_argument(
-        "--tracker_name",
-        metavar="NAME",
-        default=f"cogvideox-{method}",
-        help="Project name in the tracker. (default: %(default)s)",
-    )
-    group.add_argument(
-        "--logging_dir",
-        metavar="FOLDER",
-        type=path,
-        default="logs",
-        help="Folder of the tracker's files, inside --output_dir. (default: %(default)s)",
+    tracker_name: str = flag("cogvideox-lora", "Project name in the tracker.", metavar="NAME")
+    logging_dir: str = flag("logs", "Folder of the tracker's files, inside --output_dir.", type=path, metavar="FOLDER")
+    logging_steps: int = flag(
+        10,
+        "Fetch loss values from the device and write them to the trackers every N optimizer steps. Every step's "
+        "value is logged, in batches; 1 shows them at once but makes the device wait.",
+        type=positive_int,
+        metavar="N",
     )
 
 
-def check_tracker(report_to: str) -> None:
-    """A tracker that is asked for by name is installed.
+@dataclass(frozen=True)
+class HubFlags:
+    """Upload of the result."""
 
-    Raises:
-        UserError: it is not.
-    """
-    if report_to in TRACKERS and not any(map(find_spec, TRACKERS[report_to])):
-        raise UserError(
-            f"--report_to {report_to}: it is not installed; pip install {report_to}, or give --report_to none"
-        )
+    push_to_hub: bool = flag(
+        False,
+        "Upload the result to the Hugging Face hub when training ends; whether the token may do so is looked at "
+        "before it starts.",
+    )
+    hub_token: HubToken | None = flag(
+        None,
+        "Token for --push_to_hub. It is written nowhere here, but shells keep it in their history and launchers "
+        "show it when a run fails: better log in once with `hf auth login`, or set HF_TOKEN.",
+        type=HubToken,
+        metavar="TOKEN",
+        shown="these",
+    )
+    hub_model_id: str | None = flag(
+        None, "Repository that --push_to_hub writes to.", metavar="ORG/NAME", shown="the name of --output_dir"
+    )

@@ -1,113 +1,87 @@
-"""The flags on what is validated, and how."""
+"""The flags on what is validated, and how videos are sampled."""
 
-import argparse
-import os
+from dataclasses import dataclass
 
-from flags.types import denoising_steps, non_negative_float, path, positive_int, prose
-
-
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+from flags.schema import flag
+from flags.types import denoising_steps, non_negative_float, positive_int, prose, table_file
 
 
-def add_validation_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--validation_prompt",
-        metavar="TEXT",
-        type=prose,
-        help="Prompts to make videos from during and after training, several joined by --validation_prompt_separator. "
+@dataclass(frozen=True)
+class ValidationFlags:
+    """What is validated, and when."""
+
+    validation_prompt: str | None = flag(
+        None,
+        "Prompts to make videos from during and after training, several joined by --validation_prompt_separator. "
         "Without it nothing is validated.",
-    )
-    group.add_argument(
-        "--validation_images",
-        metavar="PATHS",
-        help="Image-to-video: first frames, one path or http(s) URL per prompt, joined by the same separator.",
-    )
-    group.add_argument(
-        "--validation_prompt_separator",
+        type=prose,
         metavar="TEXT",
-        default=":::",
-        help="What stands between two prompts or two images; change it when a prompt contains it. "
-        "(default: %(default)s)",
     )
-    group.add_argument(
-        "--num_validation_videos",
-        metavar="N",
+    validation_images: str | None = flag(
+        None,
+        "Image-to-video: first frames, one path or http(s) URL per prompt, joined by the same separator.",
+        metavar="PATHS",
+    )
+    validation_prompt_separator: str = flag(
+        ":::", "What stands between two prompts or two images; change it when a prompt contains it.", metavar="TEXT"
+    )
+    num_validation_videos: int = flag(
+        1,
+        "Videos per prompt; more show how much the seed matters, each costs a full sampling.",
         type=positive_int,
-        default=1,
-        help="Videos per prompt; more show how much the seed matters, each costs a full sampling. "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--validation_steps",
         metavar="N",
+    )
+    validation_steps: int | None = flag(
+        None,
+        "Validate every N optimizer steps.",
         type=positive_int,
-        help="Validate every N optimizer steps. (default: only once, when training ends)",
-    )
-    group.add_argument(
-        "--validation_epochs",
         metavar="N",
+        shown="only once, when training ends",
+    )
+    validation_epochs: int | None = flag(
+        None,
+        "Validate every N epochs; handy when the dataset is small.",
         type=positive_int,
-        help="Validate every N epochs; handy when the dataset is small. (default: only once, when training ends)",
-    )
-    group.add_argument(
-        "--validate_first",
-        action=argparse.BooleanOptionalAction,
-        help="Validate once before the first step: what would fail after hours fails now, and the videos of the "
-        "untrained model stand beside all later ones. --no-validate_first saves the time. (default: on whenever "
-        "anything is validated)",
-    )
-    add_guidance_flags(group, " in validation")
-    group.add_argument(
-        "--enable_model_cpu_offload",
-        action="store_true",
-        help="In validation keep each network on the CPU except while it works: slower, but needs less GPU memory. "
-        "(default: off)",
-    )
-
-
-def add_guidance_flags(group: argparse._ArgumentGroup, where: str = "") -> None:
-    """How a video is sampled, in validation and by generate.py; the same defaults make the same video."""
-    group.add_argument(
-        "--num_inference_steps",
         metavar="N",
-        type=denoising_steps,
-        default=50,
-        help=f"Denoising steps{where}; fewer are faster but coarser. (default: %(default)s)",
+        shown="only once, when training ends",
     )
-    group.add_argument(
-        "--guidance_scale",
-        metavar="X",
-        type=non_negative_float,
-        default=6.0,
-        help=f"Strength of classifier-free guidance{where}; higher follows the prompt more closely, 1 and below "
-        "switch it off. (default: %(default)s)",
+    validate_first: bool | None = flag(
+        None,
+        "Validate once before the first step: what would fail after hours fails now, and the videos of the "
+        "untrained model stand beside all later ones. --no-validate_first saves the time.",
+        shown="on whenever anything is validated",
     )
-    group.add_argument(
-        "--use_dynamic_cfg",
-        action="store_true",
-        help="Let the guidance grow over the denoising steps instead of keeping it constant. (default: off)",
+    enable_model_cpu_offload: bool = flag(
+        False, "In validation keep each network on the CPU except while it works: slower, but needs less GPU memory."
     )
-
-
-def add_validation_set_flags(group: argparse._ArgumentGroup) -> None:
-    """The clips whose loss shows overfitting."""
-    group.add_argument(
-        "--validation_dataset_file",
+    validation_dataset_file: str | None = flag(
+        None,
+        "Table of clips held out from training, as --dataset_file takes it; their loss at nine fixed noise "
+        "levels is logged at each validation: when it rises while the training loss falls, the model overfits. "
+        "Paths in it always start from the table's own folder, whatever --data_root is. Columns, --id_token, "
+        "sizes and frames are those of the training clips, with --load_tensors as these were prepared; the clips "
+        "are encoded when training starts.",
+        type=table_file,
         metavar="FILE",
-        type=_table,
-        help="Table of clips held out from training, as --dataset_file takes it; their loss at nine fixed noise "
-        "levels is logged at each validation: when it rises while the training loss falls, the model overfits. Paths "
-        "in it always start from the table's own folder, whatever --data_root is. Columns, --id_token, sizes and "
-        "frames are those of the training clips, with --load_tensors as these were prepared; the clips are encoded "
-        "when training starts. (default: none)",
+        shown="none",
     )
+    prompts: tuple[str, ...] = ()  # those of --validation_prompt, one by one
+    images: tuple[str, ...] = ()  # those of --validation_images, one by one
 
 
-def _table(text: str) -> str:
-    """A table of clips that exists; argparse.ArgumentTypeError otherwise."""
-    file = path(text)
-    if not os.path.isfile(file):
-        raise argparse.ArgumentTypeError(f"no file '{file}'; give the path of a table of clips")
-    if os.path.splitext(file)[1].lower() not in TABLE_SUFFIXES:
-        raise argparse.ArgumentTypeError(f"'{file}' is no table; it must be one of {', '.join(TABLE_SUFFIXES)}")
-    return file
+@dataclass(frozen=True)
+class GuidanceFlags:
+    """How a video is sampled; the same values make the same video in validation and in generate.py."""
+
+    num_inference_steps: int = flag(
+        50, "Denoising steps; fewer are faster but coarser.", type=denoising_steps, metavar="N"
+    )
+    guidance_scale: float = flag(
+        6.0,
+        "Strength of classifier-free guidance; higher follows the prompt more closely, 1 and below switch it off.",
+        type=non_negative_float,
+        metavar="X",
+    )
+    use_dynamic_cfg: bool = flag(
+        False, "Let the guidance grow over the denoising steps instead of keeping it constant."
+    )

@@ -1,9 +1,10 @@
-"""How much memory a run takes, calculated from the model's configs alone: no weights, no GPU.
+"""Calculate the memory of a run from the model's configs; needs neither weights nor a GPU.
 
-What is counted is what torch allocates for tensors. A run takes more: the CUDA context (about half a gigabyte), the
-work space of libraries, and what torch's allocator reserves beyond it because pieces do not fit together.
+The bytes that torch allocates for tensors are counted. A run takes more: the CUDA context (about half a gigabyte), the
+work space of libraries, and what torch's allocator reserves beyond the tensors because of fragmentation.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import prod
@@ -12,46 +13,45 @@ from memory.activation_bytes import batch_bytes, decoding_bytes, kept_memory, sa
 from memory.facts import ModelFacts, ParameterFacts, Workload
 from memory.pinned import power_above
 from memory.settings import GB, MemorySettings
-from models.configs import ModelConfigs
 
 
-_TINY = 4096  # numbers; optimizers of low precision leave smaller tensors in full precision
+_TINY = 4096  # numbers; low-precision optimizers keep smaller tensors in full precision
 _STATE_BLOCKS = {"8bit": 256, "fp8": 256, "4bit": 128}  # numbers that share a scale in torchao's states
 
 
 @dataclass(frozen=True)
 class MemoryAccount:
-    """Bytes by what they are for; all on the device but `host`."""
+    """Bytes by purpose; all on the device except `host`."""
 
     frozen_weights: int
     trained_weights: int
     averaged_weights: int  # of --use_ema
     optimizer_states: int
-    gradients: int  # all that exist at once
-    earlier_gradients: int  # of them, those of other blocks when the backward pass is in the last one
+    gradients: int  # that exist at once
+    earlier_gradients: int  # those of the other blocks while the backward pass is in its last block
     largest_gradient: int
-    kept_inputs: int  # of checkpoints, until the backward pass comes to them
-    last_input: int  # of them, the one that the backward pass comes to last
+    kept_inputs: int  # of checkpoints, until their backward pass
+    last_input: int  # of the checkpoint that the backward pass reaches last
     kept_activations: int  # of blocks that are not computed again
-    working_set: int  # computing one block, or segment, again and its backward pass
+    working_set: int  # of one block, or segment, that is computed again, with its backward pass
     batch: int  # latents, embeddings, positions
     sampling: int  # a denoising step of the validation, without weights
     vae_weights: int
     decoding: int  # of the validation video, without weights
     weights_while_decoding: int  # of the transformer
-    host: int  # what is in host memory instead
+    host: int  # in host memory
 
     @property
     def resident(self) -> int:
-        """What is there all the time."""
+        """The bytes that are allocated all the time."""
         return self.frozen_weights + self.trained_weights + self.averaged_weights + self.optimizer_states
 
     @property
     def training(self) -> int:
         """The peak of a training step.
 
-        At the start of the backward pass all that was kept is there and no gradient, at its end all gradients and the
-        last checkpoint alone: in between, one makes room for the other.
+        At the start of the backward pass all activations are allocated and no gradient, at its end all gradients and
+        only the last checkpoint; in between, the gradients replace the activations.
         """
         start, end = self.kept_inputs + self.kept_activations, self.last_input + self.earlier_gradients
         backward = self.working_set + self.largest_gradient + max(start, end)
@@ -59,38 +59,37 @@ class MemoryAccount:
 
     @property
     def validation(self) -> int:
-        """The peak of a validation between steps, when there are no gradients; 0 without validation."""
+        """The peak of a validation between steps, without gradients; 0 without validation."""
         if not self.sampling:
             return 0
-        sampling = self.resident + self.sampling + self.vae_weights
-        if self.weights_while_decoding == 0:  # and the VAE is elsewhere while the transformer works
-            sampling -= self.vae_weights
+        # Where the transformer is moved away for the decoding, so is the VAE for the sampling.
+        sampling = self.resident + self.sampling + (self.vae_weights if self.weights_while_decoding else 0)
         static = self.averaged_weights + self.optimizer_states + self.weights_while_decoding
         return max(sampling, static + self.vae_weights + self.decoding)
 
     @property
     def peak(self) -> int:
-        """The most that is ever allocated on the device."""
+        """The peak of the run on the device."""
         return max(self.training, self.validation)
 
     def table(self) -> str:
-        """A line for each part, for logs."""
+        """Format each part as a line, for logs."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         parts |= {"peak of a training step": self.training, "peak of a validation": self.validation}
         return "\n".join(f"{name.replace('_', ' '):26} {size / GB:7.2f} GB" for name, size in parts.items())
 
 
-def account(facts: ModelFacts, configs: ModelConfigs, settings: MemorySettings, workload: Workload) -> MemoryAccount:
-    """Calculate what a run takes.
+def account(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> MemoryAccount:
+    """Calculate the memory of a run.
 
     Args:
-        facts: of `configs` and of the method of `settings`.
+        facts: of the model with the method of `settings`.
     """
     frozen, on_host = _frozen_weights(facts, settings, workload)
-    weights = [parameter.numel * settings.trained_bytes for parameter in facts.parameters if parameter.is_trainable]
+    weights = [parameter.numel * settings.trained_bytes for parameter in facts.trainable]
     states, states_on_host = _place_states(facts, settings, weights)
     gradients, earlier_gradients = _gradients(facts, settings, weights)
-    kept = kept_memory(facts, configs, settings, workload)
+    kept = kept_memory(facts, settings, workload)
     is_moved = settings.enable_model_cpu_offload
     sampled = workload.sampled
     return MemoryAccount(
@@ -105,45 +104,39 @@ def account(facts: ModelFacts, configs: ModelConfigs, settings: MemorySettings, 
         last_input=kept.last_input,
         kept_activations=kept.activations,
         working_set=kept.working_set,
-        batch=batch_bytes(facts, configs, workload),
-        sampling=sampling_bytes(facts, configs, workload) if sampled else 0,
+        batch=batch_bytes(facts, workload),
+        sampling=sampling_bytes(facts, workload) if sampled else 0,
         vae_weights=facts.vae_numel * workload.compute_bytes if sampled else 0,
-        decoding=decoding_bytes(facts, configs, workload) if sampled else 0,
+        decoding=decoding_bytes(facts, workload) if sampled else 0,
         weights_while_decoding=0 if is_moved else frozen + sum(weights),
         host=on_host + states_on_host + kept.on_host,
     )
 
 
 def _frozen_weights(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> tuple[int, int]:
-    """Bytes on the device and on the host."""
-    outside = sum(_frozen_bytes(one, settings, workload) for one in facts.parameters if one.block is None)
-    blocks = [
-        sum(_frozen_bytes(one, settings, workload) for one in facts.block(number))
-        for number in range(facts.num_blocks)
-    ]
+    """Return the bytes on the device and on the host."""
+    by_block: Counter[int | None] = Counter()
+    for one in facts.parameters:
+        if not one.is_trainable:
+            kind = settings.quantize_base if one.block is not None and one.is_linear_weight else "none"
+            by_block[one.block] += quantized_bytes(one.shape, kind, workload.compute_bytes)
+    outside = by_block.pop(None, 0)
     if settings.stream_blocks:
-        return outside + 2 * max(blocks), sum(blocks)
-    return outside + sum(blocks), 0
-
-
-def _frozen_bytes(parameter: ParameterFacts, settings: MemorySettings, workload: Workload) -> int:
-    if parameter.is_trainable:
-        return 0
-    is_quantized = parameter.block is not None and parameter.is_linear_weight
-    return quantized_bytes(parameter.shape, settings.quantize_base if is_quantized else "none", workload.compute_bytes)
+        return outside + 2 * max(by_block.values()), by_block.total()
+    return outside + by_block.total(), 0
 
 
 def quantized_bytes(shape: Sequence[int], quantization: str, compute_bytes: int) -> int:
-    """A frozen weight's bytes, scales included.
+    """Return the bytes of a frozen weight with its scales.
 
     Args:
-        shape: of the weight, `[out, in]` where it is quantized.
+        shape: of the weight, `[out, in]` if it is quantized.
         quantization: none, int8, fp8 or nf4.
         compute_bytes: of one number of a weight that is not quantized.
     """
     numel = prod(shape)
     if quantization == "nf4":
-        scales = -(-numel // 64)  # a byte each, themselves scaled by 256s, with a mean and two tables
+        scales = -(-numel // 64)  # a byte each, with a scale for 256 of them, a mean and two tables
         return -(-numel // 2) + scales + 4 * -(-scales // 256) + 4 + 4 * 256 + 4 * 16
     if quantization == "int8":
         return numel + shape[0] * (4 + 1)  # a scale and a zero point a row
@@ -153,10 +146,10 @@ def quantized_bytes(shape: Sequence[int], quantization: str, compute_bytes: int)
 
 
 def state_bytes(parameter: ParameterFacts, settings: MemorySettings) -> int:
-    """What the optimizer keeps for a parameter, but for single numbers such as its count of steps."""
+    """Return the bytes of the optimizer's states for a parameter, except single numbers such as its step count."""
     numel, full = parameter.numel, settings.trained_bytes
     if settings.optimizer == "prodigy":
-        return 4 * numel * full  # two averages, the weights at the start, and the sum that finds the step size
+        return 4 * numel * full  # two averages, the initial weights, and the sum that determines the step size
     if settings.optimizer == "came":
         if len(parameter.shape) < 2:
             return 2 * numel * full
@@ -171,10 +164,9 @@ def state_bytes(parameter: ParameterFacts, settings: MemorySettings) -> int:
 
 
 def checkpoint_bytes(facts: ModelFacts, settings: MemorySettings) -> int:
-    """What a checkpoint takes on the disk, but for small files: weights (and their average) in float32, states."""
-    trainable = [parameter for parameter in facts.parameters if parameter.is_trainable]
+    """Return the bytes of a checkpoint without small files: weights (and their average) in float32, states."""
     copies = 2 if settings.use_ema else 1
-    return sum(4 * copies * parameter.numel + state_bytes(parameter, settings) for parameter in trainable)
+    return sum(4 * copies * parameter.numel + state_bytes(parameter, settings) for parameter in facts.trainable)
 
 
 def _adam_bytes(numel: int, settings: MemorySettings, full: int) -> int:
@@ -190,31 +182,29 @@ def _adam_bytes(numel: int, settings: MemorySettings, full: int) -> int:
 
 
 def _place_states(facts: ModelFacts, settings: MemorySettings, weights: Sequence[int]) -> tuple[int, int]:
-    """Bytes of the optimizer's states on the device and, with copies of weights and gradients, on the host."""
-    trainable = [parameter for parameter in facts.parameters if parameter.is_trainable]
-    states = [state_bytes(parameter, settings) for parameter in trainable]
+    """Return the bytes of the optimizer's states on the device and, with copies of weights and gradients, on the
+    host."""
+    states = [state_bytes(parameter, settings) for parameter in facts.trainable]
     if not settings.use_cpu_offload_optimizer:
         return sum(states), 0
-    is_on_host = [parameter.numel >= _TINY for parameter in trainable]
+    is_on_host = [parameter.numel >= _TINY for parameter in facts.trainable]
     on_device = sum(size for size, away in zip(states, is_on_host, strict=True) if not away)
-    # Each weight and each gradient is pinned by itself, in a power of two.
+    # Each weight and each gradient is pinned separately, in a power of two.
     copies = sum(2 * power_above(size) for size, away in zip(weights, is_on_host, strict=True) if away)
     return on_device, sum(states) - on_device + copies
 
 
 def _gradients(facts: ModelFacts, settings: MemorySettings, weights: Sequence[int]) -> tuple[int, int]:
-    """Bytes of gradients that are on the device at once, and of those of other blocks than the one that is computed.
+    """Return the bytes of gradients on the device at once, and of those of other blocks than the computed one.
 
-    With an offloaded optimizer `_place_states` has those on the host.
+    `_place_states` counts the gradients that an offloaded optimizer has on the host.
     """
-    one_block = max(_block_bytes(facts, number, settings) for number in range(facts.num_blocks))
+    by_block: Counter[int | None] = Counter()
+    for one, size in zip(facts.trainable, weights, strict=True):
+        by_block[one.block] += size
+    one_block = max(by_block[number] for number in range(facts.num_blocks))
     if settings.step_in_backward:
         return max(weights), 0
     if settings.use_cpu_offload_optimizer and settings.offload_gradients:
         return one_block, one_block  # the copies may lag behind the backward pass
     return sum(weights), sum(weights) - one_block
-
-
-def _block_bytes(facts: ModelFacts, number: int, settings: MemorySettings) -> int:
-    """Of a block's trained weights, and so of their gradients."""
-    return sum(one.numel * settings.trained_bytes for one in facts.block(number) if one.is_trainable)

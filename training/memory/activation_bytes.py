@@ -1,35 +1,32 @@
-"""How much memory activations take: what is kept for the backward pass, what computing takes meanwhile.
+"""Calculate the memory of activations: those kept for the backward pass, and those alive during a computation.
 
-The activations are those of diffusers' `CogVideoXBlock` under autocast, where norms compute in float32: the list is
-in `block_tensors`. A unit, there and below, is a tensor `[B, T, D]` of all tokens, text and video, in the compute
-dtype.
+They are the activations of diffusers' `CogVideoXBlock` under autocast, listed in `block_tensors`. A unit is a tensor
+`[B, T, D]` of all tokens, text and video, in the compute dtype.
 """
 
 from dataclasses import dataclass
 from math import prod
 
-from data.buckets import count_tokens
 from memory.activations import count_kept
 from memory.facts import ModelFacts, Workload
 from memory.settings import MemorySettings
-from models.configs import ModelConfigs
 
 
+_NORM_BYTES = 4  # of one number in and out of a norm, which autocast computes in float32
 _DECODER_TENSORS = 10, 7.5  # alive at once in the decoder's last layers, see `decoding_bytes`
 
 
-def block_tensors(facts: ModelFacts, configs: ModelConfigs, settings: MemorySettings, workload: Workload) -> dict:
-    """What autograd keeps of a transformer block that is not computed again: name -> bytes.
+def block_tensors(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> dict[str, int]:
+    """Return the tensors that autograd keeps of a transformer block that is not computed again: name -> bytes.
 
-    Tensors of a few rows (modulations, gates) are left out. With autocast every layer casts its own input, so that
-    layers which share one keep copies; without, they share it. LoRA: a frozen layer keeps nothing of its input, an
-    adapter does. Full fine-tuning: every layer keeps its input, and what a gate or a scale is multiplied with.
+    Tensors of a few rows (modulations, gates) are omitted. With autocast every layer casts its input and keeps its own
+    copy; without, layers share their input. LoRA: a frozen layer keeps no input, an adapter does. Full fine-tuning:
+    every layer keeps its input, and so do gates and scales.
     """
-    length = count_tokens(configs.transformer, workload.size)
-    tokens = workload.batch_size * length
-    compute, norm = workload.compute_bytes, workload.norm_bytes
-    unit, normed = tokens * facts.dim * compute, tokens * facts.dim * norm
-    is_cast = compute != norm
+    tokens = workload.batch_size * facts.count_tokens(workload.size)
+    compute = workload.compute_bytes
+    unit, normed = tokens * facts.dim * compute, tokens * facts.dim * _NORM_BYTES
+    is_cast = compute != _NORM_BYTES
     is_full = settings.method == "sft"
 
     def has_input(name: str) -> bool:
@@ -44,7 +41,7 @@ def block_tensors(facts: ModelFacts, configs: ModelConfigs, settings: MemorySett
         "queries and keys before their norms": 2 * normed,
         "queries, keys and values": 3 * unit,
         "result of the attention": unit,
-        "its copy with heads side by side": unit if has_input("attn1.to_out.0") else 0,
+        "its copy with concatenated heads": unit if has_input("attn1.to_out.0") else 0,
         "result of the attention's projection, for its gate": unit if is_full else 0,
         "input of the second norm": normed,
         "output of the second norm, for its scale": normed if is_full else 0,
@@ -56,14 +53,14 @@ def block_tensors(facts: ModelFacts, configs: ModelConfigs, settings: MemorySett
         "statistics of norms and attention": tokens * 4 * (2 * 2 + (2 * 2 + 1) * facts.heads),
     }
     if is_full and settings.trained_bytes != compute:
-        tensors["weights in the compute dtype"] = compute * sum(
-            one.numel for one in facts.block(0) if one.is_linear_weight
-        )
+        tensors["weights in the compute dtype"] = compute * sum(facts.linear_weights)
     return tensors
 
 
 @dataclass(frozen=True)
 class KeptMemory:
+    """Bytes of activations, see the fields of `MemoryAccount`."""
+
     inputs: int
     last_input: int
     activations: int
@@ -74,77 +71,80 @@ class KeptMemory:
 _FEED_FORWARD = ("input of the feed-forward", "input of its activation", "output of its activation")
 
 
-def kept_memory(facts: ModelFacts, configs: ModelConfigs, settings: MemorySettings, workload: Workload) -> KeptMemory:
-    """Activations of the whole model, by when they are on the device."""
-    tensors = block_tensors(facts, configs, settings, workload)
+def kept_memory(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> KeptMemory:
+    """Return the activations of the model, by when they are on the device."""
+    tensors = block_tensors(facts, settings, workload)
     block = sum(tensors.values())
     feed_forward = sum(tensors[name] for name in _FEED_FORWARD)
-    length = count_tokens(configs.transformer, workload.size)
-    tokens = workload.batch_size * length
-    unit = tokens * facts.dim * workload.compute_bytes
+    size = workload.batch_size * facts.count_tokens(workload.size) * facts.dim
+    unit = size * workload.compute_bytes
     scope = settings.checkpoint_scope if settings.gradient_checkpointing else "none"
     every = settings.checkpoint_every
     kept = count_kept(scope, every, facts.num_blocks)
-    one_input = tokens * facts.dim * workload.norm_bytes if scope == "feed-forward" else unit
-    # The blocks of the working set are among the whole ones.
+    one_input = size * _NORM_BYTES if scope == "feed-forward" else unit
+    # The blocks of the working set are among the complete ones.
     at_once = min(every, facts.num_blocks) if scope == "segment" else 1
     on_device = min(kept.inputs, 2) if settings.offload_checkpoints else kept.inputs
-    # Where the first norm takes its input as it is, that is the checkpoint's.
-    shared = unit if kept.inputs and scope != "feed-forward" and workload.norm_bytes == workload.compute_bytes else 0
+    # Without autocast the first norm shares its input with the checkpoint.
+    shared = unit if kept.inputs and scope != "feed-forward" and workload.compute_bytes == _NORM_BYTES else 0
     return KeptMemory(
         inputs=on_device * one_input,
         last_input=min(on_device, 1) * one_input,
-        activations=(kept.whole_blocks - at_once) * block + kept.without_feed_forward * (block - feed_forward),
+        activations=(kept.complete_blocks - at_once) * block + kept.without_feed_forward * (block - feed_forward),
         working_set=at_once * block + _backward_extra(facts, settings, workload, unit) - shared,
         on_host=(kept.inputs - on_device) * one_input,
     )
 
 
 def _backward_extra(facts: ModelFacts, settings: MemorySettings, workload: Workload, unit: int) -> int:
-    """What the backward pass of a block has beside what was kept, at its peak in the feed-forward.
+    """Return what the backward pass of a block adds to the kept activations, at its peak in the feed-forward.
 
-    That is the gradient of what came in, and those of the activation's output and input, 4 units each; full
-    fine-tuning has let go of the output itself by then, which an adapter alone does not keep. A quantized weight is
-    there in the compute dtype too.
+    That is the gradient of the block's output, and those of the feed-forward activation's output and input, 4 units
+    each. Where the activation's output was kept, it is freed by then and makes room for one of them. A quantized
+    weight is also there in the compute dtype.
     """
     wide = 4 * unit * (2 if "ff.net.2" not in facts.adapters and settings.method == "lora" else 1)
-    largest = max((one.numel for one in facts.block(0) if one.is_linear_weight), default=0)
-    dequantized = largest * workload.compute_bytes if settings.quantize_base != "none" else 0
+    dequantized = max(facts.linear_weights) * workload.compute_bytes if settings.quantize_base != "none" else 0
     return unit + wide + dequantized
 
 
-def batch_bytes(facts: ModelFacts, configs: ModelConfigs, workload: Workload) -> int:
-    """Moments, latents, noise and prediction, prompt embeddings, positions."""
-    length = count_tokens(configs.transformer, workload.size)
-    latents = workload.batch_size * prod(workload.size.latent_shape) * facts.latent_channels
-    embeds = workload.batch_size * facts.text_tokens * facts.text_dim * workload.compute_bytes
-    positions = 2 * (length - facts.text_tokens) * (facts.dim // facts.heads) * 4 if facts.has_rotary else 0
+def batch_bytes(facts: ModelFacts, workload: Workload) -> int:
+    """Return the bytes of moments, latents, noise and prediction, prompt embeddings and positions."""
+    config = facts.configs.transformer
+    latents = workload.batch_size * prod(workload.size.latent_shape) * facts.configs.vae["latent_channels"]
+    text_tokens = config["max_text_seq_length"]
+    embeds = workload.batch_size * text_tokens * config["text_embed_dim"] * workload.compute_bytes
+    positions = 2 * (facts.count_tokens(workload.size) - text_tokens) * (facts.dim // facts.heads) * 4
+    if not config["use_rotary_positional_embeddings"]:
+        positions = 0
     return 8 * 4 * latents + embeds + positions  # about eight tensors of the latents' size in float32
 
 
-def sampling_bytes(facts: ModelFacts, configs: ModelConfigs, workload: Workload) -> int:
-    """The peak of a denoising step, which keeps nothing for a backward pass: in the attention where there are rotary
-    positions, which are applied in float32, else in the feed-forward."""
-    length = count_tokens(configs.transformer, workload.sampled)
-    tokens = (2 if workload.is_guided else 1) * length
-    unit, normed = tokens * facts.dim * workload.compute_bytes, tokens * facts.dim * workload.norm_bytes
-    rotary = 3 * tokens * facts.dim * 4 if facts.has_rotary else 0
+def sampling_bytes(facts: ModelFacts, workload: Workload) -> int:
+    """Return the peak of a denoising step, which keeps nothing for a backward pass.
+
+    It is in the attention with rotary positions, which are applied in float32, else in the feed-forward.
+    """
+    size = (2 if workload.is_guided else 1) * facts.count_tokens(workload.sampled) * facts.dim
+    unit, normed = size * workload.compute_bytes, size * _NORM_BYTES
+    rotary = 3 * size * 4 if facts.configs.transformer["use_rotary_positional_embeddings"] else 0
     # The input, the residual, values; normed, joined with the text, queries, keys.
     attention = 3 * unit + 4 * normed + rotary
     feed_forward = 3 * unit + normed + 2 * 4 * unit
     return max(attention, feed_forward)
 
 
-def decoding_bytes(facts: ModelFacts, configs: ModelConfigs, workload: Workload) -> int:
-    """The peak of decoding a validation video by tiles, in the decoder's last layers but one, and the video itself.
+def decoding_bytes(facts: ModelFacts, workload: Workload) -> int:
+    """Return the peak of decoding a validation video by tiles, with the video itself.
 
-    The decoder takes two latent frames at a time, three at first where their number is odd. In its last up block
-    about ten tensors of that many frames at full size are alive at once: a residual, a normed and its two modulations,
-    a padded copy, what is being computed, and what each layer keeps of the frames before, if there are any.
+    It is in the decoder's last up block. The decoder takes two latent frames at a time, or three at first if their
+    number is odd. About ten tensors of that many frames at full size are alive at once: a residual, a normed and its
+    two modulations, a padded copy, the result, and what each layer keeps of earlier frames, if there are any.
     """
+    vae = facts.configs.vae
     frames, height, width = workload.sampled.latent_shape
     at_once = 9 if frames % 2 else 8
     tensors = _DECODER_TENSORS[0 if frames > 3 else 1]
-    tile = min(height * 8, configs.vae["sample_height"] // 2) * min(width * 8, configs.vae["sample_width"] // 2)
-    videos = 2 * prod(workload.sampled) * 3 * workload.compute_bytes  # the tiles, and what they are joined to
-    return videos + int(tensors * facts.decoder_channels * at_once * tile * workload.compute_bytes)
+    tile = min(height * 8, vae["sample_height"] // 2) * min(width * 8, vae["sample_width"] // 2)
+    videos = 2 * prod(workload.sampled) * 3 * workload.compute_bytes  # the tiles and the joined video
+    return videos + int(tensors * vae["block_out_channels"][1] * at_once * tile * workload.compute_bytes)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: which activations are kept for the backward pass, and where."""
+"""Gradient checkpointing: compute activations again in the backward pass, and offload the inputs to host memory."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +14,15 @@ from memory.pinned import HostStack
 
 @dataclass(frozen=True)
 class KeptActivations:
-    """What is on the device when the backward pass begins to use it, counted in transformer blocks."""
+    """Activations on the device at the start of the backward pass, counted in transformer blocks."""
 
     inputs: int  # of checkpoints: hidden states and encoder hidden states, [B, T, D] together
-    whole_blocks: int  # all activations: of blocks without checkpoint, and of those that are computed again at once
-    without_feed_forward: int  # all activations but those of the feed-forward
+    complete_blocks: int  # blocks without checkpoint, and those that are computed again at once
+    without_feed_forward: int  # blocks with all activations except those of the feed-forward
 
 
 def count_kept(scope: str, every: int, num_blocks: int) -> KeptActivations:
-    """What a setting of `checkpoint_activations` keeps; "none" for no checkpointing.
+    """Count the kept activations for arguments of `checkpoint_activations`, or "none" for no checkpointing.
 
     With offloaded checkpoints, two of the inputs are on the device at a time, the others in host memory.
     """
@@ -44,16 +44,16 @@ def checkpoint_activations(
 ) -> None:
     """Have the transformer compute activations again in the backward pass instead of keeping them.
 
-    Gradients are the same, dropout included. Names of weights stay, and nothing changes where no gradients are
-    computed. The blocks may be compiled, before or after; with the feed-forward alone and a store, they may not. To be
-    called once for a transformer.
+    Gradients are the same, including dropout. The names of the weights stay, and nothing changes where no gradients
+    are computed. The blocks may be compiled, before or after, except with "feed-forward" and a store. To be called
+    once for a transformer.
 
     Args:
         transformer: to be changed.
-        scope: what is computed again as one piece: "block", "segment" (several blocks) or "feed-forward" (that part of
-            a block, by far its largest).
-        every: checkpoint every so many blocks, from the first on; in a segment, how many blocks it has.
-        offload_to: where the inputs of what is computed again are kept; None for the device.
+        scope: of a checkpoint: "block", "segment" (several blocks) or "feed-forward" (by far the largest part of a
+            block).
+        every: checkpoint one of so many blocks, starting with the first; for "segment", the number of its blocks.
+        offload_to: for the inputs of the checkpoints; None keeps them on the device.
     """
     blocks = transformer.transformer_blocks
     if scope == "feed-forward":
@@ -62,7 +62,7 @@ def checkpoint_activations(
         return
 
     def run_block(block: torch.nn.Module, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stands for a call of the block; the first of a segment runs all of it."""
+        """Replace a call of the block; the first one of a segment runs all of its blocks."""
         number = next(number for number, candidate in enumerate(blocks) if candidate is block)
         if number % every > 0:
             return inputs[:2] if scope == "segment" else block(*inputs)
@@ -92,7 +92,7 @@ def _checkpoint_forward(module: torch.nn.Module, store: "CheckpointStore | None"
 def _checkpoint(
     function: Callable[..., Any], inputs: tuple, store: "CheckpointStore | None", *, is_first: bool
 ) -> Any:
-    """Call the function now, and again in the backward pass, with the same random numbers.
+    """Call the function now and again in the backward pass, with the same random numbers.
 
     Args:
         is_first: whether it is the first checkpoint of the forward pass.
@@ -101,7 +101,7 @@ def _checkpoint(
         return checkpoint(function, *inputs, use_reentrant=False)
     if is_first:
         store.clear()
-    # The checkpoint saves its inputs under these hooks, and hides from them all that is saved inside it.
+    # The checkpoint saves its inputs under these hooks and hides from them what is saved inside it.
     with store.next_checkpoint():
         return checkpoint(function, *inputs, use_reentrant=False)
 
@@ -114,13 +114,13 @@ class _Kept:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    host: list[torch.Tensor] | None  # its bytes; None when their room was given up
-    tensor: torch.Tensor | None  # while it is on the device too: on its way out, or back
+    host: list[torch.Tensor] | None  # its bytes; None when their room was released
+    tensor: torch.Tensor | None  # the tensor on the device while it is copied out or back
 
 
 @dataclass(eq=False)
 class _Checkpoint:
-    """What one checkpoint keeps."""
+    """The tensors of one checkpoint."""
 
     kept: list[_Kept] = field(default_factory=list)
     copied: torch.cuda.Event | None = None  # the last copy, out or back
@@ -129,15 +129,15 @@ class _Checkpoint:
 class CheckpointStore:
     """Keeps the inputs of checkpoints in host memory between forward and backward pass.
 
-    On a GPU the memory is pinned and copies run on a stream of their own: out while the checkpoint's function is
-    computed, back while the checkpoint after it is in its backward pass. torch's `save_on_cpu` copies in line with the
-    computation, and asks for pinned memory for each tensor anew.
+    On a GPU the memory is pinned and copies run on a separate stream: out during the checkpoint's function, back
+    during the backward pass of the following checkpoint. torch's `save_on_cpu` copies on the stream of the computation
+    and allocates pinned memory for each tensor again.
 
-    A forward pass gives up what was kept for the one before, whether a backward pass used it or not. Device memory is
-    always allocated on the stream of the computation, and dropped only after that stream has waited for the copy: so
-    it can be used again in that stream's order, however far ahead the CPU is. (`Tensor.record_stream` would keep it
-    from being used again until the copy was seen to have ended: with the CPU a whole pass ahead, nothing were saved.)
-    Host memory is used by the copying stream alone, in its order.
+    A forward pass releases what was kept for the previous one, whether a backward pass used it or not. Device memory
+    is always allocated on the stream of the computation and dropped only after that stream has waited for the copy, so
+    that it is reused in stream order, however far ahead the CPU is. (`Tensor.record_stream` would block its reuse
+    until the CPU has seen the end of the copy: with the CPU a full pass ahead, nothing would be saved.) Host memory is
+    used only by the copying stream, in its order.
     """
 
     def __init__(self, stack: HostStack | None = None) -> None:
@@ -146,7 +146,7 @@ class CheckpointStore:
         self._copying: torch.cuda.Stream | None = None
 
     def clear(self) -> None:
-        """Give up all that is kept: a forward pass begins."""
+        """Release everything at the start of a forward pass."""
         for one in self._checkpoints:
             self._drop(one)
             for kept in one.kept:
@@ -155,18 +155,18 @@ class CheckpointStore:
         self.stack.reset()
 
     def next_checkpoint(self) -> saved_tensors_hooks:
-        """A context in which the next checkpoint is to be called."""
+        """Return the context in which to call the next checkpoint."""
         if self._checkpoints:
-            self._drop(self._checkpoints[-1])  # was copied while its function was computed
+            self._drop(self._checkpoints[-1])  # it was copied during its function
         self._checkpoints.append(_Checkpoint())
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def num_on_device(self) -> int:
-        """How many of the tensors kept are on the device too, on their way."""
+        """Return how many of the kept tensors are also on the device."""
         return sum(kept.tensor is not None for one in self._checkpoints for kept in one.kept)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Kept:
-        # Sequences of tokens, [B, T, D]; the time embedding, [B, D], is small, and the same tensor for all blocks.
+        # Token sequences are [B, T, D]; the time embedding, [B, D], is small and the same tensor for all blocks.
         if tensor.dim() < 3:
             return tensor
         tensor = tensor.detach().contiguous()
@@ -181,7 +181,7 @@ class CheckpointStore:
         if isinstance(packed, torch.Tensor):
             return packed
         if packed.host is None:
-            raise RuntimeError("the inputs of this checkpoint were given up when another forward pass began")
+            raise RuntimeError("the inputs of this checkpoint were released when another forward pass began")
         one = self._checkpoints[packed.checkpoint]
         if packed.tensor is None:
             self._bring_back(one)
@@ -192,7 +192,7 @@ class CheckpointStore:
         return tensor
 
     def _bring_back(self, one: _Checkpoint) -> None:
-        """Begin to copy to the device what is not there."""
+        """Start to copy the tensors that are not on the device."""
         for kept in one.kept:
             if kept.tensor is None:
                 kept.tensor = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
@@ -201,7 +201,7 @@ class CheckpointStore:
     def _copy(
         self, one: _Checkpoint, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device
     ) -> None:
-        """Copy from the second of each pair to the first: behind what was computed so far, beside what comes."""
+        """Copy the second of each pair to the first, after the computation so far and parallel to what follows."""
         if device.type != "cuda":
             for target, source in pairs:
                 target.copy_(source)
@@ -215,17 +215,17 @@ class CheckpointStore:
             one.copied = self._copying.record_event()
 
     def _wait(self, one: _Checkpoint) -> None:
-        """Have what is computed from now on wait for the last copy."""
+        """Have the following computation wait for the last copy."""
         if one.copied is not None:
             torch.cuda.current_stream(self._copying.device).wait_event(one.copied)
 
     def _drop(self, one: _Checkpoint) -> None:
-        """Leave in host memory alone what one checkpoint keeps."""
+        """Keep the tensors of a checkpoint only in host memory."""
         self._wait(one)
         for kept in one.kept:
             kept.tensor = None
 
 
 def _split_bytes(tensor: torch.Tensor, pieces: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The bytes of a contiguous tensor, in parts as long as the pieces."""
+    """Split the bytes of a contiguous tensor into parts as long as the pieces."""
     return tensor.view(-1).view(torch.uint8).split([len(piece) for piece in pieces])

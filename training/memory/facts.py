@@ -1,13 +1,14 @@
-"""What the accounting of memory needs to know of a model and of a step; no weights are loaded for it."""
+"""Facts of a model and of a step for the accounting of memory; no weights are loaded."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import nn
 
-from data.buckets import Bucket
+from data.buckets import Bucket, count_tokens
 from methods.full import FullFinetune
 from methods.lora import Lora
 from models.configs import DTYPES, ModelConfigs
@@ -15,86 +16,82 @@ from models.configs import DTYPES, ModelConfigs
 
 @dataclass(frozen=True)
 class ParameterFacts:
-    """What the accounting needs to know of a parameter."""
+    """Facts of a parameter."""
 
     shape: tuple[int, ...]
     is_trainable: bool
-    block: int | None  # number of the transformer block it is in
-    is_linear_weight: bool  # of a layer that is no adapter's
+    block: int | None  # number of its transformer block
+    is_linear_weight: bool  # of a layer of the base model
 
     @property
     def numel(self) -> int:
-        """How many numbers it has."""
+        """The number of its elements."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model with the trainable parameters that a method gives it."""
+    """A model with the trainable parameters of a method."""
 
+    configs: ModelConfigs
     parameters: tuple[ParameterFacts, ...]
-    vae_numel: int  # of the VAE, or of its decoder where nothing is encoded in validation
+    vae_numel: int  # of the VAE, or only of its decoder if validation encodes nothing
     num_blocks: int
     dim: int
     heads: int
-    has_rotary: bool
-    text_tokens: int
-    text_dim: int
     adapters: dict[str, int]  # linear layer of a block, by the end of its name -> rank of its adapter
-    decoder_channels: int  # of the decoder's last layers but one, at full size
-    latent_channels: int
 
-    def block(self, number: int) -> list[ParameterFacts]:
-        """The parameters of one transformer block."""
-        return [parameter for parameter in self.parameters if parameter.block == number]
+    @cached_property
+    def trainable(self) -> list[ParameterFacts]:
+        """The trainable parameters."""
+        return [parameter for parameter in self.parameters if parameter.is_trainable]
+
+    @cached_property
+    def linear_weights(self) -> list[int]:
+        """The numbers of elements of one block's linear weights in the base model."""
+        return [one.numel for one in self.parameters if one.block == 0 and one.is_linear_weight]
+
+    def count_tokens(self, size: Bucket) -> int:
+        """Return the number of tokens, text and video, of a sample."""
+        return count_tokens(self.configs.transformer, size)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step computes on."""
+    """The input of a step."""
 
     size: Bucket  # of the clips
     batch_size: int
     mixed_precision: str = "bf16"  # no, fp16, bf16
-    sampled: Bucket | None = None  # size of the validation videos; None: none are sampled
+    sampled: Bucket | None = None  # size of the validation videos; None for no validation
     is_guided: bool = True  # validation computes with and without the prompt
 
     @property
     def compute_bytes(self) -> int:
-        """Of one number in the networks."""
+        """The bytes of one number in the networks."""
         return DTYPES[self.mixed_precision].itemsize
-
-    @property
-    def norm_bytes(self) -> int:
-        """Of one number that a norm takes and gives: autocast has them in float32."""
-        return 4
 
 
 def model_facts(configs: ModelConfigs, method: Lora | FullFinetune) -> ModelFacts:
-    """Count a model's parameters, by building it on the meta device as the method wants it.
+    """Count a model's parameters after the method has prepared it on the meta device, where it takes no memory.
 
     Raises:
         UserError: the method does not fit the model.
     """
-    # No memory is taken there, and nothing is initialised.
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel.from_config(configs.transformer)
         vae = AutoencoderKLCogVideoX.from_config(configs.vae)
         (replace(method, start_from=None) if isinstance(method, Lora) else method).attach(transformer)
     config = transformer.config
-    sampling_vae = vae if configs.is_image_to_video else vae.decoder  # what validation loads
+    sampling_vae = vae if configs.is_image_to_video else vae.decoder  # the part that validation loads
     return ModelFacts(
+        configs=configs,
         parameters=tuple(_parameter_facts(transformer)),
         vae_numel=sum(parameter.numel() for parameter in sampling_vae.parameters()),
         num_blocks=config.num_layers,
         dim=config.num_attention_heads * config.attention_head_dim,
         heads=config.num_attention_heads,
-        has_rotary=config.use_rotary_positional_embeddings,
-        text_tokens=config.max_text_seq_length,
-        text_dim=config.text_embed_dim,
         adapters=_adapters(transformer),
-        decoder_channels=vae.config.block_out_channels[1],
-        latent_channels=vae.config.latent_channels,
     )
 
 
@@ -113,9 +110,8 @@ def _parameter_facts(transformer: CogVideoXTransformer3DModel) -> list[Parameter
 
 
 def _adapters(transformer: CogVideoXTransformer3DModel) -> dict[str, int]:
-    factors = {
-        name.removeprefix("transformer_blocks.0.").split(".lora_A")[0]: weight.shape[0]
-        for name, weight in transformer.named_parameters()
-        if name.startswith("transformer_blocks.0.") and ".lora_A." in name
+    return {
+        name.split(".lora_A")[0]: weight.shape[0]
+        for name, weight in transformer.transformer_blocks[0].named_parameters()
+        if ".lora_A." in name
     }
-    return factors

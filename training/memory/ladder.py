@@ -4,7 +4,6 @@ A rung is chosen by what was measured on a GPU where there is such a row (`bench
 calculation with a margin; what is said names which of the two it was.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,12 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from checks.memory import check_memory, check_optimizer
+from checks.speed import check_speed
 from common.errors import UserError
 from data.buckets import Bucket
-from flags.memory import check_memory
-from flags.optimizer import check_low_bit, check_optimizer
-from flags.speed import check_speed
-from memory.settings import GB, MemorySettings, apply_settings, describe_change
+from flags.settings import TrainingSettings
+from memory.settings import GB, MemorySettings, describe_change, with_memory
 
 
 # Beside the repository's training/, wherever that lies.
@@ -151,28 +150,24 @@ def _fixed(given: Collection[str]) -> set[str]:
     return {name for group in _GROUPS if set(given) & set(group) for name in group} | set(given)
 
 
-def usable_filter(
-    args: argparse.Namespace, given: set[str], *, mixed_precision: str, has_gpu: bool
-) -> Callable[[MemorySettings], bool]:
-    """Whether settings pass the checks of the flags, beside all the other flags, and can run here.
+def usable_filter(run: TrainingSettings, *, mixed_precision: str, has_gpu: bool) -> Callable[[MemorySettings], bool]:
+    """Return whether memory settings pass the checks beside all other flags, and can run here.
 
     Args:
-        args: the run's flags, checked.
-        given: names of the flags that the user typed.
+        run: the run's settings, checked.
         mixed_precision: no, fp16 or bf16; the flags may leave it to the launch configuration.
     """
-    args = argparse.Namespace(**(vars(args) | {"mixed_precision": mixed_precision}))
+    run = replace(run, training=replace(run.training, mixed_precision=mixed_precision))
 
     def is_usable(settings: MemorySettings) -> bool:
-        changed = apply_settings(args, settings)
+        changed = with_memory(run, settings)
         if not all(find_spec(package) for package in _packages(settings)):
             return False
         if not has_gpu and (settings.quantize_base == "nf4" or settings.use_cpu_offload_optimizer):
             return False
         try:
-            check_low_bit(changed)
-            check_optimizer(changed, given)
-            check_memory(changed, given, settings.method)
+            check_optimizer(changed)
+            check_memory(changed)
             check_speed(changed)
         except UserError:
             return False

@@ -1,8 +1,7 @@
-"""Host memory that a GPU copies from and to while it computes: pinned, and little more of it than is needed.
+"""Pinned host memory, which a GPU copies from and to while it computes, with little waste.
 
-torch's allocator rounds each request for pinned memory up to a power of two, up to twice what was asked for, and keeps
-what is given back. So memory is asked for in powers of two here, and split up; and it is kept for as long as it may be
-of use.
+torch's allocator rounds each request for pinned memory up to a power of two and keeps freed memory. So memory is
+requested in powers of two here, split up, and reused.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,12 +9,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 
-ALIGNMENT = 512  # bytes; what the allocator of device memory aligns to
+ALIGNMENT = 512  # bytes, as torch's allocator of device memory
 LARGEST_CHUNK = 2**31  # bytes
 
 
 def host_buffers(sizes: Sequence[int], *, pinned: bool) -> Iterator[torch.Tensor]:
-    """Allocate buffers that last, chunk by chunk as they are asked for: what they replace can be freed meanwhile.
+    """Allocate buffers chunk by chunk as they are requested, so that the tensors they replace can be freed meanwhile.
 
     Args:
         sizes: in bytes.
@@ -33,12 +32,12 @@ def plan_chunks(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
     """Pack buffers, in their order, into chunks of powers of two.
 
     Returns:
-        The size of each chunk, and those of the buffers in it, in bytes. Of many buffers of similar sizes, less than
-        one for each chunk is wasted.
+        The size of each chunk and those of its buffers, in bytes. With similar sizes, each chunk wastes less than one
+        buffer.
     """
     chunks, start, left = [], 0, sum(sizes)
     while start < len(sizes):
-        # The rest is packed as its binary digits: a large chunk, then smaller ones, the last about one buffer large.
+        # The binary digits of the rest: a large chunk, then smaller ones, the last about as large as one buffer.
         chunk = max(power_above(sizes[start]), min(LARGEST_CHUNK, _power_below(left)))
         members: list[int] = []
         while start < len(sizes) and sum(members) + sizes[start] <= chunk:
@@ -50,7 +49,7 @@ def plan_chunks(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
 
 
 def power_above(size: int) -> int:
-    """What torch's allocator takes for a request for pinned memory: the next power of two."""
+    """Return the next power of two, which torch's allocator takes for a request for pinned memory."""
     return 1 << max(size - 1, 0).bit_length()
 
 
@@ -59,9 +58,9 @@ def _power_below(size: int) -> int:
 
 
 class HostStack:
-    """Room for bytes that are put down one after another and all given up together, over and over.
+    """Host memory that is taken piece by piece and released all together, again and again.
 
-    It grows by chunks to what the largest round needs, and is allocated only once.
+    It grows by chunks to the need of the largest round and is allocated only once.
     """
 
     def __init__(self, chunk_bytes: int = 2**28) -> None:
@@ -71,14 +70,14 @@ class HostStack:
 
     @property
     def allocated(self) -> int:
-        """Bytes in all chunks."""
+        """The bytes of all chunks."""
         return len(self._chunks) * self._chunk_bytes
 
     def take(self, size: int, *, pinned: bool) -> list[torch.Tensor]:
-        """The next `size` bytes: uint8 tensors, of which all but the first begin a chunk.
+        """Return the next `size` bytes as uint8 tensors, split where a chunk ends.
 
         Args:
-            pinned: whether to pin what is allocated; needs a GPU.
+            pinned: pin newly allocated chunks; needs a GPU.
         """
         pieces = []
         while size > 0:
@@ -91,5 +90,5 @@ class HostStack:
         return pieces
 
     def reset(self) -> None:
-        """Give all room up; who still copies from it must do so before what comes next is copied into it."""
+        """Release everything; earlier copies from it must be done before the next copies into it."""
         self.used = 0

@@ -1,9 +1,11 @@
 """The settings that trade speed, or precision, for memory: as one value, to and from flags."""
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from flags.schema import flag_values, replace_flags
+from flags.settings import TrainingSettings
 
 
 GB = 2**30  # bytes, as cards are sold and as the tables of other trainers count
@@ -46,21 +48,18 @@ class MemorySettings:
 NAMES = tuple(field.name for field in fields(MemorySettings) if field.name != "method")
 
 
-def memory_settings_of(args: argparse.Namespace) -> MemorySettings:
-    """The settings that checked flags say.
-
-    Args:
-        args: flags of a training script.
-    """
-    return MemorySettings(args.method, **{name: getattr(args, name) for name in NAMES})
+def memory_settings_of(settings: TrainingSettings) -> MemorySettings:
+    """Return the memory settings of checked flags."""
+    values = flag_values(settings)
+    return MemorySettings(settings.method, **{name: values[name] for name in NAMES})
 
 
-def apply_settings(args: argparse.Namespace, settings: MemorySettings) -> argparse.Namespace:
-    """A copy of the flags that says these settings."""
-    changed = asdict(settings)
-    if settings.step_in_backward:
-        changed["max_grad_norm"] = 0.0
-    return argparse.Namespace(**(vars(args) | changed))
+def with_memory(settings: TrainingSettings, memory: MemorySettings) -> TrainingSettings:
+    """Return the settings with other memory settings."""
+    changes = {name: getattr(memory, name) for name in NAMES}
+    if memory.step_in_backward:
+        changes["max_grad_norm"] = 0.0
+    return replace_flags(settings, **changes)
 
 
 def differing_flags(settings: MemorySettings, base: MemorySettings) -> list[str]:

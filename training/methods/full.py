@@ -1,4 +1,4 @@
-"""Full fine-tuning: all weights of the transformer are trained, and written as a transformer folder."""
+"""Full fine-tuning: train all weights of the transformer, write them as a transformer folder."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,36 +18,35 @@ from models.source import ModelSource
 from parallel.fsdp import divided_like
 
 
-# As diffusers names the files that `from_pretrained` looks for.
-_WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
+_WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers looks for
 
 
 @dataclass(frozen=True)
 class FullFinetune:
     """All weights of the transformer; the forward pass computes in the precision of the run."""
 
-    save_pipeline: bool = False  # write a whole pipeline at the end, not the transformer alone
-    weights_dtype: str = "fp32"  # what is trained; bf16 needs updates that are rounded stochastically
+    save_pipeline: bool = False  # write a complete pipeline at the end, not only the transformer
+    weights_dtype: str = "fp32"  # of the trained weights; bf16 needs stochastic rounding
     max_shard_size: str = "10GB"  # of the transformer's files
 
     def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
-        """What to load the transformer in: what is trained, whatever the computation takes."""
+        """Return the dtype to load the transformer in: that of the trained weights."""
         return DTYPES[self.weights_dtype]
 
     def result_dtype(self, compute_dtype: torch.dtype, source: ModelSource) -> torch.dtype:
-        """What to store the result in: the dtype of the model's own files."""
+        """Return the dtype of the result: that of the base model's files."""
         return source.native_dtype()
 
     @property
     def settings(self) -> dict[str, str]:
-        """What a resumed run must have in common with its checkpoint, by flag."""
+        """The settings, by flag, that a resumed run must share with its checkpoint."""
         return {"method": "full fine-tuning", "--weights_dtype": self.weights_dtype}
 
     def check_model(self, configs: ModelConfigs, source: ModelSource) -> None:
-        """Find, or download, what the pipeline to be written needs beside the transformer.
+        """Find or download the other components of the pipeline to be written.
 
         Raises:
-            UserError: a part of the model is missing.
+            UserError: a component is missing.
         """
         if self.save_pipeline:
             find_components(source)
@@ -57,7 +56,7 @@ class FullFinetune:
         transformer.requires_grad_(True)
 
     def weight_names(self, transformer: CogVideoXTransformer3DModel) -> list[str]:
-        """Of what `save` writes, as in the transformer's `state_dict`."""
+        """Return the names of the weights that `save` writes, as in the transformer's `state_dict`."""
         return list(transformer.state_dict())
 
     def save(
@@ -67,18 +66,17 @@ class FullFinetune:
         dtype: torch.dtype,
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> Path:
-        """Write the transformer as `CogVideoXTransformer3DModel.from_pretrained(folder / "transformer")` loads it.
+        """Write the transformer for `CogVideoXTransformer3DModel.from_pretrained(folder / "transformer")`.
 
         Args:
-            transformer: what was trained.
-            folder: where `transformer/` goes, in shards of at most `max_shard_size`.
+            folder: gets `transformer/`, in shards of at most `max_shard_size`.
             dtype: to store the weights in.
-            weights: those of `weight_names`; the transformer's own when None.
+            weights: those of `weight_names`; None for the transformer's own.
         """
         partial, result = folder / f".partial.{TRANSFORMER_FOLDER}", folder / TRANSFORMER_FOLDER
         shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
         transformer.save_config(partial)
-        # On the CPU: a second copy of all weights may not fit beside what training holds on the device.
+        # On the CPU: a second copy of all weights may not fit on the device.
         weights = transformer.state_dict() if weights is None else weights
         weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
         save_torch_state_dict(weights, partial, filename_pattern=_WEIGHTS, max_shard_size=self.max_shard_size)
@@ -93,13 +91,13 @@ class FullFinetune:
         dtype: torch.dtype,
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> Path:
-        """Write what the run was for, at its end: the transformer, and with `save_pipeline` all the rest of the model.
+        """Write the result of a run: the transformer and, with `save_pipeline`, the complete pipeline.
 
         Args:
-            source: of the model that was tuned.
+            source: of the base model.
 
         Raises:
-            UserError: the pipeline cannot be written; the transformer is in place.
+            UserError: the pipeline cannot be written; the transformer is complete.
         """
         result = self.save(transformer, folder, dtype, weights)
         return write_pipeline(source, result, folder / PIPELINE_FOLDER) if self.save_pipeline else result
@@ -108,7 +106,7 @@ class FullFinetune:
         """Load what `save` wrote.
 
         Raises:
-            ValueError: the files are not of this transformer.
+            ValueError: the files belong to another transformer.
         """
         own = transformer.state_dict()
         missing = {name: weight.shape for name, weight in own.items()}
@@ -117,7 +115,7 @@ class FullFinetune:
             if any(missing.pop(name, None) != weight.shape for name, weight in weights.items()):
                 raise ValueError(f"{file} holds weights of another transformer")
             with torch.no_grad():
-                for name, weight in weights.items():  # one after another: each goes to the device as a whole
+                for name, weight in weights.items():  # one by one: each goes to the device unsharded
                     own[name].copy_(divided_like(weight, own[name]))
         if missing:
             raise ValueError(f"{folder / TRANSFORMER_FOLDER} lacks {len(missing)} weights, {min(missing)} among them")
@@ -125,11 +123,11 @@ class FullFinetune:
     def usage(
         self, pipeline_class: str, model_path: str, folder: Path | str, model_changes: Sequence[str] = ()
     ) -> list[str]:
-        """The code that loads the result, to be printed at the end of the run.
+        """Return the code that loads the result, to print at the end of the run.
 
         Args:
-            folder: of the run, or the repository that its result is uploaded to, which has no whole pipeline.
-            model_changes: ignored, the result's own config has them.
+            folder: of the run, or the hub repository of its result, which has no complete pipeline.
+            model_changes: ignored; the result's config includes them.
         """
         if self.save_pipeline and isinstance(folder, Path):
             pipeline = folder / PIPELINE_FOLDER

@@ -1,4 +1,4 @@
-"""What is trainable, and what a run writes at its end."""
+"""LoRA: train adapters on a frozen transformer, write them in the diffusers format."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from common.errors import UserError
 from common.files import written_whole
 from common.run_folder import LORA_FILE
-from flags.training import ALL_LINEAR, LORA_TARGET_MODULES
-from methods.lora_file import check_starting_lora, load_lora, read_lora
+from flags.training import ALL_LINEAR, LORA_TARGET_MODULES, LoraFlags
+from methods.lora_file import check_starting_lora, inside_block, load_lora, read_lora
 from models.configs import ModelConfigs
 from models.quantization import check_quantization
 from models.source import ModelSource
@@ -39,22 +39,36 @@ class Lora:
     alpha: float  # the adapters' output is scaled by alpha / rank
     target_modules: Sequence[str] = LORA_TARGET_MODULES  # ends of layers' names; "all-linear" for all in the blocks
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead
-    use_dora: bool = False  # learn the norms of the weights' rows too
+    use_dora: bool = False  # train the norms of the weights' rows too
     dropout: float = 0.0  # probability that an input of an adapter is dropped in training
-    start_from: Path | None = None  # a LoRA file whose values the adapters begin with
-    quantize_base: str = "none"  # what the frozen model's blocks are stored in: int8, fp8, nf4
+    start_from: Path | None = None  # a LoRA file with the adapters' initial values
+    quantize_base: str = "none"  # storage of the frozen blocks: int8, fp8, nf4
+
+    @classmethod
+    def from_flags(cls, flags: LoraFlags, quantize_base: str) -> "Lora":
+        """Return the LoRA that the flags describe."""
+        return cls(
+            rank=flags.rank,
+            alpha=flags.lora_alpha,
+            target_modules=list(flags.lora_target_modules),
+            use_rslora=flags.use_rslora,
+            use_dora=flags.use_dora,
+            dropout=flags.lora_dropout,
+            start_from=Path(flags.lora_weights) if flags.lora_weights else None,
+            quantize_base=quantize_base,
+        )
 
     def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
-        """What to load the transformer in: frozen, it needs no more precision than the computation."""
+        """Return the dtype to load the frozen transformer in: that of the computation."""
         return compute_dtype
 
     def result_dtype(self, compute_dtype: torch.dtype, source: ModelSource) -> torch.dtype:
-        """What to store the result in: what the model samples in beside it."""
+        """Return the dtype of the result: that which the model samples in."""
         return compute_dtype
 
     @property
     def settings(self) -> dict[str, object]:
-        """What a resumed run must have in common with its checkpoint, by flag; dropout may change, as a rate may."""
+        """The settings, by flag, that a resumed run must share with its checkpoint; dropout may change."""
         return {
             "--rank": self.rank,
             "--lora_alpha": self.alpha,
@@ -64,11 +78,11 @@ class Lora:
         }
 
     def check_model(self, configs: ModelConfigs, source: ModelSource) -> None:
-        """Refuse target modules that the model does not have, a LoRA to start from that does not fit, and a
-        quantization that this machine lacks the means for.
+        """Refuse missing target modules, a LoRA to start from that does not fit, and a quantization that cannot run
+        here; load no weights of the model.
 
         Raises:
-            UserError: names them and what to give; no weights of the model are loaded.
+            UserError: names the problem and the flags to pass.
         """
         check_quantization(self.quantize_base)
         with torch.device("meta"):
@@ -78,7 +92,7 @@ class Lora:
             check_starting_lora(self.start_from, transformer)
 
     def attach(self, transformer: CogVideoXTransformer3DModel) -> None:
-        """Freeze the transformer and add trainable adapters in float32 to it, with the values to start from."""
+        """Freeze the transformer and add trainable float32 adapters, with the values of `start_from`."""
         transformer.requires_grad_(False)
         self._add_adapters(transformer)
         # Half-precision parameters would lose small updates, and fp16 gradients cannot be unscaled.
@@ -91,11 +105,8 @@ class Lora:
             load_lora(transformer, file)
             logger.info("starting from %s", file.path)
             if not file.config:
-                logger.warning(
-                    "warning: --lora_weights: %s does not say what alpha it was made with; --lora_alpha %g is taken",
-                    file.path,
-                    self.alpha,
-                )
+                message = "warning: --lora_weights: %s has no metadata on its alpha; --lora_alpha %g is used"
+                logger.warning(message, file.path, self.alpha)
 
     def _add_adapters(self, transformer: CogVideoXTransformer3DModel) -> None:
         config = LoraConfig(
@@ -109,7 +120,7 @@ class Lora:
         transformer.add_adapter(config)
 
     def weight_names(self, transformer: CogVideoXTransformer3DModel) -> list[str]:
-        """Of what `save` writes, as in the transformer's `state_dict`."""
+        """Return the names of the weights that `save` writes, as in the transformer's `state_dict`."""
         return [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
 
     def save(
@@ -119,14 +130,14 @@ class Lora:
         dtype: torch.dtype,
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> Path:
-        """Write the LoRA in the diffusers format, rank, alpha and the rest in its metadata, so that
-        `CogVideoXPipeline.load_lora_weights(folder)` applies it at the strength it was trained with.
+        """Write the LoRA in the diffusers format, with its config as metadata: `load_lora_weights(folder)` applies it
+        at the strength of the training.
 
         Args:
             transformer: with the adapters.
-            folder: where `pytorch_lora_weights.safetensors` goes.
+            folder: gets `pytorch_lora_weights.safetensors`.
             dtype: to store the weights in.
-            weights: those of `weight_names`; the transformer's own when None.
+            weights: those of `weight_names`; None for the transformer's own.
         """
         adapters = get_peft_model_state_dict(transformer, state_dict=weights)
         layers = {name: weight.to(dtype) for name, weight in adapters.items()}
@@ -147,24 +158,24 @@ class Lora:
         dtype: torch.dtype,
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> Path:
-        """Write what the run was for, at its end; see `save`."""
+        """Write the result of a run; see `save`."""
         return self.save(transformer, folder, dtype, weights)
 
     def load(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
         """Load what `save` wrote into a transformer that has the adapters.
 
         Raises:
-            ValueError: the file's adapters are not those of the transformer.
+            ValueError: the file has other adapters than the transformer.
         """
         load_lora(transformer, read_lora(folder / LORA_FILE))
 
     def usage(
         self, pipeline_class: str, model_path: str, folder: Path | str, model_changes: Sequence[str] = ()
     ) -> list[str]:
-        """The code that loads the result, to be printed at the end of the run.
+        """Return the code that loads the result, to print at the end of the run.
 
         Args:
-            folder: of the run, or the repository that its result is uploaded to.
+            folder: of the run, or the hub repository of its result.
             model_changes: code that changes the base model as the task did before training.
         """
         return [
@@ -175,23 +186,24 @@ class Lora:
 
 
 def _find_modules(transformer: CogVideoXTransformer3DModel, names: Sequence[str]) -> list[str]:
-    """The target modules as peft takes them.
+    """Return the target modules for peft.
 
     Raises:
-        UserError: some are no linear layers of this transformer; peft itself minds only if all are not.
+        UserError: some are not linear layers of this transformer; peft refuses only if none is.
     """
-    layers = {name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)}
-    in_blocks = sorted({name.split(".", 2)[2] for name in layers if name.startswith("transformer_blocks.")})
+    modules = dict(transformer.named_modules())
+    layers = {name for name, layer in modules.items() if isinstance(layer, torch.nn.Linear)}
+    outside = sorted(name for name in layers if not name.startswith("transformer_blocks."))
+    in_blocks = sorted({inside_block(name) for name in layers.difference(outside)})
     if list(names) == [ALL_LINEAR]:
         return in_blocks
     unknown = []
     for name in names:
         config = LoraConfig(target_modules=[name])
-        meant = {module for module, _ in transformer.named_modules() if check_target_module_exists(config, module)}
+        meant = {module for module in modules if check_target_module_exists(config, module)}
         if not meant or not meant <= layers:
             unknown.append(name)
     if unknown:
-        outside = sorted(name for name in layers if not name.startswith("transformer_blocks."))
         raise UserError(
             f"--lora_target_modules: {', '.join(unknown)}: not the name of linear layers of this model; there are "
             f"{', '.join(in_blocks)} in every block, and {', '.join(outside)}"
@@ -200,16 +212,16 @@ def _find_modules(transformer: CogVideoXTransformer3DModel, names: Sequence[str]
 
 
 def _keep_frozen_from_ddp(transformer: CogVideoXTransformer3DModel) -> None:
-    """Let DistributedDataParallel leave alone what never changes: every rank read it from the same files, sending it
-    around takes time, and quantized weights cannot be sent."""
+    """Have DistributedDataParallel ignore frozen weights: all ranks have the same, and quantized ones cannot be
+    sent."""
     names = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
     names += [name for name, _ in transformer.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, names)
 
 
 def _set_magnitudes(transformer: CogVideoXTransformer3DModel) -> None:
-    """Let DoRA start without effect on a base in half precision: peft rounds its magnitudes to that, but not the
-    norms which it divides them by."""
+    """Make DoRA start without effect on a half-precision base: peft rounds the magnitudes but not the norms that it
+    divides them by."""
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
             weight = dequantize_module_weight(layer.get_base_layer()).detach().float()

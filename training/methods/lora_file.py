@@ -1,4 +1,4 @@
-"""Read a LoRA to start from, and see whether it fits the model and the flags."""
+"""Read a LoRA file and check that it fits the model and the flags."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from common.run_folder import LORA_FILE
 from parallel.fsdp import divided_like
 
 
-_PREFIX = "transformer."  # of the names in a file that diffusers wrote
+_PREFIX = "transformer."  # of the names in a diffusers file
 
 
 @dataclass(frozen=True)
@@ -25,52 +25,51 @@ class LoraFile:
 
     path: Path | str  # or a hub id
     weights: dict[str, torch.Tensor]  # by their names in the transformer, such as "proj_out.lora_A.weight"
-    config: dict[str, Any]  # peft's, from the metadata; empty in a file without any
+    config: dict[str, Any]  # peft's, from the metadata; empty if the file has none
 
     @property
     def modules(self) -> set[str]:
-        """The full names of the layers that have an adapter."""
+        """The full names of the layers with an adapter."""
         return {name.split(".lora_")[0] for name in self.weights}
 
 
 def location(reference: Path | str, cache_dir: str | None = None) -> dict[str, Any]:
-    """Where a LoRA is, as the arguments of diffusers' functions that load one; they will not unpickle.
+    """Return a LoRA's location as arguments of diffusers' loading functions, without unpickling.
 
     Args:
         reference: its file, or a hub id.
-        cache_dir: where files of the hub are kept.
+        cache_dir: for files of the hub.
     """
     path = Path(reference)
     if isinstance(reference, Path) or path.is_file():
-        where = {"weight_name": path.name, "local_files_only": True}
-        return {"pretrained_model_name_or_path_or_dict": path.parent, "use_safetensors": True, **where}
-    # Which file a repository has is asked of the hub.
-    where = {"weight_name": LORA_FILE if is_offline_mode() else None, "cache_dir": cache_dir}
+        reference, where = path.parent, {"weight_name": path.name, "local_files_only": True}
+    else:  # diffusers asks the hub for the name of a repository's file
+        where = {"weight_name": LORA_FILE if is_offline_mode() else None, "cache_dir": cache_dir}
     return {"pretrained_model_name_or_path_or_dict": reference, "use_safetensors": True, **where}
 
 
 def read_lora(path: Path | str, cache_dir: str | None = None) -> LoraFile:
-    """Read a LoRA; never unpickles.
+    """Read a LoRA without unpickling.
 
     Args:
         path: of the file, or a hub id.
-        cache_dir: where files of the hub are kept.
+        cache_dir: for files of the hub.
 
     Raises:
         OSError: there is no such file.
         SafetensorError: it is damaged.
-        ValueError: it holds something else than adapters of a transformer.
+        ValueError: it is not a LoRA of a transformer.
     """
     weights, config = CogVideoXPipeline.lora_state_dict(**location(path, cache_dir), return_lora_metadata=True)
     foreign = [name for name in weights if not name.startswith(_PREFIX) or ".lora_" not in name]
     if foreign or not weights:
         found = f"it holds {foreign[0]}" if foreign else "it is empty"
-        raise ValueError(f"{path} is no LoRA of a transformer in the diffusers format: {found}")
+        raise ValueError(f"{path} is not a LoRA of a transformer in the diffusers format: {found}")
     if not isinstance(config, dict | None):
-        raise ValueError(f"{path} has metadata that is no object")
+        raise ValueError(f"{path} has metadata that is not an object")
     config = {name.removeprefix(_PREFIX): value for name, value in (config or {}).items()}
     if config and not isinstance(config.get("lora_alpha"), (int, float)):
-        raise ValueError(f"{path} has metadata, but no lora_alpha there")
+        raise ValueError(f"{path} has metadata without lora_alpha")
     return LoraFile(path, {name.removeprefix(_PREFIX): weight for name, weight in weights.items()}, config)
 
 
@@ -78,7 +77,7 @@ def load_lora(transformer: CogVideoXTransformer3DModel, file: LoraFile) -> None:
     """Copy the file's values into the transformer's adapters, whatever the dtypes.
 
     Raises:
-        ValueError: the transformer's adapters are not those of the file.
+        ValueError: the file has other adapters than the transformer.
     """
     expected = get_peft_model_state_dict(transformer)
     if _shapes(file.weights) != _shapes(expected):
@@ -88,40 +87,38 @@ def load_lora(transformer: CogVideoXTransformer3DModel, file: LoraFile) -> None:
 
 
 def check_starting_lora(path: Path, transformer: CogVideoXTransformer3DModel) -> None:
-    """Refuse a LoRA to start from that is not of this model, or was trained with other flags.
+    """Refuse a LoRA to start from that belongs to another model or was trained with other flags.
 
     Args:
         path: of the file.
-        transformer: with the adapters that the flags ask for; may be on the meta device.
+        transformer: with the adapters that the flags set; may be on the meta device.
 
     Raises:
-        UserError: lists the flags to give.
+        UserError: lists the flags to pass.
     """
     try:
         file = read_lora(path)
     except (OSError, SafetensorError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"--lora_weights: '{path}' cannot be used ({reason}); give a LoRA that diffusers wrote"
-        ) from error
+        message = f"--lora_weights: '{path}' cannot be used ({first_line(error)}); pass a LoRA that diffusers wrote"
+        raise UserError(message) from error
     check_layers(file, transformer, "--lora_weights")
     needed = _flags_needed(file, transformer)
     if needed:
-        raise UserError(f"--lora_weights: '{path}' was trained with other flags; give {', '.join(needed)}")
+        raise UserError(f"--lora_weights: '{path}' was trained with other flags; pass {', '.join(needed)}")
     expected = get_peft_model_state_dict(transformer)
     differing = sorted(set(_shapes(file.weights).items()) ^ set(_shapes(expected).items()))
     if differing:
         raise UserError(
-            f"--lora_weights: '{path}' holds adapters that no flags describe ({differing[0][0]}); leave the flag out"
+            f"--lora_weights: '{path}' holds adapters that no flags describe ({differing[0][0]}); omit the flag"
         )
 
 
 def check_layers(file: LoraFile, transformer: CogVideoXTransformer3DModel, flag: str) -> None:
-    """Refuse adapters for layers that the model does not have, or has in another size.
+    """Refuse adapters for layers that the model does not have or has in another size.
 
     Args:
-        transformer: may be on the meta device, and have adapters.
-        flag: which named the file, for messages.
+        transformer: may be on the meta device and have adapters.
+        flag: that set the file, for messages.
 
     Raises:
         UserError: names the file and one of the adapters.
@@ -131,31 +128,24 @@ def check_layers(file: LoraFile, transformer: CogVideoXTransformer3DModel, flag:
     shapes = {name: weight.shape for name, weight in layers if weight is not None}
     for name, weight in file.weights.items():
         shape = shapes.get(name.split(".lora_")[0])
-        if shape is None:
-            fits = False
-        elif ".lora_A." in name:
-            fits = weight.shape[1:2] == shape[1:2]
-        else:  # lora_B [out, rank], the magnitudes of DoRA [out]
-            fits = weight.shape[:1] == shape[:1]
-        if not fits:
+        side = slice(1, 2) if ".lora_A." in name else slice(1)  # lora_B is [out, rank], a magnitude of DoRA [out]
+        if shape is None or weight.shape[side] != shape[side]:
             raise UserError(
                 f"{flag}: '{file.path}' was trained on another model than --pretrained_model_name_or_path: "
-                f"its {name} {list(weight.shape)} fits no layer; give that model, or a LoRA of this one"
+                f"its {name} {list(weight.shape)} fits no layer; pass that model, or a LoRA of this one"
             )
 
 
 def _flags_needed(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> list[str]:
-    """The flags that would have to be given otherwise, as the user would type them."""
+    """Return the flags that must change, as the user would type them."""
     ours = transformer.peft_config["default"]
     needed = []
     ranks = sorted({weight.shape[0] for name, weight in file.weights.items() if ".lora_A." in name})
     if len(ranks) != 1 or file.config.get("rank_pattern") or file.config.get("alpha_pattern"):
-        raise UserError(
-            f"--lora_weights: '{file.path}' has layers of different ranks or strengths; leave the flag out"
-        )
+        raise UserError(f"--lora_weights: '{file.path}' has layers of different ranks or strengths; omit the flag")
     if ranks != [ours.r]:
         needed.append(f"--rank {ranks[0]}")
-    # A file without metadata does not tell these two.
+    # A file without metadata lacks these two.
     alpha = file.config.get("lora_alpha", ours.lora_alpha)
     has_rslora = file.config.get("use_rslora", ours.use_rslora)
     has_dora = any(".lora_magnitude_vector" in name for name in file.weights)
@@ -166,19 +156,19 @@ def _flags_needed(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> l
             needed.append(f"--{flag}" if theirs else f"no --{flag}")
     modules = {name.split(".lora_")[0] for name in get_peft_model_state_dict(transformer)}
     if file.modules != modules:
-        needed.append(
-            f"--lora_target_modules {' '.join(_shortest_names(file.modules, len(transformer.transformer_blocks)))}"
-        )
+        names = _shortest_names(file.modules, len(transformer.transformer_blocks))
+        needed.append(f"--lora_target_modules {' '.join(names)}")
     return needed
 
 
 def _shortest_names(modules: set[str], num_blocks: int) -> list[str]:
-    """The names as they are inside a block where all blocks have them, the full ones otherwise."""
-    blocks = Counter(_inside_block(name) for name in modules)
-    return sorted({short if blocks[short := _inside_block(name)] == num_blocks else name for name in modules})
+    """Return the names inside a block if all blocks have them, the full names otherwise."""
+    blocks = Counter(map(inside_block, modules))
+    return sorted({short if blocks[short := inside_block(name)] == num_blocks else name for name in modules})
 
 
-def _inside_block(name: str) -> str:
+def inside_block(name: str) -> str:
+    """Return a layer's name inside its block; a layer outside the blocks keeps its name."""
     return name.split(".", 2)[2] if name.startswith("transformer_blocks.") else name
 
 

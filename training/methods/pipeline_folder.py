@@ -1,4 +1,4 @@
-"""Write a whole pipeline: a tuned transformer beside the other components of the model that it was tuned from."""
+"""Write a complete pipeline: a tuned transformer and copies of its base model's other components."""
 
 import json
 import os
@@ -18,33 +18,32 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".h5", ".msgpack", ".onnx")
 
 
 def find_components(source: ModelSource) -> dict[Path, str]:
-    """Find the files of a pipeline without its transformer; those of a model on the hub are downloaded.
+    """Find the files of a pipeline without its transformer; download those of a model on the hub.
 
     Returns:
-        file -> its path in a pipeline's folder, where no file is of a variant.
+        file -> its path in the pipeline's folder, without the name of a variant.
 
     Raises:
-        UserError: a component that `model_index.json` names is not there.
+        UserError: a component that `model_index.json` names is missing.
     """
     model = _local_folder(source)
     index = json.loads((model / _INDEX).read_text(encoding="utf-8"))
-    # Beside settings that begin with _, a component is [library, class], and [null, null] one that is left out.
-    names = [name for name, value in index.items() if isinstance(value, list) and all(value)]
     files = {model / _INDEX: _INDEX}
-    for name in names:
-        if name != "transformer":
+    for name, value in index.items():
+        # A component is [library, class]; [null, null] is an omitted one, other values are settings.
+        if isinstance(value, list) and all(value) and name != "transformer":
             found = _component_files(model / name, source.variant)
             files |= {file: f"{name}/{target}" for file, target in found.items()}
     return files
 
 
 def write_pipeline(source: ModelSource, transformer: Path, folder: Path) -> Path:
-    """Write a folder that the pipeline's `from_pretrained` loads, or nothing.
+    """Write a folder for the pipeline's `from_pretrained`, complete or not at all.
 
     Args:
-        source: of the components beside the transformer; they are copied, not loaded.
+        source: of the other components, which are copied, not loaded.
         transformer: folder of the tuned one, as `save_pretrained` writes it.
-        folder: to write, in the place of an earlier one.
+        folder: to write; replaces an earlier one.
 
     Raises:
         UserError: a component is missing, or the folder cannot be written.
@@ -63,7 +62,8 @@ def write_pipeline(source: ModelSource, transformer: Path, folder: Path) -> Path
         replace_folder(partial, folder)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"--save_pipeline: {folder} cannot be written ({reason}); {transformer} is whole") from error
+        message = f"--save_pipeline: {folder} cannot be written ({reason}); {transformer} is complete"
+        raise UserError(message) from error
     return folder
 
 
@@ -71,24 +71,18 @@ def _local_folder(source: ModelSource) -> Path:
     if Path(source.path).is_dir():
         return Path(source.path)
     try:
-        # What is given, even as None, is not downloaded; what is in the cache already is not fetched again.
-        folder = CogVideoXPipeline.download(
-            source.path,
-            transformer=None,
-            variant=source.variant,
-            revision=source.revision,
-            cache_dir=source.cache_dir,
-        )
+        # transformer=None skips its files.
+        options = {"variant": source.variant, "revision": source.revision, "cache_dir": source.cache_dir}
+        return Path(CogVideoXPipeline.download(source.path, transformer=None, **options))
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise UserError(f"--save_pipeline: the model '{source.path}' cannot be downloaded: {reason}") from error
-    return Path(folder)
 
 
 def _component_files(folder: Path, variant: str | None) -> dict[Path, str]:
-    """file -> its name without the variant; of the weights those alone that `from_pretrained` would read."""
+    """Map each file to its name without the variant; only the weights that `from_pretrained` would read."""
     weights = weight_files(folder, variant)
-    if not weights and variant:  # not every component need have it
+    if not weights and variant:  # which not every component has
         weights, variant = weight_files(folder, None), None
     others = [file for file in sorted(folder.glob("[!.]*")) if file.is_file()]
     others = [file for file in others if file.suffix not in _WEIGHT_SUFFIXES and not _is_index(file)]
@@ -96,14 +90,14 @@ def _component_files(folder: Path, variant: str | None) -> dict[Path, str]:
     if not others or (is_network and not weights):
         raise UserError(
             f"--save_pipeline: the model has no {'weights in' if others else 'files in'} '{folder}', which its "
-            f"{_INDEX} names; complete it, or leave the flag out"
+            f"{_INDEX} names; complete it or omit the flag"
         )
     names = {file: _without_variant(file.name, variant) for file in weights}
     if len(weights) > 1:
         suffix = weights[0].suffix
         for file in folder.glob(f"*{suffix}.index*.json"):
             plain = _without_variant(file.name, variant)
-            # Where there is a variant, its index has it in the name; the plain one is of other files.
+            # The index of a variant has it in the name; the plain one is of other files.
             if plain.endswith(f"{suffix}.index.json") and (plain != file.name) == bool(variant):
                 names[file] = plain
     return names | {file: file.name for file in others}
@@ -124,7 +118,7 @@ def _copy_index(file: Path, target: Path, variant: str | None) -> None:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """The tuned transformer is many gigabytes, and lies in the same folder: it need not be there twice."""
+    """Link a file of the tuned transformer, many gigabytes that need not be stored twice."""
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links

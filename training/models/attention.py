@@ -1,7 +1,7 @@
-"""What computes the transformer's attention: torch itself, one of its kernels, or a package.
+"""Attention backends of the transformer: torch's choice, one of its kernels, or a package.
 
-diffusers' processor for CogVideoX calls torch directly, so `transformer.set_attention_backend` has no effect on it;
-the one here is the same up to the last call, which goes through diffusers' dispatcher.
+diffusers' processor for CogVideoX calls torch directly, so `transformer.set_attention_backend` has no effect on it.
+The processor here only replaces that call by diffusers' dispatcher.
 """
 
 from collections.abc import Iterator
@@ -39,16 +39,16 @@ class DispatchedAttention:
 
     Args:
         backend: a key of `BACKENDS`.
-        context: brings the keys and values of the other ranks, where they divide the tokens.
+        context: gathers the keys and values of the other ranks under context parallelism.
 
-    Source: `diffusers.models.attention_processor.CogVideoXAttnProcessor2_0`. On native it gives the same, on a CPU
+    Source: `diffusers.models.attention_processor.CogVideoXAttnProcessor2_0`, to which "native" is identical, on a CPU
     bit for bit, gradients included.
     """
 
     def __init__(self, backend: str, context: ContextParallel | None = None):
         self.backend = BACKENDS[backend]
         self.context = context
-        self._rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # the last cos, and what was made of it
+        self._rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # the last cos, and its rotation
 
     def __call__(
         self,
@@ -58,14 +58,14 @@ class DispatchedAttention:
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the video's and the text's part of the attention's output.
+        """Return the attention's output for the video and for the text.
 
         Args:
             attn: the layer, with the projections.
             hidden_states: `[B, V, D]`, of the video.
             encoder_hidden_states: `[B, T, D]`, of the text.
             attention_mask: None; CogVideoX has none.
-            image_rotary_emb: cos and sin, each `[V, D / heads]`; None where the model has other positions.
+            image_rotary_emb: cos and sin, each `[V, D / heads]`; None if the model has other positions.
         """
         text_length = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
@@ -80,7 +80,7 @@ class DispatchedAttention:
             key = attn.norm_k(key)
         if image_rotary_emb is not None:
             query, key = (self._rotate(states, image_rotary_emb, text_length) for states in (query, key))
-        # Autocast computes the norms in float32 and leaves it to torch's own attention to round again.
+        # Autocast computes the norms in float32.
         query, key = query.to(value.dtype), key.to(value.dtype)
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         if self.context is not None:
@@ -96,8 +96,8 @@ class DispatchedAttention:
         if states.dtype != torch.float32 or torch.compiler.is_compiling():
             states[:, :, text_length:] = apply_rotary_emb(states[:, :, text_length:], image_rotary_emb)
             return states
-        # The same products and sums as above in one pass over the memory instead of a dozen. torch.compile fuses the
-        # dozen by itself, but not what is complex.
+        # The same arithmetic in one pass over the memory instead of a dozen. torch.compile fuses the dozen itself, but
+        # not complex numbers.
         pairs = torch.view_as_complex(states.unflatten(3, (-1, 2)))
         return torch.view_as_real(pairs * self._rotation_of(image_rotary_emb, text_length)).flatten(3)
 
@@ -107,24 +107,21 @@ class DispatchedAttention:
         if self._rotation is None or self._rotation[0] is not cos or len(self._rotation[1]) != text_length + len(cos):
             rotation = torch.complex(cos[:, ::2], sin[:, ::2])  # neighbours have the same angle
             text = rotation.new_ones(text_length, rotation.shape[1])
-            self._rotation = cos, torch.cat([text, rotation])  # all blocks of a step ask for the same
+            self._rotation = cos, torch.cat([text, rotation])  # shared by all blocks of a step
         return self._rotation[1]
 
 
 def set_attention(
     transformer: CogVideoXTransformer3DModel, backend: str | None, context: ContextParallel | None = None
 ) -> None:
-    """Let a backend compute the attention of all blocks; None leaves the library's own processor where it is.
-
-    With a context, which divides the transformer's tokens, None stands for native.
-    """
+    """Set the attention backend of all blocks; None keeps the library's processor, or means native with a context."""
     if backend is not None or context is not None:
         transformer.set_attn_processor(DispatchedAttention(backend or "native", context))
 
 
 @contextmanager
 def attention_set(transformer: CogVideoXTransformer3DModel, backend: str | None) -> Iterator[None]:
-    """Let a backend compute the attention meanwhile; None changes nothing."""
+    """Set the attention backend within the block; None changes nothing."""
     processors = dict(transformer.attn_processors)
     set_attention(transformer, backend)
     try:
@@ -136,18 +133,18 @@ def attention_set(transformer: CogVideoXTransformer3DModel, backend: str | None)
 def check_attention(
     backend: str | None, flag: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, trains: bool
 ) -> None:
-    """Try a backend out on the device, on a little attention of the model's own head size.
+    """Try a backend on the device, on a small attention of the model's head size.
 
     Args:
         backend: a key of `BACKENDS`; None needs no check.
-        flag: which named it, for messages.
+        flag: that names the backend, for messages.
         device: of the run.
-        dtype: what the networks compute in.
+        dtype: that the networks compute in.
         head_dim: of the transformer.
         trains: try the backward pass too.
 
     Raises:
-        UserError: the package is missing, or device or precision cannot run it.
+        UserError: the package is missing, or the backend does not support the device or the precision.
     """
     if backend is None:
         return

@@ -1,10 +1,7 @@
-"""Prompts to embeddings, videos and first frames to latent moments, as the pipelines do it."""
+"""Encode prompts to embeddings, videos and first frames to latent moments, as the pipelines do."""
 
 import torch
-from diffusers import (
-    AutoencoderKLCogVideoX,
-    CogVideoXPipeline,
-)
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 
 from common.errors import UserError
 
@@ -15,7 +12,7 @@ def encode_prompts(pipeline: CogVideoXPipeline, prompts: list[str], max_sequence
 
     Args:
         pipeline: with tokenizer and text encoder, on the device to use.
-        prompts: B of them; longer ones than `max_sequence_length` tokens are cut.
+        prompts: B prompts; each is cut after `max_sequence_length` tokens.
 
     Returns:
         `[B, max_sequence_length, D]`, in the text encoder's dtype and on its device.
@@ -49,16 +46,16 @@ def encode_videos(vae: AutoencoderKLCogVideoX, videos: torch.Tensor) -> torch.Te
 def encode_noised_image(
     vae: AutoencoderKLCogVideoX, image: torch.Tensor, scales: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Encode an image under noise of several strengths to the moments of the VAE's posterior.
+    """Encode an image with noise of several strengths to the moments of the VAE's posterior.
 
     Args:
         vae: on the device to use.
         image: `[3, H, W]`, uint8 on any device.
         scales: `[K]`, the noise's standard deviations, for pixels in [-1, 1].
-        generator: of the noise; one on the CPU draws the same for every device.
+        generator: of the noise; one on the CPU draws the same noise for every device.
 
     Returns:
-        `[K, 2C, 1, H / 8, W / 8]`, as `encode_videos` gives them.
+        `[K, 2C, 1, H / 8, W / 8]`, as from `encode_videos`.
     """
     pixels = image.to(generator.device, torch.float32).div(127.5).sub(1.0)
     noise = torch.randn(len(scales), *image.shape, generator=generator, device=generator.device)
@@ -72,13 +69,13 @@ def _encode_pixels(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.T
     height, width = pixels.shape[-2:]
     if vae.use_tiling and (height > vae.tile_sample_min_height or width > vae.tile_sample_min_width):
         _check_tiles(vae)
-    # In this layout the CPU's 3D convolutions are several times as fast.
+    # The CPU's 3D convolutions are several times faster in this layout.
     layout = torch.channels_last_3d if vae.device.type == "cpu" else torch.contiguous_format
     return vae.encode(pixels.to(vae.dtype, memory_format=layout)).latent_dist.parameters
 
 
 def _check_tiles(vae: AutoencoderKLCogVideoX) -> None:
-    """diffusers steps from tile to tile in pixels; a step that is no whole number of latents displaces them."""
+    """Refuse tiles whose distance in pixels is not a multiple of a latent, which would displace them."""
     steps = (
         int(vae.tile_sample_min_height * (1 - vae.tile_overlap_factor_height)),
         int(vae.tile_sample_min_width * (1 - vae.tile_overlap_factor_width)),
@@ -86,5 +83,5 @@ def _check_tiles(vae: AutoencoderKLCogVideoX) -> None:
     if any(step % 8 for step in steps):
         raise UserError(
             f"--use_tiling, --enable_tiling: the tiles of this model's VAE are {steps[0]}x{steps[1]} pixels apart, "
-            "which does not divide by 8; leave the flag out"
+            "which is not a multiple of 8; omit the flag"
         )

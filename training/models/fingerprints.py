@@ -1,4 +1,4 @@
-"""Tell things apart by what they hold, wherever they lie: prepared data is good for a model with the same encoders."""
+"""Fingerprints of a model's encoders: prepared data is valid for any model with the same ones."""
 
 import hashlib
 from pathlib import Path
@@ -9,14 +9,14 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def fingerprint_encoders(model: Path | None, variant: str | None = None) -> dict[str, str | None]:
-    """A digest of the weights of each encoder of a model.
+    """Return a digest of the weights of each encoder of a model.
 
     Args:
-        model: its folder in the diffusers layout; None when it is not on this machine.
+        model: its folder in the diffusers layout; None if it is not on this machine.
         variant: of the weight files, as `from_pretrained` takes it.
 
     Returns:
-        encoder -> digest; None for one whose files are not there, as in a folder with the transformer alone.
+        encoder -> digest; None for an encoder without files, as in a folder with only the transformer.
     """
     return {name: None if model is None else _fingerprint(model / name, variant) for name in ENCODERS}
 
@@ -32,7 +32,7 @@ def _fingerprint(folder: Path, variant: str | None) -> str | None:
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The files of a component's weights that `from_pretrained` would read, in order; safetensors before others."""
+    """Return the weight files of a component that `from_pretrained` would read; safetensors before others."""
     for suffix in (".safetensors", ".bin"):
         files = [
             path
@@ -46,7 +46,7 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def _add_samples(file: Path, digest: "hashlib._Hash") -> None:
-    """Size and evenly spread pieces of a file: reading a text encoder of many gigabytes would take minutes."""
+    """Add size and evenly spread pieces of a file: reading all of a text encoder would take minutes."""
     size = file.stat().st_size
     digest.update(size.to_bytes(8, "big"))
     with open(file, "rb") as stream:

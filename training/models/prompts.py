@@ -1,7 +1,7 @@
 """Embed every prompt once, before the transformer is loaded, and keep the embeddings on disk.
 
-The text encoder is larger than most transformers it conditions (4.8 B parameters): it is never resident together with
-one. Training on clips that were not prepared reads its captions' embeddings from here, validation its prompts'.
+The text encoder (4.8 B parameters) is larger than most transformers it conditions: the two are never loaded together.
+Training on raw clips reads the embeddings of its captions here, validation those of its prompts.
 """
 
 import hashlib
@@ -20,11 +20,10 @@ class PromptCache:
     """Prompt embeddings in a folder, one safetensors file per distinct prompt.
 
     Args:
-        folder: where the files go; created when needed.
-        source: the model whose text encoder is used. Its identity is part of each file's name, so that a folder can
-            serve several models.
-        dtype: of the text encoder and so of the embeddings.
-        in_8bit: embed by the text encoder with weights in 8 bits. Its embeddings are other ones, in other files.
+        folder: created when needed. File names depend on all arguments, so that several caches can share a folder.
+        source: the model whose text encoder is used.
+        dtype: of the text encoder and of the embeddings.
+        in_8bit: quantize the text encoder to int8, which changes the embeddings.
     """
 
     def __init__(self, folder: Path, source: ModelSource, dtype: torch.dtype, *, in_8bit: bool = False):
@@ -34,15 +33,15 @@ class PromptCache:
         self.in_8bit = in_8bit
 
     def load(self, prompt: str) -> torch.Tensor:
-        """Return the embedding of an embedded prompt, `[226, D]`."""
+        """Return the embedding `[226, D]` of a prompt that was embedded before."""
         return load_file(self._file(prompt))["prompt_embeds"]
 
     def embed(self, prompts: list[str], device: torch.device, *, rank: int = 0, world_size: int = 1) -> None:
-        """Embed this rank's share of the prompts that are not there yet; loads the text encoder only if there are any.
+        """Embed this rank's share of the missing prompts; loads the text encoder only if there are any.
 
         Callers on several ranks wait for one another before they `load`.
         """
-        # Shared out before looking at what is there: that changes while other ranks work.
+        # Divided before looking for files, which other ranks write meanwhile.
         share = [
             prompt for prompt in list(dict.fromkeys(prompts))[rank::world_size] if not self._file(prompt).exists()
         ]

@@ -1,4 +1,4 @@
-"""Sample one video: the same way while a model is validated and when the result is used."""
+"""Sample one video, for validation and for the finished model."""
 
 import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
@@ -22,13 +22,13 @@ def sample_video(
     use_dynamic_cfg: bool,
     seed: int,
 ) -> list[Image.Image]:
-    """Sample a video from embedded prompts, by the pipeline as it is.
+    """Sample a video from embedded prompts.
 
     Args:
         pipeline: set up on its device; it needs no text encoder.
         prompt_embeds: `[T, D]`, on any device. The pipeline draws its noise in their dtype.
-        negative_prompt_embeds: `[T, D]`; None where `guidance_scale` is 1 or less.
-        image: that the video begins with; None for text-to-video.
+        negative_prompt_embeds: `[T, D]`; None if `guidance_scale` is 1 or less.
+        image: the first frame; None for text-to-video.
         size: of the video; 4k frames are possible too.
         seed: of a generator on the pipeline's device.
 
@@ -51,6 +51,6 @@ def sample_video(
         generator=torch.Generator(device).manual_seed(seed),
         output_type="pil",
     ).frames[0]
-    # From an even number of latent frames it decodes four frames for the first, which stands for one in a 4k+1 clip.
+    # The first of an even number of latent frames is decoded to four frames, but holds one frame of a 4k+1 clip.
     surplus = len(frames) - num_frames
     return frames[min(surplus, 3) :][:num_frames]

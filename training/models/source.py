@@ -1,4 +1,4 @@
-"""Load a model's components from a folder or the hub, one at a time, and encode text and video with them."""
+"""Load the components of a model from a folder or the hub, one at a time."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +14,14 @@ from diffusers import (
     CogVideoXDPMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    ConfigMixin,
 )
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from common.errors import UserError, first_line
-from models.configs import CPU, ModelConfigs, _with_defaults
+from models.configs import CPU, ModelConfigs, with_defaults
 from models.fingerprints import weight_files
 from models.quantization import compute_frozen, quantize_text_encoder, quantize_transformer
 
@@ -30,7 +31,7 @@ NoiseScheduler = CogVideoXDDIMScheduler | CogVideoXDPMScheduler
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a CogVideoX model lies: a local folder in the diffusers layout, or a hub id."""
+    """The location of a CogVideoX model: a local folder in the diffusers layout, or a hub id."""
 
     path: str
     revision: str | None = None
@@ -41,38 +42,41 @@ class ModelSource:
     def _where(self) -> dict[str, Any]:
         return {"revision": self.revision, "cache_dir": self.cache_dir}
 
+    def _weights(self, dtype: torch.dtype) -> dict[str, Any]:
+        return {"dtype": dtype, "variant": self.variant, **self._where}
+
     def configs(self) -> ModelConfigs:
         """Read the three configs; loads no weights.
 
         Raises:
-            UserError: the folder or hub repository is no CogVideoX model, or cannot be reached.
+            UserError: the folder or hub repository is not a CogVideoX model, or cannot be reached.
         """
+        return ModelConfigs(
+            self._network_config(CogVideoXTransformer3DModel, "transformer"),
+            self._network_config(AutoencoderKLCogVideoX, "vae"),
+            self._config(CogVideoXDPMScheduler, "scheduler"),
+        )
+
+    def _config(self, component_class: type[ConfigMixin], component: str) -> dict[str, Any]:
         try:
-            transformer = CogVideoXTransformer3DModel.load_config(self.path, subfolder="transformer", **self._where)
-            vae = AutoencoderKLCogVideoX.load_config(self.path, subfolder="vae", **self._where)
-            scheduler = CogVideoXDPMScheduler.load_config(self.path, subfolder="scheduler", **self._where)
+            return component_class.load_config(self.path, subfolder=component, **self._where)
         except OSError as error:
             reason = first_line(error)
             raise UserError(
                 f"--pretrained_model_name_or_path: cannot read the model '{self.path}': {reason}"
             ) from error
-        for config, expected in (
-            (transformer, CogVideoXTransformer3DModel.__name__),
-            (vae, AutoencoderKLCogVideoX.__name__),
-        ):
-            if config.get("_class_name") != expected:
-                raise UserError(
-                    f"--pretrained_model_name_or_path: '{self.path}' is no CogVideoX model: it holds a "
-                    f"{config.get('_class_name')} where a {expected} is needed"
-                )
-        return ModelConfigs(
-            _with_defaults(CogVideoXTransformer3DModel, transformer),
-            _with_defaults(AutoencoderKLCogVideoX, vae),
-            scheduler,
-        )
+
+    def _network_config(self, component_class: type[ConfigMixin], component: str) -> dict[str, Any]:
+        config, expected = self._config(component_class, component), component_class.__name__
+        if config.get("_class_name") != expected:
+            raise UserError(
+                f"--pretrained_model_name_or_path: '{self.path}' is not a CogVideoX model: it holds a "
+                f"{config.get('_class_name')} where a {expected} is needed"
+            )
+        return with_defaults(component_class, config)
 
     def load_scheduler(self) -> NoiseScheduler:
-        """Load the noise scheduler of the class that the model's own config names."""
+        """Load the noise scheduler, of the class that the model's config names."""
         name = CogVideoXDPMScheduler.load_config(self.path, subfolder="scheduler", **self._where)["_class_name"]
         scheduler_class = CogVideoXDDIMScheduler if name == "CogVideoXDDIMScheduler" else CogVideoXDPMScheduler
         return scheduler_class.from_pretrained(self.path, subfolder="scheduler", **self._where)
@@ -80,13 +84,12 @@ class ModelSource:
     def load_transformer(
         self, dtype: torch.dtype, *, device: torch.device = CPU, quantize: str = "none"
     ) -> CogVideoXTransformer3DModel:
-        """Load the transformer weight by weight from its files to the device, in its final precision at once.
+        """Load the transformer weight by weight to the device, directly in its final precision.
 
         Args:
-            dtype: of the weights that are not quantized, and what the quantized ones compute in.
-            device: to load to. On the CPU, files whose dtype is `dtype` already are mapped, not read.
-            quantize: "none", or "int8", "fp8" or "nf4" for the linear layers of the blocks, which can then no longer
-                be trained themselves.
+            dtype: of the weights that are not quantized; the quantized ones compute in it.
+            device: to load to. On the CPU, files that are stored in `dtype` are mapped, not read.
+            quantize: "none", or "int8", "fp8" or "nf4" for the linear layers of the blocks, which are then frozen.
 
         Raises:
             UserError: the weights cannot be read, or cannot be quantized here.
@@ -96,21 +99,19 @@ class ModelSource:
             transformer = CogVideoXTransformer3DModel.from_pretrained(
                 self.path,
                 subfolder="transformer",
-                dtype=dtype,
-                variant=self.variant,
                 device_map=_device_map(device),
                 quantization_config=config,
-                **self._where,
+                **self._weights(dtype),
             )
         if config is not None:
             compute_frozen(transformer)
         return transformer
 
     def native_dtype(self) -> torch.dtype:
-        """The dtype that the transformer's weights are stored in.
+        """Return the dtype that the transformer's weights are stored in.
 
         Raises:
-            UserError: there are no weights in safetensors files.
+            UserError: it has no safetensors files.
         """
         dtype = self.stored_dtype("transformer")
         if dtype is None:
@@ -118,7 +119,7 @@ class ModelSource:
         return dtype
 
     def stored_dtype(self, component: str) -> torch.dtype | None:
-        """The dtype that a component's weights are stored in; None where they are in no safetensors files here."""
+        """Return the dtype of a component's stored weights; None if it has no safetensors files here."""
         folder = self.local_folder()
         files = weight_files(folder / component, self.variant) if folder else []
         if not files or files[0].suffix != ".safetensors":
@@ -135,21 +136,19 @@ class ModelSource:
         device: torch.device = CPU,
         decoder_only: bool = False,
     ) -> AutoencoderKLCogVideoX:
-        """Load the frozen VAE straight in `dtype` and to `device`.
+        """Load the frozen VAE directly in `dtype` and to `device`.
 
         Args:
             slicing: encode and decode the samples of a batch one after another.
             tiling: encode and decode a frame in overlapping tiles.
-            decoder_only: keep the half that decodes; `encoder` is None then, and its weights never reach the device.
+            decoder_only: drop the encoder, before its weights reach the device.
         """
         with self._load_errors("VAE"):
             vae = AutoencoderKLCogVideoX.from_pretrained(
                 self.path,
                 subfolder="vae",
-                dtype=dtype,
-                variant=self.variant,
                 device_map=None if decoder_only else _device_map(device),
-                **self._where,
+                **self._weights(dtype),
             )
         if decoder_only:
             vae.encoder = None
@@ -163,12 +162,12 @@ class ModelSource:
     def load_text_pipeline(
         self, dtype: torch.dtype, *, device: torch.device = CPU, in_8bit: bool = False
     ) -> CogVideoXPipeline:
-        """Load tokenizer and text encoder as a pipeline that has nothing else, for its own `encode_prompt`.
+        """Load a pipeline with only tokenizer and text encoder, for its `encode_prompt`.
 
         Args:
             dtype: that the text encoder computes in.
-            device: to load it to, weight by weight.
-            in_8bit: keep the weights of its linear layers in int8; see `quantize_text_encoder`.
+            device: to load the text encoder to, weight by weight.
+            in_8bit: quantize its linear layers to int8; see `quantize_text_encoder`.
 
         Raises:
             UserError: the weights cannot be read, or cannot be quantized here.
@@ -178,21 +177,15 @@ class ModelSource:
             text_encoder = T5EncoderModel.from_pretrained(
                 self.path,
                 subfolder="text_encoder",
-                dtype=dtype,
-                variant=self.variant,
                 device_map=_device_map(device),
                 quantization_config=config,
-                **self._where,
+                **self._weights(dtype),
             )
             pipeline = CogVideoXPipeline.from_pretrained(
                 self.path,
                 text_encoder=text_encoder,
-                transformer=None,
-                vae=None,
-                scheduler=None,
-                dtype=dtype,
-                variant=self.variant,
-                **self._where,
+                **dict.fromkeys(("transformer", "vae", "scheduler")),
+                **self._weights(dtype),
             )
         self._check_vocabulary(pipeline.tokenizer)
         if in_8bit:
@@ -201,13 +194,13 @@ class ModelSource:
         return pipeline
 
     def count_long_captions(self, captions: Sequence[str], most_tokens: int) -> int:
-        """How many captions have more tokens than the model reads, by the model's own tokenizer."""
-        # A token stands for one character at least, beside the end mark and a space in front.
+        """Count the captions with more tokens than the model reads, with the model's tokenizer."""
+        # A token has at least one character, except the end token and a leading space.
         long = [caption for caption in captions if len(caption) + 2 > most_tokens]
         if not long:
             return 0
         with self._load_errors("tokenizer"):
-            # Said outright: left open, a model with code of its own has the user asked whether to run it.
+            # By default transformers asks the user whether to run a model's own code.
             tokenizer = AutoTokenizer.from_pretrained(
                 self.path, subfolder="tokenizer", trust_remote_code=False, **self._where
             )
@@ -215,15 +208,11 @@ class ModelSource:
         return sum(len(tokens) > most_tokens for tokens in tokenizer(long, verbose=False)["input_ids"])
 
     def _check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Where its files are missing, transformers makes a tokenizer without a word, to which all texts are the same.
-
-        Raises:
-            UserError: it is such a one.
-        """
+        """Raise a UserError for a tokenizer without vocabulary, which transformers makes if files are missing."""
         if tokenizer.unk_token_id in tokenizer("a")["input_ids"]:
             raise UserError(
                 f"the tokenizer of the model '{self.path}' knows no words: its spiece.model or tokenizer.json is "
-                "missing in tokenizer/; get the model anew"
+                "missing in tokenizer/; download the model again"
             )
 
     @contextmanager
@@ -233,46 +222,36 @@ class ModelSource:
         except (OSError, ValueError) as error:  # missing or broken weight files, an unknown variant
             reason = first_line(error)
             raise UserError(f"the {part} of the model '{self.path}' cannot be loaded: {reason}") from error
-        except UnpicklingError as error:  # torch's own words advise to let it run
+        except UnpicklingError as error:  # torch's message advises to load it anyway
             raise UserError(
-                f"the {part} of the model '{self.path}' cannot be loaded: its weights are no safetensors files, and "
-                "hold something else than tensors, which may be code; get the model from a source that you trust"
+                f"the {part} of the model '{self.path}' cannot be loaded: its weights are not safetensors files, and "
+                "hold something other than tensors, which may be code; get the model from a source that you trust"
             ) from error
 
-    def download_encoders(self) -> None:
-        """Fetch VAE, text encoder and tokenizer of a model on the hub, so that `local_folder` has them.
+    def download(self, *components: str) -> None:
+        """Fetch components of a model on the hub, by the names of their folders, so that `local_folder` has them.
 
         Raises:
-            UserError: they cannot be had.
+            UserError: they cannot be downloaded.
         """
-        self._download("VAE or text encoder", without=("transformer", "scheduler"))
-
-    def download_transformer(self) -> None:
-        """Fetch the transformer of a model on the hub, so that `native_dtype` finds it.
-
-        Raises:
-            UserError: it cannot be had.
-        """
-        self._download("transformer", without=("text_encoder", "tokenizer", "vae", "scheduler"))
-
-    def _download(self, part: str, without: Sequence[str]) -> None:
         if not Path(self.path).is_dir():
-            with self._load_errors(part):
-                CogVideoXPipeline.download(self.path, variant=self.variant, **dict.fromkeys(without), **self._where)
+            others = {"transformer", "vae", "text_encoder", "tokenizer", "scheduler"}.difference(components)
+            with self._load_errors(" or ".join(components)):
+                CogVideoXPipeline.download(self.path, variant=self.variant, **dict.fromkeys(others), **self._where)
 
     def local_folder(self) -> Path | None:
-        """Where the model's files are on this machine; None for one on the hub that was never loaded."""
+        """Return the folder with the model's files; None for a hub model that was never downloaded."""
         if Path(self.path).is_dir():
             return Path(self.path)
         config = try_to_load_from_cache(self.path, "vae/config.json", **self._where)
         return Path(config).parent.parent if isinstance(config, str) else None
 
     def fingerprint(self) -> str:
-        """What tells this model from another one in caches: the absolute folder, or the hub id and its revision."""
+        """Return a key of the model for caches: the absolute folder, or the hub id and its revision."""
         folder = Path(self.path).expanduser()
         return str(folder.resolve()) if folder.exists() else f"{self.path}@{self.revision or 'main'}"
 
 
 def _device_map(device: torch.device) -> dict[str, torch.device] | None:
-    """`from_pretrained`'s way to say that all goes to one device; it sets no hooks for one."""
+    """Return a device map of one device, for which `from_pretrained` sets no hooks."""
     return None if device.type == "cpu" else {"": device}

@@ -1,4 +1,4 @@
-"""The running average of the trained weights, which is often better than the last of them."""
+"""Averages of the trained weights, which are often better than the last weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,13 +9,13 @@ from torch.optim import Optimizer
 
 
 def make_ema(parameters: Sequence[torch.nn.Parameter], decay: float) -> EMAModel:
-    """Start an average of `parameters`, on their device; `decay` is reached in about 10 / (1 - decay) steps."""
+    """Start an average of `parameters` on their device; `decay` is reached after about 10 / (1 - decay) steps."""
     return EMAModel(parameters, decay=decay)
 
 
 @contextmanager
 def averaged_weights(ema: EMAModel | None, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Put the average in the place of the weights meanwhile; None changes nothing."""
+    """Replace the weights by the average within the block; None changes nothing."""
     if ema is None:
         yield
         return
@@ -29,14 +29,14 @@ def averaged_weights(ema: EMAModel | None, parameters: Sequence[torch.nn.Paramet
 
 @contextmanager
 def schedule_free_weights(optimizer: Optimizer, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Put the average that a schedule-free optimizer keeps in the place of the weights that it trains meanwhile.
+    """Replace the trained weights by the average of a schedule-free optimizer within the block.
 
     Args:
-        optimizer: of the package schedulefree, or accelerate's wrapper of one.
+        optimizer: from the package schedulefree, or accelerate's wrapper of one.
 
     Source: https://arxiv.org/abs/2405.15682.
     """
-    # The optimizer interpolates from the one to the other; the way back is not exact.
+    # The optimizer interpolates between the two, which cannot be undone exactly.
     trained = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     optimizer.eval()
     try:

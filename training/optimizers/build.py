@@ -1,4 +1,4 @@
-"""Build the optimizer and the learning-rate scheduler that the flags name."""
+"""Build the optimizer that the flags name, and step it."""
 
 import importlib
 import math
@@ -43,19 +43,20 @@ def make_optimizer(
     prodigy_safeguard_warmup: bool = False,
     fused: bool = True,
 ) -> Optimizer:
-    """Build an optimizer over the trainable ones of `parameters`.
+    """Build an optimizer over the trainable parameters.
 
     Args:
-        name: adam, adamw, prodigy, came, schedulefree or muon. What follows but `fused` is for adam and adamw alone.
-        use_8bit, use_4bit, use_fp8: keep the states in low precision; bitsandbytes' 8-bit unless `use_torchao`.
-        use_cpu_offload: keep states (and, with `offload_gradients`, gradients) in host memory, through torchao.
+        name: adam, adamw, prodigy, came, schedulefree or muon. The following flags except `fused` are for adam and
+            adamw only.
+        use_8bit, use_4bit, use_fp8: low-precision states, with torchao; 8-bit with bitsandbytes unless `use_torchao`.
+        use_cpu_offload: keep states (and, with `offload_gradients`, gradients) in host memory, with torchao.
         step_in_backward: step each parameter as soon as the backward pass has its gradient.
-        stochastic_rounding: of the updates of bfloat16 parameters, drawn from torch's global generator.
-        fused: take torch's single-kernel Adam. Under a gradient scaler it hides from accelerate that it skipped a
-            step, and the learning rate would move on.
+        stochastic_rounding: of the updates of bfloat16 parameters, with torch's global generator.
+        fused: use torch's single-kernel Adam. Not with a gradient scaler: it hides from accelerate that it skipped a
+            step, so that the learning rate would advance.
 
     Raises:
-        UserError: the package that implements the choice is not installed, or it needs a (newer) GPU.
+        UserError: a package is not installed, or a (newer) GPU is needed.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     settings: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
@@ -74,7 +75,14 @@ def make_optimizer(
         betas = (beta1, beta2, 0.9999 if beta3 is None else beta3)
         return _import("came_pytorch", "--optimizer came").CAME(trainable, betas=betas, **settings)
     if name == "muon":
-        return _make_muon(trainable, learning_rate, (beta1, beta2), weight_decay, epsilon, fused)
+        return matrices_by_muon(
+            trainable,
+            learning_rate=learning_rate,
+            betas=(beta1, beta2),
+            weight_decay=weight_decay,
+            epsilon=epsilon,
+            fused=fused,
+        )
     settings |= {"betas": (beta1, beta2), "eps": epsilon}
     if name == "schedulefree":
         optimizer = _import("schedulefree", "--optimizer schedulefree").AdamWScheduleFree(trainable, **settings)
@@ -86,27 +94,14 @@ def make_optimizer(
     if stochastic_rounding:
         settings["bf16_stochastic_round"] = True
     if use_cpu_offload:
-        return _offload(trainable, adam_class, offload_gradients, settings)
+        if not torch.cuda.is_available():
+            raise UserError("--use_cpu_offload_optimizer: moves optimizer states off a GPU, and there is none here")
+        _import("torchao.optim", "--use_cpu_offload_optimizer")
+        from optimizers.offload import ClippedOffloadOptimizer
+
+        return ClippedOffloadOptimizer(trainable, adam_class, offload_gradients=offload_gradients, **settings)
     make = partial(adam_class, **settings)
     return StepInBackward(trainable, make) if step_in_backward else make(trainable)
-
-
-def _make_muon(
-    trainable: Sequence[torch.nn.Parameter],
-    learning_rate: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    epsilon: float,
-    fused: bool,
-) -> Optimizer:
-    if not hasattr(torch.optim, "Muon"):
-        raise UserError(
-            f"--optimizer muon: torch {torch.__version__} does not have it; install torch 2.9 or newer, or use "
-            "--optimizer adamw"
-        )
-    return matrices_by_muon(
-        trainable, learning_rate=learning_rate, betas=betas, weight_decay=weight_decay, epsilon=epsilon, fused=fused
-    )
 
 
 def _adam_class(
@@ -121,22 +116,9 @@ def _adam_class(
     if use_8bit:
         return getattr(_import("bitsandbytes", "--use_8bit").optim, f"{class_name}8bit")
     if stochastic_rounding:
-        # Not low-bit: its states have the dtype of the weights.
+        # torchao's Adam with states in the dtype of the weights.
         return getattr(_import("torchao.optim", "--use_torchao"), f"_{class_name}")
     return getattr(torch.optim, class_name)
-
-
-def _offload(
-    trainable: Sequence[torch.nn.Parameter],
-    adam_class: type[Optimizer],
-    offload_gradients: bool,
-    settings: dict[str, Any],
-) -> Optimizer:
-    if not torch.cuda.is_available():
-        raise UserError("--use_cpu_offload_optimizer: moves optimizer states off a GPU, and there is none here")
-    _import("torchao.optim", "--use_cpu_offload_optimizer")
-    offload = importlib.import_module("optimizers.offload").ClippedOffloadOptimizer
-    return offload(trainable, adam_class, offload_gradients=offload_gradients, **settings)
 
 
 def _import(module: str, flag: str) -> ModuleType:
@@ -156,10 +138,10 @@ def check_launch(
     step_in_backward: bool,
     bf16_weights: bool,
 ) -> None:
-    """Refuse what does not go together with how the run was launched, which flags alone do not tell.
+    """Refuse settings that do not work with the launch, which the flags do not show.
 
     Args:
-        dtype: what the networks compute in.
+        dtype: that the networks compute in.
 
     Raises:
         UserError: names the flag and what to do.
@@ -169,13 +151,11 @@ def check_launch(
         ("--step_in_backward", step_in_backward),
     ):
         if chosen and distributed_type != DistributedType.NO:
-            raise UserError(
-                f"{flag}: takes gradients before processes average them; launch one process, or leave it out"
-            )
+            raise UserError(f"{flag}: takes gradients before processes average them; launch one process, or omit it")
         if chosen and dtype == torch.float16:
             raise UserError(f"{flag}: takes gradients before fp16's scaling is undone; use --mixed_precision bf16")
-    whole = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if name in ("muon", "schedulefree") and distributed_type not in whole:
+    unsharded = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if name in ("muon", "schedulefree") and distributed_type not in unsharded:
         raise UserError(
             f"--optimizer {name}: does not work on weights in shards ({distributed_type.value}); use --optimizer adamw"
         )
@@ -186,38 +166,36 @@ def check_launch(
 def clip_gradients(
     accelerator: Accelerator, optimizer: Optimizer, parameters: Sequence[torch.nn.Parameter], max_norm: float
 ) -> torch.Tensor | None:
-    """Scale the gradients so that their norm over all parameters is at most `max_norm`; 0 leaves them.
+    """Scale the gradients so that their norm over all parameters is at most `max_norm`; 0 does not clip.
 
     Args:
-        optimizer: as accelerate wrapped it. Optimizers that take the gradients away during the backward pass clip by
-            themselves.
+        optimizer: as accelerate wrapped it. Optimizers that take gradients during the backward pass clip themselves.
 
     Returns:
-        The norm before, on the device; None where nobody knows it.
+        The norm before clipping, on the device; None if it is unknown.
     """
     max_norm = max_norm or math.inf
     inner = getattr(optimizer, "optimizer", optimizer)
     if hasattr(inner, "clip_grad_norm_"):
         return inner.clip_grad_norm_(max_norm)
-    norm = accelerator.clip_grad_norm_(parameters, max_norm)
-    return whole(norm)
+    return whole(accelerator.clip_grad_norm_(parameters, max_norm))
 
 
 def step_if_finite(accelerator: Accelerator, optimizer: Optimizer, grad_norm: torch.Tensor | float | None) -> None:
-    """Update the weights, unless the gradients hold something that is not finite.
+    """Update the weights, unless the gradients are not finite.
 
-    torch's fused Adam decides that where the gradients are. For others the CPU waits for the norm, once a step.
+    torch's fused Adam checks that on the device. For others the CPU waits for the norm.
 
     Args:
         optimizer: as accelerate wrapped it.
-        grad_norm: as from `clip_gradients`; where nobody knows it, nothing is left out.
+        grad_norm: from `clip_gradients`; if it is None, no step is skipped.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
-    # A gradient scaler and DeepSpeed look for themselves.
+    # A gradient scaler and DeepSpeed check the gradients themselves.
     if grad_norm is None or accelerator.scaler is not None or not isinstance(grad_norm, torch.Tensor):
         optimizer.step()
-    elif _looks_itself(inner):
-        # What a gradient scaler would set, https://docs.pytorch.org/docs/stable/amp.html
+    elif _checks_gradients(inner):
+        # As a gradient scaler sets it, https://docs.pytorch.org/docs/stable/amp.html
         inner.grad_scale, inner.found_inf = None, grad_norm.isfinite().logical_not().float()
         optimizer.step()
     elif grad_norm.isfinite():
@@ -226,7 +204,7 @@ def step_if_finite(accelerator: Accelerator, optimizer: Optimizer, grad_norm: to
         inner.discard_gradients()
 
 
-def _looks_itself(optimizer: Optimizer) -> bool:
+def _checks_gradients(optimizer: Optimizer) -> bool:
     is_adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
     return is_adam and all(
         group["fused"] and not any(isinstance(parameter, DTensor) for parameter in group["params"])
@@ -235,18 +213,18 @@ def _looks_itself(optimizer: Optimizer) -> bool:
 
 
 def can_step(optimizer: Optimizer, loss: torch.Tensor) -> bool:
-    """Whether the backward pass may be taken: one that steps at the same time cannot be taken back.
+    """Return whether the backward pass may run: one that steps at the same time cannot be undone.
 
     Args:
         optimizer: as accelerate wrapped it.
-        loss: waited for only in that case.
+        loss: read only in that case.
     """
     steps_in_backward = isinstance(getattr(optimizer, "optimizer", optimizer), StepInBackward)
     return not steps_in_backward or bool(loss.isfinite())
 
 
 def keep_rates_on_host(optimizer: Optimizer) -> None:
-    """Move learning rates that are tensors, as torchao wants them, to the host, where reading them waits for nothing.
+    """Move learning rates that are tensors (torchao's) to the host, so that reading them does not synchronize.
 
     accelerate moves them to the device with the rest of the optimizer's state.
     """
@@ -256,12 +234,12 @@ def keep_rates_on_host(optimizer: Optimizer) -> None:
 
 
 def apply_learning_rate(optimizer: Optimizer, lr_scheduler: LambdaLR, learning_rate: float) -> None:
-    """Go on along the schedule with this base learning rate, whatever the checkpoint that was loaded had.
+    """Continue the schedule with this base learning rate instead of the loaded checkpoint's.
 
     Args:
-        optimizer: may be accelerate's wrapper.
-        lr_scheduler: at the step it goes on from.
-        learning_rate: the schedule's factor is multiplied with it.
+        optimizer: or accelerate's wrapper of it.
+        lr_scheduler: at the step to continue from.
+        learning_rate: multiplied by the schedule's factor.
     """
     keep_rates_on_host(optimizer)  # a checkpoint may have been loaded to the device
     lr_scheduler.base_lrs = [learning_rate] * len(optimizer.param_groups)

@@ -1,4 +1,4 @@
-"""Several optimizers that look like one to schedules, checkpoints and the loop."""
+"""Combine several optimizers into one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from common.errors import UserError
+
 
 class CompositeOptimizer(Optimizer):
     """Optimizers over different parameters, as one.
 
-    Its `param_groups` are theirs, not copies: a learning-rate schedule reaches every part.
+    Its `param_groups` are those of the parts, not copies, so that schedules change every part.
     """
 
     def __init__(self, parts: Sequence[Optimizer]):
@@ -26,20 +28,20 @@ class CompositeOptimizer(Optimizer):
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The parts' states, in order."""
+        """Return the states of the parts, in order."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave.
+        """Load what `state_dict` returned.
 
         Raises:
-            ValueError: it is of other parts or parameters.
+            ValueError: the state is of other parts or parameters.
         """
         if len(state_dict.get("parts", ())) != len(self.parts):
             raise ValueError("loaded state dict has a different number of parts")
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self.param_groups = self._groups_of_parts()  # loading made new ones
+        self.param_groups = self._groups_of_parts()  # loading creates new ones
 
 
 def matrices_by_muon(
@@ -51,16 +53,23 @@ def matrices_by_muon(
     epsilon: float,
     fused: bool,
 ) -> CompositeOptimizer:
-    """Muon for the weights that are matrices, AdamW for the others (biases, norms, convolutions).
+    """Build Muon for matrices and AdamW for the other weights (biases, norms, convolutions).
 
     Args:
-        betas: the first is Muon's momentum too.
-        learning_rate: one for both. Muon's steps are scaled to the size that AdamW's have, so that a rate found for
-            AdamW holds.
-        epsilon: AdamW's.
+        betas: the first is also Muon's momentum.
+        learning_rate: for both. Muon's steps are scaled to the size of AdamW's, so that rates tuned for AdamW work.
+        epsilon: for AdamW.
+
+    Raises:
+        UserError: torch is older than 2.9.
 
     Source: Muon, https://kellerjordan.github.io/posts/muon/; the scale of its steps, https://arxiv.org/abs/2502.16982.
     """
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(
+            f"--optimizer muon: torch {torch.__version__} does not have it; install torch 2.9 or newer, or use "
+            "--optimizer adamw"
+        )
     matrices = [parameter for parameter in parameters if parameter.ndim == 2]
     others = [parameter for parameter in parameters if parameter.ndim != 2]
     shared = {"lr": learning_rate, "weight_decay": weight_decay}

@@ -1,4 +1,4 @@
-"""Optimizer states in host memory, through torchao, with gradients clipped and checkpoints that can be resumed."""
+"""Optimizer states in host memory, with torchao, gradient clipping and resumable checkpoints."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,13 +9,13 @@ from torchao.optim import CPUOffloadOptimizer
 
 
 class ClippedOffloadOptimizer(CPUOffloadOptimizer):
-    """torchao's offloaded optimizer, which copies each gradient to the host as soon as the backward pass has it.
+    """torchao's offloaded optimizer with gradient clipping.
 
-    What clips the device's gradients afterwards changes nothing in those copies. Here the norms are taken on the
-    device, before the copies, and `clip_grad_norm_` scales the copies: host memory is read and written once more only
-    in steps which clip.
+    It copies each gradient to the host as soon as the backward pass has it, so that clipping on the device comes too
+    late. Here the norms are computed on the device before the copies, and `clip_grad_norm_` scales the copies, which
+    costs host memory traffic only in steps that clip.
 
-    One process, one GPU, no gradient scaler.
+    For one process, one GPU, no gradient scaler.
     """
 
     def __init__(
@@ -29,16 +29,16 @@ class ClippedOffloadOptimizer(CPUOffloadOptimizer):
         """Offload `optimizer_class(parameters, **settings)`.
 
         Args:
-            offload_gradients: free each gradient on the device when it was copied.
+            offload_gradients: free each gradient on the device after it was copied.
         """
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}  # of the gradients of this step
         for parameter in parameters:
-            # Hooks run in the order of their registration: this one before torchao's, which frees the gradient.
+            # Hooks run in order of registration: this one before torchao's, which frees the gradient.
             parameter.register_post_accumulate_grad_hook(self._note_norm)
         super().__init__(parameters, optimizer_class, offload_gradients=offload_gradients, **settings)
 
     def _note_norm(self, parameter: torch.nn.Parameter) -> None:
-        # Where gradients accumulate, each pass replaces the norm of the sum before.
+        # When gradients accumulate, each pass replaces the norm of the partial sum.
         self._norms[parameter] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ class ClippedOffloadOptimizer(CPUOffloadOptimizer):
         """Scale all gradients of the step so that their norm is at most `max_norm`.
 
         Returns:
-            Their norm before, a scalar on the device. It is waited for: the update on the host needs it.
+            Their norm before clipping, a scalar on the device, after synchronization.
         """
         norm = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
         if norm > max_norm:
@@ -58,28 +58,28 @@ class ClippedOffloadOptimizer(CPUOffloadOptimizer):
         return norm
 
     def discard_gradients(self) -> None:
-        """Forget the gradients of this step, which is left out."""
+        """Drop the gradients of this step, which is skipped."""
         self.stream.synchronize()  # no copy to the host is under way when the next step's begin
         self.queue.clear()
 
     @property
     def _groups_on_device(self) -> list[dict[str, Any]]:
-        """Of the parameters too small to be worth a transfer."""
+        """The groups of parameters that are too small to be worth a transfer."""
         return [] if self.d_opt is None else self.d_opt.param_groups
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The parts' own groups.
+        """The groups of all parts.
 
-        torchao goes on giving those which the small parameters had before a state was loaded: a schedule would then
-        write to dicts that nobody reads.
+        torchao returns outdated groups of the small parameters after a state was loaded, so that schedules would have
+        no effect on them.
         """
         return self._groups_on_device + [g for part in self.optim_dict.values() for g in part.param_groups]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, and take over the weights that the device has now.
+        """Load what `state_dict` returned, and copy the device's current weights to the host.
 
-        torchao would overwrite the weights of a checkpoint by the host's copies of the weights before.
+        torchao would overwrite a checkpoint's weights by the host's older copies.
 
         Raises:
             ValueError: the state is of other parameters.

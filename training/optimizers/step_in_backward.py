@@ -1,4 +1,4 @@
-"""The optimizer step inside the backward pass: no two gradients need exist at the same time."""
+"""Optimizer steps inside the backward pass, so that only one gradient exists at a time."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,8 +12,8 @@ from optimizers.composite import CompositeOptimizer
 class StepInBackward(CompositeOptimizer):
     """Updates each parameter as soon as the backward pass has its gradient, and frees the gradient.
 
-    One backward pass is one step: gradients are neither accumulated, nor averaged over processes, nor scaled. Their
-    norm over all parameters is never known, so that they cannot be clipped by it.
+    One backward pass is one step: gradients are not accumulated, averaged over processes, scaled or clipped by their
+    norm, which is never known.
 
     Source: the idea is that of LOMO, https://arxiv.org/abs/2306.09782; the hooks are torch's.
     """
@@ -27,10 +27,10 @@ class StepInBackward(CompositeOptimizer):
             parameter.register_post_accumulate_grad_hook(partial(_step_and_free, part))
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Nothing is left to do: the backward pass has stepped."""
+        """Do nothing: the backward pass has stepped."""
 
     def clip_grad_norm_(self, max_norm: float) -> None:
-        """Neither clips nor gives a norm: the gradients are gone."""
+        """Do nothing and return None: the gradients are gone."""
 
 
 def _step_and_free(part: Optimizer, parameter: torch.nn.Parameter) -> None:

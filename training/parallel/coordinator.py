@@ -1,4 +1,4 @@
-"""What the ranks of a launch agree on among themselves, without their GPUs and without hurry."""
+"""Communication between the ranks of a launch over CPUs, without the GPUs' timeout."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,26 +11,26 @@ from common.errors import UserError
 
 
 _T = TypeVar("T")
-# Long enough for anything that a rank may do alone. Where one dies, its launcher or the closed connection ends others.
+# Longer than any rank works alone. If one dies, the launcher or the closed connection ends the others.
 PATIENCE = timedelta(days=7)
 
 
 class Coordinator:
-    """Decisions that all ranks must take alike, and waits that may last, over CPUs.
+    """Common decisions of all ranks, and waits that may be long.
 
-    A collective of GPUs that one rank enters early is ended by a watchdog (--nccl_timeout), because it may be a hang.
-    Whoever is done with something that takes ranks differently long (sampling, saving, downloads) waits here first.
+    A watchdog (--nccl_timeout) ends a GPU collective that one rank enters too early, because it may be a hang. So
+    ranks wait here after work of different duration (sampling, saving, downloads).
     """
 
     def __init__(self) -> None:
         """Connect all ranks of the launch, if there are several; called on every rank."""
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.num_ranks > 1 else None
-        self._asked: tuple[Any, torch.Tensor] | None = None  # what the last call of `ask` sent out
+        self._asked: tuple[Any, torch.Tensor] | None = None  # sent by the last call of `ask`
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that decides alone."""
+        """Whether this is the rank that decides for all."""
         return self.group is None or dist.get_rank() == 0
 
     def wait(self) -> None:
@@ -39,7 +39,7 @@ class Coordinator:
             dist.barrier(self.group)
 
     def any(self, wish: bool) -> bool:
-        """Whether any rank wishes it; waits for all of them."""
+        """Return whether any rank wishes it; waits for all of them."""
         if self.group is None:
             return wish
         wishes = torch.tensor([wish], dtype=torch.int32)
@@ -47,10 +47,9 @@ class Coordinator:
         return bool(wishes[0])
 
     def ask(self, *wishes: bool) -> tuple[bool, ...]:
-        """Whether any rank wished each of these, the call before; nothing at the first call.
+        """Return for each wish whether any rank had it at the previous call; all False at the first call.
 
-        The answer to this call comes with the next one, so that no rank waits for what others do meanwhile. One
-        process has its answer at once.
+        The answer comes one call late, so that no rank waits for the others. A single process gets it at once.
         """
         if self.group is None:
             return wishes
@@ -63,25 +62,25 @@ class Coordinator:
         return tuple(map(bool, answer.tolist()))
 
     def finish_asking(self) -> None:
-        """Take the last answer, which nobody needs; called on every rank."""
+        """Receive the last, unused answer; called on every rank."""
         if self._asked is not None:
             self._asked[0].wait()
             self._asked = None
 
     def from_main(self, find: Callable[[], _T]) -> _T:
-        """What `find` returns on the main process, on all of them.
+        """Return the result of `find` on the main process, on all ranks.
 
         Args:
-            find: called there alone. What it returns travels as a pickle.
+            find: called on the main process only. Its result is pickled.
 
         Raises:
-            UserError: on every rank, where `find` raised it, or an OSError.
+            UserError: on every rank, if `find` raised it or an OSError.
         """
         found: list[Any] = [None, None]
         if self.is_main:
             try:
                 found[0] = find()
-            except (UserError, OSError) as error:  # of others than these, its traceback says more
+            except (UserError, OSError) as error:  # others keep their traceback
                 found[1] = str(error)
         if self.group is not None:
             dist.broadcast_object_list(found, src=0, group=self.group)
@@ -90,7 +89,7 @@ class Coordinator:
         return found[0]
 
     def gather(self, value: _T) -> list[_T]:
-        """The values of all ranks, in their order, on all of them."""
+        """Return the values of all ranks, in rank order, on all of them."""
         values: list[Any] = [value] * self.num_ranks
         if self.group is not None:
             dist.all_gather_object(values, value, self.group)

@@ -1,13 +1,12 @@
-"""DeepSpeed's ZeRO: a run's optimizer states, gradients and weights divided among processes.
+"""DeepSpeed's ZeRO: optimizer states, gradients and weights are sharded over processes.
 
-What a step is, stays: DeepSpeed clips, averages and accumulates as the loop does without it. What is trained remains
-in float32, under autocast, as in one process. With weights in bf16, of full fine-tuning alone, DeepSpeed computes with
-these and divides float32 ones among the processes, which the optimizer steps.
+DeepSpeed clips, averages and accumulates as the loop does without it, and trained weights remain in float32 under
+autocast. With bf16 weights (full fine-tuning only) it computes with these, and shards float32 copies that the
+optimizer steps.
 
 Source: https://arxiv.org/abs/1910.02054, ZeRO-Offload https://arxiv.org/abs/2101.06840.
 """
 
-import os
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,36 +15,35 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, patch_environment
 from diffusers import CogVideoXTransformer3DModel
 
 from common.errors import first_line
 from common.ranks import launch_rank
 
 
-_REDUCE_BUCKET = 50_000_000  # gradients that are exchanged at once; DeepSpeed's own buckets take 2 GB in float32
+_REDUCE_BUCKET = 50_000_000  # gradients per all-reduce; DeepSpeed's default takes 2 GB in float32
 
 
 def is_zero(accelerator: Accelerator) -> bool:
-    """Whether the run was launched with DeepSpeed."""
+    """Return whether the run was launched with DeepSpeed."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def has_divided_weights(accelerator: Accelerator) -> bool:
-    """Whether each process holds a part of the weights only."""
+    """Return whether each process holds only a shard of the weights."""
     return is_zero(accelerator) and accelerator.deepspeed_plugin.zero_stage == 3
 
 
 def keep_others_whole() -> None:
-    """Let ZeRO-3 divide the transformer alone: transformers would divide every model that it loads, text encoders too,
-    and nothing would put these together again."""
+    """Let ZeRO-3 shard only the transformer: transformers would also shard the text encoders that it loads."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
 
 
 def exchange_by_gloo() -> None:
-    """Let DeepSpeed exchange tensors on CPUs as torch does: it would compile kernels of its own first, for minutes."""
+    """Make DeepSpeed use gloo on CPUs, instead of compiling its own kernels for minutes."""
     from deepspeed import ops
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
@@ -58,10 +56,10 @@ def configure_zero(
     """Complete DeepSpeed's configuration; called before `accelerator.prepare`.
 
     Args:
-        is_rounded: compute with weights in bf16 and step float32 ones, of which each process has a part.
-        batch_size: samples of a process in a backward pass.
-        accumulation: backward passes in a step.
-        max_grad_norm: to clip gradients to; 0 leaves them.
+        is_rounded: compute with bf16 weights and step sharded float32 copies.
+        batch_size: samples per process and backward pass.
+        accumulation: backward passes per step.
+        max_grad_norm: to clip gradients to; 0 does not clip.
     """
     config = accelerator.deepspeed_plugin.deepspeed_config
     config |= {
@@ -69,14 +67,14 @@ def configure_zero(
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": batch_size * accumulation * accelerator.num_processes,
         "gradient_clipping": max_grad_norm,
-        # A step whose gradients are not finite is skipped, in bf16 too.
+        # Skip steps with non-finite gradients in bf16 too.
         "bf16": {"enabled": is_rounded, "check_grad_overflow": is_rounded},
         "fp16": {"enabled": False},
     }
-    # As without DeepSpeed; it would add up and exchange gradients in bf16.
+    # As without DeepSpeed, which would accumulate and reduce gradients in bf16.
     config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     config.setdefault("communication_data_type", "fp32")
-    # torch's fused AdamW steps on the CPU too, and need not be compiled first as DeepSpeed's does.
+    # torch's fused AdamW works on the CPU too, and unlike DeepSpeed's need not be compiled.
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     zero = config["zero_optimization"]
     for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"):
@@ -89,10 +87,9 @@ def configure_zero(
 
 
 def look_at_gradients(accelerator: Accelerator) -> None:
-    """Have DeepSpeed skip a step whose gradients are not finite in every precision; called after
-    `accelerator.prepare`.
+    """Make DeepSpeed skip steps with non-finite gradients in every precision; called after `accelerator.prepare`.
 
-    ZeRO-3 does so anyway; ZeRO-2 only has a setting for bf16.
+    ZeRO-3 always does; ZeRO-2 has a setting for bf16 only.
     """
     optimizer = accelerator.deepspeed_engine_wrapped.engine.optimizer
     if hasattr(optimizer, "check_grad_overflow"):
@@ -101,8 +98,7 @@ def look_at_gradients(accelerator: Accelerator) -> None:
 
 @contextmanager
 def gathered(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
-    """Have the whole transformer on every process meanwhile, to be called by each as it likes; entered and left by all
-    of them together.
+    """Gather the complete transformer on every process within the block; entered and left by all of them together.
 
     Args:
         model: as accelerate wrapped it.
@@ -112,7 +108,7 @@ def gathered(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]
         return
     from deepspeed.runtime.zero import GatheredParameters
 
-    # DeepSpeed's own `unwrap_model_for_generation` leaves a hook in place that waits for the other processes.
+    # DeepSpeed's `unwrap_model_for_generation` keeps a hook that waits for the other processes.
     hooks = model.optimizer.parameter_offload
     with GatheredParameters(list(model.parameters())):
         hooks.destroy()
@@ -123,28 +119,26 @@ def gathered(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]
 
 
 def count_weights(transformer: CogVideoXTransformer3DModel) -> tuple[int, int]:
-    """How many weights are trained, and how many there are, wherever they are."""
+    """Return the numbers of trained and of all weights, sharded ones included."""
     if any(hasattr(parameter, "ds_numel") for parameter in transformer.parameters()):
         sizes = [(parameter.ds_numel, parameter.requires_grad) for parameter in transformer.parameters()]
         return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
-    # Weights in 4 bits share bytes.
+    # diffusers counts packed 4-bit weights.
     return transformer.num_parameters(only_trainable=True), transformer.num_parameters()
 
 
 def gather_zero_weights(
     transformer: CogVideoXTransformer3DModel, names: Iterable[str], is_main: bool
 ) -> dict[str, torch.Tensor]:
-    """The weights of those names, on the CPU of the main process: in float32 where that is what the optimizer steps.
-
-    Called on every process.
-    """
+    """Gather weights by name on the CPU of the main process, in float32 if the optimizer steps that; called on every
+    process."""
     state = transformer.state_dict(keep_vars=True)
     weights = {}
     for name in names:
-        whole = _gather(state[name])
+        weight = _gather(state[name])
         if is_main:
-            # A copy: DeepSpeed keeps weights as pieces of one long tensor, which safetensors does not write.
-            weights[name] = whole.detach().to("cpu", copy=True)
+            # A copy: DeepSpeed keeps weights as views of one long tensor, which safetensors does not write.
+            weights[name] = weight.detach().to("cpu", copy=True)
     return weights
 
 
@@ -162,10 +156,10 @@ def _gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def save_zero_state(accelerator: Accelerator, folder: Path) -> None:
-    """Save each process's part, without what is frozen; called on every process.
+    """Save each process's shard without frozen weights; called on every process.
 
     Raises:
-        OSError, RuntimeError: it cannot be written.
+        OSError, RuntimeError: a file cannot be written.
     """
     with errors_later(accelerator.deepspeed_engine_wrapped.engine):
         accelerator.save_state(str(folder), exclude_frozen_parameters=True, save_latest=False)
@@ -173,7 +167,7 @@ def save_zero_state(accelerator: Accelerator, folder: Path) -> None:
 
 @contextmanager
 def errors_later(engine: torch.nn.Module) -> Iterator[None]:
-    """Raise what is in the way of a process's file when DeepSpeed is done saving, where others wait for it."""
+    """Raise errors of writing only when DeepSpeed has finished saving, because other processes wait for this one."""
     writer = engine.checkpoint_engine
     problems: list[Exception] = []
 
@@ -184,7 +178,7 @@ def errors_later(engine: torch.nn.Module) -> Iterator[None]:
             problems.append(error)
 
     writer.save = save
-    # Scripts that make whole weights of the parts; these are written beside them anyway.
+    # It copies a script that merges the shards, which is not needed.
     engine._copy_recovery_script = lambda folder: None
     try:
         yield
@@ -195,38 +189,29 @@ def errors_later(engine: torch.nn.Module) -> Iterator[None]:
 
 
 def load_zero_state(accelerator: Accelerator, folder: Path) -> None:
-    """Load what `save_zero_state` wrote; called on every process, and as many of them.
+    """Load what `save_zero_state` wrote; called on every process, with the same number of processes.
 
     Raises:
-        ValueError: it is of something else, or damaged.
+        ValueError: the checkpoint does not fit, or is damaged.
     """
     engine = accelerator.deepspeed_engine_wrapped.engine
-    # DeepSpeed takes this from the checkpoint, but it may change on the way.
+    # DeepSpeed would restore it from the checkpoint.
     max_grad_norm = engine.optimizer.clip_grad
     try:
         with weights_only_loads():
             accelerator.load_state(str(folder), load_module_strict=False)
     except (RuntimeError, AssertionError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        reason = first_line(error)
-        raise ValueError(f"rank {launch_rank()}: {reason}") from error
+        raise ValueError(f"rank {launch_rank()}: {first_line(error)}") from error
     engine.optimizer.clip_grad = max_grad_norm
 
 
 @contextmanager
 def weights_only_loads() -> Iterator[None]:
-    """Have torch build nothing from a file but tensors, plain values and these few of DeepSpeed's own classes, where
-    DeepSpeed would unpickle anything."""
+    """Allow only tensors, plain values and a few DeepSpeed classes in loaded files; by default all is unpickled."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(variable)
-    os.environ[variable] = "1"
-    try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        del os.environ[variable]
-        if before is not None:
-            os.environ[variable] = before
+    allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    with patch_environment(torch_force_weights_only_load="1"), torch.serialization.safe_globals(allowed):
+        yield

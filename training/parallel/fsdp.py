@@ -1,4 +1,4 @@
-"""Weights in shards on the ranks (FSDP2, as accelerate sets it up): prepared, put together, saved and loaded.
+"""Sharded weights (FSDP2, as accelerate sets it up): prepare, gather, save and load.
 
 Source: https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
 """
@@ -32,45 +32,45 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def is_fsdp(accelerator: Accelerator) -> bool:
-    """Whether no rank has all weights, so that the network needs all ranks for every pass."""
+    """Return whether the weights are sharded, so that every pass needs all ranks."""
     return accelerator.distributed_type == DistributedType.FSDP
 
 
 def prepare_in_shards(
     accelerator: Accelerator, transformer: CogVideoXTransformer3DModel, optimizer: Optimizer, dtype: torch.dtype
 ) -> tuple[CogVideoXTransformer3DModel, Optimizer]:
-    """Divide the transformer, and with it what the optimizer steps, as the launch configuration says.
+    """Shard the transformer and the optimizer's parameters as the launch configuration says.
 
-    It computes as it does on one device. Ranks send one another the weights of a LoRA's base and its float32 adapters
-    as they are. When all weights are trained, half as much is sent: copies in `dtype`, as autocast would make them
-    anyway, but for the norms. Gradients are averaged in float32.
+    The results are those of one device. Base weights and float32 adapters of a LoRA are gathered as they are. In full
+    fine-tuning half as much is gathered: copies in `dtype`, which autocast would make anyway, except for the norms.
+    Gradients are averaged in float32.
 
     Args:
-        transformer: on the CPU, with what is trainable; it is changed itself.
+        transformer: on the CPU, with its trainable weights; changed in place.
         dtype: that it computes in.
     """
     trains_all = all(parameter.requires_grad for parameter in transformer.parameters())
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=dtype if trains_all else None,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # it would round the rotary embeddings, too
+        cast_forward_inputs=False,  # it would also round the rotary embeddings
     )
-    autocast_forward(transformer, accelerator.device, dtype)  # as accelerate does wherever weights are whole
-    # Nobody changes it in place.
+    autocast_forward(transformer, accelerator.device, dtype)  # as accelerate does for unsharded weights
+    # It is not changed in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     model, optimizer = accelerator.prepare(transformer, optimizer)
-    # Its class is a derived one now, whose name would go into the saved config.
+    # The name of its new, derived class would go into the saved config.
     type(transformer).__name__ = CogVideoXTransformer3DModel.__name__
     return model, optimizer
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Put a tensor together if it is in shards; then it must be called on every rank."""
+    """Gather a tensor if it is sharded; then it must be called on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def divided_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Divide a whole tensor, which every rank has, as `other` is divided; as it is if that is whole."""
+    """Shard a tensor, which every rank has, as `other` is sharded, if it is."""
     if not isinstance(other, DTensor):
         return tensor
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
@@ -79,40 +79,36 @@ def divided_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def gather_weights(
     transformer: CogVideoXTransformer3DModel, names: Iterable[str], is_main: bool
 ) -> dict[str, torch.Tensor]:
-    """The weights of those names, whole, in the main process's host memory; called on every rank.
-
-    One after another: no device ever holds more than one whole weight.
-    """
+    """Gather weights by name in the main process's host memory, one after another; called on every rank."""
     shards = transformer.state_dict()
     gathered = {}
     for name in names:
         weight = whole(shards[name])
         if is_main:
-            # A copy: shards of unequal sizes are put together in a storage that is larger than the weight.
+            # A copy: unequal shards are gathered into a storage that is larger than the weight.
             gathered[name] = weight.to("cpu", copy=True)
     return gathered
 
 
 def take_sharded(accelerator: Accelerator) -> list[tuple[torch.nn.Module, Optimizer]]:
-    """Take the model and its optimizer from what `accelerator.save_state` and `load_state` care for.
+    """Remove the model and its optimizer from what `accelerator.save_state` and `load_state` handle.
 
-    They would write all weights, those that never change too, and an index that is read by unpickling it, which runs
-    what a stranger put there.
+    These would write all weights, frozen ones too, and an index that is read by unpickling, which may run code.
     """
-    optimizers = [optimizer.optimizer for optimizer in accelerator._optimizers]  # as they were before `prepare`
+    optimizers = [optimizer.optimizer for optimizer in accelerator._optimizers]  # unwrapped
     sharded = list(zip(accelerator._models, optimizers, strict=True))
     accelerator._models, accelerator._optimizers = [], []
     return sharded
 
 
 def save_optimizer(model: torch.nn.Module, optimizer: Optimizer, folder: Path) -> None:
-    """Save the states of an optimizer of weights in shards, each rank its own, as safetensors files in a folder of
-    `folder`; called on every rank.
+    """Save the optimizer states of sharded weights, each rank its own, as safetensors files in `folder`; called on
+    every rank.
 
-    Settings like the learning rate are not saved: a run has them from its flags.
+    Settings like the learning rate are not saved: they come from the flags.
 
     Args:
-        optimizer: adam or adamw, whose states are tensors alone.
+        optimizer: adam or adamw, whose states are all tensors.
 
     Raises:
         OSError: a rank cannot write; all of them raise it.
@@ -121,7 +117,7 @@ def save_optimizer(model: torch.nn.Module, optimizer: Optimizer, folder: Path) -
     writer = HuggingFaceStorageWriter(str(folder / _OPTIMIZER_FOLDER), save_distributed=True)
     try:
         dcp.save(states, storage_writer=writer)
-    except CheckpointException as error:  # which is no Exception
+    except CheckpointException as error:  # not an Exception
         raise OSError(_reasons(error)) from error
 
 
@@ -129,16 +125,16 @@ def load_optimizer(model: torch.nn.Module, optimizer: Optimizer, folder: Path) -
     """Load what `save_optimizer` wrote, on any number of ranks; called on every rank.
 
     Raises:
-        OSError: there is nothing of the kind, or it cannot be read.
+        OSError: the files are missing or cannot be read.
         ValueError: states are missing, damaged or of other weights.
     """
-    settings = get_optimizer_state_dict(model, optimizer, options=_FLAT)  # makes the states, too
+    settings = get_optimizer_state_dict(model, optimizer, options=_FLAT)  # creates the states too
     states = _tensors(settings)
     reader = HuggingFaceStorageReader(str(folder / _OPTIMIZER_FOLDER))
     try:
         stored = reader.read_metadata().state_dict_metadata
         for name, state in states.items():
-            # Files that are missing would leave parts as they are, without a word.
+            # Missing files would silently leave parts unchanged.
             parts = stored[name].chunks if name in stored else []
             if sum(prod(part.sizes) for part in parts) != state.numel():
                 raise ValueError(f"{folder / _OPTIMIZER_FOLDER} lacks parts of {name}")
@@ -150,7 +146,7 @@ def load_optimizer(model: torch.nn.Module, optimizer: Optimizer, folder: Path) -
 
 
 def _reasons(error: CheckpointException) -> str:
-    """What was in the way of some ranks, without their tracebacks."""
+    """Return the errors of all ranks, without their tracebacks."""
     return "; ".join(dict.fromkeys(str(failure) for failure, _ in error.failures.values()))
 
 
@@ -159,7 +155,7 @@ def _tensors(state_dict: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def autocast_forward(transformer: CogVideoXTransformer3DModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Run the forward pass under autocast and return float32, as accelerate does where weights are not divided."""
+    """Run the forward pass under autocast and return float32, as accelerate does for unsharded weights."""
     if dtype != torch.float32:
         autocast = torch.autocast(device.type, dtype, cache_enabled=False)
         transformer.forward = convert_outputs_to_fp32(autocast(transformer.forward))

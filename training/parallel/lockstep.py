@@ -1,4 +1,4 @@
-"""Ranks that call a network in shards together: if one of them fails in between, none is left waiting."""
+"""Let ranks call a sharded network together, so that none waits forever for one that failed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,18 +13,18 @@ from parallel.fsdp import is_fsdp
 
 
 class OtherRankFailed(Exception):
-    """Raised where this rank could go on, but another one cannot."""
+    """Another rank failed, so this one has to stop too."""
 
 
 class OutOfStep(RuntimeError):
-    """Raised where a rank failed inside the network: the others wait for its shards, and only its end ends that."""
+    """A rank failed inside the network: the others wait for its shards until it ends."""
 
 
 class Lockstep:
-    """A context in which all ranks call a network equally often, and say before each call that they are still there.
+    """A context in which all ranks call a network equally often, and check before each call that none has failed.
 
-    A rank that fails between two calls leaves the context with its error. The others are told at their next call: that
-    ends what they do in the context, without an error. Where weights are whole nothing of this happens.
+    A rank that fails between two calls leaves the context with its error. The others leave it at their next call,
+    without an error. For unsharded weights the context does nothing.
 
     Raises:
         OutOfStep: this rank failed inside the network.
@@ -43,16 +43,16 @@ class Lockstep:
     ) -> bool:
         if self._is_inside and isinstance(error, Exception):
             raise OutOfStep(
-                "a rank failed inside a network whose weights are divided among ranks; the run ends, to be resumed "
+                "a rank failed inside a network whose weights are sharded over the ranks; the run ends; resume it "
                 "from its last checkpoint"
             ) from error
         if not self._is_over and (error is None or isinstance(error, Exception)):
             self._agree(has_failed=error is not None)
-        return isinstance(error, OtherRankFailed)  # whose own error says why
+        return isinstance(error, OtherRankFailed)  # which reports its own error
 
     @contextmanager
     def calling(self, network: torch.nn.Module) -> Iterator[None]:
-        """Meanwhile all ranks call the network equally often."""
+        """Check at each call of this network, which all ranks call equally often, within the block."""
         if self._is_over:
             yield
             return

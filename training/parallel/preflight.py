@@ -4,7 +4,6 @@ On several machines each rank plans its own part from what it sees there. If tha
 hangs when one rank has fewer batches, or trains replicas that drift apart, and prepared data is never finished.
 """
 
-import argparse
 import json
 import os
 import socket
@@ -30,9 +29,9 @@ Exchange = Callable[[Any], list[Any]]  # what every rank has to say, by rank; ca
 # What each machine may have in its own way: places, where what they hold is compared or read by itself, ...
 PLACES = ("cache_dir", "data_root", "dataset_file", "dataset_mix", "dataset_name", "validation_dataset_file")
 PLACES += ("validation_images",)
-# ... and how its own work is done. `given` is which flags were written out, `config` a file of others.
+# ... and how its own work is done.
 WORKERS = ("dataloader_num_workers", "num_artifact_workers", "num_decode_threads", "pin_memory")
-OWN_FLAGS = {*PLACES, *WORKERS, "hub_token", "given", "config"}
+OWN_FLAGS = {*PLACES, *WORKERS, "hub_token"}
 COMPARED_PACKAGES = ("torch", "diffusers", "accelerate")
 
 
@@ -100,7 +99,7 @@ def refuse(problem: str | None) -> None:
         raise SystemExit(2)
 
 
-def check_training(coordinator: Coordinator, args: argparse.Namespace, data: Mapping[str, str], model: str) -> None:
+def check_training(coordinator: Coordinator, flags: Mapping[str, Any], data: Mapping[str, str], model: str) -> None:
     """Compare the ranks of a training run; called on every rank.
 
     Args:
@@ -112,10 +111,10 @@ def check_training(coordinator: Coordinator, args: argparse.Namespace, data: Map
     """
     if coordinator.num_ranks == 1:
         return
-    refuse(compare_ranks(coordinator.gather, Path(args.output_dir), common_facts(args, model) | data))
+    refuse(compare_ranks(coordinator.gather, Path(flags["output_dir"]), common_facts(flags, model) | data))
 
 
-def check_preparation(args: argparse.Namespace, folder: Path, model: str, samples: Iterable[str]) -> None:
+def check_preparation(flags: Mapping[str, Any], folder: Path, model: str, samples: Iterable[str]) -> None:
     """Compare the ranks of a preparation on several machines, which otherwise share nothing but the output folder.
 
     Without an address to meet at, as for ranks that are started one by one, nothing is compared.
@@ -130,13 +129,12 @@ def check_preparation(args: argparse.Namespace, folder: Path, model: str, sample
     if num_machines() == 1 or not os.environ.get("MASTER_ADDR"):
         return
     with exchange_by_store() as exchange:
-        problem = compare_ranks(exchange, folder, common_facts(args, model) | {"data": digest_lines(samples)})
+        problem = compare_ranks(exchange, folder, common_facts(flags, model) | {"data": digest_lines(samples)})
     refuse(problem)
 
 
-def common_facts(args: argparse.Namespace, model: str) -> dict[str, str]:
+def common_facts(flags: Mapping[str, Any], model: str) -> dict[str, str]:
     """What does not depend on the data."""
-    flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
     code = (
         path.name + path.read_text(encoding="utf-8")
         for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py"))
@@ -145,7 +143,7 @@ def common_facts(args: argparse.Namespace, model: str) -> dict[str, str]:
         "code": digest_lines(code),
         "model": model,
         **{package: version(package) for package in COMPARED_PACKAGES},
-        **{f"--{name}": str(value) for name, value in flags.items()},
+        **{f"--{name}": str(value) for name, value in flags.items() if name not in OWN_FLAGS},
     }
 
 

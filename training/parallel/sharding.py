@@ -1,4 +1,4 @@
-"""Weights that are divided among ranks, put together again: what is saved is the same however a run was launched."""
+"""Gather and save sharded weights: the saved files are the same however a run was launched."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,14 +14,14 @@ from parallel.fsdp import gather_weights, is_fsdp
 def whole_weights(
     accelerator: Accelerator, transformer: CogVideoXTransformer3DModel, names: Iterable[str]
 ) -> dict[str, torch.Tensor]:
-    """The weights of those names, whole; called on every rank.
+    """Gather weights by name; called on every rank.
 
     Args:
-        transformer: the one that `accelerator.prepare` was given.
-        names: as in the transformer's own `state_dict`.
+        transformer: as passed to `accelerator.prepare`.
+        names: as in the transformer's `state_dict`.
 
     Returns:
-        On the main process, each weight by its name; on the others nothing.
+        On the main process, each weight by its name; on the others an empty dict.
     """
     if is_zero(accelerator):
         return gather_zero_weights(transformer, names, accelerator.is_main_process)
@@ -32,7 +32,7 @@ def whole_weights(
 
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:
-    """Have accelerate save weights, optimizer and schedule, in parts where they are divided; called on every rank."""
+    """Save weights, optimizer and schedule with accelerate, as shards if they are; called on every rank."""
     if is_zero(accelerator):
         save_zero_state(accelerator, folder)
     else:
@@ -43,7 +43,7 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
     """Load what `save_state` saved; called on every rank.
 
     Raises:
-        OSError, ValueError: it is damaged, or not of such a run.
+        OSError, ValueError: the checkpoint is damaged, or of another kind of run.
     """
     if is_zero(accelerator):
         load_zero_state(accelerator, folder)

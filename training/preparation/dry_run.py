@@ -1,6 +1,5 @@
 """What `--dry_run` does: show what would be made of the clips, as a table, clip by clip and as a picture."""
 
-import argparse
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from data.plan import RawData
 from data.report import write_plan
 from data.sampler import Draw
 from dataset import Batch
+from flags.settings import PreparationSettings
 from models.source import ModelSource
 from preparation.encode import clip_dataset
 from preparation.prepare import log_plan
@@ -24,7 +24,7 @@ from video.contact_sheet import SheetRow, draw_contact_sheet
 logger = logging.getLogger(__name__)
 
 
-def show_plan(args: argparse.Namespace, data: RawData) -> None:
+def show_plan(settings: PreparationSettings, data: RawData) -> None:
     """Print the plan, and write it in detail and as a picture; nothing is encoded. Of several ranks, one does.
 
     Raises:
@@ -33,15 +33,17 @@ def show_plan(args: argparse.Namespace, data: RawData) -> None:
     if launch_rank() > 0:
         return
     log_without_tokens(logging.INFO)
-    source = ModelSource(args.model_id, args.revision, args.variant, args.cache_dir)
-    log_plan(args, data, source, source.configs())
-    folder = Path(args.output_dir)
+    source = ModelSource(
+        settings.model.model_id, settings.model.revision, settings.model.variant, settings.model.cache_dir
+    )
+    log_plan(settings, data, source, source.configs())
+    folder = Path(settings.preparation.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if data.bad:
         logger.warning("%s", listing(f"{len(data.bad)} of the clips cannot be used:", data.bad, most=len(data.bad)))
     write_plan(data.clips, data.bad, folder / "plan.csv")
     shown = sample_for_sheet(data.clips)
-    dataset = clip_dataset(args, shown)
+    dataset = clip_dataset(settings, shown)
     batches = [dataset[Draw(index, 0)] for index in range(len(shown))]
     for batch in batches:
         for _, reason in batch.failed:

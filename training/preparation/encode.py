@@ -1,6 +1,5 @@
 """Encode captions and clips of a preparation, batch by batch, into its layout."""
 
-import argparse
 import json
 from collections import deque
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from data.sampler import Draw
 from dataset import Batch, ClipDataset, make_loader
 from diffusion.latents import image_noise_scales
 from diffusion.randomness import step_generator
+from flags.settings import PreparationSettings
 from models.configs import DTYPES
 from models.encoding import encode_noised_image, encode_prompts, encode_videos
 from models.source import ModelSource
@@ -45,43 +45,47 @@ class Rank:
         return Rank(launch_rank(), launch_size(), device)
 
 
-def clip_dataset(args: argparse.Namespace, clips: Sequence[ClipSample]) -> ClipDataset:
+def clip_dataset(settings: PreparationSettings, clips: Sequence[ClipSample]) -> ClipDataset:
     """The clips as they are to be encoded."""
     return ClipDataset(
         clips,
-        reshape_mode=args.video_reshape_mode,
-        random_flip=args.random_flip,
-        seed=args.seed,
-        with_images=args.save_image_latents,
-        decode_threads=args.num_decode_threads,
+        reshape_mode=settings.clips.video_reshape_mode,
+        random_flip=settings.clips.random_flip,
+        seed=settings.preparation.seed,
+        with_images=settings.preparation.save_image_latents,
+        decode_threads=settings.encoding.num_decode_threads,
     )
 
 
 def embed_captions(
-    args: argparse.Namespace, source: ModelSource, layout: Layout, samples: Sequence[Sample], rank: Rank
+    settings: PreparationSettings, source: ModelSource, layout: Layout, samples: Sequence[Sample], rank: Rank
 ) -> None:
     """Embed each caption of this rank's share that is not embedded yet, once; rank 0 embeds the empty prompt too."""
-    batches = layout.captions_to_do(args.batch_size, rank.index, rank.count)
+    batches = layout.captions_to_do(settings.encoding.batch_size, rank.index, rank.count)
     needs_empty_prompt = rank.index == 0 and read_empty_prompt(layout.folder) is None
     if not batches and not needs_empty_prompt:
         return
     captions = {sample.caption_key: sample.planned.clip.caption for sample in samples}
-    pipeline = source.load_text_pipeline(DTYPES[args.dtype], device=rank.device, in_8bit=args.text_encoder_8bit)
+    pipeline = source.load_text_pipeline(
+        DTYPES[settings.model.dtype], device=rank.device, in_8bit=settings.encoding.text_encoder_8bit
+    )
     if needs_empty_prompt:
         # What dropped captions become in training, where no text encoder is loaded.
-        write_empty_prompt(layout.folder, encode_prompts(pipeline, [""], args.max_sequence_length)[0])
+        write_empty_prompt(layout.folder, encode_prompts(pipeline, [""], settings.preparation.max_sequence_length)[0])
     with progress_bar("Embedding captions", " captions", batches, rank) as progress:
         for keys in batches:
-            embeds = encode_prompts(pipeline, [captions[key] for key in keys], args.max_sequence_length)
+            embeds = encode_prompts(
+                pipeline, [captions[key] for key in keys], settings.preparation.max_sequence_length
+            )
             layout.write_captions(dict(zip(keys, embeds, strict=True)))
             progress.update(len(keys))
 
 
 def encode_clips(
-    args: argparse.Namespace, source: ModelSource, layout: Layout, samples: Sequence[Sample], rank: Rank
+    settings: PreparationSettings, source: ModelSource, layout: Layout, samples: Sequence[Sample], rank: Rank
 ) -> None:
     """Decode, encode and write this rank's share of the clips that are not done; the three overlap."""
-    batches = layout.clips_to_do(args.batch_size, rank.index, rank.count)
+    batches = layout.clips_to_do(settings.encoding.batch_size, rank.index, rank.count)
     if not batches:
         return
     index_of = {sample.name: index for index, sample in enumerate(samples)}
@@ -89,18 +93,23 @@ def encode_clips(
     for names in batches:
         broken.forget(names)
     vae = None
-    if args.save_latents_and_embeddings:
-        vae = source.load_vae(DTYPES[args.dtype], slicing=args.use_slicing, tiling=args.use_tiling, device=rank.device)
+    if settings.preparation.save_latents_and_embeddings:
+        vae = source.load_vae(
+            DTYPES[settings.model.dtype],
+            slicing=settings.encoding.use_slicing,
+            tiling=settings.encoding.use_tiling,
+            device=rank.device,
+        )
     loader = make_loader(
-        clip_dataset(args, [sample.planned for sample in samples]),
+        clip_dataset(settings, [sample.planned for sample in samples]),
         [[Draw(index_of[name], 0) for name in batch] for batch in batches],
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.pin_memory,
+        num_workers=settings.loader.dataloader_num_workers,
+        pin_memory=settings.loader.pin_memory,
     )
     writing: deque[Future] = deque()
     with (
         progress_bar("Encoding clips", " clips", batches, rank) as progress,
-        ThreadPoolExecutor(args.num_artifact_workers) as writers,
+        ThreadPoolExecutor(settings.encoding.num_artifact_workers) as writers,
     ):
         for names, batch in zip(batches, loader, strict=True):
             for draw, reason in batch.failed:
@@ -108,11 +117,11 @@ def encode_clips(
                 broken.add(samples[draw.index], reason.removeprefix(f"{clip.video}: "))
             names_left = [samples[draw.index].name for draw in batch.draws]
             if names_left:
-                tensors = {} if vae is None else encode_batch(args, vae, batch, names_left)
+                tensors = {} if vae is None else encode_batch(settings, vae, batch, names_left)
                 videos = dict(zip(names_left, batch.videos, strict=True))
                 writing.append(writers.submit(layout.write_clips, tensors, videos))
             # Waiting for the oldest bounds how many clips lie in memory, and brings a writer's error to light.
-            while len(writing) > 2 * args.num_artifact_workers:
+            while len(writing) > 2 * settings.encoding.num_artifact_workers:
                 writing.popleft().result()
             progress.update(len(names))
         for future in writing:
@@ -120,7 +129,7 @@ def encode_clips(
 
 
 def encode_batch(
-    args: argparse.Namespace, vae: AutoencoderKLCogVideoX, batch: Batch, names: Sequence[str]
+    settings: PreparationSettings, vae: AutoencoderKLCogVideoX, batch: Batch, names: Sequence[str]
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Encode a batch to moments, by name: `video_latents` `[2C, F', h, w]`, maybe `image_latents` `[K, 2C, 1, h, w]`.
 
@@ -129,10 +138,10 @@ def encode_batch(
     """
     moments = encode_videos(vae, batch.videos).cpu()
     tensors = {name: {"video_latents": moments[position]} for position, name in enumerate(names)}
-    if args.save_image_latents:
+    if settings.preparation.save_image_latents:
         for position, name in enumerate(names):
-            generator = step_generator(torch.device("cpu"), args.seed, name)
-            scales = image_noise_scales(args.num_image_latents, generator)
+            generator = step_generator(torch.device("cpu"), settings.preparation.seed, name)
+            scales = image_noise_scales(settings.preparation.num_image_latents, generator)
             image = encode_noised_image(vae, batch.images[position], scales, generator)
             tensors[name]["image_latents"] = image.cpu()
     return tensors

@@ -1,7 +1,7 @@
-"""How prepared samples are laid out on disk: in shards, or one file a tensor as the original script did.
+"""Layouts of prepared samples on disk: in shards, or one file per tensor like the original script.
 
-Both know what is there already, hand out the rest in batches, write a batch whole or not at all, and list the samples
-once all are there. `prepared.py` documents and reads what they write.
+A layout knows what is done, shares out the rest in batches, writes each batch atomically, and lists the samples once
+all are done. `data/prepared.py` documents and reads the files.
 """
 
 import io
@@ -17,7 +17,7 @@ from common.files import written_whole
 from common.text_files import index_lines
 from data.buckets import Bucket
 from data.clips import ClipSample
-from data.prepared import FILES_INDEX, LISTS, STAGING, sample_in_files, sample_in_shards
+from data.prepared import FILES_INDEX, INDEX_FILE, LISTS, STAGING, sample_in_files, sample_in_shards
 from data.tensor_files import ShardWriter, finished_names, samples_per_shard
 from video.io import write_video
 
@@ -27,14 +27,14 @@ Tensors = Mapping[str, torch.Tensor]  # by kind: video_latents, image_latents, p
 
 @dataclass(frozen=True)
 class Sample:
-    """A planned clip and the names of what is made from it."""
+    """A planned clip and the names of its tensors."""
 
     name: str  # of its latents
     caption_key: str  # of its prompt embedding
     planned: ClipSample
 
     def origin(self) -> dict[str, Any]:
-        """What the index tells of where the sample comes from."""
+        """Return the part of the index entry that says where the sample comes from."""
         clip, indices = self.planned.clip, self.planned.frame_indices
         return {
             "repeats": clip.repeats,
@@ -50,11 +50,11 @@ class ShardLayout:
     """Safetensors shards of latents and of prompt embeddings, and an index.
 
     Args:
-        folder: of the prepared data.
-        samples: all of them, whichever rank this is.
-        latent_bytes: size of a bucket's tensors.
+        folder: folder of the prepared data.
+        samples: the samples of all ranks.
+        latent_bytes: returns the size of a sample's latents in a bucket.
         embed_bytes: size of a prompt embedding.
-        shard_bytes: about how large a shard may become.
+        shard_bytes: approximate size of a shard.
         with_images: whether samples have image latents.
     """
 
@@ -93,14 +93,14 @@ class ShardLayout:
         self.latents.write(clips)
 
     def missing(self, given_up: Container[str]) -> list[Sample]:
-        """The samples that are not finished, by any rank; those `given_up` hold nothing else up."""
+        """Return the samples that no rank has finished; shards do not wait for those in `given_up`."""
         self.captions.merge()
         self.latents.merge(given_up)
         latents, captions = finished_names(self.latents.folder), finished_names(self.captions.folder)
         return [s for s in self.samples if s.name not in latents or s.caption_key not in captions]
 
     def write_index(self, samples: Sequence[Sample]) -> int:
-        """List the samples, all of which are finished. Returns how many others lie in the shards unlisted."""
+        """Write the index of finished samples. Returns how many other samples are in the shards."""
         latents, captions = finished_names(self.latents.folder), finished_names(self.captions.folder)
         entries = (
             sample_in_shards(
@@ -115,18 +115,18 @@ class ShardLayout:
             | sample.origin()
             for sample in samples
         )
-        _write_text(self.folder, "index.jsonl", index_lines(entries))
+        _write_text(self.folder, INDEX_FILE, index_lines(entries))
         return len(latents.keys() - {sample.name for sample in samples})
 
 
 class FileLayout:
-    """One file a tensor, named after its sample, and a preview of each: the layout of the original script.
+    """The layout of the original script: one file per tensor, named after its sample, and previews.
 
     Args:
-        folder: of the prepared data.
-        samples: all of them, whichever rank this is.
+        folder: folder of the prepared data.
+        samples: the samples of all ranks.
         with_tensors: write latents and embeddings; only previews and lists otherwise.
-        with_images: write first frames, and their latents where latents are written.
+        with_images: write first frames, and their latents if latents are written.
         preview_fps: rate of the preview videos.
     """
 
@@ -159,15 +159,15 @@ class FileLayout:
         for name, video in videos.items():
             self._write_previews(name, video)
             for kind, tensor in clips.get(name, {}).items():
-                # The original has one encoding of an image, and no axis for several.
+                # The original layout has one encoding of an image, without an axis for several.
                 self._write_tensor(kind, name, tensor[0] if kind == "image_latents" else tensor)
 
     def missing(self, given_up: Container[str]) -> list[Sample]:
-        """The samples that are not finished, by any rank."""
+        """Return the samples that no rank has finished."""
         return [s for s in self.samples if not (self._is_encoded(s.name) and self._is_embedded(s.caption_key))]
 
     def write_index(self, samples: Sequence[Sample]) -> int:
-        """List the samples, all of which are finished. Returns how many others have files here unlisted."""
+        """Write the lists of finished samples. Returns how many other samples have files in the folder."""
         prompts, videos = LISTS
         captions = [" ".join(sample.planned.clip.caption.split()) for sample in samples]
         _write_text(self.folder, prompts, "".join(f"{caption}\n" for caption in captions))
@@ -178,8 +178,8 @@ class FileLayout:
                 for sample in samples
             )
             _write_text(self.folder, FILES_INDEX, index_lines(entries))
-        there = {path.stem for path in (self.folder / "videos").glob("[!.]*.mp4")}
-        return len(there - {sample.name for sample in samples})
+        previewed = {path.stem for path in (self.folder / "videos").glob("[!.]*.mp4")}
+        return len(previewed - {sample.name for sample in samples})
 
     def _is_embedded(self, caption_key: str) -> bool:
         names = self._names_of[caption_key] if self.with_tensors else []
@@ -209,8 +209,8 @@ class FileLayout:
         return self.folder / kind / f"{name}.pt"
 
     def _write_tensor(self, kind: str, name: str, tensor: torch.Tensor) -> None:
-        # By way of bytes, because torch writes a path's name into the archive; a copy, because a slice of a batch is
-        # saved with the whole batch's storage.
+        # To bytes first, because torch writes a path's name into the archive; a copy, because a slice would be saved
+        # with the storage of its batch.
         content = io.BytesIO()
         torch.save(tensor.detach().cpu().clone(), content)
         with written_whole(self._tensor_file(kind, name), staging=self.folder / STAGING) as path:
@@ -218,7 +218,7 @@ class FileLayout:
 
 
 def _names_by_bucket(samples: Sequence[Sample]) -> dict[Bucket, list[str]]:
-    """Names of the samples of each bucket in their order, each name once."""
+    """Return the names of each bucket's samples in their order, each name once."""
     names: dict[Bucket, dict[str, None]] = {}
     for sample in samples:
         names.setdefault(sample.planned.bucket, {})[sample.name] = None
@@ -228,9 +228,9 @@ def _names_by_bucket(samples: Sequence[Sample]) -> dict[Bucket, list[str]]:
 def _share(
     groups: Sequence[Sequence[str]], batch_size: int, rank: int, world_size: int, is_done: Callable[[str], bool]
 ) -> list[list[str]]:
-    """This rank's batches, shared out before looking at what is done: that changes while other ranks work."""
+    """Return this rank's batches, shared out before skipping what is done, which changes while other ranks work."""
     batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
-    # A batch that is done in part is done again as a whole: in another company its bits would be others.
+    # A partly done batch is repeated in full: the bits of a result depend on the batch.
     return [batch for batch in batches[rank::world_size] if not all(map(is_done, batch))]
 
 

@@ -5,7 +5,6 @@ out whether they do, and see the same clips. Each does its part of the batches, 
 writes the index: no rank waits for another, so no slow one can run into a time-out.
 """
 
-import argparse
 import hashlib
 import logging
 import re
@@ -26,13 +25,15 @@ from data.buckets import Bucket
 from data.clips import ClipSample
 from data.plan import RawData, describe_plan, report_skipped
 from data.prepared import (
-    PREPARED_FLAGS,
     STAGING,
     PreparedSettings,
     claim_folder,
     read_empty_prompt,
     write_settings,
 )
+from flags.data import PREPARED_FLAGS
+from flags.schema import flag_values
+from flags.settings import PreparationSettings
 from models.configs import DTYPES, ModelConfigs, precision_warning
 from models.fingerprints import fingerprint_encoders
 from models.source import ModelSource
@@ -44,32 +45,36 @@ from preparation.layouts import FileLayout, Layout, Sample, ShardLayout
 logger = logging.getLogger(__name__)
 
 
-def prepare(args: argparse.Namespace, data: RawData) -> None:
-    """Prepare the clips in `args.output_dir`; called on every rank, each of which takes its share.
+def prepare(settings: PreparationSettings, data: RawData) -> None:
+    """Prepare the clips in `settings.preparation.output_dir`; called on every rank, each of which takes its share.
 
     Raises:
         UserError: the folder holds other data, the model cannot be read, or clips turned out not to decode.
     """
     rank = Rank.of_environment()
     log_without_tokens(logging.INFO if rank.index == 0 else logging.ERROR)
-    source = ModelSource(args.model_id, args.revision, args.variant, args.cache_dir)
+    source = ModelSource(
+        settings.model.model_id, settings.model.revision, settings.model.variant, settings.model.cache_dir
+    )
     configs = source.configs()
     if rank.index == 0:
-        log_plan(args, data, source, configs, rank.count)
-    folder = Path(args.output_dir)
-    samples = [name_sample(planned, args) for planned in data.clips]
-    check_preparation(args, folder, source.fingerprint(), (sample.name + sample.caption_key for sample in samples))
-    if args.save_latents_and_embeddings:
-        source.download_encoders()
-        warn_of_overflow(DTYPES[args.dtype], source)
-    settings = claim_folder(folder, settings_of(args, source))
-    layout = make_layout(args, folder, samples, configs)
+        log_plan(settings, data, source, configs, rank.count)
+    folder = Path(settings.preparation.output_dir)
+    samples = [name_sample(planned, settings) for planned in data.clips]
+    check_preparation(
+        flag_values(settings), folder, source.fingerprint(), (sample.name + sample.caption_key for sample in samples)
+    )
+    if settings.preparation.save_latents_and_embeddings:
+        source.download("vae", "text_encoder", "tokenizer")
+        warn_of_overflow(DTYPES[settings.model.dtype], source)
+    prepared = claim_folder(folder, settings_of(settings, source))
+    layout = make_layout(settings, folder, samples, configs)
 
-    if args.save_latents_and_embeddings:
-        embed_captions(args, source, layout, samples, rank)
+    if settings.preparation.save_latents_and_embeddings:
+        embed_captions(settings, source, layout, samples, rank)
         free_memory()
-    encode_clips(args, source, layout, samples, rank)
-    finish(args, layout, settings, data, samples)
+    encode_clips(settings, source, layout, samples, rank)
+    finish(settings, layout, prepared, data, samples)
 
 
 def warn_of_overflow(dtype: torch.dtype, source: ModelSource) -> None:
@@ -81,29 +86,34 @@ def warn_of_overflow(dtype: torch.dtype, source: ModelSource) -> None:
 
 
 def log_plan(
-    args: argparse.Namespace, data: RawData, source: ModelSource, configs: ModelConfigs, num_ranks: int = 1
+    settings: PreparationSettings, data: RawData, source: ModelSource, configs: ModelConfigs, num_ranks: int = 1
 ) -> None:
     """Say which buckets the clips get, and what stands out."""
-    mode = args.video_reshape_mode
-    plan = describe_plan(data, source, configs, batch_size=args.batch_size, num_ranks=num_ranks, reshape_mode=mode)
+    mode = settings.clips.video_reshape_mode
+    plan = describe_plan(
+        data, source, configs, batch_size=settings.encoding.batch_size, num_ranks=num_ranks, reshape_mode=mode
+    )
     logger.info("%s", plan)
 
 
-def settings_of(args: argparse.Namespace, source: ModelSource) -> PreparedSettings:
-    """What the folder is prepared with."""
+def settings_of(settings: PreparationSettings, source: ModelSource) -> PreparedSettings:
+    """Return what the folder is prepared with."""
+    flags = flag_values(settings)
     return PreparedSettings(
-        layout=args.layout,
-        encoders=fingerprint_encoders(source.local_folder(), args.variant),
+        layout=settings.preparation.layout,
+        encoders=fingerprint_encoders(source.local_folder(), settings.model.variant),
         # Written as the precision, which the folders of before have too.
-        dtype=f"{args.dtype}, text encoder in 8 bits" if args.text_encoder_8bit else args.dtype,
-        max_sequence_length=args.max_sequence_length,
-        tiling=args.use_tiling,
+        dtype=f"{settings.model.dtype}, text encoder in 8 bits"
+        if settings.encoding.text_encoder_8bit
+        else settings.model.dtype,
+        max_sequence_length=settings.preparation.max_sequence_length,
+        tiling=settings.encoding.use_tiling,
         model=source.fingerprint(),
-        flags={name: getattr(args, name) for name in PREPARED_FLAGS},
+        flags={name: flags[name] for name in PREPARED_FLAGS},
     )
 
 
-def name_sample(planned: ClipSample, args: argparse.Namespace) -> Sample:
+def name_sample(planned: ClipSample, settings: PreparationSettings) -> Sample:
     """Name what is made from a clip after its file and a digest of all that it is made from.
 
     The same clip gets the same name in every run, so that a second run finds what is done; a clip or cut that changed
@@ -111,48 +121,50 @@ def name_sample(planned: ClipSample, args: argparse.Namespace) -> Sample:
     """
     clip = planned.clip
     caption_key = hashlib.sha256(clip.caption.encode()).hexdigest()[:32]
-    facts = [planned.info.sha256, planned.bucket, planned.frame_indices, args.video_reshape_mode]
-    if args.random_flip or args.video_reshape_mode == "random":
-        facts += [args.random_flip, args.seed]
-    if args.save_image_latents:
+    facts = [planned.info.sha256, planned.bucket, planned.frame_indices, settings.clips.video_reshape_mode]
+    if settings.clips.random_flip or settings.clips.video_reshape_mode == "random":
+        facts += [settings.clips.random_flip, settings.preparation.seed]
+    if settings.preparation.save_image_latents:
         image = planned.first_frame.sha256 if planned.first_frame and planned.part == 0 else None
-        facts += [image, args.num_image_latents, args.seed]
-    if args.layout == "files":
+        facts += [image, settings.preparation.num_image_latents, settings.preparation.seed]
+    if settings.preparation.layout == "files":
         facts.append(caption_key)
     # A part of file names and lists: visible, on one line, and within 255 bytes.
     stem = re.sub(r"[^\w.-]+", "_", clip.video.stem).lstrip(".").encode()[:100].decode(errors="ignore")
     return Sample(f"{stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}", caption_key, planned)
 
 
-def make_layout(args: argparse.Namespace, folder: Path, samples: Sequence[Sample], configs: ModelConfigs) -> Layout:
+def make_layout(
+    settings: PreparationSettings, folder: Path, samples: Sequence[Sample], configs: ModelConfigs
+) -> Layout:
     """The layout that the flags ask for."""
-    if args.layout == "files":
+    if settings.preparation.layout == "files":
         return FileLayout(
             folder,
             samples,
-            with_tensors=args.save_latents_and_embeddings,
-            with_images=args.save_image_latents,
-            preview_fps=args.target_fps,
+            with_tensors=settings.preparation.save_latents_and_embeddings,
+            with_images=settings.preparation.save_image_latents,
+            preview_fps=settings.preparation.target_fps,
         )
-    itemsize = DTYPES[args.dtype].itemsize
+    itemsize = DTYPES[settings.model.dtype].itemsize
 
     def latent_bytes(bucket: Bucket) -> int:
         frames, height, width = bucket.latent_shape
-        frames += args.num_image_latents if args.save_image_latents else 0
+        frames += settings.preparation.num_image_latents if settings.preparation.save_image_latents else 0
         return 2 * configs.vae["latent_channels"] * frames * height * width * itemsize
 
     return ShardLayout(
         folder,
         samples,
         latent_bytes=latent_bytes,
-        embed_bytes=args.max_sequence_length * configs.transformer["text_embed_dim"] * itemsize,
-        shard_bytes=args.shard_size_mb * 2**20,
-        with_images=args.save_image_latents,
+        embed_bytes=settings.preparation.max_sequence_length * configs.transformer["text_embed_dim"] * itemsize,
+        shard_bytes=settings.preparation.shard_size_mb * 2**20,
+        with_images=settings.preparation.save_image_latents,
     )
 
 
 def finish(
-    args: argparse.Namespace, layout: Layout, settings: PreparedSettings, data: RawData, samples: Sequence[Sample]
+    settings: PreparationSettings, layout: Layout, prepared: PreparedSettings, data: RawData, samples: Sequence[Sample]
 ) -> None:
     """Write the index if everything is done; whichever rank comes last finds it so.
 
@@ -164,11 +176,13 @@ def finish(
     broken = BrokenClips(layout.folder).read()
     missing = {sample.name for sample in layout.missing(broken.keys())}
     num_elsewhere = len(missing - broken.keys())
-    if num_elsewhere or (args.save_latents_and_embeddings and read_empty_prompt(layout.folder) is None):
+    if num_elsewhere or (
+        settings.preparation.save_latents_and_embeddings and read_empty_prompt(layout.folder) is None
+    ):
         logger.info("%d samples are with other ranks; the last one to finish lists them all", num_elsewhere)
         return
     bad = [*data.bad, *(broken[name] for name in sorted(missing))]
-    if missing and args.on_bad_clip == "error":
+    if missing and settings.sources.on_bad_clip == "error":
         title = (
             f"{len(missing)} of {len(samples)} samples do not decode; the others are done and kept: mend or remove "
             "these and run again, or leave them out by --on_bad_clip skip:"
@@ -180,7 +194,7 @@ def finish(
     report_skipped(bad, layout.folder)
     try:
         unlisted = layout.write_index(kept)
-        write_settings(layout.folder, settings)
+        write_settings(layout.folder, prepared)
     except FileNotFoundError:
         # Another rank found everything done at the same time, listed the same samples and has tidied up already.
         return
@@ -188,6 +202,6 @@ def finish(
     if unlisted:
         logger.warning("%d samples that were prepared here earlier are no longer listed", unlisted)
     flags = f"--data_root {shlex.quote(str(layout.folder))}"
-    flags += " --load_tensors" if args.save_latents_and_embeddings else ""
+    flags += " --load_tensors" if settings.preparation.save_latents_and_embeddings else ""
     # Not by the logger, which is silent on all ranks but the first.
     tqdm.write(f"prepared {len(kept)} samples in {layout.folder}; train on them with {flags}")

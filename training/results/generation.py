@@ -1,6 +1,5 @@
 """Sample the videos that generate.py was asked for: text encoder, then transformer and VAE, never all at once."""
 
-import argparse
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from common.files import written_whole
 from common.logs import start_logging
 from data.buckets import Bucket
 from diffusion.tasks import ImageToVideo, SizeFlags, TextToVideo
-from flags.generation_checks import BASE, COMPARED, SHEET, PlannedVideo
+from flags.generation import BASE, COMPARED, SHEET, PlannedVideo
+from flags.settings import GenerationSettings
 from methods.lora_mounting import check_loras, mount_loras
 from models.configs import CPU, DTYPES, ModelConfigs, precision_warning
 from models.encoding import encode_prompts
@@ -46,7 +46,7 @@ class Generation:
     images: list[Image.Image] | None  # one for each prompt, of the videos' size; None for text-to-video
 
 
-def generate(args: argparse.Namespace) -> None:
+def generate(settings: GenerationSettings) -> None:
     """Sample and write what the flags ask for.
 
     Raises:
@@ -54,67 +54,79 @@ def generate(args: argparse.Namespace) -> None:
             Or a file cannot be written.
     """
     start_logging()
-    generation = settle(args)
-    check_loras(args.loras, generation.configs, args.cache_dir)
+    generation = settle(settings)
+    check_loras(settings.loras, generation.configs, settings.model.cache_dir)
     logger.info(
         "videos: %d of %s (frames x height x width), in %s on %s",
-        len(args.videos),
+        len(settings.videos),
         generation.size,
         str(generation.dtype).removeprefix("torch."),
         generation.device,
     )
-    embeds = embed_prompts(args, generation)
-    for video, frames in sample_all(args, generation, embeds, tuned=True):
+    embeds = embed_prompts(settings, generation)
+    for video, frames in sample_all(settings, generation, embeds, tuned=True):
         write(frames, video.file, generation.fps)
-    if args.compare:
+    if settings.result.compare:
         free_memory()
-        for video, frames in sample_all(args, generation, embeds, tuned=False):
+        for video, frames in sample_all(settings, generation, embeds, tuned=False):
             write(frames, video.beside(BASE), generation.fps)
             compare(video, generation)
 
 
-def settle(args: argparse.Namespace) -> Generation:
+def settle(settings: GenerationSettings) -> Generation:
     """Settle by the model's configs alone what is sampled, and how.
 
     Raises:
         UserError: it cannot be.
     """
-    source = ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+    source = ModelSource(
+        settings.model.pretrained_model_name_or_path,
+        settings.model.revision,
+        settings.model.variant,
+        settings.model.cache_dir,
+    )
     configs = source.configs()
     native = configs.native_size
-    size = Bucket(args.num_frames or native.num_frames, args.height or native.height, args.width or native.width)
-    task = choose_task(args, configs)
+    size = Bucket(
+        settings.sampling.num_frames or native.num_frames,
+        settings.sampling.height or native.height,
+        settings.sampling.width or native.width,
+    )
+    task = choose_task(settings, configs)
     task.check_model(configs, [size], SizeFlags("--height, --width", "--num_frames"))
-    check_quantization(args.quantize_base)
+    check_quantization(settings.memory.quantize_base)
     images = None
     if task.with_images:
         # As validation does: the pipeline would distort images of another aspect.
         images = [
-            ImageOps.fit(one, (size.width, size.height)) for one in load_validation_images(args.image, "--image")
+            ImageOps.fit(one, (size.width, size.height))
+            for one in load_validation_images(settings.content.image, "--image")
         ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == CPU and (args.enable_model_cpu_offload or args.enable_sequential_cpu_offload):
+    if device == CPU and (settings.memory.enable_model_cpu_offload or settings.memory.enable_sequential_cpu_offload):
         logger.warning("warning: there is no GPU, nothing is offloaded from it")
-    fps = args.fps or configs.native_fps
-    return Generation(source, configs, task, size, fps, device, choose_dtype(args.dtype, source, device), images)
+    fps = settings.output.fps or configs.native_fps
+    return Generation(
+        source, configs, task, size, fps, device, choose_dtype(settings.memory.dtype, source, device), images
+    )
 
 
-def choose_task(args: argparse.Namespace, configs: ModelConfigs) -> TextToVideo | ImageToVideo:
+def choose_task(settings: GenerationSettings, configs: ModelConfigs) -> TextToVideo | ImageToVideo:
     """What the model's own config says that it is for.
 
     Raises:
         UserError: it is for something else than the flags, or than the tuned transformer.
     """
-    ignores_positions = args.ignore_learned_positional_embeddings
+    ignores_positions = settings.result.ignore_learned_positional_embeddings
     has_positions = configs.transformer["use_learned_positional_embeddings"]
-    if args.transformer is not None:
-        tuned = read_tuned_config(args.transformer, args.cache_dir, configs)
+    if settings.result.transformer is not None:
+        tuned = read_tuned_config(settings.result.transformer, settings.model.cache_dir, configs)
         ignores_positions |= has_positions and not tuned["use_learned_positional_embeddings"]
     if configs.is_image_to_video:
-        if not args.image:
+        if not settings.content.image:
             raise UserError("--image: this is an image-to-video model; give an image for each prompt")
         return ImageToVideo(0.0, ignores_positions)
-    if args.image:
+    if settings.content.image:
         raise UserError(
             "--image: this is a text-to-video model, which takes none; leave it out, or give an image-to-video model "
             "such as THUDM/CogVideoX-5b-I2V"
@@ -162,7 +174,7 @@ def choose_dtype(name: str, source: ModelSource, device: torch.device) -> torch.
         return torch.float32
     if name not in ("auto", "fp16"):
         return DTYPES[name]
-    source.download_transformer()
+    source.download("transformer")
     native = source.native_dtype()
     dtype = native if name == "auto" else DTYPES[name]
     if warning := precision_warning(dtype, native, "--dtype"):
@@ -170,11 +182,15 @@ def choose_dtype(name: str, source: ModelSource, device: torch.device) -> torch.
     return dtype
 
 
-def embed_prompts(args: argparse.Namespace, generation: Generation) -> dict[str, torch.Tensor]:
+def embed_prompts(settings: GenerationSettings, generation: Generation) -> dict[str, torch.Tensor]:
     """Embed all prompts, `[T, D]` each on the CPU; the text encoder is let go again."""
-    texts = [*args.prompts, args.negative_prompt] if args.guidance_scale > 1 else args.prompts
+    texts = (
+        [*settings.content.prompt, settings.content.negative_prompt]
+        if settings.guidance.guidance_scale > 1
+        else settings.content.prompt
+    )
     text_pipeline = generation.source.load_text_pipeline(
-        generation.dtype, device=generation.device, in_8bit=args.text_encoder_8bit
+        generation.dtype, device=generation.device, in_8bit=settings.memory.text_encoder_8bit
     )
     # One by one, as validation does: in a batch, the last digits may be others.
     embeds = {text: encode_prompts(text_pipeline, [text])[0].cpu() for text in dict.fromkeys(texts)}
@@ -184,37 +200,45 @@ def embed_prompts(args: argparse.Namespace, generation: Generation) -> dict[str,
 
 
 def sample_all(
-    args: argparse.Namespace, generation: Generation, embeds: dict[str, torch.Tensor], *, tuned: bool
+    settings: GenerationSettings, generation: Generation, embeds: dict[str, torch.Tensor], *, tuned: bool
 ) -> Iterator[tuple[PlannedVideo, list[Image.Image]]]:
     """Sample all videos one after another, by the tuned model or by the base model."""
-    pipeline = load_pipeline(args, generation, tuned=tuned)
-    for number, video in enumerate(args.videos, start=1):
-        pipeline.set_progress_bar_config(desc=f"{'video' if tuned else 'base model'} {number} of {len(args.videos)}")
+    pipeline = load_pipeline(settings, generation, tuned=tuned)
+    for number, video in enumerate(settings.videos, start=1):
+        pipeline.set_progress_bar_config(
+            desc=f"{'video' if tuned else 'base model'} {number} of {len(settings.videos)}"
+        )
         yield (
             video,
             sample_video(
                 pipeline,
                 embeds[video.prompt],
-                embeds[args.negative_prompt] if args.guidance_scale > 1 else None,
+                embeds[settings.content.negative_prompt] if settings.guidance.guidance_scale > 1 else None,
                 None if generation.images is None else generation.images[video.number],
                 size=generation.size,
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-                use_dynamic_cfg=args.use_dynamic_cfg,
+                num_inference_steps=settings.guidance.num_inference_steps,
+                guidance_scale=settings.guidance.guidance_scale,
+                use_dynamic_cfg=settings.guidance.use_dynamic_cfg,
                 seed=video.seed,
             ),
         )
 
 
-def load_pipeline(args: argparse.Namespace, generation: Generation, *, tuned: bool) -> Pipeline:
+def load_pipeline(settings: GenerationSettings, generation: Generation, *, tuned: bool) -> Pipeline:
     """Load the pipeline without its text encoder, and what was trained if `tuned`, to where it samples."""
     source, device, dtype = generation.source, generation.device, generation.dtype
-    is_offloaded = device != CPU and (args.enable_model_cpu_offload or args.enable_sequential_cpu_offload)
+    is_offloaded = device != CPU and (
+        settings.memory.enable_model_cpu_offload or settings.memory.enable_sequential_cpu_offload
+    )
     resting = CPU if is_offloaded else device
-    origin = ModelSource(args.transformer, cache_dir=args.cache_dir) if tuned and args.transformer else source
-    is_quantized = args.quantize_base != "none"  # where it is fastest, and for nf4 the only place
+    origin = (
+        ModelSource(settings.result.transformer, cache_dir=settings.model.cache_dir)
+        if tuned and settings.result.transformer
+        else source
+    )
+    is_quantized = settings.memory.quantize_base != "none"  # where it is fastest, and for nf4 the only place
     transformer = origin.load_transformer(
-        dtype, device=device if is_quantized else resting, quantize=args.quantize_base
+        dtype, device=device if is_quantized else resting, quantize=settings.memory.quantize_base
     )
     generation.task.prepare_model(transformer)
     pipeline = generation.task.pipeline_class(
@@ -223,7 +247,7 @@ def load_pipeline(args: argparse.Namespace, generation: Generation, *, tuned: bo
         vae=source.load_vae(
             dtype,
             slicing=False,  # videos are decoded one by one
-            tiling=args.enable_tiling,
+            tiling=settings.memory.enable_tiling,
             device=resting,
             decoder_only=not generation.task.with_images,
         ),
@@ -231,8 +255,8 @@ def load_pipeline(args: argparse.Namespace, generation: Generation, *, tuned: bo
         scheduler=source.load_scheduler(),
     )
     if tuned:
-        mount_loras(pipeline, args.loras, args.cache_dir)
-    if is_offloaded and args.enable_sequential_cpu_offload:
+        mount_loras(pipeline, settings.loras, settings.model.cache_dir)
+    if is_offloaded and settings.memory.enable_sequential_cpu_offload:
         pipeline.enable_sequential_cpu_offload(device=device)
     elif is_offloaded:
         pipeline.enable_model_cpu_offload(device=device)

@@ -1,4 +1,4 @@
-"""The card that goes to the hub with a result: what it is, samples, how to use it, how it was made."""
+"""Write the model card of a result: description, samples, usage and training settings."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from tracking.loss_curve import PICTURE_FILE
 from validation.grid import GRID_FILE
 
 
-# Flags that say where something lies here, or what the card says elsewhere.
+# Flags that name local paths, or that the card shows elsewhere.
 _OWN = ("pretrained_model_name_or_path", "data_root", "dataset_file", "dataset_name", "dataset_mix", "output_dir")
 _OWN += ("validation_dataset_file", "validation_images", "validation_prompt", "lora_weights", "logging_dir")
 _OWN += ("resume_from_checkpoint", "cache_dir", "tracker_name", "report_to")
@@ -22,15 +22,15 @@ _OWN += ("resume_from_checkpoint", "cache_dir", "tracker_name", "report_to")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says of a run."""
+    """Facts of a run for its card."""
 
     base_model: str  # a hub id or a local folder
     task: str  # text-to-video, image-to-video
     is_lora: bool
     usage: Callable[[str, str], str]  # repository and name of the base model -> code that loads the result
-    settings: Mapping[str, object]  # flags that were given, chosen or drawn
+    settings: Mapping[str, object]  # flags that differ from the defaults
     prompts: list[str]  # of the validation videos
-    num_frames: int  # of these
+    num_frames: int  # of the validation videos, as the next three
     height: int
     width: int
     fps: int
@@ -38,19 +38,17 @@ class CardFacts:
 
 
 def write_card(folder: Path, repo_id: str, facts: CardFacts) -> None:
-    """Write `README.md` into a run's folder, beside what it shows.
+    """Write `README.md` into a run's folder.
 
     Args:
-        folder: holds the last validation and the pictures, those of them that there are.
-        repo_id: `owner/name`, where the folder goes.
+        folder: with the last validation and the pictures, if there are any.
+        repo_id: `owner/name`, to which the folder is uploaded.
     """
-    is_local = Path(facts.base_model).exists()  # the hub takes no local paths, and they are nobody's business
-    videos = sorted((folder / "validation" / f"step-{facts.last_step}").glob("*.mp4"))
-    prompts = [_prompt_of(video, facts.prompts) for video in videos]
+    is_local = Path(facts.base_model).exists()  # the hub refuses local paths, and they are private
     samples = [
         (prompt, video.relative_to(folder).as_posix())
-        for prompt, video in zip(prompts, videos, strict=True)
-        if prompt is not None
+        for video in sorted((folder / "validation" / f"step-{facts.last_step}").glob("*.mp4"))
+        if (prompt := _prompt_of(video, facts.prompts)) is not None
     ]
     data = ModelCardData(
         base_model=None if is_local else facts.base_model,
@@ -67,7 +65,7 @@ def write_card(folder: Path, repo_id: str, facts: CardFacts) -> None:
 
 
 def _body(folder: Path, repo_id: str, base: str, facts: CardFacts, samples: list[tuple[str, str]]) -> str:
-    what = "A LoRA for" if facts.is_lora else "All weights of the transformer, fine-tuned from"
+    what = "A LoRA for" if facts.is_lora else "The transformer, fully fine-tuned from"
     parts = [f"# {repo_id}", f"{what} {base} ({facts.task}), made with CogVideoX Factory in {facts.last_step} steps."]
     if samples:
         links = [f"- [{_escaped(prompt)}]({url})" for prompt, url in samples]
@@ -75,18 +73,18 @@ def _body(folder: Path, repo_id: str, base: str, facts: CardFacts, samples: list
     elif facts.prompts:
         parts += ["## Validation prompts", "\n".join(f"- {_escaped(prompt)}" for prompt in facts.prompts)]
     if (folder / "validation" / GRID_FILE).is_file():
-        parts += ["The same noise at steps of the training, from left to right:", f"![steps](validation/{GRID_FILE})"]
+        parts += ["Samples from the same noise in the course of training:", f"![steps](validation/{GRID_FILE})"]
     parts += ["## Use it", f"```python\n{example(facts, base, repo_id)}\n```", "## Training"]
     settings = {name: value for name, value in facts.settings.items() if name not in _OWN}
     dumped = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=float("inf"))
-    parts += [f"Flags that differ from the defaults, as `--config` reads them:\n\n```yaml\n{dumped}```"]
+    parts += [f"Flags that differ from the defaults, for `--config`:\n\n```yaml\n{dumped}```"]
     if (folder / PICTURE_FILE).is_file():
         parts += [f"![loss]({PICTURE_FILE})"]
     return "\n\n".join(parts) + "\n"
 
 
 def example(facts: CardFacts, base: str, repo_id: str) -> str:
-    """Code that samples a video with the result."""
+    """Return code that samples a video with the result."""
     with_image = facts.task == "image-to-video"
     names = ["CogVideoXImageToVideoPipeline" if with_image else "CogVideoXPipeline"]
     names += [] if facts.is_lora else ["CogVideoXTransformer3DModel"]
@@ -108,9 +106,9 @@ def example(facts: CardFacts, base: str, repo_id: str) -> str:
 
 
 def _prompt_of(video: Path, prompts: list[str]) -> str | None:
-    """Of a validation video, whose name has the number and the beginning of its prompt.
+    """Return the prompt of a validation video, whose name starts with the number and the slug of its prompt.
 
-    None for another file: of a run that had other prompts before it was resumed, or laid there by somebody.
+    None for other files, such as those from before a resume with other prompts.
     """
     match = re.fullmatch(r"(\d+)-\d+-?(.*)", video.stem)
     if match is None or int(match[1]) >= len(prompts) or slug(prompts[int(match[1])]) != match[2]:
@@ -119,5 +117,5 @@ def _prompt_of(video: Path, prompts: list[str]) -> str | None:
 
 
 def _escaped(prompt: str) -> str:
-    """A prompt on one line, in which Markdown and HTML find nothing of theirs."""
+    """Return a prompt on one line with Markdown and HTML escaped."""
     return re.sub(r"[\\`*_\[\]<>~|#]|^[-+=]", r"\\\g<0>", " ".join(prompt.split()))

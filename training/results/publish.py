@@ -1,6 +1,7 @@
-"""Upload the result of a run to the Hugging Face hub, with a model card; and find out beforehand whether one may."""
+"""Upload the result of a run to the Hugging Face hub with a model card; check before training that this will work."""
 
 import logging
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,52 +19,51 @@ from results.model_card import CardFacts, write_card
 
 logger = logging.getLogger(__name__)
 
-# Trackers and profiles record more than a stranger should see: the machine's name, its folders. The flags and the list
-# of clips that were left out name folders too.
+# Trackers and profiles record the machine's name and folders; the flags and the list of skipped clips name folders.
 PRIVATE = ("checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*", "*_run_id")
 PRIVATE += ("*events.out.tfevents.*", "*hparams.yml", CONFIG_FILE, "config-step-*.yaml", SKIPPED_FILE, "profile/*")
 
 
 def check_access(output_dir: Path, repo_id: str | None, token: HubToken | None) -> None:
-    """Find out whether the upload at the end will be allowed, as far as this can be told without making anything.
+    """Check that the upload at the end will be allowed, without creating anything.
 
     Args:
-        output_dir: its name is that of the repository where `repo_id` names none.
+        output_dir: its name is that of the repository if `repo_id` is None.
         repo_id: `owner/name`, or a name under the token's owner.
         token: None for the one of `hf auth login` or HF_TOKEN.
 
     Raises:
-        UserError: there is no token, the hub does not know it or cannot be reached, or it must not write there.
+        UserError: there is no token, the hub refuses it or cannot be reached, or it has no write access.
     """
     name = repo_id or output_dir.resolve().name
     try:
         validate_repo_id(name)
         who = whoami(token=_value(token))
-    except Exception as error:  # which errors there are depends on the HTTP library that the hub's client uses
-        reason = one_line(error).split(". ")[0]
+    except Exception as error:  # the errors depend on the HTTP library of the hub's client
+        reason = re.split(r"(?<!\.)\. ", one_line(error))[0]  # the first sentence
         raise UserError(
-            f"--push_to_hub: the upload to {name!r} would fail: {reason}; log in by `hf auth login`, give "
-            "--hub_token and --hub_model_id that are right, or leave --push_to_hub out and upload later"
+            f"--push_to_hub: the upload to {name!r} would fail: {reason}; log in with `hf auth login`, pass a valid "
+            "--hub_token and --hub_model_id, or omit --push_to_hub and upload later"
         ) from error
     problem = _refusal(who, name)
     if problem is not None:
-        raise UserError(f"--push_to_hub: {problem}; give a token with write access, or another --hub_model_id")
+        raise UserError(f"--push_to_hub: {problem}; pass a token with write access, or another --hub_model_id")
 
 
 def _refusal(who: Mapping[str, Any], repo_id: str) -> str | None:
-    """Why a token must not write to a repository, by what the hub says of the token; None: no reason is known."""
+    """Return why a token cannot write to a repository, from the hub's answer on the token; None if it can."""
     owner = repo_id.partition("/")[0] if "/" in repo_id else who["name"]
     organizations = {one["name"]: one.get("roleInOrg") for one in who.get("orgs", [])}
     access = who.get("auth", {}).get("accessToken", {})
     if access.get("role") == "read":
-        return f"the token of {who['name']} can read only"
+        return f"the token of {who['name']} is read-only"
     scopes = access.get("fineGrained", {}).get("scoped", []) if access.get("role") == "fineGrained" else None
     if scopes is not None and not any("repo.write" in scope.get("permissions", []) for scope in scopes):
-        return f"the token of {who['name']} can write to no repository"
+        return f"the token of {who['name']} cannot write to repositories"
     if owner != who["name"] and owner not in organizations:
-        return f"{who['name']} is no member of {owner}"
+        return f"{who['name']} is not a member of {owner}"
     if organizations.get(owner) == "read":
-        return f"{who['name']} can read only in {owner}"
+        return f"{who['name']} has read-only access to {owner}"
     return None
 
 
@@ -72,12 +72,12 @@ def _value(token: HubToken | None) -> str | None:
 
 
 def push_to_hub(output_dir: Path, repo_id: str | None, token: HubToken | None, facts: CardFacts) -> None:
-    """Upload `output_dir`, without checkpoints and caches, to the hub. If that fails, say how to do it later.
+    """Upload `output_dir`, without checkpoints and caches, to the hub; if that fails, log how to do it later.
 
     Args:
         repo_id: `owner/name`; None for the folder's name under the token's owner.
         token: None for the one of `hf auth login`.
-        facts: for the card, which takes the place of one that is there already.
+        facts: for the card, which replaces an existing one.
     """
     wanted = repo_id or output_dir.resolve().name
     try:
@@ -90,10 +90,10 @@ def push_to_hub(output_dir: Path, repo_id: str | None, token: HubToken | None, f
             commit_message="Upload the fine-tuned weights",
             ignore_patterns=list(PRIVATE),
         )
-    except Exception as error:  # days of training lie on the disk: nothing that happens here may look like a loss
+    except Exception as error:  # the result is on disk: a failed upload must not end the run with a traceback
         command = ["hf", "upload", wanted, str(output_dir), ".", *(w for one in PRIVATE for w in ("--exclude", one))]
         logger.error(
-            "error: the result was not uploaded (%s: %s); it is whole in %s. Upload it later:\n%s",
+            "error: the result was not uploaded (%s: %s); it is complete in %s. Upload it later:\n%s",
             type(error).__name__,
             one_line(error, 300),
             output_dir,

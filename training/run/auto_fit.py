@@ -1,8 +1,6 @@
 """Change a run's flags so that it fits into memory: by calculation, by trial, or as it was when it is resumed."""
 
-import argparse
 import logging
-from collections.abc import Callable
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -11,9 +9,9 @@ from diffusers.training_utils import free_memory
 from common.errors import UserError
 from common.logs import start_logging
 from data.plan import TrainingData
+from flags.settings import TrainingSettings
 from run.dry_run import trial_spec, try_out
 from run.memory_fit import choose_by_budget, chosen_before, step_down, with_settings
-from run.setup import Run
 from run.spec import Method, Task
 
 
@@ -21,69 +19,63 @@ logger = logging.getLogger(__name__)
 
 
 def fit_into_memory(
-    args: argparse.Namespace,
+    settings: TrainingSettings,
     data: TrainingData,
     task: Task,
     method: Method,
-    train: Callable[[argparse.Namespace, Run], None],
-) -> tuple[argparse.Namespace, Method]:
+) -> tuple[TrainingSettings, Method]:
     """Flags and method with the settings of memory to train with; as they are without one of the two flags on that.
-
-    Args:
-        train: the loop.
 
     Raises:
         UserError: nothing fits.
     """
     start_logging()
-    chosen = chosen_before(args)
+    chosen = chosen_before(settings)
     if chosen is not None:
         logger.info("settings of memory are those that were chosen when the run began")
-        return with_settings(args, method, chosen)
-    if args.memory_budget_gb:
-        args, method = with_settings(args, method, choose_by_budget(args, data, method))
-    if args.auto_fit:
-        args, method = fit_by_trial(args, data, task, method, train)
-    return args, method
+        return with_settings(settings, method, chosen)
+    if settings.memory.memory_budget_gb:
+        settings, method = with_settings(settings, method, choose_by_budget(settings, data, method))
+    if settings.memory.auto_fit:
+        settings, method = fit_by_trial(settings, data, task, method)
+    return settings, method
 
 
 def fit_by_trial(
-    args: argparse.Namespace,
+    settings: TrainingSettings,
     data: TrainingData,
     task: Task,
     method: Method,
-    train: Callable[[argparse.Namespace, Run], None],
-) -> tuple[argparse.Namespace, Method]:
+) -> tuple[TrainingSettings, Method]:
     """Go on to stronger savings until two steps of the largest batch, saving and sampling do not run out of memory.
 
     Raises:
         UserError: they do with all there are.
     """
-    while runs_out_of_memory(args, data, task, method, train):
+    while runs_out_of_memory(settings, data, task, method):
         free_memory()  # of what the trial left in cycles
-        settings = step_down(args, data, method)
-        if settings is None:
+        memory = step_down(settings, data, method)
+        if memory is None:
             raise UserError(
                 "--auto_fit: the largest batch runs out of memory with all the savings there are; give a smaller "
                 "--train_batch_size, --max_num_frames or smaller buckets"
             )
-        args, method = with_settings(args, method, settings)
+        settings, method = with_settings(settings, method, memory)
     free_memory()
-    return args, method
+    return settings, method
 
 
 def runs_out_of_memory(
-    args: argparse.Namespace,
+    settings: TrainingSettings,
     data: TrainingData,
     task: Task,
     method: Method,
-    train: Callable[[argparse.Namespace, Run], None],
 ) -> bool:
     """Try a run out. Nothing of it is held on to when this returns, but by cycles: not by the error, nor the
     accelerator."""
     try:
-        with trial_spec(args, data, task, method, samples=False) as spec:
-            _, failures = try_out(spec, train)
+        with trial_spec(settings, data, task, method, samples=False) as spec:
+            _, failures = try_out(spec)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
             raise

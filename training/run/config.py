@@ -1,6 +1,5 @@
 """The configuration that a run has in effect, as a file in its folder from which the run can be repeated."""
 
-import argparse
 import logging
 import platform
 import re
@@ -16,6 +15,8 @@ from common.files import remove_partials, written_whole
 from common.hub_token import without_tokens
 from common.ranks import precision_of
 from common.run_folder import CONFIG_FILE, CONFIG_TITLE
+from flags.schema import flag_values
+from flags.settings import TrainingSettings
 from memory.settings import MemorySettings, differences, memory_settings_of
 from methods.lora import Lora
 from results.model_card import CardFacts
@@ -36,7 +37,7 @@ RECORDED_PACKAGES = (
 )
 
 _CHOOSERS = ("memory_budget_gb", "auto_fit")  # what they chose is written in their place
-_NEVER_REPEATED = (*_CHOOSERS, "config", "hub_token", "push_to_hub", "hub_model_id", "dry_run")
+_NEVER_REPEATED = (*_CHOOSERS, "hub_token", "push_to_hub", "hub_model_id", "dry_run")
 
 
 def write_config(spec: RunSpec) -> Path | None:
@@ -51,10 +52,10 @@ def write_config(spec: RunSpec) -> Path | None:
     Raises:
         UserError: it cannot be written.
     """
-    args, folder = spec.args, spec.output_dir
+    settings, folder = spec.settings, spec.output_dir
     remove_partials(folder)
     goes_on = spec.resumed is not None and spec.resumed.resolve().parent == folder.resolve()
-    repeated, others = split_flags(args, flag_names(spec.task.name, args.method), spec.state.seed)
+    repeated, others = split_flags(settings, flag_names(spec.task.name, settings.method), spec.state.seed)
     if goes_on:
         others["resume_from_checkpoint"] = repeated.pop("resume_from_checkpoint")
     text = render_config(repeated, others, _describe_start(spec, goes_on))
@@ -75,12 +76,12 @@ def write_config(spec: RunSpec) -> Path | None:
 
 
 def split_flags(
-    args: argparse.Namespace, names: Sequence[str], seed: int
+    settings: TrainingSettings, names: Sequence[str], seed: int
 ) -> tuple[dict[str, object], dict[str, object]]:
     """The flags with which a run can be repeated, and the values of all others.
 
     Args:
-        args: checked flags, with the settings of memory that were chosen, if any were.
+        settings: checked flags, with the settings of memory that were chosen, if any were.
         names: of the script's flags.
         seed: given or drawn.
 
@@ -88,17 +89,21 @@ def split_flags(
         What was given, what was chosen or drawn in its place, and the precision that the launcher may have said. To
         give what was not given could contradict it: those come second, with the values that they have by default.
     """
-    chosen = differences(memory_settings_of(args), MemorySettings(args.method))
-    values = {name: getattr(args, name) for name in names}
+    chosen = differences(memory_settings_of(settings), MemorySettings(settings.method))
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in flag_values(settings).items()
+        if name in names
+    }
     values |= {
         "seed": seed,
-        "mixed_precision": precision_of(args),
-        "validation_images": args.validation_prompt_separator.join(args.validation_images),
+        "mixed_precision": precision_of(settings.training.mixed_precision),
+        "validation_images": settings.validation.validation_prompt_separator.join(settings.validation.images),
     }
-    given = {*args.given, *chosen, "seed", "mixed_precision"}.difference(_NEVER_REPEATED)
+    given = {*settings.given, *chosen, "seed", "mixed_precision"}.difference(_NEVER_REPEATED)
     return (
         {name: value for name, value in values.items() if name in given},
-        {name: value for name, value in values.items() if name not in given and name not in ("config", "hub_token")},
+        {name: value for name, value in values.items() if name not in given and name != "hub_token"},
     )
 
 
@@ -116,7 +121,7 @@ def _dump(flags: dict[str, object]) -> str:
 
 def _describe_start(spec: RunSpec, goes_on: bool) -> list[str]:
     """What the flags do not say, for whoever repeats the run."""
-    script = f"cogvideox_{spec.task.name.replace('-', '_')}_{spec.args.method}.py"
+    script = f"cogvideox_{spec.task.name.replace('-', '_')}_{spec.settings.method}.py"
     accelerator = spec.accelerator
     resumed = f" --resume_from_checkpoint {spec.resumed}" if goes_on else ""  # else it is among the flags
     return [
@@ -158,18 +163,18 @@ def _step_of(path: Path) -> str | None:
 
 def card_facts(spec: RunSpec, total_steps: int) -> CardFacts:
     """What the card of a finished run says."""
-    args = spec.args
-    repeated, _ = split_flags(args, flag_names(spec.task.name, args.method), spec.state.seed)
+    settings = spec.settings
+    repeated, _ = split_flags(settings, flag_names(spec.task.name, settings.method), spec.state.seed)
     return CardFacts(
-        base_model=args.pretrained_model_name_or_path,
+        base_model=settings.model.pretrained_model_name_or_path,
         task=spec.task.name,
         is_lora=isinstance(spec.method, Lora),
         usage=spec.usage,
         settings=repeated,
-        prompts=args.validation_prompts,
-        num_frames=args.max_num_frames,
-        height=args.height,
-        width=args.width,
+        prompts=settings.validation.prompts,
+        num_frames=settings.clips.max_num_frames,
+        height=settings.clips.height,
+        width=settings.clips.width,
         fps=spec.video_fps,
         last_step=total_steps,
     )

@@ -4,11 +4,10 @@ Every sample is read, two steps of the largest batch are trained, saved and load
 would fail after hours fails here, out of memory included.
 """
 
-import argparse
 import logging
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice
@@ -28,7 +27,10 @@ from data.plan import TrainingData
 from data.prepared import PreparedClip
 from data.sampler import BucketBatchSampler, Draw
 from dataset import make_loader
-from run.setup import Run, make_dataset, set_up
+from flags.schema import replace_flags
+from flags.settings import TrainingSettings
+from run.loop import train
+from run.setup import make_dataset, set_up
 from run.spec import Method, RunSpec, Task, check_spec
 
 
@@ -39,23 +41,19 @@ STEPS = 2  # the optimizer's states come with the first step and are there in th
 
 
 def dry_run(
-    args: argparse.Namespace,
+    settings: TrainingSettings,
     data: TrainingData,
     task: Task,
     method: Method,
-    train: Callable[[argparse.Namespace, Run], None],
 ) -> None:
     """Try out a run with these flags in a folder of its own, which is removed; called on every rank.
-
-    Args:
-        train: the loop.
 
     Raises:
         UserError: model, data and flags do not go together, a sample cannot be read, or no video could be sampled.
     """
-    with trial_spec(args, data, task, method, samples=True) as spec:
-        read_every_sample(args, data, task)
-        memory, failures = try_out(spec, train)
+    with trial_spec(settings, data, task, method, samples=True) as spec:
+        read_every_sample(settings, data, task)
+        memory, failures = try_out(spec)
         if failures:
             raise UserError(f"--dry_run: the validation failed: {failures[0].splitlines()[0]}")
         logger.info("%s", describe_measured_memory(memory))
@@ -64,7 +62,7 @@ def dry_run(
 
 @contextmanager
 def trial_spec(
-    args: argparse.Namespace, data: TrainingData, task: Task, method: Method, *, samples: bool
+    settings: TrainingSettings, data: TrainingData, task: Task, method: Method, *, samples: bool
 ) -> Iterator[RunSpec]:
     """What a trial is made from: the largest batch, and a folder that is removed in the end; called on every rank.
 
@@ -74,26 +72,26 @@ def trial_spec(
     Raises:
         UserError: model, data and flags do not go together.
     """
-    folder = trial_folder(Path(args.output_dir))
-    largest = largest_batch(data, args.train_batch_size, launch_size(), min(2, args.gradient_accumulation_steps))
+    folder = trial_folder(Path(settings.training.output_dir))
+    largest = largest_batch(
+        data, settings.training.train_batch_size, launch_size(), min(2, settings.training.gradient_accumulation_steps)
+    )
     try:
-        trial = trial_flags(args, folder, task, largest.buckets[0], samples=samples)
+        trial = trial_flags(settings, folder, task, largest.buckets[0], samples=samples)
         yield replace(check_spec(trial, data, task, method), data=largest)
     finally:
         if launch_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def try_out(
-    spec: RunSpec, train: Callable[[argparse.Namespace, Run], None]
-) -> tuple[dict[str, dict[str, int]], list[str]]:
+def try_out(spec: RunSpec) -> tuple[dict[str, dict[str, int]], list[str]]:
     """Train two steps, save, load and sample.
 
     Returns:
         The peaks of memory by part, and why sampling failed, if it did.
     """
     run = set_up(spec)
-    train(spec.args, run)
+    train(run)
     memory = {"two steps": peak_memory(run.accelerator.device)}
     run.save_checkpoint(STEPS)
     load_checkpoint(run.accelerator, spec.output_dir / f"checkpoint-{STEPS}")
@@ -105,22 +103,22 @@ def try_out(
     return memory, failures
 
 
-def read_every_sample(args: argparse.Namespace, data: TrainingData, task: Task) -> None:
+def read_every_sample(settings: TrainingSettings, data: TrainingData, task: Task) -> None:
     """Read this rank's share of the samples as training would.
 
     Raises:
         UserError: lists those that cannot be read, unless bad clips are to be skipped.
     """
     rank, num_ranks = launch_rank(), launch_size()
-    dataset = make_dataset(args, data, task, seed=args.seed or 0, replace_failed=False)
+    dataset = make_dataset(settings, data, task, seed=settings.training.seed or 0, replace_failed=False)
     draws = [[Draw(index, 0)] for index in range(rank, len(dataset), num_ranks)]
-    loader = make_loader(dataset, draws, num_workers=args.dataloader_num_workers)
+    loader = make_loader(dataset, draws, num_workers=settings.loader.dataloader_num_workers)
     bar = tqdm(loader, desc="Reading every sample", unit=" samples", total=len(draws), delay=0, disable=rank > 0)
     reasons = [reason for batch in bar for _, reason in batch.failed]
     if not reasons:
         return
     problem = listing(f"{len(reasons)} of {len(dataset)} samples cannot be read:", reasons, most=len(reasons))
-    if args.on_bad_clip == "error":
+    if settings.sources.on_bad_clip == "error":
         raise UserError(problem)
     logger.warning("warning: %s", problem)
 
@@ -132,20 +130,20 @@ def trial_folder(output_dir: Path) -> Path:
 
 
 def trial_flags(
-    args: argparse.Namespace, folder: Path, task: Task, size: Bucket, *, samples: bool
-) -> argparse.Namespace:
+    settings: TrainingSettings, folder: Path, task: Task, size: Bucket, *, samples: bool
+) -> TrainingSettings:
     """The flags of a run of two steps and one coarse video, which goes to no tracker and no hub.
 
     Args:
         size: of the video, where no validation says another.
         samples: a video even where there is no validation.
     """
-    prompts, images, asked_for = args.validation_prompts[:1], args.validation_images[:1], {}
+    prompts, images, asked_for = settings.validation.prompts[:1], settings.validation.images[:1], {}
     if samples and not prompts:
-        prompts = ["a trial"]
+        prompts = ("a trial",)
         asked_for = {"max_num_frames": size.num_frames, "height": size.height, "width": size.width}
         if task.with_images:
-            images = [str(folder / "start.png")]
+            images = (str(folder / "start.png"),)
             with written_whole(Path(images[0])) as partial:  # by every rank, while others read it
                 Image.new("RGB", (size.width, size.height), "gray").save(partial)
     changed = asked_for | {
@@ -153,14 +151,14 @@ def trial_flags(
         "resume_from_checkpoint": None,
         "logging_dir": "logs",
         "max_train_steps": STEPS,
-        "gradient_accumulation_steps": min(2, args.gradient_accumulation_steps),
-        "validation_prompts": prompts,
-        "validation_images": images,
+        "gradient_accumulation_steps": min(2, settings.training.gradient_accumulation_steps),
+        "profile": False,
         "num_validation_videos": 1,
         "num_inference_steps": 2,
         "report_to": "none",
     }
-    return argparse.Namespace(**(vars(args) | changed))
+    trial = replace_flags(settings, **changed)
+    return replace(trial, validation=replace(trial.validation, prompts=prompts, images=images))
 
 
 def largest_batch(data: TrainingData, batch_size: int, num_ranks: int, accumulation: int) -> TrainingData:

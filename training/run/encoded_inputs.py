@@ -35,22 +35,26 @@ def encode_inputs(spec: RunSpec) -> EncodedInputs:
     Raises:
         UserError: an image or a clip cannot be had.
     """
-    args, accelerator, data = spec.args, spec.accelerator, spec.data
-    images = load_validation_images(args.validation_images) if spec.task.with_images else None
-    if images is not None and args.video_reshape_mode != "none":
+    settings, accelerator, data = spec.settings, spec.accelerator, spec.data
+    images = load_validation_images(settings.validation.images) if spec.task.with_images else None
+    if images is not None and settings.clips.video_reshape_mode != "none":
         # As clips are cut to size; the pipeline would distort images of another aspect.
-        images = [ImageOps.fit(image, (args.width, args.height)) for image in images]
-    empty_prompt = find_empty_prompt(data, spec.configs) if args.caption_dropout else None
-    prompts = PromptCache(spec.output_dir / "prompt_embeds", spec.source, spec.dtype, in_8bit=args.text_encoder_8bit)
-    texts = [*data.captions, *args.validation_prompts]
+        images = [ImageOps.fit(image, (settings.clips.width, settings.clips.height)) for image in images]
+    empty_prompt = find_empty_prompt(data, spec.configs) if settings.objective.caption_dropout else None
+    prompts = PromptCache(
+        spec.output_dir / "prompt_embeds", spec.source, spec.dtype, in_8bit=settings.memory.text_encoder_8bit
+    )
+    texts = [*data.captions, *settings.validation.prompts]
     texts += data.held_out.captions if data.held_out else []
-    is_guided = args.validation_prompts and args.guidance_scale > 1  # guidance compares with the empty prompt
-    if is_guided or (args.caption_dropout and empty_prompt is None):
+    is_guided = (
+        settings.validation.prompts and settings.guidance.guidance_scale > 1
+    )  # guidance compares with the empty prompt
+    if is_guided or (settings.objective.caption_dropout and empty_prompt is None):
         texts.append("")
     prompts.embed(texts, accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes)
     free_memory()
     spec.coordinator.wait()  # one rank may fetch the text encoder and embed for long, while others have nothing to do
-    if args.caption_dropout and empty_prompt is None:
+    if settings.objective.caption_dropout and empty_prompt is None:
         empty_prompt = prompts.load("")
     vae = None if isinstance(data, PreparedData) else spec.load_vae(accelerator.device)
     held_out = encode_held_out(spec, vae, prompts)
@@ -88,7 +92,7 @@ def encode_held_out(spec: RunSpec, vae: AutoencoderKLCogVideoX | None, prompts: 
         spec.data.held_out.clips,
         vae or spec.load_vae(accelerator.device),
         prompts,
-        reshape_mode=validation_data_flags(spec.args).video_reshape_mode,
+        reshape_mode=validation_data_flags(spec.settings)[1].video_reshape_mode,
         with_images=spec.task.with_images,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,

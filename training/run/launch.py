@@ -1,6 +1,5 @@
 """Start a run as the launcher configured it: devices, precision, process group, logging."""
 
-import argparse
 import logging
 import random
 from datetime import timedelta
@@ -13,19 +12,20 @@ from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConf
 from common.errors import UserError
 from common.logs import start_logging
 from common.ranks import launch_size, precision_of, uses_deepspeed
+from flags.settings import TrainingSettings
 from parallel.deepspeed import exchange_by_gloo, has_divided_weights, keep_others_whole
 
 
 logger = logging.getLogger(__name__)
 
 
-def start_accelerator(args: argparse.Namespace) -> Accelerator:
+def start_accelerator(settings: TrainingSettings) -> Accelerator:
     """Set up devices, precision and process group from the flags and the launch configuration.
 
     Raises:
         UserError: the precision asked for does not exist on this device.
     """
-    precision = precision_of(args)
+    precision = precision_of(settings.training.mixed_precision)
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no on a CPU")
     if precision == "fp8":
@@ -35,14 +35,15 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     if uses_deepspeed() and backend == "gloo":
         exchange_by_gloo()
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
+        gradient_accumulation_steps=settings.training.gradient_accumulation_steps,
+        mixed_precision=settings.training.mixed_precision,
+        log_with=None if settings.tracking.report_to == "none" else settings.tracking.report_to,
         project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+            project_dir=settings.training.output_dir,
+            logging_dir=str(Path(settings.training.output_dir, settings.tracking.logging_dir)),
         ),
         kwargs_handlers=[
-            InitProcessGroupKwargs(backend, timeout=timedelta(seconds=args.nccl_timeout)),
+            InitProcessGroupKwargs(backend, timeout=timedelta(seconds=settings.training.nccl_timeout)),
             # The cache would keep half-precision copies of all float32 weights until the forward pass is done, in case
             # that one is used again; none is.
             AutocastKwargs(cache_enabled=False),
@@ -51,7 +52,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     start_logging()
     if has_divided_weights(accelerator):
         keep_others_whole()
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = settings.speed.allow_tf32
     return accelerator
 
 

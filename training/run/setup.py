@@ -1,6 +1,5 @@
 """Load and wire everything that the training loop works with."""
 
-import argparse
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +19,8 @@ from data.sampler import BucketBatchSampler
 from dataset import Batch, ClipDataset, PreparedDataset, make_loader, without_failures
 from diffusion.objective import Objective
 from diffusion.timesteps import TimestepSampling
+from flags.schema import flag_values
+from flags.settings import TrainingSettings
 from methods.full import FullFinetune
 from models.attention import attention_set
 from models.configs import CPU
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 class Run:
     """What the loop works with."""
 
+    settings: TrainingSettings
     accelerator: Accelerator
     coordinator: Coordinator
     output_dir: Path
@@ -93,10 +95,10 @@ def set_up(spec: RunSpec) -> Run:
     Raises:
         UserError: weights, images or clips cannot be had, or the checkpoint is beyond the steps asked for.
     """
-    args, accelerator = spec.args, spec.accelerator
+    settings, accelerator = spec.settings, spec.accelerator
     state = replace(spec.state, schedule=start_schedule(spec))
     sampler, schedule = make_sampler(spec, state.schedule)
-    total_steps = args.max_train_steps or schedule.end_of_epochs(args.num_train_epochs)
+    total_steps = settings.training.max_train_steps or schedule.end_of_epochs(settings.training.num_train_epochs)
     if state.step > total_steps:
         raise UserError(
             f"--max_train_steps: {spec.resumed} is at step {state.step}, beyond the {total_steps} steps asked for"
@@ -109,11 +111,18 @@ def set_up(spec: RunSpec) -> Run:
     if spec.resumed:
         resume(spec, trainable)
     resumed_at = state.step if spec.resumed else None
-    start_trackers(accelerator, args, resumed_at=resumed_at)
+    start_trackers(
+        accelerator,
+        settings.tracking.tracker_name,
+        Path(settings.training.output_dir, settings.tracking.logging_dir),
+        flag_values(settings),
+        resumed_at=resumed_at,
+    )
     keep_losses(accelerator, spec.output_dir, resumed_at=resumed_at)
     logger.info("%s", describe_start(spec, trainable.transformer, schedule, total_steps, sampler.padding))
     objective, signals = make_objective(spec, inputs, trainable), StopSignals()
     return Run(
+        settings=settings,
         accelerator=accelerator,
         coordinator=spec.coordinator,
         output_dir=spec.output_dir,
@@ -128,7 +137,9 @@ def set_up(spec: RunSpec) -> Run:
         validate=make_validation(spec, inputs, trainable, objective, signals),
         save_result=make_saving(spec, trainable),
         usage=spec.usage(spec.output_dir),
-        checkpoints=CheckpointFolder(spec.output_dir, accelerator, spec.coordinator, args.checkpoints_total_limit),
+        checkpoints=CheckpointFolder(
+            spec.output_dir, accelerator, spec.coordinator, settings.checkpoints.checkpoints_total_limit
+        ),
         checkpoint_bytes=spec.checkpoint_bytes,
         signals=signals,
     )
@@ -138,7 +149,7 @@ def start_schedule(spec: RunSpec) -> ScheduleStart:
     """From where on the steps are counted: as before or, where the run goes on with another number of ranks or of
     batches in a step, from the checkpoint on."""
     before = spec.state.schedule
-    num_ranks, accumulation = spec.num_data_ranks, spec.args.gradient_accumulation_steps
+    num_ranks, accumulation = spec.num_data_ranks, spec.settings.training.gradient_accumulation_steps
     if (before.num_ranks, before.accumulation) == (num_ranks, accumulation):
         return before
     logger.warning(
@@ -157,7 +168,7 @@ def make_sampler(spec: RunSpec, start: ScheduleStart) -> tuple[BucketBatchSample
     """This rank's stream of batches from a start on, and which of them make up a step."""
     sampler = BucketBatchSampler(
         spec.data.buckets,
-        spec.args.train_batch_size,
+        spec.settings.training.train_batch_size,
         seed=spec.state.seed,
         repeats=spec.data.repeats,
         rank=spec.data_rank % start.num_ranks,  # there were fewer, maybe
@@ -170,22 +181,22 @@ def make_sampler(spec: RunSpec, start: ScheduleStart) -> tuple[BucketBatchSample
 
 def make_throughput(spec: RunSpec) -> Throughput:
     """What counts and times the steps."""
-    args, accelerator = spec.args, spec.accelerator
+    settings, accelerator = spec.settings, spec.accelerator
     return Throughput(
         spec.configs.transformer,
         accelerator.device,
         spec.num_data_ranks,
         spec.dtype,
         trains_all=isinstance(spec.method, FullFinetune),
-        checkpoint_scope=args.checkpoint_scope if args.gradient_checkpointing else None,
-        checkpoint_every=args.checkpoint_every,
-        devices_per_sample=args.context_parallel_size,
+        checkpoint_scope=settings.memory.checkpoint_scope if settings.memory.gradient_checkpointing else None,
+        checkpoint_every=settings.memory.checkpoint_every,
+        devices_per_sample=settings.speed.context_parallel_size,
     )
 
 
 def make_objective(spec: RunSpec, inputs: EncodedInputs, trainable: Trainable) -> Objective:
     """The objective as the flags want it."""
-    args, empty_prompt = spec.args, inputs.empty_prompt
+    settings, empty_prompt = spec.settings, inputs.empty_prompt
     return Objective(
         task=spec.task,
         model=trainable.model,
@@ -195,12 +206,12 @@ def make_objective(spec: RunSpec, inputs: EncodedInputs, trainable: Trainable) -
         vae=inputs.vae,
         dtype=spec.dtype,
         timesteps=TimestepSampling(
-            distribution=args.timestep_sampling,
-            logit_mean=args.logit_mean,
-            logit_std=args.logit_std,
-            snr_gamma=args.snr_gamma,
+            distribution=settings.objective.timestep_sampling,
+            logit_mean=settings.objective.logit_mean,
+            logit_std=settings.objective.logit_std,
+            snr_gamma=settings.objective.snr_gamma,
         ),
-        caption_dropout=args.caption_dropout,
+        caption_dropout=settings.objective.caption_dropout,
         empty_prompt=None if empty_prompt is None else empty_prompt.to(spec.accelerator.device),
     )
 
@@ -231,19 +242,19 @@ def make_sampling(
     spec: RunSpec, inputs: EncodedInputs, transformer: CogVideoXTransformer3DModel, signals: StopSignals
 ) -> Callable[[int], list[str]]:
     """Return what samples the validation videos of a step; it does nothing when no prompts were given."""
-    args, accelerator = spec.args, spec.accelerator
-    settings = ValidationSettings(
-        prompts=args.validation_prompts,
+    settings, accelerator = spec.settings, spec.accelerator
+    sampling = ValidationSettings(
+        prompts=settings.validation.prompts,
         images=inputs.images,
         dtype=spec.dtype,
-        num_videos=args.num_validation_videos,
-        height=args.height,
-        width=args.width,
-        num_frames=args.max_num_frames,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        use_dynamic_cfg=args.use_dynamic_cfg,
-        enable_model_cpu_offload=args.enable_model_cpu_offload,
+        num_videos=settings.validation.num_validation_videos,
+        height=settings.clips.height,
+        width=settings.clips.width,
+        num_frames=settings.clips.max_num_frames,
+        num_inference_steps=settings.guidance.num_inference_steps,
+        guidance_scale=settings.guidance.guidance_scale,
+        use_dynamic_cfg=settings.guidance.use_dynamic_cfg,
+        enable_model_cpu_offload=settings.validation.enable_model_cpu_offload,
         seed=spec.state.seed,
         fps=spec.video_fps,
     )
@@ -261,19 +272,19 @@ def make_sampling(
     folder = spec.output_dir / "validation"
 
     def sample_videos(step: int) -> list[str]:
-        with attention_set(transformer, args.validation_attention_backend):
+        with attention_set(transformer, settings.speed.validation_attention_backend):
             return validate(
                 accelerator,
                 spec.coordinator,
                 make_pipeline,
-                settings,
+                sampling,
                 inputs.prompts,
                 folder,
                 step,
                 lambda: signals.received is not None,
             )
 
-    return sample_videos if settings.prompts else lambda step: []
+    return sample_videos if sampling.prompts else lambda step: []
 
 
 def make_saving(spec: RunSpec, trainable: Trainable) -> Callable[[], Path]:
@@ -303,7 +314,7 @@ def make_saving(spec: RunSpec, trainable: Trainable) -> Callable[[], Path]:
 
 
 def make_dataset(
-    args: argparse.Namespace,
+    settings: TrainingSettings,
     data: TrainingData,
     task: Task,
     seed: int,
@@ -316,8 +327,8 @@ def make_dataset(
         return PreparedDataset(data.clips, with_images=task.with_images)
     return ClipDataset(
         data.clips,
-        reshape_mode=args.video_reshape_mode,
-        random_flip=args.random_flip,
+        reshape_mode=settings.clips.video_reshape_mode,
+        random_flip=settings.clips.random_flip,
         seed=seed,
         prompts=prompts,
         with_images=task.with_images,
@@ -327,8 +338,10 @@ def make_dataset(
 
 def load_batches(spec: RunSpec, prompts: PromptCache, sampler: BucketBatchSampler) -> Iterator[Batch]:
     """Load the batches that the sampler draws, from raw or prepared clips."""
-    args, seed = spec.args, spec.state.seed
-    skips_failed = args.on_bad_clip == "skip"
-    dataset = make_dataset(args, spec.data, spec.task, seed, prompts, replace_failed=skips_failed)
-    loader = make_loader(dataset, sampler, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory)
+    settings, seed = spec.settings, spec.state.seed
+    skips_failed = settings.sources.on_bad_clip == "skip"
+    dataset = make_dataset(settings, spec.data, spec.task, seed, prompts, replace_failed=skips_failed)
+    loader = make_loader(
+        dataset, sampler, num_workers=settings.loader.dataloader_num_workers, pin_memory=settings.loader.pin_memory
+    )
     return without_failures(loader)

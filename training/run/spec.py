@@ -1,6 +1,5 @@
 """What a run is made from: flags, data, task, method and model, checked against one another before it starts."""
 
-import argparse
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from diffusers import AutoencoderKLCogVideoX
 from checkpoints.folder import check_space
 from checkpoints.schedule import ScheduleStart
 from checkpoints.state import TrainerState, find_checkpoint, read_state
+from checks.deepspeed import describe_division
 from common.errors import UserError
 from common.ranks import launch_size, precision_of, uses_deepspeed, uses_fsdp
 from data.buckets import Bucket
@@ -21,8 +21,10 @@ from data.plan import PreparedData, TrainingData, describe_plan, report_skipped
 from data.prepared import check_encoders
 from dataset import check_prepared
 from diffusion.tasks import ImageToVideo, TextToVideo
-from flags.deepspeed import describe_division
+from flags.model import ModelFlags
 from flags.optimizer import LOW_BITS
+from flags.schema import flag_values
+from flags.settings import TrainingSettings
 from memory.accounting import checkpoint_bytes
 from memory.facts import model_facts
 from memory.settings import memory_settings_of
@@ -57,7 +59,7 @@ Method = Lora | FullFinetune
 class RunSpec:
     """What a run is made from."""
 
-    args: argparse.Namespace
+    settings: TrainingSettings
     data: TrainingData
     task: Task
     method: Method
@@ -73,12 +75,12 @@ class RunSpec:
     @property
     def data_rank(self) -> int:
         """This process's number among those with data of their own: ranks that divide a sample count as one."""
-        return self.accelerator.process_index // self.args.context_parallel_size
+        return self.accelerator.process_index // self.settings.speed.context_parallel_size
 
     @property
     def num_data_ranks(self) -> int:
         """How many ranks have data of their own."""
-        return count_data_ranks(self.args, self.accelerator)
+        return count_data_ranks(self.settings, self.accelerator)
 
     def undivided(self) -> AbstractContextManager[None]:
         """Lets each rank compute whole samples by itself meanwhile."""
@@ -87,22 +89,22 @@ class RunSpec:
     @property
     def dtype(self) -> torch.dtype:
         """What the networks compute in."""
-        return DTYPES[precision_of(self.args)]
+        return DTYPES[precision_of(self.settings.training.mixed_precision)]
 
     @property
     def sizes(self) -> set[Bucket]:
         """Of the clips of training and validation, and of the videos sampled."""
-        return clip_sizes(self.args, self.data)
+        return clip_sizes(self.settings, self.data)
 
     @property
     def output_dir(self) -> Path:
         """Where everything is written."""
-        return Path(self.args.output_dir)
+        return Path(self.settings.training.output_dir)
 
     @property
     def video_fps(self) -> int:
         """The frame rate of validation videos."""
-        return round(self.args.fps or 8)
+        return round(self.settings.clips.fps or 8)
 
     def usage(self, where: Path | str, model: str | None = None) -> str:
         """The code that loads the result.
@@ -111,84 +113,88 @@ class RunSpec:
             where: the run's folder, or the repository that its result is uploaded to.
             model: what to call the model that was trained from; None for its path or hub id.
         """
-        model = model or self.args.pretrained_model_name_or_path
+        model = model or self.settings.model.pretrained_model_name_or_path
         return "\n".join(self.method.usage(self.task.pipeline_class.__name__, model, where, self.task.usage()))
 
     def load_vae(self, device: torch.device, *, decoder_only: bool = False) -> AutoencoderKLCogVideoX:
         """Load the VAE with the memory savings that the flags ask for."""
-        args = self.args
+        training = self.settings.training
         return self.source.load_vae(
             self.dtype,
-            slicing=args.enable_slicing,
-            tiling=args.enable_tiling,
+            slicing=training.enable_slicing,
+            tiling=training.enable_tiling,
             device=device,
             decoder_only=decoder_only,
         )
 
 
-def count_data_ranks(args: argparse.Namespace, accelerator: Accelerator) -> int:
+def count_data_ranks(settings: TrainingSettings, accelerator: Accelerator) -> int:
     """How many ranks have data of their own: those that divide a sample count as one."""
-    return accelerator.num_processes // args.context_parallel_size
+    return accelerator.num_processes // settings.speed.context_parallel_size
 
 
-def model_source(args: argparse.Namespace) -> ModelSource:
-    """Where the model lies."""
-    return ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+def model_source(model: ModelFlags) -> ModelSource:
+    """Return where the model is."""
+    return ModelSource(model.pretrained_model_name_or_path, model.revision, model.variant, model.cache_dir)
 
 
-def check_spec(args: argparse.Namespace, data: TrainingData, task: Task, method: Method) -> RunSpec:
+def check_spec(settings: TrainingSettings, data: TrainingData, task: Task, method: Method) -> RunSpec:
     """Put a recipe together, by the configs alone, and say what it will train on.
 
     Raises:
         UserError: model, data, flags and the checkpoint to resume from do not go together.
     """
-    source = model_source(args)
+    source = model_source(settings.model)
     configs = source.configs()
-    task.check_model(configs, clip_sizes(args, data))
+    task.check_model(configs, clip_sizes(settings, data))
     method.check_model(configs, source)
     if isinstance(data, PreparedData):
         check_prepared(data.clips, configs)
-    accelerator = start_accelerator(args)
+    accelerator = start_accelerator(settings)
     coordinator = Coordinator()
     fingerprints = {"data": data.fingerprint}
     if data.held_out:
         fingerprints["validation data"] = data.held_out.fingerprint
-    check_training(coordinator, args, fingerprints, f"{source.fingerprint()} {configs.kind}")
-    check_device(args, accelerator, configs)
-    describe_data(args, accelerator, data, source, configs)
-    resumed = coordinator.from_main(lambda: find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir)))
-    settings = lasting_settings(args, data, task, method, configs)
+    check_training(coordinator, flag_values(settings), fingerprints, f"{source.fingerprint()} {configs.kind}")
+    check_device(settings, accelerator, configs)
+    describe_data(settings, accelerator, data, source, configs)
+    resumed = coordinator.from_main(
+        lambda: find_checkpoint(settings.checkpoints.resume_from_checkpoint, Path(settings.training.output_dir))
+    )
+    lasting = lasting_settings(settings, data, task, method, configs)
     if resumed:
         state = read_state(resumed)
-        state.check_settings(settings)
+        state.check_settings(lasting)
     else:
-        is_chosen = args.memory_budget_gb or args.auto_fit
-        memory = asdict(memory_settings_of(args)) if is_chosen else {}
-        seed = coordinator.from_main(lambda: choose_seed(args.seed))
-        start = ScheduleStart(count_data_ranks(args, accelerator), args.gradient_accumulation_steps)
-        state = TrainerState(0, seed, settings, memory, start)
-    num_bytes = checkpoint_bytes(model_facts(configs, method), memory_settings_of(args))
+        is_chosen = settings.memory.memory_budget_gb or settings.memory.auto_fit
+        memory = asdict(memory_settings_of(settings)) if is_chosen else {}
+        seed = coordinator.from_main(lambda: choose_seed(settings.training.seed))
+        start = ScheduleStart(count_data_ranks(settings, accelerator), settings.training.gradient_accumulation_steps)
+        state = TrainerState(0, seed, lasting, memory, start)
+    num_bytes = checkpoint_bytes(model_facts(configs, method), memory_settings_of(settings))
     if uses_deepspeed():
         num_bytes = num_bytes * 5 // 3  # with the optimizer's weights and those of the module as DeepSpeed has them
-    coordinator.from_main(lambda: check_space(Path(args.output_dir), num_bytes, "a checkpoint"))
-    context = start_context_parallel(args.context_parallel_size, timedelta(seconds=args.nccl_timeout))
+    coordinator.from_main(lambda: check_space(Path(settings.training.output_dir), num_bytes, "a checkpoint"))
+    context = start_context_parallel(
+        settings.speed.context_parallel_size, timedelta(seconds=settings.training.nccl_timeout)
+    )
     return RunSpec(
-        args, data, task, method, source, configs, accelerator, coordinator, resumed, state, num_bytes, context
+        settings, data, task, method, source, configs, accelerator, coordinator, resumed, state, num_bytes, context
     )
 
 
 def lasting_settings(
-    args: argparse.Namespace, data: TrainingData, task: Task, method: Method, configs: ModelConfigs
+    settings: TrainingSettings, data: TrainingData, task: Task, method: Method, configs: ModelConfigs
 ) -> dict[str, object]:
     """What a resumed run must have in common with its checkpoint, by flag."""
     return {
         "model": configs.kind,
         "training data": data.fingerprint,
-        "--train_batch_size": args.train_batch_size,
-        "--optimizer": args.optimizer,
-        "--use_ema": args.use_ema,
-        **{f"--{name}": getattr(args, name) for name in (*OPTIMIZER_KINDS, *OPTIMIZER_NUMBERS)},
-        **({} if args.seed is None else {"--seed": args.seed}),
+        "--train_batch_size": settings.training.train_batch_size,
+        "--optimizer": settings.optimizer.optimizer,
+        "--use_ema": settings.objective.use_ema,
+        **{f"--{name}": getattr(settings.optimizer, name) for name in (*OPTIMIZER_KINDS, *OPTIMIZER_NUMBERS)},
+        **({} if settings.training.seed is None else {"--seed": settings.training.seed}),
         **task.settings,
         **method.settings,
         "DeepSpeed": describe_division(),
@@ -196,45 +202,53 @@ def lasting_settings(
     }
 
 
-def clip_sizes(args: argparse.Namespace, data: TrainingData) -> set[Bucket]:
+def clip_sizes(settings: TrainingSettings, data: TrainingData) -> set[Bucket]:
     """Of the clips of training and validation, and of the videos sampled."""
     held_out = data.held_out.buckets if data.held_out else []
-    sampled = sampled_size(args)
+    sampled = sampled_size(settings)
     return {*data.buckets, *held_out, *([sampled] if sampled else [])}
 
 
-def sampled_size(args: argparse.Namespace) -> Bucket | None:
+def sampled_size(settings: TrainingSettings) -> Bucket | None:
     """Of the validation videos, if there are any."""
-    return Bucket(args.max_num_frames, args.height, args.width) if args.validation_prompts else None
+    return (
+        Bucket(settings.clips.max_num_frames, settings.clips.height, settings.clips.width)
+        if settings.validation.prompts
+        else None
+    )
 
 
-def check_device(args: argparse.Namespace, accelerator: Accelerator, configs: ModelConfigs) -> None:
+def check_device(settings: TrainingSettings, accelerator: Accelerator, configs: ModelConfigs) -> None:
     """Refuse what the device, this machine or the way of the launch cannot do.
 
     Raises:
         UserError: a package, a compiler or a GPU is missing, or the optimizer cannot work with several processes.
     """
-    device, dtype = accelerator.device, DTYPES[precision_of(args)]
+    device, dtype = accelerator.device, DTYPES[precision_of(settings.training.mixed_precision)]
     head_dim = configs.transformer["attention_head_dim"]
-    check_attention(args.attention_backend, "--attention_backend", device, dtype, head_dim, trains=True)
-    validation = args.validation_attention_backend
+    check_attention(settings.speed.attention_backend, "--attention_backend", device, dtype, head_dim, trains=True)
+    validation = settings.speed.validation_attention_backend
     check_attention(validation, "--validation_attention_backend", device, dtype, head_dim, trains=False)
-    if args.compile:
+    if settings.speed.compile:
         check_compiler(device)
     if uses_fsdp() and launch_size() > 1 and not is_fsdp(accelerator):
         raise UserError("--config_file: accelerate takes FSDP for GPUs alone; use accelerate_configs/cpu.yaml here")
     check_launch(
         accelerator.distributed_type,
         dtype,
-        args.optimizer,
-        use_cpu_offload=args.use_cpu_offload_optimizer,
-        step_in_backward=args.step_in_backward,
-        bf16_weights=args.weights_dtype == "bf16",
+        settings.optimizer.optimizer,
+        use_cpu_offload=settings.optimizer.use_cpu_offload_optimizer,
+        step_in_backward=settings.optimizer.step_in_backward,
+        bf16_weights=settings.memory.weights_dtype == "bf16",
     )
 
 
 def describe_data(
-    args: argparse.Namespace, accelerator: Accelerator, data: TrainingData, source: ModelSource, configs: ModelConfigs
+    settings: TrainingSettings,
+    accelerator: Accelerator,
+    data: TrainingData,
+    source: ModelSource,
+    configs: ModelConfigs,
 ) -> None:
     """Say what will be trained on, before anything heavy is loaded; refuse data of other encoders than the model's.
 
@@ -242,25 +256,26 @@ def describe_data(
         UserError: the data was prepared with another VAE, text encoder or tokenizer.
     """
     if isinstance(data, PreparedData):
-        encoders = fingerprint_encoders(source.local_folder(), args.variant)
+        encoders = fingerprint_encoders(source.local_folder(), settings.model.variant)
         for folder in data.folders:
             problem = check_encoders(folder, encoders)
-            if problem and not args.ignore_prepared_mismatch:
+            if problem and not settings.prepared.ignore_prepared_mismatch:
                 raise UserError(
-                    f"--load_tensors: {problem}; prepare the data with {args.pretrained_model_name_or_path}, or give "
-                    "--ignore_prepared_mismatch if you know that they are equal"
+                    f"--load_tensors: {problem}; prepare the data with "
+                    f"{settings.model.pretrained_model_name_or_path}, or give --ignore_prepared_mismatch if you know "
+                    "that they are equal"
                 )
             if problem:
                 logger.warning("warning: %s", problem)
     elif accelerator.is_main_process:
-        report_skipped(data.bad, Path(args.output_dir))
+        report_skipped(data.bad, Path(settings.training.output_dir))
     if accelerator.is_main_process:
         plan = describe_plan(
             data,
             source,
             configs,
-            batch_size=args.train_batch_size,
-            num_ranks=count_data_ranks(args, accelerator),
-            reshape_mode=args.video_reshape_mode,
+            batch_size=settings.training.train_batch_size,
+            num_ranks=count_data_ranks(settings, accelerator),
+            reshape_mode=settings.clips.video_reshape_mode,
         )
         logger.info("%s", plan)

@@ -31,14 +31,15 @@ def describe_start(
         transformer: as the method trains it.
         padding: batches that come twice in an epoch.
     """
-    args, accelerator = spec.args, spec.accelerator
+    settings, accelerator = spec.settings, spec.accelerator
     trainable, total = count_weights(transformer)
-    devices = f"{accelerator.num_processes} x {_device_name(accelerator.device)}, precision {precision_of(args)}"
+    precision = precision_of(settings.training.mixed_precision)
+    devices = f"{accelerator.num_processes} x {_device_name(accelerator.device)}, precision {precision}"
     if spec.context is not None:
-        devices += f"; {args.context_parallel_size} ranks at a time divide the tokens of a sample"
-    memory = expected_memory(args, spec.data, spec.method)
+        devices += f"; {settings.speed.context_parallel_size} ranks at a time divide the tokens of a sample"
+    memory = expected_memory(settings, spec.data, spec.method)
     rows = {
-        "model": f"{args.pretrained_model_name_or_path}: {describe_model(spec.configs)}",
+        "model": f"{settings.model.pretrained_model_name_or_path}: {describe_model(spec.configs)}",
         "training": f"{describe_method(spec.method)}: {trainable:,} of {total:,} parameters",
         "data": describe_samples(spec),
         "steps": describe_steps(spec, schedule, total_steps, padding),
@@ -46,9 +47,9 @@ def describe_start(
         "devices": devices,
         "memory": describe_expected_memory(memory, accelerator.device, shares=accelerator.num_processes > 1),
         "validation": describe_validation(spec),
-        "output": args.output_dir,
-        "written": f"every {args.checkpointing_steps} steps a checkpoint of {spec.checkpoint_bytes / 1e6:,.0f} MB; "
-        f"losses to {describe_logs(args.report_to)}",
+        "output": settings.training.output_dir,
+        "written": f"every {settings.checkpoints.checkpointing_steps} steps a checkpoint of "
+        f"{spec.checkpoint_bytes / 1e6:,.0f} MB; losses to {describe_logs(settings.tracking.report_to)}",
     }
     width = max(map(len, rows)) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in rows.items())
@@ -87,8 +88,8 @@ def describe_samples(spec: RunSpec) -> str:
 
 def describe_steps(spec: RunSpec, schedule: StepSchedule, total_steps: int, padding: int) -> str:
     """From where to where, and what a step is."""
-    args = spec.args
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * spec.num_data_ranks
+    settings = spec.settings
+    per_step = settings.training.train_batch_size * settings.training.gradient_accumulation_steps * spec.num_data_ranks
     if spec.state.step == total_steps:
         return f"none left of {total_steps}"
     twice = f"; {padding} batches come twice in each epoch, so that all ranks have as many" if padding else ""
@@ -100,10 +101,10 @@ def describe_steps(spec: RunSpec, schedule: StepSchedule, total_steps: int, padd
 
 def describe_optimizer(spec: RunSpec) -> str:
     """The optimizer and its learning rate; one that is resumed may have its rate of before, which is said then."""
-    args = spec.args
-    bits = next((words for flag, words in _BITS.items() if getattr(args, flag)), "")
-    rate = "" if spec.resumed else f", learning rate {learning_rate_of(args, spec.num_data_ranks):g}"
-    return f"{args.optimizer}{bits}{rate}, {args.lr_scheduler}"
+    settings = spec.settings
+    bits = next((words for flag, words in _BITS.items() if getattr(settings.optimizer, flag)), "")
+    rate = "" if spec.resumed else f", learning rate {learning_rate_of(settings, spec.num_data_ranks):g}"
+    return f"{settings.optimizer.optimizer}{bits}{rate}, {settings.schedule.lr_scheduler}"
 
 
 def describe_expected_memory(memory: Choice, device: torch.device, *, shares: bool) -> str:
@@ -122,14 +123,14 @@ def describe_expected_memory(memory: Choice, device: torch.device, *, shares: bo
 
 def describe_validation(spec: RunSpec) -> str:
     """What is validated, and when."""
-    args = spec.args
+    settings = spec.settings
     held_out = spec.data.held_out
-    videos = len(args.validation_prompts) * args.num_validation_videos
+    videos = len(settings.validation.prompts) * settings.validation.num_validation_videos
     what = [f"{videos} video{'s' if videos > 1 else ''}"] if videos else []
     what += [f"the loss of {len(held_out.clips)} samples"] if held_out else []
-    when = ["before the first step"] if args.validate_first and not spec.state.step else []
-    when += [f"every {args.validation_steps} steps"] if args.validation_steps else []
-    epochs = args.validation_epochs
+    when = ["before the first step"] if settings.validation.validate_first and not spec.state.step else []
+    when += [f"every {settings.validation.validation_steps} steps"] if settings.validation.validation_steps else []
+    epochs = settings.validation.validation_epochs
     when += [f"every {epochs} epochs" if epochs > 1 else "every epoch"] if epochs else []
     return f"{' and '.join(what)}, {', '.join([*when, 'at the end'])}" if what else "none"
 

@@ -1,12 +1,12 @@
 """The transformer and what changes it: loaded, made trainable, wrapped for the launch, resumed."""
 
-import argparse
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.optimization import get_scheduler
@@ -16,6 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from checkpoints.folder import checkpoint_only_what_trains, load_checkpoint
 from common.ranks import uses_deepspeed
+from flags.optimizer import OptimizerFlags
+from flags.settings import TrainingSettings
+from flags.training import ScheduleFlags
 from memory.activations import CheckpointStore, checkpoint_activations
 from memory.block_streaming import stream_blocks
 from models.attention import set_attention
@@ -43,6 +46,16 @@ class Trainable:
     ema: EMAModel | None  # of the trainable parameters
     is_schedule_free: bool = False  # the optimizer keeps an average itself
 
+    def end_step(self, accelerator: Accelerator) -> float:
+        """Advance the learning-rate schedule and the averaged weights; returns the step's learning rate."""
+        rate = float(self.lr_scheduler.get_last_lr()[0])
+        # A step skipped for its gradients counts, as under any launch; those by which fp16 finds its scale do not.
+        if accelerator.scaler is None or not accelerator.optimizer_step_was_skipped:
+            self.lr_scheduler.step()
+            if self.ema is not None:
+                self.ema.step(self.parameters)
+        return rate
+
     def averaged(self) -> AbstractContextManager[None]:
         """Puts the average in the place of the trained weights meanwhile, if there is one."""
         if self.is_schedule_free:
@@ -52,55 +65,59 @@ class Trainable:
 
 def make_trainable(spec: RunSpec, total_steps: int) -> Trainable:
     """Load the transformer, make it trainable and wrap it for the launch."""
-    args, accelerator = spec.args, spec.accelerator
+    settings, accelerator = spec.settings, spec.accelerator
     set_seed(spec.state.seed)  # the adapters' initial weights
     transformer = load_transformer(spec)
     spec.coordinator.wait()  # machines download and read at their own pace; what follows is timed
     optimizer, lr_scheduler = build_optimizer(
-        args,
+        settings.optimizer,
+        settings.schedule,
         trainable_of(transformer),
-        learning_rate_of(args, spec.num_data_ranks),
+        learning_rate_of(settings, spec.num_data_ranks),
         total_steps,
+        rounds_stochastically=settings.memory.weights_dtype == "bf16" and not uses_deepspeed(),
         has_scaler=spec.dtype == torch.float16,
     )
-    if args.use_torchao:
+    if settings.optimizer.use_torchao:
         logger.info("torchao compiles its optimizer in the first step, which takes up to some minutes")
     model, optimizer = wrap(spec, transformer, optimizer)
     parameters = trainable_of(transformer)  # not as above: shards may have taken their place
     keep_rates_on_host(optimizer)
-    ema = make_ema(parameters, args.ema_decay) if args.use_ema else None
+    ema = make_ema(parameters, settings.objective.ema_decay) if settings.objective.use_ema else None
     # Not prepared: accelerate would step it once per process. Here a step is an optimizer step, on any ranks.
     accelerator.register_for_checkpointing(lr_scheduler)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
     checkpoint_only_what_trains(accelerator, spec.method)
-    return Trainable(transformer, model, parameters, optimizer, lr_scheduler, ema, args.optimizer == "schedulefree")
+    return Trainable(
+        transformer, model, parameters, optimizer, lr_scheduler, ema, settings.optimizer.optimizer == "schedulefree"
+    )
 
 
 def load_transformer(spec: RunSpec) -> CogVideoXTransformer3DModel:
     """Load the transformer as task and method want it."""
-    args, accelerator, source, dtype = spec.args, spec.accelerator, spec.source, spec.dtype
+    settings, accelerator, source, dtype = spec.settings, spec.accelerator, spec.source, spec.dtype
     # Weights that are streamed or divided among ranks need not fit onto the device as a whole.
     whole = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
     is_whole = accelerator.distributed_type in whole and not has_divided_weights(accelerator)
     transformer = source.load_transformer(
         spec.method.base_dtype(dtype),
-        device=accelerator.device if is_whole and not args.stream_blocks else CPU,
-        quantize=args.quantize_base,
+        device=accelerator.device if is_whole and not settings.memory.stream_blocks else CPU,
+        quantize=settings.memory.quantize_base,
     )
     if dtype == torch.float16 and (warning := precision_warning(dtype, source.native_dtype())):
         logger.warning("warning: %s", warning)
     spec.task.prepare_model(transformer)
     spec.method.attach(transformer)
-    store = CheckpointStore() if args.offload_checkpoints else None
-    if args.stream_blocks:
+    store = CheckpointStore() if settings.memory.offload_checkpoints else None
+    if settings.memory.stream_blocks:
         stream_blocks(transformer, accelerator.device, store)
-    elif args.gradient_checkpointing:
-        checkpoint_activations(transformer, args.checkpoint_scope, args.checkpoint_every, store)
-    set_attention(transformer, args.attention_backend, spec.context)
+    elif settings.memory.gradient_checkpointing:
+        checkpoint_activations(transformer, settings.memory.checkpoint_scope, settings.memory.checkpoint_every, store)
+    set_attention(transformer, settings.speed.attention_backend, spec.context)
     if spec.context is not None:
         spec.context.divide(transformer)
-    if args.compile:
+    if settings.speed.compile:
         compile_blocks(transformer, num_sizes=len(spec.sizes))
         logger.info("the blocks are compiled when they are first used: a minute or so for each size of clips")
     return transformer
@@ -115,17 +132,17 @@ def wrap(
     spec: RunSpec, transformer: CogVideoXTransformer3DModel, optimizer: Optimizer
 ) -> tuple[torch.nn.Module, Optimizer]:
     """Have accelerate wrap transformer and optimizer for the launch."""
-    args, accelerator = spec.args, spec.accelerator
+    settings, accelerator = spec.settings, spec.accelerator
     if is_fsdp(accelerator):
         return prepare_in_shards(accelerator, transformer, optimizer, spec.dtype)
     if not is_zero(accelerator):
         return accelerator.prepare(transformer, optimizer)
     configure_zero(
         accelerator,
-        is_rounded=args.weights_dtype == "bf16",
-        batch_size=args.train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        max_grad_norm=args.max_grad_norm,
+        is_rounded=settings.memory.weights_dtype == "bf16",
+        batch_size=settings.training.train_batch_size,
+        accumulation=settings.training.gradient_accumulation_steps,
+        max_grad_norm=settings.optimizer.max_grad_norm,
     )
     autocast_forward(transformer, accelerator.device, spec.dtype)
     prepared = accelerator.prepare(transformer, optimizer)
@@ -137,60 +154,66 @@ def resume(spec: RunSpec, trainable: Trainable) -> None:
     """Go on where the checkpoint is, at the learning rate given now, or at that of before where none is given."""
     load_checkpoint(spec.accelerator, spec.resumed)
     before = trainable.lr_scheduler.base_lrs[0]
-    is_given = "learning_rate" in spec.args.given or spec.args.scale_lr
-    rate = learning_rate_of(spec.args, spec.num_data_ranks) if is_given else before
+    is_given = "learning_rate" in spec.settings.given or spec.settings.schedule.scale_lr
+    rate = learning_rate_of(spec.settings, spec.num_data_ranks) if is_given else before
     if rate != before:
         logger.info("--learning_rate: the run goes on at a base rate of %g, after %g", rate, before)
     apply_learning_rate(trainable.optimizer, trainable.lr_scheduler, rate)
     if trainable.ema is not None:
         trainable.ema.to(spec.accelerator.device)
-        trainable.ema.decay = spec.args.ema_decay  # may change on the way, as the learning rate may
+        trainable.ema.decay = spec.settings.objective.ema_decay  # may change on the way, as the learning rate may
     logger.info("resumed from %s at learning rate %g", spec.resumed, trainable.lr_scheduler.get_last_lr()[0])
 
 
-def learning_rate_of(args: argparse.Namespace, num_data_ranks: int) -> float:
+def learning_rate_of(settings: TrainingSettings, num_data_ranks: int) -> float:
     """The learning rate given, scaled to the samples in a step if that was asked for."""
-    scale = args.gradient_accumulation_steps * args.train_batch_size * num_data_ranks if args.scale_lr else 1
-    return args.learning_rate * scale
+    scale = (
+        settings.training.gradient_accumulation_steps * settings.training.train_batch_size * num_data_ranks
+        if settings.schedule.scale_lr
+        else 1
+    )
+    return settings.schedule.learning_rate * scale
 
 
 def build_optimizer(
-    args: argparse.Namespace,
+    flags: OptimizerFlags,
+    schedule: ScheduleFlags,
     parameters: Sequence[torch.nn.Parameter],
     learning_rate: float,
     total_steps: int,
     *,
+    rounds_stochastically: bool,
     has_scaler: bool,
 ) -> tuple[Optimizer, LRScheduler]:
     """Build the optimizer and its learning-rate schedule, counted in optimizer steps."""
     optimizer = make_optimizer(
         parameters,
-        args.optimizer,
+        flags.optimizer,
         learning_rate=learning_rate,
-        beta1=args.beta1,
-        beta2=args.beta2,
-        beta3=args.beta3,
-        weight_decay=args.weight_decay,
-        epsilon=args.epsilon,
-        use_8bit=args.use_8bit,
-        use_4bit=args.use_4bit,
-        use_fp8=args.use_fp8,
-        use_torchao=args.use_torchao,
-        use_cpu_offload=args.use_cpu_offload_optimizer,
-        offload_gradients=args.offload_gradients,
-        step_in_backward=args.step_in_backward,
-        stochastic_rounding=args.weights_dtype == "bf16" and not uses_deepspeed(),
-        prodigy_decouple=args.prodigy_decouple,
-        prodigy_use_bias_correction=args.prodigy_use_bias_correction,
-        prodigy_safeguard_warmup=args.prodigy_safeguard_warmup,
+        beta1=flags.beta1,
+        beta2=flags.beta2,
+        beta3=flags.beta3,
+        weight_decay=flags.weight_decay,
+        epsilon=flags.epsilon,
+        use_8bit=flags.use_8bit,
+        use_4bit=flags.use_4bit,
+        use_fp8=flags.use_fp8,
+        use_torchao=flags.use_torchao,
+        use_cpu_offload=flags.use_cpu_offload_optimizer,
+        offload_gradients=flags.offload_gradients,
+        step_in_backward=flags.step_in_backward,
+        stochastic_rounding=rounds_stochastically,
+        prodigy_decouple=flags.prodigy_decouple,
+        prodigy_use_bias_correction=flags.prodigy_use_bias_correction,
+        prodigy_safeguard_warmup=flags.prodigy_safeguard_warmup,
         fused=not has_scaler,
     )
     lr_scheduler = get_scheduler(
-        args.lr_scheduler,
+        schedule.lr_scheduler,
         optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
+        num_warmup_steps=schedule.lr_warmup_steps,
         num_training_steps=total_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
+        num_cycles=schedule.lr_num_cycles,
+        power=schedule.lr_power,
     )
     return optimizer, lr_scheduler

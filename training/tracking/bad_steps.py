@@ -1,10 +1,11 @@
-"""What watches the steps: those that went wrong are counted and named, and too many in a row end the run."""
+"""Warn of optimizer steps that were skipped or whose loss jumped, and end the run after too many bad ones."""
 
 import logging
 import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -15,32 +16,32 @@ from parallel.coordinator import Coordinator
 
 logger = logging.getLogger(__name__)
 
-_HISTORY = 200  # steps that a loss is compared with
+_HISTORY = 200  # earlier losses that a loss is compared with
 _SPIKE = 5.0  # standard deviations of the logarithm of the loss above its mean
-_MOST_NAMES = 8  # of clips, in a message
+_MOST_NAMES = 8  # clips named in a message
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is known of an optimizer step afterwards."""
+    """A finished optimizer step."""
 
     number: int
     loss: float
-    grad_norm: float | None  # None where nobody knows it
+    grad_norm: float | None  # None if unknown
     names: Sequence[str]  # this rank's clips
 
     @property
     def is_bad(self) -> bool:
-        """Whether its update was left out: it would have spoilt the weights."""
+        """Whether the update was skipped because it would have made the weights infinite or NaN."""
         return not math.isfinite(self.loss) or (self.grad_norm is not None and not math.isfinite(self.grad_norm))
 
 
 class StepGuard:
-    """Looks at finished steps, some at a time; called on every rank alike.
+    """Checks the finished steps; every rank calls it with its own steps.
 
     Args:
-        max_bad_steps: in a row, that end the run.
-        output_dir: of the run, where its checkpoints are.
+        max_bad_steps: the number of consecutive bad steps that ends the run.
+        output_dir: of the run; its checkpoints are there.
     """
 
     def __init__(self, coordinator: Coordinator, max_bad_steps: int, output_dir: Path):
@@ -51,15 +52,14 @@ class StepGuard:
         self._in_a_row = 0
         self._logs: deque[float] = deque(maxlen=_HISTORY)
 
-    def look_at(self, steps: Sequence[Step], *, searches_scale: bool = False) -> None:
-        """Warn of steps that were skipped, and of losses that jumped.
+    def check(self, steps: Sequence[Step], *, searches_scale: bool = False) -> None:
+        """Warn of steps that were skipped and of losses that jumped.
 
         Args:
-            searches_scale: fp16's loss scale is still high enough to be halved: an overflow of gradients is how it
-                finds the right one.
+            searches_scale: the fp16 loss scale can still be halved, so an overflow of the gradients is expected.
 
         Raises:
-            UserError: too many in a row were bad.
+            UserError: too many consecutive steps were bad.
         """
         for step in steps:
             if step.is_bad and searches_scale and math.isfinite(step.loss):
@@ -91,19 +91,19 @@ class StepGuard:
         checkpoints = self.coordinator.from_main(lambda: list_checkpoints(self.output_dir))
         good = f"{checkpoints[-1][1]} is the last good checkpoint" if checkpoints else "there is no checkpoint yet"
         raise UserError(
-            f"--max_bad_steps: {self._in_a_row} steps in a row had no finite loss and gradient; {good}. Give a lower "
-            "--learning_rate or the precision that the model was made in (--mixed_precision), and look at the clips "
+            f"--max_bad_steps: {self._in_a_row} steps in a row had no finite loss and gradient; {good}. Set a lower "
+            "--learning_rate or the precision that the model was trained in (--mixed_precision), and check the clips "
             "named above"
         )
 
     def _is_spike(self, loss: float) -> bool:
         if len(self._logs) < _HISTORY // 4 or loss <= 0:
             return False
-        # The losses of different timesteps lie apart by factors: it is their logarithms that scatter evenly.
+        # The losses of different timesteps differ by factors, so their logarithms are compared.
         return math.log(loss) > fmean(self._logs) + _SPIKE * max(pstdev(self._logs), 0.1)
 
     def _clips_of(self, step: Step) -> str:
         gathered = self.coordinator.gather(list(step.names))
-        names = list(dict.fromkeys(name for of_rank in gathered for name in of_rank))  # ranks may share clips
+        names = list(dict.fromkeys(chain.from_iterable(gathered)))  # ranks may share clips
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         return ", ".join(names[:_MOST_NAMES]) + more

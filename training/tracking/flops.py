@@ -1,4 +1,4 @@
-"""What a training step computes, counted from the transformer's config, and what cards can compute at most."""
+"""Count the floating-point operations of a training step from the transformer's config; list the cards' peak."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-# Dense bfloat16 products with float32 sums, TFLOP/s, by what the driver calls the card.
+# Dense bfloat16 products with float32 sums, TFLOP/s, by the driver's name of the card.
 _PEAK_TFLOPS = {
     r"A100\b": 312.0,
     r"A10$": 125.0,
@@ -29,10 +29,10 @@ _PEAK_TFLOPS = {
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """The most TFLOP/s of dense bfloat16 products that a card can do; None for an unknown one.
+    """Return a card's peak TFLOP/s of dense bfloat16 products; None for an unknown card.
 
     Args:
-        device_name: as `torch.cuda.get_device_name` gives it. "RTX 4090 Laptop GPU" is another card than "RTX 4090".
+        device_name: from `torch.cuda.get_device_name`. "RTX 4090 Laptop GPU" is another card than "RTX 4090".
 
     Source: NVIDIA's data sheets of these cards without the factor two of sparsity; for GeForce cards the architecture
     white papers, half precision with float32 sums (GeForce halves that rate).
@@ -42,7 +42,7 @@ def peak_tflops(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Floating-point operations of a training step's parts; a multiplication and an addition are two."""
+    """Floating-point operations of the parts of a training step; a multiplication and an addition are two."""
 
     forward: float
     attention_backward: float
@@ -51,7 +51,7 @@ class StepFlops:
 
     @property
     def total(self) -> float:
-        """All of the step."""
+        """The sum of all parts."""
         return self.forward + self.attention_backward + self.linear_backward + self.recompute
 
 
@@ -63,29 +63,28 @@ def count_flops(
     checkpoint_scope: str | None = None,
     checkpoint_every: int = 1,
 ) -> StepFlops:
-    """Count what the transformer's blocks compute for one sample, as far as it is products of matrices.
+    """Count the matrix products of the transformer's blocks for one sample.
 
     With N tokens of width d in L blocks, a linear layer from a to b channels takes 2 N a b. A block has four of d to d
     in its attention and two between d and 4 d in its feed-forward part: 8 N d^2 + 16 N d^2. Its scores and their
     weighted sums take 2 N^2 d each. So the forward pass takes L (24 N d^2 + 4 N^2 d).
 
-    The backward pass of attention is two such products for each in the forward pass, and the scores again, which are
-    not kept: 2.5 times its forward pass. The backward pass of a linear layer takes as much as its forward pass for the
-    gradient of its input and, where the layer is trained, as much again for that of its weights.
+    The backward pass of attention has two products for each of the forward pass and computes the scores again: 2.5
+    times the forward pass. The backward pass of a linear layer takes as much as its forward pass for the gradient of
+    its input and, if the layer is trained, the same for the gradient of its weights.
 
-    Not counted: adapters (less than 1% at rank 64), the modulation of the norms (it takes one vector a sample, so that
-    2 x parameters x tokens would say too much), the layers before and after the blocks (0.1%), all that is no product
-    of matrices, and the VAE where clips are not prepared.
+    Not counted: adapters (less than 1% at rank 64), the modulation of the norms (one vector a sample), the layers
+    before and after the blocks (0.1%), everything but matrix products, and the VAE if clips are not prepared.
 
     Args:
         config: the transformer's.
         num_tokens: N, of one sample.
-        trains_all: the weights of the linear layers are trained, not adapters beside them.
-        checkpoint_scope: what is computed again in the backward pass: "block", "feed-forward" or "segment" (every
-            block, in several pieces); None for nothing.
-        checkpoint_every: of so many blocks one is checkpointed; in a segment, how many blocks it has.
+        trains_all: the weights of the linear layers are trained, not adapters.
+        checkpoint_scope: what the backward pass computes again: "block", "feed-forward" or "segment" (every block);
+            None for nothing.
+        checkpoint_every: one of so many blocks is checkpointed; for "segment", the number of its blocks.
 
-    Source: https://arxiv.org/abs/2205.14135 and 2307.08691 for attention that keeps no scores.
+    Source: https://arxiv.org/abs/2205.14135 and 2307.08691 for attention that stores no scores.
     """
     width = config["num_attention_heads"] * config["attention_head_dim"]
     layers = config["num_layers"]

@@ -1,10 +1,11 @@
-"""Where a run stands: what each step's values were."""
+"""Progress bar and log of the optimizer steps."""
 
 import logging
 import math
 import operator
 from collections.abc import Sequence
 from functools import reduce
+from statistics import fmean
 
 import torch
 from accelerate import Accelerator
@@ -16,14 +17,14 @@ from tracking.throughput import Speed, Throughput
 
 logger = logging.getLogger(__name__)
 
-ESTIMATE_AFTER = 10  # steps: of fewer, the first ones say too much, which compile and allocate
+ESTIMATE_AFTER = 10  # steps; the first ones compile and allocate
 
 
 class StepLog:
-    """Progress bar and trackers, fed without making the device wait.
+    """Progress bar and trackers, updated without making the device wait.
 
-    Loss and gradient norm stay on the device until `interval` steps have gathered; then they are fetched in one go,
-    and each step's values are logged, with the last one's how fast these steps were.
+    Loss and gradient norm stay on the device for `interval` steps and are then fetched together. Each step's values
+    are logged; the last one's include the speed of the interval.
     """
 
     def __init__(
@@ -42,9 +43,7 @@ class StepLog:
         self.step = self.first_step = first_step
         self.total_steps = total_steps
         self.is_estimated = False
-        self.pending: list[torch.Tensor] = []
-        self.learning_rates: list[float] = []
-        self.names: list[Sequence[str]] = []
+        self.pending: list[tuple[torch.Tensor, float, Sequence[str]]] = []  # [loss, norm], learning rate, clips
         self.losses: list[float] = []
         self.has_norm = True
         self.speeds: list[Speed] = []  # of each interval
@@ -67,55 +66,61 @@ class StepLog:
         """Note one optimizer step.
 
         Args:
-            grad_norm: None where nobody knows it: nothing is logged then.
-            names: of the clips it trained on, for when it went wrong.
+            grad_norm: None if unknown; it is not logged then.
+            names: of the clips it trained on, for warnings.
         """
         self.has_norm = grad_norm is not None
         if not isinstance(grad_norm, torch.Tensor):
             # `torch.tensor` would wait for the device.
             grad_norm = loss.new_full((), math.nan if grad_norm is None else grad_norm)
-        self.pending.append(torch.stack([loss, grad_norm.to(loss)]))
-        self.learning_rates.append(float(learning_rate))  # torchao's is a tensor, which the next step changes
-        self.names.append(names)
+        values = torch.stack([loss, grad_norm.to(loss)])
+        self.pending.append((values, float(learning_rate), names))  # torchao's rate is a tensor that it changes
         self.step += 1
         self.bar.update()
         if len(self.pending) >= self.interval:
             self.flush()
 
     def flush(self) -> None:
-        """Fetch and log what is pending; called on every rank alike.
+        """Fetch and log the pending steps; called on every rank.
 
         Raises:
-            UserError: too many steps in a row went wrong.
+            UserError: too many steps in a row were bad.
         """
         if not self.pending:
             return
-        values = self.accelerator.reduce(torch.stack(self.pending), reduction="mean").tolist()
-        speed = self.throughput.read(len(values))  # the device is done with them
+        values, rates, names = zip(*self.pending, strict=True)
+        values = self.accelerator.reduce(torch.stack(values), reduction="mean").tolist()
+        speed = self.throughput.read(len(values))  # the device has finished them
         self.speeds.append(speed)
-        numbers = range(self.step - len(values) + 1, self.step + 1)
         steps = [
-            Step(number, loss, grad_norm if self.has_norm else None, names)
-            for number, (loss, grad_norm), names in zip(numbers, values, self.names, strict=True)
+            Step(number, loss, grad_norm if self.has_norm else None, clips)
+            for number, (loss, grad_norm), clips in zip(self._pending_numbers(), values, names, strict=True)
         ]
-        for step, rate in zip(steps, self.learning_rates, strict=True):
-            logged = {"loss": step.loss, "lr": rate} | ({"grad_norm": step.grad_norm} if self.has_norm else {})
-            if step.number == self.step:
-                logged |= {f"throughput/{name}": value for name, value in speed.values().items()}
-            self.accelerator.log(logged, step=step.number)
-            if math.isfinite(step.loss):
-                self.losses.append(step.loss)
-        described = [f"loss={step.loss:.4f}", f"lr={rate:.2e}"]
-        described += [f"grad_norm={step.grad_norm:.3f}"] if self.has_norm else []
-        self.bar.set_postfix_str(", ".join([*described, speed.short()]))
+        self.pending.clear()
+        for step, rate in zip(steps, rates, strict=True):
+            self._log(step, rate, speed)
+        self._show(steps[-1], rates[-1], speed)
         self._estimate()
-        for pending in (self.pending, self.learning_rates, self.names):
-            pending.clear()
         scaler = self.accelerator.scaler
-        self.guard.look_at(steps, searches_scale=scaler is not None and scaler.get_scale() >= 1)
+        self.guard.check(steps, searches_scale=scaler is not None and scaler.get_scale() >= 1)
+
+    def _pending_numbers(self) -> range:
+        return range(self.step - len(self.pending) + 1, self.step + 1)
+
+    def _log(self, step: Step, rate: float, speed: Speed) -> None:
+        logged = {"loss": step.loss, "lr": rate} | ({"grad_norm": step.grad_norm} if self.has_norm else {})
+        if step.number == self.step:
+            logged |= {f"throughput/{name}": value for name, value in speed.values().items()}
+        self.accelerator.log(logged, step=step.number)
+        if math.isfinite(step.loss):
+            self.losses.append(step.loss)
+
+    def _show(self, step: Step, rate: float, speed: Speed) -> None:
+        norm = [f"grad_norm={step.grad_norm:.3f}"] if self.has_norm else []
+        self.bar.set_postfix_str(", ".join([f"loss={step.loss:.4f}", f"lr={rate:.2e}", *norm, speed.short()]))
 
     def _estimate(self) -> None:
-        """Say once how long the rest takes, when it can be told."""
+        """Log once how long the remaining steps take."""
         left = self.total_steps - self.step
         if self.is_estimated or not left or self.step - self.first_step < ESTIMATE_AFTER:
             return
@@ -130,34 +135,33 @@ class StepLog:
         )
 
     def _settled_speed(self) -> Speed:
-        """How fast the run was but for its first interval."""
+        """Return the speed of the run without its first interval, if there are more."""
         return reduce(operator.add, self.speeds[1:] or self.speeds)
 
     def __enter__(self) -> "StepLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()  # what is said next has a line of its own
+        self.bar.close()  # the next message starts on a new line
 
     def finish(self) -> None:
-        """Log what is pending, how fast the run was but for its first interval, and how the loss went: its mean over
-        the first and last steps, 50 if there are."""
+        """Log the pending steps, the speed without the first interval, and the mean loss of the first and last steps
+        (at most 50 each)."""
         self.flush()
         self.bar.close()
         if self.speeds:
-            speed = self._settled_speed()
             which = "without" if len(self.speeds) > 1 else "with"
-            logger.info("speed, %s the first steps: %s", which, speed)
+            logger.info("speed, %s the first steps: %s", which, self._settled_speed())
         if self.guard.num_bad:
             logger.warning("warning: %d steps were skipped: loss or gradient was not finite", self.guard.num_bad)
         count = min(50, len(self.losses) // 2)
-        if count >= 10:  # the loss of a single step says more of its timestep than of the model
-            first, last = sum(self.losses[:count]) / count, sum(self.losses[-count:]) / count
+        if count >= 10:  # the loss of a single step depends more on its timestep than on the model
+            first, last = fmean(self.losses[:count]), fmean(self.losses[-count:])
             logger.info("mean loss: %.4f over the first %d steps, %.4f over the last %d", first, count, last, count)
 
 
 def in_words(seconds: float) -> str:
-    """A duration as a person would say it: "40 s", "12 min", "2 h 10 min", "3 d 4 h"."""
+    """Format a duration: "40 s", "12 min", "2 h 10 min", "3 d 4 h"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""How fast a run is: samples and tokens a second, where a step's time goes, what of the GPU's arithmetic is used."""
+"""Measure throughput: samples and tokens a second, seconds of each phase of a step, share of the GPU's peak."""
 
 import time
 from collections import Counter
@@ -17,10 +17,10 @@ PHASES = ("data", "forward", "backward", "optimizer")
 
 
 class PhaseTimer:
-    """How long the phases of some steps take together, without making the device wait.
+    """A timer of the phases of a step that does not make the device wait.
 
-    On a GPU the time of a phase is what passes there between its first and its last operation; a phase that waits for
-    the CPU shows as long, one that the CPU prepared while the GPU was busy as short.
+    On a GPU a phase lasts from its first to its last operation there: a phase that waits for the CPU is long, one that
+    the CPU queued while the GPU was busy is short.
     """
 
     def __init__(self, device: torch.device):
@@ -30,7 +30,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time what is done meanwhile."""
+        """Time the body of a `with` statement."""
         if self.device.type != "cuda":
             start = time.perf_counter()
             yield
@@ -43,18 +43,17 @@ class PhaseTimer:
         self.pending.append((name, start, end))
 
     def read(self) -> dict[str, float]:
-        """Return the seconds of each phase since the last call; on a GPU what was timed must be over."""
+        """Return the seconds of each phase since the last call; on a GPU the timed operations must have ended."""
         for name, start, end in self.pending:
             self.seconds[name] += start.elapsed_time(end) / 1000
-        seconds = dict(self.seconds)
         self.pending.clear()
-        self.seconds.clear()
-        return seconds
+        seconds, self.seconds = self.seconds, Counter()
+        return dict(seconds)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What was done in how long."""
+    """Work of some steps and the time it took."""
 
     steps: int
     seconds: float
@@ -76,7 +75,7 @@ class Speed:
         )
 
     def values(self) -> dict[str, float]:
-        """What trackers log, by name."""
+        """Return the values for trackers, by name."""
         values = {
             "samples_per_second": self.samples / self.seconds,
             "tokens_per_second": self.tokens / self.seconds,
@@ -89,7 +88,7 @@ class Speed:
         return values
 
     def short(self) -> str:
-        """A few words, for a progress bar."""
+        """Format for a progress bar."""
         values = self.values()
         peak = f" ({values['peak_percent']:.0f}%)" if "peak_percent" in values else ""
         return f"{values['samples_per_second']:.3g} samples/s, {values['tflops_per_second']:.3g} TFLOP/s{peak}"
@@ -105,15 +104,14 @@ class Speed:
 
 
 class Throughput:
-    """Counts and times what a run does between two looks at it.
+    """Counts the work of a run and times it between two calls of `read`.
 
     Args:
         config: the transformer's.
-        device: that computes.
-        num_ranks: that have as many samples of their own.
-        trains_all, checkpoint_scope, checkpoint_every: as `count_flops` takes them.
-        dtype: what the networks compute in; a percentage of the peak is known in half precision alone.
-        devices_per_sample: how many divide the tokens of a sample.
+        num_ranks: that have different samples.
+        dtype: of the networks' computations; the peak is known for half precision only.
+        devices_per_sample: that share the tokens of a sample.
+        flops_settings: for `count_flops`.
     """
 
     def __init__(
@@ -123,19 +121,13 @@ class Throughput:
         num_ranks: int,
         dtype: torch.dtype,
         *,
-        trains_all: bool,
-        checkpoint_scope: str | None = None,
-        checkpoint_every: int = 1,
         devices_per_sample: int = 1,
+        **flops_settings: Any,
     ):
         self.config = config
         self.num_ranks = num_ranks
         self.devices_per_sample = devices_per_sample
-        self.settings = {
-            "trains_all": trains_all,
-            "checkpoint_scope": checkpoint_scope,
-            "checkpoint_every": checkpoint_every,
-        }
+        self.flops_settings = flops_settings
         known = device.type == "cuda" and dtype != torch.float32
         self.peak = peak_tflops(torch.cuda.get_device_name(device)) if known else None
         self.timer = PhaseTimer(device)
@@ -145,7 +137,7 @@ class Throughput:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time one of `PHASES`. The clock starts with the first one after a `read`: what lies between is no step."""
+        """Time one of `PHASES`; the clock starts with the first phase after a `read`."""
         if self.start is None:
             self.start = time.perf_counter()
         with self.timer.phase(name):
@@ -156,10 +148,11 @@ class Throughput:
         tokens = count_tokens(self.config, bucket)
         self.samples += samples
         self.tokens += samples * tokens
-        self.flops += samples * count_flops(self.config, tokens, **self.settings).total / self.devices_per_sample
+        flops = count_flops(self.config, tokens, **self.flops_settings).total
+        self.flops += samples * flops / self.devices_per_sample
 
     def read(self, steps: int) -> Speed:
-        """Say how fast the `steps` since the last call were, 1 at least; the device must have finished them."""
+        """Return the speed of the `steps` (at least 1) since the last call; the device must have finished them."""
         speed = Speed(
             steps=steps,
             seconds=time.perf_counter() - self.start,

@@ -1,4 +1,4 @@
-"""Record what some steps do on CPU and GPU, for people to look at."""
+"""Record a profile of some steps on CPU and GPU."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -11,20 +11,20 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 logger = logging.getLogger(__name__)
 
-SKIPPED, WARM_UP, RECORDED = 3, 1, 3  # steps: compilation and first allocations, the profiler's own, what is kept
+SKIPPED, WARM_UP, RECORDED = 3, 1, 3  # steps: compilation and first allocations; the profiler's own; the trace
 PROFILE_FOLDER = "profile"
 
 
 @contextmanager
 def profiled(folder: Path | None, first_step: int = 0) -> Iterator[Callable[[], None]]:
-    """Record some steps, and say where the trace is and how to open it.
+    """Record some steps; log where the trace is and how to open it.
 
     Args:
-        folder: where the trace goes, on the one rank that records; None records nothing.
-        first_step: how many steps were done before, for the name of the file.
+        folder: of the trace, on the one rank that records; None records nothing.
+        first_step: the number of steps done before, for the file name.
 
     Yields:
-        What to call at the end of each step.
+        A function to call at the end of each step.
     """
     if folder is None:
         yield lambda: None
@@ -45,4 +45,4 @@ def profiled(folder: Path | None, first_step: int = 0) -> Iterator[Callable[[], 
         yield profiler.step
     if not written:
         needed = SKIPPED + WARM_UP + RECORDED
-        logger.warning("warning: --profile: nothing was recorded; that takes %d steps at least", needed)
+        logger.warning("warning: --profile: nothing was recorded; it takes at least %d steps", needed)

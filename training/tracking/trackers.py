@@ -1,9 +1,8 @@
 """Experiment trackers that never end a run: what goes wrong in one is a warning, and training goes on without it."""
 
-import argparse
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -77,7 +76,9 @@ class SteadyTracker(GeneralTracker):
                 logger.warning("warning: %s %s (%s); training goes on", self.name, times, _described(error))
 
 
-def start_trackers(accelerator: Accelerator, args: argparse.Namespace, *, resumed_at: int | None) -> None:
+def start_trackers(
+    accelerator: Accelerator, project: str, logging_dir: Path, flags: Mapping[str, Any], *, resumed_at: int | None
+) -> None:
     """Open the trackers that the accelerator was made with, with the run's settings; the hub token stays out of them.
 
     A tracker that cannot be opened is left out with a warning; W&B without its server keeps its files, to be sent
@@ -85,15 +86,16 @@ def start_trackers(accelerator: Accelerator, args: argparse.Namespace, *, resume
 
     Args:
         accelerator: gets the trackers, on the main process.
-        args: the run's flags.
+        project: the runs' name in the tracker.
+        logging_dir: folder of the trackers' files.
+        flags: the run's, by name.
         resumed_at: the step that the run goes on after; its trackers go on as well. None for a new run.
     """
     if not accelerator.is_main_process:
         return
-    logging_dir = Path(args.output_dir, args.logging_dir)
-    settings = plain_settings(args)
+    settings = plain_settings(flags)
     for kind in map(str, accelerator.log_with):
-        tracker = _open(kind, args.tracker_name, logging_dir, resumed_at)
+        tracker = _open(kind, project, logging_dir, resumed_at)
         if tracker is not None:
             steady = SteadyTracker(tracker)
             accelerator.trackers.append(steady)
@@ -111,11 +113,13 @@ def keep_losses(accelerator: Accelerator, folder: Path, *, resumed_at: int | Non
         logger.warning("warning: there will be no loss curve (%s)", _described(error))
 
 
-def plain_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags as trackers take them, numbers and texts, without tokens."""
+def plain_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags as trackers take them, numbers and texts, without tokens."""
     return {
-        name: value if isinstance(value, int | float) else without_tokens(str(value))
-        for name, value in vars(args).items()
+        name: value
+        if isinstance(value, int | float)
+        else without_tokens(str(list(value) if isinstance(value, tuple) else value))
+        for name, value in flags.items()
         if name != "hub_token" and not isinstance(value, HubToken)
     }
 

@@ -1,1 +1,1 @@
-"""Sampled videos and the loss on held-out clips."""
+"""Validation during training: sampled videos, and the loss on held-out clips."""

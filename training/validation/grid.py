@@ -1,4 +1,4 @@
-"""What a run's validations show side by side: a row for each video, a column for each step."""
+"""Draw a run's validations side by side: a row for each video, a column for each step."""
 
 import logging
 import re
@@ -17,20 +17,20 @@ logger = logging.getLogger(__name__)
 GRID_FILE = "progress.png"
 
 _MOST_COLUMNS = 8
-_MISSING = np.full((2, 3, 3), 240, dtype=np.uint8)  # as the sheet's empty cells
+_MISSING = np.full((2, 3, 3), 240, dtype=np.uint8)  # the colour of the sheet's empty cells
 
 
 def draw_grid(folder: Path, videos: Sequence[ValidationVideo], frame: int, last_step: int) -> Path | None:
-    """Draw one frame of each video as it was at up to eight validations, the first and the last one among them.
+    """Draw one frame of each video at up to eight validations, including the first and the last one.
 
-    The videos are read from `folder/step-<N>`, so that the grid goes on when a run is resumed. A frame that cannot be
-    read is left empty.
+    The videos are read from `folder/step-<N>`, so that the grid includes steps before a resume. The cell of a frame
+    that cannot be read is empty.
 
     Args:
-        folder: of all the run's validations.
-        videos: of the last one.
-        frame: number of the frame shown, from 0.
-        last_step: later ones are of a run that has gone back since.
+        folder: folder of all the run's validations.
+        videos: videos of the last validation.
+        frame: number of the frame to show, from 0.
+        last_step: later steps are ignored, as the run was resumed from an earlier checkpoint.
 
     Returns:
         The picture's file; None, with a warning, if it cannot be drawn.
@@ -47,14 +47,14 @@ def draw_grid(folder: Path, videos: Sequence[ValidationVideo], frame: int, last_
     ]
     try:
         draw_contact_sheet(rows, folder / GRID_FILE, [f"step {step}" if step else "before training" for step in shown])
-    except Exception as error:  # a picture that is missing must not end a run
-        logger.warning("warning: the steps are not drawn side by side: %s", error)
+    except Exception as error:  # a missing picture must not end a run
+        logger.warning("warning: cannot draw the validations side by side: %s", error)
         return None
     return folder / GRID_FILE
 
 
 def choose_columns(steps: Sequence[int], most: int = _MOST_COLUMNS) -> list[int]:
-    """At most `most` steps, spread over all, the first and the last one among them."""
+    """Choose at most `most` steps, evenly spread, including the first and the last one."""
     if len(steps) <= most:
         return list(steps)
     return [steps[round(place * (len(steps) - 1) / (most - 1))] for place in range(most)]

@@ -1,7 +1,7 @@
-"""The loss of clips held out from training, at fixed noise levels under fixed noise: the curve that shows overfitting.
+"""The loss of held-out clips at fixed noise levels under fixed noise: the curve that shows overfitting.
 
-Training losses cannot show it, as they fall on clips learnt by heart too; nor can sampled videos, which look better
-than ever then. Here nothing but the weights differs from one validation to the next.
+The training loss also falls on clips that are memorized, and videos sampled from them look good. Here only the weights
+differ from one validation to the next.
 """
 
 import logging
@@ -31,7 +31,7 @@ from parallel.lockstep import Lockstep, OutOfStep
 logger = logging.getLogger(__name__)
 
 QUANTILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the timesteps
-NOISE_SEED = 0  # the same in every run, so that runs compare
+NOISE_SEED = 0  # the same in every run, so that runs can be compared
 
 
 def encode_validation_set(
@@ -46,15 +46,15 @@ def encode_validation_set(
 ) -> list[Batch]:
     """Encode a rank's share of the clips, each to a batch of one on the CPU.
 
-    All ranks get as many, because the networks of some ways to run need all of them for every call: the last ones may
-    share a clip that another rank has, which `mean_losses` counts once.
+    All ranks get the same number of clips, because a sharded network needs all ranks for every call. The last ranks
+    may get a clip of another rank again, which `mean_losses` counts once.
 
     Args:
-        clips: the whole set, one sample each.
+        clips: the full set, one sample each.
         vae: on the device to use.
-        prompts: where the captions' embeddings are.
-        reshape_mode: how a clip gets its bucket's size, as `reshape_frames` takes it; not random.
-        with_images: also encode what image-to-video starts from, under a noise that is always the same.
+        prompts: the captions' embeddings.
+        reshape_mode: how a clip gets its bucket's size, as in `reshape_frames`; not random.
+        with_images: also encode the first frames for image-to-video, under fixed noise.
 
     Raises:
         UserError: clips do not decode; all of this rank's are listed.
@@ -63,22 +63,18 @@ def encode_validation_set(
         clips, reshape_mode=reshape_mode, random_flip=None, seed=0, prompts=prompts, with_images=with_images
     )
     batches, failed = [], []
-    share = _share(len(clips), rank, world_size)
+    rounds = math.ceil(len(clips) / world_size)
+    share = [number % len(clips) for number in range(rank, rounds * world_size, world_size)]
     for index in tqdm(share, desc="Encoding validation clips", unit=" clips", disable=rank != 0):
         sample = dataset[Draw(index, 0)]
         failed += [reason for _, reason in sample.failed]
         if not failed:
-            # Noise follows a clip's content, so that it stays when clips are added, moved or put in another order.
+            # The noise depends on a clip's content, so it stays when clips are added, moved or reordered.
             batches.append(_encode(replace(sample, names=[clips[index].info.sha256]), vae))
     if failed:
-        title = f"--validation_dataset_file: {len(failed)} clips cannot be decoded; mend or remove them:"
+        title = f"--validation_dataset_file: {len(failed)} clips cannot be decoded; fix or remove them:"
         raise UserError(listing(title, failed, most=len(failed)))
     return batches
-
-
-def _share(num_clips: int, rank: int, world_size: int) -> list[int]:
-    rounds = math.ceil(num_clips / world_size)
-    return [number % num_clips for number in range(rank, rounds * world_size, world_size)]
 
 
 def _encode(sample: Batch, vae: AutoencoderKLCogVideoX) -> Batch:
@@ -97,17 +93,17 @@ def validation_losses(
     coordinator: Coordinator,
     num_train_timesteps: int,
 ) -> tuple[dict[str, float], list[str]]:
-    """The losses of the whole set, by the names they are logged under; called on every rank, which all get them.
+    """Compute the losses of the full set by the names they are logged under; called on every rank.
 
     A failure never ends the run.
 
     Args:
-        objective: with the model to judge, which is left in the mode it was in; nor do the global random numbers move.
-        batches: this rank's, as from `encode_validation_set`.
-        num_train_timesteps: the noise schedule's.
+        objective: has the model, whose mode is restored, as are the global random states.
+        batches: this rank's batches, as from `encode_validation_set`.
+        num_train_timesteps: number of timesteps of the noise schedule.
 
     Returns:
-        The losses, none if any rank failed, and why each such rank did.
+        The losses, empty if any rank failed, and the reason of each failed rank; the same on all ranks.
     """
     losses, failures = {}, []
     try:
@@ -119,9 +115,9 @@ def validation_losses(
     except OutOfStep:
         raise
     except Exception as error:
-        # As text: the error itself holds on to all that was on the device.
+        # As text, because the error keeps the tensors on the device alive.
         failures = [f"rank {accelerator.process_index}: {type(error).__name__}: {error}"]
-    # The losses of each clip, not their sum on each rank: however many ranks there are, the means have the same bits.
+    # The losses of each clip, not each rank's sum, so the means have the same bits for any number of ranks.
     of_ranks, failures_of_ranks = zip(*coordinator.gather((losses, failures)), strict=True)
     failures = list(chain(*failures_of_ranks))
     if failures:
@@ -133,7 +129,7 @@ def validation_losses(
 def clip_losses(
     objective: Objective, batches: Iterable[Batch], device: torch.device, num_train_timesteps: int
 ) -> dict[int, list[float]]:
-    """The losses of a rank's clips at each quantile of the timesteps, by the clips' place in the whole set."""
+    """Compute the losses of a rank's clips at each quantile of the timesteps, by the clips' index in the full set."""
     timesteps = _timesteps(num_train_timesteps)
     losses: dict[int, torch.Tensor] = {}
     was_training = objective.model.training
@@ -157,11 +153,11 @@ def clip_losses(
 
 
 def mean_losses(losses: Mapping[int, Sequence[float]], num_train_timesteps: int) -> dict[str, float]:
-    """Means over clips, by name: `validation_loss` over all quantiles, `validation_loss/t=100` and so on for each.
+    """Return the means over clips: `validation_loss` over all quantiles, `validation_loss/t=100` and so on for each.
 
     Args:
-        losses: of each clip at each quantile, as from `clip_losses`, of all ranks together.
-        num_train_timesteps: the noise schedule's.
+        losses: losses of each clip at each quantile, as from `clip_losses`, of all ranks.
+        num_train_timesteps: number of timesteps of the noise schedule.
     """
     means = [math.fsum(of_quantile) / len(losses) for of_quantile in zip(*losses.values(), strict=True)]
     by_timestep = zip(_timesteps(num_train_timesteps), means, strict=True)
@@ -174,9 +170,9 @@ def mean_losses(losses: Mapping[int, Sequence[float]], num_train_timesteps: int)
 def log_validation_losses(
     accelerator: Accelerator, losses: Mapping[str, float], failures: Sequence[str], step: int
 ) -> None:
-    """Write the losses after `step` optimizer steps to every tracker, and their mean or what went wrong to the log."""
+    """Log the losses after `step` optimizer steps to every tracker, and their mean or the failures to the log."""
     for failure in failures:
-        logger.warning("warning: the validation loss at step %d failed, training goes on; %s", step, failure)
+        logger.warning("warning: the validation loss at step %d failed, training continues; %s", step, failure)
     if losses:
         logger.info("validation loss at step %d: %.4f", step, losses["validation_loss"])
         accelerator.log(dict(losses), step=step)

@@ -1,4 +1,4 @@
-"""Show validation videos in the experiment trackers, each in the form that the tracker has for them."""
+"""Log validation videos to the experiment trackers, each in the tracker's own form."""
 
 import logging
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 class ValidationVideo:
     """One sampled video."""
 
-    number: int  # among all of a validation, prompt by prompt
+    number: int  # among all videos of a validation, prompt by prompt
     name: str
     prompt: str
     file: Path  # mp4
@@ -26,11 +26,11 @@ class ValidationVideo:
 def log_videos(
     trackers: Sequence[GeneralTracker], videos: Sequence[ValidationVideo], sheet: Path | None, step: int
 ) -> None:
-    """Log videos with their names and prompts; a tracker that fails is a warning. Called on the main process.
+    """Log videos with their names and prompts on the main process; warn if a tracker fails.
 
     Args:
-        trackers: those of accelerate; what has no pictures is passed over.
-        videos: whose files are there to be read.
+        trackers: accelerate's trackers; those that take no pictures are skipped.
+        videos: videos that have been written.
         sheet: a PNG of all of them, or None.
         step: optimizer steps done.
     """
@@ -46,7 +46,7 @@ def log_videos(
                 _log_to_comet(tracker, videos, sheet, step)
         except Exception as error:
             logger.warning(
-                "warning: %s did not take the validation videos of step %d (%s); training goes on",
+                "warning: %s failed to log the validation videos of step %d (%s); training continues",
                 tracker.name,
                 step,
                 f"{type(error).__name__}: {error}",
@@ -74,7 +74,7 @@ def _log_to_trackio(tracker: GeneralTracker, videos: Sequence[ValidationVideo], 
 
 
 def _log_to_tensorboard(tracker: GeneralTracker, videos: Sequence[ValidationVideo], step: int) -> None:
-    """Each video's frames side by side: to show it moving, TensorBoard's writer wants moviepy."""
+    """Log each video's frames side by side, as TensorBoard's writer needs moviepy for videos."""
     for video in videos:
         strip = np.concatenate(video.shown, axis=1)
         tracker.log_images({f"validation/{video.name}": strip[None]}, step=step, dataformats="NHWC")

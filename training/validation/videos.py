@@ -1,4 +1,4 @@
-"""Sample videos with the model in training, write them, and log them to the trackers."""
+"""Sample videos with the model in training, write them, and log them."""
 
 import logging
 import math
@@ -33,16 +33,16 @@ from video.io import read_frames, write_video
 
 logger = logging.getLogger(__name__)
 
-_SHOWN_SIZE = 360, 240  # pixels, the most that they are wide and high
+_SHOWN_SIZE = 360, 240  # largest width and height, in pixels
 
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """What is sampled at each validation. The seed is fixed, so that successive validations compare."""
+    """Settings of the videos to sample at each validation. The fixed seed makes validations comparable."""
 
     prompts: list[str]
-    images: list[Image.Image] | None  # to begin with, one for each prompt; None for text-to-video
-    dtype: torch.dtype  # that the pipeline computes in
+    images: list[Image.Image] | None  # first frames, one for each prompt; None for text-to-video
+    dtype: torch.dtype  # of the pipeline's computation
     num_videos: int  # per prompt
     height: int
     width: int
@@ -65,33 +65,33 @@ def validate(
     step: int,
     is_told_to_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """Sample the validation videos, spread over the ranks, into `folder/step-<step>/`; called on every rank.
+    """Sample the validation videos on all ranks into `folder/step-<step>/`; called on every rank.
 
-    There they lie with a contact sheet of all of them, beside those of `folder/step-0` where there are any; a picture
-    in `folder` has all steps side by side. A failure is logged as a warning: it never ends the run. Transformer, VAE
-    and the global random states are left as they were found.
+    A contact sheet there shows them, with those of `folder/step-0` if it exists; a picture in `folder` shows all steps
+    side by side. A failure is logged as a warning and never ends the run. Transformer, VAE and the global random
+    states are restored.
 
     Args:
-        make_pipeline: wires the transformer in training to a VAE and a scheduler; called anew at each validation.
+        make_pipeline: combines the transformer in training with a VAE and a scheduler; called at each validation.
         settings: what to sample.
-        prompts: holds the embeddings of the prompts and, where there is guidance, of the empty one.
-        folder: of all the run's validations; the same one on all machines.
-        step: optimizer steps done; 0 for the model as it was before.
-        is_told_to_stop: when it says so, no other video is begun.
+        prompts: embeddings of the prompts and, for guidance, of the empty prompt.
+        folder: folder of all the run's validations; the same on all machines.
+        step: optimizer steps done; 0 before training.
+        is_told_to_stop: once it returns True, no further video is sampled.
 
     Returns:
-        Why sampling failed, for each rank where it did, in its first line; the same on all ranks.
+        The reason for each rank that failed, starting with its first line; the same on all ranks.
     """
-    with _random_states_kept(accelerator.device):
+    with _kept_random_states(accelerator.device):
         share = _sample_share(
             accelerator, coordinator, make_pipeline, settings, prompts, folder / f"step-{step}", is_told_to_stop
         )
         free_memory()
-        # Whatever happened, every rank comes here, and may have to wait for long.
+        # Every rank gets here, whatever happened, and may have to wait long for the others.
         videos_of_ranks, failures_of_ranks = zip(*coordinator.gather(share), strict=True)
         failures = list(chain(*failures_of_ranks))
         for failure in failures:
-            logger.warning("warning: validation at step %d failed, training goes on; %s", step, failure)
+            logger.warning("warning: validation at step %d failed, training continues; %s", step, failure)
         if accelerator.is_main_process:
             videos = sorted(chain(*videos_of_ranks), key=lambda video: video.number)
             if videos:
@@ -112,10 +112,10 @@ def _sample_share(
     folder: Path,
     is_told_to_stop: Callable[[], bool],
 ) -> tuple[list[ValidationVideo], list[str]]:
-    """This rank's videos, and why there are no more of them if anything failed."""
+    """Sample this rank's videos. Returns them, and the reason if anything failed."""
     videos: list[ValidationVideo] = []
     total, num_ranks = len(settings.prompts) * settings.num_videos, accelerator.num_processes
-    # In shards the network needs all ranks: those that have no more to do sample for the others' sake.
+    # A sharded network needs all ranks: those that are done sample on to serve the others.
     last = math.ceil(total / num_ranks) * num_ranks if is_fsdp(accelerator) else total
     try:
         with Lockstep(accelerator, coordinator) as lockstep:
@@ -125,7 +125,7 @@ def _sample_share(
                 lockstep.calling(pipeline.transformer),
             ):
                 for number in range(accelerator.process_index, last, num_ranks):
-                    # In shards no rank may stop before the others.
+                    # With a sharded network no rank may stop before the others.
                     if is_told_to_stop() and not is_fsdp(accelerator):
                         break
                     pipeline.set_progress_bar_config(
@@ -143,7 +143,7 @@ def _sample_share(
     except UserError as error:
         return videos, [f"rank {accelerator.process_index}: {error}"]
     except Exception as error:
-        # As text: the error itself holds on to all that was on the device.
+        # As text, because the error keeps the tensors on the device alive.
         trace = "".join(traceback.format_exception(error)).rstrip()
         return videos, [f"rank {accelerator.process_index}: {type(error).__name__}: {error}\n{trace}"]
     return videos, []
@@ -151,24 +151,24 @@ def _sample_share(
 
 @contextmanager
 def _sampling(accelerator: Accelerator, pipeline: Pipeline, cpu_offload: bool) -> Iterator[None]:
-    """Set up a pipeline for sampling, and undo it all afterwards."""
-    with _left_as_found(pipeline.transformer), _left_as_found(pipeline.vae), _in_parts(pipeline.vae):
+    """Set up a pipeline for sampling, and undo everything afterwards."""
+    with _restored(pipeline.transformer), _restored(pipeline.vae), _sliced_and_tiled(pipeline.vae):
         try:
             pipeline.transformer.eval()
             if cpu_offload and accelerator.device.type != "cpu":
                 pipeline.enable_model_cpu_offload(device=accelerator.device)
             else:
                 pipeline.vae.to(accelerator.device)
-            # Autocast, which the float32 adapters need on a base in half precision, is in the transformer's forward
-            # pass: accelerate put it there for training.
+            # The transformer's forward pass includes accelerate's autocast, which float32 adapters on a base in half
+            # precision need.
             yield
         finally:
             pipeline.remove_all_hooks()
 
 
 @contextmanager
-def _in_parts(vae: AutoencoderKLCogVideoX) -> Iterator[None]:
-    """Have the VAE work on one video and one tile at a time meanwhile: whole, a frame of 480x720 takes 18 GB."""
+def _sliced_and_tiled(vae: AutoencoderKLCogVideoX) -> Iterator[None]:
+    """Have the VAE decode one video and one tile at a time: without tiles, a frame of 480x720 takes 18 GB."""
     flags = vae.use_slicing, vae.use_tiling
     vae.use_slicing = vae.use_tiling = True
     try:
@@ -178,8 +178,8 @@ def _in_parts(vae: AutoencoderKLCogVideoX) -> Iterator[None]:
 
 
 @contextmanager
-def _left_as_found(module: torch.nn.Module) -> Iterator[None]:
-    """Give a module its device, dtypes, modes and trainable parameters back in the end; it lies on one device."""
+def _restored(module: torch.nn.Module) -> Iterator[None]:
+    """Restore the device, dtypes, modes and trainable parameters of a module, which must be on one device."""
     device = next(module.parameters()).device
     dtypes = {name: tensor.dtype for name, tensor in _named_tensors(module)}
     trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
@@ -202,8 +202,8 @@ def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
 
 @contextmanager
-def _random_states_kept(device: torch.device) -> Iterator[None]:
-    """Give the global generators of Python, NumPy and torch, that of `device` too, their states back in the end."""
+def _kept_random_states(device: torch.device) -> Iterator[None]:
+    """Restore the global random states of Python, NumPy and torch, including that of `device`."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [] if device.type == "cpu" else [device]
     try:
@@ -217,7 +217,7 @@ def _random_states_kept(device: torch.device) -> Iterator[None]:
 def _make_video(
     pipeline: Pipeline, settings: ValidationSettings, prompts: PromptCache, number: int, folder: Path
 ) -> ValidationVideo:
-    """Sample the video of that number, counted over all prompts, and write it as mp4."""
+    """Sample the video of this number, counted over all prompts, and write it as mp4."""
     prompt, video = divmod(number, settings.num_videos)
     text = settings.prompts[prompt]
     name = "-".join(filter(None, (f"{prompt:02d}", f"{video:02d}", slug(text))))
@@ -249,7 +249,7 @@ def _sample(
 def _draw_sheet(
     videos: Sequence[ValidationVideo], settings: ValidationSettings, folder: Path, step: int
 ) -> Path | None:
-    """Draw a row for each video, below that of the model before training; None, with a warning, if it fails."""
+    """Draw a row for each video, below its row from before training; None, with a warning, if it fails."""
     indices = shown_indices(settings.num_frames)
     columns = [f"frame {index + 1}" for index in indices]
     if settings.images is not None:
@@ -268,6 +268,6 @@ def _draw_sheet(
             rows.append(SheetRow([*start, *video.shown], f"{moment} · {video.name}", video.prompt))
         draw_contact_sheet(rows, path, columns)
     except Exception as error:
-        logger.warning("warning: there is no contact sheet of step %d: %s", step, error)
+        logger.warning("warning: cannot draw the contact sheet of step %d: %s", step, error)
         return None
     return path

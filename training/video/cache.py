@@ -1,4 +1,4 @@
-"""Facts about files, kept on disk between runs and shared by all processes of one."""
+"""Facts about files, cached on disk between runs and shared by all processes of a run."""
 
 import json
 import logging
@@ -19,14 +19,14 @@ _TABLE = """CREATE TABLE IF NOT EXISTS facts (
 
 
 class FileState(NamedTuple):
-    """What changes when a file is written to."""
+    """Size and modification time of a file."""
 
     size: int  # bytes
     mtime_ns: int
 
 
 def file_state(path: Path) -> FileState | None:
-    """The file as it is now; None where it cannot be looked at."""
+    """Return the current state of a file; None if it cannot be read."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a path with a null character
@@ -35,25 +35,25 @@ def file_state(path: Path) -> FileState | None:
 
 
 def default_cache_folder() -> Path:
-    """$COGVIDEOX_FACTORY_CACHE, or else `cogvideox-factory` in $XDG_CACHE_HOME, or else in ~/.cache."""
+    """Return $COGVIDEOX_FACTORY_CACHE, else `cogvideox-factory` in $XDG_CACHE_HOME or ~/.cache."""
     chosen = os.environ.get("COGVIDEOX_FACTORY_CACHE")
     try:
         if chosen:
             return Path(chosen).expanduser().absolute()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "cogvideox-factory"
     except RuntimeError as error:  # a user without a home, as in containers
-        raise UserError(f"there is no folder for caches ({error}): name one in COGVIDEOX_FACTORY_CACHE") from error
+        raise UserError(f"there is no folder for caches ({error}): set COGVIDEOX_FACTORY_CACHE to one") from error
 
 
 class FileCache:
-    """Facts by file, true while the file's size and time of change stay what they were.
+    """Facts by file, valid while the file's size and modification time do not change.
 
-    Any number of processes and threads may use one folder at once. What cannot be read or written is done without:
-    a warning names the file, once, and from then on the cache knows nothing and keeps nothing.
+    Any number of processes and threads may use one folder at once. If the cache cannot be read or written, it logs one
+    warning and is empty from then on.
 
     Args:
-        folder: made when needed. Machines may share one over a network.
-        wait_seconds: how long to wait for other processes, whose writes take milliseconds, before doing without.
+        folder: created when needed. Machines may share one over a network.
+        wait_seconds: how long to wait for other processes, whose writes take milliseconds, before giving up.
     """
 
     def __init__(self, folder: Path, wait_seconds: float = 20.0):
@@ -64,11 +64,11 @@ class FileCache:
         self._given_up = False
 
     def get(self, path: Path, kind: str) -> dict[str, Any] | None:
-        """What `put` kept of this kind, unless the file has changed since.
+        """Return what `put` stored under this kind, or None if the file has changed since.
 
         Args:
-            path: the file; relative ones start from the working directory.
-            kind: what kind of fact, with a number that goes up when facts of that kind change: "probe 1".
+            path: the file; relative to the working directory.
+            kind: the kind of fact, with a version number: "probe 1".
         """
         state = file_state(path)
         if state is None:
@@ -84,13 +84,13 @@ class FileCache:
             return None
 
     def put(self, path: Path, kind: str, value: dict[str, Any], state: FileState | None = None) -> None:
-        """Keep a fact, in place of an older one of its kind.
+        """Store a fact, replacing an older one of its kind.
 
         Args:
             path: the file.
             kind: as for `get`.
-            value: what JSON can hold.
-            state: of the file before the fact was found out; if it is another by now, nothing is kept.
+            value: JSON-serializable.
+            state: of the file before it was examined; if it has changed since, nothing is stored.
         """
         now = file_state(path)
         if now is None or (state is not None and state != now):
@@ -99,15 +99,8 @@ class FileCache:
             "INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?)", (kind, _key(path), *now, json.dumps(value))
         )
 
-    def close(self) -> None:
-        """Close the file; the next `get` or `put` opens it again."""
-        with self._lock:
-            if self._connection is not None:
-                self._connection.close()
-            self._connection = None
-
     def _execute(self, statement: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """Run one statement as a transaction of its own; no rows where the cache has been given up."""
+        """Run one statement as a transaction; returns no rows once the cache has been given up."""
         with self._lock:
             if self._given_up:
                 return []
@@ -125,7 +118,7 @@ class FileCache:
             self.file, timeout=self._wait_seconds, isolation_level=None, check_same_thread=False
         )
         # The rollback journal, because the faster write-ahead log corrupts a file that machines share over a network.
-        # Unsynchronised, because a killed process loses nothing by that and a power cut only what is found out again.
+        # Unsynchronised, because a killed process loses nothing and a power cut only what can be computed again.
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute(_TABLE)
         return connection
@@ -133,7 +126,7 @@ class FileCache:
     def _give_up(self, error: Exception) -> None:
         self._given_up = True
         logger.warning(
-            "%s cannot be used (%s): going on without it; COGVIDEOX_FACTORY_CACHE names another folder",
+            "%s cannot be used (%s): continuing without it; set COGVIDEOX_FACTORY_CACHE to another folder",
             self.file,
             error,
         )

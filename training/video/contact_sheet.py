@@ -1,4 +1,4 @@
-"""A picture of samples, some frames and the caption of each: of the data as the model sees it, of sampled videos."""
+"""Contact sheets: a picture with some frames and the caption of each sample."""
 
 import unicodedata
 from bisect import bisect_right
@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.files import written_whole
 
@@ -23,9 +23,9 @@ _FONT_SIZE = 15
 _SHOWN_FRAMES = 5  # of a sampled video
 _PAPER, _CELL, _RULE, _FAINT, _TITLE, _CAPTION = "#ffffff", "#f0f0f2", "#d8d8dc", "#808088", "#101014", "#48484f"
 
-# More characters than a line can have, so that a caption as long as a book is not measured to its end.
+# More characters than a line can hold: only this part of a very long caption is measured.
 _LONGEST_LINE = 300
-# What the built-in font lacks and no decomposition helps with.
+# Characters that the built-in font lacks and Unicode does not decompose.
 _SUBSTITUTES = {"\N{EN DASH}": "-", "\N{EM DASH}": "-", "\N{MULTIPLICATION SIGN}": "x", "ß": "ss", "æ": "ae", "ø": "o"}
 
 
@@ -41,15 +41,15 @@ class SheetRow:
 def draw_contact_sheet(
     rows: Sequence[SheetRow], path: Path | None = None, columns: Sequence[str] = ("first frame", "middle", "last")
 ) -> Image.Image:
-    """Draw samples below one another, 1200 pixels wide with three columns of frames and 226 more with each other one.
+    """Draw one sample per row; the sheet is 1200 pixels wide with three columns, plus 226 for each further column.
 
-    Frames keep their aspect ratio and are scaled to one height, or to one width where they are wider than 3:2. Titles
+    Frames keep their aspect ratio and are scaled to one height, or to one width if they are wider than 3:2. Titles
     and captions that are too long end in an ellipsis.
 
     Args:
-        rows: 172 pixels high each; 16 are a good number.
-        path: where to write the sheet as a PNG; None: nowhere.
-        columns: what stands above the frames.
+        rows: each is 172 pixels high; 16 are a good number.
+        path: where to write the sheet as a PNG; None writes nothing.
+        columns: headings of the frames.
     """
     text_left = _cell_left(len(columns)) + _TEXT_GAP
     width = text_left + _TEXT_WIDTH + _MARGIN
@@ -61,7 +61,7 @@ def draw_contact_sheet(
         top = _HEADER_HEIGHT + number * _ROW_HEIGHT
         draw.line((_MARGIN, top, width - _MARGIN, top), fill=_RULE)
         top += (_ROW_HEIGHT - _CELL_HEIGHT) // 2
-        _draw_frames(sheet, draw, row.frames[: len(columns)], top)
+        _draw_frames(sheet, row.frames[: len(columns)], top)
         _draw_text(draw, row, text_left, top)
     if path is not None:
         with written_whole(path) as partial:
@@ -70,42 +70,32 @@ def draw_contact_sheet(
 
 
 def shown_indices(num_frames: int) -> list[int]:
-    """Up to five frame numbers, spread over a video from its first to its last."""
+    """Return up to five frame numbers, spread evenly from the first frame to the last."""
     spread = np.linspace(0, num_frames - 1, _SHOWN_FRAMES).round().astype(int)
     return list(dict.fromkeys(spread.tolist()))
 
 
-def _draw_frames(sheet: Image.Image, draw: ImageDraw.ImageDraw, frames: Sequence[np.ndarray], top: int) -> None:
+def _draw_frames(sheet: Image.Image, frames: Sequence[np.ndarray], top: int) -> None:
     for column, frame in enumerate(frames):
-        left = _cell_left(column)
-        draw.rectangle((left, top, left + _CELL_WIDTH - 1, top + _CELL_HEIGHT - 1), fill=_CELL)
-        picture = _fit_cell(Image.fromarray(frame))
-        sheet.paste(picture, (left + (_CELL_WIDTH - picture.width) // 2, top + (_CELL_HEIGHT - picture.height) // 2))
+        cell = ImageOps.pad(Image.fromarray(frame), (_CELL_WIDTH, _CELL_HEIGHT), Image.Resampling.LANCZOS, _CELL)
+        sheet.paste(cell, (_cell_left(column), top))
 
 
 def _draw_text(draw: ImageDraw.ImageDraw, row: SheetRow, left: int, top: int) -> None:
     num_lines = (_CELL_HEIGHT - _CAPTION_GAP) // _LINE_HEIGHT
     title = _wrap(row.title, 2)
     caption = _wrap(row.caption, num_lines - len(title))
-    for number, line in enumerate(title):
-        draw.text((left, top + number * _LINE_HEIGHT), line, fill=_TITLE, font=_font())
-    top += len(title) * _LINE_HEIGHT + _CAPTION_GAP
-    for number, line in enumerate(caption):
-        draw.text((left, top + number * _LINE_HEIGHT), line, fill=_CAPTION, font=_font())
+    for number, line in enumerate([*title, *caption]):
+        color, gap = (_TITLE, 0) if number < len(title) else (_CAPTION, _CAPTION_GAP)
+        draw.text((left, top + number * _LINE_HEIGHT + gap), line, fill=color, font=_font())
 
 
 def _cell_left(column: int) -> int:
     return _MARGIN + column * (_CELL_WIDTH + _CELL_GAP)
 
 
-def _fit_cell(picture: Image.Image) -> Image.Image:
-    scale = min(_CELL_WIDTH / picture.width, _CELL_HEIGHT / picture.height)
-    size = max(1, round(scale * picture.width)), max(1, round(scale * picture.height))
-    return picture.resize(size, Image.Resampling.LANCZOS)
-
-
 def _wrap(text: str, most: int) -> list[str]:
-    """Lines that fit the text column; what is more than `most` of them is cut with an ellipsis."""
+    """Split a text into at most `most` lines that fit the text column; the last may end in an ellipsis."""
     text = "".join(map(_drawable, " ".join(text[: most * _LONGEST_LINE].split())))
     width_of = _font().getlength
     lines = []
@@ -113,7 +103,7 @@ def _wrap(text: str, most: int) -> list[str]:
         counts = range(1, min(len(text), _LONGEST_LINE) + 1)
         count = max(1, bisect_right(counts, _TEXT_WIDTH, key=lambda count: width_of(text[:count])))
         if count < len(text):
-            # At a space, unless that leaves the line half empty: long paths and scripts without spaces break anywhere.
+            # At a space, unless the line gets less than half full: long paths and some scripts break anywhere.
             space = text.rfind(" ", count // 2, count + 1)
             count = space if space > 0 else count
         lines.append(text[:count])
@@ -128,8 +118,8 @@ def _wrap(text: str, most: int) -> list[str]:
 
 @cache
 def _drawable(character: str) -> str:
-    """The character, or what comes nearest to it in the font."""
-    if _glyph(character) != _glyph("\U0010ffff"):  # no font has that one, so it is drawn as the box for all others
+    """Return the character, or the closest one that the font has."""
+    if _glyph(character) != _glyph("\U0010ffff"):  # which every font draws as a box
         return character
     plain = [c for c in unicodedata.normalize("NFKD", character) if not unicodedata.combining(c)]
     return "".join(_SUBSTITUTES.get(c, c) for c in plain)

@@ -1,4 +1,4 @@
-"""Which frames of a clip make its samples: exact arithmetic on what the probe found, without opening a file."""
+"""Choose the frames of a clip's samples, with exact arithmetic on the probe's result; opens no file."""
 
 import math
 from bisect import bisect_right
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from video.probe import VideoInfo
 
 
-# What becomes of a clip with more frames than a sample takes: frames spread over all of it, its first part, or
-# consecutive parts that are a sample each.
+# How to use a clip with more frames than a sample takes: frames spread over the clip, its first part, or consecutive
+# parts, each a sample.
 LONG_CLIPS = ("spread", "first", "split")
-# A slide show may need every frame a few dozen times; beyond this, time stamps are damaged, and frames without end.
+# A slide show may repeat every frame a few dozen times; more means damaged time stamps and endless repeats.
 _MOST_REPEATS = 100
 
 
@@ -29,33 +29,33 @@ def choose_samples(
     long_clips: str = "spread",
     hold_last_frame: bool = False,
 ) -> list[tuple[int, ...]]:
-    """Choose the frames of each sample that a clip gives.
+    """Choose the frames of each sample of a clip.
 
-    A sample has the largest count that the clip can fill. A count of 1 is for still images, and for videos only where
-    there is no other count: a clip that is a little short must not become a still without a word.
+    A sample has the largest count that the clip can fill. A count of 1 is for still images, and for videos only if
+    there is no other count: a clip that is a little short must not silently become a still image.
 
-    Without fps a clip's frames are used as they come; with fps they are first resampled: frame i is the one nearest in
-    time to i / fps seconds after the first usable frame (halves round up), by the times of the frames themselves where
-    the rate varies. The last frame counts as shown for one average frame's duration. From these frames
+    With fps the frames are first resampled: frame i is the one nearest in time to i / fps seconds after the first
+    usable frame (halves round up), by the frames' own time stamps if the rate varies. The last frame counts as shown
+    for the average frame duration. From these frames
 
-    - "spread" takes as many as a sample needs, evenly from the first to the last (not with fps, which it would undo),
+    - "spread" takes as many as a sample needs, evenly from the first to the last (not allowed with fps),
     - "first" takes the first ones,
-    - "split" takes one sample after the other while the rest fills one; what is left at the end is not used.
+    - "split" takes consecutive samples as long as the rest fills one; the remainder is not used.
 
     Args:
         info: as from `probe_video`.
         frame_counts: of the frame buckets, at least 1 each, in any order.
-        skip_start, skip_end: frames at either end of a video that are never chosen. A still image has no ends.
-        fps: frames a second to sample at.
+        skip_start, skip_end: frames at either end of a video that are never chosen; ignored for still images.
+        fps: sampling rate in frames per second.
         long_clips: one of `LONG_CLIPS`.
         hold_last_frame: repeat the last usable frame of a video that is too short for the smallest count above 1.
 
     Returns:
         At least one sample; its indices are in [skip_start, num_frames - skip_end - 1] and never decrease. They repeat
-        only where fps is above the clip's rate, or the last frame is held.
+        only if fps is above the clip's rate, or the last frame is held.
 
     Raises:
-        ValueError: the clip gives no sample (the reason has the numbers and what to do), or an argument is off.
+        ValueError: the clip has no sample (with the numbers and what to do), or an argument is out of range.
     """
     _check(frame_counts, fps, long_clips)
     if info.is_image:
@@ -83,7 +83,7 @@ def _check(frame_counts: Sequence[int], fps: float | None, long_clips: str) -> N
 
 
 def _positions(num_usable: int, counts: Sequence[int], long_clips: str) -> list[Sequence[int]]:
-    """The samples, as positions among the usable frames. `counts` is sorted, and the first of them fits."""
+    """Return the samples as positions among the usable frames. `counts` is sorted, and the first of them fits."""
     largest = max(count for count in counts if count <= num_usable)
     if long_clips == "first":
         return [range(largest)]
@@ -101,7 +101,7 @@ def _positions(num_usable: int, counts: Sequence[int], long_clips: str) -> list[
 def _usable_frames(
     info: "VideoInfo", skip_start: int, skip_end: int, fps: float | None
 ) -> tuple[int, Callable[[int], int]]:
-    """How many frames there are to choose from, and the index in the file of each."""
+    """Return how many frames there are to choose from, and a function to their indices in the file."""
     available = max(0, info.num_frames - skip_start - skip_end)
     if fps is None or available == 0:
         return available, lambda i: skip_start + i
@@ -119,20 +119,20 @@ def _usable_frames(
 
 
 def _frames_by_time(times: Sequence[int], first: int, last: int, rate: Fraction) -> tuple[int, Callable[[int], int]]:
-    """The same for a variable rate.
+    """Do the same for a variable rate.
 
     Args:
-        times: of every frame of the file, microseconds.
+        times: of every frame of the file, in microseconds.
         first, last: the usable frames.
     """
-    # Twice the time at which the next frame becomes the nearest, so that all are whole numbers.
+    # Twice the time at which the next frame becomes the nearest: doubled, all are integers.
     changes = [a + b for a, b in pairwise(times)]
     average = Fraction(times[-1] - times[0], len(times) - 1)
     end = changes[last] if last < len(changes) else 2 * times[last] + average
     count = -((2 * times[first] - end) // (2_000_000 / rate))
 
     def index_of(i: int) -> int:
-        # Of the times at which frames change, all up to this moment have passed; they are whole, so it may be floored.
+        # Count the changes up to this moment; they are integers, so it may be floored.
         moment = 2 * times[first] + 2_000_000 * i * rate.denominator // rate.numerator
         return bisect_right(changes, moment, first, last)
 
@@ -140,7 +140,7 @@ def _frames_by_time(times: Sequence[int], first: int, last: int, rate: Fraction)
 
 
 def _as_meant(rate: float) -> Fraction:
-    """The nearest small fraction is the rate meant: 30000/1001 for 29.97002997."""
+    """Return the nearest small fraction: 30000/1001 for 29.97002997."""
     return Fraction(rate).limit_denominator(10_000) or Fraction(rate)
 
 
@@ -152,7 +152,7 @@ def _too_short(
         frames += f" at {fps:g} fps (of {info.num_frames} at {info.fps:g} fps)"
     elif skip_start or skip_end:
         frames += f" (of {info.num_frames})"
-    ways = []  # that would help
+    ways = []
     if num_usable == 0 or _usable_frames(info, 0, 0, fps)[0] >= smallest:
         ways.append("lower --skip_frames_start or --skip_frames_end")
     if fps is not None and _usable_frames(info, skip_start, skip_end, None)[0] >= smallest:
@@ -160,11 +160,11 @@ def _too_short(
     if num_usable > 1:
         ways.append("add a smaller one to --frame_buckets")
     if num_usable > 0 and smallest > 1:
-        ways.append("give --hold_last_frame")
+        ways.append("pass --hold_last_frame")
     advice = f": {', or '.join(ways)}" if ways else ""
     return f"{frames}; the smallest frame bucket for videos has {smallest}{advice}"
 
 
 def round_half_up(value: Fraction) -> int:
-    """The nearest whole number; of two, the upper one."""
+    """Round to the nearest integer, halves up."""
     return (2 * value.numerator + value.denominator) // (2 * value.denominator)

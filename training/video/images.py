@@ -1,4 +1,4 @@
-"""The images that validation videos begin with, from the disk or the web, read before anything heavy is loaded."""
+"""Load the first frames of validation videos from disk or the web, before any model."""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,41 +11,40 @@ from common.errors import UserError, listing
 from video.media import decode_still_image, read_still_image, reason_of
 
 
-DOWNLOAD_TIMEOUT = 30.0  # seconds that an image may take, with all that its server sends us on to
-DOWNLOAD_LIMIT = 64 * 2**20  # bytes; photographs have a tenth of it
+DOWNLOAD_TIMEOUT = 30.0  # seconds for an image, redirects included
+DOWNLOAD_LIMIT = 64 * 2**20  # bytes; photographs have about a tenth
 MOST_REDIRECTS = 5
 
-# Some hosts refuse clients that do not say who they are. An image is packed already: what is packed twice may unpack
-# to far more than was sent.
+# Some hosts refuse clients without a name. Images are compressed already: a compressed answer may be a bomb.
 _HEADERS = {"User-Agent": "cogvideox-factory", "Accept-Encoding": "identity"}
 
 
 def load_validation_images(references: Sequence[str], flag: str = "--validation_images") -> list[Image.Image]:
-    """Read images, each one once: upright by their EXIF orientation, RGB, transparent parts on white.
+    """Read images, each one once: upright by EXIF orientation, RGB, transparent parts on white.
 
     Args:
         references: paths or http(s) URLs; a few redirects are followed.
-        flag: which named them, for messages.
+        flag: named in messages.
 
     Returns:
         One image for each reference, in their order.
 
     Raises:
-        UserError: names the flag and every image that cannot be had, with the reason.
+        UserError: names the flag and every image that cannot be read, with the reason.
     """
     images: dict[str, Image.Image] = {}
     problems = []
     for reference in dict.fromkeys(references):
         try:
             images[reference] = _load(reference)
-        # ImportError: the environment names a proxy of a kind that needs another package.
+        # ImportError: for a proxy of the environment that needs another package.
         except (OSError, ValueError, ImportError, httpx.HTTPError, httpx.InvalidURL) as error:
             problems.append(f"'{reference}': {_reason(error)}")
     if len(problems) == 1:
-        raise UserError(f"{flag}: {problems[0]}; give a path or an http(s) URL of a still image")
+        raise UserError(f"{flag}: {problems[0]}; pass a path or an http(s) URL of a still image")
     if problems:
         title = (
-            f"{flag}: {len(problems)} of {len(set(references))} cannot be read; give paths or http(s) "
+            f"{flag}: {len(problems)} of {len(set(references))} cannot be read; pass paths or http(s) "
             "URLs of still images:"
         )
         raise UserError(listing(title, problems, most=len(problems)))
@@ -61,7 +60,7 @@ def _load(reference: str) -> Image.Image:
 
 
 async def _download(url: str) -> BytesIO:
-    """The answer of a server, within the limits: whatever it does, it is given up in time."""
+    """Return a server's answer within the limits of time and size."""
     content = BytesIO()
     client = httpx.AsyncClient(
         follow_redirects=True, max_redirects=MOST_REDIRECTS, timeout=DOWNLOAD_TIMEOUT, headers=_HEADERS
@@ -70,7 +69,7 @@ async def _download(url: str) -> BytesIO:
         if not response.is_success:
             raise ValueError(f"the server answers {response.status_code} {response.reason_phrase}")
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise ValueError("the server packs the image once more, which was not asked for")
+            raise ValueError("the server compresses the image, which was not requested")
         async for part in response.aiter_raw():
             content.write(part)
             if content.tell() > DOWNLOAD_LIMIT:
@@ -81,7 +80,7 @@ async def _download(url: str) -> BytesIO:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError | httpx.TimeoutException):
-        return f"no whole answer within {DOWNLOAD_TIMEOUT:g} s"
+        return f"no complete answer within {DOWNLOAD_TIMEOUT:g} s"
     if isinstance(error, httpx.ConnectError):
         return f"the server cannot be reached ({error})"
     return reason_of(error)

@@ -1,7 +1,7 @@
-"""Read the frames wanted of a clip, resize, crop and flip them; write frames as a clip.
+"""Read frames of a clip, resize and crop them, and write frames as a clip.
 
-Everything stays uint8 here; the value range is changed where the frames meet the model. torch is imported only by
-the functions that touch tensors, so that bad data is reported before it.
+Everything stays uint8 here; frames are normalized where they are encoded. torch is imported only by the functions that
+use tensors, so that bad data is reported before the slow import.
 """
 
 import random
@@ -25,24 +25,23 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-# Before this frame, decoding everything costs less than finding out where else to begin.
+# Before this frame, decoding everything is cheaper than looking for a keyframe.
 _SEEK_FROM = 64
 
 
 def read_frames(path: Path, indices: Sequence[int], num_threads: int = 1, *, seekable: bool = False) -> np.ndarray:
-    """Decode frames by index, in display order and rotated for display; or the one picture of a still image.
+    """Decode frames by index, in display order and rotated for display; or the picture of a still image.
 
-    Everything is decoded from the first frame on: that makes the numbers exact. (decord 0.6, which seeks, gives
-    other frames than asked for on open groups of pictures, edit lists, MPEG-4 and MPEG-TS, and is slower on short
-    clips.) Only deep in a clip where packets and frames agree, decoding begins at the last keyframe from which the
-    codec guarantees the same pictures, and frames are told by their time stamps: the last 49 of 3000 frames of 640x360
-    then take 0.08 s instead of 1.9 s.
+    Decoding starts at the first frame, which makes the indices exact. (decord 0.6 seeks: it returns wrong frames on
+    open groups of pictures, edit lists, MPEG-4 and MPEG-TS, and is slower on short clips.) Only deep in a seekable
+    clip does it start at a later keyframe from which the codec guarantees the same pictures, and identifies frames by
+    their time stamps: the last 49 of 3000 frames of 640x360 then take 0.08 s instead of 1.9 s.
 
     Args:
         path: the clip.
         indices: frame numbers from 0, in any order, repeats allowed.
         num_threads: decoder threads; 0 lets FFmpeg choose. With several DataLoader workers 1 is best.
-        seekable: as the probe found; False decodes everything before the frames wanted.
+        seekable: as the probe reports; False decodes everything before the frames.
 
     Returns:
         uint8 [F, H, W, 3], RGB.
@@ -66,7 +65,7 @@ def read_frames(path: Path, indices: Sequence[int], num_threads: int = 1, *, see
 
 
 def _read_distinct(path: Path, indices: list[int], num_threads: int, seekable: bool) -> np.ndarray:
-    """The frames at increasing indices."""
+    """Read the frames at increasing indices."""
     image = read_still_image(path)
     if image is not None:
         if indices != [0]:
@@ -80,16 +79,16 @@ def _read_distinct(path: Path, indices: list[int], num_threads: int, seekable: b
 
 
 def _read_from_start(path: Path, indices: list[int], num_threads: int) -> np.ndarray:
-    """Frames counted from the first one that decodes."""
+    """Read frames, counted from the first one that decodes."""
     with open_video(path) as container:
         stream = _threaded(video_stream(container), num_threads)
         return _gather(enumerate(decode(packets_of(container, stream), stream)), indices)
 
 
 def _read_from_keyframe(path: Path, indices: list[int], num_threads: int) -> np.ndarray | None:
-    """Frames told by their time stamps, decoded from the last clean start before them.
+    """Read frames by their time stamps, decoded from the last clean start before them.
 
-    None whenever something is not as expected: then decoding from the first frame on is the judge.
+    Returns None if anything is unexpected: then the clip is decoded from its first frame.
     """
     try:
         with open_video(path) as container:
@@ -98,11 +97,11 @@ def _read_from_keyframe(path: Path, indices: list[int], num_threads: int) -> np.
             start = max((clean for clean in clean_starts if clean <= indices[0]), default=0)
             if start == 0 or indices[-1] >= len(time_stamps):
                 return None
-            stream.codec_context.options = {"err_detect": "explode"}  # a damaged picture leans on what came before
+            stream.codec_context.options = {"err_detect": "explode"}  # concealment uses earlier frames
             container.seek(time_stamps[start], stream=stream)
-            # Wherever the seek went, decoding begins at the packet meant, or never.
+            # Decoding starts at exactly this packet, wherever the seek went.
             packets = dropwhile(lambda packet: packet.pts != time_stamps[start], packets_of(container, stream))
-            # What an open group shows before its keyframe is left out.
+            # Drops what an open group shows before its keyframe.
             shown = dropwhile(lambda frame: frame.pts != time_stamps[start], decode(packets, stream))
             as_surveyed = takewhile(lambda item: item[1].pts == time_stamps[item[0]], enumerate(shown, start))
             return _gather(as_surveyed, indices)
@@ -111,7 +110,7 @@ def _read_from_keyframe(path: Path, indices: list[int], num_threads: int) -> np.
 
 
 def _gather(frames: Iterable[tuple[int, av.VideoFrame]], indices: list[int]) -> np.ndarray:
-    """Those of the numbered frames that are wanted, as one array, turned for display."""
+    """Collect the frames at `indices` in one array, rotated for display."""
     pixels, turns, filled = None, 0, 0
     reformatter = VideoReformatter()  # one for all frames: it keeps the conversion's tables
     for index, frame in frames:
@@ -132,12 +131,12 @@ def _gather(frames: Iterable[tuple[int, av.VideoFrame]], indices: list[int]) -> 
 
 
 def _survey(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[list[int], list[int]]:
-    """The time stamps of all packets, sorted, and the frame numbers that decoding can begin at."""
+    """Return the sorted time stamps of all packets, and the frame numbers that decoding can start at."""
     time_stamps, clean_starts, latest = [], [], None
     for packet in packets_of(container, stream):
         if packet.pts is None or packet.is_discard:  # not as the probe found it
             return [], []
-        # Where an earlier packet is shown later, time stamps do not tell how many frames come before.
+        # If an earlier packet is shown later, time stamps do not tell how many frames come before.
         in_order = latest is not None and packet.pts > latest
         if in_order and packet.is_keyframe and _is_clean_start(bytes(packet), stream.codec_context):
             clean_starts.append(packet.pts)
@@ -148,16 +147,16 @@ def _survey(container: av.container.InputContainer, stream: av.VideoStream) -> t
 
 
 def _is_clean_start(keyframe: bytes, codec_context: av.VideoCodecContext) -> bool:
-    """Whether this picture and all that are shown after it decode the same without what came before.
+    """Return whether this and all later pictures decode the same without the packets before.
 
-    In H.264 and HEVC that is more than a keyframe: H.264's recovery points count as such, from which a picture may
-    become whole only over time, and decoders conceal what they miss instead of failing. The codecs' own marks are a
-    guarantee: IDR, and in HEVC also CRA and BLA. A clip of H.264's open groups has one IDR and is decoded from there.
+    In H.264 and HEVC a keyframe is not enough: it may be a recovery point, after which pictures become correct only
+    over time, and decoders conceal missing references instead of failing. Only IDR pictures, and in HEVC also CRA and
+    BLA, are a guarantee. A clip of H.264's open groups has one IDR and is decoded from there.
     """
     codec, settings = codec_context.codec.canonical_name, codec_context.extradata
     if codec not in ("h264", "hevc"):
         return True
-    # The layout that mp4 and Matroska demand has lengths before the units; their size stands in the settings.
+    # In mp4 and Matroska each unit follows its length; the settings hold the size of the length field.
     size_at = 4 if codec == "h264" else 21
     if not settings or settings[0] != 1 or len(settings) <= size_at:
         return False
@@ -166,7 +165,7 @@ def _is_clean_start(keyframe: bytes, codec_context: av.VideoCodecContext) -> boo
 
 
 def _unit_headers(packet: bytes, length_size: int) -> Iterator[int]:
-    """The first byte of each unit of a packet that has every unit's length before it."""
+    """Return the first byte of each unit of a packet whose units follow their lengths."""
     at = 0
     while at + length_size < len(packet):
         yield packet[at + length_size]
@@ -183,43 +182,43 @@ def write_video(path: Path, frames: Sequence["Image.Image | np.ndarray"], fps: i
     """Encode frames as H.264 in yuv420p, near lossless (crf 18), in mp4.
 
     Args:
-        path: where the file goes; its folder exists.
-        frames: RGB, of one size: pictures of Pillow, or uint8 [H, W, 3]; H and W even.
+        path: in an existing folder.
+        frames: RGB, of one size: Pillow images, or uint8 [H, W, 3]; H and W even.
         fps: frames per second.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
         ValueError: there are no frames.
     """
     if not frames:
         raise ValueError(f"{path}: there are no frames to write")
-    # As a file of Python's, whatever its name: FFmpeg takes some names for addresses.
+    # As a Python file object: FFmpeg takes some names for URLs.
     with open(path, "wb") as file, av.open(file, "w", format="mp4") as container:
         height, width, _ = np.asarray(frames[0]).shape
         stream = container.add_stream("libx264", rate=fps, width=width, height=height, pix_fmt="yuv420p")
         stream.options = {"crf": "18"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(frame), "rgb24")))
-        container.mux(stream.encode())  # what the encoder held back to look ahead
+        container.mux(stream.encode())  # flushes the encoder
 
 
 def reshape_frames(
     frames: "torch.Tensor", height: int, width: int, mode: str, generator: random.Random
 ) -> "torch.Tensor":
-    """Bring frames to a bucket's size: antialiased bilinear, in uint8.
+    """Resize and crop frames to a bucket's size: antialiased bilinear, in uint8.
 
-    Fastest from `torch.from_numpy(read_frames(...)).permute(0, 3, 1, 2)`, without a copy in between: torch resizes
-    interleaved colours about twice as fast, and hands them back interleaved.
+    Fastest on `torch.from_numpy(read_frames(...)).permute(0, 3, 1, 2)` without a copy: torch resizes interleaved
+    channels about twice as fast.
 
     Args:
         frames: uint8 [F, C, H, W].
-        height, width: the size wanted.
-        mode: "none" resizes to it whatever the aspect ratio; "center" and "random" resize until the size is covered
-            and crop there, the middle or anywhere. One place for all frames.
-        generator: for mode "random"; two draws a call.
+        height, width: target size.
+        mode: "none" resizes without regard to the aspect ratio; "center" and "random" resize to cover the target and
+            crop the middle or a random part, the same for all frames.
+        generator: for mode "random"; two draws per call.
 
     Returns:
-        uint8 [F, C, height, width]; a view of `frames` where nothing had to be resized.
+        uint8 [F, C, height, width]; a view of `frames` if no resizing is needed.
     """
     if mode not in ("center", "random", "none"):
         raise ValueError(f"video_reshape_mode is {mode!r}; it must be center, random or none")
@@ -234,13 +233,8 @@ def reshape_frames(
     return frames[..., top : top + height, left : left + width]
 
 
-def flip_frames(frames: "torch.Tensor") -> "torch.Tensor":
-    """Mirror left and right. [F, C, H, W] -> the same shape."""
-    return frames.flip(-1)
-
-
 def _cover_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
-    """The smallest size of (almost) the same aspect ratio that covers the target; one side fits exactly."""
+    """Return the smallest size of (almost) the same aspect ratio that covers the target."""
     if target_height * width >= target_width * height:
         return target_height, max(target_width, round_half_up(Fraction(width * target_height, height)))
     return max(target_height, round_half_up(Fraction(height * target_width, width))), target_width

@@ -1,7 +1,7 @@
 """Open the files that clips come in: videos with PyAV, still images with Pillow.
 
-Content decides which of the two a file is, not its name. A picture that moves is a video: GIF and PNG of several
-frames go to PyAV. Animated WebP is refused: FFmpeg does not decode it, and its first frame is not what was meant.
+The content of a file decides, not its name. Animated GIF and PNG are videos and go to PyAV. Animated WebP is refused,
+because FFmpeg does not decode it.
 """
 
 import warnings
@@ -14,26 +14,25 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 
-# Our own messages name the file and the reason; FFmpeg's are noise beside them. Its own log function is used because
-# PyAV's takes the GIL in decoder threads, and waits there for ever when a decoder with several threads is closed.
+# Our messages name the file and the reason; FFmpeg's only add noise. FFmpeg's own log callback is used because PyAV's
+# takes the GIL in decoder threads, which deadlocks when a multi-threaded decoder is closed.
 av.logging.restore_default_callback()
 av.logging.set_libav_level(av.logging.PANIC)
 
-# What Pillow only warns of can be read: damaged notes beside the picture, or more than 89 million pixels, as scans
-# have. From twice as many on it refuses.
+# Pillow warns of damaged metadata and of more than 89 million pixels, but reads them. It refuses twice as many.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# Not all that Pillow knows: for some formats it starts other programs, and clips come from strangers.
+# Not all formats of Pillow: for some it starts other programs, and clips may come from strangers.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-# EXIF orientation -> quarter turns against the clock. 2, 4, 5 and 7 mirror the picture first.
+# EXIF orientation -> counterclockwise quarter turns. 2, 4, 5 and 7 mirror the picture first.
 _EXIF_TURNS = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}
 
 
 class StillImage(NamedTuple):
-    """A picture as it is displayed."""
+    """A picture as displayed."""
 
     pixels: np.ndarray  # uint8 [H, W, 3], RGB
-    rotation: int  # degrees against the clock by which its EXIF orientation turned it
+    rotation: int  # degrees counterclockwise, from the EXIF orientation
 
 
 def read_still_image(path: Path) -> StillImage | None:
@@ -53,10 +52,10 @@ def decode_still_image(file: BinaryIO) -> StillImage | None:
     Of 16 bits the upper 8 are kept, of several pages the first. Colour profiles are not applied.
 
     Returns:
-        None where the file is no still image: then it is for `open_video`.
+        None if the file is not a still image; use `open_video` then.
 
     Raises:
-        ValueError: with a reason that does not name the file: damaged, too large, of a kind that is not read.
+        ValueError: with a reason that does not name the file: damaged, too large, or not supported.
     """
     try:
         with Image.open(file, formats=_IMAGE_FORMATS) as image:
@@ -70,7 +69,7 @@ def decode_still_image(file: BinaryIO) -> StillImage | None:
             return StillImage(_to_rgb(ImageOps.exif_transpose(image)), 90 * turns)
     except UnidentifiedImageError:
         return None
-    except Exception as error:  # on damaged files Pillow raises whatever it stumbles over
+    except Exception as error:  # Pillow raises anything on damaged files
         raise ValueError(f"not a readable image: {reason_of(error)}") from error
 
 
@@ -92,11 +91,11 @@ def open_video(path: Path) -> av.container.InputContainer:
     """Open a video.
 
     Raises:
-        ValueError: it is a still image that Pillow could not read.
+        ValueError: a still image that Pillow could not read.
         av.FFmpegError, OSError: it cannot be opened.
     """
-    # "file:", so that a name like "take 2: rabbit.mp4" is not taken for an address.
-    # metadata_errors: a title that is not UTF-8 is no reason to refuse a clip.
+    # "file:", so that a name like "take 2: rabbit.mp4" is not taken for a URL.
+    # metadata_errors: a clip whose title is not UTF-8 is fine.
     container = av.open(f"file:{path}", metadata_errors="ignore")
     if container.format.name.startswith("image2") or container.format.name.endswith("_pipe"):
         container.close()
@@ -105,10 +104,10 @@ def open_video(path: Path) -> av.container.InputContainer:
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The stream to read, set to decode on one thread.
+    """Return the stream to read, set to decode on one thread.
 
     Raises:
-        ValueError: there is none, or no decoder for it.
+        ValueError: there is no video stream, or no decoder for it.
     """
     stream = container.streams.best("video")
     if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # cover art of a song
@@ -120,32 +119,31 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 
 def packets_of(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """All packets of a stream that hold something, from where the container stands.
+    """Yield the non-empty packets of a stream from the container's position on.
 
-    Empty are the demuxer's end mark, and frames dropped in AVI.
+    The demuxer's end mark and frames dropped in AVI are empty.
     """
     while True:
         try:
             yield from (packet for packet in container.demux(stream) if packet.size)
             return
         except IndexError:
-            # A stream began in the middle of the file, and PyAV does not know it. That packet is gone; the next call
-            # goes on with the one after it.
+            # A stream that PyAV does not know began in the middle of the file. The next call continues after it.
             continue
 
 
 def decode(packets: Iterable[av.Packet], stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """All frames of the packets, in display order."""
+    """Yield all frames of the packets, in display order."""
     for packet in packets:
         yield from stream.codec_context.decode(packet)
     yield from stream.codec_context.decode(None)
 
 
 def quarter_turns(frame: av.VideoFrame) -> int:
-    """How often `np.rot90` has to turn the stored picture for display."""
+    """Return how many `np.rot90` turns the stored picture needs for display."""
     return round(frame.rotation / 90) % 4
 
 
 def reason_of(error: Exception) -> str:
-    """What an error of the system or of FFmpeg says, without the file name and the number."""
+    """Return the message of a system or FFmpeg error, without file name and number."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""What clips are, found out before anything is decoded for training: frame counts that hold, size, rate, hash."""
+"""Probe clips before training: exact frame counts, size, rate and hash."""
 
 import hashlib
 import os
@@ -19,42 +19,41 @@ from video.cache import FileCache, file_state
 from video.media import decode, open_video, packets_of, quarter_turns, read_still_image, reason_of, video_stream
 
 
-# Where one packet is one frame. Elsewhere (VP8's hidden frames, packed B-frames in AVI) only decoding can count.
+# Codecs with one frame per packet. For others (VP8's hidden frames, packed B-frames in AVI) only decoding can count.
 _PACKETS_ARE_FRAMES = {"h264", "hevc", "av1", "vp9", "prores", "mjpeg"}
 _PROGRESS_BAR_FROM = 50
-# The number goes up whenever VideoInfo changes, or what the probe finds.
+# Raise the number whenever VideoInfo or the probe's results change.
 _CACHE_KIND = "probe 1"
 
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What a clip is once decoded.
+    """Properties of a decoded clip.
 
-    A phone's upright clip is stored lying down with a note to rotate it: height and width are those of the frames that
-    `read_frames` returns, after that rotation.
+    Phones store upright clips sideways, with a rotation: height and width are those of the frames that `read_frames`
+    returns, after that rotation.
     """
 
     num_frames: int  # frames that decode, never duration × fps
     height: int
     width: int
-    fps: float  # average over the clip; 0.0 where the file does not say
-    rotation: int = 0  # degrees against the clock by which the stored picture is turned for display
-    # [num_frames], microseconds from the first frame on, the first is 0; None where the rate is constant
+    fps: float  # average over the clip; 0.0 if unknown
+    rotation: int = 0  # degrees counterclockwise from the stored picture to the displayed one
+    # [num_frames], microseconds since the first frame; None if the rate is constant
     frame_times: tuple[int, ...] | None = None
-    seekable: bool = False  # every frame can be found by its time stamp, as `read_frames` takes it
+    seekable: bool = False  # time stamps identify the frames; for `read_frames`
     is_image: bool = False  # a still image: one frame, no rate
     sha256: str = ""  # of the file's bytes
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Frame count, size, rate and hash of a clip, with proof that its last frame decodes.
+    """Find frame count, size, rate and hash of a clip, and check that its last frame decodes.
 
-    All packets are read and those after the last keyframe are decoded; the whole clip is decoded where that alone
-    cannot settle the count (stream-copied cuts with an edit list, hidden frames, any sign of damage). A still image is
-    decoded as `media.read_still_image` does.
+    All packets are read and those after the last keyframe are decoded. The complete clip is decoded if that does not
+    settle the count (stream-copied cuts with an edit list, hidden frames, any sign of damage).
 
-    The rate varies where a frame's time is more than a quarter of the average frame duration away from its place at a
-    constant rate. It is taken as constant where time stamps are missing or equal.
+    The rate varies if any frame's time is more than a quarter of the average frame duration off a constant rate. It
+    counts as constant if time stamps are missing or equal.
 
     Raises:
         ValueError: with a short reason ("file is empty (0 bytes)", "has no video stream", "is truncated or damaged: 80
@@ -93,10 +92,10 @@ def _probe_image(path: Path) -> VideoInfo | None:
 
 
 def _probe_packets(path: Path) -> VideoInfo | None:
-    """The cheap probe; None where only decoding the whole clip can tell."""
+    """Probe by packets, which is cheap; None if the clip has to be decoded."""
     with open_video(path) as container:
         stream = video_stream(container)
-        stream.codec_context.options = {"skip_loop_filter": "all"}  # these pictures are only counted: a fifth faster
+        stream.codec_context.options = {"skip_loop_filter": "all"}  # a fifth faster; pictures are only counted
         one_to_one = stream.codec_context.codec.canonical_name in _PACKETS_ARE_FRAMES
         if not one_to_one or _container_family(container) is None or _index_end(stream) > path.stat().st_size:
             return None
@@ -114,7 +113,7 @@ def _probe_packets(path: Path) -> VideoInfo | None:
                 last_group.append(packet)
             if not last_group:
                 return None
-            # Frames shown before an open group's keyframe lean on the group before it and need not decode here.
+            # Frames shown before an open group's keyframe depend on the group before and need not decode here.
             missing = {packet.pts for packet in last_group if packet.pts >= last_group[0].pts}
             for frame in decode(last_group, stream):
                 missing.discard(frame.pts)
@@ -127,7 +126,7 @@ def _probe_packets(path: Path) -> VideoInfo | None:
 
 
 def _probe_by_decoding(path: Path) -> VideoInfo:
-    """Decode everything: exact whatever the container says, and the judge of damage."""
+    """Probe by decoding the complete clip: exact, and finds damage."""
     with open_video(path) as container:
         stream = video_stream(container)
         stream.codec_context.options = {"skip_loop_filter": "all"}
@@ -161,18 +160,18 @@ def _container_family(container: av.container.InputContainer) -> str | None:
 
 
 def _index_end(stream: av.VideoStream) -> int:
-    """The byte where the last frame that an mp4's index lists ends; 0 for other containers."""
+    """Return the byte where the last frame of an mp4's index ends; 0 for other containers."""
     if _container_family(stream.container) != "mp4":
         return 0
     return max((entry.pos + entry.size for entry in stream.index_entries), default=0)
 
 
 def _info(stream: av.VideoStream, frame: av.VideoFrame, time_stamps: Sequence[int | None]) -> VideoInfo:
-    """What is known once every frame has been seen.
+    """Build the info of a clip.
 
     Args:
-        frame: any one of them.
-        time_stamps: of all, in display order.
+        frame: any frame.
+        time_stamps: of all frames, in display order.
     """
     height, width, turns = frame.height, frame.width, quarter_turns(frame)
     if turns % 2:
@@ -182,7 +181,7 @@ def _info(stream: av.VideoStream, frame: av.VideoFrame, time_stamps: Sequence[in
 
 
 def _timing(stream: av.VideoStream, time_stamps: Sequence[int | None]) -> tuple[float, tuple[int, ...] | None]:
-    """The average rate, and the frames' times where the rate varies."""
+    """Return the average rate, and the frames' times if the rate varies."""
     stated = [rate for rate in (stream.average_rate, stream.guessed_rate) if rate]
     if len(time_stamps) < 2 or None in time_stamps or any(a >= b for a, b in pairwise(time_stamps)):
         return float(stated[0]) if stated else 0.0, None
@@ -191,8 +190,8 @@ def _timing(stream: av.VideoStream, time_stamps: Sequence[int | None]) -> tuple[
     measured = float(steps / seconds)
     if any(4 * abs(tick * steps - i * ticks[-1]) > ticks[-1] for i, tick in enumerate(ticks)):
         return measured, tuple(round(tick * stream.time_base * 1_000_000) for tick in ticks)
-    # The file's own figure is the exact one (time stamps in Matroska are whole milliseconds), if it is right: in an
-    # mp4 it counts how long the last frame stays.
+    # The file's own rate is more exact (Matroska's time stamps are in milliseconds) if it is right: in an mp4 it
+    # includes the duration of the last frame.
     right = [rate for rate in stated if 4 * abs(rate * seconds - steps) <= 1]
     return float(right[0]) if right else measured, None
 
@@ -202,19 +201,18 @@ def probe_files(
 ) -> dict[Path, VideoInfo | str]:
     """Probe every distinct path once, in parallel.
 
-    The ranks of a launch that probe the same list each begin at another part of it, and look into the cache before
-    each file, so that they share the work.
+    The ranks of a launch share the work: each starts at another part of the list and asks the cache before each file.
 
     Args:
         paths: clips and still images; repeats are probed once.
-        cache: where to look first and keep what was found; files that cannot be used are probed again each time.
+        cache: of earlier results; unusable files are probed again each time.
         num_threads: 0 = one per CPU core.
 
     Returns:
-        path -> info, or the reason why the file cannot be used; in the order in which the paths first appear.
+        path -> info, or the reason why the file is unusable; in the order of first appearance.
     """
     order = list(dict.fromkeys(paths))
-    # Evenly spread over the ranks of each machine as well as over all: the cache may be a machine's own, or shared.
+    # Spread evenly over the ranks of each machine and over all: the cache may be local to a machine, or shared.
     begin = len(order) * (launch_rank() % local_size() * num_machines() + machine_rank()) // launch_size()
     remaining = iter([*order[begin:], *order[:begin]])  # shared: each thread takes the next one
     results: dict[Path, VideoInfo | str] = {}
@@ -237,7 +235,7 @@ def probe_files(
             for thread in [pool.submit(work) for _ in range(num_threads)]:
                 thread.result()
         finally:
-            stopped.set()  # after Ctrl-C, not a million clips later
+            stopped.set()  # Ctrl-C does not wait for the remaining clips
     return {path: results[path] for path in order}
 
 

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
+from checks.training import check_tracker
 from common.errors import UserError
-from flags.tracking import check_tracker
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "comet_ml"])

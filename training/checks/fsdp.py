@@ -1,11 +1,12 @@
 """What FSDP's configuration and the flags of a script say of one another, before anything heavy is imported."""
 
-import argparse
 import os
 
 from common.errors import UserError
 from common.ranks import _is_set, precision_of, uses_fsdp
 from flags.optimizer import LOW_BITS
+from flags.schema import flag_values
+from flags.settings import TrainingSettings
 
 
 _LOW_BIT_REMEDY = "leave it out (OPTIMIZER_FLAGS= before the launcher scripts)"
@@ -16,7 +17,7 @@ _FOR_WHOLE_WEIGHTS = {
 }
 
 
-def check_fsdp(args: argparse.Namespace) -> None:
+def check_fsdp(settings: TrainingSettings) -> None:
     """A launch by FSDP divides weights as they are loaded and computed here, and can do what the flags ask for.
 
     Raises:
@@ -32,11 +33,24 @@ def check_fsdp(args: argparse.Namespace) -> None:
     ):
         if not is_as_needed:
             raise UserError(f"--config_file: {setting} must be {needed}, as in accelerate_configs/fsdp2.yaml")
+    values = flag_values(settings)
     for flag, is_given, remedy in (
-        ("--mixed_precision fp16", precision_of(args) == "fp16", "use --mixed_precision bf16"),
-        (f"--optimizer {args.optimizer}", args.optimizer not in ("adam", "adamw"), "use --optimizer adamw"),
-        ("--weights_dtype bf16", args.weights_dtype == "bf16", "leave it out: each GPU has but its share of float32"),
-        *((f"--{name}", getattr(args, name), remedy) for name, remedy in _FOR_WHOLE_WEIGHTS.items()),
+        (
+            "--mixed_precision fp16",
+            precision_of(settings.training.mixed_precision) == "fp16",
+            "use --mixed_precision bf16",
+        ),
+        (
+            f"--optimizer {settings.optimizer.optimizer}",
+            settings.optimizer.optimizer not in ("adam", "adamw"),
+            "use --optimizer adamw",
+        ),
+        (
+            "--weights_dtype bf16",
+            settings.memory.weights_dtype == "bf16",
+            "leave it out: each GPU has but its share of float32",
+        ),
+        *((f"--{name}", values[name], remedy) for name, remedy in _FOR_WHOLE_WEIGHTS.items()),
     ):
         if is_given:
             raise UserError(f"{flag}: does not work on weights in shards (FSDP); {remedy}")

@@ -1,4 +1,4 @@
-"""What messages quote fits them."""
+"""Quoted values fit into messages."""
 
 import pytest
 

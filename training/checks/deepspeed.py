@@ -1,13 +1,14 @@
 """What DeepSpeed's configuration and the flags of a script say of one another, before anything heavy is imported."""
 
-import argparse
 import json
 import os
 from typing import Any
 
 from common.errors import UserError
 from common.ranks import launch_size, precision_of, uses_deepspeed
-from flags.optimizer import LOW_BITS
+from flags.optimizer import LOW_BITS, OptimizerFlags
+from flags.schema import flag_values
+from flags.settings import TrainingSettings
 
 
 # What DeepSpeed's configuration can say too, but the flags decide.
@@ -55,7 +56,7 @@ def describe_division() -> str | bool:
     return f"ZeRO-{zero_stage()} on {launch_size()} processes" if uses_deepspeed() else False
 
 
-def check_zero(args: argparse.Namespace) -> None:
+def check_zero(settings: TrainingSettings) -> None:
     """A launch by DeepSpeed contradicts no flag, and can do what the flags ask for.
 
     Raises:
@@ -63,20 +64,21 @@ def check_zero(args: argparse.Namespace) -> None:
     """
     if not uses_deepspeed():
         return
-    precision, config = precision_of(args), read_deepspeed_config()
-    _check_config(args, config, precision)
+    precision, config = precision_of(settings.training.mixed_precision), read_deepspeed_config()
+    _check_config(settings, config, precision)
     stage = config["zero_optimization"].get("stage", 0)
     if stage not in (1, 2, 3):
         raise UserError(
             f"--config_file: ZeRO stage {stage} divides nothing; use stage 2 or 3, or accelerate_configs/ddp.yaml"
         )
-    _check_optimizer(args, precision)
-    _check_weights(args, precision, stage)
+    _check_optimizer(settings.optimizer, precision)
+    _check_weights(settings, precision, stage)
 
 
-def _check_config(args: argparse.Namespace, config: dict[str, Any], precision: str) -> None:
-    size = args.train_batch_size * args.gradient_accumulation_steps * launch_size()
-    meant = {key: (f"--{flag}", getattr(args, flag)) for key, flag in _SAID_BY_FLAGS.items()}
+def _check_config(settings: TrainingSettings, config: dict[str, Any], precision: str) -> None:
+    size = settings.training.train_batch_size * settings.training.gradient_accumulation_steps * launch_size()
+    values = flag_values(settings)
+    meant = {key: (f"--{flag}", values[flag]) for key, flag in _SAID_BY_FLAGS.items()}
     meant["train_batch_size"] = ("--train_batch_size times accumulation steps times processes", size)
     for key, (name, value) in meant.items():
         if config.get(key, "auto") not in ("auto", value):
@@ -93,46 +95,46 @@ def _check_config(args: argparse.Namespace, config: dict[str, Any], precision: s
             )
 
 
-def _check_optimizer(args: argparse.Namespace, precision: str) -> None:
+def _check_optimizer(optimizer: OptimizerFlags, precision: str) -> None:
     if precision == "fp16":
         raise UserError(
             "--mixed_precision fp16: not under DeepSpeed; use bf16, or launch with accelerate_configs/ddp.yaml"
         )
-    if args.optimizer not in ("adam", "adamw"):
+    if optimizer.optimizer not in ("adam", "adamw"):
         raise UserError(
-            f"--optimizer {args.optimizer}: under DeepSpeed a process has pieces of the weights, and this optimizer "
-            "looks at them as a whole; use --optimizer adamw, or launch with accelerate_configs/ddp.yaml"
+            f"--optimizer {optimizer.optimizer}: under DeepSpeed a process has pieces of the weights, and this "
+            "optimizer looks at them as a whole; use --optimizer adamw, or launch with accelerate_configs/ddp.yaml"
         )
     for flag in (*LOW_BITS, "use_torchao"):
-        if getattr(args, flag):
+        if getattr(optimizer, flag):
             raise UserError(
                 f"--{flag}: DeepSpeed divides states in 32 bits only; leave it out (OPTIMIZER_FLAGS= before the "
                 "launcher scripts), or launch with accelerate_configs/ddp.yaml"
             )
 
 
-def _check_weights(args: argparse.Namespace, precision: str, stage: int) -> None:
-    is_rounded = args.weights_dtype == "bf16"
+def _check_weights(settings: TrainingSettings, precision: str, stage: int) -> None:
+    is_rounded = settings.memory.weights_dtype == "bf16"
     if is_rounded and precision != "bf16":
         raise UserError("--weights_dtype bf16: the networks must compute in bf16 too; use --mixed_precision bf16")
-    if args.memory_budget_gb or args.auto_fit:
-        flag = "--memory_budget_gb" if args.memory_budget_gb else "--auto_fit"
+    if settings.memory.memory_budget_gb or settings.memory.auto_fit:
+        flag = "--memory_budget_gb" if settings.memory.memory_budget_gb else "--auto_fit"
         raise UserError(f"{flag}: knows nothing of DeepSpeed; leave it out, or use accelerate_configs/single_gpu.yaml")
-    if args.context_parallel_size > 1:
+    if settings.speed.context_parallel_size > 1:
         raise UserError(
             "--context_parallel_size: not with DeepSpeed; use accelerate_configs/ddp.yaml or "
             "fsdp2_context_parallel.yaml"
         )
-    if args.use_ema and (stage == 3 or is_rounded):
+    if settings.objective.use_ema and (stage == 3 or is_rounded):
         raise UserError(
             "--use_ema: no process has all weights in full precision; leave it out, or use ZeRO-2 with "
             "--weights_dtype fp32"
         )
     if stage < 3:
         return
-    if args.compile:
+    if settings.speed.compile:
         raise UserError("--compile: ZeRO-3 fetches weights in the middle of a block; leave it out, or use ZeRO-2")
-    if args.enable_model_cpu_offload:
+    if settings.validation.enable_model_cpu_offload:
         raise UserError(
             "--enable_model_cpu_offload: ZeRO-3 has its own places for the weights; leave it out, or use ZeRO-2"
         )

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from args import parse_generate_args
+from checks.generation import sampling_memory_advice
 from common.run_folder import LORA_FILE, MANIFEST
-from flags.generation import parse_generate_args
-from flags.generation_checks import sampling_memory_advice
 from repository import TRAINING
 
 
@@ -39,24 +39,39 @@ def parse(*flags: object, prompt: bool = True):
 
 def test_what_is_not_said_is_left_to_the_model_or_as_in_validation():
     args = parse()
-    assert (args.height, args.width, args.num_frames, args.fps, args.dtype) == (None, None, None, None, "auto")
-    assert (args.num_inference_steps, args.guidance_scale, args.use_dynamic_cfg) == (50, 6.0, False)
-    assert (args.enable_tiling, args.negative_prompt, args.transformer, args.loras) == (True, "", None, [])
+    assert (
+        args.sampling.height,
+        args.sampling.width,
+        args.sampling.num_frames,
+        args.output.fps,
+        args.memory.dtype,
+    ) == (None, None, None, None, "auto")
+    assert (args.guidance.num_inference_steps, args.guidance.guidance_scale, args.guidance.use_dynamic_cfg) == (
+        50,
+        6.0,
+        False,
+    )
+    assert (args.memory.enable_tiling, args.content.negative_prompt, args.result.transformer, args.loras) == (
+        True,
+        "",
+        None,
+        (),
+    )
     assert [str(video.file) for video in args.videos] == ["generated/00-a-cat-seed-42.mp4"]
     assert not Path("generated").exists()
 
 
 def test_loras_and_transformers_are_files_run_folders_or_ids():
     args = parse("--lora", "lora", "mine.safetensors", "owner/style", "--lora_scale", "1", "-0.5", "0")
-    assert args.loras == [(f"lora/{LORA_FILE}", 1.0), ("mine.safetensors", -0.5), ("owner/style", 0.0)]
+    assert args.loras == ((f"lora/{LORA_FILE}", 1.0), ("mine.safetensors", -0.5), ("owner/style", 0.0))
     for given in ("full", "full/transformer"):
-        assert parse("--transformer", given).transformer == "full"
-    assert parse("--transformer", "owner/tuned").transformer == "owner/tuned"
+        assert parse("--transformer", given).result.transformer == "full"
+    assert parse("--transformer", "owner/tuned").result.transformer == "owner/tuned"
 
 
 def test_each_prompt_of_a_file_is_sampled_with_each_seed():
     args = parse("--prompts_file", "prompts.txt", "--seed", 3, 1, "--output_dir", "out", prompt=False)
-    assert args.prompts == ["a cat", "a dog\u2028asleep"]
+    assert args.content.prompt == ("a cat", "a dog\u2028asleep")
     assert [(video.number, video.seed, video.file.name) for video in args.videos] == [
         (0, 3, "00-a-cat-seed-3.mp4"),
         (0, 1, "00-a-cat-seed-1.mp4"),
@@ -136,8 +151,8 @@ def test_there_are_prompts(flags, reason, capsys):
 
 
 def test_a_gpu_that_is_too_small_is_told_what_is_left_to_save():
-    assert "--enable_model_cpu_offload" in sampling_memory_advice(parse())
-    saving = parse("--enable_sequential_cpu_offload", "--text_encoder_8bit")
+    assert "--enable_model_cpu_offload" in sampling_memory_advice(parse().memory)
+    saving = parse("--enable_sequential_cpu_offload", "--text_encoder_8bit").memory
     assert sampling_memory_advice(saving) == ["smaller --height and --width, or fewer --num_frames"]
 
 

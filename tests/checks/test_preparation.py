@@ -1,12 +1,13 @@
 """What the preparation can do with less memory, by its flags."""
 
 from args import parse_prepare_args
-from flags.preparation import preparation_memory_advice
+from checks.preparation import preparation_memory_advice
 
 
 def advice(tmp_path, *flags: str) -> str:
     argv = ["--data_root", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--save_latents_and_embeddings"]
-    return "\n".join(preparation_memory_advice(parse_prepare_args([*argv, *flags])))
+    settings = parse_prepare_args([*argv, *flags])
+    return "\n".join(preparation_memory_advice(settings.encoding, settings.model.dtype))
 
 
 def test_savings_are_advised_that_are_not_made_yet(tmp_path):

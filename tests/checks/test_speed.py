@@ -29,8 +29,8 @@ def error_of(capsys, *argv: str) -> str:
 
 def test_nothing_is_compiled_or_recorded_unless_it_is_asked_for(flags):
     args = parse(*flags)
-    assert (args.compile, args.profile, args.allow_tf32) == (False, False, False)
-    assert (args.attention_backend, args.validation_attention_backend) == (None, None)
+    assert (args.speed.compile, args.speed.profile, args.speed.allow_tf32) == (False, False, False)
+    assert (args.speed.attention_backend, args.speed.validation_attention_backend) == (None, None)
 
 
 def test_sage_is_for_sampling_alone(flags, capsys):
@@ -38,7 +38,7 @@ def test_sage_is_for_sampling_alone(flags, capsys):
     assert "no backward pass" in line
     assert "--validation_attention_backend sage" in line
     args = parse(*flags, "--validation_attention_backend", "SAGE", "--validation_prompt", "a rabbit")
-    assert args.validation_attention_backend == "sage"
+    assert args.speed.validation_attention_backend == "sage"
 
 
 def test_a_backend_of_the_validation_needs_one(flags, capsys):
@@ -57,7 +57,7 @@ def test_what_moves_within_blocks_is_not_compiled(flags, capsys, others, reason)
     line = error_of(capsys, *flags, "--compile", "--gradient_checkpointing", *others)
     assert line.startswith("error: --compile: ")
     assert reason in line
-    assert parse(*flags, "--compile", "--gradient_checkpointing").compile
+    assert parse(*flags, "--compile", "--gradient_checkpointing").speed.compile
 
 
 @pytest.fixture
@@ -74,15 +74,15 @@ def launch(monkeypatch):
 
 
 def test_samples_are_divided_as_the_flag_or_the_launch_says(flags, launch):
-    assert parse(*flags).context_parallel_size == 1
+    assert parse(*flags).speed.context_parallel_size == 1
     launch(8)
-    assert parse(*flags).context_parallel_size == 1
-    assert parse(*flags, "--context_parallel_size", "4").context_parallel_size == 4
+    assert parse(*flags).speed.context_parallel_size == 1
+    assert parse(*flags, "--context_parallel_size", "4").speed.context_parallel_size == 4
     launch(8, dp_shard_size=8)
-    assert parse(*flags, "--context_parallel_size", "2").context_parallel_size == 2
+    assert parse(*flags, "--context_parallel_size", "2").speed.context_parallel_size == 2
     launch(8, dp_shard_size=2, cp_size=4)
-    assert parse(*flags).context_parallel_size == 4
-    assert parse(*flags, "--context_parallel_size", "4").context_parallel_size == 4
+    assert parse(*flags).speed.context_parallel_size == 4
+    assert parse(*flags, "--context_parallel_size", "4").speed.context_parallel_size == 4
 
 
 @pytest.mark.parametrize(
@@ -128,4 +128,4 @@ def test_a_model_compiled_by_the_launch_configuration_is_refused(flags, capsys, 
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     assert "give the script --compile" in error_of(capsys, *flags)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as accelerate launch says it
-    assert parse(*flags).compile is False
+    assert parse(*flags).speed.compile is False

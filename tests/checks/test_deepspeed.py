@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from args import parse_args
-from flags.deepspeed import describe_division, zero_stage
+from checks.deepspeed import describe_division, zero_stage
 
 
 @pytest.fixture

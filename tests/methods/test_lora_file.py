@@ -1,0 +1,146 @@
+"""A LoRA to start from is loaded exactly, and refused if it does not fit the model and the flags."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from common.errors import UserError
+from forward_pass import load
+from methods.lora import LORA_FILE
+from tuned_models import check_model, make_lora, only_configs, output, randomize, sampled_with, write_lora
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def model(tiny_models) -> Path:
+    return tiny_models("2b")
+
+
+@pytest.fixture
+def transformer(model) -> CogVideoXTransformer3DModel:
+    return load(model)
+
+
+def without_metadata(file: Path) -> Path:
+    """Rewrite a file as the original scripts did."""
+    save_file(load_file(file), file, metadata={"format": "pt"})
+    return file
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_adapters_start_with_exactly_the_values_of_the_file(model, transformer, tmp_path, dtype, options):
+    file = write_lora(model, tmp_path / "first", dtype, **options)
+    lora = make_lora(start_from=file, **options)
+    check_model(lora, model)
+    lora.attach(transformer)
+    again = load_file(lora.save(transformer, tmp_path / "second", torch.float32))
+    stored = {name: weight.float() for name, weight in load_file(file).items()}
+    torch.testing.assert_close(again, stored, atol=0, rtol=0)
+    assert {weight.dtype for weight in transformer.parameters() if weight.requires_grad} == {torch.float32}
+
+
+def test_a_checkpoint_overrides_the_lora_to_start_from(model, transformer, tmp_path):
+    lora = make_lora(start_from=write_lora(model, tmp_path / "start"))
+    lora.attach(transformer)
+    randomize(transformer)  # the training
+    lora.save(transformer, tmp_path / "checkpoint", torch.float32)
+    resumed = load(model)
+    lora.attach(resumed)
+    assert not torch.equal(output(resumed), output(transformer))
+    lora.load(resumed, tmp_path / "checkpoint")
+    torch.testing.assert_close(resumed.state_dict(), transformer.state_dict(), atol=0, rtol=0)
+
+
+MISMATCHES = {
+    "rank": ({"rank": 2}, {}, "--rank 2"),
+    "alpha": ({"alpha": 2.5}, {}, "--lora_alpha 2.5"),
+    "rslora": ({"use_rslora": True}, {}, "--use_rslora"),
+    "dora": ({"use_dora": True}, {}, "--use_dora"),
+    "no dora": ({}, {"use_dora": True}, "no --use_dora"),
+    "modules": ({"target_modules": ["proj_out", "ff.net.2"]}, {}, "--lora_target_modules ff.net.2 proj_out"),
+    "one block": (
+        {"target_modules": ["transformer_blocks.1.attn1.to_q"]},
+        {},
+        "--lora_target_modules transformer_blocks.1.attn1.to_q",
+    ),
+    "all": (
+        {"rank": 2, "alpha": 3, "use_rslora": True, "target_modules": ["to_q"]},
+        {},
+        "--rank 2, --lora_alpha 3, --use_rslora, --lora_target_modules attn1.to_q",
+    ),
+}
+
+
+@pytest.mark.parametrize(("written", "given", "expected"), MISMATCHES.values(), ids=MISMATCHES)
+def test_flags_that_contradict_the_file_are_listed_before_weights_are_loaded(
+    model, tmp_path, written, given, expected
+):
+    file = write_lora(model, tmp_path / "lora", **written)
+    with pytest.raises(UserError, match="--lora_weights") as caught:
+        check_model(make_lora(start_from=file, **given), only_configs(model, tmp_path / "model"))
+    assert str(caught.value).endswith(f"; pass {expected}")
+
+
+def test_the_listed_flags_are_sufficient(model, transformer, tmp_path):
+    file = write_lora(model, tmp_path, target_modules=["to_q", "norm1.linear", "proj_out"])
+    with pytest.raises(UserError) as caught:
+        check_model(make_lora(start_from=file), model)
+    listed = str(caught.value).split("--lora_target_modules ")[1].split()
+    lora = make_lora(start_from=file, target_modules=listed)
+    check_model(lora, model)
+    lora.attach(transformer)
+    torch.testing.assert_close(output(transformer), output(sampled_with(model, tmp_path)), atol=1e-5, rtol=1e-5)
+
+
+def test_without_metadata_rank_and_modules_are_found_from_the_tensors(model, tmp_path):
+    file = without_metadata(write_lora(model, tmp_path, rank=2, alpha=99, target_modules=["to_q"]))
+    with pytest.raises(UserError, match=r"pass --rank 2, --lora_target_modules attn1\.to_q$"):
+        check_model(make_lora(start_from=file), model)
+
+
+@pytest.mark.parametrize("has_metadata", [False, True])
+def test_an_unknown_alpha_is_warned_about(model, transformer, tmp_path, caplog, has_metadata):
+    file = write_lora(model, tmp_path)
+    if not has_metadata:
+        without_metadata(file)
+    with caplog.at_level(logging.WARNING):
+        make_lora(start_from=file).attach(transformer)
+    warned = [record.message for record in caplog.records if record.name == "methods.lora"]
+    assert len(warned) == (0 if has_metadata else 1)
+    assert all("--lora_alpha 8 is used" in line for line in warned)
+
+
+BROKEN = {
+    "another model": (
+        lambda w: {n: torch.cat([t, t], 1) if "lora_A" in n else t for n, t in w.items()},
+        "another model",
+    ),
+    "more blocks": (lambda w: {n.replace("blocks.3", "blocks.9"): t for n, t in w.items()}, "another model"),
+    "another network": (lambda w: {n.replace("transformer.", "unet."): t for n, t in w.items()}, "not a LoRA of"),
+    "plain weights": (lambda w: {"transformer.proj_out.weight": torch.zeros(2)}, "not a LoRA of a transformer"),
+    "several ranks": (lambda w: {n: t[:2] if ".3.attn1.to_q.lora_A" in n else t for n, t in w.items()}, "different"),
+    "half of them": (lambda w: {n: t for n, t in w.items() if "lora_A" in n}, "no flags describe"),
+    "the other half": (lambda w: {n: t for n, t in w.items() if "lora_B" in n}, "different"),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), BROKEN.values(), ids=BROKEN)
+def test_a_file_that_no_flags_fit_is_refused(model, tmp_path, change, expected):
+    file = write_lora(model, tmp_path)
+    save_file({name: weight.contiguous() for name, weight in change(load_file(file)).items()}, file)
+    with pytest.raises(UserError, match=f"^--lora_weights: .*{expected}"):
+        check_model(make_lora(start_from=file), model)
+
+
+def test_a_damaged_file_is_refused(model, tmp_path):
+    file = tmp_path / LORA_FILE
+    file.write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match=r"--lora_weights: .* cannot be used"):
+        check_model(make_lora(start_from=file), model)

@@ -1,0 +1,1 @@
+"""Which flags go together, and what must exist before anything loads. Imports nothing heavy."""

@@ -1,0 +1,135 @@
+"""Checks of the flags on clips; none needs a model."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from common.errors import UserError
+from data.prepared import read_prepared_settings
+from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
+from flags.schema import flag_values
+from flags.settings import TrainingSettings
+
+
+SIZE_STEP = 16  # the VAE compresses 8 times in space, the transformer's patches twice more
+
+
+def settle_clips(clips: ClipFlags, given: Collection[str]) -> ClipFlags:
+    """Return the flags with the defaults that depend on others: the only bucket, what to take of a long clip.
+
+    Raises:
+        UserError: a size or a number of frames is not one that the VAE takes, or flags contradict each other.
+    """
+    if clips.fps is not None and clips.long_clips == "spread":
+        raise UserError(
+            "--long_clips spread: frames spread over a clip have no fixed rate; leave out --fps or give first or split"
+        )
+    if {"height", "width"} <= set(given) and not {"height_buckets", "width_buckets"} & set(given):
+        clips = replace(clips, height_buckets=(clips.height,), width_buckets=(clips.width,))
+    # --height and --width come first: they may have become the buckets, and the message must name what the user typed.
+    for flag, sizes in (
+        ("--height", (clips.height,)),
+        ("--width", (clips.width,)),
+        ("--height_buckets", clips.height_buckets),
+        ("--width_buckets", clips.width_buckets),
+    ):
+        for size in sizes:
+            check_size(flag, size)
+    _check_frames(clips)
+    return replace(clips, long_clips=clips.long_clips or ("first" if clips.fps else "spread"))
+
+
+def check_size(flag: str, size: int) -> None:
+    """Check that a height or width is a multiple of 16.
+
+    Raises:
+        UserError: it is not; names the nearest that are.
+    """
+    if size % SIZE_STEP:
+        below = size // SIZE_STEP * SIZE_STEP
+        nearest = _name_nearest("size", [n for n in (below, below + SIZE_STEP) if n])
+        raise UserError(f"{flag}: {size} is not divisible by {SIZE_STEP}; {nearest}")
+
+
+def _check_frames(clips: ClipFlags) -> None:
+    for flag, counts in (("--max_num_frames", (clips.max_num_frames,)), ("--frame_buckets", clips.frame_buckets)):
+        for count in counts:
+            check_frame_count(flag, count)
+    if min(clips.frame_buckets) > clips.max_num_frames:
+        raise UserError(
+            f"--frame_buckets: all exceed --max_num_frames {clips.max_num_frames}; raise it to --max_num_frames "
+            f"{max(clips.frame_buckets)} or give a shorter bucket"
+        )
+
+
+def drop_long_buckets(clips: ClipFlags) -> tuple[ClipFlags, list[str]]:
+    """Return the flags without the frame buckets that exceed --max_num_frames, and a warning if there were some."""
+    long = [str(count) for count in clips.frame_buckets if count > clips.max_num_frames]
+    if not long:
+        return clips, []
+    kept = tuple(count for count in clips.frame_buckets if count <= clips.max_num_frames)
+    warning = f"--frame_buckets {' '.join(long)} not used: longer than --max_num_frames {clips.max_num_frames}"
+    return replace(clips, frame_buckets=kept), [warning]
+
+
+def check_frame_count(flag: str, count: int) -> None:
+    """Check that the VAE takes a number of frames.
+
+    Raises:
+        UserError: it does not; names the nearest that it takes.
+    """
+    if not _is_frame_count(count):
+        below = next(n for n in range(count, 0, -1) if _is_frame_count(n))
+        above = next(n for n in range(count, count + 4) if _is_frame_count(n))
+        raise UserError(f"{flag}: {count} is not 4k or 4k+1; {_name_nearest('count', [below, above])}")
+
+
+def _is_frame_count(count: int) -> bool:
+    """Whether it is a length which the VAE's fourfold compression in time takes without a remainder."""
+    return count == 1 or (count >= 4 and count % 4 in (0, 1))
+
+
+def _name_nearest(noun: str, values: list[int]) -> str:
+    if len(values) == 1:
+        return f"nearest valid {noun} is {values[0]}"
+    return f"nearest valid {noun}s are {values[0]} and {values[1]}"
+
+
+def check_sources(sources: SourceFlags) -> None:
+    """Check that the data set is named one way only, and that its details come with its name.
+
+    Raises:
+        UserError: names the flag and what to do.
+    """
+    named = [name for name in ("dataset_file", "dataset_name", "dataset_mix") if getattr(sources, name)]
+    if len(named) > 1:
+        raise UserError(f"--{named[1]}: the data is named by --{named[0]} already; leave one of them out")
+    for name in ("dataset_config_name", "dataset_streaming"):
+        if getattr(sources, name) and not sources.dataset_name:
+            raise UserError(f"--{name}: no effect without --dataset_name; leave it out")
+    if sources.dataset_mix and sources.data_root:
+        raise UserError("--data_root: each entry of --dataset_mix names its own; leave one of them out")
+
+
+def check_prepared_flags(settings: TrainingSettings) -> None:
+    """Check that flags on raw clips which come with --load_tensors say what the data was prepared with.
+
+    Raises:
+        UserError: lists those that differ.
+    """
+    folder = settings.sources.data_root
+    if not settings.prepared.load_tensors or not folder:
+        return
+    made_with, values = read_prepared_settings(Path(folder)).get("flags", {}), flag_values(settings)
+    # The launchers pass the length of validation videos as a frame bucket.
+    compared = made_with.keys() & set(PREPARED_FLAGS) & settings.given - {"frame_buckets"}
+    differing = [
+        f"--{name} was {made_with[name]!r}, is now {values[name]!r}"
+        for name in PREPARED_FLAGS
+        if name in compared and made_with[name] != values[name]
+    ]
+    if differing:
+        raise UserError(
+            f"--load_tensors: '{folder}' was prepared otherwise ({'; '.join(differing)}); prepare it again, or leave "
+            "these flags out"
+        )

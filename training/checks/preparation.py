@@ -1,0 +1,45 @@
+"""Checks of the flags of prepare_dataset.py beside those on clips, and advice when memory runs out."""
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from common.errors import UserError
+from flags.preparation import EncodingFlags, PreparationFlags
+
+
+def settle_preparation(
+    preparation: PreparationFlags, given: Collection[str], *, text_encoder_8bit: bool
+) -> PreparationFlags:
+    """Return the flags with the layout, and the number of image latents that it has room for.
+
+    Raises:
+        UserError: a flag has no effect, or contradicts another.
+    """
+    if not preparation.save_latents_and_embeddings:
+        if preparation.save_image_latents:
+            raise UserError("--save_image_latents: latents are written by --save_latents_and_embeddings; add it")
+        if text_encoder_8bit:
+            raise UserError("--text_encoder_8bit: nothing is embedded without --save_latents_and_embeddings; add it")
+        if preparation.layout == "shards":
+            raise UserError("--layout shards: shards hold latents; add --save_latents_and_embeddings")
+    layout = preparation.layout or ("shards" if preparation.save_latents_and_embeddings else "files")
+    num_latents = preparation.num_image_latents
+    if layout == "files" and num_latents > 1:
+        if "num_image_latents" in given:
+            raise UserError("--num_image_latents: --layout files has room for one; leave it out, or use shards")
+        num_latents = 1
+    return replace(preparation, layout=layout, num_image_latents=num_latents)
+
+
+def preparation_memory_advice(encoding: EncodingFlags, dtype: str) -> list[str]:
+    """Return what makes the preparation take less GPU memory, for the user: a line each, the least costly first."""
+    folder = "; needs a new folder"
+    savings = [
+        (encoding.batch_size > 1, "--batch_size 1"),
+        (not encoding.use_slicing, "--use_slicing"),
+        (not encoding.use_tiling, f"--use_tiling (the latents differ a little{folder})"),
+        (dtype == "fp32", f"--dtype bf16 (half of everything{folder})"),
+        (not encoding.text_encoder_8bit, f"--text_encoder_8bit (while captions are embedded{folder})"),
+        (True, "smaller --height_buckets and --width_buckets, or fewer frames in --frame_buckets"),
+    ]
+    return [advice for is_open, advice in savings if is_open]

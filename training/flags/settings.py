@@ -1,0 +1,97 @@
+"""What each script is run with: its groups of flags, checked and settled."""
+
+from dataclasses import dataclass
+
+from flags.captions import CaptionFlags, CaptionFrameFlags, CaptionModelFlags
+from flags.data import ClipFlags, LoaderFlags, PreparedFlags, SourceFlags
+from flags.generation import ContentFlags, OutputFlags, PlannedVideo, ResultFlags, SamplingFlags, SamplingMemoryFlags
+from flags.memory import MemoryFlags
+from flags.model import EncoderFlags, ModelFlags, SampledModelFlags
+from flags.optimizer import OptimizerFlags
+from flags.preparation import EncodingFlags, FirstFrameFlags, PreparationFlags
+from flags.schema import group
+from flags.speed import SpeedFlags
+from flags.tracking import HubFlags, TrackingFlags
+from flags.training import (
+    CheckpointFlags,
+    FullFlags,
+    ImageFlags,
+    LoraFlags,
+    ObjectiveFlags,
+    ScheduleFlags,
+    TrainingFlags,
+)
+from flags.validation import GuidanceFlags, ValidationFlags
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """A training script's settings."""
+
+    task: str  # text-to-video, image-to-video
+    method: str  # lora, sft
+    given: frozenset[str]  # names of the flags that the user typed or put into the file of --config
+    model: ModelFlags = group("model")
+    sources: SourceFlags = group("data")
+    clips: ClipFlags = group("data")
+    loader: LoaderFlags = group("data")
+    prepared: PreparedFlags = group("data")
+    validation: ValidationFlags = group("validation")
+    guidance: GuidanceFlags = group("validation")
+    training: TrainingFlags = group("training")
+    checkpoints: CheckpointFlags = group("training")
+    objective: ObjectiveFlags = group("objective")
+    schedule: ScheduleFlags = group("learning rate")
+    lora: LoraFlags = group("lora")
+    full: FullFlags = group("result")
+    image: ImageFlags = group("image-to-video (no effect on text-to-video)")
+    optimizer: OptimizerFlags = group("optimizer")
+    memory: MemoryFlags = group("memory")
+    speed: SpeedFlags = group("speed")
+    tracking: TrackingFlags = group("configuration")
+    hub: HubFlags = group("configuration")
+
+
+@dataclass(frozen=True)
+class PreparationSettings:
+    """The settings of prepare_dataset.py."""
+
+    model: EncoderFlags = group("model")
+    sources: SourceFlags = group("data")
+    clips: ClipFlags = group("data")
+    loader: LoaderFlags = group("data")
+    preparation: PreparationFlags = group("preparation")
+    encoding: EncodingFlags = group("memory and speed")
+
+
+@dataclass(frozen=True)
+class CaptioningSettings:
+    """The settings of caption_dataset.py."""
+
+    sources: SourceFlags = group("data")
+    model: CaptionModelFlags = group("model")
+    frames: CaptionFrameFlags = group("what the model sees")
+    captions: CaptionFlags = group("captions")
+
+
+@dataclass(frozen=True)
+class FirstFrameSettings:
+    """The settings of make_first_frames.py."""
+
+    sources: SourceFlags = group("data")
+    output: FirstFrameFlags = group("first frames")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """The settings of generate.py."""
+
+    model: SampledModelFlags = group("model")
+    result: ResultFlags = group("result of training")
+    content: ContentFlags = group("content")
+    sampling: SamplingFlags = group("sampling")
+    guidance: GuidanceFlags = group("sampling")
+    memory: SamplingMemoryFlags = group("precision and memory")
+    output: OutputFlags = group("output")
+    loras: tuple[tuple[str, float], ...] = ()  # (file or hub id, scale)
+    videos: tuple[PlannedVideo, ...] = ()

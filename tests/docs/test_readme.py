@@ -93,7 +93,7 @@ def test_the_memory_table_has_the_figures_and_flags_of_the_benchmark(monkeypatch
     from memory_rows import ROWS
 
     flags_of_row = {row.name: set(row.flags) for row in ROWS}
-    page = read_page("assets/docs/memory.md").split("## What a training step")[0]
+    page = read_page("assets/docs/memory.md").split("## Parts of a training step")[0]
     of_page = {cells[0]: cells[-4:] for cells in table_rows(page) if cells[0] in flags_of_row}
     published = {cells[0]: cells[1] for cells in table_rows(page) if len(cells) == 6}
     shown = [cells for cells in table_rows(README) if cells[0] in flags_of_row]

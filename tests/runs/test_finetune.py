@@ -8,7 +8,6 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-import av
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -23,15 +22,16 @@ from checkpoints.state import read_state
 from curves import curve
 from data.plan import plan_training_data
 from diffusion.tasks import TextToVideo
+from encoded_clips import all_frames
 from methods.lora import Lora
 from run.loop import train as train_loop
 from run.setup import Run, set_up
 from run.spec import check_spec
 from run.trainable import build_optimizer
+from tiny_runs import SIZE
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +175,7 @@ def test_raw_clips_train_without_preparation_and_are_validated(tiny_models, demo
         assert (folder / "contact_sheet.png").is_file()
         videos = sorted(folder.glob("*.mp4"))
         assert len(videos) == 2
-        for video in videos:
-            with av.open(video) as container:
-                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-            assert len(frames) == 17
-            assert frames[0].shape == (64, 96, 3)
+        assert all(all_frames(video).shape == (17, 64, 96, 3) for video in videos)
 
 
 def test_validation_does_not_change_what_is_trained(tiny_models, prepared, tmp_path):

@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
+from tiny_runs import SIZE
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
 BF16 = ("--weights_dtype", "bf16", "--mixed_precision", "bf16", "--use_torchao", "--optimizer", "adamw")
 
 

@@ -15,10 +15,10 @@ from methods.lora import Lora
 from run.loop import train
 from run.setup import set_up
 from run.spec import check_spec
+from tiny_runs import SIZE
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
 
 
 @pytest.fixture(scope="module")

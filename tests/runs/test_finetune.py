@@ -1,13 +1,11 @@
-"""The training script end to end on tiny models: what it learns, writes, resumes, and refuses."""
+"""The training script end to end on tiny models: training, outputs, resuming, and refusals."""
 
-import json
 import math
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import av
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -22,15 +20,17 @@ from checkpoints.state import read_state
 from curves import curve
 from data.plan import plan_training_data
 from diffusion.tasks import TextToVideo
+from encoded_clips import all_frames
 from methods.lora import Lora
+from original_folders import write_original_folder
 from run.loop import train as train_loop
 from run.setup import Run, set_up
 from run.spec import check_spec
 from run.trainable import build_optimizer
+from tiny_runs import SIZE
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tiny_models, prepa
     assert sorted(path.name for path in straight.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 6)]
 
     shutil.copytree(straight / "checkpoint-4", stopped / "checkpoint-4")
-    (stopped / "checkpoint-5.partial").mkdir()  # no checkpoint, and not to be taken for one
-    torch.rand(7)  # where the global generator stands must not matter
+    (stopped / "checkpoint-5.partial").mkdir()  # not a checkpoint
+    torch.rand(7)  # the state of the global generator must not matter
     resumed = train(model, prepared, stopped, *flags, "--max_train_steps", "6", "--resume_from_checkpoint", "latest")
     ours, theirs = load_file(resumed), load_file(whole)
     assert ours.keys() == theirs.keys()
@@ -98,14 +98,14 @@ def test_a_step_of_four_small_batches_is_a_step_of_the_big_one(tiny_models, prep
     assert all((small[name] - big[name]).abs().gt(1e-5).float().mean() < 0.01 for name in big)
 
 
-def test_what_is_written_and_resumed_with_an_average_of_the_weights(tiny_models, prepared, tmp_path):
+def test_a_run_with_ema_writes_the_average_and_resumes_from_both(tiny_models, prepared, tmp_path):
     flags = ("--load_tensors", "--max_train_steps", "4", "--checkpointing_steps", "2")
     last = load_file(train(tiny_models("5b"), prepared, tmp_path / "last", *flags))
     flags += ("--use_ema", "--ema_decay", "0.5")
     AcceleratorState._reset_state(reset_partial_state=True)
     averaged = load_file(train(tiny_models("5b"), prepared, tmp_path / "averaged", *flags))
     name = next(name for name in averaged if "lora_B" in name)
-    # It begins at zero and moves away: an average lies behind.
+    # It begins at zero and moves away: its average is smaller.
     assert 0 < averaged[name].abs().mean() < 0.95 * last[name].abs().mean()
     in_checkpoint = load_file(tmp_path / "averaged" / "checkpoint-4" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(in_checkpoint[name], last[name]) for name in last)
@@ -138,16 +138,8 @@ def test_an_option_of_the_objective_changes_what_is_trained(tiny_models, prepare
 
 
 def test_old_checkpoints_are_removed_only_beyond_the_limit(tiny_models, prepared, tmp_path):
-    flags = (
-        "--load_tensors",
-        "--max_train_steps",
-        "5",
-        "--checkpointing_steps",
-        "1",
-        "--checkpoints_total_limit",
-        "2",
-    )
-    train(tiny_models("5b"), prepared, tmp_path, *flags)
+    flags = ("--max_train_steps", "5", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    train(tiny_models("5b"), prepared, tmp_path, "--load_tensors", *flags)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
     assert (tmp_path / "checkpoint-4" / "pytorch_lora_weights.safetensors").is_file()
 
@@ -174,11 +166,7 @@ def test_raw_clips_train_without_preparation_and_are_validated(tiny_models, demo
         assert (folder / "contact_sheet.png").is_file()
         videos = sorted(folder.glob("*.mp4"))
         assert len(videos) == 2
-        for video in videos:
-            with av.open(video) as container:
-                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-            assert len(frames) == 17
-            assert frames[0].shape == (64, 96, 3)
+        assert all(all_frames(video).shape == (17, 64, 96, 3) for video in videos)
 
 
 def test_validation_does_not_change_what_is_trained(tiny_models, prepared, tmp_path):
@@ -191,7 +179,6 @@ def test_validation_does_not_change_what_is_trained(tiny_models, prepared, tmp_p
 
 
 def test_prepared_data_trains_without_vae_or_text_encoder(tiny_models, prepared, tmp_path):
-    """Rule: nothing is resident that is not needed. A model folder without the two is enough."""
     model = tmp_path / "model"
     shutil.copytree(tiny_models("5b"), model)
     shutil.rmtree(model / "text_encoder")
@@ -221,7 +208,7 @@ def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on
     assert not (tmp_path / "validation").exists()  # no prompt was given
 
 
-def test_a_failing_validation_is_a_warning_and_the_result_is_there(tiny_models, prepared, tmp_path, caplog):
+def test_a_failing_validation_is_a_warning_and_the_result_is_written(tiny_models, prepared, tmp_path, caplog):
     model = tmp_path / "model"
     shutil.copytree(tiny_models("5b"), model)
     (model / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
@@ -243,20 +230,7 @@ def test_data_prepared_with_another_vae_is_refused_before_anything_is_loaded(tin
 
 @pytest.mark.parametrize("with_index", [True, False])
 def test_a_folder_that_the_original_script_wrote_is_trained_on(tiny_models, tmp_path, with_index):
-    data = tmp_path / "data"
-    torch.manual_seed(0)
-    entries = []
-    for number in range(3):
-        stem = f"9f3c{number}"  # the original drew random names
-        tensors = {"video_latents": torch.randn(32, 5, 8, 12), "prompt_embeds": torch.randn(226, 64)}
-        for kind, tensor in tensors.items():
-            (data / kind).mkdir(parents=True, exist_ok=True)
-            torch.save(tensor, data / kind / f"{stem}.pt")
-        files = {"video_latent": f"video_latents/{stem}.pt", "prompt_embed": f"prompt_embeds/{stem}.pt"}
-        files |= {"prompt": f"prompts/{stem}.txt", "video": f"videos/{stem}.mp4"}
-        entries.append(files | {"metadata": {"num_frames": 17, "height": 64, "width": 96}})
-    if with_index:
-        (data / "data.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    data = write_original_folder(tmp_path / "data", 3, with_index=with_index)
     assert train(tiny_models("5b"), data, tmp_path / "out", "--load_tensors", "--max_train_steps", "2").is_file()
 
 
@@ -277,7 +251,7 @@ def stopped_run(tiny_models, prepared, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_run_is_not_resumed_as_another_and_all_differences_are_listed(
+def test_a_run_with_other_settings_is_not_resumed_and_all_differences_are_listed(
     tiny_models, prepared, stopped_run, tmp_path, capsys
 ):
     before = (stopped_run / "pytorch_lora_weights.safetensors").read_bytes()
@@ -318,7 +292,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(tiny_models
     assert f"resumed from {stopped_run / 'checkpoint-2'}" in said
 
 
-def test_a_run_goes_on_with_other_batches_a_step_and_says_so(tiny_models, prepared, stopped_run, capsys):
+def test_a_run_is_resumed_with_other_batches_a_step_and_reports_it(tiny_models, prepared, stopped_run, capsys):
     train(tiny_models("5b"), prepared, stopped_run, *RESUME, "--gradient_accumulation_steps", "5")
     said = capsys.readouterr().err
     assert "the run goes on with 1 processes x 5 batches a step, after 1 x 1" in said
@@ -326,22 +300,14 @@ def test_a_run_goes_on_with_other_batches_a_step_and_says_so(tiny_models, prepar
     assert read_state(stopped_run / "checkpoint-8").schedule == ScheduleStart(1, 5, step=4, epoch=0, seen_batches=4)
 
 
-def test_checkpoints_are_written_by_the_clock_too(tiny_models, prepared, tmp_path):
-    train(
-        tiny_models("5b"),
-        prepared,
-        tmp_path,
-        "--load_tensors",
-        "--max_train_steps",
-        "3",
-        "--checkpoint_minutes",
-        "0.00001",
-    )
+def test_checkpoints_are_written_at_intervals_of_time(tiny_models, prepared, tmp_path):
+    flags = ("--load_tensors", "--max_train_steps", "3", "--checkpoint_minutes", "0.00001")
+    train(tiny_models("5b"), prepared, tmp_path, *flags)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
 
 
 def poisoned(prepared: Path, folder: Path, count: int) -> tuple[Path, set[str]]:
-    """A copy of prepared data whose first samples are not finite; and their names."""
+    """Copy prepared data with the first samples not finite; returns the folder and their names."""
     shutil.copytree(prepared, folder)
     names = set()
     for shard in sorted((folder / "latents").glob("*.safetensors")):
@@ -380,7 +346,7 @@ def test_too_many_such_steps_end_the_run_and_name_the_last_good_checkpoint(tiny_
     assert not any(tensor.any() for name, tensor in initial.items() if "lora_B" in name)
 
 
-def test_an_image_to_video_model_is_refused_by_the_flags_name(tiny_models, demo_clips, tmp_path, capsys):
+def test_an_image_to_video_model_is_refused_with_the_name_of_the_flag(tiny_models, demo_clips, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         train(tiny_models("5b-i2v"), demo_clips, tmp_path / "out")
     assert "--pretrained_model_name_or_path: this is an image-to-video model" in error_of(capsys)
@@ -395,7 +361,7 @@ def test_float16_needs_a_gpu(tiny_models, prepared, tmp_path, capsys):
 
 
 def set_up_with_scaler(model: Path, data: Path, output: Path, scale: float | None) -> Run:
-    """A run as float16 makes it on a GPU: with a gradient scaler in accelerate's hands; None for one without."""
+    """Set up a run as with float16 on a GPU, with a gradient scaler in accelerate; None: without one."""
     argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
     argv += ["--rank", "8", "--lora_alpha", "8", "--seed", "0", "--learning_rate", "1e-3", "--load_tensors", *SIZE]
     argv += ["--max_train_steps", "2", "--gradient_accumulation_steps", "2", "--lr_scheduler", "linear"]

@@ -20,11 +20,11 @@ import prepare_dataset
 from models.source import ModelSource
 from repository import TRAINING
 from results import publish
+from tiny_runs import SIZE
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 TOKEN = "hf_" + "Secret0" * 5
-SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
 
 
 @pytest.fixture(scope="module")

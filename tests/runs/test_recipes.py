@@ -90,7 +90,7 @@ def sample_base(tiny_models):
 def test_a_result_loads_into_its_pipeline_and_changes_what_is_sampled(
     tiny_models, prepared, sample_base, tmp_path, kind, method
 ):
-    flags = ("--load_tensors", "--max_train_steps", "20", "--learning_rate", "1e-3", "--lr_warmup_steps", "0")
+    flags = ("--load_tensors", "--max_train_steps", "6", "--learning_rate", "1e-3", "--lr_warmup_steps", "0")
     output = train(kind, method, tiny_models(kind), prepared(kind), tmp_path / "out", *flags)
     sampled, base = sample(kind, tiny_models(kind), output, method), sample_base(kind)
     assert sampled.isfinite().all()

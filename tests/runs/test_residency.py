@@ -1,4 +1,4 @@
-"""Nothing is in memory that is not needed: which networks are alive when, in runs of the real script."""
+"""Only the networks that a stage of a run needs are in memory."""
 
 import gc
 from argparse import Namespace
@@ -32,7 +32,7 @@ NETWORKS = (T5EncoderModel, AutoencoderKLCogVideoX, CogVideoXEncoder3D, CogVideo
 
 
 def alive() -> list[str]:
-    """The networks that anything in this process still holds on to."""
+    """Return the networks that are referenced in this process."""
     gc.collect()
     # By type(): isinstance would ask torch's lazy modules for attributes that warn.
     return sorted(kind.__name__ for kind in (type(thing) for thing in gc.get_objects()) if kind in NETWORKS)
@@ -42,7 +42,7 @@ def alive() -> list[str]:
     ("kind", "task", "pipeline_class", "sampled_with"),
     [
         ("5b", TextToVideo(), CogVideoXPipeline, ["AutoencoderKLCogVideoX"]),
-        # An image to begin with has to be encoded.
+        # The first frame has to be encoded.
         (
             "5b-i2v",
             ImageToVideo(0.05, ignore_learned_positions=True),
@@ -51,7 +51,7 @@ def alive() -> list[str]:
         ),
     ],
 )
-def test_from_prepared_data_only_the_transformer_is_in_memory_and_to_sample_the_decoder(
+def test_with_prepared_data_only_the_transformer_is_in_memory_and_the_decoder_while_sampling(
     tiny_models, demo_clips, tmp_path, monkeypatch, kind, task, pipeline_class, sampled_with
 ):
     model, prepared = str(tiny_models(kind)), tmp_path / "prepared"
@@ -77,7 +77,7 @@ def test_from_prepared_data_only_the_transformer_is_in_memory_and_to_sample_the_
 
 
 def set_up_run(model: str, prepared: Path, output: Path, task: TextToVideo | ImageToVideo) -> tuple[Run, Namespace]:
-    """A run of one step with a validation; the prompts are embedded when this returns."""
+    """Set up a run of one step with a validation, its prompts embedded."""
     flags = ["--pretrained_model_name_or_path", model, "--data_root", str(prepared), "--load_tensors"]
     flags += ["--output_dir", str(output), "--max_train_steps", "1", "--train_batch_size", "1", "--report_to", "none"]
     flags += ["--validation_prompt", "a", "--num_inference_steps", "1", "--seed", "0", *SIZE]

@@ -1,4 +1,4 @@
-"""Mistakes that users make with files and flags: one clear message, exit code 2, before torch is imported."""
+"""Mistakes in files and flags: one clear message, exit code 2, before torch is imported."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def data(tmp_path) -> Path:
 
 
 def run(script: str, data: Path, *flags: str, model: str = "owner/name", output: str | None = None) -> tuple[int, str]:
-    """Run a script in a process of its own; returns exit code and stderr. Fails if torch was imported."""
+    """Run a script in a child process; returns exit code and stderr. Fails if torch was imported."""
     module, model_flag = SCRIPTS[script]
     argv = [model_flag, model, "--data_root", str(data), "--output_dir", output or str(data.parent / "out")]
     argv += ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17", *flags]
@@ -110,10 +110,10 @@ def test_bad_data_is_named(data, script, mistake):
 
 
 BAD_FLAGS = {
-    "a data_root that is not there": (["--data_root", "nowhere"], ["--data_root", "nowhere"]),
+    "a missing data_root": (["--data_root", "nowhere"], ["--data_root", "nowhere"]),
     "a height not divisible by 16": (["--height_buckets", "500"], ["--height_buckets", "500", "496 and 512"]),
     "a frame count that is not 4k or 4k+1": (["--frame_buckets", "47"], ["--frame_buckets", "47", "45 and 48"]),
-    "a dataset_file that is not there": (["--dataset_file", "nowhere.csv"], ["--dataset_file", "nowhere.csv"]),
+    "a missing dataset_file": (["--dataset_file", "nowhere.csv"], ["--dataset_file", "nowhere.csv"]),
 }
 
 
@@ -128,7 +128,7 @@ def test_bad_flags_are_named_in_one_line(data, script, mistake):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_model_folder_that_is_not_there_is_named(data, script):
+def test_a_missing_model_folder_is_named(data, script):
     code, message = run(script, data, model=str(data / "no-model"))
     assert code == 2
     assert SCRIPTS[script][1] in message
@@ -144,7 +144,7 @@ def test_an_output_dir_that_cannot_be_written_is_named(data, script):
     assert len(message.splitlines()) == 1
 
 
-def test_an_unknown_optimizer_is_named_with_those_there_are(data):
+def test_an_unknown_optimizer_is_named_with_the_known_ones(data):
     code, message = run("train", data, "--optimizer", "sgd")
     assert code == 2
     assert "--optimizer" in message
@@ -158,7 +158,7 @@ def test_training_on_tensors_that_were_never_prepared_says_what_to_run(data):
     assert "prepare_dataset.sh" in message
 
 
-def test_an_index_whose_files_are_gone_lists_them(data):
+def test_missing_files_of_an_index_are_listed(data):
     entry = {"video_latent": "video_latents/a.pt", "prompt_embed": "prompt_embeds/a.pt"}
     entry["metadata"] = {"num_frames": 17, "height": 64, "width": 96}
     append(data, "data.jsonl", json.dumps(entry) + "\n")

@@ -34,12 +34,12 @@ STEPS += ["--optimizer", "adamw", "--learning_rate", "1e-3", "--lr_scheduler", "
 
 
 def zero(config: str | Path) -> list[str]:
-    """The launcher for one of our DeepSpeed configurations, or another file."""
+    """Return the launcher for one of our DeepSpeed configurations, or another file."""
     return ["accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
 
 
 def launch(launcher: Iterable[str], script: str, *flags: str, fails: bool = False) -> str:
-    """Run a script on two ranks; returns what it printed."""
+    """Run a script on two ranks; returns its output."""
     by_accelerate = "accelerate.commands.launch" in launcher
     done = subprocess.run(
         [sys.executable, "-m", *launcher, str(TRAINING / script), *flags],
@@ -52,14 +52,14 @@ def launch(launcher: Iterable[str], script: str, *flags: str, fails: bool = Fals
 
 
 def weights_of(output: Path) -> dict[str, torch.Tensor]:
-    """What a run wrote at its end, a LoRA or all weights."""
+    """Return the result of a run, a LoRA or all weights."""
     lora = output / "pytorch_lora_weights.safetensors"
     files = [lora] if lora.exists() else sorted((output / "transformer").glob("*.safetensors"))
     return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
 def assert_same_run(output: Path, expected: Path, *, tolerance: float = 1e-5) -> None:
-    """Losses, gradient norms, learning rates and the result are equal up to rounding."""
+    """Check that losses, gradient norms, learning rates and results are equal up to rounding."""
     for name in ("loss", "grad_norm", "lr"):
         assert curve(output, name) == pytest.approx(curve(expected, name), rel=tolerance), name
     ours, theirs = weights_of(output), weights_of(expected)
@@ -116,12 +116,12 @@ def test_two_ranks_train_validate_and_save_as_one_does(fixed_flags, lora_of_one,
     before, after = (tmp_path / "validation" / f"step-{step}" for step in (0, 4))
     names = ["00-00-a.mp4", "01-00-b.mp4", "02-00-c.mp4", "contact_sheet.png"]
     assert sorted(path.name for path in before.iterdir() if path.is_file()) == names
-    # A rank that fails keeps no other waiting, nor does it end the run.
+    # A rank that fails neither blocks the others nor ends the run.
     assert sorted(path.name for path in after.iterdir() if path.is_file()) == [names[0], *names[2:]]
     assert "warning: validation at step 4 failed, training continues; rank 1: " in output
 
 
-def test_a_run_in_shards_is_that_of_one_process_and_resumes_exactly(fixed_flags, lora_of_one, tiny_models, tmp_path):
+def test_a_sharded_run_is_that_of_one_process_and_resumes_exactly(fixed_flags, lora_of_one, tiny_models, tmp_path):
     pytest.importorskip("deepspeed")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = [*fixed_flags, *LORA_OF_TWO, "--output_dir"]
@@ -142,7 +142,9 @@ def test_a_run_in_shards_is_that_of_one_process_and_resumes_exactly(fixed_flags,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, zero("zero2.yaml")], ids=["ddp", "zero2"])
-def test_a_step_that_one_rank_spoils_is_left_out_on_all_and_counted(fixed_flags, prepared_by_two, tmp_path, launcher):
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_counted(
+    fixed_flags, prepared_by_two, tmp_path, launcher
+):
     shutil.copytree(prepared_by_two[0], tmp_path / "data")
     shard = next((tmp_path / "data" / "latents").glob("*.safetensors"))
     tensors = load_file(shard)
@@ -159,8 +161,8 @@ def test_a_step_that_one_rank_spoils_is_left_out_on_all_and_counted(fixed_flags,
     assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "out").values())
 
 
-def config_of_ones_own(folder: Path, **changed: object) -> Path:
-    """An accelerate configuration that names a DeepSpeed one: ZeRO-3 that keeps no weight whole, however small."""
+def custom_zero3_config(folder: Path, **changed: object) -> Path:
+    """Write an accelerate configuration that names a DeepSpeed one: ZeRO-3 that shards even the smallest weights."""
     zero3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": "auto"}
     config = {"zero_optimization": zero3, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
     (folder / "zero3.json").write_text(json.dumps(config | changed))
@@ -171,9 +173,9 @@ def config_of_ones_own(folder: Path, **changed: object) -> Path:
 
 
 @pytest.mark.slow
-def test_a_lora_on_a_divided_model_is_that_of_one_process(fixed_flags, lora_of_one, tmp_path):
+def test_a_lora_on_a_sharded_model_is_that_of_one_process(fixed_flags, lora_of_one, tmp_path):
     pytest.importorskip("deepspeed")
-    launcher, whole, resumed = zero(config_of_ones_own(tmp_path)), tmp_path / "whole", tmp_path / "resumed"
+    launcher, whole, resumed = zero(custom_zero3_config(tmp_path)), tmp_path / "whole", tmp_path / "resumed"
     flags = [*fixed_flags, *LORA_OF_TWO, "--gradient_checkpointing", "--output_dir"]
     more = ["--checkpointing_steps", "3", "--validation_steps", "2", "--num_inference_steps", "1"]
     (whole / "validation" / "step-2" / "01-00-b.mp4").mkdir(parents=True)  # in the way of the second rank
@@ -189,7 +191,7 @@ def test_a_lora_on_a_divided_model_is_that_of_one_process(fixed_flags, lora_of_o
 
 
 @pytest.mark.slow
-def test_an_average_of_a_run_in_shards_is_resumed_as_it_was_divided(fixed_flags, tmp_path):
+def test_ema_of_a_sharded_run_is_resumed_on_as_many_processes(fixed_flags, tmp_path):
     pytest.importorskip("deepspeed")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = [*fixed_flags, *LORA_OF_TWO, "--use_ema", "--ema_decay", "0.5", "--output_dir"]
@@ -205,7 +207,7 @@ def test_an_average_of_a_run_in_shards_is_resumed_as_it_was_divided(fixed_flags,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, zero("zero3.yaml")], ids=["DDP", "ZeRO-3"])
-def test_several_processes_try_a_run_out(fixed_flags, tmp_path, launcher):
+def test_several_processes_do_a_dry_run(fixed_flags, tmp_path, launcher):
     if launcher is not TORCHRUN:
         pytest.importorskip("deepspeed")
     output = launch(launcher, LORA, *fixed_flags, *LORA_OF_TWO, "--output_dir", str(tmp_path / "run"), "--dry_run")
@@ -228,11 +230,11 @@ def test_several_processes_try_a_run_out(fixed_flags, tmp_path, launcher):
         (None, "bf16 --weights_dtype bf16", 3e-2),
     ],
 )
-def test_all_weights_in_shards_become_those_of_one_process(
+def test_sharded_full_fine_tuning_is_that_of_one_process(
     fixed_flags, tmp_path, fresh_accelerator, config, precision, tolerance
 ):
     pytest.importorskip("deepspeed")
-    launcher = zero(config or config_of_ones_own(tmp_path))
+    launcher = zero(config or custom_zero3_config(tmp_path))
     one, whole, resumed = (tmp_path / name for name in ("one", "whole", "resumed"))
     precision, flag, weights = precision.split()
     flags = [*fixed_flags, "--learning_rate", "1e-4", "--mixed_precision", precision]
@@ -243,7 +245,7 @@ def test_all_weights_in_shards_become_those_of_one_process(
     CogVideoXTransformer3DModel.from_pretrained(whole / "transformer")
     saved = load_file(next((whole / "checkpoint-4" / "transformer").glob("*.safetensors")))
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
-    if weights == "bf16":  # of the optimizer, not the rounded ones
+    if weights == "bf16":  # the optimizer's, not the rounded ones
         assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in saved.values())
 
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")

@@ -1,7 +1,7 @@
-"""Damaged clips, lists, tables and prepared folders by the hundred: what comes is a result or a reason.
+"""Damaged clips, lists, tables and prepared folders by the hundred: each is read, or refused with a reason.
 
-Never a traceback, never a hang, never a row dropped without a word. The damage is the same on every run. It is looked
-at in child processes, so that a hang, or a crash inside a library, fails one test and not the run.
+There is no traceback, no hang, and no row is dropped silently. The damage is the same on every run. It is checked in
+child processes, so that a hang, or a crash inside a library, fails only one test.
 """
 
 import csv
@@ -55,7 +55,7 @@ from video.io import read_frames
 from video.probe import VideoInfo, probe_files
 
 
-# Nets for what never ends, not demands on speed and size: a child takes some seconds and some hundred megabytes.
+# Limits for endless loops, not demands on speed and size: a child takes seconds and a few hundred megabytes.
 HANG_SECONDS = 300
 MOST_BYTES = 2 << 30
 FUZZ = settings(
@@ -64,8 +64,8 @@ FUZZ = settings(
 
 
 def in_child(folder: Path, *checks: Callable[[Path], None]) -> None:
-    """Run checks in a process of its own; their failure, a crash and a hang become a failure here."""
-    # By name, because what hypothesis makes of a function cannot be sent to a process.
+    """Run checks in a child process; fail if they fail, crash or hang."""
+    # By name, because hypothesis's functions cannot be sent to a process.
     arguments = (folder, [check.__name__ for check in checks])
     process = multiprocessing.get_context("spawn").Process(target=run_checks, args=arguments)
     process.start()
@@ -98,7 +98,7 @@ def damaged(content: bytes, seed: str, foreign: Sequence[bytes]) -> bytes:
     """Make one or a few edits, the same ones for the same seed.
 
     Args:
-        foreign: pieces to put in, or in the place of the beginning.
+        foreign: pieces to insert, or to replace the beginning with.
     """
     rng = random.Random(seed)
     edits = [flip_a_bit, zero, scramble, cut_out, insert, duplicate, swap, cut_short, append]
@@ -109,13 +109,13 @@ def damaged(content: bytes, seed: str, foreign: Sequence[bytes]) -> bytes:
 
 
 def place(content: bytes, rng: random.Random) -> int:
-    """Anywhere, but often near either end, where headers and indices are."""
+    """Return a random position, often near either end, where headers and indices are."""
     near = rng.randint(0, min(len(content), rng.choice((16, 100, 1000, len(content)))))
     return rng.choice((near, len(content) - near))
 
 
 def piece(content: bytes, rng: random.Random) -> tuple[int, int]:
-    """Where a piece begins and ends."""
+    """Return the start and the end of a random piece."""
     start = place(content, rng)
     return start, min(len(content), start + rng.choice((1, 1, 4, 30, 1 + len(content) // 5)))
 
@@ -152,7 +152,7 @@ def duplicate(content: bytes, rng: random.Random) -> bytes:
 
 
 def swap(content: bytes, rng: random.Random) -> bytes:
-    """Two neighbouring pieces change places."""
+    """Swap two neighbouring pieces."""
     start, middle = piece(content, rng)
     end = middle + rng.choice((1, 30, len(content)))
     return content[:start] + content[middle:end] + content[start:middle] + content[end:]
@@ -181,7 +181,7 @@ Mutant = tuple[Path, str, bytes]  # the file it is made from, how to make it aga
 
 
 def mutants_of(files: Sequence[Path], foreign: Sequence[bytes], count: int) -> Iterator[Mutant]:
-    """So many of each file, which is left as it was."""
+    """Yield `count` mutants of each file, and restore the file."""
     for file in files:
         content = file.read_bytes()
         for number in range(count):
@@ -191,13 +191,13 @@ def mutants_of(files: Sequence[Path], foreign: Sequence[bytes], count: int) -> I
 
 
 def check_mutants(mutants: Iterable[Mutant], check: Callable[[Path, bytes], str]) -> Counter[str]:
-    """Check all, and fail with all that was found, not only with the first.
+    """Check all mutants, and fail with a list of all failures.
 
     Args:
-        check: takes the file and the content of a mutant; gives the outcome in a word.
+        check: takes the file and the content of a mutant; returns the outcome in a word.
 
     Returns:
-        How often each outcome came.
+        The number of mutants by outcome.
     """
     outcomes, failures = Counter(), []
     for file, seed, content in mutants:
@@ -213,7 +213,7 @@ def check_mutants(mutants: Iterable[Mutant], check: Callable[[Path, bytes], str]
 
 
 def check_damaged_videos(folder: Path) -> None:
-    """Clips of every encoding, long enough that their end is read from a keyframe on."""
+    """Damage clips of every encoding, long enough to seek to a keyframe for their end."""
     clips = []
     for number, (file, options) in enumerate(ENCODINGS.values()):
         (folder / str(number)).mkdir()
@@ -222,18 +222,18 @@ def check_damaged_videos(folder: Path) -> None:
 
 
 def check_damaged_stills(folder: Path) -> None:
-    """Still images of every kind, one that is stored lying, and pictures that move."""
+    """Damage still images of every kind, one that is stored rotated, and animations."""
     image, *others = (Image.fromarray(numbered_frame(number)) for number in range(20))
     paths = [folder / f"still.{suffix}" for suffix in ("png", "jpg", "webp", "gif", "bmp", "tif")]
     for path in paths:
         image.save(path)
-    lying = Image.Exif()
-    lying[0x0112] = 6
-    image.save(folder / "lying.jpg", exif=lying)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    image.save(folder / "rotated.jpg", exif=rotated)
     moving = [folder / f"moving.{suffix}" for suffix in ("gif", "png", "webp")]
     for path in moving:
         image.save(path, save_all=True, append_images=others, duration=50)
-    check_damaged_clips([*paths, folder / "lying.jpg", *moving], 12)
+    check_damaged_clips([*paths, folder / "rotated.jpg", *moving], 12)
 
 
 def check_damaged_real_clips(folder: Path) -> None:
@@ -247,11 +247,11 @@ def check_damaged_clips(originals: Sequence[Path], count: int) -> None:
     whole = {path: {frame.tobytes() for frame in decoded(path)} for path in originals}
     mutants = mutants_of(originals, heads, count)
     outcomes = check_mutants(mutants, lambda path, content: check_clip(path, content, whole[path]))
-    assert min(outcomes["read"], outcomes["bad"]) > len(originals), f"all too alike to test anything: {outcomes}"
+    assert min(outcomes["read"], outcomes["bad"]) > len(originals), f"all too similar to test anything: {outcomes}"
 
 
 def check_clip(original: Path, content: bytes, whole: Collection[bytes]) -> str:
-    """Probe, choose and read as training does.
+    """Probe a clip, choose its samples and read them, as training does.
 
     Args:
         whole: the frames of the clip before the damage.
@@ -264,8 +264,8 @@ def check_clip(original: Path, content: bytes, whole: Collection[bytes]) -> str:
         return "bad"
     samples = list(samples_of(info))
     truth = [] if info.is_image else decoded(path)
-    # What FFmpeg makes of a damaged picture depends on what it decoded before, and where it leaves one out, frames are
-    # told by their time stamps if at all. Pictures are compared where none is damaged and none is gone.
+    # How FFmpeg decodes a damaged picture depends on those before it, and if it skips one, only time stamps identify
+    # the others. Pictures are compared if none is damaged and none is missing.
     comparable = len(truth) == info.num_frames and all(frame.tobytes() in whole for frame in truth)
     for indices in samples:
         try:
@@ -279,7 +279,7 @@ def check_clip(original: Path, content: bytes, whole: Collection[bytes]) -> str:
 
 
 def samples_of(info: VideoInfo) -> Iterator[tuple[int, ...]]:
-    """The first and the last sample, chosen in several ways."""
+    """Yield the first and the last sample, chosen in several ways."""
     for options in ({}, {"long_clips": "split"}, {"long_clips": "split", "fps": 7.5}):
         try:
             samples = choose_samples(info, [1, 13], **options)
@@ -290,11 +290,11 @@ def samples_of(info: VideoInfo) -> Iterator[tuple[int, ...]]:
 
 
 def decoded(path: Path) -> list[np.ndarray]:
-    """The truth: every frame upright, as PyAV decodes them one after another, until it can no more."""
+    """Return every frame upright, as PyAV decodes them in order, up to the first error."""
     frames = []
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
-        stream.codec_context.thread_count = 1  # with several, what becomes of a damaged frame is a matter of luck
+        stream.codec_context.thread_count = 1  # with several, the result of a damaged frame is random
         try:
             for frame in container.decode(stream):
                 frames.append(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)))
@@ -329,7 +329,7 @@ ROWS = [
     {"video": "b.mp4", "caption": "", "image": None, "note": 5},
     {"video": "c.png", "caption": "猫", "image": None, "note": 6},
 ]
-# How often each row of a list comes, by its place: rows that hold something, and these together with blank ones.
+# How often each row of a list occurs, by its place: rows with content, and these with blank ones.
 Places = tuple[Counter[str], Counter[str]]
 
 
@@ -376,7 +376,7 @@ def plan(*flags: object) -> RawData:
 
 
 def listed(data: RawData) -> Counter[str]:
-    """How often each row is planned or named as bad."""
+    """Count how often each row is planned or named as bad."""
     return Counter(clip.source for clip in (*(p.clip for p in data.clips if p.part == 0), *data.bad))
 
 
@@ -384,9 +384,9 @@ def check_list(flags: Sequence[object], names: Collection[str], read_places: Cal
     """Plan a list that may be damaged.
 
     Args:
-        flags: that name it.
-        names: one of them stands in every error.
-        read_places: reads the list strictly, by other means; raises ValueError where it cannot.
+        flags: those that name the list.
+        names: every error has one of them.
+        read_places: reads the list strictly, by other means; raises ValueError if it cannot.
     """
     try:
         data = plan(*flags)
@@ -411,7 +411,7 @@ def check_written(file: Path, content: bytes, *case: Any) -> str:
 def check_damaged_list(file: Path, count: int, *case: Any) -> None:
     mutants = mutants_of([file], PIECES_OF_LISTS, count)
     outcomes = check_mutants(mutants, lambda file, content: check_written(file, content, *case))
-    assert min(outcomes["listed"], outcomes["refused"]) > 0, f"all too alike to test anything: {outcomes}"
+    assert min(outcomes["listed"], outcomes["refused"]) > 0, f"all too similar to test anything: {outcomes}"
 
 
 def places(file: Path, names: Iterable[object]) -> Counter[str]:
@@ -419,12 +419,12 @@ def places(file: Path, names: Iterable[object]) -> Counter[str]:
 
 
 def text_of(file: Path) -> str:
-    """UTF-8 with or without a mark in front, with line ends of all systems."""
+    """Read UTF-8 with or without a byte order mark, with line ends of all systems."""
     return StringIO(file.read_bytes().decode("utf-8-sig"), newline=None).read()
 
 
 def places_of_lines(folder: Path) -> Places:
-    """The lines of videos.txt, as many as prompts.txt has; blank ones at the end are none."""
+    """Return the lines of videos.txt, as many as prompts.txt has, without blank ones at the end."""
     videos, prompts = (text_of(folder / name).rstrip().split("\n") for name in ("videos.txt", "prompts.txt"))
     if len(videos) != len(prompts):
         raise ValueError(f"{len(videos)} videos and {len(prompts)} prompts")
@@ -433,7 +433,7 @@ def places_of_lines(folder: Path) -> Places:
 
 
 def places_of_records(file: Path, delimiter: str) -> Places:
-    """The lines where the records of a CSV file start, read character by character; the header is no row."""
+    """Return the first lines of the records of a CSV file, read character by character, without the header."""
     records, line, is_quoted, may_open = {1: ""}, 1, False, True
     for character in text_of(file):
         line += character == "\n"
@@ -452,13 +452,13 @@ def places_of_records(file: Path, delimiter: str) -> Places:
 
 
 def places_of_objects(file: Path) -> Places:
-    """The values in a JSON array, or one on each line."""
+    """Return the values of a JSON array, or of each line."""
     rows = places(file, [place for place, _ in json_values(file)])
     return rows, rows
 
 
 def json_values(file: Path) -> list[tuple[str, Any]]:
-    """(place, value) of each."""
+    """Return the place and the value of each."""
     text = file.read_bytes().decode("utf-8-sig")
     if text.lstrip().startswith("["):
         return [(f"row {number}", value) for number, value in enumerate(json.loads(text), 1)]
@@ -466,13 +466,13 @@ def json_values(file: Path) -> list[tuple[str, Any]]:
 
 
 def places_of_rows(file: Path) -> Places:
-    """As many as the footer of a Parquet file says."""
+    """Return as many rows as the footer of a Parquet file says."""
     rows = places(file, [f"row {number + 1}" for number in range(pq.ParquetFile(file).metadata.num_rows)])
     return rows, rows
 
 
 def places_of_mix(folder: Path) -> Places:
-    """Those of the data sets of a mix, each as often as it is named, with their folders."""
+    """Return the rows of the data sets of a mix, each as often as it is named, with their folders."""
     rows = Counter()
     for _, entry in json_values(folder / "mix.json"):
         file = folder / ("rows.jsonl" if "dataset_file" in entry else "lists/videos.txt")
@@ -504,7 +504,7 @@ def check_damaged_tables(folder: Path) -> None:
 
 
 def check_damaged_footers(folder: Path) -> None:
-    """Every small number in the part of a Parquet file that says where the rows are, and how many."""
+    """Zero every small number in the footer of a Parquet file: offsets and counts of rows."""
     make_media(folder)
     file = folder / "rows.parquet"
     columns = {name: [row[name] for row in ROWS] for name in ("video", "caption")}
@@ -548,7 +548,7 @@ JSON = st.recursive(
 
 
 def count_of(data: RawData) -> int:
-    """How many rows are planned or named, each once."""
+    """Count the rows that are planned or named, each once."""
     found = listed(data)
     assert set(found.values()) == {1}, f"listed more than once: {found}"
     return len(found)
@@ -628,7 +628,7 @@ FOLDER_FILES = st.builds(
 @FUZZ
 @given(names=st.sets(FOLDER_FILES, min_size=1, max_size=9))
 def every_file_of_a_folder_counts(folder: Path, names: Collection[str]) -> None:
-    """Files of one name are one clip, or several; at least one of them is used or named."""
+    """Of the files with one name, which are one clip or several, at least one is used or named."""
     with TemporaryDirectory(dir=folder) as root:
         for name in names:
             (Path(root) / name).parent.mkdir(parents=True, exist_ok=True)
@@ -691,7 +691,7 @@ SETTINGS = PreparedSettings("shards", {"vae": "a1", "text_encoder": "b2"}, "fp32
 
 
 def make_shards(folder: Path) -> list[Path]:
-    """Two samples of one caption as they are prepared by default. Returns the files to damage."""
+    """Write two samples of one caption as preparation does by default; returns the files to damage."""
     import torch
     from safetensors.torch import save_file
 
@@ -711,7 +711,7 @@ def make_shards(folder: Path) -> list[Path]:
 
 
 def make_files(folder: Path) -> list[Path]:
-    """The same with a file for each tensor."""
+    """Write the same with a file for each tensor."""
     tensors = make_files_without_index(folder)
     entries = [sample_in_files(name, BUCKET, with_images=True) for name in SAMPLES]
     (folder / "data.jsonl").write_text(index_lines(entries))
@@ -719,7 +719,7 @@ def make_files(folder: Path) -> list[Path]:
 
 
 def make_files_without_index(folder: Path) -> list[Path]:
-    """The same as the original script left it where it was stopped."""
+    """Write the same as the original script left it when it was stopped."""
     import torch
 
     for kind, shape in SHAPES.items():
@@ -735,7 +735,7 @@ MAKERS = (make_shards, make_files, make_files_without_index)
 
 
 def check_prepared_folder(folder: Path) -> str:
-    """Compare its settings with others and read all its tensors, as preparation and training do."""
+    """Compare the settings of a folder with others and read all its tensors, as preparation and training do."""
     if (folder / "prepared.json").exists():
         with suppress_if_named(UserError, folder):
             check_encoders(folder, {"vae": "other"})
@@ -758,7 +758,7 @@ def check_prepared_folder(folder: Path) -> str:
 
 @contextmanager
 def suppress_if_named(kind: type[Exception], path: Path) -> Iterator[None]:
-    """Let pass errors of a kind that name a file or folder."""
+    """Suppress errors of a kind that name a file or folder."""
     try:
         yield
     except kind as error:
@@ -776,7 +776,7 @@ def check_tensor(stored: StoredTensor, most_dimensions: int, size: tuple[int, ..
 
 def check_damaged_preparations(folder: Path) -> None:
     def check(path: Path, content: bytes) -> str:
-        # In a folder of its own, because shards stay open.
+        # In a separate folder, because shards stay open.
         with TemporaryDirectory(dir=folder) as mutant:
             shutil.copytree(original, mutant, dirs_exist_ok=True)
             (Path(mutant) / path.relative_to(original)).write_bytes(content)
@@ -785,11 +785,11 @@ def check_damaged_preparations(folder: Path) -> None:
     for make in MAKERS:
         original = folder / make.__name__
         outcomes = check_mutants(mutants_of(make(original), PIECES_OF_LISTS, 12), check)
-        assert min(outcomes["read"], outcomes["refused"]) > 0, f"all too alike to test anything: {outcomes}"
+        assert min(outcomes["read"], outcomes["refused"]) > 0, f"all too similar to test anything: {outcomes}"
 
 
 def with_another_value(entry: object, path: Sequence[int], value: object) -> object:
-    """JSON with a value replaced at some depth."""
+    """Return JSON with a value replaced at some depth."""
     if not isinstance(entry, dict) or not entry or not path:
         return value
     key = list(entry)[path[0] % len(entry)]

@@ -1,4 +1,4 @@
-"""Every recipe on every model: what it writes loads into plain diffusers and does there what it did in training."""
+"""Every recipe on every model: results load into plain diffusers and have the same effect there as in training."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ VALIDATION = ("--validation_prompt", "a red circle")
 
 @pytest.fixture(scope="module")
 def prepared(tiny_models, demo_clips, tmp_path_factory):
-    """Give the demo clips prepared with a model, with image latents."""
+    """Return a folder of demo clips prepared with a model, with image latents."""
     root = tmp_path_factory.mktemp("prepared")
 
     def prepare(kind: str) -> Path:
@@ -57,7 +57,7 @@ def train(kind: str, method: str, model: Path, data: Path, output: Path, *flags:
 
 
 def sample(kind: str, model: Path, output: Path | None, method: str) -> torch.Tensor:
-    """The latents that a user of plain diffusers samples with a result; without one, with the model itself."""
+    """Sample latents in plain diffusers with a result, or with the model if there is none."""
     classes = {"text": CogVideoXPipeline, "image": CogVideoXImageToVideoPipeline}
     parts = {}
     if output is not None and method == "sft":
@@ -81,7 +81,7 @@ def sample(kind: str, model: Path, output: Path | None, method: str) -> torch.Te
 
 @pytest.fixture(scope="module")
 def sample_base(tiny_models):
-    """Give what a model samples as it is, computed once."""
+    """Return the latents that a model samples without a result, computed once."""
     return cache(lambda kind: sample(kind, tiny_models(kind), None, ""))
 
 
@@ -108,7 +108,7 @@ def test_an_untrained_lora_changes_nothing(tiny_models, sample_base, tmp_path, k
 
 @pytest.mark.parametrize("method", ["lora", "sft"])
 @pytest.mark.parametrize("kind", ["5b", "1.5-5b-i2v"])
-def test_a_result_of_learning_rate_zero_samples_exactly_what_the_model_does(
+def test_a_result_of_learning_rate_zero_samples_exactly_as_the_model(
     tiny_models, prepared, sample_base, tmp_path, kind, method
 ):
     model = tiny_models(kind)
@@ -118,10 +118,8 @@ def test_a_result_of_learning_rate_zero_samples_exactly_what_the_model_does(
 
 
 @pytest.mark.parametrize(("kind", "method"), [("2b", "lora"), ("5b-i2v", "sft")])
-def test_a_model_whose_configs_are_older_than_the_library_trains_as_ever(
-    tiny_models, prepared, tmp_path, kind, method
-):
-    """The published folders of CogVideoX-2b and 5b lack the settings that later kinds brought."""
+def test_a_model_with_configs_older_than_the_library_trains_alike(tiny_models, prepared, tmp_path, kind, method):
+    """The released CogVideoX-2b and 5b lack the settings of later kinds."""
     model = Path(shutil.copytree(tiny_models(kind), tmp_path / "model"))
     removed = {"transformer": ["patch_size_t", "ofs_embed_dim", "patch_bias"], "vae": ["invert_scale_latents"]}
     removed["transformer"] += ["use_learned_positional_embeddings"] if kind == "2b" else []
@@ -155,7 +153,7 @@ def test_a_model_whose_configs_are_older_than_the_library_trains_as_ever(
         ("5b-i2v", ("--frame_buckets", "16"), "--ignore_learned_positional_embeddings"),
     ],
 )
-def test_a_size_that_a_model_does_not_take_is_refused_before_any_weights_are_loaded(
+def test_a_size_that_the_model_does_not_support_is_refused_before_weights_are_loaded(
     tiny_models, demo_clips, tmp_path, capsys, kind, flags, message
 ):
     model = Path(shutil.copytree(tiny_models(kind), tmp_path / "model"))
@@ -190,7 +188,7 @@ def test_a_model_trained_without_learned_positions_samples_at_another_size(tiny_
     assert "patch_embed.pos_embedding" not in transformer.state_dict()
 
 
-def test_a_full_fine_tuning_is_resumed_bit_by_bit(tiny_models, prepared, tmp_path):
+def test_full_fine_tuning_is_resumed_bit_for_bit(tiny_models, prepared, tmp_path):
     common = ("--load_tensors", "--learning_rate", "1e-3", "--lr_warmup_steps", "0", "--checkpointing_steps", "2")
     model, data = tiny_models("5b"), prepared("5b")
     whole = train("5b", "sft", model, data, tmp_path / "whole", *common, "--max_train_steps", "4")

@@ -1,4 +1,4 @@
-"""Nothing is in memory that is not needed: which networks are alive when, in runs of the real script."""
+"""Only the networks that a stage of a run needs are in memory."""
 
 import gc
 from pathlib import Path
@@ -31,7 +31,7 @@ NETWORKS = (T5EncoderModel, AutoencoderKLCogVideoX, CogVideoXEncoder3D, CogVideo
 
 
 def alive() -> list[str]:
-    """The networks that anything in this process still holds on to."""
+    """Return the networks that are referenced in this process."""
     gc.collect()
     # By type(): isinstance would ask torch's lazy modules for attributes that warn.
     return sorted(kind.__name__ for kind in (type(thing) for thing in gc.get_objects()) if kind in NETWORKS)
@@ -41,7 +41,7 @@ def alive() -> list[str]:
     ("kind", "task", "pipeline_class", "sampled_with"),
     [
         ("5b", TextToVideo(), CogVideoXPipeline, ["AutoencoderKLCogVideoX"]),
-        # An image to begin with has to be encoded.
+        # The first frame has to be encoded.
         (
             "5b-i2v",
             ImageToVideo(0.05, ignore_learned_positions=True),
@@ -50,7 +50,7 @@ def alive() -> list[str]:
         ),
     ],
 )
-def test_from_prepared_data_only_the_transformer_is_in_memory_and_to_sample_the_decoder(
+def test_with_prepared_data_only_the_transformer_is_in_memory_and_the_decoder_while_sampling(
     tiny_models, demo_clips, tmp_path, monkeypatch, kind, task, pipeline_class, sampled_with
 ):
     model, prepared = str(tiny_models(kind)), tmp_path / "prepared"

@@ -10,8 +10,7 @@ from typing import Any
 
 from common.errors import UserError, described, listing
 from common.text_files import read_json
-from data.media_cache import expand_home
-from data.paths import stays_inside
+from data.paths import expand_home, stays_inside
 from data.sources import DataSource
 
 
@@ -33,8 +32,7 @@ def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
         One source per entry, with absolute paths.
 
     Raises:
-        UserError: an entry has an unknown, contradictory or missing key or a value of the wrong type, or paths lead
-            out of the file's folder.
+        UserError: an entry's keys or values are wrong, or paths lead out of the file's folder.
     """
     entries = [entry for _, entry in read_json(file)]
     if not entries:
@@ -84,7 +82,6 @@ def _check_value(where: str, key: str, value: object) -> None:
 
 
 def _check_places(file: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse entries that lead out of the file's folder."""
     folder = file.parent.absolute()
     outside = [
         f"entry {number}: {key!r} is {value}"

@@ -115,9 +115,8 @@ class ShardWriter:
             parts = _tensor_files(staging)
             wanted = {name for name in self._shards[digest] if name not in given_up}
             # The counts in the file names save reading the headers before enough batches exist.
-            if not parts or sum(int(part.stem.split("-")[1]) for part in parts) < len(wanted):
-                return
-            if not wanted.issubset(name for part in parts for name in names_in(part)):
+            num_staged = sum(int(part.stem.split("-")[1]) for part in parts)
+            if not parts or num_staged < len(wanted) or wanted - {name for part in parts for name in names_in(part)}:
                 return
             try:
                 with atomic_write(shard, staging=staging) as partial:
@@ -131,11 +130,7 @@ class ShardWriter:
 
 
 def finished_names(folder: Path) -> dict[str, Path]:
-    """Return the names in the finished shards of a folder, each with its shard.
-
-    Raises:
-        UserError: a shard is damaged.
-    """
+    """Return the names in the finished shards of a folder, each with its shard. Raises `UserError` for a damaged one."""
     return {name: path for path in _tensor_files(folder) for name in names_in(path)}
 
 
@@ -162,17 +157,13 @@ def names_in(path: Path) -> Iterator[str]:
 
 
 def save_tensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a safetensors file; a full disk is an `OSError`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
         save_file(dict(tensors), path)
-    except SafetensorError as error:  # a full disk
+    except SafetensorError as error:
         raise OSError(str(error)) from error
 
 

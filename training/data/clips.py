@@ -103,9 +103,8 @@ def plan_clips(
     for clip in clips:
         try:
             info = _found(infos[clip.video])
-            first_frame = (
-                _found(infos[clip.image], f"its image {clip.image}: ") if with_images and clip.image else None
-            )
+            has_image = with_images and clip.image is not None
+            first_frame = _found(infos[clip.image], f"its image {clip.image}: ") if has_image else None
             # Only what the choice of frames depends on.
             timing = replace(info, height=0, width=0, rotation=0, seekable=False, sha256="")
             samples, num_held = samples_of(timing)

@@ -130,7 +130,7 @@ class ShardWriter:
 
 
 def finished_names(folder: Path) -> dict[str, Path]:
-    """Return the names in the finished shards of a folder, each with its shard. Raises `UserError` for a damaged one."""
+    """Return the names in the finished shards of a folder, each with its shard; a damaged one is a `UserError`."""
     return {name: path for path in _tensor_files(folder) for name in names_in(path)}
 
 

@@ -177,10 +177,10 @@ def test_an_encoder_without_files_does_not_differ_and_is_remembered(tmp_path):
 
 
 def test_other_encoders_than_the_models_are_named(tmp_path):
-    assert check_encoders(tmp_path, ENCODERS) is None  # a folder of the original script, without settings
+    assert check_encoders(tmp_path, ENCODERS) == ""  # a folder of the original script, without settings
     claim_folder(tmp_path, settings(model="THUDM/CogVideoX-2b"))
-    assert check_encoders(tmp_path, ENCODERS) is None
-    assert check_encoders(tmp_path, ENCODERS | {"tokenizer": None}) is None
+    assert check_encoders(tmp_path, ENCODERS) == ""
+    assert check_encoders(tmp_path, ENCODERS | {"tokenizer": None}) == ""
     problem = check_encoders(tmp_path, {"vae": "x", "text_encoder": "y", "tokenizer": "c"})
     assert "another vae and text_encoder (of THUDM/CogVideoX-2b) than the model's" in problem
 

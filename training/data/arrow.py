@@ -32,17 +32,8 @@ def read_parquet(file: Path) -> Table:
     opened = _call(str(file), parquet.ParquetFile, file, pre_buffer=False)
     schema = opened.schema_arrow
     batches = opened.iter_batches(batch_size=_rows_at_once(schema))
-    rows = _rows(str(file), batches, f"{file.name}:row")
-    return Table(str(file), schema.names, _counted(rows, opened.metadata.num_rows, file), file.parent)
-
-
-def _counted(rows: Iterator[Row], num_rows: int, file: Path) -> Iterator[Row]:
-    """Yield the rows, then fail if there are fewer than the file says: pyarrow skips damaged rows silently."""
-    found = 0
-    for found, row in enumerate(rows, 1):  # noqa: B007
-        yield row
-    if found != num_rows:
-        raise UserError(f"{file} is damaged: it should have {num_rows} rows, and {found} can be read")
+    rows = _rows(str(file), batches, f"{file.name}:row", opened.metadata.num_rows)
+    return Table(str(file), schema.names, rows, file.parent)
 
 
 def read_dataset(name: str, config_name: str | None, split: str, streaming: bool) -> Table:
@@ -122,22 +113,21 @@ def _rows_at_once(schema: pa.Schema | None) -> int:
     return 1 if schema is None or any(map(may_be_large, schema.types)) else _ROWS_AT_ONCE
 
 
-def _rows(where: str, batches: Iterator[Any], place: str) -> Iterator[Row]:
+def _rows(where: str, batches: Iterator[Any], place: str, num_rows: int | None = None) -> Iterator[Row]:
+    """Yield the rows, then fail if there are fewer than `num_rows`: pyarrow skips damaged rows silently."""
     number = 0
     while (batch := _call(f"{where}, after row {number},", next, batches, None)) is not None:
         for index in range(batch.num_rows):
             number += 1
-            yield _row(batch, index, f"{place} {number}")
-
-
-def _row(batch: pa.Table | pa.RecordBatch, index: int, source: str) -> Row:
-    values: dict[str, Any] = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            values[name] = _value(column[index])
-        except (ValueError, OverflowError) as error:  # text that is not UTF-8, times beyond Python's
-            return Row(source, values, f"has an unreadable value in column {name!r}: {one_line(error)}")
-    return Row(source, values)
+            values, problem = {}, None
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                try:
+                    values[name] = _value(column[index])
+                except (ValueError, OverflowError) as error:  # text that is not UTF-8, times beyond Python's
+                    problem = f"has an unreadable value in column {name!r}: {one_line(error)}"
+            yield Row(f"{place} {number}", values, problem)
+    if num_rows not in (None, number):
+        raise UserError(f"{where} is damaged: it should have {num_rows} rows, and {number} can be read")
 
 
 def _value(scalar: pa.Scalar) -> Any:

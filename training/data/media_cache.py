@@ -160,8 +160,8 @@ def _image_bytes(image: object, folder: Path | None, within: Sequence[Path] | No
             try:
                 return _listed_file(path, folder, within).read_bytes()
             except (OSError, ValueError) as error:  # ValueError: a path with a null character
-                name = one_line(path, 200)
-                raise UnusableRow(f"has a frame {name} that cannot be read: {reason_of(error)}") from error
+                reason = reason_of(error)
+                raise UnusableRow(f"has a frame {one_line(path, 200)} that cannot be read: {reason}") from error
     raise UnusableRow(f"has {described(image)} among its frames, not an image")
 
 
@@ -176,15 +176,13 @@ def _decode_image(data: bytes) -> np.ndarray:
 
 
 def _rate(fps: object) -> Fraction:
-    if fps is None:
-        return Fraction(_DECODED_FPS)
-    if isinstance(fps, int | float) and 0.01 <= fps <= 1000:
-        return Fraction(fps).limit_denominator(1001)
-    raise UnusableRow(f"has {described(fps)} in its fps column; a rate is a number from 0.01 to 1000")
+    if not isinstance(fps, int | float | None) or not 0.01 <= (rate := _DECODED_FPS if fps is None else fps) <= 1000:
+        raise UnusableRow(f"has {described(fps)} in its fps column; a rate is a number from 0.01 to 1000")
+    return Fraction(rate).limit_denominator(1001)
 
 
 def _write_video(path: Path, frames: Iterable[np.ndarray], rate: Fraction) -> None:
-    """Write frames losslessly. Equal frames make equal bytes: without bitexact, Matroska adds a random identifier."""
+    # Equal frames make equal bytes: without bitexact, Matroska adds a random identifier.
     with av.open(str(path), "w", format="matroska", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("ffv1", rate=rate)
         stream.pix_fmt = "bgr0"
@@ -207,7 +205,6 @@ def _digest(*parts: bytes | np.ndarray) -> str:
 
 
 def _cached(cache: Path, digest: str, name: str, write: Callable[[Path], object]) -> Path:
-    """Return the file of a digest, with the suffix of `name`; write it if it does not exist."""
     suffix = os.path.splitext(name)[1].lower()
     path = cache / digest[:2] / f"{digest}{suffix if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES else ''}"
     if not path.exists():

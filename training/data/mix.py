@@ -21,12 +21,10 @@ def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
     """Read the data sets of a --dataset_mix file.
 
     Args:
-        file: JSON, an array of objects whose keys are fields of `DataSource`; a prepared folder has only `data_root`.
-            Relative paths start from the file's own folder, wherever the command runs; ~/ is the home folder. A
-            `dataset_file` may also be in its `data_root`. Paths must stay below the file's folder, unless `defaults`
-            allow others.
-        defaults: the flags, for fields that an entry omits. They never set which data an entry reads, nor its repeats
-            or weight.
+        file: JSON, an array of objects whose keys are fields of `DataSource`. Relative paths start from the file's own
+            folder, ~/ is the home folder. A `dataset_file` may also be in its `data_root`. Paths must stay below the
+            file's folder, unless `defaults` allow others.
+        defaults: the flags, for fields that an entry omits, except which data it reads, its repeats and weight.
 
     Returns:
         One source per entry, with absolute paths.
@@ -42,7 +40,7 @@ def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
     if not defaults.allow_outside_paths:
         _check_places(file, entries)
     weighted = ["weight" in entry for entry in entries]
-    if any(weighted) and not all(weighted):
+    if len(set(weighted)) == 2:
         number = weighted.index(False) + 1
         raise UserError(f"--dataset_mix {file}, entry {number} has no weight; either all entries have one, or none")
     no_data = {"data_root": None, "dataset_file": None, "dataset_name": None, "dataset_config_name": None}
@@ -116,14 +114,9 @@ def weights_to_repeats(sources: Sequence[DataSource], num_samples: Sequence[int]
 
     A weight is a share of an epoch's samples, relative to the sum of all weights. The n samples of a data set of
     weight w repeat w / n times, scaled so that the least repeated data set comes exactly once per epoch.
-
-    Args:
-        sources: as from `read_mix`: all with a weight, or none.
-        num_samples: usable samples of each.
+    `num_samples` are the usable ones of each; `sources` all have a weight, or none.
     """
-    densities = [
-        source.weight / count if source.weight is not None and count else None
-        for source, count in zip(sources, num_samples, strict=True)
-    ]
-    least = min((density for density in densities if density is not None), default=None)
-    return [None if density is None else density / least for density in densities]
+    counted = zip(sources, num_samples, strict=True)
+    densities = [source.weight / count if source.weight and count else None for source, count in counted]
+    least = min(filter(None, densities), default=None)
+    return [density and density / least for density in densities]

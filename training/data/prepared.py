@@ -90,20 +90,16 @@ class PreparedSettings:
     flags: Mapping[str, Any] = field(default_factory=dict)  # that chose clips and frames in the last run
 
 
-def encoder_differences(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> list[str]:
+def _other_encoders(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> list[str]:
     """Return the names of encoders that both sides know and that differ."""
     return [name for name, digest in one.items() if digest and other.get(name) and digest != other[name]]
 
 
-def check_encoders(folder: Path, encoders: Mapping[str, str | None]) -> str | None:
-    """Return why a model with these encoders cannot be trained on a prepared folder; None if no reason is known."""
+def check_encoders(folder: Path, encoders: Mapping[str, str | None]) -> str:
+    """Return why a model with these encoders cannot be trained on a prepared folder; "" if no reason is known."""
     settings = read_prepared_settings(folder)
-    different = encoder_differences(encoders, settings.get("encoders", {}))
-    if not different:
-        return None
-    return (
-        f"{folder} was prepared with another {' and '.join(different)} (of {settings.get('model')}) than the model's"
-    )
+    different = " and ".join(_other_encoders(encoders, settings.get("encoders", {})))
+    return different and f"{folder} was prepared with another {different} (of {settings['model']}) than the model's"
 
 
 def read_tensor(stored: StoredTensor) -> "torch.Tensor":
@@ -174,7 +170,7 @@ def claim_folder(folder: Path, settings: PreparedSettings) -> PreparedSettings:
     if (folder / SETTINGS_FILE).exists():
         earlier = read_prepared_settings(folder)
         encoders = earlier.get("encoders", {})
-        differing = [f"another {name}" for name in encoder_differences(settings.encoders, encoders)]
+        differing = [f"another {name}" for name in _other_encoders(settings.encoders, encoders)]
         differing += [
             f"{name} was {earlier.get(name)!r}, is now {getattr(settings, name)!r}"
             for name in _COMPARED_SETTINGS
@@ -232,8 +228,7 @@ def read_index(folder: Path, *, allow_outside_paths: bool = False) -> list[Prepa
         allow_outside_paths: the index may name files outside of the folder.
 
     Raises:
-        UserError: the folder was not prepared, its preparation was not finished, tensors are missing, or the index
-            leads out of the folder.
+        UserError: the preparation was not finished, tensors are missing, or the index leads out of the folder.
     """
     if (folder / INDEX_FILE).is_file():
         clips = _read_lines(folder / INDEX_FILE, _clip_in_shards, allow_outside_paths)

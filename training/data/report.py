@@ -145,7 +145,6 @@ def _repeat_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
 
 
 def _sample_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
-    """Count the samples that are parts of a long clip, and short clips whose last frame is held."""
     num_split = sum(sample.part == 1 for sample in planned)
     if num_split:
         later = sum(sample.part > 0 for sample in planned)

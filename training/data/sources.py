@@ -121,10 +121,9 @@ def _open(source: DataSource, captions_file: Path | None) -> tuple[Table, DataSo
 
 
 def _find_dataset_file(source: DataSource) -> Path:
-    places = [source.dataset_file] + ([source.data_root / source.dataset_file] if source.data_root else [])
-    for path in places:
-        if os.path.isfile(path):
-            return path
+    for folder in (Path(), source.data_root or Path()):
+        if os.path.isfile(folder / source.dataset_file):
+            return folder / source.dataset_file
     searched = f", neither here nor in {source.data_root}" if source.data_root else ""
     raise UserError(f"--dataset_file {source.dataset_file} does not exist{searched}")
 

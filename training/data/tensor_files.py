@@ -101,8 +101,7 @@ class ShardWriter:
     def merge(self, given_up: Container[str] = ()) -> None:
         """Write the shards whose batches are complete, as after a kill between the last batch and the shard.
 
-        Args:
-            given_up: names that will never be written; shards are complete without them.
+        Shards are complete without the names that are given up.
         """
         for digest in self._shards:
             self._merge_if_complete(digest, given_up)
@@ -139,11 +138,7 @@ def _tensor_files(folder: Path) -> list[Path]:
 
 
 def names_in(path: Path) -> Iterator[str]:
-    """Read the names in a shard from its header, and check its length. A missing file has no names.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Read the names in a shard from its header; a missing file has none, and a damaged one is a `UserError`."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -168,7 +163,7 @@ def save_tensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
 
 
 def samples_per_shard(bytes_per_sample: int, shard_bytes: int) -> int:
-    """Return the number of samples in a shard of about that size."""
+    """Return how many samples a shard of about that size has."""
     return max(1, min(MOST_PER_SHARD, shard_bytes // bytes_per_sample))
 
 

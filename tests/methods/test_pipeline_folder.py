@@ -56,7 +56,7 @@ def model(tiny_models, tmp_path) -> Path:
 def test_the_pipeline_samples_with_the_tuned_transformer(tiny_models, tmp_path, kind, pipeline_class):
     source = ModelSource(str(tiny_models(kind)))
     transformer = tuned(source)
-    folder = FullFinetune(save_pipeline=True).save_result(transformer, source, tmp_path, torch.float32)
+    folder = FullFinetune(save_pipeline=True).save(transformer, tmp_path, torch.float32, source=source)
     assert folder == tmp_path / "pipeline"
     assert (tmp_path / "transformer" / "config.json").is_file()
     base = pipeline_class.from_pretrained(tiny_models(kind))
@@ -102,7 +102,7 @@ def test_the_links_of_a_hub_cache_become_files(tiny_models, tmp_path):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(blob)
     source = ModelSource("org/tiny", cache_dir=str(tmp_path / "cache"))
-    folder = FullFinetune(save_pipeline=True).save_result(tuned(source), source, tmp_path, torch.float32)
+    folder = FullFinetune(save_pipeline=True).save(tuned(source), tmp_path, torch.float32, source=source)
     assert not any(path.is_symlink() for path in folder.rglob("*"))
     shutil.rmtree(tmp_path / "cache")
     CogVideoXPipeline.from_pretrained(folder)
@@ -164,7 +164,7 @@ def test_a_pipeline_without_learned_positions_samples_at_other_sizes(tiny_models
     source = ModelSource(str(tiny_models("5b-i2v")))
     transformer = tuned(source)
     ImageToVideo(0.0, ignore_learned_positions=True).prepare_model(transformer)
-    folder = FullFinetune(save_pipeline=True).save_result(transformer, source, tmp_path, torch.float32)
+    folder = FullFinetune(save_pipeline=True).save(transformer, tmp_path, torch.float32, source=source)
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(folder)
     assert pipeline.transformer.config.use_learned_positional_embeddings is False
     latents = sample(pipeline)

@@ -45,8 +45,7 @@ def check_access(output_dir: Path, repo_id: str | None, token: HubToken | None) 
             f"--push_to_hub: the upload to {name!r} would fail: {reason}; log in with `hf auth login`, pass a valid "
             "--hub_token and --hub_model_id, or omit --push_to_hub and upload later"
         ) from error
-    problem = _refusal(who, name)
-    if problem is not None:
+    if problem := _refusal(who, name):
         raise UserError(f"--push_to_hub: {problem}; pass a token with write access, or another --hub_model_id")
 
 

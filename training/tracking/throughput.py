@@ -42,13 +42,13 @@ class PhaseTimer:
         end.record()
         self.pending.append((name, start, end))
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> Counter[str]:
         """Return the seconds of each phase since the last call; on a GPU the timed operations must have ended."""
         for name, start, end in self.pending:
             self.seconds[name] += start.elapsed_time(end) / 1000
         self.pending.clear()
         seconds, self.seconds = self.seconds, Counter()
-        return dict(seconds)
+        return seconds
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Speed:
     seconds: float
     samples: int  # on all devices
     tokens: int  # on all devices
-    phases: dict[str, float]  # seconds of each, on this device
+    phases: Counter[str]  # seconds of each, on this device
     tflops: float  # on this device
     peak_tflops: float | None
 
@@ -69,7 +69,7 @@ class Speed:
             self.seconds + other.seconds,
             self.samples + other.samples,
             self.tokens + other.tokens,
-            {name: self.phases.get(name, 0.0) + other.phases.get(name, 0.0) for name in PHASES},
+            self.phases + other.phases,
             self.tflops + other.tflops,
             self.peak_tflops,
         )
@@ -80,7 +80,7 @@ class Speed:
             "samples_per_second": self.samples / self.seconds,
             "tokens_per_second": self.tokens / self.seconds,
             "step_seconds": self.seconds / self.steps,
-            **{f"{name}_seconds": self.phases.get(name, 0.0) / self.steps for name in PHASES},
+            **{f"{name}_seconds": self.phases[name] / self.steps for name in PHASES},
             "tflops_per_second": self.tflops / self.seconds,
         }
         if self.peak_tflops is not None:
@@ -148,7 +148,7 @@ class Throughput:
         tokens = count_tokens(self.config, bucket)
         self.samples += samples
         self.tokens += samples * tokens
-        flops = count_flops(self.config, tokens, **self.flops_settings).total
+        flops = count_flops(self.config, tokens, **self.flops_settings)
         self.flops += samples * flops / self.devices_per_sample
 
     def read(self, steps: int) -> Speed:

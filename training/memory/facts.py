@@ -73,11 +73,7 @@ class Workload:
 
 
 def model_facts(configs: ModelConfigs, method: Lora | FullFinetune) -> ModelFacts:
-    """Count a model's parameters after the method has prepared it on the meta device, where it takes no memory.
-
-    Raises:
-        UserError: the method does not fit the model.
-    """
+    """Count a model's parameters after the method has prepared it on the meta device, where it takes no memory."""
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel.from_config(configs.transformer)
         vae = AutoencoderKLCogVideoX.from_config(configs.vae)

@@ -17,11 +17,10 @@ def host_buffers(sizes: Sequence[int], *, pinned: bool) -> Iterator[torch.Tensor
     """Allocate buffers chunk by chunk as they are requested, so that the tensors they replace can be freed meanwhile.
 
     Args:
-        sizes: in bytes.
         pinned: needs a GPU.
 
-    Returns:
-        For each size, uint8 tensors `[size]`.
+    Yields:
+        For each size in bytes, a uint8 tensor `[size]`.
     """
     for chunk, members in plan_chunks(sizes):
         memory = torch.empty(chunk, dtype=torch.uint8, pin_memory=pinned)
@@ -65,11 +64,7 @@ class HostStack:
         self.used = 0  # bytes taken since the last reset
 
     def take(self, size: int, *, pinned: bool) -> list[torch.Tensor]:
-        """Return the next `size` bytes as uint8 tensors, split where a chunk ends.
-
-        Args:
-            pinned: pin newly allocated chunks; needs a GPU.
-        """
+        """Return the next `size` bytes as uint8 tensors, split where a chunk ends; pin newly allocated chunks."""
         pieces = []
         while size > 0:
             number, start = divmod(self.used, self._chunk_bytes)

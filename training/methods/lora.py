@@ -169,11 +169,8 @@ class Lora:
 
 
 def _find_modules(transformer: CogVideoXTransformer3DModel, names: Sequence[str]) -> list[str]:
-    """Return the target modules for peft.
-
-    Raises:
-        UserError: some are not linear layers of this transformer; peft refuses only if none is.
-    """
+    """Return the target modules for peft; raise a UserError if one is not a linear layer, as peft does only if none
+    is."""
     modules = dict(transformer.named_modules())
     layers = {name for name, layer in modules.items() if isinstance(layer, torch.nn.Linear)}
     outside = sorted(name for name in layers if not name.startswith("transformer_blocks."))

@@ -30,12 +30,7 @@ class LoraFile:
 
 
 def location(reference: Path | str, cache_dir: str | None = None) -> dict[str, Any]:
-    """Return a LoRA's location as arguments of diffusers' loading functions, without unpickling.
-
-    Args:
-        reference: its file, or a hub id.
-        cache_dir: for files of the hub.
-    """
+    """Return a LoRA's location, a file or a hub id, as arguments of diffusers' loading functions; never unpickle."""
     path = Path(reference)
     if isinstance(reference, Path) or path.is_file():
         reference, where = path.parent, {"weight_name": path.name, "local_files_only": True}
@@ -45,11 +40,7 @@ def location(reference: Path | str, cache_dir: str | None = None) -> dict[str, A
 
 
 def read_lora(path: Path | str, cache_dir: str | None = None) -> LoraFile:
-    """Read a LoRA without unpickling.
-
-    Args:
-        path: of the file, or a hub id.
-        cache_dir: for files of the hub.
+    """Read a LoRA, a file or a hub id, without unpickling.
 
     Raises:
         OSError: there is no such file.
@@ -70,11 +61,7 @@ def read_lora(path: Path | str, cache_dir: str | None = None) -> LoraFile:
 
 
 def load_lora(transformer: CogVideoXTransformer3DModel, file: LoraFile) -> None:
-    """Copy the file's values into the transformer's adapters, whatever the dtypes.
-
-    Raises:
-        ValueError: the file has other adapters than the transformer.
-    """
+    """Copy the file's values into the transformer's adapters, whatever the dtypes; raise a ValueError for others."""
     expected = get_peft_model_state_dict(transformer)
     if _shapes(file.weights) != _shapes(expected):
         raise ValueError(f"{file.path} holds adapters of another rank or of other modules")
@@ -83,14 +70,10 @@ def load_lora(transformer: CogVideoXTransformer3DModel, file: LoraFile) -> None:
 
 
 def check_starting_lora(path: Path, transformer: CogVideoXTransformer3DModel) -> None:
-    """Refuse a LoRA to start from that belongs to another model or was trained with other flags.
+    """Check that a LoRA to start from belongs to the model and was trained with the same flags.
 
     Args:
-        path: of the file.
         transformer: with the adapters that the flags set; may be on the meta device.
-
-    Raises:
-        UserError: lists the flags to pass.
     """
     file = read_fitting_lora(path, transformer, "--lora_weights")
     needed = _flags_needed(file, transformer)
@@ -107,14 +90,11 @@ def check_starting_lora(path: Path, transformer: CogVideoXTransformer3DModel) ->
 def read_fitting_lora(
     reference: Path | str, transformer: CogVideoXTransformer3DModel, flag: str, cache_dir: str | None = None
 ) -> LoraFile:
-    """Read a LoRA as `read_lora` does; refuse adapters for layers that the model lacks or has in another size.
+    """Read a LoRA, and check that the model has its layers in the same sizes.
 
     Args:
         transformer: may be on the meta device and have adapters.
         flag: that set the file, for messages.
-
-    Raises:
-        UserError: the file cannot be read or does not fit.
     """
     try:
         file = read_lora(reference, cache_dir)

@@ -17,15 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_loras(loras: Sequence[tuple[str, float]], configs: ModelConfigs, cache_dir: str | None = None) -> None:
-    """Refuse LoRAs that have no effect on a model; warn of those whose strength is unknown.
+    """Check that LoRAs can be read, belong to the model and were trained; warn of those whose strength is unknown.
 
     Args:
         loras: file or hub id and scale of each.
-        configs: the model's; its weights are not needed.
-        cache_dir: for files of the hub.
-
-    Raises:
-        UserError: a LoRA cannot be read, belongs to another model, or was never trained.
     """
     if not loras:
         return

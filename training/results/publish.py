@@ -25,16 +25,7 @@ PRIVATE += ("*events.out.tfevents.*", "*hparams.yml", CONFIG_FILE, "config-step-
 
 
 def check_access(output_dir: Path, repo_id: str | None, token: HubToken | None) -> None:
-    """Check that the upload at the end will be allowed, without creating anything.
-
-    Args:
-        output_dir: its name is that of the repository if `repo_id` is None.
-        repo_id: `owner/name`, or a name under the token's owner.
-        token: None for the one of `hf auth login` or HF_TOKEN.
-
-    Raises:
-        UserError: there is no token, the hub refuses it or cannot be reached, or it has no write access.
-    """
+    """Check that the upload at the end will be allowed, without creating anything; arguments as of `push_to_hub`."""
     name = repo_id or output_dir.resolve().name
     try:
         validate_repo_id(name)
@@ -74,8 +65,8 @@ def push_to_hub(output_dir: Path, repo_id: str | None, token: HubToken | None, f
     """Upload `output_dir`, without checkpoints and caches, to the hub; if that fails, log how to do it later.
 
     Args:
-        repo_id: `owner/name`; None for the folder's name under the token's owner.
-        token: None for the one of `hf auth login`.
+        repo_id: `owner/name`, or a name under the token's owner; None for the folder's name.
+        token: None for the one of `hf auth login` or HF_TOKEN.
         facts: for the card, which replaces an existing one.
     """
     wanted = repo_id or output_dir.resolve().name

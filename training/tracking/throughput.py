@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,15 +64,8 @@ class Speed:
     peak_tflops: float | None
 
     def __add__(self, other: "Speed") -> "Speed":
-        return Speed(
-            self.steps + other.steps,
-            self.seconds + other.seconds,
-            self.samples + other.samples,
-            self.tokens + other.tokens,
-            self.phases + other.phases,
-            self.tflops + other.tflops,
-            self.peak_tflops,
-        )
+        sums = ("steps", "seconds", "samples", "tokens", "phases", "tflops")
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in sums})
 
     def values(self) -> dict[str, float]:
         """Return the values for trackers, by name."""
@@ -153,14 +146,8 @@ class Throughput:
 
     def read(self, steps: int) -> Speed:
         """Return the speed of the `steps` (at least 1) since the last call; the device must have finished them."""
-        speed = Speed(
-            steps=steps,
-            seconds=time.perf_counter() - self.start,
-            samples=self.samples * self.num_ranks,
-            tokens=self.tokens * self.num_ranks,
-            phases=self.timer.read(),
-            tflops=self.flops / 1e12,
-            peak_tflops=self.peak,
-        )
+        seconds, tflops = time.perf_counter() - self.start, self.flops / 1e12
+        samples, tokens = self.samples * self.num_ranks, self.tokens * self.num_ranks
+        speed = Speed(steps, seconds, samples, tokens, self.timer.read(), tflops, self.peak)
         self.start, self.samples, self.tokens, self.flops = None, 0, 0, 0.0
         return speed

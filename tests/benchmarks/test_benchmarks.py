@@ -7,62 +7,47 @@ import os
 import threading
 from dataclasses import replace
 
+import gpu_speed
 import pytest
 import torch
+from apart import run_apart, start_method
+from materials import draw_prepared_clips
+from measure_memory import calculate_row, find_rows, measure_rows, row_flags
+from memory_rows import CHECKPOINTED, ROWS, Row
+from report import PAGE, draw_charts, fill_page, measured_cell, peak_parts, read_rows, read_speed, speed_table
 
 from args import parse_args
 from data.buckets import Bucket
 from data.prepared import read_index, read_tensor
 from dataset import check_prepared
-from repository import ROOT
+from make_full_size_model import full_size_configs
 
 
 GB = 2**30
 
 
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch) -> None:
-    """Let the scripts import one another, as they do when they are run."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
 def committed_page() -> str:
-    from report import PAGE
-
     return PAGE.read_text(encoding="utf-8")
 
 
 def test_the_committed_page_has_the_committed_figures():
-    from report import fill_page, read_rows, read_speed
-
     page = fill_page(committed_page(), read_rows("memory.json"), read_rows("memory_calculated.json"), read_speed())
     assert page == committed_page(), "run `make tables`"
 
 
 @pytest.mark.parametrize("name", ["2b LoRA", "2b full, bf16 weights, 8-bit, step in backward"])
 def test_the_committed_calculation_is_up_to_date(name):
-    from measure_memory import calculate_row
-    from memory_rows import ROWS
-    from report import read_rows
-
     row = next(row for row in ROWS if row.name == name)
     assert calculate_row(row) == read_rows("memory_calculated.json")[name], "run `make tables`"
 
 
 def test_the_flags_of_every_row_are_accepted(tmp_path):
-    import gpu_speed
-    from measure_memory import row_flags
-    from memory_rows import ROWS
-
     for row in [row for row in (*ROWS, *gpu_speed.ROWS) if row.method != gpu_speed.PREPARE]:
         flags = row_flags(row, "THUDM/CogVideoX-5b", tmp_path, tmp_path / "out", row.size)
         assert parse_args(flags, task="text-to-video", method=row.method).prepared.load_tensors
 
 
 def test_every_row_has_a_calculation_whose_parts_add_up_to_its_peak():
-    from memory_rows import ROWS
-    from report import peak_parts, read_rows
-
     calculated = read_rows("memory_calculated.json")
     assert list(calculated) == [row.name for row in ROWS]
     for account in calculated.values():
@@ -80,8 +65,6 @@ def measured_row(**measured: float) -> dict:
 
 
 def test_measured_and_calculated_figures_have_separate_columns():
-    from report import fill_page, read_rows
-
     measured = {
         "5b LoRA": measured_row(**{"training reserved": 18 * GB, "validation reserved": 17 * GB}),
         "2b LoRA": {"failed": "out of memory: Tried to allocate | 2 GB"},
@@ -100,15 +83,11 @@ def test_measured_and_calculated_figures_have_separate_columns():
 
 
 def test_a_row_whose_validation_failed_shows_the_training_and_the_reason():
-    from report import measured_cell
-
     row = measured_row(**{"training reserved": 18 * GB}) | {"failed": "the validation: OutOfMemoryError"}
     assert measured_cell(row) == "18.0: the validation: OutOfMemoryError"
 
 
 def test_the_speed_table_has_a_column_for_each_figure():
-    from report import speed_table
-
     memory = {"training allocated": 17 * GB, "training reserved": 18 * GB, "host": 9 * GB}
     rows = {
         "a": {"measured": {"seconds a step": 1.7, "TFLOP/s": 770.0, **memory}},
@@ -124,8 +103,6 @@ def test_the_speed_table_has_a_column_for_each_figure():
 
 
 def test_charts_are_drawn_of_the_existing_figures(tmp_path):
-    from report import draw_charts, read_rows
-
     calculated = read_rows("memory_calculated.json")
     assert [path.name for path in draw_charts(tmp_path, {}, calculated)] == ["memory_calculated.png"]
     measured = {"5b LoRA": measured_row(**{"training reserved": 18 * GB, "validation reserved": 17 * GB})}
@@ -135,9 +112,6 @@ def test_charts_are_drawn_of_the_existing_figures(tmp_path):
 
 
 def test_rows_run_one_after_another_and_failures_are_recorded(tmp_path):
-    from measure_memory import measure_rows
-    from memory_rows import CHECKPOINTED, Row
-
     good = Row("good", "5b", "lora", CHECKPOINTED, is_sampled=False, steps=(1, 1))
     rows = [Row("refused", "5b", "lora", ("--rank", "0")), good]
     output = tmp_path / "out" / "memory.json"
@@ -164,14 +138,10 @@ def wait_without_limit() -> dict:
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_a_function_runs_in_a_separate_process(start):
-    from apart import run_apart
-
     assert run_apart(os.getppid, start=start) == os.getpid()
 
 
 def test_a_process_that_dies_or_hangs_has_no_result():
-    from apart import run_apart
-
     assert run_apart(die, start="fork") == {"failed": "the process was killed"}
     assert run_apart(wait_without_limit, seconds=0.1, start="fork") == {"failed": "no result in 0.1 s"}
     assert run_apart(int, "x", start="fork")["failed"].startswith("ValueError: invalid literal")
@@ -180,16 +150,10 @@ def test_a_process_that_dies_or_hangs_has_no_result():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_processes_are_forks():
-    from apart import start_method
-
     assert start_method() == "fork"
 
 
 def test_random_clips_have_the_shapes_of_the_released_models(tmp_path):
-    from materials import draw_prepared_clips
-
-    from make_full_size_model import full_size_configs
-
     configs = full_size_configs("5b")
     draw_prepared_clips(configs, tmp_path / "prepared", Bucket(49, 480, 720), count=2)
     clips = read_index(tmp_path / "prepared")
@@ -202,9 +166,6 @@ def test_random_clips_have_the_shapes_of_the_released_models(tmp_path):
 
 
 def test_an_unknown_row_is_named(capsys):
-    from measure_memory import find_rows
-    from memory_rows import ROWS
-
     with pytest.raises(SystemExit):
         find_rows(argparse.ArgumentParser(), ROWS, ["5b LoRa"])
     assert "--only: there is no row 5b LoRa; rows are 5b LoRA; " in capsys.readouterr().err

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from peft import get_peft_model_state_dict
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -165,20 +164,14 @@ def test_moving_the_model_leaves_the_blocks_where_they_are(transformer):
 
 
 def test_saved_and_trained_weights_stay_the_same(transformer):
-    names = list(transformer.state_dict())
-    saved = {name: weight.clone() for name, weight in get_peft_model_state_dict(transformer).items()}
     weights = {name: weight.clone() for name, weight in transformer.state_dict().items()}
-    trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    trainable = [id(parameter) for parameter in transformer.parameters() if parameter.requires_grad]
     stream_blocks(transformer, CPU)
     train_step(transformer)
 
-    assert list(transformer.state_dict()) == names
+    assert list(transformer.state_dict()) == list(weights)
     assert all(torch.equal(weight, weights[name]) for name, weight in transformer.state_dict().items())
-    adapters = get_peft_model_state_dict(transformer)
-    assert adapters.keys() == saved.keys()
-    assert all(torch.equal(weight, saved[name]) for name, weight in adapters.items())
-    still = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    assert list(map(id, still)) == list(map(id, trainable))
+    assert [id(parameter) for parameter in transformer.parameters() if parameter.requires_grad] == trainable
 
 
 def test_weights_of_an_unknown_kind_are_refused(transformer):

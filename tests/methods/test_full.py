@@ -29,7 +29,7 @@ def test_the_shards_of_a_fine_tuned_transformer_load_in_the_native_dtype(tiny_mo
     method.attach(transformer)
     randomize(transformer)
     native = method.result_dtype(torch.float16, source)
-    folder = method.save_result(transformer, source, tmp_path, native)
+    folder = method.save(transformer, tmp_path, native, source=source)
     assert folder == tmp_path / "transformer"
     shards = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
     assert len(shards) > 2

@@ -46,13 +46,10 @@ class CheckpointFolder:
         self.total_limit = total_limit
 
     def save(self, state: TrainerState, min_bytes: int = 0) -> Path:
-        """Save the complete training state; called on every rank.
-
-        Args:
-            min_bytes: that it takes at least; with less free space nothing is written.
+        """Save the complete training state, at least `min_bytes`; called on every rank.
 
         Raises:
-            UserError: it cannot be written: the disk is full or not writable. Older ones are unchanged.
+            UserError: it cannot be written: too little free space or not writable. Older ones are unchanged.
         """
         target = self.folder / f"checkpoint-{state.step}"
         partial = self.folder / f".partial.{target.name}"
@@ -111,11 +108,7 @@ class CheckpointFolder:
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Check the free space of a disk.
-
-    Raises:
-        UserError: there are less than `needed` bytes for `what`.
-    """
+    """Check that a folder's disk has `needed` bytes of free space for `what`."""
     free = shutil.disk_usage(nearest_folder(folder)).free
     if free < needed:
         raise UserError(
@@ -125,11 +118,7 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 
 def why_unwritten(error: Exception) -> str:
-    """Return in one line why a file could not be written.
-
-    Args:
-        error: one of `WRITE_ERRORS`; raised again if it has another cause.
-    """
+    """Return in one line why a file could not be written; raise the error again if it has another cause."""
     # torch raises a RuntimeError that only its message tells from others.
     words = ("PytorchStreamWriter", "unexpected pos", "No space left", "file write")
     if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):

@@ -301,7 +301,7 @@ def make_saving(spec: RunSpec, trainable: Trainable) -> Callable[[], Path]:
 
     def write(weights: dict[str, torch.Tensor]) -> Path:
         try:
-            return method.save_result(trainable.transformer, spec.source, folder, dtype, weights)
+            return method.save(trainable.transformer, folder, dtype, weights, spec.source)
         except UserError:
             raise
         except WRITE_ERRORS as error:

@@ -29,7 +29,7 @@ from args import parse_args
 from common.errors import UserError
 from parallel.coordinator import Coordinator
 from parallel.fsdp import load_optimizer, save_optimizer
-from parallel.lockstep import Lockstep, OutOfStep
+from parallel.lockstep import OutOfStep, lockstep
 from repository import ROOT, TRAINING
 from run.spec import check_device
 
@@ -282,8 +282,8 @@ def test_a_failure_inside_the_network_ends_the_run(one_rank):
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = DistributedType.FSDP
     network = torch.nn.Linear(4, 4)
-    lockstep = Lockstep(accelerator, Coordinator())
-    with pytest.raises(OutOfStep, match="resume it"), lockstep, lockstep.calling(network):
+    with pytest.raises(OutOfStep, match="resume it"), lockstep(accelerator, Coordinator()) as watch:
+        watch(network)
         network(torch.ones(1, 4))
         network(torch.ones(1, 5))
 

@@ -25,7 +25,7 @@ from diffusion.randomness import step_generator
 from models.encoding import encode_noised_image, encode_videos
 from models.prompts import PromptCache
 from parallel.coordinator import Coordinator
-from parallel.lockstep import Lockstep, OutOfStep
+from parallel.lockstep import OutOfStep, lockstep
 
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,8 @@ def validation_losses(
     """
     losses, failures = {}, []
     try:
-        with Lockstep(accelerator, coordinator) as lockstep, lockstep.calling(objective.model):
+        with lockstep(accelerator, coordinator) as watch:
+            watch(objective.model)
             bar = tqdm(
                 batches, desc="Validation loss", unit=" clips", leave=False, disable=not accelerator.is_main_process
             )

@@ -23,7 +23,7 @@ from models.prompts import PromptCache
 from models.sampling import Pipeline, sample_video
 from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp
-from parallel.lockstep import Lockstep, OutOfStep
+from parallel.lockstep import OutOfStep, lockstep
 from validation.grid import draw_grid
 from validation.trackers import ValidationVideo, log_videos
 from video.contact_sheet import SheetRow, draw_contact_sheet, shown_indices
@@ -117,12 +117,10 @@ def _sample_share(
     # A sharded network needs all ranks: those that are done sample on to serve the others.
     last = math.ceil(total / num_ranks) * num_ranks if is_fsdp(accelerator) else total
     try:
-        with Lockstep(accelerator, coordinator) as lockstep:
+        with lockstep(accelerator, coordinator) as watch:
             pipeline = make_pipeline()
-            with (
-                _sampling(accelerator, pipeline, settings.enable_model_cpu_offload),
-                lockstep.calling(pipeline.transformer),
-            ):
+            watch(pipeline.transformer)
+            with _sampling(accelerator, pipeline, settings.enable_model_cpu_offload):
                 for number in range(accelerator.process_index, last, num_ranks):
                     # With a sharded network no rank may stop before the others.
                     if is_told_to_stop() and not is_fsdp(accelerator):

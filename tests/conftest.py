@@ -91,14 +91,14 @@ def demo_clips(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared_demo(tiny_models, demo_clips, tmp_path_factory) -> Callable[..., Path]:
-    """Return the folder of the demo clips prepared with the tiny 5b model, by size flags; read-only."""
+    """Return the folder of the demo clips prepared with a tiny model, by flags of preparation; read-only."""
     import prepare_dataset
 
     @cache
-    def prepare(*size: str) -> Path:
+    def prepare(*flags: str, kind: str = "5b") -> Path:
         folder = tmp_path_factory.mktemp("prepared-demo")
-        flags = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder)]
-        prepare_dataset.main([*flags, *size, "--save_latents_and_embeddings"])
+        places = ["--model_id", str(tiny_models(kind)), "--data_root", str(demo_clips), "--output_dir", str(folder)]
+        prepare_dataset.main([*places, *flags, "--save_latents_and_embeddings"])
         return folder
 
     return prepare

@@ -20,7 +20,7 @@ from curves import curve
 from data.prepared import read_index
 from forked_ranks import finish
 from repository import TRAINING
-from tiny_runs import SIZE
+from tiny_runs import SIZE, assert_same_weights, weights_of
 
 
 SCRIPTS_IN_TURN = Path(__file__).parents[1] / "helpers" / "fsdp_on_cpu.py"
@@ -49,13 +49,6 @@ def launch(launcher: Iterable[str], script: str, *flags: str, fails: bool = Fals
     )
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
-
-
-def weights_of(output: Path) -> dict[str, torch.Tensor]:
-    """Return the result of a run, a LoRA or all weights."""
-    lora = output / "pytorch_lora_weights.safetensors"
-    files = [lora] if lora.exists() else sorted((output / "transformer").glob("*.safetensors"))
-    return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
 def assert_same_run(output: Path, expected: Path, *, tolerance: float = 1e-5) -> None:
@@ -136,8 +129,7 @@ def test_a_sharded_run_is_that_of_one_process_and_resumes_exactly(fixed_flags, l
     assert pipeline.transformer.peft_config["default_0"].r == 4
     for name in ("loss", "grad_norm", "lr"):
         assert curve(resumed, name) == {4: curve(whole, name)[4]}
-    ours, theirs = weights_of(resumed), weights_of(whole)
-    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    assert_same_weights(weights_of(resumed), weights_of(whole))
 
 
 @pytest.mark.slow
@@ -187,7 +179,7 @@ def test_a_lora_on_a_sharded_model_is_that_of_one_process(fixed_flags, lora_of_o
 
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
     launch(launcher, LORA, *flags, str(resumed), "--resume_from_checkpoint", "latest")
-    assert all(torch.equal(weights_of(resumed)[name], weight) for name, weight in weights_of(whole).items())
+    assert_same_weights(weights_of(resumed), weights_of(whole))
 
 
 @pytest.mark.slow
@@ -196,13 +188,13 @@ def test_ema_of_a_sharded_run_is_resumed_on_as_many_processes(fixed_flags, tmp_p
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = [*fixed_flags, *LORA_OF_TWO, "--use_ema", "--ema_decay", "0.5", "--output_dir"]
     launch(zero("zero2.yaml"), LORA, *flags, str(whole), "--checkpointing_steps", "3")
-    last = load_file(whole / "checkpoint-4" / "pytorch_lora_weights.safetensors")
+    last = weights_of(whole / "checkpoint-4")
     assert any(not torch.equal(weights_of(whole)[name], weight) for name, weight in last.items())
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
     flags += [str(resumed), "--resume_from_checkpoint", "latest"]
     assert "DeepSpeed was ZeRO-2 on 2 processes, is now off" in launch(TORCHRUN, LORA, *flags, fails=True)
     launch(zero("zero2.yaml"), LORA, *flags)
-    assert all(torch.equal(weights_of(resumed)[name], weight) for name, weight in weights_of(whole).items())
+    assert_same_weights(weights_of(resumed), weights_of(whole))
 
 
 @pytest.mark.slow
@@ -243,11 +235,11 @@ def test_sharded_full_fine_tuning_is_that_of_one_process(
     launch(launcher, ALL_WEIGHTS, *flags, str(whole), "--checkpointing_steps", "3")
     assert_same_run(whole, one, tolerance=tolerance)
     CogVideoXTransformer3DModel.from_pretrained(whole / "transformer")
-    saved = load_file(next((whole / "checkpoint-4" / "transformer").glob("*.safetensors")))
+    saved = weights_of(whole / "checkpoint-4")
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
     if weights == "bf16":  # the optimizer's, not the rounded ones
         assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in saved.values())
 
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
     launch(launcher, ALL_WEIGHTS, *flags, str(resumed), "--resume_from_checkpoint", "latest")
-    assert all(torch.equal(weights_of(resumed)[name], weight) for name, weight in weights_of(whole).items())
+    assert_same_weights(weights_of(resumed), weights_of(whole))

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 import cogvideox_text_to_video_lora
 import dataset
-import prepare_dataset
 from models.source import ModelSource
 from repository import TRAINING
 from results import publish
@@ -28,12 +27,9 @@ TOKEN = "hf_" + "Secret0" * 5
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_models, demo_clips, tmp_path_factory) -> Path:
+def prepared(prepared_demo) -> Path:
     """Two of the demo clips, prepared with the tiny 5b model."""
-    folder = tmp_path_factory.mktemp("prepared")
-    places = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder)]
-    prepare_dataset.main([*places, *SIZE, "--save_latents_and_embeddings", "--max_samples", "2"])
-    return folder
+    return prepared_demo(*SIZE, "--max_samples", "2")
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
 from PIL import Image
 
@@ -15,10 +15,10 @@ import cogvideox_image_to_video_lora
 import cogvideox_image_to_video_sft
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
-import prepare_dataset
+import tiny_runs
 from methods.lora import Lora
 from models.source import ModelSource
-from tiny_runs import SIZE
+from tiny_runs import SIZE, assert_same_weights, weights_of
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -33,27 +33,15 @@ VALIDATION = ("--validation_prompt", "a red circle")
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_models, demo_clips, tmp_path_factory):
-    """Return a folder of demo clips prepared with a model, with image latents."""
-    root = tmp_path_factory.mktemp("prepared")
-
-    def prepare(kind: str) -> Path:
-        if not (root / kind).exists():
-            flags = ["--model_id", str(tiny_models(kind)), "--data_root", str(demo_clips), "--max_samples", "2"]
-            flags += ["--output_dir", str(root / kind), "--save_latents_and_embeddings", "--save_image_latents"]
-            prepare_dataset.main([*flags, *SIZE])
-        return root / kind
-
-    return prepare
+def prepared(prepared_demo) -> Callable[[str], Path]:
+    """Return a folder of two demo clips prepared with a model, with image latents."""
+    return lambda kind: prepared_demo(*SIZE, "--max_samples", "2", "--save_image_latents", kind=kind)
 
 
 def train(kind: str, method: str, model: Path, data: Path, output: Path, *flags: str) -> Path:
     """Run the recipe's script in this process."""
-    argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
-    argv += ["--rank", "4", "--lora_alpha", "4"] if method == "lora" else []
-    argv += ["--train_batch_size", "1", "--seed", "0", "--report_to", "none", *SIZE, *flags]
-    SCRIPTS[TASKS[kind], method].main(argv)
-    return output
+    of_lora = ("--rank", "4", "--lora_alpha", "4") if method == "lora" else ()
+    return tiny_runs.train(SCRIPTS[TASKS[kind], method], model, data, output, "--report_to", "none", *of_lora, *flags)
 
 
 def sample(kind: str, model: Path, output: Path | None, method: str) -> torch.Tensor:
@@ -129,7 +117,6 @@ def test_a_model_with_configs_older_than_the_library_trains_alike(tiny_models, p
         file.write_text(json.dumps({name: value for name, value in config.items() if name not in names}))
     flags = ("--load_tensors", "--max_train_steps", "2", "--learning_rate", "1e-3", "--lr_warmup_steps", "0")
     whole = train(kind, method, tiny_models(kind), prepared(kind), tmp_path / "whole", *flags)
-    AcceleratorState._reset_state(reset_partial_state=True)
     older = train(kind, method, model, prepared(kind), tmp_path / "older", *flags)
     assert torch.equal(sample(kind, model, older, method), sample(kind, tiny_models(kind), whole, method))
 
@@ -192,11 +179,7 @@ def test_full_fine_tuning_is_resumed_bit_for_bit(tiny_models, prepared, tmp_path
     common = ("--load_tensors", "--learning_rate", "1e-3", "--lr_warmup_steps", "0", "--checkpointing_steps", "2")
     model, data = tiny_models("5b"), prepared("5b")
     whole = train("5b", "sft", model, data, tmp_path / "whole", *common, "--max_train_steps", "4")
-    AcceleratorState._reset_state(reset_partial_state=True)
     train("5b", "sft", model, data, tmp_path / "parts", *common, "--max_train_steps", "2")
-    AcceleratorState._reset_state(reset_partial_state=True)
     resumed = ("--max_train_steps", "4", "--resume_from_checkpoint", "latest")
     parts = train("5b", "sft", model, data, tmp_path / "parts", *common, *resumed)
-    one, other = (CogVideoXTransformer3DModel.from_pretrained(out / "transformer") for out in (whole, parts))
-    weights = other.state_dict()
-    assert all(torch.equal(weight, weights[name]) for name, weight in one.state_dict().items())
+    assert_same_weights(weights_of(parts), weights_of(whole))

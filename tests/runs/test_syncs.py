@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import prepare_dataset
 from args import parse_args
 from data.plan import plan_training_data
 from diffusion.tasks import ImageToVideo
@@ -22,16 +21,9 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_models, demo_clips, tmp_path_factory) -> Path:
+def prepared(prepared_demo) -> Path:
     """Eight of the demo clips, prepared with their first frames."""
-    folder = tmp_path_factory.mktemp("prepared")
-    prepare_dataset.main(
-        [
-            *("--model_id", str(tiny_models("5b-i2v")), "--data_root", str(demo_clips), "--output_dir", str(folder)),
-            *(*SIZE, "--max_samples", "8", "--save_latents_and_embeddings", "--save_image_latents"),
-        ]
-    )
-    return folder
+    return prepared_demo(*SIZE, "--max_samples", "8", "--save_image_latents", kind="5b-i2v")
 
 
 def run(model: Path, data: Path, output: Path, steps: int, *flags: str) -> None:

@@ -94,7 +94,7 @@ def test_files_that_are_there_are_written_over_only_when_that_is_said():
         ("--seed 1 1", "--seed", "given twice"),
         (f"--seed {2**64}", "--seed", f"goes beyond {2**64 - 1}"),
         (f"--seed {2**64 - 1} --num_videos 2", "--seed", f"goes beyond {2**64 - 1}"),
-        ("--num_inference_steps 1001", "--num_inference_steps", "1001 is too large; give a whole number up to 1000"),
+        ("--num_inference_steps 1001", "--num_inference_steps", "1001 is too large; pass a whole number up to 1000"),
         ("--negative_prompt \udcb0", "--negative_prompt", "not UTF-8"),
         ("--seed 1 2 --num_videos 2", "--num_videos", "several in --seed"),
         ("--prompts_file prompts.txt", "--prompts_file", "leave one of them out"),

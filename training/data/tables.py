@@ -10,9 +10,7 @@ from common.errors import UserError, described
 from common.text_files import read_json, read_lines, read_utf8
 from data.arrow import read_parquet
 from data.rows import Row, Table
-
-
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+from flags.types import TABLE_SUFFIXES
 
 
 def has_text_files(data_root: Path, video_column: str, caption_column: str) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flags.schema import flag
-from flags.types import FilePath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Text
+from flags.types import FilePath, NonNegativeFloat, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Text
 
 
 CAPTIONS_FILE = "captions.jsonl"
@@ -39,7 +39,7 @@ class CaptionFrameFlags:
     """What the model sees of a clip."""
 
     num_frames: PositiveInt = flag(8, "Frames of each clip, spread evenly from its first to its last.")
-    max_size: PositiveInt = flag(512, "Shrink larger frames to this longer side in pixels.", metavar="PX")
+    max_size: Pixels = flag(512, "Shrink larger frames to this longer side in pixels.")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class CaptionFlags:
         "The question for each clip.",
         shown="one factual paragraph of 80 to 120 words on subject, motion, place, light and camera",
     )
-    prompt_file: FilePath | None = flag(None, "Read --prompt from this text file.", metavar="FILE", shown="none")
+    prompt_file: FilePath | None = flag(None, "Read --prompt from this text file.")
     temperature: NonNegativeFloat = flag(
         0.0, "0 takes the most likely words; higher values give more varied, less reliable captions.", metavar="T"
     )
@@ -59,10 +59,7 @@ class CaptionFlags:
         512, "Longest answer; a longer one is cut after a full sentence. Raise it for reasoning models."
     )
     output_file: FilePath | None = flag(
-        None,
-        "Table to write, .jsonl.",
-        metavar="FILE",
-        shown=f"{CAPTIONS_FILE} in --data_root, or else next to --dataset_file",
+        None, "Table to write, .jsonl.", shown=f"{CAPTIONS_FILE} in --data_root, or else next to --dataset_file"
     )
     overwrite: bool = flag(
         False, "Also caption clips that already have a caption, from the data or an earlier run.", shown="keep these"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flags.schema import flag
-from flags.types import FilePath, FolderPath, NonNegativeInt, PositiveFloat, PositiveInt, Probability
+from flags.types import FilePath, FolderPath, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Probability
 from video.frames import LONG_CLIPS
 
 
@@ -36,10 +36,8 @@ class SourceFlags:
     )
     dataset_file: FilePath | None = flag(
         None,
-        "Table with one row per clip: .csv, .tsv, .jsonl, .json or .parquet. Its paths are relative to --data_root, "
-        "or else to the table.",
-        metavar="FILE",
-        shown="none",
+        "Table with one row per clip: .csv, .tsv, .jsonl, .json or .parquet. Paths in it start from --data_root, or "
+        "else from its own folder.",
     )
     video_column: str = flag(
         "video", "Column of the clips' paths, or text file in --data_root that lists them (else videos.txt)."
@@ -47,8 +45,7 @@ class SourceFlags:
     caption_column: str = flag("text", "Column of the captions, or text file that lists them (else prompts.txt).")
     image_column: str | None = flag(
         None,
-        "Image-to-video: column of the first frames, or text file that lists them. Where empty, a clip's own first "
-        "frame is used.",
+        "Image-to-video: column or text file of first frames. Where empty, a clip's own first frame is used.",
         shown="image or images.txt, if it exists",
     )
     allow_outside_paths: bool = flag(
@@ -64,30 +61,21 @@ class SourceFlags:
         choices=("error", "skip"),
     )
     dataset_name: str | None = flag(
-        None,
-        "Data set for `datasets.load_dataset`: on the Hugging Face hub, or local; clips may be paths, bytes or "
-        "decoded videos.",
-        shown="none",
+        None, "Data set for `datasets.load_dataset` (hub or local), with clips as paths, bytes or decoded videos."
     )
     dataset_config_name: str | None = flag(None, "Configuration of --dataset_name.", shown="its only one")
     dataset_split: str = flag("train", "Split of --dataset_name.")
     dataset_streaming: bool = flag(
-        False,
-        "Read --dataset_name row by row instead of downloading it first; with --max_samples, downloads only those.",
+        False, "Read --dataset_name row by row; with --max_samples, only these rows are downloaded."
     )
     max_samples: PositiveInt | None = flag(None, "Use only the first N rows of the data set, to try it.", shown="all")
     id_token: str | None = flag(
-        None,
-        "Rare word to prepend to every caption, as a trigger word; start your prompts with it later.",
-        metavar="WORD",
-        shown="none",
+        None, "Rare trigger word to prepend to every caption; start your prompts with it later.", metavar="WORD"
     )
     dataset_mix: FilePath | None = flag(
         None,
         "Several data sets: a JSON list of objects with these flags as keys, and with repeats (passes over its clips "
         "per epoch) or weight (its share of an epoch).",
-        metavar="JSON",
-        shown="none",
     )
     skip_frames_start: NonNegativeInt = flag(
         0, "Frames to skip at a clip's start, such as title cards and fades; pass the same to every script."
@@ -99,22 +87,18 @@ class SourceFlags:
 class ClipFlags:
     """How a clip becomes a sample: its size, its frames, its augmentation."""
 
-    height_buckets: tuple[PositiveInt, ...] = flag(
+    height_buckets: tuple[Pixels, ...] = flag(
         DEFAULT_BUCKETS,
         "Heights in pixels, multiples of 16; each clip is resized to the nearest height x width of both lists. "
         "Without lists, --height and --width together set the only size.",
-        metavar="PX",
     )
-    width_buckets: tuple[PositiveInt, ...] = flag(
-        DEFAULT_BUCKETS, "Widths in pixels, multiples of 16; see --height_buckets.", metavar="PX"
+    width_buckets: tuple[Pixels, ...] = flag(
+        DEFAULT_BUCKETS, "Widths in pixels, multiples of 16; see --height_buckets."
     )
-    height: PositiveInt = flag(
-        480,
-        "Height of validation videos in pixels, a multiple of 16; with --width and without bucket lists, also of all "
-        "clips.",
-        metavar="PX",
+    height: Pixels = flag(
+        480, "Height of validation videos, a multiple of 16; with --width and no bucket lists, also of all clips."
     )
-    width: PositiveInt = flag(720, "Width in pixels, a multiple of 16; see --height.", metavar="PX")
+    width: Pixels = flag(720, "Width in pixels, a multiple of 16; see --height.")
     video_reshape_mode: str = flag(
         "center",
         "How a clip gets its bucket's size: center and random keep the aspect ratio and crop the middle or a random "
@@ -146,10 +130,7 @@ class ClipFlags:
     )
     random_flip: Probability | None = flag(
         None,
-        "Probability (0 to 1) of mirroring a clip, with all its frames, left to right. Avoid it if clips show text or "
-        "captions say left and right.",
-        metavar="P",
-        shown="no flips",
+        "Probability of mirroring all frames of a clip. Avoid it with text in clips or left and right in captions.",
     )
 
 

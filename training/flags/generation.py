@@ -6,7 +6,7 @@ from pathlib import Path
 from common.run_folder import LORA_FILE
 from flags.memory import QUANTIZATIONS, text_encoder_flag
 from flags.schema import flag
-from flags.types import FilePath, FiniteFloat, FolderPath, NonNegativeInt, PositiveInt, Text
+from flags.types import AnyPath, FilePath, FiniteFloat, FolderPath, NonNegativeInt, PositiveInt, Text
 
 
 DEFAULT_FOLDER = "generated"
@@ -31,23 +31,21 @@ class PlannedVideo:
 class ResultFlags:
     """The result of training to sample with."""
 
-    lora: tuple[FilePath, ...] = flag(
+    lora: tuple[AnyPath, ...] = flag(
         (),
         f"LoRAs: .safetensors files, folders with {LORA_FILE} (of a run, or its checkpoint-N) or hub ids. Each is "
         "applied at the strength it was trained with.",
-        shown="none",
     )
     lora_scale: tuple[FiniteFloat, ...] | None = flag(
         None, "Multiply the strength of each --lora: 0.5 halves it, 0 turns it off.", shown="1"
     )
-    transformer: FilePath | None = flag(
+    transformer: AnyPath | None = flag(
         None,
         "Fully fine-tuned transformer: a folder with transformer/ (of a run, or its checkpoint-N) or a hub id.",
         shown="the base model's",
     )
     ignore_learned_positional_embeddings: bool = flag(
-        False,
-        "Drop the learned positional embeddings of CogVideoX-5b-I2V. Use it with a LoRA that was trained with it.",
+        False, "Drop the learned positional embeddings of CogVideoX-5b-I2V, for a LoRA that was trained without them."
     )
     compare: bool = flag(
         False,
@@ -61,7 +59,7 @@ class ContentFlags:
     """Prompts and first frames of the videos."""
 
     prompt: tuple[Text, ...] | None = flag(None, "One or more prompts; this or --prompts_file is required.")
-    prompts_file: FilePath | None = flag(None, "Text file with one prompt per line.", metavar="FILE")
+    prompts_file: FilePath | None = flag(None, "Text file with one prompt per line.")
     negative_prompt: Text = flag("", "What the videos should not show.", shown="the empty prompt, as in training")
     image: tuple[str, ...] = flag(
         (),
@@ -111,11 +109,9 @@ class OutputFlags:
     """Files that are written."""
 
     output_dir: FolderPath | None = flag(
-        None,
-        "Folder of the videos, whose names have the prompt's number and beginning, and the seed.",
-        shown=f"{DEFAULT_FOLDER}",
+        None, "Folder of the videos, named by number and beginning of the prompt, and seed.", shown=DEFAULT_FOLDER
     )
-    output_file: FilePath | None = flag(None, "File of the only video, instead of --output_dir.", metavar="FILE")
+    output_file: FilePath | None = flag(None, "File of the only video, instead of --output_dir.")
     overwrite: bool = flag(False, "Overwrite existing files.", shown="an error before anything is sampled")
     fps: PositiveInt | None = flag(
         None, "Frame rate of the written files.", shown="the model's own: 8, or 16 for CogVideoX 1.5"

@@ -41,7 +41,7 @@ class MemoryFlags:
         shown="1; 2 in a segment",
     )
     offload_checkpoints: bool = flag(
-        False, "With --gradient_checkpointing, keep the stored inputs in pinned CPU memory; copies overlap compute."
+        False, "With --gradient_checkpointing, keep its inputs in pinned CPU memory; copies overlap compute."
     )
     quantize_base: str = flag(
         "none",

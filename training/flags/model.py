@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flags.schema import flag
-from flags.types import FilePath, FolderPath
+from flags.types import FolderPath, ModelPath
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,10 @@ class DownloadFlags:
 class ModelFlags(DownloadFlags):
     """The model to fine-tune."""
 
-    pretrained_model_name_or_path: FilePath | None = flag(
+    pretrained_model_name_or_path: ModelPath | None = flag(
         None,
         "Required. Model to start from: a hub id such as THUDM/CogVideoX-5b, or a local folder in the diffusers "
         "layout (with model_index.json).",
-        metavar="MODEL",
     )
 
 
@@ -39,11 +38,9 @@ class ModelFlags(DownloadFlags):
 class EncoderFlags(DownloadFlags):
     """The model whose VAE and text encoder prepare the data."""
 
-    model_id: FilePath = flag(
+    model_id: ModelPath = flag(
         "THUDM/CogVideoX-2b",
-        "Model whose VAE and text encoder are used, best the one to train: a hub id or a local folder in the "
-        "diffusers layout.",
-        metavar="MODEL",
+        "Model whose VAE and text encoder are used, best the one to train: a hub id or a diffusers folder.",
         alias="pretrained_model_name_or_path",
     )
     dtype: str = flag(
@@ -57,10 +54,9 @@ class EncoderFlags(DownloadFlags):
 class SampledModelFlags(DownloadFlags):
     """The model to sample from."""
 
-    pretrained_model_name_or_path: FilePath | None = flag(
+    pretrained_model_name_or_path: ModelPath | None = flag(
         None,
         "Required. Base model: a hub id such as THUDM/CogVideoX-5b, or a local folder in the diffusers layout, such "
         "as pipeline/ of --save_pipeline. Its config says whether it is text-to-video or image-to-video.",
-        metavar="MODEL",
         alias="model_path",
     )

@@ -25,13 +25,11 @@ class OptimizerFlags:
         0.9, "Decay of the running mean of gradients; with muon, also the momentum of matrices.", alias="adam_beta1"
     )
     beta2: DecayRate = flag(
-        0.95,
-        "Decay of the running mean of squared gradients; raise it towards 0.999 if training is unstable.",
-        alias="adam_beta2",
+        0.95, "Decay of the running mean of squared gradients; raise it (0.999) for stability.", alias="adam_beta2"
     )
     beta3: DecayRate | None = flag(
         None,
-        "prodigy: decay of the step size estimate (default: square root of beta2). came: decay of the confidence",
+        "prodigy: decay of the step size estimate (default: square root of beta2). came: of the confidence",
         alias="prodigy_beta3",
         shown="0.9999",
     )

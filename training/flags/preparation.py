@@ -18,9 +18,7 @@ class PreparationFlags:
         None, "Required. Folder of the prepared dataset; pass it as --data_root to the training script."
     )
     save_latents_and_embeddings: bool = flag(
-        False,
-        "Write latents and text embeddings, for training with --load_tensors. Without it only resized clips and "
-        "captions are written.",
+        False, "Write latents and text embeddings for --load_tensors, not only resized clips and captions."
     )
     save_image_latents: bool = flag(
         False, "Also write the latents of each clip's first frame, for image-to-video training."

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, field, fields, replace
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from common.errors import UserError
@@ -14,17 +14,6 @@ from flags.types import Value, one_of, path
 
 
 _Settings = TypeVar("_Settings")
-
-
-@dataclass(frozen=True)
-class Flag:
-    """What the command line needs to know about a field beside its type and default."""
-
-    help: str
-    metavar: str | None
-    choices: Sequence[str]
-    alias: str | None
-    shown: str | None
 
 
 def flag(
@@ -46,7 +35,8 @@ def flag(
         alias: another name, without dashes.
         shown: the default in words, where the value does not say it.
     """
-    return field(default=default, metadata={"flag": Flag(help, metavar, choices, alias, shown)})
+    described = {"help": help, "metavar": metavar, "choices": choices, "alias": alias, "shown": shown}
+    return field(default=default, metadata=described)
 
 
 def group(title: str) -> Any:
@@ -55,7 +45,7 @@ def group(title: str) -> Any:
 
 
 def _flags_of(group_class: type) -> list[Field]:
-    return [item for item in fields(group_class) if "flag" in item.metadata]
+    return [item for item in fields(group_class) if "help" in item.metadata]
 
 
 def _groups_of(settings_class: Any) -> list[Field]:
@@ -214,7 +204,7 @@ class FlagParser(argparse.ArgumentParser):
 
 _CONFIG_HELP = (
     "YAML file of flags: names without dashes, and values; true or false for a flag without a value. The command line "
-    "overrides it, and --no-NAME turns off a flag that the file turns on. (default: none)"
+    "overrides it, and --no-NAME turns off a flag that the file turns on."
 )
 
 
@@ -225,23 +215,17 @@ def _unknown(name: str, known: Collection[str]) -> str:
 
 def _add(heading: argparse._ArgumentGroup, item: Field, default: Any) -> None:
     """Declare a flag to argparse."""
-    described = item.metadata["flag"]
-    names = [name for name in (item.name, described.alias) if name]
-    options = {"dest": item.name, "help": _describe(described, default)}
+    names = [name for name in (item.name, item.metadata["alias"]) if name]
+    spellings, options = [f"--{name}" for name in names], {"dest": item.name, "help": _describe(item, default)}
     if bool not in _parts(item.type):
-        options |= _value_options(item.type)
-        if described.choices:
-            options |= {"type": one_of(described.choices), "choices": described.choices, "metavar": None}
-        if described.metavar:
-            options["metavar"] = described.metavar
-        heading.add_argument(*[f"--{name}" for name in names], **options)
+        heading.add_argument(*spellings, **options, **_value_options(item))
     elif default is False:
-        heading.add_argument(*[f"--{name}" for name in names], action="store_true", **options)
-        # To turn off what a file turned on; help on --config has it once, for all.
-        options["help"] = argparse.SUPPRESS
-        heading.add_argument(*[f"--no-{name}" for name in names], action="store_false", **options)
+        heading.add_argument(*spellings, **options, action="store_true")
+        # To turn off what a file turned on; the help of --config explains it once for all flags.
+        hidden = options | {"help": argparse.SUPPRESS}
+        heading.add_argument(*[f"--no-{name}" for name in names], **hidden, action="store_false")
     else:
-        heading.add_argument(*[f"--{name}" for name in names], action=argparse.BooleanOptionalAction, **options)
+        heading.add_argument(*spellings, **options, action=argparse.BooleanOptionalAction)
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
@@ -251,21 +235,23 @@ def _parts(annotation: Any) -> Iterator[Any]:
         yield from _parts(part)
 
 
-def _value_options(annotation: Any) -> dict[str, Any]:
-    """Return argparse's options for a flag with values of this type."""
-    parts = list(_parts(annotation))
+def _value_options(item: Field) -> dict[str, Any]:
+    """Return argparse's options for a flag with values."""
+    parts = list(_parts(item.type))
     value = next((part for part in parts if isinstance(part, Value)), Value(str, "NAME"))
-    options = {"type": value.parse, "metavar": value.metavar}
-    return options | ({"nargs": "+"} if any(get_origin(part) is tuple for part in parts) else {})
+    options = {"type": value.parse, "metavar": item.metadata["metavar"] or value.metavar}
+    if choices := item.metadata["choices"]:
+        options = {"type": one_of(choices), "choices": choices}
+    if any(get_origin(part) is tuple for part in parts):
+        options["nargs"] = "+"
+    return options
 
 
-def _describe(described: Flag, default: Any) -> str:
+def _describe(item: Field, default: Any) -> str:
     """Return the help text with its default, for argparse, which formats with %."""
-    shown = described.shown
-    if shown is None and default not in (None, ()):
-        shown = "on" if default is True else "off" if default is False else _as_words(default)
-    return (described.help + (f" (default: {shown})" if shown else "")).replace("%", "%%")
-
-
-def _as_words(default: Any) -> str:
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    shown = item.metadata["shown"]
+    if shown is None and isinstance(default, bool):
+        shown = "on" if default else "off"
+    elif shown is None and default not in (None, ()):
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return (item.metadata["help"] + (f" (default: {shown})" if shown else "")).replace("%", "%%")

@@ -32,8 +32,7 @@ class SpeedFlags:
     )
     validation_attention_backend: str | None = flag(
         None,
-        "Attention kernel of validation videos. Can also be sage (package sageattention), which rounds to 8 bits and "
-        "has no backward pass.",
+        "The same for validation videos; sage (package sageattention) rounds to 8 bits and cannot train.",
         choices=ATTENTION_BACKENDS,
         shown="that of training",
     )
@@ -44,7 +43,5 @@ class SpeedFlags:
         shown="parallelism_config_cp_size of the accelerate config, or 1",
     )
     profile: bool = flag(
-        False,
-        "Record three of the first steps on CPU and GPU into --output_dir/profile; these steps, and their logged "
-        "speed, are slower.",
+        False, "Record three of the first steps on CPU and GPU to --output_dir/profile, which slows these steps."
     )

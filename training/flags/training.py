@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from flags.schema import flag
 from flags.types import (
+    AnyPath,
     DecayRate,
-    FilePath,
     FiniteFloat,
     FolderPath,
     NonNegativeFloat,
@@ -47,8 +47,7 @@ class TrainingFlags:
         1, "Micro-batches per optimizer step: a larger batch with the same memory."
     )
     enable_slicing: bool = flag(
-        False,
-        "Let the VAE encode one raw clip of a batch at a time: less memory, a little slower. Always on in validation.",
+        False, "Let the VAE encode one raw clip at a time: less memory, a little slower. Always on in validation."
     )
     enable_tiling: bool = flag(
         False, "Let the VAE encode raw clips in overlapping tiles: much less memory, slower. Always on in validation."
@@ -60,8 +59,8 @@ class TrainingFlags:
     )
     nccl_timeout: PositiveInt = flag(
         600,
-        "End the run if a process waits this long for the others in a step. Validation, saving and downloads have no "
-        "limit.",
+        "Wait this long for other processes in a step, then end the run; validation, saving and downloads may take "
+        "longer.",
         metavar="SECONDS",
     )
 
@@ -77,10 +76,9 @@ class CheckpointFlags:
     checkpoints_total_limit: PositiveInt | None = flag(
         None, "Keep only the newest N checkpoints, to save disk space.", shown="keep all"
     )
-    resume_from_checkpoint: FilePath | None = flag(
+    resume_from_checkpoint: FolderPath | None = flag(
         None,
-        "Resume from a checkpoint: its folder, its name in --output_dir, or latest for the newest complete one there.",
-        metavar="FOLDER",
+        "Resume from a checkpoint: its folder, its name in --output_dir, or latest for the newest complete one.",
         shown="start from scratch",
     )
     max_bad_steps: PositiveInt = flag(
@@ -93,28 +91,23 @@ class ObjectiveFlags:
     """Changes to the published objective; the defaults change nothing."""
 
     caption_dropout: Probability = flag(
-        0.0,
-        "Probability (0 to 1) of training a clip without its caption, which keeps classifier-free guidance working in "
-        "long runs; 0.05 to 0.1 is usual.",
-        metavar="P",
+        0.0, "Probability of training without the caption, so that guidance keeps working; 0.05 to 0.1 is usual."
     )
     timestep_sampling: str = flag(
         "uniform",
-        "Distribution of the sampled timesteps; logit_normal favors the middle noise levels.",
+        "Distribution of timesteps; logit_normal favors middle noise levels.",
         choices=("uniform", "logit_normal"),
     )
     logit_mean: FiniteFloat = flag(0.0, "Mean of --timestep_sampling logit_normal; above 0 is noisier.")
     logit_std: PositiveFloat = flag(1.0, "Standard deviation of --timestep_sampling logit_normal.")
     stratified_timesteps: bool = flag(
-        False,
-        "Spread the timesteps of a step's samples evenly, over all ranks: the same distribution, a steadier loss.",
+        False, "Spread the timesteps of a step evenly over its samples and ranks, for a steadier loss."
     )
     snr_gamma: PositiveFloat | None = flag(
         None, "Weight the loss by min-SNR with this gamma (5 is usual), less for the noisiest timesteps.", shown="off"
     )
     use_ema: bool = flag(
-        False,
-        "Validate and save an exponential moving average of the trained weights. Costs as much memory as they do.",
+        False, "Validate and save a running average of the trained weights, which needs as much memory as they do."
     )
     ema_decay: DecayRate = flag(
         0.9999, "Decay of --use_ema, lower in the first steps. Use 0.99 to 0.999 for short runs."
@@ -126,14 +119,10 @@ class ScheduleFlags:
     """The learning rate and its schedule."""
 
     learning_rate: NonNegativeFloat = flag(
-        0.0001,
-        "Learning rate after warm-up. Published LoRA runs use 1e-4 to 1e-3, full fine-tuning about 1e-5 to 5e-5; "
-        "prodigy needs 1.",
+        0.0001, "After warm-up. Published LoRA runs use 1e-4 to 1e-3, full fine-tuning 1e-5 to 5e-5; prodigy needs 1."
     )
     scale_lr: bool = flag(
-        False,
-        "Multiply the learning rate by devices x batch size x accumulation steps, to reuse the rate of a run with a "
-        "batch of one.",
+        False, "Multiply the learning rate (of a batch of one) by devices x batch size x accumulation steps."
     )
     lr_scheduler: str = flag(
         "constant", "Learning rate schedule; all but constant start with --lr_warmup_steps.", choices=LR_SCHEDULERS
@@ -164,9 +153,9 @@ class LoraFlags:
     )
     use_dora: bool = flag(False, "Also learn the magnitudes of weights (DoRA): often better at low ranks, slower.")
     lora_dropout: DecayRate = flag(
-        0.0, "Dropout probability of adapter inputs, against overfitting; 0.05 to 0.1 is usual.", metavar="P"
+        0.0, "Dropout probability of adapter inputs, against overfitting; 0.05 to 0.1 is usual."
     )
-    lora_weights: FilePath | None = flag(
+    lora_weights: AnyPath | None = flag(
         None,
         "LoRA to start from, trained with the same --rank and other LoRA flags: a .safetensors file, or a folder with "
         "pytorch_lora_weights.safetensors.",
@@ -179,10 +168,7 @@ class ImageFlags:
     """Image-to-video training."""
 
     noised_image_dropout: Probability = flag(
-        0.05,
-        "Probability (0 to 1) of training a clip without its first frame as condition, so that the model does not "
-        "just copy it.",
-        metavar="P",
+        0.05, "Probability of training without the first frame, so that the model does not just copy it."
     )
     ignore_learned_positional_embeddings: bool = flag(
         False,
@@ -196,7 +182,5 @@ class FullFlags:
     """Full fine-tuning."""
 
     save_pipeline: bool = flag(
-        False,
-        "At the end, write a complete pipeline to --output_dir/pipeline: the tuned transformer and copies of the "
-        "model's other parts, which need as much disk space again.",
+        False, "At the end, also write a complete pipeline to --output_dir/pipeline, as large as the model."
     )

@@ -24,7 +24,7 @@ class Value:
     metavar: str
 
 
-def _whole_number(minimum: int, maximum: float = math.inf) -> Value:
+def _whole_number(minimum: int, maximum: float = math.inf, metavar: str = "N") -> Value:
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -36,10 +36,10 @@ def _whole_number(minimum: int, maximum: float = math.inf) -> Value:
             raise argparse.ArgumentTypeError(f"{value} is too large; pass a whole number up to {maximum}")
         return value
 
-    return Value(parse, "N")
+    return Value(parse, metavar)
 
 
-def _number(is_valid: Callable[[float], bool], wanted: str) -> Value:
+def _number(is_valid: Callable[[float], bool], wanted: str, metavar: str = "X") -> Value:
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -49,7 +49,7 @@ def _number(is_valid: Callable[[float], bool], wanted: str) -> Value:
             raise argparse.ArgumentTypeError(f"{text} is out of range; pass {wanted}")
         return value
 
-    return Value(parse, "X")
+    return Value(parse, metavar)
 
 
 def _text(text: str) -> str:
@@ -88,15 +88,18 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
 
 
 PositiveInt = Annotated[int, _whole_number(1)]
+Pixels = Annotated[int, _whole_number(1, metavar="PX")]
 NonNegativeInt = Annotated[int, _whole_number(0)]
 Seed = Annotated[int, _whole_number(0, 2**32 - 1)]  # up to the largest that NumPy takes
 DenoisingSteps = Annotated[int, _whole_number(1, 1000)]  # up to the timesteps of the noise schedule
 PositiveFloat = Annotated[float, _number(lambda value: value > 0, "a number above 0")]
 NonNegativeFloat = Annotated[float, _number(lambda value: value >= 0, "a number of 0 or more")]
 FiniteFloat = Annotated[float, _number(lambda value: True, "a number")]
-Probability = Annotated[float, _number(lambda value: 0 <= value <= 1, "a number from 0 to 1")]
+Probability = Annotated[float, _number(lambda value: 0 <= value <= 1, "a number from 0 to 1", "P")]
 DecayRate = Annotated[float, _number(lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")]
 Text = Annotated[str, Value(_text, "TEXT")]
-FilePath = Annotated[str, Value(path, "PATH")]  # ~ is expanded
+FilePath = Annotated[str, Value(path, "FILE")]
 FolderPath = Annotated[str, Value(path, "FOLDER")]
+ModelPath = Annotated[str, Value(path, "MODEL")]  # or a hub id
+AnyPath = Annotated[str, Value(path, "PATH")]
 TableFile = Annotated[str, Value(_table_file, "FILE")]  # exists

@@ -11,8 +11,7 @@ class ValidationFlags:
     """What is validated, and when."""
 
     validation_prompt: Text | None = flag(
-        None,
-        "Sample videos from these prompts during and after training; --validation_prompt_separator joins several.",
+        None, "Sample videos from these prompts in and after training; --validation_prompt_separator divides them."
     )
     validation_images: str | None = flag(
         None, "Image-to-video: one first frame (path or http(s) URL) per prompt, joined likewise.", metavar="PATHS"
@@ -21,7 +20,7 @@ class ValidationFlags:
         ":::", "Text between two prompts or images; change it if a prompt contains it.", metavar="TEXT"
     )
     num_validation_videos: PositiveInt = flag(
-        1, "Videos per prompt, each with another seed; sampling time grows with it."
+        1, "Videos per prompt, from different noise; each costs a full sampling."
     )
     validation_steps: PositiveInt | None = flag(
         None, "Validate every N optimizer steps.", shown="only once, when training ends"
@@ -31,7 +30,7 @@ class ValidationFlags:
     )
     validate_first: bool | None = flag(
         None,
-        "Also validate before the first step: finds errors early and shows the untrained model's videos.",
+        "Also validate before the first step: finds errors early, and shows the untrained model.",
         shown="on if anything is validated",
     )
     enable_model_cpu_offload: bool = flag(
@@ -39,11 +38,10 @@ class ValidationFlags:
     )
     validation_dataset_file: TableFile | None = flag(
         None,
-        "Table of held-out clips, in the format of --dataset_file. Their loss at nine fixed noise levels is logged at "
-        "each validation; if it rises while the training loss falls, the model overfits. Paths are relative to the "
-        "table's folder; columns, --id_token, sizes and frames are those of training (with --load_tensors, of the "
-        "prepared data). The clips are encoded when training starts.",
-        shown="none",
+        "Table of held-out clips, as for --dataset_file. Their loss at nine fixed noise levels is logged at each "
+        "validation; if it rises while the training loss falls, the model overfits. Paths start from the table's "
+        "folder; columns, --id_token, sizes and frames are those of training (with --load_tensors, of the prepared "
+        "data). The clips are encoded when training starts.",
     )
     prompts: tuple[str, ...] = ()  # those of --validation_prompt, one by one
     images: tuple[str, ...] = ()  # those of --validation_images, one by one

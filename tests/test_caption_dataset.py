@@ -590,7 +590,7 @@ def test_a_table_that_someone_else_wrote_is_left_alone(clips, server, capsys):
 
 def test_a_table_in_the_folder_of_clips_is_not_passed_over(clips, server, capsys):
     write(clips / "metadata.csv", "video,caption\nfly.mp4,They fly.\n")
-    assert f"give --dataset_file {clips / 'metadata.csv'}" in refuse(flags(clips, server), capsys)
+    assert f"pass --dataset_file {clips / 'metadata.csv'}" in refuse(flags(clips, server), capsys)
 
 
 def test_a_place_that_cannot_be_written_is_told_before_the_model_is_asked(clips, server, capsys):
@@ -642,10 +642,10 @@ def test_what_cannot_be_asked_is_one_line_without_the_key(
     ("more", "message"),
     [
         ([], "--endpoint or --model: required, but not given"),
-        (["--endpoint", "localhost:8000"], "--endpoint: 'localhost:8000' is no address; it looks like http://"),
-        (["--endpoint", "http://me:secret@x/v1"], "--endpoint: leave user and password out of the address"),
+        (["--endpoint", "localhost:8000"], "--endpoint: 'localhost:8000' is not an address such as http://"),
+        (["--endpoint", "http://me:secret@x/v1"], "--endpoint: remove user and password from the address"),
         (["--model", "x", "--num_workers", "2"], "--num_workers: only for a model behind an --endpoint"),
-        (["--model", "x", "--prompt", " "], "--prompt is empty; leave it out for the built-in prompt"),
+        (["--model", "x", "--prompt", " "], "--prompt is empty; omit it for the built-in prompt"),
         (["--model", "x", "--prompt", "\udcb0"], "--prompt: the text is not UTF-8"),
         (["--model", "x", "--prompt", "a", "--prompt_file", "b"], "--prompt and --prompt_file are both given"),
         (["--model", "x", "--prompt_file", "nowhere.txt"], "nowhere.txt cannot be read"),
@@ -666,7 +666,7 @@ def test_mistakes_in_flags_and_lists_are_one_line(tmp_path, monkeypatch, capsys,
 
 def test_a_data_set_without_a_folder_needs_a_name_for_the_table(capsys):
     error = refuse(["--dataset_name", "name/of-it", "--model", "x"], capsys)
-    assert error.startswith("--output_file: required with --dataset_name alone")
+    assert error.startswith("--output_file: required with --dataset_name but no --data_root")
 
 
 def test_pictures_reach_the_server_as_the_clip_shows_them(clips, server):

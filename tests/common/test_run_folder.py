@@ -32,7 +32,7 @@ def test_the_newest_checkpoint_of_a_run_is_resumed_in_place(run_folder, tmp_path
 def test_going_back_in_place_would_write_over_newer_work(run_folder, tmp_path, checkpoint, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(tmp_path, run_folder, "--resume_from_checkpoint", checkpoint)
-    assert "give another --output_dir" in capsys.readouterr().err
+    assert "choose another --output_dir" in capsys.readouterr().err
 
 
 def test_a_run_branches_off_into_a_new_folder(run_folder, tmp_path):

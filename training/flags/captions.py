@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flags.schema import flag
-from flags.types import FilePath, NonNegativeFloat, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Text
+from flags.types import FilePath, NonNegativeFloat, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Text, Url
 
 
 CAPTIONS_FILE = "captions.jsonl"
@@ -13,11 +13,8 @@ CAPTIONS_FILE = "captions.jsonl"
 class CaptionModelFlags:
     """The vision-language model, or the server that runs it."""
 
-    endpoint: str | None = flag(
-        None,
-        "OpenAI-compatible server, up to and with /v1: http://localhost:8000/v1.",
-        metavar="URL",
-        shown="none, --model is loaded here",
+    endpoint: Url | None = flag(
+        None, "OpenAI-compatible server, such as http://localhost:8000/v1.", shown="none, --model is loaded here"
     )
     model: str | None = flag(
         None,

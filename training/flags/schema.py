@@ -109,10 +109,10 @@ class FlagParser(argparse.ArgumentParser):
         headings: dict[str, argparse._ArgumentGroup] = {}
         for item in self.groups:
             title = (titles or {}).get(item.name, item.metadata["title"])
+            if title not in headings:
+                headings[title] = self.add_argument_group(title)
             for one in _flags_of(item.type):
                 if one.name not in omit:
-                    if title not in headings:
-                        headings[title] = self.add_argument_group(title)
                     _add(headings[title], one, self.defaults.get(one.name, one.default))
         if has_config:
             headings[title].add_argument("--config", metavar="FILE", type=path, help=_CONFIG_HELP)

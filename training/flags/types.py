@@ -98,6 +98,7 @@ FiniteFloat = Annotated[float, _number(lambda value: True, "a number")]
 Probability = Annotated[float, _number(lambda value: 0 <= value <= 1, "a number from 0 to 1", "P")]
 DecayRate = Annotated[float, _number(lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")]
 Text = Annotated[str, Value(_text, "TEXT")]
+Url = Annotated[str, Value(lambda text: text.rstrip("/"), "URL")]
 FilePath = Annotated[str, Value(path, "FILE")]
 FolderPath = Annotated[str, Value(path, "FOLDER")]
 ModelPath = Annotated[str, Value(path, "MODEL")]  # or a hub id

@@ -352,7 +352,7 @@ def test_flags_that_need_unsharded_weights_are_refused(launched_by, demo_clips, 
     launched_by()
     with pytest.raises(SystemExit):
         flags_of(demo_clips, *flags, method=method)
-    assert "does not work on weights in shards (FSDP)" in (refusal := capsys.readouterr().err)
+    assert "does not work on sharded weights (FSDP)" in (refusal := capsys.readouterr().err)
     assert refusal.split(":")[1].split()[0] in flags
 
 

@@ -185,11 +185,8 @@ def reshape_frames(
 ) -> "torch.Tensor":
     """Resize and crop frames to a bucket's size: antialiased bilinear, in uint8.
 
-    Fastest on `torch.from_numpy(read_frames(...)).permute(0, 3, 1, 2)` without a copy: torch resizes interleaved
-    channels about twice as fast.
-
     Args:
-        frames: uint8 [F, C, H, W].
+        frames: uint8 [F, C, H, W]; twice as fast with interleaved channels, as `permute(0, 3, 1, 2)` makes them.
         height, width: target size.
         mode: "none" resizes without regard to the aspect ratio; "center" and "random" resize to cover the target and
             crop the middle or a random part, the same for all frames.

@@ -38,7 +38,6 @@ def read_frames(path: Path, indices: Sequence[int], num_threads: int = 1, *, see
     their time stamps: the last 49 of 3000 frames of 640x360 then take 0.08 s instead of 1.9 s.
 
     Args:
-        path: the clip.
         indices: frame numbers from 0, in any order; they may repeat.
         num_threads: decoder threads; 0 lets FFmpeg choose. With several DataLoader workers 1 is best.
         seekable: as the probe reports; False decodes everything before the frames.

@@ -121,7 +121,7 @@ def _as_meant(rate: float) -> Fraction:
 def _too_short(
     info: "VideoInfo", num_usable: int, smallest: int, skip_start: int, skip_end: int, fps: float | None
 ) -> str:
-    frames = f"{num_usable} usable frame{'' if num_usable == 1 else 's'}"
+    frames = "1 usable frame" if num_usable == 1 else f"{num_usable} usable frames"
     if fps is not None:
         frames += f" at {fps:g} fps (of {info.num_frames} at {info.fps:g} fps)"
     elif skip_start or skip_end:

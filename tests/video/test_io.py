@@ -75,12 +75,6 @@ def test_a_frame_beyond_the_end_is_an_error_with_the_clips_name(clip_of, seekabl
             read_frames(clip_of(name), [99], seekable=seekable)
 
 
-@pytest.mark.parametrize("indices", [[], [-1, 3]])
-def test_frame_numbers_must_be_a_list_from_0(clip_of, indices):
-    with pytest.raises(ValueError, match="not a list of numbers from 0"):
-        read_frames(clip_of("no B-frames"), indices)
-
-
 @pytest.mark.parametrize("seekable", [False, True])
 def test_a_clip_damaged_after_the_probe_is_named(clip_of, tmp_path, seekable):
     content = clip_of("index in front").read_bytes()

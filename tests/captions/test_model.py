@@ -111,18 +111,15 @@ def test_the_code_of_a_model_is_not_run(tmp_path, monkeypatch):
 
 
 def test_an_unusable_model_is_one_line(tmp_path):
-    text_only = tmp_path / "text"
-    text_only.mkdir()
-    (text_only / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    for name in (tmp_path / "nowhere", text_only):
+    (tmp_path / "text only").mkdir()
+    (tmp_path / "text only" / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    weights = make_tiny_vision_model(tmp_path / "damaged") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    make_tiny_vision_model(tmp_path / "silent", chat_template=None)
+    cannot = "cannot be loaded as a vision-language model: "
+    reasons = {"nowhere": cannot, "text only": cannot, "damaged": cannot, "silent": "has no chat template"}
+    for name, reason in reasons.items():
         with pytest.raises(UserError) as error:
-            load(name)
-        assert str(error.value).startswith(f"--model {name} cannot be loaded as a vision-language model: ")
+            load(tmp_path / name)
+        assert str(error.value).startswith(f"--model {tmp_path / name} {reason}")
         assert "\n" not in str(error.value)
-    damaged = make_tiny_vision_model(tmp_path / "damaged") / "model.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:1000])
-    with pytest.raises(UserError, match="damaged cannot be loaded as a vision-language model: "):
-        load(damaged.parent)
-    silent = make_tiny_vision_model(tmp_path / "silent", chat_template=None)
-    with pytest.raises(UserError, match="has no chat template"):
-        load(silent)

@@ -46,14 +46,21 @@ def test_a_refresh_changes_every_folder_and_leaves_nothing(tmp_path):
     assert {path.name for path in tmp_path.rglob("*")} == {"latents", "below", "shard"}
 
 
-def test_a_folder_is_replaced_completely(tmp_path):
+@pytest.mark.parametrize("earlier", [None, "file", "folder"])
+def test_a_folder_replaces_what_was_there(tmp_path, earlier):
     folder, partial = tmp_path / "checkpoint-1", tmp_path / ".partial"
-    for path, content in ((folder, "old"), (partial, "new")):
-        path.mkdir()
-        (path / content).write_text(content)
+    partial.mkdir()
+    (partial / "new").touch()
+    if earlier == "folder":
+        folder.mkdir()
+        (folder / "old").touch()
+    elif earlier == "file":
+        folder.touch()
     replace_folder(partial, folder)
-    assert [file.name for file in folder.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        "checkpoint-1",
+        "checkpoint-1/new",
+    ]
 
 
 def test_a_file_has_the_usual_permissions_whatever_the_writer_does(tmp_path):
@@ -75,15 +82,6 @@ def test_an_unwritable_place_and_a_full_disk_are_one_line(tmp_path, name, reason
         open("/dev/full", "w") as full,
     ):
         full.write("x")
-
-
-def test_a_folder_replaces_a_file(tmp_path):
-    partial, folder = tmp_path / ".partial.new", tmp_path / "new"
-    partial.mkdir()
-    folder.write_text("in the way")
-    replace_folder(partial, folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["new"]
-    assert folder.is_dir()
 
 
 def test_only_the_files_of_killed_processes_are_removed(tmp_path):

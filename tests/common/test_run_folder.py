@@ -23,14 +23,6 @@ def parse(data_root, output_dir, *flags):
     return parse_args([*argv, "--output_dir", str(output_dir), *flags], task="text-to-video", method="lora")
 
 
-@pytest.fixture
-def result_folder(tmp_path):
-    """A folder with a result and no checkpoint."""
-    (tmp_path / "result").mkdir()
-    (tmp_path / "result" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
-    return tmp_path / "result"
-
-
 def refuse(capsys, *arguments) -> str:
     with pytest.raises(SystemExit, match="2"):
         parse(*arguments)
@@ -53,9 +45,11 @@ def test_a_run_branches_off_into_a_new_folder(run_folder, tmp_path):
     parse(tmp_path, tmp_path / "new", "--resume_from_checkpoint", "latest")
 
 
-def test_a_result_is_not_overwritten(run_folder, result_folder, tmp_path, capsys):
+def test_a_result_is_not_overwritten(run_folder, tmp_path, capsys):
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
     for checkpoint, reason in ((run_folder / "checkpoint-10", "--output_dir"), ("latest", "no complete checkpoint")):
-        assert reason in refuse(capsys, tmp_path, result_folder, "--resume_from_checkpoint", str(checkpoint))
+        assert reason in refuse(capsys, tmp_path, tmp_path / "result", "--resume_from_checkpoint", str(checkpoint))
 
 
 def test_a_users_config_file_is_not_overwritten(run_folder, tmp_path, capsys):

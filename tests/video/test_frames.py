@@ -132,53 +132,43 @@ def test_a_held_clip_ends_with_its_last_frame_repeated(num_frames, counts, fps):
 # The rules by example
 
 
-def test_frames_are_spread_from_the_first_to_the_last():
-    assert choose_samples(clip(101), [3, 5]) == [(0, 25, 50, 75, 100)]
-    assert choose_samples(clip(101), [5], skip_start=10, skip_end=10) == [(10, 30, 50, 70, 90)]
+VARIABLE = clip(5, fps=5.0, frame_times=(0, 100_000, 200_000, 700_000, 800_000))
+FIRST, SPLIT, HOLD = {"long_clips": "first"}, {"long_clips": "split"}, {"hold_last_frame": True}
+EXAMPLES = {
+    "spread from the first to the last": (clip(101), [3, 5], {}, [(0, 25, 50, 75, 100)]),
+    "spread over the usable ones": (clip(101), [5], {"skip_start": 10, "skip_end": 10}, [(10, 30, 50, 70, 90)]),
+    "halves round up": (clip(6), [3], {}, [(0, 3, 5)]),
+    "halves at a rate round up": (clip(100), [5], FIRST | {"fps": 10}, [(0, 3, 5, 8, 10)]),
+    "the first part is consecutive": (clip(50), [4], FIRST | {"skip_start": 3}, [(3, 4, 5, 6)]),
+    "split into the longest parts that fit": (
+        clip(12),
+        [4, 2],
+        SPLIT | {"skip_end": 1},
+        [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)],
+    ),
+    "parts at a rate are consecutive": (clip(19, fps=24.0), [3], SPLIT | {"fps": 8}, [(0, 3, 6), (9, 12, 15)]),
+    "a rate above the clip's repeats frames": (clip(4, fps=8.0), [7], FIRST | {"fps": 16}, [(0, 1, 1, 2, 2, 3, 3)]),
+    "a pause repeats its frame": (VARIABLE, [9], FIRST | {"fps": 10}, [(0, 1, 2, 2, 2, 3, 3, 3, 4)]),
+    "NTSC at its nominal rate loses no frame": (
+        clip(30, fps=30000 / 1001),
+        [30],
+        FIRST | {"fps": 29.97},
+        [tuple(range(30))],
+    ),
+    "one frame only if there is no other count": (clip(50), [1, 49], FIRST, [tuple(range(49))]),
+    "one frame": (clip(40), [1], {"skip_start": 2}, [(2,)]),
+    "held to the smallest count above one": (clip(3), [1, 5, 9], HOLD, [(0, 1, 2, 2, 2)]),
+    "held after skipping": (clip(9), [4], HOLD | {"skip_start": 6, "skip_end": 1}, [(6, 7, 7, 7)]),
+}
 
 
-def test_halves_round_up():
-    assert choose_samples(clip(6), [3]) == [(0, 3, 5)]
-    assert choose_samples(clip(100), [5], fps=10, long_clips="first") == [(0, 3, 5, 8, 10)]
+@pytest.mark.parametrize(("info", "counts", "options", "samples"), EXAMPLES.values(), ids=EXAMPLES)
+def test_the_rules_hold_in_examples(info, counts, options, samples):
+    assert choose_samples(info, counts, **options) == samples
+
+
+def test_negative_halves_round_up_too():
     assert [round_half_up(Fraction(n, 2)) for n in (-3, -1, 1, 3)] == [-1, 0, 1, 2]
-
-
-def test_the_first_part_is_consecutive():
-    assert choose_samples(clip(50), [4], skip_start=3, long_clips="first") == [(3, 4, 5, 6)]
-
-
-def test_a_long_clip_is_split_into_the_longest_parts_that_fit():
-    lengths = [len(sample) for sample in choose_samples(clip(120), [17, 49], long_clips="split")]
-    assert lengths == [49, 49, 17]
-    samples = choose_samples(clip(12), [4, 2], skip_end=1, long_clips="split")
-    assert samples == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
-
-
-def test_parts_at_a_rate_are_consecutive():
-    first, second = choose_samples(clip(61, fps=24.0), [10], fps=8, long_clips="split")
-    assert first + second == tuple(range(0, 60, 3))
-
-
-def test_frames_repeat_where_the_rate_is_above_the_clips():
-    assert choose_samples(clip(4, fps=8.0), [7], fps=16, long_clips="first") == [(0, 1, 1, 2, 2, 3, 3)]
-
-
-def test_a_pause_in_a_variable_rate_repeats_its_frame():
-    times = (0, 100_000, 200_000, 700_000, 800_000)
-    info = clip(5, fps=5.0, frame_times=times)
-    assert choose_samples(info, [9], fps=10, long_clips="first") == [(0, 1, 2, 2, 2, 3, 3, 3, 4)]
-
-
-def test_a_second_of_ntsc_film_at_its_nominal_rate_loses_no_frame():
-    samples = choose_samples(clip(30, fps=30000 / 1001), [30], fps=29.97, long_clips="first")
-    assert samples == [tuple(range(30))]
-
-
-def test_videos_use_one_frame_only_if_there_is_no_other_count():
-    assert choose_samples(clip(50), [1, 49], long_clips="first") == [tuple(range(49))]
-    with pytest.raises(ValueError, match=r"^40 usable frames; the smallest frame bucket for videos has 49"):
-        choose_samples(clip(40), [1, 49])
-    assert choose_samples(clip(40), [1], skip_start=2) == [(2,)]
 
 
 @pytest.mark.parametrize("fps", [None, 8])
@@ -190,61 +180,55 @@ def test_a_still_image_needs_the_bucket_of_one_frame_and_is_never_held(fps, hold
         choose_samples(STILL, [49], **options)
 
 
-def test_a_short_clip_is_held_to_the_smallest_count_above_one():
-    assert choose_samples(clip(3), [1, 5, 9], hold_last_frame=True) == [(0, 1, 2, 2, 2)]
-    assert choose_samples(clip(9), [4], skip_start=6, skip_end=1, hold_last_frame=True) == [(6, 7, 7, 7)]
-
-
-def test_without_usable_frames_nothing_is_held():
-    with pytest.raises(ValueError, match=r"^0 usable frames \(of 9\); .*: lower --skip_frames_start"):
-        choose_samples(clip(9), [4], skip_start=9, hold_last_frame=True)
-
-
 # The reasons
 
 
+TOO_SHORT = "; the smallest frame bucket for videos has 49: "
+
+
 @pytest.mark.parametrize(
-    ("num_frames", "options", "reason"),
+    ("num_frames", "options", "frames", "advice"),
     [
-        (
-            40,
-            {},
-            "40 usable frames; the smallest frame bucket for videos has 49: add a smaller one to --frame_buckets, or "
-            "pass --hold_last_frame",
-        ),
-        (1, {}, "1 usable frame; the smallest frame bucket for videos has 49: pass --hold_last_frame"),
+        (40, {}, "40 usable frames", "add a smaller one to --frame_buckets, or pass --hold_last_frame"),
+        (1, {}, "1 usable frame", "pass --hold_last_frame"),
+        (9, {"skip_start": 9} | HOLD, "0 usable frames (of 9)", "lower --skip_frames_start or --skip_frames_end"),
         (
             94,
             {"fps": 8.0, "long_clips": "first"},
-            "30 usable frames at 8 fps (of 94 at 25 fps); the smallest frame bucket for videos has 49: raise --fps, "
-            "or add a smaller one to --frame_buckets, or pass --hold_last_frame",
+            "30 usable frames at 8 fps (of 94 at 25 fps)",
+            "raise --fps, or add a smaller one to --frame_buckets, or pass --hold_last_frame",
         ),
         (
             60,
             {"skip_start": 10, "skip_end": 10},
-            "40 usable frames (of 60); the smallest frame bucket for videos has 49: lower --skip_frames_start or "
-            "--skip_frames_end, or add a smaller one to --frame_buckets, or pass --hold_last_frame",
+            "40 usable frames (of 60)",
+            "lower --skip_frames_start or --skip_frames_end, or add a smaller one to --frame_buckets, or pass "
+            "--hold_last_frame",
         ),
         (
             30,
             {"fps": 8.0, "long_clips": "first", "skip_end": 5},
-            "8 usable frames at 8 fps (of 30 at 25 fps); the smallest frame bucket for videos has 49: add a smaller "
-            "one to --frame_buckets, or pass --hold_last_frame",
+            "8 usable frames at 8 fps (of 30 at 25 fps)",
+            "add a smaller one to --frame_buckets, or pass --hold_last_frame",
         ),
     ],
 )
-def test_the_reason_has_the_numbers_and_what_helps(num_frames, options, reason):
+def test_the_reason_has_the_numbers_and_what_helps(num_frames, options, frames, advice):
     with pytest.raises(ValueError) as raised:
-        choose_samples(clip(num_frames), [49], **options)
-    assert str(raised.value) == reason
+        choose_samples(clip(num_frames), [1, 49], **options)
+    assert str(raised.value) == f"{frames}{TOO_SHORT}{advice}"
 
 
-def test_a_rate_needs_the_rate_of_the_clip():
-    with pytest.raises(ValueError, match="frame rate is unknown, so it cannot be sampled at --fps"):
-        choose_samples(clip(100, fps=0.0), [10], fps=8, long_clips="first")
-
-
-def test_damaged_time_stamps_do_not_make_endless_samples():
-    info = clip(3, fps=2e-6, frame_times=(0, 40_000, 10**12))
-    with pytest.raises(ValueError, match="plays at 2e-06 fps, too slow to be sampled at --fps 8"):
+@pytest.mark.parametrize(
+    ("info", "reason"),
+    [
+        (clip(100, fps=0.0), "frame rate is unknown, so it cannot be sampled at --fps"),
+        (
+            clip(3, fps=2e-6, frame_times=(0, 40_000, 10**12)),  # damaged time stamps
+            "plays at 2e-06 fps, too slow to be sampled at --fps 8",
+        ),
+    ],
+)
+def test_a_rate_needs_the_rate_of_the_clip(info, reason):
+    with pytest.raises(ValueError, match=reason):
         choose_samples(info, [10], fps=8, long_clips="split")

@@ -89,7 +89,7 @@ def flush(path: Path) -> None:
 def refresh_names(folder: Path) -> None:
     """Make this machine ask the file server again which files are in a folder and its subfolders.
 
-    An NFS client caches the names in a folder for up to a minute, unless it changes the folder itself.
+    An NFS client caches the names for up to a minute, unless it changes the folder itself.
     """
     for below in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         with suppress(FileNotFoundError):  # another process has removed it

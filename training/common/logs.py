@@ -30,17 +30,14 @@ class LineHandler(logging.Handler):
         self.said.add(message)
         return is_new
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Format one record without tokens."""
-        return without_tokens(super().format(record))
-
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
         try:
+            text = without_tokens(self.format(record))
             if os.getpid() == self.process:
-                tqdm.write(self.format(record), file=sys.stderr)
+                tqdm.write(text, file=sys.stderr)
             else:  # a data worker, possibly forked while the bars were locked
-                sys.stderr.write(f"{self.format(record)}\n")
+                sys.stderr.write(f"{text}\n")
         except Exception:  # logging's convention for records that cannot be written
             self.handleError(record)
 
@@ -49,8 +46,7 @@ def start_logging() -> None:
     """Log the messages of the main process, and the errors of the others, to stderr."""
     from huggingface_hub.serialization import _torch as hub_serialization
 
-    level = logging.INFO if launch_rank() == 0 else logging.ERROR
-    log_without_tokens(level)
+    log_without_tokens(logging.INFO if launch_rank() == 0 else logging.ERROR)
     for chatty in ("accelerate", "httpx", "huggingface_hub", "torchao", "PIL", "DeepSpeed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     hub_serialization.logger.setLevel(logging.WARNING)  # named by its file, not by its package

@@ -18,11 +18,7 @@ def read_lines(file: Path, at_least: int = 0) -> list[str]:
 
 
 def read_utf8(file: Path) -> str:
-    """Read a text file, without a byte order mark.
-
-    Raises:
-        UserError: the file cannot be read, or is not UTF-8.
-    """
+    """Read a text file without a byte order mark; one that cannot be read is a UserError."""
     try:
         return file.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

@@ -41,7 +41,7 @@ class FileCache:
     """
 
     def __init__(self, folder: Path):
-        self.file = Path(folder) / "files.sqlite"
+        self.file = folder / "files.sqlite"
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._given_up = False

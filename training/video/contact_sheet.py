@@ -42,15 +42,10 @@ class SheetRow:
 def draw_contact_sheet(
     rows: Sequence[SheetRow], path: Path | None = None, columns: Sequence[str] = ("first frame", "middle", "last")
 ) -> Image.Image:
-    """Draw one sample per row; the sheet is 1200 pixels wide with three columns, plus 226 for each further column.
+    """Draw one sample per row, each 172 pixels high, and write the sheet as a PNG to `path`.
 
-    Frames keep their aspect ratio and are scaled to one height, or to one width if they are wider than 3:2. Titles
-    and captions that are too long end in an ellipsis.
-
-    Args:
-        rows: each is 172 pixels high; 16 are a good number.
-        path: where to write the sheet as a PNG; None writes nothing.
-        columns: headings of the frames.
+    The sheet is 1200 pixels wide with three columns of frames, plus 226 for each further one. Frames keep their aspect
+    ratio within 222x148 pixels. Titles and captions that are too long end in an ellipsis.
     """
     text_left = _cell_left(len(columns)) + _TEXT_GAP
     width = text_left + _TEXT_WIDTH + _MARGIN
@@ -58,8 +53,7 @@ def draw_contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for column, name in enumerate(columns):
         draw.text((_cell_left(column), 18), name, fill=_FAINT, font=_font())
-    for number, row in enumerate(rows):
-        top = _HEADER_HEIGHT + number * _ROW_HEIGHT
+    for top, row in zip(range(_HEADER_HEIGHT, sheet.height, _ROW_HEIGHT), rows, strict=True):
         draw.line((_MARGIN, top, width - _MARGIN, top), fill=_RULE)
         top += (_ROW_HEIGHT - _CELL_HEIGHT) // 2
         for column, frame in enumerate(row.frames[: len(columns)]):

@@ -30,8 +30,8 @@ def choose_samples(
 ) -> list[tuple[int, ...]]:
     """Choose the frames of each sample of a clip.
 
-    A sample has the largest count that the clip can fill. A count of 1 is for still images, and for videos only if
-    there is no other count: a clip that is a little short must not silently become a still image.
+    A sample has the largest count that the clip can fill. Videos take a count of 1 only if there is no other: a clip
+    that is a little short must not silently become a still image.
 
     With fps the frames are first resampled: frame i is the one nearest in time to i / fps seconds after the first
     usable frame (halves round up), by the frames' own time stamps if the rate varies. The last frame counts as shown
@@ -42,11 +42,9 @@ def choose_samples(
     - "split" takes consecutive samples as long as the rest fills one; the remainder is not used.
 
     Args:
-        info: as from `probe_video`.
         frame_counts: of the frame buckets, at least 1 each, in any order.
         skip_start, skip_end: frames at either end of a video that are never chosen; ignored for still images.
         fps: sampling rate in frames per second.
-        long_clips: one of `LONG_CLIPS`.
         hold_last_frame: repeat the last usable frame of a video that is too short for the smallest count above 1.
 
     Returns:
@@ -123,7 +121,7 @@ def _as_meant(rate: float) -> Fraction:
 def _too_short(
     info: "VideoInfo", num_usable: int, smallest: int, skip_start: int, skip_end: int, fps: float | None
 ) -> str:
-    frames = f"{num_usable} usable frame{'' if num_usable == 1 else 's'}"
+    frames = "1 usable frame" if num_usable == 1 else f"{num_usable} usable frames"
     if fps is not None:
         frames += f" at {fps:g} fps (of {info.num_frames} at {info.fps:g} fps)"
     elif skip_start or skip_end:

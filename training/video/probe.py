@@ -63,7 +63,12 @@ def probe_video(path: Path) -> VideoInfo:
             raise ValueError("is not a file")
         if status.st_size == 0:
             raise ValueError("file is empty (0 bytes)")
-        info = _probe_image(path) or _probe_packets(path) or _probe_by_decoding(path)
+        image = read_still_image(path)
+        if image is not None:
+            height, width, _ = image.pixels.shape
+            info = VideoInfo(1, height, width, 0.0, rotation=image.rotation, is_image=True)
+        else:
+            info = _probe_packets(path) or _probe_by_decoding(path)
         with open(path, "rb") as file:
             return replace(info, sha256=hashlib.file_digest(file, "sha256").hexdigest())
     except av.FFmpegError as error:
@@ -72,14 +77,6 @@ def probe_video(path: Path) -> VideoInfo:
         raise ValueError("does not exist") from error
     except OSError as error:
         raise ValueError(f"cannot be read: {reason_of(error)}") from error
-
-
-def _probe_image(path: Path) -> VideoInfo | None:
-    image = read_still_image(path)
-    if image is None:
-        return None
-    height, width, _ = image.pixels.shape
-    return VideoInfo(1, height, width, 0.0, rotation=image.rotation, is_image=True)
 
 
 def _probe_packets(path: Path) -> VideoInfo | None:

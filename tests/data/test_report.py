@@ -89,12 +89,15 @@ def test_an_empty_plan_is_reported():
 
 
 @pytest.mark.parametrize(
-    ("repeats", "times"),
-    [((2.5, 1), "1 sample 1 times, 1 sample 2.5 times"), ((0.5, 1, 2, 4), "every sample 0.5 to 4 times")],
+    ("repeats", "count", "times"),
+    [((2.5, 1), 4, "1 sample 1 times, 1 sample 2.5 times"), ((0.5, 1, 2, 4), 8, "every sample 0.5 to 4 times")],
 )
-def test_repeats_count_in_the_epoch(repeats, times):
+def test_repeats_count_in_the_epoch(repeats, count, times):
     planned = [sample for number in repeats for sample in plan([VIDEO], repeats=number)]
-    assert notes(planned) == [f"an epoch has {times}"]
+    assert table_of(planned)[-2:] == [
+        f"an epoch is {count} samples in {count} batches of up to 1",
+        f"an epoch has {times}",
+    ]
 
 
 def test_clips_that_were_split_are_counted():

@@ -13,7 +13,7 @@ from data.clips import BadClip, Clip, plan_clips
 from video.probe import VideoInfo
 
 
-BUCKETS = make_buckets([9, 17], [32, 64], [32, 64], 17)
+BUCKETS = make_buckets([9, 17], [32, 64], [32, 64])
 STILL = VideoInfo(1, 64, 64, 0.0, is_image=True)
 
 
@@ -60,7 +60,7 @@ def test_a_long_clip_can_be_split_into_samples_of_different_buckets():
 
 
 def test_a_still_image_goes_into_a_bucket_of_one_frame():
-    (sample,) = planned([STILL], make_buckets([1, 9], [64], [64], 9))
+    (sample,) = planned([STILL], make_buckets([1, 9], [64], [64]))
     assert (sample.bucket, sample.frame_indices) == (Bucket(1, 64, 64), (0,))
 
 
@@ -96,7 +96,7 @@ found = st.one_of(
 def test_every_clip_is_either_planned_or_bad_never_both(infos, counts, choice, skip, hold):
     fps, long_clips = choice
     options = {"fps": fps, "long_clips": long_clips, "skip_start": skip, "hold_last_frame": hold}
-    samples, bad = plan(infos, make_buckets(counts, [32], [32, 64], 33), **options)
+    samples, bad = plan(infos, make_buckets(counts, [32], [32, 64]), **options)
     good = list(dict.fromkeys(sample.clip.source for sample in samples))
     assert sorted([*good, *(clip.source for clip in bad)]) == [f"videos.txt:{n + 1}" for n in range(len(infos))]
     assert good == sorted(good)

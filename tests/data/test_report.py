@@ -15,7 +15,7 @@ from repository import TRAINING
 from video.probe import VideoInfo
 
 
-BUCKETS = make_buckets([1, 9, 17], [32, 64], [32, 64], 17)
+BUCKETS = make_buckets([1, 9, 17], [32, 64], [32, 64])
 VIDEO = VideoInfo(17, 64, 64, 8.0)
 
 

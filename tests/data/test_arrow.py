@@ -115,8 +115,12 @@ def local_dataset(request, hub, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_local_data_set_of_any_kind_is_read(local_dataset, streaming):
+def test_a_local_data_set_of_any_kind_is_read_silently(local_dataset, hub, streaming, capfd):
+    hub.enable_progress_bars()
+    hub.logging.set_verbosity_info()
+    capfd.readouterr()
     clips = good(None, dataset_name=str(local_dataset), dataset_streaming=streaming)
+    assert capfd.readouterr() == ("", "")
     assert [(clip.video, clip.caption) for clip in clips] == [
         (local_dataset / "a.mp4", "A cat.\nOn a mat."),
         (local_dataset / "sub/b.mp4", "A dog."),
@@ -131,17 +135,14 @@ def test_the_data_root_is_where_paths_of_a_data_set_start(hub, tmp_path):
     assert good(tmp_path / "clips", dataset_name=str(tmp_path / "saved"))[1].video == tmp_path / "clips/sub/b.mp4"
 
 
-def test_a_saved_data_set_without_splits_is_its_training_split(hub, tmp_path):
-    hub.Dataset.from_dict(ROWS).save_to_disk(tmp_path / "saved")
-    assert error_of(None, dataset_name=str(tmp_path / "saved"), dataset_split="test") == (
-        f"--dataset_name {tmp_path / 'saved'} has no split 'test'; it has train: set --dataset_split"
-    )
-
-
-def test_another_split_is_read_when_named(hub, tmp_path):
+def test_a_split_is_read_when_named_and_an_unknown_one_refused(hub, tmp_path):
     data = hub.Dataset.from_dict(ROWS)
-    hub.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "saved")
-    assert captions(good(None, dataset_name=str(tmp_path / "saved"), dataset_split="test")) == ["A dog."]
+    data.save_to_disk(tmp_path / "one")
+    hub.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "both")
+    assert captions(good(None, dataset_name=str(tmp_path / "both"), dataset_split="test")) == ["A dog."]
+    assert error_of(None, dataset_name=str(tmp_path / "one"), dataset_split="test") == (
+        f"--dataset_name {tmp_path / 'one'} has no split 'test'; it has train: set --dataset_split"
+    )
 
 
 def test_an_unknown_split_is_named_with_the_existing_ones(local_dataset):
@@ -207,7 +208,15 @@ def test_features_of_media_are_read(hub, tmp_path, streaming):
     assert by_column["encoded"].image.read_bytes() == picture()
 
 
-def test_streaming_reads_only_the_rows_asked_for(hub, tmp_path):
+def test_streaming_reads_only_the_rows_asked_for_and_does_not_import_torch(hub, tmp_path, monkeypatch):
+    class NoTorch:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            assert name != "torch"
+
+    monkeypatch.setattr(hub.config, "TORCH_AVAILABLE", True)
+    monkeypatch.setattr(sys, "meta_path", [NoTorch, *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     table = pa.table({"video": [b"first", b"second", b"third"], "text": ["A cat."] * 3})
     (tmp_path / "data").mkdir()
     pq.write_table(table, tmp_path / "data/train-00000.parquet", row_group_size=1)
@@ -228,23 +237,3 @@ def test_a_web_data_set_is_read(hub, tmp_path, streaming):
     clips = good(None, **options, dataset_streaming=streaming, cache=tmp_path / "cache")
     assert [(clip.caption, clip.metadata) for clip in clips] == [("A cat.", {}), ("A dog.", {})]
     assert [clip.video.read_bytes() for clip in clips] == [b"first", b"second"]
-
-
-def test_a_data_set_is_read_silently(local_dataset, hub, capfd):
-    hub.enable_progress_bars()
-    hub.logging.set_verbosity_info()
-    good(None, dataset_name=str(local_dataset))
-    assert capfd.readouterr() == ("", "")
-
-
-def test_streaming_does_not_import_torch(hub, tmp_path, monkeypatch):
-    class NoTorch:
-        @staticmethod
-        def find_spec(name, path=None, target=None):
-            assert name != "torch"
-
-    write(tmp_path / "data/train.csv", "video,text\na.mp4,A cat.\n")
-    monkeypatch.setattr(hub.config, "TORCH_AVAILABLE", True)
-    monkeypatch.setattr(sys, "meta_path", [NoTorch, *sys.meta_path])
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert captions(good(None, dataset_name=str(tmp_path / "data"), dataset_streaming=True)) == ["A cat."]

@@ -3,18 +3,19 @@
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data.buckets import Bucket, make_buckets
-from data.clips import BadClip, Clip, ClipSample, plan_clips
+from data.buckets import make_buckets
+from data.clips import BadClip, Clip, plan_clips
 from data.report import plan_table, write_plan
 from repository import TRAINING
 from video.probe import VideoInfo
 
 
-BUCKETS = make_buckets([1, 9, 17], [32, 64], [32, 64], 17)
+BUCKETS = make_buckets([1, 9, 17], [32, 64], [32, 64])
 VIDEO = VideoInfo(17, 64, 64, 8.0)
 
 
@@ -87,19 +88,20 @@ def test_an_empty_plan_is_reported():
 # Notes
 
 
-def test_repeats_count_in_the_epoch():
-    planned = [*plan([VIDEO] * 4, repeats=2.5), *plan([VIDEO] * 3)]
-    assert "an epoch is 13 samples in 7 batches of up to 2" in table_of(planned, batch_size=2)
-    assert notes(planned) == ["an epoch has 3 samples 1 times, 4 samples 2.5 times"]
-
-
-def test_many_different_repeats_are_summed_up():
-    planned = [sample for times in (0.5, 1, 2, 4) for sample in plan([VIDEO], repeats=times)]
-    assert notes(planned) == ["an epoch has every sample 0.5 to 4 times"]
+@pytest.mark.parametrize(
+    ("repeats", "count", "times"),
+    [((2.5, 1), 4, "1 sample 1 times, 1 sample 2.5 times"), ((0.5, 1, 2, 4), 8, "every sample 0.5 to 4 times")],
+)
+def test_repeats_count_in_the_epoch(repeats, count, times):
+    planned = [sample for number in repeats for sample in plan([VIDEO], repeats=number)]
+    assert table_of(planned)[-2:] == [
+        f"an epoch is {count} samples in {count} batches of up to 1",
+        f"an epoch has {times}",
+    ]
 
 
 def test_clips_that_were_split_are_counted():
-    planned = plan([VideoInfo(51, 64, 64, 8.0), VideoInfo(26, 64, 64, 8.0), VIDEO], long_clips="split")
+    planned = plan([VideoInfo(51, 64, 64, 8.0, sha256="a"), VideoInfo(26, 64, 64, 8.0), VIDEO], long_clips="split")
     assert notes(planned) == ["2 clips split: 5 samples"]
 
 
@@ -168,27 +170,18 @@ def of_content(*contents):
     return [VideoInfo(17, 64, 64, 8.0, sha256=content) for content in contents]
 
 
-def test_clips_listed_twice_are_named_in_pairs():
-    assert notes(plan(of_content("a", "b", "a", "c", "a"))) == [
-        "2 clips listed again with the same caption, which adds weight: 0.mp4 (videos.txt:1) and 2.mp4 "
-        "(videos.txt:3); 0.mp4 (videos.txt:1) and 4.mp4 (videos.txt:5)"
+def test_clips_listed_twice_are_named_in_pairs_up_to_three():
+    pairs = [
+        f"{first}.mp4 (videos.txt:{first + 1}) and {first + 4}.mp4 (videos.txt:{first + 5})" for first in range(3)
     ]
-
-
-def test_only_the_first_pairs_are_named():
-    assert notes(plan(of_content(*"abcdabcd")))[0].endswith(
-        "2.mp4 (videos.txt:3) and 6.mp4 (videos.txt:7); and 1 more"
-    )
+    start = "clips listed again with the same caption, which adds weight: "
+    assert notes(plan(of_content(*"abcdab"))) == [f"2 {start}{'; '.join(pairs[:2])}"]
+    assert notes(plan(of_content(*"abcdabcd"))) == [f"4 {start}{'; '.join(pairs)}; and 1 more"]
 
 
 def test_a_video_with_several_captions_is_not_a_duplicate():
     planned = plan(of_content("a", "b", "a", "a"), captions=["A cat.", "A cat.", "A dog.", "A mouse."])
     assert notes(planned) == ["1 video with several captions: 0.mp4 (videos.txt:1) and 2.mp4 (videos.txt:3)"]
-
-
-def test_the_samples_of_one_clip_are_not_duplicates():
-    planned = plan([VideoInfo(51, 64, 64, 8.0, sha256="a")], long_clips="split")
-    assert notes(planned) == ["1 clip split: 3 samples"]
 
 
 # The full plan as a file
@@ -229,16 +222,13 @@ def test_the_csv_has_a_line_for_every_sample_and_every_bad_clip(tmp_path):
     assert bad["frames"] == ""
 
 
-def test_the_csv_has_the_upscaling_and_the_held_frames(tmp_path):
-    write_plan(plan([VideoInfo(5, 16, 32, 8.0)], hold_last_frame=True), [], tmp_path / "plan.csv")
+def test_the_csv_has_the_upscaling_held_frames_and_names_that_are_not_unicode(tmp_path):
+    (sample,) = plan([VideoInfo(5, 16, 32, 8.0)], hold_last_frame=True)
+    clip = replace(sample.clip, video=Path("b\udcff.mp4"))
+    write_plan([replace(sample, clip=clip)], [], tmp_path / "plan.csv")
     (row,) = read(tmp_path / "plan.csv")
     assert (row["bucket"], row["upscaled"], row["held"], row["cropped"]) == ("9x32x64", "2", "4", "0.000")
-
-
-def test_a_file_name_that_is_not_unicode_can_be_written(tmp_path):
-    clip = Clip(Path("b\udcff.mp4"), "A cat.", "videos.txt:1")
-    write_plan([ClipSample(clip, VIDEO, Bucket(9, 64, 64), tuple(range(9)))], [], tmp_path / "plan.csv")
-    assert read(tmp_path / "plan.csv")[0]["video"] == "b\\udcff.mp4"
+    assert row["video"] == "b\\udcff.mp4"
 
 
 def test_reporting_needs_no_torch():

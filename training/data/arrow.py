@@ -24,11 +24,7 @@ _LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
 
 
 def read_parquet(file: Path) -> Table:
-    """Read a Parquet file.
-
-    Raises:
-        UserError: the file is damaged or not a Parquet file.
-    """
+    """Read a Parquet file; a damaged one is a `UserError`, maybe only at its last row."""
     opened = _call(str(file), parquet.ParquetFile, file, pre_buffer=False)
     schema = opened.schema_arrow
     batches = opened.iter_batches(batch_size=_rows_at_once(schema))
@@ -42,7 +38,7 @@ def read_dataset(name: str, config_name: str | None, split: str, streaming: bool
     Args:
         name: a name on the hub, or a local folder of data files or written by `save_to_disk`.
         config_name: the configuration; None for the only one.
-        split: name of the split.
+        split: its part, such as "train".
         streaming: read row by row, without a copy of the data set on disk.
 
     Raises:

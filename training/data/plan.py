@@ -149,12 +149,7 @@ def plan_raw_clips(flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bo
         UserError: lists are missing or malformed.
     """
     cache = default_cache_folder()
-    try:
-        buckets = make_buckets(
-            clip_flags.frame_buckets, clip_flags.height_buckets, clip_flags.width_buckets, clip_flags.max_num_frames
-        )
-    except ValueError as error:
-        raise UserError(f"--frame_buckets: {error}") from error
+    buckets = make_buckets(clip_flags.frame_buckets, clip_flags.height_buckets, clip_flags.width_buckets)
     sources = data_sources(flags)
     read = [read_clips(source, cache / "media", name_folder=bool(flags.dataset_mix)) for source in sources]
     clips = [clip for of_source, _ in read for clip in of_source]
@@ -214,7 +209,6 @@ def validation_data_flags(settings: TrainingSettings) -> tuple[SourceFlags, Clip
         agreed = _common_flags([read_prepared_settings(folder).get("flags", {}) for folder in folders])
         sources = replace(sources, **{name: value for name, value in agreed.items() if hasattr(sources, name)})
         clips = replace(clips, **{name: value for name, value in agreed.items() if hasattr(clips, name)})
-        clips = replace(clips, max_num_frames=max(clips.frame_buckets))
     is_random = clips.video_reshape_mode == "random"
     mode = "center" if is_random else clips.video_reshape_mode
     return sources, replace(clips, random_flip=None, video_reshape_mode=mode)

@@ -194,7 +194,7 @@ def claim_folder(folder: Path, settings: PreparedSettings) -> PreparedSettings:
 
 
 def write_settings(folder: Path, settings: PreparedSettings) -> None:
-    """Write the settings; also with the index, whose samples depend on the flags of the last run."""
+    """Write the settings; after each preparation too, as the index depends on the flags of the last run."""
     with atomic_write(folder / SETTINGS_FILE, staging=folder / STAGING) as partial:
         partial.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
 

@@ -165,9 +165,10 @@ def _rate_notes(planned: Sequence[ClipSample], model_fps: float) -> Iterator[str
     slow = [rate for rate in rates if rate < model_fps / _FAR_RATE]
     for far, motion in ((fast, "slow"), (slow, "fast")):
         if far:
+            rates_shown = " to ".join(dict.fromkeys(f"{rate:.3g}" for rate in (min(far), max(far))))
             times = max(max(far) / model_fps, model_fps / min(far))
             yield (
-                f"{_number(len(far), 'sample')} at {_range(far)} frames per second, the model's videos have "
+                f"{_number(len(far), 'sample')} at {rates_shown} frames per second, the model's videos have "
                 f"{model_fps:g}: motion will be learned up to {times:.1f}x too {motion}; pass --fps {model_fps:g} to "
                 "match the model"
             )
@@ -211,11 +212,6 @@ def _name(clip: Clip) -> str:
 def _number(count: int, noun: str) -> str:
     plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
     return f"{count} {noun if count == 1 else plural}"
-
-
-def _range(values: Sequence[float]) -> str:
-    least, most = f"{min(values):.3g}", f"{max(values):.3g}"
-    return least if least == most else f"{least} to {most}"
 
 
 def _short_caption(sample: ClipSample) -> str:

@@ -26,7 +26,7 @@ class Draw(NamedTuple):
 
 
 class BucketBatchSampler:
-    """A stream of batches of indices, one bucket per batch, that can start at any step of any epoch.
+    """A stream of batches of indices (`list[Draw]`), one bucket per batch, that can start at any step of any epoch.
 
     In each epoch every index comes once over all ranks, or as often as `repeats` says. The last batch of a bucket may
     be smaller. All ranks get the same number of batches in every epoch; if the total is not divisible by the number of
@@ -53,9 +53,6 @@ class BucketBatchSampler:
     Attributes:
         first_batch, total_batches: part of the stream to iterate over, to be set before: batches of this rank to skip
             and the end, both counted over epochs from the start of the stream.
-
-    Yields:
-        list[Draw]: one batch.
     """
 
     def __init__(
@@ -82,7 +79,9 @@ class BucketBatchSampler:
     @property
     def samples_per_epoch(self) -> dict[Bucket, int]:
         """Samples of each bucket in an epoch, over all ranks, with repeats and without padding."""
-        return {bucket: sum(group.size for group in groups) for bucket, groups in self._groups.items()}
+        return {
+            bucket: sum(g.whole * len(g.indices) + g.extra for g in groups) for bucket, groups in self._groups.items()
+        }
 
     @property
     def batches_per_epoch(self) -> int:
@@ -146,11 +145,6 @@ class _Group:
     whole: int  # copies of each index in every epoch
     extra: int  # number of indices with one more copy
 
-    @property
-    def size(self) -> int:
-        """Samples in an epoch."""
-        return self.whole * len(self.indices) + self.extra
-
     def counts(self, epoch: int) -> Iterator[tuple[int, int]]:
         """Yield each index with its number of copies in this epoch."""
         first = epoch * self.extra
@@ -177,8 +171,7 @@ def _shuffled(items: list[_T], rng: random.Random) -> list[_T]:
 
 
 def _cut(order: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Cut the order into batches; the last may be smaller. A second copy of an index moves to the next batch while
-    the nearby indices can fill its place."""
+    """Cut into batches. A second copy of an index moves to the next batch while nearby indices can fill its place."""
     batches, waiting = [], deque(order)
     while waiting:
         batch, copies = [], []

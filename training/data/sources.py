@@ -7,7 +7,7 @@ silently. The probe checks whether the listed files exist and what is in them.
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,8 @@ from common.errors import UserError, described, one_line
 from data.clips import BadClip, Clip
 from data.folder import read_folder
 from data.media_cache import first_frame_file, media_file
-from data.rows import Row, Table, UnusableRow
+from data.rows import DataSource, Row, Table, UnusableRow
 from data.tables import read_table, read_text_files
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """A data set as set by the flags or an entry of --dataset_mix."""
-
-    data_root: Path | None  # start of relative paths; without a file or name: the folder of the lists or clips
-    dataset_file: Path | None = None  # a table: .csv .tsv .jsonl .json .parquet
-    dataset_name: str | None = None  # for datasets.load_dataset: a name on the hub, or a local folder
-    dataset_config_name: str | None = None
-    dataset_split: str = "train"
-    dataset_streaming: bool = False  # read row by row, without a copy of the data set on disk
-    max_samples: int | None = None  # only the first N rows, unusable ones included
-    video_column: str = "video"  # the column of paths or media, or the text file of paths
-    caption_column: str = "caption"
-    image_column: str | None = None  # None: "image", "images" or images.txt if it exists
-    id_token: str | None = None  # added before every caption, with a space
-    repeats: float = 1.0  # times that each clip comes in an epoch
-    weight: float | None = None  # instead of repeats: share of an epoch's samples, relative to other data sets
-    allow_outside_paths: bool = False  # listed paths may lead out of the named folders; only from the flags
 
 
 def read_clips(
@@ -104,13 +84,7 @@ def _open(source: DataSource, captions_file: Path | None) -> tuple[Table, DataSo
         return table, _with_columns(source, table, captions_file is None)
     if root is None:
         raise UserError("there are no clips to read: set --data_root, --dataset_file, --dataset_name or --dataset_mix")
-    table = read_text_files(
-        root,
-        source.video_column,
-        source.caption_column,
-        source.image_column,
-        captions_needed=captions_file is None,
-    )
+    table = read_text_files(source, captions_needed=captions_file is None)
     if table is None and source.image_column is not None:
         raise UserError(
             f"--image_column {source.image_column} names a column or a text file, but {root} has neither; in a "

@@ -8,43 +8,35 @@ from pathlib import Path
 
 from common.errors import UserError, described
 from common.text_files import read_json, read_lines, read_utf8
-from data.rows import Row, Table
+from data.rows import DataSource, Row, Table
 from flags.types import TABLE_SUFFIXES
 
 
-def read_text_files(
-    data_root: Path,
-    video_column: str,
-    caption_column: str,
-    image_column: str | None,
-    *,
-    captions_needed: bool,
-) -> Table | None:
+def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | None:
     """Read videos.txt, prompts.txt and images.txt if it exists: line n of one belongs to line n of the others.
 
     Args:
-        data_root: the folder they are in.
-        video_column, caption_column, image_column: files to read instead; names that are neither a .txt nor a file are
-            a table's columns and are ignored.
+        source: its columns may name other files in its `data_root`; columns that are neither a .txt nor a file are a
+            table's and are ignored.
         captions_needed: require prompts.txt, with a line for each video.
 
     Returns:
-        Columns video, caption and image; None if no flag names a file and neither videos.txt nor prompts.txt exists.
+        Columns video, caption and image; None if no column names a file and neither videos.txt nor prompts.txt exists.
         An empty line in images.txt is for a video without an image.
 
     Raises:
         UserError: a file is missing, not UTF-8, or of another length.
     """
-    videos_file = _text_file(data_root, video_column, "videos.txt")
-    prompts_file = _text_file(data_root, caption_column, "prompts.txt")
-    images_file = _text_file(data_root, image_column or "images.txt", "images.txt")
-    is_named = video_column.endswith(".txt") or caption_column.endswith(".txt")
+    videos_file = _text_file(source.data_root, source.video_column, "videos.txt")
+    prompts_file = _text_file(source.data_root, source.caption_column, "prompts.txt")
+    images_file = _text_file(source.data_root, source.image_column or "images.txt", "images.txt")
+    is_named = source.video_column.endswith(".txt") or source.caption_column.endswith(".txt")
     if not is_named and not any(map(os.path.isfile, (videos_file, prompts_file))):
         return None
     for file, flag, is_needed in (
         (videos_file, "--video_column", True),
-        (prompts_file, "--caption_column", captions_needed or caption_column.endswith(".txt")),
-        (images_file, "--image_column", image_column is not None),
+        (prompts_file, "--caption_column", captions_needed or source.caption_column.endswith(".txt")),
+        (images_file, "--image_column", source.image_column is not None),
     ):
         if is_needed and not os.path.isfile(file):
             raise UserError(
@@ -67,7 +59,7 @@ def read_text_files(
         Row(f"{videos_file.name}:{number}", dict(zip(names, lines, strict=True)))
         for number, lines in enumerate(zip(videos, prompts, images, strict=True), 1)
     )
-    return Table(str(videos_file), names, rows, data_root)
+    return Table(str(videos_file), names, rows, source.data_root)
 
 
 def _text_file(data_root: Path, column: str, default: str) -> Path:

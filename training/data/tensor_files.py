@@ -70,10 +70,7 @@ class ShardWriter:
             shutil.rmtree(folder, ignore_errors=True)
 
     def todo(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
-        """Return this rank's batches that have not been written yet.
-
-        The share of a rank depends only on the names in the shards, not on what other ranks have finished meanwhile.
-        """
+        """Return this rank's batches that have not been written yet; its share does not depend on what has been."""
         batches = []
         for digest, names in self._shards.items():
             staged = {name for part in _tensor_files(self.staging / digest) for name in names_in(part)}
@@ -163,7 +160,7 @@ def save_tensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
 
 
 def samples_per_shard(bytes_per_sample: int, shard_bytes: int) -> int:
-    """Return how many samples a shard of about that size has."""
+    """Return how many samples a shard of about `shard_bytes` has."""
     return max(1, min(MOST_PER_SHARD, shard_bytes // bytes_per_sample))
 
 

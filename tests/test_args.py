@@ -13,10 +13,10 @@ import pytest
 from args import parse_args, parse_prepare_args
 from checks.files import check_files
 from common.errors import UserError
-from data.tables import TABLE_SUFFIXES
 from flags.data import SourceFlags
 from flags.schema import flag_values
 from flags.settings import TrainingSettings
+from flags.types import TABLE_SUFFIXES
 from repository import TRAINING
 
 
@@ -184,11 +184,11 @@ ALIASES = [
 ]
 
 BAD_TRAINING_FLAGS = [
-    ("--dataset_file a.csv --dataset_name org/name", "--dataset_name", "named by --dataset_file already"),
+    ("--dataset_file a.csv --dataset_name org/name", "--dataset_name", "--dataset_file already names the data"),
     ("--dataset_streaming", "--dataset_streaming", "no effect without --dataset_name"),
     ("--dataset_config_name x", "--dataset_config_name", "no effect without --dataset_name"),
     ("--dataset_mix mix.json", "--data_root", "each entry of --dataset_mix names its own"),
-    ("--fps 8 --long_clips spread", "--long_clips spread", "leave out --fps"),
+    ("--fps 8 --long_clips spread", "--long_clips spread", "omit --fps"),
     ("--long_clips last", "--long_clips", "spread, first, split"),
     ("--on_bad_clip ignore", "--on_bad_clip", "error, skip"),
     ("--max_samples 0", "--max_samples", "1 or more"),
@@ -207,14 +207,14 @@ BAD_TRAINING_FLAGS = [
     ("--lora_alpha 0", "--lora_alpha", "above 0"),
     ("--lora_dropout 1", "--lora_dropout", "not including, 1"),
     ("--lora_target_modules", "--lora_target_modules", "at least one"),
-    ("--lora_target_modules to_q all-linear", "--lora_target_modules", "all-linear has all others in it"),
+    ("--lora_target_modules to_q all-linear", "--lora_target_modules", "all-linear already includes the others"),
     ("--lora_weights nowhere", "--lora_weights", "no file 'nowhere'"),
     ("--lora_weights clips", "--lora_weights", "no file 'clips/pytorch_lora_weights.safetensors'"),
-    ("--lora_weights first.png", "--lora_weights", "'first.png' is no .safetensors file"),
+    ("--lora_weights first.png", "--lora_weights", "'first.png' is not a .safetensors file"),
     ("--save_pipeline", "--save_pipeline", "unknown flag"),
     ("--train_batch_size 0", "--train_batch_size", "1 or more"),
-    (f"--seed {2**32}", "--seed", f"4294967296 is too large; give a whole number up to {2**32 - 1}"),
-    ("--num_inference_steps 2000", "--num_inference_steps", "2000 is too large; give a whole number up to 1000"),
+    (f"--seed {2**32}", "--seed", f"4294967296 is too large; pass a whole number up to {2**32 - 1}"),
+    ("--num_inference_steps 2000", "--num_inference_steps", "2000 is too large; pass a whole number up to 1000"),
     ("--validation_prompt \udcb0", "--validation_prompt", "the text is not UTF-8"),
     ("--train_batch_size 1.5", "--train_batch_size", "not a whole number"),
     ("--gradient_accumulation_steps -1", "--gradient_accumulation_steps", "1 or more"),
@@ -247,7 +247,7 @@ BAD_TRAINING_FLAGS = [
     ("--mixed_precision fp8", "--mixed_precision", "no, fp16, bf16"),
     ("--video_reshape_mode crop", "--video_reshape_mode", "center, random, none"),
     ("--report_to mlflow", "--report_to", "tensorboard, wandb, trackio, comet_ml, all, none"),
-    ("--use_8bit --use_4bit --use_torchao", "--use_8bit and --use_4bit", "leave out"),
+    ("--use_8bit --use_4bit --use_torchao", "--use_8bit and --use_4bit", "omit the other"),
     ("--use_4bit", "--use_4bit", "add --use_torchao"),
     ("--use_8bit --optimizer came", "--use_8bit", "use --optimizer adamw"),
     ("--use_4bit --use_torchao --optimizer prodigy", "--use_4bit", "use --optimizer adamw"),
@@ -255,15 +255,15 @@ BAD_TRAINING_FLAGS = [
     ("--use_cpu_offload_optimizer --use_8bit", "--use_cpu_offload_optimizer", "add --use_torchao"),
     ("--use_cpu_offload_optimizer --mixed_precision fp16", "--use_cpu_offload_optimizer", "bf16"),
     ("--use_fp8", "--use_fp8", "add --use_torchao"),
-    ("--use_fp8 --use_4bit --use_torchao", "--use_4bit and --use_fp8", "leave out"),
+    ("--use_fp8 --use_4bit --use_torchao", "--use_4bit and --use_fp8", "omit the other"),
     ("--step_in_backward --optimizer muon", "--step_in_backward", "use --optimizer adamw"),
     ("--step_in_backward --use_cpu_offload_optimizer", "--step_in_backward", "use --offload_gradients"),
     ("--step_in_backward --gradient_accumulation_steps 2", "--step_in_backward", "--gradient_accumulation_steps 1"),
     ("--step_in_backward --mixed_precision fp16", "--step_in_backward", "bf16"),
-    ("--step_in_backward --max_grad_norm 1", "--max_grad_norm", "never known with --step_in_backward"),
+    ("--step_in_backward --max_grad_norm 1", "--max_grad_norm", "unknown with --step_in_backward"),
     ("--max_grad_norm -1", "--max_grad_norm", "0 or more"),
     ("--optimizer schedulefree --use_ema", "--use_ema", "use --optimizer adamw"),
-    ("--optimizer schedulefree --beta1 0", "--beta1", "give more than 0"),
+    ("--optimizer schedulefree --beta1 0", "--beta1", "pass more than 0"),
     ("--offload_gradients", "--offload_gradients", "add --use_cpu_offload_optimizer"),
     (
         "--use_cpu_offload_optimizer --offload_gradients --gradient_accumulation_steps 2",
@@ -466,7 +466,7 @@ def test_the_layout_is_that_of_shards_where_there_are_latents(capsys: pytest.Cap
     assert prepare().layout == "files"
     assert prepare("--save_latents_and_embeddings").layout == "shards"
     assert prepare("--save_latents_and_embeddings", "--layout", "files").layout == "files"
-    assert "--layout shards: shards hold latents" in error_of(lambda: prepare("--layout", "shards"), capsys)
+    assert "--layout shards: no effect without latents" in error_of(lambda: prepare("--layout", "shards"), capsys)
 
 
 def test_only_shards_have_room_for_several_image_latents(capsys: pytest.CaptureFixture[str]) -> None:
@@ -474,7 +474,7 @@ def test_only_shards_have_room_for_several_image_latents(capsys: pytest.CaptureF
     assert prepare(*tensors).num_image_latents == 4
     assert prepare(*tensors, "--layout", "files").num_image_latents == 1
     flags = (*tensors, "--layout", "files", "--num_image_latents", "2")
-    assert "--num_image_latents: --layout files has room for one" in error_of(lambda: prepare(*flags), capsys)
+    assert "--num_image_latents: --layout files stores only one" in error_of(lambda: prepare(*flags), capsys)
 
 
 def test_flags_that_contradict_the_preparation_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -611,7 +611,7 @@ def test_a_flag_on_raw_clips_is_warned_about_where_data_was_prepared(
 
 def test_epochs_are_warned_about_where_steps_say_how_long_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
     train("--num_train_epochs", "3", "--max_train_steps", "3")
-    assert capsys.readouterr().err.startswith("warning: --num_train_epochs has no effect: --max_train_steps says")
+    assert capsys.readouterr().err.startswith("warning: --num_train_epochs has no effect: --max_train_steps sets")
     train("--num_train_epochs", "3")
     assert capsys.readouterr().err == ""
 
@@ -664,7 +664,7 @@ def test_several_processes_are_refused_where_gradients_are_not_averaged(
         ),
         ("--optimizer adam --use_torchao", "use --optimizer adamw or add --use_8bit"),
         ("--use_8bit --use_torchao --mixed_precision no", "use --mixed_precision bf16"),
-        ("--use_8bit --use_torchao --use_ema", "--use_ema: an average kept in bf16"),
+        ("--use_8bit --use_torchao --use_ema", "--use_ema: bf16 would round away"),
     ],
 )
 def test_bf16_weights_are_refused_with_what_would_lose_updates(

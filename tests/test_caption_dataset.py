@@ -592,7 +592,7 @@ def test_a_table_of_other_origin_is_not_changed(clips, server, capsys):
 
 def test_a_table_in_the_folder_of_clips_is_not_ignored(clips, server, capsys):
     write(clips / "metadata.csv", "video,caption\nfly.mp4,They fly.\n")
-    assert f"give --dataset_file {clips / 'metadata.csv'}" in refuse(flags(clips, server), capsys)
+    assert f"pass --dataset_file {clips / 'metadata.csv'}" in refuse(flags(clips, server), capsys)
 
 
 def test_an_unwritable_place_is_reported_before_the_model_is_asked(clips, server, capsys):
@@ -644,10 +644,10 @@ def test_an_unusable_endpoint_is_one_line_without_the_key(
     ("more", "message"),
     [
         ([], "--endpoint or --model: required, but not given"),
-        (["--endpoint", "localhost:8000"], "--endpoint: 'localhost:8000' is no address; it looks like http://"),
-        (["--endpoint", "http://me:secret@x/v1"], "--endpoint: leave user and password out of the address"),
+        (["--endpoint", "localhost:8000"], "--endpoint: 'localhost:8000' is not an address such as http://"),
+        (["--endpoint", "http://me:secret@x/v1"], "--endpoint: remove user and password from the address"),
         (["--model", "x", "--num_workers", "2"], "--num_workers: only for a model behind an --endpoint"),
-        (["--model", "x", "--prompt", " "], "--prompt is empty; leave it out for the built-in prompt"),
+        (["--model", "x", "--prompt", " "], "--prompt is empty; omit it for the built-in prompt"),
         (["--model", "x", "--prompt", "\udcb0"], "--prompt: the text is not UTF-8"),
         (["--model", "x", "--prompt", "a", "--prompt_file", "b"], "--prompt and --prompt_file are both given"),
         (["--model", "x", "--prompt_file", "nowhere.txt"], "nowhere.txt cannot be read"),
@@ -669,7 +669,10 @@ def test_mistakes_in_flags_and_lists_are_one_line(tmp_path, monkeypatch, capsys,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dataset_name", "name/of-it", "--model", "x"], "--output_file: required with --dataset_name alone"),
+        (
+            ["--dataset_name", "name/of-it", "--model", "x"],
+            "--output_file: required with --dataset_name but no --data_root",
+        ),
         (
             ["--data_root", "x", "--model", "x", "--dataset_config_name", "x"],
             "--dataset_config_name: no effect without --dataset_name",

@@ -1,7 +1,7 @@
-"""Read the command line of every script, and check it as far as no model is needed.
+"""Read the command line of every script, and check it as far as possible without a model.
 
-Only the standard library is imported, so `--help` and every mistake in the flags show within a fraction of a second,
-before anything heavy is loaded. The flags themselves are the fields of the dataclasses in `flags/`.
+Only the standard library is imported, so that `--help` and mistakes in the flags show within a fraction of a second.
+The flags are the fields of the dataclasses in `flags/`.
 """
 
 import sys
@@ -11,16 +11,9 @@ from dataclasses import replace
 from checks.captions import check_captioning, settle_prompt
 from checks.data import check_prepared_flags, check_sources, drop_long_buckets, settle_clips
 from checks.deepspeed import check_zero
-from checks.files import check_files, check_model, find_images
+from checks.files import check_files
 from checks.fsdp import check_fsdp
-from checks.generation import (
-    check_sampling,
-    check_sampling_memory,
-    find_loras,
-    find_transformer,
-    plan_videos,
-    settle_prompts,
-)
+from checks.generation import settle_generation
 from checks.memory import check_memory, check_optimizer, settle_memory
 from checks.preparation import settle_preparation
 from checks.speed import check_speed, settle_context_parallel
@@ -61,7 +54,7 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
         method: "lora" or "sft".
 
     Returns:
-        The settings, every flag checked as far as this is possible without loading anything.
+        The settings, checked as far as possible without loading anything.
 
     Raises:
         SystemExit: code 2 after one line on stderr when a flag is wrong; code 0 after `--help`.
@@ -69,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
     """
     if task not in TASKS or method not in METHODS:
         raise ValueError(f"task must be one of {TASKS} and method one of {METHODS}, not {task!r} and {method!r}")
-    parser = training_parser(task, method)
+    parser = _training_parser(task, method)
     groups, given = parser.read(argv)
     try:
         settings = _check_training(TrainingSettings(task, method, given, **groups))
@@ -100,43 +93,34 @@ def _check_training(settings: TrainingSettings) -> TrainingSettings:
     return settings
 
 
-def training_parser(task: str, method: str) -> FlagParser:
-    """Return the parser of a training script."""
-    what = {"lora": "Train a LoRA for", "sft": "Fine-tune all weights of"}[method]
+def _training_parser(task: str, method: str) -> FlagParser:
     is_lora = method == "lora"
     return FlagParser(
         TrainingSettings,
         required=(("pretrained_model_name_or_path",), DATA_FLAGS),
         omit=_SFT_ONLY if is_lora else _LORA_ONLY,
         defaults={"output_dir": f"cogvideox-{method}", "tracker_name": f"cogvideox-{method}"},
-        # Both are accepted with a warning, because launchers of both methods share them.
+        # Both of its flags are accepted with a warning, because launchers of both methods share them.
         titles={} if is_lora else {"lora": "lora (no effect on full fine-tuning)"},
         usage="%(prog)s --pretrained_model_name_or_path MODEL --data_root FOLDER [flags]",
-        description=f"{what} a CogVideoX {task} model on your own clips.",
+        description=f"{'Train a LoRA for' if is_lora else 'Fine-tune'} a CogVideoX {task} model on your own clips.",
     )
 
 
 def flag_names(task: str, method: str) -> list[str]:
     """Return the names of the flags of a training script, in the order of `--help`."""
-    return [action.dest for action in training_parser(task, method)._actions if action.dest != "help"]
+    names = dict.fromkeys(action.dest for action in _training_parser(task, method)._actions)
+    return [name for name in names if name != "help"]
 
 
 def parse_prepare_args(argv: Sequence[str] | None = None) -> PreparationSettings:
-    """Read and check the flags of prepare_dataset.py.
-
-    Args:
-        argv: the flags; those of the running process when None.
-
-    Raises:
-        SystemExit: code 2 after one line on stderr when a flag is wrong; code 0 after `--help`.
-    """
+    """Read and check the flags of prepare_dataset.py; see `parse_args`."""
     parser = FlagParser(
         PreparationSettings,
         required=(DATA_FLAGS, ("output_dir",)),
         defaults={"caption_column": "caption"},
         usage="%(prog)s --data_root FOLDER --output_dir FOLDER [flags]",
-        description="Turn clips and captions into latents and text embeddings on disk, for training with "
-        "--load_tensors.",
+        description="Encode clips and captions as latents and text embeddings, for training with --load_tensors.",
     )
     groups, given = parser.read(argv)
     settings = PreparationSettings(**groups)
@@ -155,15 +139,12 @@ def parse_prepare_args(argv: Sequence[str] | None = None) -> PreparationSettings
 
 
 def parse_caption_args(argv: Sequence[str] | None = None) -> CaptioningSettings:
-    """Read and check the flags of caption_dataset.py. Those on data mean what they mean to prepare_dataset.py.
+    """Read and check the flags of caption_dataset.py; see `parse_args`.
 
-    There is no --id_token: preparation and training put it before captions.
-
-    Args:
-        argv: the flags; those of the running process when None.
+    The flags on data mean the same as for prepare_dataset.py. There is no --id_token: preparation and training put it
+    before captions.
 
     Raises:
-        SystemExit: code 2 after one line on stderr when a flag is wrong; code 0 after `--help`.
         UserError: the file of the prompt cannot be used.
     """
     parser = FlagParser(
@@ -173,30 +154,21 @@ def parse_caption_args(argv: Sequence[str] | None = None) -> CaptioningSettings:
         defaults={"caption_column": "caption"},
         has_config=False,
         usage="%(prog)s --data_root FOLDER (--endpoint URL | --model NAME) [flags]",
-        description="Write captions for clips that have none, with a vision-language model: one behind an "
-        "OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp, Ollama, a hosted one), or one that transformers loads. "
-        "Run again, it continues where it was stopped.",
+        description="Write captions for clips that have none, with a vision-language model: behind an "
+        "OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp, Ollama, a hosted one), or loaded with transformers. Run "
+        "again to continue a stopped run.",
     )
     groups, given = parser.read(argv)
     settings = CaptioningSettings(**groups)
     try:
-        check_captioning(settings.sources, settings.model, settings.captions, given)
+        check_captioning(settings, given)
     except UserError as error:
         parser.error(str(error))
-    if settings.model.endpoint is not None:
-        settings = replace(settings, model=replace(settings.model, endpoint=settings.model.endpoint.rstrip("/")))
     return replace(settings, captions=settle_prompt(settings.captions))
 
 
 def parse_first_frame_args(argv: Sequence[str] | None = None) -> FirstFrameSettings:
-    """Read and check the flags of make_first_frames.py.
-
-    Args:
-        argv: the flags; those of the running process when None.
-
-    Raises:
-        SystemExit: code 2 after one line on stderr when a flag is wrong; code 0 after `--help`.
-    """
+    """Read and check the flags of make_first_frames.py; see `parse_args`."""
     parser = FlagParser(
         FirstFrameSettings,
         required=(("data_root", "dataset_file", "dataset_name"), ("output_dir",)),
@@ -216,49 +188,19 @@ def parse_first_frame_args(argv: Sequence[str] | None = None) -> FirstFrameSetti
 
 
 def parse_generate_args(argv: Sequence[str] | None = None) -> GenerationSettings:
-    """Read and check the flags of generate.py.
-
-    Args:
-        argv: the flags; those of the running process when None.
-
-    Raises:
-        SystemExit: code 2 after one line on stderr when a flag is wrong; code 0 after `--help`.
-    """
-    parser = generation_parser()
-    groups, given = parser.read(argv)
-    try:
-        return _check_generation(GenerationSettings(**groups), has_negative_prompt="negative_prompt" in given)
-    except UserError as error:
-        parser.error(str(error))
-
-
-def generation_parser() -> FlagParser:
-    """Return the parser of generate.py."""
-    return FlagParser(
+    """Read and check the flags of generate.py; see `parse_args`."""
+    parser = FlagParser(
         GenerationSettings,
         required=(("pretrained_model_name_or_path",), ("prompt", "prompts_file")),
         has_config=False,
         usage="%(prog)s --pretrained_model_name_or_path MODEL --prompt TEXT [flags]",
-        description="Sample videos from a CogVideoX model: as it is, with LoRAs, or with all its weights tuned.",
+        description="Sample videos from a CogVideoX model: as it is, with LoRAs, or fully fine-tuned.",
     )
-
-
-def _check_generation(settings: GenerationSettings, *, has_negative_prompt: bool) -> GenerationSettings:
-    content, result = settle_prompts(settings.content), settings.result
-    content = replace(content, image=find_images("--image", content.image))
-    if content.image and len(content.image) != len(content.prompt):
-        raise UserError(f"--image: {len(content.image)} for {len(content.prompt)} prompts; give one for each prompt")
-    check_sampling(settings.sampling)
-    if has_negative_prompt and settings.guidance.guidance_scale <= 1:
-        raise UserError("--negative_prompt: no effect without guidance; raise --guidance_scale above 1")
-    check_sampling_memory(settings.memory)
-    check_model(settings.model.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
-    loras = find_loras(result)
-    result = replace(result, transformer=result.transformer and find_transformer(result.transformer))
-    if result.compare and not loras and not result.transformer:
-        raise UserError("--compare: there is nothing to compare the base model with; add --lora or --transformer")
-    videos = plan_videos(content.prompt, settings.sampling, settings.output, compare=result.compare)
-    return replace(settings, content=content, result=result, loras=loras, videos=videos)
+    groups, given = parser.read(argv)
+    try:
+        return settle_generation(GenerationSettings(**groups), has_negative_prompt="negative_prompt" in given)
+    except UserError as error:
+        parser.error(str(error))
 
 
 def _warn(lines: list[str]) -> None:

@@ -504,7 +504,7 @@ def main() -> None:
     )
     args = vars(parser.parse_args())
     for name in ("bitsandbytes", "deepspeed", "torchao"):
-        # diffusers imports them wherever they are installed, which takes seconds and is not quiet.
+        # diffusers imports these if they are installed, which takes seconds and prints warnings.
         sys.modules.setdefault(name, None)
     existed = bool(read_settings(args["output_dir"]))
     try:

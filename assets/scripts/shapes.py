@@ -46,7 +46,7 @@ GRAIN = 14.0
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is drawn and said in one clip."""
+    """The content and the caption of one clip."""
 
     shape: str
     colour: str
@@ -71,12 +71,12 @@ def draw_shape(
     height: int,
     width: int,
 ) -> np.ndarray:
-    """A picture of one shape.
+    """Draw one shape.
 
     Args:
         shape: one of SHAPES.
         colour, background: R, G, B, each 0 to 255.
-        place: x, y and radius in pixels; the shape may lie partly or wholly outside.
+        place: x, y and radius in pixels; the shape may be partly or completely outside.
 
     Returns:
         [H, W, 3], uint8, RGB.
@@ -96,7 +96,7 @@ def draw_shape(
 
 
 def draw_frame(scene: Scene, index: int) -> np.ndarray:
-    """Frame `index` of a scene: [H, W, 3], uint8, RGB."""
+    """Draw frame `index` of a scene: [H, W, 3], uint8, RGB."""
     progress = index / (scene.num_frames - 1)
     start, end = MOTIONS[scene.motion]
     x, y, radius = (a + (b - a) * progress for a, b in zip(start, end, strict=True))
@@ -106,12 +106,12 @@ def draw_frame(scene: Scene, index: int) -> np.ndarray:
 
 
 def draw_frames(scene: Scene) -> Iterator[np.ndarray]:
-    """All frames of a scene in order."""
+    """Draw all frames of a scene in order."""
     return (draw_frame(scene, index) for index in range(scene.num_frames))
 
 
 def as_old_film(frames: Iterable[np.ndarray], seed: int) -> Iterator[np.ndarray]:
-    """The frames in grey, with grain that is another in each of them: [H, W, 3], uint8."""
+    """Turn frames grey and add grain, different in each: [H, W, 3], uint8."""
     noise = np.random.default_rng(seed)
     for frame in frames:
         luma = frame @ LUMA

@@ -12,6 +12,7 @@ import pytest
 from PIL import ImageColor
 
 from clip_files import new_folder, write_mp4
+from encoded_clips import all_frames
 from make_demo_clips import main, make_demo_clips, plan_scenes
 
 
@@ -32,11 +33,6 @@ FILLED = {"circle": math.pi / 4, "square": 1.0, "triangle": 0.5}
 @pytest.fixture(scope="module")
 def clips(demo_clips) -> list[tuple[Path, str]]:
     return make_demo_clips(demo_clips, count=16)
-
-
-def read_clip(path: Path) -> np.ndarray:
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def nearest(rgb: np.ndarray, names: dict[str, str]) -> str:
@@ -84,7 +80,7 @@ def test_sizes_lengths_and_frame_rates_differ(clips):
 def test_colours_and_shapes_are_those_of_the_captions(clips):
     for path, caption in clips:
         words = caption.removeprefix("an ").removeprefix("a ").split()
-        frame = read_clip(path)[0]
+        frame = all_frames(path)[0]
         background, mask = find_shape(frame)
         assert nearest(np.median(frame[mask], axis=0), {name: name for name in SHAPE_COLOURS}) == words[0], caption
         assert f"over a plain {nearest(background, BACKGROUND_COLOURS)} background" in caption
@@ -97,7 +93,7 @@ def test_colours_and_shapes_are_those_of_the_captions(clips):
 def test_motions_are_those_of_the_captions_and_plainly_visible(clips):
     seen = set()
     for path, caption in clips:
-        frames = read_clip(path)
+        frames = all_frames(path)
         first, last = find_shape(frames[0])[1], find_shape(frames[-1])[1]
         down, right = centre(last) - centre(first)
         growth = last.sum() / first.sum()

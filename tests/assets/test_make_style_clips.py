@@ -1,5 +1,6 @@
 """The clips of the demo's style: known scenes, in grey and with grain."""
 
+import numpy as np
 import pytest
 
 from encoded_clips import all_frames
@@ -19,9 +20,9 @@ def test_the_model_knows_each_scene_and_their_files_differ():
 def test_clips_are_grey_and_grainy_and_the_same_each_time(tmp_path):
     scenes = plan_style_scenes()[:2]
     ((path, caption), _) = draw_clips(tmp_path / "a", scenes, film)
-    again = draw_clips(tmp_path / "b", scenes, film)[0][0]
     assert caption == scenes[0].caption
-    assert path.read_bytes() == again.read_bytes()
+    # The drawn frames, not the file: what an encoder writes depends on what else has run in its process.
+    assert np.array_equal(list(film(scenes[0])), list(film(scenes[0])))
     frames = all_frames(path).astype(int)
     assert (frames.max(axis=-1) - frames.min(axis=-1)).mean() < 2
     corner = frames[:, :8, :8, 0]

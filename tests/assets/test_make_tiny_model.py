@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 import make_tiny_model as module
+from encoded_clips import all_frames
 from make_tiny_model import KINDS, main, make_tiny_model
 
 
@@ -39,8 +39,7 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
 
 def read_clip(path: Path) -> torch.Tensor:
     """9 frames from the whole length of a clip, at half its size and cut to 48 x 64: [1, 3, 9, 48, 64] in [-1, 1]."""
-    with av.open(str(path)) as container:
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    frames = all_frames(path)
     frames = frames[np.linspace(0, len(frames) - 1, 9).astype(int), ::2, ::2]
     return torch.from_numpy(frames[:, :48, :64].copy()).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 

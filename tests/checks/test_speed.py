@@ -92,9 +92,9 @@ def test_samples_are_divided_as_the_flag_or_the_launch_says(flags, launch):
             1,
             {},
             ["--context_parallel_size", "2"],
-            "size 2: 1 process cannot be divided into groups of 2; ",
+            "size 2: does not divide the number of processes (1); ",
         ),
-        (6, {}, ["--context_parallel_size", "4"], "size 4: 6 processes cannot be divided into groups of 4; "),
+        (6, {}, ["--context_parallel_size", "4"], "size 4: does not divide the number of processes (6); "),
         (
             4,
             {"cp_size": 4},
@@ -115,7 +115,7 @@ def test_samples_are_divided_as_the_flag_or_the_launch_says(flags, launch):
             2,
             {},
             ["--context_parallel_size", "2", "--memory_budget_gb", "24"],
-            "--memory_budget_gb: calculates for",
+            "--memory_budget_gb: not with divided samples",
         ),
     ],
 )
@@ -126,6 +126,6 @@ def test_samples_that_cannot_be_divided_are_refused(flags, launch, capsys, num_p
 
 def test_a_model_compiled_by_the_launch_configuration_is_refused(flags, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    assert "give the script --compile" in error_of(capsys, *flags)
+    assert "pass --compile to the script" in error_of(capsys, *flags)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as accelerate launch says it
     assert parse(*flags).speed.compile is False

@@ -15,7 +15,7 @@ def test_a_tracker_that_is_not_installed_is_refused_by_name(monkeypatch, name):
         module for module in sys.modules if module.startswith(("tensorboard", "wandb", "trackio", "comet_ml"))
     ]:
         monkeypatch.delitem(sys.modules, module)
-    with pytest.raises(UserError, match=f"^--report_to {name}: it is not installed; pip install {name}, or"):
+    with pytest.raises(UserError, match=f"^--report_to {name}: not installed; pip install {name}, or"):
         check_tracker(name)
 
 

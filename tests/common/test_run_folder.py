@@ -45,7 +45,7 @@ def test_the_newest_checkpoint_of_a_run_is_resumed_in_place(run_folder, tmp_path
 @pytest.mark.parametrize("checkpoint", ["checkpoint-2", "checkpoint-12"])
 def test_resuming_an_older_checkpoint_in_place_is_refused(run_folder, tmp_path, checkpoint, capsys):
     error = refuse(capsys, tmp_path, run_folder, "--resume_from_checkpoint", checkpoint)
-    assert "give another --output_dir" in error
+    assert "choose another --output_dir" in error
 
 
 def test_a_run_branches_off_into_a_new_folder(run_folder, tmp_path):

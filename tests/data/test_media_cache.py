@@ -49,29 +49,27 @@ def problem_of(value, cache, fps=None):
     return str(raised.value)
 
 
-def test_a_path_is_a_path_in_the_folder(tmp_path):
-    assert media_file(" a.mp4\n", tmp_path, tmp_path) == tmp_path / "a.mp4"
-    assert media_file({"bytes": None, "path": "/b.mp4"}, None, tmp_path) == Path("/b.mp4")
-
-
-@pytest.mark.parametrize("value", ["~/a.mp4", " ~/a.mp4", {"path": "~/a.mp4"}])
-def test_a_path_may_start_from_the_home_folder(tmp_path, monkeypatch, value):
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        (" a.mp4\n", "{folder}/a.mp4"),
+        ({"bytes": None, "path": "/b.mp4"}, "/b.mp4"),
+        ("~/a.mp4", "/home/me/a.mp4"),
+        (" ~/a.mp4", "/home/me/a.mp4"),
+        ({"path": "~/a.mp4"}, "/home/me/a.mp4"),
+        ("~a.mp4", "{folder}/~a.mp4"),
+        ("~root/a.mp4", "{folder}/~root/a.mp4"),
+        ("a/~/b.mp4", "{folder}/a/~/b.mp4"),
+    ],
+)
+def test_a_path_starts_from_the_folder_from_the_root_or_from_home(tmp_path, monkeypatch, value, path):
     monkeypatch.setenv("HOME", "/home/me")
-    assert media_file(value, tmp_path, tmp_path) == media_file(value, None, tmp_path) == Path("/home/me/a.mp4")
+    assert media_file(value, tmp_path, tmp_path) == Path(path.format(folder=tmp_path))
 
 
-@pytest.mark.parametrize("name", ["~a.mp4", "~root/a.mp4", "a/~/b.mp4"])
-def test_a_name_with_a_tilde_is_a_name(tmp_path, name):
-    assert media_file(name, tmp_path, tmp_path) == tmp_path / name
-
-
-@pytest.mark.parametrize("value", [None, "", " ", {"bytes": None, "path": None}, {"bytes": None, "path": ""}])
+@pytest.mark.parametrize("value", ["", " ", {"bytes": None, "path": None}, {"bytes": None, "path": ""}])
 def test_an_empty_path_is_none(tmp_path, value):
     assert problem_of(value, tmp_path) == "has no path"
-
-
-def test_a_relative_path_needs_a_folder(tmp_path):
-    assert problem_of("a.mp4", tmp_path).endswith("set the folder it starts from with --data_root")
 
 
 @pytest.mark.parametrize("value", [b"content", {"bytes": b"content"}, {"bytes": b"content", "path": None}])
@@ -102,16 +100,12 @@ def test_other_media_or_another_rate_make_another_file(tmp_path):
 
 @pytest.mark.parametrize(("fps", "rate"), [(None, 8), (12, 12), (30000 / 1001, 29.97)])
 @pytest.mark.parametrize("kind", [np.uint8, np.int64])
-def test_decoded_videos_are_kept_without_loss(tmp_path, kind, fps, rate):
-    found, found_rate = decoded(media_file(PIXELS.astype(kind), None, tmp_path, fps))
+def test_decoded_videos_are_kept_without_loss_and_with_the_same_bytes_everywhere(tmp_path, kind, fps, rate):
+    first, second = (media_file(PIXELS.astype(kind), None, tmp_path / cache, fps) for cache in ("a", "b"))
+    assert (first.name, first.read_bytes()) == (second.name, second.read_bytes())
+    found, found_rate = decoded(first)
     assert np.array_equal(found, PIXELS)
     assert float(found_rate) == pytest.approx(rate, rel=1e-4)
-
-
-def test_a_decoded_video_has_the_same_bytes_wherever_it_is_written(tmp_path):
-    first, second = (media_file(PIXELS, None, tmp_path / cache) for cache in ("a", "b"))
-    assert first.name == second.name
-    assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_decoded_image_is_kept_as_png(tmp_path):
@@ -124,15 +118,11 @@ def test_a_list_of_images_becomes_a_video(tmp_path):
     colours = [(255, 0, 0), (0, 128, 3), (7, 8, 9)]
     write(tmp_path / "3.png", picture(colour=colours[2]))
     images = [picture(colour=colours[0]), {"bytes": picture(colour=colours[1]), "path": None}, "3.png"]
+    images.append(picture(colour=(0, 0, 0, 0)))
     frames, rate = decoded(media_file(images, tmp_path, tmp_path / "cache", 12))
     assert rate == 12
-    assert frames.shape == (3, 4, 6, 3)
-    assert [tuple(frame[0, 0]) for frame in frames] == colours
-
-
-def test_an_image_of_a_list_is_read_as_a_still_image_is(tmp_path):
-    frames, _ = decoded(media_file([picture(colour=(0, 0, 0, 0))], None, tmp_path))
-    assert (frames == 255).all()  # transparent parts are white
+    assert frames.shape == (4, 4, 6, 3)
+    assert [tuple(frame[0, 0]) for frame in frames] == [*colours, (255, 255, 255)]  # transparent parts are white
 
 
 @pytest.mark.parametrize(
@@ -151,6 +141,8 @@ def test_an_image_of_a_list_is_read_as_a_still_image_is(tmp_path):
         ([picture(), "/\0.png"], "has a frame /"),
         ([{"x": 5}], "has dict among its frames, not an image"),
         ({"x": 5}, "is dict, not a path"),
+        ("a.mp4", "has a relative path; set the folder it starts from with --data_root"),
+        (None, "has no path"),
         (7, "is int 7, not a path"),
     ],
 )

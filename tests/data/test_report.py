@@ -31,9 +31,15 @@ def plan(infos, captions="A cat.", repeats=1.0, **options):
     return planned
 
 
+def table_of(planned, **options):
+    """The lines of the table and the notes."""
+    usual = {"batch_size": 1, "tokens_of": lambda bucket: 226 + bucket.height, "model_fps": 8.0}
+    return plan_table(planned, **usual | options).splitlines()
+
+
 def notes(planned, **options):
     """The lines below the table and the length of the epoch."""
-    lines = plan_table(planned, batch_size=1, **options).splitlines()
+    lines = table_of(planned, **options)
     return lines[[line.startswith("an epoch is") for line in lines].index(True) + 1 :]
 
 
@@ -48,53 +54,42 @@ def test_the_plan_is_described_bucket_by_bucket():
         VideoInfo(10, 16, 40, 8.0),  # smaller than every bucket
         VideoInfo(1, 64, 64, 0.0, is_image=True),
     ]
-    assert plan_table(plan(infos), batch_size=2).splitlines() == [
-        "bucket    samples  upscaled  cropped  clip frames  unused  batches",
-        "1x64x64         1         0       0%            1      0%        1",
-        "9x32x64         1         1      20%           10     10%        1",
-        "17x64x64        3         0       0%           17     25%        2",
+    assert table_of(plan(infos), batch_size=2, model_fps=6) == [
+        "bucket    samples  tokens  upscaled  cropped  clip frames  unused  batches",
+        "1x64x64         1     290         0       0%            1      0%        1",
+        "9x32x64         1     258         1      20%           10     10%        1",
+        "17x64x64        3     290         0       0%           17     25%        2",
         "an epoch is 5 samples in 4 batches of up to 2",
     ]
 
 
-def test_tokens_are_a_column_where_they_can_be_counted():
-    table = plan_table(plan([VIDEO]), batch_size=1, tokens_of=lambda bucket: 226 + bucket.height)
-    assert [line.split()[2] for line in table.splitlines()[:2]] == ["tokens", "290"]
-
-
 @pytest.mark.parametrize(("mode", "name"), [("center", "cropped"), ("random", "cropped"), ("none", "squeezed")])
 def test_the_column_of_another_aspect_depends_on_the_reshape_mode(mode, name):
-    header, row, *_ = plan_table(plan([VideoInfo(17, 64, 80, 8.0)]), batch_size=1, reshape_mode=mode).splitlines()
-    assert header.split()[3] == name
-    assert row.split()[3] == "20%"
+    header, row, *_ = table_of(plan([VideoInfo(17, 64, 80, 8.0)]), reshape_mode=mode)
+    assert header.split()[4] == name
+    assert row.split()[4] == "20%"
 
 
 def test_frames_of_a_split_clip_are_used_by_any_of_its_samples():
-    table = plan_table(plan([VideoInfo(30, 64, 64, 8.0)], long_clips="split"), batch_size=1)
-    # 17 + 9 of 30 frames
-    assert [line.split()[-2] for line in table.splitlines()[:3]] == ["unused", "13%", "13%"]
+    lines = table_of(plan([VideoInfo(30, 64, 64, 8.0)], long_clips="split"))
+    assert [line.split()[-2] for line in lines[:3]] == ["unused", "13%", "13%"]  # 17 + 9 of 30 frames
 
 
 def test_batches_are_shared_out_over_the_ranks():
-    assert "an epoch is 9 samples in 5 batches of up to 2, 2 on each of 4 ranks" in plan_table(
-        plan([VIDEO] * 9), batch_size=2, num_ranks=4
-    )
+    lines = table_of(plan([VIDEO] * 9), batch_size=2, num_ranks=4)
+    assert lines[-1] == "an epoch is 9 samples in 5 batches of up to 2, 2 on each of 4 ranks"
 
 
 def test_an_empty_plan_is_reported():
-    assert plan_table([], batch_size=1) == "there are no samples"
+    assert table_of([]) == ["there are no samples"]
 
 
 # Notes
 
 
-def test_nothing_is_noted_of_plain_clips():
-    assert notes(plan([VIDEO] * 3), model_fps=8.0, num_long_captions=0) == []
-
-
 def test_repeats_count_in_the_epoch():
     planned = [*plan([VIDEO] * 4, repeats=2.5), *plan([VIDEO] * 3)]
-    assert "an epoch is 13 samples in 7 batches of up to 2" in plan_table(planned, batch_size=2)
+    assert "an epoch is 13 samples in 7 batches of up to 2" in table_of(planned, batch_size=2)
     assert notes(planned) == ["an epoch has 3 samples 1 times, 4 samples 2.5 times"]
 
 
@@ -125,7 +120,7 @@ def test_captions_that_are_cut_are_counted():
 
 
 def rate_notes(*infos, **options):
-    return notes(plan(infos, **options), model_fps=8.0)
+    return notes(plan(infos, **options))
 
 
 def test_clips_faster_than_the_model_teach_slow_motion():

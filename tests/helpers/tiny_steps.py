@@ -16,7 +16,7 @@ from models.source import ModelSource
 Result = tuple[torch.Tensor, dict[str, torch.Tensor]]  # the output, the gradients by name
 
 
-def with_adapters(model: Path, *, dropout: float = 0.5, quantize: str = "none") -> CogVideoXTransformer3DModel:
+def with_adapters(model: Path | str, *, dropout: float = 0.5, quantize: str = "none") -> CogVideoXTransformer3DModel:
     """Load a transformer in training mode with adapters."""
     transformer = ModelSource(str(model)).load_transformer(torch.float32, quantize=quantize)
     add_adapters(transformer, dropout)

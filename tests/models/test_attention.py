@@ -38,12 +38,11 @@ def test_positions_follow_the_size_of_each_batch(tiny_models):
 
 def test_the_attention_of_training_is_restored_after_sampling(tiny_models):
     transformer = load(tiny_models("5b"))
-    with pytest.raises(RuntimeError, match="sampling failed"), temporary_attention(transformer, "native"):
-        assert {type(processor) for processor in transformer.attn_processors.values()} == {DispatchedAttention}
-        raise RuntimeError("sampling failed")
-    assert {type(processor) for processor in transformer.attn_processors.values()} == {CogVideoXAttnProcessor2_0}
-    with temporary_attention(transformer, None):
-        assert {type(processor) for processor in transformer.attn_processors.values()} == {CogVideoXAttnProcessor2_0}
+    for backend, within in (("native", DispatchedAttention), (None, CogVideoXAttnProcessor2_0)):
+        with pytest.raises(RuntimeError, match="sampling failed"), temporary_attention(transformer, backend):
+            assert set(map(type, transformer.attn_processors.values())) == {within}
+            raise RuntimeError("sampling failed")
+        assert set(map(type, transformer.attn_processors.values())) == {CogVideoXAttnProcessor2_0}
 
 
 def test_every_name_of_the_flag_is_known():

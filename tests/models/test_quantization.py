@@ -11,11 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
+from forward_pass import predict
 from methods.lora import Lora
 from models.encoding import encode_prompts
 from models.prompts import PromptCache
 from models.quantization import FrozenLinear, check_quantization, compute_frozen
 from models.source import ModelSource
+from tiny_steps import assert_same, inputs_of, train_step, with_adapters
 from validation.videos import _restored
 
 
@@ -35,26 +37,12 @@ def plain(source) -> CogVideoXTransformer3DModel:
     return source.load_transformer(torch.float32)
 
 
-def run(model: torch.nn.Module, device: torch.device = CPU) -> torch.Tensor:
-    """Return the output for fixed inputs in float32."""
-    generator = torch.Generator().manual_seed(0)
-    return model(
-        hidden_states=torch.randn(1, 5, 16, 8, 12, generator=generator).to(device),
-        encoder_hidden_states=torch.randn(1, 226, 64, generator=generator).to(device),
-        timestep=torch.tensor([700], device=device),
-        return_dict=False,
-    )[0]
-
-
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
 def quantized_layer(quantization: str, source: ModelSource, dtype: torch.dtype) -> FrozenLinear:
     return source.load_transformer(dtype, quantize=quantization).transformer_blocks[0].ff.net[2]
-
-
-# The transformer's weights
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
@@ -80,11 +68,9 @@ def test_exactly_the_linear_layers_of_the_blocks_are_quantized(tiny_models, quan
 @pytest.mark.parametrize(("quantization", "most"), [("int8", 0.03), ("fp8", 0.15)])
 def test_a_quantized_model_is_close_to_the_original(source, plain, quantization, most):
     with torch.no_grad():
-        error = relative_error(run(source.load_transformer(torch.float32, quantize=quantization)), run(plain))
+        quantized = source.load_transformer(torch.float32, quantize=quantization)
+        error = relative_error(predict(quantized), predict(plain))
     assert 0 < error < most
-
-
-# How they compute
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
@@ -129,41 +115,18 @@ def test_no_dequantized_weight_is_kept_for_the_backward_pass(source):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run(model)
+        predict(model)
     assert kept
     assert not sizes & set(kept)
 
 
-# Training
-
-
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    run(model).square().mean().backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def trainable(source: ModelSource, quantization: str, device: torch.device = CPU) -> CogVideoXTransformer3DModel:
-    """Load the transformer with a LoRA that has an effect."""
-    model = source.load_transformer(torch.float32, device=device, quantize=quantization)
-    torch.manual_seed(0)
-    Lora(rank=4, alpha=4).attach(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model.train()
-
-
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
 def test_checkpointing_does_not_change_the_gradients(source, quantization):
-    model = trainable(source, quantization)
-    expected = gradients(model)
+    model = with_adapters(source.path, quantize=quantization)
+    expected = train_step(model)
     model.enable_gradient_checkpointing()
-    found = gradients(model)
-    assert found.keys() == expected.keys()
-    assert len(found) == 4 * len(model.transformer_blocks) * 2
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert_same(train_step(model), expected)
+    assert len(expected[1]) == 4 * len(model.transformer_blocks) * 2
 
 
 def test_a_checkpointed_layer_uses_its_current_weight_in_the_backward_pass(source):
@@ -186,15 +149,13 @@ def test_a_layer_compiles_without_graph_breaks(source):
 
 
 def test_ddp_accepts_a_quantized_model(source, tmp_path):
+    model = with_adapters(source.path, quantize="int8")
+    expected = train_step(model)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        model = trainable(source, "int8")
-        expected = gradients(model)
-        wrapped = DistributedDataParallel(model)
-        found = gradients(wrapped)
+        assert_same(train_step(model, model=DistributedDataParallel(model)), expected)
     finally:
         torch.distributed.destroy_process_group()
-    assert all(torch.equal(found[f"module.{name}"], expected[name]) for name in expected)
 
 
 def test_accelerate_and_validation_do_not_change_quantized_weights(source, fresh_accelerator):
@@ -205,11 +166,8 @@ def test_accelerate_and_validation_do_not_change_quantized_weights(source, fresh
     with _restored(model):
         model.eval()
     assert {name: (type(t), t.dtype, t.device) for name, t in model.named_parameters()} == before
-    run(prepared).square().mean().backward()
+    train_step(model, model=prepared)
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-
-
-# Errors
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -235,9 +193,6 @@ def test_nf4_runs_without_torchao_which_they_do_not_import(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.utils", None)
     compute_frozen(torch.nn.Sequential(torch.nn.Linear(2, 2)))
-
-
-# The text encoder
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -266,9 +221,6 @@ def test_embeddings_of_the_8_bit_encoder_have_other_files(source, tmp_path):
     assert not torch.equal(plain.load("a red circle"), expected)
 
 
-# On a GPU
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantization", ["int8", "fp8", "nf4"])
 def test_a_model_is_quantized_trained_and_saved_on_a_gpu(source, plain, tmp_path, fresh_accelerator, quantization):
@@ -278,8 +230,9 @@ def test_a_model_is_quantized_trained_and_saved_on_a_gpu(source, plain, tmp_path
     check_quantization(quantization)
     model = source.load_transformer(torch.bfloat16, device=accelerator.device, quantize=quantization)
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        error = relative_error(run(model, accelerator.device).cpu(), run(plain))
+    with torch.no_grad():
+        output = predict(model, device=accelerator.device, dtype=torch.bfloat16)
+    error = relative_error(output.cpu(), predict(plain).detach())
     assert 0 < error < {"int8": 0.05, "fp8": 0.15, "nf4": 0.4}[quantization]
     lora = Lora(rank=4, alpha=4)
     lora.attach(model)
@@ -288,7 +241,8 @@ def test_a_model_is_quantized_trained_and_saved_on_a_gpu(source, plain, tmp_path
     prepared, optimizer = accelerator.prepare(model, optimizer)
     losses = []
     for _ in range(5):
-        loss = run(prepared, accelerator.device).float().square().mean()
+        output = prepared(**inputs_of(model), return_dict=False)[0]
+        loss = output.float().square().mean()
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()

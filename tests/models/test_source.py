@@ -3,6 +3,7 @@
 import gc
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import accumulate
@@ -35,11 +36,6 @@ def draw_video(batch: int, frames: int, height: int, width: int) -> torch.Tensor
     return torch.randint(256, (batch, frames, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
-def copy_configs(model: Path, folder: Path) -> Path:
-    """The model's folder without its weights."""
-    return Path(shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors")))
-
-
 @pytest.fixture(scope="module")
 def source(tiny_models) -> ModelSource:
     return ModelSource(str(tiny_models("5b")))
@@ -55,9 +51,6 @@ def vae(source) -> AutoencoderKLCogVideoX:
     return source.load_vae(torch.float32, slicing=False, tiling=False)
 
 
-# Text
-
-
 @pytest.mark.parametrize("prompt", ["a red circle", "", LONG_PROMPT], ids=["short", "empty", "long"])
 def test_a_prompt_is_embedded_exactly_as_by_the_pipeline(tiny_models, text_pipeline, prompt):
     pipeline = CogVideoXPipeline.from_pretrained(tiny_models("5b"))
@@ -68,24 +61,11 @@ def test_a_prompt_is_embedded_exactly_as_by_the_pipeline(tiny_models, text_pipel
     assert torch.equal(embeds, expected)
 
 
-def test_a_prompt_is_cut_after_226_tokens(text_pipeline):
-    token_ids = text_pipeline.tokenizer(LONG_PROMPT).input_ids
-    assert len(token_ids) > 226
-    # The last token of any prompt is </s>, so that 225 tokens of the text are left.
-    kept = torch.tensor([[*token_ids[:225], text_pipeline.tokenizer.eos_token_id]])
-    with torch.no_grad():
-        expected = text_pipeline.text_encoder(kept)[0]
-    torch.testing.assert_close(encode_prompts(text_pipeline, [LONG_PROMPT]), expected)
-
-
 def test_the_text_pipeline_holds_only_tokenizer_and_text_encoder(text_pipeline):
     assert encode_prompts(text_pipeline, ["a", LONG_PROMPT], max_sequence_length=32).shape == (2, 32, 64)
     assert text_pipeline.transformer is None
     assert text_pipeline.vae is None
     assert not any(parameter.requires_grad for parameter in text_pipeline.text_encoder.parameters())
-
-
-# Video
 
 
 @pytest.mark.parametrize(("frames", "latent_frames"), [(1, 1), (8, 2), (9, 3), (17, 5)])
@@ -99,25 +79,16 @@ def test_videos_are_encoded_from_pixels_between_minus_one_and_one(vae, frames, l
     torch.testing.assert_close(moments, expected, atol=1e-4, rtol=1e-4)
 
 
-class Seen(Exception):
-    """Carries what the encoder was given out of the encoding."""
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_each_of_the_256_pixel_values_reaches_the_vae_rounded_once(source, dtype):
-    def stop(_, inputs):
-        raise Seen(inputs[0])
-
     values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 1, 16, 16).expand(-1, -1, 3, -1, -1)
-    vae = source.load_vae(dtype, slicing=False, tiling=False)
-    vae.encoder.register_forward_pre_hook(stop)
-    with pytest.raises(Seen) as caught:
-        encode_videos(vae, values)
-    seen = caught.value.args[0]
-    assert seen.dtype == dtype
+    vae, seen = source.load_vae(dtype, slicing=False, tiling=False), []
+    vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    encode_videos(vae, values)
+    assert seen[0].dtype == dtype
     exact = (values.double() / 127.5 - 1).permute(0, 2, 1, 3, 4)
     # Half a unit in the last place of dtype; 2e-7 is float32's own two roundings.
-    torch.testing.assert_close(seen.double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=2e-7)
+    torch.testing.assert_close(seen[0].double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=2e-7)
 
 
 def test_slicing_does_not_change_the_result(source, vae):
@@ -163,9 +134,6 @@ def test_tiles_that_do_not_fit_are_refused(size):
 
 def test_videos_no_larger_than_a_tile_are_not_tiled():
     assert encode_videos(make_tiled_vae(64, 96), draw_video(1, 1, 32, 48)).shape == (1, 32, 1, 4, 6)
-
-
-# Loading
 
 
 LOADERS = {
@@ -255,39 +223,38 @@ def test_the_scheduler_has_the_class_and_settings_of_the_config(tiny_models, kin
     assert scheduler.config.rescale_betas_zero_snr
 
 
-# Configs
+@pytest.fixture
+def weightless(tiny_models, tmp_path) -> Path:
+    """The folder of a model without its weights."""
+    return Path(shutil.copytree(tiny_models("5b"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")))
 
 
-def test_configs_are_read_without_any_weights(tiny_models, tmp_path):
-    configs = ModelSource(str(copy_configs(tiny_models("1.5-5b"), tmp_path / "model"))).configs()
-    assert configs.transformer["patch_size_t"] == 2
+def test_configs_are_read_without_any_weights(weightless):
+    configs = ModelSource(str(weightless)).configs()
+    assert configs.transformer["patch_size_t"] is None
     assert configs.vae["scaling_factor"] == 0.7
     assert configs.scheduler["snr_shift_scale"] == 1.0
 
 
 @pytest.mark.parametrize("part", ["transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"])
-def test_a_model_without_a_config_is_refused_in_one_line(tiny_models, tmp_path, part):
-    folder = copy_configs(tiny_models("5b"), tmp_path / "model")
-    (folder / part).unlink()
-    with pytest.raises(UserError, match=r"^--pretrained_model_name_or_path: cannot read the model") as caught:
-        ModelSource(str(folder)).configs()
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_a_model_without_a_config_is_refused_in_one_line(weightless, part):
+    (weightless / part).unlink()
+    words = f"^--pretrained_model_name_or_path: cannot read the model '{re.escape(str(weightless))}': .*$"
+    with pytest.raises(UserError, match=words):
+        ModelSource(str(weightless)).configs()
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae"])
-def test_a_model_of_another_family_is_refused_by_name(tiny_models, tmp_path, part):
-    folder = copy_configs(tiny_models("5b"), tmp_path / "model")
-    file = folder / part / "config.json"
+def test_a_model_of_another_family_is_refused_by_name(weightless, part):
+    file = weightless / part / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "_class_name": "HunyuanVideo"}))
     with pytest.raises(UserError, match=r"^--pretrained_model_name_or_path: .* not a CogVideoX model: .*HunyuanVideo"):
-        ModelSource(str(folder)).configs()
+        ModelSource(str(weightless)).configs()
 
 
 def test_a_missing_model_is_refused_in_one_line():
-    with pytest.raises(UserError, match=r"--pretrained_model_name_or_path: .*nobody/nothing") as caught:
+    with pytest.raises(UserError, match=r"^--pretrained_model_name_or_path: .*nobody/nothing.*$"):
         ModelSource("nobody/nothing").configs()
-    assert "\n" not in str(caught.value)
 
 
 def test_the_fingerprint_tells_folders_and_revisions_apart(tiny_models, monkeypatch):
@@ -301,38 +268,22 @@ def test_the_fingerprint_tells_folders_and_revisions_apart(tiny_models, monkeypa
     assert ModelSource("a/b").fingerprint() == ModelSource("a/b", revision="main").fingerprint()
 
 
-# Images under noise
-
-
-def test_an_image_without_noise_is_encoded_as_a_video_of_one_frame(vae):
+def test_an_image_is_encoded_as_a_video_of_one_frame_with_noise_of_the_requested_strength(vae):
     video = draw_video(1, 1, 32, 48)
-    encoded = encode_noised_image(vae, video[0, 0], torch.zeros(2), torch.Generator().manual_seed(0))
-    assert encoded.shape == (2, 32, 1, 4, 6)
-    assert torch.equal(encoded, encode_videos(vae, video).expand(2, -1, -1, -1, -1))
-
-
-def test_the_noise_is_added_to_the_pixels_at_the_requested_strength(vae):
-    image = draw_video(1, 1, 32, 48)[0, 0]
-    noise = torch.randn(1, *image.shape, generator=torch.Generator().manual_seed(3))
-    pixels = image.double() / 127.5 - 1 + 0.25 * noise[0].double()
+    noise = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(3))
+    pixels = video[0, 0].double() / 127.5 - 1 + 0.25 * noise[1].double()
     with torch.no_grad():
         expected = vae.encode(pixels.float()[None, :, None]).latent_dist.parameters
-    encoded = encode_noised_image(vae, image, torch.tensor([0.25]), torch.Generator().manual_seed(3))
-    torch.testing.assert_close(encoded, expected, atol=1e-4, rtol=1e-4)
+    encoded = encode_noised_image(vae, video[0, 0], torch.tensor([0, 0.25]), torch.Generator().manual_seed(3))
+    assert torch.equal(encoded[:1], encode_videos(vae, video))
+    torch.testing.assert_close(encoded[1:], expected, atol=1e-4, rtol=1e-4)
 
 
-# Captions that are too long
-
-
-def test_captions_of_more_tokens_than_the_model_reads_are_counted(source):
-    pipeline = source.load_text_pipeline(torch.float32)
+def test_captions_of_more_tokens_than_the_model_reads_are_counted(source, text_pipeline):
     fitting = "word " * 40
-    assert len(fitting) < 226 < len(pipeline.tokenizer(LONG_PROMPT).input_ids)
+    assert len(fitting) < 226 < len(text_pipeline.tokenizer(LONG_PROMPT).input_ids)
     assert source.count_long_captions([fitting, LONG_PROMPT, "short", LONG_PROMPT], 226) == 2
     assert source.count_long_captions(["short"], 226) == 0
-
-
-# Where the encoders are
 
 
 def test_a_local_model_has_a_folder_and_an_unknown_hub_model_has_none(source, tmp_path):
@@ -341,21 +292,18 @@ def test_a_local_model_has_a_folder_and_an_unknown_hub_model_has_none(source, tm
 
 
 def test_a_downloaded_hub_model_has_a_folder(tiny_models, tmp_path):
-    snapshot = tmp_path / "models--org--tiny" / "snapshots" / "abc"
-    snapshot.parent.mkdir(parents=True)
-    shutil.copytree(tiny_models("5b"), snapshot)
-    (tmp_path / "models--org--tiny" / "refs").mkdir()
-    (tmp_path / "models--org--tiny" / "refs" / "main").write_text("abc")
+    cache = tmp_path / "models--org--tiny"
+    snapshot = shutil.copytree(tiny_models("5b"), cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
     assert ModelSource("org/tiny", cache_dir=str(tmp_path)).local_folder() == snapshot
-
-
-# Tokens
 
 
 @pytest.mark.parametrize("kind", ["5b", "1.5-5b"])
 def test_the_number_of_tokens_is_that_of_a_real_model(tiny_models, kind):
-    vae = AutoencoderKLCogVideoX.from_pretrained(tiny_models(kind), subfolder="vae")
-    transformer = CogVideoXTransformer3DModel.from_pretrained(tiny_models(kind), subfolder="transformer")
+    source = ModelSource(str(tiny_models(kind)))
+    vae = source.load_vae(torch.float32, slicing=False, tiling=False)
+    transformer = source.load_transformer(torch.float32)
     config = transformer.config
     text = torch.zeros(1, config.max_text_seq_length, config.text_embed_dim)
     for num_frames in (1, 4, 5, 8, 9, 12, 13, 16, 17):
@@ -363,9 +311,6 @@ def test_the_number_of_tokens_is_that_of_a_real_model(tiny_models, kind):
             latents = vae.encode(torch.zeros(1, 3, num_frames, 32, 48)).latent_dist.mean.permute(0, 2, 1, 3, 4)
             embedded = transformer.patch_embed(text, pad_latent_frames(latents, config.patch_size_t))
         assert embedded.shape[1] == count_tokens(config, Bucket(num_frames, 32, 48))
-
-
-# Untrusted models
 
 
 class Evil:

@@ -29,7 +29,7 @@ from args import parse_args
 from common.errors import UserError
 from parallel.coordinator import Coordinator
 from parallel.fsdp import load_optimizer, save_optimizer
-from parallel.lockstep import Lockstep, OutOfStep
+from parallel.lockstep import OutOfStep, lockstep
 from repository import ROOT, TRAINING
 from run.spec import check_device
 
@@ -282,8 +282,8 @@ def test_a_failure_inside_the_network_ends_the_run(one_rank):
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = DistributedType.FSDP
     network = torch.nn.Linear(4, 4)
-    lockstep = Lockstep(accelerator, Coordinator())
-    with pytest.raises(OutOfStep, match="resume it"), lockstep, lockstep.calling(network):
+    with pytest.raises(OutOfStep, match="resume it"), lockstep(accelerator, Coordinator()) as watch:
+        watch(network)
         network(torch.ones(1, 4))
         network(torch.ones(1, 5))
 
@@ -352,7 +352,7 @@ def test_flags_that_need_unsharded_weights_are_refused(launched_by, demo_clips, 
     launched_by()
     with pytest.raises(SystemExit):
         flags_of(demo_clips, *flags, method=method)
-    assert "does not work on weights in shards (FSDP)" in (refusal := capsys.readouterr().err)
+    assert "does not work on sharded weights (FSDP)" in (refusal := capsys.readouterr().err)
     assert refusal.split(":")[1].split()[0] in flags
 
 

@@ -248,23 +248,3 @@ def test_damaged_time_stamps_do_not_make_endless_samples():
     info = clip(3, fps=2e-6, frame_times=(0, 40_000, 10**12))
     with pytest.raises(ValueError, match="plays at 2e-06 fps, too slow to be sampled at --fps 8"):
         choose_samples(info, [10], fps=8, long_clips="split")
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"fps": 8}, "cannot be both spread over the clip and sampled at --fps"),
-        ({"fps": 0, "long_clips": "first"}, "fps is 0; it must be above 0"),
-        ({"fps": math.nan, "long_clips": "first"}, "fps is nan"),
-        ({"long_clips": "last"}, "must be one of spread, first, split"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(options, reason):
-    with pytest.raises(ValueError, match=reason):
-        choose_samples(clip(100), [10], **options)
-
-
-@pytest.mark.parametrize("counts", [[], [0, 49]])
-def test_frame_counts_are_at_least_one(counts):
-    with pytest.raises(ValueError, match="frame counts are"):
-        choose_samples(clip(100), counts)

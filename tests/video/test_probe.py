@@ -264,7 +264,7 @@ def test_a_damaged_file_has_a_reason_or_can_be_read(contents, tmp_path_factory, 
         content = content[:at] + added + content[at + removed :]
     path = tmp_path_factory.mktemp("damaged") / f"damaged{suffix}"
     path.write_bytes(content[: int(length * len(content))])
-    info = probe_files([path], num_threads=1)[path]
+    info = probe_files([path])[path]
     if isinstance(info, str):
         assert info
         return
@@ -286,7 +286,7 @@ def test_unusable_files_have_reasons(clip_of, tmp_path):
     noise.write_bytes(b"noise" * 100)
     image.write_bytes(still_image(tmp_path / "still.png").read_bytes()[:100])
     good, missing = clip_of("no B-frames"), tmp_path / "nowhere\0.mp4"
-    results = probe_files([empty, good, missing, noise, image, good], num_threads=2)
+    results = probe_files([empty, good, missing, noise, image, good])
     assert list(results) == [empty, good, missing, noise, image]
     assert results[good] == probe_video(good)
     assert results[empty] == "file is empty (0 bytes)"
@@ -325,33 +325,22 @@ class RecordingCache(FileCache):
         super().__init__(folder)
         self.looked_up = []
 
-    def get(self, path, kind):
+    def find(self, path, kind, examine):
         self.looked_up.append(path)
-        return super().get(path, kind)
+        return super().find(path, kind, examine)
 
 
-def test_each_rank_begins_at_its_own_part_of_the_list(tmp_path, monkeypatch):
-    paths = [still_image(tmp_path / f"{number}.png", number) for number in range(6)]
-    for rank, first in ((0, 0), (1, 2), (2, 4)):
+@pytest.mark.parametrize(("ranks_of_a_machine", "firsts"), [(3, [0, 4, 8]), (2, [0, 6, 3, 9])])
+def test_each_rank_begins_at_its_own_part_of_the_list(tmp_path, monkeypatch, ranks_of_a_machine, firsts):
+    paths = [still_image(tmp_path / f"{number}.png", number) for number in range(12)]
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", str(len(firsts)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_of_a_machine))
+    for rank, first in enumerate(firsts):
         monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "3")
-        cache = RecordingCache(tmp_path / "cache")
-        assert list(probe_files(paths, cache, num_threads=1)) == paths
+        cache = RecordingCache(tmp_path / f"cache of machine {rank // ranks_of_a_machine}")
+        assert list(probe_files(paths, cache)) == paths
         assert cache.looked_up == paths[first:] + paths[:first]
-
-
-def test_the_ranks_of_each_machine_are_spread_over_the_list_too(tmp_path, monkeypatch):
-    """A machine may have a local cache."""
-    paths = [still_image(tmp_path / f"{number}.png", number) for number in range(4)]
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    firsts = []
-    for rank in range(4):
-        monkeypatch.setenv("RANK", str(rank))
-        cache = RecordingCache(tmp_path / f"cache of machine {rank // 2}")
-        probe_files(paths, cache, num_threads=1)
-        firsts.append(paths.index(cache.looked_up[0]))
-    assert firsts == [0, 2, 1, 3]
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,9 @@ from common.failures import exhausted_memory
 
 
 class ModelCaptioner:
-    """A model in this process, on the available GPUs, in the precision that it is stored in.
+    """A model from a folder or the hub, on the available GPUs, in the precision that it is stored in.
 
-    Args:
-        model: a folder, or a hub id. No code that comes with it is run.
-        temperature, max_tokens: sampling parameters.
-
-    Raises:
-        UserError: it cannot be loaded, or is not a vision-language chat model.
+    No code that comes with it is run.
     """
 
     def __init__(self, model: str, *, temperature: float, max_tokens: int):
@@ -46,16 +41,7 @@ class ModelCaptioner:
 
     @torch.inference_mode()
     def describe(self, frames: Sequence[Image.Image], prompt: str) -> str:
-        """Ask for a caption.
-
-        Args:
-            frames: in order, RGB.
-            prompt: the text that follows them.
-
-        Raises:
-            NoCaption: the answer holds no caption.
-            UserError: out of memory.
-        """
+        """Ask for a caption, as `Captioner.describe` says; UserError is raised when memory runs out."""
         content = [{"type": "image", "image": frame} for frame in frames]
         content.append({"type": "text", "text": prompt})
         try:

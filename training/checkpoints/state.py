@@ -10,7 +10,7 @@ from typing import Any
 from checkpoints.manifest import find_damage
 from checkpoints.schedule import ScheduleStart
 from common.errors import UserError
-from common.run_folder import STATE_FILE, list_checkpoints, list_unfinished
+from common.run_folder import STATE_FILE, list_checkpoints
 
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
                 f"--resume_from_checkpoint: {folder} is not a complete checkpoint: {damage}; latest skips it"
             )
         return folder
-    for folder in list_unfinished(output_dir):
+    for _, folder in list_checkpoints(output_dir, finished=False):
         logger.warning("warning: %s is not a checkpoint (it was never finished); skipped", folder)
     checkpoints = [folder for _, folder in list_checkpoints(output_dir)]
     for folder in reversed(checkpoints):

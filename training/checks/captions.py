@@ -8,24 +8,19 @@ from urllib.parse import urlsplit
 from checks.data import check_sources
 from common.errors import UserError
 from common.text_files import read_utf8
-from flags.captions import CaptionFlags, CaptionModelFlags
-from flags.data import SourceFlags
+from flags.captions import CaptionFlags
+from flags.settings import CaptioningSettings
 
 
 _ENDPOINT_ONLY = ("api_key_variable", "num_workers", "timeout", "max_retries")
 
 
-def check_captioning(
-    sources: SourceFlags, model: CaptionModelFlags, captions: CaptionFlags, given: Collection[str]
-) -> None:
-    """Check that the flags go together.
-
-    Raises:
-        UserError: names the flag and what to do.
-    """
+def check_captioning(settings: CaptioningSettings, given: Collection[str]) -> None:
+    """Check that the flags can be combined."""
+    sources, model, captions = settings.sources, settings.model, settings.captions
     check_sources(sources)
     if {"prompt", "prompt_file"} <= set(given):
-        raise UserError("--prompt and --prompt_file are both given; leave one of them out")
+        raise UserError("--prompt and --prompt_file are both given; omit one of them")
     idle = [f"--{name}" for name in _ENDPOINT_ONLY if name in given]
     if model.endpoint is None and idle:
         raise UserError(f"{', '.join(idle)}: only for a model behind an --endpoint")
@@ -34,7 +29,7 @@ def check_captioning(
     if captions.output_file is not None and Path(captions.output_file).suffix.lower() != ".jsonl":
         raise UserError(f"--output_file: {captions.output_file} must end in .jsonl")
     if captions.output_file is None and sources.data_root is None and sources.dataset_file is None:
-        raise UserError("--output_file: required with --dataset_name alone")
+        raise UserError("--output_file: required with --dataset_name but no --data_root")
 
 
 def _check_address(endpoint: str) -> None:
@@ -42,16 +37,16 @@ def _check_address(endpoint: str) -> None:
         address = urlsplit(endpoint)
         usable = address.scheme in ("http", "https") and address.hostname and not address.query
         _ = address.port
-    except ValueError:  # a port that is no number, brackets that do not close
+    except ValueError:  # a port that is not a number, brackets that do not close
         usable = False
     if usable and "@" in address.netloc:  # not shown: what is before it may be a password
-        raise UserError("--endpoint: leave user and password out of the address; a key goes into --api_key_variable")
+        raise UserError("--endpoint: remove user and password from the address; a key goes into --api_key_variable")
     if not usable:
-        raise UserError(f"--endpoint: '{endpoint}' is no address; it looks like http://localhost:8000/v1")
+        raise UserError(f"--endpoint: '{endpoint}' is not an address such as http://localhost:8000/v1")
 
 
 def settle_prompt(captions: CaptionFlags) -> CaptionFlags:
-    """Return the flags with the prompt of the file, if there is one.
+    """Return the flags with the prompt of the file, if one is given.
 
     Raises:
         UserError: the file cannot be read, or the prompt is empty.
@@ -59,5 +54,5 @@ def settle_prompt(captions: CaptionFlags) -> CaptionFlags:
     prompt = captions.prompt if captions.prompt_file is None else read_utf8(Path(captions.prompt_file))
     if prompt is not None and not prompt.strip():
         flag = "--prompt" if captions.prompt_file is None else f"--prompt_file {captions.prompt_file}"
-        raise UserError(f"{flag} is empty; leave it out for the built-in prompt")
+        raise UserError(f"{flag} is empty; omit it for the built-in prompt")
     return replace(captions, prompt=prompt)

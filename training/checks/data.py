@@ -15,15 +15,13 @@ SIZE_STEP = 16  # the VAE compresses 8 times in space, the transformer's patches
 
 
 def settle_clips(clips: ClipFlags, given: Collection[str]) -> ClipFlags:
-    """Return the flags with the defaults that depend on others: the only bucket, what to take of a long clip.
+    """Return the flags with the defaults that depend on others: the only bucket, the use of long clips.
 
     Raises:
         UserError: a size or a number of frames is not one that the VAE takes, or flags contradict each other.
     """
     if clips.fps is not None and clips.long_clips == "spread":
-        raise UserError(
-            "--long_clips spread: frames spread over a clip have no fixed rate; leave out --fps or give first or split"
-        )
+        raise UserError("--long_clips spread: has no fixed frame rate; omit --fps or choose first or split")
     if {"height", "width"} <= set(given) and not {"height_buckets", "width_buckets"} & set(given):
         clips = replace(clips, height_buckets=(clips.height,), width_buckets=(clips.width,))
     # --height and --width come first: they may have become the buckets, and the message must name what the user typed.
@@ -35,49 +33,27 @@ def settle_clips(clips: ClipFlags, given: Collection[str]) -> ClipFlags:
     ):
         for size in sizes:
             check_size(flag, size)
-    _check_frames(clips)
+    check_frame_count("--max_num_frames", clips.max_num_frames)
+    for count in clips.frame_buckets:
+        check_frame_count("--frame_buckets", count)
+    if min(clips.frame_buckets) > clips.max_num_frames:
+        raise UserError(
+            f"--frame_buckets: all exceed --max_num_frames {clips.max_num_frames}; raise it to --max_num_frames "
+            f"{max(clips.frame_buckets)} or pass a shorter bucket"
+        )
     return replace(clips, long_clips=clips.long_clips or ("first" if clips.fps else "spread"))
 
 
 def check_size(flag: str, size: int) -> None:
-    """Check that a height or width is a multiple of 16.
-
-    Raises:
-        UserError: it is not; names the nearest that are.
-    """
+    """Check that a height or width is a multiple of 16."""
     if size % SIZE_STEP:
         below = size // SIZE_STEP * SIZE_STEP
         nearest = _name_nearest("size", [n for n in (below, below + SIZE_STEP) if n])
         raise UserError(f"{flag}: {size} is not divisible by {SIZE_STEP}; {nearest}")
 
 
-def _check_frames(clips: ClipFlags) -> None:
-    for flag, counts in (("--max_num_frames", (clips.max_num_frames,)), ("--frame_buckets", clips.frame_buckets)):
-        for count in counts:
-            check_frame_count(flag, count)
-    if min(clips.frame_buckets) > clips.max_num_frames:
-        raise UserError(
-            f"--frame_buckets: all exceed --max_num_frames {clips.max_num_frames}; raise it to --max_num_frames "
-            f"{max(clips.frame_buckets)} or give a shorter bucket"
-        )
-
-
-def drop_long_buckets(clips: ClipFlags) -> tuple[ClipFlags, list[str]]:
-    """Return the flags without the frame buckets that exceed --max_num_frames, and a warning if there were some."""
-    long = [str(count) for count in clips.frame_buckets if count > clips.max_num_frames]
-    if not long:
-        return clips, []
-    kept = tuple(count for count in clips.frame_buckets if count <= clips.max_num_frames)
-    warning = f"--frame_buckets {' '.join(long)} not used: longer than --max_num_frames {clips.max_num_frames}"
-    return replace(clips, frame_buckets=kept), [warning]
-
-
 def check_frame_count(flag: str, count: int) -> None:
-    """Check that the VAE takes a number of frames.
-
-    Raises:
-        UserError: it does not; names the nearest that it takes.
-    """
+    """Check that the VAE takes a number of frames."""
     if not _is_frame_count(count):
         below = next(n for n in range(count, 0, -1) if _is_frame_count(n))
         above = next(n for n in range(count, count + 4) if _is_frame_count(n))
@@ -85,7 +61,7 @@ def check_frame_count(flag: str, count: int) -> None:
 
 
 def _is_frame_count(count: int) -> bool:
-    """Whether it is a length which the VAE's fourfold compression in time takes without a remainder."""
+    """Return whether the VAE, which compresses 4 times in time, takes this many frames without a remainder."""
     return count == 1 or (count >= 4 and count % 4 in (0, 1))
 
 
@@ -95,34 +71,36 @@ def _name_nearest(noun: str, values: list[int]) -> str:
     return f"nearest valid {noun}s are {values[0]} and {values[1]}"
 
 
-def check_sources(sources: SourceFlags) -> None:
-    """Check that the data set is named one way only, and that its details come with its name.
+def drop_long_buckets(clips: ClipFlags) -> tuple[ClipFlags, list[str]]:
+    """Return the flags without the frame buckets that exceed --max_num_frames, and a warning about these, if any."""
+    long = [str(count) for count in clips.frame_buckets if count > clips.max_num_frames]
+    if not long:
+        return clips, []
+    kept = tuple(count for count in clips.frame_buckets if count <= clips.max_num_frames)
+    warning = f"--frame_buckets {' '.join(long)} not used: longer than --max_num_frames {clips.max_num_frames}"
+    return replace(clips, frame_buckets=kept), [warning]
 
-    Raises:
-        UserError: names the flag and what to do.
-    """
+
+def check_sources(sources: SourceFlags) -> None:
+    """Check that one flag names the data set, and that its details come with it."""
     named = [name for name in ("dataset_file", "dataset_name", "dataset_mix") if getattr(sources, name)]
     if len(named) > 1:
-        raise UserError(f"--{named[1]}: the data is named by --{named[0]} already; leave one of them out")
+        raise UserError(f"--{named[1]}: --{named[0]} already names the data; omit one of them")
     for name in ("dataset_config_name", "dataset_streaming"):
         if getattr(sources, name) and not sources.dataset_name:
-            raise UserError(f"--{name}: no effect without --dataset_name; leave it out")
+            raise UserError(f"--{name}: no effect without --dataset_name; omit it")
     if sources.dataset_mix and sources.data_root:
-        raise UserError("--data_root: each entry of --dataset_mix names its own; leave one of them out")
+        raise UserError("--data_root: each entry of --dataset_mix names its own; omit one of them")
 
 
 def check_prepared_flags(settings: TrainingSettings) -> None:
-    """Check that flags on raw clips which come with --load_tensors say what the data was prepared with.
-
-    Raises:
-        UserError: lists those that differ.
-    """
+    """Check that flags on raw clips, passed with --load_tensors, are those that the data was prepared with."""
     folder = settings.sources.data_root
     if not settings.prepared.load_tensors or not folder:
         return
     made_with, values = read_prepared_settings(Path(folder)).get("flags", {}), flag_values(settings)
     # The launchers pass the length of validation videos as a frame bucket.
-    compared = made_with.keys() & set(PREPARED_FLAGS) & settings.given - {"frame_buckets"}
+    compared = made_with.keys() & settings.given - {"frame_buckets"}
     differing = [
         f"--{name} was {made_with[name]!r}, is now {values[name]!r}"
         for name in PREPARED_FLAGS
@@ -130,6 +108,6 @@ def check_prepared_flags(settings: TrainingSettings) -> None:
     ]
     if differing:
         raise UserError(
-            f"--load_tensors: '{folder}' was prepared otherwise ({'; '.join(differing)}); prepare it again, or leave "
-            "these flags out"
+            f"--load_tensors: '{folder}' was prepared with other flags ({'; '.join(differing)}); prepare it again, or "
+            "omit these flags"
         )

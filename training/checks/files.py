@@ -16,83 +16,78 @@ from flags.data import SourceFlags
 def check_files(
     model: str, sources: SourceFlags, output_dir: str, model_flag: str = "--pretrained_model_name_or_path"
 ) -> None:
-    """Check everything on disk that a run needs, without creating anything that stays.
+    """Check that the model and the data exist, and that the output folder can be written.
 
     Args:
         model: hub id (`org/name`) or folder in the diffusers layout.
         sources: the flags that name the clips.
         output_dir: folder to write to; it need not exist yet.
-        model_flag: the flag which `model` came from, for messages.
-
-    Raises:
-        UserError: a folder or file is missing or of the wrong kind, or `output_dir` cannot be written.
+        model_flag: the flag of `model`, for messages.
     """
     data_root, dataset_file = sources.data_root, sources.dataset_file
     check_model(model, model_flag)
     if data_root is not None and not os.path.isdir(data_root):
-        raise UserError(f"--data_root: no folder '{data_root}'; give the folder which holds your clips")
+        raise UserError(f"--data_root: no folder '{data_root}'; pass the folder of your clips")
     if dataset_file is not None and not os.path.isfile(dataset_file):
         inside = os.path.join(data_root or "", dataset_file)
-        advice = f"did you mean '{inside}'?" if os.path.isfile(inside) else "give the path of a table of clips"
+        advice = f"did you mean '{inside}'?" if os.path.isfile(inside) else "pass the path of a table of clips"
         raise UserError(f"--dataset_file: no file '{dataset_file}'; {advice}")
     check_writable(output_dir)
 
 
 def check_model(model: str, flag: str) -> None:
-    """A model is the folder of a pipeline, or may be on the hub."""
+    """Check that a model is the folder of a pipeline, or may be on the hub."""
     if os.path.isdir(model):
         if not os.path.isfile(os.path.join(model, "model_index.json")):
-            raise UserError(f"{flag}: no model_index.json in '{model}'; give the folder of a whole diffusers pipeline")
-        return
-    if not is_hub_id(model):
+            raise UserError(f"{flag}: no model_index.json in '{model}'; pass the folder of a full diffusers pipeline")
+    elif not is_hub_id(model):
         raise UserError(
-            f"{flag}: no folder '{model}'; give a local folder in the diffusers layout or a hub id such as "
+            f"{flag}: no folder '{model}'; pass a local folder in the diffusers layout or a hub id such as "
             "THUDM/CogVideoX-5b"
         )
 
 
 def is_hub_id(reference: str) -> bool:
-    """Whether this may be `owner/name` on the hub, and is nothing here."""
+    """Return whether this may be `owner/name` on the hub, and is not a local path."""
     return reference.count("/") == 1 and not reference.startswith(("/", ".", "~")) and not os.path.exists(reference)
 
 
 def check_writable(output_dir: str, flag: str = "--output_dir") -> None:
-    """Raise unless `output_dir`, which `flag` named, can be created and written.
+    """Check that `output_dir`, which `flag` named, can be created and written.
 
-    Processes of one launch run this at the same time, so it creates no folder: it tries a nameless
+    Processes of one launch run this at the same time, so it does not create the folder: it tries a nameless
     temporary file in the nearest folder that exists.
     """
     existing = Path(output_dir).absolute()
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise UserError(f"{flag}: '{existing}' is not a folder; give another place for the output")
+        raise UserError(f"{flag}: '{existing}' is not a folder; choose another place for the output")
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise UserError(
-            f"{flag}: cannot write to '{existing}' ({error.strerror}); change its permissions or give another "
-            "place for the output"
+            f"{flag}: cannot write to '{existing}' ({error.strerror}); change its permissions or choose another place"
         ) from None
 
 
 def find_images(flag: str, images: Sequence[str]) -> tuple[str, ...]:
-    """The images with ~ expanded; each exists or is a URL."""
+    """Return the images with ~ expanded; each exists or is a URL."""
     images = tuple(map(os.path.expanduser, images))
     for image in images:
         if not image.lower().startswith(("http://", "https://")) and not os.path.isfile(image):
-            raise UserError(f"{flag}: no file '{image}'; give a path or an http(s) URL")
+            raise UserError(f"{flag}: no file '{image}'; pass a path or an http(s) URL")
     return images
 
 
 def find_lora(flag: str, reference: str) -> str:
-    """The file of a LoRA that is given by its path or by the folder that it is in."""
+    """Return the file of a LoRA, from its path or the folder that contains it."""
     file = Path(reference)
     if file.is_dir():
         file /= LORA_FILE
     if not file.is_file():
-        raise UserError(f"{flag}: no file '{file}'; give a .safetensors file or a folder with {LORA_FILE}")
+        raise UserError(f"{flag}: no file '{file}'; pass a .safetensors file or a folder with {LORA_FILE}")
     if file.suffix != ".safetensors":
-        raise UserError(f"{flag}: '{file}' is no .safetensors file, and others may run code; convert it")
+        raise UserError(f"{flag}: '{file}' is not a .safetensors file, and others may run code; convert it")
     return str(file)

@@ -1,14 +1,15 @@
-"""Checks of the flags of generate.py, which name prompts, results of training and files; none needs a model.
+"""Checks of the flags of generate.py; none needs a model.
 
 Each raises `UserError` with one line that names the flag and what to do.
 """
 
 import os
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from checks.data import check_frame_count, check_size
-from checks.files import check_writable, find_lora, is_hub_id
+from checks.files import check_model, check_writable, find_images, find_lora, is_hub_id
 from common.errors import UserError
 from common.files import slug
 from common.run_folder import LORA_FILE, TRANSFORMER_FOLDER, list_checkpoints
@@ -18,71 +19,93 @@ from flags.generation import (
     DEFAULT_FOLDER,
     SHEET,
     ContentFlags,
-    OutputFlags,
     PlannedVideo,
     ResultFlags,
     SamplingFlags,
     SamplingMemoryFlags,
 )
+from flags.settings import GenerationSettings
 
 
 MOST_SEEDS = 2**64  # of torch's generators
 
 
-def settle_prompts(content: ContentFlags) -> ContentFlags:
-    """Return the flags with the prompts of the command line or of the file; there are some, and none is empty."""
+def settle_generation(settings: GenerationSettings, *, has_negative_prompt: bool) -> GenerationSettings:
+    """Return the settings with prompts and results that exist, and the videos to sample."""
+    content, result = _settle_content(settings.content), settings.result
+    _check_sampling(settings.sampling)
+    if has_negative_prompt and settings.guidance.guidance_scale <= 1:
+        raise UserError("--negative_prompt: no effect without guidance; raise --guidance_scale above 1")
+    _check_memory(settings.memory)
+    check_model(settings.model.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
+    loras = _find_loras(result)
+    result = replace(result, transformer=result.transformer and _find_transformer(result.transformer))
+    if result.compare and not loras and not result.transformer:
+        raise UserError("--compare: there is nothing to compare the base model with; add --lora or --transformer")
+    settings = replace(settings, content=content, result=result, loras=loras)
+    return replace(settings, videos=_plan_videos(settings))
+
+
+def _settle_content(content: ContentFlags) -> ContentFlags:
+    """Return the flags with the prompts of the command line or of the file, and their images."""
     if content.prompts_file is None:
         prompts = tuple(prompt.strip() for prompt in content.prompt)
         if "" in prompts:
             raise UserError(f"--prompt: prompt {prompts.index('') + 1} of {len(prompts)} is empty")
-        return replace(content, prompt=prompts)
-    if content.prompt:
-        raise UserError("--prompts_file: there is a --prompt already; leave one of them out")
+    else:
+        if content.prompt:
+            raise UserError("--prompts_file: not together with --prompt; omit one of them")
+        prompts = _read_prompts(content.prompts_file)
+    images = find_images("--image", content.image)
+    if images and len(images) != len(prompts):
+        raise UserError(f"--image: {len(images)} for {len(prompts)} prompts; pass one for each prompt")
+    return replace(content, prompt=prompts, image=images)
+
+
+def _read_prompts(file: str) -> tuple[str, ...]:
     from common.text_files import read_lines
 
     try:
-        prompts = tuple(line for line in read_lines(Path(content.prompts_file)) if line)
+        prompts = tuple(line for line in read_lines(Path(file)) if line)
     except UserError as error:
         raise UserError(f"--prompts_file: {error}") from error
     if not prompts:
-        raise UserError(f"--prompts_file: '{content.prompts_file}' is empty; write a prompt on each line")
-    return replace(content, prompt=prompts)
+        raise UserError(f"--prompts_file: '{file}' is empty; write a prompt on each line")
+    return prompts
 
 
-def check_sampling(sampling: SamplingFlags) -> None:
-    """Check seeds and sizes."""
+def _check_sampling(sampling: SamplingFlags) -> None:
     for flag, size in (("--height", sampling.height), ("--width", sampling.width)):
         if size is not None:
             check_size(flag, size)
     if sampling.num_frames is not None:
         check_frame_count("--num_frames", sampling.num_frames)
-    seeds, num_videos = sampling.seed, sampling.num_videos
-    if len(seeds) > 1 and num_videos > 1:
-        raise UserError("--num_videos: there are several in --seed already; give one seed, or leave --num_videos out")
+    seeds = sampling.seed
+    if len(seeds) > 1 and sampling.num_videos > 1:
+        raise UserError("--num_videos: there are several in --seed already; pass one seed, or omit --num_videos")
     if len(set(seeds)) < len(seeds):
-        raise UserError("--seed: a seed is given twice, which gives the same video; leave one out")
-    if max(seeds) + num_videos > MOST_SEEDS:
-        raise UserError(f"--seed: goes beyond {MOST_SEEDS - 1}, the largest that there is; give a smaller one")
+        raise UserError("--seed: a seed is given twice, which samples the same video twice; omit one")
+    if max(seeds) + sampling.num_videos > MOST_SEEDS:
+        raise UserError(f"--seed: goes beyond the largest, {MOST_SEEDS - 1}; pass a smaller one")
 
 
-def check_sampling_memory(memory: SamplingMemoryFlags) -> None:
-    """Check that the memory savings go together."""
+def _check_memory(memory: SamplingMemoryFlags) -> None:
+    flag = "--enable_sequential_cpu_offload"
     if memory.enable_sequential_cpu_offload and memory.enable_model_cpu_offload:
-        raise UserError("--enable_sequential_cpu_offload: goes further than --enable_model_cpu_offload; give one")
+        raise UserError(f"{flag}: includes --enable_model_cpu_offload; omit one of them")
     if memory.enable_sequential_cpu_offload and memory.quantize_base != "none":
         raise UserError(
-            "--enable_sequential_cpu_offload: cannot move quantized layers; leave out --quantize_base, or give "
-            "--enable_model_cpu_offload"
+            f"{flag}: cannot move quantized layers; omit --quantize_base, or use --enable_model_cpu_offload"
         )
 
 
-def find_loras(result: ResultFlags) -> tuple[tuple[str, float], ...]:
+def _find_loras(result: ResultFlags) -> tuple[tuple[str, float], ...]:
     """Return the file or hub id of each LoRA, with its scale."""
     if result.lora_scale and not result.lora:
-        raise UserError("--lora_scale: there is no --lora; add it or leave the scale out")
+        raise UserError("--lora_scale: there is no --lora; add it or omit the scale")
     scales = result.lora_scale or [1.0] * len(result.lora)
     if len(scales) != len(result.lora):
-        raise UserError(f"--lora_scale: {len(scales)} for {len(result.lora)} in --lora; give one for each")
+        raise UserError(f"--lora_scale: {len(scales)} for {len(result.lora)} in --lora; pass one for each")
     for reference in result.lora:
         if os.path.isdir(reference) and not os.path.isfile(os.path.join(reference, LORA_FILE)):
             raise UserError(f"--lora: no {LORA_FILE} in '{reference}'; {_advice(Path(reference), '--transformer')}")
@@ -90,60 +113,54 @@ def find_loras(result: ResultFlags) -> tuple[tuple[str, float], ...]:
     return tuple(zip(files, scales, strict=True))
 
 
-def find_transformer(reference: str) -> str:
-    """Return the folder that holds transformer/, which may be given itself; a hub id as it is."""
+def _find_transformer(reference: str) -> str:
+    """Return the folder that contains transformer/, which may be passed itself; a hub id as it is."""
     folder = Path(reference)
     if folder.name == TRANSFORMER_FOLDER and (folder / "config.json").is_file():
         return str(folder.parent)
     if (folder / TRANSFORMER_FOLDER / "config.json").is_file() or is_hub_id(reference):
         return reference
     if not folder.is_dir():
-        raise UserError(f"--transformer: no folder '{reference}'; give the output folder of a run, or a hub id")
+        raise UserError(f"--transformer: no folder '{reference}'; pass the output folder of a run, or a hub id")
     raise UserError(f"--transformer: no {TRANSFORMER_FOLDER}/ in '{reference}'; {_advice(folder, '--lora')}")
 
 
 def _advice(folder: Path, other: str) -> str:
     """Return what to pass instead of a folder without the wanted result; `other` is the other result's flag."""
     if (folder / (LORA_FILE if other == "--lora" else TRANSFORMER_FOLDER)).exists():
-        return f"give it as {other}"
+        return f"pass it as {other}"
     checkpoints = list_checkpoints(folder)
     if checkpoints:
-        return f"the run has not ended; give its checkpoint '{checkpoints[-1][1]}'"
-    return "give the output folder of a run, or its checkpoint-N"
+        return f"the run has not ended; pass its checkpoint '{checkpoints[-1][1]}'"
+    return "pass the output folder of a run, or its checkpoint-N"
 
 
-def plan_videos(
-    prompts: tuple[str, ...], sampling: SamplingFlags, output: OutputFlags, *, compare: bool
-) -> tuple[PlannedVideo, ...]:
-    """Return each prompt with each seed, and the file it goes to; no file exists, and all can be written."""
-    seeds = sampling.seed
-    if sampling.num_videos > 1:
-        seeds = tuple(seeds[0] + number for number in range(sampling.num_videos))
+def _plan_videos(settings: GenerationSettings) -> tuple[PlannedVideo, ...]:
+    """Return each prompt with each seed, and its file; no file exists, and all can be written."""
+    prompts, seeds, output = settings.content.prompt, settings.sampling.seed, settings.output
+    if settings.sampling.num_videos > 1:
+        seeds = tuple(seeds[0] + number for number in range(settings.sampling.num_videos))
+    videos = [
+        PlannedVideo(number, prompt, seed, Path(output.output_dir or DEFAULT_FOLDER, _name(number, prompt, seed)))
+        for (number, prompt), seed in product(enumerate(prompts), seeds)
+    ]
     if output.output_file:
         if output.output_dir:
-            raise UserError("--output_file: there is an --output_dir already; leave one of them out")
-        if len(prompts) * len(seeds) > 1:
-            raise UserError(f"--output_file: there are {len(prompts) * len(seeds)} videos; give --output_dir")
-        file = Path(output.output_file)
-        if file.suffix.lower() != ".mp4":
-            raise UserError(f"--output_file: '{file}' is no mp4, which is what is written; name it .mp4")
-        videos = [PlannedVideo(0, prompts[0], seeds[0], file)]
-    else:
-        folder = Path(output.output_dir or DEFAULT_FOLDER)
-        videos = [
-            PlannedVideo(number, prompt, seed, folder / _name(number, prompt, seed))
-            for number, prompt in enumerate(prompts)
-            for seed in seeds
-        ]
+            raise UserError("--output_file: not together with --output_dir; omit one of them")
+        if len(videos) > 1:
+            raise UserError(f"--output_file: there are {len(videos)} videos; use --output_dir")
+        videos = [replace(videos[0], file=Path(output.output_file))]
+        if videos[0].file.suffix.lower() != ".mp4":
+            raise UserError(f"--output_file: '{output.output_file}' must end in .mp4, the format that is written")
     files = [video.file for video in videos]
-    if compare:
+    if settings.result.compare:
         files += [video.beside(ending) for video in videos for ending in (BASE, COMPARED, SHEET)]
     flag = "--output_file" if output.output_file else "--output_dir"
     there = [file for file in files if os.path.lexists(file)]
     if there and not output.overwrite:
-        raise UserError(f"{flag}: {there[0]} is there already; give another place, or --overwrite")
+        raise UserError(f"{flag}: {there[0]} already exists; choose another place, or add --overwrite")
     if folders := [file for file in there if file.is_dir()]:
-        raise UserError(f"{flag}: {folders[0]} is a folder, which no video is written over; give another place")
+        raise UserError(f"{flag}: {folders[0]} is a folder, which a video cannot overwrite; choose another place")
     check_writable(str(videos[0].file.parent), flag)
     return tuple(videos)
 
@@ -152,22 +169,19 @@ def _name(number: int, prompt: str, seed: int) -> str:
     return "-".join(filter(None, (f"{number:02d}", slug(prompt), f"seed-{seed}"))) + ".mp4"
 
 
-HOST_SAVINGS = "give --dtype bf16 or --quantize_base int8, smaller --height and --width, or fewer --num_frames"
+HOST_SAVINGS = "use --dtype bf16 or --quantize_base int8, smaller --height and --width, or fewer --num_frames"
 
 
 def sampling_memory_advice(memory: SamplingMemoryFlags) -> list[str]:
-    """Return what makes sampling take less GPU memory, for the user: a line each, the least costly first."""
-    is_offloaded = memory.enable_model_cpu_offload or memory.enable_sequential_cpu_offload
+    """Return what lowers the GPU memory of sampling, a line each, the least costly first."""
+    is_sequential = memory.enable_sequential_cpu_offload
     savings = [
         (not memory.enable_tiling, "--enable_tiling"),
-        (not is_offloaded, "--enable_model_cpu_offload"),
+        (not memory.enable_model_cpu_offload and not is_sequential, "--enable_model_cpu_offload"),
         (memory.dtype == "fp32", "--dtype bf16"),
-        (not memory.text_encoder_8bit, "--text_encoder_8bit (where prompts are being embedded)"),
-        (memory.quantize_base == "none" and not memory.enable_sequential_cpu_offload, "--quantize_base int8"),
-        (
-            not memory.enable_sequential_cpu_offload,
-            "--enable_sequential_cpu_offload without --quantize_base (very slow)",
-        ),
+        (not memory.text_encoder_8bit, "--text_encoder_8bit (while prompts are embedded)"),
+        (memory.quantize_base == "none" and not is_sequential, "--quantize_base int8"),
+        (not is_sequential, "--enable_sequential_cpu_offload without --quantize_base (very slow)"),
         (True, "smaller --height and --width, or fewer --num_frames"),
     ]
     return [advice for is_open, advice in savings if is_open]

@@ -1,4 +1,4 @@
-"""Checks of the flags on the optimizer and on memory against one another; none needs a model."""
+"""Checks of the flags on the optimizer and on memory; none needs a model."""
 
 from dataclasses import replace
 
@@ -9,13 +9,9 @@ from flags.settings import TrainingSettings
 
 
 def check_optimizer(settings: TrainingSettings) -> None:
-    """Check that the optimizer can do what is asked of it.
-
-    Raises:
-        UserError: names the flag and what to do.
-    """
+    """Check that the optimizer supports the flags passed with it."""
     _check_low_bits(settings.optimizer)
-    _check_step(settings)
+    _check_early_gradients(settings)
     _check_offload(settings)
     _check_weights_dtype(settings)
     _check_choice(settings)
@@ -24,97 +20,84 @@ def check_optimizer(settings: TrainingSettings) -> None:
 def _check_low_bits(flags: OptimizerFlags) -> None:
     bits = [name for name in LOW_BITS if getattr(flags, name)]
     if len(bits) > 1:
-        raise UserError(f"--{bits[0]} and --{bits[1]}: only one is possible; leave out the other")
+        raise UserError(f"--{bits[0]} and --{bits[1]}: only one is possible; omit the other")
     for name in (*LOW_BITS, "use_cpu_offload_optimizer", "step_in_backward"):
         if getattr(flags, name) and flags.optimizer not in ("adam", "adamw"):
-            raise UserError(f"--{name}: not available for {flags.optimizer}; use --optimizer adamw or leave it out")
-    for name, what in (("use_4bit", "4-bit"), ("use_fp8", "8-bit floating-point")):
+            raise UserError(f"--{name}: not available for {flags.optimizer}; use --optimizer adamw or omit it")
+    for name in ("use_4bit", "use_fp8"):
         if getattr(flags, name) and not flags.use_torchao:
-            raise UserError(f"--{name}: only torchao has {what} optimizers; add --use_torchao")
+            raise UserError(f"--{name}: only torchao has such an optimizer; add --use_torchao")
 
 
-def _check_step(settings: TrainingSettings) -> None:
+def _check_early_gradients(settings: TrainingSettings) -> None:
     """Check the optimizers that take gradients before the backward pass is over."""
     flags = settings.optimizer
     if flags.step_in_backward and flags.use_cpu_offload_optimizer:
         raise UserError(
-            "--step_in_backward: the offloaded optimizer steps on the CPU after the backward pass; leave it out, or "
-            "use --offload_gradients instead"
+            "--step_in_backward: the offloaded optimizer steps after the backward pass; omit it, or use "
+            "--offload_gradients instead"
         )
-    if flags.step_in_backward and settings.training.gradient_accumulation_steps > 1:
-        raise UserError(
-            "--step_in_backward: frees gradients in every backward pass, so they cannot be accumulated; leave it out "
-            "or use --gradient_accumulation_steps 1"
-        )
+    _check_accumulation(settings, "step_in_backward")
     if flags.step_in_backward and "max_grad_norm" in settings.given and flags.max_grad_norm:
-        raise UserError(
-            "--max_grad_norm: the norm over all gradients is never known with --step_in_backward; leave one of "
-            "them out"
-        )
+        raise UserError("--max_grad_norm: the norm over all gradients is unknown with --step_in_backward; omit one")
     for name in ("use_cpu_offload_optimizer", "step_in_backward"):
         if getattr(flags, name) and settings.training.mixed_precision == "fp16":
-            raise UserError(f"--{name}: takes gradients before fp16's scaling is undone; use --mixed_precision bf16")
+            raise UserError(f"--{name}: takes gradients before fp16 unscales them; use --mixed_precision bf16")
         if getattr(flags, name) and launch_size() > 1:
-            raise UserError(
-                f"--{name}: takes gradients before processes average them; launch one process, or leave it out"
-            )
+            raise UserError(f"--{name}: takes gradients before processes average them; launch one process, or omit it")
 
 
 def _check_offload(settings: TrainingSettings) -> None:
     flags = settings.optimizer
     if flags.use_cpu_offload_optimizer and flags.use_8bit and not flags.use_torchao:
         raise UserError(
-            "--use_cpu_offload_optimizer: works with the 8-bit optimizers of torchao only; add --use_torchao or "
-            "leave out --use_8bit"
+            "--use_cpu_offload_optimizer: needs the 8-bit optimizer of torchao; add --use_torchao or omit --use_8bit"
         )
     if flags.offload_gradients and not flags.use_cpu_offload_optimizer:
         raise UserError("--offload_gradients: needs the offloaded optimizer; add --use_cpu_offload_optimizer")
-    if flags.offload_gradients and settings.training.gradient_accumulation_steps > 1:
+    _check_accumulation(settings, "offload_gradients")
+
+
+def _check_accumulation(settings: TrainingSettings, name: str) -> None:
+    if getattr(settings.optimizer, name) and settings.training.gradient_accumulation_steps > 1:
         raise UserError(
-            "--offload_gradients: torchao frees gradients after every backward pass, so they cannot be accumulated; "
-            "leave it out or use --gradient_accumulation_steps 1"
+            f"--{name}: frees gradients in every backward pass, so they cannot be accumulated; omit it or use "
+            "--gradient_accumulation_steps 1"
         )
 
 
 def _check_weights_dtype(settings: TrainingSettings) -> None:
     """Check that weights in bf16 are rounded stochastically; DeepSpeed keeps float32 copies instead."""
-    flags = settings.optimizer
+    flags, weights = settings.optimizer, "--weights_dtype bf16"
     if settings.memory.weights_dtype != "bf16" or uses_deepspeed():
         return
     if flags.optimizer not in ("adam", "adamw"):
         raise UserError(
-            f"--weights_dtype bf16: {flags.optimizer} does not round stochastically, and small updates would be lost; "
-            "use --optimizer adamw --use_torchao"
+            f"{weights}: {flags.optimizer} does not round stochastically, so small updates would be lost; use "
+            "--optimizer adamw --use_torchao"
         )
     if not flags.use_torchao:
-        raise UserError("--weights_dtype bf16: only torchao's optimizers round stochastically; add --use_torchao")
+        raise UserError(f"{weights}: only torchao's optimizers round stochastically; add --use_torchao")
     if flags.optimizer == "adam" and not any(getattr(flags, name) for name in LOW_BITS):
-        raise UserError(
-            "--weights_dtype bf16: torchao has adam with low-bit states only; use --optimizer adamw or add --use_8bit"
-        )
+        raise UserError(f"{weights}: torchao's adam needs low-bit states; use --optimizer adamw or add --use_8bit")
     if settings.training.mixed_precision in ("no", "fp16"):
-        raise UserError("--weights_dtype bf16: the networks must compute in bf16 too; use --mixed_precision bf16")
+        raise UserError(f"{weights}: the networks must compute in bf16 too; use --mixed_precision bf16")
     if settings.objective.use_ema:
-        raise UserError(
-            "--use_ema: an average kept in bf16 would lose what a step adds to it; leave it out or use "
-            "--weights_dtype fp32"
-        )
+        raise UserError("--use_ema: bf16 would round away the average's updates; omit it or use --weights_dtype fp32")
 
 
 def _check_choice(settings: TrainingSettings) -> None:
     """Check that no flag belongs to another optimizer than the one chosen."""
     flags = settings.optimizer
     if "beta3" in settings.given and flags.optimizer not in ("prodigy", "came"):
-        raise UserError(
-            f"--beta3: {flags.optimizer} has no third beta; leave it out or use --optimizer prodigy or came"
-        )
+        raise UserError(f"--beta3: {flags.optimizer} has no third beta; omit it or use --optimizer prodigy or came")
     for name in ("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"):
         if getattr(flags, name) and flags.optimizer != "prodigy":
-            raise UserError(f"--{name}: no effect on {flags.optimizer}; leave it out or use --optimizer prodigy")
+            raise UserError(f"--{name}: no effect on {flags.optimizer}; omit it or use --optimizer prodigy")
     if flags.optimizer == "schedulefree" and settings.objective.use_ema:
-        raise UserError("--use_ema: schedulefree averages the weights itself; leave it out or use --optimizer adamw")
+        raise UserError("--use_ema: schedulefree already averages the weights; omit it or use --optimizer adamw")
     if flags.optimizer == "schedulefree" and flags.beta1 == 0:
-        raise UserError("--beta1: schedulefree divides by it; give more than 0")
+        raise UserError("--beta1: schedulefree divides by it; pass more than 0")
 
 
 def settle_memory(settings: TrainingSettings) -> TrainingSettings:
@@ -128,53 +111,43 @@ def settle_memory(settings: TrainingSettings) -> TrainingSettings:
 
 
 def check_memory(settings: TrainingSettings) -> None:
-    """Check that the memory savings have what they need and go together.
-
-    Raises:
-        UserError: names the flag and what to do.
-    """
+    """Check that the memory savings have what they need and can be combined."""
     memory = settings.memory
     for name in ("checkpoint_scope", "checkpoint_every", "offload_checkpoints"):
         if name in settings.given and not memory.gradient_checkpointing:
             raise UserError(f"--{name}: no effect without gradient checkpointing; add --gradient_checkpointing")
     if memory.quantize_base != "none":
         flag = f"--quantize_base {memory.quantize_base}"
-        _check_launcher(flag, "divide quantized weights")
+        _check_launcher(flag, "quantized weights")
         if memory.quantize_base == "nf4" and memory.stream_blocks:
-            raise UserError(f"{flag}: bitsandbytes' weights cannot be streamed; use int8 or leave out --stream_blocks")
+            raise UserError(f"{flag}: bitsandbytes' weights cannot be streamed; use int8 or omit --stream_blocks")
     if memory.stream_blocks:
         _check_streaming(settings)
     if memory.auto_fit and launch_size() > 1:
         raise UserError(
-            "--auto_fit: a process that runs out of memory would leave the others waiting; find the settings with one "
-            "process (--auto_fit --dry_run), and give these to all"
+            "--auto_fit: if one process runs out of memory, the others wait for it; find the settings with one "
+            "process (--auto_fit --dry_run), and pass these to all"
         )
 
 
 def _check_streaming(settings: TrainingSettings) -> None:
-    """Check that blocks which come and go are recomputed one by one."""
+    """Check that streamed blocks are recomputed one by one."""
     memory = settings.memory
-    _check_launcher("--stream_blocks", "divide blocks that are not on the GPU")
-    if (
-        not memory.gradient_checkpointing
-        or memory.checkpoint_scope != "block"
-        or memory.checkpoint_every not in (None, 1)
-    ):
+    _check_launcher("--stream_blocks", "blocks that are not on the GPU")
+    is_each_checkpointed = memory.checkpoint_scope == "block" and memory.checkpoint_every in (None, 1)
+    if not memory.gradient_checkpointing or not is_each_checkpointed:
         raise UserError(
-            "--stream_blocks: every block has to be computed again, one by one; give --gradient_checkpointing, "
-            "without --checkpoint_scope and --checkpoint_every"
+            "--stream_blocks: needs every block to be recomputed on its own; add --gradient_checkpointing, without "
+            "--checkpoint_scope and --checkpoint_every"
         )
     if settings.validation.enable_model_cpu_offload:
-        raise UserError(
-            "--enable_model_cpu_offload: with --stream_blocks the transformer is not on the GPU as a whole anyway; "
-            "leave it out"
-        )
+        raise UserError("--enable_model_cpu_offload: --stream_blocks already keeps the blocks on the CPU; omit it")
 
 
 def _check_launcher(flag: str, impossible: str) -> None:
     for launcher, is_used in (("DeepSpeed", uses_deepspeed()), ("FSDP", uses_fsdp())):
         if is_used:
             raise UserError(
-                f"{flag}: {launcher} cannot {impossible}; launch with accelerate_configs/ddp.yaml or "
-                "single_gpu.yaml, or leave the flag out"
+                f"{flag}: {launcher} cannot shard {impossible}; launch with accelerate_configs/ddp.yaml or "
+                "single_gpu.yaml, or omit the flag"
             )

@@ -10,29 +10,30 @@ from flags.preparation import EncodingFlags, PreparationFlags
 def settle_preparation(
     preparation: PreparationFlags, given: Collection[str], *, text_encoder_8bit: bool
 ) -> PreparationFlags:
-    """Return the flags with the layout, and the number of image latents that it has room for.
+    """Return the flags with the layout, and the number of image latents that it can store.
 
     Raises:
         UserError: a flag has no effect, or contradicts another.
     """
     if not preparation.save_latents_and_embeddings:
-        if preparation.save_image_latents:
-            raise UserError("--save_image_latents: latents are written by --save_latents_and_embeddings; add it")
-        if text_encoder_8bit:
-            raise UserError("--text_encoder_8bit: nothing is embedded without --save_latents_and_embeddings; add it")
-        if preparation.layout == "shards":
-            raise UserError("--layout shards: shards hold latents; add --save_latents_and_embeddings")
+        for flag, is_given in (
+            ("--save_image_latents", preparation.save_image_latents),
+            ("--text_encoder_8bit", text_encoder_8bit),
+            ("--layout shards", preparation.layout == "shards"),
+        ):
+            if is_given:
+                raise UserError(f"{flag}: no effect without latents and embeddings; add --save_latents_and_embeddings")
     layout = preparation.layout or ("shards" if preparation.save_latents_and_embeddings else "files")
     num_latents = preparation.num_image_latents
     if layout == "files" and num_latents > 1:
         if "num_image_latents" in given:
-            raise UserError("--num_image_latents: --layout files has room for one; leave it out, or use shards")
+            raise UserError("--num_image_latents: --layout files stores only one; omit it, or use shards")
         num_latents = 1
     return replace(preparation, layout=layout, num_image_latents=num_latents)
 
 
 def preparation_memory_advice(encoding: EncodingFlags, dtype: str) -> list[str]:
-    """Return what makes the preparation take less GPU memory, for the user: a line each, the least costly first."""
+    """Return what lowers the GPU memory of the preparation, a line each, the least costly first."""
     folder = "; needs a new folder"
     savings = [
         (encoding.batch_size > 1, "--batch_size 1"),

@@ -10,16 +10,12 @@ from flags.settings import TrainingSettings
 
 
 def check_speed(settings: TrainingSettings) -> None:
-    """Check that the flags on speed go together with one another and with those on memory.
-
-    Raises:
-        UserError: two of them do not.
-    """
+    """Check that the flags on speed can be combined with one another and with those on memory."""
     speed, memory = settings.speed, settings.memory
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise UserError(
-            "--config_file: its dynamo_config compiles the model as a whole, which is not supported; leave it out "
-            "there, and give the script --compile"
+            "--config_file: its dynamo_config compiles the full model, which is not supported; remove it there, and "
+            "pass --compile to the script"
         )
     if speed.attention_backend == "sage":
         raise UserError(
@@ -27,25 +23,35 @@ def check_speed(settings: TrainingSettings) -> None:
             "--validation_attention_backend sage to sample with it"
         )
     if speed.validation_attention_backend and not settings.validation.prompts:
-        raise UserError("--validation_attention_backend: no video is sampled; add --validation_prompt or leave it out")
+        raise UserError("--validation_attention_backend: no video is sampled; add --validation_prompt or omit it")
     if speed.compile and memory.offload_checkpoints and memory.checkpoint_scope == "feed-forward":
         raise UserError(
-            "--compile: --offload_checkpoints moves tensors in the middle of a block with --checkpoint_scope "
-            "feed-forward, which cannot be compiled; use --checkpoint_scope block"
+            "--compile: with --checkpoint_scope feed-forward, --offload_checkpoints moves tensors in the middle of a "
+            "block, which cannot be compiled; use --checkpoint_scope block"
         )
     if speed.compile and memory.stream_blocks:
-        raise UserError(
-            "--compile: blocks that come and go (--stream_blocks) cannot be compiled; leave one of them out"
-        )
+        raise UserError("--compile: streamed blocks (--stream_blocks) cannot be compiled; omit one of them")
 
 
 def settle_context_parallel(settings: TrainingSettings) -> TrainingSettings:
     """Return the settings with the number of processes that divide each sample, from the flag or the launch.
 
     Raises:
-        UserError: the launch configuration contradicts itself or the flag, or other flags rule divided samples out.
+        UserError: the launch configuration contradicts itself or the flag, or another flag does not allow it.
     """
-    configured, num_processes = launch_parallelism(), launch_size()
+    size = _context_parallel_size(settings.speed.context_parallel_size, launch_size())
+    settled = replace(settings, speed=replace(settings.speed, context_parallel_size=size))
+    if size == 1:
+        return settled
+    if settings.speed.compile:
+        raise UserError("--compile: blocks that gather keys from other processes cannot be compiled; omit it")
+    if settings.memory.memory_budget_gb:
+        raise UserError("--memory_budget_gb: not with divided samples; omit it, and pass the memory settings you want")
+    return settled
+
+
+def _context_parallel_size(flag: int | None, num_processes: int) -> int:
+    configured = launch_parallelism()
     for name in ("tp_size", "sp_size"):
         if configured.get(name, 1) > 1:
             raise UserError(f"parallelism_config_{name}: not supported; use parallelism_config_cp_size")
@@ -58,27 +64,16 @@ def settle_context_parallel(settings: TrainingSettings) -> TrainingSettings:
             f"the accelerate config: its parallelism_config is for another number of processes ({sizes}) than the "
             f"{num_processes} launched; set dp_shard_size x cp_size to num_processes"
         )
-    flag, size = settings.speed.context_parallel_size, configured.get("cp_size", 1)
+    size = configured.get("cp_size", 1)
     if flag is not None and size not in (1, flag):
         raise UserError(
-            f"--context_parallel_size {flag}: parallelism_config_cp_size in the accelerate config is {size}; leave "
-            "the flag out, or launch with another config"
+            f"--context_parallel_size {flag}: parallelism_config_cp_size in the accelerate config is {size}; omit the "
+            "flag, or launch with another config"
         )
     size = flag or size
-    settled = replace(settings, speed=replace(settings.speed, context_parallel_size=size))
-    if size == 1:
-        return settled
     if num_processes % size:
         raise UserError(
-            f"--context_parallel_size {size}: {num_processes} "
-            f"{'process' if num_processes == 1 else 'processes'} cannot be divided into groups of {size}; launch a "
-            f"multiple of {size} by --num_processes of accelerate launch"
+            f"--context_parallel_size {size}: does not divide the number of processes ({num_processes}); launch a "
+            f"multiple of {size} with --num_processes of accelerate launch"
         )
-    if settings.speed.compile:
-        raise UserError("--compile: blocks that gather keys from other processes cannot be compiled; leave it out")
-    if settings.memory.memory_budget_gb:
-        raise UserError(
-            "--memory_budget_gb: calculates for whole samples, not for divided ones; leave it out, and give the "
-            "settings that you want"
-        )
-    return settled
+    return size

@@ -1,4 +1,4 @@
-"""Checks of the flags on training, validation and the result, and warnings of what is odd but allowed.
+"""Checks of the flags on training, validation and the result, and warnings about what is odd but allowed.
 
 Each check raises `UserError` with one line that names the flag and what to do; none needs a model.
 """
@@ -28,25 +28,24 @@ def settle_validation(settings: TrainingSettings) -> TrainingSettings:
     flags = settings.validation
     separator = flags.validation_prompt_separator
     if not separator:
-        raise UserError("--validation_prompt_separator: the value is empty; give the text between two prompts")
+        raise UserError("--validation_prompt_separator: the value is empty; pass the text between two prompts")
     prompts, images = _split(flags.validation_prompt, separator), _split(flags.validation_images, separator)
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt:
-            raise UserError(
-                f"--validation_prompt: prompt {number} of {len(prompts)} is empty; prompts are separated by "
-                f"'{separator}'"
-            )
+    if "" in prompts:
+        raise UserError(
+            f"--validation_prompt: prompt {prompts.index('') + 1} of {len(prompts)} is empty; prompts are separated "
+            f"by '{separator}'"
+        )
     is_validated = bool(prompts or flags.validation_dataset_file)
     for name in ("validation_steps", "validation_epochs", "validate_first"):
         if getattr(flags, name) and not is_validated:
+            raise UserError(f"--{name}: nothing to validate; add --validation_prompt or --validation_dataset_file")
+    if settings.task == "image-to-video":
+        if len(images) != len(prompts):
             raise UserError(
-                f"--{name}: there is nothing to validate; add --validation_prompt or --validation_dataset_file"
+                f"--validation_images: {len(images)} for {len(prompts)} in --validation_prompt; pass one image per "
+                f"prompt, separated by '{separator}'"
             )
-    if settings.task == "image-to-video" and len(images) != len(prompts):
-        raise UserError(
-            f"--validation_images: {len(images)} for {len(prompts)} in --validation_prompt; give one image per "
-            f"prompt, separated by '{separator}'"
-        )
+        images = find_images("--validation_images", images)
     first = is_validated if flags.validate_first is None else flags.validate_first
     return replace(settings, validation=replace(flags, prompts=prompts, images=images, validate_first=first))
 
@@ -56,91 +55,78 @@ def _split(text: str | None, separator: str) -> tuple[str, ...]:
 
 
 def settle_files(settings: TrainingSettings) -> TrainingSettings:
-    """Return the settings with validation images, the LoRA to start from and the checkpoint as files that exist.
+    """Return the settings with the LoRA to start from and the checkpoint as files that exist.
 
     Raises:
         UserError: one does not.
     """
-    if settings.task == "image-to-video":
-        images = find_images("--validation_images", settings.validation.images)
-        settings = replace(settings, validation=replace(settings.validation, images=images))
-    if settings.lora.lora_weights is not None:
-        lora = replace(settings.lora, lora_weights=find_lora("--lora_weights", settings.lora.lora_weights))
-        settings = replace(settings, lora=lora)
+    lora = settings.lora.lora_weights and find_lora("--lora_weights", settings.lora.lora_weights)
     checkpoint = _find_checkpoint(settings.checkpoints.resume_from_checkpoint, settings.training.output_dir)
-    return replace(settings, checkpoints=replace(settings.checkpoints, resume_from_checkpoint=checkpoint))
+    return replace(
+        settings,
+        lora=replace(settings.lora, lora_weights=lora),
+        checkpoints=replace(settings.checkpoints, resume_from_checkpoint=checkpoint),
+    )
 
 
 def _find_checkpoint(wanted: str | None, output_dir: str) -> str | None:
-    """Return the folder of a checkpoint, which may be given by its name inside the output folder."""
+    """Return the folder of a checkpoint, from its path or its name in the output folder."""
     if wanted is None or wanted == "latest":
         return wanted
     for folder in (wanted, os.path.join(output_dir, wanted)):
         if os.path.isdir(folder):
             return folder
-    raise UserError(f"--resume_from_checkpoint: no folder '{wanted}'; give a checkpoint's folder, or latest")
+    raise UserError(f"--resume_from_checkpoint: no folder '{wanted}'; pass a checkpoint's folder, or latest")
 
 
 def check_details(settings: TrainingSettings) -> None:
-    """Check that the details of an option come with the option.
-
-    Raises:
-        UserError: one does not.
-    """
+    """Check that the details of an option come with the option."""
     for name in ("logit_mean", "logit_std"):
         if name in settings.given and settings.objective.timestep_sampling != "logit_normal":
             raise UserError(f"--{name}: no effect on uniform timesteps; add --timestep_sampling logit_normal")
     if "ema_decay" in settings.given and not settings.objective.use_ema:
-        raise UserError("--ema_decay: there is no average; add --use_ema or leave it out")
+        raise UserError("--ema_decay: no effect without an average; add --use_ema or omit it")
     modules = settings.lora.lora_target_modules
     if ALL_LINEAR in modules and len(modules) > 1:
-        raise UserError(f"--lora_target_modules: {ALL_LINEAR} has all others in it; leave these out")
+        raise UserError(f"--lora_target_modules: {ALL_LINEAR} already includes the others; omit these")
     for name in ("hub_token", "hub_model_id"):
         if getattr(settings.hub, name) and not settings.hub.push_to_hub:
-            raise UserError(f"--{name}: nothing would be uploaded; add --push_to_hub or leave it out")
+            raise UserError(f"--{name}: nothing would be uploaded; add --push_to_hub or omit it")
 
 
 def check_tracker(report_to: str) -> None:
-    """Check that a tracker asked for by name is installed.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Check that the chosen tracker is installed."""
     if report_to in TRACKERS and not any(map(find_spec, TRACKERS[report_to])):
-        raise UserError(
-            f"--report_to {report_to}: it is not installed; pip install {report_to}, or give --report_to none"
-        )
+        raise UserError(f"--report_to {report_to}: not installed; pip install {report_to}, or use --report_to none")
 
 
 def check_no_earlier_run(settings: TrainingSettings) -> None:
-    """Check that the output folder holds nothing that this run would overwrite, except the run that it resumes.
-
-    Raises:
-        UserError: it does.
-    """
+    """Check that the run would overwrite nothing in the output folder, except the run that it resumes."""
     folder = Path(settings.training.output_dir)
     earlier = list_results(folder)
     if not earlier:
         if holds_other_config(folder):
             raise UserError(
                 f"--output_dir: the run would write its flags over '{folder / CONFIG_FILE}', which is not of a run; "
-                "name that file otherwise, or give another folder"
+                "rename that file, or choose another folder"
             )
         return
     resumed = settings.checkpoints.resume_from_checkpoint
     checkpoints = [path.resolve() for _, path in list_checkpoints(folder)]
     if resumed is None:
-        advice = "give another folder, or go on with it by --resume_from_checkpoint latest"
-        raise UserError(f"--output_dir: '{folder}' already holds a run ({earlier[0]}); {advice}")
+        raise UserError(
+            f"--output_dir: '{folder}' already holds a run ({earlier[0]}); choose another folder, or continue the run "
+            "with --resume_from_checkpoint latest"
+        )
     if resumed == "latest" and not checkpoints:
         raise UserError(
-            f"--resume_from_checkpoint latest: '{folder}' holds {earlier[0]} but no complete checkpoint; "
-            "give another --output_dir"
+            f"--resume_from_checkpoint latest: '{folder}' holds {earlier[0]} but no complete checkpoint; choose "
+            "another --output_dir"
         )
     if resumed != "latest" and Path(resumed).resolve() not in checkpoints[-1:]:
         raise UserError(
             f"--resume_from_checkpoint: '{resumed}' is not the newest checkpoint of --output_dir '{folder}', whose "
-            f"{earlier[0]} would be written over; to branch off, give another --output_dir"
+            f"{earlier[0]} would be overwritten; to branch off, choose another --output_dir"
         )
 
 
@@ -176,10 +162,10 @@ def _optimizer_warnings(settings: TrainingSettings) -> list[str]:
     if rate == 0 or settings.schedule.scale_lr:
         return lines
     if flags.optimizer == "prodigy" and rate < 0.1:
-        lines.append(f"--learning_rate {rate:g} is low for prodigy, which finds its own step size; give 1")
+        lines.append(f"--learning_rate {rate:g} is low for prodigy, which finds its own step size; use 1")
     if settings.method == "lora" and flags.optimizer in ("adam", "adamw") and rate < LORA_LEARNING_RATE_FLOOR:
         lines.append(
-            f"--learning_rate {rate:g} is low for a LoRA, which may show no effect; published runs use 1e-4 to 1e-3"
+            f"--learning_rate {rate:g} is low for a LoRA, which may have no effect; published runs use 1e-4 to 1e-3"
         )
     return lines
 
@@ -189,14 +175,14 @@ def _schedule_warnings(settings: TrainingSettings) -> list[str]:
     lines = []
     if settings.optimizer.optimizer == "schedulefree" and not schedule.lr_scheduler.startswith("constant"):
         lines.append(
-            f"--lr_scheduler {schedule.lr_scheduler} is not needed with schedulefree, whose average does what a "
-            "falling rate does; give constant_with_warmup"
+            f"--lr_scheduler {schedule.lr_scheduler} is not needed with schedulefree, whose average replaces a "
+            "falling rate; use constant_with_warmup"
         )
     if {"num_train_epochs", "max_train_steps"} <= settings.given:
-        lines.append("--num_train_epochs has no effect: --max_train_steps says how long the run is")
+        lines.append("--num_train_epochs has no effect: --max_train_steps sets the length of the run")
     if schedule.lr_scheduler != "constant" and steps and schedule.lr_warmup_steps >= steps:
         lines.append(
             f"--lr_warmup_steps {schedule.lr_warmup_steps} is all of the run's {steps} steps: the learning rate never "
-            "gets to its full value"
+            "reaches its full value"
         )
     return lines

@@ -37,8 +37,8 @@ def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
     except FileNotFoundError:
         raise  # another process removed something, which callers may expect
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{path} cannot be written ({reason}); finished work is kept: run again") from error
+        reason = f"({error.strerror or error})"
+        raise UserError(f"{path} cannot be written {reason}; finished work is kept: run again") from error
     finally:
         with suppress(NotADirectoryError):
             partial.unlink(missing_ok=True)
@@ -68,14 +68,12 @@ def replace_folder(partial: Path, folder: Path) -> None:
         flush(path)
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
-    if folder.exists():
-        replaced = folder.with_name(f".replaced.{folder.name}")
-        shutil.rmtree(replaced, ignore_errors=True)
+    replaced = folder.with_name(f".replaced.{folder.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(FileNotFoundError):
         os.replace(folder, replaced)
-        os.replace(partial, folder)
-        shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place already
-    else:
-        os.replace(partial, folder)
+    os.replace(partial, folder)
+    shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place already
     flush(folder.parent)
 
 

@@ -10,26 +10,9 @@ from common.hub_token import TOOLKIT, without_tokens
 from common.ranks import launch_rank
 
 
-class SaidBefore(logging.Filter):
-    """Drops repeated messages of libraries; those of the toolkit pass every time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether the record is logged."""
-        message = record.getMessage()
-        is_new = message not in self.said or TOOLKIT in Path(record.pathname).parents
-        self.said.add(message)
-        return is_new
-
-
 def log_without_tokens(level: int) -> None:
     """Log to stderr without tokens, from this level on."""
-    handler = LineHandler()
-    handler.addFilter(SaidBefore())
-    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
+    logging.basicConfig(level=level, format="%(message)s", handlers=[LineHandler()], force=True)
 
 
 class LineHandler(logging.Handler):
@@ -38,6 +21,14 @@ class LineHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.process = os.getpid()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Drop repeated messages of libraries; those of the toolkit pass every time."""
+        message = record.getMessage()
+        is_new = message not in self.said or TOOLKIT in Path(record.pathname).parents
+        self.said.add(message)
+        return is_new
 
     def format(self, record: logging.LogRecord) -> str:
         """Format one record without tokens."""

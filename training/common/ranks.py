@@ -1,4 +1,4 @@
-"""This process among those of the launch, as torchrun and `accelerate launch` tell it before torch is imported.
+"""This process among those of the launch, as torchrun and `accelerate launch` describe it before torch is imported.
 
 A process that was not launched by either is the only one.
 """
@@ -7,19 +7,19 @@ import os
 
 
 def launch_rank() -> int:
-    """Number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return int(os.environ.get("RANK") or 0)
 
 
 def launch_size() -> int:
-    """How many processes there are, on all machines together."""
+    """Return the number of processes on all machines."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def launch_parallelism() -> dict[str, int]:
-    """What `parallelism_config` in accelerate's YAML divides and among how many: `cp_size` and the like, by name.
+    """Return the sizes in `parallelism_config` of accelerate's YAML, `cp_size` and the like; empty without one.
 
-    Empty where it has none. Source: `accelerate.parallelism_config.ParallelismConfig`, which reads the same variables.
+    Source: `accelerate.parallelism_config.ParallelismConfig`, which reads the same variables.
     """
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
         return {}
@@ -28,39 +28,40 @@ def launch_parallelism() -> dict[str, int]:
 
 
 def local_rank() -> int:
-    """Number of this process on its machine, from 0: that of its GPU."""
+    """Return the number of this process on its machine, from 0, which is that of its GPU."""
     return int(os.environ.get("LOCAL_RANK") or 0)
 
 
 def local_size() -> int:
-    """How many of the processes are on this machine; all of them where nothing says otherwise."""
+    """Return the number of processes on this machine; by default all of them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or launch_size())
 
 
 def num_machines() -> int:
-    """How many machines there are, each with as many processes."""
+    """Return the number of machines, which have equally many processes."""
     return launch_size() // local_size()
 
 
 def machine_rank() -> int:
-    """Number of this machine, from 0."""
+    """Return the number of this machine, from 0."""
     return launch_rank() // local_size()
 
 
 def precision_of(mixed_precision: str | None) -> str:
-    """Return what the networks compute in (no, fp16, bf16): --mixed_precision, else the launch configuration's."""
+    """Return the compute precision (no, fp16, bf16): --mixed_precision, or else the launch configuration's."""
     return mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def uses_deepspeed() -> bool:
-    """Whether `accelerate launch` was asked for DeepSpeed."""
+    """Return whether `accelerate launch` uses DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def uses_fsdp() -> bool:
-    """Whether `accelerate launch` was asked for FSDP."""
-    return _is_set("ACCELERATE_USE_FSDP")
+    """Return whether `accelerate launch` uses FSDP."""
+    return is_set("ACCELERATE_USE_FSDP")
 
 
-def _is_set(variable: str) -> bool:
+def is_set(variable: str) -> bool:
+    """Return whether an environment variable means true."""
     return os.environ.get(variable, "false").lower() in ("true", "1")

@@ -57,8 +57,7 @@ class StopSignals:
 
 def follow_launcher() -> None:
     """Request SIGTERM when the launcher dies, so that no run continues unnoticed. Call this early."""
-    is_launched = any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
-    if is_launched:
+    if any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ):
         _get_when_parent_dies(signal.SIGTERM)
 
 

@@ -1,4 +1,4 @@
-"""What happens between reading the flags and importing the heavy libraries."""
+"""Set-up between reading the flags and importing the heavy libraries."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from common.signals import follow_launcher
 
 
 def prepare_imports(flags: Mapping[str, Any], *, owns_process: bool) -> None:
-    """Silence known noise of libraries, and skip those that take seconds to import and that this run does not use.
+    """Silence known noise of libraries, and skip slow imports of libraries that the flags do not use.
 
     Args:
         flags: those of a script, by name.
@@ -22,25 +22,21 @@ def prepare_imports(flags: Mapping[str, Any], *, owns_process: bool) -> None:
     if owns_process:
         follow_launcher()
         for name in unused_libraries(flags):
-            sys.modules.setdefault(name, None)  # Python's own sign for "not to be found"
+            sys.modules.setdefault(name, None)  # makes Python report it as not installed
 
 
 def unused_libraries(flags: Mapping[str, Any]) -> list[str]:
-    """Return the optional libraries that diffusers, peft and accelerate would import for nothing.
+    """Return the optional libraries that diffusers, peft and accelerate would import without need.
 
     Skipping them makes a start about a quarter faster.
     """
     is_set_later = flags.get("auto_fit") or flags.get("memory_budget_gb")
+    quantization = flags.get("quantize_base")
+    of_torchao = ("use_torchao", "use_4bit", "use_fp8", "use_cpu_offload_optimizer", "text_encoder_8bit")
     is_8bit_of_bitsandbytes = flags.get("use_8bit") and not flags.get("use_torchao")
-    has_torchao_optimizer = any(
-        flags.get(flag) for flag in ("use_torchao", "use_4bit", "use_fp8", "use_cpu_offload_optimizer")
-    )
     uses = {
-        "bitsandbytes": is_set_later or is_8bit_of_bitsandbytes or flags.get("quantize_base") == "nf4",
-        "torchao": is_set_later
-        or has_torchao_optimizer
-        or flags.get("quantize_base") in ("int8", "fp8")
-        or flags.get("text_encoder_8bit"),
+        "bitsandbytes": is_set_later or is_8bit_of_bitsandbytes or quantization == "nf4",
+        "torchao": is_set_later or any(map(flags.get, of_torchao)) or quantization in ("int8", "fp8"),
         "deepspeed": uses_deepspeed(),
     }
     return [name for name, is_used in uses.items() if not is_used]
@@ -48,10 +44,10 @@ def unused_libraries(flags: Mapping[str, Any]) -> list[str]:
 
 def quiet_libraries() -> None:
     """Silence known noise of libraries; called before they are imported."""
-    from common import bars  # noqa: F401  # its settings hold for the bars of libraries too
+    from common import bars  # noqa: F401  # its settings also apply to the bars of libraries
 
     for name in (
-        "torch.utils._pytree",  # torchao registers its enums in a way that torch calls deprecated
+        "torch.utils._pytree",  # torchao registers its enums in a way that torch deprecates
         "diffusers.quantizers.torchao.torchao_quantizer",  # looks for classes that newer torchao moved
         "torch.utils.cpp_extension",  # a compiler without a GPU
     ):
@@ -60,5 +56,5 @@ def quiet_libraries() -> None:
     if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))):  # Linux, WSL
         # DeepSpeed warns that it has to guess.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Set by hand, tokenizers do not warn about the data workers' fork.
+    # If this is set, tokenizers do not warn when data workers fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -32,13 +32,10 @@ def read_utf8(file: Path) -> str:
 
 
 def read_json(file: Path) -> list[tuple[str, Any]]:
-    """Read a JSON array, or one JSON value per line.
-
-    Returns:
-        (place, value) of each value.
+    """Return (place, value) of each value of a JSON array, or of a file with one JSON value per line.
 
     Raises:
-        UserError: the file is neither; with the line.
+        UserError: the file is neither; names the line.
     """
     text = read_utf8(file)
     if text.lstrip().startswith("["):

@@ -48,13 +48,8 @@ def assign_bucket(num_frames: int, height: int, width: int, buckets: Iterable[Bu
         num_frames: frames of the sample, as from `choose_samples`.
         height, width: size of the clip, in pixels.
         buckets: as from `make_buckets`.
-
-    Raises:
-        ValueError: no bucket has that many frames.
     """
     sizes = [bucket for bucket in buckets if bucket.num_frames == num_frames]
-    if not sizes:
-        raise ValueError(f"no bucket has {num_frames} frames")
     sizes = [bucket for bucket in sizes if bucket.height <= height and bucket.width <= width] or sizes
 
     def aspect_distance(bucket: Bucket) -> float:

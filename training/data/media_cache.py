@@ -18,7 +18,7 @@ from PIL import Image
 
 from common.errors import UserError, described, one_line
 from common.files import atomic_write
-from data.paths import stays_inside
+from data.paths import expand_home, stays_inside
 from data.rows import UnusableRow
 from video.media import decode_still_image, reason_of
 
@@ -85,11 +85,6 @@ def first_frame_file(
         raise UnusableRow(f"its image {problem}") from problem
 
 
-def expand_home(path: str) -> str:
-    """Replace ~/ at the start of a path by the home folder. ~name stays, because file names may begin with ~."""
-    return os.path.expanduser(path) if path.startswith("~/") else path
-
-
 def _listed_file(text: str, folder: Path | None, within: Sequence[Path] | None) -> Path:
     path = expand_home(text.strip())
     if not path:
@@ -105,13 +100,17 @@ def _listed_file(text: str, folder: Path | None, within: Sequence[Path] | None) 
 
 
 def _fetch(url: str, folder: Path | None, cache: Path, within: Sequence[Path] | None) -> Path:
-    """Copy a file on the hub or in an archive, cached by its link: the hub's links contain the revision."""
+    """Copy a file on the hub or in an archive, cached by its link: the hub's links contain the revision.
+
+    No other server is contacted.
+    """
     import fsspec
+    from huggingface_hub import constants
 
     *inner, outermost = url.split("::")
     if "://" not in outermost:
         url = "::".join([*inner, str(_listed_file(outermost, folder, within).absolute())])
-    elif not _is_on_hub(outermost):
+    elif not outermost.startswith(("hf://", f"{constants.ENDPOINT}/")):  # those that `datasets` makes
         raise UnusableRow("is a URL; download the file and list its path")
     if not all(link.partition("://")[0] in _ARCHIVES for link in inner):
         raise UnusableRow("is an unsupported kind of link; list the path of a file")
@@ -132,13 +131,6 @@ def _fetch(url: str, folder: Path | None, cache: Path, within: Sequence[Path] | 
     return _cached(cache, _digest(url.encode()), url.split("::")[0].split("?")[0], copy)
 
 
-def _is_on_hub(url: str) -> bool:
-    """Return whether a link is one that `datasets` makes of a file on the hub. No other server is contacted."""
-    from huggingface_hub import constants
-
-    return url.startswith(("hf://", f"{constants.ENDPOINT}/"))
-
-
 def _write_decoded(array: np.ndarray, fps: object, cache: Path) -> Path:
     is_decoded = array.ndim in (3, 4) and array.shape[-1] == 3 and array.size and array.dtype.kind in "iu"
     if not is_decoded or array.min() < 0 or array.max() > 255:
@@ -153,7 +145,6 @@ def _write_decoded(array: np.ndarray, fps: object, cache: Path) -> Path:
 
 
 def _write_images(images: Sequence[bytes], fps: object, cache: Path) -> Path:
-    """Write a list of encoded images as one video."""
     if not images:
         raise UnusableRow("holds no frames")
     rate = _rate(fps)
@@ -169,8 +160,8 @@ def _image_bytes(image: object, folder: Path | None, within: Sequence[Path] | No
             try:
                 return _listed_file(path, folder, within).read_bytes()
             except (OSError, ValueError) as error:  # ValueError: a path with a null character
-                name = one_line(path, 200)
-                raise UnusableRow(f"has a frame {name} that cannot be read: {reason_of(error)}") from error
+                reason = reason_of(error)
+                raise UnusableRow(f"has a frame {one_line(path, 200)} that cannot be read: {reason}") from error
     raise UnusableRow(f"has {described(image)} among its frames, not an image")
 
 
@@ -185,15 +176,13 @@ def _decode_image(data: bytes) -> np.ndarray:
 
 
 def _rate(fps: object) -> Fraction:
-    if fps is None:
-        return Fraction(_DECODED_FPS)
-    if isinstance(fps, int | float) and 0.01 <= fps <= 1000:
-        return Fraction(fps).limit_denominator(1001)
-    raise UnusableRow(f"has {described(fps)} in its fps column; a rate is a number from 0.01 to 1000")
+    if not isinstance(fps, int | float | None) or not 0.01 <= (rate := _DECODED_FPS if fps is None else fps) <= 1000:
+        raise UnusableRow(f"has {described(fps)} in its fps column; a rate is a number from 0.01 to 1000")
+    return Fraction(rate).limit_denominator(1001)
 
 
 def _write_video(path: Path, frames: Iterable[np.ndarray], rate: Fraction) -> None:
-    """Write frames losslessly. Equal frames make equal bytes: without bitexact, Matroska adds a random identifier."""
+    # Equal frames make equal bytes: without bitexact, Matroska adds a random identifier.
     with av.open(str(path), "w", format="matroska", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("ffv1", rate=rate)
         stream.pix_fmt = "bgr0"
@@ -216,7 +205,6 @@ def _digest(*parts: bytes | np.ndarray) -> str:
 
 
 def _cached(cache: Path, digest: str, name: str, write: Callable[[Path], object]) -> Path:
-    """Return the file of a digest, with the suffix of `name`; write it if it does not exist."""
     suffix = os.path.splitext(name)[1].lower()
     path = cache / digest[:2] / f"{digest}{suffix if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES else ''}"
     if not path.exists():

@@ -8,19 +8,8 @@ from pathlib import Path
 
 from common.errors import UserError, described
 from common.text_files import read_json, read_lines, read_utf8
-from data.arrow import read_parquet
 from data.rows import Row, Table
-
-
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-
-
-def has_text_files(data_root: Path, video_column: str, caption_column: str) -> bool:
-    """Return whether `data_root` has videos.txt or prompts.txt, or a flag names such a file."""
-    named = ((video_column, "videos.txt"), (caption_column, "prompts.txt"))
-    return any(
-        column.endswith(".txt") or os.path.isfile(_text_file(data_root, column, default)) for column, default in named
-    )
+from flags.types import TABLE_SUFFIXES
 
 
 def read_text_files(
@@ -29,8 +18,8 @@ def read_text_files(
     caption_column: str,
     image_column: str | None,
     *,
-    captions_needed: bool = True,
-) -> Table:
+    captions_needed: bool,
+) -> Table | None:
     """Read videos.txt, prompts.txt and images.txt if it exists: line n of one belongs to line n of the others.
 
     Args:
@@ -40,7 +29,8 @@ def read_text_files(
         captions_needed: require prompts.txt, with a line for each video.
 
     Returns:
-        Columns video, caption and image. An empty line in images.txt is for a video without an image.
+        Columns video, caption and image; None if no flag names a file and neither videos.txt nor prompts.txt exists.
+        An empty line in images.txt is for a video without an image.
 
     Raises:
         UserError: a file is missing, not UTF-8, or of another length.
@@ -48,13 +38,15 @@ def read_text_files(
     videos_file = _text_file(data_root, video_column, "videos.txt")
     prompts_file = _text_file(data_root, caption_column, "prompts.txt")
     images_file = _text_file(data_root, image_column or "images.txt", "images.txt")
-    needed = [(videos_file, "--video_column")]
-    if captions_needed or caption_column.endswith(".txt"):
-        needed.append((prompts_file, "--caption_column"))
-    if image_column is not None:
-        needed.append((images_file, "--image_column"))
-    for file, flag in needed:
-        if not os.path.isfile(file):
+    is_named = video_column.endswith(".txt") or caption_column.endswith(".txt")
+    if not is_named and not any(map(os.path.isfile, (videos_file, prompts_file))):
+        return None
+    for file, flag, is_needed in (
+        (videos_file, "--video_column", True),
+        (prompts_file, "--caption_column", captions_needed or caption_column.endswith(".txt")),
+        (images_file, "--image_column", image_column is not None),
+    ):
+        if is_needed and not os.path.isfile(file):
             raise UserError(
                 f"{file} does not exist; {flag} names the file, below --data_root (or pass a --dataset_file)"
             )
@@ -102,6 +94,8 @@ def read_table(file: Path) -> Table:
         )
         return Table(str(file), names, rows, file.parent)
     if suffix == ".parquet":
+        from data.arrow import read_parquet
+
         return read_parquet(file)
     raise UserError(f"--dataset_file {file} is of an unknown kind; it must be one of {', '.join(TABLE_SUFFIXES)}")
 

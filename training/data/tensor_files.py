@@ -101,8 +101,7 @@ class ShardWriter:
     def merge(self, given_up: Container[str] = ()) -> None:
         """Write the shards whose batches are complete, as after a kill between the last batch and the shard.
 
-        Args:
-            given_up: names that will never be written; shards are complete without them.
+        Shards are complete without the names that are given up.
         """
         for digest in self._shards:
             self._merge_if_complete(digest, given_up)
@@ -115,9 +114,8 @@ class ShardWriter:
             parts = _tensor_files(staging)
             wanted = {name for name in self._shards[digest] if name not in given_up}
             # The counts in the file names save reading the headers before enough batches exist.
-            if not parts or sum(int(part.stem.split("-")[1]) for part in parts) < len(wanted):
-                return
-            if not wanted.issubset(name for part in parts for name in names_in(part)):
+            num_staged = sum(int(part.stem.split("-")[1]) for part in parts)
+            if not parts or num_staged < len(wanted) or wanted - {name for part in parts for name in names_in(part)}:
                 return
             try:
                 with atomic_write(shard, staging=staging) as partial:
@@ -131,11 +129,7 @@ class ShardWriter:
 
 
 def finished_names(folder: Path) -> dict[str, Path]:
-    """Return the names in the finished shards of a folder, each with its shard.
-
-    Raises:
-        UserError: a shard is damaged.
-    """
+    """Return the names in the finished shards of a folder, each with its shard; a damaged one is a `UserError`."""
     return {name: path for path in _tensor_files(folder) for name in names_in(path)}
 
 
@@ -144,11 +138,7 @@ def _tensor_files(folder: Path) -> list[Path]:
 
 
 def names_in(path: Path) -> Iterator[str]:
-    """Read the names in a shard from its header, and check its length. A missing file has no names.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Read the names in a shard from its header; a missing file has none, and a damaged one is a `UserError`."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -162,22 +152,18 @@ def names_in(path: Path) -> Iterator[str]:
 
 
 def save_tensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a safetensors file; a full disk is an `OSError`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
         save_file(dict(tensors), path)
-    except SafetensorError as error:  # a full disk
+    except SafetensorError as error:
         raise OSError(str(error)) from error
 
 
 def samples_per_shard(bytes_per_sample: int, shard_bytes: int) -> int:
-    """Return the number of samples in a shard of about that size."""
+    """Return how many samples a shard of about that size has."""
     return max(1, min(MOST_PER_SHARD, shard_bytes // bytes_per_sample))
 
 

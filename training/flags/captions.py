@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flags.schema import flag
-from flags.types import non_negative_float, non_negative_int, path, positive_float, positive_int, prose
+from flags.types import FilePath, NonNegativeFloat, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Text, Url
 
 
 CAPTIONS_FILE = "captions.jsonl"
@@ -11,38 +11,23 @@ CAPTIONS_FILE = "captions.jsonl"
 
 @dataclass(frozen=True)
 class CaptionModelFlags:
-    """The vision-language model, or the server that has it."""
+    """The vision-language model, or the server that runs it."""
 
-    endpoint: str | None = flag(
-        None,
-        "OpenAI-compatible server to ask, up to and with its /v1: http://localhost:8000/v1.",
-        metavar="URL",
-        shown="none, --model is loaded here",
+    endpoint: Url | None = flag(
+        None, "OpenAI-compatible server, such as http://localhost:8000/v1.", shown="none, --model is loaded here"
     )
     model: str | None = flag(
         None,
-        "With --endpoint, the model to ask there (default: the only one that it offers). Without, a "
-        "vision-language model to load with transformers: a folder, or a name on the hub.",
-        metavar="NAME",
+        "With --endpoint, the model to use there (default: its only one). Otherwise a vision-language model for "
+        "transformers: a folder or a hub id.",
     )
     api_key_variable: str = flag(
-        "OPENAI_API_KEY",
-        "Environment variable that holds the endpoint's key. Without such a variable no key is sent.",
-        metavar="NAME",
+        "OPENAI_API_KEY", "Environment variable with the endpoint's key; if it is not set, no key is sent."
     )
-    num_workers: int = flag(8, "Requests to the endpoint at a time.", type=positive_int, metavar="N")
-    timeout: float = flag(
-        300.0,
-        "How long the endpoint may be silent before a request counts as failed.",
-        type=positive_float,
-        metavar="SECONDS",
-    )
-    max_retries: int = flag(
-        5,
-        "How often a request is sent again, after longer and longer waits, when the endpoint is busy, fails or "
-        "cannot be reached.",
-        type=non_negative_int,
-        metavar="N",
+    num_workers: PositiveInt = flag(8, "Parallel requests to the endpoint.")
+    timeout: PositiveFloat = flag(300.0, "Fail a request after this long without an answer.", metavar="SECONDS")
+    max_retries: NonNegativeInt = flag(
+        5, "Retries of a request, after increasing waits, if the endpoint is busy, fails or cannot be reached."
     )
 
 
@@ -50,48 +35,29 @@ class CaptionModelFlags:
 class CaptionFrameFlags:
     """What the model sees of a clip."""
 
-    num_frames: int = flag(
-        8, "Frames of each clip, spread evenly from its first to its last.", type=positive_int, metavar="N"
-    )
-    max_size: int = flag(
-        512, "Longer side in pixels that larger frames are shrunk to.", type=positive_int, metavar="PX"
-    )
+    num_frames: PositiveInt = flag(8, "Frames of each clip, spread evenly from its first to its last.")
+    max_size: Pixels = flag(512, "Shrink larger frames to this longer side in pixels.")
 
 
 @dataclass(frozen=True)
 class CaptionFlags:
-    """What is asked for, and where captions go."""
+    """The request for a caption, and the file of captions."""
 
-    prompt: str | None = flag(
+    prompt: Text | None = flag(
         None,
-        "What to ask for each clip.",
-        type=prose,
-        metavar="TEXT",
+        "The question for each clip.",
         shown="one factual paragraph of 80 to 120 words on subject, motion, place, light and camera",
     )
-    prompt_file: str | None = flag(None, "The same from a text file.", type=path, metavar="FILE", shown="none")
-    temperature: float = flag(
-        0.0,
-        "0 takes the likeliest words; more makes captions more varied and less reliable.",
-        type=non_negative_float,
-        metavar="T",
+    prompt_file: FilePath | None = flag(None, "Read --prompt from this text file.")
+    temperature: NonNegativeFloat = flag(
+        0.0, "0 takes the most likely words; higher values give more varied, less reliable captions.", metavar="T"
     )
-    max_tokens: int = flag(
-        512,
-        "Longest answer; of a longer one, whole sentences are kept. Raise it for models that think before they "
-        "answer.",
-        type=positive_int,
-        metavar="N",
+    max_tokens: PositiveInt = flag(
+        512, "Longest answer; a longer one is cut after a full sentence. Raise it for reasoning models."
     )
-    output_file: str | None = flag(
-        None,
-        "Table to write, .jsonl.",
-        type=path,
-        metavar="FILE",
-        shown=f"{CAPTIONS_FILE} in --data_root, or else beside --dataset_file",
+    output_file: FilePath | None = flag(
+        None, "Table to write, .jsonl.", shown=f"{CAPTIONS_FILE} in --data_root, or else next to --dataset_file"
     )
     overwrite: bool = flag(
-        False,
-        "Caption all clips anew, also those that come with captions or got theirs in an earlier run.",
-        shown="these are kept",
+        False, "Also caption clips that already have a caption, from the data or an earlier run.", shown="keep these"
     )

@@ -1,4 +1,4 @@
-"""A YAML file of flags, for `--config`: each key a flag's name, each value what would be typed behind it."""
+"""A YAML file of flags, for `--config`: each key is a flag's name, each value what would be typed after it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from common.errors import UserError
 
 
-SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as YAML 1.1 has it
+SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as in YAML 1.1
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class FileSetting:
 
     @property
     def switch(self) -> bool | None:
-        """What the value means for a flag without values; None for anything but true and false."""
+        """The value for a flag without values; None unless it means true or false."""
         return SWITCH_WORDS.get(self.value.lower()) if isinstance(self.value, str) else None
 
 
@@ -28,18 +28,18 @@ def read_config_file(file: str) -> list[FileSetting]:
     """Read the settings of a file, in their order.
 
     Raises:
-        UserError: it cannot be read, or is no list of names and values.
+        UserError: the file cannot be read, or is not a mapping of names to values.
     """
-    import yaml  # takes a moment, and few runs need it
+    import yaml  # slow to import, and few runs need it
 
     def refuse(problem: str, node: yaml.Node) -> UserError:
         return UserError(f"--config: {file}, line {node.start_mark.line + 1}: {problem}")
 
     def read_text(node: yaml.Node, name: str) -> str:
         if not isinstance(node, yaml.ScalarNode):
-            raise refuse(f"{name}: give a value, or a list of values", node)
+            raise refuse(f"{name}: must be a value or a list of values", node)
         if node.tag == "tag:yaml.org,2002:null":
-            raise refuse(f"{name}: has no value; give one, or leave the line out", node)
+            raise refuse(f"{name}: has no value; add one, or remove the line", node)
         return node.value
 
     root = _parse(file)
@@ -51,7 +51,7 @@ def read_config_file(file: str) -> list[FileSetting]:
     for key, node in root.value:
         name = read_text(key, "a flag's name")
         if name in settings:
-            raise refuse(f"{name}: given in line {settings[name].line} already", key)
+            raise refuse(f"{name}: already set in line {settings[name].line}", key)
         is_list = isinstance(node, yaml.SequenceNode)
         value = [read_text(item, name) for item in node.value] if is_list else read_text(node, name)
         settings[name] = FileSetting(name, value, key.start_mark.line + 1)
@@ -59,7 +59,7 @@ def read_config_file(file: str) -> list[FileSetting]:
 
 
 def _parse(file: str) -> Any:
-    """The file as YAML's tree of nodes, of which nothing is constructed; None for an empty one."""
+    """Return the file as YAML's tree of nodes, without constructing values; None for an empty file."""
     import yaml
 
     try:
@@ -72,6 +72,6 @@ def _parse(file: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"--config: {file}{where}: this is no YAML: {reason}") from error
+        raise UserError(f"--config: {file}{where}: not valid YAML: {reason}") from error
     except RecursionError as error:
         raise UserError(f"--config: {file}: lists are nested too deep") from error

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flags.schema import flag
-from flags.types import non_negative_int, path, positive_float, positive_int, probability
+from flags.types import FilePath, FolderPath, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Probability
 from video.frames import LONG_CLIPS
 
 
@@ -26,177 +26,111 @@ PREPARED_FLAGS = (
 
 @dataclass(frozen=True)
 class SourceFlags:
-    """Where the clips and captions are, and which frames of a file count."""
+    """Where the clips and captions are, and which frames of a file to use."""
 
-    data_root: str | None = flag(
+    data_root: FolderPath | None = flag(
         None,
-        "Folder that holds the clips; required unless another flag names the data. It lists them in two text "
-        "files (see --video_column), or has a caption clip.txt beside each clip.mp4.",
-        type=path,
-        metavar="FOLDER",
-        also=("--instance_data_root",),
+        "Folder of the clips; required unless another flag names the data. Two text files list them (see "
+        "--video_column), or each clip.mp4 has its caption in clip.txt.",
+        alias="instance_data_root",
     )
-    dataset_file: str | None = flag(
+    dataset_file: FilePath | None = flag(
         None,
-        "Table with one row per clip: .csv, .tsv, .jsonl, .json or .parquet. Paths in it are relative to "
-        "--data_root, or to the file itself without one.",
-        type=path,
-        metavar="FILE",
-        shown="none",
+        "Table with one row per clip: .csv, .tsv, .jsonl, .json or .parquet. Paths in it start from --data_root, or "
+        "else from its own folder.",
     )
     video_column: str = flag(
-        "video",
-        "Column with the clips' paths, or name of the text file in --data_root that lists them, videos.txt otherwise.",
-        metavar="NAME",
+        "video", "Column of the clips' paths, or text file in --data_root that lists them (else videos.txt)."
     )
-    caption_column: str = flag(
-        "text",
-        "Column with the captions, or name of the text file that lists them, prompts.txt otherwise.",
-        metavar="NAME",
-    )
+    caption_column: str = flag("text", "Column of the captions, or text file that lists them (else prompts.txt).")
     image_column: str | None = flag(
         None,
-        "Image-to-video: column with images to start from, or name of the text file that lists them. Where it is "
-        "empty, a clip starts from its own first frame.",
-        metavar="NAME",
-        shown="image or images.txt, where there is one",
+        "Image-to-video: column or text file of first frames. Where empty, a clip's own first frame is used.",
+        shown="image or images.txt, if it exists",
     )
     allow_outside_paths: bool = flag(
         False,
-        "Follow paths of a list wherever they lead; lists may come from strangers. Otherwise what a table, text "
-        "file or data set names must lie in --data_root or in the table's own folder, what --dataset_mix names "
-        "below that file's folder, and what the index of a prepared folder names in that folder; links inside "
-        "these are followed.",
+        "Allow listed paths to point anywhere; not for lists from strangers. Otherwise a table, text file or data set "
+        "may name only files in --data_root or the table's folder, --dataset_mix only files below its own folder, and "
+        "the index of a prepared folder only files in it. Links inside these are followed.",
     )
     on_bad_clip: str = flag(
         "error",
-        "What to do about clips that are missing, damaged, too short or without a caption: list them all and "
-        "stop, or skip them and list them in skipped_clips.csv in --output_dir (captioning: in the log).",
+        "For clips that are missing, damaged, too short or without a caption: error lists all and stops; skip lists "
+        "them in skipped_clips.csv in --output_dir (captioning: in the log).",
         choices=("error", "skip"),
     )
     dataset_name: str | None = flag(
-        None,
-        "Data set on the Hugging Face hub, or a local one, as `datasets.load_dataset` takes it; its clips may be "
-        "paths, bytes or decoded videos.",
-        metavar="NAME",
-        shown="none",
+        None, "Data set for `datasets.load_dataset` (hub or local), with clips as paths, bytes or decoded videos."
     )
-    dataset_config_name: str | None = flag(
-        None, "Configuration of --dataset_name.", metavar="NAME", shown="its only one"
-    )
-    dataset_split: str = flag("train", "Split of --dataset_name.", metavar="NAME")
+    dataset_config_name: str | None = flag(None, "Configuration of --dataset_name.", shown="its only one")
+    dataset_split: str = flag("train", "Split of --dataset_name.")
     dataset_streaming: bool = flag(
-        False,
-        "Read --dataset_name row by row instead of downloading all of it first; with --max_samples, only what is "
-        "used is downloaded.",
+        False, "Read --dataset_name row by row; with --max_samples, only these rows are downloaded."
     )
-    max_samples: int | None = flag(
-        None,
-        "Use only the first N rows of the data set, to try something out.",
-        type=positive_int,
-        metavar="N",
-        shown="all",
-    )
+    max_samples: PositiveInt | None = flag(None, "Use only the first N rows of the data set, to try it.", shown="all")
     id_token: str | None = flag(
+        None, "Rare trigger word to prepend to every caption; start your prompts with it later.", metavar="WORD"
+    )
+    dataset_mix: FilePath | None = flag(
         None,
-        "Rare word put in front of every caption, which then calls up what you trained; use the same word in "
-        "prompts later.",
-        metavar="WORD",
-        shown="none",
+        "Several data sets: a JSON list of objects with these flags as keys, and with repeats (passes over its clips "
+        "per epoch) or weight (its share of an epoch).",
     )
-    dataset_mix: str | None = flag(
-        None,
-        "Several data sets: a JSON file with a list of objects, each with these flags as keys and with repeats "
-        "(how often its clips come in an epoch) or weight (its share of an epoch).",
-        type=path,
-        metavar="JSON",
-        shown="none",
+    skip_frames_start: NonNegativeInt = flag(
+        0, "Frames to skip at a clip's start, such as title cards and fades; pass the same to every script."
     )
-    skip_frames_start: int = flag(
-        0,
-        "Frames of the file to skip at the clip's start, for title cards and fades; pass the same number to every "
-        "script.",
-        type=non_negative_int,
-        metavar="N",
-    )
-    skip_frames_end: int = flag(
-        0,
-        "Frames of the file to skip at the clip's end; pass the same number to every script.",
-        type=non_negative_int,
-        metavar="N",
-    )
+    skip_frames_end: NonNegativeInt = flag(0, "Frames to skip at a clip's end; pass the same to every script.")
 
 
 @dataclass(frozen=True)
 class ClipFlags:
     """How a clip becomes a sample: its size, its frames, its augmentation."""
 
-    height_buckets: tuple[int, ...] = flag(
+    height_buckets: tuple[Pixels, ...] = flag(
         DEFAULT_BUCKETS,
-        "Heights in pixels, multiples of 16; each clip is resized to the nearest height x width of the two "
-        "lists. When neither list is given but both --height and --width are, that one size is used for all "
-        "clips.",
-        type=positive_int,
-        metavar="PX",
+        "Heights in pixels, multiples of 16; each clip is resized to the nearest height x width of both lists. "
+        "Without lists, --height and --width together set the only size.",
     )
-    width_buckets: tuple[int, ...] = flag(
-        DEFAULT_BUCKETS, "Widths in pixels, multiples of 16; see --height_buckets.", type=positive_int, metavar="PX"
+    width_buckets: tuple[Pixels, ...] = flag(
+        DEFAULT_BUCKETS, "Widths in pixels, multiples of 16; see --height_buckets."
     )
-    height: int = flag(
-        480,
-        "Height in pixels, a multiple of 16, of validation videos; together with --width, and without bucket "
-        "lists, also the only size of clips.",
-        type=positive_int,
-        metavar="PX",
+    height: Pixels = flag(
+        480, "Height of validation videos, a multiple of 16; with --width and no bucket lists, also of all clips."
     )
-    width: int = flag(720, "Width in pixels, a multiple of 16; see --height.", type=positive_int, metavar="PX")
+    width: Pixels = flag(720, "Width in pixels, a multiple of 16; see --height.")
     video_reshape_mode: str = flag(
         "center",
-        "How a clip gets its bucket's size: center and random resize it with its aspect kept and crop the middle "
-        "or a random part; none stretches it, which distorts clips of another aspect.",
+        "How a clip gets its bucket's size: center and random keep the aspect ratio and crop the middle or a random "
+        "part; none stretches the clip.",
         choices=("center", "random", "none"),
     )
-    frame_buckets: tuple[int, ...] = flag(
-        (49,),
-        "Lengths in frames that clips are cut to: 1, or numbers of the form 4k or 4k+1. The models know 49 "
-        "(CogVideoX 1.5: 81).",
-        type=positive_int,
-        metavar="N",
+    frame_buckets: tuple[PositiveInt, ...] = flag(
+        (49,), "Lengths in frames to cut clips to: 1, 4k or 4k+1. The models were trained on 49 (CogVideoX 1.5: 81)."
     )
-    max_num_frames: int = flag(
-        49,
-        "Longest clip in frames, and the length of validation videos. Raise it together with --frame_buckets.",
-        type=positive_int,
-        metavar="N",
+    max_num_frames: PositiveInt = flag(
+        49, "Longest clip in frames, and length of validation videos. Raise it together with --frame_buckets."
     )
-    fps: float | None = flag(
+    fps: PositiveFloat | None = flag(
         None,
-        "Sample clips in time at this many frames per second, so that motion keeps its speed; give the model's "
-        "own rate (8, CogVideoX 1.5: 16). Without it frames are spread evenly over the clip, and written videos "
-        "play at 8.",
-        type=positive_float,
+        "Resample clips to this frame rate, so that motion keeps its speed; use the model's (8, CogVideoX 1.5: 16). "
+        "Without it frames are spread evenly over the clip, and written videos play at 8.",
         metavar="RATE",
         shown="not resampled",
     )
     long_clips: str | None = flag(
         None,
-        "What to take of a clip longer than its frame bucket: spread takes frames evenly from all of it, first "
-        "its first frames in succession, split makes several samples of successive frames.",
+        "For clips longer than their frame bucket: spread takes frames evenly from all of it, first its first "
+        "consecutive frames, split several samples of consecutive frames.",
         choices=LONG_CLIPS,
-        shown="spread; with --fps, which spread cannot keep, first",
+        shown="spread; first with --fps, which spread cannot keep",
     )
     hold_last_frame: bool = flag(
-        False,
-        "Fill clips that are too short for the smallest frame bucket by holding their last frame; otherwise they "
-        "are bad clips.",
+        False, "Repeat the last frame of clips too short for the smallest frame bucket; otherwise they are bad clips."
     )
-    random_flip: float | None = flag(
+    random_flip: Probability | None = flag(
         None,
-        "Probability (0 to 1) of mirroring a clip left to right: one coin per clip, so all its frames agree. "
-        "Avoid it when clips show text or captions say left and right.",
-        type=probability,
-        metavar="P",
-        shown="no flips",
+        "Probability of mirroring all frames of a clip. Avoid it with text in clips or left and right in captions.",
     )
 
 
@@ -204,16 +138,10 @@ class ClipFlags:
 class LoaderFlags:
     """How samples are read."""
 
-    dataloader_num_workers: int = flag(
-        0,
-        "Processes that read clips while the model computes; 0 reads in the main process. Raise it (4 to 8) when "
-        "steps wait for data.",
-        type=non_negative_int,
-        metavar="N",
+    dataloader_num_workers: NonNegativeInt = flag(
+        0, "Worker processes that read clips; 0 reads in the main process. Raise it (4 to 8) if steps wait for data."
     )
-    pin_memory: bool = flag(
-        False, "Keep batches in page-locked memory, which makes copies to a GPU faster at the cost of RAM."
-    )
+    pin_memory: bool = flag(False, "Keep batches in page-locked memory: faster copies to a GPU, more RAM.")
 
 
 @dataclass(frozen=True)
@@ -222,11 +150,9 @@ class PreparedFlags:
 
     load_tensors: bool = flag(
         False,
-        "Train on latents and embeddings written by prepare_dataset.py, with --data_root as its --output_dir. "
-        "Saves loading the VAE and the text encoder and makes steps faster; use it whenever you train for more "
-        "than one epoch.",
+        "Train on latents and embeddings of prepare_dataset.py; --data_root is its --output_dir. Steps are faster, "
+        "and neither VAE nor text encoder is loaded. Use it for more than one epoch.",
     )
     ignore_prepared_mismatch: bool = flag(
-        False,
-        "With --load_tensors, go on with a warning when the data was prepared with other encoders than the model's.",
+        False, "With --load_tensors, only warn if the data was prepared with other encoders than the model's."
     )

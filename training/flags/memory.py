@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flags.schema import flag
-from flags.types import positive_float, positive_int
+from flags.types import PositiveFloat, PositiveInt
 
 
 CHECKPOINT_SCOPES = ("block", "segment", "feed-forward")
@@ -15,8 +15,7 @@ def text_encoder_flag() -> Any:
     """Declare --text_encoder_8bit, which all scripts that embed captions or prompts have."""
     return flag(
         False,
-        "Embed captions and prompts with the text encoder's weights in 8 bits (torchao, on any device): 5 GB of "
-        "memory instead of 10; the embeddings differ by about 1%.",
+        "Run the text encoder in 8 bits (torchao, any device): 5 GB instead of 10; embeddings differ by ~1%.",
     )
 
 
@@ -26,57 +25,48 @@ class MemoryFlags:
 
     gradient_checkpointing: bool = flag(
         False,
-        "Compute activations again in the backward pass instead of keeping them: much less memory, slower steps. "
-        "Needed for full-size clips on most cards.",
+        "Recompute activations in the backward pass instead of storing them: much less memory, slower steps. Most "
+        "cards need it for full-size clips.",
     )
     checkpoint_scope: str = flag(
         "block",
-        "With --gradient_checkpointing, what is computed again as one piece: block by block, segment (several "
-        "blocks: fewer inputs are kept, more is computed again at once), or feed-forward (that part of each "
-        "block alone: faster, more memory).",
+        "Unit that --gradient_checkpointing recomputes: a block; a segment of several blocks (stores fewer inputs); "
+        "or only each block's feed-forward (faster, more memory).",
         choices=CHECKPOINT_SCOPES,
     )
-    checkpoint_every: int | None = flag(
+    checkpoint_every: PositiveInt | None = flag(
         None,
-        "With --gradient_checkpointing, checkpoint every N-th block only, which is faster and takes more memory; "
-        "with --checkpoint_scope segment, blocks in a segment.",
-        type=positive_int,
-        metavar="N",
+        "With --gradient_checkpointing, checkpoint only every N-th block: faster, more memory. With "
+        "--checkpoint_scope segment, blocks per segment.",
         shown="1; 2 in a segment",
     )
     offload_checkpoints: bool = flag(
-        False,
-        "With --gradient_checkpointing, keep what is kept (the inputs of the blocks) in pinned host memory; "
-        "copies run beside the computation.",
+        False, "With --gradient_checkpointing, keep its inputs in pinned CPU memory; copies overlap compute."
     )
     quantize_base: str = flag(
         "none",
-        "Store the frozen base model's linear layers in 8 bits (int8, fp8: by torchao) or 4 (nf4: by "
-        "bitsandbytes, needs a GPU). The LoRA is written as ever and loads on the unquantized model.",
+        "Store the frozen base model's linear layers in 8 bits (int8, fp8: torchao) or 4 (nf4: bitsandbytes, needs a "
+        "GPU). The LoRA is saved as usual and loads on the unquantized model.",
         choices=QUANTIZATIONS,
     )
     stream_blocks: bool = flag(
         False,
-        "Keep the frozen blocks in pinned host memory and copy each to the GPU just before it is used: two "
-        "blocks are there at a time. For the smallest cards; needs --gradient_checkpointing.",
+        "Keep frozen blocks in pinned CPU memory and copy each to the GPU just before use, two at a time. For the "
+        "smallest cards; needs --gradient_checkpointing.",
     )
     weights_dtype: str = flag(
         "fp32",
-        "What the trained weights are kept in. bf16 halves weights and gradients; updates are then rounded "
-        "stochastically, by torchao's optimizers: it needs --use_torchao. Under DeepSpeed it halves the weights "
-        "on each GPU; float32 ones, divided among the GPUs, are updated.",
+        "Precision of the trained weights. bf16 halves weights and gradients; torchao then rounds updates "
+        "stochastically (needs --use_torchao). Under DeepSpeed it halves the weights on each GPU, and sharded float32 "
+        "weights are updated.",
         choices=("fp32", "bf16"),
     )
     text_encoder_8bit: bool = text_encoder_flag()
     auto_fit: bool = flag(
         False,
-        "When the first steps run out of GPU memory, start them again with the next stronger savings of memory, "
-        "and say which. One process only.",
+        "If the first steps run out of GPU memory, restart them with stronger memory savings, and log which. One "
+        "process only.",
     )
-    memory_budget_gb: float | None = flag(
-        None,
-        "Choose the fastest of the settings of memory that fits into so much GPU memory, and say which.",
-        type=positive_float,
-        metavar="GB",
-        shown="what the flags say",
+    memory_budget_gb: PositiveFloat | None = flag(
+        None, "Choose the fastest memory settings that fit in this much GPU memory, and log them.", metavar="GB"
     )

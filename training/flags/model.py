@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flags.schema import flag
-from flags.types import path
+from flags.types import FolderPath, ModelPath
 
 
 @dataclass(frozen=True)
@@ -12,21 +12,14 @@ class DownloadFlags:
 
     revision: str | None = flag(
         None,
-        "Branch, tag or commit of the model on the hub. Give a commit to make a run repeatable.",
+        "Branch, tag or commit of the model on the hub; a commit makes runs repeatable.",
         shown="the main branch",
     )
     variant: str | None = flag(
-        None,
-        "Variant of the weight files, such as fp16 for files named *.fp16.safetensors. Only for models that are "
-        "stored in several.",
-        shown="the plain files",
+        None, "Variant of the weight files, such as fp16 for *.fp16.safetensors.", shown="the plain files"
     )
-    cache_dir: str | None = flag(
-        None,
-        "Where downloaded models are kept. Use it when your home disk is small.",
-        type=path,
-        metavar="FOLDER",
-        shown="the hub's own cache",
+    cache_dir: FolderPath | None = flag(
+        None, "Folder of downloaded models; use it when your home disk is small.", shown="the hub's own cache"
     )
 
 
@@ -34,12 +27,10 @@ class DownloadFlags:
 class ModelFlags(DownloadFlags):
     """The model to fine-tune."""
 
-    pretrained_model_name_or_path: str | None = flag(
+    pretrained_model_name_or_path: ModelPath | None = flag(
         None,
         "Required. Model to start from: a hub id such as THUDM/CogVideoX-5b, or a local folder in the diffusers "
         "layout (with model_index.json).",
-        type=path,
-        metavar="MODEL",
     )
 
 
@@ -47,17 +38,14 @@ class ModelFlags(DownloadFlags):
 class EncoderFlags(DownloadFlags):
     """The model whose VAE and text encoder prepare the data."""
 
-    model_id: str = flag(
+    model_id: ModelPath = flag(
         "THUDM/CogVideoX-2b",
-        "Model whose VAE and text encoder are used: a hub id or a local folder in the diffusers layout. Give the "
-        "model that you are going to train.",
-        type=path,
-        metavar="MODEL",
-        also=("--pretrained_model_name_or_path",),
+        "Model whose VAE and text encoder are used, best the one to train: a hub id or a diffusers folder.",
+        alias="pretrained_model_name_or_path",
     )
     dtype: str = flag(
         "fp32",
-        "Precision of the VAE, the text encoder and what they write. bf16 halves memory and disk space.",
+        "Precision of the VAE, the text encoder and the prepared data; bf16 halves memory and disk space.",
         choices=("fp32", "fp16", "bf16"),
     )
 
@@ -66,11 +54,9 @@ class EncoderFlags(DownloadFlags):
 class SampledModelFlags(DownloadFlags):
     """The model to sample from."""
 
-    pretrained_model_name_or_path: str | None = flag(
+    pretrained_model_name_or_path: ModelPath | None = flag(
         None,
-        "Required. Base model: a hub id such as THUDM/CogVideoX-5b, or a local folder in the diffusers layout, "
-        "pipeline/ of --save_pipeline too. Its config says whether it makes videos from text or from images.",
-        type=path,
-        metavar="MODEL",
-        also=("--model_path",),
+        "Required. Base model: a hub id such as THUDM/CogVideoX-5b, or a local folder in the diffusers layout, such "
+        "as pipeline/ of --save_pipeline. Its config says whether it is text-to-video or image-to-video.",
+        alias="model_path",
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flags.schema import flag
-from flags.types import decay_rate, non_negative_float, positive_float
+from flags.types import DecayRate, NonNegativeFloat, PositiveFloat
 
 
 OPTIMIZERS = ("adam", "adamw", "prodigy", "came", "schedulefree", "muon")
@@ -12,94 +12,67 @@ LOW_BITS = ("use_8bit", "use_4bit", "use_fp8")
 
 @dataclass(frozen=True)
 class OptimizerFlags:
-    """The optimizer, its numbers, and what its states are kept in."""
+    """The optimizer, its hyperparameters, and the precision of its states."""
 
     optimizer: str = flag(
         "adam",
         "adam or adamw (decoupled weight decay) for most runs; prodigy finds its own step size; came needs less "
-        "memory; schedulefree is adamw with an average of the weights in the place of a falling learning rate; "
-        "muon orthogonalizes the steps of matrices and takes adamw for the rest.",
+        "memory; schedulefree averages the weights of adamw instead of decaying the learning rate; muon "
+        "orthogonalizes the updates of matrices and uses adamw for the rest.",
         choices=OPTIMIZERS,
     )
-    beta1: float = flag(
-        0.9,
-        "Decay of the running mean of gradients; with muon, the momentum of matrices too.",
-        type=decay_rate,
-        metavar="X",
-        also=("--adam_beta1",),
+    beta1: DecayRate = flag(
+        0.9, "Decay of the running mean of gradients; with muon, also the momentum of matrices.", alias="adam_beta1"
     )
-    beta2: float = flag(
-        0.95,
-        "Decay of the running mean of squared gradients; raise it towards 0.999 when training is unsteady.",
-        type=decay_rate,
-        metavar="X",
-        also=("--adam_beta2",),
+    beta2: DecayRate = flag(
+        0.95, "Decay of the running mean of squared gradients; raise it (0.999) for stability.", alias="adam_beta2"
     )
-    beta3: float | None = flag(
+    beta3: DecayRate | None = flag(
         None,
-        "prodigy: decay of its step size estimate (default: square root of beta2). came: decay of its confidence",
-        type=decay_rate,
-        metavar="X",
-        also=("--prodigy_beta3",),
+        "prodigy: decay of the step size estimate (default: square root of beta2). came: of the confidence",
+        alias="prodigy_beta3",
         shown="0.9999",
     )
-    weight_decay: float = flag(
-        0.0001,
-        "How strongly weights are pulled towards 0; raise it when the result overfits.",
-        type=non_negative_float,
-        metavar="X",
-        also=("--adam_weight_decay",),
+    weight_decay: NonNegativeFloat = flag(
+        0.0001, "How strongly weights decay towards 0; raise it against overfitting.", alias="adam_weight_decay"
     )
-    epsilon: float = flag(
-        1e-08,
-        "Added to the denominator of a step so that it cannot be 0.",
-        type=positive_float,
-        metavar="X",
-        also=("--adam_epsilon",),
+    epsilon: PositiveFloat = flag(
+        1e-08, "Added to the denominator of an update, so that it is never 0.", alias="adam_epsilon"
     )
-    max_grad_norm: float = flag(
-        1.0,
-        "Gradients whose norm is larger are scaled down to this norm; 0 leaves them as they are.",
-        type=non_negative_float,
-        metavar="X",
-        shown="%(default)s; 0 with --step_in_backward",
+    max_grad_norm: NonNegativeFloat = flag(
+        1.0, "Clip the norm of the gradients to this; 0 turns clipping off.", shown="1.0; 0 with --step_in_backward"
     )
     prodigy_decouple: bool = flag(False, "prodigy: decouple weight decay from the gradient, as adamw does.")
     prodigy_use_bias_correction: bool = flag(
-        False, "prodigy: correct the bias of the first steps' running means, as adam does."
+        False, "prodigy: correct the bias of the running means in the first steps, as adam does."
     )
     prodigy_safeguard_warmup: bool = flag(
-        False, "prodigy: keep the learning rate out of the step size estimate; use it with warm-up."
+        False, "prodigy: leave the learning rate out of the step size estimate; use it with warm-up."
     )
     use_8bit: bool = flag(
         False,
-        "Keep the states of adam or adamw in 8 bits, a quarter of the memory: by bitsandbytes, or by torchao "
-        "with --use_torchao.",
-        also=("--use_8bit_adam",),
+        "8-bit states for adam or adamw, a quarter of the memory: from bitsandbytes, or torchao with --use_torchao.",
+        alias="use_8bit_adam",
     )
-    use_4bit: bool = flag(False, "Keep the states of adam or adamw in 4 bits; needs --use_torchao.")
+    use_4bit: bool = flag(False, "4-bit states for adam or adamw; needs --use_torchao.")
     use_torchao: bool = flag(
-        False,
-        "Take the optimizer of --use_8bit, --use_4bit, --use_fp8 or --weights_dtype bf16 from torchao; without "
-        "it, 8 bits are those of bitsandbytes.",
+        False, "Use torchao's optimizer with --use_8bit, --use_4bit, --use_fp8 or --weights_dtype bf16."
     )
     use_fp8: bool = flag(
         False,
-        "Keep the states of adam or adamw as 8-bit floats; needs --use_torchao and a GPU of compute capability "
-        "8.9 or newer (RTX 40, H100).",
+        "8-bit floating-point states for adam or adamw; needs --use_torchao and a GPU of compute capability 8.9 or "
+        "newer (RTX 40, H100).",
     )
     use_cpu_offload_optimizer: bool = flag(
         False,
-        "Keep the states of adam or adamw in CPU memory and step there (by torchao, with states of any bits but "
-        "bitsandbytes'): slower, for full fine-tuning on one GPU that is too small otherwise.",
+        "Keep the states of adam or adamw in CPU memory and update there (torchao; any states but those of "
+        "bitsandbytes): slower, for full fine-tuning on one GPU that is otherwise too small.",
     )
     offload_gradients: bool = flag(
-        False,
-        "With --use_cpu_offload_optimizer, keep gradients on the CPU too; not together with gradient accumulation.",
+        False, "With --use_cpu_offload_optimizer, keep gradients on the CPU too; not with gradient accumulation."
     )
     step_in_backward: bool = flag(
         False,
-        "Let adam or adamw, with states of any bits, update each weight as soon as the backward pass has its "
-        "gradient, and free the gradient: full fine-tuning then never holds all gradients at once. Their norm is "
-        "not known, so they are not clipped. One process, no gradient accumulation, not fp16.",
+        "Let adam or adamw update each weight, and free its gradient, during the backward pass, so that full "
+        "fine-tuning never holds all gradients. No clipping, gradient accumulation or fp16; one process only.",
     )

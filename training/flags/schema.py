@@ -1,63 +1,42 @@
-"""Flags as frozen dataclasses: fields carry type, default, help and spellings; the parser is built from them."""
+"""Flags as frozen dataclasses: fields have type, default, help and aliases, and the parser is built from them."""
 
 import argparse
 import difflib
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Any, NoReturn, TypeVar, get_args
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import Field, field, fields, replace
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from common.errors import UserError
 from common.hub_token import without_tokens
 from flags.config_file import FileSetting, read_config_file
-from flags.types import one_of, path
+from flags.types import Value, one_of, path
 
 
-_NOT_GIVEN = object()
 _Settings = TypeVar("_Settings")
-
-
-@dataclass(frozen=True)
-class Flag:
-    """What the command line needs to know of a field beside its type and default."""
-
-    help: str
-    type: Callable[[str], Any]
-    metavar: str | None
-    choices: Sequence[str]
-    also: Sequence[str]
-    shown: str | None
-
-    def describe(self, default: Any) -> str:
-        """Return the help text with its default, for argparse, which formats with %."""
-        shown = self.shown
-        if shown is None and default not in (None, ()):
-            shown = ("on" if default else "off") if isinstance(default, bool) else _as_words(default)
-        return (self.help + (f" (default: {shown})" if shown else "")).replace("%", "%%")
 
 
 def flag(
     default: Any,
     help: str,
     *,
-    type: Callable[[str], Any] = str,
     metavar: str | None = None,
     choices: Sequence[str] = (),
-    also: Sequence[str] = (),
+    alias: str | None = None,
     shown: str | None = None,
 ) -> Any:
-    """Declare a field of a dataclass of flags.
+    """Declare a field of a dataclass of flags, whose annotation says which values it takes (see `flags.types`).
 
     Args:
         default: value when the flag is not passed.
         help: what it does and when to use it; the default is added.
-        type: turns the typed text, or each word of a tuple, into a value; raises argparse.ArgumentTypeError.
-        metavar: placeholder for the value in `--help`.
+        metavar: placeholder for the value in `--help`, if not that of the type.
         choices: the only values, in upper or lower case.
-        also: other spellings, with their dashes.
+        alias: another name, without dashes.
         shown: the default in words, where the value does not say it.
     """
-    return field(default=default, metadata={"flag": Flag(help, type, metavar, choices, also, shown)})
+    described = {"help": help, "metavar": metavar, "choices": choices, "alias": alias, "shown": shown}
+    return field(default=default, metadata=described)
 
 
 def group(title: str) -> Any:
@@ -66,7 +45,7 @@ def group(title: str) -> Any:
 
 
 def _flags_of(group_class: type) -> list[Field]:
-    return [item for item in fields(group_class) if "flag" in item.metadata]
+    return [item for item in fields(group_class) if "help" in item.metadata]
 
 
 def _groups_of(settings_class: Any) -> list[Field]:
@@ -87,25 +66,12 @@ def replace_flags(settings: _Settings, **changes: Any) -> _Settings:
     """
     groups = {}
     for item in _groups_of(settings):
-        values = getattr(settings, item.name)
-        names = [flag.name for flag in _flags_of(values) if flag.name in changes]
+        names = [flag.name for flag in _flags_of(item.type) if flag.name in changes]
         if names:
-            groups[item.name] = replace(values, **{name: changes.pop(name) for name in names})
+            groups[item.name] = replace(getattr(settings, item.name), **{name: changes.pop(name) for name in names})
     if changes:
         raise TypeError(f"no such flags: {', '.join(changes)}")
     return replace(settings, **groups)
-
-
-class _Switch(argparse.Action):
-    """`store_true` that can be taken back: --flag turns on, --no-flag turns off what a file turned on."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, default: bool = False, help: str | None = None):
-        super().__init__(option_strings, dest, nargs=0, default=default, help=help)
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str = ""
-    ) -> None:
-        setattr(namespace, self.dest, not option_string.startswith("--no-"))
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -116,7 +82,7 @@ class FlagParser(argparse.ArgumentParser):
 
     Args:
         settings: a dataclass whose fields from `group` hold dataclasses of flags.
-        required: of each of these, one flag must be given.
+        required: one flag of each of these must be given.
         omit: names of flags that this script does not have; they keep their defaults.
         defaults: by name, where this script's differ.
         titles: headings by group, where this script's differ.
@@ -134,35 +100,22 @@ class FlagParser(argparse.ArgumentParser):
         has_config: bool = True,
         **options: Any,
     ):
-        super().__init__(allow_abbrev=False, **options)
+        # Without defaults argparse returns only what was given; `_fill` adds them.
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
         self.required = required
         self.groups = _groups_of(settings)
         self.defaults = dict(defaults or {})
-        self.place = ""  # in a file, of what is being parsed
-        by_title: dict[str, argparse._ArgumentGroup] = {}
+        self.place = ""  # of the setting of a file that is being parsed
+        headings: dict[str, argparse._ArgumentGroup] = {}
         for item in self.groups:
             title = (titles or {}).get(item.name, item.metadata["title"])
-            listed = [one for one in _flags_of(item.type) if one.name not in omit]
-            if listed and title not in by_title:
-                by_title[title] = self.add_argument_group(title)
-            for one in listed:
-                self._add(by_title[title], one)
+            if title not in headings:
+                headings[title] = self.add_argument_group(title)
+            for one in _flags_of(item.type):
+                if one.name not in omit:
+                    _add(headings[title], one, self.defaults.get(one.name, one.default))
         if has_config:
-            by_title[title].add_argument("--config", metavar="FILE", type=path, help=_CONFIG_HELP)
-
-    def _add(self, heading: argparse._ArgumentGroup, item: Field) -> None:
-        described, default = item.metadata["flag"], self.defaults.get(item.name, item.default)
-        options: dict[str, Any] = {"default": default, "help": described.describe(default)}
-        is_bool = item.type is bool or bool in get_args(item.type)
-        if is_bool:
-            options["action"] = _Switch if default is False else argparse.BooleanOptionalAction
-        else:
-            options |= {"metavar": described.metavar, "type": described.type}
-            if described.choices:
-                options |= {"type": one_of(described.choices), "choices": described.choices}
-            if _is_tuple(item.type):
-                options["nargs"] = "+"
-        heading.add_argument(f"--{item.name}", *described.also, **options)
+            headings[title].add_argument("--config", metavar="FILE", type=path, help=_CONFIG_HELP)
 
     def error(self, message: str) -> NoReturn:
         """Write one line on stderr, without the usage, and exit with code 2."""
@@ -182,49 +135,41 @@ class FlagParser(argparse.ArgumentParser):
         Raises:
             SystemExit: code 2 for an unknown, missing or malformed flag; code 0 after `--help`.
         """
-        argv = sys.argv[1:] if argv is None else list(argv)  # before a token in it is hidden
-        names = vars(self.parse_args([]))
-        for action in self._actions:
-            if isinstance(action, _Switch):
-                # Known, but not shown in the help beside each.
-                self._option_string_actions |= {f"--no-{name[2:]}": action for name in action.option_strings}
-        # argparse fills in a default only where the namespace has no value yet, so what is still
-        # _NOT_GIVEN afterwards was not on the command line, under any of its spellings.
-        blank = dict.fromkeys(names, _NOT_GIVEN)
-        parsed, unknown = self.parse_known_args(argv, argparse.Namespace(**blank))
+        argv = sys.argv[1:] if argv is None else list(argv)  # a copy, because parsing hides a token in sys.argv
+        parsed, unknown = self.parse_known_args(argv)
         if unknown:
             self.error(self._explain(unknown))
-        if vars(parsed).get("config", _NOT_GIVEN) is not _NOT_GIVEN:
-            parsed, _ = self.parse_known_args(argv, self._read_file(parsed.config, argparse.Namespace(**blank)))
-        given = {name: value for name, value in vars(parsed).items() if value is not _NOT_GIVEN}
+        if "config" in parsed:
+            parsed, _ = self.parse_known_args(argv, self._read_file(parsed.config))
+        given = vars(parsed)
         missing = [" or ".join(f"--{name}" for name in names) for names in self.required if not given.keys() & names]
         if missing:
             self.error(f"{', '.join(missing)}: required, but not given")
         return {item.name: self._fill(item.type, given) for item in self.groups}, frozenset(given)
 
     def _fill(self, group_class: type, given: Mapping[str, Any]) -> Any:
-        """Make a dataclass of flags from what was given and this script's defaults."""
-        values = {}
-        for item in _flags_of(group_class):
-            value = given.get(item.name, self.defaults.get(item.name, MISSING))
-            if value is not MISSING:
-                values[item.name] = tuple(value) if isinstance(value, list) else value
-        return group_class(**values)
+        """Make a dataclass of flags from the given values and this script's defaults."""
+        values = self.defaults | given
+        values = {item.name: values[item.name] for item in _flags_of(group_class) if item.name in values}
+        return group_class(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        )
 
-    def _read_file(self, file: str, namespace: argparse.Namespace) -> argparse.Namespace:
-        """Parse the settings of a file as if each had been typed, so that they are checked as those are."""
+    def _read_file(self, file: str) -> argparse.Namespace:
+        """Parse the settings of a file as if each had been typed, so that they get the same checks."""
         try:
             settings = read_config_file(file)
         except UserError as error:
             self.error(str(error))
+        namespace = argparse.Namespace()
         lines: dict[str, int] = {}
         for setting in settings:
             self.place = f"--config: {file}, line {setting.line}: "
             words = self._as_typed(setting)
-            flag = self._option_string_actions[f"--{setting.name}"].dest
-            if flag in lines:
-                self.error(f"{setting.name}: given in line {lines[flag]} already, under another name")
-            lines[flag] = setting.line
+            name = self._option_string_actions[f"--{setting.name}"].dest
+            if name in lines:
+                self.error(f"{setting.name}: already set in line {lines[name]}, under another name")
+            lines[name] = setting.line
             namespace, unknown = self.parse_known_args(words, namespace)
             if unknown:
                 self.error(f"{setting.name}: '{unknown[0]}' is not a value for it")
@@ -232,18 +177,17 @@ class FlagParser(argparse.ArgumentParser):
         return namespace
 
     def _as_typed(self, setting: FileSetting) -> list[str]:
-        """Return the words of a command line that say the same as a line of a file."""
+        """Return the words of a command line with the meaning of a line of a file."""
         name, value = setting.name, setting.value
         if name in ("config", "help"):
             self.error(f"{name}: only on the command line")
         action = self._option_string_actions.get(f"--{name}")
         if action is None or name.startswith("no-"):
             names = [word[2:] for word in self._option_string_actions if word.startswith("--")]
-            close = difflib.get_close_matches(name, [name for name in names if not name.startswith("no-")], n=1)
-            self.error(f"{name}: unknown flag" + (f"; did you mean {close[0]}?" if close else ""))
-        if isinstance(action, _Switch | argparse.BooleanOptionalAction):
+            self.error(_unknown(name, [name for name in names if not name.startswith("no-")]))
+        if action.nargs == 0:
             if setting.switch is None:
-                self.error(f"{name}: is true or false, not {value!r}")
+                self.error(f"{name}: must be true or false, not {value!r}")
             return [f"--{name}" if setting.switch else f"--no-{name}"]
         if isinstance(value, str):
             return [f"--{name}={value}"]
@@ -255,20 +199,59 @@ class FlagParser(argparse.ArgumentParser):
         flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
         if not flags:
             return f"'{unknown[0]}' belongs to no flag; put quotes around a value that contains spaces"
-        close = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
-        return f"{flags[0]}: unknown flag" + (f"; did you mean {close[0]}?" if close else "")
+        return _unknown(flags[0], self._option_string_actions)
 
 
 _CONFIG_HELP = (
-    "YAML file of flags: their names without dashes, and their values, true or false for a flag that takes none. The "
-    "command line overrides it; there, --no-NAME turns off what the file turns on. (default: none)"
+    "YAML file of flags: names without dashes, and values; true or false for a flag without a value. The command line "
+    "overrides it, and --no-NAME turns off a flag that the file turns on."
 )
 
 
-def _is_tuple(annotation: Any) -> bool:
-    """Whether a field holds a tuple, or a tuple or None."""
-    return any(getattr(one, "__origin__", None) is tuple for one in (annotation, *get_args(annotation)))
+def _unknown(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"{name}: unknown flag" + (f"; did you mean {close[0]}?" if close else "")
 
 
-def _as_words(default: Any) -> str:
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+def _add(heading: argparse._ArgumentGroup, item: Field, default: Any) -> None:
+    """Declare a flag to argparse."""
+    names = [name for name in (item.name, item.metadata["alias"]) if name]
+    spellings, options = [f"--{name}" for name in names], {"dest": item.name, "help": _describe(item, default)}
+    if bool not in _parts(item.type):
+        heading.add_argument(*spellings, **options, **_value_options(item))
+    elif default is False:
+        heading.add_argument(*spellings, **options, action="store_true")
+        # To turn off what a file turned on; the help of --config explains it once for all flags.
+        hidden = options | {"help": argparse.SUPPRESS}
+        heading.add_argument(*[f"--no-{name}" for name in names], **hidden, action="store_false")
+    else:
+        heading.add_argument(*spellings, **options, action=argparse.BooleanOptionalAction)
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """Yield an annotation and all that it is made of: for `PositiveInt | None`, it, PositiveInt, int, Value, None."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)
+
+
+def _value_options(item: Field) -> dict[str, Any]:
+    """Return argparse's options for a flag with values."""
+    parts = list(_parts(item.type))
+    value = next((part for part in parts if isinstance(part, Value)), Value(str, "NAME"))
+    options = {"type": value.parse, "metavar": item.metadata["metavar"] or value.metavar}
+    if choices := item.metadata["choices"]:
+        options = {"type": one_of(choices), "choices": choices}
+    if any(get_origin(part) is tuple for part in parts):
+        options["nargs"] = "+"
+    return options
+
+
+def _describe(item: Field, default: Any) -> str:
+    """Return the help text with its default, for argparse, which formats with %."""
+    shown = item.metadata["shown"]
+    if shown is None and isinstance(default, bool):
+        shown = "on" if default else "off"
+    elif shown is None and default not in (None, ()):
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return (item.metadata["help"] + (f" (default: {shown})" if shown else "")).replace("%", "%%")

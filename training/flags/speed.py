@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from flags.schema import flag
-from flags.types import positive_int
+from flags.types import PositiveInt
 
 
-# What users type; models/attention.py knows what diffusers calls them.
+# models/attention.py maps these to the names in diffusers.
 ATTENTION_BACKENDS = ("native", "flash", "cudnn", "efficient", "flash-attn", "flash-attn-3", "sage")
 
 
@@ -15,39 +15,33 @@ class SpeedFlags:
     """Speed, and how samples are divided among processes."""
 
     allow_tf32: bool = flag(
-        False, "Let float32 matrix products use TF32 on Ampere GPUs and newer: faster, slightly less exact."
+        False, "Use TF32 for float32 matrix products, on Ampere GPUs and newer: faster, slightly less exact."
     )
     compile: bool = flag(
         False,
-        "Compile the transformer's blocks by torch.compile: faster steps that take less memory, after a minute "
-        "or so of compilation at the first step of each size. Worth it for runs of some hundred steps and more.",
+        "Compile the transformer's blocks with torch.compile: faster steps that need less memory, after about a "
+        "minute of compilation for each size. Worth it from a few hundred steps.",
     )
     attention_backend: str | None = flag(
         None,
-        "What computes the attention, more than half of a step at full size: native lets torch choose; flash, "
-        "cudnn and efficient name one of its kernels (try cudnn on Hopper GPUs and newer); flash-attn and "
-        "flash-attn-3 are packages of these names. All but native need a GPU, and all but native and efficient "
-        "half precision.",
+        "Attention kernel: native lets torch choose; flash, cudnn (try it on Hopper GPUs and newer) and efficient are "
+        "kernels of torch; flash-attn and flash-attn-3 are packages. All but native need a GPU, and all but native "
+        "and efficient half precision.",
         choices=ATTENTION_BACKENDS,
         shown="diffusers' own code, which lets torch choose",
     )
     validation_attention_backend: str | None = flag(
         None,
-        "The same for sampling the validation videos, where sage, the package sageattention, can be taken too: "
-        "it rounds to 8 bits and has no backward pass.",
+        "The same for validation videos; sage (package sageattention) rounds to 8 bits and cannot train.",
         choices=ATTENTION_BACKENDS,
-        shown="that of the training",
+        shown="that of training",
     )
-    context_parallel_size: int | None = flag(
+    context_parallel_size: PositiveInt | None = flag(
         None,
-        "Divide the tokens of each sample among N processes, for videos too long for one GPU: activations take "
-        "an N-th of the memory, and a step has an N-th of the samples. N has to divide the number of processes.",
-        type=positive_int,
-        metavar="N",
-        shown="parallelism_config_cp_size of the accelerate config, 1 without",
+        "Divide the tokens of each sample among N processes, for videos too long for one GPU: 1/N of the activation "
+        "memory, and 1/N of the samples per step. N must divide the number of processes.",
+        shown="parallelism_config_cp_size of the accelerate config, or 1",
     )
     profile: bool = flag(
-        False,
-        "Record what three of the first steps do on CPU and GPU, into the folder profile of --output_dir; the "
-        "steps recorded are slower, and so is what the log says of their speed.",
+        False, "Record three of the first steps on CPU and GPU to --output_dir/profile, which slows these steps."
     )

@@ -1,10 +1,11 @@
 """The flags on experiment trackers and the hub."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from common.hub_token import HubToken
 from flags.schema import flag
-from flags.types import path, positive_int
+from flags.types import FolderPath, PositiveInt, Value
 
 
 # What each tracker needs: one of these packages.
@@ -22,18 +23,16 @@ class TrackingFlags:
 
     report_to: str = flag(
         "tensorboard",
-        "Where losses and validation videos are logged; all means every tracker that is installed. One that "
-        "fails is a warning and never ends a run; a resumed run goes on in the trackers' runs of before.",
+        "Tracker of losses and validation videos; all uses every installed one. A tracker that fails is a warning and "
+        "never ends a run. A resumed run continues the tracker's run.",
         choices=(*TRACKERS, "all", "none"),
     )
-    tracker_name: str = flag("cogvideox-lora", "Project name in the tracker.", metavar="NAME")
-    logging_dir: str = flag("logs", "Folder of the tracker's files, inside --output_dir.", type=path, metavar="FOLDER")
-    logging_steps: int = flag(
+    tracker_name: str = flag("cogvideox-lora", "Project name in the tracker.")
+    logging_dir: FolderPath = flag("logs", "Folder of the tracker's files, inside --output_dir.")
+    logging_steps: PositiveInt = flag(
         10,
-        "Fetch loss values from the device and write them to the trackers every N optimizer steps. Every step's "
-        "value is logged, in batches; 1 shows them at once but makes the device wait.",
-        type=positive_int,
-        metavar="N",
+        "Fetch the losses of all steps from the device and log them every N optimizer steps; 1 logs at once, but "
+        "makes the device wait.",
     )
 
 
@@ -43,17 +42,14 @@ class HubFlags:
 
     push_to_hub: bool = flag(
         False,
-        "Upload the result to the Hugging Face hub when training ends; whether the token may do so is looked at "
-        "before it starts.",
+        "Upload the result to the Hugging Face hub after training; the token's permission is checked before it.",
     )
-    hub_token: HubToken | None = flag(
+    hub_token: Annotated[HubToken, Value(HubToken, "TOKEN")] | None = flag(
         None,
-        "Token for --push_to_hub. It is written nowhere here, but shells keep it in their history and launchers "
-        "show it when a run fails: better log in once with `hf auth login`, or set HF_TOKEN.",
-        type=HubToken,
-        metavar="TOKEN",
+        "Token for --push_to_hub. It is not saved, but shells keep it in their history and launchers show it if a run "
+        "fails. Better log in with `hf auth login`, or set HF_TOKEN.",
         shown="these",
     )
     hub_model_id: str | None = flag(
-        None, "Repository that --push_to_hub writes to.", metavar="ORG/NAME", shown="the name of --output_dir"
+        None, "Repository for --push_to_hub.", metavar="ORG/NAME", shown="the name of --output_dir"
     )

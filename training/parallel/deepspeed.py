@@ -7,19 +7,14 @@ optimizer steps.
 Source: https://arxiv.org/abs/1910.02054, ZeRO-Offload https://arxiv.org/abs/2101.06840.
 """
 
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, patch_environment
 from diffusers import CogVideoXTransformer3DModel
-
-from common.errors import first_line
-from common.ranks import launch_rank
 
 
 _REDUCE_BUCKET = 50_000_000  # gradients per all-reduce; DeepSpeed's default takes 2 GB in float32
@@ -120,11 +115,12 @@ def gathered(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]
 
 def count_weights(transformer: CogVideoXTransformer3DModel) -> tuple[int, int]:
     """Return the numbers of trained and of all weights, sharded ones included."""
-    if any(hasattr(parameter, "ds_numel") for parameter in transformer.parameters()):
-        sizes = [(parameter.ds_numel, parameter.requires_grad) for parameter in transformer.parameters()]
-        return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
-    # diffusers counts packed 4-bit weights.
-    return transformer.num_parameters(only_trainable=True), transformer.num_parameters()
+    parameters = list(transformer.parameters())
+    if not hasattr(parameters[0], "ds_numel"):
+        # diffusers counts packed 4-bit weights.
+        return transformer.num_parameters(only_trainable=True), transformer.num_parameters()
+    trained = [parameter.ds_numel for parameter in parameters if parameter.requires_grad]
+    return sum(trained), sum(parameter.ds_numel for parameter in parameters)
 
 
 def gather_zero_shards(tensor: torch.Tensor) -> torch.Tensor:
@@ -139,16 +135,6 @@ def gather_zero_shards(tensor: torch.Tensor) -> torch.Tensor:
         with GatheredParameters([tensor]):
             return tensor.detach().clone()
     return tensor
-
-
-def save_zero_state(accelerator: Accelerator, folder: Path) -> None:
-    """Save each process's shard without frozen weights; called on every process.
-
-    Raises:
-        OSError, RuntimeError: a file cannot be written.
-    """
-    with errors_later(accelerator.deepspeed_engine_wrapped.engine):
-        accelerator.save_state(str(folder), exclude_frozen_parameters=True, save_latest=False)
 
 
 @contextmanager
@@ -172,23 +158,6 @@ def errors_later(engine: torch.nn.Module) -> Iterator[None]:
         del writer.save, engine._copy_recovery_script
     if problems:
         raise problems[0]
-
-
-def load_zero_state(accelerator: Accelerator, folder: Path) -> None:
-    """Load what `save_zero_state` wrote; called on every process, with the same number of processes.
-
-    Raises:
-        ValueError: the checkpoint does not fit, or is damaged.
-    """
-    engine = accelerator.deepspeed_engine_wrapped.engine
-    # DeepSpeed would restore it from the checkpoint.
-    max_grad_norm = engine.optimizer.clip_grad
-    try:
-        with weights_only_loads():
-            accelerator.load_state(str(folder), load_module_strict=False)
-    except (RuntimeError, AssertionError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"rank {launch_rank()}: {first_line(error)}") from error
-    engine.optimizer.clip_grad = max_grad_norm
 
 
 @contextmanager

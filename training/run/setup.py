@@ -35,7 +35,7 @@ from run.summary import describe_start
 from run.trainable import Trainable, make_trainable, resume
 from tracking.throughput import Throughput
 from tracking.trackers import keep_losses, start_trackers
-from validation.loss import log_validation_losses, validation_losses
+from validation.loss import validate_loss
 from validation.videos import ValidationSettings, validate
 
 
@@ -221,7 +221,6 @@ def make_validation(
 ) -> Callable[[int], list[str]]:
     """Return what validates a step: the loss of the clips held out, and videos of the prompts, if there are any."""
     sample_videos = make_sampling(spec, inputs, trainable.transformer, signals)
-    num_timesteps = objective.scheduler.config.num_train_timesteps
     # Not what accelerate wrapped: a rank that fails must not leave the others waiting inside a forward pass.
     objective = replace(objective, model=trainable.transformer)
 
@@ -229,10 +228,7 @@ def make_validation(
         failures = []
         with trainable.averaged(), spec.undivided(), gathered(spec.accelerator, trainable.model):
             if inputs.held_out:
-                losses, failures = validation_losses(
-                    objective, inputs.held_out, spec.accelerator, spec.coordinator, num_timesteps
-                )
-                log_validation_losses(spec.accelerator, losses, failures, step)
+                failures = validate_loss(objective, inputs.held_out, spec.accelerator, spec.coordinator, step)
             return failures + sample_videos(step)
 
     return run_validation

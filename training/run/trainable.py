@@ -24,7 +24,7 @@ from memory.block_streaming import stream_blocks
 from models.attention import set_attention
 from models.compilation import compile_blocks
 from models.configs import CPU, precision_warning
-from optimizers.averages import averaged_weights, make_ema, schedule_free_weights
+from optimizers.averages import averaged_weights, schedule_free_weights
 from optimizers.build import apply_learning_rate, keep_rates_on_host, make_optimizer
 from parallel.deepspeed import check_gradients, configure_zero, has_sharded_weights, is_zero
 from parallel.fsdp import autocast_forward, is_fsdp, prepare_sharded
@@ -83,7 +83,8 @@ def make_trainable(spec: RunSpec, total_steps: int) -> Trainable:
     model, optimizer = wrap(spec, transformer, optimizer)
     parameters = trainable_of(transformer)  # not as above: shards may have taken their place
     keep_rates_on_host(optimizer)
-    ema = make_ema(parameters, settings.objective.ema_decay) if settings.objective.use_ema else None
+    # The decay is reached after about 10 / (1 - decay) steps.
+    ema = EMAModel(parameters, decay=settings.objective.ema_decay) if settings.objective.use_ema else None
     # Not prepared: accelerate would step it once per process. Here a step is an optimizer step, on any ranks.
     accelerator.register_for_checkpointing(lr_scheduler)
     if ema is not None:

@@ -23,7 +23,7 @@ from models.prompts import PromptCache
 from models.sampling import Pipeline, sample_video
 from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp
-from parallel.lockstep import Lockstep, OutOfStep
+from parallel.lockstep import OutOfStep, lockstep
 from validation.grid import draw_grid
 from validation.trackers import ValidationVideo, log_videos
 from video.contact_sheet import SheetRow, draw_contact_sheet, shown_indices
@@ -117,26 +117,24 @@ def _sample_share(
     # A sharded network needs all ranks: those that are done sample on to serve the others.
     last = math.ceil(total / num_ranks) * num_ranks if is_fsdp(accelerator) else total
     try:
-        with Lockstep(accelerator, coordinator) as lockstep:
+        with lockstep(accelerator, coordinator) as watch:
             pipeline = make_pipeline()
-            with (
-                _sampling(accelerator, pipeline, settings.enable_model_cpu_offload),
-                lockstep.calling(pipeline.transformer),
-            ):
+            watch(pipeline.transformer)
+            with _sampling(accelerator, pipeline, settings.enable_model_cpu_offload):
                 for number in range(accelerator.process_index, last, num_ranks):
                     # With a sharded network no rank may stop before the others.
                     if is_told_to_stop() and not is_fsdp(accelerator):
                         break
+                    index = min(number, total - 1)
                     pipeline.set_progress_bar_config(
-                        desc=f"Validation video {min(number, total - 1) + 1} of {total}",
+                        desc=f"Validation video {index + 1} of {total}",
                         unit=" steps",
                         leave=False,
                         disable=not accelerator.is_main_process,
                     )
+                    frames = _sample(pipeline, settings, prompts, index)
                     if number < total:
-                        videos.append(_make_video(pipeline, settings, prompts, number, folder))
-                    else:
-                        _sample(pipeline, settings, prompts, 0, settings.seed)
+                        videos.append(_write(frames, settings, number, folder))
     except OutOfStep:
         raise
     except UserError as error:
@@ -206,25 +204,9 @@ def _kept_random_states(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-def _make_video(
-    pipeline: Pipeline, settings: ValidationSettings, prompts: PromptCache, number: int, folder: Path
-) -> ValidationVideo:
-    """Sample the video of this number, counted over all prompts, and write it as mp4."""
-    prompt, video = divmod(number, settings.num_videos)
-    text = settings.prompts[prompt]
-    name = "-".join(filter(None, (f"{prompt:02d}", f"{video:02d}", slug(text))))
-    frames = _sample(pipeline, settings, prompts, prompt, settings.seed + number)
-    with atomic_write(folder / f"{name}.mp4") as path:
-        write_video(path, frames, settings.fps)
-    shown = [frames[index] for index in shown_indices(settings.num_frames)]
-    for frame in shown:
-        frame.thumbnail(_SHOWN_SIZE)
-    return ValidationVideo(number, name, text, folder / f"{name}.mp4", [np.asarray(frame) for frame in shown])
-
-
-def _sample(
-    pipeline: Pipeline, settings: ValidationSettings, prompts: PromptCache, prompt: int, seed: int
-) -> list[Image.Image]:
+def _sample(pipeline: Pipeline, settings: ValidationSettings, prompts: PromptCache, number: int) -> list[Image.Image]:
+    """Sample the video of this number, counted over all prompts."""
+    prompt = number // settings.num_videos
     return sample_video(
         pipeline,
         prompts.load(settings.prompts[prompt]).to(settings.dtype),
@@ -234,8 +216,20 @@ def _sample(
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         use_dynamic_cfg=settings.use_dynamic_cfg,
-        seed=seed,
+        seed=settings.seed + number,
     )
+
+
+def _write(frames: Sequence[Image.Image], settings: ValidationSettings, number: int, folder: Path) -> ValidationVideo:
+    prompt, video = divmod(number, settings.num_videos)
+    text = settings.prompts[prompt]
+    name = "-".join(filter(None, (f"{prompt:02d}", f"{video:02d}", slug(text))))
+    with atomic_write(folder / f"{name}.mp4") as path:
+        write_video(path, frames, settings.fps)
+    shown = [frames[index] for index in shown_indices(settings.num_frames)]
+    for frame in shown:
+        frame.thumbnail(_SHOWN_SIZE)
+    return ValidationVideo(number, name, text, folder / f"{name}.mp4", [np.asarray(frame) for frame in shown])
 
 
 def _draw_sheet(

@@ -43,11 +43,9 @@ def load_validation_images(references: Sequence[str], flag: str = "--validation_
     if len(problems) == 1:
         raise UserError(f"{flag}: {problems[0]}; pass a path or an http(s) URL of a still image")
     if problems:
-        title = (
-            f"{flag}: {len(problems)} of {len(set(references))} cannot be read; pass paths or http(s) "
-            "URLs of still images:"
-        )
-        raise UserError(listing(title, problems, most=len(problems)))
+        title = f"{flag}: {len(problems)} of {len(set(references))} cannot be read"
+        advice = "pass paths or http(s) URLs of still images:"
+        raise UserError(listing(f"{title}; {advice}", problems, most=len(problems)))
     return [images[reference] for reference in references]
 
 

@@ -15,6 +15,7 @@ from diffusion.tasks import ImageToVideo
 from methods.full import FullFinetune
 from methods.pipeline_folder import find_components, write_pipeline
 from models.source import ModelSource
+from tuned_models import output
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -169,5 +170,6 @@ def test_a_pipeline_without_learned_positions_samples_at_other_sizes(tiny_models
     folder = FullFinetune(save_pipeline=True).save(transformer, tmp_path, torch.float32, source=source)
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(folder)
     assert pipeline.transformer.config.use_learned_positional_embeddings is False
+    torch.testing.assert_close(output(pipeline.transformer), output(transformer), atol=1e-5, rtol=1e-5)
     latents = sample(pipeline)
     assert latents.shape == (1, 3, 16, 4, 6)

@@ -19,6 +19,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from common.errors import UserError
 from common.hub_token import HubToken
+from data.buckets import Bucket
 from methods.full import FullFinetune
 from methods.lora import Lora
 from results import publish
@@ -34,9 +35,7 @@ FACTS = CardFacts(
     usage=lambda repo_id, model: "\n".join(Lora(8, 8).usage("CogVideoXPipeline", model, repo_id)),
     settings={"rank": 8, "learning_rate": 1e-4, "data_root": "/home/me/clips", "output_dir": "/home/me/out"},
     prompts=PROMPTS,
-    num_frames=17,
-    height=64,
-    width=96,
+    size=Bucket(17, 64, 96),
     fps=8,
     last_step=20,
 )

@@ -32,7 +32,7 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
 class CheckpointFolder:
     """The checkpoints of a run: `checkpoint-<step>` in its output folder, which all ranks share.
 
-    A new checkpoint is written under another name, flushed to disk, listed in a manifest and then renamed, so that a
+    A new checkpoint is written under another name, listed in a manifest, flushed to disk and then renamed, so that a
     killed process leaves only complete checkpoints. Older ones are removed after that.
 
     Args:

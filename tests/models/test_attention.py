@@ -49,14 +49,10 @@ def test_every_name_of_the_flag_is_known():
     assert tuple(BACKENDS) == ATTENTION_BACKENDS
 
 
-@pytest.mark.parametrize("backend", [name for name in ATTENTION_BACKENDS if name != "native"])
-def test_gpu_kernels_are_refused_on_a_cpu(backend):
+@pytest.mark.parametrize("backend", ["flash", "cudnn", "flash-attn", "flash-attn-3", "sage"])
+def test_kernels_are_refused_on_a_cpu_and_in_float32(backend):
     with pytest.raises(UserError, match=f"^--attention_backend {backend}: needs a GPU.*use native$"):
         check_attention(backend, "--attention_backend", CPU, torch.bfloat16, 64, trains=True)
-
-
-@pytest.mark.parametrize("backend", ["flash", "cudnn", "flash-attn", "flash-attn-3", "sage"])
-def test_half_precision_kernels_are_refused_in_float32(backend):
     with pytest.raises(UserError, match=f"^--attention_backend {backend}: .*half precision only; add --mixed_prec"):
         check_attention(backend, "--attention_backend", torch.device("cuda"), torch.float32, 64, trains=True)
 
@@ -69,9 +65,11 @@ def test_a_missing_package_is_named(backend, module):
         check_attention(backend, "--flag", torch.device("cuda"), torch.bfloat16, 64, trains=False)
 
 
-def test_a_backend_that_runs_here_passes():
+def test_only_a_backend_that_runs_here_passes():
     for backend in ("native", None):
         check_attention(backend, "--attention_backend", CPU, torch.float32, 64, trains=True)
+    with pytest.raises(UserError, match=r"^--attention_backend efficient: needs a GPU"):
+        check_attention("efficient", "--attention_backend", CPU, torch.bfloat16, 64, trains=True)
 
 
 @pytest.mark.gpu

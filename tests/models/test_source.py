@@ -61,10 +61,9 @@ def test_a_prompt_is_embedded_exactly_as_by_the_pipeline(tiny_models, text_pipel
     assert torch.equal(embeds, expected)
 
 
-def test_the_text_pipeline_holds_only_tokenizer_and_text_encoder(text_pipeline):
+def test_the_text_pipeline_holds_only_a_frozen_text_encoder_and_its_tokenizer(text_pipeline):
     assert encode_prompts(text_pipeline, ["a", LONG_PROMPT], max_sequence_length=32).shape == (2, 32, 64)
-    assert text_pipeline.transformer is None
-    assert text_pipeline.vae is None
+    assert (text_pipeline.transformer, text_pipeline.vae) == (None, None)
     assert not any(parameter.requires_grad for parameter in text_pipeline.text_encoder.parameters())
 
 
@@ -130,9 +129,7 @@ def test_tiles_that_do_not_fit_are_refused(size):
     """Tiles of 32 x 48 pixels start every 26 x 38 pixels, in the middle of a latent."""
     with pytest.raises(UserError, match=r"--use_tiling, --enable_tiling: .*omit the flag"):
         encode_videos(make_tiled_vae(64, 96), draw_video(1, 1, *size))
-
-
-def test_videos_no_larger_than_a_tile_are_not_tiled():
+    # A video no larger than a tile is not tiled.
     assert encode_videos(make_tiled_vae(64, 96), draw_video(1, 1, 32, 48)).shape == (1, 32, 1, 4, 6)
 
 
@@ -198,18 +195,15 @@ def test_loading_needs_no_more_host_memory_than_the_file_and_the_result(large_so
     assert 0.9 * (2 + bytes_each) * num_parameters < taken < (2 + bytes_each + 2) * num_parameters
 
 
-def test_the_vae_decodes_without_its_encoder(source, vae):
+def test_the_vae_is_loaded_frozen_and_decodes_without_its_encoder(source, vae):
+    assert not vae.training
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
     decoder = source.load_vae(torch.float32, slicing=False, tiling=False, decoder_only=True)
     latents = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(decoder.decode(latents).sample, vae.decode(latents).sample)
     encoders = {name for name in vae.state_dict() if name.startswith("encoder.")}
     assert vae.state_dict().keys() - decoder.state_dict().keys() == encoders != set()
-
-
-def test_the_vae_is_loaded_frozen(vae):
-    assert not vae.training
-    assert not any(parameter.requires_grad for parameter in vae.parameters())
 
 
 @pytest.mark.parametrize(
@@ -286,12 +280,9 @@ def test_captions_of_more_tokens_than_the_model_reads_are_counted(source, text_p
     assert source.count_long_captions(["short"], 226) == 0
 
 
-def test_a_local_model_has_a_folder_and_an_unknown_hub_model_has_none(source, tmp_path):
+def test_a_local_or_downloaded_model_has_a_folder_and_an_unknown_one_has_none(source, tiny_models, tmp_path):
     assert source.local_folder() == Path(source.path)
     assert ModelSource("nobody/nothing", cache_dir=str(tmp_path)).local_folder() is None
-
-
-def test_a_downloaded_hub_model_has_a_folder(tiny_models, tmp_path):
     cache = tmp_path / "models--org--tiny"
     snapshot = shutil.copytree(tiny_models("5b"), cache / "snapshots" / "abc")
     (cache / "refs").mkdir()

@@ -3,16 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils.launch import prepare_multi_gpu_env
 from diffusers import CogVideoXTransformer3DModel
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,16 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
-from args import parse_args
 from curves import curve
 from diffusion.latents import rotary_embeddings
-from forked_ranks import CONTEXT, start_server
+from forked_ranks import call_on_ranks
 from memory.activations import checkpoint_activations
 from memory.block_streaming import stream_blocks
 from methods.full import FullFinetune
 from models.attention import set_attention
 from parallel.context import ContextParallel, part_of, start_context_parallel
-from repository import ROOT
 from tiny_steps import Result, add_adapters
 
 
@@ -40,32 +34,6 @@ SIZE = ["--height", "48", "--width", "80", "--frame_buckets", "17", "--max_num_f
 
 
 Case = tuple[Path, str, str]  # the model, the method, the way it is run
-
-
-def launch(function: Callable[..., Any], num_ranks: int, folder: Path, *args: Any) -> list[Any]:
-    """Call a function in the processes of a launch, and return its results."""
-    folder.mkdir()
-    start_server()
-    ranks = [
-        CONTEXT.Process(target=run_rank, args=(function, rank, num_ranks, folder, args)) for rank in range(num_ranks)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    assert [process.exitcode for process in ranks] == [0] * num_ranks
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(num_ranks)]
-
-
-def run_rank(function: Callable[..., Any], rank: int, num_ranks: int, folder: Path, args: tuple) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    distributed.init_process_group("gloo", store, rank=rank, world_size=num_ranks, timeout=MINUTE)
-    torch.save(function(*args), folder / f"{rank}.pt")
-    if distributed.is_initialized():  # a training run has ended it
-        distributed.destroy_process_group()
 
 
 def load(model: Path, method: str) -> CogVideoXTransformer3DModel:
@@ -206,7 +174,7 @@ def test_two_ranks_of_a_context_group_train_as_one_process(tiny_models, prepared
     # If the division were not off during sampling, the rank without a prompt would block the other one.
     others = ["--max_train_steps", "4", "--rank", "8", "--validation_prompt", "a", "--num_inference_steps", "1"]
     flags = training_flags(tiny_models("5b"), prepared, tmp_path / "divided", *others)
-    ranks = launch(divide_everything, 2, tmp_path / "ranks", cases, [*flags, "--context_parallel_size", "2"])
+    ranks = call_on_ranks(divide_everything, 2, tmp_path / "ranks", cases, [*flags, "--context_parallel_size", "2"])
     assert_same_steps([results for results, _ in ranks], cases, 2)
     torch.testing.assert_close(ranks[0][1], step(load(cases[0][0], "full"))[0])
     assert (tmp_path / "divided" / "validation" / "step-4" / "00-00-a.mp4").is_file()
@@ -222,7 +190,7 @@ def test_context_groups_of_any_size_divide_samples_of_any_length(tiny_models, tm
     ways = ("plain", "checkpointed", "sharded")
     cases = [(tiny_models(kind), method, way) for kind in kinds for method in ("lora", "full") for way in ways]
     cases = [case for case in cases if case[1:] != ("lora", "sharded")]
-    results = launch(divided_steps, num_ranks, tmp_path / "ranks", cases, size)
+    results = call_on_ranks(divided_steps, num_ranks, tmp_path / "ranks", cases, size)
     assert_same_steps(results, cases, size)
 
 
@@ -249,19 +217,6 @@ def test_each_context_group_of_a_torchrun_trains_on_one_sample(tiny_models, prep
     cogvideox_text_to_video_sft.main(training_flags(tiny_models("1.5-5b"), prepared, tmp_path / "undivided", *others))
     assert_same_curves(tmp_path / "divided", tmp_path / "undivided")
     assert curve(tmp_path / "divided", "lr") == curve(tmp_path / "undivided", "lr")
-
-
-def test_the_accelerate_config_decides_how_many_ranks_divide_a_sample(tmp_path, monkeypatch):
-    config = ROOT / "accelerate_configs" / "fsdp2_context_parallel.yaml"
-    launched, *_ = _validate_launch_command(
-        launch_command_parser().parse_args(["--config_file", str(config), "--main_process_port", "0", "script.py"])
-    )
-    for name, value in prepare_multi_gpu_env(launched).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WORLD_SIZE", str(launched.num_processes))
-    flags = training_flags(Path("owner/model"), tmp_path, tmp_path / "output")
-    assert parse_args(flags, task="text-to-video", method="sft").speed.context_parallel_size == 4
-    assert ParallelismConfig().fsdp_dim_names == ["dp_shard_cp"]  # all eight
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 8, 9])

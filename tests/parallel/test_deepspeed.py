@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel
 
 from methods.lora import Lora
 from models.source import ModelSource
 from parallel.deepspeed import configure_zero, count_weights, errors_later, weights_only_loads
 from parallel.fsdp import autocast_forward
+from tiny_steps import train_step, with_adapters
 
 
 def configured(config: dict, **changed) -> dict:
@@ -20,20 +20,16 @@ def configured(config: dict, **changed) -> dict:
     return config
 
 
-def test_the_flags_reach_deepspeed():
-    config = configured({"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"})
+@pytest.mark.parametrize(("is_rounded", "max_grad_norm"), [(False, 0.5), (True, 0.0)])
+def test_the_flags_reach_deepspeed(is_rounded, max_grad_norm):
+    config = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"}
+    configured(config, is_rounded=is_rounded, max_grad_norm=max_grad_norm)
     assert config["train_micro_batch_size_per_gpu"] == 3
     assert config["gradient_accumulation_steps"] == 4
     assert config["train_batch_size"] == 24
-    assert config["gradient_clipping"] == 0.5
-    assert config["bf16"]["enabled"] is False
+    assert config["gradient_clipping"] == max_grad_norm
+    assert config["bf16"] == {"enabled": is_rounded, "check_grad_overflow": is_rounded}
     assert (config["communication_data_type"], config["data_types"]["grad_accum_dtype"]) == ("fp32", "fp32")
-
-
-def test_gradients_of_bf16_weights_are_checked_and_zero_disables_clipping():
-    config = configured({"zero_optimization": {"stage": 2}}, is_rounded=True, max_grad_norm=0.0)
-    assert config["bf16"] == {"enabled": True, "check_grad_overflow": True}
-    assert config["gradient_clipping"] == 0
 
 
 def test_settings_of_the_user_are_kept():
@@ -44,22 +40,16 @@ def test_settings_of_the_user_are_kept():
 
 
 def test_under_autocast_adapters_in_float32_work_on_a_base_in_bf16(tiny_models):
-    from tiny_steps import inputs_of
-
     transformer = ModelSource(str(tiny_models("5b"))).load_transformer(torch.bfloat16)
     Lora(4, 4.0).attach(transformer)
     autocast_forward(transformer, torch.device("cpu"), torch.bfloat16)
-    inputs = inputs_of(transformer) | {"hidden_states": inputs_of(transformer)["hidden_states"].bfloat16()}
-    (output,) = transformer(**inputs, return_dict=False)
+    output, gradients = train_step(transformer)
     assert output.dtype == torch.float32
-    output.mean().backward()
-    gradients = [parameter.grad for parameter in transformer.parameters() if parameter.requires_grad]
-    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
 
 
 def test_sharded_weights_are_counted(tiny_models):
-    transformer: CogVideoXTransformer3DModel = ModelSource(str(tiny_models("5b"))).load_transformer(torch.float32)
-    Lora(4, 4.0).attach(transformer)
+    transformer = with_adapters(tiny_models("5b"))
     counts = count_weights(transformer)
     assert counts == (
         sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad),
@@ -85,13 +75,10 @@ class FullDisk:
 def test_a_process_raises_errors_of_writing_after_saving():
     engine = torch.nn.Module()
     engine.checkpoint_engine = FullDisk()
-    was_there = False
     with pytest.raises(OSError, match="No space left"), errors_later(engine):
         engine.checkpoint_engine.save(state_dict={}, path="module")  # DeepSpeed calls it in both ways
         engine.checkpoint_engine.save({}, "optimizer")
         engine._copy_recovery_script("folder")
-        was_there = True
-    assert was_there
     assert engine.checkpoint_engine.asked == ["module", "optimizer"]
     with pytest.raises(OSError, match="No space left"):
         engine.checkpoint_engine.save({}, "as before")

@@ -5,18 +5,16 @@ import torch
 from accelerate import Accelerator
 
 from methods.lora import Lora
-from models.source import ModelSource
 from parallel.sharding import gather_weights, load_state, save_state
+from tiny_steps import with_adapters
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def test_in_one_process_the_weights_are_not_copied(tiny_models):
-    transformer = ModelSource(str(tiny_models("5b"))).load_transformer(torch.float32)
-    method = Lora(4, 4.0)
-    method.attach(transformer)
-    names = method.weight_names(transformer)
+    transformer = with_adapters(tiny_models("5b"))
+    names = Lora(4, 4.0).weight_names(transformer)
     weights = gather_weights(Accelerator(cpu=True), transformer, names)
     assert list(weights) == names
     state = transformer.state_dict()

@@ -92,14 +92,9 @@ class ModelSource:
         Raises:
             UserError: the weights cannot be read, or cannot be quantized here.
         """
-        config = quantize_transformer(quantize, dtype)
+        weights = {"quantization_config": quantize_transformer(quantize, dtype), **self._weights(dtype, device)}
         with self._load_errors("transformer"):
-            transformer = CogVideoXTransformer3DModel.from_pretrained(
-                self.path,
-                subfolder="transformer",
-                quantization_config=config,
-                **self._weights(dtype, device),
-            )
+            transformer = CogVideoXTransformer3DModel.from_pretrained(self.path, subfolder="transformer", **weights)
         compute_frozen(transformer)
         return transformer
 
@@ -156,14 +151,11 @@ class ModelSource:
         Raises:
             UserError: the weights cannot be read, or cannot be quantized here.
         """
-        config = quantize_text_encoder() if in_8bit else None
+        weights = self._weights(dtype, device)
+        if in_8bit:
+            weights["quantization_config"] = quantize_text_encoder()
         with self._load_errors("text encoder"):
-            text_encoder = T5EncoderModel.from_pretrained(
-                self.path,
-                subfolder="text_encoder",
-                quantization_config=config,
-                **self._weights(dtype, device),
-            )
+            text_encoder = T5EncoderModel.from_pretrained(self.path, subfolder="text_encoder", **weights)
             pipeline = CogVideoXPipeline.from_pretrained(
                 self.path,
                 text_encoder=text_encoder,

@@ -24,12 +24,9 @@ from torch import distributed, nn
 
 
 class ContextParallel:
-    """Divides the video's tokens of a transformer among the ranks of a group.
+    """Divides the video's tokens of a transformer among the ranks of a group, which get the same samples.
 
     Forward passes of different sizes must not overlap: a recomputed checkpointed block uses the size of the last one.
-
-    Args:
-        group: the ranks that get the same samples.
     """
 
     def __init__(self, group: distributed.ProcessGroup):

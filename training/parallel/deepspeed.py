@@ -17,9 +17,6 @@ from accelerate.utils import DistributedType, patch_environment
 from diffusers import CogVideoXTransformer3DModel
 
 
-_REDUCE_BUCKET = 50_000_000  # gradients per all-reduce; DeepSpeed's default takes 2 GB in float32
-
-
 def is_zero(accelerator: Accelerator) -> bool:
     """Return whether the run was launched with DeepSpeed."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -54,7 +51,6 @@ def configure_zero(
         is_rounded: compute with bf16 weights and step sharded float32 copies.
         batch_size: samples per process and backward pass.
         accumulation: backward passes per step.
-        max_grad_norm: to clip gradients to; 0 does not clip.
     """
     config = accelerator.deepspeed_plugin.deepspeed_config
     config |= {
@@ -75,7 +71,7 @@ def configure_zero(
     for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"):
         if zero.get(key) == "auto":  # accelerate would look for a hidden_size in the model's config
             del zero[key]
-    zero.setdefault("reduce_bucket_size", _REDUCE_BUCKET)
+    zero.setdefault("reduce_bucket_size", 50_000_000)  # DeepSpeed's default takes 2 GB in float32
     for key in ("offload_optimizer", "offload_param"):
         if (zero.get(key) or {}).get("device", "none") != "none":
             zero[key].setdefault("pin_memory", torch.cuda.is_available())
@@ -93,11 +89,7 @@ def check_gradients(accelerator: Accelerator) -> None:
 
 @contextmanager
 def gathered(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
-    """Gather the complete transformer on every process within the block; entered and left by all of them together.
-
-    Args:
-        model: as accelerate wrapped it.
-    """
+    """Gather the model that accelerate wrapped on every process within the block; entered and left by all together."""
     if not has_sharded_weights(accelerator):
         yield
         return
@@ -131,10 +123,10 @@ def gather_zero_shards(tensor: torch.Tensor) -> torch.Tensor:
     is_divided = hasattr(tensor, "ds_id")
     if tensor.requires_grad and (is_divided or tensor.dtype != torch.float32):
         return safe_get_full_fp32_param(tensor)
-    if is_divided:
-        with GatheredParameters([tensor]):
-            return tensor.detach().clone()
-    return tensor
+    if not is_divided:
+        return tensor
+    with GatheredParameters([tensor]):
+        return tensor.detach().clone()
 
 
 @contextmanager

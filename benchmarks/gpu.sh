@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole GPU set in nine minutes at most on one large card: memory and speed at full size, the most important rows
-# first, and the GPU tests. Results are written as they come, so that a part that is stopped has what it had done.
+# Run all GPU benchmarks in at most nine minutes on one large card: memory and speed at full size, the most important
+# rows first, and the GPU tests. Each result is written at once, so that a stopped part keeps those it has.
 #
 #   make benchmark-gpu && make tables        where everything is installed
 #   PYTHON=python3 OUT=/tmp/results bash benchmarks/gpu.sh

@@ -1,4 +1,4 @@
-"""Write the demo data: H.264 clips, the lists that name them, and folders that exist whole or not at all."""
+"""Write the demo data: H.264 clips, the lists that name them, and folders that exist only once they are complete."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder` which takes that name when the block ends without an error.
 
     Args:
-        folder: what is to be made; it may exist already if it is empty.
+        folder: the folder to make; it may exist if it is empty.
 
     Raises:
         FileExistsError: if `folder` holds anything.
@@ -76,7 +76,7 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int | Fraction) -> 
 
 
 def list_texts(entries: Sequence[Entry]) -> dict[str, str]:
-    """What the three lists say, by file name: two with one line a clip, and a table of both columns."""
+    """Return the texts of the three lists by file name: two with one line per clip, and a table of both columns."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("video", "caption"))

@@ -7,7 +7,7 @@ The folder loads with `CogVideoXPipeline.from_pretrained` (the I2V kinds with `C
 
 Plain random weights would be of little use: latents that forget the colours, gates that are almost shut. So three
 things are arranged, each where it is done below. The VAE carries the mean colour of every block of 4 frames × 8 × 8
-pixels there and back, so that samples can be looked at. Its scaled latents have mean 0 and standard deviation 1, with
+pixels there and back, so that samples can be viewed. Its scaled latents have mean 0 and standard deviation 1, with
 little posterior noise. The transformer listens to the text and to the timestep. A LoRA's loss falls visibly on it.
 """
 
@@ -208,7 +208,7 @@ def carry_colours(encoder: "nn.Module") -> None:
 
     The group norm before the last layer takes the mean and the scale out of everything it sees, the brightness
     with it: a plain red clip and a plain blue one would give almost the same latents. So of every 8 channels (a group
-    there) two are held at plus and minus REFERENCE and decide the scale alone; the other six are R, G, B and their
+    there) two are held at plus and minus REFERENCE and decide the scale; the other six are R, G, B and their
     negatives, so that the mean is 0 and SiLU loses nothing, as silu(u) - silu(-u) = u. Random weights remain on top.
     """
     import torch
@@ -314,7 +314,7 @@ def draw_calibration_clips(count: int = 24, frames: int = 9, size: int = 48) -> 
 
 
 def block_colours(clips: "Tensor") -> "Tensor":
-    """Mean colours of what each latent stands for, [N, 3]: the first frame, then fours, in blocks of 8 × 8 pixels."""
+    """Return each latent's mean colour, [N, 3]: of 8 × 8 pixels of the first frame, then of four frames."""
     import torch
     from torch.nn.functional import avg_pool3d
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the trained tiny models of assets/models/tiny-cogvideox and assets/models/tiny-cogvideox-i2v from nothing: clips, VAE, text
-# encoder, transformers, measures. Some hours on two CPU cores. Run again, it goes on where it was.
+# encoder, transformers, measures. It takes some hours on two CPU cores. If run again, it continues.
 #
 #   WORK_DIR=base bash assets/scripts/train_base_model.sh
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""Measure whether a LoRA of the demo's style takes the colours out of what the tiny model shows, and only the LoRA.
+"""Measure whether a LoRA of the demo's style, and only the LoRA, removes the colours from the tiny model's videos.
 
     python assets/scripts/measure_style.py --lora demo/outputs/cogvideox-lora__... --id_token OLD_FILM
 
@@ -30,7 +30,7 @@ MODEL_DIR = Path(__file__).resolve().parents[1] / "models" / "tiny-cogvideox"
 def measure(
     model_dir: Path, lora: Path, id_token: str, num_prompts: int, steps: int, guidance_scale: float
 ) -> dict[str, float]:
-    """The mean saturation of the videos, 0 to 1, and how many of the LoRA's go the way that their prompt says."""
+    """Return the mean saturation of the videos, 0 to 1, and how many of the LoRA's move as their prompt says."""
     scenes = plan_base_scenes()[1][:num_prompts]
     disable_progress_bar()
     pipeline = CogVideoXPipeline.from_pretrained(model_dir, dtype=torch.float32)

@@ -68,7 +68,7 @@ publish "$WORK_DIR/run/pipeline" "$OUTPUT_DIR"
 if [[ ! -d "$WORK_DIR/image-model" ]]; then
   python assets/scripts/widen_to_images.py --model_dir "$WORK_DIR/run/pipeline" --output_dir "$WORK_DIR/image-model"
 fi
-# Gently, as it knows all but the image already.
+# With a low learning rate, as only the image is new.
 train cogvideox_image_to_video_sft.py "$WORK_DIR/image-model" "$WORK_DIR/image-run" "$IMAGE_STEPS" \
   --learning_rate 2e-4 --ema_decay 0.99
 publish "$WORK_DIR/image-run/pipeline" "$OUTPUT_DIR-i2v" "$OUTPUT_DIR"

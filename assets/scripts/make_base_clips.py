@@ -16,7 +16,7 @@ from shapes import SHAPES, Scene
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 BACKGROUNDS = ("white", "black", "grey", "light blue")
-DIRECTIONS = {  # what the shape does -> where it is seen to go: (x, y), y downwards
+DIRECTIONS = {  # motion -> direction on the picture (x, y), y downwards
     "moves from left to right": (1, 0),
     "moves from right to left": (-1, 0),
     "falls from top to bottom": (0, 1),

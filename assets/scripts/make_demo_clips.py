@@ -20,7 +20,7 @@ from shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, draw_frames
 SIZES = ((128, 192), (144, 208), (96, 160), (192, 128), (128, 128))  # height, width
 LENGTHS = (49, 81, 65, 53, 60, 77, 72)  # frames; not all of them 4k + 1, as in real data
 FRAME_RATES = (8, 16, 24, 25)
-MIN_CONTRAST = 230  # between shape and background: leaves out pairs such as yellow on beige, blue on navy
+MIN_CONTRAST = 230  # between shape and background: excludes pairs such as yellow on beige, blue on navy
 
 
 def plan_scenes(count: int, seed: int) -> list[Scene]:
@@ -62,12 +62,12 @@ def contrast(colour: str, background: str) -> int:
 
 
 def make_demo_clips(output_dir: Path, count: int = 24, seed: int = 0) -> list[tuple[Path, str]]:
-    """Draw the clips and write their lists, unless they are all there already.
+    """Draw the clips and write their lists, unless all exist.
 
     Args:
         output_dir: the folder to make; missing or empty, or made by an earlier run with the same count and seed.
         count: how many clips.
-        seed: decides shapes, colours and backgrounds. A smaller count gives the first of the same clips.
+        seed: decides shapes, colours and backgrounds. A smaller count draws the first of the same clips.
 
     Returns:
         The path and the caption of every clip.
@@ -81,7 +81,7 @@ def make_demo_clips(output_dir: Path, count: int = 24, seed: int = 0) -> list[tu
 def draw_clips(
     output_dir: Path, scenes: Sequence[Scene], draw: Callable[[Scene], Iterable[np.ndarray]] = draw_frames
 ) -> list[tuple[Path, str]]:
-    """Draw scenes and write their lists, unless they are all there already; as `make_demo_clips` otherwise."""
+    """Draw scenes and write their lists, unless all exist; see `make_demo_clips`."""
     output_dir = Path(output_dir)
     entries = [(f"videos/clip-{i:03d}.mp4", scene.caption) for i, scene in enumerate(scenes)]
     if is_complete(output_dir, entries):

@@ -2,8 +2,8 @@
 
     python assets/scripts/measure_model.py --model_dir assets/models/tiny-cogvideox
 
-samples every scene that was held out of its training, looks at the frames as one would with a ruler, and prints the
-shares. An image-to-video model is given the first frame of each. The VAE is measured on the clips of the same scenes.
+samples every held-out scene, measures colour and motion in the frames, and prints the shares. An image-to-video model
+gets the first frame of each scene. The VAE is measured on the clips of the same scenes.
 """
 
 import argparse

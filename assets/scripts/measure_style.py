@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_dir", type=Path, default=MODEL_DIR, help="the model (default: the trained tiny one)")
     parser.add_argument("--lora", type=Path, required=True, help="file or folder of the LoRA")
-    parser.add_argument("--id_token", required=True, help="the word that stands for the style")
+    parser.add_argument("--id_token", required=True, help="the word that names the style")
     parser.add_argument("--num_prompts", type=int, default=5)
     parser.add_argument("--num_inference_steps", type=int, default=10)
     parser.add_argument("--guidance_scale", type=float, default=2.0)

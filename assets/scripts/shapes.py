@@ -1,4 +1,4 @@
-"""Coloured shapes that move over plain backgrounds as their captions say: what they are, and how they are drawn."""
+"""Coloured shapes that move over plain backgrounds as their captions say: their scenes and their drawing."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ BACKGROUNDS = {
     "dark green": (10, 70, 25),
     "navy blue": (15, 20, 95),
 }
-# What the shape does -> (x, y, radius) in the first and in the last frame; x and y as fractions of the width and
+# Motion -> (x, y, radius) in the first and in the last frame; x and y as fractions of the width and
 # height, the radius as a fraction of the shorter side.
 MOTIONS = {
     "moves from left to right": ((0.2, 0.5, 0.18), (0.8, 0.5, 0.18)),

@@ -1,4 +1,4 @@
-"""Train the tiny model's VAE on drawn clips: coloured shapes that move any way, some in grey, some with grain.
+"""Train the tiny model's VAE on drawn clips: shapes that move in any direction, some in grey, some with grain.
 
     python assets/scripts/train_vae.py --model_dir base/model --num_steps 3000
 
@@ -24,8 +24,8 @@ from shapes import BACKGROUNDS, COLOURS, SHAPES, as_old_film, draw_frames, draw_
 
 
 KL_WEIGHT = 2e-4
-SIZE = 48  # of the clips that are trained on; it is all convolutions, so larger ones come out as well
-# In turns: the VAE goes through 9 frames at once, and through longer clips 8 by 8, with the end of the last 8 in mind.
+SIZE = 48  # of the clips that are trained on; it is all convolutions, so larger ones work too
+# In turn: the VAE encodes 9 frames at once, and longer clips 8 by 8 with a cache of the frames before.
 LENGTHS = (9, 17)
 
 

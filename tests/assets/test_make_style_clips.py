@@ -6,7 +6,7 @@ import pytest
 from encoded_clips import all_frames
 from make_base_clips import plan_base_scenes
 from make_demo_clips import draw_clips
-from make_style_clips import LENGTHS, SIZES, film, main, plan_style_scenes
+from make_style_clips import LENGTHS, SIZES, film, plan_style_scenes
 
 
 def test_the_model_knows_each_scene_and_their_files_differ():
@@ -27,12 +27,3 @@ def test_clips_are_grey_and_grainy_and_the_same_each_time(tmp_path):
     assert (frames.max(axis=-1) - frames.min(axis=-1)).mean() < 2
     corner = frames[:, :8, :8, 0]
     assert corner.std() > 5
-
-
-def test_what_lies_there_already_is_left_alone(tmp_path, monkeypatch, capsys):
-    (tmp_path / "mine.txt").write_text("mine")
-    monkeypatch.setattr("sys.argv", ["make_style_clips.py", "--output_dir", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        main()
-    assert "holds something else" in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]

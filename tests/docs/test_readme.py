@@ -74,12 +74,9 @@ def test_clips_become_a_lora_that_is_sampled(reader, fresh_accelerator):
     assert Path("checked.mp4").stat().st_size > 0
 
 
-def test_the_readme_names_the_folder_of_its_run(tmp_path):
+def test_the_readme_names_the_folder_of_its_run_and_its_budget_reaches_the_script(tmp_path):
     *_, call = noted_calls(BLOCKS["train"], tmp_path)
     assert f"`{value_of(call, '--output_dir')}/`" in README
-
-
-def test_the_memory_budget_reaches_the_script(tmp_path):
     (call,) = noted_calls(BLOCKS["budget"], tmp_path)
     assert value_of(call, "--memory_budget_gb") == "16"
 

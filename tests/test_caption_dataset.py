@@ -592,7 +592,7 @@ def test_a_table_of_other_origin_is_not_changed(clips, server, capsys):
 
 def test_a_table_in_the_folder_of_clips_is_not_ignored(clips, server, capsys):
     write(clips / "metadata.csv", "video,caption\nfly.mp4,They fly.\n")
-    assert f"give --dataset_file {clips / 'metadata.csv'}" in refuse(flags(clips, server), capsys)
+    assert f"pass --dataset_file {clips / 'metadata.csv'}" in refuse(flags(clips, server), capsys)
 
 
 def test_an_unwritable_place_is_reported_before_the_model_is_asked(clips, server, capsys):

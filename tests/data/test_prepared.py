@@ -225,9 +225,10 @@ def test_a_damaged_line_of_an_index_of_shards_is_named(tmp_path, line):
         read_index(tmp_path)
 
 
-def test_without_an_index_a_damaged_tensor_is_named(tmp_path):
+@pytest.mark.parametrize("shape", [(3,), (8, 1, 0, 1)])
+def test_without_an_index_a_damaged_tensor_is_named(tmp_path, shape):
     (tmp_path / "video_latents").mkdir()
-    torch.save(torch.zeros(3), tmp_path / "video_latents" / "a.pt")
+    torch.save(torch.zeros(shape), tmp_path / "video_latents" / "a.pt")
     with pytest.raises(UserError, match=r"a\.pt has no latents of a video"):
         read_index(tmp_path)
 

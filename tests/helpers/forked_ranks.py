@@ -52,14 +52,13 @@ def start(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [
-        CONTEXT.Process(
-            target=run_rank, args=(script, argv, rank, num_ranks, port, log, None if rank else stop, largest_file)
-        )
-        for rank in range(num_ranks)
-    ]
-    for process in ranks:
-        process.start()
+    launch = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in range(num_ranks):
+        environment = launch | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
+        arguments = (script, argv, environment if num_ranks > 1 else {}, log, None if rank else stop, largest_file)
+        ranks.append(CONTEXT.Process(target=run_rank, args=arguments))
+        ranks[-1].start()
     return ranks
 
 
@@ -72,15 +71,12 @@ def finish(script: str, argv: list[str], log: Path, num_ranks: int = 1) -> str:
 
 
 def run_rank(
-    script: str, argv: list[str], rank: int, num_ranks: int, port: int, log: Path, stop: Stop | None, largest_file: int
+    script: str, argv: list[str], environment: dict[str, object], log: Path, stop: Stop | None, largest_file: int
 ) -> None:
     """Run a script as one rank, see `start`."""
     import torch
 
-    if num_ranks > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "ACCELERATE_USE_CPU": "true"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {name: str(value) for name, value in environment.items()}
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

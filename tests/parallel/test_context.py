@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
 from args import parse_args
-from curves import curve
 from diffusion.latents import rotary_embeddings
 from forked_ranks import CONTEXT, start_server
 from memory.activations import checkpoint_activations
@@ -31,6 +30,7 @@ from methods.full import FullFinetune
 from models.attention import set_attention
 from parallel.context import ContextParallel, part_of, start_context_parallel
 from repository import ROOT
+from tiny_runs import curve
 from tiny_steps import Result, add_adapters
 
 

@@ -1,7 +1,6 @@
 """The clips of the demo's style: known scenes, in grey and with grain."""
 
 import numpy as np
-import pytest
 
 from encoded_clips import all_frames
 from make_base_clips import plan_base_scenes

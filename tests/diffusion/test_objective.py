@@ -7,11 +7,11 @@ from diffusers import CogVideoXPipeline
 from data.buckets import Bucket
 from dataset import Batch
 from diffusion.objective import Objective
-from diffusion.tasks import TextToVideo
 from diffusion.timesteps import TimestepSampling
 from models.encoding import encode_videos
 from models.source import ModelSource
 from schedulers import alphas_cumprod
+from tiny_steps import make_objective
 
 
 KINDS = {"2b": (1.15258426, 3.0, 1), "5b": (0.7, 1.0, 1), "1.5-5b": (0.7, 1.0, 2)}  # scaling, shift, frames per patch
@@ -28,19 +28,6 @@ def make_batch(frames: int = 5, height: int = 8, width: int = 12) -> Batch:
         bucket=Bucket(4 * frames - 3, 8 * height, 8 * width),
         video_moments=torch.cat([mean, logvar], dim=1),
         prompt_embeds=torch.randn(2, 226, 64, generator=generator),
-    )
-
-
-def make_objective(source: ModelSource, model=None) -> Objective:
-    transformer = source.load_transformer(torch.float32)
-    return Objective(
-        task=TextToVideo(),
-        model=model or transformer,
-        transformer=transformer,
-        scheduler=source.load_scheduler(),
-        configs=source.configs(),
-        vae=None,
-        dtype=torch.float32,
     )
 
 

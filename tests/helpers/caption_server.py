@@ -4,12 +4,13 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -32,13 +33,12 @@ class Question:
         return numbers_of(np.stack(self.frames))
 
 
-@dataclass
-class Answer:
+class Answer(NamedTuple):
     """What the server says."""
 
     body: Any
     status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 def said(text: str | None, finish_reason: str = "stop") -> Answer:
@@ -57,29 +57,31 @@ def caption_of(length: int) -> str:
 
 
 class CaptionServer:
-    """Knows the models "watcher" alone, and describes any clip.
+    """A server that knows only the model "watcher", and describes any clip.
 
-    `answer` may be replaced: it is given each question and how often this clip was asked for before.
+    `answer` may be replaced: it gets each question and how often this clip was asked for before.
     """
 
     def __init__(self):
-        self.models: Answer = Answer({"object": "list", "data": [{"id": "watcher"}]})
-        self.answer: Callable[[Question, int], Answer] = lambda question, before: said(
-            caption_of(question.numbers[-1] + 1)
-        )
+        self.models = Answer({"object": "list", "data": [{"id": "watcher"}]})
+        self.answer: Callable[[Question, int], Answer] = lambda question, _: said(caption_of(question.numbers[-1] + 1))
         self.questions: list[Question] = []
         self.endpoint = ""
         self._lock = threading.Lock()
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, body: dict[str, Any], headers: Message) -> Answer:
         """Note a question and answer it."""
+        (message,) = body["messages"]
+        *images, text = message["content"]
+        frames = [picture(image["image_url"]["url"]) for image in images]
+        question = Question(frames, text["text"], body, headers)
         with self._lock:
             before = sum(other.numbers[-1] == question.numbers[-1] for other in self.questions)
             self.questions.append(question)
         return self.answer(question, before)
 
     def lengths_asked(self) -> list[int]:
-        """The clips asked for since this was last called, sorted, by their numbers of frames."""
+        """Return the clips asked for since the last call, sorted, by their numbers of frames."""
         lengths = sorted(question.numbers[-1] + 1 for question in self.questions)
         self.questions.clear()
         return lengths
@@ -96,15 +98,8 @@ def serving() -> Iterator[CaptionServer]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            (message,) = body["messages"]
-            *images, text = message["content"]
-            question = Question(
-                [np.asarray(picture(image["image_url"]["url"])) for image in images],
-                text["text"],
-                body,
-                self.headers,
-            )
-            self._send(stand_in.ask(question) if self.path == "/v1/chat/completions" else Answer({}, 404))
+            known = self.path == "/v1/chat/completions"
+            self._send(stand_in.ask(body, self.headers) if known else Answer({}, 404))
 
         def _send(self, answer: Answer) -> None:
             content = answer.body.encode() if isinstance(answer.body, str) else json.dumps(answer.body).encode()
@@ -115,24 +110,23 @@ def serving() -> Iterator[CaptionServer]:
             self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
-            """Nothing on the screen."""
+            """Print nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    stand_in.endpoint = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield stand_in
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        stand_in.endpoint = f"http://127.0.0.1:{server.server_port}/v1"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield stand_in
+        finally:
+            server.shutdown()
+            thread.join()
 
 
-def picture(url: str) -> Image.Image:
-    """The picture in a data URL."""
+def picture(url: str) -> np.ndarray:
+    """Return the picture in a data URL, uint8 [H, W, 3]."""
     kind, _, content = url.partition(";base64,")
     assert kind == "data:image/jpeg"
     image = Image.open(io.BytesIO(base64.b64decode(content)))
     assert (image.format, image.mode) == ("JPEG", "RGB")
-    return image
+    return np.asarray(image)

@@ -6,18 +6,56 @@ from types import ModuleType
 
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from args import parse_args
+from data.buckets import Bucket
+from data.plan import plan_training_data
+from diffusion.tasks import ImageToVideo, TextToVideo
+from methods.lora import Lora
+from run.setup import Run, set_up
+from run.spec import check_spec
 
 
 SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
 
 
+def run_flags(model: Path, data: Path, output: Path) -> list[str]:
+    folders = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
+    return [*folders, *SIZE, "--train_batch_size", "1", "--seed", "0"]
+
+
 def train(script: ModuleType, model: Path, data: Path, output: Path, *flags: str) -> Path:
     """Run a training script in this process; returns the folder of the run."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
-    script.main([*argv, *SIZE, "--train_batch_size", "1", "--seed", "0", *flags])
+    script.main([*run_flags(model, data, output), *flags])
     return output
+
+
+def set_up_run(task: str, model: Path, data: Path, output: Path, *flags: str) -> Run:
+    """Set up a run of a LoRA on prepared data, as its script does."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    argv = [*run_flags(model, data, output), "--load_tensors", "--report_to", "none", *flags]
+    args = parse_args(argv, task=task, method="lora")
+    images = ImageToVideo(args.image.noised_image_dropout, args.image.ignore_learned_positional_embeddings)
+    lora = Lora.from_flags(args.lora, args.memory.quantize_base)
+    return set_up(check_spec(args, plan_training_data(args), images if task == images.name else TextToVideo(), lora))
+
+
+def sample_latents(pipeline: CogVideoXPipeline, size: Bucket, **options) -> torch.Tensor:
+    """Sample latents of a size with a pipeline of either task."""
+    pipeline.set_progress_bar_config(disable=True)
+    sizes = {"num_frames": size.num_frames, "height": size.height, "width": size.width}
+    return pipeline(**sizes, output_type="latent", **options).frames
+
+
+def curve(run: Path, name: str) -> dict[int, float]:
+    """Return what a run logged to TensorBoard under a name, by step."""
+    (folder,) = (path for path in (run / "logs").iterdir() if path.is_dir())
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

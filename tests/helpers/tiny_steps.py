@@ -9,11 +9,27 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from diffusion.latents import rotary_embeddings
+from diffusion.objective import Objective
+from diffusion.tasks import ImageToVideo, TextToVideo
 from methods.lora import Lora
 from models.source import ModelSource
 
 
 Result = tuple[torch.Tensor, dict[str, torch.Tensor]]  # the output, the gradients by name
+
+
+def make_objective(
+    source: ModelSource,
+    transformer: CogVideoXTransformer3DModel | None = None,
+    *,
+    task: TextToVideo | ImageToVideo | None = None,
+    model: torch.nn.Module | None = None,
+) -> Objective:
+    """Return the objective of a model in float32; `model` replaces or wraps the transformer in forward passes."""
+    transformer = transformer or source.load_transformer(torch.float32)
+    networks = {"model": model or transformer, "transformer": transformer, "vae": None}
+    facts = {"scheduler": source.load_scheduler(), "configs": source.configs(), "dtype": torch.float32}
+    return Objective(task=task or TextToVideo(), **networks, **facts)
 
 
 def with_adapters(model: Path | str, *, dropout: float = 0.5, quantize: str = "none") -> CogVideoXTransformer3DModel:

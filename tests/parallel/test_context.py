@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
-from curves import curve
 from diffusion.latents import rotary_embeddings
 from forked_ranks import call_on_ranks
 from memory.activations import checkpoint_activations
@@ -25,6 +24,7 @@ from memory.block_streaming import stream_blocks
 from methods.full import FullFinetune
 from models.attention import set_attention
 from parallel.context import ContextParallel, part_of, start_context_parallel
+from tiny_runs import curve
 from tiny_steps import Result, add_adapters
 
 

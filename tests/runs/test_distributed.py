@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
-from curves import curve
 from data.prepared import read_index
 from forked_ranks import finish
 from repository import TRAINING
-from tiny_runs import SIZE, assert_same_weights, weights_of
+from tiny_runs import SIZE, assert_same_weights, curve, weights_of
 
 
 SCRIPTS_IN_TURN = Path(__file__).parents[1] / "helpers" / "fsdp_on_cpu.py"

@@ -49,6 +49,7 @@ from data.prepared import (
     sample_in_shards,
 )
 from encoded_clips import ENCODINGS, HEIGHT, WIDTH, encode, numbered_frame
+from flags.schema import flag_values
 from make_real_clips import find_source_dir
 from video.frames import LONG_CLIPS, choose_samples
 from video.io import read_frames
@@ -94,11 +95,7 @@ def run_steps(folder: Path, names: Sequence[str]) -> None:
 
 
 def damaged(content: bytes, seed: str, foreign: Sequence[bytes]) -> bytes:
-    """Make one or a few edits, the same ones for the same seed.
-
-    Args:
-        foreign: pieces to insert, or to replace the beginning with.
-    """
+    """Make one or a few edits, the same ones for the same seed; some insert one of the foreign pieces."""
     rng = random.Random(seed)
     for _ in range(rng.choice((1, 1, 2, 5))):
         content = rng.choice(edits_of(content, rng, rng.choice(foreign)))
@@ -106,7 +103,7 @@ def damaged(content: bytes, seed: str, foreign: Sequence[bytes]) -> bytes:
 
 
 def edits_of(content: bytes, rng: random.Random, foreign: bytes) -> list[bytes]:
-    """Return a content with a random piece edited in each way."""
+    """Edit a random piece of a content in each way."""
     size = len(content)
     # Often near either end, where headers and indices are.
     near = rng.randint(0, min(size, rng.choice((16, 100, 1000, size))))
@@ -143,12 +140,7 @@ def mutants_of(files: Sequence[Path], foreign: Sequence[bytes], count: int) -> I
 
 
 def check_mutants(mutants: Iterable[Mutant], check: Callable[[Path, bytes], str], least: int, *needed: str) -> None:
-    """Check all mutants, and fail with a list of all failures.
-
-    Args:
-        check: takes the file and the content of a mutant; returns the outcome in a word.
-        least: how many mutants must have each of the outcomes that are needed.
-    """
+    """Check all mutants, and list all failures; each needed outcome, a word, must come up at least so often."""
     outcomes, failures = Counter(), []
     for file, seed, content in mutants:
         try:
@@ -200,11 +192,7 @@ def check_damaged_clips(originals: Sequence[Path], count: int) -> None:
 
 
 def check_clip(original: Path, content: bytes, whole: Collection[bytes]) -> str:
-    """Probe a clip, choose its samples and read them, as training does.
-
-    Args:
-        whole: the frames of the clip before the damage.
-    """
+    """Probe a clip, choose its samples and read them, as training does; `whole` are the frames before the damage."""
     path = original.with_name(f"mutant{original.suffix}")
     path.write_bytes(content)
     info = probe_files([path])[path]
@@ -330,14 +318,10 @@ def places(file: Path, certain: Iterable[object], possible: Iterable[object] | N
     return rows, rows if possible is None else Counter(f"{file.name}:{name}" for name in possible)
 
 
-def text_of(file: Path) -> str:
-    """Read UTF-8 with or without a byte order mark, with line ends of all systems."""
-    return StringIO(file.read_bytes().decode("utf-8-sig"), newline=None).read()
-
-
 def places_of_lines(file: Path) -> Places:
     """Return the lines of videos.txt, as many as prompts.txt has, without blank ones at the end."""
-    videos, prompts = (text_of(file.with_name(name)).rstrip().split("\n") for name in ("videos.txt", "prompts.txt"))
+    texts = (file.with_name(name).read_text("utf-8-sig") for name in ("videos.txt", "prompts.txt"))
+    videos, prompts = (text.rstrip().split("\n") for text in texts)
     if len(videos) != len(prompts):
         raise ValueError(f"{len(videos)} videos and {len(prompts)} prompts")
     return places(file.with_name("videos.txt"), range(1, 1 + len(videos)))
@@ -347,7 +331,7 @@ def places_of_records(file: Path) -> Places:
     """Return the first lines of the records of a CSV file, read character by character, without the header."""
     delimiter = "\t" if file.suffix == ".tsv" else ","
     records, line, is_quoted, may_open = {1: ""}, 1, False, True
-    for character in text_of(file):
+    for character in file.read_text("utf-8-sig"):
         line += character == "\n"
         if character == '"' and (is_quoted or may_open):
             is_quoted, may_open = not is_quoted, is_quoted  # a quote right behind the closing one opens again
@@ -391,8 +375,7 @@ def places_of_mix(mix: Path) -> Places:
     return rows, rows
 
 
-# By file: the flag that takes it or its folder, and who reads it strictly, by other means; raises ValueError if it
-# cannot.
+# By file: the flag that takes it or its folder, and what reads it strictly, by other means, or raises ValueError.
 LISTS: dict[str, tuple[str, Callable[[Path], Places]]] = {
     **dict.fromkeys(TEXT_FILES, ("--data_root", places_of_lines)),
     **dict.fromkeys(("table.csv", "table.tsv"), ("--dataset_file", places_of_records)),
@@ -423,26 +406,25 @@ def check_list(file: Path, content: bytes) -> str:
     return "listed"
 
 
+def zeroed_footers(file: Path) -> Iterator[Mutant]:
+    """Zero every small number in the footer of a Parquet file: offsets and counts of rows."""
+    content = file.read_bytes()
+    end = len(content) - 8  # the length of the footer and a mark come last
+    for at in range(end - int.from_bytes(content[end : end + 4], "little"), end):
+        if 0 < content[at] < 20:
+            yield file, f"0 at byte {at}", content[:at] + b"\0" + content[at + 1 :]
+
+
 def check_damaged_lists(folder: Path) -> None:
     for name, (flag, _) in LISTS.items():
         file = folder / ("lists" if flag == "--data_root" else "") / name
         mutants = mutants_of([file], PIECES_OF_LISTS, 200 if flag == "--dataset_mix" else 60)
         check_mutants(mutants, check_list, 1, "listed", "refused")
-
-
-def check_damaged_footers(folder: Path) -> None:
-    """Zero every small number in the footer of a Parquet file: offsets and counts of rows."""
-    file = folder / "bare.parquet"
-    content = file.read_bytes()
-    end = len(content) - 8  # the length of the footer and a mark come last
-    footer = range(end - int.from_bytes(content[end : end + 4], "little"), end)
-    small = [at for at in footer if 0 < content[at] < 20]
-    mutants = ((file, f"0 at byte {at}", content[:at] + b"\0" + content[at + 1 :]) for at in small)
-    check_mutants(mutants, check_list, 0)
+    check_mutants(zeroed_footers(folder / "bare.parquet"), check_list, 0)
 
 
 def test_every_row_of_a_damaged_list_is_planned_or_named(tmp_path):
-    in_child(tmp_path, make_lists, check_damaged_lists, check_damaged_footers)
+    in_child(tmp_path, make_lists, check_damaged_lists)
 
 
 # Lists and tables of any content
@@ -539,8 +521,7 @@ def every_file_of_a_folder_counts(folder: Path, names: Collection[str]) -> None:
     """Of the files with one name, which are one clip or several, at least one is used or named."""
     with TemporaryDirectory(dir=folder) as root:
         for name in names:
-            (Path(root) / name).parent.mkdir(parents=True, exist_ok=True)
-            (Path(root) / name).write_bytes(b"a caption" if name.endswith(".txt") else picture())
+            write(Path(root) / name, b"a caption" if name.endswith(".txt") else picture())
         try:
             data = plan("--data_root", root)
         except UserError as error:
@@ -590,9 +571,8 @@ def make_shards(folder: Path) -> list[Path]:
     import torch
     from safetensors.torch import save_file
 
-    latents, embeds = folder / "latents" / "aa.safetensors", folder / "prompt_embeds" / "bb.safetensors"
-    for path in (latents, embeds):
-        path.parent.mkdir(parents=True)
+    latents = write(folder / "latents" / "aa.safetensors", b"")
+    embeds = write(folder / "prompt_embeds" / "bb.safetensors", b"")
     kinds = ("video_latents", "image_latents")
     save_file({f"{name}.{kind}": torch.zeros(SHAPES[kind]) for name in SAMPLES for kind in kinds}, latents)
     save_file({"cc.prompt_embeds": torch.zeros(SHAPES["prompt_embeds"])}, embeds)
@@ -601,20 +581,11 @@ def make_shards(folder: Path) -> list[Path]:
         sample_in_shards(folder, name, latents, embeds, "cc", BUCKET, with_images=True) | {"repeats": 1.5}
         for name in SAMPLES
     ]
-    (folder / "index.jsonl").write_text(index_lines(entries))
-    return [folder / "index.jsonl", folder / "prepared.json", latents, embeds]
+    return [write(folder / "index.jsonl", index_lines(entries)), folder / "prepared.json", latents, embeds]
 
 
-def make_files(folder: Path) -> list[Path]:
-    """Write the same with a file for each tensor."""
-    tensors = make_files_without_index(folder)
-    entries = [sample_in_files(name, BUCKET, with_images=True) for name in SAMPLES]
-    (folder / "data.jsonl").write_text(index_lines(entries))
-    return [folder / "data.jsonl", *tensors]
-
-
-def make_files_without_index(folder: Path) -> list[Path]:
-    """Write the same as the original script left it when it was stopped."""
+def make_files(folder: Path, *, with_index: bool = True) -> list[Path]:
+    """Write the same with a file for each tensor; without an index, as the original script did until its end."""
     import torch
 
     for kind, shape in SHAPES.items():
@@ -623,15 +594,17 @@ def make_files_without_index(folder: Path) -> list[Path]:
             # The original script wrote one encoding of an image, without an axis for several.
             one = shape[1:] if kind == "image_latents" else shape
             torch.save(torch.zeros(one), folder / kind / f"{name}.pt")
-    return [folder / kind / "one.pt" for kind in SHAPES]
-
-
-MAKERS = (make_shards, make_files, make_files_without_index)
+    tensors = [folder / kind / "one.pt" for kind in SHAPES]
+    if not with_index:
+        return tensors
+    entries = [sample_in_files(name, BUCKET, with_images=True) for name in SAMPLES]
+    return [write(folder / "data.jsonl", index_lines(entries)), *tensors]
 
 
 def make_preparations(folder: Path) -> dict[Path, list[Path]]:
     """Write a folder of each kind; returns the files to damage by folder."""
-    return {folder / make.__name__: make(folder / make.__name__) for make in MAKERS}
+    makers = {"shards": make_shards, "files": make_files, "unindexed": partial(make_files, with_index=False)}
+    return {folder / name: make(folder / name) for name, make in makers.items()}
 
 
 def check_prepared_folder(folder: Path) -> str:
@@ -699,7 +672,7 @@ def with_another_value(entry: object, path: Sequence[int], value: object) -> obj
 @FUZZ
 @given(path=st.lists(st.integers(0, 20), min_size=1, max_size=2), value=JSON)
 def other_values_in_json_are_read_or_refused(folder: Path, path: Sequence[int], value: object) -> None:
-    for file in ("make_shards/index.jsonl", "make_files/data.jsonl", "make_shards/prepared.json"):
+    for file in ("shards/index.jsonl", "files/data.jsonl", "shards/prepared.json"):
         text = (folder / file).read_text()
         first, *rest = text.split("\n", 1) if file.endswith(".jsonl") else [text]
         changed = json.dumps(with_another_value(json.loads(first), path, value))
@@ -714,11 +687,11 @@ def other_contents_of_tensor_files_are_refused(folder: Path, kind: str, content:
     """A tuple stands for a tensor of that shape."""
     import torch
 
-    for make in (make_files, make_files_without_index):
-        path = folder / make.__name__ / kind / "one.pt"
+    for name in ("files", "unindexed"):
+        path = folder / name / kind / "one.pt"
         original = path.read_bytes()
         torch.save(torch.zeros(content) if isinstance(content, tuple) else content, path)
-        check_prepared_folder(folder / make.__name__)
+        check_prepared_folder(folder / name)
         path.write_bytes(original)
 
 
@@ -730,7 +703,7 @@ def test_a_damaged_preparation_gives_tensors_of_their_bucket_or_a_reason(tmp_pat
 # Flags
 
 
-FLAGS = vars(parse_prepare_args(["--data_root", ".", "--output_dir", "out"]))
+FLAGS = flag_values(parse_prepare_args(["--data_root", ".", "--output_dir", "out"]))
 WORDS = st.integers(-5, 200).map(str) | st.floats().map(str) | PATHS | TEXTS
 WORDS |= st.sampled_from([*LONG_CLIPS, "center", "NONE", "skip", "shards", "9" * 5000, "0x10", "1_6", "\udcff"])
 

@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
 import tiny_runs
-from curves import curve
 from original_folders import write_original_folder
-from tiny_runs import assert_same_weights, weights_of
+from tiny_runs import assert_same_weights, curve, weights_of
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -66,10 +65,3 @@ def test_bf16_weights_stepped_in_the_backward_pass_resume_bit_for_bit(tiny_model
     with pytest.raises(SystemExit, match="2"):
         resume(script, model, data, tmp_path / "whole", tmp_path / "other")
     assert "--weights_dtype was bf16, is now fp32" in capsys.readouterr().err
-
-
-def test_bf16_weights_are_refused_if_the_launch_computes_in_another_type(tiny_models, data, tmp_path, capsys):
-    flags = ("--weights_dtype", "bf16", "--use_torchao", "--use_8bit")
-    with pytest.raises(SystemExit, match="2"):
-        train(cogvideox_text_to_video_sft, tiny_models("5b"), data, tmp_path, *flags)
-    assert "--weights_dtype bf16: the networks must compute in bf16 too" in capsys.readouterr().err

@@ -17,10 +17,10 @@ from data.buckets import Bucket
 from data.prepared import PreparedClip, read_index, read_tensor
 from data.sampler import Draw
 from dataset import Batch
-from diffusion.objective import Objective
 from diffusion.randomness import sample_generators
-from diffusion.tasks import TextToVideo
 from models.source import ModelSource
+from tiny_runs import sample_latents
+from tiny_steps import make_objective
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -58,22 +58,13 @@ def test_full_fine_tuning_on_one_clip_halves_the_distance_of_samples_to_it(tiny_
     flags = ("--max_train_steps", "80", "--learning_rate", "3e-3", "--lr_scheduler", "cosine", "--seed", "0")
     output = train(cogvideox_text_to_video_sft, model, clip, tmp_path / "out", *flags, "--lr_warmup_steps", "8")
     pipeline = CogVideoXPipeline.from_pretrained(model)
-    pipeline.set_progress_bar_config(disable=True)
     mean, _ = read_tensor(clip.video_latents).float().movedim(0, 1).chunk(2, dim=1)
     prompt_embeds = read_tensor(clip.prompt_embeds)[None].float()
 
     def distance(transformer: CogVideoXTransformer3DModel) -> float:
         pipeline.transformer = transformer
-        sampled = pipeline(
-            prompt_embeds=prompt_embeds,
-            num_frames=SIZE.num_frames,
-            height=SIZE.height,
-            width=SIZE.width,
-            guidance_scale=1,
-            num_inference_steps=4,
-            generator=torch.Generator().manual_seed(1),
-            output_type="latent",
-        ).frames[0]
+        options = {"guidance_scale": 1, "num_inference_steps": 4, "generator": torch.Generator().manual_seed(1)}
+        (sampled,) = sample_latents(pipeline, SIZE, prompt_embeds=prompt_embeds, **options)
         return (sampled - mean * pipeline.vae.config.scaling_factor).norm().item()
 
     before = distance(pipeline.transformer)
@@ -95,15 +86,7 @@ def test_a_lora_on_one_clip_lowers_its_loss_by_30_percent(tiny_models, clip, tmp
     )
 
     def loss() -> float:
-        objective = Objective(
-            task=TextToVideo(),
-            model=pipeline.transformer,
-            transformer=pipeline.transformer,
-            scheduler=source.load_scheduler(),
-            configs=source.configs(),
-            vae=None,
-            dtype=torch.float32,
-        )
+        objective = make_objective(source, pipeline.transformer)
         generators = sample_generators(torch.device("cpu"), 5, [Draw(number, 0) for number in range(9)])
         with torch.no_grad():
             return objective.losses(batch, torch.arange(50, 1000, 111)[:9], generators).mean().item()

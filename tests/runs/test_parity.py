@@ -1,41 +1,32 @@
 """Training agrees with sampling: the transformer gets the same inputs, and learns the prediction that the scheduler
 expects."""
 
-import math
 import shutil
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    CogVideoXDPMScheduler,
-    CogVideoXPipeline,
-)
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 from PIL import Image
 
 import prepare_dataset
 from data.buckets import Bucket
 from data.prepared import read_index, read_tensor
 from dataset import Batch
-from diffusion.latents import velocity_losses
-from diffusion.objective import Objective
 from diffusion.tasks import ImageToVideo, TextToVideo
 from models.encoding import encode_noised_image, encode_prompts
 from models.prompts import PromptCache
 from models.source import ModelSource
 from schedulers import alphas_cumprod
+from tiny_runs import sample_latents
+from tiny_steps import make_objective
 
 
 KINDS = ["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"]
 NATIVE = Bucket(17, 64, 96)
-SIZES = [
-    NATIVE,
-    Bucket(16, 64, 96),
-    Bucket(9, 64, 96),
-    Bucket(17, 48, 80),
-]  # 5, 4 and 3 latent frames: 1.5 pads odd ones
+# 5, 4 and 3 latent frames: 1.5 pads odd ones.
+SIZES = [NATIVE, Bucket(16, 64, 96), Bucket(9, 64, 96), Bucket(17, 48, 80)]
 LARGER = [Bucket(25, 96, 64)]  # for 1.5 there are no positions of it
 PROMPTS = {"short": "a red circle", "empty": "", "long": "a red circle moves over a blue background, " * 100}
 CPU = torch.device("cpu")
@@ -53,45 +44,22 @@ class Kind:
         self.configs = source.configs()
         self.task = ImageToVideo(0.0, drop_positions) if self.configs.is_image_to_video else TextToVideo()
         self.pipeline = self.task.pipeline_class.from_pretrained(source.path)
-        self.pipeline.set_progress_bar_config(disable=True)
         exec("\n".join(self.task.usage()), {"pipe": self.pipeline})
         transformer = source.load_transformer(torch.float32).eval()
         self.task.prepare_model(transformer)
-        self.objective = Objective(
-            task=self.task,
-            model=transformer,
-            transformer=transformer,
-            scheduler=source.load_scheduler(),
-            configs=self.configs,
-            vae=None,
-            dtype=torch.float32,
-        )
+        self.objective = make_objective(source, transformer, task=self.task)
 
     def sample(self, size: Bucket, image: Image.Image | None = None, **options) -> torch.Tensor:
         """The latents that the pipeline samples."""
         given = {"image": image} if self.task.with_images else {}
-        return self.pipeline(
-            **given,
-            num_frames=size.num_frames,
-            height=size.height,
-            width=size.width,
-            output_type="latent",
-            **options,
-        ).frames
+        return sample_latents(self.pipeline, size, **given, **options)
 
 
 @pytest.fixture(scope="module")
 def make_kind(tiny_models) -> Callable[[str, Bucket], Kind]:
     """Return a kind as used for a size: CogVideoX-5b-I2V has learned positions only at the native one."""
-    made: dict[tuple[str, bool], Kind] = {}
-
-    def make(name: str, size: Bucket = NATIVE) -> Kind:
-        key = (name, name == "5b-i2v" and size != NATIVE)
-        if key not in made:
-            made[key] = Kind(ModelSource(str(tiny_models(name))), drop_positions=key[1])
-        return made[key]
-
-    return make
+    made = cache(lambda name, drop: Kind(ModelSource(str(tiny_models(name))), drop_positions=drop))
+    return lambda name, size=NATIVE: made(name, name == "5b-i2v" and size != NATIVE)
 
 
 def inputs_of(transformer: torch.nn.Module, run: Callable[[], object]) -> dict[str, object]:
@@ -133,18 +101,10 @@ def test_training_and_sampling_pass_the_same_inputs_to_the_transformer(make_kind
     generator = torch.Generator().manual_seed(7)
     torch.randn(1, 16, *size.latent_shape, generator=generator)
     torch.randn(noise.shape, generator=generator)
-    sampled = inputs_of(
-        kind.pipeline.transformer,
-        lambda: kind.sample(
-            size,
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()),
-            prompt="a red circle",
-            latents=noise,
-            generator=generator,
-            guidance_scale=1,
-            num_inference_steps=1,
-        ),
-    )
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    options = {"prompt": "a red circle", "guidance_scale": 1, "num_inference_steps": 1}
+    sample = partial(kind.sample, size, image, latents=noise, generator=generator, **options)
+    sampled = inputs_of(kind.pipeline.transformer, sample)
     assert trained.keys() == sampled.keys()
     assert ("image_rotary_emb" in trained) is (name != "2b")
     assert ("ofs" in trained) is (name == "1.5-5b-i2v")
@@ -167,9 +127,8 @@ def test_guided_sampling_passes_the_cached_prompts_and_the_empty_one_to_the_tran
     cache.embed(list(PROMPTS.values()), CPU)
     for prompt in PROMPTS.values():
         options = {"prompt": prompt, "guidance_scale": 6, "num_inference_steps": 1}
-        sampled = inputs_of(
-            kind.pipeline.transformer, partial(kind.sample, size, Image.new("RGB", (48, 32), "red"), **options)
-        )
+        sample = partial(kind.sample, size, Image.new("RGB", (48, 32), "red"), **options)
+        sampled = inputs_of(kind.pipeline.transformer, sample)
         assert torch.equal(sampled["encoder_hidden_states"], torch.stack([cache.load(""), cache.load(prompt)]))
 
 
@@ -275,29 +234,3 @@ def test_a_pipeline_whose_model_predicts_the_true_velocity_samples_the_clean_lat
     options = {"prompt": "a", "guidance_scale": 1, "num_inference_steps": 8, "generator": torch.Generator()}
     sampled = kind.sample(size, Image.new("RGB", (96, 64), "red"), **options)
     torch.testing.assert_close(sampled, clean, rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize("snr_shift_scale", [3.0, 1.0])
-def test_the_loss_is_the_published_one_in_float64_for_a_hundred_random_cases(snr_shift_scale):
-    scheduler = CogVideoXDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        snr_shift_scale=snr_shift_scale,
-    )
-    schedule = alphas_cumprod(snr_shift_scale)
-    generator = torch.Generator().manual_seed(0)
-    latents, noise, prediction = torch.randn(3, 100, 2, 3, 2, 2, generator=generator)
-    timesteps = torch.cat([torch.tensor([0, 999]), torch.randint(1000, (98,), generator=generator)])
-    losses = velocity_losses(prediction, scheduler.get_velocity(latents, noise, timesteps))
-    for case, timestep in enumerate(timesteps.tolist()):
-        ac, total = schedule[timestep], 0.0
-        values = (tensor[case].flatten().tolist() for tensor in (latents, noise, prediction))
-        for z0, e, v in zip(*values, strict=True):
-            zt = math.sqrt(ac) * z0 + math.sqrt(1 - ac) * e
-            z0_hat = math.sqrt(ac) * zt - math.sqrt(1 - ac) * v
-            total += (z0_hat - z0) ** 2 / (1 - ac)
-        assert losses[case].item() == pytest.approx(total / latents[case].numel(), rel=1e-5)

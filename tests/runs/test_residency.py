@@ -1,13 +1,11 @@
 """Only the networks that a stage of a run needs are in memory."""
 
 import gc
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
-    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
@@ -15,13 +13,9 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXEnco
 from PIL import Image
 from transformers import T5EncoderModel
 
-from args import parse_args
-from data.plan import plan_training_data
 from diffusion.tasks import ImageToVideo, TextToVideo
-from methods.lora import Lora
 from run.loop import train
-from run.setup import Run, set_up
-from run.spec import check_spec
+from tiny_runs import set_up_run
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -37,49 +31,40 @@ def alive() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "task", "pipeline_class", "sampled_with"),
+    ("kind", "task", "flags", "sampled_with"),
     [
-        ("5b", TextToVideo(), CogVideoXPipeline, ["AutoencoderKLCogVideoX"]),
+        ("5b", TextToVideo, [], ["AutoencoderKLCogVideoX"]),
         # The first frame has to be encoded.
         (
             "5b-i2v",
-            ImageToVideo(0.05, ignore_learned_positions=True),
-            CogVideoXImageToVideoPipeline,
+            ImageToVideo,
+            ["--validation_images", "start.png", "--ignore_learned_positional_embeddings"],
             ["AutoencoderKLCogVideoX", "CogVideoXEncoder3D"],
         ),
     ],
 )
 def test_with_prepared_data_only_the_transformer_is_in_memory_and_the_decoder_while_sampling(
-    tiny_models, prepared_demo, tmp_path, monkeypatch, kind, task, pipeline_class, sampled_with
+    tiny_models, prepared_demo, tmp_path, monkeypatch, kind, task, flags, sampled_with
 ):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (96, 64), "gray").save("start.png")
     images = ["--save_image_latents"] if task.with_images else []
     prepared = prepared_demo(*SIZE, "--max_samples", "2", *images, kind=kind)
     while_sampling: list[list[str]] = []
-    decode = pipeline_class.decode_latents
+    decode = task.pipeline_class.decode_latents
 
     def decode_and_look(pipeline: CogVideoXPipeline, latents: torch.Tensor) -> torch.Tensor:
         assert pipeline.vae.use_tiling and pipeline.vae.use_slicing
         while_sampling.append(alive())
         return decode(pipeline, latents)
 
-    monkeypatch.setattr(pipeline_class, "decode_latents", decode_and_look)
-    run = set_up_run(str(tiny_models(kind)), prepared, tmp_path / "out", task)
+    monkeypatch.setattr(task.pipeline_class, "decode_latents", decode_and_look)
+    # The prompts are embedded when this returns.
+    flags = [*flags, *SIZE, "--max_train_steps", "1", "--validation_prompt", "a", "--num_inference_steps", "1"]
+    run = set_up_run(task.name, tiny_models(kind), prepared, tmp_path / "out", *flags)
     assert alive() == ["CogVideoXTransformer3DModel"]
     train(run)
     assert alive() == ["CogVideoXTransformer3DModel"]
     assert run.validate(1) == []
     assert while_sampling == [sorted([*sampled_with, "CogVideoXTransformer3DModel"])]
     assert alive() == ["CogVideoXTransformer3DModel"]
-
-
-def set_up_run(model: str, prepared: Path, output: Path, task: TextToVideo | ImageToVideo) -> Run:
-    """A run of one step with a validation; the prompts are embedded when this returns."""
-    flags = ["--pretrained_model_name_or_path", model, "--data_root", str(prepared), "--load_tensors"]
-    flags += ["--output_dir", str(output), "--max_train_steps", "1", "--train_batch_size", "1", "--report_to", "none"]
-    flags += ["--validation_prompt", "a", "--num_inference_steps", "1", "--seed", "0", *SIZE]
-    if task.with_images:
-        image = output.with_name("start.png")
-        Image.new("RGB", (96, 64), "gray").save(image)
-        flags += ["--validation_images", str(image), "--ignore_learned_positional_embeddings"]
-    args = parse_args(flags, task=task.name, method="lora")
-    return set_up(check_spec(args, plan_training_data(args), task, Lora(4, 4.0)))

@@ -7,14 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from args import parse_args
-from data.plan import plan_training_data
-from diffusion.tasks import ImageToVideo
-from methods.lora import Lora
 from run.loop import train
-from run.setup import set_up
-from run.spec import check_spec
-from tiny_runs import SIZE
+from tiny_runs import SIZE, set_up_run
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -28,20 +22,11 @@ def prepared(prepared_demo) -> Path:
 
 def run(model: Path, data: Path, output: Path, steps: int, *flags: str) -> None:
     """Train with all random, weighting and averaging options; values are fetched once, at the end."""
-    args = parse_args(
-        [
-            *("--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--load_tensors", *SIZE),
-            *("--output_dir", str(output), "--max_train_steps", str(steps), "--logging_steps", "100"),
-            *("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--gradient_checkpointing"),
-            *("--caption_dropout", "0.5", "--noised_image_dropout", "0.5", "--stratified_timesteps"),
-            *("--timestep_sampling", "logit_normal", "--snr_gamma", "5", "--use_ema", "--lora_dropout", "0.1"),
-            *("--optimizer", "adamw", "--seed", "0", "--report_to", "none", *flags),
-        ],
-        task="image-to-video",
-        method="lora",
-    )
-    task = ImageToVideo(args.image.noised_image_dropout, args.image.ignore_learned_positional_embeddings)
-    train(set_up(check_spec(args, plan_training_data(args), task, Lora(4, 4, dropout=args.lora.lora_dropout))))
+    options = ["--max_train_steps", str(steps), "--logging_steps", "100", "--optimizer", "adamw", "--rank", "4"]
+    options += ["--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--gradient_checkpointing"]
+    options += ["--caption_dropout", "0.5", "--noised_image_dropout", "0.5", "--stratified_timesteps", "--use_ema"]
+    options += ["--timestep_sampling", "logit_normal", "--snr_gamma", "5", "--lora_dropout", "0.1", *flags]
+    train(set_up_run("image-to-video", model, data, output, *options))
 
 
 class FetchedNumbers(TorchDispatchMode):

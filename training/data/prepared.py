@@ -358,10 +358,10 @@ def _bucket(entry: Mapping[str, Any]) -> Bucket:
 
 
 def _clip_from_latents(folder: Path, path: Path) -> PreparedClip:
+    with_images = (folder / "image_latents" / path.name).is_file()
     try:
         _, frames, height, width = read_tensor(StoredTensor(path)).shape
+        bucket = Bucket((frames - 1) * 4 + 1, height * 8, width * 8)
+        return _clip_in_files(folder, sample_in_files(path.stem, bucket, with_images=with_images))
     except ValueError as error:
         raise UserError(f"--load_tensors: {path} has no latents of a video ({error}); remove it") from error
-    bucket = Bucket((frames - 1) * 4 + 1, height * 8, width * 8)
-    with_images = (folder / "image_latents" / path.name).is_file()
-    return _clip_in_files(folder, sample_in_files(path.stem, bucket, with_images=with_images))

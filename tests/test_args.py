@@ -23,15 +23,27 @@ from repository import TRAINING
 
 BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 
+UNSET_DATA = """
+    dataset_file dataset_name dataset_config_name dataset_mix max_samples image_column id_token random_flip fps
+    revision variant cache_dir
+"""
+OFF_IN_TRAINING = """
+    load_tensors ignore_prepared_mismatch validate_first use_dynamic_cfg enable_model_cpu_offload
+    gradient_checkpointing scale_lr enable_slicing enable_tiling ignore_learned_positional_embeddings dry_run
+    stratified_timesteps use_ema use_8bit use_4bit use_fp8 use_torchao prodigy_decouple
+    prodigy_use_bias_correction prodigy_safeguard_warmup use_cpu_offload_optimizer offload_gradients
+    step_in_backward offload_checkpoints text_encoder_8bit auto_fit compile profile push_to_hub allow_tf32
+"""
+UNSET_IN_TRAINING = """
+    validation_prompt validation_dataset_file validation_images validation_epochs validation_steps seed
+    mixed_precision max_train_steps checkpoints_total_limit checkpoint_minutes resume_from_checkpoint snr_gamma
+    beta3 memory_budget_gb attention_backend validation_attention_backend hub_token hub_model_id
+"""
+OFF_IN_PREPARATION = "save_image_latents dry_run save_latents_and_embeddings use_slicing use_tiling text_encoder_8bit"
+
 DATA_DEFAULTS = {
-    **dict.fromkeys(
-        """
-        dataset_file dataset_name dataset_config_name dataset_mix max_samples image_column id_token random_flip fps
-        revision variant cache_dir
-        """.split(),
-        None,
-    ),
-    **dict.fromkeys("dataset_streaming allow_outside_paths pin_memory hold_last_frame".split(), False),
+    **dict.fromkeys(UNSET_DATA.split(), None),
+    **dict.fromkeys(("dataset_streaming", "allow_outside_paths", "pin_memory", "hold_last_frame"), False),
     "dataset_split": "train",
     "on_bad_clip": "error",
     "video_column": "video",
@@ -49,24 +61,8 @@ DATA_DEFAULTS = {
 }
 
 TRAINING_DEFAULTS = DATA_DEFAULTS | {
-    **dict.fromkeys(
-        """
-        load_tensors ignore_prepared_mismatch validate_first use_dynamic_cfg enable_model_cpu_offload
-        gradient_checkpointing scale_lr enable_slicing enable_tiling ignore_learned_positional_embeddings dry_run
-        stratified_timesteps use_ema use_8bit use_4bit use_fp8 use_torchao prodigy_decouple
-        prodigy_use_bias_correction prodigy_safeguard_warmup use_cpu_offload_optimizer offload_gradients
-        step_in_backward offload_checkpoints text_encoder_8bit auto_fit compile profile push_to_hub allow_tf32
-        """.split(),
-        False,
-    ),
-    **dict.fromkeys(
-        """
-        validation_prompt validation_dataset_file validation_images validation_epochs validation_steps seed
-        mixed_precision max_train_steps checkpoints_total_limit checkpoint_minutes resume_from_checkpoint snr_gamma
-        beta3 memory_budget_gb attention_backend validation_attention_backend hub_token hub_model_id
-        """.split(),
-        None,
-    ),
+    **dict.fromkeys(OFF_IN_TRAINING.split(), False),
+    **dict.fromkeys(UNSET_IN_TRAINING.split(), None),
     "caption_column": "text",
     "validation_prompt_separator": ":::",
     "num_validation_videos": 1,
@@ -117,10 +113,7 @@ METHOD_DEFAULTS = {
 }
 
 PREPARE_DEFAULTS = DATA_DEFAULTS | {
-    **dict.fromkeys(
-        "save_image_latents dry_run save_latents_and_embeddings use_slicing use_tiling text_encoder_8bit".split(),
-        False,
-    ),
+    **dict.fromkeys(OFF_IN_PREPARATION.split(), False),
     "model_id": "THUDM/CogVideoX-2b",
     "caption_column": "caption",
     "num_image_latents": 1,

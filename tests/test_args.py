@@ -1,4 +1,4 @@
-"""The command line: names, defaults and aliases as users know them, and one clear line for every mistake."""
+"""The command line has its documented names, defaults and aliases, and reports every mistake in one clear line."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,6 +138,7 @@ ALIASES = [
     ("--instance_data_root model", "--data_root model"),
     ("--use_8bit_adam", "--use_8bit"),
 ]
+ROUNDED = "--weights_dtype bf16 --use_torchao --use_8bit"
 AT_LEAST_ONE = (
     "rank",
     "max_samples",
@@ -150,9 +152,22 @@ AT_LEAST_ONE = (
     "logging_steps",
     "num_inference_steps",
 )
+AT_LEAST_ZERO = ("dataloader_num_workers", "lr_warmup_steps", "skip_frames_start", "learning_rate", "max_grad_norm")
 
 BAD_TRAINING_FLAGS = [
     *((f"--{name} 0", f"--{name}", "1 or more") for name in AT_LEAST_ONE),
+    *((f"--{name} -1", f"--{name}", "0 or more") for name in AT_LEAST_ZERO),
+    ("--fps inf", "--fps", "above 0"),
+    ("--logit_mean 1", "--logit_mean", "add --timestep_sampling logit_normal"),
+    ("--ema_decay 0.9", "--ema_decay", "add --use_ema"),
+    ("--checkpoint_every 2", "--checkpoint_every", "add --gradient_checkpointing"),
+    ("--stream_blocks", "--stream_blocks", "needs --gradient_checkpointing"),
+    ("--stream_blocks --quantize_base nf4", "--quantize_base nf4", "omit --stream_blocks"),
+    (
+        "--stream_blocks --gradient_checkpointing --enable_model_cpu_offload",
+        "--enable_model_cpu_offload",
+        "already keeps the blocks on the CPU",
+    ),
     ("--dataset_file a.csv --dataset_name org/name", "--dataset_name", "--dataset_file already names the data"),
     ("--dataset_streaming", "--dataset_streaming", "no effect without --dataset_name"),
     ("--dataset_config_name x", "--dataset_config_name", "no effect without --dataset_name"),
@@ -185,14 +200,9 @@ BAD_TRAINING_FLAGS = [
     ("--train_batch_size 1.5", "--train_batch_size", "not a whole number"),
     ("--gradient_accumulation_steps -1", "--gradient_accumulation_steps", "1 or more"),
     ("--checkpoint_minutes 0", "--checkpoint_minutes", "above 0"),
-    ("--dataloader_num_workers -1", "--dataloader_num_workers", "0 or more"),
-    ("--lr_warmup_steps -1", "--lr_warmup_steps", "0 or more"),
-    ("--skip_frames_start -1", "--skip_frames_start", "0 or more"),
     ("--random_flip 1.5", "--random_flip", "from 0 to 1"),
     ("--noised_image_dropout -0.1", "--noised_image_dropout", "from 0 to 1"),
     ("--fps 0", "--fps", "above 0"),
-    ("--fps inf", "--fps", "above 0"),
-    ("--learning_rate -1", "--learning_rate", "0 or more"),
     ("--learning_rate nan", "--learning_rate", "out of range"),
     ("--learning_rate fast", "--learning_rate", "'fast' is not a number"),
     ("--beta1 1", "--beta1", "not including, 1"),
@@ -219,7 +229,6 @@ BAD_TRAINING_FLAGS = [
     ("--step_in_backward --gradient_accumulation_steps 2", "--step_in_backward", "--gradient_accumulation_steps 1"),
     ("--step_in_backward --mixed_precision fp16", "--step_in_backward", "bf16"),
     ("--step_in_backward --max_grad_norm 1", "--max_grad_norm", "unknown with --step_in_backward"),
-    ("--max_grad_norm -1", "--max_grad_norm", "0 or more"),
     ("--optimizer schedulefree --use_ema", "--use_ema", "use --optimizer adamw"),
     ("--optimizer schedulefree --beta1 0", "--beta1", "pass more than 0"),
     ("--offload_gradients", "--offload_gradients", "add --use_cpu_offload_optimizer"),
@@ -246,7 +255,6 @@ BAD_TRAINING_FLAGS = [
     ("--validation_dataset_file file", "--validation_dataset_file", ".csv, .tsv, .jsonl, .json, .parquet"),
     ("--data_root nowhere", "--data_root", "no folder 'nowhere'"),
     ("--data_root=", "--data_root", "empty"),
-    ("--data_root", "--data_root", "expected one argument"),
     ("--pretrained_model_name_or_path my-model", "--pretrained_model_name_or_path", "THUDM/CogVideoX-5b"),
     ("--pretrained_model_name_or_path ./models/mine", "--pretrained_model_name_or_path", "no folder"),
     ("--pretrained_model_name_or_path /models", "--pretrained_model_name_or_path", "no folder '/models'"),
@@ -257,21 +265,35 @@ BAD_TRAINING_FLAGS = [
     ("--output_dir file", "--output_dir", "is not a folder"),
     ("--output_dir file/below/deeper", "--output_dir", "is not a folder"),
     ("--output_dir dangling/below", "--output_dir", "is not a folder"),
-    ("--data_rot clips", "--data_rot", "unknown flag; did you mean --data_root?"),
     ("--learning-rate 1e-3", "--learning-rate", "did you mean --learning_rate?"),
-    ("--lerning_rate=1e-3", "--lerning_rate", "did you mean --learning_rate?"),
     ("--gradient_checkpoint", "--gradient_checkpoint", "did you mean --gradient_checkpointing?"),
-    ("--xyzzy", "--xyzzy", "unknown flag"),
     ("--validation_prompt a cat", "'cat'", "quotes"),
 ]
 
+BAD_FINE_TUNING_FLAGS = [
+    *((f"--{name}", f"--{name}", "unknown flag") for name in METHOD_DEFAULTS["lora"]),
+    ("--weights_dtype bf16 --optimizer muon --use_torchao", "--weights_dtype bf16", "muon does not round"),
+    ("--weights_dtype bf16 --optimizer adamw", "--weights_dtype bf16", "add --use_torchao"),
+    ("--weights_dtype bf16 --use_torchao", "--weights_dtype bf16", "use --optimizer adamw or add --use_8bit"),
+    (f"{ROUNDED} --mixed_precision no", "--weights_dtype bf16", "use --mixed_precision bf16"),
+    (f"{ROUNDED} --use_ema", "--use_ema", "bf16 would round away"),
+]
+BAD_IMAGE_FLAGS = [
+    ("--validation_prompt cat", "--validation_images", "0 for 1"),
+    ("--validation_prompt a:::b --validation_images first.png", "--validation_images", "1 for 2"),
+    ("--validation_images first.png", "--validation_images", "1 for 0"),
+    ("--validation_prompt a --validation_images no-such.png", "--validation_images", "no file 'no-such.png'"),
+]
 BAD_PREPARE_FLAGS = [
+    ("--layout shards", "--layout shards", "no effect without latents"),
+    (
+        "--save_latents_and_embeddings --save_image_latents --layout files --num_image_latents 2",
+        "--num_image_latents",
+        "--layout files stores only one",
+    ),
     ("--model_id nowhere", "--model_id", "no folder 'nowhere'"),
     ("--pretrained_model_name_or_path ./nowhere", "--model_id", "no folder './nowhere'"),
     ("--frame_buckets 81", "--frame_buckets", "--max_num_frames 81"),
-    ("--batch_size 0", "--batch_size", "1 or more"),
-    ("--target_fps 0", "--target_fps", "1 or more"),
-    ("--max_sequence_length 0", "--max_sequence_length", "1 or more"),
     ("--num_decode_threads -1", "--num_decode_threads", "0 or more"),
     ("--dtype fp8", "--dtype", "fp32, fp16, bf16"),
     ("--dataset_file nowhere.csv", "--dataset_file", "no file 'nowhere.csv'"),
@@ -344,12 +366,6 @@ def test_preparation_defaults_are_the_documented_ones() -> None:
     assert vars(prepare()) == PREPARE_DEFAULTS | {"data_root": "clips", "output_dir": "out"}
 
 
-def test_defaults_give_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    train()
-    prepare()
-    assert capsys.readouterr() == ("", "")
-
-
 def test_an_unknown_task_is_a_programming_error() -> None:
     with pytest.raises(ValueError, match="task"):
         train(task="text-to-image")
@@ -378,21 +394,26 @@ def test_pretrained_model_name_or_path_is_model_id_in_preparation() -> None:
     assert prepare("--pretrained_model_name_or_path", "model").model_id == "model"
 
 
-@pytest.mark.parametrize(("flags", "named", "advice"), BAD_TRAINING_FLAGS, ids=[bad[0] for bad in BAD_TRAINING_FLAGS])
-def test_a_bad_training_flag_is_one_line_that_names_it(
-    flags: str, named: str, advice: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("script", "flags", "named", "advice"),
+    [
+        *(("train", *bad) for bad in BAD_TRAINING_FLAGS),
+        *(("fine-tune", *bad) for bad in BAD_FINE_TUNING_FLAGS),
+        *(("animate", *bad) for bad in BAD_IMAGE_FLAGS),
+        *(("prepare", *bad) for bad in BAD_PREPARE_FLAGS),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_flag(
+    script: str, flags: str, named: str, advice: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = error_of(lambda: train(*flags.split()), capsys)
-    assert named in message
-    assert advice in message
-
-
-@pytest.mark.parametrize(("flags", "named", "advice"), BAD_PREPARE_FLAGS, ids=[bad[0] for bad in BAD_PREPARE_FLAGS])
-def test_a_bad_preparation_flag_is_one_line_that_names_it(
-    flags: str, named: str, advice: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    message = error_of(lambda: prepare(*flags.split()), capsys)
-    assert named in message
+    scripts = {
+        "train": train,
+        "fine-tune": partial(train, method="sft"),
+        "animate": partial(train, task="image-to-video"),
+        "prepare": prepare,
+    }
+    message = error_of(lambda: scripts[script](*flags.split()), capsys)
+    assert message.startswith(f"error: {named}")
     assert advice in message
 
 
@@ -402,28 +423,23 @@ def test_missing_required_flags_are_named_together(capsys: pytest.CaptureFixture
     assert "--output_dir: required" in error_of(lambda: parse_prepare_args(["--data_root", "clips"]), capsys)
 
 
-def test_long_clips_follow_from_fps_where_nothing_is_said() -> None:
+def test_the_default_of_long_clips_depends_on_fps() -> None:
     assert train().long_clips == "spread"
     assert train("--fps", "8").long_clips == "first"
     assert train("--fps", "8", "--long_clips", "split").long_clips == "split"
 
 
-def test_the_layout_is_that_of_shards_where_there_are_latents(capsys: pytest.CaptureFixture[str]) -> None:
-    assert prepare().layout == "files"
-    assert prepare("--save_latents_and_embeddings").layout == "shards"
-    assert prepare("--save_latents_and_embeddings", "--layout", "files").layout == "files"
-    assert "--layout shards: no effect without latents" in error_of(lambda: prepare("--layout", "shards"), capsys)
-
-
-def test_only_shards_have_room_for_several_image_latents(capsys: pytest.CaptureFixture[str]) -> None:
+def test_latents_are_stored_in_shards_by_default_which_have_room_for_several_first_frames() -> None:
     tensors = ("--save_latents_and_embeddings", "--save_image_latents")
-    assert prepare(*tensors).num_image_latents == 4
-    assert prepare(*tensors, "--layout", "files").num_image_latents == 1
-    flags = (*tensors, "--layout", "files", "--num_image_latents", "2")
-    assert "--num_image_latents: --layout files stores only one" in error_of(lambda: prepare(*flags), capsys)
+    kept = [(args.layout, args.num_image_latents) for args in (prepare(), prepare(*tensors))]
+    assert kept == [("files", 1), ("shards", 4)]
+    args = prepare(*tensors, "--layout", "files")
+    assert (args.layout, args.num_image_latents) == ("files", 1)
 
 
-def test_flags_that_contradict_the_preparation_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_differ_from_the_prepared_data_are_named(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made_with = {"id_token": "BW", "fps": None, "height_buckets": [480]}
     (workplace / "clips" / "prepared.json").write_text(json.dumps({"flags": made_with}))
     train("--load_tensors", "--id_token", "BW", "--height_buckets", "480", "--frame_buckets", "45")
@@ -433,14 +449,8 @@ def test_flags_that_contradict_the_preparation_are_named(workplace: Path, capsys
     assert "height_buckets" not in message
 
 
-def test_a_misspelt_required_flag_is_not_called_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--pretrained_model_name_or_path", "a/b", "--data_rot", "clips"]
-    message = error_of(lambda: parse_args(flags, task="text-to-video", method="lora"), capsys)
-    assert "--data_rot: unknown flag; did you mean --data_root?" in message
-
-
 @pytest.mark.parametrize("count", ["1", "4", "5", "8", "48", "49"])
-def test_frame_counts_that_the_vae_takes_whole_are_accepted(count: str) -> None:
+def test_valid_frame_counts_are_accepted(count: str) -> None:
     assert train("--frame_buckets", count, "--max_num_frames", count).frame_buckets == (int(count),)
 
 
@@ -465,10 +475,6 @@ def test_height_and_width_without_bucket_lists_become_the_only_bucket(
     assert (args.height_buckets, args.width_buckets) == (heights, widths)
 
 
-def test_choices_are_lowercased() -> None:
-    assert train("--optimizer", "AdamW").optimizer == "adamw"
-
-
 @pytest.mark.parametrize(
     ("flags", "warning"),
     [
@@ -485,6 +491,8 @@ def test_choices_are_lowercased() -> None:
             "--ignore_learned_positional_embeddings has no effect on text-to-video training",
         ),
         ("--validation_images no-such.png", "--validation_images has no effect on text-to-video training"),
+        ("--lr_scheduler cosine --max_train_steps 5", "--lr_warmup_steps 500 is all of the run's 5 steps: .*"),
+        ("--load_tensors --text_encoder_8bit", "--text_encoder_8bit has no effect: .*"),
         ("--num_train_epochs 3 --max_train_steps 3", "--num_train_epochs has no effect: --max_train_steps sets .*"),
         ("--frame_buckets 17 49 81", "--frame_buckets 81 not used: longer than --max_num_frames 49"),
         *(
@@ -517,12 +525,7 @@ def test_a_low_learning_rate_is_fine_for_full_fine_tuning(capsys: pytest.Capture
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", METHOD_DEFAULTS["lora"])
-def test_full_fine_tuning_does_not_know_what_a_lora_alone_has(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"--{name}: unknown flag" in error_of(lambda: train(f"--{name}", method="sft"), capsys)
-
-
-def test_the_lora_to_start_from_is_a_file_or_the_one_in_a_folder(workplace: Path) -> None:
+def test_the_lora_to_start_from_is_a_file_or_in_a_folder(workplace: Path) -> None:
     (workplace / "clips" / "pytorch_lora_weights.safetensors").touch()
     (workplace / "mine.safetensors").touch()
     assert train("--lora_weights", "mine.safetensors").lora_weights == "mine.safetensors"
@@ -532,6 +535,7 @@ def test_the_lora_to_start_from_is_a_file_or_the_one_in_a_folder(workplace: Path
 @pytest.mark.parametrize(
     "flags",
     [
+        "",
         "--use_8bit",
         "--use_8bit --use_torchao --optimizer adamw",
         "--use_4bit --use_torchao",
@@ -553,7 +557,7 @@ def test_sensible_combinations_pass_silently(flags: str, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("flag", ["--use_cpu_offload_optimizer", "--step_in_backward"])
-def test_several_processes_are_refused_where_gradients_are_not_averaged(
+def test_optimizers_that_take_gradients_early_need_one_process(
     flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -562,33 +566,12 @@ def test_several_processes_are_refused_where_gradients_are_not_averaged(
     assert f"{flag}: takes gradients before processes average them; launch one process" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--optimizer muon --use_torchao", "--weights_dtype bf16: muon does not round stochastically"),
-        (
-            "--optimizer adamw",
-            "--weights_dtype bf16: only torchao's optimizers round stochastically; add --use_torchao",
-        ),
-        ("--optimizer adam --use_torchao", "use --optimizer adamw or add --use_8bit"),
-        ("--use_8bit --use_torchao --mixed_precision no", "use --mixed_precision bf16"),
-        ("--use_8bit --use_torchao --use_ema", "--use_ema: bf16 would round away"),
-    ],
-)
-def test_bf16_weights_are_refused_with_what_would_lose_updates(
-    flags: str, words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        train("--weights_dtype", "bf16", *flags.split(), method="sft")
-    assert words in capsys.readouterr().err
-
-
-def test_gradients_are_not_clipped_when_steps_are_in_the_backward_pass() -> None:
+def test_step_in_backward_turns_clipping_off() -> None:
     assert train("--step_in_backward").max_grad_norm == 0
     assert train("--step_in_backward", "--max_grad_norm", "0").max_grad_norm == 0
 
 
-def test_the_first_validation_is_before_training_unless_switched_off(workplace: Path) -> None:
+def test_validation_starts_before_training_unless_switched_off(workplace: Path) -> None:
     (workplace / "held-out.csv").touch()
     assert train().validate_first is False
     for validated in (["--validation_prompt", "a cat"], ["--validation_dataset_file", "held-out.csv"]):
@@ -622,25 +605,8 @@ def test_validation_images_are_split_and_may_be_urls() -> None:
     assert args.validation.images == ("first.png", "https://example.org/dog.png")
 
 
-@pytest.mark.parametrize(
-    ("flags", "advice"),
-    [
-        (["--validation_prompt", "a cat"], "0 for 1"),
-        (["--validation_prompt", "a:::b", "--validation_images", "first.png"], "1 for 2"),
-        (["--validation_images", "first.png"], "1 for 0"),
-        (["--validation_prompt", "a", "--validation_images", "no-such.png"], "no file 'no-such.png'"),
-    ],
-)
-def test_image_to_video_validation_needs_one_existing_image_per_prompt(
-    flags: list[str], advice: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    message = error_of(lambda: train(*flags, task="image-to-video"), capsys)
-    assert "--validation_images" in message
-    assert advice in message
-
-
 @pytest.mark.parametrize("model", ["THUDM/CogVideoX-5b", "model", "./model", "some.org/name-1.5"])
-def test_hub_ids_and_whole_local_folders_are_models(model: str) -> None:
+def test_hub_ids_and_complete_local_folders_are_models(model: str) -> None:
     assert train("--pretrained_model_name_or_path", model).pretrained_model_name_or_path == model
 
 

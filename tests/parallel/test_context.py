@@ -260,7 +260,7 @@ def test_the_accelerate_config_decides_how_many_ranks_divide_a_sample(tmp_path, 
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", str(launched.num_processes))
     flags = training_flags(Path("owner/model"), tmp_path, tmp_path / "output")
-    assert parse_args(flags, task="text-to-video", method="sft").context_parallel_size == 4
+    assert parse_args(flags, task="text-to-video", method="sft").speed.context_parallel_size == 4
     assert ParallelismConfig().fsdp_dim_names == ["dp_shard_cp"]  # all eight
 
 

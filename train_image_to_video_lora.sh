@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Fine-tune a CogVideoX image-to-video model with LoRA, once for each combination of the settings in the sweep.
-# Change the values below, or set them in the environment; flags given to this script go to every run. Run again, it
-# skips the runs that are finished and goes on with one that was interrupted.
+# Fine-tune a CogVideoX image-to-video model with LoRA, once for each combination of the settings in the sweep. Change
+# the values below, or set them in the environment. Flags after this script's name go to every run. Started again, it
+# skips finished runs and resumes an interrupted one.
 #
 #   bash train_image_to_video_lora.sh
 #   MODEL_PATH=THUDM/CogVideoX1.5-5B-I2V NUM_FRAMES=81 HEIGHT=768 WIDTH=1360 bash train_image_to_video_lora.sh
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-# What to train, and on what. DATA_ROOT is the OUTPUT_DIR of prepare_dataset.sh --save_image_latents; to train on raw
+# The model and the data. DATA_ROOT is the OUTPUT_DIR of prepare_dataset.sh --save_image_latents; to train on raw
 # clips (slower, needs more memory), set LOAD_TENSORS=false.
 MODEL_PATH="${MODEL_PATH:-THUDM/CogVideoX-5b-I2V}"
 DATA_ROOT="${DATA_ROOT:-prepared}"
 LOAD_TENSORS="${LOAD_TENSORS:-true}"
 OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"
 
-# How to launch. More GPUs: accelerate_configs/ddp.yaml; assets/docs/distributed.md has the other ways, and what several
-# machines need: MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT. NUM_PROCESSES overrides the config's.
+# How to launch. For several GPUs, use accelerate_configs/ddp.yaml and NUM_PROCESSES. Other ways, and the settings for
+# several machines (MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT): assets/docs/distributed.md
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-$root/accelerate_configs/single_gpu.yaml}"
 CPU_THREADS="${CPU_THREADS:-2}"
 MIXED_PRECISION="${MIXED_PRECISION:-bf16}"
@@ -45,17 +45,17 @@ SEED="${SEED:-42}"
 
 # Several prompts are separated by :::
 VALIDATION_PROMPT="${VALIDATION_PROMPT:-A panda in a small red jacket plays a tiny guitar in a bamboo forest}"
-# An image for each prompt, separated likewise: a path or an address.
+# An image for each prompt, also separated by ::: (a path or a URL). Without images, no videos are sampled.
 VALIDATION_IMAGES="${VALIDATION_IMAGES:-}"
 VALIDATION_EPOCHS="${VALIDATION_EPOCHS:-10}"
 
 if [[ " $* " == *" --config"[\ =]* ]]; then
-  echo "error: --config: the settings of this launcher would count more than the file; give it to the script itself," \
+  echo "error: --config: the settings of this launcher would override the file; pass it to the script itself," \
     "training/cogvideox_image_to_video_lora.py" >&2
   exit 2
 fi
 
-# Left to the toolkit where it is to choose what fits.
+# Not set if the toolkit chooses the memory settings.
 memory_flags="--gradient_checkpointing"
 if [[ " $* " == *" --memory_budget_gb"* || " $* " == *" --auto_fit "* ]]; then
   memory_flags=""
@@ -104,7 +104,7 @@ for learning_rate in $LEARNING_RATES; do
         fi
         echo "=== $output_dir"
         if [[ -e "$output_dir/pytorch_lora_weights.safetensors" ]]; then
-          echo "holds a finished run: skipped (to train anew, give another OUTPUT_ROOT)"
+          echo "has a finished run: skipped (to train again, set another OUTPUT_ROOT)"
         elif compgen -G "$output_dir/checkpoint-*" >/dev/null; then
           "${command[@]}" --resume_from_checkpoint latest "$@"
         else

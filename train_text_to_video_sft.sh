@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Fine-tune a CogVideoX text-to-video model in all its weights, once for each combination of the settings in the sweep.
-# Change the values below, or set them in the environment; flags given to this script go to every run. Run again, it
-# skips the runs that are finished and goes on with one that was interrupted.
+# Fine-tune a CogVideoX text-to-video model (full fine-tuning), once for each combination of the settings in the sweep.
+# Change the values below, or set them in the environment. Flags after this script's name go to every run. Started
+# again, it skips finished runs and resumes an interrupted one.
 #
 #   bash train_text_to_video_sft.sh
 #   MODEL_PATH=THUDM/CogVideoX-2b MIXED_PRECISION=fp16 bash train_text_to_video_sft.sh --validation_steps 500
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-# What to train, and on what. DATA_ROOT is the OUTPUT_DIR of prepare_dataset.sh; to train on raw clips (slower, needs
+# The model and the data. DATA_ROOT is the OUTPUT_DIR of prepare_dataset.sh; to train on raw clips (slower, needs
 # more memory), set LOAD_TENSORS=false.
 MODEL_PATH="${MODEL_PATH:-THUDM/CogVideoX-5b}"
 DATA_ROOT="${DATA_ROOT:-prepared}"
 LOAD_TENSORS="${LOAD_TENSORS:-true}"
 OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"
 
-# How to launch. More GPUs: accelerate_configs/ddp.yaml; assets/docs/distributed.md has the other ways, and what several
-# machines need: MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT. NUM_PROCESSES overrides the config's.
+# How to launch. For several GPUs, use accelerate_configs/ddp.yaml and NUM_PROCESSES. Other ways, and the settings for
+# several machines (MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT): assets/docs/distributed.md
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-$root/accelerate_configs/single_gpu.yaml}"
 CPU_THREADS="${CPU_THREADS:-2}"
 MIXED_PRECISION="${MIXED_PRECISION:-bf16}"
@@ -29,7 +29,7 @@ export WANDB_MODE
 LEARNING_RATES="${LEARNING_RATES:-1e-5}"
 LR_SCHEDULES="${LR_SCHEDULES:-cosine_with_restarts}"
 OPTIMIZERS="${OPTIMIZERS:-adamw}"
-# Its states in 8 bits: a 5b model then takes about 56 GB with its gradients, without it 89 GB. May be empty.
+# 8-bit optimizer states: a 5b model takes about 56 GB with its gradients, instead of 89 GB. May be empty.
 OPTIMIZER_FLAGS="${OPTIMIZER_FLAGS---use_8bit}"
 MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-3000}"
 
@@ -48,12 +48,12 @@ VALIDATION_PROMPT="${VALIDATION_PROMPT:-A panda in a small red jacket plays a ti
 VALIDATION_EPOCHS="${VALIDATION_EPOCHS:-10}"
 
 if [[ " $* " == *" --config"[\ =]* ]]; then
-  echo "error: --config: the settings of this launcher would count more than the file; give it to the script itself," \
+  echo "error: --config: the settings of this launcher would override the file; pass it to the script itself," \
     "training/cogvideox_text_to_video_sft.py" >&2
   exit 2
 fi
 
-# Left to the toolkit where it is to choose what fits.
+# Not set if the toolkit chooses the memory settings.
 memory_flags="--gradient_checkpointing"
 if [[ " $* " == *" --memory_budget_gb"* || " $* " == *" --auto_fit "* ]]; then
   memory_flags=""
@@ -68,7 +68,7 @@ for learning_rate in $LEARNING_RATES; do
       for steps in $MAX_TRAIN_STEPS; do
         settings="${optimizer}__${steps}-steps__${lr_schedule}__lr-${learning_rate}"
         output_dir="$OUTPUT_ROOT/cogvideox-sft__$(basename "$MODEL_PATH")__$settings"
-        # shellcheck disable=SC2206 # the optimizer's flags are meant to split at spaces
+        # shellcheck disable=SC2206 # OPTIMIZER_FLAGS must split at spaces
         command=(
           accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_process "$CPU_THREADS"
           ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} ${MACHINE_RANK:+--machine_rank "$MACHINE_RANK"}
@@ -105,7 +105,7 @@ for learning_rate in $LEARNING_RATES; do
           result=pipeline
         fi
         if [[ -e "$output_dir/$result" ]]; then
-          echo "holds a finished run: skipped (to train anew, give another OUTPUT_ROOT)"
+          echo "has a finished run: skipped (to train again, set another OUTPUT_ROOT)"
         elif compgen -G "$output_dir/checkpoint-*" >/dev/null; then
           "${command[@]}" --resume_from_checkpoint latest "$@"
         else

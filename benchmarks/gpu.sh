@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# The whole GPU set in nine minutes at most on one large card: memory and speed at full size, the most important rows
-# first, and the GPU tests. Results are written as they come, so that a part that is stopped has what it had done.
+# Run all GPU benchmarks in at most nine minutes on one large card: memory and speed at full size, the most important
+# rows first, and the GPU tests. Each result is written at once, so that a stopped part keeps those it has.
 #
 #   make benchmark-gpu && make tables        where everything is installed
 #   PYTHON=python3 OUT=/tmp/results bash benchmarks/gpu.sh
 #
-# Nothing is downloaded; 26 GB of disk and a card of 80 GB do. On a machine without a package index, unpack the wheels
-# it lacks into a folder first, and put that on PYTHONPATH. Beside torch, torchvision, transformers, accelerate, peft,
-# sentencepiece, pyarrow, tensorboard, pytest and hypothesis, with what these need, that takes, in the versions of
-# constraints.txt for Linux on x86-64, in MB of 10^6 bytes:
+# Needs 26 GB of disk and a card of 80 GB, but no download. On a machine without a package index, unpack the missing
+# wheels into a folder first, and put it on PYTHONPATH. Besides torch, torchvision, transformers, accelerate, peft,
+# sentencepiece, pyarrow, tensorboard, pytest and hypothesis with their requirements, these are needed, in the versions
+# of constraints.txt for Linux on x86-64, in MB of 10^6 bytes:
 #
 #   av 35.8, diffusers 6.4, torchao 3.4, importlib-metadata and zipp 0.05
 #   prodigyopt, came-pytorch and schedulefree 0.07, for the tests of these optimizers
-#   bitsandbytes 43.1; zipped again without the kernels for all but CUDA 13.0, 3.6
+#   bitsandbytes 43.1; zipped again with only the kernels for CUDA 13.0, 3.6
 #
-# That is 46 MB without bitsandbytes, 49 with the small one, and so within 64 MiB; the rows and tests that need it and
-# do not find it say so. imageio-ffmpeg, 68 MB, is needed by no row.
+# In total 46 MB without bitsandbytes and 49 with the small one, which fit within 64 MiB. Rows and tests that need a
+# missing bitsandbytes say so. No row needs imageio-ffmpeg (68 MB).
 #
 # Settings:
 #   PYTHON   the interpreter with torch                                    (default: python3)
 #   OUT      where memory.json, speed_gpu.json and the logs go             (default: benchmarks/)
 #   SECONDS_MEMORY, SECONDS_SPEED, SECONDS_TESTS   the share of each part  (default: 160, 60, 120)
-#   SECONDS_ROW   the most that a row of memory or speed takes             (default: 100)
+#   SECONDS_ROW   the limit for a row of memory or speed                    (default: 100)
 #   TINY=1   tiny models: to try the script out, on a CPU too; needs OUT
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -34,7 +34,7 @@ SECONDS_ROW="${SECONDS_ROW:-100}"
 tiny=()
 if [ -n "${TINY:-}" ]; then
   if [ -z "${OUT:-}" ]; then
-    echo "TINY: figures of tiny models do not belong into benchmarks/; give OUT" >&2
+    echo "TINY: figures of tiny models do not belong in benchmarks/; set OUT" >&2
     exit 2
   fi
   tiny=(--tiny)
@@ -47,7 +47,7 @@ trap 'rm -rf "$work"' EXIT
 export PYTHONPATH="training:assets/scripts${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 failed=()
 
-# A row that has begun is let finish: the last one may begin when the part's time is over.
+# A started row is finished: the last one may start just before the part's time is over.
 benchmark() { # script, file of results, seconds
   timeout --kill-after=10 "$(($3 + SECONDS_ROW))" "$PYTHON" "benchmarks/$1.py" "${tiny[@]}" --work_dir "$work" \
     --output_file "$OUT/$2.json" --time_limit "$3" --row_limit "$SECONDS_ROW" 2>"$OUT/$2.log" || failed+=("$2")

@@ -37,7 +37,7 @@ from materials import folders, make_materials
 from memory_rows import ROWS, Row
 
 from args import parse_args
-from common.files import written_whole
+from common.files import atomic_write
 from data.buckets import Bucket, count_tokens
 from data.plan import plan_training_data
 from diffusion.tasks import TextToVideo
@@ -202,14 +202,13 @@ def speed_figures(seconds: float, spec: RunSpec, settings: MemorySettings) -> di
     """Return the figures of a step of one clip; the share of the peak only for known cards."""
     config = spec.configs.transformer
     tokens = count_tokens(config, spec.data.buckets[0])
-    flops = count_flops(
+    tflop = 1e-12 * count_flops(
         config,
         tokens,
         trains_all=settings.method == "sft",
         checkpoint_scope=settings.checkpoint_scope if settings.gradient_checkpointing else None,
         checkpoint_every=settings.checkpoint_every,
     )
-    tflop = flops.total / 1e12
     figures = {"seconds a step": seconds, "tokens/s": tokens / seconds, "TFLOP/s": tflop / seconds}
     peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return figures | ({"% of peak": 100 * tflop / seconds / peak} if peak else {})
@@ -278,7 +277,7 @@ def installed_versions() -> dict[str, str]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file completely or not at all."""
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -145,7 +145,7 @@ def main() -> None:
             "prepared samples/s loaded at 49x480x720, 2 workers": measure_prepared_loading(root / "shards", 2),
             "prepared clips/s at 49x96x144": measure_preparation(model, root / "clips", root / "prepared"),
             "training steps/s at 49x96x144": measure_training(model, root / "prepared", root / "output"),
-            "seconds of a whole run of 40 steps": measure_complete_run(model, root / "prepared", root / "complete"),
+            "seconds of a complete run of 40 steps": measure_complete_run(model, root / "prepared", root / "complete"),
             "seconds until --help": measure_help(),
         }
     machine = {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count()}

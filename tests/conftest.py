@@ -1,4 +1,4 @@
-"""What many tests need: tiny models and clips, made once a session, and a world without network."""
+"""Fixtures for many tests: tiny models and clips, made once a session; no network."""
 
 import gc
 import os
@@ -10,17 +10,17 @@ import pytest
 from hypothesis import settings
 
 
-settings.register_profile("suite", deadline=None)  # a busy machine is no defect
+settings.register_profile("suite", deadline=None)  # a busy machine is not a failure
 settings.load_profile("suite")
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "offline"}
 
 
-# Few tests, but minutes of them: they start first, so that no process is left alone with them in the end.
-LONGEST = ("test_distributed.py", "test_finetune.py", "test_recipes.py")
+# They start first, so that no process is busy with one of them when the others are done.
+LONGEST = tuple(f"test_{name}.py" for name in ("demo", "readme", "finetune", "distributed", "chaos", "recipes"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, in that order; skip what needs a GPU where there is none."""
+    """Put the longest files first, in that order; skip GPU tests where there is no GPU."""
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
     for_gpu = [item for item in items if item.get_closest_marker("gpu")]
@@ -45,7 +45,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Where tensors are so small that threads would only wait for one another."""
+    """Use one thread: for tensors so small that several only wait for one another."""
     import torch
 
     threads = torch.get_num_threads()
@@ -56,14 +56,14 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory) -> Path:
-    """What the toolkit remembers of clips stays out of the user's own cache."""
+    """Keep the clip cache of the tests out of the user's."""
     os.environ["COGVIDEOX_FACTORY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     return Path(os.environ["COGVIDEOX_FACTORY_CACHE"])
 
 
 @pytest.fixture
 def fresh_accelerator() -> Iterator[None]:
-    """Each run is a process of its own for its users; accelerate keeps one state per process."""
+    """Reset the state that accelerate keeps per process; for users each run is a separate process."""
     from accelerate.state import AcceleratorState
 
     yield
@@ -72,7 +72,7 @@ def fresh_accelerator() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> Callable[[str], Path]:
-    """Give the folder of a tiny model of a kind (2b, 5b, 5b-i2v, 1.5-5b, 1.5-5b-i2v), native size 17 x 64 x 96."""
+    """Return the folder of a tiny model by its kind (2b, 5b, 5b-i2v, 1.5-5b, 1.5-5b-i2v), native size 17 x 64 x 96."""
     from make_tiny_model import make_tiny_model
 
     root = tmp_path_factory.mktemp("models")
@@ -91,14 +91,14 @@ def demo_clips(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared_demo(tiny_models, demo_clips, tmp_path_factory) -> Callable[..., Path]:
-    """Give the folder of the demo clips prepared with the tiny 5b model, by flags on their size; only to be read."""
+    """Return the folder of the demo clips prepared with a tiny model, by flags of preparation; read-only."""
     import prepare_dataset
 
     @cache
-    def prepare(*size: str) -> Path:
+    def prepare(*flags: str, kind: str = "5b") -> Path:
         folder = tmp_path_factory.mktemp("prepared-demo")
-        flags = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder)]
-        prepare_dataset.main([*flags, *size, "--save_latents_and_embeddings"])
+        places = ["--model_id", str(tiny_models(kind)), "--data_root", str(demo_clips), "--output_dir", str(folder)]
+        prepare_dataset.main([*places, *flags, "--save_latents_and_embeddings"])
         return folder
 
     return prepare

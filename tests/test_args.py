@@ -15,10 +15,10 @@ import pytest
 from args import parse_args, parse_prepare_args
 from checks.files import check_files
 from common.errors import UserError
-from data.tables import TABLE_SUFFIXES
 from flags.data import SourceFlags
 from flags.schema import flag_values
 from flags.settings import TrainingSettings
+from flags.types import TABLE_SUFFIXES
 from repository import TRAINING
 
 

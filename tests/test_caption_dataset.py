@@ -1,4 +1,4 @@
-"""Clips without captions get them from a server, whatever happens on the way, in a table that training reads."""
+"""Clips without captions get them from a server, in a table that training reads, even after failures."""
 
 import json
 import os
@@ -64,17 +64,21 @@ def flags(clips: Path, server: CaptionServer, *more: str) -> list[str]:
 
 
 def caption(clips: Path, server: CaptionServer, *more: str) -> list[dict]:
-    """Caption a folder; returns the rows of the table."""
+    """Caption a folder, and return the rows of the table."""
     caption_dataset.main(flags(clips, server, *more))
     return rows_of(clips / "captions.jsonl")
 
 
 def refuse(argv: list[str], capsys) -> str:
-    """Run with flags that lead to an error; returns it."""
+    """Run with flags that lead to an error, and return its message."""
     with pytest.raises(SystemExit) as stopped:
         caption_dataset.main(argv)
     assert stopped.value.code == 2
     return capsys.readouterr().err.split("error: ", 1)[1].rstrip()
+
+
+def write_rows(table: Path, rows: list[dict]) -> Path:
+    return write(table, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def rows_of(table: Path) -> list[dict]:
@@ -89,12 +93,7 @@ def all_captioned() -> dict[str, str]:
     return {name: caption_of(length) for name, length in LENGTHS.items()}
 
 
-def test_details_of_a_data_set_of_the_hub_want_its_name(clips, server, capsys):
-    error = refuse(flags(clips, server, "--dataset_config_name", "x"), capsys)
-    assert error.startswith("--dataset_config_name: no effect without --dataset_name")
-
-
-# What the model is asked
+# Requests
 
 
 def test_every_clip_is_captioned_in_the_order_of_the_list(clips, server):
@@ -105,31 +104,31 @@ def test_every_clip_is_captioned_in_the_order_of_the_list(clips, server):
     assert not (clips / "captions.jsonl.part").exists()
 
 
-def test_the_model_sees_frames_spread_over_the_clip(clips, server):
-    caption(clips, server, "--num_frames", "5")
-    seen = {question.numbers[-1] + 1: question.numbers for question in server.questions}
-    assert seen == {length: [round(i * (length - 1) / 4 + 1e-9) for i in range(5)] for length in LENGTHS.values()}
+@pytest.mark.parametrize(
+    ("flags", "numbers"),
+    [
+        (["--num_frames", "5"], [[0, 3, 6, 8, 11], [0, 5, 10, 14, 19], [0, 7, 15, 22, 29]]),
+        (["--num_frames", "2", "--skip_frames_start", "3", "--skip_frames_end", "1"], [[3, 10], [3, 18], [3, 28]]),
+        (["--num_frames", "30", "--max_samples", "2"], [list(range(12)), list(range(30))]),
+    ],
+    ids=["spread", "skipped", "fewer"],
+)
+def test_the_model_sees_frames_spread_over_the_usable_part_of_the_clip(clips, server, flags, numbers):
+    caption(clips, server, *flags)
+    assert sorted(question.numbers for question in server.questions) == numbers
 
 
-def test_frames_that_are_left_out_are_not_seen(clips, server):
-    caption(clips, server, "--num_frames", "2", "--skip_frames_start", "3", "--skip_frames_end", "1")
-    assert sorted(question.numbers for question in server.questions) == [[3, 10], [3, 18], [3, 28]]
-
-
-def test_a_clip_of_fewer_frames_shows_each_of_them_once(clips, server):
-    caption(clips, server, "--num_frames", "16")
-    assert [question.numbers for question in server.questions if len(question.frames) < 16] == [list(range(12))]
-
-
-def test_frames_are_shrunk_to_the_size_given_and_never_enlarged(clips, server):
+def test_frames_are_shrunk_to_the_maximum_size(clips, server):
     encode(clips / "fly.mp4", frames=30, height=96, width=160)
     caption(clips, server, "--max_size", "80")
     assert {frame.shape for question in server.questions for frame in question.frames} == {(48, 80, 3)}
 
 
-def test_the_question_is_what_the_flags_say(clips, server, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    caption(clips, server, "--temperature", "0.5", "--max_tokens", "77", "--prompt", "Say what you see.")
+@pytest.mark.parametrize("variable", ["OPENAI_API_KEY", "MY_KEY"])
+def test_the_request_follows_the_flags(clips, server, monkeypatch, variable):
+    monkeypatch.setenv(variable, KEY)
+    more = ["--temperature", "0.5", "--max_tokens", "77", "--prompt", "Say what you see."]
+    caption(clips, server, *more, "--api_key_variable", variable)
     for question in server.questions:
         assert question.prompt == "Say what you see."
         assert question.headers["Authorization"] == f"Bearer {KEY}"
@@ -140,7 +139,7 @@ def test_the_question_is_what_the_flags_say(clips, server, monkeypatch):
         }
 
 
-def test_the_prompt_may_come_from_a_file(clips, server, tmp_path):
+def test_the_prompt_can_come_from_a_file(clips, server, tmp_path):
     caption(clips, server, "--prompt_file", str(write(tmp_path / "prompt.txt", "Name the colours.\n")))
     assert {question.prompt.strip() for question in server.questions} == {"Name the colours."}
 
@@ -159,13 +158,7 @@ def test_without_a_key_none_is_sent_and_temperature_is_zero(clips, server):
     assert {question.body["temperature"] for question in server.questions} == {0}
 
 
-def test_the_key_may_be_in_another_variable(clips, server, monkeypatch):
-    monkeypatch.setenv("MY_KEY", KEY)
-    caption(clips, server, "--api_key_variable", "MY_KEY")
-    assert {question.headers["Authorization"] for question in server.questions} == {f"Bearer {KEY}"}
-
-
-def test_as_many_requests_are_under_way_as_there_are_workers(clips, server):
+def test_each_worker_has_a_request_under_way(clips, server):
     together, lock, under_way, most = threading.Barrier(2), threading.Lock(), 0, 0
 
     def answer(question: Question, before: int) -> Answer:
@@ -173,7 +166,7 @@ def test_as_many_requests_are_under_way_as_there_are_workers(clips, server):
         with lock:
             under_way += 1
             most = max(most, under_way)
-        together.wait()  # for another one that is under way
+        together.wait()  # for the other request
         with lock:
             under_way -= 1
         return said("Bars.")
@@ -184,10 +177,10 @@ def test_as_many_requests_are_under_way_as_there_are_workers(clips, server):
     assert most == 2
 
 
-# What becomes of the answer
+# Answers
 
 
-def test_the_table_is_read_by_the_preparation_with_the_flags_that_are_told(clips, server, capsys):
+def test_the_preparation_reads_the_table_with_the_printed_flags(clips, server, capsys):
     caption(clips, server)
     told = shlex.split(capsys.readouterr().out.split("with: ")[1])
     args = parse_prepare_args([*told, "--model_id", "some/model", "--output_dir", "out", "--frame_buckets", "9"])
@@ -198,7 +191,7 @@ def test_the_table_is_read_by_the_preparation_with_the_flags_that_are_told(clips
     ]
 
 
-def test_an_answer_without_a_caption_is_a_failure_and_not_an_empty_caption(clips, server, capsys):
+def test_an_answer_without_a_caption_is_a_failure(clips, server, capsys):
     server.answer = lambda question, before: said(None if question.numbers[-1] == 11 else '"Bars\n move."')
     message = refuse(flags(clips, server), capsys)
     assert message.splitlines() == [
@@ -208,12 +201,12 @@ def test_an_answer_without_a_caption_is_a_failure_and_not_an_empty_caption(clips
     assert captions_of(rows_of(clips / "captions.jsonl")) == {"fly.mp4": "Bars move.", "walk/walk.mp4": "Bars move."}
 
 
-def test_an_answer_that_was_cut_ends_with_its_last_whole_sentence(clips, server):
+def test_a_cut_answer_ends_with_its_last_complete_sentence(clips, server):
     server.answer = lambda question, before: said("Bars move. They are wh", "length")
     assert set(captions_of(caption(clips, server)).values()) == {"Bars move."}
 
 
-def test_clips_without_a_caption_are_listed_in_their_order_with_the_reason_there_is(clips, server, capsys):
+def test_clips_without_a_caption_are_listed_in_order_with_the_reason(clips, server, capsys):
     finished = {11: threading.Event(), 19: threading.Event()}
 
     def answer(question: Question, before: int) -> Answer:
@@ -232,16 +225,16 @@ def test_clips_without_a_caption_are_listed_in_their_order_with_the_reason_there
 
 
 @pytest.mark.parametrize("body", ["<html>", {"choices": []}, {"choices": [{"message": None}]}, [1]])
-def test_what_is_no_chat_completion_is_a_failure(clips, server, capsys, body):
+def test_an_answer_that_is_not_a_chat_completion_is_a_failure(clips, server, capsys, body):
     server.answer = lambda question, before: Answer(body)
     assert refuse(flags(clips, server), capsys).count("the server's answer is not a chat completion: ") == 3
     assert not (clips / "captions.jsonl").exists()
 
 
-# Captions that are there
+# Existing captions
 
 
-def test_captions_that_the_clips_came_with_are_kept(clips, server):
+def test_existing_captions_are_kept(clips, server):
     write(clips / "run.txt", "They run.\n")
     rows = caption(clips, server)
     assert captions_of(rows) == all_captioned() | {"run.mkv": "They run."}
@@ -249,10 +242,10 @@ def test_captions_that_the_clips_came_with_are_kept(clips, server):
     assert server.lengths_asked() == [20, 30]
 
 
-def test_a_second_run_asks_for_new_clips_only_and_keeps_what_was_mended_by_hand(clips, server):
+def test_a_second_run_captions_only_new_clips_and_keeps_edits(clips, server):
     rows = caption(clips, server)
     rows[0]["caption"] = "They fly."
-    (clips / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(clips / "captions.jsonl", rows)
     encode(clips / "swim.mp4", frames=16)
     server.lengths_asked()
     expected = all_captioned() | {"fly.mp4": "They fly.", "swim.mp4": caption_of(16)}
@@ -260,49 +253,47 @@ def test_a_second_run_asks_for_new_clips_only_and_keeps_what_was_mended_by_hand(
     assert server.lengths_asked() == [16]
 
 
-def test_without_anything_to_ask_the_server_is_not_needed(clips, server, capsys):
+def test_the_server_is_not_needed_if_all_clips_have_captions(clips, server, capsys):
     rows = caption(clips, server)
     caption_dataset.main(["--data_root", str(clips), "--endpoint", "http://127.0.0.1:9/v1"])
     assert rows_of(clips / "captions.jsonl") == rows
     assert "3 captions, 0 of them new" in capsys.readouterr().out
 
 
-def test_overwrite_asks_for_all(clips, server):
+def test_overwrite_captions_all_clips_again(clips, server):
     write(clips / "run.txt", "They run.\n")
     caption(clips, server)
     server.lengths_asked()
-    server.answer = lambda question, before: said("Anew.")
-    assert set(captions_of(caption(clips, server, "--overwrite")).values()) == {"Anew."}
+    server.answer = lambda question, before: said("Again.")
+    assert set(captions_of(caption(clips, server, "--overwrite")).values()) == {"Again."}
     assert server.lengths_asked() == [12, 20, 30]
 
 
-def test_a_run_that_overwrites_goes_on_with_its_own_captions_but_not_with_those_of_another_prompt(
-    clips, server, capsys
-):
+def test_a_run_that_overwrites_resumes_only_with_the_same_prompt(clips, server, capsys):
     def fail_for_run(question: Question, before: int) -> Answer:
-        return refused(400) if question.numbers[-1] == 11 else said(f"Anew: {question.prompt}")
+        return refused(400) if question.numbers[-1] == 11 else said(f"Again: {question.prompt}")
 
     write(clips / "run.txt", "They run.\n")
     server.answer = fail_for_run
-    anew = flags(clips, server, "--overwrite", "--prompt", "One.")
-    refuse(anew, capsys)
+    again = flags(clips, server, "--overwrite", "--prompt", "One.")
+    refuse(again, capsys)
     assert captions_of(rows_of(clips / "captions.jsonl")) == {
-        "fly.mp4": "Anew: One.",
+        "fly.mp4": "Again: One.",
         "run.mkv": "They run.",
-        "walk/walk.mp4": "Anew: One.",
+        "walk/walk.mp4": "Again: One.",
     }
     server.lengths_asked()
-    refuse(anew, capsys)
+    refuse(again, capsys)
     assert server.lengths_asked() == [12]
-    refuse([*anew[:-1], "Two."], capsys)
+    refuse([*again[:-1], "Two."], capsys)
     assert server.lengths_asked() == [12, 20, 30]
     server.answer = lambda question, before: said("At last.")
-    caption_dataset.main(anew)
+    caption_dataset.main(again)
     assert server.lengths_asked() == [12]
     assert not (clips / "captions.jsonl.part").exists()
 
 
-def test_trying_a_few_clips_first_costs_none_of_the_others_their_captions(clips, server, tmp_path):
+def test_a_run_on_fewer_clips_keeps_the_other_captions(clips, server, tmp_path):
     table = write(tmp_path / "list.csv", "video\n" + "\n".join(LENGTHS))
     argv = ["--dataset_file", str(table), *flags(clips, server)]
     caption_dataset.main(argv)
@@ -314,7 +305,7 @@ def test_trying_a_few_clips_first_costs_none_of_the_others_their_captions(clips,
     assert "run.mkv" not in captions_of(rows_of(clips / "captions.jsonl"))
 
 
-def test_captions_of_a_stopped_run_outlive_a_run_on_fewer_clips(clips, server):
+def test_a_run_on_fewer_clips_keeps_the_captions_of_a_stopped_run(clips, server):
     write(
         clips / "captions.jsonl.part",
         '{"video": "run.mkv", "caption": "They run.", "author": "watcher", "settings": "x"}\n',
@@ -323,10 +314,10 @@ def test_captions_of_a_stopped_run_outlive_a_run_on_fewer_clips(clips, server):
     assert captions_of(caption(clips, server)) == all_captioned() | {"run.mkv": "They run."}
 
 
-def test_a_caption_that_was_emptied_is_asked_for_again(clips, server):
+def test_an_emptied_caption_is_filled_again(clips, server):
     rows = caption(clips, server)
     rows[1]["caption"] = ""
-    (clips / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(clips / "captions.jsonl", rows)
     server.lengths_asked()
     assert captions_of(caption(clips, server)) == all_captioned()
     assert server.lengths_asked() == [12]
@@ -352,7 +343,7 @@ def test_a_table_keeps_its_other_columns_and_the_captions_it_has(clips, server, 
         {"file": "fly.mp4", "text": "They fly.", "camera": "fixed"},
         {"file": "run.mkv", "text": "", "image": "first.png"},
     ]
-    table = write(tmp_path / "list.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    table = write_rows(tmp_path / "list.jsonl", rows)
     columns = ["--dataset_file", str(table), "--video_column", "file", "--caption_column", "text"]
     assert caption(clips, server, *columns) == [
         {"video": "fly.mp4", "caption": "They fly.", "captioned_by": "user", "camera": "fixed"},
@@ -360,19 +351,19 @@ def test_a_table_keeps_its_other_columns_and_the_captions_it_has(clips, server, 
     ]
 
 
-def test_a_table_without_captions_lies_beside_the_one_that_has_them(clips, server):
+def test_the_captions_are_written_next_to_a_table_without_captions(clips, server):
     table = write(clips / "list.csv", "video\nrun.mkv\nfly.mp4")
     caption_dataset.main(["--dataset_file", str(table), "--endpoint", server.endpoint])
     assert captions_of(rows_of(clips / "captions.jsonl")) == {"run.mkv": caption_of(12), "fly.mp4": caption_of(30)}
 
 
-def test_a_clip_listed_twice_is_asked_for_once(clips, server, tmp_path):
+def test_a_clip_listed_twice_is_captioned_once(clips, server, tmp_path):
     table = write(tmp_path / "list.csv", "video\nrun.mkv\nrun.mkv")
     assert [row["caption"] for row in caption(clips, server, "--dataset_file", str(table))] == [caption_of(12)] * 2
     assert server.lengths_asked() == [12]
 
 
-# What goes wrong on the way
+# Failures
 
 
 def test_a_busy_server_is_asked_again(clips, server):
@@ -381,7 +372,7 @@ def test_a_busy_server_is_asked_again(clips, server):
     assert server.lengths_asked() == [12] * 3 + [20] * 3 + [30] * 3
 
 
-def test_a_clip_that_the_server_fails_on_is_listed_and_asked_for_in_the_next_run(clips, server, capsys):
+def test_a_failed_clip_is_listed_and_captioned_in_the_next_run(clips, server, capsys):
     described = server.answer
     server.answer = lambda question, before: (
         refused(500, "worker died") if question.numbers[-1] == 11 else described(question, before)
@@ -395,13 +386,26 @@ def test_a_clip_that_the_server_fails_on_is_listed_and_asked_for_in_the_next_run
     assert server.lengths_asked() == [12]
 
 
-def test_what_the_server_will_never_take_is_sent_once(clips, server, capsys):
+def test_a_silent_server_is_reported(clips, server, capsys):
+    released = threading.Event()
+
+    def answer(question: Question, before: int) -> Answer:
+        released.wait()
+        return said("Too late.")
+
+    server.answer = answer
+    message = refuse(flags(clips, server, "--timeout", "0.2", "--max_retries", "0"), capsys)
+    released.set()
+    assert message.count("the server did not answer within --timeout") == 3
+
+
+def test_a_refused_request_is_sent_once(clips, server, capsys):
     server.answer = lambda question, before: refused(400, "At most 1 image")
     assert refuse(flags(clips, server), capsys).count("the server says 400: At most 1 image") == 3
     assert server.lengths_asked() == [12, 20, 30]
 
 
-def test_where_every_clip_fails_the_rest_is_not_tried(clips, server, capsys):
+def test_the_run_ends_when_every_clip_fails(clips, server, capsys):
     for number in range(MOST_FAILURES_IN_A_ROW):
         shutil.copy(clips / "fly.mp4", clips / f"{number}.mp4")
     server.answer = lambda question, before: refused(400)
@@ -410,7 +414,7 @@ def test_where_every_clip_fails_the_rest_is_not_tried(clips, server, capsys):
     assert len(server.questions) <= MOST_FAILURES_IN_A_ROW + 1
 
 
-def test_a_key_that_is_no_longer_taken_ends_the_run_and_is_not_shown(clips, server, capsys, monkeypatch):
+def test_a_refused_key_ends_the_run_and_is_not_shown(clips, server, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.answer = lambda question, before: refused(401, f"Incorrect API key provided: {KEY}")
     message = refuse(flags(clips, server), capsys)
@@ -419,19 +423,19 @@ def test_a_key_that_is_no_longer_taken_ends_the_run_and_is_not_shown(clips, serv
     )
 
 
-def test_a_clip_that_does_not_decode_is_listed_at_the_end(clips, server, capsys):
+def test_an_undecodable_clip_is_listed_at_the_end(clips, server, capsys):
     encode(clips / "fly.mp4", frames=30, g="10")
     with av.open(str(clips / "fly.mp4")) as container:
         first = next(container.demux(video=0))
     content = bytearray((clips / "fly.mp4").read_bytes())
-    content[first.pos : first.pos + first.size] = bytes(first.size)  # the probe decodes what follows the last keyframe
+    content[first.pos : first.pos + first.size] = bytes(first.size)  # the probe decodes only from the last keyframe on
     (clips / "fly.mp4").write_bytes(content)
     message = refuse(flags(clips, server), capsys)
     assert f"  {clips / 'fly.mp4'} ({clips}): " in message
     assert captions_of(rows_of(clips / "captions.jsonl")).keys() == {"run.mkv", "walk/walk.mp4"}
 
 
-def test_clips_that_cannot_be_used_are_listed_before_anything_is_asked(clips, server, capsys):
+def test_unusable_clips_are_listed_before_the_model_is_asked(clips, server, capsys):
     write(clips / "empty.mp4", b"")
     assert "empty.mp4" in refuse(flags(clips, server), capsys)
     assert server.questions == []
@@ -439,16 +443,15 @@ def test_clips_that_cannot_be_used_are_listed_before_anything_is_asked(clips, se
     assert "1 of the clips cannot be used and are left out:" in capsys.readouterr().out
 
 
-def start(clips: Path, server: CaptionServer, *more: str) -> subprocess.Popen:
-    """Run the script in a process of its own."""
+def start(clips: Path, server: CaptionServer) -> subprocess.Popen:
+    """Run the script in a separate process."""
     script = Path(caption_dataset.__file__)
-    command = [sys.executable, str(script), *flags(clips, server, "--num_workers", "1", *more)]
     return subprocess.Popen(
-        command,
+        [sys.executable, str(script), *flags(clips, server, "--num_workers", "1")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Shells have what they start in the background ignore it, the tests too.
+        # Background processes of a shell ignore it, and so may the tests.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -456,7 +459,7 @@ def start(clips: Path, server: CaptionServer, *more: str) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("sent", "code", "kept"), [(signal.SIGKILL, -signal.SIGKILL, 1), (signal.SIGINT, 128 + signal.SIGINT, 2)]
 )
-def test_a_run_that_was_ended_goes_on_where_it_was(clips, server, sent, code, kept):
+def test_an_ended_run_is_resumed(clips, server, sent, code, kept):
     described, started = server.answer, threading.Event()
 
     def end_at_the_second(question: Question, before: int) -> Answer:
@@ -479,7 +482,7 @@ def test_a_run_that_was_ended_goes_on_where_it_was(clips, server, sent, code, ke
     assert len(server.lengths_asked()) == 3 - kept
 
 
-def test_half_a_line_of_a_killed_run_is_forgotten(clips, server):
+def test_a_half_written_line_of_a_killed_run_is_dropped(clips, server):
     part = write(
         clips / "captions.jsonl.part",
         b'{"video": "run.mkv", "caption": "Sie laufen.", "author": "watcher", "settings": "x"}\n'
@@ -490,13 +493,13 @@ def test_half_a_line_of_a_killed_run_is_forgotten(clips, server):
     assert not part.exists()
 
 
-def test_captions_of_a_stopped_run_that_are_damaged_are_one_line(clips, server, capsys):
+def test_damaged_captions_of_a_stopped_run_are_one_line(clips, server, capsys):
     part = write(clips / "captions.jsonl.part", '{"video": "run.mkv"}\n')
     message = refuse(flags(clips, server), capsys)
     assert message == f"{part} is not what caption_dataset.py left there; remove it"
 
 
-def test_a_full_disk_costs_no_caption_that_was_kept(tmp_path):
+def test_a_full_disk_does_not_lose_earlier_captions(tmp_path):
     def keep(name: str) -> None:
         CaptionFile(tmp_path / "captions.jsonl").append(name, Caption("They move." * 9, "watcher"), settings)
 
@@ -533,8 +536,7 @@ def test_no_request_is_sent_again_once_stopped(server):
 def test_torch_is_not_imported_to_ask_a_server(clips, server):
     argv = flags(clips, server)
     code = f"import sys, caption_dataset\ncaption_dataset.main({argv!r})\nprint('torch' in sys.modules)"
-    folder = TRAINING
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=TRAINING, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
     assert "Captioning: 100%" in done.stderr
 
@@ -542,7 +544,7 @@ def test_torch_is_not_imported_to_ask_a_server(clips, server):
 # Mistakes
 
 
-def test_a_server_that_is_not_there_is_one_line_that_says_what_to_start(clips, capsys):
+def test_an_unreachable_server_is_one_line_that_says_what_to_start(clips, capsys):
     message = refuse(["--data_root", str(clips), "--endpoint", "http://127.0.0.1:9/v1"], capsys)
     assert re.fullmatch(
         r"--endpoint http://127.0.0.1:9/v1: the server cannot be reached \(.+\); start a server there, such as: "
@@ -552,7 +554,7 @@ def test_a_server_that_is_not_there_is_one_line_that_says_what_to_start(clips, c
     assert list(clips.glob("captions*")) == []
 
 
-def test_a_model_that_is_not_offered_is_answered_with_those_that_are(clips, server, capsys):
+def test_the_error_for_a_missing_model_lists_the_offered_ones(clips, server, capsys):
     server.models = Answer({"data": [{"id": "watcher"}, {"id": "reader"}]})
     offered = ["set --model to one of those offered:", "  watcher", "  reader"]
     title, *models = refuse(flags(clips, server, "--model", "seer"), capsys).splitlines()
@@ -581,25 +583,25 @@ def test_a_server_that_does_not_list_its_models_is_one_line(clips, server, capsy
     assert len(message.splitlines()) == 1
 
 
-def test_a_table_that_someone_else_wrote_is_left_alone(clips, server, capsys):
+def test_a_table_of_other_origin_is_not_changed(clips, server, capsys):
     table = write(clips / "captions.jsonl", '{"video": "fly.mp4", "caption": "weeks of work"}\n')
     message = refuse(flags(clips, server), capsys)
     assert message.startswith(f"--output_file: {table} exists already, and caption_dataset.py did not write it")
     assert rows_of(table) == [{"video": "fly.mp4", "caption": "weeks of work"}]
 
 
-def test_a_table_in_the_folder_of_clips_is_not_passed_over(clips, server, capsys):
+def test_a_table_in_the_folder_of_clips_is_not_ignored(clips, server, capsys):
     write(clips / "metadata.csv", "video,caption\nfly.mp4,They fly.\n")
     assert f"pass --dataset_file {clips / 'metadata.csv'}" in refuse(flags(clips, server), capsys)
 
 
-def test_a_place_that_cannot_be_written_is_told_before_the_model_is_asked(clips, server, capsys):
+def test_an_unwritable_place_is_reported_before_the_model_is_asked(clips, server, capsys):
     message = refuse(flags(clips, server, "--output_file", str(clips / "run.mkv" / "x.jsonl")), capsys)
     assert message.startswith(f"--output_file: {clips / 'run.mkv' / 'x.jsonl'} cannot be written (")
     assert server.questions == []
 
 
-def test_a_table_that_was_mended_badly_is_told_with_the_line(clips, server, capsys):
+def test_an_error_in_the_table_is_reported_with_its_line(clips, server, capsys):
     table = write(
         clips / "captions.jsonl",
         '{"video": "fly.mp4", "caption": "Fly.", "captioned_by": "watcher"}\n{"video": "run.mkv", "caption": 5}\n',
@@ -609,7 +611,7 @@ def test_a_table_that_was_mended_badly_is_told_with_the_line(clips, server, caps
 
 
 @pytest.mark.parametrize("content", ["", '{"video": "run.mkv", "caption": null, "captioned_by": "watcher"}\n'])
-def test_a_table_that_was_emptied_is_filled_again(clips, server, content):
+def test_an_emptied_table_is_filled_again(clips, server, content):
     write(clips / "captions.jsonl", content)
     assert captions_of(caption(clips, server)) == all_captioned()
 
@@ -627,7 +629,7 @@ def test_a_table_that_was_emptied_is_filled_again(clips, server, content):
         (None, {"OPENAI_API_KEY": f"{KEY}\v{KEY}"}, "the key in the environment variable OPENAI_API_KEY has"),
     ],
 )
-def test_what_cannot_be_asked_is_one_line_without_the_key(
+def test_an_unusable_endpoint_is_one_line_without_the_key(
     clips, server, capsys, monkeypatch, endpoint, environment, message
 ):
     for name, value in environment.items():
@@ -664,12 +666,24 @@ def test_mistakes_in_flags_and_lists_are_one_line(tmp_path, monkeypatch, capsys,
     assert len(error.splitlines()) == 1
 
 
-def test_a_data_set_without_a_folder_needs_a_name_for_the_table(capsys):
-    error = refuse(["--dataset_name", "name/of-it", "--model", "x"], capsys)
-    assert error.startswith("--output_file: required with --dataset_name but no --data_root")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--dataset_name", "name/of-it", "--model", "x"],
+            "--output_file: required with --dataset_name but no --data_root",
+        ),
+        (
+            ["--data_root", "x", "--model", "x", "--dataset_config_name", "x"],
+            "--dataset_config_name: no effect without --dataset_name",
+        ),
+    ],
+)
+def test_hub_data_sets_need_their_name_and_a_file(capsys, flags, message):
+    assert refuse(flags, capsys).startswith(message)
 
 
-def test_pictures_reach_the_server_as_the_clip_shows_them(clips, server):
+def test_the_server_gets_the_frames_of_the_clip(clips, server):
     caption(clips, server, "--num_frames", "1")
     (question,) = [question for question in server.questions if question.numbers == [0]][:1]
     assert np.abs(question.frames[0].astype(int) - numbered_frame(0).astype(int)).mean() < 6

@@ -33,11 +33,6 @@ from video.probe import probe_files
 BUCKET = Bucket(9, 64, 96)
 
 
-def spread(count: int, num_frames: int) -> list[int]:
-    """`count` frames from the first to the last, halves rounded up."""
-    return [(2 * i * (num_frames - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]
-
-
 @pytest.fixture(scope="module")
 def planned(demo_clips) -> list[ClipSample]:
     """The 16 clips, each in a bucket of its own size, so that nothing is resized."""
@@ -54,26 +49,12 @@ def make_dataset(planned: list[ClipSample], **options) -> ClipDataset:
 # Raw clips
 
 
-def test_a_clip_has_exactly_the_planned_frames(planned):
-    dataset = make_dataset(planned)
-    assert len(dataset) == 16
-    for index in range(5):  # one of each size
-        frames = all_frames(planned[index].clip.video)
-        batch = dataset[Draw(index, 0)]
-        assert batch.videos.dtype == torch.uint8
-        assert batch.videos.shape == (1, 9, 3, *frames.shape[1:3])
-        assert batch.bucket == (9, *frames.shape[1:3])
-        assert batch.names == [str(planned[index].clip.video)]
-        expected = frames[spread(9, len(frames))].transpose(0, 3, 1, 2)
-        assert np.array_equal(batch.videos[0].numpy(), expected)
-
-
 @pytest.mark.parametrize(
     "choice",
-    [{"long_clips": "split"}, {"fps": 6.0, "long_clips": "split"}, {"long_clips": "first", "skip_start": 3}],
-    ids=["split", "resampled", "skipped"],
+    [{}, {"long_clips": "split"}, {"fps": 6.0, "long_clips": "split"}, {"long_clips": "first", "skip_start": 3}],
+    ids=["spread", "split", "resampled", "skipped"],
 )
-def test_every_frame_that_was_chosen_is_the_one_that_pyav_counts(demo_clips, choice):
+def test_a_clip_has_exactly_the_planned_frames(demo_clips, choice):
     paths = sorted((demo_clips / "videos").iterdir())
     infos = probe_files(paths)
     buckets = sorted({Bucket(5, info.height, info.width) for info in infos.values()})
@@ -81,9 +62,13 @@ def test_every_frame_that_was_chosen_is_the_one_that_pyav_counts(demo_clips, cho
     assert not bad
     truth = {path: all_frames(path) for path in paths}
     dataset = make_dataset(samples)
+    assert len(dataset) == len(samples) >= 16
     for index, sample in enumerate(samples):
         expected = truth[sample.clip.video][list(sample.frame_indices)].transpose(0, 3, 1, 2)
-        assert np.array_equal(dataset[Draw(index, 0)].videos[0].numpy(), expected)
+        batch = dataset[Draw(index, 0)]
+        assert (batch.names, batch.bucket) == ([str(sample.clip.video)], sample.bucket)
+        assert batch.videos.dtype == torch.uint8
+        assert np.array_equal(batch.videos[0].numpy(), expected)
 
 
 def test_a_flipped_clip_is_mirrored_in_every_frame(planned):
@@ -246,15 +231,14 @@ def test_captions_come_as_their_embeddings(planned, tiny_models, tmp_path):
 
 
 def prepared_clip(folder: Path, name: str, moments: torch.Tensor, embeds: torch.Tensor) -> PreparedClip:
-    stored = []
-    for kind, tensor in (("video_latents", moments), ("prompt_embeds", embeds)):
-        stored.append(StoredTensor(folder / f"{name}-{kind}.pt"))
-        torch.save(tensor, stored[-1].file)
+    stored = [StoredTensor(folder / f"{name}-{kind}.pt") for kind in ("video_latents", "prompt_embeds")]
+    for place, tensor in zip(stored, (moments, embeds), strict=True):
+        torch.save(tensor, place.file)
     return PreparedClip(name, Bucket(9, 64, 96), *stored)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_prepared_clip_is_what_was_written(tmp_path, dtype):
+def test_a_prepared_clip_is_read_as_it_was_written(tmp_path, dtype):
     written = {name: (torch.randn(32, 3, 8, 12).to(dtype), torch.randn(226, 64).to(dtype)) for name in "ab"}
     dataset = PreparedDataset([prepared_clip(tmp_path, name, *tensors) for name, tensors in written.items()])
     assert len(dataset) == 2
@@ -286,13 +270,9 @@ def test_tensors_of_another_model_are_refused_with_file_and_channels(tiny_models
     assert "needs 32 and 64" in message
 
 
-def test_tensors_of_this_model_are_accepted(tiny_models, tmp_path):
+def test_samples_without_image_latents_are_refused_only_for_an_image_to_video_model(tiny_models, tmp_path):
     clip = prepared_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
     check_prepared([clip], ModelSource(str(tiny_models("5b"))).configs())
-
-
-def test_samples_without_image_latents_are_refused_for_an_image_to_video_model(tiny_models, tmp_path):
-    clip = prepared_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
     with pytest.raises(UserError, match=r"1 samples were prepared without image latents.*--save_image_latents"):
         check_prepared([clip], ModelSource(str(tiny_models("5b-i2v"))).configs())
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 
 if __name__ == "__main__":
-    for name in ("bitsandbytes", "deepspeed", "torchao"):
-        # diffusers imports them wherever they are installed, which takes seconds and is not quiet.
-        sys.modules.setdefault(name, None)
+    # diffusers imports these if they are installed, which takes seconds and prints warnings.
+    sys.modules |= dict.fromkeys(("bitsandbytes", "deepspeed", "torchao"))
 
 import av
 import pytest

@@ -2,10 +2,8 @@
 
 import logging
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -57,71 +55,62 @@ class Batch:
         return replace(self, **{name: function(tensor) for name, tensor in self.tensors.items()})
 
 
-class ClipDataset(Dataset):
-    """Raw clips, which are decoded, resized and flipped when they are read.
+@dataclass(eq=False)
+class _Clips(Dataset):
+    """Clips that a draw reads as a batch of one."""
 
-    Args:
-        clips: clips with their frames and buckets.
-        reshape_mode: center, random or none, as in `reshape_frames`.
-        random_flip: probability that a clip is mirrored left to right, drawn once per clip and epoch.
-        seed: seed of flips and random crops. Together with the epoch and the clip's content it determines them,
-            whichever worker reads the clip and wherever it is listed.
-        prompts: the captions' embeddings; None omits `prompt_embeds`.
-        with_images: fill `images`, from the clip's own image or its first frame.
-        replace_failed: replace a clip that does not decode by the next one of the same bucket, with a warning, so that
-            batches keep their size on every rank.
-        decode_threads: decoder threads for each clip; 0 lets the decoder choose.
-    """
-
-    def __init__(
-        self,
-        clips: Sequence[ClipSample],
-        *,
-        reshape_mode: str,
-        random_flip: float | None,
-        seed: int,
-        prompts: PromptCache | None = None,
-        with_images: bool = False,
-        replace_failed: bool = False,
-        decode_threads: int = 1,
-    ):
-        self.clips = clips
-        self.reshape_mode = reshape_mode
-        self.random_flip = random_flip or 0.0
-        self.seed = seed
-        self.prompts = prompts
-        self.with_images = with_images
-        self.replace_failed = replace_failed
-        self.decode_threads = decode_threads
+    clips: Sequence[ClipSample] | Sequence[PreparedClip]
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def __getitem__(self, draw: Draw) -> Batch:
-        """Read a clip as a batch of one; if it cannot be decoded, as an empty batch with `failed`."""
+        """Read a clip as a batch of one; if it cannot be read, as an empty batch with `failed`."""
         try:
             return self._read(draw)
         except ValueError as error:
-            if self.replace_failed:
-                logger.warning("warning: a clip that does not decode is replaced by another one: %s", error)
-                for index in self._others_of_bucket(draw.index):
-                    with suppress(ValueError):
-                        # With the noise of the failed clip, as this one also has a draw of its own.
-                        return replace(self._read(Draw(index, draw.epoch)), draws=[draw])
             return self.failed(draw, str(error))
-
-    def name_of(self, index: int) -> str:
-        """Return a clip's name for messages: its file, and where it is listed."""
-        clip = self.clips[index].clip
-        return f"{clip.video} ({clip.source})"
 
     def failed(self, draw: Draw, reason: str) -> Batch:
         """Return the empty batch of a clip that could not be read."""
         return Batch([], self.clips[draw.index].bucket, failed=[(draw, reason)])
 
-    def _others_of_bucket(self, index: int) -> Iterator[int]:
-        order = [*range(index + 1, len(self.clips)), *range(index)]
-        return (other for other in order if self.clips[other].bucket == self.clips[index].bucket)
+
+@dataclass(eq=False)
+class ClipDataset(_Clips):
+    """Raw clips, which are decoded, resized and flipped when they are read.
+
+    Together with the epoch and the clip's content, `seed` determines flips and random crops, whichever worker reads
+    the clip and wherever it is listed.
+    """
+
+    _: KW_ONLY
+    reshape_mode: str  # center, random or none, as in `reshape_frames`
+    random_flip: float | None  # probability that a clip is mirrored left to right, drawn once per clip and epoch
+    seed: int
+    prompts: PromptCache | None = None  # the captions' embeddings; None omits `prompt_embeds`
+    with_images: bool = False  # fill `images`, from the clip's own image or its first frame
+    replace_failed: bool = False  # replace an undecodable clip, so that batches keep their size on every rank
+    decode_threads: int = 1  # for each clip; 0 lets the decoder choose
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        """Read a clip as a batch of one; with `replace_failed`, the next readable one of its bucket if it fails."""
+        batch = super().__getitem__(draw)
+        if not (batch.failed and self.replace_failed):
+            return batch
+        logger.warning("warning: a clip that does not decode is replaced by another one: %s", batch.failed[0][1])
+        for index in [*range(draw.index + 1, len(self)), *range(draw.index)]:
+            if self.clips[index].bucket == batch.bucket:
+                other = super().__getitem__(Draw(index, draw.epoch))
+                if not other.failed:
+                    # With the noise of the failed clip, as this one also has a draw of its own.
+                    return replace(other, draws=[draw])
+        return batch
+
+    def name_of(self, index: int) -> str:
+        """Return a clip's name for messages: its file, and where it is listed."""
+        clip = self.clips[index].clip
+        return f"{clip.video} ({clip.source})"
 
     def _read(self, draw: Draw) -> Batch:
         planned = self.clips[draw.index]
@@ -132,13 +121,13 @@ class ClipDataset(Dataset):
         if self.with_images:
             # The image of a split clip belongs to its first part.
             own = clip.image is None or planned.part > 0
-            image = video[0] if own else self._shape(read_frames(clip.image, [0]), planned, draw.epoch)[0]
+            image = video[:1] if own else self._shape(read_frames(clip.image, [0]), planned, draw.epoch)
         return Batch(
             bucket=planned.bucket,
             draws=[draw],
             names=[str(clip.video)],
             videos=video[None],
-            images=None if image is None else image[None],
+            images=image,
             prompt_embeds=None if self.prompts is None else self.prompts.load(clip.caption)[None],
         )
 
@@ -147,80 +136,51 @@ class ClipDataset(Dataset):
         chance = random.Random(f"{self.seed}-{epoch}-{planned.info.sha256}-{planned.frame_indices[0]}")
         _, height, width = planned.bucket
         shaped = reshape_frames(torch.from_numpy(frames).permute(0, 3, 1, 2), height, width, self.reshape_mode, chance)
-        return shaped.flip(-1) if chance.random() < self.random_flip else shaped
+        return shaped.flip(-1) if chance.random() < (self.random_flip or 0) else shaped
 
 
-class PreparedDataset(Dataset):
-    """Moments and embeddings written by `prepare_dataset.py`.
+@dataclass(eq=False)
+class PreparedDataset(_Clips):
+    """Moments and embeddings written by `prepare_dataset.py`."""
 
-    Args:
-        clips: as from `read_index`.
-        with_images: fill `image_moments`.
-    """
-
-    def __init__(self, clips: Sequence[PreparedClip], *, with_images: bool = False):
-        self.clips = clips
-        self.with_images = with_images
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, draw: Draw) -> Batch:
-        """Read a sample as a batch of one; if its files cannot be read, as an empty batch with `failed`."""
-        try:
-            return self._read(draw)
-        except ValueError as error:
-            return self.failed(draw, str(error))
+    with_images: bool = field(default=False, kw_only=True)  # fill `image_moments`
 
     def name_of(self, index: int) -> str:
         """Return a sample's name for messages, with the file of its latents."""
         clip = self.clips[index]
         return f"{clip.name} ({clip.video_latents.file})"
 
-    def failed(self, draw: Draw, reason: str) -> Batch:
-        """Return the empty batch of a sample that could not be read."""
-        return Batch([], self.clips[draw.index].bucket, failed=[(draw, reason)])
-
     def _read(self, draw: Draw) -> Batch:
         clip = self.clips[draw.index]
+        image_moments = read_tensor(clip.image_latents) if self.with_images else None
+        # The encodings of an image were prepared under different noise; the original script wrote only one.
+        if self.with_images and image_moments.ndim > 4:
+            chance = random.Random(f"{clip.name}-{draw.epoch}-{draw.copy}")
+            image_moments = image_moments[chance.randrange(len(image_moments))]
         return Batch(
             bucket=clip.bucket,
             draws=[draw],
             names=[clip.name],
             video_moments=read_tensor(clip.video_latents)[None],
-            image_moments=self._image_moments(clip, draw)[None] if self.with_images else None,
+            image_moments=image_moments[None] if self.with_images else None,
             prompt_embeds=read_tensor(clip.prompt_embeds)[None],
         )
-
-    def _image_moments(self, clip: PreparedClip, draw: Draw) -> torch.Tensor:
-        """Choose one of the image's encodings, which were prepared under different noise, at random."""
-        moments = read_tensor(clip.image_latents)
-        if moments.ndim == 4:  # the original script wrote only one encoding
-            return moments
-        return moments[random.Random(f"{clip.name}-{draw.epoch}-{draw.copy}").randrange(len(moments))]
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
     """Join batches of one bucket."""
-    tensors: dict[str, list[torch.Tensor]] = defaultdict(list)
-    for sample in samples:
-        for name, tensor in sample.tensors.items():
-            tensors[name].append(tensor)
+    tensors = [sample.tensors for sample in samples if sample.names]
     return Batch(
         bucket=samples[0].bucket,
         draws=[draw for sample in samples for draw in sample.draws],
         names=[name for sample in samples for name in sample.names],
         failed=[failure for sample in samples for failure in sample.failed],
-        **{name: torch.cat(parts) for name, parts in tensors.items()},
+        **{name: torch.cat([parts[name] for parts in tensors]) for name in next(iter(tensors), {})},
     )
 
 
 def without_failures(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the batches as long as all their clips decode.
-
-    Raises:
-        UserError: a clip does not decode.
-    """
+    """Yield the batches; raise a UserError at the first clip that cannot be read."""
     for batch in batches:
         if batch.failed:
             title = "a clip cannot be read; fix or remove it, or (raw clips only) skip it with --on_bad_clip skip:"
@@ -231,11 +191,7 @@ def without_failures(batches: Iterable[Batch]) -> Iterator[Batch]:
 def make_loader(
     dataset: Dataset, batches: Iterable[list[Draw]], *, num_workers: int, pin_memory: bool = False
 ) -> DataLoader:
-    """Load batches in the given order, in `num_workers` processes (0 for this process).
-
-    Args:
-        batches: one pass over them is one pass over the loader.
-    """
+    """Load batches in the given order, in `num_workers` processes (0 for this process)."""
     return DataLoader(
         WatchedDataset(dataset, num_workers),
         batch_sampler=batches,
@@ -253,14 +209,10 @@ def _start_worker(number: int) -> None:
 
 
 def check_prepared(clips: Sequence[PreparedClip], configs: ModelConfigs) -> None:
-    """Check that a clip's tensors fit the model, and that no image latents are missing.
-
-    Raises:
-        UserError: the clips were prepared with a model of another shape, or without images for image-to-video.
-    """
+    """Check that a clip's tensors fit the model, and that no image latents are missing."""
     clip = clips[0]
-    without = [clip.name for clip in clips if clip.image_latents is None] if configs.is_image_to_video else []
-    if without:
+    without = [clip.name for clip in clips if clip.image_latents is None]
+    if without and configs.is_image_to_video:
         title = (
             f"--load_tensors: {len(without)} samples were prepared without image latents, which image-to-video needs"
         )

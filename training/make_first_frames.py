@@ -17,7 +17,7 @@ from PIL import Image
 from args import parse_first_frame_args
 from common.bars import tqdm
 from common.errors import UserError, one_line_errors
-from common.files import written_whole
+from common.files import atomic_write
 from common.logs import log_without_tokens
 from common.text_files import index_lines
 from data.buckets import Bucket
@@ -72,7 +72,7 @@ def make_first_frames(data: RawData, folder: Path, on_bad_clip: str) -> Path:
     made = RawData(listed, [*data.bad, *filter(None, failures)])
     check_bad_clips(made, on_bad_clip)
     report_skipped(made.bad, folder)
-    with written_whole(table) as partial:
+    with atomic_write(table) as partial:
         partial.write_text(index_lines(image_row(planned, folder) for planned in listed), encoding="utf-8")
     return table
 
@@ -96,7 +96,7 @@ def write_image(planned: ClipSample, image: Path) -> BadClip | None:
         (frame,) = read_frames(clip.video, planned.frame_indices, seekable=planned.info.seekable)
     except ValueError as error:
         return BadClip(str(clip.video), clip.source, str(error).removeprefix(f"{clip.video}: "))
-    with written_whole(image) as partial:
+    with atomic_write(image) as partial:
         Image.fromarray(frame).save(partial)
     return None
 

@@ -1,4 +1,4 @@
-"""Write the demo data: H.264 clips, the lists that name them, and folders that exist whole or not at all."""
+"""Write the demo data: H.264 clips, lists of them, and folders that are complete or do not exist."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 
-# A clip as the lists know it: its path relative to the folder with the lists, with "/", and its caption on one line.
+# A clip in the lists: its path relative to the folder with the lists, with "/", and its caption on one line.
 Entry = tuple[str, str]
 
 
@@ -22,7 +22,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder` which takes that name when the block ends without an error.
 
     Args:
-        folder: what is to be made; it may exist already if it is empty.
+        folder: the folder to make; it may exist if it is empty.
 
     Raises:
         FileExistsError: if `folder` holds anything.
@@ -65,18 +65,18 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int | Fraction) -> 
         height, width, _ = first.shape
         with av.open(str(path), "w") as container:
             stream = container.add_stream("libx264", rate=fps, width=width, height=height, pix_fmt="yuv420p")
-            # One thread: with more of them x264 cuts the work, and so the bytes of the file, by the number of cores.
+            # One thread: with more, the bytes of the file would depend on the number of cores.
             stream.options, stream.thread_count = {"crf": "18", "preset": "veryfast"}, 1
             for frame in chain([first], frames):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
-            container.mux(stream.encode())  # what the encoder held back to look ahead
+            container.mux(stream.encode())  # the frames that the encoder kept to look ahead
     except BaseException:
         path.unlink(missing_ok=True)
         raise
 
 
 def list_texts(entries: Sequence[Entry]) -> dict[str, str]:
-    """What the three lists say, by file name: two with one line a clip, and a table of both columns."""
+    """Return the texts of the three lists by file name: two with one line a clip, and a table of both columns."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("video", "caption"))
@@ -95,7 +95,7 @@ def write_lists(folder: Path, entries: Sequence[Entry]) -> None:
 
 
 def is_complete(folder: Path, entries: Sequence[Entry]) -> bool:
-    """Whether `folder` holds exactly these lists and every clip they name."""
+    """Return whether `folder` holds exactly these lists and every clip they name."""
     lists_agree = all(
         (folder / name).is_file() and (folder / name).read_text(encoding="utf-8") == text
         for name, text in list_texts(entries).items()

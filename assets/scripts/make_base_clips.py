@@ -1,8 +1,8 @@
-"""Draw the clips that the trained tiny model is made from: every colour, shape, direction and background there is.
+"""Draw the clips that the tiny model is trained on: every colour, shape, direction and background.
 
     python assets/scripts/make_base_clips.py --output_dir base/clips
 
-draws 260 of the 288 scenes, which it lists as make_demo_clips.py does, without those it is measured by.
+draws 260 of the 288 scenes, listed as make_demo_clips.py does; the others are held out to measure the model.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from shapes import SHAPES, Scene
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 BACKGROUNDS = ("white", "black", "grey", "light blue")
-DIRECTIONS = {  # what the shape does -> where it is seen to go: (x, y), y downwards
+DIRECTIONS = {  # motion -> direction on the picture (x, y), y downwards
     "moves from left to right": (1, 0),
     "moves from right to left": (-1, 0),
     "falls from top to bottom": (0, 1),
@@ -27,7 +27,7 @@ NUM_HELD_OUT = 28
 
 
 def plan_base_scenes() -> tuple[list[Scene], list[Scene]]:
-    """The scenes to train on and those held out, which never change."""
+    """Return the scenes to train on and the held-out ones, always the same."""
     scenes = [
         Scene(shape, colour, background, motion, HEIGHT, WIDTH, NUM_FRAMES, FPS)
         for colour, shape, motion, background in product(COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS)

@@ -16,22 +16,22 @@ from clip_files import is_complete, new_folder, write_lists, write_mp4
 from shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, draw_frames
 
 
-# The numbers of choices share no divisor with that of the motions, so that all come together with all.
+# The numbers of choices share no divisor with that of the motions, so that all combinations occur.
 SIZES = ((128, 192), (144, 208), (96, 160), (192, 128), (128, 128))  # height, width
-LENGTHS = (49, 81, 65, 53, 60, 77, 72)  # frames; not all of them 4k + 1, as with anyone's clips
+LENGTHS = (49, 81, 65, 53, 60, 77, 72)  # frames; not all of them 4k + 1, as in real data
 FRAME_RATES = (8, 16, 24, 25)
-MIN_CONTRAST = 230  # between shape and background: leaves out pairs such as yellow on beige, blue on navy
+MIN_CONTRAST = 230  # between shape and background: excludes pairs such as yellow on beige, blue on navy
 
 
 def plan_scenes(count: int, seed: int) -> list[Scene]:
-    """The first `count` scenes of a seed: every motion, size and length in turn, the looks in shuffled turns."""
+    """Return the first `count` scenes of a seed: motions, sizes and lengths in turn, colours and shapes shuffled."""
     rng = random.Random(seed)
     shapes, colours, backgrounds = (shuffled_rounds(names, rng) for names in (SHAPES, COLOURS, BACKGROUNDS))
     motions = tuple(MOTIONS)
     scenes = []
     captions = set()
     for i in range(count):
-        for _ in range(20):  # draw again what has been said, unless nearly everything has
+        for _ in range(20):  # draw again if the caption is taken, unless nearly all are
             colour = next(colours)
             scene = Scene(
                 shape=next(shapes),
@@ -51,23 +51,23 @@ def plan_scenes(count: int, seed: int) -> list[Scene]:
 
 
 def shuffled_rounds(names: Collection[str], rng: random.Random) -> Iterator[str]:
-    """Yield all names in random order, then all again in another order, and so on without end."""
+    """Yield all names in random order, again and again, in a new order each time."""
     while True:
         yield from rng.sample(sorted(names), len(names))
 
 
 def contrast(colour: str, background: str) -> int:
-    """Sum over the channels of the absolute difference, 0 to 765."""
+    """Return the sum over the channels of the absolute difference, 0 to 765."""
     return sum(abs(a - b) for a, b in zip(COLOURS[colour], BACKGROUNDS[background], strict=True))
 
 
 def make_demo_clips(output_dir: Path, count: int = 24, seed: int = 0) -> list[tuple[Path, str]]:
-    """Draw the clips and write their lists, unless they are all there already.
+    """Draw the clips and write their lists, unless all exist.
 
     Args:
         output_dir: the folder to make; missing or empty, or made by an earlier run with the same count and seed.
         count: how many clips.
-        seed: decides shapes, colours and backgrounds. A smaller count gives the first of the same clips.
+        seed: decides shapes, colours and backgrounds. A smaller count draws the first of the same clips.
 
     Returns:
         The path and the caption of every clip.
@@ -81,7 +81,7 @@ def make_demo_clips(output_dir: Path, count: int = 24, seed: int = 0) -> list[tu
 def draw_clips(
     output_dir: Path, scenes: Sequence[Scene], draw: Callable[[Scene], Iterable[np.ndarray]] = draw_frames
 ) -> list[tuple[Path, str]]:
-    """Draw scenes and write their lists, unless they are all there already; as `make_demo_clips` otherwise."""
+    """Draw scenes and write their lists, unless all exist; see `make_demo_clips`."""
     output_dir = Path(output_dir)
     entries = [(f"videos/clip-{i:03d}.mp4", scene.caption) for i, scene in enumerate(scenes)]
     if is_complete(output_dir, entries):

@@ -3,7 +3,7 @@
     PYTHONPATH=training:assets/scripts python assets/scripts/make_full_size_model.py --kind 5b --output_dir model
 
 Transformer and VAE are those of the release, 11 GB for a 5b kind. The text encoder, 9.5 GB in the release, is a
-stand-in of one thin layer whose embeddings have the right shape: it is never there while training or sampling.
+replacement of one thin layer whose embeddings have the right shape: it is not loaded in training and sampling.
 """
 
 import argparse
@@ -31,7 +31,7 @@ INDEX = {
 
 
 def full_size_configs(kind: str) -> ModelConfigs:
-    """The configs of a released model.
+    """Return the configs of a released model.
 
     Args:
         kind: 2b, 5b, 5b-i2v, 1.5-5b or 1.5-5b-i2v.
@@ -64,7 +64,7 @@ def full_size_configs(kind: str) -> ModelConfigs:
 
 
 def make_full_size_model(kind: str, output_dir: Path, *, device: str = "cpu", num_layers: int | None = None) -> Path:
-    """Write the model's folder, weights in bfloat16; do nothing if it is there already.
+    """Write the model's folder, weights in bfloat16; do nothing if it exists.
 
     Args:
         kind: as `full_size_configs` takes it.
@@ -88,7 +88,7 @@ def make_full_size_model(kind: str, output_dir: Path, *, device: str = "cpu", nu
 
 
 def _draw(model_class: type, config: dict[str, Any], device: str) -> torch.nn.Module:
-    """A network with the random weights that its layers start with."""
+    """Return a network with the random weights that its layers start with."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

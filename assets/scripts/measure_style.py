@@ -1,4 +1,4 @@
-"""Measure whether a LoRA of the demo's style takes the colours out of what the tiny model shows, and only the LoRA.
+"""Measure whether a LoRA of the demo's style, and only the LoRA, removes the colours from the tiny model's videos.
 
     python assets/scripts/measure_style.py --lora demo/outputs/cogvideox-lora__... --id_token OLD_FILM
 
@@ -13,9 +13,8 @@ from pathlib import Path
 
 
 if __name__ == "__main__":
-    for name in ("bitsandbytes", "deepspeed", "torchao"):
-        # diffusers imports them wherever they are installed, which takes seconds and is not quiet.
-        sys.modules.setdefault(name, None)
+    # diffusers imports these if they are installed, which takes seconds and prints warnings.
+    sys.modules |= dict.fromkeys(("bitsandbytes", "deepspeed", "torchao"))
 
 import torch
 from diffusers import CogVideoXPipeline
@@ -31,7 +30,7 @@ MODEL_DIR = Path(__file__).resolve().parents[1] / "models" / "tiny-cogvideox"
 def measure(
     model_dir: Path, lora: Path, id_token: str, num_prompts: int, steps: int, guidance_scale: float
 ) -> dict[str, float]:
-    """The mean saturation of the videos, 0 to 1, and how many of the LoRA's go the way that their prompt says."""
+    """Return the mean saturation of the videos, 0 to 1, and how many of the LoRA's move as their prompt says."""
     scenes = plan_base_scenes()[1][:num_prompts]
     disable_progress_bar()
     pipeline = CogVideoXPipeline.from_pretrained(model_dir, dtype=torch.float32)
@@ -59,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_dir", type=Path, default=MODEL_DIR, help="the model (default: the trained tiny one)")
     parser.add_argument("--lora", type=Path, required=True, help="file or folder of the LoRA")
-    parser.add_argument("--id_token", required=True, help="the word that stands for the style")
+    parser.add_argument("--id_token", required=True, help="the word that names the style")
     parser.add_argument("--num_prompts", type=int, default=5)
     parser.add_argument("--num_inference_steps", type=int, default=10)
     parser.add_argument("--guidance_scale", type=float, default=2.0)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make the trained tiny models of assets/models/tiny-cogvideox and assets/models/tiny-cogvideox-i2v from nothing: clips, VAE, text
-# encoder, transformers, measures. Some hours on two CPU cores. Run again, it goes on where it was.
+# Train the tiny models of assets/models/tiny-cogvideox and assets/models/tiny-cogvideox-i2v from scratch: clips, VAE, text
+# encoder, transformers, measures. Takes some hours on two CPU cores. Run again, it continues where it stopped.
 #
 #   WORK_DIR=base bash assets/scripts/train_base_model.sh
 set -euo pipefail
@@ -27,7 +27,7 @@ MODEL_ID="$WORK_DIR/model" DATA_ROOT="$WORK_DIR/clips" OUTPUT_DIR="$WORK_DIR/pre
   HEIGHT_BUCKETS=64 WIDTH_BUCKETS=96 FRAME_BUCKETS=17 MAX_NUM_FRAMES=17 \
   bash prepare_dataset.sh --save_image_latents
 
-# All weights of a model's transformer: train SCRIPT MODEL RUN STEPS [flags]
+# Full fine-tuning: train SCRIPT MODEL RUN STEPS [flags]
 train() {
   if [[ ! -d "$3/pipeline" ]]; then
     accelerate launch --quiet --config_file accelerate_configs/cpu.yaml --num_cpu_threads_per_process 2 \
@@ -40,7 +40,7 @@ train() {
   fi
 }
 
-# In float16, with its figures; parts that are those of another model are links to them: publish PIPELINE FOLDER [MODEL]
+# Save in float16, with figures; link the parts that another model has too: publish PIPELINE FOLDER [MODEL]
 publish() {
   python - "$1" "$2" <<'END'
 import sys
@@ -68,7 +68,7 @@ publish "$WORK_DIR/run/pipeline" "$OUTPUT_DIR"
 if [[ ! -d "$WORK_DIR/image-model" ]]; then
   python assets/scripts/widen_to_images.py --model_dir "$WORK_DIR/run/pipeline" --output_dir "$WORK_DIR/image-model"
 fi
-# Gently, as it knows all but the image already.
+# With a low learning rate: only the image is new.
 train cogvideox_image_to_video_sft.py "$WORK_DIR/image-model" "$WORK_DIR/image-run" "$IMAGE_STEPS" \
   --learning_rate 2e-4 --ema_decay 0.99
 publish "$WORK_DIR/image-run/pipeline" "$OUTPUT_DIR-i2v" "$OUTPUT_DIR"

@@ -1,10 +1,10 @@
-"""Train the tiny model's text encoder to say at every position what its caption is about.
+"""Train the tiny model's text encoder to encode the caption's content at every position.
 
     python assets/scripts/train_text_encoder.py --model_dir base/model
 
-starts from the encoder in the folder and writes it back. T5 learns by filling in the words that are missing in long
-texts; these captions have nothing from which a missing colour could be guessed. So every position, padding too, since
-CogVideoX hears padding as well, is to tell shape, colour, background and motion of the caption, and its own word.
+trains the encoder in the folder and saves it there. T5 learns by filling in missing words of long texts; in these
+captions, a missing colour cannot be guessed. So every position predicts the caption's shape, colour, background and
+motion, and its own word. Padding does too, because CogVideoX attends to it.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene
 
 CHOICES = (tuple(SHAPES), tuple(COLOURS), tuple(BACKGROUNDS), tuple(MOTIONS))
 WORDS = TOKENIZER_TEXT.split()
-# What captions are padded to, in turn: learning is five times faster without all the padding that is heard later.
+# Lengths to pad to, in turn: training is five times faster than with full padding.
 LENGTHS = (64, 64, 64, TEXT_LENGTH)
 
 
 def draw_caption(chance: random.Random) -> tuple[str, list[int]]:
-    """A caption, in half of the cases with other words before it, and the number of each choice in it."""
+    """Return a caption, in half of the cases with other words before it, and the number of each choice in it."""
     choices = [chance.randrange(len(names)) for names in CHOICES]
     caption = Scene(*(names[i] for names, i in zip(CHOICES, choices, strict=True)), 0, 0, 0, 0).caption
     before = [draw_word(chance) for _ in range(chance.randrange(1, 6))] if chance.random() < 0.5 else []
@@ -36,7 +36,7 @@ def draw_caption(chance: random.Random) -> tuple[str, list[int]]:
 
 
 def draw_word(chance: random.Random) -> str:
-    """A word, or one that does not exist, as the names of styles are."""
+    """Return a word, or an invented one like the names of styles."""
     if chance.random() < 0.5:
         return chance.choice(WORDS)
     return "".join(chance.choices(string.ascii_letters + string.digits + "_-", k=chance.randrange(2, 9)))

@@ -1,8 +1,8 @@
-"""Train the tiny model's VAE on drawn clips: coloured shapes that move any way, some in grey, some with grain.
+"""Train the tiny model's VAE on drawn clips: shapes that move in any direction, some in grey, some with grain.
 
     python assets/scripts/train_vae.py --model_dir base/model --num_steps 3000
 
-starts from the VAE in the folder, writes it back, and prints how well it shows clips that it was not trained on. The
+starts from the VAE in the folder, writes it back, and prints its PSNR on held-out clips. The
 loss is the usual one of a VAE: the squared error of the pixels and the KL divergence of the latents from a standard
 normal distribution (Kingma and Welling, arXiv:1312.6114), with a weight that leaves it to set the scale of latents.
 """
@@ -24,13 +24,13 @@ from shapes import BACKGROUNDS, COLOURS, SHAPES, as_old_film, draw_frames, draw_
 
 
 KL_WEIGHT = 2e-4
-SIZE = 48  # of the clips that are trained on; it is all convolutions, so larger ones come out as well
-# In turns: the VAE goes through 9 frames at once, and through longer clips 8 by 8, with the end of the last 8 in mind.
+SIZE = 48  # of the clips that are trained on; it is all convolutions, so larger ones work too
+# In turn: the VAE encodes 9 frames at once, and longer clips 8 by 8 with a cache of the frames before.
 LENGTHS = (9, 17)
 
 
 def draw_random_clip(chance: random.Random, num_frames: int) -> torch.Tensor:
-    """A shape of any colour that moves straight ahead, by up to 6 pixels a frame: [3, F, H, W] in [-1, 1]."""
+    """Draw a shape of any colour that moves straight, by up to 6 pixels a frame: [3, F, H, W] in [-1, 1]."""
     if chance.random() < 0.6:
         colour, background = chance.choice(list(COLOURS.values())), chance.choice(list(BACKGROUNDS.values()))
     else:
@@ -49,18 +49,18 @@ def draw_random_clip(chance: random.Random, num_frames: int) -> torch.Tensor:
 
 
 def as_tensor(frames: list[np.ndarray]) -> torch.Tensor:
-    """Frames of [H, W, 3] in uint8 as [3, F, H, W] in [-1, 1]."""
+    """Convert frames of [H, W, 3] in uint8 to [3, F, H, W] in [-1, 1]."""
     return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2) / 127.5 - 1
 
 
 def held_out_clips() -> Iterator[torch.Tensor]:
-    """The scenes that are not trained on, [1, 3, F, H, W] each."""
+    """Yield the held-out scenes, [1, 3, F, H, W] each."""
     return (as_tensor(list(draw_frames(scene)))[None] for scene in plan_base_scenes()[1])
 
 
 @torch.inference_mode()
 def measure_psnr(vae: AutoencoderKLCogVideoX) -> float:
-    """The mean peak signal-to-noise ratio over the held-out scenes, in dB."""
+    """Return the mean peak signal-to-noise ratio over the held-out scenes, in dB."""
     values = []
     for clip in held_out_clips():
         shown = vae.decode(vae.encode(clip).latent_dist.mode()).sample.clamp(-1, 1)
@@ -70,12 +70,12 @@ def measure_psnr(vae: AutoencoderKLCogVideoX) -> float:
 
 @torch.inference_mode()
 def measure_scale(vae: AutoencoderKLCogVideoX) -> float:
-    """The deviation of the latents of the held-out scenes."""
+    """Return the standard deviation of the latents of the held-out scenes."""
     return torch.cat([vae.encode(clip).latent_dist.mode() for clip in held_out_clips()]).std().item()
 
 
 def train(vae: AutoencoderKLCogVideoX, num_steps: int, batch_size: int, learning_rate: float, folder: Path) -> None:
-    """Train in place; saved every 500 steps."""
+    """Train in place; save every 500 steps."""
     chance = random.Random(0)
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)

@@ -1,9 +1,9 @@
-"""Make an image-to-video model from a text-to-video one, to be trained on: the first step of the tiny twin.
+"""Make an image-to-video model from a text-to-video one, to train it further: the first step of the tiny i2v model.
 
     python assets/scripts/widen_to_images.py --model_dir base/run/pipeline --output_dir base/image-model
 
 As CogVideoX-5b-I2V came from 5b (arXiv:2408.06072, section 3.3): the latents of the image are 16 more channels of the
-transformer's input. Their weights begin at zero, so that the widened model first does what the other one does.
+transformer's input. Their weights are zero at first, so that the model's outputs are unchanged.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from clip_files import new_folder
 
 
 def widen(transformer: CogVideoXTransformer3DModel) -> CogVideoXTransformer3DModel:
-    """The transformer with image latents as more input channels; its own weights are copied."""
+    """Return the transformer with image latents as additional input channels; its weights are copied."""
     channels = transformer.config.in_channels
     wide = CogVideoXTransformer3DModel.from_config(transformer.config, in_channels=2 * channels)
     weights = transformer.state_dict()

@@ -1,4 +1,4 @@
-"""The drawn demo clips: what the captions say is what the frames show."""
+"""The drawn demo clips: frames match their captions."""
 
 import csv
 import math
@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from PIL import ImageColor
 
+import make_demo_clips as make_demo_clips_script
+import make_style_clips
+import make_tiny_model
 from clip_files import new_folder, write_mp4
-from make_demo_clips import main, make_demo_clips, plan_scenes
+from encoded_clips import all_frames
+from make_demo_clips import make_demo_clips, plan_scenes
 
 
 SHAPE_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
@@ -34,17 +38,12 @@ def clips(demo_clips) -> list[tuple[Path, str]]:
     return make_demo_clips(demo_clips, count=16)
 
 
-def read_clip(path: Path) -> np.ndarray:
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
 def nearest(rgb: np.ndarray, names: dict[str, str]) -> str:
     return min(names, key=lambda name: np.abs(rgb - np.array(ImageColor.getrgb(names[name]))).sum())
 
 
 def find_shape(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The background's colour and where the frame differs from it, measured as one would with a ruler."""
+    """Return the background's colour, and where the frame differs from it."""
     background = np.median(np.concatenate([frame[0], frame[-1], frame[:, 0], frame[:, -1]]), axis=0)
     return background, np.abs(frame.astype(int) - background).sum(axis=2) > 100
 
@@ -84,7 +83,7 @@ def test_sizes_lengths_and_frame_rates_differ(clips):
 def test_colours_and_shapes_are_those_of_the_captions(clips):
     for path, caption in clips:
         words = caption.removeprefix("an ").removeprefix("a ").split()
-        frame = read_clip(path)[0]
+        frame = all_frames(path)[0]
         background, mask = find_shape(frame)
         assert nearest(np.median(frame[mask], axis=0), {name: name for name in SHAPE_COLOURS}) == words[0], caption
         assert f"over a plain {nearest(background, BACKGROUND_COLOURS)} background" in caption
@@ -97,7 +96,7 @@ def test_colours_and_shapes_are_those_of_the_captions(clips):
 def test_motions_are_those_of_the_captions_and_plainly_visible(clips):
     seen = set()
     for path, caption in clips:
-        frames = read_clip(path)
+        frames = all_frames(path)
         first, last = find_shape(frames[0])[1], find_shape(frames[-1])[1]
         down, right = centre(last) - centre(first)
         growth = last.sum() / first.sum()
@@ -127,7 +126,7 @@ def test_a_smaller_count_gives_the_first_of_the_same_scenes_and_another_seed_oth
     assert plan_scenes(5, seed=3) != plan_scenes(5, seed=4)
 
 
-def test_the_same_seed_gives_the_same_bytes(demo_clips, clips, tmp_path):
+def test_the_same_seed_gives_the_same_bytes(clips, tmp_path):
     for (path, caption), (other, same) in zip(make_demo_clips(tmp_path / "again", count=2), clips, strict=False):
         assert path.read_bytes() == other.read_bytes()
         assert caption == same
@@ -140,17 +139,22 @@ def test_a_second_run_says_so_and_touches_nothing(demo_clips, clips, capsys):
     assert {path: path.stat().st_mtime_ns for path in demo_clips.rglob("*")} == before
 
 
-def test_a_folder_with_anything_else_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [(make_demo_clips_script, []), (make_style_clips, []), (make_tiny_model, ["--kind", "5b"])],
+    ids=["demo", "style", "model"],
+)
+def test_a_folder_with_anything_else_is_refused_in_one_line(tmp_path, monkeypatch, capsys, script, flags):
     (tmp_path / "prompts.txt").write_text("mine\n")
-    monkeypatch.setattr(sys, "argv", ["make_demo_clips.py", "--output_dir", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags, "--output_dir", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
-        main()
+        script.main()
     assert stop.value.code == 2
     assert f"error: {tmp_path} already holds something else" in capsys.readouterr().err.splitlines()[-1]
-    assert (tmp_path / "prompts.txt").read_text() == "mine\n"
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("prompts.txt", "mine\n")]
 
 
-def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
+def test_an_interrupted_folder_is_removed(tmp_path):
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "folder") as folder:
         (folder / "half.txt").write_text("half")
         raise KeyboardInterrupt

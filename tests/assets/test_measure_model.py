@@ -1,4 +1,4 @@
-"""What is said of a video is what it shows."""
+"""Measured colours, directions and saturations match the videos."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_an_empty_video_shows_nothing():
     assert see(np.full((9, 64, 96, 3), 128, dtype=np.uint8)) == Seen(None, None)
 
 
-def test_what_stands_still_goes_nowhere():
+def test_a_still_video_has_no_direction():
     frames = np.stack([next(iter(draw_frames(plan_base_scenes()[0][0])))] * 9)
     assert see(frames).direction is None
 

@@ -1,4 +1,4 @@
-"""Shapes are drawn where and how they are said to be."""
+"""Shapes are drawn at their place, in their colour and size."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ RED, WHITE = (220, 40, 40), (252, 252, 252)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_shape_lies_around_its_place(shape):
+def test_a_shape_is_drawn_around_its_place(shape):
     picture = draw_shape(shape, RED, WHITE, (60, 24, 10), 64, 96)
     assert (picture.shape, picture.dtype) == ((64, 96, 3), np.uint8)
     rows, columns = np.nonzero((picture == RED).all(axis=-1))
@@ -20,7 +20,7 @@ def test_a_shape_lies_around_its_place(shape):
     assert (picture[0, 0] == WHITE).all()
 
 
-def test_a_shape_may_lie_outside():
+def test_a_shape_may_be_outside():
     assert (draw_shape("circle", RED, WHITE, (-40, 24, 10), 64, 96) == WHITE).all()
 
 

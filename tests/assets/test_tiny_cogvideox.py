@@ -1,4 +1,4 @@
-"""The trained tiny models show what they are asked for, and the figures beside them are those of their files."""
+"""The trained tiny models follow prompts, and match the measures beside them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The recipe of the tiny text encoder: captions that say what was chosen, and an encoder that is written back."""
+"""The recipe of the tiny text encoder: its captions, and the saved encoder."""
 
 import random
 import shutil
@@ -10,7 +10,7 @@ from make_tiny_model import TEXT_DIM
 from train_text_encoder import CHOICES, draw_caption, main
 
 
-def test_captions_say_what_was_chosen():
+def test_captions_name_the_choices():
     chance = random.Random(0)
     drawn = [draw_caption(chance) for _ in range(200)]
     for caption, choices in drawn:
@@ -20,7 +20,7 @@ def test_captions_say_what_was_chosen():
     assert 60 < begun < 140
 
 
-def test_a_trained_encoder_is_written_back(tiny_models, tmp_path, monkeypatch):
+def test_a_trained_encoder_is_saved(tiny_models, tmp_path, monkeypatch):
     for part in ("tokenizer", "text_encoder"):
         shutil.copytree(tiny_models("5b") / part, tmp_path / part)
     monkeypatch.setattr(

@@ -1,76 +1,56 @@
-"""The benchmarks: their rows, their runs on tiny models, and the page that is written from their figures."""
+"""The benchmarks' rows, their runs on tiny models, and the page with their figures."""
 
+import argparse
 import json
 import multiprocessing
 import os
 import threading
 from dataclasses import replace
 
+import gpu_speed
 import pytest
 import torch
+from apart import run_apart, start_method
+from materials import draw_prepared_clips
+from measure_memory import calculate_row, find_rows, measure_rows, row_flags
+from memory_rows import CHECKPOINTED, ROWS, Row
+from report import PAGE, draw_charts, fill_page, measured_cell, peak_parts, read_rows, read_speed, speed_table
 
 from args import parse_args
 from data.buckets import Bucket
 from data.prepared import read_index, read_tensor
 from dataset import check_prepared
-from repository import ROOT
+from make_full_size_model import full_size_configs
 
 
-BENCHMARKS = ROOT / "benchmarks"
 GB = 2**30
 
 
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch) -> None:
-    """The scripts import one another, as they do when they are run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-
 def committed_page() -> str:
-    from report import PAGE
-
     return PAGE.read_text(encoding="utf-8")
 
 
-def test_the_committed_page_is_what_is_written_from_the_committed_figures():
-    from report import fill_page, read_rows, read_speed
-
+def test_the_committed_page_has_the_committed_figures():
     page = fill_page(committed_page(), read_rows("memory.json"), read_rows("memory_calculated.json"), read_speed())
     assert page == committed_page(), "run `make tables`"
 
 
 @pytest.mark.parametrize("name", ["2b LoRA", "2b full, bf16 weights, 8-bit, step in backward"])
-def test_the_committed_calculation_is_what_the_accounting_says(name):
-    from measure_memory import calculate_row
-    from memory_rows import ROWS
-    from report import read_rows
-
+def test_the_committed_calculation_is_up_to_date(name):
     row = next(row for row in ROWS if row.name == name)
     assert calculate_row(row) == read_rows("memory_calculated.json")[name], "run `make tables`"
 
 
-def test_every_row_has_a_calculation_and_a_name_of_its_own():
-    from memory_rows import ROWS
-    from report import read_rows
-
-    assert list(read_rows("memory_calculated.json")) == [row.name for row in ROWS]
-
-
 def test_the_flags_of_every_row_are_accepted(tmp_path):
-    import gpu_speed
-    from measure_memory import row_flags
-    from memory_rows import ROWS
-
-    trained = [row for row in (*ROWS, *gpu_speed.ROWS) if row.method != gpu_speed.PREPARE]
-    for row in trained:
+    for row in [row for row in (*ROWS, *gpu_speed.ROWS) if row.method != gpu_speed.PREPARE]:
         flags = row_flags(row, "THUDM/CogVideoX-5b", tmp_path, tmp_path / "out", row.size)
         assert parse_args(flags, task="text-to-video", method=row.method).prepared.load_tensors
 
 
-def test_the_parts_of_a_peak_add_up_to_it():
-    from report import peak_parts, read_rows
-
-    for account in read_rows("memory_calculated.json").values():
+def test_every_row_has_a_calculation_whose_parts_add_up_to_its_peak():
+    calculated = read_rows("memory_calculated.json")
+    assert list(calculated) == [row.name for row in ROWS]
+    for account in calculated.values():
         parts = peak_parts(account)
         assert sum(parts.values()) == account["training"] and min(parts.values()) >= 0
 
@@ -84,9 +64,7 @@ def measured_row(**measured: float) -> dict:
     }
 
 
-def test_measured_and_calculated_figures_stand_in_columns_of_their_own():
-    from report import fill_page, read_rows
-
+def test_measured_and_calculated_figures_have_separate_columns():
     measured = {
         "5b LoRA": measured_row(**{"training reserved": 18 * GB, "validation reserved": 17 * GB}),
         "2b LoRA": {"failed": "out of memory: Tried to allocate | 2 GB"},
@@ -104,18 +82,12 @@ def test_measured_and_calculated_figures_stand_in_columns_of_their_own():
     assert "Measured on NVIDIA H200, 2026-11-30, torch 2.11.0, diffusers 0.42.1." in page
 
 
-def test_a_training_whose_validation_failed_has_its_own_figure_and_the_reason():
-    from report import measured_cell
-
-    row = measured_row(**{"training reserved": 18 * GB})
-    assert (
-        measured_cell(row | {"failed": "the validation: OutOfMemoryError"}) == "18.0: the validation: OutOfMemoryError"
-    )
+def test_a_row_whose_validation_failed_shows_the_training_and_the_reason():
+    row = measured_row(**{"training reserved": 18 * GB}) | {"failed": "the validation: OutOfMemoryError"}
+    assert measured_cell(row) == "18.0: the validation: OutOfMemoryError"
 
 
-def test_a_table_of_speed_has_a_column_for_each_figure():
-    from report import speed_table
-
+def test_the_speed_table_has_a_column_for_each_figure():
     memory = {"training allocated": 17 * GB, "training reserved": 18 * GB, "host": 9 * GB}
     rows = {
         "a": {"measured": {"seconds a step": 1.7, "TFLOP/s": 770.0, **memory}},
@@ -130,9 +102,7 @@ def test_a_table_of_speed_has_a_column_for_each_figure():
     assert speed_table({}) == "No speed has been measured on a GPU yet."
 
 
-def test_charts_are_drawn_of_what_there_is(tmp_path):
-    from report import draw_charts, read_rows
-
+def test_charts_are_drawn_of_the_existing_figures(tmp_path):
     calculated = read_rows("memory_calculated.json")
     assert [path.name for path in draw_charts(tmp_path, {}, calculated)] == ["memory_calculated.png"]
     measured = {"5b LoRA": measured_row(**{"training reserved": 18 * GB, "validation reserved": 17 * GB})}
@@ -141,10 +111,7 @@ def test_charts_are_drawn_of_what_there_is(tmp_path):
     assert all(path.stat().st_size > 10_000 for path in charts)
 
 
-def test_rows_run_one_after_another_and_failures_are_written_down(tmp_path):
-    from measure_memory import measure_rows
-    from memory_rows import CHECKPOINTED, Row
-
+def test_rows_run_one_after_another_and_failures_are_recorded(tmp_path):
     good = Row("good", "5b", "lora", CHECKPOINTED, is_sampled=False, steps=(1, 1))
     rows = [Row("refused", "5b", "lora", ("--rank", "0")), good]
     output = tmp_path / "out" / "memory.json"
@@ -153,7 +120,7 @@ def test_rows_run_one_after_another_and_failures_are_written_down(tmp_path):
     assert results["refused"]["failed"] == "the flags were refused"
     assert results["good"]["measured"]["seconds a step"] > 0 and results["good"]["measured"]["host"] > 1e7
     assert results["good"]["settings"]["gradient_checkpointing"] and results["good"]["facts"]["size"] == [17, 64, 96]
-    # No time is left for another row; what was measured stays.
+    # No time is left for another row; earlier measurements stay.
     measure_rows([good], tmp_path, output, tiny=True, limits=(1e-9, 600))
     assert json.loads(output.read_text())["rows"] == results
     # A failure does not replace it either.
@@ -165,38 +132,28 @@ def die() -> dict:
     os._exit(3)
 
 
-def wait_for_ever() -> dict:
+def wait_without_limit() -> dict:
     threading.Event().wait()
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_a_function_runs_in_a_process_of_its_own(start):
-    from apart import run_apart
-
+def test_a_function_runs_in_a_separate_process(start):
     assert run_apart(os.getppid, start=start) == os.getpid()
 
 
-def test_a_process_that_dies_or_hangs_is_no_result():
-    from apart import run_apart
-
+def test_a_process_that_dies_or_hangs_has_no_result():
     assert run_apart(die, start="fork") == {"failed": "the process was killed"}
-    assert run_apart(wait_for_ever, seconds=0.1, start="fork") == {"failed": "no result in 0.1 s"}
+    assert run_apart(wait_without_limit, seconds=0.1, start="fork") == {"failed": "no result in 0.1 s"}
     assert run_apart(int, "x", start="fork")["failed"].startswith("ValueError: invalid literal")
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_processes_are_forks():
-    from apart import start_method
-
     assert start_method() == "fork"
 
 
-def test_random_materials_have_the_shapes_of_the_released_models_clips(tmp_path):
-    from materials import draw_prepared_clips
-
-    from make_full_size_model import full_size_configs
-
+def test_random_clips_have_the_shapes_of_the_released_models(tmp_path):
     configs = full_size_configs("5b")
     draw_prepared_clips(configs, tmp_path / "prepared", Bucket(49, 480, 720), count=2)
     clips = read_index(tmp_path / "prepared")
@@ -209,11 +166,6 @@ def test_random_materials_have_the_shapes_of_the_released_models_clips(tmp_path)
 
 
 def test_an_unknown_row_is_named(capsys):
-    import argparse
-
-    from measure_memory import find_rows
-    from memory_rows import ROWS
-
     with pytest.raises(SystemExit):
         find_rows(argparse.ArgumentParser(), ROWS, ["5b LoRa"])
     assert "--only: there is no row 5b LoRa; rows are 5b LoRA; " in capsys.readouterr().err

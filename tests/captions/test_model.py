@@ -1,4 +1,4 @@
-"""A model in this process says of a clip what transformers itself makes it say, and one that cannot is one line."""
+"""Captions of a model in this process equal those of transformers, and unusable models are one line."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def frames_of(colour: tuple[int, int, int], count: int = 3) -> list[Image.Image]
 
 
 def said_by_library(model: Path, frames: list[Image.Image], prompt: str, max_tokens: int = 8) -> str:
-    """The likeliest words, token by token, without `generate`."""
+    """Decode greedily, token by token, without `generate`."""
     processor = AutoProcessor.from_pretrained(model)
     network = AutoModelForImageTextToText.from_pretrained(model)
     inputs = processor(text="<image> " * len(frames) + prompt, images=frames, return_tensors="pt")
@@ -77,7 +77,7 @@ def test_with_a_temperature_captions_vary(model):
     assert len({captioner.describe(frames_of(COLOURS[0]), PROMPT) for _ in range(4)}) > 1
 
 
-def test_an_answer_longer_than_allowed_is_known_to_be_cut(tmp_path):
+def test_an_answer_at_the_token_limit_is_cut(tmp_path):
     endless = make_tiny_vision_model(tmp_path, says_only="sea", ends=False)
     with pytest.raises(NoCaption, match="no complete sentence in it; raise --max_tokens"):
         load(endless).describe(frames_of(COLOURS[0]), PROMPT)
@@ -85,7 +85,7 @@ def test_an_answer_longer_than_allowed_is_known_to_be_cut(tmp_path):
     assert set(load(in_time).describe(frames_of(COLOURS[0]), PROMPT).split()) == {"sea"}
 
 
-def test_memory_that_runs_out_is_one_line(model, monkeypatch):
+def test_out_of_memory_is_one_line(model, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -95,7 +95,7 @@ def test_memory_that_runs_out_is_one_line(model, monkeypatch):
         captioner.describe(frames_of(COLOURS[0]), PROMPT)
 
 
-def test_a_model_with_code_of_its_own_does_not_run_it(tmp_path, monkeypatch):
+def test_the_code_of_a_model_is_not_run(tmp_path, monkeypatch):
     folder = make_tiny_vision_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config |= {
@@ -104,25 +104,22 @@ def test_a_model_with_code_of_its_own_does_not_run_it(tmp_path, monkeypatch):
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # whoever is asked says yes
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # answers yes to any question
     with pytest.raises(UserError, match="cannot be loaded as a vision-language model: "):
         load(folder)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_that_is_none_or_was_not_taught_to_chat_is_one_line(tmp_path):
-    text_only = tmp_path / "text"
-    text_only.mkdir()
-    (text_only / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    for name in (tmp_path / "nowhere", text_only):
+def test_an_unusable_model_is_one_line(tmp_path):
+    (tmp_path / "text only").mkdir()
+    (tmp_path / "text only" / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    weights = make_tiny_vision_model(tmp_path / "damaged") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    make_tiny_vision_model(tmp_path / "silent", chat_template=None)
+    cannot = "cannot be loaded as a vision-language model: "
+    reasons = {"nowhere": cannot, "text only": cannot, "damaged": cannot, "silent": "has no chat template"}
+    for name, reason in reasons.items():
         with pytest.raises(UserError) as error:
-            load(name)
-        assert str(error.value).startswith(f"--model {name} cannot be loaded as a vision-language model: ")
+            load(tmp_path / name)
+        assert str(error.value).startswith(f"--model {tmp_path / name} {reason}")
         assert "\n" not in str(error.value)
-    damaged = make_tiny_vision_model(tmp_path / "damaged") / "model.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:1000])
-    with pytest.raises(UserError, match="damaged cannot be loaded as a vision-language model: "):
-        load(damaged.parent)
-    silent = make_tiny_vision_model(tmp_path / "silent", chat_template=None)
-    with pytest.raises(UserError, match="has no chat template"):
-        load(silent)

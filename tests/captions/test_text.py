@@ -18,7 +18,7 @@ from captions.text import IMAGE_PROMPT, VIDEO_PROMPT, NoCaption, clean_caption
         ("A cat\u2028sleeps\ud800.", "A cat sleeps."),
     ],
 )
-def test_what_surrounds_a_caption_is_taken_away(answer, caption):
+def test_a_caption_is_stripped_of_quotes_and_reasoning(answer, caption):
     assert clean_caption(answer) == caption
 
 
@@ -27,27 +27,24 @@ def test_what_surrounds_a_caption_is_taken_away(answer, caption):
     [
         ("A cat sleeps. It is of the col", "A cat sleeps."),
         ("It is 3.5 m long! And 2.", "It is 3.5 m long! And 2."),
-        ("It is 3.5 m lo", None),
         ("一只猫在睡觉。它是", "一只猫在睡觉。"),
     ],
 )
-def test_of_an_answer_that_was_cut_whole_sentences_remain(answer, caption):
-    if caption is None:
-        with pytest.raises(NoCaption, match="no complete sentence in it; raise --max_tokens"):
-            clean_caption(answer, was_cut=True)
-    else:
-        assert clean_caption(answer, was_cut=True) == caption
+def test_complete_sentences_of_a_cut_answer_are_kept(answer, caption):
+    assert clean_caption(answer, was_cut=True) == caption
 
 
-@pytest.mark.parametrize("answer", [None, "", " \n", '""', "<think>A cat?</think> "])
-def test_nothing_is_no_caption(answer):
-    with pytest.raises(NoCaption, match=r"has nothing in it$"):
-        clean_caption(answer)
-
-
-def test_thoughts_that_never_end_are_no_caption():
-    with pytest.raises(NoCaption, match="thoughts, but no caption; raise --max_tokens"):
-        clean_caption("<think>A cat. Or", was_cut=True)
+@pytest.mark.parametrize(
+    ("answer", "was_cut", "reason"),
+    [
+        *((empty, False, r"has nothing in it$") for empty in (None, "", " \n", '""', "<think>A cat?</think> ")),
+        ("It is 3.5 m lo", True, "no complete sentence in it; raise --max_tokens"),
+        ("<think>A cat. Or", True, "thoughts, but no caption; raise --max_tokens"),
+    ],
+)
+def test_an_answer_without_a_caption_has_a_reason(answer, was_cut, reason):
+    with pytest.raises(NoCaption, match=reason):
+        clean_caption(answer, was_cut=was_cut)
 
 
 def test_the_prompts_are_one_line_each():

@@ -5,15 +5,9 @@ import pytest
 from common.errors import described, one_line
 
 
-def test_quoted_text_is_on_one_line():
+def test_quoted_text_is_one_short_line_for_any_file():
     assert one_line(" A cat.\r\nOn a\tmat. ") == "A cat. On a mat."
-
-
-def test_quoted_text_can_be_written_to_any_file():
     assert one_line("caf\udce9").encode() == b"caf\\udce9"
-
-
-def test_quoted_text_is_cut_where_it_is_too_long():
     assert one_line("abcdef", 6) == "abcdef"
     assert one_line("abcdefg", 6) == "abcde…"
 

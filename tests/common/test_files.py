@@ -3,12 +3,13 @@ import os
 import pytest
 
 from common.errors import UserError
-from common.files import refresh_names, remove_partials, replace_folder, written_whole
+from common.files import atomic_write, refresh_names, remove_partials, replace_folder
 
 
 def test_a_file_appears_only_when_its_block_has_succeeded(tmp_path):
     target = tmp_path / "folder" / "file.txt"
-    with written_whole(target) as path:
+    with atomic_write(target) as path:
+        assert path.suffix == ".txt"
         path.write_text("complete")
         assert not target.exists()
     assert target.read_text() == "complete"
@@ -18,7 +19,7 @@ def test_a_file_appears_only_when_its_block_has_succeeded(tmp_path):
 def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path):
     target = tmp_path / "file.txt"
     target.write_text("earlier")
-    with pytest.raises(RuntimeError), written_whole(target) as path:
+    with pytest.raises(RuntimeError), atomic_write(target) as path:
         path.write_text("half")
         raise RuntimeError
     assert target.read_text() == "earlier"
@@ -27,7 +28,7 @@ def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path):
 
 def test_writers_of_one_file_do_not_share_a_temporary_file(tmp_path):
     target = tmp_path / "file.txt"
-    with written_whole(target) as one, written_whole(target) as other:
+    with atomic_write(target) as one, atomic_write(target) as other:
         one.write_text("one")
         other.write_text("other")
     assert target.read_text() == "one"  # the last to finish
@@ -45,55 +46,42 @@ def test_a_refresh_changes_every_folder_and_leaves_nothing(tmp_path):
     assert {path.name for path in tmp_path.rglob("*")} == {"latents", "below", "shard"}
 
 
-def test_the_partial_file_keeps_the_suffix(tmp_path):
-    with written_whole(tmp_path / "video.mp4") as path:
-        assert path.suffix == ".mp4"
-        path.write_bytes(b"")
-
-
-def test_a_folder_is_replaced_completely(tmp_path):
+@pytest.mark.parametrize("earlier", [None, "file", "folder"])
+def test_a_folder_replaces_what_was_there(tmp_path, earlier):
     folder, partial = tmp_path / "checkpoint-1", tmp_path / ".partial"
-    for path, content in ((folder, "old"), (partial, "new")):
-        path.mkdir()
-        (path / content).write_text(content)
+    partial.mkdir()
+    (partial / "new").touch()
+    if earlier == "folder":
+        folder.mkdir()
+        (folder / "old").touch()
+    elif earlier == "file":
+        folder.touch()
     replace_folder(partial, folder)
-    assert [file.name for file in folder.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        "checkpoint-1",
+        "checkpoint-1/new",
+    ]
 
 
 def test_a_file_has_the_usual_permissions_whatever_the_writer_does(tmp_path):
     (tmp_path / "usual").touch()
-    with written_whole(tmp_path / "file") as path:
+    with atomic_write(tmp_path / "file") as path:
         path.unlink()
         path.touch(mode=0o600)
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_an_unwritable_place_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "reason"), [("file/below", r".*\); finished work is kept"), ("target", "No space left on device")]
+)
+def test_an_unwritable_place_and_a_full_disk_are_one_line(tmp_path, name, reason):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(UserError, match=r"file/below cannot be written \(.*\); finished work is kept"),
-        written_whole(tmp_path / "file" / "below") as path,
-    ):
-        path.write_text("x")
-
-
-def test_a_full_disk_is_one_line(tmp_path):
-    with (
-        pytest.raises(UserError, match=r"target cannot be written \(No space left on device\)"),
-        written_whole(tmp_path / "target"),
+        pytest.raises(UserError, match=rf"{name} cannot be written \({reason}"),
+        atomic_write(tmp_path / name),
         open("/dev/full", "w") as full,
     ):
         full.write("x")
-
-
-def test_a_folder_replaces_a_file(tmp_path):
-    partial, folder = tmp_path / ".partial.new", tmp_path / "new"
-    partial.mkdir()
-    folder.write_text("in the way")
-    replace_folder(partial, folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["new"]
-    assert folder.is_dir()
 
 
 def test_only_the_files_of_killed_processes_are_removed(tmp_path):

@@ -1,4 +1,4 @@
-"""A process knows its place in a launch, and is the only one without one."""
+"""A process knows its place in a launch, or that it is the only one."""
 
 import pytest
 
@@ -20,14 +20,14 @@ def test_a_launched_process_knows_its_place(monkeypatch):
     assert (machine_rank(), num_machines()) == (1, 2)
 
 
-def test_where_nothing_says_otherwise_all_processes_are_on_one_machine(monkeypatch):
+def test_by_default_all_processes_are_on_one_machine(monkeypatch):
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "")):
         monkeypatch.setenv(name, value)
     assert (local_size(), machine_rank(), num_machines()) == (8, 0, 1)
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_a_process_of_its_own_is_the_only_one(monkeypatch, value):
+def test_a_process_without_a_launch_is_the_only_one(monkeypatch, value):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     assert (launch_rank(), launch_size(), local_rank()) == (0, 1, 0)

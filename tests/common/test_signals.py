@@ -26,20 +26,21 @@ def test_a_signal_is_recorded_and_announced_and_the_process_continues(number, ca
     assert number.name in said
 
 
+IMPORTS = "import os, signal; from common import signals as stop_signals"
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    code, path = f"{IMPORTS}\n{code}", {"PYTHONPATH": str(TRAINING)}
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | path, capture_output=True, text=True)
+
+
 SECOND = """
-import os, signal
-from common import signals as stop_signals
 stop_signals.ECHO_SECONDS = -1.0  # no echo
 with stop_signals.StopSignals():
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)
     print("still here")
 """
-
-
-def run(code: str) -> subprocess.CompletedProcess:
-    path = {"PYTHONPATH": str(TRAINING)}
-    return subprocess.run([sys.executable, "-c", code], env=os.environ | path, capture_output=True, text=True)
 
 
 def test_a_second_signal_ends_the_process_at_once():
@@ -49,8 +50,6 @@ def test_a_second_signal_ends_the_process_at_once():
 
 
 WORKER = """
-import os, signal
-from common import signals as stop_signals
 stop_signals.outlive_signals()
 for number in stop_signals.SIGNALS:
     os.kill(os.getpid(), number)
@@ -65,8 +64,6 @@ def test_a_worker_survives_the_signals_of_its_group_for_a_while():
 
 
 PARENT = """
-import os, signal
-from common import signals as stop_signals
 ready, tell = os.pipe()
 if os.fork() == 0:
     stop_signals.outlive_signals()
@@ -83,9 +80,8 @@ def test_a_worker_does_not_outlive_its_parent():
     assert run(PARENT).returncode == -signal.SIGKILL
 
 
-LAUNCHED = """
-import os, signal
-from common import signals as stop_signals
+LAUNCHED = f"""
+{IMPORTS}
 stop_signals.ECHO_SECONDS = -1.0  # no echo
 stop_signals.follow_launcher()
 with stop_signals.StopSignals() as signals:
@@ -96,7 +92,7 @@ with stop_signals.StopSignals() as signals:
     os.close(1)
     signal.sigwait([signal.SIGTERM])  # the launcher is dead
     signals._receive(signal.SIGTERM, None)
-    os.write(2, f"continues after {signals.received.name}".encode())
+    os.write(2, f"continues after {{signals.received.name}}".encode())
 """
 LAUNCHER = f"""
 import subprocess, sys

@@ -10,7 +10,7 @@ from data.buckets import Bucket, assign_bucket, count_tokens, make_buckets
 
 
 def test_buckets_are_every_combination_sorted_without_repeats():
-    assert make_buckets([17, 9, 9], [48, 32], [64], max_num_frames=17) == [
+    assert make_buckets([17, 9, 9], [48, 32], [64]) == [
         Bucket(9, 32, 64),
         Bucket(9, 48, 64),
         Bucket(17, 32, 64),
@@ -18,27 +18,11 @@ def test_buckets_are_every_combination_sorted_without_repeats():
     ]
 
 
-def test_buckets_with_too_many_frames_are_left_out():
-    assert make_buckets([9, 17, 33], [32], [32], max_num_frames=17) == [Bucket(9, 32, 32), Bucket(17, 32, 32)]
-
-
-def test_no_bucket_left_is_an_error():
-    with pytest.raises(ValueError, match="no bucket has at most 16 frames; the smallest has 17"):
-        make_buckets([17, 33], [32], [32], max_num_frames=16)
-
-
 def test_a_bucket_prints_as_frames_height_width():
     assert str(Bucket(49, 480, 720)) == "49x480x720"
 
 
 # Assigning
-
-
-def test_only_buckets_with_as_many_frames_count():
-    buckets = make_buckets([9, 17], [32, 64], [64], 17)
-    assert assign_bucket(17, 32, 64, buckets) == Bucket(17, 32, 64)
-    with pytest.raises(ValueError, match="no bucket has 33 frames"):
-        assign_bucket(33, 32, 64, buckets)
 
 
 @pytest.mark.parametrize(
@@ -55,11 +39,11 @@ def test_only_buckets_with_as_many_frames_count():
 )
 def test_sizes_go_by_ratio_without_upscaling(height, width, expected):
     sides = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
-    assert assign_bucket(49, height, width, make_buckets([49], sides, sides, 49))[1:] == expected
+    assert assign_bucket(49, height, width, make_buckets([49], sides, sides))[1:] == expected
 
 
 def test_equal_ratios_go_by_area_and_equal_areas_by_height():
-    assert assign_bucket(9, 500, 750, make_buckets([9], [320, 480], [480, 720], 9))[1:] == (480, 720)
+    assert assign_bucket(9, 500, 750, make_buckets([9], [320, 480], [480, 720]))[1:] == (480, 720)
     tall, wide = Bucket(9, 64, 32), Bucket(9, 32, 64)
     for order in ([tall, wide], [wide, tall]):
         assert assign_bucket(9, 48, 48, order) == wide  # both as far in ratio and in area

@@ -1,4 +1,4 @@
-"""Clips are planned as `clips` promises: frames and bucket for each, or the reason why not."""
+"""Clips get frames and a bucket, or the reason why not, as `data.clips` documents."""
 
 import pickle
 from collections import Counter
@@ -13,7 +13,7 @@ from data.clips import BadClip, Clip, plan_clips
 from video.probe import VideoInfo
 
 
-BUCKETS = make_buckets([9, 17], [32, 64], [32, 64], 17)
+BUCKETS = make_buckets([9, 17], [32, 64], [32, 64])
 STILL = VideoInfo(1, 64, 64, 0.0, is_image=True)
 
 
@@ -29,10 +29,6 @@ def planned(infos, buckets=BUCKETS, **options):
     return samples
 
 
-def test_a_bad_clip_prints_as_its_path_its_place_in_the_list_and_the_reason():
-    assert str(BadClip("a.mp4", "videos.txt:3", "does not exist")) == "a.mp4 (videos.txt:3): does not exist"
-
-
 def test_every_clip_gets_its_bucket_and_frames():
     samples = planned([VideoInfo(33, 90, 90, 25.0), VideoInfo(16, 40, 80, 25.0)])
     assert [sample.bucket for sample in samples] == [Bucket(17, 64, 64), Bucket(9, 32, 64)]
@@ -42,7 +38,7 @@ def test_every_clip_gets_its_bucket_and_frames():
     assert samples[1].info == VideoInfo(16, 40, 80, 25.0)
 
 
-def test_skipped_ends_and_rate_count_before_the_bucket():
+def test_skipped_ends_and_the_rate_are_applied_before_the_bucket():
     options = {"skip_start": 5, "fps": 10, "long_clips": "first"}
     (sample,) = planned([VideoInfo(60, 64, 64, 30.0)], skip_end=5, **options)
     assert sample.bucket.num_frames == 17
@@ -51,7 +47,7 @@ def test_skipped_ends_and_rate_count_before_the_bucket():
     assert sample.bucket.num_frames == 9
 
 
-def test_a_long_clip_can_give_several_samples_of_different_buckets():
+def test_a_long_clip_can_be_split_into_samples_of_different_buckets():
     samples = planned([VideoInfo(45, 64, 64, 8.0), VideoInfo(9, 64, 64, 8.0)], long_clips="split")
     assert [(sample.clip.video.name, sample.part, sample.bucket.num_frames) for sample in samples] == [
         ("0.mp4", 0, 17),
@@ -64,32 +60,22 @@ def test_a_long_clip_can_give_several_samples_of_different_buckets():
 
 
 def test_a_still_image_goes_into_a_bucket_of_one_frame():
-    (sample,) = planned([STILL], make_buckets([1, 9], [64], [64], 9))
+    (sample,) = planned([STILL], make_buckets([1, 9], [64], [64]))
     assert (sample.bucket, sample.frame_indices) == (Bucket(1, 64, 64), (0,))
 
 
 # Clips that cannot be used
 
 
-def test_what_the_probe_refused_is_a_bad_clip_in_its_words():
-    samples, bad = plan(["does not exist", VideoInfo(9, 64, 64, 25.0), "is not a file"])
-    assert [sample.clip.source for sample in samples] == ["videos.txt:2"]
-    assert bad == [
-        BadClip("0.mp4", "videos.txt:1", "does not exist"),
-        BadClip("2.mp4", "videos.txt:3", "is not a file"),
-    ]
-
-
-def test_a_clip_too_short_is_a_bad_clip_with_its_numbers():
-    samples, (bad,) = plan([VideoInfo(20, 64, 64, 25.0), VideoInfo(30, 64, 64, 25.0)], skip_start=12)
-    assert len(samples) == 1
-    assert str(bad).startswith("0.mp4 (videos.txt:1): 8 usable frames (of 20)")
-
-
-def test_a_still_image_without_a_bucket_of_one_frame_is_a_bad_clip():
-    samples, (bad,) = plan([STILL])
-    assert samples == []
-    assert "is a still image" in bad.reason
+def test_a_clip_without_a_sample_is_a_bad_clip_with_the_reason():
+    samples, bad = plan(
+        ["does not exist", VideoInfo(20, 64, 64, 25.0), STILL, VideoInfo(30, 64, 64, 25.0)], skip_start=12
+    )
+    assert [sample.clip.source for sample in samples] == ["videos.txt:4"]
+    missing, short, still = map(str, bad)
+    assert missing == "0.mp4 (videos.txt:1): does not exist"
+    assert short.startswith("1.mp4 (videos.txt:2): 8 usable frames (of 20)")
+    assert still.startswith("2.mp4 (videos.txt:3): is a still image")
 
 
 sides = st.integers(16, 90)
@@ -110,7 +96,7 @@ found = st.one_of(
 def test_every_clip_is_either_planned_or_bad_never_both(infos, counts, choice, skip, hold):
     fps, long_clips = choice
     options = {"fps": fps, "long_clips": long_clips, "skip_start": skip, "hold_last_frame": hold}
-    samples, bad = plan(infos, make_buckets(counts, [32], [32, 64], 33), **options)
+    samples, bad = plan(infos, make_buckets(counts, [32], [32, 64]), **options)
     good = list(dict.fromkeys(sample.clip.source for sample in samples))
     assert sorted([*good, *(clip.source for clip in bad)]) == [f"videos.txt:{n + 1}" for n in range(len(infos))]
     assert good == sorted(good)
@@ -128,74 +114,51 @@ def test_every_clip_is_either_planned_or_bad_never_both(infos, counts, choice, s
 # Images to start from
 
 
-def images(first, second):
-    """Two clips of which the first has an image, planned for image-to-video."""
-    clips = [
-        Clip(Path("a.mp4"), "A cat.", "data.csv:2", image=Path("a.png")),
-        Clip(Path("b.mp4"), "A dog.", "data.csv:3"),
-    ]
-    infos = {Path("a.mp4"): first, Path("a.png"): second, Path("b.mp4"): VideoInfo(9, 64, 64, 8.0)}
-    return plan_clips(clips, infos, BUCKETS, with_images=True)
+def images(image, **options):
+    """A clip with an image, planned for image-to-video, and its bad clips."""
+    clip = Clip(Path("a.mp4"), "A cat.", "data.csv:2", image=Path("a.png"))
+    infos = {Path("a.mp4"): VideoInfo(9, 64, 64, 8.0), Path("a.png"): image}
+    samples, bad = plan_clips([clip], infos, BUCKETS, **options)
+    return [sample.first_frame for sample in samples], bad
 
 
-def test_the_image_of_a_clip_is_found_with_it():
-    samples, bad = images(VideoInfo(9, 64, 64, 8.0), STILL)
-    assert bad == []
-    assert [sample.first_frame for sample in samples] == [STILL, None]
+def test_the_image_of_a_clip_is_planned_with_it_where_it_is_needed():
+    assert images(STILL, with_images=True) == ([STILL], [])
+    assert images("does not exist") == ([None], [])
+    assert planned([VideoInfo(9, 64, 64, 8.0)], with_images=True)[0].first_frame is None
 
 
 def test_an_image_that_cannot_be_used_makes_its_clip_a_bad_one():
-    samples, bad = images(VideoInfo(9, 64, 64, 8.0), "does not exist")
-    assert [sample.clip.caption for sample in samples] == ["A dog."]
-    assert bad == [BadClip("a.mp4", "data.csv:2", "its image a.png: does not exist")]
-
-
-def test_images_that_are_not_needed_are_not_looked_at():
-    clip = Clip(Path("a.mp4"), "A cat.", "data.csv:2", image=Path("never probed.png"))
-    (sample,), bad = plan_clips([clip], {clip.video: VideoInfo(9, 64, 64, 8.0)}, BUCKETS)
-    assert (sample.first_frame, bad) == (None, [])
+    reason = "its image a.png: does not exist"
+    assert images("does not exist", with_images=True) == ([], [BadClip("a.mp4", "data.csv:2", reason)])
 
 
 # Frames held
 
 
-@pytest.mark.parametrize("long_clips", ["spread", "first", "split"])
-def test_frames_that_repeat_the_last_one_are_counted(long_clips):
-    (sample,) = planned([VideoInfo(6, 64, 64, 8.0)], long_clips=long_clips, hold_last_frame=True)
-    assert sample.frame_indices == (0, 1, 2, 3, 4, 5, 5, 5, 5)
-    assert sample.num_held == 3
-
-
-def test_frames_that_repeat_because_of_the_rate_are_not_held():
-    (sample,) = planned([VideoInfo(6, 64, 64, 8.0)], fps=16, long_clips="first", hold_last_frame=True)
-    assert sample.frame_indices == (0, 1, 1, 2, 2, 3, 3, 4, 4)
-    assert sample.num_held == 0
-    (sample,) = planned([VideoInfo(3, 64, 64, 8.0)], fps=16, long_clips="first", hold_last_frame=True)
-    assert sample.frame_indices == (0, 1, 1, 2, 2, 2, 2, 2, 2)
-    # At 16 frames a second the three frames give 0, 1, 1, 2 and, as the nearest to 4 / 16 s, 2.
-    assert sample.num_held == 4
-
-
-def test_a_single_frame_can_be_held():
-    (sample,) = planned([VideoInfo(5, 64, 64, 8.0)], skip_start=4, hold_last_frame=True)
-    assert (sample.frame_indices, sample.num_held) == ((4,) * 9, 8)
-
-
-def test_long_enough_clips_hold_nothing():
-    (sample,) = planned([VideoInfo(9, 64, 64, 8.0)], hold_last_frame=True)
-    assert sample.num_held == 0
+@pytest.mark.parametrize(
+    ("num_frames", "options", "indices", "num_held"),
+    [
+        *((6, {"long_clips": choice}, (0, 1, 2, 3, 4, 5, 5, 5, 5), 3) for choice in ("spread", "first", "split")),
+        (6, {"long_clips": "first", "fps": 16}, (0, 1, 1, 2, 2, 3, 3, 4, 4), 0),  # repeated because of the rate
+        # At 16 frames per second the three frames give 0, 1, 1, 2 and, as the nearest to 4 / 16 s, 2.
+        (3, {"long_clips": "first", "fps": 16}, (0, 1, 1, 2, 2, 2, 2, 2, 2), 4),
+        (5, {"skip_start": 4}, (4,) * 9, 8),
+        (9, {}, tuple(range(9)), 0),
+    ],
+)
+def test_frames_that_repeat_the_last_one_are_counted(num_frames, options, indices, num_held):
+    (sample,) = planned([VideoInfo(num_frames, 64, 64, 8.0)], hold_last_frame=True, **options)
+    assert (sample.frame_indices, sample.num_held) == (indices, num_held)
 
 
 # Many clips
 
 
-def test_clips_alike_share_their_frame_numbers_and_their_bucket():
-    one, other = planned([VideoInfo(33, 90, 90, 25.0, sha256="a"), VideoInfo(33, 91, 90, 25.0, sha256="b")])
+def test_similar_clips_share_their_frame_numbers_and_their_bucket():
+    one, other, shorter = planned(
+        [VideoInfo(33, 90, 90, 25.0, sha256="a"), VideoInfo(33, 91, 90, 25.0, sha256="b"), VideoInfo(20, 90, 90, 25.0)]
+    )
     assert one.frame_indices is other.frame_indices
-    samples = planned([VideoInfo(33, 90, 90, 25.0, sha256="a"), VideoInfo(20, 90, 90, 25.0, sha256="b")])
-    assert samples[0].bucket is samples[1].bucket
-
-
-def test_a_sample_can_be_sent_to_another_process():
-    (sample,) = planned([VideoInfo(33, 90, 90, 25.0)])
-    assert pickle.loads(pickle.dumps(sample)) == sample
+    assert one.bucket is shorter.bucket
+    assert pickle.loads(pickle.dumps(one)) == one  # it can be sent to another process

@@ -11,12 +11,12 @@ from data.clips import Clip
 def test_clips_take_the_caption_of_the_same_name_in_all_folders_below_sorted_by_path(tmp_path):
     touch(tmp_path, "b/x.mp4", "a-1.webm", "a.MOV", "b/deep/still.jpg")
     for name in ("b/x.txt", "a-1.txt", "a.txt", "b/deep/still.txt"):
-        write(tmp_path / name, f" About {name}.\n")
+        write(tmp_path / name, f"\ufeff About\r\n{name}.\r\n")
     assert good(tmp_path) == [
-        Clip(tmp_path / "a-1.webm", "About a-1.txt.", "a-1.txt"),
-        Clip(tmp_path / "a.MOV", "About a.txt.", "a.txt"),
-        Clip(tmp_path / "b/deep/still.jpg", "About b/deep/still.txt.", "b/deep/still.txt"),
-        Clip(tmp_path / "b/x.mp4", "About b/x.txt.", "b/x.txt"),
+        Clip(tmp_path / "a-1.webm", "About\na-1.txt.", "a-1.txt"),
+        Clip(tmp_path / "a.MOV", "About\na.txt.", "a.txt"),
+        Clip(tmp_path / "b/deep/still.jpg", "About\nb/deep/still.txt.", "b/deep/still.txt"),
+        Clip(tmp_path / "b/x.mp4", "About\nb/x.txt.", "b/x.txt"),
     ]
 
 
@@ -34,45 +34,23 @@ def test_videos_and_images_of_every_kind_are_found(tmp_path):
 
 def test_an_image_beside_a_video_is_its_first_frame_not_a_clip(tmp_path):
     touch(tmp_path, "a.mp4", "a.png", "b.png")
-    write(tmp_path / "a.txt", "A cat.")
-    write(tmp_path / "b.txt", "A dog.")
-    assert [(clip.video.name, clip.image) for clip in good(tmp_path)] == [
-        ("a.mp4", tmp_path / "a.png"),
-        ("b.png", None),
-    ]
+    for name in ("a.txt", "b.txt"):
+        write(tmp_path / name, "A cat.")
+    assert {clip.video.name: clip.image for clip in good(tmp_path)} == {"a.mp4": tmp_path / "a.png", "b.png": None}
 
 
-def test_a_caption_file_may_have_several_lines_and_a_byte_order_mark(tmp_path):
-    touch(tmp_path, "a.mp4")
-    write(tmp_path / "a.txt", "\ufeffA cat.\r\nOn a mat.\r\n")
-    assert captions(good(tmp_path)) == ["A cat.\nOn a mat."]
-
-
-def test_clips_without_caption_and_captions_without_clip_are_bad_clips(tmp_path):
-    touch(tmp_path, "a.mp4", "a.png", "sub/b.mp4", "d.mp4")
-    write(tmp_path / "sub/c.txt", "A dog.")
-    write(tmp_path / "d.txt", "A cow.")
+def test_files_that_do_not_fit_together_are_bad_clips(tmp_path):
+    touch(tmp_path, "a.mp4", "a.png", "sub/b.mp4", "d.mp4", "e.mp4", "f.mp4", "g.mp4", "g.png", "g.jpg")
+    for name, content in (("sub/c", "A dog."), ("d", "A cow."), ("e", " \n"), ("f", b"caf\xe9"), ("g", "A cat.")):
+        write(tmp_path / f"{name}.txt", content)
     assert bad(tmp_path) == [
         f"a.mp4 ({tmp_path}): has no caption file a.txt beside it",
+        "e.mp4 (e.txt): has no caption",
+        f"f.mp4 (f.txt): {tmp_path / 'f.txt'} is not UTF-8 text: byte 3 does not fit; save it as UTF-8",
+        f"g.mp4 ({tmp_path}): has several images for its first frame beside it: g.jpg, g.png",
         f"sub/b.mp4 ({tmp_path}): has no caption file b.txt beside it",
         f"sub/c.txt ({tmp_path}): has no clip of the same name beside it",
     ]
-
-
-def test_captions_that_are_empty_or_not_text_are_bad_clips(tmp_path):
-    touch(tmp_path, "a.mp4", "b.mp4")
-    write(tmp_path / "a.txt", " \n")
-    write(tmp_path / "b.txt", b"caf\xe9")
-    assert bad(tmp_path) == [
-        "a.mp4 (a.txt): has no caption",
-        f"b.mp4 (b.txt): {tmp_path / 'b.txt'} is not UTF-8 text: byte 3 does not fit; save it as UTF-8",
-    ]
-
-
-def test_several_images_for_one_video_are_a_bad_clip(tmp_path):
-    touch(tmp_path, "a.mp4", "a.png", "a.jpg")
-    write(tmp_path / "a.txt", "A cat.")
-    assert bad(tmp_path) == [f"a.mp4 ({tmp_path}): has several images for its first frame beside it: a.jpg, a.png"]
 
 
 def test_hidden_files_and_notes_at_the_top_level_are_ignored(tmp_path):

@@ -1,4 +1,4 @@
-"""Media that rows carry become files as `media_cache` promises: whole, without loss, each once."""
+"""Media in rows become files as `data.media_cache` documents: atomically, losslessly, each once."""
 
 import importlib
 import io
@@ -16,9 +16,8 @@ from fsspec import AbstractFileSystem
 from PIL import Image
 
 from clip_lists import write
-from common.errors import UserError
 from data import media_cache
-from data.media_cache import first_frame_file, media_file, pieces_within
+from data.media_cache import first_frame_file, media_file
 from data.rows import UnusableRow
 from encoded_clips import all_frames
 
@@ -49,40 +48,35 @@ def problem_of(value, cache, fps=None):
     return str(raised.value)
 
 
-def test_a_path_is_a_path_in_the_folder(tmp_path):
-    assert media_file(" a.mp4\n", tmp_path, tmp_path) == tmp_path / "a.mp4"
-    assert media_file({"bytes": None, "path": "/b.mp4"}, None, tmp_path) == Path("/b.mp4")
-
-
-@pytest.mark.parametrize("value", ["~/a.mp4", " ~/a.mp4", {"path": "~/a.mp4"}])
-def test_a_path_may_start_from_the_home_folder(tmp_path, monkeypatch, value):
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        (" a.mp4\n", "{folder}/a.mp4"),
+        ({"bytes": None, "path": "/b.mp4"}, "/b.mp4"),
+        ("~/a.mp4", "/home/me/a.mp4"),
+        (" ~/a.mp4", "/home/me/a.mp4"),
+        ({"path": "~/a.mp4"}, "/home/me/a.mp4"),
+        ("~a.mp4", "{folder}/~a.mp4"),
+        ("~root/a.mp4", "{folder}/~root/a.mp4"),
+        ("a/~/b.mp4", "{folder}/a/~/b.mp4"),
+    ],
+)
+def test_a_path_starts_from_the_folder_from_the_root_or_from_home(tmp_path, monkeypatch, value, path):
     monkeypatch.setenv("HOME", "/home/me")
-    assert media_file(value, tmp_path, tmp_path) == media_file(value, None, tmp_path) == Path("/home/me/a.mp4")
+    assert media_file(value, tmp_path, tmp_path) == Path(path.format(folder=tmp_path))
 
 
-@pytest.mark.parametrize("name", ["~a.mp4", "~root/a.mp4", "a/~/b.mp4"])
-def test_a_name_with_a_tilde_is_a_name(tmp_path, name):
-    assert media_file(name, tmp_path, tmp_path) == tmp_path / name
-
-
-@pytest.mark.parametrize("value", [None, "", " ", {"bytes": None, "path": None}, {"bytes": None, "path": ""}])
+@pytest.mark.parametrize("value", ["", " ", {"bytes": None, "path": None}, {"bytes": None, "path": ""}])
 def test_an_empty_path_is_none(tmp_path, value):
     assert problem_of(value, tmp_path) == "has no path"
 
 
-def test_a_relative_path_needs_a_folder(tmp_path):
-    assert problem_of("a.mp4", tmp_path).endswith("set the folder it starts from with --data_root")
-
-
-@pytest.mark.parametrize("value", [b"content", {"bytes": b"content"}, {"bytes": b"content", "path": None}])
-def test_bytes_become_a_file(tmp_path, value):
-    assert media_file(value, None, tmp_path).read_bytes() == b"content"
-
-
-def test_bytes_keep_the_suffix_of_the_path_that_comes_with_them_if_it_is_one_of_media(tmp_path):
-    names = ["somewhere/a.MOV", "b.jpg", "c.exe", "d"]
-    files = [media_file({"bytes": b"content", "path": name}, None, tmp_path) for name in names]
-    assert [file.suffix for file in files] == [".mov", ".jpg", "", ""]
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("somewhere/a.MOV", ".mov"), ("b.jpg", ".jpg"), ("c.exe", ""), ("d", ""), (None, "")]
+)
+def test_bytes_become_a_file_with_the_suffix_of_their_path_if_it_is_a_media_suffix(tmp_path, name, suffix):
+    file = media_file({"bytes": b"content", "path": name}, None, tmp_path)
+    assert (file.read_bytes(), file.suffix) == (b"content", suffix)
 
 
 @pytest.mark.parametrize("value", [b"content", PIXELS, [picture()]], ids=["bytes", "decoded", "images"])
@@ -102,37 +96,23 @@ def test_other_media_or_another_rate_make_another_file(tmp_path):
 
 @pytest.mark.parametrize(("fps", "rate"), [(None, 8), (12, 12), (30000 / 1001, 29.97)])
 @pytest.mark.parametrize("kind", [np.uint8, np.int64])
-def test_decoded_videos_are_kept_without_loss(tmp_path, kind, fps, rate):
-    found, found_rate = decoded(media_file(PIXELS.astype(kind), None, tmp_path, fps))
+def test_decoded_videos_are_kept_without_loss_and_with_the_same_bytes_everywhere(tmp_path, kind, fps, rate):
+    first, second = (media_file(PIXELS.astype(kind), None, tmp_path / cache, fps) for cache in ("a", "b"))
+    assert (first.name, first.read_bytes()) == (second.name, second.read_bytes())
+    found, found_rate = decoded(first)
     assert np.array_equal(found, PIXELS)
     assert float(found_rate) == pytest.approx(rate, rel=1e-4)
-
-
-def test_a_decoded_video_has_the_same_bytes_wherever_it_is_written(tmp_path):
-    first, second = (media_file(PIXELS, None, tmp_path / cache) for cache in ("a", "b"))
-    assert first.name == second.name
-    assert first.read_bytes() == second.read_bytes()
-
-
-def test_a_decoded_image_is_kept_as_png(tmp_path):
-    file = media_file(PIXELS[0], None, tmp_path)
-    assert file.suffix == ".png"
-    assert np.array_equal(np.asarray(Image.open(file)), PIXELS[0])
 
 
 def test_a_list_of_images_becomes_a_video(tmp_path):
     colours = [(255, 0, 0), (0, 128, 3), (7, 8, 9)]
     write(tmp_path / "3.png", picture(colour=colours[2]))
     images = [picture(colour=colours[0]), {"bytes": picture(colour=colours[1]), "path": None}, "3.png"]
+    images.append(picture(colour=(0, 0, 0, 0)))
     frames, rate = decoded(media_file(images, tmp_path, tmp_path / "cache", 12))
     assert rate == 12
-    assert frames.shape == (3, 4, 6, 3)
-    assert [tuple(frame[0, 0]) for frame in frames] == colours
-
-
-def test_an_image_of_a_list_is_read_as_a_still_image_is(tmp_path):
-    frames, _ = decoded(media_file([picture(colour=(0, 0, 0, 0))], None, tmp_path))
-    assert (frames == 255).all()  # transparent parts are white
+    assert frames.shape == (4, 4, 6, 3)
+    assert [tuple(frame[0, 0]) for frame in frames] == [*colours, (255, 255, 255)]  # transparent parts are white
 
 
 @pytest.mark.parametrize(
@@ -147,20 +127,22 @@ def test_an_image_of_a_list_is_read_as_a_still_image_is(tmp_path):
         ([picture(), picture(size=(8, 8))], "holds frames of different sizes"),
         ([picture(), picture()[:50]], "has a frame that is not a readable image"),
         ([picture(), b"text"], "has a frame that is not a still image"),
-        ([picture(), "/gone.png"], "has a frame /gone.png that is not a file"),
+        ([picture(), "/gone.png"], "has a frame /gone.png that cannot be read: No such file"),
         ([picture(), "/\0.png"], "has a frame /"),
         ([{"x": 5}], "has dict among its frames, not an image"),
         ({"x": 5}, "is dict, not a path"),
+        ("a.mp4", "has a relative path; set the folder it starts from with --data_root"),
+        (None, "has no path"),
         (7, "is int 7, not a path"),
     ],
 )
-def test_media_that_make_no_video_are_told_and_not_kept(tmp_path, value, problem):
+def test_media_that_are_not_a_video_are_named_and_not_kept(tmp_path, value, problem):
     assert problem_of(value, tmp_path).startswith(problem)
     assert files_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("fps", [0.0, -8.0, float("nan"), float("inf"), "8"])
-def test_a_rate_that_is_none_is_told(tmp_path, fps):
+def test_a_rate_that_is_not_a_number_in_range_is_named(tmp_path, fps):
     assert "in its fps column; a rate is a number" in problem_of(PIXELS, tmp_path, fps)
 
 
@@ -169,12 +151,13 @@ def test_a_first_frame_may_be_missing(tmp_path, value):
     assert first_frame_file(value, None, tmp_path) is None
 
 
-@pytest.mark.parametrize("value", [picture(), {"bytes": picture(), "path": None}, [{"bytes": picture()}]])
-def test_a_first_frame_may_be_in_the_row_alone_or_as_a_list_of_one(tmp_path, value):
-    assert first_frame_file(value, None, tmp_path).read_bytes() == picture()
+@pytest.mark.parametrize("value", [picture(), [{"bytes": picture()}], np.asarray(Image.open(io.BytesIO(picture())))])
+def test_a_first_frame_may_be_encoded_in_a_list_of_one_or_decoded(tmp_path, value):
+    image = Image.open(first_frame_file(value, None, tmp_path))
+    assert (image.format, image.size, image.getpixel((0, 0))) == ("PNG", (6, 4), (255, 0, 0))
 
 
-def test_what_is_wrong_with_a_first_frame_is_said_of_the_image(tmp_path):
+def test_a_problem_of_a_first_frame_names_the_image(tmp_path):
     with pytest.raises(UnusableRow, match=r"^its image is int 5, not a path$"):
         first_frame_file(5, None, tmp_path)
     with pytest.raises(UnusableRow, match=r"^has 2 images instead of one$"):
@@ -182,7 +165,7 @@ def test_what_is_wrong_with_a_first_frame_is_said_of_the_image(tmp_path):
 
 
 class Hub(AbstractFileSystem):
-    """Files of the hub, as they are asked for by their links."""
+    """A file system for links to the hub."""
 
     protocol = "hf"
     files: ClassVar[dict[str, bytes]] = {}
@@ -196,7 +179,7 @@ class Hub(AbstractFileSystem):
 
 @pytest.fixture
 def hub(monkeypatch) -> dict[str, bytes]:
-    """What lies on the hub."""
+    """The files on the hub."""
     monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "hf", Hub)
     monkeypatch.setattr(Hub, "files", {})
     return Hub.files
@@ -212,19 +195,19 @@ def test_a_file_on_the_hub_is_fetched_once(hub, tmp_path):
     assert fetched.read_bytes() == b"content"
 
 
-def test_a_file_that_is_not_on_the_hub_is_told_and_not_kept(hub, tmp_path):
-    assert problem_of({"path": "hf://datasets/o/n@main/gone.mp4"}, tmp_path).startswith("cannot be fetched: ")
-    assert files_in(tmp_path) == []
-
-
 @pytest.mark.parametrize(
-    ("limit", "value", "reason"),
-    [("FETCH_LIMIT", 2**20, "larger than 1 MiB"), ("FETCH_TIMEOUT", -1.0, "not complete within -1 s")],
+    ("name", "limits", "reason"),
+    [
+        ("a.mp4", {"FETCH_LIMIT": 2**20}, "larger than 1 MiB"),
+        ("a.mp4", {"FETCH_TIMEOUT": -1.0}, "not complete within -1 s"),
+        ("gone.mp4", {}, "datasets/o/n@main/gone.mp4"),
+    ],
 )
-def test_a_file_that_is_too_large_or_takes_too_long_is_not_kept(hub, tmp_path, monkeypatch, limit, value, reason):
-    monkeypatch.setattr(media_cache, limit, value)
+def test_a_file_that_cannot_be_fetched_is_named_and_not_kept(hub, tmp_path, monkeypatch, name, limits, reason):
+    for limit, value in limits.items():
+        monkeypatch.setattr(media_cache, limit, value)
     hub["datasets/o/n@main/a.mp4"] = bytes(2**20 + 1)
-    assert problem_of({"path": "hf://datasets/o/n@main/a.mp4"}, tmp_path) == f"cannot be fetched: {reason}"
+    assert problem_of({"path": f"hf://datasets/o/n@main/{name}"}, tmp_path) == f"cannot be fetched: {reason}"
     assert files_in(tmp_path) == []
 
 
@@ -241,41 +224,26 @@ def test_a_file_that_is_too_large_or_takes_too_long_is_not_kept(hub, tmp_path, m
         "filecache://a::hf://datasets/o/n/a.zip",
     ],
 )
-def test_no_other_server_is_asked_for_what_a_table_links_to(tmp_path, link):
+def test_links_of_a_table_contact_no_server_but_the_hub(tmp_path, link):
     for within in ([], None):
-        with pytest.raises(UnusableRow, match=r"^is a (URL; download the file|link of a kind that is not followed)"):
+        with pytest.raises(UnusableRow, match=r"^is (a URL; download the file|an unsupported kind of link)"):
             media_file({"path": link}, None, tmp_path, within=within)
 
 
-def test_a_link_into_an_archive_stays_in_the_data_root(tmp_path):
+def test_frames_and_archives_of_a_row_stay_in_the_data_root(tmp_path):
     for folder in ("data", "elsewhere"):
-        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "frame.png", picture())
         with zipfile.ZipFile(tmp_path / folder / "clips.zip", "w") as archive:
             archive.writestr("a.mp4", folder)
     data, cache = tmp_path / "data", tmp_path / "cache"
-    for archive in ("clips.zip", f"{data}/clips.zip"):
-        link = {"path": f"zip://a.mp4::{archive}"}
-        assert media_file(link, data, cache, within=[data]).read_text() == "data"
-    for archive in ("../elsewhere/clips.zip", f"{tmp_path}/elsewhere/clips.zip"):
-        with pytest.raises(UnusableRow, match="lies outside of"):
-            media_file({"path": f"zip://a.mp4::{archive}"}, data, cache, within=[data])
-
-
-def test_frames_that_a_row_lists_stay_in_the_data_root(tmp_path):
-    (tmp_path / "data").mkdir()
-    for place in ("secret.png", "data/frame.png"):
-        write(tmp_path / place, picture())
-    folder, cache = tmp_path / "data", tmp_path / "cache"
-    assert media_file(["frame.png", "frame.png"], folder, cache, within=[folder]).exists()
-    for frame in ("../secret.png", {"path": str(tmp_path / "secret.png")}):
-        with pytest.raises(UnusableRow, match=f"lies outside of {folder}"):
-            media_file(["frame.png", frame], folder, cache, within=[folder])
-
-
-def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path):
-    write(tmp_path / "cache", b"a file where a folder belongs")
-    with pytest.raises(UserError, match="cannot be written"):
-        media_file(b"content", None, tmp_path / "cache")
+    for place in ("", f"{data}/"):
+        archive = media_file({"path": f"zip://a.mp4::{place}clips.zip"}, data, cache, within=[data])
+        assert archive.read_text() == "data"
+        assert media_file([f"{place}frame.png"], data, cache, within=[data]).exists()
+    for place in ("../elsewhere", f"{tmp_path}/elsewhere"):
+        for value in ({"path": f"zip://a.mp4::{place}/clips.zip"}, ["frame.png", {"path": f"{place}/frame.png"}]):
+            with pytest.raises(UnusableRow, match=f"lies outside of {data}"):
+                media_file(value, data, cache, within=[data])
 
 
 def test_processes_that_fill_one_cache_at_once_agree(tmp_path):
@@ -291,29 +259,3 @@ def test_processes_that_fill_one_cache_at_once_agree(tmp_path):
     assert first == second
     assert sorted(map(str, files_in(tmp_path))) == sorted(first)
     assert all((decoded(Path(path))[0] == value).all() for value, path in enumerate(first))
-
-
-# Downloads
-
-
-def test_pieces_within_the_limits_are_unchanged():
-    assert list(pieces_within([b"ab", b"c"], 3, 60)) == [b"ab", b"c"]
-
-
-def test_a_download_that_is_too_large_is_stopped():
-    def endless():
-        while True:
-            yield bytes(2**20)
-
-    taken = []
-    with pytest.raises(ValueError, match="larger than 3 MiB"):
-        taken.extend(pieces_within(endless(), 3 * 2**20, 60))
-
-
-def test_a_download_that_takes_too_long_is_stopped(monkeypatch):
-    monkeypatch.setattr(media_cache, "monotonic", iter((0.0, 9.0, 11.0)).__next__)
-    passed = []
-    with pytest.raises(TimeoutError, match="not whole within 10 s"):
-        for piece in pieces_within([b"a", b"b", b"c"], 99, 10):
-            passed.append(piece)
-    assert passed == [b"a"]

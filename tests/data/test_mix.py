@@ -112,20 +112,28 @@ def test_a_mistake_in_a_mix_is_named_with_its_entry_and_key(tmp_path, entry, mes
     assert mix_error(tmp_path, [{"data_root": "z"}, entry]).startswith(f"entry 2{message}")
 
 
-def test_either_all_entries_have_a_weight_or_none(tmp_path):
-    entries = [{"data_root": "z"}, {"data_root": "a", "weight": 1}]
-    assert mix_error(tmp_path, entries).startswith("entry 1 has no weight; either all entries have one, or none")
-
-
 @pytest.mark.parametrize(
-    ("content", "message"), [("[]", "lists no data sets"), ("{}", "names no data"), ("[1", "not valid JSON")]
+    ("content", "message"),
+    [
+        ("[]", "lists no data sets"),
+        ("{}", "names no data"),
+        ("[1", "not valid JSON"),
+        (
+            '[{"data_root": "z"}, {"data_root": "a", "weight": 1}]',
+            "entry 1 has no weight; either all",
+        ),
+    ],
 )
-def test_a_mix_that_is_not_a_list_is_an_error(tmp_path, content, message):
+def test_a_mix_that_is_not_a_list_of_comparable_entries_is_an_error(tmp_path, content, message):
     assert message in mix_error(tmp_path, content)
 
 
-def test_without_weights_repeats_stay_as_they_are():
-    assert weights_to_repeats([DataSource(Path("a"), repeats=0.5), DataSource(Path("b"))], [2, 1]) == [None, None]
+@pytest.mark.parametrize(
+    ("weights", "counts", "repeats"), [([None, None], [2, 1], [None, None]), ([1, 3], [0, 2], [None, 1])]
+)
+def test_data_sets_without_weight_or_samples_get_no_repeats(weights, counts, repeats):
+    sources = [DataSource(Path("a"), weight=weight, repeats=0.5) for weight in weights]
+    assert weights_to_repeats(sources, counts) == repeats
 
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.floats(1e-3, 1e3)), min_size=1, max_size=5))
@@ -136,8 +144,3 @@ def test_weights_are_the_shares_of_an_epoch_and_every_sample_comes_at_least_once
     total = sum(count * times for count, times in zip(counts, repeats, strict=True))
     for count, weight, times in zip(counts, weights, repeats, strict=True):
         assert count * times / total == pytest.approx(weight / sum(weights))
-
-
-def test_a_data_set_without_samples_does_not_disturb_the_others():
-    sources = [DataSource(Path("a"), weight=1), DataSource(Path("b"), weight=3)]
-    assert weights_to_repeats(sources, [0, 2]) == [None, 1]

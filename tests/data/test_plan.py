@@ -17,7 +17,6 @@ from data.plan import (
     PreparedData,
     RawData,
     check_bad_clips,
-    data_sources,
     describe_plan,
     plan_raw_clips,
     plan_training_data,
@@ -26,6 +25,7 @@ from data.plan import (
     validation_data_flags,
 )
 from data.prepared import PreparedClip, StoredTensor, sample_in_shards
+from flags.settings import TrainingSettings
 
 
 @pytest.fixture
@@ -44,15 +44,34 @@ def data(demo_clips, tmp_path) -> Path:
     return folder
 
 
-def plan(data: Path, *flags: str, **options: bool) -> RawData:
-    places = ["--model_id", "org/name", "--data_root", str(data), "--output_dir", str(data.parent / "out")]
-    size = ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17"]
-    settings = parse_prepare_args([*places, *size, *flags])
+SIZE = ("--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17")
+COLUMNS = ("--video_column", "file", "--caption_column", "caption")
+
+
+def plan_flags(output: Path, *flags: object, **options: bool) -> RawData:
+    """Plan the clips of a preparation."""
+    settings = parse_prepare_args(["--model_id", "org/name", "--output_dir", str(output), *SIZE, *map(str, flags)])
     return plan_raw_clips(settings.sources, settings.clips, **options)
 
 
+def plan(data: Path, *flags: str, table: str = "table.jsonl", **options: bool) -> RawData:
+    """Plan the clips of a table in a folder."""
+    return plan_flags(data.parent / "out", "--data_root", data, "--dataset_file", data / table, *flags, **options)
+
+
+def training(output: Path, *flags: object) -> TrainingSettings:
+    """The settings of a training run."""
+    places = ["--pretrained_model_name_or_path", "org/name", "--output_dir", str(output)]
+    return parse_args([*places, *map(str, flags)], task="text-to-video", method="lora")
+
+
+def write_mix(folder: Path, *entries: dict) -> Path:
+    (folder / "mix.json").write_text(json.dumps(entries))
+    return folder / "mix.json"
+
+
 def test_every_listed_clip_is_planned_or_bad_with_its_reason(data):
-    found = plan(data, "--dataset_file", str(data / "table.jsonl"))
+    found = plan(data)
     assert found.captions == ["one", "two", "three"]
     assert found.buckets == [Bucket(17, 64, 96)] * 3
     reasons = {clip.source: clip.reason for clip in found.bad}
@@ -62,7 +81,7 @@ def test_every_listed_clip_is_planned_or_bad_with_its_reason(data):
 
 
 def test_all_bad_clips_are_refused_in_one_list(data):
-    found = plan(data, "--dataset_file", str(data / "table.jsonl"))
+    found = plan(data)
     with pytest.raises(UserError, match=r"3 of 6 clips cannot be used; .* --on_bad_clip skip:") as caught:
         check_bad_clips(found, "error")
     assert all(f"({clip.source})" in str(caught.value) for clip in found.bad)
@@ -70,7 +89,7 @@ def test_all_bad_clips_are_refused_in_one_list(data):
 
 
 def test_a_clip_that_is_split_counts_as_one(data):
-    found = plan(data, "--dataset_file", str(data / "table.jsonl"), "--long_clips", "split", "--frame_buckets", "5")
+    found = plan(data, "--long_clips", "split", "--frame_buckets", "5")
     assert len(found.clips) > 3
     with pytest.raises(UserError, match="3 of 6 clips cannot be used"):
         check_bad_clips(found, "error")
@@ -81,7 +100,7 @@ def test_nothing_is_left_to_skip_where_every_clip_is_bad():
         check_bad_clips(RawData([], [BadClip("a.mp4", "videos.txt:1", "is empty")]), "skip")
 
 
-def test_clips_left_out_are_written_to_a_table_and_forgotten_when_they_are_mended(tmp_path):
+def test_skipped_clips_are_written_to_a_table_and_removed_when_they_are_fixed(tmp_path):
     bad = [BadClip("a, b.mp4", "videos.txt:1", "is empty")]
     report_skipped(bad, tmp_path)
     with open(tmp_path / "skipped_clips.csv", newline="", encoding="utf-8") as file:
@@ -90,77 +109,48 @@ def test_clips_left_out_are_written_to_a_table_and_forgotten_when_they_are_mende
     assert not (tmp_path / "skipped_clips.csv").exists()
 
 
-def test_an_image_is_looked_at_only_where_it_is_needed(data):
+def test_an_image_is_read_only_if_it_is_needed(data):
     video = json.loads((data / "table.jsonl").read_text().splitlines()[0])["video"]
     row = {"video": video, "caption": "one", "image": "no-such.png"}
     (data / "images.jsonl").write_text(json.dumps(row) + "\n")
-    flags = ["--dataset_file", str(data / "images.jsonl")]
-    assert len(plan(data, *flags).clips) == 1
-    (bad,) = plan(data, *flags, with_images=True).bad
+    assert len(plan(data, table="images.jsonl").clips) == 1
+    (bad,) = plan(data, table="images.jsonl", with_images=True).bad
     assert "no-such.png" in bad.reason
 
 
-def test_the_data_sets_of_a_mix_are_joined(data, demo_clips, tmp_path):
-    mix = tmp_path / "mix.json"
-    entries = [{"data_root": str(demo_clips), "repeats": 2}, {"dataset_file": str(data / "table.jsonl")}]
-    mix.write_text(json.dumps(entries))
-    flags = ["--model_id", "org/name", "--dataset_mix", str(mix), "--output_dir", str(tmp_path / "out")]
-    args = parse_prepare_args([*flags, *SIZE, "--allow_outside_paths"])
-    assert len(data_sources(args.sources)) == 2
-    found = plan_raw_clips(args.sources, args.clips)
+def test_the_data_sets_of_a_mix_are_joined_and_bad_clips_named_with_their_folder(data, demo_clips, tmp_path):
+    mix = write_mix(tmp_path, {"data_root": str(demo_clips), "repeats": 2}, {"dataset_file": "data/table.jsonl"})
+    found = plan_flags(tmp_path / "out", "--dataset_mix", mix, "--allow_outside_paths")
     assert found.repeats == [2] * 16 + [1] * 3
+    assert {clip.source for clip in found.bad} == {f"{data}/table.jsonl:{line}" for line in (4, 5, 6)}
 
 
-def test_a_bad_clip_of_a_mix_is_named_with_the_folder_of_its_list(data, demo_clips, tmp_path):
-    mix = tmp_path / "mix.json"
-    mix.write_text(json.dumps([{"data_root": str(demo_clips)}, {"dataset_file": "data/table.jsonl"}]))
-    flags = ["--dataset_mix", str(mix), "--output_dir", str(tmp_path / "out")]
-    args = parse_prepare_args([*flags, "--allow_outside_paths"])
-    places = {clip.source for clip in plan_raw_clips(args.sources, args.clips).bad}
-    assert {f"{data}/table.jsonl:{line}" for line in (4, 5, 6)} <= places
-
-
-def test_weights_count_the_samples_that_can_be_used(data, demo_clips, tmp_path):
-    rows = (data / "table.jsonl").read_text().splitlines()
-    (data / "one.jsonl").write_text(rows[0] + "\n")
-    mix = tmp_path / "mix.json"
-    entries = [{"dataset_file": str(data / name), "weight": 1} for name in ("table.jsonl", "one.jsonl")]
-    mix.write_text(json.dumps(entries))
-    flags = ["--model_id", "org/name", "--dataset_mix", str(mix), "--output_dir", str(tmp_path / "out")]
-    args = parse_prepare_args([*flags, "--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17"])
-    assert plan_raw_clips(args.sources, args.clips).repeats == [1, 1, 1, 3]  # three rows of the first are bad
+def test_weights_count_the_samples_that_can_be_used(data, tmp_path):
+    (data / "one.jsonl").write_text((data / "table.jsonl").read_text().splitlines()[0] + "\n")
+    files = [str(data / name) for name in ("table.jsonl", "one.jsonl")]
+    mix = write_mix(tmp_path, *({"dataset_file": file, "weight": 1} for file in files))
+    found = plan_flags(tmp_path / "out", "--dataset_mix", mix, "--allow_outside_paths")
+    assert found.repeats == [1, 1, 1, 3]  # three rows of the first are bad
 
 
 def test_repeats_of_a_mix_multiply_those_of_prepared_samples(tmp_path):
-    for name in "ab":
-        (tmp_path / name / "latents").mkdir(parents=True)
-        (tmp_path / name / "prompt_embeds").mkdir()
-        latents, embeds = (
-            tmp_path / name / "latents" / "x.safetensors",
-            tmp_path / name / "prompt_embeds" / "y.safetensors",
-        )
-        save_file({"s.video_latents": np.zeros(1)}, latents)
-        save_file({"c.prompt_embeds": np.zeros(1)}, embeds)
-        entry = sample_in_shards(tmp_path / name, "s", latents, embeds, "c", Bucket(17, 64, 96), with_images=False)
-        (tmp_path / name / "index.jsonl").write_text(index_lines([entry | {"repeats": 2.0}]))
-    mix = tmp_path / "mix.json"
-    mix.write_text(json.dumps([{"data_root": "a", "repeats": 3}, {"data_root": "b"}]))
-    flags = ["--pretrained_model_name_or_path", "org/name", "--dataset_mix", str(mix), "--load_tensors"]
-    args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method="lora")
-    assert plan_training_data(args).repeats == [6, 2]
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        files = folder / "latents/x.safetensors", folder / "prompt_embeds/y.safetensors"
+        for key, file in zip(("s.video_latents", "c.prompt_embeds"), files, strict=True):
+            file.parent.mkdir(parents=True)
+            save_file({key: np.zeros(1)}, file)
+        entry = sample_in_shards(folder, "s", *files, "c", Bucket(17, 64, 96), with_images=False)
+        (folder / "index.jsonl").write_text(index_lines([entry | {"repeats": 2.0}]))
+    mix = write_mix(tmp_path, {"data_root": "a", "repeats": 3}, {"data_root": "b"})
+    assert plan_training_data(training(tmp_path / "out", "--dataset_mix", mix, "--load_tensors")).repeats == [6, 2]
 
 
 # Clips held out
 
 
-SIZE = ("--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17")
-
-
 def hold_out(table: Path, data_root: Path, *flags: str, with_images: bool = False) -> RawData | None:
-    places = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(data_root)]
-    places += ["--output_dir", str(table.parent / "out"), "--validation_dataset_file", str(table)]
-    args = parse_args([*places, *flags], task="text-to-video", method="lora")
-    return plan_validation_clips(args, with_images=with_images)
+    places = ["--data_root", data_root, "--validation_dataset_file", table]
+    return plan_validation_clips(training(table.parent / "out", *places, *flags), with_images=with_images)
 
 
 @pytest.fixture
@@ -176,13 +166,8 @@ def held_out(demo_clips, tmp_path) -> Path:
     return folder / "table.jsonl"
 
 
-COLUMNS = ("--video_column", "file", "--caption_column", "caption")
-
-
 def test_no_clips_are_held_out_unless_a_table_names_them(demo_clips, tmp_path):
-    flags = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips)]
-    args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method="lora")
-    assert plan_validation_clips(args, with_images=False) is None
+    assert plan_validation_clips(training(tmp_path / "out", "--data_root", demo_clips), with_images=False) is None
 
 
 def test_paths_of_clips_held_out_start_from_their_table(held_out, demo_clips):
@@ -195,15 +180,14 @@ def test_paths_of_clips_held_out_start_from_their_table(held_out, demo_clips):
 
 
 def test_clips_that_are_trained_on_too_are_not_held_out(held_out, demo_clips):
-    places = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips)]
-    places += ["--output_dir", str(held_out.parent / "out"), "--validation_dataset_file", str(held_out)]
-    (held_out.parent / "all.csv").write_text(
+    table = held_out.parent / "all.csv"
+    table.write_text(
         "file,caption\n" + "".join(f"{path},a\n" for path in sorted((demo_clips / "videos").iterdir())[1:])
     )
-    flags = [*places, "--dataset_file", str(held_out.parent / "all.csv"), *COLUMNS]  # the clips are in --data_root
-    args = parse_args(flags, task="text-to-video", method="lora")
+    places = ["--data_root", demo_clips, "--validation_dataset_file", held_out]
+    settings = training(held_out.parent / "out", *places, "--dataset_file", table, *COLUMNS)
     with pytest.raises(UserError, match="--validation_dataset_file: 1 of its clips are trained on too") as caught:
-        plan_training_data(args)
+        plan_training_data(settings)
     assert "1.mp4" in str(caught.value)
 
 
@@ -218,7 +202,7 @@ def test_bad_clips_among_those_held_out_are_listed_whatever_becomes_of_others(da
     assert all(f"table.jsonl:{line}" in str(caught.value) for line in (4, 5, 6))
 
 
-def test_images_of_clips_held_out_are_looked_at_only_where_they_are_needed(held_out, demo_clips):
+def test_images_of_held_out_clips_are_read_only_if_they_are_needed(held_out, demo_clips):
     rows = [json.loads(line) | {"image": "no-such.png"} for line in held_out.read_text().splitlines()]
     held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(hold_out(held_out, demo_clips, *SIZE, *COLUMNS).clips) == 2
@@ -252,20 +236,17 @@ def test_clips_held_out_are_cut_as_the_prepared_ones_were(held_out, tmp_path):
 def test_where_prepared_folders_differ_the_flags_decide(held_out, tmp_path):
     for name, height in (("a", 96), ("b", 112)):
         write_settings_of(tmp_path / name, height_buckets=[height], width_buckets=[128], fps=None)
-    mix = tmp_path / "mix.json"
-    mix.write_text(json.dumps([{"data_root": "a"}, {"data_root": "b"}]))
-    flags = ["--pretrained_model_name_or_path", "org/name", "--dataset_mix", str(mix), "--load_tensors"]
-    flags += ["--validation_dataset_file", str(held_out), "--output_dir", str(tmp_path / "out"), *SIZE]
-    _, clips = validation_data_flags(parse_args(flags, task="text-to-video", method="lora"))
+    flags = ["--dataset_mix", write_mix(tmp_path, {"data_root": "a"}, {"data_root": "b"}), "--load_tensors"]
+    flags += ["--validation_dataset_file", held_out, *SIZE]
+    _, clips = validation_data_flags(training(tmp_path / "out", *flags))
     assert (clips.height_buckets, clips.width_buckets) == ((64,), (128,))
 
 
 def test_nothing_about_clips_held_out_is_random(held_out, demo_clips):
-    flags = ["--pretrained_model_name_or_path", "org/name", "--data_root", str(demo_clips), "--random_flip", "0.5"]
-    flags += ["--validation_dataset_file", str(held_out), "--output_dir", str(held_out.parent / "out")]
+    flags = ["--data_root", demo_clips, "--random_flip", "0.5", "--validation_dataset_file", held_out]
     for mode, kept in (("random", "center"), ("center", "center"), ("none", "none")):
-        args = parse_args([*flags, "--video_reshape_mode", mode], task="text-to-video", method="lora")
-        _, clips = validation_data_flags(args)
+        settings = training(held_out.parent / "out", *flags, "--video_reshape_mode", mode)
+        _, clips = validation_data_flags(settings)
         assert (clips.video_reshape_mode, clips.random_flip) == (kept, None)
 
 

@@ -1,8 +1,12 @@
+"""Prepared folders are claimed, written and read as `data.prepared` documents."""
+
 import json
+import os
+import pickle
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from common.errors import UserError
 from common.text_files import index_lines
@@ -25,6 +29,11 @@ from data.prepared import (
 
 ENCODERS = {"vae": "a", "text_encoder": "b", "tokenizer": "c"}
 BUCKET = Bucket(9, 64, 96)
+TENSORS = {
+    "video_latents": torch.zeros(32, 3, 8, 12),
+    "prompt_embeds": torch.zeros(226, 64),
+    "image_latents": torch.ones(32, 1, 8, 12),
+}
 
 
 def settings(**changes):
@@ -32,15 +41,16 @@ def settings(**changes):
     return PreparedSettings(**usual | changes)
 
 
-def write_clip(folder, name, moments, embeds):
-    """A clip as the original script writes it."""
-    for kind, tensor in (("video_latents", moments), ("prompt_embeds", embeds)):
+def write_clip(folder, name, *kinds):
+    """Write a clip of `BUCKET` as the original script does, and return its index entry."""
+    for kind in ("video_latents", "prompt_embeds", *kinds):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-        torch.save(tensor, folder / kind / f"{name}.pt")
+        torch.save(TENSORS[kind], folder / kind / f"{name}.pt")
+    return sample_in_files(name, BUCKET, with_images=bool(kinds))
 
 
 def write_shards(folder, names, *, with_images=False):
-    """Samples in two shards with one caption, and their index."""
+    """Write samples in two shards with one caption, and their index."""
     for part in ("latents", "prompt_embeds"):
         (folder / part).mkdir(parents=True)
     latents, embeds = folder / "latents" / "aa.safetensors", folder / "prompt_embeds" / "bb.safetensors"
@@ -56,88 +66,58 @@ def write_shards(folder, names, *, with_images=False):
     return tensors
 
 
-def test_samples_in_shards_are_read_back(tmp_path):
-    tensors = write_shards(tmp_path, ["a", "b.c"], with_images=True)
+@pytest.mark.parametrize("with_images", [False, True])
+def test_samples_in_shards_are_read_back(tmp_path, with_images):
+    tensors = write_shards(tmp_path, ["a", "b.c"], with_images=with_images)
     clips = read_index(tmp_path)
     assert [(clip.name, clip.bucket, clip.repeats) for clip in clips] == [("a", BUCKET, 1.5), ("b.c", BUCKET, 1.5)]
     assert torch.equal(read_tensor(clips[1].video_latents), tensors["b.c.video_latents"])
-    assert torch.equal(read_tensor(clips[1].image_latents), tensors["b.c.image_latents"])
     assert read_tensor(clips[1].prompt_embeds).shape == (226, 64)
+    assert (clips[1].image_latents is not None) == with_images
+    if with_images:
+        assert torch.equal(read_tensor(clips[1].image_latents), tensors["b.c.image_latents"])
 
 
-def test_samples_without_image_latents_say_so(tmp_path):
-    write_shards(tmp_path, ["a"])
-    assert read_index(tmp_path)[0].image_latents is None
-
-
-def test_a_sample_that_is_in_no_shard_is_missed_before_training(tmp_path):
+def test_all_missing_tensors_are_listed(tmp_path):
     write_shards(tmp_path, ["a", "b"])
-    path = tmp_path / "latents" / "aa.safetensors"
-    save_file({"a.video_latents": torch.zeros(1)}, path)
-    with pytest.raises(UserError, match=r"1 files of .* are missing") as caught:
+    save_file({"a.video_latents": torch.zeros(1)}, tmp_path / "latents" / "aa.safetensors")
+    with pytest.raises(UserError, match=r"1 files of .* are missing:\n.*aa\.safetensors \(b\.video_latents\)"):
         read_index(tmp_path)
-    assert "aa.safetensors (b.video_latents)" in str(caught.value)
-
-
-def test_a_shard_that_was_cut_short_is_named_before_training(tmp_path):
-    write_shards(tmp_path, ["a"])
-    path = tmp_path / "latents" / "aa.safetensors"
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"aa\.safetensors is damaged"):
-        read_index(tmp_path)
-
-
-def test_a_folder_of_the_original_script_is_read_through_its_index(tmp_path):
-    write_clip(tmp_path, "0a1b", torch.zeros(32, 13, 60, 90), torch.zeros(226, 4096))
-    entry = {
-        "prompt": "prompts/0a1b.txt",
-        "prompt_embed": "prompt_embeds/0a1b.pt",
-        "video": "videos/0a1b.mp4",
-        "video_latent": "video_latents/0a1b.pt",
-        "metadata": {"num_frames": 49, "height": 480, "width": 720},
-    }
-    (tmp_path / "data.jsonl").write_text(json.dumps(entry) + "\n")
-    assert [clip.bucket for clip in read_index(tmp_path)] == [Bucket(49, 480, 720)]
-
-
-def test_without_an_index_the_tensors_tell_the_sizes(tmp_path):
-    write_clip(tmp_path, "a", torch.zeros(32, 13, 60, 90), torch.zeros(226, 4096))
-    write_clip(tmp_path, "b", torch.zeros(32, 3, 8, 12), torch.zeros(226, 4096))
-    assert [clip.bucket for clip in read_index(tmp_path)] == [Bucket(49, 480, 720), Bucket(9, 64, 96)]
-
-
-def test_a_folder_that_was_never_prepared_says_what_to_run(tmp_path):
-    with pytest.raises(UserError, match=r"--load_tensors: .* has no prepared data .* prepare_dataset\.sh"):
-        read_index(tmp_path)
-
-
-def test_image_latents_of_the_original_script_are_found(tmp_path):
-    write_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
-    (tmp_path / "image_latents").mkdir()
-    torch.save(torch.ones(32, 1, 8, 12), tmp_path / "image_latents" / "a.pt")
-    (tmp_path / "data.jsonl").write_text(json.dumps(sample_in_files("a", BUCKET, with_images=True)))
-    (clip,) = read_index(tmp_path)
-    assert read_tensor(clip.image_latents).sum() == 32 * 8 * 12
-    (tmp_path / "data.jsonl").unlink()
-    assert read_index(tmp_path) == [clip]
-
-
-def test_all_missing_tensor_files_are_listed(tmp_path):
-    lines = index_lines(sample_in_files(name, BUCKET, with_images=False) for name in "ab")
-    (tmp_path / "data.jsonl").write_text(lines)
+    (tmp_path / "index.jsonl").unlink()
+    (tmp_path / "data.jsonl").write_text(index_lines(sample_in_files(n, BUCKET, with_images=False) for n in "ab"))
     with pytest.raises(UserError, match="4 files") as caught:
         read_index(tmp_path)
-    assert all(
-        f"{kind}/{name}.pt" in str(caught.value) for kind in ("video_latents", "prompt_embeds") for name in "ab"
-    )
+    kinds = ("video_latents", "prompt_embeds")
+    assert all(f"{kind}/{name}.pt" in str(caught.value) for kind in kinds for name in "ab")
 
 
-def test_an_index_that_leads_out_of_its_folder_is_refused_line_by_line(tmp_path):
-    """A folder handed over by a stranger reads its own files alone."""
+def test_a_folder_that_was_never_prepared_or_not_finished_says_what_to_run(tmp_path):
+    with pytest.raises(UserError, match=r"--load_tensors: .* has no prepared data .* prepare_dataset\.sh"):
+        read_index(tmp_path)
+    claim_folder(tmp_path, settings())
+    write_clip(tmp_path, "a")
+    with pytest.raises(UserError, match=r"was not finished .* run it again"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("kinds", [[], ["image_latents"]])
+def test_a_folder_of_the_original_script_is_read_with_and_without_its_index(tmp_path, kinds):
+    entry = write_clip(tmp_path, "0a1b", *kinds)
+    (tmp_path / "data.jsonl").write_text(json.dumps(entry) + "\n")
+    (clip,) = read_index(tmp_path)
+    assert clip.bucket == BUCKET
+    assert (clip.image_latents is not None) == bool(kinds)
+    if kinds:
+        assert read_tensor(clip.image_latents).sum() == 32 * 8 * 12
+    (tmp_path / "data.jsonl").unlink()
+    assert read_index(tmp_path) == [clip]  # the sizes come from the tensors
+
+
+def test_an_index_that_leads_out_of_its_folder_is_refused_with_its_lines(tmp_path):
+    """A folder from a stranger reads only its own files."""
     folder = tmp_path / "prepared"
-    write_clip(folder, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
-    write_clip(tmp_path, "secret", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
-    good = sample_in_files("a", BUCKET, with_images=False)
+    good = write_clip(folder, "a")
+    write_clip(tmp_path, "secret")
     bad = [{"video_latent": "../video_latents/secret.pt"}, {"prompt_embed": f"{tmp_path}/prompt_embeds/secret.pt"}]
     (folder / "data.jsonl").write_text(index_lines([good, *(good | outside for outside in bad)]))
     with pytest.raises(UserError, match=r"data\.jsonl names 2 files outside of its folder; .*") as caught:
@@ -149,25 +129,27 @@ def test_an_index_that_leads_out_of_its_folder_is_refused_line_by_line(tmp_path)
     assert len(read_index(folder, allow_outside_paths=True)) == 3
 
 
-def test_shards_outside_of_the_folder_are_refused(tmp_path):
-    write_shards(tmp_path / "mine", ["a"])
-    write_shards(tmp_path / "theirs", ["a"])
-    index = (tmp_path / "mine/index.jsonl").read_text()
-    (tmp_path / "mine/index.jsonl").write_text(index.replace("latents/aa", "../theirs/latents/aa"))
-    with pytest.raises(UserError, match=r"index\.jsonl names 1 files outside of its folder"):
-        read_index(tmp_path / "mine")
-
-
-def test_a_broken_line_of_the_index_is_named(tmp_path):
-    (tmp_path / "data.jsonl").write_text('{"video_latent": "video_latents/a.pt"}\n')
-    with pytest.raises(UserError, match=r"data\.jsonl:1"):
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"name": "\udcff"}',
+        "[]",
+        '{"name": 5}',
+        json.dumps(sample_in_files("a", BUCKET, with_images=False) | {"repeats": 0}),
+        json.dumps(sample_in_files("a", Bucket(9, 0, 96), with_images=False)),
+    ],
+)
+@pytest.mark.parametrize("name", ["index.jsonl", "data.jsonl"])
+def test_a_damaged_line_of_an_index_is_named(tmp_path, name, line):
+    (tmp_path / name).write_text(f"\n{line}\n", encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(UserError, match=rf"{name}:2: not a prepared clip"):
         read_index(tmp_path)
 
 
-def test_a_folder_keeps_to_the_settings_it_was_begun_with(tmp_path):
+def test_a_folder_keeps_the_settings_of_its_first_preparation(tmp_path):
     claim_folder(tmp_path, settings())
     claimed = claim_folder(tmp_path, settings(flags={"fps": 8}, model="elsewhere"))
-    assert read_prepared_settings(tmp_path)["flags"] == {}  # those of the index that is there
+    assert read_prepared_settings(tmp_path)["flags"] == {}  # those of the existing index
     write_settings(tmp_path, claimed)
     assert read_prepared_settings(tmp_path)["flags"] == {"fps": 8}
     with pytest.raises(UserError, match=r"dtype was 'fp32', is now 'bf16'"):
@@ -176,17 +158,17 @@ def test_a_folder_keeps_to_the_settings_it_was_begun_with(tmp_path):
         claim_folder(tmp_path, settings(encoders=ENCODERS | {"vae": "d"}, tiling=True))
 
 
-def test_an_encoder_whose_files_are_not_there_is_no_difference_and_not_forgotten(tmp_path):
+def test_an_encoder_without_files_does_not_differ_and_is_remembered(tmp_path):
     claim_folder(tmp_path, settings())
     claim_folder(tmp_path, settings(encoders=ENCODERS | {"vae": None}))
     assert read_prepared_settings(tmp_path)["encoders"] == ENCODERS
 
 
 def test_other_encoders_than_the_models_are_named(tmp_path):
-    assert check_encoders(tmp_path, ENCODERS) is None  # a folder of the original script: nothing is known
+    assert check_encoders(tmp_path, ENCODERS) == ""  # a folder of the original script, without settings
     claim_folder(tmp_path, settings(model="THUDM/CogVideoX-2b"))
-    assert check_encoders(tmp_path, ENCODERS) is None
-    assert check_encoders(tmp_path, ENCODERS | {"tokenizer": None}) is None
+    assert check_encoders(tmp_path, ENCODERS) == ""
+    assert check_encoders(tmp_path, ENCODERS | {"tokenizer": None}) == ""
     problem = check_encoders(tmp_path, {"vae": "x", "text_encoder": "y", "tokenizer": "c"})
     assert "another vae and text_encoder (of THUDM/CogVideoX-2b) than the model's" in problem
 
@@ -198,9 +180,6 @@ def test_lists_of_another_data_set_are_never_overwritten(tmp_path):
 
 
 def test_a_file_that_would_run_code_when_unpickled_is_refused(tmp_path):
-    import os
-    import pickle
-
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "evil"),)
@@ -211,27 +190,11 @@ def test_a_file_that_would_run_code_when_unpickled_is_refused(tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
-def test_a_preparation_that_was_not_finished_is_not_trained_on(tmp_path):
-    claim_folder(tmp_path, settings())
-    write_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
-    with pytest.raises(UserError, match="was not finished"):
-        read_index(tmp_path)
-
-
 @pytest.mark.parametrize("content", ["[]", "null", '{"encoders": null}', "{"])
 def test_damaged_settings_are_named(tmp_path, content):
     (tmp_path / "prepared.json").write_text(content)
     with pytest.raises(UserError, match=r"prepared\.json is damaged"):
         read_prepared_settings(tmp_path)
-
-
-@pytest.mark.parametrize("line", [b'{"name": "\xff"}', b"[]", b'{"name": 5}'])
-def test_a_damaged_line_of_an_index_of_shards_is_named(tmp_path, line):
-    write_shards(tmp_path, ["a"])
-    with open(tmp_path / "index.jsonl", "ab") as file:
-        file.write(line + b"\n")
-    with pytest.raises(UserError, match=r"index\.jsonl:2: not a prepared clip"):
-        read_index(tmp_path)
 
 
 def test_without_an_index_a_damaged_tensor_is_named(tmp_path):
@@ -241,7 +204,7 @@ def test_without_an_index_a_damaged_tensor_is_named(tmp_path):
         read_index(tmp_path)
 
 
-def test_the_empty_prompt_is_read_back_and_none_where_there_is_none(tmp_path):
+def test_the_empty_prompt_is_read_back_if_it_exists(tmp_path):
     assert read_empty_prompt(tmp_path) is None
     embeds = torch.randn(2, 226, 64, dtype=torch.bfloat16)
     write_empty_prompt(tmp_path, embeds[1])
@@ -249,16 +212,16 @@ def test_the_empty_prompt_is_read_back_and_none_where_there_is_none(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["empty_prompt.safetensors"]
 
 
-def test_a_damaged_empty_prompt_is_named(tmp_path):
-    write_empty_prompt(tmp_path, torch.zeros(226, 64))
-    path = tmp_path / "empty_prompt.safetensors"
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"empty_prompt\.safetensors is damaged .* prepare the data again"):
-        read_empty_prompt(tmp_path)
-
-
-@pytest.mark.parametrize("tensors", [{"other": torch.zeros(226, 64)}, {"prompt_embeds": torch.zeros(64)}])
-def test_a_file_that_holds_something_else_is_no_empty_prompt(tmp_path, tensors):
-    save_file(tensors, tmp_path / "empty_prompt.safetensors")
-    with pytest.raises(UserError, match=r"empty_prompt\.safetensors has no embedding of a prompt"):
+@pytest.mark.parametrize(
+    "content",
+    [
+        save({"prompt_embeds": torch.zeros(226, 64)})[:-4],
+        save({"other": torch.zeros(226, 64)}),
+        save({"prompt_embeds": torch.zeros(64)}),
+    ],
+    ids=["cut short", "another tensor", "another shape"],
+)
+def test_an_empty_prompt_that_cannot_be_used_is_named(tmp_path, content):
+    (tmp_path / "empty_prompt.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"empty_prompt\.safetensors .*; remove it and prepare the data again"):
         read_empty_prompt(tmp_path)

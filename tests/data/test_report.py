@@ -1,20 +1,21 @@
-"""The plan's report says what is in the plan, and what stands out in it."""
+"""The report shows the plan and notes unusual samples, as `data.report` documents."""
 
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data.buckets import Bucket, make_buckets
-from data.clips import BadClip, Clip, ClipSample, plan_clips
+from data.buckets import make_buckets
+from data.clips import BadClip, Clip, plan_clips
 from data.report import plan_table, write_plan
 from repository import TRAINING
 from video.probe import VideoInfo
 
 
-BUCKETS = make_buckets([1, 9, 17], [32, 64], [32, 64], 17)
+BUCKETS = make_buckets([1, 9, 17], [32, 64], [32, 64])
 VIDEO = VideoInfo(17, 64, 64, 8.0)
 
 
@@ -31,9 +32,15 @@ def plan(infos, captions="A cat.", repeats=1.0, **options):
     return planned
 
 
+def table_of(planned, **options):
+    """The lines of the table and the notes."""
+    usual = {"batch_size": 1, "tokens_of": lambda bucket: 226 + bucket.height, "model_fps": 8.0}
+    return plan_table(planned, **usual | options).splitlines()
+
+
 def notes(planned, **options):
-    """What stands below the table and the length of the epoch."""
-    lines = plan_table(planned, batch_size=1, **options).splitlines()
+    """The lines below the table and the length of the epoch."""
+    lines = table_of(planned, **options)
     return lines[[line.startswith("an epoch is") for line in lines].index(True) + 1 :]
 
 
@@ -48,67 +55,57 @@ def test_the_plan_is_described_bucket_by_bucket():
         VideoInfo(10, 16, 40, 8.0),  # smaller than every bucket
         VideoInfo(1, 64, 64, 0.0, is_image=True),
     ]
-    assert plan_table(plan(infos), batch_size=2).splitlines() == [
-        "bucket    samples  upscaled  cropped  clip frames  unused  batches",
-        "1x64x64         1         0       0%            1      0%        1",
-        "9x32x64         1         1      20%           10     10%        1",
-        "17x64x64        3         0       0%           17     25%        2",
+    assert table_of(plan(infos), batch_size=2, model_fps=6) == [
+        "bucket    samples  tokens  upscaled  cropped  clip frames  unused  batches",
+        "1x64x64         1     290         0       0%            1      0%        1",
+        "9x32x64         1     258         1      20%           10     10%        1",
+        "17x64x64        3     290         0       0%           17     25%        2",
         "an epoch is 5 samples in 4 batches of up to 2",
     ]
 
 
-def test_tokens_are_a_column_where_they_can_be_counted():
-    table = plan_table(plan([VIDEO]), batch_size=1, tokens_of=lambda bucket: 226 + bucket.height)
-    assert [line.split()[2] for line in table.splitlines()[:2]] == ["tokens", "290"]
-
-
 @pytest.mark.parametrize(("mode", "name"), [("center", "cropped"), ("random", "cropped"), ("none", "squeezed")])
-def test_what_becomes_of_another_aspect_depends_on_the_reshape_mode(mode, name):
-    header, row, *_ = plan_table(plan([VideoInfo(17, 64, 80, 8.0)]), batch_size=1, reshape_mode=mode).splitlines()
-    assert header.split()[3] == name
-    assert row.split()[3] == "20%"
+def test_the_column_of_another_aspect_depends_on_the_reshape_mode(mode, name):
+    header, row, *_ = table_of(plan([VideoInfo(17, 64, 80, 8.0)]), reshape_mode=mode)
+    assert header.split()[4] == name
+    assert row.split()[4] == "20%"
 
 
-def test_frames_of_a_split_clip_count_as_used_whichever_sample_shows_them():
-    table = plan_table(plan([VideoInfo(30, 64, 64, 8.0)], long_clips="split"), batch_size=1)
-    # 17 + 9 of 30 frames
-    assert [line.split()[-2] for line in table.splitlines()[:3]] == ["unused", "13%", "13%"]
+def test_frames_of_a_split_clip_are_used_by_any_of_its_samples():
+    lines = table_of(plan([VideoInfo(30, 64, 64, 8.0)], long_clips="split"))
+    assert [line.split()[-2] for line in lines[:3]] == ["unused", "13%", "13%"]  # 17 + 9 of 30 frames
 
 
 def test_batches_are_shared_out_over_the_ranks():
-    assert "an epoch is 9 samples in 5 batches of up to 2, 2 on each of 4 ranks" in plan_table(
-        plan([VIDEO] * 9), batch_size=2, num_ranks=4
-    )
+    lines = table_of(plan([VIDEO] * 9), batch_size=2, num_ranks=4)
+    assert lines[-1] == "an epoch is 9 samples in 5 batches of up to 2, 2 on each of 4 ranks"
 
 
-def test_a_plan_without_samples_says_so():
-    assert plan_table([], batch_size=1) == "there are no samples"
+def test_an_empty_plan_is_reported():
+    assert table_of([]) == ["there are no samples"]
 
 
-# What stands out
+# Notes
 
 
-def test_nothing_is_noted_of_plain_clips():
-    assert notes(plan([VIDEO] * 3), model_fps=8.0, num_long_captions=0) == []
-
-
-def test_repeats_count_in_the_epoch():
-    planned = [*plan([VIDEO] * 4, repeats=2.5), *plan([VIDEO] * 3)]
-    assert "an epoch is 13 samples in 7 batches of up to 2" in plan_table(planned, batch_size=2)
-    assert notes(planned) == ["an epoch has 3 samples 1 times, 4 samples 2.5 times"]
-
-
-def test_many_different_repeats_are_summed_up():
-    planned = [sample for times in (0.5, 1, 2, 4) for sample in plan([VIDEO], repeats=times)]
-    assert notes(planned) == ["an epoch has every sample 0.5 to 4 times"]
+@pytest.mark.parametrize(
+    ("repeats", "count", "times"),
+    [((2.5, 1), 4, "1 sample 1 times, 1 sample 2.5 times"), ((0.5, 1, 2, 4), 8, "every sample 0.5 to 4 times")],
+)
+def test_repeats_count_in_the_epoch(repeats, count, times):
+    planned = [sample for number in repeats for sample in plan([VIDEO], repeats=number)]
+    assert table_of(planned)[-2:] == [
+        f"an epoch is {count} samples in {count} batches of up to 1",
+        f"an epoch has {times}",
+    ]
 
 
 def test_clips_that_were_split_are_counted():
-    planned = plan([VideoInfo(51, 64, 64, 8.0), VideoInfo(26, 64, 64, 8.0), VIDEO], long_clips="split")
+    planned = plan([VideoInfo(51, 64, 64, 8.0, sha256="a"), VideoInfo(26, 64, 64, 8.0), VIDEO], long_clips="split")
     assert notes(planned) == ["2 clips split: 5 samples"]
 
 
-def test_frames_that_are_held_are_told_with_the_worst_clip():
+def test_held_frames_are_noted_with_the_worst_clip():
     planned = plan([VideoInfo(8, 64, 64, 8.0), VideoInfo(5, 64, 64, 8.0)], hold_last_frame=True)
     assert notes(planned) == [
         "2 samples too short: the last frame is held, for up to 4 of 9 frames (1.mp4 (videos.txt:2))"
@@ -125,7 +122,7 @@ def test_captions_that_are_cut_are_counted():
 
 
 def rate_notes(*infos, **options):
-    return notes(plan(infos, **options), model_fps=8.0)
+    return notes(plan(infos, **options))
 
 
 def test_clips_faster_than_the_model_teach_slow_motion():
@@ -149,7 +146,7 @@ def test_long_clips_spread_over_few_frames_teach_fast_motion():
         (VideoInfo(17, 64, 64, 16.0), {}),  # twice as fast is near enough
         (VideoInfo(49, 64, 64, 24.0), {}),  # every third frame is shown
         (VideoInfo(100, 64, 64, 24.0), {"fps": 8.0, "long_clips": "first"}),
-        (VideoInfo(17, 64, 64, 0.0), {}),  # nobody knows
+        (VideoInfo(17, 64, 64, 0.0), {}),  # unknown
         (VideoInfo(1, 64, 64, 0.0, is_image=True), {}),
         (VideoInfo(5, 64, 64, 8.0), {"hold_last_frame": True}),  # the frames held do not make it slower
         (VideoInfo(1, 64, 64, 24.0), {"hold_last_frame": True}),
@@ -159,7 +156,7 @@ def test_rates_near_the_models_are_not_noted(info, options):
     assert not any("frames per second" in note for note in rate_notes(info, **options))
 
 
-def test_a_variable_rate_is_told_by_the_times_of_the_frames_shown():
+def test_a_variable_rate_follows_from_the_times_of_the_chosen_frames():
     times = tuple(range(0, 500_000, 50_000)) + tuple(range(1_000_000, 8_000_000, 1_000_000))
     first = VideoInfo(17, 64, 64, 2.3, frame_times=times)  # 10 frames at 20 a second, then one a second
     assert rate_notes(first)[0].startswith("1 sample at 2.29 frames per second")  # 16 steps in 7 seconds
@@ -173,30 +170,21 @@ def of_content(*contents):
     return [VideoInfo(17, 64, 64, 8.0, sha256=content) for content in contents]
 
 
-def test_clips_listed_twice_are_named_in_pairs():
-    assert notes(plan(of_content("a", "b", "a", "c", "a"))) == [
-        "2 clips listed again with the same caption, which adds weight: 0.mp4 (videos.txt:1) and 2.mp4 "
-        "(videos.txt:3); 0.mp4 (videos.txt:1) and 4.mp4 (videos.txt:5)"
+def test_clips_listed_twice_are_named_in_pairs_up_to_three():
+    pairs = [
+        f"{first}.mp4 (videos.txt:{first + 1}) and {first + 4}.mp4 (videos.txt:{first + 5})" for first in range(3)
     ]
+    start = "clips listed again with the same caption, which adds weight: "
+    assert notes(plan(of_content(*"abcdab"))) == [f"2 {start}{'; '.join(pairs[:2])}"]
+    assert notes(plan(of_content(*"abcdabcd"))) == [f"4 {start}{'; '.join(pairs)}; and 1 more"]
 
 
-def test_only_the_first_pairs_are_named():
-    assert notes(plan(of_content(*"abcdabcd")))[0].endswith(
-        "2.mp4 (videos.txt:3) and 6.mp4 (videos.txt:7); and 1 more"
-    )
-
-
-def test_a_video_with_several_captions_is_no_duplicate():
+def test_a_video_with_several_captions_is_not_a_duplicate():
     planned = plan(of_content("a", "b", "a", "a"), captions=["A cat.", "A cat.", "A dog.", "A mouse."])
     assert notes(planned) == ["1 video with several captions: 0.mp4 (videos.txt:1) and 2.mp4 (videos.txt:3)"]
 
 
-def test_the_samples_of_one_clip_are_no_duplicates():
-    planned = plan([VideoInfo(51, 64, 64, 8.0, sha256="a")], long_clips="split")
-    assert notes(planned) == ["1 clip split: 3 samples"]
-
-
-# The whole plan as a file
+# The full plan as a file
 
 
 def read(path):
@@ -227,30 +215,22 @@ def test_the_csv_has_a_line_for_every_sample_and_every_bad_clip(tmp_path):
         "upscaled": "",
         "reason": "",
     }
-    assert (second["part"], second["bucket"], second["first_frame"], second["last_frame"]) == (
-        "1",
-        "9x32x64",
-        "17",
-        "25",
-    )
+    columns = ("part", "bucket", "first_frame", "last_frame")
+    assert [second[column] for column in columns] == ["1", "9x32x64", "17", "25"]
     assert third["caption"] == "b" * 59 + "…"
     assert (bad["source"], bad["video"], bad["reason"]) == ("videos.txt:9", "gone.mp4", "does not exist")
     assert bad["frames"] == ""
 
 
-def test_the_csv_tells_how_much_a_clip_is_upscaled_and_held(tmp_path):
-    write_plan(plan([VideoInfo(5, 16, 32, 8.0)], hold_last_frame=True), [], tmp_path / "plan.csv")
+def test_the_csv_has_the_upscaling_held_frames_and_names_that_are_not_unicode(tmp_path):
+    (sample,) = plan([VideoInfo(5, 16, 32, 8.0)], hold_last_frame=True)
+    clip = replace(sample.clip, video=Path("b\udcff.mp4"))
+    write_plan([replace(sample, clip=clip)], [], tmp_path / "plan.csv")
     (row,) = read(tmp_path / "plan.csv")
     assert (row["bucket"], row["upscaled"], row["held"], row["cropped"]) == ("9x32x64", "2", "4", "0.000")
-
-
-def test_a_file_name_that_is_not_unicode_can_be_written(tmp_path):
-    clip = Clip(Path("b\udcff.mp4"), "A cat.", "videos.txt:1")
-    write_plan([ClipSample(clip, VIDEO, Bucket(9, 64, 64), tuple(range(9)))], [], tmp_path / "plan.csv")
-    assert read(tmp_path / "plan.csv")[0]["video"] == "b\\udcff.mp4"
+    assert row["video"] == "b\\udcff.mp4"
 
 
 def test_reporting_needs_no_torch():
     script = "import sys, data.report; sys.exit('torch' in sys.modules)"
-    folder = TRAINING
-    assert subprocess.run([sys.executable, "-c", script], cwd=folder, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], cwd=TRAINING, check=False).returncode == 0

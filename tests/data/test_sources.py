@@ -23,6 +23,7 @@ def test_paths_that_lead_out_of_the_data_root_are_bad_clips_each_with_its_line(t
     ]
     assert all(f"lies outside of {tmp_path}; " in clip.reason for clip in unusable)
     assert all("--allow_outside_paths" in clip.reason for clip in unusable)
+    assert good(tmp_path, allow_outside_paths=True)[1].video == tmp_path / "../y.mp4"
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
@@ -38,24 +39,14 @@ def test_no_table_names_files_elsewhere_neither_as_videos_nor_as_images(tmp_path
     assert "its image lies outside of" in str(image)
 
 
-def test_paths_that_lead_out_are_kept_if_they_are_allowed(tmp_path):
-    write_lists(tmp_path, videos="/clips/z.mp4\n../y.mp4", prompts="A cat.\nA dog.")
-    clips = good(tmp_path, allow_outside_paths=True)
-    assert [clip.video for clip in clips] == [Path("/clips/z.mp4"), tmp_path / "../y.mp4"]
-
-
-def test_a_table_may_list_files_beside_itself_and_in_the_data_root(tmp_path):
+def test_a_table_may_list_files_beside_itself_in_the_data_root_and_in_the_cache(tmp_path):
     """As the table of `make_first_frames.py` does."""
-    row = {"video": str(tmp_path / "clips/a.mp4"), "text": "A cat.", "image": str(tmp_path / "frames/a.png")}
-    file = write_table(tmp_path / "frames/table.jsonl", [row])
+    places = [tmp_path / "clips/a.mp4", tmp_path / "cache/01/01.mp4"]
+    rows = [{"video": str(place), "text": "A cat.", "image": str(tmp_path / "frames/a.png")} for place in places]
+    file = write_table(tmp_path / "frames/table.jsonl", rows)
     (tmp_path / "clips").mkdir()
-    (clip,) = good(tmp_path / "clips", dataset_file=file)
-    assert (clip.video, clip.image) == (tmp_path / "clips/a.mp4", tmp_path / "frames/a.png")
-
-
-def test_a_table_may_list_what_the_cache_holds(tmp_path):
-    file = write_table(tmp_path / "lists/table.csv", [{"video": str(tmp_path / "cache/01/01.mp4"), "text": "A cat."}])
-    assert len(good(None, dataset_file=file, cache=tmp_path / "cache")) == 1
+    clips = good(tmp_path / "clips", dataset_file=file, cache=tmp_path / "cache")
+    assert [(clip.video, clip.image) for clip in clips] == [(place, tmp_path / "frames/a.png") for place in places]
 
 
 def test_a_folder_of_clips_may_hold_links_to_elsewhere(tmp_path):
@@ -85,11 +76,6 @@ def test_the_id_token_is_added_before_every_caption(tmp_path, token, caption):
     assert captions(good(tmp_path, id_token=token)) == [caption]
 
 
-def test_listed_files_need_not_exist(tmp_path):
-    write_lists(tmp_path, videos="A very long caption, where a path belongs. " * 50, prompts="a.mp4")
-    assert captions(good(tmp_path)) == ["a.mp4"]
-
-
 def test_the_folder_of_the_list_is_named_on_request(tmp_path):
     touch(tmp_path / "folder", "a.mp4", "sub/b.mp4")
     write(tmp_path / "folder/sub/b.txt", "A dog.")
@@ -107,15 +93,16 @@ def test_the_folder_of_the_list_is_named_on_request(tmp_path):
     assert places(tmp_path / "folder", dataset_file=tmp_path / "data.csv", caption_column="text") == in_table
 
 
-def test_a_missing_data_root_is_named(tmp_path):
-    assert error_of(tmp_path / "nowhere") == f"--data_root {tmp_path / 'nowhere'} is not a folder"
-
-
-def test_no_source_and_two_sources_are_errors():
-    assert "set --data_root, --dataset_file, --dataset_name" in error_of(None)
-    assert error_of(None, dataset_file=Path("a.csv"), dataset_name="b").startswith(
-        "--dataset_file and --dataset_name are both set"
-    )
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({}, "there are no clips to read: set --data_root, --dataset_file, --dataset_name"),
+        ({"data_root": Path("nowhere")}, "--data_root nowhere is not a folder"),
+        ({"dataset_file": Path("a.csv"), "dataset_name": "b"}, "--dataset_file and --dataset_name are both set"),
+    ],
+)
+def test_no_source_a_missing_one_and_two_are_errors(source, message):
+    assert error_of(**{"data_root": None} | source).startswith(message)
 
 
 def test_an_image_column_has_no_meaning_in_a_folder(tmp_path):
@@ -139,11 +126,12 @@ def test_a_column_that_comes_twice_is_an_error(tmp_path):
     assert error_of(tmp_path, dataset_file=file).startswith(f"{file} has several columns 'text'; rename")
 
 
-def test_rows_without_a_value_are_bad_clips(tmp_path):
-    file = write(tmp_path / "data.csv", "video,text\na.mp4,\nb.mp4,A dog.\n,A cat.\n")
+def test_rows_without_a_value_or_with_a_url_are_bad_clips(tmp_path):
+    file = write(tmp_path / "data.csv", "video,text\na.mp4,\nb.mp4,A dog.\n,A cat.\nhttps://host.example/a.mp4,A.\n")
     assert bad(tmp_path, dataset_file=file) == [
         "a.mp4 (data.csv:2): has no caption",
         "unnamed clip (data.csv:4): has no path",
+        "https://host.example/a.mp4 (data.csv:5): is a URL; download the file and list its path",
     ]
 
 
@@ -156,11 +144,13 @@ def test_rows_without_a_value_are_bad_clips(tmp_path):
         ("data.json", "[]", "no column 'video'; it has none"),
     ],
 )
-def test_a_table_without_rows_is_an_error(tmp_path, name, content, message):
+def test_a_list_without_rows_is_an_error(tmp_path, name, content, message):
     assert message in error_of(tmp_path, dataset_file=write(tmp_path / name, content))
+    write_lists(tmp_path, videos="\n", prompts="")
+    assert error_of(tmp_path) == f"{tmp_path / 'videos.txt'} has no rows"
 
 
-def test_a_relative_table_is_looked_for_here_and_then_in_the_data_root(tmp_path, tmp_path_factory, monkeypatch):
+def test_a_relative_table_is_searched_here_and_then_in_the_data_root(tmp_path, tmp_path_factory, monkeypatch):
     here = tmp_path_factory.mktemp("here")
     monkeypatch.chdir(here)
     name = Path("data.csv")
@@ -175,14 +165,8 @@ def test_a_relative_table_is_looked_for_here_and_then_in_the_data_root(tmp_path,
 
 def test_without_a_data_root_paths_start_from_the_folder_of_the_table(tmp_path):
     file = write(tmp_path / "data.csv", "video,text\na.mp4,A cat.\n")
-    assert good(None, dataset_file=file)[0].video == tmp_path / "a.mp4"
-
-
-def test_a_url_is_not_a_path(tmp_path):
-    file = write(tmp_path / "data.csv", "video,text\nhttps://host.example/a.mp4,A cat.\n")
-    assert bad(tmp_path, dataset_file=file) == [
-        "https://host.example/a.mp4 (data.csv:2): is a URL; download the file and list its path"
-    ]
+    (clip,) = good(None, dataset_file=file, repeats=2.5)
+    assert (clip.video, clip.repeats) == (tmp_path / "a.mp4", 2.5)
 
 
 @pytest.mark.parametrize("column", ["image", "images"])
@@ -195,22 +179,14 @@ def test_an_image_column_that_is_named_wins(tmp_path):
     file = write(tmp_path / "data.csv", "video,text,image,start\na.mp4,A cat.,a.png,b.png\n")
     (clip,) = good(tmp_path, dataset_file=file, image_column="start")
     assert (clip.image, clip.metadata) == (tmp_path / "b.png", {"image": "a.png"})
-
-
-def test_a_column_of_stills_is_not_its_own_first_frame(tmp_path):
-    file = write(tmp_path / "data.csv", "image,text\na.png,A cat.\n")
-    assert good(tmp_path, dataset_file=file, video_column="image")[0].image is None
+    (still,) = good(tmp_path, dataset_file=file, video_column="image")
+    assert (still.image, still.metadata) == (None, {"video": "a.mp4", "start": "b.png"})
 
 
 @pytest.mark.parametrize("name", ["data.csv", "data.jsonl", "data.json", "data.parquet"])
 def test_only_the_first_samples_are_read_on_request(tmp_path, name):
     file = write_table(tmp_path / name, [{"video": f"{number}.mp4", "text": f"Cat {number}."} for number in range(5)])
     assert captions(good(tmp_path, dataset_file=file, max_samples=2)) == ["Cat 0.", "Cat 1."]
-
-
-def test_the_repeats_of_a_source_are_those_of_its_clips(tmp_path):
-    file = write(tmp_path / "data.csv", "video,text\na.mp4,A cat.\n")
-    assert good(tmp_path, dataset_file=file, repeats=2.5)[0].repeats == 2.5
 
 
 def test_values_of_the_wrong_type_are_bad_clips(tmp_path):

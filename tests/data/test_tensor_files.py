@@ -1,3 +1,5 @@
+"""Tensors are written to shards as `data.tensor_files` documents, also after kills and by several ranks."""
+
 import itertools
 
 import pytest
@@ -10,7 +12,7 @@ from common.errors import UserError
 from data.tensor_files import MOST_PER_SHARD, ShardWriter, finished_names, names_in, samples_per_shard
 
 
-NAMES = [f"clip-{number}" for number in range(7)]
+NAMES = [f"clip.mp4-{number}" for number in range(7)]
 
 
 def writer(root, names=NAMES, per_shard=3):
@@ -18,8 +20,9 @@ def writer(root, names=NAMES, per_shard=3):
 
 
 def tensors(names):
-    """What belongs to these names: a tensor that tells them apart."""
-    return {name: {"video_latents": torch.full((2, 3), float(name.split("-")[1]))} for name in names}
+    """Different tensors of two kinds for each name."""
+    values = {name: float(name.split("-")[1]) for name in names}
+    return {name: {"video_latents": torch.full((2, 3), value), "b": torch.ones(1)} for name, value in values.items()}
 
 
 def write_all(shards, batch_size=2, rank=0, world_size=1):
@@ -32,32 +35,14 @@ def contents(root):
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_every_name_lies_once_in_a_shard_of_at_most_the_size_asked_for(tmp_path):
+def test_every_name_is_once_in_a_shard_of_at_most_the_size_asked_for(tmp_path):
     write_all(writer(tmp_path))
     files = sorted((tmp_path / "latents").iterdir())
-    assert sorted(len(list(names_in(path))) for path in files) == [1, 3, 3]
+    assert sorted(len(set(names_in(path))) for path in files) == [1, 3, 3]
     found = {key: tensor for path in files for key, tensor in load_file(path).items()}
-    assert found.keys() == {f"{name}.video_latents" for name in NAMES}
+    assert found.keys() == {f"{name}.{kind}" for name in NAMES for kind in ("video_latents", "b")}
     assert all(torch.equal(found[f"{name}.video_latents"], tensors([name])[name]["video_latents"]) for name in NAMES)
     assert not list((tmp_path / ".staging").rglob("*.safetensors"))
-
-
-def test_a_name_may_have_tensors_of_several_kinds(tmp_path):
-    shards = writer(tmp_path, ["a.b", "c"])
-    (batch,) = shards.todo(2, 0, 1)
-    shards.write({name: {"video_latents": torch.zeros(1), "image_latents": torch.ones(2)} for name in batch})
-    assert finished_names(tmp_path / "latents").keys() == {"a.b", "c"}
-    (path,) = (tmp_path / "latents").iterdir()
-    assert load_file(path)["a.b.image_latents"].tolist() == [1, 1]
-
-
-def test_a_shard_appears_with_its_last_batch_and_not_before(tmp_path):
-    shards = writer(tmp_path, per_shard=4)
-    first, second, *_ = shards.todo(2, 0, 1)
-    shards.write(tensors(first))
-    assert not (tmp_path / "latents").exists()
-    shards.write(tensors(second))
-    assert set(finished_names(tmp_path / "latents")) == set(NAMES[:4])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -66,13 +51,13 @@ def test_the_ranks_share_the_batches_and_write_the_same_bytes(tmp_path, batch_si
     write_all(writer(tmp_path / "one"))
     ranks = [writer(tmp_path / "many").todo(batch_size, rank, world_size) for rank in range(world_size)]
     assert sorted(itertools.chain(*itertools.chain(*ranks))) == NAMES
-    for rank in reversed(range(world_size)):  # the last one begins when the others have not even started
+    for rank in reversed(range(world_size)):  # the last one finishes before the others start
         write_all(writer(tmp_path / "many"), batch_size, rank, world_size)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
 @given(num_written=st.integers(0, 4), batch_size=st.integers(1, 3), per_shard=st.integers(1, 8))
-def test_what_was_interrupted_after_any_batch_is_continued_to_the_same_bytes(
+def test_a_run_interrupted_after_any_batch_continues_to_the_same_bytes(
     tmp_path_factory, num_written, batch_size, per_shard
 ):
     root = tmp_path_factory.mktemp("shards")
@@ -93,7 +78,7 @@ def shards_batches(per_shard, batch_size):
     return [names[start : start + batch_size] for names in shards for start in range(0, len(names), batch_size)]
 
 
-def test_a_shard_whose_batches_are_all_there_is_finished_after_a_kill(tmp_path):
+def test_a_shard_with_all_batches_is_finished_after_a_kill(tmp_path):
     write_all(writer(tmp_path / "whole", per_shard=4))
     shards = writer(tmp_path / "killed", per_shard=4)
     batches = shards.todo(2, 0, 1)
@@ -101,7 +86,7 @@ def test_a_shard_whose_batches_are_all_there_is_finished_after_a_kill(tmp_path):
     kept = contents(tmp_path / "killed")
     shards.write(tensors(batches[1]))
     (shard,) = (tmp_path / "killed" / "latents").iterdir()
-    shard.unlink()  # as if killed before it was put in place: its batches still lie in staging
+    shard.unlink()  # as if killed before it was in place: its batches are still staged
     for path, content in kept.items():
         (tmp_path / "killed" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "killed" / path).write_bytes(content)
@@ -113,44 +98,46 @@ def test_a_shard_whose_batches_are_all_there_is_finished_after_a_kill(tmp_path):
 def test_new_names_go_into_new_shards_and_finished_ones_stay_as_they_are(tmp_path):
     write_all(writer(tmp_path, NAMES[:4]))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").iterdir()}
-    shards = writer(tmp_path, ["clip-9", *NAMES[:4], "clip-8"])
-    assert list(itertools.chain(*shards.todo(2, 0, 1))) == ["clip-9", "clip-8"]
+    shards = writer(tmp_path, ["clip.mp4-9", *NAMES[:4], "clip.mp4-8"])
+    assert list(itertools.chain(*shards.todo(2, 0, 1))) == ["clip.mp4-9", "clip.mp4-8"]
     write_all(shards)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert finished_names(tmp_path / "latents").keys() == {*NAMES[:4], "clip-8", "clip-9"}
+    assert finished_names(tmp_path / "latents").keys() == {*NAMES[:4], "clip.mp4-8", "clip.mp4-9"}
 
 
-def test_what_was_staged_is_kept_when_the_list_of_names_has_changed(tmp_path):
+def test_staged_batches_are_kept_when_the_list_of_names_has_changed(tmp_path):
     shards = writer(tmp_path, per_shard=7)
     for batch in shards.todo(2, 0, 1)[:3]:
         shards.write(tensors(batch))
-    longer = writer(tmp_path, ["clip-9", *NAMES[1:]], per_shard=7)
-    assert list(itertools.chain(*longer.todo(1, 0, 1))) == ["clip-9", "clip-6"]
+    longer = writer(tmp_path, ["clip.mp4-9", *NAMES[1:]], per_shard=7)
+    assert list(itertools.chain(*longer.todo(1, 0, 1))) == ["clip.mp4-9", "clip.mp4-6"]
     write_all(longer)
     (path,) = (tmp_path / "latents").iterdir()
-    assert set(names_in(path)) == {"clip-9", *NAMES[1:]}
-    assert torch.equal(load_file(path)["clip-3.video_latents"], tensors(["clip-3"])["clip-3"]["video_latents"])
+    assert set(names_in(path)) == {"clip.mp4-9", *NAMES[1:]}
+    assert load_file(path)["clip.mp4-3.video_latents"].unique() == 3
 
 
-def test_a_batch_that_two_processes_wrote_does_not_finish_a_shard_early(tmp_path):
-    shards = writer(tmp_path, per_shard=3)
-    shards.write(tensors(NAMES[:2]))
+def test_a_shard_appears_with_the_last_of_its_names_and_not_before(tmp_path):
+    shards = writer(tmp_path, per_shard=4)
+    shards.write(tensors(NAMES[:3]))
     shards.write(tensors(NAMES[:1]))  # as a process left over from a killed launch does, in other batches
     assert not (tmp_path / "latents").exists()
+    shards.write(tensors(NAMES[3:4]))
+    assert set(finished_names(tmp_path / "latents")) == set(NAMES[:4])
 
 
-def test_names_that_are_given_up_do_not_hold_up_their_shard(tmp_path):
+def test_a_shard_does_not_wait_for_names_that_are_given_up(tmp_path):
     shards = writer(tmp_path)
     for batch in shards.todo(1, 0, 1):
-        if batch != ["clip-1"]:
+        if batch != ["clip.mp4-1"]:
             shards.write(tensors(batch))
-    assert "clip-0" not in finished_names(tmp_path / "latents")
-    shards.merge(given_up={"clip-1"})
-    assert finished_names(tmp_path / "latents").keys() == set(NAMES) - {"clip-1"}
-    assert list(itertools.chain(*writer(tmp_path).todo(1, 0, 1))) == ["clip-1"]
+    assert "clip.mp4-0" not in finished_names(tmp_path / "latents")
+    shards.merge(given_up={"clip.mp4-1"})
+    assert finished_names(tmp_path / "latents").keys() == set(NAMES) - {"clip.mp4-1"}
+    assert list(itertools.chain(*writer(tmp_path).todo(1, 0, 1))) == ["clip.mp4-1"]
 
 
-def test_a_rank_that_comes_late_to_a_shard_leaves_it_as_it_is(tmp_path):
+def test_a_rank_that_is_late_does_not_change_a_shard(tmp_path):
     one, other = writer(tmp_path), writer(tmp_path)
     write_all(one)
     before = contents(tmp_path)

@@ -35,11 +35,6 @@ def test_logit_normal_timesteps_have_a_normal_logit(mean, std):
         assert share(timesteps, low, high) == pytest.approx(below[1] - below[0], abs=0.015)
 
 
-def test_another_distribution_is_refused():
-    with pytest.raises(ValueError, match="cosine"):
-        TimestepSampling("cosine")
-
-
 def test_the_timesteps_of_a_step_are_spread_evenly_over_all_ranks():
     parts = torch.cat([share_out(seed=3, step=5, rank=rank, num_ranks=2, samples_per_rank=4) for rank in (0, 1)])
     timesteps = TimestepSampling().draw(generators(8), 1000, parts)

@@ -53,7 +53,7 @@ CLIPS = {
 
 
 class Workplace:
-    """A folder in which a reader follows the page from top to bottom; scripts only note their arguments."""
+    """A folder in which the page is followed from top to bottom; scripts only note their arguments."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -65,10 +65,9 @@ class Workplace:
         (folder / "try/model/model_index.json").touch()
 
     def follow(self, kind: str, name: str, content: str) -> None:
-        """Do what a block of the page says."""
+        """Do the steps of a block of the page."""
         if kind == "file":
-            in_folder = content.replace("/data/", f"{self.folder}/")
-            write(self.folder / name, in_folder)
+            write(self.folder / name, content.replace("/data/", f"{self.folder}/"))
         elif kind == "files":
             for line in content.splitlines():
                 path, _, text = line.partition(" ")
@@ -79,9 +78,9 @@ class Workplace:
             self.flags[name] = [flags_of(call) for call in self.calls(content)]
             if name in CLIPS:
                 (flags,) = self.flags[name]
-                self.clips[name] = [
-                    clip for source in data_sources(flags.settings.sources) for clip in good_clips(source)
-                ]
+                read = [read_clips(source, Path("media")) for source in data_sources(flags.settings.sources)]
+                assert not any(bad for _, bad in read)
+                self.clips[name] = [clip for clips, _ in read for clip in clips]
 
     def calls(self, command: str) -> list[list[str]]:
         """Return the calls of our scripts in a command; those that make the demo's clips and model must exist."""
@@ -95,15 +94,9 @@ def write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def good_clips(source) -> list[Clip]:
-    clips, bad = read_clips(source, Path("media"))
-    assert bad == []
-    return clips
-
-
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Workplace:
-    """The page, followed to its end."""
+    """The page after all its steps."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -137,14 +130,11 @@ def test_the_clips_of_the_hub_are_prepared_and_trained(workplace):
     assert train.validation_prompt.startswith("BW_STYLE ")
 
 
-def test_the_images_of_the_examples_are_found(workplace):
+def test_images_and_repeats_of_the_examples_are_read(workplace):
     first_frames = [clip.image for clip in workplace.clips["images"]]
     assert first_frames == [Path("my-clips/first-frames/rabbit.png"), None]
     folder = workplace.folder / "my-first-frames"
     assert {clip.image.parent for clip in workplace.clips["with first frames"]} == {folder}
-
-
-def test_the_mix_repeats_its_first_data_set(workplace):
     assert [clip.repeats for clip in workplace.clips["mix"]] == [2.5, 2.5, 1, 1]
 
 
@@ -186,20 +176,13 @@ def test_the_bad_clips_shown_are_the_demos(demo):
 
 def test_the_sizes_are_those_of_the_tensors():
     """Mean and log-variance of 16 channels, compressed 4 x 8 x 8; 226 x 4096 for a caption; four image latents."""
-
-    def gib(num_frames: int, bucket: Bucket) -> float:
-        return 1000 * 2 * 2 * 16 * num_frames * (bucket.height // 8) * (bucket.width // 8) / 2**30
-
     captions = 1000 * 2 * 226 * 4096 / 2**30
-    rows = []
-    for bucket, latent_frames, kind in (
-        (Bucket(49, 480, 720), 13, ""),
-        (Bucket(49, 480, 720), 13, ", image-to-video"),
-        (Bucket(81, 768, 1360), 21, ""),
+    for bucket, latent_frames, num_images in (
+        (Bucket(49, 480, 720), 13, 0),
+        (Bucket(49, 480, 720), 13, 4),
+        (Bucket(81, 768, 1360), 21, 0),
     ):
-        latents, images = gib(latent_frames, bucket), gib(4, bucket) if kind else 0
-        total = latents + captions + images
-        rows.append(
-            f"| {bucket}{kind} | {latents:.1f} | {captions:.1f} | {f'{images:.1f}' if kind else '-'} | {total:.1f} |"
-        )
-    assert "\n".join(rows) in PAGE
+        frame = 1000 * 2 * 2 * 16 * (bucket.height // 8) * (bucket.width // 8) / 2**30
+        latents, images = latent_frames * frame, num_images * frame
+        name, cell = (f"{bucket}, image-to-video", f"{images:.1f}") if num_images else (bucket, "-")
+        assert f"| {name} | {latents:.1f} | {captions:.1f} | {cell} | {latents + captions + images:.1f} |" in PAGE

@@ -10,14 +10,12 @@ from repository import ROOT
 
 PAGE = read_page("assets/docs/distributed.md")
 BLOCKS = marked_blocks(PAGE)
-# As in SLURM: the script's settings come from the environment, its flags follow it.
+# Like SLURM's: runs the script with the flags that follow it.
 SBATCH = """#!/usr/bin/env bash
 while [[ "$1" != *.sbatch ]]; do shift; done
 SLURM_JOB_ID=1 SLURM_JOB_NODELIST=a SLURM_SUBMIT_DIR="$PWD" bash "$@"
 """
 SRUN = '#!/usr/bin/env bash\nprintf "%q " "${@:7}" >> "$CALLS"\necho >> "$CALLS"\n'
-
-
 SLURM = {"srun": SRUN, "sbatch": SBATCH, "scontrol": "#!/bin/sh\necho a\n", "not-python": "#!/bin/sh\n"}
 
 
@@ -33,7 +31,6 @@ def calls_of(tmp_path, monkeypatch):
 
 
 def options(call: list[str], *names: str) -> list[str]:
-    """The values of a launcher's options."""
     return [value_of(call, f"--{name}") for name in names]
 
 
@@ -52,10 +49,10 @@ def test_the_number_of_gpus_reaches_accelerate(calls_of):
         ("context", ["fsdp2_context_parallel", "ddp"]),
     ],
 )
-def test_a_way_to_divide_a_run_is_a_config_and_flags_that_are_taken(calls_of, monkeypatch, block, configs):
+def test_a_way_to_divide_a_run_is_a_config_and_accepted_flags(calls_of, monkeypatch, block, configs):
     calls = calls_of(block)
-    assert [options(call, "config_file") for call in calls] == [
-        [f"accelerate_configs/{name}.yaml"] for name in configs
+    assert [value_of(call, "--config_file") for call in calls] == [
+        f"accelerate_configs/{name}.yaml" for name in configs
     ]
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("FSDP_VERSION", "2")
@@ -67,14 +64,11 @@ def test_a_way_to_divide_a_run_is_a_config_and_flags_that_are_taken(calls_of, mo
 
 def test_each_machine_gets_its_number_and_the_address(calls_of):
     calls = calls_of("two machines")
-    assert [options(call, "machine_rank", "main_process_ip") for call in calls] == [
-        ["0", "10.0.0.1"],
-        ["1", "10.0.0.1"],
-    ]
+    assert [options(call, "machine_rank", "main_process_ip") for call in calls] == [[r, "10.0.0.1"] for r in "01"]
     assert flags_of(calls[0]) == flags_of(calls[1])
 
 
-def test_the_jobs_of_slurm_call_their_scripts_with_flags_that_are_taken(calls_of):
+def test_the_jobs_of_slurm_call_their_scripts_with_accepted_flags(calls_of):
     calls = calls_of("slurm")
     prepare, *runs = map(flags_of, calls)
     assert prepare.output_dir == runs[0].data_root == "prepared"
@@ -91,7 +85,7 @@ def test_preparation_is_launched_on_all_gpus_of_all_machines(calls_of):
     assert {flags_of(call).output_dir for call in (one, *machines)} == {"prepared"}
 
 
-def test_a_run_to_look_for_the_right_device_is_short(calls_of):
+def test_the_run_that_finds_the_network_device_is_short(calls_of):
     (call,) = calls_of("debug")
     assert flags_of(call).max_train_steps == 2
 

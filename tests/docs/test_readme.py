@@ -74,12 +74,9 @@ def test_clips_become_a_lora_that_is_sampled(reader, fresh_accelerator):
     assert Path("checked.mp4").stat().st_size > 0
 
 
-def test_the_readme_names_the_folder_of_its_run(tmp_path):
+def test_the_readme_names_the_folder_of_its_run_and_its_budget_reaches_the_script(tmp_path):
     *_, call = noted_calls(BLOCKS["train"], tmp_path)
     assert f"`{value_of(call, '--output_dir')}/`" in README
-
-
-def test_the_memory_budget_reaches_the_script(tmp_path):
     (call,) = noted_calls(BLOCKS["budget"], tmp_path)
     assert value_of(call, "--memory_budget_gb") == "16"
 
@@ -93,7 +90,7 @@ def test_the_memory_table_has_the_figures_and_flags_of_the_benchmark(monkeypatch
     from memory_rows import ROWS
 
     flags_of_row = {row.name: set(row.flags) for row in ROWS}
-    page = read_page("assets/docs/memory.md").split("## What a training step")[0]
+    page = read_page("assets/docs/memory.md").split("## Parts of a training step")[0]
     of_page = {cells[0]: cells[-4:] for cells in table_rows(page) if cells[0] in flags_of_row}
     published = {cells[0]: cells[1] for cells in table_rows(page) if len(cells) == 6}
     shown = [cells for cells in table_rows(README) if cells[0] in flags_of_row]

@@ -81,7 +81,7 @@ def test_the_sweep_launches_one_run_for_each_combination(folder):
     assert len({value_of(call, "--output_dir") for call in runs}) == 4
 
 
-def test_the_commands_on_memory_let_the_toolkit_choose(folder):
+def test_the_memory_commands_let_the_toolkit_choose(folder):
     budget, trial = map(flags_of, noted_calls(BLOCKS["memory"], folder))
     assert (budget.memory_budget_gb, budget.auto_fit) == (16, False)
     assert (trial.memory_budget_gb, trial.auto_fit) == (None, True)

@@ -1,4 +1,4 @@
-"""The page on what goes wrong matches the code: its messages are the code's, its commands are accepted."""
+"""The page on problems quotes messages of the code, and its commands are accepted."""
 
 import re
 

@@ -7,9 +7,12 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +30,52 @@ def start_server() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TRAINING), str(Path(__file__).parent)]))
         forkserver.ensure_running()
+
+
+def call_on_ranks(function: Callable[..., Any], num_ranks: int, folder: Path, *args: Any, timeout: float = 60) -> list:
+    """Call a function in the processes of a launch, whose collectives have a timeout in seconds; returns its results.
+
+    Args:
+        folder: a new one for the results, which are values or tensors.
+    """
+    folder.mkdir()
+    start_server()
+    ranks = [
+        CONTEXT.Process(target=call_on_rank, args=(function, rank, num_ranks, folder, args, timeout))
+        for rank in range(num_ranks)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0] * num_ranks
+
+    import torch
+
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+
+
+def call_on_rank(
+    function: Callable[..., Any], rank: int, num_ranks: int, folder: Path, args: tuple, timeout: float
+) -> None:
+    """Call a function as one rank, see `call_on_ranks`."""
+    import torch
+    from torch import distributed
+
+    set_rank(rank, num_ranks)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    store, timeout = f"file://{folder}/store", timedelta(seconds=timeout)
+    distributed.init_process_group("gloo", store, rank=rank, world_size=num_ranks, timeout=timeout)
+    torch.save(function(*args), folder / f"{rank}.pt")
+    if distributed.is_initialized():  # a training run has ended it
+        distributed.destroy_process_group()
+
+
+def set_rank(rank: int, num_ranks: int) -> None:
+    """Set what a launcher tells this process."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "ACCELERATE_USE_CPU": "true"}
 
 
 @dataclass(frozen=True)
@@ -78,8 +127,7 @@ def run_rank(
     import torch
 
     if num_ranks > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "ACCELERATE_USE_CPU": "true"}
+        set_rank(rank, num_ranks)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

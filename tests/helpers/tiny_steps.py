@@ -1,8 +1,10 @@
 """A training step without a trainer: a transformer with adapters, fixed inputs, a loss, gradients."""
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
@@ -14,7 +16,7 @@ from models.source import ModelSource
 Result = tuple[torch.Tensor, dict[str, torch.Tensor]]  # the output, the gradients by name
 
 
-def with_adapters(model: Path, *, dropout: float = 0.5, quantize: str = "none") -> CogVideoXTransformer3DModel:
+def with_adapters(model: Path | str, *, dropout: float = 0.5, quantize: str = "none") -> CogVideoXTransformer3DModel:
     """Load a transformer in training mode with adapters."""
     transformer = ModelSource(str(model)).load_transformer(torch.float32, quantize=quantize)
     add_adapters(transformer, dropout)
@@ -111,3 +113,22 @@ def peak_of_steps(transformer: CogVideoXTransformer3DModel, size: int) -> int:
     train_step(transformer, size=size)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
+
+
+def fail_once_each_way(transformer: CogVideoXTransformer3DModel, module: torch.nn.Module) -> Iterator[None]:
+    """Have a module fail in a forward pass, then in the backward pass of another step; yield after each."""
+
+    def fail(module: torch.nn.Module, inputs: tuple) -> None:
+        raise MemoryError
+
+    failing = module.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        train_step(transformer)
+    failing.remove()
+    yield
+    output = transformer(**inputs_of(transformer), return_dict=False)[0]
+    failing = module.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        output.mean().backward()
+    failing.remove()
+    yield

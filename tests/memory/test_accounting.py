@@ -1,8 +1,7 @@
 """The calculated memory equals that of real tensors, or of torch's fake ones for a GPU and full-size models."""
 
 import weakref
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_iter
 
 from data.buckets import Bucket
 from make_full_size_model import full_size_configs
-from memory.accounting import account, quantized_bytes, state_bytes
+from memory.accounting import MemoryAccount, account, quantized_bytes, state_bytes
 from memory.activation_bytes import block_tensors, decoding_bytes, sampling_bytes
 from memory.facts import ModelFacts, Workload, model_facts
 from memory.settings import GB, MemorySettings
@@ -27,7 +26,7 @@ from models.source import ModelSource
 from optimizers.build import make_optimizer
 
 
-NATIVE = Bucket(49, 480, 720)
+NATIVE, SMALL = Bucket(49, 480, 720), Bucket(17, 64, 96)
 LORA, FULL = Lora(64, 64), FullFinetune()
 METHODS = {"lora": LORA, "sft": FULL}
 
@@ -40,16 +39,12 @@ def storage_bytes(tensor: torch.Tensor) -> int:
 
 
 class AllocationPeak(TorchDispatchMode):
-    """The peak of the bytes of tensors that are created in this mode."""
+    """The peak of the bytes of tensors that are created in this mode, beside a model's parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen: set[int] = set()
-
-    def know(self, tensors) -> None:
-        """Exclude tensors that existed before."""
-        self._seen |= {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._seen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     def _free(self, key: int, size: int) -> None:
         self._seen.discard(key)
@@ -93,9 +88,9 @@ def fake_inputs(configs: ModelConfigs, size: Bucket, batch: int, device: str, dt
     }
 
 
-@contextmanager
-def gpu_like(monkeypatch):
-    """Use a GPU's autocast and attention for fake tensors; needs no GPU."""
+@pytest.fixture
+def gpu_like(monkeypatch) -> Iterator[None]:
+    """A GPU's autocast and attention for fake tensors; needs no GPU."""
 
     def attend(query, key, value, **_):
         half = [tensor.to(torch.bfloat16) for tensor in (query, key, value)]
@@ -105,11 +100,9 @@ def gpu_like(monkeypatch):
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-        torch.set_autocast_cache_enabled(True)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+    torch.set_autocast_cache_enabled(True)
 
 
 def with_layers(configs: ModelConfigs, count: int) -> ModelConfigs:
@@ -147,6 +140,8 @@ def released_facts(kind: str, name: str) -> ModelFacts:
 RELEASED = {  # parameters of the transformer, and of adapters of rank 64
     "2b": (1_693_783_872, 29_491_200),
     "5b": (5_570_283_072, 66_060_288),
+    "5b-i2v": (5_570_479_680, 66_060_288),
+    "1.5-5b": (5_570_676_352, 66_060_288),
     "1.5-5b-i2v": (5_571_594_880, 66_060_288),
 }
 
@@ -164,7 +159,7 @@ def test_weights_and_gradients_are_those_of_a_real_model(tiny_models):
         transformer = source.load_transformer(torch.bfloat16 if name == "lora" else torch.float32)
         method.attach(transformer)
         configs = source.configs()
-        settings, workload = MemorySettings(name), Workload(Bucket(17, 64, 96), 1)
+        settings, workload = MemorySettings(name), Workload(SMALL, 1)
         result = account(model_facts(configs, method), settings, workload)
         by_training = {
             kind: sum(parameter.nbytes for parameter in transformer.parameters() if parameter.requires_grad == kind)
@@ -218,7 +213,7 @@ def test_quantized_weights_are_as_large_as_those_of_torchao(quantization, tiny_m
     transformer = source.load_transformer(torch.bfloat16, quantize=quantization)
     configs = source.configs()
     settings = MemorySettings("lora", quantize_base=quantization)
-    result = account(model_facts(configs, LORA), settings, Workload(Bucket(17, 64, 96), 1))
+    result = account(model_facts(configs, LORA), settings, Workload(SMALL, 1))
     assert result.frozen_weights == sum(storage_bytes(parameter) for parameter in transformer.parameters())
 
 
@@ -230,35 +225,37 @@ def test_nf4_weights_are_as_large_as_those_of_bitsandbytes():
     assert quantized_bytes(weight.shape, "nf4", 2) == sum(part.nbytes for part in parts)
 
 
+def of_second_block(configs: ModelConfigs, kept: Callable[[ModelConfigs], int]) -> int:
+    """Return what a second block adds to the bytes kept."""
+    return kept(with_layers(configs, 2)) - kept(with_layers(configs, 1))
+
+
 @pytest.mark.parametrize("kind", ["2b", "5b"])
 @pytest.mark.parametrize("name", METHODS)
 def test_kept_activations_are_what_autograd_keeps_in_float32(name, kind, tiny_models):
-    size = Bucket(17, 64, 96)
-    kept = {}
-    for layers in (1, 2):
-        configs = with_layers(ModelSource(str(tiny_models(kind))).configs(), layers)
+    def kept(configs: ModelConfigs) -> int:
         transformer = CogVideoXTransformer3DModel.from_config(configs.transformer).train()
         METHODS[name].attach(transformer)
-        inputs = fake_inputs(configs, size, 2, "cpu", torch.float32)
+        inputs = fake_inputs(configs, SMALL, 2, "cpu", torch.float32)
         inputs = {key: value.zero_() if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
-        kept[layers] = kept_by_forward(transformer, inputs)
-    facts = model_facts(configs, METHODS[name])
-    tensors = block_tensors(facts, MemorySettings(name), Workload(size, 2, "no"))
-    assert sum(tensors.values()) == pytest.approx(kept[2] - kept[1], rel=0.03)
+        return kept_by_forward(transformer, inputs)
+
+    configs = ModelSource(str(tiny_models(kind))).configs()
+    tensors = block_tensors(model_facts(configs, METHODS[name]), MemorySettings(name), Workload(SMALL, 2, "no"))
+    assert sum(tensors.values()) == pytest.approx(of_second_block(configs, kept), rel=0.03)
 
 
+@pytest.mark.usefixtures("gpu_like")
 @pytest.mark.parametrize("name", METHODS)
-def test_kept_activations_are_what_autograd_keeps_under_autocast_on_a_gpu(name, monkeypatch):
-    kept = {}
-    for layers in (1, 2):
-        configs = with_layers(full_size_configs("5b"), layers)
+def test_kept_activations_are_what_autograd_keeps_under_autocast_on_a_gpu(name):
+    def kept(configs: ModelConfigs) -> int:
         transformer = on_meta(configs, METHODS[name])
-        with FakeTensorMode(allow_non_fake_inputs=True), gpu_like(monkeypatch):
+        with FakeTensorMode(allow_non_fake_inputs=True):
             fake_model(transformer, "cuda", torch.bfloat16)
-            kept[layers] = kept_by_forward(transformer, fake_inputs(configs, NATIVE, 1, "cuda", torch.bfloat16))
-    facts = model_facts(configs, METHODS[name])
-    tensors = block_tensors(facts, MemorySettings(name), Workload(NATIVE, 1))
-    assert sum(tensors.values()) == pytest.approx(kept[2] - kept[1], rel=0.02)
+            return kept_by_forward(transformer, fake_inputs(configs, NATIVE, 1, "cuda", torch.bfloat16))
+
+    tensors = block_tensors(released_facts("5b", name), MemorySettings(name), Workload(NATIVE, 1))
+    assert sum(tensors.values()) == pytest.approx(of_second_block(full_size_configs("5b"), kept), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -272,93 +269,74 @@ def test_the_peak_of_a_step_is_what_allocations_add_up_to(name, kind, is_checkpo
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake_model(transformer, "cpu", torch.float32)
         inputs = fake_inputs(configs, NATIVE, 1, "cpu", torch.float32)
-        peak = AllocationPeak()
-        peak.know(transformer.parameters())
-        with peak:
+        with AllocationPeak(transformer) as allocations:
             transformer(**inputs)[0].square().mean().backward()
-    facts = model_facts(configs, METHODS[name])
     settings = MemorySettings(name, gradient_checkpointing=is_checkpointed)
-    result = account(facts, settings, Workload(NATIVE, 1, "no"))
-    assert result.training - result.resident - result.batch == pytest.approx(peak.peak, rel=0.05)
+    result = account(model_facts(configs, METHODS[name]), settings, Workload(NATIVE, 1, "no"))
+    assert result.training - result.resident - result.batch == pytest.approx(allocations.peak, rel=0.05)
 
 
-def test_the_peak_of_a_denoising_step_is_what_allocations_add_up_to(monkeypatch):
+@pytest.mark.usefixtures("gpu_like")
+def test_the_peak_of_a_denoising_step_is_what_allocations_add_up_to():
     configs = with_layers(full_size_configs("5b"), 1)
     transformer = on_meta(configs, LORA).requires_grad_(False)
-    peak = AllocationPeak()
-    with FakeTensorMode(allow_non_fake_inputs=True), gpu_like(monkeypatch), torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fake_model(transformer, "cuda", torch.bfloat16)
         inputs = fake_inputs(configs, NATIVE, 2, "cuda", torch.bfloat16)
-        peak.know(transformer.parameters())
-        with peak:
+        with AllocationPeak(transformer) as allocations:
             transformer(**inputs)
-    facts = model_facts(configs, LORA)
-    assert sampling_bytes(facts, Workload(NATIVE, 1, sampled=NATIVE)) == pytest.approx(peak.peak, rel=0.1)
+    expected = sampling_bytes(model_facts(configs, LORA), Workload(NATIVE, 1, sampled=NATIVE))
+    assert expected == pytest.approx(allocations.peak, rel=0.1)
 
 
 def test_the_peak_of_decoding_is_what_allocations_add_up_to():
     size = Bucket(17, 16, 64)  # two tiles
-    configs = full_size_configs("5b")
-    smaller_tiles = {"sample_height": 64, "sample_width": 96}
-    configs = replace(with_layers(configs, 1), vae=configs.vae | smaller_tiles)
+    configs = with_layers(full_size_configs("5b"), 1)
+    configs = replace(configs, vae=configs.vae | {"sample_height": 64, "sample_width": 96})
     with torch.device("meta"):
         vae = AutoencoderKLCogVideoX.from_config(configs.vae).requires_grad_(False).eval()
     vae.enable_tiling()
-    peak = AllocationPeak()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fake_model(vae, "cpu", torch.bfloat16)
         latents = torch.empty(1, 16, *size.latent_shape, dtype=torch.bfloat16)
-        peak.know(vae.parameters())
-        with peak:
+        with AllocationPeak(vae) as allocations:
             vae.decode(latents)
-    facts = model_facts(configs, LORA)
-    said = decoding_bytes(facts, Workload(size, 1, sampled=size))
-    assert said == pytest.approx(peak.peak, rel=0.1)
+    expected = decoding_bytes(model_facts(configs, LORA), Workload(size, 1, sampled=size))
+    assert expected == pytest.approx(allocations.peak, rel=0.1)
 
 
-@pytest.fixture(scope="module")
-def account_5b() -> Callable[..., object]:
-    """Accounts of the 5b model at full size, for any settings."""
+def account_5b(name: str, **settings) -> MemoryAccount:
+    """Return the account of the 5b model at full size."""
     workload = Workload(NATIVE, 1, sampled=NATIVE)
-    return lambda name, **settings: account(released_facts("5b", name), MemorySettings(name, **settings), workload)
+    memory = MemorySettings(name, gradient_checkpointing=True, **settings)
+    return account(released_facts("5b", name), memory, workload)
 
 
-def test_offloaded_checkpoints_leave_two_inputs_on_the_device(account_5b):
-    plain = account_5b("lora", gradient_checkpointing=True)
-    offloaded = account_5b("lora", gradient_checkpointing=True, offload_checkpoints=True)
+def test_offloaded_checkpoints_leave_two_inputs_on_the_device():
+    plain, offloaded = account_5b("lora"), account_5b("lora", offload_checkpoints=True)
     assert offloaded.kept_inputs == plain.kept_inputs * 2 // 42
     assert offloaded.host == plain.kept_inputs - offloaded.kept_inputs
 
 
-def test_streamed_blocks_leave_two_blocks_on_the_device(account_5b):
-    plain = account_5b("lora", gradient_checkpointing=True)
-    streamed = account_5b("lora", gradient_checkpointing=True, stream_blocks=True)
-    block = streamed.host // 42
-    assert plain.frozen_weights - streamed.frozen_weights == 40 * block
+def test_streamed_blocks_leave_two_blocks_on_the_device():
+    plain, streamed = account_5b("lora"), account_5b("lora", stream_blocks=True)
+    assert plain.frozen_weights - streamed.frozen_weights == 40 * (streamed.host // 42)
 
 
-def test_a_step_in_the_backward_pass_holds_one_gradient(account_5b):
-    result = account_5b("sft", gradient_checkpointing=True, step_in_backward=True)
-    assert result.gradients == 4 * 3072 * 12288  # a matrix of a feed-forward is the largest weight
+def test_a_step_in_the_backward_pass_holds_one_gradient():
+    # A matrix of a feed-forward is the largest weight.
+    assert account_5b("sft", step_in_backward=True).gradients == 4 * 3072 * 12288
 
 
-def test_an_offloaded_optimizer_has_states_gradients_and_weights_on_the_host(account_5b):
-    plain = account_5b("sft", gradient_checkpointing=True)
-    offloaded = account_5b("sft", gradient_checkpointing=True, use_cpu_offload_optimizer=True, offload_gradients=True)
+def test_an_offloaded_optimizer_has_states_gradients_and_weights_on_the_host():
+    plain = account_5b("sft")
+    offloaded = account_5b("sft", use_cpu_offload_optimizer=True, offload_gradients=True)
     # Copies are pinned in powers of two: most weights are matrices of 9 x 2^n numbers, so that 16 x 2^n are taken.
     copies = offloaded.host - plain.optimizer_states
     assert copies == pytest.approx(2 * 16 / 9 * plain.trained_weights, rel=0.01)
     assert offloaded.gradients == plain.gradients - plain.earlier_gradients
 
 
-def test_a_lora_of_the_5b_model_takes_the_published_memory(account_5b):
+def test_a_lora_of_the_5b_model_takes_the_published_memory():
     # The original factory, rank 64: 20.8 GB reserved in training.
-    result = account_5b("lora", gradient_checkpointing=True)
-    assert result.training / GB == pytest.approx(20.8, rel=0.12)
-
-
-def test_an_account_shows_its_parts_and_its_peaks(account_5b):
-    result = account_5b("lora", gradient_checkpointing=True)
-    table = result.table()
-    assert ["frozen", "weights", f"{result.frozen_weights / GB:.2f}", "GB"] in map(str.split, table.splitlines())
-    assert "peak of a training step" in table and "peak of a validation" in table
+    assert account_5b("lora").training / GB == pytest.approx(20.8, rel=0.12)

@@ -1,11 +1,7 @@
 """Gradients are the same with every kind of checkpointing and with offloaded inputs."""
 
-from collections.abc import Iterator
-from copy import deepcopy
-
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,48 +10,29 @@ from memory.pinned import HostStack
 from tiny_steps import (
     assert_close,
     assert_same,
+    fail_once_each_way,
     inputs_of,
     peak_of_steps,
     sample_step,
     train_step,
     wide_transformer,
-    with_adapters,
 )
 
 
-SETTINGS = [
-    ("block", 1),
-    ("block", 2),
-    ("block", 3),
-    ("segment", 2),
-    ("segment", 3),
-    ("feed-forward", 1),
-    ("feed-forward", 3),
-]
+SETTINGS = [("block", 1), ("block", 2), ("block", 3), ("segment", 2), ("segment", 3)]
+SETTINGS += [("feed-forward", 1), ("feed-forward", 3)]
 NUM_BLOCKS = 4
 pytestmark = pytest.mark.usefixtures("one_thread")
 INPUT_BYTES = 2 * (16 + 5 * 4 * 6) * 128 * 4  # text and video tokens of two samples, float32
 
 
-@pytest.fixture(scope="module")
-def resident(tiny_models) -> CogVideoXTransformer3DModel:
-    """A transformer without checkpoints."""
-    return with_adapters(tiny_models("5b"))
-
-
-@pytest.fixture(scope="module")
-def expected(resident):
-    return train_step(resident)
-
-
-@pytest.fixture
-def transformer(resident) -> CogVideoXTransformer3DModel:
-    return deepcopy(resident)
-
-
 def small_store() -> CheckpointStore:
     """Return a store with chunks smaller than the tensors."""
     return CheckpointStore(HostStack(chunk_bytes=10_000))
+
+
+def count_on_device(store: CheckpointStore) -> int:
+    return sum(kept.tensor is not None for one in store.checkpoints for kept in one.kept)
 
 
 @pytest.mark.parametrize("offloaded", [False, True])
@@ -65,14 +42,6 @@ def test_gradients_are_those_without_checkpointing_dropout_included(transformer,
 
     for _ in range(2):
         assert_same(train_step(transformer), expected)
-
-
-def test_gradients_of_all_weights_are_those_without_checkpointing(transformer):
-    transformer.requires_grad_(True)
-    expected = train_step(transformer)
-    checkpoint_activations(transformer, "segment", 2, small_store())
-
-    assert_same(train_step(transformer), expected)
 
 
 @pytest.mark.parametrize(("scope", "every"), SETTINGS)
@@ -117,46 +86,25 @@ def test_all_inputs_of_checkpoints_go_to_host_memory_and_come_back(transformer, 
 
     assert store.stack.used == count_kept(scope, every, NUM_BLOCKS).inputs * INPUT_BYTES
     # Those of the last checkpoint are needed first and still on the device.
-    assert store.num_on_device() == (1 if scope == "feed-forward" else 2)
+    assert count_on_device(store) == (1 if scope == "feed-forward" else 2)
     output.mean().backward()
-    assert store.num_on_device() == 0
+    assert count_on_device(store) == 0
 
 
 def test_host_memory_is_allocated_once_and_grows_only_for_larger_batches(transformer):
-    stack = HostStack(chunk_bytes=10_000)
-    checkpoint_activations(transformer, offload_to=CheckpointStore(stack))
-    train_step(transformer)
-    allocated = stack.allocated
-
-    assert 0 <= allocated - NUM_BLOCKS * INPUT_BYTES < 10_000
-    for batch_size in (2, 1, 2):
-        train_step(transformer, batch_size)
-        assert stack.allocated == allocated
-    train_step(transformer, batch_size=3)
-    assert 0 <= stack.allocated - NUM_BLOCKS * INPUT_BYTES * 3 / 2 < 10_000
-
-
-def test_a_forward_pass_without_backward_pass_does_not_disturb_the_next_step(transformer, expected):
     store = small_store()
     checkpoint_activations(transformer, offload_to=store)
+    for batch_size, largest in ((2, 2), (1, 2), (2, 2), (3, 3)):
+        train_step(transformer, batch_size)
+        allocated = sum(chunk.nbytes for chunk in store.stack.chunks)
+        assert 0 <= allocated - NUM_BLOCKS * INPUT_BYTES * largest / 2 < 10_000
+
+
+def test_a_pass_without_backward_pass_or_one_that_failed_does_not_disturb_the_next_step(transformer, expected):
+    checkpoint_activations(transformer, offload_to=small_store())
     transformer(**inputs_of(transformer))
-    failing = transformer.transformer_blocks[2].register_forward_pre_hook(fail)
-    with pytest.raises(MemoryError):
-        train_step(transformer)
-    failing.remove()
-    assert_same(train_step(transformer), expected)
-
-    # A failure in the backward pass, while inputs are being copied back.
-    output = transformer(**inputs_of(transformer), return_dict=False)[0]
-    failing = transformer.transformer_blocks[2].register_forward_pre_hook(fail)
-    with pytest.raises(MemoryError):
-        output.mean().backward()
-    failing.remove()
-    assert_same(train_step(transformer), expected)
-
-
-def fail(module: torch.nn.Module, inputs: tuple) -> None:
-    raise MemoryError
+    for _ in fail_once_each_way(transformer, transformer.transformer_blocks[2]):
+        assert_same(train_step(transformer), expected)
 
 
 def test_a_backward_pass_after_another_forward_pass_is_refused(transformer):
@@ -168,20 +116,15 @@ def test_a_backward_pass_after_another_forward_pass_is_refused(transformer):
         first.mean().backward()
 
 
-def test_a_wrapped_transformer_gets_the_same_gradients(transformer, expected, one_process):
+@pytest.mark.usefixtures("one_process")
+def test_a_wrapped_transformer_gets_the_same_gradients_for_all_weights(transformer):
+    transformer.requires_grad_(True)
+    expected = train_step(transformer)
     checkpoint_activations(transformer, "segment", 2, small_store())
     wrapped = DistributedDataParallel(transformer)
 
     for _ in range(2):
         assert_same(train_step(transformer, model=wrapped), expected)
-
-
-@pytest.fixture
-def one_process(tmp_path) -> Iterator[None]:
-    """A process group of one process."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def test_kept_activations_are_counted():

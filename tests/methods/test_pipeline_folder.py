@@ -15,6 +15,7 @@ from diffusion.tasks import ImageToVideo
 from methods.full import FullFinetune
 from methods.pipeline_folder import find_components, write_pipeline
 from models.source import ModelSource
+from tuned_models import output
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,6 +29,10 @@ def tuned(source: ModelSource) -> CogVideoXTransformer3DModel:
     with torch.no_grad():
         transformer.proj_out.weight.mul_(1.5)
     return transformer
+
+
+def write_tuned(source: ModelSource, folder: Path) -> Path:
+    return FullFinetune(save_pipeline=True).save(tuned(source), folder, torch.float32, source=source)
 
 
 def sample(pipeline: CogVideoXPipeline | CogVideoXImageToVideoPipeline) -> torch.Tensor:
@@ -56,7 +61,7 @@ def model(tiny_models, tmp_path) -> Path:
 def test_the_pipeline_samples_with_the_tuned_transformer(tiny_models, tmp_path, kind, pipeline_class):
     source = ModelSource(str(tiny_models(kind)))
     transformer = tuned(source)
-    folder = FullFinetune(save_pipeline=True).save_result(transformer, source, tmp_path, torch.float32)
+    folder = FullFinetune(save_pipeline=True).save(transformer, tmp_path, torch.float32, source=source)
     assert folder == tmp_path / "pipeline"
     assert (tmp_path / "transformer" / "config.json").is_file()
     base = pipeline_class.from_pretrained(tiny_models(kind))
@@ -72,8 +77,7 @@ def test_only_components_of_the_index_are_copied_and_no_hidden_files(model, tmp_
     for file in ("notes/a.txt", "README.md", "vae/.partial.bin", "vae/diffusion_pytorch_model.bin"):
         (model / file).touch()  # the last one is another form of the same weights
     source = ModelSource(str(model))
-    FullFinetune().save(tuned(source), tmp_path, torch.float32)
-    folder = write_pipeline(source, tmp_path / "transformer", tmp_path / "pipeline")
+    folder = write_tuned(source, tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == PARTS
     assert names(folder / "vae") == ["config.json", "diffusion_pytorch_model.safetensors"]
     for part in ("tokenizer", "text_encoder", "scheduler"):
@@ -102,7 +106,7 @@ def test_the_links_of_a_hub_cache_become_files(tiny_models, tmp_path):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(blob)
     source = ModelSource("org/tiny", cache_dir=str(tmp_path / "cache"))
-    folder = FullFinetune(save_pipeline=True).save_result(tuned(source), source, tmp_path, torch.float32)
+    folder = write_tuned(source, tmp_path)
     assert not any(path.is_symlink() for path in folder.rglob("*"))
     shutil.rmtree(tmp_path / "cache")
     CogVideoXPipeline.from_pretrained(folder)
@@ -118,8 +122,8 @@ def test_a_variant_is_copied_under_plain_names(model, tmp_path):
     vae.unlink()
     assert any("fp16-00002" in name for name in names(model / "text_encoder"))
     source = ModelSource(str(model), variant="fp16")
-    FullFinetune().save(tuned(ModelSource(str(model))), tmp_path, torch.float32)
-    folder = write_pipeline(source, tmp_path / "transformer", tmp_path / "pipeline")
+    transformer = tuned(ModelSource(str(model)))
+    folder = FullFinetune(save_pipeline=True).save(transformer, tmp_path, torch.float32, source=source)
     assert not any("fp16" in name for name in names(folder))
     pipeline = CogVideoXPipeline.from_pretrained(folder)
     assert not pipeline.text_encoder.shared.weight.any()
@@ -149,8 +153,7 @@ def test_a_missing_model_is_one_line(tmp_path):
 
 def test_a_pipeline_replaces_an_earlier_one_completely_or_not_at_all(model, tmp_path):
     source = ModelSource(str(model))
-    FullFinetune().save(tuned(source), tmp_path, torch.float32)
-    folder = write_pipeline(source, tmp_path / "transformer", tmp_path / "pipeline")
+    folder = write_tuned(source, tmp_path)
     (folder / "stale.txt").touch()
     with pytest.raises(UserError, match=r"--save_pipeline: .* cannot be written"):
         write_pipeline(source, tmp_path / "no-transformer", folder)
@@ -164,8 +167,9 @@ def test_a_pipeline_without_learned_positions_samples_at_other_sizes(tiny_models
     source = ModelSource(str(tiny_models("5b-i2v")))
     transformer = tuned(source)
     ImageToVideo(0.0, ignore_learned_positions=True).prepare_model(transformer)
-    folder = FullFinetune(save_pipeline=True).save_result(transformer, source, tmp_path, torch.float32)
+    folder = FullFinetune(save_pipeline=True).save(transformer, tmp_path, torch.float32, source=source)
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(folder)
     assert pipeline.transformer.config.use_learned_positional_embeddings is False
+    torch.testing.assert_close(output(pipeline.transformer), output(transformer), atol=1e-5, rtol=1e-5)
     latents = sample(pipeline)
     assert latents.shape == (1, 3, 16, 4, 6)

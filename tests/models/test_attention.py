@@ -1,4 +1,4 @@
-"""Our attention against the library's own, and the backends that a machine cannot run."""
+"""Our attention equals the library's, and backends that cannot run are refused."""
 
 import importlib.util
 
@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from common.errors import UserError
 from flags.speed import ATTENTION_BACKENDS
 from forward_pass import gradients, load, predict
-from models.attention import BACKENDS, DispatchedAttention, attention_set, check_attention, set_attention
+from models.attention import BACKENDS, DispatchedAttention, check_attention, set_attention, temporary_attention
 
 
 CPU = torch.device("cpu")
@@ -36,48 +36,45 @@ def test_positions_follow_the_size_of_each_batch(tiny_models):
     assert all(map(torch.equal, (predict(transformer, frames) for frames in (5, 2, 5)), expected))
 
 
-def test_the_attention_of_training_comes_back_after_sampling(tiny_models):
+def test_the_attention_of_training_is_restored_after_sampling(tiny_models):
     transformer = load(tiny_models("5b"))
-    with pytest.raises(RuntimeError, match="sampling failed"), attention_set(transformer, "native"):
-        assert {type(processor) for processor in transformer.attn_processors.values()} == {DispatchedAttention}
-        raise RuntimeError("sampling failed")
-    assert {type(processor) for processor in transformer.attn_processors.values()} == {CogVideoXAttnProcessor2_0}
-    with attention_set(transformer, None):
-        assert {type(processor) for processor in transformer.attn_processors.values()} == {CogVideoXAttnProcessor2_0}
+    for backend, within in (("native", DispatchedAttention), (None, CogVideoXAttnProcessor2_0)):
+        with pytest.raises(RuntimeError, match="sampling failed"), temporary_attention(transformer, backend):
+            assert set(map(type, transformer.attn_processors.values())) == {within}
+            raise RuntimeError("sampling failed")
+        assert set(map(type, transformer.attn_processors.values())) == {CogVideoXAttnProcessor2_0}
 
 
 def test_every_name_of_the_flag_is_known():
     assert tuple(BACKENDS) == ATTENTION_BACKENDS
 
 
-@pytest.mark.parametrize("backend", [name for name in ATTENTION_BACKENDS if name != "native"])
-def test_kernels_of_gpus_are_refused_on_a_cpu(backend):
+@pytest.mark.parametrize("backend", ["flash", "cudnn", "flash-attn", "flash-attn-3", "sage"])
+def test_kernels_are_refused_on_a_cpu_and_in_float32(backend):
     with pytest.raises(UserError, match=f"^--attention_backend {backend}: needs a GPU.*use native$"):
         check_attention(backend, "--attention_backend", CPU, torch.bfloat16, 64, trains=True)
-
-
-@pytest.mark.parametrize("backend", ["flash", "cudnn", "flash-attn", "flash-attn-3", "sage"])
-def test_kernels_of_half_precision_are_refused_in_float32(backend):
     with pytest.raises(UserError, match=f"^--attention_backend {backend}: .*half precision only; add --mixed_prec"):
         check_attention(backend, "--attention_backend", torch.device("cuda"), torch.float32, 64, trains=True)
 
 
 @pytest.mark.parametrize(("backend", "module"), [("flash-attn", "flash_attn"), ("sage", "sageattention")])
-def test_a_package_that_is_missing_is_named(backend, module):
+def test_a_missing_package_is_named(backend, module):
     if importlib.util.find_spec(module):
         pytest.skip(f"{module} is installed")
     with pytest.raises(UserError, match=f"^--flag {backend}: does not run here.*install `{module.replace('_', '-')}"):
         check_attention(backend, "--flag", torch.device("cuda"), torch.bfloat16, 64, trains=False)
 
 
-def test_a_backend_that_runs_here_passes():
-    check_attention("native", "--attention_backend", CPU, torch.float32, 64, trains=True)
-    check_attention(None, "--attention_backend", CPU, torch.float32, 64, trains=True)
+def test_only_a_backend_that_runs_here_passes():
+    for backend in ("native", None):
+        check_attention(backend, "--attention_backend", CPU, torch.float32, 64, trains=True)
+    with pytest.raises(UserError, match=r"^--attention_backend efficient: needs a GPU"):
+        check_attention("efficient", "--attention_backend", CPU, torch.bfloat16, 64, trains=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["native", "flash", "cudnn", "efficient"])
-def test_kernels_of_torch_train_as_the_library_does(tiny_models, backend):
+def test_torch_kernels_train_as_the_library_does(tiny_models, backend):
     device = torch.device("cuda")
     check_attention(backend, "--attention_backend", device, torch.bfloat16, 32, trains=True)
     transformer = load(tiny_models("5b")).to(device)

@@ -1,18 +1,17 @@
-"""How often blocks are compiled, and that they compute the same afterwards."""
+"""Blocks are compiled once per size and mode, and compute the same."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from common.errors import UserError
 from forward_pass import load, predict
-from methods.lora import Lora
 from models.attention import set_attention
 from models.compilation import check_compiler, compile_blocks
+from tiny_steps import with_adapters
 
 
 CPU = torch.device("cpu")
@@ -20,26 +19,16 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """Nothing compiled before counts, and limits are as they were afterwards."""
+    """Forget earlier compilations, and restore the limits afterwards."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(optimize_ddp=torch._dynamo.config.optimize_ddp):
         yield
     torch._dynamo.reset()
 
 
-def with_lora(folder) -> CogVideoXTransformer3DModel:
-    transformer = load(folder)
-    torch.manual_seed(0)
-    Lora(rank=4, alpha=4).attach(transformer)
-    for name, weight in transformer.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05)
-    return transformer.train()
-
-
 def losses(transformer, sizes: list[int], **options) -> list[float]:
-    """Of a few steps of training, one of each number of frames in turn."""
-    optimizer = torch.optim.SGD([weight for weight in transformer.parameters() if weight.requires_grad], lr=10.0)
+    """Return the losses of training steps with these numbers of frames."""
+    optimizer = torch.optim.SGD([weight for weight in transformer.parameters() if weight.requires_grad], lr=1.0)
     values = []
     for frames in sizes:
         loss = predict(transformer, frames, **options).float().square().mean()
@@ -52,7 +41,7 @@ def losses(transformer, sizes: list[int], **options) -> list[float]:
 
 def test_all_blocks_share_one_compilation_for_each_size_and_mode(tiny_models):
     sizes = [5, 2, 5, 2]  # latent frames
-    eager, compiled = with_lora(tiny_models("5b")), with_lora(tiny_models("5b"))
+    eager, compiled = (with_adapters(tiny_models("5b"), dropout=0.0) for _ in range(2))
     names = list(eager.state_dict())
     for transformer in (eager, compiled):
         set_attention(transformer, "native")
@@ -71,8 +60,8 @@ def test_all_blocks_share_one_compilation_for_each_size_and_mode(tiny_models):
     assert list(compiled.state_dict()) == names
 
 
-def test_more_sizes_than_were_announced_are_an_error_and_not_slow(tiny_models):
-    transformer = with_lora(tiny_models("5b"))
+def test_more_sizes_than_announced_are_an_error(tiny_models):
+    transformer = with_adapters(tiny_models("5b"))
     compile_blocks(transformer, num_sizes=1, backend="eager")
     with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(FailOnRecompileLimitHit):
         losses(transformer, [5, 2])
@@ -93,10 +82,10 @@ def test_a_missing_compiler_is_one_line(monkeypatch, tmp_path):
 
 
 @pytest.mark.gpu
-def test_compiled_kernels_train_as_the_plain_ones(tiny_models):
+def test_compiled_blocks_train_as_eager_ones(tiny_models):
     device = torch.device("cuda")
     check_compiler(device)
-    eager, compiled = (with_lora(tiny_models("5b")).to(device) for _ in range(2))
+    eager, compiled = (with_adapters(tiny_models("5b"), dropout=0.0).to(device) for _ in range(2))
     for transformer in (eager, compiled):
         transformer.enable_gradient_checkpointing()
     compile_blocks(compiled, num_sizes=2)

@@ -1,5 +1,6 @@
-"""Quantized weights stay close to the model's, compute and train as plain ones do, and save the memory they should."""
+"""Quantized weights are close to the original ones, compute and train like plain ones, and save memory."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
+from forward_pass import predict
 from methods.lora import Lora
 from models.encoding import encode_prompts
 from models.prompts import PromptCache
-from models.quantization import FrozenLinear, check_quantization
+from models.quantization import FrozenLinear, check_quantization, compute_frozen
 from models.source import ModelSource
-from validation.videos import _left_as_found
+from tiny_steps import assert_same, inputs_of, train_step, with_adapters
+from validation.videos import _restored
 
 
 CPU = torch.device("cpu")
@@ -30,19 +33,8 @@ def source(tiny_models) -> ModelSource:
 
 @pytest.fixture(scope="module")
 def plain(source) -> CogVideoXTransformer3DModel:
-    """Not to be changed."""
+    """Must not be changed."""
     return source.load_transformer(torch.float32)
-
-
-def run(model: torch.nn.Module, device: torch.device = CPU) -> torch.Tensor:
-    """The output for inputs that are always the same, in float32."""
-    generator = torch.Generator().manual_seed(0)
-    return model(
-        hidden_states=torch.randn(1, 5, 16, 8, 12, generator=generator).to(device),
-        encoder_hidden_states=torch.randn(1, 226, 64, generator=generator).to(device),
-        timestep=torch.tensor([700], device=device),
-        return_dict=False,
-    )[0]
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -53,11 +45,8 @@ def quantized_layer(quantization: str, source: ModelSource, dtype: torch.dtype) 
     return source.load_transformer(dtype, quantize=quantization).transformer_blocks[0].ff.net[2]
 
 
-# The transformer's weights
-
-
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
-def test_all_linear_layers_of_the_blocks_are_quantized_and_nothing_else(tiny_models, quantization):
+def test_exactly_the_linear_layers_of_the_blocks_are_quantized(tiny_models, quantization):
     source = ModelSource(str(tiny_models("1.5-5b-i2v")))
     truth = source.load_transformer(torch.float32).state_dict()
     model = source.load_transformer(torch.bfloat16, quantize=quantization)
@@ -77,13 +66,11 @@ def test_all_linear_layers_of_the_blocks_are_quantized_and_nothing_else(tiny_mod
 
 
 @pytest.mark.parametrize(("quantization", "most"), [("int8", 0.03), ("fp8", 0.15)])
-def test_a_quantized_model_computes_nearly_what_the_model_computes(source, plain, quantization, most):
+def test_a_quantized_model_is_close_to_the_original(source, plain, quantization, most):
     with torch.no_grad():
-        error = relative_error(run(source.load_transformer(torch.float32, quantize=quantization)), run(plain))
+        quantized = source.load_transformer(torch.float32, quantize=quantization)
+        error = relative_error(predict(quantized), predict(plain))
     assert 0 < error < most
-
-
-# How they compute
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
@@ -100,7 +87,7 @@ def test_a_layer_and_its_gradient_are_those_of_the_dequantized_weight(source, qu
     torch.testing.assert_close(inputs.grad.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_float16_does_not_overflow_where_the_result_fits_into_it(source):
+def test_float16_does_not_overflow_if_the_result_does_not(source):
     layer = quantized_layer("int8", source, torch.float16)
     inputs = torch.sign(layer.weight.dequantize()[:1]) * 20  # all products of the first row are positive
     expected = inputs.double() @ layer.weight.dequantize().double().T + layer.bias.double()
@@ -109,7 +96,7 @@ def test_float16_does_not_overflow_where_the_result_fits_into_it(source):
     assert relative_error(layer(inputs), expected) < 0.01
 
 
-def test_under_autocast_a_layer_computes_in_the_models_own_precision(source):
+def test_under_autocast_a_layer_computes_in_the_precision_of_the_model(source):
     layer = quantized_layer("int8", source, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.ones(1, 512)).dtype == torch.bfloat16  # norms give float32
@@ -128,45 +115,22 @@ def test_no_dequantized_weight_is_kept_for_the_backward_pass(source):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run(model)
+        predict(model)
     assert kept
     assert not sizes & set(kept)
 
 
-# Training
-
-
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    run(model).square().mean().backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def trainable(source: ModelSource, quantization: str, device: torch.device = CPU) -> CogVideoXTransformer3DModel:
-    """With adapters that have an effect."""
-    model = source.load_transformer(torch.float32, device=device, quantize=quantization)
-    torch.manual_seed(0)
-    Lora(rank=4, alpha=4).attach(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model.train()
-
-
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
-def test_checkpointing_leaves_the_gradients_as_they_are(source, quantization):
-    model = trainable(source, quantization)
-    expected = gradients(model)
+def test_checkpointing_does_not_change_the_gradients(source, quantization):
+    model = with_adapters(source.path, quantize=quantization)
+    expected = train_step(model)
     model.enable_gradient_checkpointing()
-    found = gradients(model)
-    assert found.keys() == expected.keys()
-    assert len(found) == 4 * len(model.transformer_blocks) * 2
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert_same(train_step(model), expected)
+    assert len(expected[1]) == 4 * len(model.transformer_blocks) * 2
 
 
-def test_a_checkpointed_layer_goes_back_by_the_weight_that_it_computed_again_with(source):
-    """Weights that are streamed lie elsewhere in the backward pass."""
+def test_a_checkpointed_layer_uses_its_current_weight_in_the_backward_pass(source):
+    """Streamed weights are other tensors in the backward pass."""
     blocks = source.load_transformer(torch.float32, quantize="int8").transformer_blocks
     layer, other = blocks[0].ff.net[2], blocks[1].ff.net[2]
     inputs = torch.ones(1, 512, requires_grad=True)
@@ -176,7 +140,7 @@ def test_a_checkpointed_layer_goes_back_by_the_weight_that_it_computed_again_wit
     torch.testing.assert_close(inputs.grad[0], other.weight.dequantize().sum(dim=0))
 
 
-def test_a_layer_compiles_without_a_break(source):
+def test_a_layer_compiles_without_graph_breaks(source):
     layer = quantized_layer("int8", source, torch.float32)
     inputs = torch.randn(2, 512, generator=torch.Generator().manual_seed(0), requires_grad=True)
     expected = torch.autograd.grad(layer(inputs).square().sum(), inputs)[0]
@@ -184,31 +148,26 @@ def test_a_layer_compiles_without_a_break(source):
     torch.testing.assert_close(torch.autograd.grad(layer(inputs).square().sum(), inputs)[0], expected)
 
 
-def test_ddp_takes_a_quantized_model(source, tmp_path):
+def test_ddp_accepts_a_quantized_model(source, tmp_path):
+    model = with_adapters(source.path, quantize="int8")
+    expected = train_step(model)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        model = trainable(source, "int8")
-        expected = gradients(model)
-        wrapped = DistributedDataParallel(model)
-        found = gradients(wrapped)
+        assert_same(train_step(model, model=DistributedDataParallel(model)), expected)
     finally:
         torch.distributed.destroy_process_group()
-    assert all(torch.equal(found[f"module.{name}"], expected[name]) for name in expected)
 
 
-def test_accelerate_and_validation_leave_quantized_weights_alone(source, fresh_accelerator):
+def test_accelerate_and_validation_do_not_change_quantized_weights(source, fresh_accelerator):
     model = source.load_transformer(torch.bfloat16, quantize="int8")
     Lora(rank=4, alpha=4).attach(model)
     before = {name: (type(tensor), tensor.dtype, tensor.device) for name, tensor in model.named_parameters()}
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
-    with _left_as_found(model):
+    with _restored(model):
         model.eval()
     assert {name: (type(t), t.dtype, t.device) for name, t in model.named_parameters()} == before
-    run(prepared).square().mean().backward()
+    train_step(model, model=prepared)
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-
-
-# What cannot be had
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -230,16 +189,19 @@ def test_a_missing_package_is_named(monkeypatch, source):
         source.load_text_pipeline(torch.float32, in_8bit=True)
 
 
-# The text encoder
+def test_nf4_runs_without_torchao_which_they_do_not_import(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.utils", None)
+    compute_frozen(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_text_encoder_in_8_bits_embeds_nearly_as_the_whole_one_does(source, dtype):
+def test_the_8_bit_text_encoder_is_close_to_the_original(source, dtype):
     prompts = ["a red circle moves over a blue background", ""]
     pipeline = source.load_text_pipeline(dtype, in_8bit=True)
     layers = [layer for layer in pipeline.text_encoder.modules() if isinstance(layer, torch.nn.Linear)]
     assert all(isinstance(layer, FrozenLinear) and layer.weight.qdata.dtype == torch.int8 for layer in layers)
-    # In float16 the end of each feed-forward part computes in float32, as always: it would overflow.
+    # In float16 the end of each feed-forward layer computes in float32, as transformers does against overflow.
     wide = {layer.wo.weight.dtype for layer in pipeline.text_encoder.modules() if hasattr(layer, "wo")}
     assert wide == {torch.bfloat16 if dtype == torch.bfloat16 else torch.float32}
     embeds = encode_prompts(pipeline, prompts)
@@ -249,30 +211,28 @@ def test_the_text_encoder_in_8_bits_embeds_nearly_as_the_whole_one_does(source, 
     assert torch.cosine_similarity(embeds.float(), truth, dim=-1).min() > 0.999
 
 
-def test_embeddings_of_the_encoder_in_8_bits_are_kept_apart(source, tmp_path):
-    whole, in_8bit = (PromptCache(tmp_path, source, torch.float32, in_8bit=flag) for flag in (False, True))
-    whole.embed(["a red circle"], CPU)
+def test_embeddings_of_the_8_bit_encoder_have_other_files(source, tmp_path):
+    plain, in_8bit = (PromptCache(tmp_path, source, torch.float32, in_8bit=flag) for flag in (False, True))
+    plain.embed(["a red circle"], CPU)
     in_8bit.embed(["a red circle"], CPU)
     assert len(list(tmp_path.iterdir())) == 2
     expected = encode_prompts(source.load_text_pipeline(torch.float32, in_8bit=True), ["a red circle"])[0]
     assert torch.equal(in_8bit.load("a red circle"), expected)
-    assert not torch.equal(whole.load("a red circle"), expected)
-
-
-# On a GPU
+    assert not torch.equal(plain.load("a red circle"), expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantization", ["int8", "fp8", "nf4"])
-def test_a_model_is_quantized_trained_and_written_on_a_gpu(source, plain, tmp_path, fresh_accelerator, quantization):
+def test_a_model_is_quantized_trained_and_saved_on_a_gpu(source, plain, tmp_path, fresh_accelerator, quantization):
     if quantization == "nf4":
         pytest.importorskip("bitsandbytes")
     accelerator = Accelerator(mixed_precision="bf16")
     check_quantization(quantization)
     model = source.load_transformer(torch.bfloat16, device=accelerator.device, quantize=quantization)
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        error = relative_error(run(model, accelerator.device).cpu(), run(plain))
+    with torch.no_grad():
+        output = predict(model, device=accelerator.device, dtype=torch.bfloat16)
+    error = relative_error(output.cpu(), predict(plain).detach())
     assert 0 < error < {"int8": 0.05, "fp8": 0.15, "nf4": 0.4}[quantization]
     lora = Lora(rank=4, alpha=4)
     lora.attach(model)
@@ -281,13 +241,14 @@ def test_a_model_is_quantized_trained_and_written_on_a_gpu(source, plain, tmp_pa
     prepared, optimizer = accelerator.prepare(model, optimizer)
     losses = []
     for _ in range(5):
-        loss = run(prepared, accelerator.device).float().square().mean()
+        output = prepared(**inputs_of(model), return_dict=False)[0]
+        loss = output.float().square().mean()
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    with _left_as_found(model):
+    with _restored(model):
         model.to("cpu")
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
     file = lora.save(model, tmp_path, torch.bfloat16)
@@ -297,7 +258,7 @@ def test_a_model_is_quantized_trained_and_written_on_a_gpu(source, plain, tmp_pa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_nf4_computes_in_the_models_own_precision(source, dtype):
+def test_under_autocast_nf4_computes_in_the_precision_of_the_model(source, dtype):
     pytest.importorskip("bitsandbytes")
     model = source.load_transformer(dtype, device=torch.device("cuda"), quantize="nf4")
     layer = model.transformer_blocks[0].ff.net[2]
@@ -306,7 +267,7 @@ def test_under_autocast_nf4_computes_in_the_models_own_precision(source, dtype):
 
 
 @pytest.mark.gpu
-def test_the_text_encoder_in_8_bits_runs_on_a_gpu(source):
+def test_the_8_bit_text_encoder_runs_on_a_gpu(source):
     pipeline = source.load_text_pipeline(torch.bfloat16, device=torch.device("cuda"), in_8bit=True)
     truth = encode_prompts(source.load_text_pipeline(torch.float32), ["a red circle"])
     assert relative_error(encode_prompts(pipeline, ["a red circle"]).cpu(), truth) < 0.03

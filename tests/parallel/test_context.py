@@ -1,18 +1,14 @@
-"""Samples divided among processes: outputs, gradients and whole runs are those of one process."""
+"""Context parallelism: outputs, gradients and complete runs are those of one process."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils.launch import prepare_multi_gpu_env
 from diffusers import CogVideoXTransformer3DModel
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,16 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
-from args import parse_args
 from curves import curve
 from diffusion.latents import rotary_embeddings
-from forked_ranks import CONTEXT, start_server
+from forked_ranks import call_on_ranks
 from memory.activations import checkpoint_activations
 from memory.block_streaming import stream_blocks
 from methods.full import FullFinetune
 from models.attention import set_attention
 from parallel.context import ContextParallel, part_of, start_context_parallel
-from repository import ROOT
 from tiny_steps import Result, add_adapters
 
 
@@ -42,34 +36,8 @@ SIZE = ["--height", "48", "--width", "80", "--frame_buckets", "17", "--max_num_f
 Case = tuple[Path, str, str]  # the model, the method, the way it is run
 
 
-def launch(function: Callable[..., Any], num_ranks: int, folder: Path, *args: Any) -> list[Any]:
-    """Call a function in the processes of a launch; returns what it returned in each of them."""
-    folder.mkdir()
-    start_server()
-    ranks = [
-        CONTEXT.Process(target=run_rank, args=(function, rank, num_ranks, folder, args)) for rank in range(num_ranks)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    assert [process.exitcode for process in ranks] == [0] * num_ranks
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(num_ranks)]
-
-
-def run_rank(function: Callable[..., Any], rank: int, num_ranks: int, folder: Path, args: tuple) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    distributed.init_process_group("gloo", store, rank=rank, world_size=num_ranks, timeout=MINUTE)
-    torch.save(function(*args), folder / f"{rank}.pt")
-    if distributed.is_initialized():  # a training run has ended it
-        distributed.destroy_process_group()
-
-
 def load(model: Path, method: str) -> CogVideoXTransformer3DModel:
-    """A transformer to train all of, or adapters on it, without dropout."""
+    """Load a transformer for full fine-tuning, or with adapters without dropout."""
     transformer = CogVideoXTransformer3DModel.from_pretrained(model, subfolder="transformer")
     if method == "lora":
         add_adapters(transformer, dropout=0.0)
@@ -79,12 +47,12 @@ def load(model: Path, method: str) -> CogVideoXTransformer3DModel:
 
 
 def step(transformer: CogVideoXTransformer3DModel, model: torch.nn.Module | None = None, seed: int = 0) -> Result:
-    """The output and the gradients of the mean loss of two samples of 48x80 pixels, 15 tokens to a frame.
+    """Return output and gradients of the mean loss of two samples of 48x80 pixels, with 15 tokens per frame.
 
-    Of the frames there are five, or three pairs of them, so that the number of tokens is odd.
+    There are five frames, or three pairs of frames, so that the number of tokens is odd.
 
     Args:
-        model: what the transformer is wrapped in, if it is.
+        model: the wrapped transformer, if it is wrapped.
         seed: of the samples.
     """
     config, generator = transformer.config, torch.Generator().manual_seed(seed)
@@ -113,7 +81,7 @@ def divided(transformer: CogVideoXTransformer3DModel, size: int) -> ContextParal
 
 
 def divided_step(model: Path, method: str, way: str, size: int) -> Result:
-    """The same where groups of so many ranks divide the samples, each group with samples of its own."""
+    """Do the same with context groups of `size` ranks, each group with different samples."""
     transformer = load(model, method)
     if way == "streamed":
         stream_blocks(transformer, CPU)
@@ -135,7 +103,7 @@ def divided_steps(cases: Sequence[Case], size: int) -> list[Result]:
 
 
 def alone_beside_others(model: Path) -> torch.Tensor:
-    """What the first rank computes while the other one does nothing, and both go on together after that."""
+    """Return what the first rank computes while the other one does nothing; then both compute together."""
     transformer = load(model, "full")
     context = divided(transformer, 2)
     with context.off():
@@ -145,7 +113,7 @@ def alone_beside_others(model: Path) -> torch.Tensor:
 
 
 def assert_same_step(result: Result, expected: Result) -> None:
-    """But for the order of sums. The gradient of keys' biases is zero but for rounding where nothing rotates them."""
+    """Compare up to the order of sums. Gradients of unrotated keys' biases are zero up to rounding."""
     torch.testing.assert_close(result[0], expected[0], rtol=1e-5, atol=1e-6)
     assert result[1].keys() == expected[1].keys()
     largest = max(gradient.norm() for gradient in expected[1].values())
@@ -155,7 +123,7 @@ def assert_same_step(result: Result, expected: Result) -> None:
 
 
 def assert_same_steps(results: list[list[Result]], cases: Sequence[Case], size: int) -> None:
-    """Each rank's output is that of its group's samples, and its gradients are the mean over the groups."""
+    """Check that each rank has the output of its group's samples and the mean gradients of all groups."""
     num_groups = len(results) // size
     for number, (model, method, _) in enumerate(cases):
         transformers = [load(model, method) for _ in range(num_groups)]
@@ -179,7 +147,7 @@ def training_flags(model: Path, data: Path, output: Path, *others: str) -> list[
 
 
 def assert_same_curves(output: Path, expected: Path) -> None:
-    """But for the order of sums, which grows with the steps."""
+    """Compare up to the order of sums, whose effect grows with the steps."""
     for name in ("loss", "grad_norm"):
         values, reference = curve(output, name), curve(expected, name)
         assert values.keys() == reference.keys()
@@ -187,7 +155,7 @@ def assert_same_curves(output: Path, expected: Path) -> None:
 
 
 def divide_everything(cases: Sequence[Case], flags: list[str]) -> tuple[list[Result], torch.Tensor]:
-    """All that two ranks do in one launch."""
+    """Do everything that two ranks do in one launch."""
     results = divided_steps(cases, 2), alone_beside_others(cases[0][0])
     cogvideox_text_to_video_lora.main(flags)
     return results
@@ -195,7 +163,7 @@ def divide_everything(cases: Sequence[Case], flags: list[str]) -> tuple[list[Res
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_two_ranks_that_divide_samples_train_as_one(tiny_models, prepared, tmp_path):
+def test_two_ranks_of_a_context_group_train_as_one_process(tiny_models, prepared, tmp_path):
     cases = [
         (tiny_models("5b"), "lora", "checkpointed"),
         (tiny_models("2b"), "full", "feed-forward"),
@@ -203,32 +171,32 @@ def test_two_ranks_that_divide_samples_train_as_one(tiny_models, prepared, tmp_p
         (tiny_models("1.5-5b"), "lora", "streamed"),
         (tiny_models("5b"), "full", "sharded"),
     ]
-    # Were they not off while videos are sampled, the rank without a prompt would keep the other one waiting.
+    # If the division were not off during sampling, the rank without a prompt would block the other one.
     others = ["--max_train_steps", "4", "--rank", "8", "--validation_prompt", "a", "--num_inference_steps", "1"]
     flags = training_flags(tiny_models("5b"), prepared, tmp_path / "divided", *others)
-    ranks = launch(divide_everything, 2, tmp_path / "ranks", cases, [*flags, "--context_parallel_size", "2"])
+    ranks = call_on_ranks(divide_everything, 2, tmp_path / "ranks", cases, [*flags, "--context_parallel_size", "2"])
     assert_same_steps([results for results, _ in ranks], cases, 2)
     torch.testing.assert_close(ranks[0][1], step(load(cases[0][0], "full"))[0])
     assert (tmp_path / "divided" / "validation" / "step-4" / "00-00-a.mp4").is_file()
 
-    cogvideox_text_to_video_lora.main(training_flags(tiny_models("5b"), prepared, tmp_path / "whole", *others[:4]))
-    assert_same_curves(tmp_path / "divided", tmp_path / "whole")
+    cogvideox_text_to_video_lora.main(training_flags(tiny_models("5b"), prepared, tmp_path / "undivided", *others[:4]))
+    assert_same_curves(tmp_path / "divided", tmp_path / "undivided")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_ranks", "size"), [(4, 4), (4, 2)])
-def test_groups_of_any_size_divide_samples_of_any_length(tiny_models, tmp_path, num_ranks, size):
+def test_context_groups_of_any_size_divide_samples_of_any_length(tiny_models, tmp_path, num_ranks, size):
     kinds = ("5b", "1.5-5b", "1.5-5b-i2v")  # with 75, 45 and 45 tokens
     ways = ("plain", "checkpointed", "sharded")
     cases = [(tiny_models(kind), method, way) for kind in kinds for method in ("lora", "full") for way in ways]
     cases = [case for case in cases if case[1:] != ("lora", "sharded")]
-    results = launch(divided_steps, num_ranks, tmp_path / "ranks", cases, size)
+    results = call_on_ranks(divided_steps, num_ranks, tmp_path / "ranks", cases, size)
     assert_same_steps(results, cases, size)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_groups_of_a_torchrun_train_on_as_many_samples_as_there_are_groups(tiny_models, prepared, tmp_path):
+def test_each_context_group_of_a_torchrun_trains_on_one_sample(tiny_models, prepared, tmp_path):
     others = ["--max_train_steps", "3", "--scale_lr"]
     script = cogvideox_text_to_video_sft.__file__
     done = subprocess.run(
@@ -246,29 +214,16 @@ def test_groups_of_a_torchrun_train_on_as_many_samples_as_there_are_groups(tiny_
     assert "2 ranks at a time divide the tokens of a sample" in done.stderr
 
     others += ["--gradient_accumulation_steps", "2"]
-    cogvideox_text_to_video_sft.main(training_flags(tiny_models("1.5-5b"), prepared, tmp_path / "whole", *others))
-    assert_same_curves(tmp_path / "divided", tmp_path / "whole")
-    assert curve(tmp_path / "divided", "lr") == curve(tmp_path / "whole", "lr")
-
-
-def test_the_accelerate_config_decides_how_many_ranks_divide_a_sample(tmp_path, monkeypatch):
-    config = ROOT / "accelerate_configs" / "fsdp2_context_parallel.yaml"
-    launched, *_ = _validate_launch_command(
-        launch_command_parser().parse_args(["--config_file", str(config), "--main_process_port", "0", "script.py"])
-    )
-    for name, value in prepare_multi_gpu_env(launched).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WORLD_SIZE", str(launched.num_processes))
-    flags = training_flags(Path("owner/model"), tmp_path, tmp_path / "output")
-    assert parse_args(flags, task="text-to-video", method="sft").speed.context_parallel_size == 4
-    assert ParallelismConfig().fsdp_dim_names == ["dp_shard_cp"]  # all eight
+    cogvideox_text_to_video_sft.main(training_flags(tiny_models("1.5-5b"), prepared, tmp_path / "undivided", *others))
+    assert_same_curves(tmp_path / "divided", tmp_path / "undivided")
+    assert curve(tmp_path / "divided", "lr") == curve(tmp_path / "undivided", "lr")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 8, 9])
-def test_parts_are_equally_long_and_make_up_the_whole(num_tokens):
+def test_parts_are_equally_long_and_complete(num_tokens):
     tokens = torch.arange(1, 2 * num_tokens + 1).view(2, num_tokens)
     parts = [part_of(tokens, 1, part, 4) for part in range(4)]
     assert {part.shape[1] for part in parts} == {-(-num_tokens // 4)}
-    whole = torch.cat(parts, dim=1)
-    assert torch.equal(whole[:, :num_tokens], tokens)
-    assert whole[:, num_tokens:].sum() == 0
+    joined = torch.cat(parts, dim=1)
+    assert torch.equal(joined[:, :num_tokens], tokens)
+    assert joined[:, num_tokens:].sum() == 0

@@ -1,15 +1,12 @@
-"""Ranks decide alike, and wait for one another as long as it takes."""
+"""Ranks make the same decisions, and wait for one another without a timeout."""
 
-import os
-import socket
-from collections.abc import Callable
-from datetime import timedelta
+import threading
 
 import pytest
 import torch.distributed as dist
 
 from common.errors import UserError
-from forked_ranks import CONTEXT, start_server
+from forked_ranks import call_on_ranks
 from parallel.coordinator import Coordinator
 
 
@@ -30,29 +27,8 @@ def refuse() -> None:
     raise UserError("so it is")
 
 
-def start_rank(rank: int, port: int, work: Callable, results, gate) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    # The group of the GPUs, whose patience is short.
-    dist.init_process_group("gloo", timeout=timedelta(seconds=1))
-    results.put((rank, work(rank, Coordinator(), gate)))
-
-
-def on_two_ranks(work: Callable) -> list:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_server()
-    results, gate = CONTEXT.Queue(), CONTEXT.Event()
-    ranks = [CONTEXT.Process(target=start_rank, args=(rank, port, work, results, gate)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = dict(results.get() for _ in ranks)
-    for process in ranks:
-        process.join()
-    return [found[0], found[1]]
-
-
-def use_everything(rank: int, coordinator: Coordinator, gate) -> list:
+def use_everything() -> list:
+    rank, coordinator = dist.get_rank(), Coordinator()
     asked = [coordinator.ask(rank == 1 and turn == 1, False) for turn in range(4)]
     coordinator.finish_asking()
     try:
@@ -71,21 +47,22 @@ def use_everything(rank: int, coordinator: Coordinator, gate) -> list:
     ]
 
 
-def test_two_ranks_hear_the_same_one_call_later():
-    first, second = on_two_ranks(use_everything)
+def test_two_ranks_get_the_same_answers_one_call_later(tmp_path):
+    first, second = call_on_ranks(use_everything, 2, tmp_path / "ranks")
     nothing = (False, False)
     expected = [[nothing, nothing, (True, False), nothing], True, True, False, "from 0", [0, 1], "so it is"]
     assert first == expected
     assert second == [expected[0], False, *expected[2:]]
 
 
-def be_late(rank: int, coordinator: Coordinator, gate) -> bool:
-    """The second rank comes when the first one has waited for longer than its group of GPUs would have."""
-    if rank == 1:
-        gate.wait(timeout=2)  # nobody opens it: a validation that takes long
+def be_late() -> bool:
+    """Let the first rank wait longer than the timeout of the GPUs' group."""
+    coordinator = Coordinator()
+    if dist.get_rank() == 1:
+        threading.Event().wait(timeout=2)  # never set: a long validation
     coordinator.wait()
     return True
 
 
-def test_a_rank_that_takes_long_is_waited_for_beyond_the_timeout_of_the_gpus():
-    assert on_two_ranks(be_late) == [True, True]
+def test_ranks_wait_longer_than_the_timeout_of_the_gpus(tmp_path):
+    assert call_on_ranks(be_late, 2, tmp_path / "ranks", timeout=1) == [True, True]

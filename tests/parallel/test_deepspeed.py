@@ -1,16 +1,16 @@
-"""What DeepSpeed is told, and what its checkpoints may hold; runs in shards are in test_distributed.py."""
+"""The configuration of DeepSpeed, and safe loading of its checkpoints; for runs see test_distributed.py."""
 
 import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel
 
 from methods.lora import Lora
 from models.source import ModelSource
 from parallel.deepspeed import configure_zero, count_weights, errors_later, weights_only_loads
 from parallel.fsdp import autocast_forward
+from tiny_steps import train_step, with_adapters
 
 
 def configured(config: dict, **changed) -> dict:
@@ -20,28 +20,19 @@ def configured(config: dict, **changed) -> dict:
     return config
 
 
-def test_the_flags_reach_deepspeed():
-    config = configured({"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"})
+@pytest.mark.parametrize(("is_rounded", "max_grad_norm"), [(False, 0.5), (True, 0.0)])
+def test_the_flags_reach_deepspeed(is_rounded, max_grad_norm):
+    config = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"}
+    configured(config, is_rounded=is_rounded, max_grad_norm=max_grad_norm)
     assert config["train_micro_batch_size_per_gpu"] == 3
     assert config["gradient_accumulation_steps"] == 4
     assert config["train_batch_size"] == 24
-    assert config["gradient_clipping"] == 0.5
-    assert config["bf16"]["enabled"] is False
+    assert config["gradient_clipping"] == max_grad_norm
+    assert config["bf16"] == {"enabled": is_rounded, "check_grad_overflow": is_rounded}
     assert (config["communication_data_type"], config["data_types"]["grad_accum_dtype"]) == ("fp32", "fp32")
 
 
-def test_no_clipping_is_no_clipping():
-    assert configured({"zero_optimization": {"stage": 2}}, max_grad_norm=0.0)["gradient_clipping"] == 0
-
-
-def test_weights_in_bf16_are_watched_for_what_is_not_finite():
-    assert configured({"zero_optimization": {"stage": 2}}, is_rounded=True)["bf16"] == {
-        "enabled": True,
-        "check_grad_overflow": True,
-    }
-
-
-def test_what_a_user_has_set_stays():
+def test_settings_of_the_user_are_kept():
     zero = {"stage": 3, "reduce_bucket_size": 7, "stage3_prefetch_bucket_size": "auto"}
     config = configured({"zero_optimization": zero, "communication_data_type": "bf16"})
     assert config["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 7}
@@ -49,35 +40,29 @@ def test_what_a_user_has_set_stays():
 
 
 def test_under_autocast_adapters_in_float32_work_on_a_base_in_bf16(tiny_models):
-    from tiny_steps import inputs_of
-
     transformer = ModelSource(str(tiny_models("5b"))).load_transformer(torch.bfloat16)
     Lora(4, 4.0).attach(transformer)
     autocast_forward(transformer, torch.device("cpu"), torch.bfloat16)
-    inputs = inputs_of(transformer) | {"hidden_states": inputs_of(transformer)["hidden_states"].bfloat16()}
-    (output,) = transformer(**inputs, return_dict=False)
+    output, gradients = train_step(transformer)
     assert output.dtype == torch.float32
-    output.mean().backward()
-    gradients = [parameter.grad for parameter in transformer.parameters() if parameter.requires_grad]
-    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
 
 
-def test_weights_are_counted_wherever_they_are(tiny_models):
-    transformer: CogVideoXTransformer3DModel = ModelSource(str(tiny_models("5b"))).load_transformer(torch.float32)
-    Lora(4, 4.0).attach(transformer)
+def test_sharded_weights_are_counted(tiny_models):
+    transformer = with_adapters(tiny_models("5b"))
     counts = count_weights(transformer)
     assert counts == (
         sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad),
         sum(parameter.numel() for parameter in transformer.parameters()),
     )
-    for parameter in transformer.parameters():  # as ZeRO-3 leaves them
+    for parameter in transformer.parameters():  # as under ZeRO-3
         parameter.ds_numel = parameter.numel()
         parameter.data = torch.empty(0)
     assert count_weights(transformer) == counts
 
 
 class FullDisk:
-    """Writes as DeepSpeed's engines do, and notes what it could not."""
+    """A checkpoint engine that fails to write, and records the paths."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -87,16 +72,13 @@ class FullDisk:
         raise OSError(28, "No space left on device")
 
 
-def test_a_process_that_cannot_write_comes_to_where_the_others_wait():
+def test_a_process_raises_errors_of_writing_after_saving():
     engine = torch.nn.Module()
     engine.checkpoint_engine = FullDisk()
-    was_there = False
     with pytest.raises(OSError, match="No space left"), errors_later(engine):
         engine.checkpoint_engine.save(state_dict={}, path="module")  # DeepSpeed calls it in both ways
         engine.checkpoint_engine.save({}, "optimizer")
         engine._copy_recovery_script("folder")
-        was_there = True
-    assert was_there
     assert engine.checkpoint_engine.asked == ["module", "optimizer"]
     with pytest.raises(OSError, match="No space left"):
         engine.checkpoint_engine.save({}, "as before")
@@ -110,7 +92,7 @@ class _Payload:
         return (open, (self.path, "w"))
 
 
-def test_a_checkpoint_of_deepspeed_runs_no_code(tmp_path):
+def test_a_deepspeed_checkpoint_cannot_run_code(tmp_path):
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -123,5 +105,5 @@ def test_a_checkpoint_of_deepspeed_runs_no_code(tmp_path):
     with weights_only_loads(), pytest.raises(pickle.UnpicklingError):
         TorchCheckpointEngine().load(file)
     assert not proof.exists()
-    TorchCheckpointEngine().load(file)["module"].close()  # as DeepSpeed does it by itself
+    TorchCheckpointEngine().load(file)["module"].close()  # as DeepSpeed does
     assert proof.exists()

@@ -1,4 +1,4 @@
-"""Ranks that do not belong together are found at the start, in one line that says where and what."""
+"""Ranks that do not match are detected at the start, in one line that says where and what."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def run_ranks(launches_of_rank: list[list[dict]]) -> list[list[str]]:
     return [process.communicate()[0].splitlines() for process in ranks]
 
 
-def test_ranks_on_two_machines_compare_all_that_they_must_have_in_common(tmp_path):
+def test_ranks_on_two_machines_compare_everything_that_must_agree(tmp_path):
     for folder in ("clips", "clips, mounted elsewhere"):
         (tmp_path / folder).mkdir()
 
@@ -91,7 +91,7 @@ def test_ranks_on_two_machines_compare_all_that_they_must_have_in_common(tmp_pat
     assert not list((tmp_path / "shared").iterdir())
 
 
-def test_who_does_not_come_is_not_waited_for_for_ever(monkeypatch):
+def test_the_wait_for_a_missing_rank_ends(monkeypatch):
     port = free_port()
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in (place | {"MASTER_PORT": str(port)}).items():
@@ -104,7 +104,7 @@ def test_who_does_not_come_is_not_waited_for_for_ever(monkeypatch):
 
 
 @pytest.mark.parametrize("place", [{"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, {"LOCAL_WORLD_SIZE": "1"}])
-def test_ranks_of_one_machine_or_without_a_place_to_meet_do_not_wait(monkeypatch, tmp_path, place):
+def test_ranks_on_one_machine_or_without_an_address_do_not_wait(monkeypatch, tmp_path, place):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     for name, value in ({"RANK": "0", "WORLD_SIZE": "2"} | place).items():
         monkeypatch.setenv(name, value)
@@ -114,7 +114,7 @@ def test_ranks_of_one_machine_or_without_a_place_to_meet_do_not_wait(monkeypatch
     assert not (tmp_path / "out").exists()
 
 
-def test_the_first_rank_of_each_machine_says_what_is_wrong_and_all_end(monkeypatch):
+def test_the_first_rank_of_each_machine_reports_the_error_and_all_end(monkeypatch):
     for local_rank, error in (("0", UserError), ("1", SystemExit)):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         with pytest.raises(error):

@@ -1,23 +1,21 @@
-"""Whole weights in one process; of processes that divide them see test_distributed.py."""
+"""Weights in one process; for sharded ones see test_distributed.py."""
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from methods.lora import Lora
-from models.source import ModelSource
-from parallel.sharding import load_state, save_state, whole_weights
+from parallel.sharding import gather_weights, load_state, save_state
+from tiny_steps import with_adapters
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
-def test_weights_in_one_process_are_the_transformers_own(tiny_models):
-    transformer = ModelSource(str(tiny_models("5b"))).load_transformer(torch.float32)
-    method = Lora(4, 4.0)
-    method.attach(transformer)
-    names = method.weight_names(transformer)
-    weights = whole_weights(Accelerator(cpu=True), transformer, names)
+def test_in_one_process_the_weights_are_not_copied(tiny_models):
+    transformer = with_adapters(tiny_models("5b"))
+    names = Lora(4, 4.0).weight_names(transformer)
+    weights = gather_weights(Accelerator(cpu=True), transformer, names)
     assert list(weights) == names
     state = transformer.state_dict()
     assert all(weight.data_ptr() == state[name].data_ptr() for name, weight in weights.items())

@@ -8,6 +8,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from common.errors import UserError
 from common.hub_token import HubToken
+from data.buckets import Bucket
 from methods.full import FullFinetune
 from methods.lora import Lora
 from results import publish
@@ -33,9 +35,7 @@ FACTS = CardFacts(
     usage=lambda repo_id, model: "\n".join(Lora(8, 8).usage("CogVideoXPipeline", model, repo_id)),
     settings={"rank": 8, "learning_rate": 1e-4, "data_root": "/home/me/clips", "output_dir": "/home/me/out"},
     prompts=PROMPTS,
-    num_frames=17,
-    height=64,
-    width=96,
+    size=Bucket(17, 64, 96),
     fps=8,
     last_step=20,
 )
@@ -74,12 +74,15 @@ def code_of(card: str) -> str:
     return code
 
 
-def test_the_metadata_of_the_card_has_the_base_model_and_tags(hub, tmp_path):
-    push(tmp_path)
+def test_the_card_has_the_base_model_tags_and_the_settings_without_folders(hub, tmp_path):
+    card = push(tmp_path)
     data = ModelCard.load(tmp_path / "README.md").data
     found = (data.base_model, data.base_model_relation, data.pipeline_tag)
     assert found == ("THUDM/CogVideoX-5b", "adapter", "text-to-video")
     assert {"text-to-video", "lora", "cogvideox"} <= set(data.tags)
+    (settings,) = re.findall(r"```yaml\n(.*?)```", card, flags=re.DOTALL)
+    assert yaml.safe_load(settings) == {"rank": 8, "learning_rate": 1e-4}
+    assert "/home/me" not in card
 
 
 def test_the_code_on_the_card_loads_the_result_from_the_hub(hub, tmp_path):
@@ -116,24 +119,11 @@ def test_the_card_shows_the_last_videos_and_the_pictures(hub, tmp_path):
     assert "step-10" not in card
 
 
-def test_the_card_lists_the_prompts_if_there_are_no_videos(hub, tmp_path):
-    card = push(tmp_path)
-    assert all(f"- {prompt}\n" in card for prompt in PROMPTS)
-    assert "Gallery" not in card
-    assert "![" not in card
-
-
-def test_a_prompt_is_one_line_of_escaped_text_on_the_card(hub, tmp_path):
+def test_without_videos_the_card_lists_the_prompts_as_escaped_text_on_one_line_each(hub, tmp_path):
     card = push(tmp_path, prompts=["a [link](b) | <img src=x>\n\n# title `code`", "- *item* _b_", "兔子"])
     lines = card.split("## Validation prompts\n\n")[1].split("\n\n")[0].splitlines()
     assert lines == [r"- a \[link\](b) \| \<img src=x\> \# title \`code\`", r"- \- \*item\* \_b\_", "- 兔子"]
-
-
-def test_the_card_has_the_settings_without_folders(hub, tmp_path):
-    card = push(tmp_path)
-    (settings,) = re.findall(r"```yaml\n(.*?)```", card, flags=re.DOTALL)
-    assert yaml.safe_load(settings) == {"rank": 8, "learning_rate": 1e-4}
-    assert "/home/me" not in card
+    assert "Gallery" not in card and "![" not in card
 
 
 def test_the_folder_goes_to_the_created_repository_and_the_token_only_to_the_hub(hub, tmp_path):
@@ -211,10 +201,8 @@ def test_a_run_uploads_the_files_and_code_of_its_card(hub, tiny_models, demo_cli
 
 @pytest.mark.parametrize("call", ["create_repo", "upload_folder", "write_card"])
 def test_a_failed_upload_logs_the_command_to_do_it_later(hub, tmp_path, monkeypatch, caplog, call):
-    def fail(*arguments, **options):
-        raise HfHubHTTPError(f"403 Forbidden for {TOKEN.value}", response=Response(403, request=Request("POST", "/")))
-
-    monkeypatch.setattr(publish, call, fail)
+    error = HfHubHTTPError(f"403 Forbidden for {TOKEN.value}", response=Response(403, request=Request("POST", "/")))
+    monkeypatch.setattr(publish, call, Mock(side_effect=error))
     publish.push_to_hub(tmp_path, None, TOKEN, FACTS)
     title, command = caplog.records[-1].getMessage().splitlines()
     assert title.startswith("error: the result was not uploaded (HfHubHTTPError: 403 Forbidden")
@@ -261,41 +249,33 @@ def test_a_token_without_write_access_is_refused_before_training(monkeypatch, tm
         publish.check_access(tmp_path, repo_id, TOKEN)
 
 
-def no_token(token):
-    raise LocalTokenNotFoundError("Token is required, but no token found. You must log in.")
-
-
-def refused(token):
-    raise HfHubHTTPError("Invalid user token.", response=Response(401, request=Request("GET", "/")))
-
-
 class TransportError(Exception):
     """An error of an unknown HTTP library."""
 
 
-def unreachable(token):
-    raise TransportError("[Errno -2] Name or service not known")
-
-
-@pytest.mark.parametrize("answer", [no_token, refused, unreachable])
-def test_a_hub_that_does_not_answer_is_one_line_before_training(monkeypatch, tmp_path, answer):
-    monkeypatch.setattr(publish, "whoami", answer)
+@pytest.mark.parametrize(
+    "error",
+    [
+        LocalTokenNotFoundError("Token is required, but no token found. You must log in."),
+        HfHubHTTPError("Invalid user token.", response=Response(401, request=Request("GET", "/"))),
+        TransportError("[Errno -2] Name or service not known"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_hub_that_does_not_answer_is_one_line_before_training(monkeypatch, tmp_path, error):
+    monkeypatch.setattr(publish, "whoami", Mock(side_effect=error))
     with pytest.raises(UserError, match=r"^--push_to_hub: the upload to 'circles' would fail: ") as caught:
         publish.check_access(tmp_path / "circles", None, TOKEN)
     assert len(str(caught.value).splitlines()) == 1
     assert TOKEN.value not in str(caught.value)
 
 
-INVALID = "Repo id must use alphanumeric"
-
-
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("circles", ".*offline"),
-        ("a" * 97, INVALID),
         ("two--dashes", r"Cannot have -- or \.\. in repo_id"),
-        ("Some Words", INVALID),
+        ("Some Words", "Repo id must use alphanumeric"),
     ],
 )
 def test_no_network_and_invalid_names_are_found_before_training(tmp_path, name, reason):

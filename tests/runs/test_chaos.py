@@ -8,14 +8,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from checkpoints.manifest import find_damage
 from common.run_folder import LORA_FILE, list_checkpoints
 from common.signals import STOPPED_EXIT_CODE
 from forked_ranks import Stop, finish, start
-from tiny_runs import SIZE
+from tiny_runs import SIZE, assert_same_weights, weights_of
 
 
 LORA, SFT = "cogvideox_text_to_video_lora", "cogvideox_text_to_video_sft"
@@ -49,15 +47,6 @@ def run_until(stop: Stop, script: str, argv: list[str], log: Path, num_ranks: in
     return [process.exitcode for process in (first, *others)]
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """The result, and what training would go on from."""
-    newest = list_checkpoints(folder)[-1][1]
-    files = [file for place in (folder, newest) for file in place.glob("*.safetensors")]
-    files += [file for place in (folder, newest) for file in place.glob("transformer/*.safetensors")]
-    assert len(files) == 2
-    return {f"{file.relative_to(folder)} {name}": weight for file in files for name, weight in load_file(file).items()}
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(flags, tmp_path_factory) -> Callable[[str, int, int], Path]:
     """Return the folder of a run that nothing stops, by script, number of ranks and of steps."""
@@ -87,9 +76,12 @@ def survive(flags, uninterrupted, tmp_path) -> Callable[..., list[list[int]]]:
             stop = Stop(number, 60 * (attempt + 1) // (num_stops + 1), delay)
             codes.append(run_until(stop, script, argv, log, num_ranks))
         finish(script, argv, log, num_ranks)
-        weights, expected = weights_of(run), weights_of(uninterrupted(script, num_ranks, num_steps))
-        assert weights.keys() == expected.keys()
-        assert [name for name, weight in weights.items() if not torch.equal(weight, expected[name])] == []
+        expected = uninterrupted(script, num_ranks, num_steps)
+        assert_same_weights(weights_of(run), weights_of(expected))
+        # and training would go on from the same ones
+        newest, same = (list_checkpoints(folder)[-1][1] for folder in (run, expected))
+        assert newest.name == same.name
+        assert_same_weights(weights_of(newest), weights_of(same))
         assert not list(run.glob(".*"))
         return codes
 

@@ -20,7 +20,7 @@ from curves import curve
 from data.prepared import read_index
 from forked_ranks import finish
 from repository import TRAINING
-from tiny_runs import SIZE
+from tiny_runs import SIZE, assert_same_weights, weights_of
 
 
 SCRIPTS_IN_TURN = Path(__file__).parents[1] / "helpers" / "fsdp_on_cpu.py"
@@ -34,12 +34,12 @@ STEPS += ["--optimizer", "adamw", "--learning_rate", "1e-3", "--lr_scheduler", "
 
 
 def zero(config: str | Path) -> list[str]:
-    """The launcher for one of our DeepSpeed configurations, or another file."""
+    """Return the launcher for one of our DeepSpeed configurations, or another file."""
     return ["accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
 
 
 def launch(launcher: Iterable[str], script: str, *flags: str, fails: bool = False) -> str:
-    """Run a script on two ranks; returns what it printed."""
+    """Run a script on two ranks; returns its output."""
     by_accelerate = "accelerate.commands.launch" in launcher
     done = subprocess.run(
         [sys.executable, "-m", *launcher, str(TRAINING / script), *flags],
@@ -51,15 +51,8 @@ def launch(launcher: Iterable[str], script: str, *flags: str, fails: bool = Fals
     return done.stdout + done.stderr
 
 
-def weights_of(output: Path) -> dict[str, torch.Tensor]:
-    """What a run wrote at its end, a LoRA or all weights."""
-    lora = output / "pytorch_lora_weights.safetensors"
-    files = [lora] if lora.exists() else sorted((output / "transformer").glob("*.safetensors"))
-    return {name: weight for file in files for name, weight in load_file(file).items()}
-
-
 def assert_same_run(output: Path, expected: Path, *, tolerance: float = 1e-5) -> None:
-    """Losses, gradient norms, learning rates and the result are equal up to rounding."""
+    """Check that losses, gradient norms, learning rates and results are equal up to rounding."""
     for name in ("loss", "grad_norm", "lr"):
         assert curve(output, name) == pytest.approx(curve(expected, name), rel=tolerance), name
     ours, theirs = weights_of(output), weights_of(expected)
@@ -116,12 +109,12 @@ def test_two_ranks_train_validate_and_save_as_one_does(fixed_flags, lora_of_one,
     before, after = (tmp_path / "validation" / f"step-{step}" for step in (0, 4))
     names = ["00-00-a.mp4", "01-00-b.mp4", "02-00-c.mp4", "contact_sheet.png"]
     assert sorted(path.name for path in before.iterdir() if path.is_file()) == names
-    # A rank that fails keeps no other waiting, nor does it end the run.
+    # A rank that fails neither blocks the others nor ends the run.
     assert sorted(path.name for path in after.iterdir() if path.is_file()) == [names[0], *names[2:]]
     assert "warning: validation at step 4 failed, training continues; rank 1: " in output
 
 
-def test_a_run_in_shards_is_that_of_one_process_and_resumes_exactly(fixed_flags, lora_of_one, tiny_models, tmp_path):
+def test_a_sharded_run_is_that_of_one_process_and_resumes_exactly(fixed_flags, lora_of_one, tiny_models, tmp_path):
     pytest.importorskip("deepspeed")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = [*fixed_flags, *LORA_OF_TWO, "--output_dir"]
@@ -136,13 +129,14 @@ def test_a_run_in_shards_is_that_of_one_process_and_resumes_exactly(fixed_flags,
     assert pipeline.transformer.peft_config["default_0"].r == 4
     for name in ("loss", "grad_norm", "lr"):
         assert curve(resumed, name) == {4: curve(whole, name)[4]}
-    ours, theirs = weights_of(resumed), weights_of(whole)
-    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    assert_same_weights(weights_of(resumed), weights_of(whole))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, zero("zero2.yaml")], ids=["ddp", "zero2"])
-def test_a_step_that_one_rank_spoils_is_left_out_on_all_and_counted(fixed_flags, prepared_by_two, tmp_path, launcher):
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_counted(
+    fixed_flags, prepared_by_two, tmp_path, launcher
+):
     shutil.copytree(prepared_by_two[0], tmp_path / "data")
     shard = next((tmp_path / "data" / "latents").glob("*.safetensors"))
     tensors = load_file(shard)
@@ -159,8 +153,8 @@ def test_a_step_that_one_rank_spoils_is_left_out_on_all_and_counted(fixed_flags,
     assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "out").values())
 
 
-def config_of_ones_own(folder: Path, **changed: object) -> Path:
-    """An accelerate configuration that names a DeepSpeed one: ZeRO-3 that keeps no weight whole, however small."""
+def custom_zero3_config(folder: Path, **changed: object) -> Path:
+    """Write an accelerate configuration that names a DeepSpeed one: ZeRO-3 that shards even the smallest weights."""
     zero3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": "auto"}
     config = {"zero_optimization": zero3, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
     (folder / "zero3.json").write_text(json.dumps(config | changed))
@@ -171,9 +165,9 @@ def config_of_ones_own(folder: Path, **changed: object) -> Path:
 
 
 @pytest.mark.slow
-def test_a_lora_on_a_divided_model_is_that_of_one_process(fixed_flags, lora_of_one, tmp_path):
+def test_a_lora_on_a_sharded_model_is_that_of_one_process(fixed_flags, lora_of_one, tmp_path):
     pytest.importorskip("deepspeed")
-    launcher, whole, resumed = zero(config_of_ones_own(tmp_path)), tmp_path / "whole", tmp_path / "resumed"
+    launcher, whole, resumed = zero(custom_zero3_config(tmp_path)), tmp_path / "whole", tmp_path / "resumed"
     flags = [*fixed_flags, *LORA_OF_TWO, "--gradient_checkpointing", "--output_dir"]
     more = ["--checkpointing_steps", "3", "--validation_steps", "2", "--num_inference_steps", "1"]
     (whole / "validation" / "step-2" / "01-00-b.mp4").mkdir(parents=True)  # in the way of the second rank
@@ -185,27 +179,27 @@ def test_a_lora_on_a_divided_model_is_that_of_one_process(fixed_flags, lora_of_o
 
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
     launch(launcher, LORA, *flags, str(resumed), "--resume_from_checkpoint", "latest")
-    assert all(torch.equal(weights_of(resumed)[name], weight) for name, weight in weights_of(whole).items())
+    assert_same_weights(weights_of(resumed), weights_of(whole))
 
 
 @pytest.mark.slow
-def test_an_average_of_a_run_in_shards_is_resumed_as_it_was_divided(fixed_flags, tmp_path):
+def test_ema_of_a_sharded_run_is_resumed_on_as_many_processes(fixed_flags, tmp_path):
     pytest.importorskip("deepspeed")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = [*fixed_flags, *LORA_OF_TWO, "--use_ema", "--ema_decay", "0.5", "--output_dir"]
     launch(zero("zero2.yaml"), LORA, *flags, str(whole), "--checkpointing_steps", "3")
-    last = load_file(whole / "checkpoint-4" / "pytorch_lora_weights.safetensors")
+    last = weights_of(whole / "checkpoint-4")
     assert any(not torch.equal(weights_of(whole)[name], weight) for name, weight in last.items())
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
     flags += [str(resumed), "--resume_from_checkpoint", "latest"]
     assert "DeepSpeed was ZeRO-2 on 2 processes, is now off" in launch(TORCHRUN, LORA, *flags, fails=True)
     launch(zero("zero2.yaml"), LORA, *flags)
-    assert all(torch.equal(weights_of(resumed)[name], weight) for name, weight in weights_of(whole).items())
+    assert_same_weights(weights_of(resumed), weights_of(whole))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, zero("zero3.yaml")], ids=["DDP", "ZeRO-3"])
-def test_several_processes_try_a_run_out(fixed_flags, tmp_path, launcher):
+def test_several_processes_do_a_dry_run(fixed_flags, tmp_path, launcher):
     if launcher is not TORCHRUN:
         pytest.importorskip("deepspeed")
     output = launch(launcher, LORA, *fixed_flags, *LORA_OF_TWO, "--output_dir", str(tmp_path / "run"), "--dry_run")
@@ -228,11 +222,11 @@ def test_several_processes_try_a_run_out(fixed_flags, tmp_path, launcher):
         (None, "bf16 --weights_dtype bf16", 3e-2),
     ],
 )
-def test_all_weights_in_shards_become_those_of_one_process(
+def test_sharded_full_fine_tuning_is_that_of_one_process(
     fixed_flags, tmp_path, fresh_accelerator, config, precision, tolerance
 ):
     pytest.importorskip("deepspeed")
-    launcher = zero(config or config_of_ones_own(tmp_path))
+    launcher = zero(config or custom_zero3_config(tmp_path))
     one, whole, resumed = (tmp_path / name for name in ("one", "whole", "resumed"))
     precision, flag, weights = precision.split()
     flags = [*fixed_flags, "--learning_rate", "1e-4", "--mixed_precision", precision]
@@ -241,11 +235,11 @@ def test_all_weights_in_shards_become_those_of_one_process(
     launch(launcher, ALL_WEIGHTS, *flags, str(whole), "--checkpointing_steps", "3")
     assert_same_run(whole, one, tolerance=tolerance)
     CogVideoXTransformer3DModel.from_pretrained(whole / "transformer")
-    saved = load_file(next((whole / "checkpoint-4" / "transformer").glob("*.safetensors")))
+    saved = weights_of(whole / "checkpoint-4")
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
-    if weights == "bf16":  # of the optimizer, not the rounded ones
+    if weights == "bf16":  # the optimizer's, not the rounded ones
         assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in saved.values())
 
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
     launch(launcher, ALL_WEIGHTS, *flags, str(resumed), "--resume_from_checkpoint", "latest")
-    assert all(torch.equal(weights_of(resumed)[name], weight) for name, weight in weights_of(whole).items())
+    assert_same_weights(weights_of(resumed), weights_of(whole))

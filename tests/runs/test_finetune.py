@@ -1,13 +1,11 @@
-"""The training script end to end on tiny models: what it learns, writes, resumes, and refuses."""
+"""The training script end to end on tiny models: training, outputs, resuming, and refusals."""
 
-import json
 import math
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import av
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -16,21 +14,24 @@ from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 
 import cogvideox_text_to_video_lora
+import tiny_runs
 from args import parse_args
 from checkpoints.schedule import ScheduleStart
 from checkpoints.state import read_state
 from curves import curve
 from data.plan import plan_training_data
 from diffusion.tasks import TextToVideo
+from encoded_clips import all_frames
 from methods.lora import Lora
+from original_folders import write_original_folder
 from run.loop import train as train_loop
 from run.setup import Run, set_up
 from run.spec import check_spec
 from run.trainable import build_optimizer
+from tiny_runs import SIZE, assert_same_weights, weights_of
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
 
 
 @pytest.fixture(scope="module")
@@ -38,58 +39,68 @@ def prepared(prepared_demo) -> Path:
     return prepared_demo(*SIZE)
 
 
-def train(model: Path, data: Path, output: Path, *flags: str) -> Path:
-    """Run the script in this process on prepared data, without validation."""
-    cogvideox_text_to_video_lora.main(
-        [
-            *("--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)),
-            *("--rank", "8", "--lora_alpha", "8", "--train_batch_size", "1", "--seed", "0", "--optimizer", "adamw"),
-            *("--learning_rate", "1e-3", "--lr_warmup_steps", "0", *SIZE, *flags),
-        ]
-    )
-    return output / "pytorch_lora_weights.safetensors"
+@pytest.fixture
+def train(tiny_models, prepared):
+    """Run the script in this process, without validation, on prepared data unless `raw`; returns the weights."""
+
+    def run(output: Path, *flags: str, model=None, data=None, raw: bool = False) -> dict[str, torch.Tensor]:
+        common = ("--rank", "8", "--lora_alpha", "8", "--optimizer", "adamw", "--learning_rate", "1e-3")
+        common += ("--lr_warmup_steps", "0", *([] if raw else ["--load_tensors"]))
+        folders = (model or tiny_models("5b"), data or prepared, output)
+        return weights_of(tiny_runs.train(cogvideox_text_to_video_lora, *folders, *common, *flags))
+
+    return run
+
+
+@pytest.fixture
+def error_of(train, capsys):
+    """Run the script as `train` does until it refuses; returns the last line on stderr."""
+
+    def run(*arguments, **options) -> str:
+        with pytest.raises(SystemExit, match="2"):
+            train(*arguments, **options)
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    return run
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_lora_loads_into_the_pipeline_at_its_trained_strength(tiny_models, prepared, tmp_path, precision):
-    flags = ("--load_tensors", "--max_train_steps", "3", "--mixed_precision", precision, "--gradient_checkpointing")
-    file = train(tiny_models("5b"), prepared, tmp_path, *flags, "--lora_alpha", "4")
+def test_the_lora_loads_into_the_pipeline_at_its_trained_strength(tiny_models, train, tmp_path, precision):
+    flags = ("--max_train_steps", "3", "--mixed_precision", precision, "--gradient_checkpointing")
+    weights = train(tmp_path, *flags, "--lora_alpha", "4")
     pipeline = CogVideoXPipeline.from_pretrained(tiny_models("5b"))
     pipeline.load_lora_weights(tmp_path)
     (config,) = pipeline.transformer.peft_config.values()
     assert (config.r, config.lora_alpha) == (8, 4)
     assert set(config.target_modules) == {"to_q", "to_k", "to_v", "to_out.0"}
     expected = torch.bfloat16 if precision == "bf16" else torch.float32
-    assert {weight.dtype for weight in load_file(file).values()} == {expected}
+    assert {weight.dtype for weight in weights.values()} == {expected}
     mounted = {n: p for n, p in pipeline.transformer.named_parameters() if "lora_B" in n}
     assert len(mounted) == 4 * 4
     assert all(parameter.abs().sum() > 0 for parameter in mounted.values())
 
 
 @pytest.mark.parametrize("accumulation", ["1", "4"])
-def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tiny_models, prepared, tmp_path, accumulation):
-    flags = ("--load_tensors", "--gradient_accumulation_steps", accumulation, "--lr_scheduler", "cosine")
-    model, straight, stopped = tiny_models("5b"), tmp_path / "straight", tmp_path / "stopped"
-    whole = train(model, prepared, straight, *flags, "--max_train_steps", "6", "--checkpointing_steps", "2")
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(train, tmp_path, accumulation):
+    flags = ("--gradient_accumulation_steps", accumulation, "--lr_scheduler", "cosine")
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    whole = train(straight, *flags, "--max_train_steps", "6", "--checkpointing_steps", "2")
     assert sorted(path.name for path in straight.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 6)]
 
     shutil.copytree(straight / "checkpoint-4", stopped / "checkpoint-4")
-    (stopped / "checkpoint-5.partial").mkdir()  # no checkpoint, and not to be taken for one
-    torch.rand(7)  # where the global generator stands must not matter
-    resumed = train(model, prepared, stopped, *flags, "--max_train_steps", "6", "--resume_from_checkpoint", "latest")
-    ours, theirs = load_file(resumed), load_file(whole)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    (stopped / "checkpoint-5.partial").mkdir()  # not a checkpoint
+    torch.rand(7)  # the state of the global generator must not matter
+    resumed = train(stopped, *flags, "--max_train_steps", "6", "--resume_from_checkpoint", "latest")
+    assert_same_weights(resumed, whole)
     assert sorted(curve(stopped, "loss")) == [5, 6]
     assert curve(stopped, "lr") == {step: curve(straight, "lr")[step] for step in (5, 6)}
 
 
-def test_a_step_of_four_small_batches_is_a_step_of_the_big_one(tiny_models, prepared, tmp_path):
-    one_step = ("--load_tensors", "--max_train_steps", "1", "--train_batch_size")  # of all the 16 samples
-    big = load_file(train(tiny_models("5b"), prepared, tmp_path / "big", *one_step, "16"))
-    AcceleratorState._reset_state(reset_partial_state=True)
+def test_a_step_of_four_small_batches_is_a_step_of_the_big_one(train, tmp_path):
+    one_step = ("--max_train_steps", "1", "--train_batch_size")  # of all the 16 samples
+    big = train(tmp_path / "big", *one_step, "16")
     accumulated = (*one_step, "4", "--gradient_accumulation_steps", "4")
-    small = load_file(train(tiny_models("5b"), prepared, tmp_path / "small", *accumulated))
+    small = train(tmp_path / "small", *accumulated)
     (big_loss,), (small_loss,) = (curve(tmp_path / name, "loss").values() for name in ("big", "small"))
     (big_norm,), (small_norm,) = (curve(tmp_path / name, "grad_norm").values() for name in ("big", "small"))
     assert small_loss == pytest.approx(big_loss, rel=1e-5)
@@ -98,23 +109,19 @@ def test_a_step_of_four_small_batches_is_a_step_of_the_big_one(tiny_models, prep
     assert all((small[name] - big[name]).abs().gt(1e-5).float().mean() < 0.01 for name in big)
 
 
-def test_what_is_written_and_resumed_with_an_average_of_the_weights(tiny_models, prepared, tmp_path):
-    flags = ("--load_tensors", "--max_train_steps", "4", "--checkpointing_steps", "2")
-    last = load_file(train(tiny_models("5b"), prepared, tmp_path / "last", *flags))
+def test_a_run_with_ema_writes_the_average_and_resumes_from_both(train, tmp_path):
+    flags = ("--max_train_steps", "4", "--checkpointing_steps", "2")
+    last = train(tmp_path / "last", *flags)
     flags += ("--use_ema", "--ema_decay", "0.5")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    averaged = load_file(train(tiny_models("5b"), prepared, tmp_path / "averaged", *flags))
+    averaged = train(tmp_path / "averaged", *flags)
     name = next(name for name in averaged if "lora_B" in name)
-    # It begins at zero and moves away: an average lies behind.
+    # It begins at zero and moves away: its average is smaller.
     assert 0 < averaged[name].abs().mean() < 0.95 * last[name].abs().mean()
-    in_checkpoint = load_file(tmp_path / "averaged" / "checkpoint-4" / "pytorch_lora_weights.safetensors")
-    assert all(torch.equal(in_checkpoint[name], last[name]) for name in last)
+    assert_same_weights(weights_of(tmp_path / "averaged" / "checkpoint-4"), last)
 
     shutil.copytree(tmp_path / "averaged" / "checkpoint-2", tmp_path / "stopped" / "checkpoint-2")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    stopped = train(tiny_models("5b"), prepared, tmp_path / "stopped", *flags, "--resume_from_checkpoint", "latest")
-    resumed = load_file(stopped)
-    assert all(torch.equal(resumed[name], averaged[name]) for name in averaged)
+    resumed = train(tmp_path / "stopped", *flags, "--resume_from_checkpoint", "latest")
+    assert_same_weights(resumed, averaged)
 
 
 @pytest.mark.parametrize(
@@ -127,34 +134,25 @@ def test_what_is_written_and_resumed_with_an_average_of_the_weights(tiny_models,
     ],
     ids=lambda flags: flags[0],
 )
-def test_an_option_of_the_objective_changes_what_is_trained(tiny_models, prepared, tmp_path, flags):
-    common = ("--load_tensors", "--max_train_steps", "1", "--train_batch_size", "2")
-    train(tiny_models("5b"), prepared, tmp_path / "plain", *common)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train(tiny_models("5b"), prepared, tmp_path / "changed", *common, *flags)
+def test_an_option_of_the_objective_changes_what_is_trained(train, tmp_path, flags):
+    common = ("--max_train_steps", "1", "--train_batch_size", "2")
+    train(tmp_path / "plain", *common)
+    train(tmp_path / "changed", *common, *flags)
     plain, changed = (curve(tmp_path / name, "grad_norm")[1] for name in ("plain", "changed"))
     assert math.isfinite(changed)
     assert changed != pytest.approx(plain, rel=1e-4)
 
 
-def test_old_checkpoints_are_removed_only_beyond_the_limit(tiny_models, prepared, tmp_path):
-    flags = (
-        "--load_tensors",
-        "--max_train_steps",
-        "5",
-        "--checkpointing_steps",
-        "1",
-        "--checkpoints_total_limit",
-        "2",
-    )
-    train(tiny_models("5b"), prepared, tmp_path, *flags)
+def test_old_checkpoints_are_removed_only_beyond_the_limit(train, tmp_path):
+    flags = ("--max_train_steps", "5", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    train(tmp_path, *flags)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
-    assert (tmp_path / "checkpoint-4" / "pytorch_lora_weights.safetensors").is_file()
+    assert weights_of(tmp_path / "checkpoint-4")
 
 
-def test_the_learning_rate_schedule_counts_optimizer_steps_over_all_epochs(tiny_models, prepared, tmp_path):
-    flags = ("--load_tensors", "--num_train_epochs", "2", "--gradient_accumulation_steps", "5")
-    train(tiny_models("5b"), prepared, tmp_path, *flags, "--lr_scheduler", "linear")
+def test_the_learning_rate_schedule_counts_optimizer_steps_over_all_epochs(train, tmp_path):
+    flags = ("--num_train_epochs", "2", "--gradient_accumulation_steps", "5")
+    train(tmp_path, *flags, "--lr_scheduler", "linear")
     rates = curve(tmp_path, "lr")
     steps = 2 * math.ceil(16 / 5)
     assert sorted(rates) == list(range(1, steps + 1))
@@ -162,55 +160,46 @@ def test_the_learning_rate_schedule_counts_optimizer_steps_over_all_epochs(tiny_
     assert rates[steps] == pytest.approx(1e-3 / steps)
 
 
-def test_raw_clips_train_without_preparation_and_are_validated(tiny_models, demo_clips, tmp_path):
+def test_raw_clips_train_without_preparation_and_are_validated(train, demo_clips, tmp_path):
     prompt = "a red circle moves from left to right over a blue background:::a green square"
     flags = ("--max_train_steps", "2", "--validation_steps", "1", "--num_inference_steps", "2")
     flags += ("--dataloader_num_workers", "2", "--random_flip", "0.5", "--report_to", "all", "--train_batch_size", "2")
-    file = train(tiny_models("5b"), demo_clips, tmp_path, *flags, "--validation_prompt", prompt)
-    assert file.is_file()
+    train(tmp_path, *flags, "--validation_prompt", prompt, data=demo_clips, raw=True)
     assert list((tmp_path / "logs" / "wandb").glob("offline-run-*/*.wandb"))
     for step in (0, 1, 2):
         folder = tmp_path / "validation" / f"step-{step}"
         assert (folder / "contact_sheet.png").is_file()
         videos = sorted(folder.glob("*.mp4"))
         assert len(videos) == 2
-        for video in videos:
-            with av.open(video) as container:
-                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-            assert len(frames) == 17
-            assert frames[0].shape == (64, 96, 3)
+        assert all(all_frames(video).shape == (17, 64, 96, 3) for video in videos)
 
 
-def test_validation_does_not_change_what_is_trained(tiny_models, prepared, tmp_path):
-    flags = ["--load_tensors", "--max_train_steps", "2"]
-    plain = train(tiny_models("5b"), prepared, tmp_path / "plain", *flags)
+def test_validation_does_not_change_what_is_trained(train, tmp_path):
+    flags = ["--max_train_steps", "2"]
+    plain = train(tmp_path / "plain", *flags)
     flags += ["--validation_prompt", "a red circle", "--validation_steps", "1", "--num_inference_steps", "1"]
-    validated = train(tiny_models("5b"), prepared, tmp_path / "validated", *flags)
-    ours, theirs = load_file(plain), load_file(validated)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    validated = train(tmp_path / "validated", *flags)
+    assert_same_weights(validated, plain)
 
 
-def test_prepared_data_trains_without_vae_or_text_encoder(tiny_models, prepared, tmp_path):
-    """Rule: nothing is resident that is not needed. A model folder without the two is enough."""
+def test_prepared_data_trains_without_vae_or_text_encoder(tiny_models, train, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_models("5b"), model)
     shutil.rmtree(model / "text_encoder")
     shutil.rmtree(model / "tokenizer")
     (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    flags = ("--load_tensors", "--max_train_steps", "1", "--caption_dropout", "0.5")
-    assert train(model, prepared, tmp_path / "out", *flags).is_file()
+    flags = ("--max_train_steps", "1", "--caption_dropout", "0.5")
+    train(tmp_path / "out", *flags, model=model)
 
 
-def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on(
-    tiny_models, prepared, demo_clips, tmp_path
-):
+def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on(train, demo_clips, tmp_path):
     header, *rows = (demo_clips / "metadata.csv").read_text().splitlines()
     table = tmp_path / "held-out.csv"
     table.write_text("\n".join([header, *rows[:3]]))
     (tmp_path / "videos").symlink_to(demo_clips / "videos")
-    flags = ("--load_tensors", "--max_train_steps", "40", "--validation_steps", "20", "--learning_rate", "2e-3")
+    flags = ("--max_train_steps", "40", "--validation_steps", "20", "--learning_rate", "2e-3")
     flags += ("--validation_dataset_file", str(table), "--caption_column", "caption")
-    train(tiny_models("5b"), prepared, tmp_path, *flags)
+    train(tmp_path, *flags)
     losses = curve(tmp_path, "validation_loss")
     assert sorted(losses) == [0, 20, 40]
     assert losses[40] < losses[20] < losses[0]
@@ -221,127 +210,93 @@ def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on
     assert not (tmp_path / "validation").exists()  # no prompt was given
 
 
-def test_a_failing_validation_is_a_warning_and_the_result_is_there(tiny_models, prepared, tmp_path, caplog):
+def test_a_failing_validation_is_a_warning_and_the_result_is_written(tiny_models, train, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_models("5b"), model)
     (model / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
-    flags = ("--load_tensors", "--max_train_steps", "2", "--validation_prompt", "x", "--validation_steps", "1")
+    flags = ("--max_train_steps", "2", "--validation_prompt", "x", "--validation_steps", "1")
     flags += ("--ignore_prepared_mismatch",)  # the broken VAE is not the one that the data was prepared with
-    assert train(model, prepared, tmp_path / "out", *flags).is_file()
+    train(tmp_path / "out", *flags, model=model)
 
 
-def test_data_prepared_with_another_vae_is_refused_before_anything_is_loaded(tiny_models, prepared, tmp_path, capsys):
+def test_data_prepared_with_another_vae_is_refused_before_anything_is_loaded(tiny_models, error_of, tmp_path):
     model = Path(shutil.copytree(tiny_models("5b"), tmp_path / "model"))
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(SystemExit, match="2"):
-        train(model, prepared, tmp_path / "out", "--load_tensors")
-    message = error_of(capsys)
+    message = error_of(tmp_path / "out", model=model)
     assert f"prepared with another vae (of {tiny_models('5b')})" in message
     assert "--ignore_prepared_mismatch" in message
 
 
 @pytest.mark.parametrize("with_index", [True, False])
-def test_a_folder_that_the_original_script_wrote_is_trained_on(tiny_models, tmp_path, with_index):
-    data = tmp_path / "data"
-    torch.manual_seed(0)
-    entries = []
-    for number in range(3):
-        stem = f"9f3c{number}"  # the original drew random names
-        tensors = {"video_latents": torch.randn(32, 5, 8, 12), "prompt_embeds": torch.randn(226, 64)}
-        for kind, tensor in tensors.items():
-            (data / kind).mkdir(parents=True, exist_ok=True)
-            torch.save(tensor, data / kind / f"{stem}.pt")
-        files = {"video_latent": f"video_latents/{stem}.pt", "prompt_embed": f"prompt_embeds/{stem}.pt"}
-        files |= {"prompt": f"prompts/{stem}.txt", "video": f"videos/{stem}.mp4"}
-        entries.append(files | {"metadata": {"num_frames": 17, "height": 64, "width": 96}})
-    if with_index:
-        (data / "data.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    assert train(tiny_models("5b"), data, tmp_path / "out", "--load_tensors", "--max_train_steps", "2").is_file()
+def test_a_folder_that_the_original_script_wrote_is_trained_on(train, tmp_path, with_index):
+    data = write_original_folder(tmp_path / "data", 3, with_index=with_index)
+    train(tmp_path / "out", "--max_train_steps", "2", data=data)
 
 
-def error_of(capsys) -> str:
-    """The last line on stderr."""
-    return capsys.readouterr().err.strip().splitlines()[-1]
-
-
-RESUME = ("--load_tensors", "--max_train_steps", "8", "--resume_from_checkpoint", "latest")
+RESUME = ("--max_train_steps", "8", "--resume_from_checkpoint", "latest")
 
 
 @pytest.fixture
-def stopped_run(tiny_models, prepared, tmp_path) -> Path:
+def stopped_run(train, tmp_path) -> Path:
     """A run of 4 steps with checkpoints at 2 and 4."""
-    flags = ("--load_tensors", "--max_train_steps", "4", "--checkpointing_steps", "2", "--lr_scheduler", "linear")
-    train(tiny_models("5b"), prepared, tmp_path / "run", *flags)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = ("--max_train_steps", "4", "--checkpointing_steps", "2", "--lr_scheduler", "linear")
+    train(tmp_path / "run", *flags)
     return tmp_path / "run"
 
 
-def test_a_run_is_not_resumed_as_another_and_all_differences_are_listed(
-    tiny_models, prepared, stopped_run, tmp_path, capsys
+def test_a_run_with_other_settings_is_not_resumed_and_all_differences_are_listed(
+    error_of, prepared, stopped_run, tmp_path
 ):
     before = (stopped_run / "pytorch_lora_weights.safetensors").read_bytes()
-    with pytest.raises(SystemExit, match="2"):
-        train(tiny_models("5b"), prepared, stopped_run, *RESUME, "--max_train_steps", "3")
-    assert "--max_train_steps: " in error_of(capsys)
+    assert "--max_train_steps: " in error_of(stopped_run, *RESUME, "--max_train_steps", "3")
     fewer = shutil.copytree(prepared, tmp_path / "fewer")
     samples = (prepared / "index.jsonl").read_text().splitlines(keepends=True)
     (fewer / "index.jsonl").write_text("".join(samples[1:]))
-    with pytest.raises(SystemExit, match="2"):
-        flags = ("--rank", "4", "--lora_alpha", "16", "--optimizer", "prodigy", "--train_batch_size", "2")
-        train(tiny_models("5b"), fewer, stopped_run, *RESUME, *flags, "--seed", "7")
-    error = error_of(capsys)
+    flags = ("--rank", "4", "--lora_alpha", "16", "--optimizer", "prodigy", "--train_batch_size", "2", "--seed", "7")
+    error = error_of(stopped_run, *RESUME, *flags, data=fewer)
     assert re.search(r"data was 16 samples \(\w+\), is now 15 samples \(\w+\); --train_batch_size was 1, is", error)
     for words in ("--optimizer was adamw, is now prodigy", "--rank was 8, is now 4", "--seed was 0, is now 7"):
         assert words in error
     assert (stopped_run / "pytorch_lora_weights.safetensors").read_bytes() == before
 
 
-def test_a_run_is_not_resumed_on_another_model_of_the_same_shape(tiny_models, prepared, stopped_run, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        train(tiny_models("2b"), prepared, stopped_run, *RESUME, "--ignore_prepared_mismatch")
-    assert "model was" in error_of(capsys)
+def test_a_run_is_not_resumed_on_another_model_of_the_same_shape(tiny_models, error_of, stopped_run):
+    error = error_of(stopped_run, *RESUME, "--ignore_prepared_mismatch", model=tiny_models("2b"))
+    assert "model was" in error
 
 
-def test_a_learning_rate_given_on_resume_is_applied_along_the_schedule(tiny_models, prepared, stopped_run):
+def test_a_learning_rate_given_on_resume_is_applied_along_the_schedule(train, stopped_run):
     shutil.rmtree(stopped_run / "logs")
-    train(tiny_models("5b"), prepared, stopped_run, *RESUME, "--lr_scheduler", "linear", "--learning_rate", "4e-3")
+    train(stopped_run, *RESUME, "--lr_scheduler", "linear", "--learning_rate", "4e-3")
     rates = curve(stopped_run, "lr")
     assert rates == pytest.approx({step: 4e-3 * (8 - (step - 1)) / 8 for step in (5, 6, 7, 8)})
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(tiny_models, prepared, stopped_run, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(train, stopped_run, capsys):
     (stopped_run / "checkpoint-4" / "optimizer.bin").unlink()
-    train(tiny_models("5b"), prepared, stopped_run, *RESUME)
+    train(stopped_run, *RESUME)
     said = capsys.readouterr().err
     assert "checkpoint-4 is damaged (optimizer.bin is missing); skipped" in said
     assert f"resumed from {stopped_run / 'checkpoint-2'}" in said
 
 
-def test_a_run_goes_on_with_other_batches_a_step_and_says_so(tiny_models, prepared, stopped_run, capsys):
-    train(tiny_models("5b"), prepared, stopped_run, *RESUME, "--gradient_accumulation_steps", "5")
+def test_a_run_is_resumed_with_other_batches_a_step_and_reports_it(train, stopped_run, capsys):
+    train(stopped_run, *RESUME, "--gradient_accumulation_steps", "5")
     said = capsys.readouterr().err
     assert "the run goes on with 1 processes x 5 batches a step, after 1 x 1" in said
     # Of 16 batches 4 are seen: steps of 5, 5 and 2, then one of the next epoch. The next resume counts from there.
     assert read_state(stopped_run / "checkpoint-8").schedule == ScheduleStart(1, 5, step=4, epoch=0, seen_batches=4)
 
 
-def test_checkpoints_are_written_by_the_clock_too(tiny_models, prepared, tmp_path):
-    train(
-        tiny_models("5b"),
-        prepared,
-        tmp_path,
-        "--load_tensors",
-        "--max_train_steps",
-        "3",
-        "--checkpoint_minutes",
-        "0.00001",
-    )
+def test_checkpoints_are_written_at_intervals_of_time(train, tmp_path):
+    flags = ("--max_train_steps", "3", "--checkpoint_minutes", "0.00001")
+    train(tmp_path, *flags)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
 
 
 def poisoned(prepared: Path, folder: Path, count: int) -> tuple[Path, set[str]]:
-    """A copy of prepared data whose first samples are not finite; and their names."""
+    """Copy prepared data with the first samples not finite; returns the folder and their names."""
     shutil.copytree(prepared, folder)
     names = set()
     for shard in sorted((folder / "latents").glob("*.safetensors")):
@@ -355,47 +310,43 @@ def poisoned(prepared: Path, folder: Path, count: int) -> tuple[Path, set[str]]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "came"])
-def test_a_step_that_is_not_finite_is_skipped_and_its_clip_named(tiny_models, prepared, tmp_path, capsys, optimizer):
+def test_a_step_that_is_not_finite_is_skipped_and_its_clip_named(train, prepared, tmp_path, capsys, optimizer):
     data, (name,) = poisoned(prepared, tmp_path / "data", 1)
-    flags = ("--load_tensors", "--num_train_epochs", "1", "--gradient_accumulation_steps", "3")
-    file = train(tiny_models("5b"), data, tmp_path / "out", *flags, "--optimizer", optimizer)
+    flags = ("--num_train_epochs", "1", "--gradient_accumulation_steps", "3")
+    weights = train(tmp_path / "out", *flags, "--optimizer", optimizer, data=data)
     said = capsys.readouterr().err
     (line,) = [line for line in said.splitlines() if "is skipped: its loss is not finite" in line]
     assert name in line
     assert "warning: 1 steps were skipped" in said
-    weights = load_file(file)
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 
 
-def test_too_many_such_steps_end_the_run_and_name_the_last_good_checkpoint(tiny_models, prepared, tmp_path, capsys):
+def test_too_many_such_steps_end_the_run_and_name_the_last_good_checkpoint(train, prepared, tmp_path, capsys):
     data, _ = poisoned(prepared, tmp_path / "data", 16)
-    flags = ("--load_tensors", "--max_bad_steps", "4", "--checkpointing_steps", "3", "--max_train_steps", "20")
+    flags = ("--max_bad_steps", "4", "--checkpointing_steps", "3", "--max_train_steps", "20")
     with pytest.raises(SystemExit, match="2"):
-        train(tiny_models("5b"), data, tmp_path / "out", *flags)
+        train(tmp_path / "out", *flags, data=data)
     error = capsys.readouterr().err
     assert "error: --max_bad_steps: 4 steps in a row had no finite loss and gradient" in error
     assert f"{tmp_path / 'out' / 'checkpoint-3'} is the last good checkpoint" in error
-    initial = load_file(tmp_path / "out" / "checkpoint-3" / "pytorch_lora_weights.safetensors")
+    initial = weights_of(tmp_path / "out" / "checkpoint-3")
     assert not any(tensor.any() for name, tensor in initial.items() if "lora_B" in name)
 
 
-def test_an_image_to_video_model_is_refused_by_the_flags_name(tiny_models, demo_clips, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        train(tiny_models("5b-i2v"), demo_clips, tmp_path / "out")
-    assert "--pretrained_model_name_or_path: this is an image-to-video model" in error_of(capsys)
+def test_an_image_to_video_model_is_refused_with_the_name_of_the_flag(tiny_models, error_of, demo_clips, tmp_path):
+    error = error_of(tmp_path / "out", model=tiny_models("5b-i2v"), data=demo_clips, raw=True)
+    assert "--pretrained_model_name_or_path: this is an image-to-video model" in error
 
 
-def test_float16_needs_a_gpu(tiny_models, prepared, tmp_path, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit, match="2"):
-        train(tiny_models("5b"), prepared, tmp_path / "out", "--load_tensors", "--mixed_precision", "fp16")
-    assert "--mixed_precision fp16" in error_of(capsys)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_float16_needs_a_gpu(error_of, tmp_path):
+    assert "--mixed_precision fp16" in error_of(tmp_path / "out", "--mixed_precision", "fp16")
 
 
 def set_up_with_scaler(model: Path, data: Path, output: Path, scale: float | None) -> Run:
-    """A run as float16 makes it on a GPU: with a gradient scaler in accelerate's hands; None for one without."""
+    """Set up a run as with float16 on a GPU, with a gradient scaler in accelerate; None: without one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
     argv += ["--rank", "8", "--lora_alpha", "8", "--seed", "0", "--learning_rate", "1e-3", "--load_tensors", *SIZE]
     argv += ["--max_train_steps", "2", "--gradient_accumulation_steps", "2", "--lr_scheduler", "linear"]
@@ -420,7 +371,6 @@ def test_a_gradient_scaler_is_undone_before_gradients_are_clipped(tiny_models, p
         run = set_up_with_scaler(tiny_models("5b"), prepared, tmp_path / str(scale), scale)
         train_loop(run)
         trained.append([parameter.detach().clone() for parameter in run.trainable.parameters])
-        AcceleratorState._reset_state(reset_partial_state=True)
     for plain, scaled in zip(*trained, strict=True):
         torch.testing.assert_close(scaled, plain, atol=1e-6, rtol=1e-4)
 

@@ -1,10 +1,9 @@
-"""Damaged clips, lists, tables and prepared folders by the hundred: what comes is a result or a reason.
+"""Damaged clips, lists, tables and prepared folders by the hundred: each is read, or refused with a reason.
 
-Never a traceback, never a hang, never a row dropped without a word. The damage is the same on every run. It is looked
-at in child processes, so that a hang, or a crash inside a library, fails one test and not the run.
+There is no traceback, no hang, and no row is dropped silently. The damage is the same on every run. It is checked in
+child processes, so that a hang, or a crash inside a library, fails only one test.
 """
 
-import csv
 import importlib.util
 import json
 import math
@@ -34,6 +33,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from args import parse_prepare_args
+from clip_lists import write, write_table
 from common.errors import UserError
 from common.text_files import index_lines
 from data.buckets import Bucket
@@ -55,7 +55,7 @@ from video.io import read_frames
 from video.probe import VideoInfo, probe_files
 
 
-# Nets for what never ends, not demands on speed and size: a child takes some seconds and some hundred megabytes.
+# Limits for endless loops, not demands on speed and size: a child takes seconds and a few hundred megabytes.
 HANG_SECONDS = 300
 MOST_BYTES = 2 << 30
 FUZZ = settings(
@@ -63,28 +63,27 @@ FUZZ = settings(
 )
 
 
-def in_child(folder: Path, *checks: Callable[[Path], None]) -> None:
-    """Run checks in a process of its own; their failure, a crash and a hang become a failure here."""
-    # By name, because what hypothesis makes of a function cannot be sent to a process.
-    arguments = (folder, [check.__name__ for check in checks])
-    process = multiprocessing.get_context("spawn").Process(target=run_checks, args=arguments)
+def in_child(folder: Path, *steps: Callable[[Path], object]) -> None:
+    """Run steps one after another in a child process; fail if they fail, crash or hang."""
+    # By name, because hypothesis's functions cannot be sent to a process.
+    arguments = (folder, [step.__name__ for step in steps])
+    process = multiprocessing.get_context("spawn").Process(target=run_steps, args=arguments)
     process.start()
     process.join(HANG_SECONDS)
-    hangs = process.exitcode is None
+    code = process.exitcode
     process.kill()
     process.join()
-    assert not hangs, "it hangs"
-    assert process.exitcode == 0, f"exit code {process.exitcode}: see what it wrote to stderr"
+    assert code is not None, "it hangs"
+    assert code == 0, f"exit code {code}: see what it wrote to stderr"
 
 
-def run_checks(folder: Path, names: Sequence[str]) -> None:
+def run_steps(folder: Path, names: Sequence[str]) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
     os.environ["COGVIDEOX_FACTORY_CACHE"] = str(folder / "cache")
     failed = []
     for name in names:
-        (folder / name).mkdir()
         try:
-            globals()[name](folder / name)
+            globals()[name](folder)
         except Exception:
             traceback.print_exc()
             failed.append(name)
@@ -98,90 +97,43 @@ def damaged(content: bytes, seed: str, foreign: Sequence[bytes]) -> bytes:
     """Make one or a few edits, the same ones for the same seed.
 
     Args:
-        foreign: pieces to put in, or in the place of the beginning.
+        foreign: pieces to insert, or to replace the beginning with.
     """
     rng = random.Random(seed)
-    edits = [flip_a_bit, zero, scramble, cut_out, insert, duplicate, swap, cut_short, append]
-    edits += [partial(graft, foreign=foreign), partial(inset, foreign=foreign)]
     for _ in range(rng.choice((1, 1, 2, 5))):
-        content = rng.choice(edits)(content, rng)
+        content = rng.choice(edits_of(content, rng, rng.choice(foreign)))
     return content
 
 
-def place(content: bytes, rng: random.Random) -> int:
-    """Anywhere, but often near either end, where headers and indices are."""
-    near = rng.randint(0, min(len(content), rng.choice((16, 100, 1000, len(content)))))
-    return rng.choice((near, len(content) - near))
-
-
-def piece(content: bytes, rng: random.Random) -> tuple[int, int]:
-    """Where a piece begins and ends."""
-    start = place(content, rng)
-    return start, min(len(content), start + rng.choice((1, 1, 4, 30, 1 + len(content) // 5)))
-
-
-def flip_a_bit(content: bytes, rng: random.Random) -> bytes:
-    start = place(content, rng)
-    flipped = bytes(byte ^ 1 << rng.randrange(8) for byte in content[start : start + 1])
-    return content[:start] + flipped + content[start + 1 :]
-
-
-def zero(content: bytes, rng: random.Random) -> bytes:
-    start, end = piece(content, rng)
-    return content[:start] + bytes(end - start) + content[end:]
-
-
-def scramble(content: bytes, rng: random.Random) -> bytes:
-    start, end = piece(content, rng)
-    return content[:start] + rng.randbytes(end - start) + content[end:]
-
-
-def cut_out(content: bytes, rng: random.Random) -> bytes:
-    start, end = piece(content, rng)
-    return content[:start] + content[end:]
-
-
-def insert(content: bytes, rng: random.Random) -> bytes:
-    at = place(content, rng)
-    return content[:at] + rng.randbytes(rng.choice((1, 4, 100))) + content[at:]
-
-
-def duplicate(content: bytes, rng: random.Random) -> bytes:
-    start, end = piece(content, rng)
-    return content[:end] + content[start:]
-
-
-def swap(content: bytes, rng: random.Random) -> bytes:
-    """Two neighbouring pieces change places."""
-    start, middle = piece(content, rng)
-    end = middle + rng.choice((1, 30, len(content)))
-    return content[:start] + content[middle:end] + content[start:middle] + content[end:]
-
-
-def cut_short(content: bytes, rng: random.Random) -> bytes:
-    return content[: place(content, rng)]
-
-
-def append(content: bytes, rng: random.Random) -> bytes:
-    start, end = piece(content, rng)
-    return content + rng.choice((content[start:end], rng.randbytes(50), content))
-
-
-def graft(content: bytes, rng: random.Random, foreign: Sequence[bytes]) -> bytes:
-    head = rng.choice(foreign)
-    return head + content[len(head) :]
-
-
-def inset(content: bytes, rng: random.Random, foreign: Sequence[bytes]) -> bytes:
-    at = place(content, rng)
-    return content[:at] + rng.choice(foreign) + content[at:]
+def edits_of(content: bytes, rng: random.Random, foreign: bytes) -> list[bytes]:
+    """Return a content with a random piece edited in each way."""
+    size = len(content)
+    # Often near either end, where headers and indices are.
+    near = rng.randint(0, min(size, rng.choice((16, 100, 1000, size))))
+    start = rng.choice((near, size - near))
+    end = start + rng.choice((1, 1, 4, 30, 1 + size // 5))
+    before, piece, after = content[:start], content[start:end], content[end:]
+    neighbour = rng.choice((1, 30, size))
+    return [
+        before + bytes(byte ^ 1 << rng.randrange(8) for byte in piece[:1]) + piece[1:] + after,
+        before + bytes(len(piece)) + after,
+        before + rng.randbytes(len(piece)) + after,
+        before + after,
+        before + rng.randbytes(rng.choice((1, 4, 100))) + piece + after,
+        before + piece + piece + after,
+        before + after[:neighbour] + piece + after[neighbour:],
+        before,
+        content + rng.choice((piece, rng.randbytes(50), content)),
+        foreign + content[len(foreign) :],
+        before + foreign + piece + after,
+    ]
 
 
 Mutant = tuple[Path, str, bytes]  # the file it is made from, how to make it again, its content
 
 
 def mutants_of(files: Sequence[Path], foreign: Sequence[bytes], count: int) -> Iterator[Mutant]:
-    """So many of each file, which is left as it was."""
+    """Yield `count` mutants of each file, and restore the file."""
     for file in files:
         content = file.read_bytes()
         for number in range(count):
@@ -190,14 +142,12 @@ def mutants_of(files: Sequence[Path], foreign: Sequence[bytes], count: int) -> I
         file.write_bytes(content)
 
 
-def check_mutants(mutants: Iterable[Mutant], check: Callable[[Path, bytes], str]) -> Counter[str]:
-    """Check all, and fail with all that was found, not only with the first.
+def check_mutants(mutants: Iterable[Mutant], check: Callable[[Path, bytes], str], least: int, *needed: str) -> None:
+    """Check all mutants, and fail with a list of all failures.
 
     Args:
-        check: takes the file and the content of a mutant; gives the outcome in a word.
-
-    Returns:
-        How often each outcome came.
+        check: takes the file and the content of a mutant; returns the outcome in a word.
+        least: how many mutants must have each of the outcomes that are needed.
     """
     outcomes, failures = Counter(), []
     for file, seed, content in mutants:
@@ -206,34 +156,33 @@ def check_mutants(mutants: Iterable[Mutant], check: Callable[[Path, bytes], str]
         except Exception as error:
             failures.append(f"{file}, damaged by {seed!r}: {type(error).__name__}: {error}")
     assert not failures, "\n".join([f"{len(failures)} failures:", *failures])
-    return outcomes
+    assert all(outcomes[word] >= least for word in needed), f"all too similar to test anything: {outcomes}"
 
 
 # Clips
 
 
 def check_damaged_videos(folder: Path) -> None:
-    """Clips of every encoding, long enough that their end is read from a keyframe on."""
-    clips = []
-    for number, (file, options) in enumerate(ENCODINGS.values()):
-        (folder / str(number)).mkdir()
-        clips.append(encode(folder / str(number) / file, **{"frames": 100} | options))
+    """Damage clips of every encoding, long enough to seek to a keyframe for their end."""
+    clips = [
+        encode(folder / f"{number}-{file}", **{"frames": 100} | options)
+        for number, (file, options) in enumerate(ENCODINGS.values())
+    ]
     check_damaged_clips(clips, 7)
 
 
 def check_damaged_stills(folder: Path) -> None:
-    """Still images of every kind, one that is stored lying, and pictures that move."""
+    """Damage still images of every kind, one that is stored rotated, and animations."""
     image, *others = (Image.fromarray(numbered_frame(number)) for number in range(20))
-    paths = [folder / f"still.{suffix}" for suffix in ("png", "jpg", "webp", "gif", "bmp", "tif")]
-    for path in paths:
-        image.save(path)
-    lying = Image.Exif()
-    lying[0x0112] = 6
-    image.save(folder / "lying.jpg", exif=lying)
-    moving = [folder / f"moving.{suffix}" for suffix in ("gif", "png", "webp")]
-    for path in moving:
-        image.save(path, save_all=True, append_images=others, duration=50)
-    check_damaged_clips([*paths, folder / "lying.jpg", *moving], 12)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    kinds = {f"still.{suffix}": {} for suffix in ("png", "jpg", "webp", "gif", "bmp", "tif")}
+    kinds["rotated.jpg"] = {"exif": rotated}
+    animation = {"save_all": True, "append_images": others, "duration": 50}
+    kinds |= {f"moving.{suffix}": animation for suffix in ("gif", "png", "webp")}
+    for name, options in kinds.items():
+        image.save(folder / name, **options)
+    check_damaged_clips([folder / name for name in kinds], 12)
 
 
 def check_damaged_real_clips(folder: Path) -> None:
@@ -246,12 +195,12 @@ def check_damaged_clips(originals: Sequence[Path], count: int) -> None:
     heads = [content[:size] for content in contents for size in (12, 200)]
     whole = {path: {frame.tobytes() for frame in decoded(path)} for path in originals}
     mutants = mutants_of(originals, heads, count)
-    outcomes = check_mutants(mutants, lambda path, content: check_clip(path, content, whole[path]))
-    assert min(outcomes["read"], outcomes["bad"]) > len(originals), f"all too alike to test anything: {outcomes}"
+    least = len(originals) + 1
+    check_mutants(mutants, lambda path, content: check_clip(path, content, whole[path]), least, "read", "bad")
 
 
 def check_clip(original: Path, content: bytes, whole: Collection[bytes]) -> str:
-    """Probe, choose and read as training does.
+    """Probe a clip, choose its samples and read them, as training does.
 
     Args:
         whole: the frames of the clip before the damage.
@@ -264,8 +213,8 @@ def check_clip(original: Path, content: bytes, whole: Collection[bytes]) -> str:
         return "bad"
     samples = list(samples_of(info))
     truth = [] if info.is_image else decoded(path)
-    # What FFmpeg makes of a damaged picture depends on what it decoded before, and where it leaves one out, frames are
-    # told by their time stamps if at all. Pictures are compared where none is damaged and none is gone.
+    # How FFmpeg decodes a damaged picture depends on those before it, and if it skips one, only time stamps identify
+    # the others. Pictures are compared if none is damaged and none is missing.
     comparable = len(truth) == info.num_frames and all(frame.tobytes() in whole for frame in truth)
     for indices in samples:
         try:
@@ -279,7 +228,7 @@ def check_clip(original: Path, content: bytes, whole: Collection[bytes]) -> str:
 
 
 def samples_of(info: VideoInfo) -> Iterator[tuple[int, ...]]:
-    """The first and the last sample, chosen in several ways."""
+    """Yield the first and the last sample, chosen in several ways."""
     for options in ({}, {"long_clips": "split"}, {"long_clips": "split", "fps": 7.5}):
         try:
             samples = choose_samples(info, [1, 13], **options)
@@ -290,11 +239,11 @@ def samples_of(info: VideoInfo) -> Iterator[tuple[int, ...]]:
 
 
 def decoded(path: Path) -> list[np.ndarray]:
-    """The truth: every frame upright, as PyAV decodes them one after another, until it can no more."""
+    """Return every frame upright, as PyAV decodes them in order, up to the first error."""
     frames = []
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
-        stream.codec_context.thread_count = 1  # with several, what becomes of a damaged frame is a matter of luck
+        stream.codec_context.thread_count = 1  # with several, the result of a damaged frame is random
         try:
             for frame in container.decode(stream):
                 frames.append(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)))
@@ -329,43 +278,38 @@ ROWS = [
     {"video": "b.mp4", "caption": "", "image": None, "note": 5},
     {"video": "c.png", "caption": "猫", "image": None, "note": 6},
 ]
-# How often each row of a list comes, by its place: rows that hold something, and these together with blank ones.
+TEXT_FILES = {"videos.txt": "video", "prompts.txt": "caption", "images.txt": "image"}
+# How often each row of a list occurs, by its place: rows with content, and these with blank ones.
 Places = tuple[Counter[str], Counter[str]]
 
 
 def make_lists(folder: Path) -> None:
     """Write the same rows as text files, as tables of every kind, and as a mix of both."""
-    make_media(folder)
-    make_text_files(folder / "lists")
-    for name, delimiter in (("table.csv", ","), ("table.tsv", "\t")):
-        with open(folder / name, "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, ROWS[0], delimiter=delimiter)
-            table.writeheader()
-            table.writerows(ROWS)
-    for name in ("table.jsonl", "rows.jsonl"):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "table.json").write_text(json.dumps(ROWS, indent=1, ensure_ascii=False), encoding="utf-8")
+    for place in (folder, folder / "lists"):
+        place.mkdir(exist_ok=True)
+        for name in ("a.mp4", "b.mp4"):
+            encode(place / name, frames=17)
+        (place / "c.png").write_bytes(picture())
     columns = {name: [row[name] for row in ROWS] for name in ROWS[0]}
-    pq.write_table(pa.table(columns), folder / "table.parquet", row_group_size=4)
+    for name, column in TEXT_FILES.items():
+        lines = [" ".join((value or "").split()) for value in columns[column]]
+        write(folder / "lists" / name, "".join(f"{line}\n" for line in lines))
+    for name in ("table.csv", "table.tsv", "table.json", "table.jsonl", "rows.jsonl"):
+        write_table(folder / name, ROWS)
     files = [folder / name for name in columns["video"]]
-    columns["video"] = [file.read_bytes() if file.exists() else None for file in files]
-    pq.write_table(pa.table(columns), folder / "media.parquet", row_group_size=4)
+    media = {"video": [file.read_bytes() if file.exists() else None for file in files]}
+    pq.write_table(pa.table(columns), folder / "table.parquet", row_group_size=4)
+    pq.write_table(pa.table(columns | media), folder / "media.parquet", row_group_size=4)
+    bare = pa.table({name: columns[name] for name in ("video", "caption")})
+    pq.write_table(bare, folder / "bare.parquet", row_group_size=4, write_statistics=False, store_schema=False)
     mix = [{"data_root": "lists", "repeats": 2}, {"dataset_file": "rows.jsonl", "max_samples": 3, "id_token": "TOK"}]
-    (folder / "mix.json").write_text(json.dumps(mix))
+    write(folder / "mix.json", json.dumps(mix))
 
 
-def make_media(folder: Path) -> None:
-    for name in ("a.mp4", "b.mp4"):
-        encode(folder / name, frames=17)
-    Image.fromarray(numbered_frame(1)).save(folder / "c.png")
-
-
-def make_text_files(folder: Path) -> None:
-    folder.mkdir()
-    make_media(folder)
-    for name, column in (("videos.txt", "video"), ("prompts.txt", "caption"), ("images.txt", "image")):
-        lines = [" ".join((row[column] or "").split()) for row in ROWS]
-        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def picture() -> bytes:
+    content = BytesIO()
+    Image.fromarray(numbered_frame(1)).save(content, "PNG")
+    return content.getvalue()
 
 
 def plan(*flags: object) -> RawData:
@@ -376,64 +320,32 @@ def plan(*flags: object) -> RawData:
 
 
 def listed(data: RawData) -> Counter[str]:
-    """How often each row is planned or named as bad."""
+    """Count how often each row is planned or named as bad."""
     return Counter(clip.source for clip in (*(p.clip for p in data.clips if p.part == 0), *data.bad))
 
 
-def check_list(flags: Sequence[object], names: Collection[str], read_places: Callable[[], Places]) -> str:
-    """Plan a list that may be damaged.
-
-    Args:
-        flags: that name it.
-        names: one of them stands in every error.
-        read_places: reads the list strictly, by other means; raises ValueError where it cannot.
-    """
-    try:
-        data = plan(*flags)
-    except UserError as error:
-        first, *others = str(error).split("\n")
-        assert any(name in first for name in names), f"an error that names neither file nor flag: {error}"
-        assert all(line.startswith("  ") for line in others), f"an error of several lines: {error}"
-        return "refused"
-    assert all(0 < repeats < 1e300 for repeats in data.repeats), data.repeats
-    found, (certain, possible) = listed(data), read_places()
-    assert certain <= found, f"dropped: {certain - found}"
-    assert found <= possible, f"made up: {found - possible}"
-    return "listed"
-
-
-def check_written(file: Path, content: bytes, *case: Any) -> str:
-    """Write a list and check it; `case` is what `check_list` takes."""
-    file.write_bytes(content)
-    return check_list(*case)
-
-
-def check_damaged_list(file: Path, count: int, *case: Any) -> None:
-    mutants = mutants_of([file], PIECES_OF_LISTS, count)
-    outcomes = check_mutants(mutants, lambda file, content: check_written(file, content, *case))
-    assert min(outcomes["listed"], outcomes["refused"]) > 0, f"all too alike to test anything: {outcomes}"
-
-
-def places(file: Path, names: Iterable[object]) -> Counter[str]:
-    return Counter(f"{file.name}:{name}" for name in names)
+def places(file: Path, certain: Iterable[object], possible: Iterable[object] | None = None) -> Places:
+    """Return the places of rows by their names in a file; without `possible`, there are no blank rows."""
+    rows = Counter(f"{file.name}:{name}" for name in certain)
+    return rows, rows if possible is None else Counter(f"{file.name}:{name}" for name in possible)
 
 
 def text_of(file: Path) -> str:
-    """UTF-8 with or without a mark in front, with line ends of all systems."""
+    """Read UTF-8 with or without a byte order mark, with line ends of all systems."""
     return StringIO(file.read_bytes().decode("utf-8-sig"), newline=None).read()
 
 
-def places_of_lines(folder: Path) -> Places:
-    """The lines of videos.txt, as many as prompts.txt has; blank ones at the end are none."""
-    videos, prompts = (text_of(folder / name).rstrip().split("\n") for name in ("videos.txt", "prompts.txt"))
+def places_of_lines(file: Path) -> Places:
+    """Return the lines of videos.txt, as many as prompts.txt has, without blank ones at the end."""
+    videos, prompts = (text_of(file.with_name(name)).rstrip().split("\n") for name in ("videos.txt", "prompts.txt"))
     if len(videos) != len(prompts):
         raise ValueError(f"{len(videos)} videos and {len(prompts)} prompts")
-    rows = places(folder / "videos.txt", range(1, 1 + len(videos)))
-    return rows, rows
+    return places(file.with_name("videos.txt"), range(1, 1 + len(videos)))
 
 
-def places_of_records(file: Path, delimiter: str) -> Places:
-    """The lines where the records of a CSV file start, read character by character; the header is no row."""
+def places_of_records(file: Path) -> Places:
+    """Return the first lines of the records of a CSV file, read character by character, without the header."""
+    delimiter = "\t" if file.suffix == ".tsv" else ","
     records, line, is_quoted, may_open = {1: ""}, 1, False, True
     for character in text_of(file):
         line += character == "\n"
@@ -448,17 +360,16 @@ def places_of_records(file: Path, delimiter: str) -> Places:
     if is_quoted:
         raise ValueError("a quote is never closed")
     written = [start for start, text in records.items() if text.replace(delimiter, "").replace('"', "").strip()]
-    return places(file, written[1:]), places(file, records)
+    return places(file, written[1:], records)
 
 
 def places_of_objects(file: Path) -> Places:
-    """The values in a JSON array, or one on each line."""
-    rows = places(file, [place for place, _ in json_values(file)])
-    return rows, rows
+    """Return the values of a JSON array, or of each line."""
+    return places(file, [place for place, _ in json_values(file)])
 
 
 def json_values(file: Path) -> list[tuple[str, Any]]:
-    """(place, value) of each."""
+    """Return the place and the value of each."""
     text = file.read_bytes().decode("utf-8-sig")
     if text.lstrip().startswith("["):
         return [(f"row {number}", value) for number, value in enumerate(json.loads(text), 1)]
@@ -466,70 +377,72 @@ def json_values(file: Path) -> list[tuple[str, Any]]:
 
 
 def places_of_rows(file: Path) -> Places:
-    """As many as the footer of a Parquet file says."""
-    rows = places(file, [f"row {number + 1}" for number in range(pq.ParquetFile(file).metadata.num_rows)])
-    return rows, rows
+    """Return as many rows as the footer of a Parquet file says."""
+    return places(file, [f"row {number + 1}" for number in range(pq.ParquetFile(file).metadata.num_rows)])
 
 
-def places_of_mix(folder: Path) -> Places:
-    """Those of the data sets of a mix, each as often as it is named, with their folders."""
+def places_of_mix(mix: Path) -> Places:
+    """Return the rows of the data sets of a mix, each as often as it is named, with their folders."""
     rows = Counter()
-    for _, entry in json_values(folder / "mix.json"):
-        file = folder / ("rows.jsonl" if "dataset_file" in entry else "lists/videos.txt")
+    for _, entry in json_values(mix):
+        file = mix.parent / ("rows.jsonl" if "dataset_file" in entry else "lists/videos.txt")
         num_rows = min(len(ROWS), entry.get("max_samples", len(ROWS)))
         rows += Counter(f"{file}:{number}" for number in range(1, 1 + num_rows))
     return rows, rows
 
 
-def check_damaged_text_files(folder: Path) -> None:
-    make_lists(folder)
-    lists, names = folder / "lists", ["videos.txt", "prompts.txt", "images.txt"]
-    for name in names:
-        check_damaged_list(lists / name, 60, ["--data_root", lists], names, partial(places_of_lines, lists))
+# By file: the flag that takes it or its folder, and who reads it strictly, by other means; raises ValueError if it
+# cannot.
+LISTS: dict[str, tuple[str, Callable[[Path], Places]]] = {
+    **dict.fromkeys(TEXT_FILES, ("--data_root", places_of_lines)),
+    **dict.fromkeys(("table.csv", "table.tsv"), ("--dataset_file", places_of_records)),
+    **dict.fromkeys(("table.jsonl", "table.json"), ("--dataset_file", places_of_objects)),
+    **dict.fromkeys(("table.parquet", "media.parquet", "bare.parquet"), ("--dataset_file", places_of_rows)),
+    "mix.json": ("--dataset_mix", places_of_mix),
+}
+# Every error has one of these names, or that of the file.
+NAMES = {"--data_root": TEXT_FILES, "--dataset_mix": ["rows.jsonl", "videos.txt", "--data_root", "--dataset_file"]}
 
 
-def check_damaged_tables(folder: Path) -> None:
-    make_lists(folder)
-    readers = {
-        "table.csv": partial(places_of_records, delimiter=","),
-        "table.tsv": partial(places_of_records, delimiter="\t"),
-        "table.jsonl": places_of_objects,
-        "table.json": places_of_objects,
-        "table.parquet": places_of_rows,
-        "media.parquet": places_of_rows,
-    }
-    for name, read in readers.items():
-        file = folder / name
-        check_damaged_list(file, 60, ["--dataset_file", file], [name], partial(read, file))
+def check_list(file: Path, content: bytes) -> str:
+    """Plan a list of this content, which may be damaged."""
+    file.write_bytes(content)
+    flag, read_places = LISTS[file.name]
+    try:
+        data = plan(flag, file.parent if flag == "--data_root" else file)
+    except UserError as error:
+        first, *others = str(error).split("\n")
+        names = [file.name, *NAMES.get(flag, [])]
+        assert any(name in first for name in names), f"an error that names neither file nor flag: {error}"
+        assert all(line.startswith("  ") for line in others), f"an error of several lines: {error}"
+        return "refused"
+    assert all(0 < repeats < 1e300 for repeats in data.repeats), data.repeats
+    found, (certain, possible) = listed(data), read_places(file)
+    assert certain <= found, f"dropped: {certain - found}"
+    assert found <= possible, f"made up: {found - possible}"
+    return "listed"
+
+
+def check_damaged_lists(folder: Path) -> None:
+    for name, (flag, _) in LISTS.items():
+        file = folder / ("lists" if flag == "--data_root" else "") / name
+        mutants = mutants_of([file], PIECES_OF_LISTS, 200 if flag == "--dataset_mix" else 60)
+        check_mutants(mutants, check_list, 1, "listed", "refused")
 
 
 def check_damaged_footers(folder: Path) -> None:
-    """Every small number in the part of a Parquet file that says where the rows are, and how many."""
-    make_media(folder)
-    file = folder / "rows.parquet"
-    columns = {name: [row[name] for row in ROWS] for name in ("video", "caption")}
-    pq.write_table(pa.table(columns), file, row_group_size=4, write_statistics=False, store_schema=False)
+    """Zero every small number in the footer of a Parquet file: offsets and counts of rows."""
+    file = folder / "bare.parquet"
     content = file.read_bytes()
     end = len(content) - 8  # the length of the footer and a mark come last
     footer = range(end - int.from_bytes(content[end : end + 4], "little"), end)
     small = [at for at in footer if 0 < content[at] < 20]
     mutants = ((file, f"0 at byte {at}", content[:at] + b"\0" + content[at + 1 :]) for at in small)
-    case = (["--dataset_file", file], [file.name], partial(places_of_rows, file))
-    check_mutants(mutants, lambda file, content: check_written(file, content, *case))
-
-
-NAMES_OF_MIX = ["mix.json", "rows.jsonl", "videos.txt", "--data_root", "--dataset_file"]
-
-
-def check_damaged_mixes(folder: Path) -> None:
-    make_lists(folder)
-    file = folder / "mix.json"
-    check_damaged_list(file, 200, ["--dataset_mix", file], NAMES_OF_MIX, partial(places_of_mix, folder))
+    check_mutants(mutants, check_list, 0)
 
 
 def test_every_row_of_a_damaged_list_is_planned_or_named(tmp_path):
-    checks = (check_damaged_text_files, check_damaged_tables, check_damaged_footers, check_damaged_mixes)
-    in_child(tmp_path, *checks)
+    in_child(tmp_path, make_lists, check_damaged_lists, check_damaged_footers)
 
 
 # Lists and tables of any content
@@ -548,21 +461,22 @@ JSON = st.recursive(
 
 
 def count_of(data: RawData) -> int:
-    """How many rows are planned or named, each once."""
+    """Count the rows that are planned or named, each once."""
     found = listed(data)
     assert set(found.values()) == {1}, f"listed more than once: {found}"
     return len(found)
 
 
+TEXT_ROWS = st.fixed_dictionaries({"video": PATHS | TEXTS, "caption": TEXTS, "note": TEXTS})
+
+
 @FUZZ
-@given(kind=st.sampled_from(["csv", "tsv"]), rows=st.lists(st.tuples(PATHS | TEXTS, TEXTS, TEXTS), max_size=6))
-def every_row_of_a_csv_file_counts(folder: Path, kind: str, rows: Sequence[Sequence[str]]) -> None:
-    file = folder / f"any.{kind}"
-    with open(file, "w", newline="", encoding="utf-8") as opened:
-        table = csv.writer(opened, delimiter={"csv": ",", "tsv": "\t"}[kind])
-        table.writerows([("video", "caption", "note"), *rows, ("a.mp4", "the last one", "")])
-    num_blank = sum(not "".join(row).strip() for row in rows)
-    assert len(rows) + 1 - num_blank <= count_of(plan("--dataset_file", file)) <= len(rows) + 1
+@given(suffix=st.sampled_from(["csv", "tsv"]), rows=st.lists(TEXT_ROWS, max_size=6))
+def every_row_of_a_csv_file_counts(folder: Path, suffix: str, rows: Sequence[dict[str, str]]) -> None:
+    rows = [*rows, {"video": "a.mp4", "caption": "the last one", "note": ""}]
+    num_blank = sum(not "".join(row.values()).strip() for row in rows)
+    found = count_of(plan("--dataset_file", write_table(folder / f"any.{suffix}", rows)))
+    assert len(rows) - num_blank <= found <= len(rows)
 
 
 @FUZZ
@@ -577,12 +491,6 @@ def every_row_of_a_json_file_counts(folder: Path, is_array: bool, is_ascii: bool
     text = f"[{','.join(texts)}]" if is_array else "\n".join(texts)
     file.write_bytes(text.encode("utf-8", "replace"))
     assert count_of(plan("--dataset_file", file)) == len(rows)
-
-
-def picture() -> bytes:
-    content = BytesIO()
-    Image.fromarray(numbered_frame(1)).save(content, "PNG")
-    return content.getvalue()
 
 
 MEDIA = st.binary(max_size=20) | st.integers(0, 99).map(lambda seed: damaged(picture(), str(seed), PIECES_OF_LISTS))
@@ -628,7 +536,7 @@ FOLDER_FILES = st.builds(
 @FUZZ
 @given(names=st.sets(FOLDER_FILES, min_size=1, max_size=9))
 def every_file_of_a_folder_counts(folder: Path, names: Collection[str]) -> None:
-    """Files of one name are one clip, or several; at least one of them is used or named."""
+    """Of the files with one name, which are one clip or several, at least one is used or named."""
     with TemporaryDirectory(dir=folder) as root:
         for name in names:
             (Path(root) / name).parent.mkdir(parents=True, exist_ok=True)
@@ -659,25 +567,12 @@ WEIGHTED_ENTRIES = st.builds(
 @FUZZ
 @given(entries=st.lists(ENTRIES) | st.lists(WEIGHTED_ENTRIES, max_size=3) | st.lists(ENTRIES | JSON, max_size=3))
 def every_data_set_of_a_mix_counts(folder: Path, entries: Sequence[object]) -> None:
-    file = folder / "mix.json"
-    file.write_text(json.dumps(entries))
-    check_list(["--dataset_mix", file], NAMES_OF_MIX, partial(places_of_mix, folder))
-
-
-def check_tables_of_any_rows(folder: Path) -> None:
-    make_media(folder)
-    every_row_of_a_csv_file_counts(folder)
-    every_row_of_a_json_file_counts(folder)
-    every_row_of_a_parquet_file_counts(folder)
-
-
-def check_mixes_of_any_entries(folder: Path) -> None:
-    make_lists(folder)
-    every_data_set_of_a_mix_counts(folder)
+    check_list(folder / "mix.json", json.dumps(entries).encode())
 
 
 def test_every_row_of_a_list_is_planned_or_named_whatever_it_holds(tmp_path):
-    in_child(tmp_path, check_tables_of_any_rows, every_file_of_a_folder_counts, check_mixes_of_any_entries)
+    tables = (every_row_of_a_csv_file_counts, every_row_of_a_json_file_counts, every_row_of_a_parquet_file_counts)
+    in_child(tmp_path, make_lists, *tables, every_file_of_a_folder_counts, every_data_set_of_a_mix_counts)
 
 
 # Prepared folders
@@ -691,7 +586,7 @@ SETTINGS = PreparedSettings("shards", {"vae": "a1", "text_encoder": "b2"}, "fp32
 
 
 def make_shards(folder: Path) -> list[Path]:
-    """Two samples of one caption as they are prepared by default. Returns the files to damage."""
+    """Write two samples of one caption as preparation does by default; returns the files to damage."""
     import torch
     from safetensors.torch import save_file
 
@@ -711,7 +606,7 @@ def make_shards(folder: Path) -> list[Path]:
 
 
 def make_files(folder: Path) -> list[Path]:
-    """The same with a file for each tensor."""
+    """Write the same with a file for each tensor."""
     tensors = make_files_without_index(folder)
     entries = [sample_in_files(name, BUCKET, with_images=True) for name in SAMPLES]
     (folder / "data.jsonl").write_text(index_lines(entries))
@@ -719,7 +614,7 @@ def make_files(folder: Path) -> list[Path]:
 
 
 def make_files_without_index(folder: Path) -> list[Path]:
-    """The same as the original script left it where it was stopped."""
+    """Write the same as the original script left it when it was stopped."""
     import torch
 
     for kind, shape in SHAPES.items():
@@ -734,8 +629,13 @@ def make_files_without_index(folder: Path) -> list[Path]:
 MAKERS = (make_shards, make_files, make_files_without_index)
 
 
+def make_preparations(folder: Path) -> dict[Path, list[Path]]:
+    """Write a folder of each kind; returns the files to damage by folder."""
+    return {folder / make.__name__: make(folder / make.__name__) for make in MAKERS}
+
+
 def check_prepared_folder(folder: Path) -> str:
-    """Compare its settings with others and read all its tensors, as preparation and training do."""
+    """Compare the settings of a folder with others and read all its tensors, as preparation and training do."""
     if (folder / "prepared.json").exists():
         with suppress_if_named(UserError, folder):
             check_encoders(folder, {"vae": "other"})
@@ -758,7 +658,7 @@ def check_prepared_folder(folder: Path) -> str:
 
 @contextmanager
 def suppress_if_named(kind: type[Exception], path: Path) -> Iterator[None]:
-    """Let pass errors of a kind that name a file or folder."""
+    """Suppress errors of a kind that name a file or folder."""
     try:
         yield
     except kind as error:
@@ -774,22 +674,22 @@ def check_tensor(stored: StoredTensor, most_dimensions: int, size: tuple[int, ..
     return "damaged inside"
 
 
-def check_damaged_preparations(folder: Path) -> None:
-    def check(path: Path, content: bytes) -> str:
-        # In a folder of its own, because shards stay open.
-        with TemporaryDirectory(dir=folder) as mutant:
-            shutil.copytree(original, mutant, dirs_exist_ok=True)
-            (Path(mutant) / path.relative_to(original)).write_bytes(content)
-            return check_prepared_folder(Path(mutant))
+def check_damaged_copy(original: Path, path: Path, content: bytes) -> str:
+    """Check a copy with one file damaged: in the original folder shards stay open."""
+    with TemporaryDirectory(dir=original.parent) as copy:
+        shutil.copytree(original, copy, dirs_exist_ok=True)
+        (Path(copy) / path.relative_to(original)).write_bytes(content)
+        return check_prepared_folder(Path(copy))
 
-    for make in MAKERS:
-        original = folder / make.__name__
-        outcomes = check_mutants(mutants_of(make(original), PIECES_OF_LISTS, 12), check)
-        assert min(outcomes["read"], outcomes["refused"]) > 0, f"all too alike to test anything: {outcomes}"
+
+def check_damaged_preparations(folder: Path) -> None:
+    for original, files in make_preparations(folder / "damaged").items():
+        mutants = mutants_of(files, PIECES_OF_LISTS, 12)
+        check_mutants(mutants, partial(check_damaged_copy, original), 1, "read", "refused")
 
 
 def with_another_value(entry: object, path: Sequence[int], value: object) -> object:
-    """JSON with a value replaced at some depth."""
+    """Return JSON with a value replaced at some depth."""
     if not isinstance(entry, dict) or not entry or not path:
         return value
     key = list(entry)[path[0] % len(entry)]
@@ -798,23 +698,14 @@ def with_another_value(entry: object, path: Sequence[int], value: object) -> obj
 
 @FUZZ
 @given(path=st.lists(st.integers(0, 20), min_size=1, max_size=2), value=JSON)
-def other_values_in_an_index_are_read_or_refused(folder: Path, path: Sequence[int], value: object) -> None:
-    for file in (folder / "make_shards/index.jsonl", folder / "make_files/data.jsonl"):
-        text = file.read_text()
-        first, rest = text.split("\n", 1)
-        file.write_text(json.dumps(with_another_value(json.loads(first), path, value)) + "\n" + rest)
-        check_prepared_folder(file.parent)
-        file.write_text(text)
-
-
-@FUZZ
-@given(path=st.lists(st.integers(0, 20), min_size=1, max_size=2), value=JSON)
-def other_values_in_settings_are_read_or_refused(folder: Path, path: Sequence[int], value: object) -> None:
-    file = folder / "make_shards/prepared.json"
-    text = file.read_text()
-    file.write_text(json.dumps(with_another_value(json.loads(text), path, value)))
-    check_prepared_folder(file.parent)
-    file.write_text(text)
+def other_values_in_json_are_read_or_refused(folder: Path, path: Sequence[int], value: object) -> None:
+    for file in ("make_shards/index.jsonl", "make_files/data.jsonl", "make_shards/prepared.json"):
+        text = (folder / file).read_text()
+        first, *rest = text.split("\n", 1) if file.endswith(".jsonl") else [text]
+        changed = json.dumps(with_another_value(json.loads(first), path, value))
+        (folder / file).write_text("\n".join([changed, *rest]))
+        check_prepared_folder((folder / file).parent)
+        (folder / file).write_text(text)
 
 
 @FUZZ
@@ -831,16 +722,9 @@ def other_contents_of_tensor_files_are_refused(folder: Path, kind: str, content:
         path.write_bytes(original)
 
 
-def check_preparations_of_other_values(folder: Path) -> None:
-    for make in MAKERS:
-        make(folder / make.__name__)
-    other_values_in_an_index_are_read_or_refused(folder)
-    other_values_in_settings_are_read_or_refused(folder)
-    other_contents_of_tensor_files_are_refused(folder)
-
-
 def test_a_damaged_preparation_gives_tensors_of_their_bucket_or_a_reason(tmp_path):
-    in_child(tmp_path, check_damaged_preparations, check_preparations_of_other_values)
+    others = (other_values_in_json_are_read_or_refused, other_contents_of_tensor_files_are_refused)
+    in_child(tmp_path, check_damaged_preparations, make_preparations, *others)
 
 
 # Flags
@@ -851,18 +735,23 @@ WORDS = st.integers(-5, 200).map(str) | st.floats().map(str) | PATHS | TEXTS
 WORDS |= st.sampled_from([*LONG_CLIPS, "center", "NONE", "skip", "shards", "9" * 5000, "0x10", "1_6", "\udcff"])
 
 
+def unless_refused(function: Callable[..., Any], *arguments: object) -> tuple[Any, str]:
+    """Return what a function of flags returns, None if it refuses them in one line; and what it writes to stderr."""
+    with redirect_stderr(StringIO()) as stderr:
+        try:
+            result = function(*arguments)
+        except SystemExit as end:
+            assert end.code == 2 and len(stderr.getvalue().splitlines()) == 1, stderr.getvalue()
+            result = None
+    return result, stderr.getvalue()
+
+
 @FUZZ
 @given(flags=st.lists(st.tuples(st.sampled_from(sorted(FLAGS)), st.lists(WORDS, max_size=3)), max_size=8))
 def any_flags_are_taken_or_refused_in_one_line(folder: Path, flags: Sequence[tuple[str, Sequence[str]]]) -> None:
-    argv = ["--data_root", str(folder), "--output_dir", "out"]
-    argv += [word for name, words in flags for word in (f"--{name}", *words)]
-    with redirect_stderr(StringIO()) as stderr:
-        try:
-            parse_prepare_args(argv)
-        except SystemExit as end:
-            assert end.code == 2 and len(stderr.getvalue().splitlines()) == 1, stderr.getvalue()
-            return
-    assert not stderr.getvalue()
+    argv = [word for name, words in flags for word in (f"--{name}", *words)]
+    args, said = unless_refused(parse_prepare_args, ["--data_root", str(folder), "--output_dir", "out", *argv])
+    assert (args is None) == bool(said), said
 
 
 FRAME_COUNTS = st.sampled_from([1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 49])
@@ -884,26 +773,17 @@ DATA_FLAGS = {
 @FUZZ
 @given(flags=st.fixed_dictionaries({}, optional=DATA_FLAGS))
 def every_row_counts_whatever_the_flags(folder: Path, flags: Mapping[str, Any]) -> None:
-    file, argv = folder / "table.csv", []
+    argv = []
     for name, value in flags.items():
         argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    with redirect_stderr(StringIO()) as stderr:
-        try:
-            data = plan("--dataset_file", file, *argv)
-        except SystemExit as end:
-            assert end.code == 2 and len(stderr.getvalue().splitlines()) == 1, stderr.getvalue()
-            return
+    data, _ = unless_refused(plan, "--dataset_file", folder / "table.csv", *argv)
+    if data is None:
+        return
     assert count_of(data) == min(len(ROWS), flags.get("max_samples", len(ROWS)))
     for planned in data.clips:
         assert len(planned.frame_indices) == planned.bucket.num_frames
         assert all(0 <= index < planned.info.num_frames for index in planned.frame_indices)
 
 
-def check_flags(folder: Path) -> None:
-    make_lists(folder)
-    any_flags_are_taken_or_refused_in_one_line(folder)
-    every_row_counts_whatever_the_flags(folder)
-
-
 def test_any_flags_are_refused_in_one_line_or_plan_every_row(tmp_path):
-    in_child(tmp_path, check_flags)
+    in_child(tmp_path, make_lists, any_flags_are_taken_or_refused_in_one_line, every_row_counts_whatever_the_flags)

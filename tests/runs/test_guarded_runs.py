@@ -1,6 +1,6 @@
-"""What goes wrong beside the training of a run does not stop it, or stops it in a few lines; and no token is shown.
+"""Failures outside of training do not end a run, or end it with a few lines; tokens are never shown.
 
-Each test provokes it in a whole run of the script.
+Each test provokes one in a full run of the script.
 """
 
 import ast
@@ -16,24 +16,20 @@ from safetensors.torch import load_file
 
 import cogvideox_text_to_video_lora
 import dataset
-import prepare_dataset
 from models.source import ModelSource
 from repository import TRAINING
 from results import publish
+from tiny_runs import SIZE
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 TOKEN = "hf_" + "Secret0" * 5
-SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_models, demo_clips, tmp_path_factory) -> Path:
+def prepared(prepared_demo) -> Path:
     """Two of the demo clips, prepared with the tiny 5b model."""
-    folder = tmp_path_factory.mktemp("prepared")
-    places = ["--model_id", str(tiny_models("5b")), "--data_root", str(demo_clips), "--output_dir", str(folder)]
-    prepare_dataset.main([*places, *SIZE, "--save_latents_and_embeddings", "--max_samples", "2"])
-    return folder
+    return prepared_demo(*SIZE, "--max_samples", "2")
 
 
 @pytest.fixture
@@ -57,7 +53,7 @@ def train(tiny_models, tmp_path, monkeypatch):
 
 
 def last_error(capsys) -> list[str]:
-    """The lines from "error: " on."""
+    """Return the lines of stderr from "error: " on."""
     err = capsys.readouterr().err
     return err[err.rindex("error: ") :].splitlines()
 
@@ -110,12 +106,12 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_its_clip(train, demo_cli
     monkeypatch.setattr(dataset, "read_frames", read_or_die)
     flags = ["--dataloader_num_workers", "1", "--report_to", "none", "--max_samples", "2", "--height_buckets", "64"]
     train(demo_clips, *flags, "--width_buckets", "96", code=2)
-    line, *_ = last_error(capsys)  # and what is left of the progress bar
+    line, *_ = last_error(capsys)  # and the rest of the progress bar
     assert line.startswith(f"error: a data worker died (Killed) while reading {demo_clips}/videos/{doomed}.mp4 (")
     assert "fewer --dataloader_num_workers" in line
 
 
-def test_a_full_gpu_ends_the_run_with_the_savings_that_are_left(train, prepared, capsys, monkeypatch):
+def test_a_full_gpu_ends_the_run_with_the_remaining_ways_to_save_memory(train, prepared, capsys, monkeypatch):
     def full(self, *arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has no more.")
 
@@ -128,8 +124,8 @@ def test_a_full_gpu_ends_the_run_with_the_savings_that_are_left(train, prepared,
     assert any("--quantize_base int8" in line and "less (calculated, not measured)" in line for line in savings)
 
 
-def test_nothing_that_is_read_can_run_code():
-    """No module unpickles, evaluates, or lets a library do so."""
+def test_no_file_that_is_read_can_run_code():
+    """No module unpickles or evaluates files, or lets a library do so."""
     unsafe = {"weights_only": False, "trust_remote_code": True, "allow_pickle": True}
     for file in sorted(TRAINING.glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

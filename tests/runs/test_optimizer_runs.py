@@ -1,89 +1,65 @@
-"""Whole runs with optimizers that do more than step: average the weights, keep them in bf16, free the gradients."""
+"""Runs with optimizers that also average the weights, keep them in bf16, or free the gradients."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
+import tiny_runs
+from curves import curve
+from original_folders import write_original_folder
+from tiny_runs import assert_same_weights, weights_of
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
 BF16 = ("--weights_dtype", "bf16", "--mixed_precision", "bf16", "--use_torchao", "--optimizer", "adamw")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A prepared folder as the original script wrote it, of noise."""
-    folder = tmp_path_factory.mktemp("data")
-    torch.manual_seed(0)
-    entries = []
-    for number in range(4):
-        for kind, tensor in {
-            "video_latents": torch.randn(32, 5, 8, 12),
-            "prompt_embeds": torch.randn(226, 64),
-        }.items():
-            (folder / kind).mkdir(exist_ok=True)
-            torch.save(tensor, folder / kind / f"{number}.pt")
-        files = {"video_latent": f"video_latents/{number}.pt", "prompt_embed": f"prompt_embeds/{number}.pt"}
-        files |= {"prompt": f"prompts/{number}.txt", "video": f"videos/{number}.mp4"}
-        entries.append(files | {"metadata": {"num_frames": 17, "height": 64, "width": 96}})
-    (folder / "data.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    return folder
+    return write_original_folder(tmp_path_factory.mktemp("data"), 4)
 
 
 def train(script, model: Path, data: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
-    """Train for two steps; gives what was written."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
-    argv += ["--load_tensors", "--train_batch_size", "1", "--seed", "0", "--learning_rate", "1e-3"]
+    """Train for two steps; returns the written weights."""
+    common = ("--load_tensors", "--learning_rate", "1e-3", "--max_train_steps", "2", "--checkpointing_steps", "1")
     # torchao compiles its step, which changes nothing in the result and takes long on a CPU.
     with torch.compiler.set_stance("force_eager"):
-        script.main([*argv, "--max_train_steps", "2", "--checkpointing_steps", "1", *SIZE, *flags])
-    return weights_of(output)
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """A LoRA, or all weights of a transformer."""
-    (file,) = [*folder.glob("*.safetensors"), *folder.glob("transformer/*.safetensors")]
-    return load_file(file)
+        return weights_of(tiny_runs.train(script, model, data, output, *common, *flags))
 
 
 def resume(script, model: Path, data: Path, whole: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
-    """Go on from the first step of a run in another folder."""
+    """Resume from the first step of a run in another folder."""
     shutil.copytree(whole / "checkpoint-1", output / "checkpoint-1")
     return train(script, model, data, output, "--resume_from_checkpoint", "latest", *flags)
 
 
-def test_a_schedule_free_run_writes_the_average_and_goes_on_from_the_weights(tiny_models, data, tmp_path):
+def test_a_schedule_free_run_writes_the_average_and_resumes_from_the_weights(tiny_models, data, tmp_path):
     flags = ("--optimizer", "schedulefree", "--rank", "4", "--report_to", "none")
     script = cogvideox_text_to_video_lora
     whole = train(script, tiny_models("5b"), data, tmp_path / "whole", *flags)
     trained = weights_of(tmp_path / "whole" / "checkpoint-2")
     assert all(not torch.equal(trained[name], whole[name]) for name in whole if "lora_B" in name)
     resumed = resume(script, tiny_models("5b"), data, tmp_path / "whole", tmp_path / "resumed", *flags)
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert_same_weights(resumed, whole)
 
 
-def test_bf16_weights_stepped_in_the_backward_pass_go_on_bit_for_bit(tiny_models, data, tmp_path, capsys):
+def test_bf16_weights_stepped_in_the_backward_pass_resume_bit_for_bit(tiny_models, data, tmp_path, capsys):
     script, model, flags = cogvideox_text_to_video_sft, tiny_models("5b"), (*BF16, "--step_in_backward")
     whole = train(script, model, data, tmp_path / "whole", *flags)
     kept = weights_of(tmp_path / "whole" / "checkpoint-2")
     assert {weight.dtype for weight in kept.values()} == {torch.float32}
     assert all(torch.equal(weight, weight.bfloat16().float()) for weight in kept.values())
-    (logs,) = (folder for folder in (tmp_path / "whole" / "logs").iterdir() if folder.is_dir())
-    curves = EventAccumulator(str(logs)).Reload().Tags()["scalars"]
-    assert "loss" in curves and "grad_norm" not in curves  # nobody knows it
+    assert curve(tmp_path / "whole", "loss")
+    with pytest.raises(KeyError):  # unknown
+        curve(tmp_path / "whole", "grad_norm")
 
     resumed = resume(script, model, data, tmp_path / "whole", tmp_path / "resumed", *flags)
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert_same_weights(resumed, whole)
     start = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(not torch.equal(whole[name], start[name]) for name in whole if name.endswith("to_q.weight"))
 
@@ -92,7 +68,7 @@ def test_bf16_weights_stepped_in_the_backward_pass_go_on_bit_for_bit(tiny_models
     assert "--weights_dtype was bf16, is now fp32" in capsys.readouterr().err
 
 
-def test_bf16_weights_are_refused_where_the_launch_computes_otherwise(tiny_models, data, tmp_path, capsys):
+def test_bf16_weights_are_refused_if_the_launch_computes_in_another_type(tiny_models, data, tmp_path, capsys):
     flags = ("--weights_dtype", "bf16", "--use_torchao", "--use_8bit")
     with pytest.raises(SystemExit, match="2"):
         train(cogvideox_text_to_video_sft, tiny_models("5b"), data, tmp_path, *flags)

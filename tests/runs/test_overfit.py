@@ -1,4 +1,4 @@
-"""A model learns a clip by heart: full fine-tuning until it samples the clip, a LoRA until its loss falls."""
+"""A model overfits one clip: full fine-tuning until it samples the clip, a LoRA until its loss falls."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ SIZE_FLAGS = ["--frame_buckets", "9", "--max_num_frames", "9", "--height", "32",
 
 @pytest.fixture(scope="module")
 def clip(tiny_models, tmp_path_factory) -> PreparedClip:
-    """One prepared clip: blue comes in from the left and covers a red background."""
+    """One prepared clip: blue covers a red background from the left."""
     folder = tmp_path_factory.mktemp("one-clip")
     frames = np.full((SIZE.num_frames, SIZE.height, SIZE.width, 3), (0.9, 0.0, 0.0))
     for number, frame in enumerate(frames, start=1):
@@ -43,7 +43,7 @@ def clip(tiny_models, tmp_path_factory) -> PreparedClip:
 
 
 def train(script: ModuleType, model: Path, clip: PreparedClip, output: Path, *flags: str) -> Path:
-    """Train on the clip alone, four times in each step, with other noise and at other timesteps each time."""
+    """Train only on the clip, four times a step with different noise and timesteps."""
     mix = output.parent / "mix.json"
     mix.write_text(json.dumps([{"data_root": str(clip.video_latents.file.parents[1]), "repeats": 4}]))
     argv = ["--pretrained_model_name_or_path", str(model), "--dataset_mix", str(mix), "--load_tensors", *SIZE_FLAGS]
@@ -53,7 +53,7 @@ def train(script: ModuleType, model: Path, clip: PreparedClip, output: Path, *fl
     return output
 
 
-def test_full_fine_tuning_on_one_clip_halves_the_distance_of_what_is_sampled(tiny_models, clip, tmp_path):
+def test_full_fine_tuning_on_one_clip_halves_the_distance_of_samples_to_it(tiny_models, clip, tmp_path):
     model = tiny_models("5b")
     flags = ("--max_train_steps", "80", "--learning_rate", "3e-3", "--lr_scheduler", "cosine", "--seed", "0")
     output = train(cogvideox_text_to_video_sft, model, clip, tmp_path / "out", *flags, "--lr_warmup_steps", "8")

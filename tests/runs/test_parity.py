@@ -1,5 +1,5 @@
-"""What is trained is what the pipeline samples: in training the transformer is given what sampling gives it, and what
-it is taught to predict is what the scheduler takes."""
+"""Training agrees with sampling: the transformer gets the same inputs, and learns the prediction that the scheduler
+expects."""
 
 import math
 import shutil
@@ -45,7 +45,7 @@ class Kind:
     """A tiny model as a user samples it, and the objective that trains the same transformer.
 
     Args:
-        drop_positions: for sampling, by the code that the user is told to run; for training, as the task does it.
+        drop_positions: drop the learned ones, for sampling with the code in the usage, for training as the task does.
     """
 
     def __init__(self, source: ModelSource, *, drop_positions: bool):
@@ -82,7 +82,7 @@ class Kind:
 
 @pytest.fixture(scope="module")
 def make_kind(tiny_models) -> Callable[[str, Bucket], Kind]:
-    """Give a kind as it is used for a size: CogVideoX-5b-I2V without its learned positions but at the native one."""
+    """Return a kind as used for a size: CogVideoX-5b-I2V has learned positions only at the native one."""
     made: dict[tuple[str, bool], Kind] = {}
 
     def make(name: str, size: Bucket = NATIVE) -> Kind:
@@ -95,7 +95,7 @@ def make_kind(tiny_models) -> Callable[[str, Bucket], Kind]:
 
 
 def inputs_of(transformer: torch.nn.Module, run: Callable[[], object]) -> dict[str, object]:
-    """What the transformer is given first."""
+    """Return the inputs of the first forward pass of the transformer."""
     seen = []
     hook = transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def inputs_of(transformer: torch.nn.Module, run: Callable[[], object]) -> dict[s
     return {name: value for name, value in seen[0].items() if value is not None}
 
 
-# What the transformer is given
+# Inputs of the transformer
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def inputs_of(transformer: torch.nn.Module, run: Callable[[], object]) -> dict[s
     [(name, size) for name in KINDS for size in SIZES + ([] if name.startswith("1.5") else LARGER)],
     ids=str,
 )
-def test_training_gives_the_transformer_exactly_what_sampling_gives_it(make_kind, name, size):
-    """At the last timestep noise is all that is left of the latents, and the first step of sampling begins with it."""
+def test_training_and_sampling_pass_the_same_inputs_to_the_transformer(make_kind, name, size):
+    """At the last timestep the noisy latents are pure noise, as at the first step of sampling."""
     kind = make_kind(name, size)
     pixels = torch.randint(256, (3, size.height, size.width), dtype=torch.uint8)
     batch = Batch(
@@ -129,7 +129,7 @@ def test_training_gives_the_transformer_exactly_what_sampling_gives_it(make_kind
     )
 
     noise = trained["hidden_states"][:, :, :16]
-    # The image's posterior is drawn behind the video's and the noise.
+    # The image's posterior is drawn after the video's and the noise.
     generator = torch.Generator().manual_seed(7)
     torch.randn(1, 16, *size.latent_shape, generator=generator)
     torch.randn(noise.shape, generator=generator)
@@ -160,7 +160,7 @@ def test_training_gives_the_transformer_exactly_what_sampling_gives_it(make_kind
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_cached_prompts_and_the_empty_one_are_what_guided_sampling_gives_the_transformer(make_kind, tmp_path, name):
+def test_guided_sampling_passes_the_cached_prompts_and_the_empty_one_to_the_transformer(make_kind, tmp_path, name):
     size = Bucket(1, 32, 48)
     kind = make_kind(name, size)
     cache = PromptCache(tmp_path, kind.source, torch.float32)
@@ -174,7 +174,9 @@ def test_cached_prompts_and_the_empty_one_are_what_guided_sampling_gives_the_tra
 
 
 @pytest.mark.parametrize("name", ["2b", "1.5-5b-i2v"])
-def test_prepared_prompts_are_what_the_pipeline_embeds_in_the_same_precision(tiny_models, demo_clips, tmp_path, name):
+def test_prepared_prompts_are_embedded_as_the_pipeline_does_in_the_same_precision(
+    tiny_models, demo_clips, tmp_path, name
+):
     captions = [PROMPTS["short"], PROMPTS["long"].strip()]
     for number, caption in enumerate(captions):
         clip = sorted(demo_clips.rglob("*.mp4"))[number]
@@ -194,12 +196,12 @@ def test_prepared_prompts_are_what_the_pipeline_embeds_in_the_same_precision(tin
         assert any(torch.equal(embeds, other) for other in prepared)
 
 
-# What the transformer is taught
+# Target of the transformer
 
 
 @pytest.fixture
 def predict_the_truth(monkeypatch) -> Callable[[Kind, torch.nn.Module, torch.Tensor], None]:
-    """Let a transformer predict the velocity that leads from what it is given to the clean latents, in float64."""
+    """Make a transformer predict the velocity from its noisy input to the clean latents, in float64."""
 
     def replace_forward(kind: Kind, transformer: torch.nn.Module, clean: torch.Tensor) -> None:
         schedule = torch.tensor(alphas_cumprod(kind.configs.scheduler["snr_shift_scale"]), dtype=torch.float64)
@@ -215,13 +217,13 @@ def predict_the_truth(monkeypatch) -> Callable[[Kind, torch.nn.Module, torch.Ten
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_true_velocity_has_no_loss_and_gives_the_scheduler_the_clean_latents_at_every_timestep(
+def test_the_true_velocity_has_no_loss_and_the_scheduler_recovers_the_clean_latents_at_every_timestep(
     make_kind, predict_the_truth, name
 ):
     kind, timesteps = make_kind(name), torch.arange(1000)
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(1000, 16, 1, 2, 2, generator=generator)
-    moments = torch.cat([mean, torch.full_like(mean, -40.0)], dim=1)  # e^-40: no noise to speak of
+    moments = torch.cat([mean, torch.full_like(mean, -40.0)], dim=1)  # e^-40: practically no noise
     clean = mean.movedim(1, 2).double() * {"2b": 1.15258426}.get(name, 0.7)
     if name.startswith("1.5"):
         clean = clean.expand(-1, 2, -1, -1, -1)  # padded

@@ -1,13 +1,13 @@
-"""Every recipe on every model: what it writes loads into plain diffusers and does there what it did in training."""
+"""Every recipe on every model: results load into plain diffusers and have the same effect there as in training."""
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
 from PIL import Image
 
@@ -15,10 +15,10 @@ import cogvideox_image_to_video_lora
 import cogvideox_image_to_video_sft
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
-import prepare_dataset
+import tiny_runs
 from methods.lora import Lora
 from models.source import ModelSource
-from tiny_runs import SIZE
+from tiny_runs import SIZE, assert_same_weights, weights_of
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -33,31 +33,19 @@ VALIDATION = ("--validation_prompt", "a red circle")
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_models, demo_clips, tmp_path_factory):
-    """Give the demo clips prepared with a model, with image latents."""
-    root = tmp_path_factory.mktemp("prepared")
-
-    def prepare(kind: str) -> Path:
-        if not (root / kind).exists():
-            flags = ["--model_id", str(tiny_models(kind)), "--data_root", str(demo_clips), "--max_samples", "2"]
-            flags += ["--output_dir", str(root / kind), "--save_latents_and_embeddings", "--save_image_latents"]
-            prepare_dataset.main([*flags, *SIZE])
-        return root / kind
-
-    return prepare
+def prepared(prepared_demo) -> Callable[[str], Path]:
+    """Return a folder of two demo clips prepared with a model, with image latents."""
+    return lambda kind: prepared_demo(*SIZE, "--max_samples", "2", "--save_image_latents", kind=kind)
 
 
 def train(kind: str, method: str, model: Path, data: Path, output: Path, *flags: str) -> Path:
     """Run the recipe's script in this process."""
-    argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
-    argv += ["--rank", "4", "--lora_alpha", "4"] if method == "lora" else []
-    argv += ["--train_batch_size", "1", "--seed", "0", "--report_to", "none", *SIZE, *flags]
-    SCRIPTS[TASKS[kind], method].main(argv)
-    return output
+    of_lora = ("--rank", "4", "--lora_alpha", "4") if method == "lora" else ()
+    return tiny_runs.train(SCRIPTS[TASKS[kind], method], model, data, output, "--report_to", "none", *of_lora, *flags)
 
 
 def sample(kind: str, model: Path, output: Path | None, method: str) -> torch.Tensor:
-    """The latents that a user of plain diffusers samples with a result; without one, with the model itself."""
+    """Sample latents in plain diffusers with a result, or with the model if there is none."""
     classes = {"text": CogVideoXPipeline, "image": CogVideoXImageToVideoPipeline}
     parts = {}
     if output is not None and method == "sft":
@@ -81,7 +69,7 @@ def sample(kind: str, model: Path, output: Path | None, method: str) -> torch.Te
 
 @pytest.fixture(scope="module")
 def sample_base(tiny_models):
-    """Give what a model samples as it is, computed once."""
+    """Return the latents that a model samples without a result, computed once."""
     return cache(lambda kind: sample(kind, tiny_models(kind), None, ""))
 
 
@@ -90,7 +78,7 @@ def sample_base(tiny_models):
 def test_a_result_loads_into_its_pipeline_and_changes_what_is_sampled(
     tiny_models, prepared, sample_base, tmp_path, kind, method
 ):
-    flags = ("--load_tensors", "--max_train_steps", "20", "--learning_rate", "1e-3", "--lr_warmup_steps", "0")
+    flags = ("--load_tensors", "--max_train_steps", "6", "--learning_rate", "1e-3", "--lr_warmup_steps", "0")
     output = train(kind, method, tiny_models(kind), prepared(kind), tmp_path / "out", *flags)
     sampled, base = sample(kind, tiny_models(kind), output, method), sample_base(kind)
     assert sampled.isfinite().all()
@@ -108,7 +96,7 @@ def test_an_untrained_lora_changes_nothing(tiny_models, sample_base, tmp_path, k
 
 @pytest.mark.parametrize("method", ["lora", "sft"])
 @pytest.mark.parametrize("kind", ["5b", "1.5-5b-i2v"])
-def test_a_result_of_learning_rate_zero_samples_exactly_what_the_model_does(
+def test_a_result_of_learning_rate_zero_samples_exactly_as_the_model(
     tiny_models, prepared, sample_base, tmp_path, kind, method
 ):
     model = tiny_models(kind)
@@ -118,10 +106,8 @@ def test_a_result_of_learning_rate_zero_samples_exactly_what_the_model_does(
 
 
 @pytest.mark.parametrize(("kind", "method"), [("2b", "lora"), ("5b-i2v", "sft")])
-def test_a_model_whose_configs_are_older_than_the_library_trains_as_ever(
-    tiny_models, prepared, tmp_path, kind, method
-):
-    """The published folders of CogVideoX-2b and 5b lack the settings that later kinds brought."""
+def test_a_model_with_configs_older_than_the_library_trains_alike(tiny_models, prepared, tmp_path, kind, method):
+    """The released CogVideoX-2b and 5b lack the settings of later kinds."""
     model = Path(shutil.copytree(tiny_models(kind), tmp_path / "model"))
     removed = {"transformer": ["patch_size_t", "ofs_embed_dim", "patch_bias"], "vae": ["invert_scale_latents"]}
     removed["transformer"] += ["use_learned_positional_embeddings"] if kind == "2b" else []
@@ -131,7 +117,6 @@ def test_a_model_whose_configs_are_older_than_the_library_trains_as_ever(
         file.write_text(json.dumps({name: value for name, value in config.items() if name not in names}))
     flags = ("--load_tensors", "--max_train_steps", "2", "--learning_rate", "1e-3", "--lr_warmup_steps", "0")
     whole = train(kind, method, tiny_models(kind), prepared(kind), tmp_path / "whole", *flags)
-    AcceleratorState._reset_state(reset_partial_state=True)
     older = train(kind, method, model, prepared(kind), tmp_path / "older", *flags)
     assert torch.equal(sample(kind, model, older, method), sample(kind, tiny_models(kind), whole, method))
 
@@ -155,7 +140,7 @@ def test_a_model_whose_configs_are_older_than_the_library_trains_as_ever(
         ("5b-i2v", ("--frame_buckets", "16"), "--ignore_learned_positional_embeddings"),
     ],
 )
-def test_a_size_that_a_model_does_not_take_is_refused_before_any_weights_are_loaded(
+def test_a_size_that_the_model_does_not_support_is_refused_before_weights_are_loaded(
     tiny_models, demo_clips, tmp_path, capsys, kind, flags, message
 ):
     model = Path(shutil.copytree(tiny_models(kind), tmp_path / "model"))
@@ -190,15 +175,11 @@ def test_a_model_trained_without_learned_positions_samples_at_another_size(tiny_
     assert "patch_embed.pos_embedding" not in transformer.state_dict()
 
 
-def test_a_full_fine_tuning_is_resumed_bit_by_bit(tiny_models, prepared, tmp_path):
+def test_full_fine_tuning_is_resumed_bit_for_bit(tiny_models, prepared, tmp_path):
     common = ("--load_tensors", "--learning_rate", "1e-3", "--lr_warmup_steps", "0", "--checkpointing_steps", "2")
     model, data = tiny_models("5b"), prepared("5b")
     whole = train("5b", "sft", model, data, tmp_path / "whole", *common, "--max_train_steps", "4")
-    AcceleratorState._reset_state(reset_partial_state=True)
     train("5b", "sft", model, data, tmp_path / "parts", *common, "--max_train_steps", "2")
-    AcceleratorState._reset_state(reset_partial_state=True)
     resumed = ("--max_train_steps", "4", "--resume_from_checkpoint", "latest")
     parts = train("5b", "sft", model, data, tmp_path / "parts", *common, *resumed)
-    one, other = (CogVideoXTransformer3DModel.from_pretrained(out / "transformer") for out in (whole, parts))
-    weights = other.state_dict()
-    assert all(torch.equal(weight, weights[name]) for name, weight in one.state_dict().items())
+    assert_same_weights(weights_of(parts), weights_of(whole))

@@ -1,4 +1,4 @@
-"""Nothing is in memory that is not needed: which networks are alive when, in runs of the real script."""
+"""Only the networks that a stage of a run needs are in memory."""
 
 import gc
 from pathlib import Path
@@ -15,7 +15,6 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXEnco
 from PIL import Image
 from transformers import T5EncoderModel
 
-import prepare_dataset
 from args import parse_args
 from data.plan import plan_training_data
 from diffusion.tasks import ImageToVideo, TextToVideo
@@ -31,7 +30,7 @@ NETWORKS = (T5EncoderModel, AutoencoderKLCogVideoX, CogVideoXEncoder3D, CogVideo
 
 
 def alive() -> list[str]:
-    """The networks that anything in this process still holds on to."""
+    """Return the networks that are referenced in this process."""
     gc.collect()
     # By type(): isinstance would ask torch's lazy modules for attributes that warn.
     return sorted(kind.__name__ for kind in (type(thing) for thing in gc.get_objects()) if kind in NETWORKS)
@@ -41,7 +40,7 @@ def alive() -> list[str]:
     ("kind", "task", "pipeline_class", "sampled_with"),
     [
         ("5b", TextToVideo(), CogVideoXPipeline, ["AutoencoderKLCogVideoX"]),
-        # An image to begin with has to be encoded.
+        # The first frame has to be encoded.
         (
             "5b-i2v",
             ImageToVideo(0.05, ignore_learned_positions=True),
@@ -50,13 +49,11 @@ def alive() -> list[str]:
         ),
     ],
 )
-def test_from_prepared_data_only_the_transformer_is_in_memory_and_to_sample_the_decoder(
-    tiny_models, demo_clips, tmp_path, monkeypatch, kind, task, pipeline_class, sampled_with
+def test_with_prepared_data_only_the_transformer_is_in_memory_and_the_decoder_while_sampling(
+    tiny_models, prepared_demo, tmp_path, monkeypatch, kind, task, pipeline_class, sampled_with
 ):
-    model, prepared = str(tiny_models(kind)), tmp_path / "prepared"
-    flags = ["--data_root", str(demo_clips), "--output_dir", str(prepared), "--max_samples", "2", *SIZE]
-    flags += ["--save_latents_and_embeddings", *(["--save_image_latents"] if task.with_images else [])]
-    prepare_dataset.main(["--model_id", model, *flags])
+    images = ["--save_image_latents"] if task.with_images else []
+    prepared = prepared_demo(*SIZE, "--max_samples", "2", *images, kind=kind)
     while_sampling: list[list[str]] = []
     decode = pipeline_class.decode_latents
 
@@ -66,7 +63,7 @@ def test_from_prepared_data_only_the_transformer_is_in_memory_and_to_sample_the_
         return decode(pipeline, latents)
 
     monkeypatch.setattr(pipeline_class, "decode_latents", decode_and_look)
-    run = set_up_run(model, prepared, tmp_path / "out", task)
+    run = set_up_run(str(tiny_models(kind)), prepared, tmp_path / "out", task)
     assert alive() == ["CogVideoXTransformer3DModel"]
     train(run)
     assert alive() == ["CogVideoXTransformer3DModel"]
@@ -81,7 +78,7 @@ def set_up_run(model: str, prepared: Path, output: Path, task: TextToVideo | Ima
     flags += ["--output_dir", str(output), "--max_train_steps", "1", "--train_batch_size", "1", "--report_to", "none"]
     flags += ["--validation_prompt", "a", "--num_inference_steps", "1", "--seed", "0", *SIZE]
     if task.with_images:
-        image = prepared.parent / "start.png"
+        image = output.with_name("start.png")
         Image.new("RGB", (96, 64), "gray").save(image)
         flags += ["--validation_images", str(image), "--ignore_learned_positional_embeddings"]
     args = parse_args(flags, task=task.name, method="lora")

@@ -1,4 +1,4 @@
-"""The SLURM scripts, run with stand-ins for srun and scontrol that do on one machine what SLURM does on several."""
+"""The SLURM scripts, run on one machine with stand-ins for srun and scontrol."""
 
 import json
 import os
@@ -42,7 +42,7 @@ else
   echo "$*" >> "$NOTES/scontrol"
 fi
 """
-# In Python's place: notes how it was started, then leaves with a code or waits for a signal.
+# Replaces Python: notes how it was started, then exits with a code or waits for a signal.
 TASK = f"""#!{sys.executable}
 import json, os, signal, sys
 if sys.argv[1].endswith("accelerate_env.py"):
@@ -60,7 +60,7 @@ signal.pause()
 
 @pytest.fixture
 def submit(tmp_path) -> Callable[..., subprocess.Popen]:
-    """Start a script as SLURM does on two nodes of one task each; the stand-ins note what they are told."""
+    """Start a script as SLURM does on two nodes of one task each; the stand-ins note their arguments."""
     notes = tmp_path / "notes"
     for folder in (notes, tmp_path / "programs"):
         folder.mkdir()
@@ -85,7 +85,7 @@ def submit(tmp_path) -> Callable[..., subprocess.Popen]:
 
 
 def started(notes: Path, count: int) -> list[tuple[int, list[str], dict[str, str]]]:
-    """Wait until as many tasks have said how they were started: process, arguments and environment, by rank."""
+    """Wait for the notes of as many tasks: process, arguments and environment, by rank."""
     lines: list[str] = []
     while len(lines) < count:
         lines += (notes / "started").read_text().splitlines()  # ends when the tasks that have opened it close it
@@ -95,7 +95,7 @@ def started(notes: Path, count: int) -> list[tuple[int, list[str], dict[str, str
 @pytest.mark.parametrize(
     ("script", "ends_by", "leaves_with"), [("train.sbatch", "75 on USR1", 75), ("prepare.sbatch", "USR1", 138)]
 )
-def test_a_signal_reaches_python_and_has_the_job_queued_again(submit, tmp_path, script, ends_by, leaves_with):
+def test_a_signal_reaches_python_and_requeues_the_job(submit, tmp_path, script, ends_by, leaves_with):
     os.mkfifo(tmp_path / "notes" / "started")
     (tmp_path / "data").mkdir()
     folders = {"DATA_ROOT": str(tmp_path / "data"), "OUTPUT_DIR": str(tmp_path / "out")}
@@ -134,7 +134,7 @@ def test_a_signal_reaches_python_and_has_the_job_queued_again(submit, tmp_path, 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "prepare.sbatch"])
 @pytest.mark.parametrize("code", [0, 2])
-def test_a_job_that_is_done_or_failed_is_not_queued_again(submit, tmp_path, script, code):
+def test_a_job_that_is_done_or_failed_is_not_requeued(submit, tmp_path, script, code):
     job = submit(script, LEAVE_WITH=str(code))
     job.communicate()
     assert job.returncode == code
@@ -177,7 +177,7 @@ use_cpu: false
         (DEEPSPEED, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
     ],
 )
-def test_a_config_tells_the_tasks_how_to_share_the_work(tmp_path, config, expected):
+def test_a_config_sets_the_environment_of_the_tasks(tmp_path, config, expected):
     (tmp_path / "config.yaml").write_text(config)
     environment = environment_of(str(tmp_path / "config.yaml"))
     assert environment.items() >= expected.items()
@@ -186,13 +186,13 @@ def test_a_config_tells_the_tasks_how_to_share_the_work(tmp_path, config, expect
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_is_one_that_the_tasks_can_be_told(config):
+def test_every_config_can_be_passed_to_the_tasks(config):
     assert environment_of(str(config))["ACCELERATE_MIXED_PRECISION"] == "no"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [FSDP, DEEPSPEED, (ROOT / "accelerate_configs" / "ddp.yaml").read_text()])
-def test_the_tasks_are_told_what_accelerate_launch_tells_them(tmp_path, config):
+def test_the_tasks_get_the_environment_of_accelerate_launch(tmp_path, config):
     (tmp_path / "config.yaml").write_text(config)
     (tmp_path / "script.py").write_text("import json, os\nprint('environment:', json.dumps(dict(os.environ)))\n")
     launch = ["accelerate", "launch", "--config_file", "config.yaml", "--num_processes", "1", "--num_machines", "1"]
@@ -213,7 +213,7 @@ def test_the_tasks_are_told_what_accelerate_launch_tells_them(tmp_path, config):
 
 @pytest.fixture
 def real(tiny_models, demo_clips, tmp_path) -> dict[str, str]:
-    """Settings with which the scripts really run."""
+    """Settings for real runs of the scripts."""
     settings = {"PYTHON": sys.executable, "MODEL_ID": str(tiny_models("5b")), "DATA_ROOT": str(demo_clips)}
     settings |= {"HEIGHT_BUCKETS": "64", "WIDTH_BUCKETS": "96", "FRAME_BUCKETS": "9 17", "DTYPE": "fp32"}
     return settings | {"OUTPUT_DIR": str(tmp_path / "prepared"), "ACCELERATE_USE_CPU": "true"}
@@ -230,7 +230,7 @@ def test_two_nodes_prepare_one_data_set(submit, real, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_nodes_train_until_they_are_told_to_stop_and_go_on_from_there(submit, real, tiny_models, tmp_path):
+def test_two_nodes_train_until_they_are_told_to_stop_and_resume(submit, real, tiny_models, tmp_path):
     submit("prepare.sbatch", **real).communicate()
     settings = {"PYTHON": sys.executable, "MODEL_PATH": str(tiny_models("5b")), "DATA_ROOT": real["OUTPUT_DIR"]}
     settings |= {"OUTPUT_DIR": str(tmp_path / "run"), "ACCELERATE_CONFIG": "accelerate_configs/cpu.yaml"}

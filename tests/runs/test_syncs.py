@@ -1,4 +1,4 @@
-"""That the training loop does not wait for the device at each step, by what it does on the CPU and on a GPU."""
+"""The training loop does not wait for the device at each step, checked on the CPU and on a GPU."""
 
 import warnings
 from pathlib import Path
@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import prepare_dataset
 from args import parse_args
 from data.plan import plan_training_data
 from diffusion.tasks import ImageToVideo
@@ -15,27 +14,20 @@ from methods.lora import Lora
 from run.loop import train
 from run.setup import set_up
 from run.spec import check_spec
+from tiny_runs import SIZE
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_models, demo_clips, tmp_path_factory) -> Path:
-    """The demo clips, prepared with their first frames."""
-    folder = tmp_path_factory.mktemp("prepared")
-    prepare_dataset.main(
-        [
-            *("--model_id", str(tiny_models("5b-i2v")), "--data_root", str(demo_clips), "--output_dir", str(folder)),
-            *(*SIZE, "--save_latents_and_embeddings", "--save_image_latents", "--num_image_latents", "1"),
-        ]
-    )
-    return folder
+def prepared(prepared_demo) -> Path:
+    """Eight of the demo clips, prepared with their first frames."""
+    return prepared_demo(*SIZE, "--max_samples", "8", "--save_image_latents", kind="5b-i2v")
 
 
 def run(model: Path, data: Path, output: Path, steps: int, *flags: str) -> None:
-    """Train with everything that draws, weighs and averages; values are fetched once, at the end."""
+    """Train with all random, weighting and averaging options; values are fetched once, at the end."""
     args = parse_args(
         [
             *("--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--load_tensors", *SIZE),
@@ -53,7 +45,7 @@ def run(model: Path, data: Path, output: Path, steps: int, *flags: str) -> None:
 
 
 class FetchedNumbers(TorchDispatchMode):
-    """Counts how often a number is taken out of a tensor, which makes the CPU wait for a GPU."""
+    """Counts reads of a number from a tensor, which make the CPU wait for a GPU."""
 
     count = 0
 
@@ -62,10 +54,10 @@ class FetchedNumbers(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_step_takes_a_number_out_of_a_tensor(tiny_models, prepared, tmp_path):
+def test_no_step_reads_a_number_from_a_tensor(tiny_models, prepared, tmp_path):
     counts = []
     for steps in (1, 3):
-        with FetchedNumbers() as fetched:  # but for those of files, which are read in a process of their own
+        with FetchedNumbers() as fetched:  # except for files, which are read in a worker
             run(tiny_models("5b-i2v"), prepared, tmp_path / str(steps), steps, "--dataloader_num_workers", "1")
         counts.append(fetched.count)
     assert counts[0] == counts[1]
@@ -85,4 +77,4 @@ def test_no_step_waits_for_the_gpu(tiny_models, prepared, tmp_path):
             torch.cuda.set_sync_debug_mode("default")
         places = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
         waits.append(sorted(places))
-    assert waits[0] == waits[1]  # starting, the first steps and the log's fetch at the end: not once a step
+    assert waits[0] == waits[1]  # at the start, in the first steps and for the log at the end: not once a step

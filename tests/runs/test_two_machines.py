@@ -1,4 +1,4 @@
-"""Two network namespaces as two machines: each launches its half, as users do, and they share a folder or do not."""
+"""Two network namespaces as two machines, with and without a shared folder; each launches its half as users do."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from repository import ROOT
 pytestmark = pytest.mark.slow
 PORT = 29500
 NOT_SHARED = "of rank 1 on node1 is not the folder of rank 0 on node0; give a folder that all machines share"
-# A host's own name, and its own empty folder in the place of one that is not shared.
+# Set the host's name, and mount an empty folder over one that is not shared.
 ENTER = 'hostname "$0"; [ -z "$UNSHARED" ] || mount -t tmpfs none "$UNSHARED"; exec "$@"'
 
 
@@ -31,7 +31,7 @@ class Host:
     device: str
 
     def start(self, command: Sequence[str], log: Path, **environment: str) -> subprocess.Popen:
-        """Start a command there; what it prints goes into a file."""
+        """Start a command there; its output goes into a file."""
         inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", "bash", "-c", ENTER, self.name]
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         own = {"PATH": path, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "UNSHARED": ""}
@@ -78,7 +78,7 @@ def hosts() -> Iterator[list[Host]]:
 def run_on(
     hosts: Sequence[Host], folder: Path, *command: str, of_second: dict[str, str] | None = None, **shared: str
 ) -> tuple[list[int], list[str]]:
-    """Run a command on both hosts; returns the exit codes and what each host printed."""
+    """Run a command on both hosts; returns the exit codes and the outputs."""
     logs = [folder / f"{host.name}.log" for host in hosts]
     shared |= {"MAIN_PROCESS_IP": hosts[0].address, "MAIN_PROCESS_PORT": str(PORT)}
     runs = [

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +22,8 @@ from models.encoding import encode_noised_image, encode_videos
 from models.prompts import PromptCache
 from models.source import ModelSource
 from parallel.coordinator import Coordinator
-from validation.loss import (
-    clip_losses,
-    encode_validation_set,
-    log_validation_losses,
-    mean_losses,
-    validation_losses,
-)
+from schedulers import make_scheduler
+from validation.loss import clip_losses, encode_validation_set, mean_losses, validate_loss
 from video.probe import probe_files
 
 
@@ -64,7 +60,7 @@ def encoders(tiny_models, held_out, tmp_path_factory) -> Encoders:
 
 
 @pytest.fixture(scope="module")
-def whole(encoders, held_out) -> list[Batch]:
+def encoded(encoders, held_out) -> list[Batch]:
     """The three clips, encoded on one rank."""
     return encoders.encode(held_out)
 
@@ -77,9 +73,9 @@ def frames_of(planned: ClipSample) -> torch.Tensor:
 # What is encoded
 
 
-def test_each_clip_becomes_a_batch_of_its_moments_and_its_prompt(encoders, held_out, whole):
-    assert [batch.draws[0].index for batch in whole] == [0, 1, 2]
-    for planned, batch in zip(held_out, whole, strict=True):
+def test_each_clip_becomes_a_batch_of_its_moments_and_its_prompt(encoders, held_out, encoded):
+    assert [batch.draws[0].index for batch in encoded] == [0, 1, 2]
+    for planned, batch in zip(held_out, encoded, strict=True):
         assert torch.equal(batch.video_moments, encode_videos(encoders.vae, frames_of(planned)))
         assert torch.equal(batch.prompt_embeds[0], encoders.prompts.load(planned.clip.caption))
         assert (batch.videos, batch.images, batch.image_moments) == (None, None, None)
@@ -99,12 +95,12 @@ def test_the_image_is_the_first_frame_under_fixed_noise(encoders, held_out):
 
 
 @pytest.mark.parametrize(("world_size", "indices"), [(2, [[0, 2], [1, 0]]), (4, [[0], [1], [2], [0]])])
-def test_the_ranks_share_all_clips_evenly(encoders, held_out, whole, world_size, indices):
+def test_the_ranks_share_all_clips_evenly(encoders, held_out, encoded, world_size, indices):
     shares = [encoders.encode(held_out, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert [[batch.draws[0].index for batch in share] for share in shares] == indices
     for batch in (batch for share in shares for batch in share):
-        assert torch.equal(batch.video_moments, whole[batch.draws[0].index].video_moments)
-        assert torch.equal(batch.prompt_embeds, whole[batch.draws[0].index].prompt_embeds)
+        assert torch.equal(batch.video_moments, encoded[batch.draws[0].index].video_moments)
+        assert torch.equal(batch.prompt_embeds, encoded[batch.draws[0].index].prompt_embeds)
 
 
 def test_clips_that_do_not_decode_are_listed(encoders, held_out, tmp_path):
@@ -125,6 +121,7 @@ class StandIn:
     """An objective with losses that a test can compute from latents and timesteps."""
 
     def __init__(self):
+        self.scheduler = make_scheduler(1.0)
         self.model = torch.nn.Dropout(0.5)
         self.modes: list[bool] = []
         self.draws: list[float] = []
@@ -146,43 +143,42 @@ def make_batches(means: list[float]) -> list[Batch]:
     ]
 
 
-def test_the_loss_at_a_quantile_is_the_mean_over_clips_and_the_loss_the_mean_over_quantiles():
-    losses, failures = validation_losses(
-        StandIn(), make_batches([1.0, 2.0, 6.0]), Accelerator(cpu=True), Coordinator(), 1000
-    )
-    assert failures == []
+def test_the_losses_are_logged_as_means_over_clips_and_over_quantiles(tmp_path):
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("run")
+    for step, factor in ((0, 1.0), (10, 0.5)):
+        batches = make_batches([1.0 * factor, 2.0 * factor, 6.0 * factor])
+        assert validate_loss(StandIn(), batches, accelerator, Coordinator(), step) == []
+    accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
     expected = {f"validation_loss/t={timestep}": 3.0 * timestep for timestep in TIMESTEPS}
     expected["validation_loss"] = 3.0 * sum(TIMESTEPS) / 9
-    assert losses == pytest.approx(expected)
+    assert set(events.Tags()["scalars"]) == set(expected)
+    for name, loss in expected.items():
+        assert [event.step for event in events.Scalars(name)] == [0, 10]
+        assert [event.value for event in events.Scalars(name)] == pytest.approx([loss, loss / 2])
 
 
 def test_every_clip_has_its_own_fixed_noise_at_every_quantile():
     first, second = StandIn(), StandIn()
-    clip_losses(first, make_batches([1.0, 2.0]), CPU, 1000)
+    clip_losses(first, make_batches([1.0, 2.0]), CPU)
     assert len(set(first.draws)) == 2 * 9
     torch.manual_seed(7)
-    clip_losses(second, make_batches([1.0, 2.0])[::-1], CPU, 1000)
+    clip_losses(second, make_batches([1.0, 2.0])[::-1], CPU)
     assert second.draws == first.draws[9:] + first.draws[:9]
 
 
+@pytest.mark.parametrize("fails", [True, False])
 @pytest.mark.parametrize("was_training", [True, False])
-def test_losses_are_computed_in_eval_mode_which_is_undone(was_training):
+def test_losses_are_computed_in_eval_mode_which_is_undone(was_training, fails):
     objective = StandIn()
     objective.model.train(was_training)
     state = torch.get_rng_state()
-    clip_losses(objective, make_batches([1.0]), CPU, 1000)
-    assert objective.modes == [False] * 9
+    (batch,) = make_batches([1.0])
+    with pytest.raises(AttributeError) if fails else nullcontext():
+        clip_losses(objective, [batch, replace(batch, video_moments=None)] if fails else [batch], CPU)
+    assert objective.modes[:9] == [False] * 9
     assert objective.model.training == was_training
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_failed_loss_also_restores_the_model():
-    objective = StandIn()
-    state = torch.get_rng_state()
-    without_moments = [replace(batch, video_moments=None) for batch in make_batches([1.0])]
-    with pytest.raises(AttributeError):
-        clip_losses(objective, without_moments, CPU, 1000)
-    assert objective.model.training
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -222,20 +218,18 @@ def image_batches() -> list[Batch]:
 
 
 def test_the_losses_of_a_model_are_the_same_at_every_call_and_on_any_ranks(image_objective, image_batches):
-    alone, _ = validation_losses(image_objective, image_batches, Accelerator(cpu=True), Coordinator(), 1000)
+    losses = mean_losses(clip_losses(image_objective, image_batches, CPU), TIMESTEPS)
     torch.rand(5)
-    together: dict[int, list[float]] = {}
-    for share in ([image_batches[1]], [image_batches[0]]):
-        together |= clip_losses(image_objective, share, CPU, 1000)
-    assert mean_losses(together, 1000) == alone
-    assert all(0 < loss < 10 for loss in alone.values())
+    of_ranks = [clip_losses(image_objective, [batch], CPU) for batch in image_batches[::-1]]
+    assert mean_losses(of_ranks[0] | of_ranks[1], TIMESTEPS) == losses
+    assert all(0 < loss < 10 for loss in losses.values())
 
 
 @pytest.mark.parametrize("kept", ["prompt_embeds", "image_moments"])
 def test_neither_captions_nor_images_are_dropped(image_objective, image_batches, kept):
     batch = image_batches[0]
     other = replace(batch, **{kept: torch.ones_like(getattr(batch, kept))})
-    ((losses,), (other_losses,)) = (clip_losses(image_objective, [one], CPU, 1000).values() for one in (batch, other))
+    ((losses,), (other_losses,)) = (clip_losses(image_objective, [one], CPU).values() for one in (batch, other))
     assert all(loss != other_loss for loss, other_loss in zip(losses, other_losses, strict=True))
 
 
@@ -244,31 +238,15 @@ def test_a_loss_that_fails_is_a_warning(caplog):
         def losses(self, batch, timesteps, generators):
             raise RuntimeError("out of memory")
 
-    broken = Broken()
-    losses, failures = validation_losses(broken, make_batches([1.0]), Accelerator(cpu=True), Coordinator(), 1000)
-    assert (losses, failures) == ({}, ["rank 0: RuntimeError: out of memory"])
-    log_validation_losses(Accelerator(cpu=True), losses, failures, 7)
+    failures = validate_loss(Broken(), make_batches([1.0]), Accelerator(cpu=True), Coordinator(), 7)
+    assert failures == ["rank 0: RuntimeError: out of memory"]
     assert f"the validation loss at step 7 failed, training continues; {failures[0]}" in caplog.text
 
 
-def test_the_losses_are_logged_as_curves(tmp_path):
-    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
-    accelerator.init_trackers("run")
-    for step, loss in ((0, 1.5), (10, 1.25)):
-        log_validation_losses(accelerator, {"validation_loss": loss, "validation_loss/t=100": 2 * loss}, [], step)
-    accelerator.end_training()
-    events = EventAccumulator(str(tmp_path / "run")).Reload()
-    for name, factor in (("validation_loss", 1), ("validation_loss/t=100", 2)):
-        assert [(event.step, event.value) for event in events.Scalars(name)] == [
-            (0, 1.5 * factor),
-            (10, 1.25 * factor),
-        ]
-
-
-def test_a_clip_keeps_its_noise_when_it_is_moved_or_listed_elsewhere(encoders, held_out, whole, tmp_path):
+def test_a_clip_keeps_its_noise_when_it_is_moved_or_listed_elsewhere(encoders, held_out, encoded, tmp_path):
     moved = Path(shutil.copy(held_out[0].clip.video, tmp_path / "moved.mp4"))
     clip = replace(held_out[0], clip=replace(held_out[0].clip, video=moved))
     after = encoders.encode([held_out[1], clip])[1]
     objective = StandIn()
-    clip_losses(objective, [whole[0], after], CPU, 1000)
+    clip_losses(objective, [encoded[0], after], CPU)
     assert objective.draws[:9] == objective.draws[9:]

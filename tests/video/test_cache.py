@@ -1,15 +1,19 @@
 """Facts about files are valid while the files do not change, whoever shares the cache."""
 
-import logging
 import multiprocessing
 import os
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from video.cache import FileCache, default_cache_folder, file_state
+from video import cache as cache_module
+from video.cache import FileCache, default_cache_folder
+
+
+FACT = {"num_frames": 49}
 
 
 @pytest.fixture
@@ -19,7 +23,21 @@ def clip(tmp_path):
     return path
 
 
-def rewritten(path, content):
+def put(cache, path, fact=FACT, kind="probe 1"):
+    assert cache.find(path, kind, lambda examined: fact if examined == path else None) == fact
+
+
+def known(cache, path, kind="probe 1"):
+    """Return the stored fact, or None."""
+
+    def examine(path):
+        raise LookupError
+
+    with suppress(LookupError):
+        return cache.find(path, kind, examine)
+
+
+def rewrite(path, content):
     """Write other content with a later modification time, whatever the resolution of the disk's clock."""
     changed = path.stat().st_mtime_ns
     path.write_bytes(content)
@@ -28,65 +46,62 @@ def rewritten(path, content):
 
 def test_a_fact_is_found_in_a_later_run(clip, tmp_path):
     fact = {"num_frames": 49, "fps": 30000 / 1001, "times": [0, 40000], "name": "Häschen 兎", "none": None}
-    FileCache(tmp_path / "cache").put(clip, "probe 1", fact)
-    assert FileCache(tmp_path / "cache").get(clip, "probe 1") == fact
+    put(FileCache(tmp_path / "cache"), clip, fact)
+    assert known(FileCache(tmp_path / "cache"), clip) == fact
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["files.sqlite"]
 
 
 def test_another_kind_and_another_file_are_unknown(clip, tmp_path):
     cache = FileCache(tmp_path)
-    cache.put(clip, "probe 1", {"num_frames": 49})
+    put(cache, clip)
     copy = tmp_path / "copy.mp4"
     copy.write_bytes(clip.read_bytes())
-    assert cache.get(clip, "probe 2") is None
-    assert cache.get(copy, "probe 1") is None
+    assert known(cache, clip, "probe 2") is None
+    assert known(cache, copy) is None
 
 
 @pytest.mark.parametrize("content", [b"FRAMES", b"more frames"])
-def test_a_changed_file_is_unknown(clip, tmp_path, content):
+def test_a_changed_file_is_unknown_and_its_new_fact_replaces_the_old(clip, tmp_path, content):
     cache = FileCache(tmp_path)
-    cache.put(clip, "probe 1", {"num_frames": 49})
-    rewritten(clip, content)
-    assert cache.get(clip, "probe 1") is None
+    put(cache, clip)
+    rewrite(clip, content)
+    assert known(cache, clip) is None
+    put(cache, clip, {"num_frames": 50})
+    assert known(cache, clip) == {"num_frames": 50}
 
 
-def test_a_later_fact_replaces_an_earlier_one(clip, tmp_path):
+def test_a_fact_about_a_file_that_changed_meanwhile_is_not_stored(clip, tmp_path):
+    def examine(path):
+        rewrite(path, b"other")
+        return FACT
+
     cache = FileCache(tmp_path)
-    for num_frames in (49, 50):
-        cache.put(clip, "probe 1", {"num_frames": num_frames})
-    assert cache.get(clip, "probe 1") == {"num_frames": 50}
-
-
-def test_a_fact_about_an_earlier_state_of_the_file_is_not_stored(clip, tmp_path):
-    cache = FileCache(tmp_path)
-    state = file_state(clip)
-    rewritten(clip, b"other")
-    cache.put(clip, "probe 1", {"num_frames": 49}, state)
-    assert cache.get(clip, "probe 1") is None
+    assert cache.find(clip, "probe 1", examine) == FACT
+    assert known(cache, clip) is None
 
 
 def test_a_missing_file_has_no_facts(clip, tmp_path):
     cache = FileCache(tmp_path)
-    cache.put(clip, "probe 1", {"num_frames": 49})
+    put(cache, clip)
     clip.unlink()
-    cache.put(tmp_path / "nowhere.mp4", "probe 1", {"num_frames": 49})
+    put(cache, tmp_path / "nowhere.mp4")
     for path in (clip, tmp_path / "nowhere.mp4", Path("a\0b")):
-        assert cache.get(path, "probe 1") is None
+        assert known(cache, path) is None
 
 
 def test_relative_and_absolute_paths_are_one_file(clip, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cache = FileCache(Path("cache"))
-    cache.put(Path("clip.mp4"), "probe 1", {"num_frames": 49})
-    assert cache.get(clip, "probe 1") == {"num_frames": 49}
+    put(cache, Path("clip.mp4"))
+    assert known(cache, clip) == FACT
 
 
 def test_a_name_need_not_be_valid_text(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.mp4")
     path.write_bytes(b"frames")
     cache = FileCache(tmp_path / "cache")
-    cache.put(path, "probe 1", {"num_frames": 49})
-    assert cache.get(path, "probe 1") == {"num_frames": 49}
+    put(cache, path)
+    assert known(cache, path) == FACT
 
 
 # Several at once
@@ -95,7 +110,7 @@ def test_a_name_need_not_be_valid_text(tmp_path):
 def put_all(folder, paths, first):
     cache = FileCache(folder)
     for number in (*range(first, len(paths)), *range(first)):
-        cache.put(paths[number], "probe 1", {"num_frames": number})
+        put(cache, paths[number], {"num_frames": number})
 
 
 def test_processes_share_a_cache(tmp_path):
@@ -110,50 +125,49 @@ def test_processes_share_a_cache(tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
     cache = FileCache(tmp_path / "cache")
-    assert [cache.get(path, "probe 1") for path in paths] == [{"num_frames": number} for number in range(60)]
+    assert [known(cache, path) for path in paths] == [{"num_frames": number} for number in range(60)]
 
 
 def test_threads_share_a_cache(clip, tmp_path):
     cache = FileCache(tmp_path)
     kinds = [f"kind {number}" for number in range(100)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda kind: cache.put(clip, kind, {"kind": kind}), kinds))
-        assert list(pool.map(lambda kind: cache.get(clip, kind), kinds)) == [{"kind": kind} for kind in kinds]
+        list(pool.map(lambda kind: put(cache, clip, {"kind": kind}, kind), kinds))
+        assert list(pool.map(lambda kind: known(cache, clip, kind), kinds)) == [{"kind": kind} for kind in kinds]
 
 
 # Failures
 
 
 def assert_given_up(cache, clip, caplog):
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            cache.put(clip, "probe 1", {"num_frames": 49})
-            assert cache.get(clip, "probe 1") is None
+    for _ in range(3):
+        put(cache, clip)
+        assert known(cache, clip) is None
     (record,) = caplog.records
     assert str(cache.file) in record.getMessage()
 
 
 @pytest.mark.parametrize("damage", [lambda content: b"not a database" * 300, lambda content: content[:-4096]])
 def test_a_damaged_cache_is_not_used(clip, tmp_path, caplog, damage):
-    FileCache(tmp_path).put(clip, "probe 1", {"num_frames": 49})
+    put(FileCache(tmp_path), clip)
     cache = FileCache(tmp_path)
     cache.file.write_bytes(damage(cache.file.read_bytes()))
     assert_given_up(cache, clip, caplog)
 
 
-def test_a_damaged_fact_is_unknown(clip, tmp_path, caplog):
-    FileCache(tmp_path).put(clip, "probe 1", {"num_frames": 49})
+def test_a_cache_with_a_damaged_fact_is_not_used(clip, tmp_path, caplog):
+    put(FileCache(tmp_path), clip)
     cache = FileCache(tmp_path)
     with sqlite3.connect(cache.file) as connection:
         connection.execute("UPDATE facts SET value = '{\"num_fra'")
     connection.close()
-    assert cache.get(clip, "probe 1") is None
-    assert str(cache.file) in caplog.text
+    assert_given_up(cache, clip, caplog)
 
 
-def test_a_locked_cache_is_not_used(clip, tmp_path, caplog):
-    FileCache(tmp_path).put(clip, "probe 1", {"num_frames": 48})
-    cache = FileCache(tmp_path, wait_seconds=0.01)
+def test_a_locked_cache_is_not_used(clip, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(cache_module, "_WAIT_SECONDS", 0.01)
+    cache = FileCache(tmp_path)
+    put(FileCache(tmp_path), clip)
     other = sqlite3.connect(cache.file, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     assert_given_up(cache, clip, caplog)

@@ -1,7 +1,5 @@
 """The contact sheet shows frames undistorted and captions in any script, with samples from all of the plan."""
 
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from PIL import Image
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample
 from preparation.dry_run import sample_for_sheet
-from repository import TRAINING
 from video import contact_sheet
 from video.contact_sheet import SheetRow, draw_contact_sheet
 from video.probe import VideoInfo
@@ -176,8 +173,3 @@ def test_samples_come_from_all_over_the_plan():
 def test_with_more_buckets_than_rows_the_largest_are_shown():
     heights = [sample.bucket.height for sample in sample_for_sheet(plan(2, 9, 1, 5), 2)]
     assert heights == [32, 64]
-
-
-def test_drawing_needs_no_torch():
-    script = "import sys, video.contact_sheet; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], cwd=TRAINING, check=False).returncode == 0

@@ -71,7 +71,7 @@ increasing_times = st.lists(st.integers(1, 200_000), min_size=1, max_size=40).ma
 
 
 @given(st.integers(1, 80), frame_counts, skips, skips, st.sampled_from(LONG_CLIPS))
-def test_without_a_rate_the_usable_frames_are_used_as_they_come(num_frames, counts, start, end, long_clips):
+def test_without_a_rate_the_usable_frames_are_not_resampled(num_frames, counts, start, end, long_clips):
     samples = chosen_or_none(clip(num_frames), counts, skip_start=start, skip_end=end, long_clips=long_clips)
     assert samples == samples_of(list(range(start, num_frames - end)), counts, long_clips)
 
@@ -86,7 +86,7 @@ def test_at_a_rate_frames_are_the_nearest_in_time(num_frames, counts, start, end
 
 
 @given(increasing_times, frame_counts, skips, skips, rates, st.sampled_from(["first", "split"]))
-def test_a_variable_rate_goes_by_the_times_of_the_frames(frame_times, counts, start, end, fps, long_clips):
+def test_at_a_variable_rate_frames_are_the_nearest_in_time(frame_times, counts, start, end, fps, long_clips):
     last = len(frame_times) - 1
     average = Fraction(frame_times[-1], last)
     info = clip(last + 1, fps=float(1_000_000 / average), frame_times=frame_times)
@@ -132,53 +132,43 @@ def test_a_held_clip_ends_with_its_last_frame_repeated(num_frames, counts, fps):
 # The rules by example
 
 
-def test_frames_are_spread_from_the_first_to_the_last():
-    assert choose_samples(clip(101), [3, 5]) == [(0, 25, 50, 75, 100)]
-    assert choose_samples(clip(101), [5], skip_start=10, skip_end=10) == [(10, 30, 50, 70, 90)]
+VARIABLE = clip(5, fps=5.0, frame_times=(0, 100_000, 200_000, 700_000, 800_000))
+FIRST, SPLIT, HOLD = {"long_clips": "first"}, {"long_clips": "split"}, {"hold_last_frame": True}
+EXAMPLES = {
+    "spread from the first to the last": (clip(101), [3, 5], {}, [(0, 25, 50, 75, 100)]),
+    "spread over the usable ones": (clip(101), [5], {"skip_start": 10, "skip_end": 10}, [(10, 30, 50, 70, 90)]),
+    "halves round up": (clip(6), [3], {}, [(0, 3, 5)]),
+    "halves at a rate round up": (clip(100), [5], FIRST | {"fps": 10}, [(0, 3, 5, 8, 10)]),
+    "the first part is consecutive": (clip(50), [4], FIRST | {"skip_start": 3}, [(3, 4, 5, 6)]),
+    "split into the longest parts that fit": (
+        clip(12),
+        [4, 2],
+        SPLIT | {"skip_end": 1},
+        [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)],
+    ),
+    "parts at a rate are consecutive": (clip(19, fps=24.0), [3], SPLIT | {"fps": 8}, [(0, 3, 6), (9, 12, 15)]),
+    "a rate above the clip's repeats frames": (clip(4, fps=8.0), [7], FIRST | {"fps": 16}, [(0, 1, 1, 2, 2, 3, 3)]),
+    "a pause repeats its frame": (VARIABLE, [9], FIRST | {"fps": 10}, [(0, 1, 2, 2, 2, 3, 3, 3, 4)]),
+    "NTSC at its nominal rate loses no frame": (
+        clip(30, fps=30000 / 1001),
+        [30],
+        FIRST | {"fps": 29.97},
+        [tuple(range(30))],
+    ),
+    "one frame only if there is no other count": (clip(50), [1, 49], FIRST, [tuple(range(49))]),
+    "one frame": (clip(40), [1], {"skip_start": 2}, [(2,)]),
+    "held to the smallest count above one": (clip(3), [1, 5, 9], HOLD, [(0, 1, 2, 2, 2)]),
+    "held after skipping": (clip(9), [4], HOLD | {"skip_start": 6, "skip_end": 1}, [(6, 7, 7, 7)]),
+}
 
 
-def test_halves_round_up():
-    assert choose_samples(clip(6), [3]) == [(0, 3, 5)]
-    assert choose_samples(clip(100), [5], fps=10, long_clips="first") == [(0, 3, 5, 8, 10)]
+@pytest.mark.parametrize(("info", "counts", "options", "samples"), EXAMPLES.values(), ids=EXAMPLES)
+def test_the_rules_hold_in_examples(info, counts, options, samples):
+    assert choose_samples(info, counts, **options) == samples
+
+
+def test_negative_halves_round_up_too():
     assert [round_half_up(Fraction(n, 2)) for n in (-3, -1, 1, 3)] == [-1, 0, 1, 2]
-
-
-def test_the_first_part_is_consecutive():
-    assert choose_samples(clip(50), [4], skip_start=3, long_clips="first") == [(3, 4, 5, 6)]
-
-
-def test_a_long_clip_is_split_into_the_longest_parts_that_fit_and_a_tail_is_left():
-    lengths = [len(sample) for sample in choose_samples(clip(120), [17, 49], long_clips="split")]
-    assert lengths == [49, 49, 17]
-    samples = choose_samples(clip(12), [4, 2], skip_end=1, long_clips="split")
-    assert samples == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
-
-
-def test_parts_at_a_rate_go_on_where_the_one_before_ended():
-    first, second = choose_samples(clip(61, fps=24.0), [10], fps=8, long_clips="split")
-    assert first + second == tuple(range(0, 60, 3))
-
-
-def test_frames_repeat_where_the_rate_is_above_the_clips():
-    assert choose_samples(clip(4, fps=8.0), [7], fps=16, long_clips="first") == [(0, 1, 1, 2, 2, 3, 3)]
-
-
-def test_a_pause_in_a_variable_rate_repeats_its_frame():
-    times = (0, 100_000, 200_000, 700_000, 800_000)
-    info = clip(5, fps=5.0, frame_times=times)
-    assert choose_samples(info, [9], fps=10, long_clips="first") == [(0, 1, 2, 2, 2, 3, 3, 3, 4)]
-
-
-def test_a_second_of_ntsc_film_at_its_nominal_rate_loses_no_frame():
-    samples = choose_samples(clip(30, fps=30000 / 1001), [30], fps=29.97, long_clips="first")
-    assert samples == [tuple(range(30))]
-
-
-def test_one_frame_is_for_still_images_while_there_is_another_count():
-    assert choose_samples(clip(50), [1, 49], long_clips="first") == [tuple(range(49))]
-    with pytest.raises(ValueError, match=r"^40 usable frames; the smallest frame bucket for videos has 49"):
-        choose_samples(clip(40), [1, 49])
-    assert choose_samples(clip(40), [1], skip_start=2) == [(2,)]
 
 
 @pytest.mark.parametrize("fps", [None, 8])
@@ -190,81 +180,55 @@ def test_a_still_image_needs_the_bucket_of_one_frame_and_is_never_held(fps, hold
         choose_samples(STILL, [49], **options)
 
 
-def test_a_short_clip_is_held_to_the_smallest_count_above_one():
-    assert choose_samples(clip(3), [1, 5, 9], hold_last_frame=True) == [(0, 1, 2, 2, 2)]
-    assert choose_samples(clip(9), [4], skip_start=6, skip_end=1, hold_last_frame=True) == [(6, 7, 7, 7)]
-
-
-def test_nothing_can_be_held_where_no_frame_is_usable():
-    with pytest.raises(ValueError, match=r"^0 usable frames \(of 9\); .*: lower --skip_frames_start"):
-        choose_samples(clip(9), [4], skip_start=9, hold_last_frame=True)
-
-
 # The reasons
 
 
+TOO_SHORT = "; the smallest frame bucket for videos has 49: "
+
+
 @pytest.mark.parametrize(
-    ("num_frames", "options", "reason"),
+    ("num_frames", "options", "frames", "advice"),
     [
-        (
-            40,
-            {},
-            "40 usable frames; the smallest frame bucket for videos has 49: add a smaller one to --frame_buckets, or "
-            "pass --hold_last_frame",
-        ),
-        (1, {}, "1 usable frame; the smallest frame bucket for videos has 49: pass --hold_last_frame"),
+        (40, {}, "40 usable frames", "add a smaller one to --frame_buckets, or pass --hold_last_frame"),
+        (1, {}, "1 usable frame", "pass --hold_last_frame"),
+        (9, {"skip_start": 9} | HOLD, "0 usable frames (of 9)", "lower --skip_frames_start or --skip_frames_end"),
         (
             94,
             {"fps": 8.0, "long_clips": "first"},
-            "30 usable frames at 8 fps (of 94 at 25 fps); the smallest frame bucket for videos has 49: raise --fps, "
-            "or add a smaller one to --frame_buckets, or pass --hold_last_frame",
+            "30 usable frames at 8 fps (of 94 at 25 fps)",
+            "raise --fps, or add a smaller one to --frame_buckets, or pass --hold_last_frame",
         ),
         (
             60,
             {"skip_start": 10, "skip_end": 10},
-            "40 usable frames (of 60); the smallest frame bucket for videos has 49: lower --skip_frames_start or "
-            "--skip_frames_end, or add a smaller one to --frame_buckets, or pass --hold_last_frame",
+            "40 usable frames (of 60)",
+            "lower --skip_frames_start or --skip_frames_end, or add a smaller one to --frame_buckets, or pass "
+            "--hold_last_frame",
         ),
         (
             30,
             {"fps": 8.0, "long_clips": "first", "skip_end": 5},
-            "8 usable frames at 8 fps (of 30 at 25 fps); the smallest frame bucket for videos has 49: add a smaller "
-            "one to --frame_buckets, or pass --hold_last_frame",
+            "8 usable frames at 8 fps (of 30 at 25 fps)",
+            "add a smaller one to --frame_buckets, or pass --hold_last_frame",
         ),
     ],
 )
-def test_the_reason_tells_the_numbers_and_what_would_help(num_frames, options, reason):
+def test_the_reason_has_the_numbers_and_what_helps(num_frames, options, frames, advice):
     with pytest.raises(ValueError) as raised:
-        choose_samples(clip(num_frames), [49], **options)
-    assert str(raised.value) == reason
-
-
-def test_a_rate_needs_the_rate_of_the_clip():
-    with pytest.raises(ValueError, match="frame rate is unknown, so it cannot be sampled at --fps"):
-        choose_samples(clip(100, fps=0.0), [10], fps=8, long_clips="first")
-
-
-def test_damaged_time_stamps_do_not_make_samples_without_end():
-    info = clip(3, fps=2e-6, frame_times=(0, 40_000, 10**12))
-    with pytest.raises(ValueError, match="plays at 2e-06 fps, too slow to be sampled at --fps 8"):
-        choose_samples(info, [10], fps=8, long_clips="split")
+        choose_samples(clip(num_frames), [1, 49], **options)
+    assert str(raised.value) == f"{frames}{TOO_SHORT}{advice}"
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("info", "reason"),
     [
-        ({"fps": 8}, "cannot be both spread over the clip and sampled at --fps"),
-        ({"fps": 0, "long_clips": "first"}, "fps is 0; it must be above 0"),
-        ({"fps": math.nan, "long_clips": "first"}, "fps is nan"),
-        ({"long_clips": "last"}, "must be one of spread, first, split"),
+        (clip(100, fps=0.0), "frame rate is unknown, so it cannot be sampled at --fps"),
+        (
+            clip(3, fps=2e-6, frame_times=(0, 40_000, 10**12)),  # damaged time stamps
+            "plays at 2e-06 fps, too slow to be sampled at --fps 8",
+        ),
     ],
 )
-def test_arguments_out_of_range_are_refused(options, reason):
+def test_a_rate_needs_the_rate_of_the_clip(info, reason):
     with pytest.raises(ValueError, match=reason):
-        choose_samples(clip(100), [10], **options)
-
-
-@pytest.mark.parametrize("counts", [[], [0, 49]])
-def test_frame_counts_are_at_least_one(counts):
-    with pytest.raises(ValueError, match="frame counts are"):
-        choose_samples(clip(100), counts)
+        choose_samples(info, [10], fps=8, long_clips="split")

@@ -43,21 +43,17 @@ def server(monkeypatch):
             self.server.requested.append(self.path)
             if self.path == "/silent":
                 self.server.closing.wait()
-                return
-            if self.path in self.server.elsewhere:
+            elif self.path in self.server.elsewhere:
                 self.send_response(302)
                 self.send_header("Location", self.server.elsewhere[self.path])
                 self.end_headers()
-                return
-            if self.path.startswith("/endless"):
+            elif self.path.startswith("/endless"):
                 self.send_endlessly(in_headers=self.path.endswith("headers"))
-                return
-            content = self.server.pages.get(self.path)
-            self.send_response(404 if content is None else 200)
-            self.send_header("Content-Encoding", self.server.encoding)
-            self.end_headers()
-            if content is not None:
-                self.wfile.write(content)
+            else:
+                self.send_response(200 if self.path in self.server.pages else 404)
+                self.send_header("Content-Encoding", self.server.encoding)
+                self.end_headers()
+                self.wfile.write(self.server.pages.get(self.path, b""))
 
         def send_endlessly(self, in_headers):
             self.send_response(200)
@@ -73,7 +69,8 @@ def server(monkeypatch):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.pages, server.requested, server.closing = {}, [], threading.Event()
-        server.encoding, server.elsewhere = "identity", {"/moved": "/image.png", "/circle": "/circle"}
+        server.encoding = "identity"
+        server.elsewhere = {"/moved": "/image.png", "/circle": "/circle", "/to-a-file": f"file://{__file__}"}
         server.address = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -107,7 +104,7 @@ def error_of(*references):
     return str(caught.value)
 
 
-def test_a_missing_page_is_one_line_with_the_servers_answer(server):
+def test_an_error_names_the_flag_the_image_and_the_reason(server):
     address = f"{server.address}/gone.png"
     assert error_of(address) == (
         f"--validation_images: '{address}': the server answers 404 Not Found; pass a path or an http(s) URL of a "
@@ -115,37 +112,28 @@ def test_a_missing_page_is_one_line_with_the_servers_answer(server):
     )
 
 
-def test_only_still_images_are_accepted(server, tmp_path):
-    picture().save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (40, 24))])
-    server.pages |= {"/page": b"<html>Please log in</html>", "/empty": b"", "/half.png": encoded(picture())[:200]}
-    (tmp_path / "notes.txt").write_text("no image")
-    local = [str(tmp_path / name) for name in ("notes.txt", "moving.gif")]
-    for reference in (f"{server.address}/page", f"{server.address}/empty", *local):
-        assert f"'{reference}': not a still image" in error_of(reference)
-    assert "not a readable image" in error_of(f"{server.address}/half.png")
-
-
-def test_an_image_that_is_too_large_is_not_downloaded(server, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        ("page", "not a still image"),
+        ("empty", "not a still image"),
+        ("half.png", "not a readable image"),
+        ("large.png", "larger than 1 MiB"),
+        ("circle", "redirects"),
+        ("to-a-file", "unsupported protocol"),
+        ("silent", "no complete answer within 0.3 s"),
+        ("endless-headers", "no complete answer within 0.3 s"),
+        ("endless-content", "no complete answer within 0.3 s"),
+    ],
+)
+def test_an_unusable_answer_has_its_reason(server, monkeypatch, page, reason):
     monkeypatch.setattr(validation_images, "DOWNLOAD_LIMIT", 2**20)
-    server.pages["/large.png"] = bytes(2**20 + 1)
-    assert "larger than 1 MiB" in error_of(f"{server.address}/large.png")
-
-
-@pytest.mark.parametrize("page", ["silent", "endless-headers", "endless-content"])
-def test_the_download_has_a_time_limit_even_if_data_keeps_coming(server, monkeypatch, page):
-    monkeypatch.setattr(validation_images, "DOWNLOAD_TIMEOUT", 0.3)
-    assert "no complete answer within 0.3 s" in error_of(f"{server.address}/{page}")
-
-
-def test_circular_redirects_end(server):
-    assert "redirects" in error_of(f"{server.address}/circle")
-    assert len(server.requested) == validation_images.MOST_REDIRECTS + 1
-
-
-def test_a_server_cannot_redirect_to_a_local_file(server, tmp_path):
-    picture().save(tmp_path / "private.png")
-    server.elsewhere["/to-a-file"] = f"file://{tmp_path}/private.png"
-    assert "unsupported protocol" in error_of(f"{server.address}/to-a-file")
+    if "no complete answer" in reason:
+        monkeypatch.setattr(validation_images, "DOWNLOAD_TIMEOUT", 0.3)
+    html, half, large = b"<html>Please log in</html>", encoded(picture())[:200], bytes(2**20 + 1)
+    server.pages |= {"/page": html, "/empty": b"", "/half.png": half, "/large.png": large}
+    assert reason in error_of(f"{server.address}/{page}")
+    assert len(server.requested) == (validation_images.MOST_REDIRECTS + 1 if page == "circle" else 1)
 
 
 def test_a_compressed_answer_is_not_unpacked(server):
@@ -175,11 +163,14 @@ def test_a_proxy_that_cannot_be_used_is_named_with_the_reason(monkeypatch):
         load_validation_images(["http://127.0.0.2/x.png"])
 
 
-def test_a_deleted_file_is_named(tmp_path):
-    assert "gone.png': No such file or directory;" in error_of(str(tmp_path / "gone.png"))
+def test_a_file_that_is_not_a_still_image_has_its_reason(tmp_path):
+    picture().save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (40, 24))])
+    (tmp_path / "notes.txt").write_text("no image")
+    for name, reason in (("notes.txt", "not a still"), ("moving.gif", "not a still"), ("gone.png", "No such file")):
+        assert f"{name}': {reason}" in error_of(str(tmp_path / name))
 
 
-def test_several_problems_come_in_one_list(server, tmp_path):
+def test_several_problems_are_one_list(server, tmp_path):
     picture().save(tmp_path / "fine.png")
     (tmp_path / "notes.txt").write_text("no image")
     message = error_of(f"{server.address}/gone.png", str(tmp_path / "fine.png"), str(tmp_path / "notes.txt"))

@@ -24,14 +24,9 @@ class EndpointCaptioner:
     Args:
         endpoint: the server's address, without a slash at the end: "http://localhost:8000/v1".
         model: None takes the only one that the server offers.
-        api_key: None sends none.
-        temperature, max_tokens: sampling parameters.
         timeout: seconds that the server may be silent.
         max_retries: how often a request is sent again.
         stopped: once it is set, no request is sent.
-
-    Raises:
-        UserError: the server cannot be reached, refuses the key or does not offer the model.
     """
 
     def __init__(
@@ -67,16 +62,7 @@ class EndpointCaptioner:
         self.model = self._find_model(model)
 
     def describe(self, frames: Sequence[Image.Image], prompt: str) -> str:
-        """Ask for a caption.
-
-        Args:
-            frames: in order, RGB.
-            prompt: the text that follows them.
-
-        Raises:
-            NoCaption: the server returned none, after all retries.
-            UserError: it will not return one for any clip.
-        """
+        """Ask for a caption, as `Captioner.describe` says; NoCaption is raised after all retries."""
         content = [{"type": "image_url", "image_url": {"url": _data_url(frame)}} for frame in frames]
         content.append({"type": "text", "text": prompt})
         try:
@@ -101,12 +87,10 @@ class EndpointCaptioner:
             raise NoCaption("the run was stopped")
 
     def _find_model(self, wanted: str | None) -> str:
-        """Return the model to ask: the wanted one, if it is offered."""
+        """Return the wanted model if it is offered, or the only one."""
         offered = self._offered_models()
-        if wanted is None and len(offered) == 1:
-            return offered[0]
-        if wanted in offered:
-            return wanted
+        if wanted in offered or (wanted is None and len(offered) == 1):
+            return wanted or offered[0]
         if not offered:
             raise UserError(f"{self._where}: it offers no model; load one there, such as: {_SERVE}")
         what = "no model is named" if wanted is None else f"there is no model '{wanted}'"
@@ -155,9 +139,9 @@ def _no_answer(error: APIConnectionError) -> str:
 def _refusal(response: Any) -> str:
     """Return what a server says instead of an answer, on one line and without the key, which it may repeat."""
     try:
-        body = response.json()
-        error = body.get("error", body)
-        said = error.get("message", error) if isinstance(error, dict) else error
-    except (ValueError, AttributeError):
+        said = response.json()
+        for key in ("error", "message"):
+            said = said.get(key, said) if isinstance(said, dict) else said
+    except ValueError:
         said = response.text
     return without_tokens(f"the server says {response.status_code}: {one_line(said, 300) or response.reason_phrase}")

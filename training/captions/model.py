@@ -9,18 +9,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captions.text import clean_caption
 from common.errors import UserError, one_line
-from common.failures import memory_that_ran_out
+from common.failures import exhausted_memory
 
 
 class ModelCaptioner:
-    """A model in this process, on the available GPUs, in the precision that it is stored in.
+    """A model from a folder or the hub, on the available GPUs, in the precision that it is stored in.
 
-    Args:
-        model: a folder, or a hub id. No code that comes with it is run.
-        temperature, max_tokens: sampling parameters.
-
-    Raises:
-        UserError: it cannot be loaded, or is not a vision-language chat model.
+    No code that comes with it is run.
     """
 
     def __init__(self, model: str, *, temperature: float, max_tokens: int):
@@ -46,16 +41,7 @@ class ModelCaptioner:
 
     @torch.inference_mode()
     def describe(self, frames: Sequence[Image.Image], prompt: str) -> str:
-        """Ask for a caption.
-
-        Args:
-            frames: in order, RGB.
-            prompt: the text that follows them.
-
-        Raises:
-            NoCaption: the answer holds no caption.
-            UserError: out of memory.
-        """
+        """Ask for a caption, as `Captioner.describe` says; UserError is raised when memory runs out."""
         content = [{"type": "image", "image": frame} for frame in frames]
         content.append({"type": "text", "text": prompt})
         try:
@@ -68,7 +54,7 @@ class ModelCaptioner:
             ).to(self._model.device, self._model.dtype)
             sequence = self._model.generate(**inputs, **self._options)[0]
         except (RuntimeError, MemoryError) as error:
-            if memory_that_ran_out(error) is None:
+            if exhausted_memory(error) is None:
                 raise
             raise UserError(
                 "memory ran out; lower --num_frames or --max_size, or use a smaller --model; finished ones are kept"

@@ -20,39 +20,28 @@ MOST_FAILURES_IN_A_ROW = 10
 
 
 class Captioner(Protocol):
-    """A model that describes frames."""
+    """A vision-language model that captions frames, which are RGB and in order.
+
+    `describe` raises NoCaption if there is no caption for this clip, UserError if there is none for any.
+    """
 
     model: str
-
-    def describe(self, frames: Sequence[Image.Image], prompt: str) -> str:
-        """Return a caption; raises NoCaption if there is none for this clip, UserError if there is none for any."""
-
-
-def _read_frames(planned: ClipSample, max_size: int) -> list[Image.Image]:
-    """Return the chosen frames, each once, in RGB, their longer side at most `max_size` pixels."""
-    indices = tuple(dict.fromkeys(planned.frame_indices))
-    frames = [
-        Image.fromarray(pixels) for pixels in read_frames(planned.clip.video, indices, seekable=planned.info.seekable)
-    ]
-    for frame in frames:
-        frame.thumbnail((max_size, max_size), Image.Resampling.LANCZOS)
-    return frames
+    describe: Callable[[Sequence[Image.Image], str], str]
 
 
 def caption_clip(planned: ClipSample, captioner: Captioner, prompt: str | None, max_size: int) -> str:
-    """Caption one clip.
+    """Caption one clip from its chosen frames, each shown once, with their longer side at most `max_size` pixels.
 
-    Args:
-        prompt: None takes the built-in one.
-
-    Raises:
-        NoCaption: with the reason.
-        UserError: no clip can be captioned.
+    Without a prompt, the built-in one is used. Raises NoCaption and UserError as the captioner does.
     """
+    indices = list(dict.fromkeys(planned.frame_indices))
     try:
-        frames = _read_frames(planned, max_size)
+        pixels = read_frames(planned.clip.video, indices, seekable=planned.info.seekable)
     except ValueError as error:
         raise NoCaption(str(error).removeprefix(f"{planned.clip.video}: ")) from error
+    frames = [Image.fromarray(picture) for picture in pixels]
+    for frame in frames:
+        frame.thumbnail((max_size, max_size), Image.Resampling.LANCZOS)
     return captioner.describe(frames, prompt or (IMAGE_PROMPT if planned.info.is_image else VIDEO_PROMPT))
 
 
@@ -66,28 +55,25 @@ def caption_clips(
 
     Args:
         clips: by their paths as listed.
-        caption: captions one clip and stores the caption, or raises NoCaption.
-        num_workers: clips at a time.
+        caption: captions one clip and stores the caption, or raises NoCaption, or UserError to end the run.
         stopped: set on return, and on any exception.
 
     Returns:
         The clips without a caption and the reasons, in the order of `clips`.
-
-    Raises:
-        UserError: no further clip can be captioned.
     """
     failures, in_a_row = {}, 0
     pool = ThreadPoolExecutor(num_workers)
     try:
-        asked = {pool.submit(caption, path, planned): (path, planned.clip) for path, planned in clips.items()}
+        asked = {pool.submit(caption, path, planned): path for path, planned in clips.items()}
         with tqdm(total=len(asked), desc="Captioning", unit=" clips", delay=0) as bar:
             for done in as_completed(asked):
-                (path, clip), in_a_row = asked[done], in_a_row + 1
                 try:
                     done.result()
                     in_a_row = 0
                 except NoCaption as reason:
-                    failures[path] = BadClip(str(clip.video), clip.source, str(reason))
+                    clip = clips[asked[done]].clip
+                    failures[asked[done]] = BadClip(str(clip.video), clip.source, str(reason))
+                    in_a_row += 1
                     bar.set_postfix_str(f"{len(failures)} failed")
                 bar.update()
                 if in_a_row == MOST_FAILURES_IN_A_ROW < len(asked):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import written_whole
+from common.files import atomic_write
 from common.text_files import digest_lines, index_lines, read_json
 
 
@@ -51,11 +51,7 @@ class CaptionSettings:
 class CaptionFile:
     """A JSONL table with one row per clip: `video`, `caption`, `captioned_by`, and the clip's other columns.
 
-    Args:
-        path: of the table, which need not exist.
-
-    Raises:
-        UserError: the file exists, but this class did not write it.
+    The file need not exist; one that this class did not write is a UserError.
     """
 
     def __init__(self, path: Path):
@@ -66,41 +62,25 @@ class CaptionFile:
         self._appended = self._recover()
 
     def captions(self) -> dict[str, Caption]:
-        """Return the captions of the table and of a stopped run, by the clips' paths as listed.
-
-        Empty captions do not count.
-        """
+        """Return the captions of the table and of a stopped run that are not empty, by the clips' paths as listed."""
         filled = [row for row in self._rows if row["caption"].strip()]
         found = {row["video"]: Caption(row["caption"], row.get(AUTHOR_COLUMN, USER)) for row in filled}
-        return found | {line["video"]: Caption(line["caption"], line["author"]) for line in self._appended}
+        return found | {video: caption for video, caption, _ in self._appended}
 
     def unfinished(self, settings: CaptionSettings) -> dict[str, Caption]:
         """Return the captions of an unfinished run that were requested with these settings."""
-        return {
-            line["video"]: Caption(line["caption"], line["author"])
-            for line in self._appended
-            if line["settings"] == settings.digest
-        }
+        return {video: caption for video, caption, digest in self._appended if digest == settings.digest}
 
     def check_writable(self) -> None:
-        """Check that the folder is writable, before the model is asked.
-
-        Raises:
-            UserError: it is not.
-        """
+        """Check that the folder is writable, before the model is asked."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path.parent):
-                pass
+            tempfile.TemporaryFile(dir=self.path.parent).close()
         except OSError as error:
             raise UserError(f"--output_file: {self.path} cannot be written ({error.strerror})") from error
 
     def append(self, video: str, caption: Caption, settings: CaptionSettings) -> None:
-        """Append a caption to the file of the unfinished run. Thread-safe.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Append a caption to the file of the unfinished run. Thread-safe."""
         line = {"video": video, "caption": caption.text, "author": caption.author, "settings": settings.digest}
         with self._lock:
             size = self._part.stat().st_size if self._part.exists() else 0
@@ -110,10 +90,9 @@ class CaptionFile:
             except OSError as error:
                 with suppress(OSError):
                     os.truncate(self._part, size)  # half a line would corrupt the next one
-                raise UserError(
-                    f"{self._part} cannot be written ({error.strerror}); finished captions are kept"
-                ) from error
-            self._appended.append(line)
+                reason = f"({error.strerror}); finished captions are kept"
+                raise UserError(f"{self._part} cannot be written {reason}") from error
+            self._appended.append((video, caption, settings.digest))
 
     def write(self, rows: Sequence[Mapping[str, str]], folder: Path | None, *, finished: bool) -> None:
         """Replace the table.
@@ -122,9 +101,6 @@ class CaptionFile:
             rows: of the listed clips. Rows of other captioned clips whose files exist are kept after them.
             folder: where the clips' relative paths start.
             finished: `rows` holds all captions asked for, so that the appended ones can be deleted.
-
-        Raises:
-            UserError: it cannot be written.
         """
         listed = {row["video"] for row in rows}
         earlier = {row["video"]: row for row in self._rows}
@@ -134,7 +110,7 @@ class CaptionFile:
             if video not in listed and os.path.exists(os.path.join(folder or "", video))
         ]
         if rows or kept:
-            with written_whole(self.path) as partial:
+            with atomic_write(self.path) as partial:
                 partial.write_text(index_lines([*rows, *kept]), encoding="utf-8")
         if finished:
             self._part.unlink(missing_ok=True)
@@ -157,8 +133,8 @@ class CaptionFile:
                 )
         return [row | {"caption": row.get("caption") or ""} for _, row in rows]
 
-    def _recover(self) -> list[dict[str, str]]:
-        """Return what an earlier run appended, without a half-written last line."""
+    def _recover(self) -> list[tuple[str, Caption, str]]:
+        """Return what an earlier run appended; a half-written last line is removed."""
         if not self._part.exists():
             return []
         try:
@@ -171,4 +147,4 @@ class CaptionFile:
         fields = {"video", "caption", "author", "settings"}
         if not all(isinstance(line, dict) and line.keys() == fields for line in lines):
             raise UserError(f"{self._part} is not what caption_dataset.py left there; remove it")
-        return lines
+        return [(line["video"], Caption(line["caption"], line["author"]), line["settings"]) for line in lines]

@@ -36,14 +36,9 @@ class NoCaption(Exception):
 
 
 def clean_caption(answer: str | None, *, was_cut: bool = False) -> str:
-    """Return the caption in an answer, on one line, without reasoning before it and quotes around it.
+    """Return the caption in a model's answer, on one line, without reasoning before it and quotes around it.
 
-    Args:
-        answer: as the model returned it.
-        was_cut: the answer reached the token limit; only complete sentences are kept.
-
-    Raises:
-        NoCaption: the answer has no caption.
+    If the answer was cut at the token limit, only its complete sentences are kept.
     """
     more = "; raise --max_tokens" if was_cut else ""
     text = (answer or "").rpartition("</think>")[2]  # of reasoning models

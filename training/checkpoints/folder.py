@@ -20,8 +20,8 @@ from common.run_folder import STATE_FILE, list_checkpoints
 from methods.full import FullFinetune
 from methods.lora import Lora
 from parallel.coordinator import Coordinator
-from parallel.fsdp import is_fsdp, load_optimizer, save_optimizer, take_sharded
-from parallel.sharding import load_state, save_state, whole_weights
+from parallel.fsdp import detach_sharded, is_fsdp, load_optimizer, save_optimizer
+from parallel.sharding import gather_weights, load_state, save_state
 
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
 class CheckpointFolder:
     """The checkpoints of a run: `checkpoint-<step>` in its output folder, which all ranks share.
 
-    A new checkpoint is written under another name, flushed to disk, listed in a manifest and then renamed, so that a
+    A new checkpoint is written under another name, listed in a manifest, flushed to disk and then renamed, so that a
     killed process leaves only complete checkpoints. Older ones are removed after that.
 
     Args:
@@ -46,13 +46,10 @@ class CheckpointFolder:
         self.total_limit = total_limit
 
     def save(self, state: TrainerState, min_bytes: int = 0) -> Path:
-        """Save the complete training state; called on every rank.
-
-        Args:
-            min_bytes: that it takes at least; with less free space nothing is written.
+        """Save the complete training state, at least `min_bytes`; called on every rank.
 
         Raises:
-            UserError: it cannot be written: the disk is full or not writable. Older ones are unchanged.
+            UserError: it cannot be written: too little free space or not writable. Older ones are unchanged.
         """
         target = self.folder / f"checkpoint-{state.step}"
         partial = self.folder / f".partial.{target.name}"
@@ -111,11 +108,7 @@ class CheckpointFolder:
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Check the free space of a disk.
-
-    Raises:
-        UserError: there are less than `needed` bytes for `what`.
-    """
+    """Check that a folder's disk has `needed` bytes of free space for `what`."""
     free = shutil.disk_usage(nearest_folder(folder)).free
     if free < needed:
         raise UserError(
@@ -125,11 +118,7 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 
 def why_unwritten(error: Exception) -> str:
-    """Return in one line why a file could not be written.
-
-    Args:
-        error: one of `WRITE_ERRORS`; raised again if it has another cause.
-    """
+    """Return in one line why a file could not be written; raise the error again if it has another cause."""
     # torch raises a RuntimeError that only its message tells from others.
     words = ("PytorchStreamWriter", "unexpected pos", "No space left", "file write")
     if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
@@ -154,7 +143,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
 
 def checkpoint_only_what_trains(accelerator: Accelerator, method: Lora | FullFinetune) -> None:
     """Have `accelerator.save_state` and `load_state` store only what the method trains, in full precision."""
-    sharded = take_sharded(accelerator) if is_fsdp(accelerator) else []
+    sharded = detach_sharded(accelerator) if is_fsdp(accelerator) else []
 
     def transformers(models: Sequence[torch.nn.Module]) -> list[CogVideoXTransformer3DModel]:
         return [accelerator.unwrap_model(model) for model in [*models, *(model for model, _ in sharded)]]
@@ -163,7 +152,7 @@ def checkpoint_only_what_trains(accelerator: Accelerator, method: Lora | FullFin
         for model, optimizer in sharded:
             save_optimizer(model, optimizer, Path(output_dir))
         for transformer in transformers(models):
-            full = whole_weights(accelerator, transformer, method.weight_names(transformer))
+            full = gather_weights(accelerator, transformer, method.weight_names(transformer))
             if accelerator.is_main_process:
                 method.save(transformer, Path(output_dir), torch.float32, full)
         weights.clear()  # accelerate must not save them again

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.bars import tqdm
-from common.files import flush
 from common.run_folder import MANIFEST
 
 
@@ -15,14 +14,9 @@ _PIECE = 2**20  # bytes per read
 
 
 def write_manifest(folder: Path) -> None:
-    """List every file of a folder in its manifest; flush them all to disk."""
-    files = _files(folder)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(lambda name: flush(folder / name), files))
-    entries = _entries(folder, files, "Hashing")
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": entries}, indent=1) + "\n", encoding="utf-8")
-    flush(manifest)
+    """List every file of a folder in its manifest."""
+    entries = _entries(folder, _files(folder), "Hashing")
+    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1) + "\n", encoding="utf-8")
 
 
 def find_damage(folder: Path) -> str | None:
@@ -32,21 +26,19 @@ def find_damage(folder: Path) -> str | None:
     """
     try:
         expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        missing = [name for name in expected if not (folder / name).is_file()]
         sizes = {name: entry["size"] for name, entry in expected.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"it has no readable {MANIFEST}"
-    if missing:
-        return f"{missing[0]} is missing"
     try:
         for name, size in sizes.items():
-            found = (folder / name).stat().st_size
-            if found != size:
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (found := (folder / name).stat().st_size) != size:
                 return f"{name} has {found} bytes of {size}"
         entries = _entries(folder, list(expected), "Verifying")
-        differing = [name for name, entry in entries.items() if entry != expected[name]]
     except OSError as error:
         return f"it cannot be read ({error})"
+    differing = [name for name, entry in entries.items() if entry != expected[name]]
     return f"{differing[0]} has changed since it was written" if differing else None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from checkpoints.manifest import find_damage
 from checkpoints.schedule import ScheduleStart
 from common.errors import UserError
-from common.run_folder import STATE_FILE, list_checkpoints, list_unfinished
+from common.run_folder import STATE_FILE, list_checkpoints
 
 
 logger = logging.getLogger(__name__)
@@ -27,11 +27,7 @@ class TrainerState:
     schedule: ScheduleStart = field(default_factory=ScheduleStart)
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Refuse to continue with other settings.
-
-        Raises:
-            UserError: lists those that differ.
-        """
+        """Refuse to continue with other settings, with a UserError that lists those that differ."""
         made_with = {**self.settings, "--seed": self.seed}
         differing = [
             f"{name} was {_in_words(before)}, is now {_in_words(value)}"
@@ -51,11 +47,7 @@ def _in_words(value: object) -> object:
 
 
 def read_state(folder: Path) -> TrainerState:
-    """Read the state of a run from its checkpoint.
-
-    Raises:
-        UserError: the folder is not a checkpoint.
-    """
+    """Read the state of a run from its checkpoint; raise a UserError if the folder is not one."""
     try:
         values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         return TrainerState(**values | {"schedule": ScheduleStart(**values.get("schedule", {}))})
@@ -91,7 +83,7 @@ def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
                 f"--resume_from_checkpoint: {folder} is not a complete checkpoint: {damage}; latest skips it"
             )
         return folder
-    for folder in list_unfinished(output_dir):
+    for _, folder in list_checkpoints(output_dir, finished=False):
         logger.warning("warning: %s is not a checkpoint (it was never finished); skipped", folder)
     checkpoints = [folder for _, folder in list_checkpoints(output_dir)]
     for folder in reversed(checkpoints):

@@ -46,44 +46,37 @@ def explained_failures(advise: Callable[[], list[str]], on_host: str = _ADVICE_O
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        explanation = explain_death(error) or _explain_memory(error, advise, on_host)
-        if explanation is None:
+        memory, explanation = exhausted_memory(error), _explain_death(error)
+        # Torch adds a page about its allocator.
+        reason = one_line(f"{type(error).__name__}: {'. '.join(str(error).split('. ')[:3])}", 300)
+        if memory == "host":
+            explanation = f"out of host memory ({reason}); {on_host}"
+        elif memory == "device":
+            title = f"out of GPU memory ({reason}); what to change, the least costly first:"
+            explanation = listing(title, advise())
+        elif explanation is None:
             raise
         raise UserError(explanation) from error
 
 
-def _explain_memory(error: BaseException, advise: Callable[[], list[str]], on_host: str) -> str | None:
-    memory = memory_that_ran_out(error)
-    if memory is None:
-        return None
-    # Torch adds a page about its allocator.
-    reason = one_line(f"{type(error).__name__}: {'. '.join(str(error).split('. ')[:3])}", 300)
-    if memory == "host":
-        return f"out of host memory ({reason}); {on_host}"
-    return listing(f"out of GPU memory ({reason}); what to change, the least costly first:", advise())
-
-
-def memory_that_ran_out(error: BaseException) -> str | None:
+def exhausted_memory(error: BaseException) -> str | None:
     """Return which memory an error reports as full, "device" or "host"; None for other errors."""
     if isinstance(error, MemoryError):
         return "host"
-    if isinstance(error, torch.OutOfMemoryError):
-        return "device"
     if not isinstance(error, RuntimeError):
         return None
-    text = str(error)
-    if "DefaultCPUAllocator" in text:
+    if "DefaultCPUAllocator" in str(error):
         return "host"
-    # From the driver instead of torch's allocator: pinned memory, workspaces of libraries.
-    return "device" if "out of memory" in text.lower() else None
+    # The driver raises it for pinned memory and workspaces of libraries, not torch's allocator.
+    is_full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+    return "device" if is_full else None
 
 
 class WatchedDataset(Dataset):
     """A dataset of clips whose workers record which clip they read, so that errors name it.
 
     Args:
-        dataset: with the methods `name_of(index)`, and `failed(draw, reason)` for the sample of a clip that cannot
-            be read.
+        dataset: with the methods `name_of(index)` and `failed(draw, reason)`.
         num_workers: of the data loader.
     """
 
@@ -101,46 +94,33 @@ class WatchedDataset(Dataset):
     def __getitem__(self, draw: object) -> Any:
         """Read one clip."""
         worker = get_worker_info()
-        if worker is None:
-            return self._read(draw)
-        self.notes[worker.id] = torch.tensor([os.getpid(), draw.index])
-        sample = self._read(draw)
-        self.notes[worker.id, 1] = _IDLE
-        return sample
-
-    def _read(self, draw: object) -> Any:
+        if worker is not None:
+            self.notes[worker.id] = torch.tensor([os.getpid(), draw.index])
         try:
             return self.dataset[draw]
         except Exception as error:
             name = self.dataset.name_of(draw.index)
-            if memory_that_ran_out(error) == "host":
+            if exhausted_memory(error) == "host":
                 # As a value, because torch turns an exception from a worker into a page of text.
                 reason = f"{name}: too little host memory to read it ({error}); lower --dataloader_num_workers"
                 return self.dataset.failed(draw, reason)
             error.add_note(f"while reading {name}")
             raise
+        finally:
+            if worker is not None:
+                self.notes[worker.id, 1] = _IDLE
 
 
-def explain_death(error: BaseException) -> str | None:
-    """Return what to do about a data worker that died, with the clip that it was reading; None for other errors.
-
-    Args:
-        error: as torch raises it, at whatever line the main process was.
-    """
+def _explain_death(error: BaseException) -> str | None:
+    """Return what to do about a data worker that died, with the clip that it was reading; None for other errors."""
     # An error raised while waiting for a batch has the signal in its cause.
     deaths = [death for one in (error, error.__cause__) if (death := _DEATH.match(str(one)))]
     if not deaths:
         return None
-    reading = [name for pid in deaths[0][1].split(",") if (name := _read_by(int(pid))) is not None]
+    pids = {int(pid) for pid in deaths[0][1].split(",")}
+    notes = [(watched.dataset, *note) for watched in _watched for note in watched.notes.tolist()]
+    reading = [dataset.name_of(index) for dataset, pid, index in notes if pid in pids and index != _IDLE]
     cause = next((death[2] for death in deaths if death[2]), "it exited without an error")
     what = f"while reading {', '.join(reading)}" if reading else "between two clips"
     otherwise = _ADVICE_ON_FILE if reading else _ADVICE_BY_SIGNAL["Killed"]
     return f"a data worker died ({cause}) {what}; {_ADVICE_BY_SIGNAL.get(cause, otherwise)}"
-
-
-def _read_by(pid: int) -> str | None:
-    for watched in _watched:
-        for worker, index in watched.notes.tolist():
-            if worker == pid and index != _IDLE:
-                return watched.dataset.name_of(index)
-    return None

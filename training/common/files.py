@@ -13,7 +13,7 @@ from common.errors import UserError
 
 
 @contextmanager
-def written_whole(path: Path, staging: Path | None = None) -> Iterator[Path]:
+def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path, next to `path` or in `staging`, that replaces `path` when the block succeeds.
 
     A killed process leaves at most a hidden `.partial` file, never a half-written `path`. The temporary name ends as
@@ -37,8 +37,8 @@ def written_whole(path: Path, staging: Path | None = None) -> Iterator[Path]:
     except FileNotFoundError:
         raise  # another process removed something, which callers may expect
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{path} cannot be written ({reason}); finished work is kept: run again") from error
+        reason = f"({error.strerror or error})"
+        raise UserError(f"{path} cannot be written {reason}; finished work is kept: run again") from error
     finally:
         with suppress(NotADirectoryError):
             partial.unlink(missing_ok=True)
@@ -51,7 +51,7 @@ def slug(text: str) -> str:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what killed processes left of `written_whole` in a folder that no process writes to."""
+    """Remove what killed processes left of `atomic_write` in a folder that no process writes to."""
     for path in folder.glob(".*.partial.*"):
         path.unlink(missing_ok=True)
 
@@ -68,14 +68,12 @@ def replace_folder(partial: Path, folder: Path) -> None:
         flush(path)
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
-    if folder.exists():
-        replaced = folder.with_name(f".replaced.{folder.name}")
-        shutil.rmtree(replaced, ignore_errors=True)
+    replaced = folder.with_name(f".replaced.{folder.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(FileNotFoundError):
         os.replace(folder, replaced)
-        os.replace(partial, folder)
-        shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place already
-    else:
-        os.replace(partial, folder)
+    os.replace(partial, folder)
+    shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place already
     flush(folder.parent)
 
 
@@ -91,7 +89,7 @@ def flush(path: Path) -> None:
 def refresh_names(folder: Path) -> None:
     """Make this machine ask the file server again which files are in a folder and its subfolders.
 
-    An NFS client caches the names in a folder for up to a minute, unless it changes the folder itself.
+    An NFS client caches the names for up to a minute, unless it changes the folder itself.
     """
     for below in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         with suppress(FileNotFoundError):  # another process has removed it

@@ -18,11 +18,7 @@ _known: set[str] = set()  # from flags
 
 
 class HubToken:
-    """A token that appears as "(hidden)" wherever the flags are printed or saved.
-
-    Args:
-        value: of the flag; it becomes known to `without_tokens` and is removed from the command line.
-    """
+    """A token that is printed and saved as "(hidden)"; it is also hidden from other texts and the command line."""
 
     def __init__(self, value: str):
         self.value = value
@@ -38,10 +34,7 @@ class HubToken:
 
 
 def without_tokens(text: str) -> str:
-    """Replace each token in a text by "(hidden)": from flags, environment or login, or what looks like one.
-
-    Does not use huggingface_hub to find the tokens, because importing it takes long.
-    """
+    """Replace each token in a text by "(hidden)": from flags, environment or login, or what looks like one."""
     for token in sorted({*_known, *_found()}, key=len, reverse=True):
         if len(token) >= _SHORTEST:
             text = text.replace(token, HIDDEN)
@@ -49,7 +42,7 @@ def without_tokens(text: str) -> str:
 
 
 def _found() -> list[str]:
-    """Return the tokens that huggingface_hub would use."""
+    """Return the tokens that huggingface_hub would use, without importing it, which takes long."""
     environment = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
     home = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"

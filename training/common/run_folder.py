@@ -25,16 +25,8 @@ def holds_other_config(output_dir: Path) -> bool:
     return file.is_file() and not file.read_bytes().startswith(f"# {CONFIG_TITLE}".encode())
 
 
-def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """Return the finished checkpoints of a run as (step, folder), oldest first; their content is not checked."""
-    return [(step, path) for step, path in _numbered(output_dir) if (path / MANIFEST).is_file()]
-
-
-def list_unfinished(output_dir: Path) -> list[Path]:
-    """Return the folders that are named like a checkpoint but unfinished."""
-    return [path for _, path in _numbered(output_dir) if not (path / MANIFEST).is_file()]
-
-
-def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
-    matches = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*"))
-    return sorted((int(match.group(1)), path) for match, path in matches if match)
+def list_checkpoints(output_dir: Path, *, finished: bool = True) -> list[tuple[int, Path]]:
+    """Return the finished or unfinished checkpoints as (step, folder), oldest first; their content is not checked."""
+    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
+    numbered = sorted((int(match[1]), path) for match, path in matches if match)
+    return [(step, path) for step, path in numbered if (path / MANIFEST).is_file() == finished]

@@ -22,10 +22,10 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2): send a signal when the parent process dies
 
 
 class StopSignals:
-    """A context that handles the signals.
+    """A context in which the first signal sets `received`.
 
-    The first one sets `received`. A second one ends the process at once, with the exit code that shells use for it,
-    unless it is an echo of the first, or reports the launcher's death, which follows Ctrl-C some seconds later.
+    A second one ends the process at once, with the exit code that shells use for it, unless it is an echo of the
+    first, or reports the launcher's death, which follows Ctrl-C some seconds later.
     """
 
     def __init__(self) -> None:
@@ -57,15 +57,14 @@ class StopSignals:
 
 def follow_launcher() -> None:
     """Request SIGTERM when the launcher dies, so that no run continues unnoticed. Call this early."""
-    is_launched = any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
-    if is_launched:
+    if any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ):
         _get_when_parent_dies(signal.SIGTERM)
 
 
 def outlive_signals() -> None:
     """Keep a data worker alive when its process group is signalled: the parent needs it until its step is done.
 
-    The worker dies with its parent: torch's workers check for it only between two batches, and otherwise hang.
+    It dies with its parent: torch's workers check for that only between two batches, and otherwise hang.
     """
     _get_when_parent_dies(signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGUSR1):

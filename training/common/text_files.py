@@ -18,11 +18,7 @@ def read_lines(file: Path, at_least: int = 0) -> list[str]:
 
 
 def read_utf8(file: Path) -> str:
-    """Read a text file, without a byte order mark.
-
-    Raises:
-        UserError: the file cannot be read, or is not UTF-8.
-    """
+    """Read a text file without a byte order mark; one that cannot be read is a UserError."""
     try:
         return file.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -32,13 +28,10 @@ def read_utf8(file: Path) -> str:
 
 
 def read_json(file: Path) -> list[tuple[str, Any]]:
-    """Read a JSON array, or one JSON value per line.
-
-    Returns:
-        (place, value) of each value.
+    """Return (place, value) of each value of a JSON array, or of a file with one JSON value per line.
 
     Raises:
-        UserError: the file is neither; with the line.
+        UserError: the file is neither; names the line.
     """
     text = read_utf8(file)
     if text.lstrip().startswith("["):

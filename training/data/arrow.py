@@ -3,49 +3,33 @@
 Rows that may carry media are read one by one, so that only one video is in memory at a time.
 """
 
-import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import compute, parquet
 
 from common.errors import UserError, one_line
 from data.rows import Row, Table
 
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-
 _ROWS_AT_ONCE = 1000  # of tables without media
+_LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
 
 
 def read_parquet(file: Path) -> Table:
-    """Read a Parquet file.
-
-    Raises:
-        UserError: the file is damaged or not a Parquet file.
-    """
-    parquet = _library("pyarrow.parquet", f"--dataset_file {file}")
+    """Read a Parquet file; a damaged one is a `UserError`, maybe only at its last row."""
     opened = _call(str(file), parquet.ParquetFile, file, pre_buffer=False)
     schema = opened.schema_arrow
     batches = opened.iter_batches(batch_size=_rows_at_once(schema))
-    rows = _rows(str(file), batches, f"{file.name}:row")
-    return Table(str(file), schema.names, _counted(rows, opened.metadata.num_rows, file), file.parent)
-
-
-def _counted(rows: Iterator[Row], num_rows: int, file: Path) -> Iterator[Row]:
-    """Yield the rows, then fail if there are fewer than the file says: pyarrow skips damaged rows silently."""
-    found = 0
-    for found, row in enumerate(rows, 1):  # noqa: B007
-        yield row
-    if found != num_rows:
-        raise UserError(f"{file} is damaged: it should have {num_rows} rows, and {found} can be read")
+    rows = _rows(str(file), batches, f"{file.name}:row", opened.metadata.num_rows)
+    return Table(str(file), schema.names, rows, file.parent)
 
 
 def read_dataset(name: str, config_name: str | None, split: str, streaming: bool) -> Table:
@@ -54,19 +38,21 @@ def read_dataset(name: str, config_name: str | None, split: str, streaming: bool
     Args:
         name: a name on the hub, or a local folder of data files or written by `save_to_disk`.
         config_name: the configuration; None for the only one.
-        split: name of the split.
+        split: its part, such as "train".
         streaming: read row by row, without a copy of the data set on disk.
 
     Raises:
         UserError: the data set, configuration or split does not exist or cannot be read.
     """
-    datasets = _library("datasets", "--dataset_name")
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     datasets.config.TORCH_AVAILABLE = False  # streaming imports torch, which takes seconds, only to subclass it
     where = f"--dataset_name {name}"
     folder = Path(name) if os.path.isdir(name) else None
     with _quiet(datasets):
         if folder and any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
-            dataset = _load_saved(datasets, where, folder, split)
+            dataset = _load_saved(where, folder, split)
         else:
             # An absolute path, because "csv" or "text" would select the builder of that name.
             path = str(folder.resolve()) if folder else name
@@ -76,33 +62,19 @@ def read_dataset(name: str, config_name: str | None, split: str, streaming: bool
     # The Arrow format keeps videos and images as stored: bytes, paths or numbers.
     schema = dataset.features.arrow_schema if dataset.features else None
     batches = dataset.with_format("arrow").iter(batch_size=_rows_at_once(schema))
-    return Table(where, names, _rows(where, batches, f"{name}:{split}:row"), folder, _download_folders(datasets))
-
-
-def _download_folders(datasets: ModuleType) -> list[Path]:
-    """Return the folders that `datasets` downloads a data set's files to, which its rows then name."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     config = datasets.config
-    return [Path(place) for place in (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)]
+    downloads = [Path(place) for place in (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)]
+    return Table(where, names, _rows(where, batches, f"{name}:{split}:row"), folder, downloads)
 
 
-def _load_saved(datasets: ModuleType, where: str, folder: Path, split: str) -> Any:
-    saved = _call(where, datasets.load_from_disk, str(folder))
+def _load_saved(where: str, folder: Path, split: str) -> Any:
+    from datasets import load_from_disk
+
+    saved = _call(where, load_from_disk, str(folder))
     splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     if split not in splits:
         raise UserError(f"{where} has no split {split!r}; it has {', '.join(splits)}: set --dataset_split")
     return splits[split]
-
-
-def _library(name: str, needed_for: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise UserError(
-            f"{needed_for} needs {package}, which cannot be imported ({error}): pip install {package}"
-        ) from error
 
 
 def _call(where: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -129,9 +101,7 @@ def _quiet(datasets: ModuleType) -> Iterator[None]:
             utils.enable_progress_bars()
 
 
-def _rows_at_once(schema: "pa.Schema | None") -> int:
-    import pyarrow as pa
-
+def _rows_at_once(schema: pa.Schema | None) -> int:
     def may_be_large(kind: pa.DataType) -> bool:
         is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
         return is_bytes or pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)
@@ -139,43 +109,37 @@ def _rows_at_once(schema: "pa.Schema | None") -> int:
     return 1 if schema is None or any(map(may_be_large, schema.types)) else _ROWS_AT_ONCE
 
 
-def _rows(where: str, batches: Iterator[Any], place: str) -> Iterator[Row]:
+def _rows(where: str, batches: Iterator[Any], place: str, num_rows: int | None = None) -> Iterator[Row]:
+    """Yield the rows, then fail if there are fewer than `num_rows`: pyarrow skips damaged rows silently."""
     number = 0
     while (batch := _call(f"{where}, after row {number},", next, batches, None)) is not None:
         for index in range(batch.num_rows):
             number += 1
-            yield _row(batch, index, f"{place} {number}")
+            values, problem = {}, None
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                try:
+                    values[name] = _value(column[index])
+                except (ValueError, OverflowError) as error:  # text that is not UTF-8, times beyond Python's
+                    problem = f"has an unreadable value in column {name!r}: {one_line(error)}"
+            yield Row(f"{place} {number}", values, problem)
+    if num_rows not in (None, number):
+        raise UserError(f"{where} is damaged: it should have {num_rows} rows, and {number} can be read")
 
 
-def _row(batch: "pa.Table | pa.RecordBatch", index: int, source: str) -> Row:
-    values: dict[str, Any] = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            values[name] = _value(column[index])
-        except (ValueError, OverflowError) as error:  # text that is not UTF-8, times beyond Python's
-            return Row(source, values, f"has an unreadable value in column {name!r}: {one_line(error)}")
-    return Row(source, values)
-
-
-def _value(scalar: "pa.Scalar") -> Any:
+def _value(scalar: pa.Scalar) -> Any:
     """Convert to a Python value, but lists of numbers (a decoded video) to an array, which is 100 times faster."""
-    import pyarrow as pa
-
     if not scalar.is_valid:
         return None
     if isinstance(scalar, pa.ExtensionScalar):
         scalar = scalar.value
-    array = _array(scalar.values) if _is_list(scalar.type) else None
+    array = _array(scalar.values) if isinstance(scalar.type, _LISTS) else None
     return scalar.as_py() if array is None else array
 
 
-def _array(values: "pa.Array") -> np.ndarray | None:
+def _array(values: pa.Array) -> np.ndarray | None:
     """Return nested lists of numbers as an array; None if they are not numbers or differ in length."""
-    import pyarrow as pa
-    from pyarrow import compute
-
     shape = [len(values)]
-    while _is_list(values.type):
+    while isinstance(values.type, _LISTS):
         lengths = compute.list_value_length(values).unique().to_pylist()
         if len(lengths) != 1 or lengths[0] is None:
             return None
@@ -184,9 +148,3 @@ def _array(values: "pa.Array") -> np.ndarray | None:
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
         return None
     return values.to_numpy(zero_copy_only=False).reshape(shape)
-
-
-def _is_list(kind: "pa.DataType") -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

@@ -23,19 +23,10 @@ class Bucket(NamedTuple):
 
 
 def make_buckets(
-    frame_buckets: Iterable[int], height_buckets: Iterable[int], width_buckets: Iterable[int], max_num_frames: int
+    frame_buckets: Iterable[int], height_buckets: Iterable[int], width_buckets: Iterable[int]
 ) -> list[Bucket]:
-    """Combine the sizes to buckets of at most `max_num_frames`, sorted and without repeats.
-
-    Raises:
-        ValueError: no bucket is left.
-    """
-    buckets = {Bucket(*size) for size in product(frame_buckets, height_buckets, width_buckets)}
-    fitting = sorted(bucket for bucket in buckets if bucket.num_frames <= max_num_frames)
-    if not fitting:
-        smallest = min((bucket.num_frames for bucket in buckets), default=None)
-        raise ValueError(f"no bucket has at most {max_num_frames} frames; the smallest has {smallest}")
-    return fitting
+    """Combine the sizes to buckets, sorted and without repeats."""
+    return sorted({Bucket(*size) for size in product(frame_buckets, height_buckets, width_buckets)})
 
 
 def assign_bucket(num_frames: int, height: int, width: int, buckets: Iterable[Bucket]) -> Bucket:
@@ -48,13 +39,8 @@ def assign_bucket(num_frames: int, height: int, width: int, buckets: Iterable[Bu
         num_frames: frames of the sample, as from `choose_samples`.
         height, width: size of the clip, in pixels.
         buckets: as from `make_buckets`.
-
-    Raises:
-        ValueError: no bucket has that many frames.
     """
     sizes = [bucket for bucket in buckets if bucket.num_frames == num_frames]
-    if not sizes:
-        raise ValueError(f"no bucket has {num_frames} frames")
     sizes = [bucket for bucket in sizes if bucket.height <= height and bucket.width <= width] or sizes
 
     def aspect_distance(bucket: Bucket) -> float:

@@ -1,6 +1,6 @@
 """Clips, and the choice of frames and bucket for each before anything is decoded."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -81,7 +81,19 @@ def plan_clips(
     # Clips of equal timing share one tuple of frame numbers, which saves time and memory for a million clips.
     @cache
     def samples_of(timing: VideoInfo) -> tuple[list[tuple[int, ...]], int]:
-        return _choose_or_hold(timing, frame_counts, choose, hold_last_frame)
+        """Return the samples of a clip, and how many frames at the end of its only sample repeat the last one."""
+        try:
+            return choose(timing, frame_counts), 0
+        except ValueError:
+            if not hold_last_frame:
+                raise
+        (sample,) = choose(timing, frame_counts, hold_last_frame=True)
+        # Frames also repeat where fps is above the clip's rate, so equal frame numbers cannot be counted instead.
+        try:
+            num_shown = len(choose(timing, range(1, len(sample)))[0])
+        except ValueError:  # 1 is a count for videos only if there is no other
+            num_shown = 1
+        return [sample], len(sample) - num_shown
 
     @cache
     def bucket_of(num_frames: int, height: int, width: int) -> Bucket:
@@ -91,8 +103,11 @@ def plan_clips(
     for clip in clips:
         try:
             info = _found(infos[clip.video])
-            first_frame = _first_frame(clip, infos) if with_images else None
-            samples, num_held = samples_of(_timing(info))
+            has_image = with_images and clip.image is not None
+            first_frame = _found(infos[clip.image], f"its image {clip.image}: ") if has_image else None
+            # Only what the choice of frames depends on.
+            timing = replace(info, height=0, width=0, rotation=0, seekable=False, sha256="")
+            samples, num_held = samples_of(timing)
         except ValueError as reason:
             bad.append(BadClip(str(clip.video), clip.source, str(reason)))
             continue
@@ -102,42 +117,7 @@ def plan_clips(
     return planned, bad
 
 
-def _found(info: VideoInfo | str) -> VideoInfo:
+def _found(info: VideoInfo | str, where: str = "") -> VideoInfo:
     if isinstance(info, str):
-        raise ValueError(info)
+        raise ValueError(f"{where}{info}")
     return info
-
-
-def _first_frame(clip: Clip, infos: Mapping[Path, VideoInfo | str]) -> VideoInfo | None:
-    if clip.image is None:
-        return None
-    try:
-        return _found(infos[clip.image])
-    except ValueError as error:
-        raise ValueError(f"its image {clip.image}: {error}") from error
-
-
-def _timing(info: VideoInfo) -> VideoInfo:
-    """Keep only what the choice of frames depends on."""
-    return replace(info, height=0, width=0, rotation=0, seekable=False, sha256="")
-
-
-def _choose_or_hold(
-    info: VideoInfo, frame_counts: Sequence[int], choose: Callable[..., list[tuple[int, ...]]], hold_last_frame: bool
-) -> tuple[list[tuple[int, ...]], int]:
-    """Return the samples of a clip, and how many frames at the end of its only sample repeat the last one."""
-    try:
-        return choose(info, frame_counts), 0
-    except ValueError:
-        if not hold_last_frame:
-            raise
-    (sample,) = choose(info, frame_counts, hold_last_frame=True)
-
-    def fits(count: int) -> bool:
-        try:
-            return bool(choose(info, [count]))
-        except ValueError:
-            return False
-
-    # Frames also repeat where fps is above the clip's rate, so equal frame numbers cannot be counted instead.
-    return [sample], next(held for held in range(1, len(sample)) if fits(len(sample) - held))

@@ -8,7 +8,7 @@ from common.errors import UserError
 from common.text_files import read_utf8
 from data.media_cache import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from data.rows import Row, Table
-from data.tables import TABLE_SUFFIXES
+from flags.types import TABLE_SUFFIXES
 
 
 _SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES | {".txt"}
@@ -54,21 +54,18 @@ def read_folder(root: Path, captions_file: Path | None = None) -> Table:
     return Table(str(root), ("video", "caption", "image"), rows, root)
 
 
-def _is_ours(folder: str) -> bool:
-    """Return whether an earlier preparation or dry run wrote the folder."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in ("prepared.json", "plan.csv"))
-
-
 def _visible_files(root: Path) -> Iterator[str]:
     """Yield clips and captions as paths below root. Each folder is read once, even if links form a cycle."""
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_report_folder):
+        # An earlier preparation or dry run wrote a folder with one of these files.
+        is_ours = folder != str(root) and not {"prepared.json", "plan.csv"}.isdisjoint(names)
         place = os.path.realpath(folder)
-        if place in seen:
+        if is_ours or place in seen:
             folders.clear()
             continue
         seen.add(place)
-        folders[:] = sorted(name for name in folders if name[0] != "." and not _is_ours(os.path.join(folder, name)))
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in names:
             if name[0] != "." and _suffix(name) in _SUFFIXES:
                 yield (Path(folder) / name).relative_to(root).as_posix()
@@ -91,21 +88,17 @@ def _rows(root: Path, name: str, files: Sequence[str], captions_needed: bool) ->
         if name.lower() not in _SIDE_NOTES:
             yield Row(str(root), {"video": captions[0]}, "has no clip of the same name beside it")
         return
-    clips, first_frames = (videos, images) if videos else (images, [])
-    for clip in clips:
-        yield _row(root, clip, captions, first_frames, captions_needed)
-
-
-def _row(root: Path, clip: str, captions: Sequence[str], first_frames: Sequence[str], captions_needed: bool) -> Row:
-    values = {"video": clip, "image": first_frames[0] if first_frames else None}
-    if not captions and captions_needed:
-        return Row(str(root), values, f"has no caption file {Path(clip).stem}.txt beside it")
-    if len(first_frames) > 1:
-        return Row(str(root), values, f"has several images for its first frame beside it: {', '.join(first_frames)}")
-    if not captions:
-        return Row(str(root), values)
-    try:
-        caption = read_utf8(root / captions[0]).replace("\r\n", "\n")
-    except UserError as error:
-        return Row(captions[0], values, str(error))
-    return Row(captions[0], values | {"caption": caption})
+    first_frames = images if videos else []
+    source, caption, problem = str(root), None, None
+    if captions_needed and not captions:
+        problem = f"has no caption file {Path(name).name}.txt beside it"
+    elif len(first_frames) > 1:
+        problem = f"has several images for its first frame beside it: {', '.join(first_frames)}"
+    elif captions:
+        source = captions[0]
+        try:
+            caption = read_utf8(root / source).replace("\r\n", "\n")
+        except UserError as error:
+            problem = str(error)
+    for clip in videos or images:
+        yield Row(source, {"video": clip, "image": next(iter(first_frames), None), "caption": caption}, problem)

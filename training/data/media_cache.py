@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from common.errors import UserError, described, one_line
-from common.files import written_whole
-from data.paths import stays_inside
+from common.files import atomic_write
+from data.paths import expand_home, stays_inside
 from data.rows import UnusableRow
 from video.media import decode_still_image, reason_of
 
@@ -55,10 +55,9 @@ def media_file(
     match value:
         case str(path):
             return _listed_file(path, folder, within)
-        case bytes(data):
-            return _write_bytes(data, "", cache)
-        case {"bytes": bytes(data)}:
-            return _write_bytes(data, str(value.get("path") or ""), cache)
+        case bytes(data) | {"bytes": bytes(data)}:
+            name = value.get("path") if isinstance(value, dict) else None
+            return _cached(cache, _digest(data), str(name or ""), lambda partial: partial.write_bytes(data))
         case {"path": str(path)}:
             return _fetch(path, folder, cache, within) if "://" in path else _listed_file(path, folder, within)
         case None | {"path": None}:
@@ -86,11 +85,6 @@ def first_frame_file(
         raise UnusableRow(f"its image {problem}") from problem
 
 
-def expand_home(path: str) -> str:
-    """Replace ~/ at the start of a path by the home folder. ~name stays, because file names may begin with ~."""
-    return os.path.expanduser(path) if path.startswith("~/") else path
-
-
 def _listed_file(text: str, folder: Path | None, within: Sequence[Path] | None) -> Path:
     path = expand_home(text.strip())
     if not path:
@@ -100,26 +94,26 @@ def _listed_file(text: str, folder: Path | None, within: Sequence[Path] | None) 
     if folder is None and not os.path.isabs(path):
         raise UnusableRow("has a relative path; set the folder it starts from with --data_root")
     if within is not None and not stays_inside(path, folder, within):
-        where = f"outside of {folder}" if folder else "in no folder that was named (--data_root)"
+        where = f"outside of {folder}" if folder else "outside of the folders that were named (--data_root)"
         raise UnusableRow(f"lies {where}; move it there, or pass --allow_outside_paths if you trust this list")
     return Path(path) if folder is None else folder / path
 
 
-def _write_bytes(data: bytes, name: str, cache: Path) -> Path:
-    return _cached(cache, _digest(data), name, lambda partial: partial.write_bytes(data))
-
-
 def _fetch(url: str, folder: Path | None, cache: Path, within: Sequence[Path] | None) -> Path:
-    """Copy a file on the hub or in an archive, cached by its link: the hub's links contain the revision."""
+    """Copy a file on the hub or in an archive, cached by its link: the hub's links contain the revision.
+
+    No other server is contacted.
+    """
     import fsspec
+    from huggingface_hub import constants
 
     *inner, outermost = url.split("::")
     if "://" not in outermost:
         url = "::".join([*inner, str(_listed_file(outermost, folder, within).absolute())])
-    elif not _is_on_hub(outermost):
+    elif not outermost.startswith(("hf://", f"{constants.ENDPOINT}/")):  # those that `datasets` makes
         raise UnusableRow("is a URL; download the file and list its path")
     if not all(link.partition("://")[0] in _ARCHIVES for link in inner):
-        raise UnusableRow("is a link of a kind that is not followed; list the path of a file")
+        raise UnusableRow("is an unsupported kind of link; list the path of a file")
 
     def copy(partial: Path) -> None:
         deadline = monotonic() + FETCH_TIMEOUT
@@ -137,13 +131,6 @@ def _fetch(url: str, folder: Path | None, cache: Path, within: Sequence[Path] | 
     return _cached(cache, _digest(url.encode()), url.split("::")[0].split("?")[0], copy)
 
 
-def _is_on_hub(url: str) -> bool:
-    """Return whether a link is one that `datasets` makes of a file on the hub. No other server is contacted."""
-    from huggingface_hub import constants
-
-    return url.startswith(("hf://", f"{constants.ENDPOINT}/"))
-
-
 def _write_decoded(array: np.ndarray, fps: object, cache: Path) -> Path:
     is_decoded = array.ndim in (3, 4) and array.shape[-1] == 3 and array.size and array.dtype.kind in "iu"
     if not is_decoded or array.min() < 0 or array.max() > 255:
@@ -158,7 +145,6 @@ def _write_decoded(array: np.ndarray, fps: object, cache: Path) -> Path:
 
 
 def _write_images(images: Sequence[bytes], fps: object, cache: Path) -> Path:
-    """Write a list of encoded images as one video."""
     if not images:
         raise UnusableRow("holds no frames")
     rate = _rate(fps)
@@ -171,15 +157,11 @@ def _image_bytes(image: object, folder: Path | None, within: Sequence[Path] | No
         case bytes(data) | {"bytes": bytes(data)}:
             return data
         case str(path) | {"path": str(path)}:
-            file = _listed_file(path, folder, within)
-            if not os.path.isfile(file):
-                raise UnusableRow(f"has a frame {one_line(path, 200)} that is not a file")
             try:
-                return file.read_bytes()
+                return _listed_file(path, folder, within).read_bytes()
             except (OSError, ValueError) as error:  # ValueError: a path with a null character
-                raise UnusableRow(
-                    f"has a frame {one_line(path, 200)} that cannot be read: {reason_of(error)}"
-                ) from error
+                reason = reason_of(error)
+                raise UnusableRow(f"has a frame {one_line(path, 200)} that cannot be read: {reason}") from error
     raise UnusableRow(f"has {described(image)} among its frames, not an image")
 
 
@@ -194,15 +176,13 @@ def _decode_image(data: bytes) -> np.ndarray:
 
 
 def _rate(fps: object) -> Fraction:
-    if fps is None:
-        return Fraction(_DECODED_FPS)
-    if isinstance(fps, int | float) and 0.01 <= fps <= 1000:
-        return Fraction(fps).limit_denominator(1001)
-    raise UnusableRow(f"has {described(fps)} in its fps column; a rate is a number from 0.01 to 1000")
+    if not isinstance(fps, int | float | None) or not 0.01 <= (rate := _DECODED_FPS if fps is None else fps) <= 1000:
+        raise UnusableRow(f"has {described(fps)} in its fps column; a rate is a number from 0.01 to 1000")
+    return Fraction(rate).limit_denominator(1001)
 
 
 def _write_video(path: Path, frames: Iterable[np.ndarray], rate: Fraction) -> None:
-    """Write frames losslessly. Equal frames make equal bytes: without bitexact, Matroska adds a random identifier."""
+    # Equal frames make equal bytes: without bitexact, Matroska adds a random identifier.
     with av.open(str(path), "w", format="matroska", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("ffv1", rate=rate)
         stream.pix_fmt = "bgr0"
@@ -225,12 +205,11 @@ def _digest(*parts: bytes | np.ndarray) -> str:
 
 
 def _cached(cache: Path, digest: str, name: str, write: Callable[[Path], object]) -> Path:
-    """Return the file of a digest, with the suffix of `name`; write it if it does not exist."""
     suffix = os.path.splitext(name)[1].lower()
     path = cache / digest[:2] / f"{digest}{suffix if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES else ''}"
     if not path.exists():
         try:
-            with written_whole(path) as partial:
+            with atomic_write(path) as partial:
                 write(partial)
         except av.FFmpegError as error:
             raise UserError(f"{path} cannot be written: {reason_of(error)}") from error

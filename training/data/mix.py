@@ -10,8 +10,7 @@ from typing import Any
 
 from common.errors import UserError, described, listing
 from common.text_files import read_json
-from data.media_cache import expand_home
-from data.paths import stays_inside
+from data.paths import expand_home, stays_inside
 from data.sources import DataSource
 
 
@@ -22,19 +21,16 @@ def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
     """Read the data sets of a --dataset_mix file.
 
     Args:
-        file: JSON, an array of objects whose keys are fields of `DataSource`; a prepared folder has only `data_root`.
-            Relative paths start from the file's own folder, wherever the command runs; ~/ is the home folder. A
-            `dataset_file` may also be in its `data_root`. Paths must stay below the file's folder, unless `defaults`
-            allow others.
-        defaults: the flags, for fields that an entry omits. They never set which data an entry reads, nor its repeats
-            or weight.
+        file: JSON, an array of objects whose keys are fields of `DataSource`. Relative paths start from the file's own
+            folder, ~/ is the home folder. A `dataset_file` may also be in its `data_root`. Paths must stay below the
+            file's folder, unless `defaults` allow others.
+        defaults: the flags, for fields that an entry omits, except which data it reads, its repeats and weight.
 
     Returns:
         One source per entry, with absolute paths.
 
     Raises:
-        UserError: an entry has an unknown, contradictory or missing key or a value of the wrong type, or paths lead
-            out of the file's folder.
+        UserError: an entry's keys or values are wrong, or paths lead out of the file's folder.
     """
     entries = [entry for _, entry in read_json(file)]
     if not entries:
@@ -44,7 +40,7 @@ def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
     if not defaults.allow_outside_paths:
         _check_places(file, entries)
     weighted = ["weight" in entry for entry in entries]
-    if any(weighted) and not all(weighted):
+    if len(set(weighted)) == 2:
         number = weighted.index(False) + 1
         raise UserError(f"--dataset_mix {file}, entry {number} has no weight; either all entries have one, or none")
     no_data = {"data_root": None, "dataset_file": None, "dataset_name": None, "dataset_config_name": None}
@@ -84,7 +80,6 @@ def _check_value(where: str, key: str, value: object) -> None:
 
 
 def _check_places(file: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse entries that lead out of the file's folder."""
     folder = file.parent.absolute()
     outside = [
         f"entry {number}: {key!r} is {value}"
@@ -119,14 +114,9 @@ def weights_to_repeats(sources: Sequence[DataSource], num_samples: Sequence[int]
 
     A weight is a share of an epoch's samples, relative to the sum of all weights. The n samples of a data set of
     weight w repeat w / n times, scaled so that the least repeated data set comes exactly once per epoch.
-
-    Args:
-        sources: as from `read_mix`: all with a weight, or none.
-        num_samples: usable samples of each.
+    `num_samples` are the usable ones of each; `sources` all have a weight, or none.
     """
-    densities = [
-        source.weight / count if source.weight is not None and count else None
-        for source, count in zip(sources, num_samples, strict=True)
-    ]
-    least = min((density for density in densities if density is not None), default=None)
-    return [None if density is None else density / least for density in densities]
+    counted = zip(sources, num_samples, strict=True)
+    densities = [source.weight / count if source.weight and count else None for source, count in counted]
+    least = min(filter(None, densities), default=None)
+    return [density and density / least for density in densities]

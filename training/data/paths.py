@@ -1,7 +1,7 @@
 """Keep the paths of a list, which may come from strangers, inside the folders that the user named."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -20,14 +20,17 @@ def stays_inside(listed: str, start: Path | None, folders: Sequence[Path]) -> bo
     climbs = ".." in listed.split("/")
     if start in folders and not climbs and not os.path.isabs(listed):
         return True
-    whole = os.path.join(start or "", listed)
-    if not climbs and _is_below_any(os.path.abspath(whole), map(os.path.abspath, folders)):
-        return True
+    full = os.path.join(start or "", listed)
+
+    def is_below_any(resolved: Callable[[str | Path], str]) -> bool:
+        return any(Path(resolved(full)).is_relative_to(resolved(folder)) for folder in folders)
+
     try:
-        return _is_below_any(os.path.realpath(whole), map(os.path.realpath, folders))
+        return (not climbs and is_below_any(os.path.abspath)) or is_below_any(os.path.realpath)
     except ValueError:  # a null character
         return False
 
 
-def _is_below_any(path: str, folders: "map[str]") -> bool:
-    return any(path == folder or path.startswith(folder.rstrip("/") + "/") for folder in folders)
+def expand_home(path: str) -> str:
+    """Replace ~/ at the start of a path by the home folder. ~name stays, because file names may begin with ~."""
+    return os.path.expanduser(path) if path.startswith("~/") else path

@@ -9,7 +9,7 @@ from typing import Any
 
 from common.bars import tqdm
 from common.errors import UserError, listing
-from common.files import written_whole
+from common.files import atomic_write
 from common.text_files import digest_lines
 from data.buckets import Bucket, count_tokens, make_buckets
 from data.clips import BadClip, ClipSample, plan_clips
@@ -149,12 +149,7 @@ def plan_raw_clips(flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bo
         UserError: lists are missing or malformed.
     """
     cache = default_cache_folder()
-    try:
-        buckets = make_buckets(
-            clip_flags.frame_buckets, clip_flags.height_buckets, clip_flags.width_buckets, clip_flags.max_num_frames
-        )
-    except ValueError as error:
-        raise UserError(f"--frame_buckets: {error}") from error
+    buckets = make_buckets(clip_flags.frame_buckets, clip_flags.height_buckets, clip_flags.width_buckets)
     sources = data_sources(flags)
     read = [read_clips(source, cache / "media", name_folder=bool(flags.dataset_mix)) for source in sources]
     clips = [clip for of_source, _ in read for clip in of_source]
@@ -214,7 +209,6 @@ def validation_data_flags(settings: TrainingSettings) -> tuple[SourceFlags, Clip
         agreed = _common_flags([read_prepared_settings(folder).get("flags", {}) for folder in folders])
         sources = replace(sources, **{name: value for name, value in agreed.items() if hasattr(sources, name)})
         clips = replace(clips, **{name: value for name, value in agreed.items() if hasattr(clips, name)})
-        clips = replace(clips, max_num_frames=max(clips.frame_buckets))
     is_random = clips.video_reshape_mode == "random"
     mode = "center" if is_random else clips.video_reshape_mode
     return sources, replace(clips, random_flip=None, video_reshape_mode=mode)
@@ -335,7 +329,7 @@ def report_skipped(bad: Sequence[BadClip], folder: Path) -> None:
     if not bad:
         path.unlink(missing_ok=True)
         return
-    with written_whole(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("clip", "source", "reason"))
         table.writerows((clip.what, clip.source, clip.reason) for clip in bad)

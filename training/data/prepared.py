@@ -25,14 +25,14 @@ they only lack `prepared.json` and `empty_prompt.safetensors`:
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError, first_line, listing
-from common.files import written_whole
+from common.files import atomic_write
 from data.buckets import Bucket
 from data.paths import stays_inside
 from data.tensor_files import finished_names, save_tensors
@@ -47,6 +47,7 @@ FILES_INDEX = "data.jsonl"
 LISTS = ("prompts.txt", "videos.txt")
 EMPTY_PROMPT_FILE = "empty_prompt.safetensors"
 STAGING = ".staging"
+_COMPARED_SETTINGS = ("layout", "dtype", "max_sequence_length", "tiling")
 # Of an index: what leads to files.
 _PATH_KEYS = ("latents", "prompt_embeds", "video_latent", "prompt_embed", "image_latent")
 
@@ -71,6 +72,10 @@ class PreparedClip:
     image_latents: StoredTensor | None = None  # [K, 2C, 1, H / 8, W / 8], or without K
     repeats: float = 1.0
 
+    def __post_init__(self):
+        if min(self.bucket) < 1 or not 0 < self.repeats < math.inf:
+            raise ValueError(f"its size is {self.bucket} and its repeats {self.repeats}; they must be above 0")
+
 
 @dataclass(frozen=True)
 class PreparedSettings:
@@ -84,33 +89,17 @@ class PreparedSettings:
     model: str = ""  # where the encoders were, for messages
     flags: Mapping[str, Any] = field(default_factory=dict)  # that chose clips and frames in the last run
 
-    _FOR_INFORMATION = ("model", "flags")
 
-    def differences(self, earlier: Mapping[str, Any]) -> list[str]:
-        """Describe what differs in `earlier`, as from `read_prepared_settings`. Missing encoders do not differ."""
-        mine = {name: value for name, value in asdict(self).items() if name not in self._FOR_INFORMATION}
-        different = encoder_differences(mine.pop("encoders"), earlier.get("encoders", {}))
-        return [f"another {name}" for name in different] + [
-            f"{name} was {earlier.get(name)!r}, is now {value!r}"
-            for name, value in mine.items()
-            if earlier.get(name) != value
-        ]
-
-
-def encoder_differences(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> list[str]:
+def _other_encoders(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> list[str]:
     """Return the names of encoders that both sides know and that differ."""
     return [name for name, digest in one.items() if digest and other.get(name) and digest != other[name]]
 
 
-def check_encoders(folder: Path, encoders: Mapping[str, str | None]) -> str | None:
-    """Return why a model with these encoders cannot be trained on a prepared folder; None if no reason is known."""
+def check_encoders(folder: Path, encoders: Mapping[str, str | None]) -> str:
+    """Return why a model with these encoders cannot be trained on a prepared folder; "" if no reason is known."""
     settings = read_prepared_settings(folder)
-    different = encoder_differences(encoders, settings.get("encoders", {}))
-    if not different:
-        return None
-    return (
-        f"{folder} was prepared with another {' and '.join(different)} (of {settings.get('model')}) than the model's"
-    )
+    different = " and ".join(_other_encoders(encoders, settings.get("encoders", {})))
+    return different and f"{folder} was prepared with another {different} (of {settings['model']}) than the model's"
 
 
 def read_tensor(stored: StoredTensor) -> "torch.Tensor":
@@ -128,7 +117,10 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
             tensor = _open_shard(stored.file).get_tensor(stored.key)
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"it holds a {type(tensor).__name__}")
-        if not _fits(tensor.shape, stored.shape):
+        wanted = stored.shape or tensor.shape
+        if len(wanted) != tensor.ndim or any(
+            size not in (None, actual) for size, actual in zip(wanted, tensor.shape, strict=True)
+        ):
             raise ValueError(f"its shape is {list(tensor.shape)}")
         return tensor
     except Exception as error:
@@ -138,7 +130,7 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
 
 def write_empty_prompt(folder: Path, embeds: "torch.Tensor") -> None:
     """Write the embedding of the empty prompt, `[226, D]`."""
-    with written_whole(folder / EMPTY_PROMPT_FILE, staging=folder / STAGING) as partial:
+    with atomic_write(folder / EMPTY_PROMPT_FILE, staging=folder / STAGING) as partial:
         # A copy: a slice of a batch shares its memory, which safetensors refuses.
         save_tensors({"prompt_embeds": embeds.detach().cpu().clone().contiguous()}, partial)
 
@@ -149,25 +141,13 @@ def read_empty_prompt(folder: Path) -> "torch.Tensor | None":
     Raises:
         UserError: the file is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     path = folder / EMPTY_PROMPT_FILE
     if not path.exists():
         return None
     try:
-        tensors = load(path.read_bytes())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it and prepare the data again") from error
-    if "prompt_embeds" not in tensors or tensors["prompt_embeds"].ndim != 2:
-        raise UserError(f"{path} has no embedding of a prompt; remove it and prepare the data again")
-    return tensors["prompt_embeds"]
-
-
-def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
-    if not wanted:
-        return True
-    return len(shape) == len(wanted) and all(want in (None, size) for want, size in zip(wanted, shape, strict=True))
+        return read_tensor(StoredTensor(path, "prompt_embeds", (None, None)))
+    except ValueError as error:
+        raise UserError(f"{error}; remove it and prepare the data again") from error
 
 
 @lru_cache(maxsize=256)
@@ -187,16 +167,21 @@ def claim_folder(folder: Path, settings: PreparedSettings) -> PreparedSettings:
     Raises:
         UserError: the folder has data prepared with other settings, or lists of another data set.
     """
-    path = folder / SETTINGS_FILE
-    if path.exists():
+    if (folder / SETTINGS_FILE).exists():
         earlier = read_prepared_settings(folder)
-        differing = settings.differences(earlier)
+        encoders = earlier.get("encoders", {})
+        differing = [f"another {name}" for name in _other_encoders(settings.encoders, encoders)]
+        differing += [
+            f"{name} was {earlier.get(name)!r}, is now {getattr(settings, name)!r}"
+            for name in _COMPARED_SETTINGS
+            if earlier.get(name) != getattr(settings, name)
+        ]
         if differing:
             raise UserError(
                 f"--output_dir: {folder} holds data prepared with other settings ({'; '.join(differing)}); "
                 "set a new folder"
             )
-        known = {name: digest or earlier["encoders"].get(name) for name, digest in settings.encoders.items()}
+        known = {name: digest or encoders.get(name) for name, digest in settings.encoders.items()}
         return replace(settings, encoders=known)
     foreign = [name for name in (INDEX_FILE, FILES_INDEX, *LISTS) if (folder / name).exists()]
     if foreign:
@@ -209,8 +194,8 @@ def claim_folder(folder: Path, settings: PreparedSettings) -> PreparedSettings:
 
 
 def write_settings(folder: Path, settings: PreparedSettings) -> None:
-    """Write the settings; also with the index, whose samples depend on the flags of the last run."""
-    with written_whole(folder / SETTINGS_FILE, staging=folder / STAGING) as partial:
+    """Write the settings; after each preparation too, as the index depends on the flags of the last run."""
+    with atomic_write(folder / SETTINGS_FILE, staging=folder / STAGING) as partial:
         partial.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
 
 
@@ -225,28 +210,25 @@ def read_prepared_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        for name, kind in (("encoders", dict), ("flags", dict), ("model", str)):
+            if not isinstance(settings.setdefault(name, kind()), kind):
+                raise ValueError(f"its {name} are {settings[name]!r}")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); prepare into a new folder") from error
-    kinds = {"encoders": dict, "flags": dict, "model": str}
-    if not isinstance(settings, dict) or any(
-        not isinstance(settings.get(name, kind()), kind) for name, kind in kinds.items()
-    ):
-        raise UserError(f"{path} is damaged; prepare into a new folder")
-    flags = settings.get("flags", {})
     # As the flags of a script hold them.
-    return settings | {"flags": {name: tuple(one) if isinstance(one, list) else one for name, one in flags.items()}}
+    flags = {name: tuple(one) if isinstance(one, list) else one for name, one in settings["flags"].items()}
+    return settings | {"flags": flags}
 
 
 def read_index(folder: Path, *, allow_outside_paths: bool = False) -> list[PreparedClip]:
-    """List the samples of a prepared folder, and check that all their tensors exist.
+    """List the samples of a prepared folder, possibly a stranger's, and check that all their tensors exist.
 
     Args:
-        folder: as written by `prepare_dataset.py`, possibly a stranger's.
+        folder: the prepared folder.
         allow_outside_paths: the index may name files outside of the folder.
 
     Raises:
-        UserError: the folder was not prepared, its preparation was not finished, tensors are missing, or the index
-            leads out of the folder.
+        UserError: the preparation was not finished, tensors are missing, or the index leads out of the folder.
     """
     if (folder / INDEX_FILE).is_file():
         clips = _read_lines(folder / INDEX_FILE, _clip_in_shards, allow_outside_paths)
@@ -339,7 +321,7 @@ def sample_in_files(name: str, bucket: Bucket, *, with_images: bool) -> dict[str
 
 
 def _clip_in_shards(folder: Path, entry: dict[str, Any]) -> PreparedClip:
-    name, latents, bucket = entry["name"], _joined(folder, entry["latents"]), _bucket(entry["metadata"])
+    name, latents, bucket = entry["name"], _joined(folder, entry["latents"]), _bucket(entry)
     frames, height, width = bucket.latent_shape
     image = StoredTensor(latents, f"{name}.image_latents", (None, None, 1, height, width))
     return PreparedClip(
@@ -348,7 +330,7 @@ def _clip_in_shards(folder: Path, entry: dict[str, Any]) -> PreparedClip:
         StoredTensor(latents, f"{name}.video_latents", (None, frames, height, width)),
         StoredTensor(_joined(folder, entry["prompt_embeds"]), f"{entry['caption_key']}.prompt_embeds", (None, None)),
         image if entry["with_image"] else None,
-        _repeats(entry["repeats"]),
+        float(entry["repeats"]),
     )
 
 
@@ -359,8 +341,7 @@ def _joined(folder: Path, shard: str) -> Path:
 
 
 def _clip_in_files(folder: Path, entry: dict[str, Any]) -> PreparedClip:
-    latents, image = folder / entry["video_latent"], entry.get("image_latent")
-    bucket = _bucket(entry["metadata"])
+    latents, image, bucket = folder / entry["video_latent"], entry.get("image_latent"), _bucket(entry)
     frames, height, width = bucket.latent_shape
     return PreparedClip(
         latents.stem,
@@ -368,21 +349,12 @@ def _clip_in_files(folder: Path, entry: dict[str, Any]) -> PreparedClip:
         StoredTensor(latents, shape=(None, frames, height, width)),
         StoredTensor(folder / entry["prompt_embed"], shape=(None, None)),
         StoredTensor(folder / image, shape=(None, 1, height, width)) if image else None,
-        _repeats(entry.get("repeats", 1.0)),
+        float(entry.get("repeats", 1.0)),
     )
 
 
-def _repeats(value: Any) -> float:
-    if not 0 < float(value) < math.inf:
-        raise ValueError(f"repeats are {value}; they must be above 0")
-    return float(value)
-
-
-def _bucket(size: Mapping[str, Any]) -> Bucket:
-    bucket = Bucket(int(size["num_frames"]), int(size["height"]), int(size["width"]))
-    if min(bucket) < 1:
-        raise ValueError(f"its size is {bucket}")
-    return bucket
+def _bucket(entry: Mapping[str, Any]) -> Bucket:
+    return Bucket(*(int(entry["metadata"][name]) for name in Bucket._fields))
 
 
 def _clip_from_latents(folder: Path, path: Path) -> PreparedClip:

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from common.files import written_whole
+from common.files import atomic_write
 from data.buckets import Bucket
 from data.clips import BadClip, Clip, ClipSample
 from data.sampler import BucketBatchSampler
@@ -22,10 +22,10 @@ def plan_table(
     *,
     batch_size: int,
     num_ranks: int = 1,
-    tokens_of: Callable[[Bucket], int] | None = None,
-    num_long_captions: int | None = None,
+    tokens_of: Callable[[Bucket], int],
+    num_long_captions: int = 0,
     max_caption_tokens: int = 226,
-    model_fps: float | None = None,
+    model_fps: float,
     reshape_mode: str = "center",
 ) -> str:
     """Return a table with one line per bucket, the length of an epoch, and notes on unusual samples.
@@ -38,10 +38,10 @@ def plan_table(
         planned: as from `plan_clips`, with the samples of a clip next to each other.
         batch_size: samples in a batch, on one rank.
         num_ranks: ranks that share the batches.
-        tokens_of: returns the tokens of a sample in a bucket; None omits the column.
-        num_long_captions: captions beyond `max_caption_tokens`; None if they have not been counted.
+        tokens_of: returns the tokens of a sample in a bucket.
+        num_long_captions: captions beyond `max_caption_tokens`.
         max_caption_tokens: tokens that the model takes.
-        model_fps: frames per second of the model's videos; None skips the check of rates.
+        model_fps: frames per second of the model's videos.
         reshape_mode: "center", "random" or "none".
     """
     if not planned:
@@ -75,46 +75,41 @@ def write_plan(planned: Iterable[ClipSample], bad: Iterable[BadClip], path: Path
     """
     # backslashreplace: a file name need not be UTF-8
     with (
-        written_whole(path) as partial,
+        atomic_write(path) as partial,
         open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
-        table = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        table = csv.DictWriter(file, [*_COLUMNS, "reason"], lineterminator="\n")
         table.writeheader()
-        table.writerows(_row(sample) for sample in planned)
+        table.writerows({name: value(sample) for name, value in _COLUMNS.items()} for sample in planned)
         table.writerows({"source": clip.source, "video": clip.what, "reason": clip.reason} for clip in bad)
 
 
 def _table(
     planned: Sequence[ClipSample],
     batches: Mapping[Bucket, int],
-    tokens_of: Callable[[Bucket], int] | None,
+    tokens_of: Callable[[Bucket], int],
     off_aspect: str,
 ) -> list[str]:
-    """Return the lines of the table, its columns aligned."""
-    samples: dict[Bucket, list[ClipSample]] = defaultdict(list)
+    samples_of: dict[Bucket, list[ClipSample]] = defaultdict(list)
     for sample in planned:
-        samples[sample.bucket].append(sample)
+        samples_of[sample.bucket].append(sample)
     unused = _unused_shares(planned)
-    rows = [["bucket", "samples", "tokens", "upscaled", off_aspect, "clip frames", "unused", "batches"]]
-    for bucket in sorted(samples):
-        rows.append(
-            [
-                str(bucket),
-                str(len(samples[bucket])),
-                str(tokens_of(bucket) if tokens_of else ""),
-                str(sum(_upscaling(sample) > 1 for sample in samples[bucket])),
-                f"{median(map(_off_aspect, samples[bucket])):.0%}",
-                f"{median(sample.info.num_frames for sample in samples[bucket]):g}",
-                f"{unused[bucket]:.0%}",
-                str(batches[bucket]),
-            ]
+    rows = [("bucket", "samples", "tokens", "upscaled", off_aspect, "clip frames", "unused", "batches")]
+    rows += [
+        (
+            str(bucket),
+            str(len(samples)),
+            str(tokens_of(bucket)),
+            str(sum(_upscaling(sample) > 1 for sample in samples)),
+            f"{median(map(_off_aspect, samples)):.0%}",
+            f"{median(sample.info.num_frames for sample in samples):g}",
+            f"{unused[bucket]:.0%}",
+            str(batches[bucket]),
         )
-    columns = [column for column in zip(*rows, strict=True) if tokens_of or column[0] != "tokens"]
-    widths = [max(map(len, column)) for column in columns]
-    return [
-        "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
-        for first, *others in zip(*columns, strict=True)
+        for bucket, samples in sorted(samples_of.items())
     ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 def _unused_shares(planned: Sequence[ClipSample]) -> dict[Bucket, float]:
@@ -134,7 +129,6 @@ def _upscaling(sample: ClipSample) -> float:
 
 
 def _off_aspect(sample: ClipSample) -> float:
-    """Return the share of the picture that is outside the bucket's aspect ratio."""
     ratio = (sample.info.width * sample.bucket.height) / (sample.info.height * sample.bucket.width)
     return 1 - min(ratio, 1 / ratio)
 
@@ -151,7 +145,6 @@ def _repeat_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
 
 
 def _sample_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
-    """Count the samples that are parts of a long clip, and short clips whose last frame is held."""
     num_split = sum(sample.part == 1 for sample in planned)
     if num_split:
         later = sum(sample.part > 0 for sample in planned)
@@ -165,21 +158,19 @@ def _sample_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
         )
 
 
-def _rate_notes(planned: Sequence[ClipSample], model_fps: float | None) -> Iterator[str]:
+def _rate_notes(planned: Sequence[ClipSample], model_fps: float) -> Iterator[str]:
     """Say which motion the model will learn from samples whose rate is far from its own."""
-    if model_fps is None:
-        return
     rates = [rate for sample in planned if (rate := _shown_fps(sample)) is not None]
     fast = [rate for rate in rates if rate > _FAR_RATE * model_fps]
     slow = [rate for rate in rates if rate < model_fps / _FAR_RATE]
-    for far, speed in (
-        (fast, f"{max(fast, default=0) / model_fps:.1f}x too slow"),
-        (slow, f"{model_fps / min(slow, default=1):.1f}x too fast"),
-    ):
+    for far, motion in ((fast, "slow"), (slow, "fast")):
         if far:
+            rates_shown = " to ".join(dict.fromkeys(f"{rate:.3g}" for rate in (min(far), max(far))))
+            times = max(max(far) / model_fps, model_fps / min(far))
             yield (
-                f"{_number(len(far), 'sample')} at {_range(far)} frames per second, the model's videos have "
-                f"{model_fps:g}: motion will be learned up to {speed}; pass --fps {model_fps:g} to match the model"
+                f"{_number(len(far), 'sample')} at {rates_shown} frames per second, the model's videos have "
+                f"{model_fps:g}: motion will be learned up to {times:.1f}x too {motion}; pass --fps {model_fps:g} to "
+                "match the model"
             )
 
 
@@ -196,27 +187,21 @@ def _shown_fps(sample: ClipSample) -> float | None:
 
 def _duplicate_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
     """Name clips of the same file content, with the same caption or another."""
-    clips_of: dict[str, list[Clip]] = defaultdict(list)
+    clips_of: dict[str, dict[str, list[Clip]]] = defaultdict(lambda: defaultdict(list))  # by content, then by caption
     for sample in planned:
         if sample.info.sha256 and sample.part == 0:
-            clips_of[sample.info.sha256].append(sample.clip)
-    same, other = [], []  # pairs with the same caption; one pair of each file that has several captions
-    for clips in clips_of.values():
-        of_caption: dict[str, Clip] = {}
-        for clip in clips:
-            if clip.caption in of_caption:
-                same.append((of_caption[clip.caption], clip))
-            of_caption.setdefault(clip.caption, clip)
-        if len(of_caption) > 1:
-            other.append(tuple(of_caption.values())[:2])
+            clips_of[sample.info.sha256][sample.clip.caption].append(sample.clip)
+    of_videos = [list(by_caption.values()) for by_caption in clips_of.values()]
+    same = [(first, clip) for of_video in of_videos for first, *others in of_video for clip in others]
+    other = [(of_video[0][0], of_video[1][0]) for of_video in of_videos if len(of_video) > 1]
     if same:
         yield f"{_number(len(same), 'clip')} listed again with the same caption, which adds weight: {_pairs(same)}"
     if other:
         yield f"{_number(len(other), 'video')} with several captions: {_pairs(other)}"
 
 
-def _pairs(pairs: Sequence[tuple[Clip, ...]]) -> str:
-    names = [" and ".join(_name(clip) for clip in pair) for pair in pairs[:_EXAMPLES]]
+def _pairs(pairs: Sequence[tuple[Clip, Clip]]) -> str:
+    names = [f"{_name(first)} and {_name(second)}" for first, second in pairs[:_EXAMPLES]]
     return "; ".join([*names, f"and {len(pairs) - _EXAMPLES} more"] if len(pairs) > _EXAMPLES else names)
 
 
@@ -229,33 +214,24 @@ def _number(count: int, noun: str) -> str:
     return f"{count} {noun if count == 1 else plural}"
 
 
-def _range(values: Sequence[float]) -> str:
-    least, most = f"{min(values):.3g}", f"{max(values):.3g}"
-    return least if least == most else f"{least} to {most}"
-
-
-_COLUMNS = (
-    *("source", "video", "caption", "frames", "fps", "height", "width", "bucket", "part"),
-    *("first_frame", "last_frame", "held", "cropped", "upscaled", "reason"),
-)
-
-
-def _row(sample: ClipSample) -> dict[str, object]:
-    """Return a sample's line of the CSV file."""
+def _short_caption(sample: ClipSample) -> str:
     caption = " ".join(sample.clip.caption.split())
-    return {
-        "source": sample.clip.source,
-        "video": sample.clip.video,
-        "caption": caption if len(caption) <= 60 else f"{caption[:59].rstrip()}…",
-        "frames": sample.info.num_frames,
-        "fps": f"{sample.info.fps:g}",
-        "height": sample.info.height,
-        "width": sample.info.width,
-        "bucket": sample.bucket,
-        "part": sample.part,
-        "first_frame": sample.frame_indices[0],
-        "last_frame": sample.frame_indices[-1],
-        "held": sample.num_held,
-        "cropped": f"{_off_aspect(sample):.3f}",
-        "upscaled": f"{_upscaling(sample):.3g}" if _upscaling(sample) > 1 else "",
-    }
+    return caption if len(caption) <= 60 else f"{caption[:59].rstrip()}…"
+
+
+_COLUMNS: dict[str, Callable[[ClipSample], object]] = {
+    "source": lambda sample: sample.clip.source,
+    "video": lambda sample: sample.clip.video,
+    "caption": _short_caption,
+    "frames": lambda sample: sample.info.num_frames,
+    "fps": lambda sample: f"{sample.info.fps:g}",
+    "height": lambda sample: sample.info.height,
+    "width": lambda sample: sample.info.width,
+    "bucket": lambda sample: sample.bucket,
+    "part": lambda sample: sample.part,
+    "first_frame": lambda sample: sample.frame_indices[0],
+    "last_frame": lambda sample: sample.frame_indices[-1],
+    "held": lambda sample: sample.num_held,
+    "cropped": lambda sample: f"{_off_aspect(sample):.3f}",
+    "upscaled": lambda sample: f"{_upscaling(sample):.3g}" if _upscaling(sample) > 1 else "",
+}

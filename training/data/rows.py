@@ -1,9 +1,29 @@
-"""Rows of values by column, which every list of clips is read into."""
+"""The source of a list of clips, and the rows of values by column that every list is read into."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set as set by the flags or an entry of --dataset_mix."""
+
+    data_root: Path | None  # start of relative paths; without a file or name: the folder of the lists or clips
+    dataset_file: Path | None = None  # a table: .csv .tsv .jsonl .json .parquet
+    dataset_name: str | None = None  # for datasets.load_dataset: a name on the hub, or a local folder
+    dataset_config_name: str | None = None
+    dataset_split: str = "train"
+    dataset_streaming: bool = False  # read row by row, without a copy of the data set on disk
+    max_samples: int | None = None  # only the first N rows, unusable ones included
+    video_column: str = "video"  # the column of paths or media, or the text file of paths
+    caption_column: str = "caption"
+    image_column: str | None = None  # None: "image", "images" or images.txt if it exists
+    id_token: str | None = None  # added before every caption, with a space
+    repeats: float = 1.0  # times that each clip comes in an epoch
+    weight: float | None = None  # instead of repeats: share of an epoch's samples, relative to other data sets
+    allow_outside_paths: bool = False  # listed paths may lead out of the named folders; only from the flags
 
 
 @dataclass(frozen=True)

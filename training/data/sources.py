@@ -6,8 +6,8 @@ silently. The probe checks whether the listed files exist and what is in them.
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,32 +15,11 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, described, one_line
-from data.arrow import read_dataset
 from data.clips import BadClip, Clip
 from data.folder import read_folder
 from data.media_cache import first_frame_file, media_file
-from data.rows import Row, Table, UnusableRow
-from data.tables import has_text_files, read_table, read_text_files
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """A data set as set by the flags or an entry of --dataset_mix."""
-
-    data_root: Path | None  # start of relative paths; without a file or name: the folder of the lists or clips
-    dataset_file: Path | None = None  # a table: .csv .tsv .jsonl .json .parquet
-    dataset_name: str | None = None  # for datasets.load_dataset: a name on the hub, or a local folder
-    dataset_config_name: str | None = None
-    dataset_split: str = "train"
-    dataset_streaming: bool = False  # read row by row, without a copy of the data set on disk
-    max_samples: int | None = None  # only the first N rows, unusable ones included
-    video_column: str = "video"  # the column of paths or media, or the text file of paths
-    caption_column: str = "caption"
-    image_column: str | None = None  # None: "image", "images" or images.txt if it exists
-    id_token: str | None = None  # added before every caption, with a space
-    repeats: float = 1.0  # times that each clip comes in an epoch
-    weight: float | None = None  # instead of repeats: share of an epoch's samples, relative to other data sets
-    allow_outside_paths: bool = False  # listed paths may lead out of the named folders; only from the flags
+from data.rows import DataSource, Row, Table, UnusableRow
+from data.tables import read_table, read_text_files
 
 
 def read_clips(
@@ -65,81 +44,66 @@ def read_clips(
     Raises:
         UserError: the list cannot be used: it is missing, malformed, empty, or lacks a column that was named.
     """
-    table, columns = _open(source, captions_file)
-    within = None if source.allow_outside_paths else _folders_named(source, table, media_cache)
+    table, source = _open(source, captions_file)
+    folder = source.data_root or table.folder
+    # Listed files may be in the folders that the user named, and in those of downloads. The table of
+    # `make_first_frames.py` lists clips of the cache, and images beside itself.
+    named = (source.data_root, table.folder, media_cache, *table.filled)
+    within = None if source.allow_outside_paths else [place for place in named if place is not None]
     clips, bad_clips = [], []
     most = source.max_samples and min(source.max_samples, sys.maxsize)  # islice takes no more
     for row in islice(table.rows, most):
         if name_folder and table.folder is not None:
             row = replace(row, source=one_line(table.folder / row.source))
         try:
-            clips.append(_clip_of(row, columns, source, source.data_root or table.folder, media_cache, within))
+            clips.append(_clip_of(row, source, folder, media_cache, within, caption_needed=captions_file is None))
         except UnusableRow as problem:
-            bad_clips.append(BadClip(_name_of(row.values.get(columns.video)), one_line(row.source), str(problem)))
+            name = _name_of(row.values.get(source.video_column))
+            bad_clips.append(BadClip(name, one_line(row.source), str(problem)))
     if not clips and not bad_clips:
         raise UserError(f"{table.where} has no rows")
     return clips, bad_clips
 
 
-def _folders_named(source: DataSource, table: Table, media_cache: Path) -> list[Path]:
-    """Return the folders that listed files may be in: those that the user named, and those of downloads.
-
-    The table of `make_first_frames.py` lists clips of the cache, and images beside itself.
-    """
-    named = (source.data_root, table.folder, media_cache, *table.filled)
-    return [folder for folder in named if folder is not None]
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """The columns of a clip's parts."""
-
-    video: str = "video"
-    caption: str = "caption"
-    image: str | None = "image"
-    caption_needed: bool = True
-
-
-def _open(source: DataSource, captions_file: Path | None) -> tuple[Table, _Columns]:
-    if source.data_root is not None and not os.path.isdir(source.data_root):
-        raise UserError(f"--data_root {source.data_root} is not a folder")
+def _open(source: DataSource, captions_file: Path | None) -> tuple[Table, DataSource]:
+    """Return a source's list, and the source with the columns that the list has."""
+    root = source.data_root
+    if root is not None and not os.path.isdir(root):
+        raise UserError(f"--data_root {root} is not a folder")
     if source.dataset_file is not None and source.dataset_name is not None:
         raise UserError("--dataset_file and --dataset_name are both set; omit one of them")
     if source.dataset_name is not None:
+        from data.arrow import read_dataset
+
         table = read_dataset(
             source.dataset_name, source.dataset_config_name, source.dataset_split, source.dataset_streaming
         )
-    elif source.dataset_file is not None:
+        return table, _with_columns(source, table, captions_file is None)
+    if source.dataset_file is not None:
         table = read_table(_find_dataset_file(source))
-    else:
-        return _open_data_root(source, captions_file), _Columns(caption_needed=captions_file is None)
-    return table, _find_columns(table, source, caption_needed=captions_file is None)
-
-
-def _open_data_root(source: DataSource, captions_file: Path | None) -> Table:
-    root, columns = source.data_root, (source.video_column, source.caption_column)
+        return table, _with_columns(source, table, captions_file is None)
     if root is None:
         raise UserError("there are no clips to read: set --data_root, --dataset_file, --dataset_name or --dataset_mix")
-    if has_text_files(root, *columns):
-        return read_text_files(root, *columns, source.image_column, captions_needed=captions_file is None)
-    if source.image_column is not None:
+    table = read_text_files(source, captions_needed=captions_file is None)
+    if table is None and source.image_column is not None:
         raise UserError(
             f"--image_column {source.image_column} names a column or a text file, but {root} has neither; in a "
             "folder of clips, b.png beside b.mp4 is its first frame"
         )
-    return read_folder(root, captions_file)
+    columns = {"video_column": "video", "caption_column": "caption", "image_column": "image"}
+    return table or read_folder(root, captions_file), replace(source, **columns)
 
 
 def _find_dataset_file(source: DataSource) -> Path:
-    places = [source.dataset_file] + ([source.data_root / source.dataset_file] if source.data_root else [])
-    for path in places:
-        if os.path.isfile(path):
-            return path
+    for folder in (Path(), source.data_root or Path()):
+        if os.path.isfile(folder / source.dataset_file):
+            return folder / source.dataset_file
     searched = f", neither here nor in {source.data_root}" if source.data_root else ""
     raise UserError(f"--dataset_file {source.dataset_file} does not exist{searched}")
 
 
-def _find_columns(table: Table, source: DataSource, *, caption_needed: bool) -> _Columns:
+def _with_columns(source: DataSource, table: Table, caption_needed: bool) -> DataSource:
+    """Return the source with the image column that its table has, and check that the others exist."""
     wanted = {source.video_column: "--video_column", source.caption_column: "--caption_column"}
     if source.image_column is not None:
         wanted[source.image_column] = "--image_column"
@@ -152,42 +116,41 @@ def _find_columns(table: Table, source: DataSource, *, caption_needed: bool) -> 
         if table.names.count(column) > 1:
             raise UserError(f"{table.where} has several columns {column!r}; rename all but the one to use")
     found = [name for name in ("image", "images") if name in table.names and name not in wanted]
-    image_column = source.image_column or next(iter(found), None)
-    return _Columns(source.video_column, source.caption_column, image_column, caption_needed)
+    return replace(source, image_column=source.image_column or next(iter(found), None))
 
 
 def _clip_of(
     row: Row,
-    columns: _Columns,
     source: DataSource,
     folder: Path | None,
     media_cache: Path,
     within: Sequence[Path] | None,
+    *,
+    caption_needed: bool,
 ) -> Clip:
     if row.problem is not None:
         raise UnusableRow(row.problem)
     values = row.values
-    caption = values.get(columns.caption)
+    caption = values.get(source.caption_column)
     if not isinstance(caption, str | None):
         raise UnusableRow(f"its caption is {described(caption)}, not text")
     caption = (caption or "").strip()
     if caption:
         caption = f"{(source.id_token or '').strip()} {caption}".strip()
-    elif columns.caption_needed:
+    elif caption_needed:
         raise UnusableRow("has no caption")
-    metadata = _metadata(values, columns)
+    metadata = _metadata(values, {source.video_column, source.caption_column, source.image_column, ""})
     try:
-        video = media_file(values.get(columns.video), folder, media_cache, values.get("fps"), within=within)
-        image = first_frame_file(values.get(columns.image), folder, media_cache, within=within)
+        video = media_file(values.get(source.video_column), folder, media_cache, values.get("fps"), within=within)
+        image = first_frame_file(values.get(source.image_column), folder, media_cache, within=within)
         "".join((caption, str(video), str(image), *metadata, *metadata.values())).encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, and file names may be any bytes
         raise UnusableRow("has text that is not valid Unicode, which no list can hold") from error
     return Clip(video, caption, row.source, image, source.repeats, metadata)
 
 
-def _metadata(values: Mapping[str, Any], columns: _Columns) -> dict[str, str]:
+def _metadata(values: Mapping[str, Any], used: Collection[str | None]) -> dict[str, str]:
     """Return the other columns' single values, as bytes, lists and objects may be as large as a video."""
-    used = {columns.video, columns.caption, columns.image, ""}
     return {
         name: str(value)
         for name, value in values.items()

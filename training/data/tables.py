@@ -8,51 +8,37 @@ from pathlib import Path
 
 from common.errors import UserError, described
 from common.text_files import read_json, read_lines, read_utf8
-from data.arrow import read_parquet
-from data.rows import Row, Table
+from data.rows import DataSource, Row, Table
 from flags.types import TABLE_SUFFIXES
 
 
-def has_text_files(data_root: Path, video_column: str, caption_column: str) -> bool:
-    """Return whether `data_root` has videos.txt or prompts.txt, or a flag names such a file."""
-    named = ((video_column, "videos.txt"), (caption_column, "prompts.txt"))
-    return any(
-        column.endswith(".txt") or os.path.isfile(_text_file(data_root, column, default)) for column, default in named
-    )
-
-
-def read_text_files(
-    data_root: Path,
-    video_column: str,
-    caption_column: str,
-    image_column: str | None,
-    *,
-    captions_needed: bool = True,
-) -> Table:
+def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | None:
     """Read videos.txt, prompts.txt and images.txt if it exists: line n of one belongs to line n of the others.
 
     Args:
-        data_root: the folder they are in.
-        video_column, caption_column, image_column: files to read instead; names that are neither a .txt nor a file are
-            a table's columns and are ignored.
+        source: its columns may name other files in its `data_root`; columns that are neither a .txt nor a file are a
+            table's and are ignored.
         captions_needed: require prompts.txt, with a line for each video.
 
     Returns:
-        Columns video, caption and image. An empty line in images.txt is for a video without an image.
+        Columns video, caption and image; None if no column names a file and neither videos.txt nor prompts.txt exists.
+        An empty line in images.txt is for a video without an image.
 
     Raises:
         UserError: a file is missing, not UTF-8, or of another length.
     """
-    videos_file = _text_file(data_root, video_column, "videos.txt")
-    prompts_file = _text_file(data_root, caption_column, "prompts.txt")
-    images_file = _text_file(data_root, image_column or "images.txt", "images.txt")
-    needed = [(videos_file, "--video_column")]
-    if captions_needed or caption_column.endswith(".txt"):
-        needed.append((prompts_file, "--caption_column"))
-    if image_column is not None:
-        needed.append((images_file, "--image_column"))
-    for file, flag in needed:
-        if not os.path.isfile(file):
+    videos_file = _text_file(source.data_root, source.video_column, "videos.txt")
+    prompts_file = _text_file(source.data_root, source.caption_column, "prompts.txt")
+    images_file = _text_file(source.data_root, source.image_column or "images.txt", "images.txt")
+    is_named = source.video_column.endswith(".txt") or source.caption_column.endswith(".txt")
+    if not is_named and not any(map(os.path.isfile, (videos_file, prompts_file))):
+        return None
+    for file, flag, is_needed in (
+        (videos_file, "--video_column", True),
+        (prompts_file, "--caption_column", captions_needed or source.caption_column.endswith(".txt")),
+        (images_file, "--image_column", source.image_column is not None),
+    ):
+        if is_needed and not os.path.isfile(file):
             raise UserError(
                 f"{file} does not exist; {flag} names the file, below --data_root (or pass a --dataset_file)"
             )
@@ -73,7 +59,7 @@ def read_text_files(
         Row(f"{videos_file.name}:{number}", dict(zip(names, lines, strict=True)))
         for number, lines in enumerate(zip(videos, prompts, images, strict=True), 1)
     )
-    return Table(str(videos_file), names, rows, data_root)
+    return Table(str(videos_file), names, rows, source.data_root)
 
 
 def _text_file(data_root: Path, column: str, default: str) -> Path:
@@ -94,8 +80,14 @@ def read_table(file: Path) -> Table:
     if suffix in (".jsonl", ".json"):
         entries = read_json(file)
         names = list(dict.fromkeys(name for _, entry in entries if isinstance(entry, dict) for name in entry))
-        return Table(str(file), names, (_json_row(*entry) for entry in entries), file.parent)
+        rows = (
+            Row(place, value) if isinstance(value, dict) else Row(place, {}, f"is {described(value)}, not an object")
+            for place, value in entries
+        )
+        return Table(str(file), names, rows, file.parent)
     if suffix == ".parquet":
+        from data.arrow import read_parquet
+
         return read_parquet(file)
     raise UserError(f"--dataset_file {file} is of an unknown kind; it must be one of {', '.join(TABLE_SUFFIXES)}")
 
@@ -138,7 +130,3 @@ def _unquoted(cell: str) -> str:
     if len(cell) >= 2 and cell[0] == cell[-1] == '"' and '"' not in inner:
         return inner.strip()
     return cell
-
-
-def _json_row(place: str, value: object) -> Row:
-    return Row(place, value) if isinstance(value, dict) else Row(place, {}, f"is {described(value)}, not an object")

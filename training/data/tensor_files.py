@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from common.files import flush, written_whole
+from common.files import atomic_write, flush
 
 
 if TYPE_CHECKING:
@@ -70,10 +70,7 @@ class ShardWriter:
             shutil.rmtree(folder, ignore_errors=True)
 
     def todo(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
-        """Return this rank's batches that have not been written yet.
-
-        The share of a rank depends only on the names in the shards, not on what other ranks have finished meanwhile.
-        """
+        """Return this rank's batches that have not been written yet; its share does not depend on what has been."""
         batches = []
         for digest, names in self._shards.items():
             staged = {name for part in _tensor_files(self.staging / digest) for name in names_in(part)}
@@ -94,15 +91,14 @@ class ShardWriter:
                 for name in names
                 for kind, tensor in samples[name].items()
             }
-            with written_whole(self.staging / digest / f"{_digest(names)}-{len(names)}.safetensors") as partial:
+            with atomic_write(self.staging / digest / f"{_digest(names)}-{len(names)}.safetensors") as partial:
                 save_tensors(tensors, partial)
             self._merge_if_complete(digest)
 
     def merge(self, given_up: Container[str] = ()) -> None:
         """Write the shards whose batches are complete, as after a kill between the last batch and the shard.
 
-        Args:
-            given_up: names that will never be written; shards are complete without them.
+        Shards are complete without the names that are given up.
         """
         for digest in self._shards:
             self._merge_if_complete(digest, given_up)
@@ -115,12 +111,11 @@ class ShardWriter:
             parts = _tensor_files(staging)
             wanted = {name for name in self._shards[digest] if name not in given_up}
             # The counts in the file names save reading the headers before enough batches exist.
-            if not parts or sum(int(part.stem.split("-")[1]) for part in parts) < len(wanted):
-                return
-            if not wanted.issubset(name for part in parts for name in names_in(part)):
+            num_staged = sum(int(part.stem.split("-")[1]) for part in parts)
+            if not parts or num_staged < len(wanted) or wanted - {name for part in parts for name in names_in(part)}:
                 return
             try:
-                with written_whole(shard, staging=staging) as partial:
+                with atomic_write(shard, staging=staging) as partial:
                     save_tensors({key: tensor for part in parts for key, tensor in load_file(part).items()}, partial)
                     flush(partial)
             except FileNotFoundError:
@@ -131,11 +126,7 @@ class ShardWriter:
 
 
 def finished_names(folder: Path) -> dict[str, Path]:
-    """Return the names in the finished shards of a folder, each with its shard.
-
-    Raises:
-        UserError: a shard is damaged.
-    """
+    """Return the names in the finished shards of a folder, each with its shard; a damaged one is a `UserError`."""
     return {name: path for path in _tensor_files(folder) for name in names_in(path)}
 
 
@@ -144,11 +135,7 @@ def _tensor_files(folder: Path) -> list[Path]:
 
 
 def names_in(path: Path) -> Iterator[str]:
-    """Read the names in a shard from its header, and check its length. A missing file has no names.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Read the names in a shard from its header; a missing file has none, and a damaged one is a `UserError`."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -162,22 +149,18 @@ def names_in(path: Path) -> Iterator[str]:
 
 
 def save_tensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a safetensors file; a full disk is an `OSError`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
         save_file(dict(tensors), path)
-    except SafetensorError as error:  # a full disk
+    except SafetensorError as error:
         raise OSError(str(error)) from error
 
 
 def samples_per_shard(bytes_per_sample: int, shard_bytes: int) -> int:
-    """Return the number of samples in a shard of about that size."""
+    """Return how many samples a shard of about `shard_bytes` has."""
     return max(1, min(MOST_PER_SHARD, shard_bytes // bytes_per_sample))
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.utils.torch_utils import randn_tensor
 
 
 def sample_latents(
@@ -49,11 +48,7 @@ def image_noise_scales(num_scales: int, generator: torch.Generator) -> torch.Ten
 
 
 def pad_latent_frames(latents: torch.Tensor, patch_size_t: int | None) -> torch.Tensor:
-    """Repeat the first latent frame in front until the frame count divides by `patch_size_t` (CogVideoX 1.5).
-
-    Args:
-        latents: `[B, F, C, H, W]`.
-        patch_size_t: frames per patch; None for models that do not patch in time.
+    """Repeat the first frame of `[B, F, C, H, W]` until F divides by `patch_size_t` (None except in CogVideoX 1.5).
 
     Source: `CogVideoXPipeline.__call__` samples as many extra frames in front and discards them before decoding.
     """
@@ -66,11 +61,6 @@ def sample_uniform(generators: Sequence[torch.Generator]) -> torch.Tensor:
     return torch.cat([torch.rand(1, generator=g, device=g.device, dtype=torch.float64) for g in generators])
 
 
-def sample_noise(latents: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Draw standard normal noise of the shape, device and dtype of `latents`, each sample's from its generator."""
-    return randn_tensor(latents.shape, generator=list(generators), device=latents.device, dtype=latents.dtype)
-
-
 def velocity_losses(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each sample's predicted velocity, in float32. Returns `[B]`.
 
@@ -79,8 +69,8 @@ def velocity_losses(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tenso
     division, which loses digits as ac nears 1.
 
     Args:
-        velocity: `[B, F, C, H, W]`, the transformer's prediction.
-        target: the same shape, `scheduler.get_velocity(latents, noise, timesteps)`.
+        velocity: `[B, F, C, H, W]`.
+        target: from `scheduler.get_velocity`.
 
     Source: v-prediction, https://arxiv.org/abs/2202.00512; the loss of CogVideoX, https://arxiv.org/abs/2408.06072.
     """

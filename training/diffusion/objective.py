@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers.utils.torch_utils import randn_tensor
 
 from dataset import Batch
 from diffusion.latents import (
     pad_latent_frames,
     rotary_embeddings,
     sample_latents,
-    sample_noise,
     sample_uniform,
     velocity_losses,
 )
@@ -45,7 +45,7 @@ class Objective:
 
         Args:
             batch: on the device.
-            generators: one for each sample, on the device, for all its random draws.
+            generators: one for each sample, on the device.
             parts: parts of the timesteps' distribution, as in `TimestepSampling.draw`.
         """
         timesteps = self.timesteps.draw(generators, self.scheduler.config.num_train_timesteps, parts)
@@ -77,7 +77,7 @@ class Objective:
             moments = encode_videos(self.vae, batch.videos)
         latents = sample_latents(moments, self.configs.vae["scaling_factor"], generators)
         latents = pad_latent_frames(latents, self.transformer.config.patch_size_t)
-        noise = sample_noise(latents, generators)
+        noise = randn_tensor(latents.shape, generator=list(generators), device=latents.device)
         noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
         inputs = self.task.transformer_inputs(
             noisy_latents, batch, self.configs, self.vae, generators, drop_images=drop_images

@@ -1,6 +1,7 @@
 """The tasks text-to-video and image-to-video: the pipeline that samples each, and the inputs of the transformer."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -47,20 +48,11 @@ class TextToVideo:
         """Refuse a model of another task, and sizes that the model cannot sample.
 
         Args:
-            configs: configs of the model.
             sizes: sizes of the clips and of the videos to sample.
             flags: flags that set the sizes, for messages.
-
-        Raises:
-            UserError: the transformer needs image latents beside the video's, or does not take a size.
         """
         if configs.is_image_to_video:
-            raise UserError(
-                "--pretrained_model_name_or_path: this is an image-to-video model (its transformer takes "
-                f"{configs.transformer['in_channels']} channels, a video has {configs.vae['latent_channels']}); train "
-                "it with cogvideox_image_to_video_lora.py or cogvideox_image_to_video_sft.py, or pass a "
-                "text-to-video model such as THUDM/CogVideoX-5b"
-            )
+            raise UserError(_other_task(configs, "this is an image-to-video model", "a text-to-video", "5b"))
         _check_sizes(configs, sizes, flags)
 
     def prepare_model(self, transformer: CogVideoXTransformer3DModel) -> None:
@@ -80,8 +72,6 @@ class TextToVideo:
 
         Args:
             noisy_latents: `[B, F, C, H, W]`.
-            batch: the samples.
-            configs: configs of the model.
             vae: encodes raw clips; None if all batches are prepared.
             generators: one for each sample, on the device of the latents, for its random draws.
             drop_images: drop some images.
@@ -93,21 +83,16 @@ class TextToVideo:
         return []
 
 
+@dataclass(frozen=True)
 class ImageToVideo:
-    """Videos that begin with an image: its latents are concatenated to the noisy ones, as in the pipeline.
+    """Videos that begin with an image: its latents are concatenated to the noisy ones, as in the pipeline."""
 
-    Args:
-        noised_image_dropout: probability that a sample is trained without its image.
-        ignore_learned_positions: drop the learned positions of CogVideoX-5b-I2V, which fit only its native size.
-    """
+    noised_image_dropout: float  # probability that a sample is trained without its image
+    ignore_learned_positions: bool  # drop those of CogVideoX-5b-I2V, which fit only its native size
 
     name = "image-to-video"
     pipeline_class = CogVideoXImageToVideoPipeline
     with_images = True
-
-    def __init__(self, noised_image_dropout: float, ignore_learned_positions: bool):
-        self.noised_image_dropout = noised_image_dropout
-        self.ignore_learned_positions = ignore_learned_positions
 
     @property
     def settings(self) -> dict[str, object]:
@@ -115,29 +100,19 @@ class ImageToVideo:
         return {"--ignore_learned_positional_embeddings": self.ignore_learned_positions}
 
     def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlags = TRAINING_SIZES) -> None:
-        """Refuse a model of another task, and sizes that it cannot sample or has no learned positions for.
-
-        Raises:
-            UserError: the transformer takes no image latents, or does not take a size.
-        """
+        """Refuse a model of another task, and sizes that it cannot sample or has no learned positions for."""
         if not configs.is_image_to_video:
-            raise UserError(
-                "--pretrained_model_name_or_path: this is a text-to-video model (its transformer takes "
-                f"{configs.transformer['in_channels']} channels, none of them for an image); train it with "
-                "cogvideox_text_to_video_lora.py or cogvideox_text_to_video_sft.py, or pass an image-to-video model "
-                "such as THUDM/CogVideoX-5b-I2V"
-            )
+            raise UserError(_other_task(configs, "this is a text-to-video model", "an image-to-video", "5b-I2V"))
         sizes = set(sizes)
         _check_sizes(configs, sizes, flags)
-        if not configs.transformer["use_learned_positional_embeddings"]:
-            if self.ignore_learned_positions:
-                raise UserError(
-                    "--ignore_learned_positional_embeddings: this model has no learned positions; omit the flag"
-                )
-            return
+        has_learned_positions = configs.transformer["use_learned_positional_embeddings"]
+        if self.ignore_learned_positions and not has_learned_positions:
+            raise UserError(
+                "--ignore_learned_positional_embeddings: this model has no learned positions; omit the flag"
+            )
         native = configs.native_size
         others = sorted(sizes - {native})
-        if others and not self.ignore_learned_positions:
+        if others and has_learned_positions and not self.ignore_learned_positions:
             raise UserError(
                 f"the learned positions of this model fit only {native} (frames x height x width), not "
                 f"{', '.join(map(str, others))}; use that size, or drop them with "
@@ -196,16 +171,21 @@ class ImageToVideo:
         ]
 
 
-def _check_sizes(configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlags) -> None:
-    """Refuse sizes that CogVideoX 1.5 cannot be trained or sampled at; other models take any size.
+def _other_task(configs: ModelConfigs, fact: str, wanted: str, model: str) -> str:
+    script = "cogvideox_image_to_video" if configs.is_image_to_video else "cogvideox_text_to_video"
+    return (
+        f"--pretrained_model_name_or_path: {fact} (its transformer takes {configs.transformer['in_channels']} "
+        f"channels, a video has {configs.vae['latent_channels']}); train it with {script}_lora.py or {script}_sft.py, "
+        f"or pass {wanted} model such as THUDM/CogVideoX-{model}"
+    )
 
-    Raises:
-        UserError: naming the sizes, what the model takes, and the nearest sizes that it takes.
-    """
+
+def _check_sizes(configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlags) -> None:
+    """Refuse sizes that CogVideoX 1.5 cannot be trained or sampled at; other models take any size."""
     patch, patch_frames = configs.transformer["patch_size"], configs.transformer["patch_size_t"]
     if patch_frames is None:
         return
-    sizes = sorted(set(sizes))
+    sizes = set(sizes)
     # Positions come from a table that covers the native height and width.
     height, width = (configs.transformer[side] // patch * patch * 8 for side in ("sample_height", "sample_width"))
     too_large = {(size.height, size.width) for size in sizes if size.height > height or size.width > width}

@@ -13,34 +13,21 @@ from models.source import NoiseScheduler
 
 @dataclass(frozen=True)
 class TimestepSampling:
-    """The distribution of timesteps. The defaults are as published: uniform, with equal weights.
-
-    Raises:
-        ValueError: the distribution is unknown.
-    """
+    """The distribution of timesteps. The defaults are as published: uniform, with equal weights."""
 
     distribution: str = "uniform"  # or logit_normal
     logit_mean: float = 0.0  # of logit_normal; higher means noisier
     logit_std: float = 1.0
     snr_gamma: float | None = None  # of min-SNR weights; None for equal weights
 
-    def __post_init__(self):
-        if self.distribution not in ("uniform", "logit_normal"):
-            raise ValueError(f"there is no timestep distribution {self.distribution!r}")
-
     def draw(
         self, generators: Sequence[torch.Generator], num_timesteps: int, parts: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Draw a timestep for each sample.
+        """Draw a timestep below `num_timesteps` from each generator. Returns `[B]`, int64, on their device.
 
         Args:
-            generators: one for each sample.
-            num_timesteps: number of timesteps of the noise schedule.
             parts: `[B, 2]`, the part of the distribution for each sample, and the number of equally likely parts, as
                 from `share_out`; None for the full distribution.
-
-        Returns:
-            `[B]`, int64, in `0..num_timesteps - 1`, on the generators' device.
 
         Source: logit-normal, https://arxiv.org/abs/2403.03206, section 3.1.
         """

@@ -6,13 +6,13 @@ work space of libraries, and what torch's allocator reserves beyond the tensors 
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import prod
 
 from memory.activation_bytes import batch_bytes, decoding_bytes, kept_memory, sampling_bytes
 from memory.facts import ModelFacts, ParameterFacts, Workload
 from memory.pinned import power_above
-from memory.settings import GB, MemorySettings
+from memory.settings import MemorySettings
 
 
 _TINY = 4096  # numbers; low-precision optimizers keep smaller tensors in full precision
@@ -72,25 +72,14 @@ class MemoryAccount:
         """The peak of the run on the device."""
         return max(self.training, self.validation)
 
-    def table(self) -> str:
-        """Format each part as a line, for logs."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        parts |= {"peak of a training step": self.training, "peak of a validation": self.validation}
-        return "\n".join(f"{name.replace('_', ' '):26} {size / GB:7.2f} GB" for name, size in parts.items())
-
 
 def account(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> MemoryAccount:
-    """Calculate the memory of a run.
-
-    Args:
-        facts: of the model with the method of `settings`.
-    """
+    """Calculate the memory of a run of the model with the method of `settings`."""
     frozen, on_host = _frozen_weights(facts, settings, workload)
     weights = [parameter.numel * settings.trained_bytes for parameter in facts.trainable]
     states, states_on_host = _place_states(facts, settings, weights)
     gradients, earlier_gradients = _gradients(facts, settings, weights)
-    kept = kept_memory(facts, settings, workload)
-    is_moved = settings.enable_model_cpu_offload
+    kept, kept_on_host = kept_memory(facts, settings, workload)
     sampled = workload.sampled
     return MemoryAccount(
         frozen_weights=frozen,
@@ -100,16 +89,13 @@ def account(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> 
         gradients=gradients,
         earlier_gradients=earlier_gradients,
         largest_gradient=max(weights),
-        kept_inputs=kept.inputs,
-        last_input=kept.last_input,
-        kept_activations=kept.activations,
-        working_set=kept.working_set,
+        **kept,
         batch=batch_bytes(facts, workload),
         sampling=sampling_bytes(facts, workload) if sampled else 0,
         vae_weights=facts.vae_numel * workload.compute_bytes if sampled else 0,
         decoding=decoding_bytes(facts, workload) if sampled else 0,
-        weights_while_decoding=0 if is_moved else frozen + sum(weights),
-        host=on_host + states_on_host + kept.on_host,
+        weights_while_decoding=0 if settings.enable_model_cpu_offload else frozen + sum(weights),
+        host=on_host + states_on_host + kept_on_host,
     )
 
 
@@ -150,12 +136,9 @@ def state_bytes(parameter: ParameterFacts, settings: MemorySettings) -> int:
     numel, full = parameter.numel, settings.trained_bytes
     if settings.optimizer == "prodigy":
         return 4 * numel * full  # two averages, the initial weights, and the sum that determines the step size
-    if settings.optimizer == "came":
-        if len(parameter.shape) < 2:
-            return 2 * numel * full
-        rows = numel // parameter.shape[-1]
-        columns = numel // parameter.shape[-2]
-        return numel * full + 2 * (rows + columns) * full  # factors of the second average and of its confidence
+    if settings.optimizer == "came" and len(parameter.shape) > 1:
+        rows, columns = numel // parameter.shape[-1], numel // parameter.shape[-2]
+        return (numel + 2 * (rows + columns)) * full  # factors of the second average and of its confidence
     if settings.optimizer == "muon" and len(parameter.shape) == 2:
         return numel * full
     if settings.optimizer in ("adam", "adamw"):

@@ -4,7 +4,6 @@ They are the activations of diffusers' `CogVideoXBlock` under autocast, listed i
 `[B, T, D]` of all tokens, text and video, in the compute dtype.
 """
 
-from dataclasses import dataclass
 from math import prod
 
 from memory.activations import count_kept
@@ -13,7 +12,7 @@ from memory.settings import MemorySettings
 
 
 _NORM_BYTES = 4  # of one number in and out of a norm, which autocast computes in float32
-_DECODER_TENSORS = 10, 7.5  # alive at once in the decoder's last layers, see `decoding_bytes`
+_FEED_FORWARD = ("input of the feed-forward", "input of its activation", "output of its activation")
 
 
 def block_tensors(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> dict[str, int]:
@@ -57,22 +56,8 @@ def block_tensors(facts: ModelFacts, settings: MemorySettings, workload: Workloa
     return tensors
 
 
-@dataclass(frozen=True)
-class KeptMemory:
-    """Bytes of activations, see the fields of `MemoryAccount`."""
-
-    inputs: int
-    last_input: int
-    activations: int
-    working_set: int
-    on_host: int
-
-
-_FEED_FORWARD = ("input of the feed-forward", "input of its activation", "output of its activation")
-
-
-def kept_memory(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> KeptMemory:
-    """Return the activations of the model, by when they are on the device."""
+def kept_memory(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> tuple[dict[str, int], int]:
+    """Return the bytes of activations on the device, by their names in `MemoryAccount`, and on the host."""
     tensors = block_tensors(facts, settings, workload)
     block = sum(tensors.values())
     feed_forward = sum(tensors[name] for name in _FEED_FORWARD)
@@ -87,13 +72,13 @@ def kept_memory(facts: ModelFacts, settings: MemorySettings, workload: Workload)
     on_device = min(kept.inputs, 2) if settings.offload_checkpoints else kept.inputs
     # Without autocast the first norm shares its input with the checkpoint.
     shared = unit if kept.inputs and scope != "feed-forward" and workload.compute_bytes == _NORM_BYTES else 0
-    return KeptMemory(
-        inputs=on_device * one_input,
-        last_input=min(on_device, 1) * one_input,
-        activations=(kept.complete_blocks - at_once) * block + kept.without_feed_forward * (block - feed_forward),
-        working_set=at_once * block + _backward_extra(facts, settings, workload, unit) - shared,
-        on_host=(kept.inputs - on_device) * one_input,
-    )
+    complete, partial = kept.complete_blocks - at_once, kept.without_feed_forward
+    return {
+        "kept_inputs": on_device * one_input,
+        "last_input": min(on_device, 1) * one_input,
+        "kept_activations": complete * block + partial * (block - feed_forward),
+        "working_set": at_once * block + _backward_extra(facts, settings, workload, unit) - shared,
+    }, (kept.inputs - on_device) * one_input
 
 
 def _backward_extra(facts: ModelFacts, settings: MemorySettings, workload: Workload, unit: int) -> int:
@@ -114,10 +99,10 @@ def batch_bytes(facts: ModelFacts, workload: Workload) -> int:
     latents = workload.batch_size * prod(workload.size.latent_shape) * facts.configs.vae["latent_channels"]
     text_tokens = config["max_text_seq_length"]
     embeds = workload.batch_size * text_tokens * config["text_embed_dim"] * workload.compute_bytes
-    positions = 2 * (facts.count_tokens(workload.size) - text_tokens) * (facts.dim // facts.heads) * 4
-    if not config["use_rotary_positional_embeddings"]:
-        positions = 0
-    return 8 * 4 * latents + embeds + positions  # about eight tensors of the latents' size in float32
+    num_bytes = 8 * 4 * latents + embeds  # about eight tensors of the latents' size in float32
+    if config["use_rotary_positional_embeddings"]:
+        num_bytes += 2 * (facts.count_tokens(workload.size) - text_tokens) * (facts.dim // facts.heads) * 4
+    return num_bytes
 
 
 def sampling_bytes(facts: ModelFacts, workload: Workload) -> int:
@@ -144,7 +129,7 @@ def decoding_bytes(facts: ModelFacts, workload: Workload) -> int:
     vae = facts.configs.vae
     frames, height, width = workload.sampled.latent_shape
     at_once = 9 if frames % 2 else 8
-    tensors = _DECODER_TENSORS[0 if frames > 3 else 1]
+    tensors = 10 if frames > 3 else 7.5
     tile = min(height * 8, vae["sample_height"] // 2) * min(width * 8, vae["sample_width"] // 2)
     videos = 2 * prod(workload.sampled) * 3 * workload.compute_bytes  # the tiles and the joined video
     return videos + int(tensors * vae["block_out_channels"][1] * at_once * tile * workload.compute_bytes)

@@ -29,11 +29,8 @@ def count_kept(scope: str, every: int, num_blocks: int) -> KeptActivations:
     if scope == "none":
         return KeptActivations(0, num_blocks, 0)
     checkpoints = -(-num_blocks // every)
-    if scope == "segment":
-        return KeptActivations(checkpoints, min(every, num_blocks), 0)
-    if scope == "feed-forward":
-        return KeptActivations(checkpoints, num_blocks - checkpoints + 1, checkpoints - 1)
-    return KeptActivations(checkpoints, num_blocks - checkpoints + 1, 0)
+    complete = min(every, num_blocks) if scope == "segment" else num_blocks - checkpoints + 1
+    return KeptActivations(checkpoints, complete, checkpoints - 1 if scope == "feed-forward" else 0)
 
 
 def checkpoint_activations(
@@ -49,7 +46,6 @@ def checkpoint_activations(
     once for a transformer.
 
     Args:
-        transformer: to be changed.
         scope: of a checkpoint: "block", "segment" (several blocks) or "feed-forward" (by far the largest part of a
             block).
         every: checkpoint one of so many blocks, starting with the first; for "segment", the number of its blocks.
@@ -92,11 +88,7 @@ def _checkpoint_forward(module: torch.nn.Module, store: "CheckpointStore | None"
 def _checkpoint(
     function: Callable[..., Any], inputs: tuple, store: "CheckpointStore | None", *, is_first: bool
 ) -> Any:
-    """Call the function now and again in the backward pass, with the same random numbers.
-
-    Args:
-        is_first: whether it is the first checkpoint of the forward pass.
-    """
+    """Call the function now, as the first checkpoint of the pass or a later one, and again in the backward pass."""
     if store is None:
         return checkpoint(function, *inputs, use_reentrant=False)
     if is_first:
@@ -108,14 +100,14 @@ def _checkpoint(
 
 @dataclass(eq=False)
 class _Kept:
-    """A tensor in host memory."""
+    """A tensor in host memory, and on the device while it is copied out or back."""
 
     checkpoint: int  # its number in the forward pass
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
     host: list[torch.Tensor] | None  # its bytes; None when their room was released
-    tensor: torch.Tensor | None  # the tensor on the device while it is copied out or back
+    tensor: torch.Tensor | None
 
 
 @dataclass(eq=False)
@@ -142,28 +134,24 @@ class CheckpointStore:
 
     def __init__(self, stack: HostStack | None = None) -> None:
         self.stack = stack or HostStack()
-        self._checkpoints: list[_Checkpoint] = []
+        self.checkpoints: list[_Checkpoint] = []
         self._copying: torch.cuda.Stream | None = None
 
     def clear(self) -> None:
         """Release everything at the start of a forward pass."""
-        for one in self._checkpoints:
+        for one in self.checkpoints:
             self._drop(one)
             for kept in one.kept:
                 kept.host = None
-        self._checkpoints.clear()
+        self.checkpoints.clear()
         self.stack.reset()
 
     def next_checkpoint(self) -> saved_tensors_hooks:
         """Return the context in which to call the next checkpoint."""
-        if self._checkpoints:
-            self._drop(self._checkpoints[-1])  # it was copied during its function
-        self._checkpoints.append(_Checkpoint())
+        if self.checkpoints:
+            self._drop(self.checkpoints[-1])  # it was copied during its function
+        self.checkpoints.append(_Checkpoint())
         return saved_tensors_hooks(self._pack, self._unpack)
-
-    def num_on_device(self) -> int:
-        """Return how many of the kept tensors are also on the device."""
-        return sum(kept.tensor is not None for one in self._checkpoints for kept in one.kept)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Kept:
         # Token sequences are [B, T, D]; the time embedding, [B, D], is small and the same tensor for all blocks.
@@ -171,10 +159,10 @@ class CheckpointStore:
             return tensor
         tensor = tensor.detach().contiguous()
         host = self.stack.take(tensor.nbytes, pinned=tensor.is_cuda)
-        number = len(self._checkpoints) - 1
+        number = len(self.checkpoints) - 1
         kept = _Kept(number, tensor.shape, tensor.dtype, tensor.device, host, tensor)
-        self._checkpoints[number].kept.append(kept)
-        self._copy(self._checkpoints[number], zip(host, _split_bytes(tensor, host), strict=True), tensor.device)
+        self.checkpoints[number].kept.append(kept)
+        self._copy(self.checkpoints[number], zip(host, _split_bytes(tensor, host), strict=True), tensor.device)
         return kept
 
     def _unpack(self, packed: torch.Tensor | _Kept) -> torch.Tensor:
@@ -182,12 +170,12 @@ class CheckpointStore:
             return packed
         if packed.host is None:
             raise RuntimeError("the inputs of this checkpoint were released when another forward pass began")
-        one = self._checkpoints[packed.checkpoint]
+        one = self.checkpoints[packed.checkpoint]
         if packed.tensor is None:
             self._bring_back(one)
         self._wait(one)
         if packed.checkpoint > 0:
-            self._bring_back(self._checkpoints[packed.checkpoint - 1])
+            self._bring_back(self.checkpoints[packed.checkpoint - 1])
         tensor, packed.tensor = packed.tensor, None
         return tensor
 

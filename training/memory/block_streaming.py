@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 from common.errors import UserError
 from memory.activations import CheckpointStore, checkpoint_activations
@@ -29,8 +29,6 @@ def stream_blocks(
     DistributedDataParallel ignore frozen parameters) and weights quantized.
 
     Args:
-        transformer: to be changed.
-        device: to compute on.
         offload_to: for the inputs of the blocks, see `checkpoint_activations`.
 
     Raises:
@@ -139,7 +137,11 @@ class _StreamedBlock:
         self._places = [(module, name) for module, name, _ in _frozen(block)]
         parameters = [parameter for _, _, parameter in _frozen(block)]
         for parameter in parameters:
-            _check(parameter)
+            if type(parameter) is not nn.Parameter and not is_traceable_wrapper_subclass(parameter):
+                raise UserError(
+                    f"--stream_blocks: weights of type {type(parameter).__name__} cannot be streamed; use "
+                    "--quantize_base none, int8 or fp8"
+                )
         self.at_rest = _laid_out(parameters, host)
         for parameter, copy in zip(parameters, self.at_rest, strict=True):
             for source, target in zip(_plain_parts(parameter), _plain_parts(copy), strict=True):
@@ -160,14 +162,6 @@ def _frozen(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 yield module, name, parameter
-
-
-def _check(parameter: nn.Parameter) -> None:
-    if type(parameter) is not nn.Parameter and not is_traceable_wrapper_subclass(parameter):
-        raise UserError(
-            f"--stream_blocks: weights of type {type(parameter).__name__} cannot be streamed; use "
-            "--quantize_base none, int8 or fp8"
-        )
 
 
 def _keep_in_place(module: nn.Module, names: Sequence[str]) -> None:
@@ -214,9 +208,7 @@ def _rebuilt(tensor: torch.Tensor, place: Callable[[torch.Tensor], torch.Tensor]
     """Return the same kind of tensor with each of its plain parts replaced by `place`."""
     if not is_traceable_wrapper_subclass(tensor):
         return place(tensor.detach())
-    names, context = tensor.__tensor_flatten__()
-    parts = {name: _rebuilt(getattr(tensor, name), place) for name in names}
-    return type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
+    return transform_subclass(tensor, lambda _, part: _rebuilt(part, place))
 
 
 def _aligned(part: torch.Tensor) -> int:

@@ -73,11 +73,7 @@ class Workload:
 
 
 def model_facts(configs: ModelConfigs, method: Lora | FullFinetune) -> ModelFacts:
-    """Count a model's parameters after the method has prepared it on the meta device, where it takes no memory.
-
-    Raises:
-        UserError: the method does not fit the model.
-    """
+    """Count a model's parameters after the method has prepared it on the meta device, where it takes no memory."""
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel.from_config(configs.transformer)
         vae = AutoencoderKLCogVideoX.from_config(configs.vae)
@@ -91,7 +87,11 @@ def model_facts(configs: ModelConfigs, method: Lora | FullFinetune) -> ModelFact
         num_blocks=config.num_layers,
         dim=config.num_attention_heads * config.attention_head_dim,
         heads=config.num_attention_heads,
-        adapters=_adapters(transformer),
+        adapters={
+            name.split(".lora_A")[0]: weight.shape[0]
+            for name, weight in transformer.transformer_blocks[0].named_parameters()
+            if ".lora_A." in name
+        },
     )
 
 
@@ -107,11 +107,3 @@ def _parameter_facts(transformer: CogVideoXTransformer3DModel) -> list[Parameter
         block = int(parts[1]) if parts[0] == "transformer_blocks" else None
         facts.append(ParameterFacts(tuple(parameter.shape), parameter.requires_grad, block, id(parameter) in linear))
     return facts
-
-
-def _adapters(transformer: CogVideoXTransformer3DModel) -> dict[str, int]:
-    return {
-        name.split(".lora_A")[0]: weight.shape[0]
-        for name, weight in transformer.transformer_blocks[0].named_parameters()
-        if ".lora_A." in name
-    }

@@ -17,11 +17,10 @@ def host_buffers(sizes: Sequence[int], *, pinned: bool) -> Iterator[torch.Tensor
     """Allocate buffers chunk by chunk as they are requested, so that the tensors they replace can be freed meanwhile.
 
     Args:
-        sizes: in bytes.
         pinned: needs a GPU.
 
-    Returns:
-        For each size, uint8 tensors `[size]`.
+    Yields:
+        For each size in bytes, a uint8 tensor `[size]`.
     """
     for chunk, members in plan_chunks(sizes):
         memory = torch.empty(chunk, dtype=torch.uint8, pin_memory=pinned)
@@ -38,7 +37,7 @@ def plan_chunks(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
     chunks, start, left = [], 0, sum(sizes)
     while start < len(sizes):
         # The binary digits of the rest: a large chunk, then smaller ones, the last about as large as one buffer.
-        chunk = max(power_above(sizes[start]), min(LARGEST_CHUNK, _power_below(left)))
+        chunk = max(power_above(sizes[start]), min(LARGEST_CHUNK, 1 << (left.bit_length() - 1)))
         members: list[int] = []
         while start < len(sizes) and sum(members) + sizes[start] <= chunk:
             members.append(sizes[start])
@@ -53,10 +52,6 @@ def power_above(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def _power_below(size: int) -> int:
-    return 1 << max(size.bit_length() - 1, 0)
-
-
 class HostStack:
     """Host memory that is taken piece by piece and released all together, again and again.
 
@@ -65,26 +60,17 @@ class HostStack:
 
     def __init__(self, chunk_bytes: int = 2**28) -> None:
         self._chunk_bytes = chunk_bytes
-        self._chunks: list[torch.Tensor] = []
+        self.chunks: list[torch.Tensor] = []
         self.used = 0  # bytes taken since the last reset
 
-    @property
-    def allocated(self) -> int:
-        """The bytes of all chunks."""
-        return len(self._chunks) * self._chunk_bytes
-
     def take(self, size: int, *, pinned: bool) -> list[torch.Tensor]:
-        """Return the next `size` bytes as uint8 tensors, split where a chunk ends.
-
-        Args:
-            pinned: pin newly allocated chunks; needs a GPU.
-        """
+        """Return the next `size` bytes as uint8 tensors, split where a chunk ends; pin newly allocated chunks."""
         pieces = []
         while size > 0:
             number, start = divmod(self.used, self._chunk_bytes)
-            if number == len(self._chunks):
-                self._chunks.append(torch.empty(self._chunk_bytes, dtype=torch.uint8, pin_memory=pinned))
-            pieces.append(self._chunks[number][start : start + size])
+            if number == len(self.chunks):
+                self.chunks.append(torch.empty(self._chunk_bytes, dtype=torch.uint8, pin_memory=pinned))
+            pieces.append(self.chunks[number][start : start + size])
             self.used += len(pieces[-1])
             size -= len(pieces[-1])
         return pieces

@@ -15,7 +15,7 @@ from common.run_folder import PIPELINE_FOLDER, TRANSFORMER_FOLDER
 from methods.pipeline_folder import find_components, write_pipeline
 from models.configs import DTYPES, ModelConfigs
 from models.source import ModelSource
-from parallel.fsdp import divided_like
+from parallel.fsdp import shard_like
 
 
 _WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers looks for
@@ -43,11 +43,7 @@ class FullFinetune:
         return {"method": "full fine-tuning", "--weights_dtype": self.weights_dtype}
 
     def check_model(self, configs: ModelConfigs, source: ModelSource) -> None:
-        """Find or download the other components of the pipeline to be written.
-
-        Raises:
-            UserError: a component is missing.
-        """
+        """Find or download the other components of the pipeline to be written, or raise a UserError."""
         if self.save_pipeline:
             find_components(source)
 
@@ -65,6 +61,7 @@ class FullFinetune:
         folder: Path,
         dtype: torch.dtype,
         weights: Mapping[str, torch.Tensor] | None = None,
+        source: ModelSource | None = None,
     ) -> Path:
         """Write the transformer for `CogVideoXTransformer3DModel.from_pretrained(folder / "transformer")`.
 
@@ -72,6 +69,10 @@ class FullFinetune:
             folder: gets `transformer/`, in shards of at most `max_shard_size`.
             dtype: to store the weights in.
             weights: those of `weight_names`; None for the transformer's own.
+            source: of the base model, at the end of a run: with `save_pipeline`, also write the complete pipeline.
+
+        Raises:
+            UserError: the pipeline cannot be written; the transformer is complete.
         """
         partial, result = folder / f".partial.{TRANSFORMER_FOLDER}", folder / TRANSFORMER_FOLDER
         shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
@@ -81,33 +82,10 @@ class FullFinetune:
         weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
         save_torch_state_dict(weights, partial, filename_pattern=_WEIGHTS, max_shard_size=self.max_shard_size)
         replace_folder(partial, result)
-        return result
-
-    def save_result(
-        self,
-        transformer: CogVideoXTransformer3DModel,
-        source: ModelSource,
-        folder: Path,
-        dtype: torch.dtype,
-        weights: Mapping[str, torch.Tensor] | None = None,
-    ) -> Path:
-        """Write the result of a run: the transformer and, with `save_pipeline`, the complete pipeline.
-
-        Args:
-            source: of the base model.
-
-        Raises:
-            UserError: the pipeline cannot be written; the transformer is complete.
-        """
-        result = self.save(transformer, folder, dtype, weights)
-        return write_pipeline(source, result, folder / PIPELINE_FOLDER) if self.save_pipeline else result
+        return write_pipeline(source, result, folder / PIPELINE_FOLDER) if source and self.save_pipeline else result
 
     def load(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
-        """Load what `save` wrote.
-
-        Raises:
-            ValueError: the files belong to another transformer.
-        """
+        """Load what `save` wrote; raise a ValueError if the files belong to another transformer."""
         own = transformer.state_dict()
         missing = {name: weight.shape for name, weight in own.items()}
         for file in sorted((folder / TRANSFORMER_FOLDER).glob("*.safetensors")):
@@ -116,7 +94,7 @@ class FullFinetune:
                 raise ValueError(f"{file} holds weights of another transformer")
             with torch.no_grad():
                 for name, weight in weights.items():  # one by one: each goes to the device unsharded
-                    own[name].copy_(divided_like(weight, own[name]))
+                    own[name].copy_(shard_like(weight, own[name]))
         if missing:
             raise ValueError(f"{folder / TRANSFORMER_FOLDER} lacks {len(missing)} weights, {min(missing)} among them")
 

@@ -15,7 +15,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
-from common.files import written_whole
+from common.files import atomic_write
 from common.run_folder import LORA_FILE
 from flags.training import ALL_LINEAR, LORA_TARGET_MODULES, LoraFlags
 from methods.lora_file import check_starting_lora, inside_block, load_lora, read_lora
@@ -79,11 +79,7 @@ class Lora:
 
     def check_model(self, configs: ModelConfigs, source: ModelSource) -> None:
         """Refuse missing target modules, a LoRA to start from that does not fit, and a quantization that cannot run
-        here; load no weights of the model.
-
-        Raises:
-            UserError: names the problem and the flags to pass.
-        """
+        here, with a UserError; load no weights of the model."""
         check_quantization(self.quantize_base)
         with torch.device("meta"):
             transformer = CogVideoXTransformer3DModel.from_config(configs.transformer)
@@ -129,6 +125,7 @@ class Lora:
         folder: Path,
         dtype: torch.dtype,
         weights: Mapping[str, torch.Tensor] | None = None,
+        source: ModelSource | None = None,
     ) -> Path:
         """Write the LoRA in the diffusers format, with its config as metadata: `load_lora_weights(folder)` applies it
         at the strength of the training.
@@ -138,10 +135,11 @@ class Lora:
             folder: gets `pytorch_lora_weights.safetensors`.
             dtype: to store the weights in.
             weights: those of `weight_names`; None for the transformer's own.
+            source: ignored; a LoRA does not contain its base model.
         """
         adapters = get_peft_model_state_dict(transformer, state_dict=weights)
         layers = {name: weight.to(dtype) for name, weight in adapters.items()}
-        with written_whole(folder / LORA_FILE) as path:
+        with atomic_write(folder / LORA_FILE) as path:
             CogVideoXPipeline.save_lora_weights(
                 path.parent,
                 transformer_lora_layers=layers,
@@ -150,23 +148,8 @@ class Lora:
             )
         return folder / LORA_FILE
 
-    def save_result(
-        self,
-        transformer: CogVideoXTransformer3DModel,
-        source: ModelSource,
-        folder: Path,
-        dtype: torch.dtype,
-        weights: Mapping[str, torch.Tensor] | None = None,
-    ) -> Path:
-        """Write the result of a run; see `save`."""
-        return self.save(transformer, folder, dtype, weights)
-
     def load(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
-        """Load what `save` wrote into a transformer that has the adapters.
-
-        Raises:
-            ValueError: the file has other adapters than the transformer.
-        """
+        """Load what `save` wrote into a transformer with the same adapters; raise a ValueError if it has others."""
         load_lora(transformer, read_lora(folder / LORA_FILE))
 
     def usage(
@@ -186,11 +169,8 @@ class Lora:
 
 
 def _find_modules(transformer: CogVideoXTransformer3DModel, names: Sequence[str]) -> list[str]:
-    """Return the target modules for peft.
-
-    Raises:
-        UserError: some are not linear layers of this transformer; peft refuses only if none is.
-    """
+    """Return the target modules for peft; raise a UserError if one is not a linear layer, as peft does only if none
+    is."""
     modules = dict(transformer.named_modules())
     layers = {name for name, layer in modules.items() if isinstance(layer, torch.nn.Linear)}
     outside = sorted(name for name in layers if not name.startswith("transformer_blocks."))

@@ -1,6 +1,7 @@
 """Read a LoRA file and check that it fits the model and the flags."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 
 from common.errors import UserError, first_line
 from common.run_folder import LORA_FILE
-from parallel.fsdp import divided_like
+from parallel.fsdp import shard_like
 
 
 _PREFIX = "transformer."  # of the names in a diffusers file
@@ -27,19 +28,9 @@ class LoraFile:
     weights: dict[str, torch.Tensor]  # by their names in the transformer, such as "proj_out.lora_A.weight"
     config: dict[str, Any]  # peft's, from the metadata; empty if the file has none
 
-    @property
-    def modules(self) -> set[str]:
-        """The full names of the layers with an adapter."""
-        return {name.split(".lora_")[0] for name in self.weights}
-
 
 def location(reference: Path | str, cache_dir: str | None = None) -> dict[str, Any]:
-    """Return a LoRA's location as arguments of diffusers' loading functions, without unpickling.
-
-    Args:
-        reference: its file, or a hub id.
-        cache_dir: for files of the hub.
-    """
+    """Return a LoRA's location, a file or a hub id, as arguments of diffusers' loading functions; never unpickle."""
     path = Path(reference)
     if isinstance(reference, Path) or path.is_file():
         reference, where = path.parent, {"weight_name": path.name, "local_files_only": True}
@@ -49,11 +40,7 @@ def location(reference: Path | str, cache_dir: str | None = None) -> dict[str, A
 
 
 def read_lora(path: Path | str, cache_dir: str | None = None) -> LoraFile:
-    """Read a LoRA without unpickling.
-
-    Args:
-        path: of the file, or a hub id.
-        cache_dir: for files of the hub.
+    """Read a LoRA, a file or a hub id, without unpickling.
 
     Raises:
         OSError: there is no such file.
@@ -74,34 +61,21 @@ def read_lora(path: Path | str, cache_dir: str | None = None) -> LoraFile:
 
 
 def load_lora(transformer: CogVideoXTransformer3DModel, file: LoraFile) -> None:
-    """Copy the file's values into the transformer's adapters, whatever the dtypes.
-
-    Raises:
-        ValueError: the file has other adapters than the transformer.
-    """
+    """Copy the file's values into the transformer's adapters, whatever the dtypes; raise a ValueError for others."""
     expected = get_peft_model_state_dict(transformer)
     if _shapes(file.weights) != _shapes(expected):
         raise ValueError(f"{file.path} holds adapters of another rank or of other modules")
-    weights = {name: divided_like(weight, expected[name]) for name, weight in file.weights.items()}
+    weights = {name: shard_like(weight, expected[name]) for name, weight in file.weights.items()}
     set_peft_model_state_dict(transformer, weights)
 
 
 def check_starting_lora(path: Path, transformer: CogVideoXTransformer3DModel) -> None:
-    """Refuse a LoRA to start from that belongs to another model or was trained with other flags.
+    """Check that a LoRA to start from belongs to the model and was trained with the same flags.
 
     Args:
-        path: of the file.
         transformer: with the adapters that the flags set; may be on the meta device.
-
-    Raises:
-        UserError: lists the flags to pass.
     """
-    try:
-        file = read_lora(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        message = f"--lora_weights: '{path}' cannot be used ({first_line(error)}); pass a LoRA that diffusers wrote"
-        raise UserError(message) from error
-    check_layers(file, transformer, "--lora_weights")
+    file = read_fitting_lora(path, transformer, "--lora_weights")
     needed = _flags_needed(file, transformer)
     if needed:
         raise UserError(f"--lora_weights: '{path}' was trained with other flags; pass {', '.join(needed)}")
@@ -113,16 +87,22 @@ def check_starting_lora(path: Path, transformer: CogVideoXTransformer3DModel) ->
         )
 
 
-def check_layers(file: LoraFile, transformer: CogVideoXTransformer3DModel, flag: str) -> None:
-    """Refuse adapters for layers that the model does not have or has in another size.
+def read_fitting_lora(
+    reference: Path | str, transformer: CogVideoXTransformer3DModel, flag: str, cache_dir: str | None = None
+) -> LoraFile:
+    """Read a LoRA, and check that the model has its layers in the same sizes.
 
     Args:
         transformer: may be on the meta device and have adapters.
         flag: that set the file, for messages.
-
-    Raises:
-        UserError: names the file and one of the adapters.
     """
+    try:
+        file = read_lora(reference, cache_dir)
+    except (OSError, SafetensorError, ValueError, IndexError) as error:
+        where = "" if Path(reference).exists() else "is not a file or folder here, and "
+        raise UserError(
+            f"{flag}: '{reference}' {where}cannot be used ({first_line(error)}); pass a LoRA that diffusers wrote"
+        ) from error
     # Of a linear layer [out, in], of a convolution [out, in, height, width].
     layers = ((name, getattr(layer, "weight", None)) for name, layer in transformer.named_modules())
     shapes = {name: weight.shape for name, weight in layers if weight is not None}
@@ -134,6 +114,7 @@ def check_layers(file: LoraFile, transformer: CogVideoXTransformer3DModel, flag:
                 f"{flag}: '{file.path}' was trained on another model than --pretrained_model_name_or_path: "
                 f"its {name} {list(weight.shape)} fits no layer; pass that model, or a LoRA of this one"
             )
+    return file
 
 
 def _flags_needed(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> list[str]:
@@ -154,17 +135,17 @@ def _flags_needed(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> l
     for flag, theirs in (("use_rslora", has_rslora), ("use_dora", has_dora)):
         if theirs != getattr(ours, flag):
             needed.append(f"--{flag}" if theirs else f"no --{flag}")
-    modules = {name.split(".lora_")[0] for name in get_peft_model_state_dict(transformer)}
-    if file.modules != modules:
-        names = _shortest_names(file.modules, len(transformer.transformer_blocks))
-        needed.append(f"--lora_target_modules {' '.join(names)}")
+    modules = _modules(file.weights)
+    if modules != _modules(get_peft_model_state_dict(transformer)):
+        # The names inside a block if all blocks have them, the full names otherwise.
+        blocks, count = Counter(map(inside_block, modules)), len(transformer.transformer_blocks)
+        names = {short if blocks[short := inside_block(name)] == count else name for name in modules}
+        needed.append(f"--lora_target_modules {' '.join(sorted(names))}")
     return needed
 
 
-def _shortest_names(modules: set[str], num_blocks: int) -> list[str]:
-    """Return the names inside a block if all blocks have them, the full names otherwise."""
-    blocks = Counter(map(inside_block, modules))
-    return sorted({short if blocks[short := inside_block(name)] == num_blocks else name for name in modules})
+def _modules(names: Iterable[str]) -> set[str]:
+    return {name.split(".lora_")[0] for name in names}
 
 
 def inside_block(name: str) -> str:

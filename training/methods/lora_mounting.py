@@ -2,15 +2,13 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError
 
-from common.errors import UserError, first_line, one_line
-from methods.lora_file import LoraFile, check_layers, location, read_lora
+from common.errors import UserError, one_line
+from methods.lora_file import LoraFile, location, read_fitting_lora
 from models.configs import ModelConfigs
 from models.sampling import Pipeline
 
@@ -19,23 +17,17 @@ logger = logging.getLogger(__name__)
 
 
 def check_loras(loras: Sequence[tuple[str, float]], configs: ModelConfigs, cache_dir: str | None = None) -> None:
-    """Refuse LoRAs that have no effect on a model; warn of those whose strength is unknown.
+    """Check that LoRAs can be read, belong to the model and were trained; warn of those whose strength is unknown.
 
     Args:
         loras: file or hub id and scale of each.
-        configs: the model's; its weights are not needed.
-        cache_dir: for files of the hub.
-
-    Raises:
-        UserError: a LoRA cannot be read, belongs to another model, or was never trained.
     """
     if not loras:
         return
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel.from_config(configs.transformer)
     for reference, _ in loras:
-        file = _read(reference, cache_dir)
-        check_layers(file, transformer, "--lora")
+        file = read_fitting_lora(reference, transformer, "--lora", cache_dir)
         if not any(weight.any() for name, weight in file.weights.items() if ".lora_B." in name):
             raise UserError(f"--lora: '{reference}' has no effect: all its lora_B weights are 0, as before training")
         if not all(weight.isfinite().all() for weight in file.weights.values()):
@@ -62,11 +54,7 @@ def mount_loras(pipeline: Pipeline, loras: Sequence[tuple[str, float]], cache_di
 
 
 def _rehearse(transformer: CogVideoXTransformer3DModel, reference: str, file: LoraFile, cache_dir: str | None) -> None:
-    """Mount a LoRA on a transformer without weights and remove it again.
-
-    Raises:
-        UserError: peft refuses its metadata, or one of two matrices that belong together is missing.
-    """
+    """Mount a LoRA on a transformer without weights and remove it again, to see that peft accepts it."""
     pipeline = CogVideoXPipeline(None, None, None, transformer, None)
     try:
         mount_loras(pipeline, [(reference, 1.0)], cache_dir)
@@ -78,12 +66,3 @@ def _rehearse(transformer: CogVideoXTransformer3DModel, reference: str, file: Lo
     if missing:
         raise UserError(f"--lora: '{reference}' is incomplete: it has no {missing[0]}; save or download it again")
     pipeline.unload_lora_weights()
-
-
-def _read(reference: str, cache_dir: str | None) -> LoraFile:
-    try:
-        return read_lora(reference, cache_dir)
-    except (OSError, SafetensorError, ValueError, IndexError) as error:
-        reason = first_line(error)
-        where = "" if Path(reference).exists() else "is not a file or folder here, and "
-        raise UserError(f"--lora: '{reference}' {where}cannot be used ({reason})") from error

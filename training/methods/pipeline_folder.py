@@ -55,15 +55,19 @@ def write_pipeline(source: ModelSource, transformer: Path, folder: Path) -> Path
         shutil.copytree(transformer, partial / "transformer", copy_function=_link_or_copy)
         for file, target in files.items():
             (partial / target).parent.mkdir(exist_ok=True)
-            if file.suffix == ".json" and _is_index(file):
-                _copy_index(file, partial / target, source.variant)
+            if _is_index(file):
+                index = json.loads(file.read_text(encoding="utf-8"))
+                shards = {name: _without_variant(shard, source.variant) for name, shard in index["weight_map"].items()}
+                text = json.dumps(index | {"weight_map": shards}, indent=2) + "\n"
+                (partial / target).write_text(text, encoding="utf-8")
             else:
                 shutil.copyfile(file, partial / target)  # follows the symbolic links of a hub cache
         replace_folder(partial, folder)
     except OSError as error:
         reason = error.strerror or str(error)
-        message = f"--save_pipeline: {folder} cannot be written ({reason}); {transformer} is complete"
-        raise UserError(message) from error
+        raise UserError(
+            f"--save_pipeline: {folder} cannot be written ({reason}); {transformer} is complete"
+        ) from error
     return folder
 
 
@@ -84,8 +88,8 @@ def _component_files(folder: Path, variant: str | None) -> dict[Path, str]:
     weights = weight_files(folder, variant)
     if not weights and variant:  # which not every component has
         weights, variant = weight_files(folder, None), None
-    others = [file for file in sorted(folder.glob("[!.]*")) if file.is_file()]
-    others = [file for file in others if file.suffix not in _WEIGHT_SUFFIXES and not _is_index(file)]
+    others = [file for file in sorted(folder.glob("[!.]*")) if file.is_file() and not _is_index(file)]
+    others = [file for file in others if file.suffix not in _WEIGHT_SUFFIXES]
     is_network = any(file.name == "config.json" for file in others)
     if not others or (is_network and not weights):
         raise UserError(
@@ -109,12 +113,6 @@ def _is_index(file: Path) -> bool:
 
 def _without_variant(name: str, variant: str | None) -> str:
     return name.replace(f".{variant}", "") if variant else name
-
-
-def _copy_index(file: Path, target: Path, variant: str | None) -> None:
-    index = json.loads(file.read_text(encoding="utf-8"))
-    index["weight_map"] = {name: _without_variant(shard, variant) for name, shard in index["weight_map"].items()}
-    target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -30,16 +30,10 @@ BACKENDS = {
     "flash-attn-3": AttentionBackendName._FLASH_3,
     "sage": AttentionBackendName.SAGE,
 }
-_ANY_PRECISION = ("native", "efficient")
-_PROBE_LENGTH = 128  # tokens
 
 
 class DispatchedAttention:
-    """CogVideoX's joint attention of text and video, computed by a backend of diffusers.
-
-    Args:
-        backend: a key of `BACKENDS`.
-        context: gathers the keys and values of the other ranks under context parallelism.
+    """CogVideoX's joint attention of text and video, computed by a backend of diffusers, one of `BACKENDS`.
 
     Source: `diffusers.models.attention_processor.CogVideoXAttnProcessor2_0`, to which "native" is identical, on a CPU
     bit for bit, gradients included.
@@ -58,12 +52,10 @@ class DispatchedAttention:
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the attention's output for the video and for the text.
+        """Return the attention's output for the video, `[B, V, D]`, and for the text, `[B, T, D]`.
 
         Args:
             attn: the layer, with the projections.
-            hidden_states: `[B, V, D]`, of the video.
-            encoder_hidden_states: `[B, T, D]`, of the text.
             attention_mask: None; CogVideoX has none.
             image_rotary_emb: cos and sin, each `[V, D / heads]`; None if the model has other positions.
         """
@@ -74,10 +66,7 @@ class DispatchedAttention:
             project(tokens).unflatten(2, (attn.heads, -1)).transpose(1, 2)
             for project in (attn.to_q, attn.to_k, attn.to_v)
         )
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
+        query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
             query, key = (self._rotate(states, image_rotary_emb, text_length) for states in (query, key))
         # Autocast computes the norms in float32.
@@ -120,7 +109,7 @@ def set_attention(
 
 
 @contextmanager
-def attention_set(transformer: CogVideoXTransformer3DModel, backend: str | None) -> Iterator[None]:
+def temporary_attention(transformer: CogVideoXTransformer3DModel, backend: str | None) -> Iterator[None]:
     """Set the attention backend within the block; None changes nothing."""
     processors = dict(transformer.attn_processors)
     set_attention(transformer, backend)
@@ -133,14 +122,10 @@ def attention_set(transformer: CogVideoXTransformer3DModel, backend: str | None)
 def check_attention(
     backend: str | None, flag: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, trains: bool
 ) -> None:
-    """Try a backend on the device, on a small attention of the model's head size.
+    """Check that a backend runs on a small attention of the transformer's head size; None needs no check.
 
     Args:
-        backend: a key of `BACKENDS`; None needs no check.
         flag: that names the backend, for messages.
-        device: of the run.
-        dtype: that the networks compute in.
-        head_dim: of the transformer.
         trains: try the backward pass too.
 
     Raises:
@@ -150,17 +135,17 @@ def check_attention(
         return
     if backend != "native" and device.type != "cuda":
         raise UserError(f"{flag} {backend}: needs a GPU, and there is none here; use native")
-    if backend not in _ANY_PRECISION and dtype == torch.float32:
+    if backend not in ("native", "efficient") and dtype == torch.float32:
         raise UserError(
             f"{flag} {backend}: computes in half precision only; add --mixed_precision bf16, or use native"
         )
     try:
         _check_attention_backend_requirements(BACKENDS[backend])
-        shape = (1, _PROBE_LENGTH, 1, head_dim)
+        shape = (1, 128, 1, head_dim)
         query, key, value = (torch.ones(shape, device=device, dtype=dtype, requires_grad=trains) for _ in range(3))
         output = dispatch_attention_fn(query, key, value, backend=BACKENDS[backend])
         if trains:
             output.sum().backward()
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         reason = first_line(error)
         raise UserError(f"{flag} {backend}: does not run here: {reason}; use another one, or native") from error

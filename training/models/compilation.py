@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ def compile_blocks(
     Args:
         transformer: with its adapters and its attention backend.
         num_sizes: number of sizes in training, held-out set and validation videos; bounds the number of compilations.
-        backend: of `torch.compile`.
     """
     torch._dynamo.reset()  # compilations of other transformers do not count
     limit = _GRAPHS_PER_SIZE * num_sizes
@@ -37,49 +37,36 @@ def compile_blocks(
     # It would split graphs by gradient buckets for early all-reduce; blocks are small enough for that.
     dynamo.optimize_ddp = False
     for block in transformer.transformer_blocks:
-        block.forward = _Compiled(torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend))
+        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+        block.forward = partial(_call_normalized, compiled)
 
 
-class _Compiled:
-    """The forward pass of a block, called with the same kind of inputs for each block.
+def _call_normalized(
+    forward: Callable[..., Any],
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    *args: Any,
+    **kw: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call a block's forward pass with the same kind of inputs for each block.
 
     The first block's inputs are views of one tensor that, with a LoRA, needs no gradient. Those of the others are
     separate and need one, so that the first block would be compiled separately.
     """
-
-    def __init__(self, forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
-        self.forward = forward
-
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run `CogVideoXBlock.forward`."""
-        states = _normalized(hidden_states), _normalized(encoder_hidden_states)
-        return self.forward(*states, temb, image_rotary_emb, attention_kwargs)
+    return forward(_normalized(hidden_states), _normalized(encoder_hidden_states), *args, **kw)
 
 
 def _normalized(states: torch.Tensor) -> torch.Tensor:
     states = states.flatten().view(states.shape)  # `contiguous` would keep the strides of a batch of one
-    if torch.is_grad_enabled() and not states.requires_grad:
-        states = states.detach().requires_grad_()
-    return states
+    return states if states.requires_grad or not torch.is_grad_enabled() else states.detach().requires_grad_()
 
 
 def check_compiler(device: torch.device) -> None:
-    """Check that torch.compile finds its compilers.
-
-    Raises:
-        UserError: one is missing.
-    """
-    if device.type == "cuda" and not has_triton():
+    """Check that torch.compile finds its compilers."""
+    is_cuda = device.type == "cuda"
+    if is_cuda and not has_triton():
         raise UserError("--compile: needs Triton, which is missing or does not support this GPU; omit the flag")
     # Triton builds its launchers in C; CPU kernels are C++.
-    is_cuda = device.type == "cuda"
     language, variable, usual = ("C", "CC", ("gcc", "clang")) if is_cuda else ("C++", "CXX", ("g++", "clang++"))
     if not any(map(shutil.which, (os.environ.get(variable, usual[0]), *usual))):
         raise UserError(f"--compile: needs a {language} compiler; install {usual[0]}, or omit the flag")

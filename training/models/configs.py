@@ -73,13 +73,7 @@ def with_defaults(model_class: type[ModelMixin], config: dict[str, Any]) -> dict
 def precision_warning(
     compute_dtype: torch.dtype, native_dtype: torch.dtype | None, flag: str = "--mixed_precision"
 ) -> str | None:
-    """Return a warning if the model was not trained in the precision that it computes in, else None.
-
-    Args:
-        compute_dtype: of the forward pass.
-        native_dtype: of the stored weights; None if unknown.
-        flag: that sets `compute_dtype`, for the message.
-    """
+    """Return a warning if weights stored in bfloat16 compute in fp16, which `flag` sets; else None."""
     if (compute_dtype, native_dtype) != (torch.float16, torch.bfloat16):
         return None
     return (

@@ -8,11 +8,7 @@ from common.errors import UserError
 
 @torch.no_grad()
 def encode_prompts(pipeline: CogVideoXPipeline, prompts: list[str], max_sequence_length: int = 226) -> torch.Tensor:
-    """Embed prompts exactly as sampling does.
-
-    Args:
-        pipeline: with tokenizer and text encoder, on the device to use.
-        prompts: B prompts; each is cut after `max_sequence_length` tokens.
+    """Embed B prompts exactly as sampling does, each cut after `max_sequence_length` tokens.
 
     Returns:
         `[B, max_sequence_length, D]`, in the text encoder's dtype and on its device.
@@ -32,7 +28,6 @@ def encode_videos(vae: AutoencoderKLCogVideoX, videos: torch.Tensor) -> torch.Te
     """Encode videos to the moments of the VAE's posterior.
 
     Args:
-        vae: on the device to use.
         videos: `[B, F, 3, H, W]`, uint8 on any device; F = 4k or 4k + 1.
 
     Returns:
@@ -49,7 +44,6 @@ def encode_noised_image(
     """Encode an image with noise of several strengths to the moments of the VAE's posterior.
 
     Args:
-        vae: on the device to use.
         image: `[3, H, W]`, uint8 on any device.
         scales: `[K]`, the noise's standard deviations, for pixels in [-1, 1].
         generator: of the noise; one on the CPU draws the same noise for every device.
@@ -60,28 +54,20 @@ def encode_noised_image(
     pixels = image.to(generator.device, torch.float32).div(127.5).sub(1.0)
     noise = torch.randn(len(scales), *image.shape, generator=generator, device=generator.device)
     noised = pixels + scales.view(-1, 1, 1, 1) * noise
-    moments = [_encode_pixels(vae, one[None, :, None].to(vae.device)) for one in noised]
-    return torch.cat(moments)
+    return torch.cat([_encode_pixels(vae, one[None, :, None].to(vae.device)) for one in noised])
 
 
 def _encode_pixels(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
     """`[B, 3, F, H, W]` in [-1, 1] -> moments."""
     height, width = pixels.shape[-2:]
     if vae.use_tiling and (height > vae.tile_sample_min_height or width > vae.tile_sample_min_width):
-        _check_tiles(vae)
+        down = int(vae.tile_sample_min_height * (1 - vae.tile_overlap_factor_height))
+        right = int(vae.tile_sample_min_width * (1 - vae.tile_overlap_factor_width))
+        if down % 8 or right % 8:  # a fraction of a latent: the tiles would be displaced
+            raise UserError(
+                f"--use_tiling, --enable_tiling: the tiles of this model's VAE are {down}x{right} pixels apart, "
+                "which is not a multiple of 8; omit the flag"
+            )
     # The CPU's 3D convolutions are several times faster in this layout.
     layout = torch.channels_last_3d if vae.device.type == "cpu" else torch.contiguous_format
     return vae.encode(pixels.to(vae.dtype, memory_format=layout)).latent_dist.parameters
-
-
-def _check_tiles(vae: AutoencoderKLCogVideoX) -> None:
-    """Refuse tiles whose distance in pixels is not a multiple of a latent, which would displace them."""
-    steps = (
-        int(vae.tile_sample_min_height * (1 - vae.tile_overlap_factor_height)),
-        int(vae.tile_sample_min_width * (1 - vae.tile_overlap_factor_width)),
-    )
-    if any(step % 8 for step in steps):
-        raise UserError(
-            f"--use_tiling, --enable_tiling: the tiles of this model's VAE are {steps[0]}x{steps[1]} pixels apart, "
-            "which is not a multiple of 8; omit the flag"
-        )

@@ -5,32 +5,29 @@ Training on raw clips reads the embeddings of its captions here, validation thos
 """
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from common.bars import tqdm
-from common.files import written_whole
+from common.files import atomic_write
 from models.encoding import encode_prompts
 from models.source import ModelSource
 
 
+@dataclass(frozen=True)
 class PromptCache:
     """Prompt embeddings in a folder, one safetensors file per distinct prompt.
 
-    Args:
-        folder: created when needed. File names depend on all arguments, so that several caches can share a folder.
-        source: the model whose text encoder is used.
-        dtype: of the text encoder and of the embeddings.
-        in_8bit: quantize the text encoder to int8, which changes the embeddings.
+    File names depend on the other fields too, so that several caches can share a folder.
     """
 
-    def __init__(self, folder: Path, source: ModelSource, dtype: torch.dtype, *, in_8bit: bool = False):
-        self.folder = folder
-        self.source = source
-        self.dtype = dtype
-        self.in_8bit = in_8bit
+    folder: Path  # created when needed
+    source: ModelSource
+    dtype: torch.dtype  # of the text encoder and of the embeddings
+    in_8bit: bool = False  # quantize the text encoder to int8, which changes the embeddings
 
     def load(self, prompt: str) -> torch.Tensor:
         """Return the embedding `[226, D]` of a prompt that was embedded before."""
@@ -42,15 +39,14 @@ class PromptCache:
         Callers on several ranks wait for one another before they `load`.
         """
         # Divided before looking for files, which other ranks write meanwhile.
-        share = [
-            prompt for prompt in list(dict.fromkeys(prompts))[rank::world_size] if not self._file(prompt).exists()
-        ]
+        share = list(dict.fromkeys(prompts))[rank::world_size]
+        share = [prompt for prompt in share if not self._file(prompt).exists()]
         if not share:
             return
         pipeline = self.source.load_text_pipeline(self.dtype, device=device, in_8bit=self.in_8bit)
         for prompt in tqdm(share, desc="Embedding prompts", unit=" prompts", disable=rank != 0):
             embeds = encode_prompts(pipeline, [prompt])[0]
-            with written_whole(self._file(prompt)) as path:
+            with atomic_write(self._file(prompt)) as path:
                 save_file({"prompt_embeds": embeds.cpu().contiguous()}, path)
 
     def _file(self, prompt: str) -> Path:

@@ -18,18 +18,11 @@ from common.errors import UserError
 
 
 # Layers outside the blocks are small, and all activations pass through them.
-UNQUANTIZED = ("patch_embed", "time_embedding", "ofs_embedding", "norm_out", "proj_out")
+_UNQUANTIZED = ["patch_embed", "time_embedding", "ofs_embedding", "norm_out", "proj_out"]
 
 
 def check_quantization(quantization: str) -> None:
-    """Check that this machine can quantize; loads nothing.
-
-    Args:
-        quantization: "none", "int8", "fp8" or "nf4".
-
-    Raises:
-        UserError: a package or a GPU is missing.
-    """
+    """Check that this machine has the packages and the GPU for "none", "int8", "fp8" or "nf4"."""
     if quantization in ("int8", "fp8"):
         _check_torchao(f"--quantize_base {quantization}")
     if quantization == "nf4":
@@ -45,14 +38,11 @@ def _check_torchao(flag: str) -> None:
 
 
 def quantize_transformer(quantization: str, dtype: torch.dtype) -> TorchAoConfig | BitsAndBytesConfig | None:
-    """Return the config for `from_pretrained` to quantize the linear layers of the transformer's blocks.
+    """Return the config for `from_pretrained` to quantize the linear layers of the transformer's blocks, if any.
 
     Args:
         quantization: "none", "int8", "fp8" or "nf4".
         dtype: that the layers compute in.
-
-    Returns:
-        The `quantization_config`; None for "none".
 
     Raises:
         UserError: a package or a GPU is missing.
@@ -66,19 +56,16 @@ def quantize_transformer(quantization: str, dtype: torch.dtype) -> TorchAoConfig
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=True,
-            llm_int8_skip_modules=list(UNQUANTIZED),  # despite its name, also for 4 bits
+            llm_int8_skip_modules=_UNQUANTIZED,  # despite its name, also for 4 bits
         )
-    return TorchAoConfig(_weight_only(quantization), modules_to_not_convert=list(UNQUANTIZED))
+    return TorchAoConfig(_weight_only(quantization), modules_to_not_convert=_UNQUANTIZED)
 
 
 def quantize_text_encoder() -> TextTorchAoConfig:
     """Return the config for `from_pretrained` to quantize the text encoder's linear layers to int8.
 
     torchao quantizes only the weights, on every device; bitsandbytes needs a GPU and would also round the activations,
-    some of which are very large in T5.
-
-    Raises:
-        UserError: torchao is missing.
+    some of which are very large in T5. Raises a UserError if torchao is missing.
     """
     _check_torchao("--text_encoder_8bit")
     return TextTorchAoConfig(_weight_only("int8"))
@@ -88,8 +75,7 @@ def _weight_only(quantization: str) -> Any:
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     config = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[quantization]
-    # Otherwise it changes process-wide settings, TF32 among them.
-    return config(set_inductor_config=False)
+    return config(set_inductor_config=False)  # True changes process-wide settings, TF32 among them
 
 
 def compute_frozen(model: torch.nn.Module) -> None:

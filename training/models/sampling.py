@@ -22,18 +22,14 @@ def sample_video(
     use_dynamic_cfg: bool,
     seed: int,
 ) -> list[Image.Image]:
-    """Sample a video from embedded prompts.
+    """Sample a video of `size`, which may have 4k frames too, from embedded prompts.
 
     Args:
         pipeline: set up on its device; it needs no text encoder.
         prompt_embeds: `[T, D]`, on any device. The pipeline draws its noise in their dtype.
         negative_prompt_embeds: `[T, D]`; None if `guidance_scale` is 1 or less.
         image: the first frame; None for text-to-video.
-        size: of the video; 4k frames are possible too.
         seed: of a generator on the pipeline's device.
-
-    Returns:
-        `size.num_frames` frames.
     """
     device, num_frames = pipeline._execution_device, size.num_frames
     negative = None if negative_prompt_embeds is None else negative_prompt_embeds[None].to(device)

@@ -14,7 +14,6 @@ from diffusers import (
     CogVideoXDPMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
-    ConfigMixin,
 )
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
@@ -42,8 +41,10 @@ class ModelSource:
     def _where(self) -> dict[str, Any]:
         return {"revision": self.revision, "cache_dir": self.cache_dir}
 
-    def _weights(self, dtype: torch.dtype) -> dict[str, Any]:
-        return {"dtype": dtype, "variant": self.variant, **self._where}
+    def _weights(self, dtype: torch.dtype, device: torch.device = CPU) -> dict[str, Any]:
+        # A device map of one device, for which `from_pretrained` sets no hooks.
+        device_map = None if device.type == "cpu" else {"": device}
+        return {"dtype": dtype, "variant": self.variant, "device_map": device_map, **self._where}
 
     def configs(self) -> ModelConfigs:
         """Read the three configs; loads no weights.
@@ -51,29 +52,26 @@ class ModelSource:
         Raises:
             UserError: the folder or hub repository is not a CogVideoX model, or cannot be reached.
         """
-        return ModelConfigs(
-            self._network_config(CogVideoXTransformer3DModel, "transformer"),
-            self._network_config(AutoencoderKLCogVideoX, "vae"),
-            self._config(CogVideoXDPMScheduler, "scheduler"),
-        )
-
-    def _config(self, component_class: type[ConfigMixin], component: str) -> dict[str, Any]:
+        networks = {"transformer": CogVideoXTransformer3DModel, "vae": AutoencoderKLCogVideoX}
         try:
-            return component_class.load_config(self.path, subfolder=component, **self._where)
+            configs = {
+                component: component_class.load_config(self.path, subfolder=component, **self._where)
+                for component, component_class in {**networks, "scheduler": CogVideoXDPMScheduler}.items()
+            }
         except OSError as error:
             reason = first_line(error)
             raise UserError(
                 f"--pretrained_model_name_or_path: cannot read the model '{self.path}': {reason}"
             ) from error
-
-    def _network_config(self, component_class: type[ConfigMixin], component: str) -> dict[str, Any]:
-        config, expected = self._config(component_class, component), component_class.__name__
-        if config.get("_class_name") != expected:
-            raise UserError(
-                f"--pretrained_model_name_or_path: '{self.path}' is not a CogVideoX model: it holds a "
-                f"{config.get('_class_name')} where a {expected} is needed"
-            )
-        return with_defaults(component_class, config)
+        for component, network in networks.items():
+            name = configs[component].get("_class_name")
+            if name != network.__name__:
+                raise UserError(
+                    f"--pretrained_model_name_or_path: '{self.path}' is not a CogVideoX model: it holds a {name} "
+                    f"where a {network.__name__} is needed"
+                )
+            configs[component] = with_defaults(network, configs[component])
+        return ModelConfigs(**configs)
 
     def load_scheduler(self) -> NoiseScheduler:
         """Load the noise scheduler, of the class that the model's config names."""
@@ -94,25 +92,14 @@ class ModelSource:
         Raises:
             UserError: the weights cannot be read, or cannot be quantized here.
         """
-        config = quantize_transformer(quantize, dtype)
+        weights = {"quantization_config": quantize_transformer(quantize, dtype), **self._weights(dtype, device)}
         with self._load_errors("transformer"):
-            transformer = CogVideoXTransformer3DModel.from_pretrained(
-                self.path,
-                subfolder="transformer",
-                device_map=_device_map(device),
-                quantization_config=config,
-                **self._weights(dtype),
-            )
-        if config is not None:
-            compute_frozen(transformer)
+            transformer = CogVideoXTransformer3DModel.from_pretrained(self.path, subfolder="transformer", **weights)
+        compute_frozen(transformer)
         return transformer
 
     def native_dtype(self) -> torch.dtype:
-        """Return the dtype that the transformer's weights are stored in.
-
-        Raises:
-            UserError: it has no safetensors files.
-        """
+        """Return the dtype that the transformer's weights are stored in; needs safetensors files."""
         dtype = self.stored_dtype("transformer")
         if dtype is None:
             raise UserError(f"the transformer of the model '{self.path}' has no safetensors files")
@@ -143,44 +130,32 @@ class ModelSource:
             tiling: encode and decode a frame in overlapping tiles.
             decoder_only: drop the encoder, before its weights reach the device.
         """
+        weights = self._weights(dtype, CPU if decoder_only else device)
         with self._load_errors("VAE"):
-            vae = AutoencoderKLCogVideoX.from_pretrained(
-                self.path,
-                subfolder="vae",
-                device_map=None if decoder_only else _device_map(device),
-                **self._weights(dtype),
-            )
+            vae = AutoencoderKLCogVideoX.from_pretrained(self.path, subfolder="vae", **weights)
         if decoder_only:
             vae.encoder = None
             vae.to(device)
-        if slicing:
-            vae.enable_slicing()
-        if tiling:
-            vae.enable_tiling()
+        vae.use_slicing, vae.use_tiling = slicing, tiling
         return vae.requires_grad_(False).eval()
 
     def load_text_pipeline(
         self, dtype: torch.dtype, *, device: torch.device = CPU, in_8bit: bool = False
     ) -> CogVideoXPipeline:
-        """Load a pipeline with only tokenizer and text encoder, for its `encode_prompt`.
+        """Load a pipeline with only tokenizer and text encoder, weight by weight, for its `encode_prompt`.
 
         Args:
             dtype: that the text encoder computes in.
-            device: to load the text encoder to, weight by weight.
             in_8bit: quantize its linear layers to int8; see `quantize_text_encoder`.
 
         Raises:
             UserError: the weights cannot be read, or cannot be quantized here.
         """
-        config = quantize_text_encoder() if in_8bit else None
+        weights = self._weights(dtype, device)
+        if in_8bit:
+            weights["quantization_config"] = quantize_text_encoder()
         with self._load_errors("text encoder"):
-            text_encoder = T5EncoderModel.from_pretrained(
-                self.path,
-                subfolder="text_encoder",
-                device_map=_device_map(device),
-                quantization_config=config,
-                **self._weights(dtype),
-            )
+            text_encoder = T5EncoderModel.from_pretrained(self.path, subfolder="text_encoder", **weights)
             pipeline = CogVideoXPipeline.from_pretrained(
                 self.path,
                 text_encoder=text_encoder,
@@ -188,8 +163,7 @@ class ModelSource:
                 **self._weights(dtype),
             )
         self._check_vocabulary(pipeline.tokenizer)
-        if in_8bit:
-            compute_frozen(text_encoder)
+        compute_frozen(text_encoder)
         text_encoder.requires_grad_(False)
         return pipeline
 
@@ -201,9 +175,8 @@ class ModelSource:
             return 0
         with self._load_errors("tokenizer"):
             # By default transformers asks the user whether to run a model's own code.
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.path, subfolder="tokenizer", trust_remote_code=False, **self._where
-            )
+            options = {"subfolder": "tokenizer", "trust_remote_code": False, **self._where}
+            tokenizer = AutoTokenizer.from_pretrained(self.path, **options)
         self._check_vocabulary(tokenizer)
         return sum(len(tokens) > most_tokens for tokens in tokenizer(long, verbose=False)["input_ids"])
 
@@ -229,11 +202,7 @@ class ModelSource:
             ) from error
 
     def download(self, *components: str) -> None:
-        """Fetch components of a model on the hub, by the names of their folders, so that `local_folder` has them.
-
-        Raises:
-            UserError: they cannot be downloaded.
-        """
+        """Fetch components of a model on the hub, by the names of their folders, so that `local_folder` has them."""
         if not Path(self.path).is_dir():
             others = {"transformer", "vae", "text_encoder", "tokenizer", "scheduler"}.difference(components)
             with self._load_errors(" or ".join(components)):
@@ -250,8 +219,3 @@ class ModelSource:
         """Return a key of the model for caches: the absolute folder, or the hub id and its revision."""
         folder = Path(self.path).expanduser()
         return str(folder.resolve()) if folder.exists() else f"{self.path}@{self.revision or 'main'}"
-
-
-def _device_map(device: torch.device) -> dict[str, torch.device] | None:
-    """Return a device map of one device, for which `from_pretrained` sets no hooks."""
-    return None if device.type == "cpu" else {"": device}

@@ -8,11 +8,6 @@ from diffusers.training_utils import EMAModel
 from torch.optim import Optimizer
 
 
-def make_ema(parameters: Sequence[torch.nn.Parameter], decay: float) -> EMAModel:
-    """Start an average of `parameters` on their device; `decay` is reached after about 10 / (1 - decay) steps."""
-    return EMAModel(parameters, decay=decay)
-
-
 @contextmanager
 def averaged_weights(ema: EMAModel | None, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
     """Replace the weights by the average within the block; None changes nothing."""
@@ -30,9 +25,6 @@ def averaged_weights(ema: EMAModel | None, parameters: Sequence[torch.nn.Paramet
 @contextmanager
 def schedule_free_weights(optimizer: Optimizer, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
     """Replace the trained weights by the average of a schedule-free optimizer within the block.
-
-    Args:
-        optimizer: from the package schedulefree, or accelerate's wrapper of one.
 
     Source: https://arxiv.org/abs/2405.15682.
     """

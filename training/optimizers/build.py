@@ -15,9 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from common.errors import UserError
-from optimizers.composite import matrices_by_muon
-from optimizers.step_in_backward import StepInBackward
-from parallel.fsdp import whole
+from optimizers.composite import StepInBackward, make_muon
+from parallel.fsdp import gather_shards
 
 
 def make_optimizer(
@@ -75,7 +74,7 @@ def make_optimizer(
         betas = (beta1, beta2, 0.9999 if beta3 is None else beta3)
         return _import("came_pytorch", "--optimizer came").CAME(trainable, betas=betas, **settings)
     if name == "muon":
-        return matrices_by_muon(
+        return make_muon(
             trainable,
             learning_rate=learning_rate,
             betas=(beta1, beta2),
@@ -168,31 +167,24 @@ def clip_gradients(
 ) -> torch.Tensor | None:
     """Scale the gradients so that their norm over all parameters is at most `max_norm`; 0 does not clip.
 
-    Args:
-        optimizer: as accelerate wrapped it. Optimizers that take gradients during the backward pass clip themselves.
-
-    Returns:
-        The norm before clipping, on the device; None if it is unknown.
+    Optimizers that take gradients during the backward pass clip them. Returns the norm before clipping, on the device;
+    None if it is unknown.
     """
     max_norm = max_norm or math.inf
     inner = getattr(optimizer, "optimizer", optimizer)
     if hasattr(inner, "clip_grad_norm_"):
         return inner.clip_grad_norm_(max_norm)
-    return whole(accelerator.clip_grad_norm_(parameters, max_norm))
+    return gather_shards(accelerator.clip_grad_norm_(parameters, max_norm))
 
 
 def step_if_finite(accelerator: Accelerator, optimizer: Optimizer, grad_norm: torch.Tensor | float | None) -> None:
-    """Update the weights, unless the gradients are not finite.
+    """Update the weights, unless the norm from `clip_gradients` is not finite.
 
     torch's fused Adam checks that on the device. For others the CPU waits for the norm.
-
-    Args:
-        optimizer: as accelerate wrapped it.
-        grad_norm: from `clip_gradients`; if it is None, no step is skipped.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     # A gradient scaler and DeepSpeed check the gradients themselves.
-    if grad_norm is None or accelerator.scaler is not None or not isinstance(grad_norm, torch.Tensor):
+    if accelerator.scaler is not None or not isinstance(grad_norm, torch.Tensor):
         optimizer.step()
     elif _checks_gradients(inner):
         # As a gradient scaler sets it, https://docs.pytorch.org/docs/stable/amp.html
@@ -215,9 +207,7 @@ def _checks_gradients(optimizer: Optimizer) -> bool:
 def can_step(optimizer: Optimizer, loss: torch.Tensor) -> bool:
     """Return whether the backward pass may run: one that steps at the same time cannot be undone.
 
-    Args:
-        optimizer: as accelerate wrapped it.
-        loss: read only in that case.
+    Only then is the loss read.
     """
     steps_in_backward = isinstance(getattr(optimizer, "optimizer", optimizer), StepInBackward)
     return not steps_in_backward or bool(loss.isfinite())
@@ -234,13 +224,7 @@ def keep_rates_on_host(optimizer: Optimizer) -> None:
 
 
 def apply_learning_rate(optimizer: Optimizer, lr_scheduler: LambdaLR, learning_rate: float) -> None:
-    """Continue the schedule with this base learning rate instead of the loaded checkpoint's.
-
-    Args:
-        optimizer: or accelerate's wrapper of it.
-        lr_scheduler: at the step to continue from.
-        learning_rate: multiplied by the schedule's factor.
-    """
+    """Continue the schedule from its step with this base learning rate instead of the loaded checkpoint's."""
     keep_rates_on_host(optimizer)  # a checkpoint may have been loaded to the device
     lr_scheduler.base_lrs = [learning_rate] * len(optimizer.param_groups)
     rates = [learning_rate * factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]

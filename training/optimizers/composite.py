@@ -1,6 +1,7 @@
-"""Combine several optimizers into one."""
+"""Several optimizers as one: Muon with AdamW, and one for each parameter, which steps in the backward pass."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,11 +33,7 @@ class CompositeOptimizer(Optimizer):
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned.
-
-        Raises:
-            ValueError: the state is of other parts or parameters.
-        """
+        """Load what `state_dict` returned; raises a ValueError if it is of other parts or parameters."""
         if len(state_dict.get("parts", ())) != len(self.parts):
             raise ValueError("loaded state dict has a different number of parts")
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
@@ -44,7 +41,36 @@ class CompositeOptimizer(Optimizer):
         self.param_groups = self._groups_of_parts()  # loading creates new ones
 
 
-def matrices_by_muon(
+class StepInBackward(CompositeOptimizer):
+    """Updates each parameter as soon as the backward pass has its gradient, and frees the gradient.
+
+    One backward pass is one step: gradients are not accumulated, averaged over processes, scaled or clipped by their
+    norm, which is never known.
+
+    Source: the idea is that of LOMO, https://arxiv.org/abs/2306.09782; the hooks are torch's.
+    """
+
+    def __init__(
+        self, parameters: Sequence[torch.nn.Parameter], make: Callable[[list[torch.nn.Parameter]], Optimizer]
+    ):
+        """Hook `make([parameter])` into the backward pass of each parameter."""
+        super().__init__([make([parameter]) for parameter in parameters])
+        for parameter, part in zip(parameters, self.parts, strict=True):
+            parameter.register_post_accumulate_grad_hook(partial(_step_and_free, part))
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Do nothing: the backward pass has stepped."""
+
+    def clip_grad_norm_(self, max_norm: float) -> None:
+        """Do nothing and return None: the gradients are gone."""
+
+
+def _step_and_free(part: Optimizer, parameter: torch.nn.Parameter) -> None:
+    part.step()
+    parameter.grad = None
+
+
+def make_muon(
     parameters: Sequence[torch.nn.Parameter],
     *,
     learning_rate: float,
@@ -55,10 +81,7 @@ def matrices_by_muon(
 ) -> CompositeOptimizer:
     """Build Muon for matrices and AdamW for the other weights (biases, norms, convolutions).
 
-    Args:
-        betas: the first is also Muon's momentum.
-        learning_rate: for both. Muon's steps are scaled to the size of AdamW's, so that rates tuned for AdamW work.
-        epsilon: for AdamW.
+    Muon's steps are scaled to the size of AdamW's, so that rates tuned for AdamW work; its momentum is the first beta.
 
     Raises:
         UserError: torch is older than 2.9.

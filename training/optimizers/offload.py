@@ -13,29 +13,24 @@ class ClippedOffloadOptimizer(CPUOffloadOptimizer):
 
     It copies each gradient to the host as soon as the backward pass has it, so that clipping on the device comes too
     late. Here the norms are computed on the device before the copies, and `clip_grad_norm_` scales the copies, which
-    costs host memory traffic only in steps that clip.
-
-    For one process, one GPU, no gradient scaler.
+    costs host memory traffic only in steps that clip. For one process, one GPU, no gradient scaler.
     """
 
     def __init__(
         self,
         parameters: Sequence[torch.nn.Parameter],
         optimizer_class: type[torch.optim.Optimizer],
-        *,
-        offload_gradients: bool = False,
         **settings: Any,
     ):
         """Offload `optimizer_class(parameters, **settings)`.
 
-        Args:
-            offload_gradients: free each gradient on the device after it was copied.
+        `offload_gradients=True` also frees each gradient on the device after it was copied.
         """
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}  # of the gradients of this step
         for parameter in parameters:
             # Hooks run in order of registration: this one before torchao's, which frees the gradient.
             parameter.register_post_accumulate_grad_hook(self._note_norm)
-        super().__init__(parameters, optimizer_class, offload_gradients=offload_gradients, **settings)
+        super().__init__(parameters, optimizer_class, **settings)
 
     def _note_norm(self, parameter: torch.nn.Parameter) -> None:
         # When gradients accumulate, each pass replaces the norm of the partial sum.
@@ -43,11 +38,7 @@ class ClippedOffloadOptimizer(CPUOffloadOptimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale all gradients of the step so that their norm is at most `max_norm`.
-
-        Returns:
-            Their norm before clipping, a scalar on the device, after synchronization.
-        """
+        """Scale all gradients of the step to a norm of at most `max_norm`; returns the norm before, after a sync."""
         norm = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
         if norm > max_norm:
             self.stream.synchronize()  # the copies to the host
@@ -69,20 +60,14 @@ class ClippedOffloadOptimizer(CPUOffloadOptimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all parts.
-
-        torchao returns outdated groups of the small parameters after a state was loaded, so that schedules would have
-        no effect on them.
-        """
+        """The groups of all parts; torchao's are outdated after a state was loaded: schedules would not reach them."""
         return self._groups_on_device + [g for part in self.optim_dict.values() for g in part.param_groups]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, and copy the device's current weights to the host.
 
-        torchao would overwrite a checkpoint's weights by the host's older copies.
-
-        Raises:
-            ValueError: the state is of other parameters.
+        torchao would overwrite a checkpoint's weights by the host's older copies. Raises a ValueError if the state is
+        of other parameters.
         """
         if len(state_dict.get("offloaded", ())) != len(self.optim_dict):
             raise ValueError("loaded state dict has a different number of offloaded parameters")

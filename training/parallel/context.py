@@ -5,15 +5,12 @@ from the patch embedding to the last projection. Only attention mixes tokens the
 keys and values are gathered from all parts, so that any kernel works, with any number of heads. The last projection's
 output is gathered too, so that inputs and outputs are as on one device.
 
-Gradients need no correction. Each rank differentiates the loss of the complete output, and each collective's backward
-pass sums the gradients of all ranks for each part. So each of the n ranks has the derivative of the sum of n equal
-losses by its copy of the weights. Summed over the copies that is n times the gradient, so the mean, which
-DistributedDataParallel and FSDP take, is the gradient. The same holds for the replicated text. Groups with other
-samples are averaged as in data parallelism.
+Gradients need no correction. Each of the n ranks differentiates the loss of the complete output, and each collective's
+backward pass sums the gradients of all ranks for each part. Summed over the copies of the weights that is n times the
+gradient, so the mean, which DistributedDataParallel and FSDP take, is the gradient.
 
 torch's `context_parallel` and diffusers' `ContextParallelConfig` divide text and video alike, need equal parts, and
-compute partial attentions with the few kernels that return their normalizers. accelerate's
-`parallelism_config_cp_size` uses torch's in `accelerator.maybe_context_parallel`, which is not called here.
+compute partial attentions with the few kernels that return their normalizers.
 """
 
 from collections.abc import Iterator
@@ -27,12 +24,9 @@ from torch import distributed, nn
 
 
 class ContextParallel:
-    """Divides the video's tokens of a transformer among the ranks of a group.
+    """Divides the video's tokens of a transformer among the ranks of a group, which get the same samples.
 
     Forward passes of different sizes must not overlap: a recomputed checkpointed block uses the size of the last one.
-
-    Args:
-        group: the ranks that get the same samples.
     """
 
     def __init__(self, group: distributed.ProcessGroup):
@@ -61,14 +55,12 @@ class ContextParallel:
     def gather_keys(
         self, key: torch.Tensor, value: torch.Tensor, text_length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather the keys and values of all parts.
+        """Gather all parts of the video: `[B, T + P, heads, D / heads]` -> `[B, T + V, heads, D / heads]` each.
+
+        While the division is off, both are returned unchanged.
 
         Args:
-            key, value: `[B, T + P, heads, D / heads]`: of the text, then of this rank's part of the video.
-            text_length: T.
-
-        Returns:
-            `[B, T + V, heads, D / heads]` each; unchanged while the division is off.
+            text_length: T; the text's tokens are the first.
         """
         if not self.is_on:
             return key, value
@@ -106,38 +98,24 @@ class ContextParallel:
 
 
 def start_context_parallel(size: int, timeout: timedelta) -> ContextParallel | None:
-    """Create groups of `size` neighbouring ranks; called on every rank. Returns None for groups of one.
+    """Create groups of `size` neighbouring ranks, a divisor of their number; called on every rank.
 
-    accelerate's device mesh has the same groups: context is its innermost dimension.
-
-    Args:
-        size: a divisor of the number of ranks.
-        timeout: of the groups' collectives.
+    accelerate's device mesh has the same groups: context is its innermost dimension. Returns None for groups of one.
     """
-    if size == 1:
-        return None
-    group, _ = distributed.new_subgroups(size, timeout=timeout)
-    return ContextParallel(group)
+    return None if size == 1 else ContextParallel(distributed.new_subgroups(size, timeout=timeout)[0])
 
 
 def part_of(tokens: torch.Tensor, dim: int, part: int, num_parts: int) -> torch.Tensor:
-    """Return one of equally long parts of the tokens along a dimension; the last parts are padded with zeros.
+    """Return part number `part`, from 0, of equally long parts of the tokens along a dimension.
 
-    The padding is at the end of all parts together, so that cutting the gathered keys and outputs to length replaces a
-    mask.
-
-    Args:
-        part: its number, from 0.
+    The last parts are padded with zeros. All padding is at the end of the gathered keys and outputs, so that cutting
+    them to length replaces a mask.
     """
     num_tokens = tokens.shape[dim]
     length = -(-num_tokens // num_parts)
     start, stop = (min(number * length, num_tokens) for number in (part, part + 1))
-    mine = tokens.narrow(dim, start, stop - start)
-    if stop - start == length:
-        return mine
-    missing = list(tokens.shape)
-    missing[dim] = length - (stop - start)
-    return torch.cat([mine, tokens.new_zeros(missing)], dim)
+    padding = [0, 0] * (tokens.ndim - dim - 1) + [0, length - (stop - start)]
+    return nn.functional.pad(tokens.narrow(dim, start, stop - start), padding)
 
 
 class _AllGather(torch.autograd.Function):

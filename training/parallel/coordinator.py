@@ -57,9 +57,8 @@ class Coordinator:
         self._asked = dist.all_reduce(sent, dist.ReduceOp.MAX, self.group, async_op=True), sent
         if before is None:
             return (False,) * len(wishes)
-        work, answer = before
-        work.wait()
-        return tuple(map(bool, answer.tolist()))
+        before[0].wait()
+        return tuple(map(bool, before[1].tolist()))
 
     def finish_asking(self) -> None:
         """Receive the last, unused answer; called on every rank."""
@@ -68,10 +67,7 @@ class Coordinator:
             self._asked = None
 
     def from_main(self, find: Callable[[], _T]) -> _T:
-        """Return the result of `find` on the main process, on all ranks.
-
-        Args:
-            find: called on the main process only. Its result is pickled.
+        """Call `find` on the main process only, and return its pickled result on all ranks.
 
         Raises:
             UserError: on every rank, if `find` raised it or an OSError.

@@ -7,10 +7,8 @@ optimizer steps.
 Source: https://arxiv.org/abs/1910.02054, ZeRO-Offload https://arxiv.org/abs/2101.06840.
 """
 
-import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,31 +16,25 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, patch_environment
 from diffusers import CogVideoXTransformer3DModel
 
-from common.errors import first_line
-from common.ranks import launch_rank
-
-
-_REDUCE_BUCKET = 50_000_000  # gradients per all-reduce; DeepSpeed's default takes 2 GB in float32
-
 
 def is_zero(accelerator: Accelerator) -> bool:
     """Return whether the run was launched with DeepSpeed."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def has_divided_weights(accelerator: Accelerator) -> bool:
+def has_sharded_weights(accelerator: Accelerator) -> bool:
     """Return whether each process holds only a shard of the weights."""
     return is_zero(accelerator) and accelerator.deepspeed_plugin.zero_stage == 3
 
 
-def keep_others_whole() -> None:
+def shard_only_transformer() -> None:
     """Let ZeRO-3 shard only the transformer: transformers would also shard the text encoders that it loads."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
 
 
-def exchange_by_gloo() -> None:
+def use_gloo() -> None:
     """Make DeepSpeed use gloo on CPUs, instead of compiling its own kernels for minutes."""
     from deepspeed import ops
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
@@ -59,7 +51,6 @@ def configure_zero(
         is_rounded: compute with bf16 weights and step sharded float32 copies.
         batch_size: samples per process and backward pass.
         accumulation: backward passes per step.
-        max_grad_norm: to clip gradients to; 0 does not clip.
     """
     config = accelerator.deepspeed_plugin.deepspeed_config
     config |= {
@@ -80,13 +71,13 @@ def configure_zero(
     for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"):
         if zero.get(key) == "auto":  # accelerate would look for a hidden_size in the model's config
             del zero[key]
-    zero.setdefault("reduce_bucket_size", _REDUCE_BUCKET)
+    zero.setdefault("reduce_bucket_size", 50_000_000)  # DeepSpeed's default takes 2 GB in float32
     for key in ("offload_optimizer", "offload_param"):
         if (zero.get(key) or {}).get("device", "none") != "none":
             zero[key].setdefault("pin_memory", torch.cuda.is_available())
 
 
-def look_at_gradients(accelerator: Accelerator) -> None:
+def check_gradients(accelerator: Accelerator) -> None:
     """Make DeepSpeed skip steps with non-finite gradients in every precision; called after `accelerator.prepare`.
 
     ZeRO-3 always does; ZeRO-2 has a setting for bf16 only.
@@ -98,12 +89,8 @@ def look_at_gradients(accelerator: Accelerator) -> None:
 
 @contextmanager
 def gathered(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
-    """Gather the complete transformer on every process within the block; entered and left by all of them together.
-
-    Args:
-        model: as accelerate wrapped it.
-    """
-    if not has_divided_weights(accelerator):
+    """Gather the model that accelerate wrapped on every process within the block; entered and left by all together."""
+    if not has_sharded_weights(accelerator):
         yield
         return
     from deepspeed.runtime.zero import GatheredParameters
@@ -120,49 +107,26 @@ def gathered(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]
 
 def count_weights(transformer: CogVideoXTransformer3DModel) -> tuple[int, int]:
     """Return the numbers of trained and of all weights, sharded ones included."""
-    if any(hasattr(parameter, "ds_numel") for parameter in transformer.parameters()):
-        sizes = [(parameter.ds_numel, parameter.requires_grad) for parameter in transformer.parameters()]
-        return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
-    # diffusers counts packed 4-bit weights.
-    return transformer.num_parameters(only_trainable=True), transformer.num_parameters()
+    parameters = list(transformer.parameters())
+    if not hasattr(parameters[0], "ds_numel"):
+        # diffusers counts packed 4-bit weights.
+        return transformer.num_parameters(only_trainable=True), transformer.num_parameters()
+    trained = [parameter.ds_numel for parameter in parameters if parameter.requires_grad]
+    return sum(trained), sum(parameter.ds_numel for parameter in parameters)
 
 
-def gather_zero_weights(
-    transformer: CogVideoXTransformer3DModel, names: Iterable[str], is_main: bool
-) -> dict[str, torch.Tensor]:
-    """Gather weights by name on the CPU of the main process, in float32 if the optimizer steps that; called on every
-    process."""
-    state = transformer.state_dict(keep_vars=True)
-    weights = {}
-    for name in names:
-        weight = _gather(state[name])
-        if is_main:
-            # A copy: DeepSpeed keeps weights as views of one long tensor, which safetensors does not write.
-            weights[name] = weight.detach().to("cpu", copy=True)
-    return weights
-
-
-def _gather(tensor: torch.Tensor) -> torch.Tensor:
+def gather_zero_shards(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a weight if it is sharded, in float32 if the optimizer steps that; called on every process."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
     is_divided = hasattr(tensor, "ds_id")
     if tensor.requires_grad and (is_divided or tensor.dtype != torch.float32):
         return safe_get_full_fp32_param(tensor)
-    if is_divided:
-        with GatheredParameters([tensor]):
-            return tensor.detach().clone()
-    return tensor
-
-
-def save_zero_state(accelerator: Accelerator, folder: Path) -> None:
-    """Save each process's shard without frozen weights; called on every process.
-
-    Raises:
-        OSError, RuntimeError: a file cannot be written.
-    """
-    with errors_later(accelerator.deepspeed_engine_wrapped.engine):
-        accelerator.save_state(str(folder), exclude_frozen_parameters=True, save_latest=False)
+    if not is_divided:
+        return tensor
+    with GatheredParameters([tensor]):
+        return tensor.detach().clone()
 
 
 @contextmanager
@@ -186,23 +150,6 @@ def errors_later(engine: torch.nn.Module) -> Iterator[None]:
         del writer.save, engine._copy_recovery_script
     if problems:
         raise problems[0]
-
-
-def load_zero_state(accelerator: Accelerator, folder: Path) -> None:
-    """Load what `save_zero_state` wrote; called on every process, with the same number of processes.
-
-    Raises:
-        ValueError: the checkpoint does not fit, or is damaged.
-    """
-    engine = accelerator.deepspeed_engine_wrapped.engine
-    # DeepSpeed would restore it from the checkpoint.
-    max_grad_norm = engine.optimizer.clip_grad
-    try:
-        with weights_only_loads():
-            accelerator.load_state(str(folder), load_module_strict=False)
-    except (RuntimeError, AssertionError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"rank {launch_rank()}: {first_line(error)}") from error
-    engine.optimizer.clip_grad = max_grad_norm
 
 
 @contextmanager

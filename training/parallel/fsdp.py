@@ -4,7 +4,6 @@ Source: https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
 """
 
 import warnings
-from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -36,18 +35,16 @@ def is_fsdp(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def prepare_in_shards(
+def prepare_sharded(
     accelerator: Accelerator, transformer: CogVideoXTransformer3DModel, optimizer: Optimizer, dtype: torch.dtype
 ) -> tuple[CogVideoXTransformer3DModel, Optimizer]:
     """Shard the transformer and the optimizer's parameters as the launch configuration says.
 
-    The results are those of one device. Base weights and float32 adapters of a LoRA are gathered as they are. In full
-    fine-tuning half as much is gathered: copies in `dtype`, which autocast would make anyway, except for the norms.
-    Gradients are averaged in float32.
+    The results are those of one device. Full fine-tuning gathers weights in the compute dtype, as autocast would cast
+    them anyway, except for the norms; otherwise they are gathered as they are. Gradients are averaged in float32.
 
     Args:
         transformer: on the CPU, with its trainable weights; changed in place.
-        dtype: that it computes in.
     """
     trains_all = all(parameter.requires_grad for parameter in transformer.parameters())
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
@@ -64,33 +61,19 @@ def prepare_in_shards(
     return model, optimizer
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def gather_shards(tensor: torch.Tensor) -> torch.Tensor:
     """Gather a tensor if it is sharded; then it must be called on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def divided_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def shard_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Shard a tensor, which every rank has, as `other` is sharded, if it is."""
     if not isinstance(other, DTensor):
         return tensor
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
-def gather_weights(
-    transformer: CogVideoXTransformer3DModel, names: Iterable[str], is_main: bool
-) -> dict[str, torch.Tensor]:
-    """Gather weights by name in the main process's host memory, one after another; called on every rank."""
-    shards = transformer.state_dict()
-    gathered = {}
-    for name in names:
-        weight = whole(shards[name])
-        if is_main:
-            # A copy: unequal shards are gathered into a storage that is larger than the weight.
-            gathered[name] = weight.to("cpu", copy=True)
-    return gathered
-
-
-def take_sharded(accelerator: Accelerator) -> list[tuple[torch.nn.Module, Optimizer]]:
+def detach_sharded(accelerator: Accelerator) -> list[tuple[torch.nn.Module, Optimizer]]:
     """Remove the model and its optimizer from what `accelerator.save_state` and `load_state` handle.
 
     These would write all weights, frozen ones too, and an index that is read by unpickling, which may run code.
@@ -102,13 +85,9 @@ def take_sharded(accelerator: Accelerator) -> list[tuple[torch.nn.Module, Optimi
 
 
 def save_optimizer(model: torch.nn.Module, optimizer: Optimizer, folder: Path) -> None:
-    """Save the optimizer states of sharded weights, each rank its own, as safetensors files in `folder`; called on
-    every rank.
+    """Save each rank's states of Adam or AdamW as safetensors files in `folder`; called on every rank.
 
     Settings like the learning rate are not saved: they come from the flags.
-
-    Args:
-        optimizer: adam or adamw, whose states are all tensors.
 
     Raises:
         OSError: a rank cannot write; all of them raise it.
@@ -122,7 +101,7 @@ def save_optimizer(model: torch.nn.Module, optimizer: Optimizer, folder: Path) -
 
 
 def load_optimizer(model: torch.nn.Module, optimizer: Optimizer, folder: Path) -> None:
-    """Load what `save_optimizer` wrote, on any number of ranks; called on every rank.
+    """Load what `save_optimizer` wrote, on any number of ranks; called on every one.
 
     Raises:
         OSError: the files are missing or cannot be read.
@@ -130,18 +109,19 @@ def load_optimizer(model: torch.nn.Module, optimizer: Optimizer, folder: Path) -
     """
     settings = get_optimizer_state_dict(model, optimizer, options=_FLAT)  # creates the states too
     states = _tensors(settings)
-    reader = HuggingFaceStorageReader(str(folder / _OPTIMIZER_FOLDER))
+    source = folder / _OPTIMIZER_FOLDER
+    reader = HuggingFaceStorageReader(str(source))
     try:
         stored = reader.read_metadata().state_dict_metadata
         for name, state in states.items():
             # Missing files would silently leave parts unchanged.
             parts = stored[name].chunks if name in stored else []
             if sum(prod(part.sizes) for part in parts) != state.numel():
-                raise ValueError(f"{folder / _OPTIMIZER_FOLDER} lacks parts of {name}")
+                raise ValueError(f"{source} lacks parts of {name}")
         dcp.load(states, storage_reader=reader)
     except (CheckpointException, SafetensorError) as error:
         reason = _reasons(error) if isinstance(error, CheckpointException) else str(error)
-        raise ValueError(f"{folder / _OPTIMIZER_FOLDER}: {reason}") from error
+        raise ValueError(f"{source}: {reason}") from error
     set_optimizer_state_dict(model, optimizer, settings | states, options=_FLAT)
 
 

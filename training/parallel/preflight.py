@@ -18,7 +18,7 @@ from torch.distributed import DistError, rendezvous
 from torch.distributed.constants import default_pg_timeout
 
 from common.errors import UserError, first_line
-from common.files import written_whole
+from common.files import atomic_write
 from common.ranks import launch_rank, launch_size, local_rank, num_machines
 from common.text_files import digest_lines
 from parallel.coordinator import Coordinator
@@ -52,7 +52,7 @@ def compare_ranks(exchange: Exchange, folder: Path, facts: dict[str, str]) -> st
     if token:
         for left in folder.glob(".shared-*"):  # by a run that was killed here
             left.unlink(missing_ok=True)
-        with written_whole(folder / token):
+        with atomic_write(folder / token):
             pass
     try:
         is_shared = (folder / exchange(token)[0]).exists()

@@ -1,5 +1,6 @@
 """Gather and save sharded weights: the saved files are the same however a run was launched."""
 
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -7,45 +8,61 @@ import torch
 from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
 
-from parallel.deepspeed import gather_zero_weights, is_zero, load_zero_state, save_zero_state
-from parallel.fsdp import gather_weights, is_fsdp
+from common.errors import first_line
+from common.ranks import launch_rank
+from parallel.deepspeed import errors_later, gather_zero_shards, is_zero, weights_only_loads
+from parallel.fsdp import gather_shards, is_fsdp
 
 
-def whole_weights(
+def gather_weights(
     accelerator: Accelerator, transformer: CogVideoXTransformer3DModel, names: Iterable[str]
 ) -> dict[str, torch.Tensor]:
-    """Gather weights by name; called on every rank.
+    """Return weights by name on the main process, an empty dict on the others; called on every rank.
 
     Args:
         transformer: as passed to `accelerator.prepare`.
         names: as in the transformer's `state_dict`.
-
-    Returns:
-        On the main process, each weight by its name; on the others an empty dict.
     """
-    if is_zero(accelerator):
-        return gather_zero_weights(transformer, names, accelerator.is_main_process)
-    if is_fsdp(accelerator):
-        return gather_weights(transformer, names, accelerator.is_main_process)
-    weights = transformer.state_dict() if accelerator.is_main_process else {}
-    return {name: weights[name] for name in names if name in weights}
+    state = transformer.state_dict(keep_vars=is_zero(accelerator))
+    if not (is_zero(accelerator) or is_fsdp(accelerator)):
+        return {name: state[name] for name in names} if accelerator.is_main_process else {}
+    gather = gather_zero_shards if is_zero(accelerator) else gather_shards
+    weights = {}
+    for name in names:  # one after another, to save memory
+        weight = gather(state[name])
+        if accelerator.is_main_process:
+            # A copy: weights may be views of larger storages, which safetensors does not write.
+            weights[name] = weight.detach().to("cpu", copy=True)
+    return weights
 
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:
-    """Save weights, optimizer and schedule with accelerate, as shards if they are; called on every rank."""
-    if is_zero(accelerator):
-        save_zero_state(accelerator, folder)
-    else:
+    """Save weights, optimizer and schedule with accelerate, as shards if they are; called on every rank.
+
+    Raises:
+        OSError, RuntimeError: a file cannot be written.
+    """
+    if not is_zero(accelerator):
         accelerator.save_state(str(folder))
+        return
+    with errors_later(accelerator.deepspeed_engine_wrapped.engine):
+        accelerator.save_state(str(folder), exclude_frozen_parameters=True, save_latest=False)
 
 
 def load_state(accelerator: Accelerator, folder: Path) -> None:
-    """Load what `save_state` saved; called on every rank.
+    """Load what `save_state` saved; called on every rank, with DeepSpeed on the same number of them.
 
     Raises:
         OSError, ValueError: the checkpoint is damaged, or of another kind of run.
     """
-    if is_zero(accelerator):
-        load_zero_state(accelerator, folder)
-    else:
+    if not is_zero(accelerator):
         accelerator.load_state(str(folder))
+        return
+    optimizer = accelerator.deepspeed_engine_wrapped.engine.optimizer
+    max_grad_norm = optimizer.clip_grad  # DeepSpeed would restore it from the checkpoint
+    try:
+        with weights_only_loads():
+            accelerator.load_state(str(folder), load_module_strict=False)
+    except (RuntimeError, AssertionError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"rank {launch_rank()}: {first_line(error)}") from error
+    optimizer.clip_grad = max_grad_norm

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from common.bars import tqdm
-from common.files import written_whole
+from common.files import atomic_write
 from common.ranks import launch_rank, launch_size, local_rank
 from data.clips import BadClip, ClipSample
 from data.prepared import (
@@ -156,7 +156,7 @@ class BrokenClips:
     def add(self, sample: Sample, reason: str) -> None:
         """Note a sample whose clip cannot be decoded."""
         clip = sample.planned.clip
-        with written_whole(self.folder / f"{sample.name}.json") as path:
+        with atomic_write(self.folder / f"{sample.name}.json") as path:
             path.write_text(json.dumps([str(clip.video), clip.source, reason]), encoding="utf-8")
 
     def forget(self, names: Sequence[str]) -> None:

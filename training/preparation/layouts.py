@@ -4,8 +4,8 @@ A layout knows what is done, shares out the rest in batches, writes each batch a
 all are done. `data/prepared.py` documents and reads the files.
 """
 
-import io
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from common.files import written_whole
+from common.files import atomic_write
 from common.text_files import index_lines
 from data.buckets import Bucket
 from data.clips import ClipSample
@@ -21,6 +21,8 @@ from data.prepared import FILES_INDEX, INDEX_FILE, LISTS, STAGING, sample_in_fil
 from data.tensor_files import ShardWriter, finished_names, samples_per_shard
 from video.io import write_video
 
+
+_SUFFIXES = {"videos": ".mp4", "prompts": ".txt", "images": ".png"}
 
 Tensors = Mapping[str, torch.Tensor]  # by kind: video_latents, image_latents, prompt_embeds
 
@@ -50,12 +52,9 @@ class ShardLayout:
     """Safetensors shards of latents and of prompt embeddings, and an index.
 
     Args:
-        folder: folder of the prepared data.
         samples: the samples of all ranks.
         latent_bytes: returns the size of a sample's latents in a bucket.
-        embed_bytes: size of a prompt embedding.
         shard_bytes: approximate size of a shard.
-        with_images: whether samples have image latents.
     """
 
     def __init__(
@@ -123,11 +122,9 @@ class FileLayout:
     """The layout of the original script: one file per tensor, named after its sample, and previews.
 
     Args:
-        folder: folder of the prepared data.
         samples: the samples of all ranks.
         with_tensors: write latents and embeddings; only previews and lists otherwise.
         with_images: write first frames, and their latents if latents are written.
-        preview_fps: rate of the preview videos.
     """
 
     def __init__(
@@ -135,7 +132,7 @@ class FileLayout:
     ):
         self.folder, self.samples = folder, samples
         self.with_tensors, self.with_images, self.preview_fps = with_tensors, with_images, preview_fps
-        self._by_name = {sample.name: sample for sample in samples}
+        self._captions = {sample.name: sample.planned.clip.caption for sample in samples}
         self._names_of: dict[str, list[str]] = {}
         for sample in samples:
             self._names_of.setdefault(sample.caption_key, []).append(sample.name)
@@ -157,7 +154,14 @@ class FileLayout:
     def write_clips(self, clips: Mapping[str, Tensors], videos: Mapping[str, torch.Tensor]) -> None:
         """Write a batch by sample name; `videos` are `[F, 3, H, W]`, uint8."""
         for name, video in videos.items():
-            self._write_previews(name, video)
+            images = [Image.fromarray(frame) for frame in video.permute(0, 2, 3, 1).numpy()]
+            with self._writing("videos", name) as path:
+                write_video(path, images, self.preview_fps)
+            with self._writing("prompts", name) as path:
+                path.write_text(self._captions[name], encoding="utf-8")
+            if self.with_images:
+                with self._writing("images", name) as path:
+                    images[0].save(path)
             for kind, tensor in clips.get(name, {}).items():
                 # The original layout has one encoding of an image, without an axis for several.
                 self._write_tensor(kind, name, tensor[0] if kind == "image_latents" else tensor)
@@ -183,38 +187,25 @@ class FileLayout:
 
     def _is_embedded(self, caption_key: str) -> bool:
         names = self._names_of[caption_key] if self.with_tensors else []
-        return all(self._tensor_file("prompt_embeds", name).is_file() for name in names)
+        return all(self._file("prompt_embeds", name).is_file() for name in names)
 
     def _is_encoded(self, name: str) -> bool:
-        kinds = ["video_latents", *(["image_latents"] if self.with_images else [])] if self.with_tensors else []
-        files = [self._tensor_file(kind, name) for kind in kinds] + self._preview_files(name)
-        return all(file.is_file() for file in files)
+        kinds = ["videos", "prompts", *(["images"] if self.with_images else [])]
+        if self.with_tensors:
+            kinds += ["video_latents", *(["image_latents"] if self.with_images else [])]
+        return all(self._file(kind, name).is_file() for kind in kinds)
 
-    def _preview_files(self, name: str) -> list[Path]:
-        files = [self.folder / "videos" / f"{name}.mp4", self.folder / "prompts" / f"{name}.txt"]
-        return [*files, self.folder / "images" / f"{name}.png"] if self.with_images else files
+    def _file(self, kind: str, name: str) -> Path:
+        return self.folder / kind / f"{name}{_SUFFIXES.get(kind, '.pt')}"
 
-    def _write_previews(self, name: str, video: torch.Tensor) -> None:
-        mp4, prompt, *png = self._preview_files(name)
-        images = [Image.fromarray(frame) for frame in video.permute(0, 2, 3, 1).numpy()]
-        with written_whole(mp4, staging=self.folder / STAGING) as path:
-            write_video(path, images, self.preview_fps)
-        with written_whole(prompt, staging=self.folder / STAGING) as path:
-            path.write_text(self._by_name[name].planned.clip.caption, encoding="utf-8")
-        for file in png:
-            with written_whole(file, staging=self.folder / STAGING) as path:
-                images[0].save(path)
-
-    def _tensor_file(self, kind: str, name: str) -> Path:
-        return self.folder / kind / f"{name}.pt"
+    def _writing(self, kind: str, name: str) -> AbstractContextManager[Path]:
+        return atomic_write(self._file(kind, name), staging=self.folder / STAGING)
 
     def _write_tensor(self, kind: str, name: str, tensor: torch.Tensor) -> None:
-        # To bytes first, because torch writes a path's name into the archive; a copy, because a slice would be saved
-        # with the storage of its batch.
-        content = io.BytesIO()
-        torch.save(tensor.detach().cpu().clone(), content)
-        with written_whole(self._tensor_file(kind, name), staging=self.folder / STAGING) as path:
-            path.write_bytes(content.getbuffer())
+        # A file, because torch writes a path's name into the archive; a copy, because a slice would be saved with the
+        # storage of its batch.
+        with self._writing(kind, name) as path, path.open("wb") as file:
+            torch.save(tensor.detach().cpu().clone(), file)
 
 
 def _names_by_bucket(samples: Sequence[Sample]) -> dict[Bucket, list[str]]:
@@ -235,7 +226,7 @@ def _share(
 
 
 def _write_text(folder: Path, name: str, text: str) -> None:
-    with written_whole(folder / name, staging=folder / STAGING) as path:
+    with atomic_write(folder / name, staging=folder / STAGING) as path:
         path.write_text(text, encoding="utf-8")
 
 

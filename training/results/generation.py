@@ -12,7 +12,7 @@ from diffusers.training_utils import free_memory
 from PIL import Image, ImageOps
 
 from common.errors import UserError, first_line
-from common.files import written_whole
+from common.files import atomic_write
 from common.logs import start_logging
 from data.buckets import Bucket
 from diffusion.tasks import ImageToVideo, SizeFlags, TextToVideo
@@ -265,7 +265,7 @@ def load_pipeline(settings: GenerationSettings, generation: Generation, *, tuned
 
 def write(frames: list[Image.Image], file: Path, fps: int) -> None:
     """Write a video whole or not at all, and say so."""
-    with written_whole(file) as partial:
+    with atomic_write(file) as partial:
         write_video(partial, frames, fps)
     logger.info("wrote %s", file)
 
@@ -276,7 +276,7 @@ def compare(video: PlannedVideo, generation: Generation) -> None:
     base, tuned = (
         read_frames(file, range(size.num_frames)) for file in (video.beside(BASE), video.file)
     )  # each [F, H, W, 3]
-    with written_whole(video.beside(COMPARED)) as partial:
+    with atomic_write(video.beside(COMPARED)) as partial:
         write_video(partial, list(np.concatenate([base, tuned], axis=2)), generation.fps)
     indices = shown_indices(size.num_frames)
     columns = [f"frame {index + 1}" for index in indices]

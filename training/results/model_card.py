@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from common.files import slug
 from common.hub_token import without_tokens
+from data.buckets import Bucket
 from tracking.loss_curve import PICTURE_FILE
 from validation.grid import GRID_FILE
 
@@ -30,10 +31,8 @@ class CardFacts:
     usage: Callable[[str, str], str]  # repository and name of the base model -> code that loads the result
     settings: Mapping[str, object]  # flags that differ from the defaults
     prompts: list[str]  # of the validation videos
-    num_frames: int  # of the validation videos, as the next three
-    height: int
-    width: int
-    fps: int
+    size: Bucket  # of the validation videos
+    fps: int  # of the validation videos
     last_step: int
 
 
@@ -90,7 +89,7 @@ def example(facts: CardFacts, base: str, repo_id: str) -> str:
     names += [] if facts.is_lora else ["CogVideoXTransformer3DModel"]
     prompt = facts.prompts[0] if facts.prompts else "A panda plays a guitar"
     image = ['image = load_image("first-frame.png")'] if with_image else []
-    size = f"num_frames={facts.num_frames}, height={facts.height}, width={facts.width}"
+    size = ", ".join(f"{name}={value}" for name, value in facts.size._asdict().items())
     return "\n".join(
         [
             "import torch",

@@ -25,16 +25,7 @@ PRIVATE += ("*events.out.tfevents.*", "*hparams.yml", CONFIG_FILE, "config-step-
 
 
 def check_access(output_dir: Path, repo_id: str | None, token: HubToken | None) -> None:
-    """Check that the upload at the end will be allowed, without creating anything.
-
-    Args:
-        output_dir: its name is that of the repository if `repo_id` is None.
-        repo_id: `owner/name`, or a name under the token's owner.
-        token: None for the one of `hf auth login` or HF_TOKEN.
-
-    Raises:
-        UserError: there is no token, the hub refuses it or cannot be reached, or it has no write access.
-    """
+    """Check that the upload at the end will be allowed, without creating anything; arguments as of `push_to_hub`."""
     name = repo_id or output_dir.resolve().name
     try:
         validate_repo_id(name)
@@ -45,8 +36,7 @@ def check_access(output_dir: Path, repo_id: str | None, token: HubToken | None) 
             f"--push_to_hub: the upload to {name!r} would fail: {reason}; log in with `hf auth login`, pass a valid "
             "--hub_token and --hub_model_id, or omit --push_to_hub and upload later"
         ) from error
-    problem = _refusal(who, name)
-    if problem is not None:
+    if problem := _refusal(who, name):
         raise UserError(f"--push_to_hub: {problem}; pass a token with write access, or another --hub_model_id")
 
 
@@ -75,8 +65,8 @@ def push_to_hub(output_dir: Path, repo_id: str | None, token: HubToken | None, f
     """Upload `output_dir`, without checkpoints and caches, to the hub; if that fails, log how to do it later.
 
     Args:
-        repo_id: `owner/name`; None for the folder's name under the token's owner.
-        token: None for the one of `hf auth login`.
+        repo_id: `owner/name`, or a name under the token's owner; None for the folder's name.
+        token: None for the one of `hf auth login` or HF_TOKEN.
         facts: for the card, which replaces an existing one.
     """
     wanted = repo_id or output_dir.resolve().name

@@ -11,10 +11,11 @@ from pathlib import Path
 import yaml
 
 from args import flag_names
-from common.files import remove_partials, written_whole
+from common.files import atomic_write, remove_partials
 from common.hub_token import without_tokens
 from common.ranks import precision_of
 from common.run_folder import CONFIG_FILE, CONFIG_TITLE
+from data.buckets import Bucket
 from flags.schema import flag_values
 from flags.settings import TrainingSettings
 from memory.settings import MemorySettings, differences, memory_settings_of
@@ -70,7 +71,7 @@ def write_config(spec: RunSpec) -> Path | None:
             if not changed:
                 return None
             logger.info("other flags than before: %s; noted in %s", ", ".join(changed), file.name)
-    with written_whole(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text(text, encoding="utf-8")
     return file
 
@@ -172,9 +173,7 @@ def card_facts(spec: RunSpec, total_steps: int) -> CardFacts:
         usage=spec.usage,
         settings=repeated,
         prompts=settings.validation.prompts,
-        num_frames=settings.clips.max_num_frames,
-        height=settings.clips.height,
-        width=settings.clips.width,
+        size=Bucket(settings.clips.max_num_frames, settings.clips.height, settings.clips.width),
         fps=spec.video_fps,
         last_step=total_steps,
     )

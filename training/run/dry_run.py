@@ -19,7 +19,7 @@ from PIL import Image
 from checkpoints.folder import load_checkpoint
 from common.bars import tqdm
 from common.errors import UserError, listing
-from common.files import nearest_folder, written_whole
+from common.files import atomic_write, nearest_folder
 from common.ranks import launch_rank, launch_size
 from data.buckets import Bucket
 from data.clips import ClipSample
@@ -144,7 +144,7 @@ def trial_flags(
         asked_for = {"max_num_frames": size.num_frames, "height": size.height, "width": size.width}
         if task.with_images:
             images = (str(folder / "start.png"),)
-            with written_whole(Path(images[0])) as partial:  # by every rank, while others read it
+            with atomic_write(Path(images[0])) as partial:  # by every rank, while others read it
                 Image.new("RGB", (size.width, size.height), "gray").save(partial)
     changed = asked_for | {
         "output_dir": str(folder),

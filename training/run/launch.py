@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.logs import start_logging
 from common.ranks import launch_size, precision_of, uses_deepspeed
 from flags.settings import TrainingSettings
-from parallel.deepspeed import exchange_by_gloo, has_divided_weights, keep_others_whole
+from parallel.deepspeed import has_sharded_weights, shard_only_transformer, use_gloo
 
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
     # Naming a backend makes accelerate look for a process group, which one process has under DeepSpeed alone.
     backend = None if launch_size() == 1 and not uses_deepspeed() else "nccl" if torch.cuda.is_available() else "gloo"
     if uses_deepspeed() and backend == "gloo":
-        exchange_by_gloo()
+        use_gloo()
     accelerator = Accelerator(
         gradient_accumulation_steps=settings.training.gradient_accumulation_steps,
         mixed_precision=settings.training.mixed_precision,
@@ -50,8 +50,8 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
         ],
     )
     start_logging()
-    if has_divided_weights(accelerator):
-        keep_others_whole()
+    if has_sharded_weights(accelerator):
+        shard_only_transformer()
     torch.backends.cuda.matmul.allow_tf32 = settings.speed.allow_tf32
     return accelerator
 

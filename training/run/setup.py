@@ -22,20 +22,20 @@ from diffusion.timesteps import TimestepSampling
 from flags.schema import flag_values
 from flags.settings import TrainingSettings
 from methods.full import FullFinetune
-from models.attention import attention_set
+from models.attention import temporary_attention
 from models.configs import CPU
 from models.prompts import PromptCache
 from models.sampling import Pipeline
 from parallel.coordinator import Coordinator
 from parallel.deepspeed import gathered
-from parallel.sharding import whole_weights
+from parallel.sharding import gather_weights
 from run.encoded_inputs import EncodedInputs, encode_inputs
 from run.spec import RunSpec, Task
 from run.summary import describe_start
 from run.trainable import Trainable, make_trainable, resume
 from tracking.throughput import Throughput
 from tracking.trackers import keep_losses, start_trackers
-from validation.loss import log_validation_losses, validation_losses
+from validation.loss import validate_loss
 from validation.videos import ValidationSettings, validate
 
 
@@ -221,7 +221,6 @@ def make_validation(
 ) -> Callable[[int], list[str]]:
     """Return what validates a step: the loss of the clips held out, and videos of the prompts, if there are any."""
     sample_videos = make_sampling(spec, inputs, trainable.transformer, signals)
-    num_timesteps = objective.scheduler.config.num_train_timesteps
     # Not what accelerate wrapped: a rank that fails must not leave the others waiting inside a forward pass.
     objective = replace(objective, model=trainable.transformer)
 
@@ -229,10 +228,7 @@ def make_validation(
         failures = []
         with trainable.averaged(), spec.undivided(), gathered(spec.accelerator, trainable.model):
             if inputs.held_out:
-                losses, failures = validation_losses(
-                    objective, inputs.held_out, spec.accelerator, spec.coordinator, num_timesteps
-                )
-                log_validation_losses(spec.accelerator, losses, failures, step)
+                failures = validate_loss(objective, inputs.held_out, spec.accelerator, spec.coordinator, step)
             return failures + sample_videos(step)
 
     return run_validation
@@ -272,7 +268,7 @@ def make_sampling(
     folder = spec.output_dir / "validation"
 
     def sample_videos(step: int) -> list[str]:
-        with attention_set(transformer, settings.speed.validation_attention_backend):
+        with temporary_attention(transformer, settings.speed.validation_attention_backend):
             return validate(
                 accelerator,
                 spec.coordinator,
@@ -296,12 +292,12 @@ def make_saving(spec: RunSpec, trainable: Trainable) -> Callable[[], Path]:
     def save_result() -> Path:
         transformer = trainable.transformer
         with trainable.averaged():
-            weights = whole_weights(accelerator, transformer, method.weight_names(transformer))
+            weights = gather_weights(accelerator, transformer, method.weight_names(transformer))
             return spec.coordinator.from_main(lambda: write(weights))
 
     def write(weights: dict[str, torch.Tensor]) -> Path:
         try:
-            return method.save_result(trainable.transformer, spec.source, folder, dtype, weights)
+            return method.save(trainable.transformer, folder, dtype, weights, spec.source)
         except UserError:
             raise
         except WRITE_ERRORS as error:

@@ -24,10 +24,10 @@ from memory.block_streaming import stream_blocks
 from models.attention import set_attention
 from models.compilation import compile_blocks
 from models.configs import CPU, precision_warning
-from optimizers.averages import averaged_weights, make_ema, schedule_free_weights
+from optimizers.averages import averaged_weights, schedule_free_weights
 from optimizers.build import apply_learning_rate, keep_rates_on_host, make_optimizer
-from parallel.deepspeed import configure_zero, has_divided_weights, is_zero, look_at_gradients
-from parallel.fsdp import autocast_forward, is_fsdp, prepare_in_shards
+from parallel.deepspeed import check_gradients, configure_zero, has_sharded_weights, is_zero
+from parallel.fsdp import autocast_forward, is_fsdp, prepare_sharded
 from run.spec import RunSpec
 
 
@@ -83,7 +83,8 @@ def make_trainable(spec: RunSpec, total_steps: int) -> Trainable:
     model, optimizer = wrap(spec, transformer, optimizer)
     parameters = trainable_of(transformer)  # not as above: shards may have taken their place
     keep_rates_on_host(optimizer)
-    ema = make_ema(parameters, settings.objective.ema_decay) if settings.objective.use_ema else None
+    # The decay is reached after about 10 / (1 - decay) steps.
+    ema = EMAModel(parameters, decay=settings.objective.ema_decay) if settings.objective.use_ema else None
     # Not prepared: accelerate would step it once per process. Here a step is an optimizer step, on any ranks.
     accelerator.register_for_checkpointing(lr_scheduler)
     if ema is not None:
@@ -99,7 +100,7 @@ def load_transformer(spec: RunSpec) -> CogVideoXTransformer3DModel:
     settings, accelerator, source, dtype = spec.settings, spec.accelerator, spec.source, spec.dtype
     # Weights that are streamed or divided among ranks need not fit onto the device as a whole.
     whole = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
-    is_whole = accelerator.distributed_type in whole and not has_divided_weights(accelerator)
+    is_whole = accelerator.distributed_type in whole and not has_sharded_weights(accelerator)
     transformer = source.load_transformer(
         spec.method.base_dtype(dtype),
         device=accelerator.device if is_whole and not settings.memory.stream_blocks else CPU,
@@ -134,7 +135,7 @@ def wrap(
     """Have accelerate wrap transformer and optimizer for the launch."""
     settings, accelerator = spec.settings, spec.accelerator
     if is_fsdp(accelerator):
-        return prepare_in_shards(accelerator, transformer, optimizer, spec.dtype)
+        return prepare_sharded(accelerator, transformer, optimizer, spec.dtype)
     if not is_zero(accelerator):
         return accelerator.prepare(transformer, optimizer)
     configure_zero(
@@ -146,7 +147,7 @@ def wrap(
     )
     autocast_forward(transformer, accelerator.device, spec.dtype)
     prepared = accelerator.prepare(transformer, optimizer)
-    look_at_gradients(accelerator)
+    check_gradients(accelerator)
     return prepared
 
 

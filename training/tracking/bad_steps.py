@@ -37,12 +37,7 @@ class Step:
 
 
 class StepGuard:
-    """Checks the finished steps; every rank calls it with its own steps.
-
-    Args:
-        max_bad_steps: the number of consecutive bad steps that ends the run.
-        output_dir: of the run; its checkpoints are there.
-    """
+    """Checks the finished steps; every rank calls it with its own steps. `max_bad_steps` in a row end the run."""
 
     def __init__(self, coordinator: Coordinator, max_bad_steps: int, output_dir: Path):
         self.coordinator = coordinator
@@ -69,14 +64,9 @@ class StepGuard:
                 continue
             self._in_a_row = 0
             if self._is_spike(step.loss):
-                typical = math.exp(fmean(self._logs))
-                logger.warning(
-                    "warning: step %d: its loss of %.4g is far above the usual %.4g; it trained on %s",
-                    step.number,
-                    step.loss,
-                    typical,
-                    self._clips_of(step),
-                )
+                typical, clips = math.exp(fmean(self._logs)), self._clips_of(step)
+                message = "warning: step %d: its loss of %.4g is far above the usual %.4g; it trained on %s"
+                logger.warning(message, step.number, step.loss, typical, clips)
             if step.loss > 0:
                 self._logs.append(math.log(step.loss))
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 
@@ -40,21 +39,6 @@ def peak_tflops(device_name: str) -> float | None:
     return next((peak for name, peak in _PEAK_TFLOPS.items() if re.search(rf"\b{name}", device_name)), None)
 
 
-@dataclass(frozen=True)
-class StepFlops:
-    """Floating-point operations of the parts of a training step; a multiplication and an addition are two."""
-
-    forward: float
-    attention_backward: float
-    linear_backward: float
-    recompute: float
-
-    @property
-    def total(self) -> float:
-        """The sum of all parts."""
-        return self.forward + self.attention_backward + self.linear_backward + self.recompute
-
-
 def count_flops(
     config: Mapping[str, Any],
     num_tokens: int,
@@ -62,10 +46,11 @@ def count_flops(
     trains_all: bool,
     checkpoint_scope: str | None = None,
     checkpoint_every: int = 1,
-) -> StepFlops:
-    """Count the matrix products of the transformer's blocks for one sample.
+) -> float:
+    """Count the operations of a training step in the matrix products of the blocks, for one sample.
 
-    With N tokens of width d in L blocks, a linear layer from a to b channels takes 2 N a b. A block has four of d to d
+    A multiplication and an addition are two operations. With N tokens of width d in L blocks, a linear layer from a to
+    b channels takes 2 N a b. A block has four of d to d
     in its attention and two between d and 4 d in its feed-forward part: 8 N d^2 + 16 N d^2. Its scores and their
     weighted sums take 2 N^2 d each. So the forward pass takes L (24 N d^2 + 4 N^2 d).
 
@@ -93,9 +78,5 @@ def count_flops(
     attention = 4 * num_tokens**2 * width
     checkpointed = layers if checkpoint_scope == "segment" else -(-layers // checkpoint_every)
     again = {None: 0, "feed-forward": feed_forward}.get(checkpoint_scope, linear + attention)
-    return StepFlops(
-        forward=layers * (linear + attention),
-        attention_backward=layers * 2.5 * attention,
-        linear_backward=layers * linear * (2 if trains_all else 1),
-        recompute=checkpointed * again,
-    )
+    backward = 2.5 * attention + linear * (2 if trains_all else 1)
+    return layers * (linear + attention + backward) + checkpointed * again

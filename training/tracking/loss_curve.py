@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from accelerate.tracking import GeneralTracker
 
-from common.files import written_whole
+from common.files import atomic_write
 
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class LossCurve(GeneralTracker):
         self.folder = folder
         self.points: dict[str, list[tuple[int, float]]] = {"loss": [], "validation_loss": []}
         kept = _read_metrics(folder / METRICS_FILE, resumed_at) if resumed_at is not None else []
-        with written_whole(folder / METRICS_FILE) as partial:
+        with atomic_write(folder / METRICS_FILE) as partial:
             partial.write_text("".join(f"{json.dumps(values)}\n" for values in kept), encoding="utf-8")
         for values in kept:
             self._remember(values)
@@ -75,7 +75,7 @@ class LossCurve(GeneralTracker):
     def _draw(self) -> None:
         if self.points["loss"]:
             picture = draw_losses(self.points["loss"], self.points["validation_loss"])
-            with written_whole(self.folder / PICTURE_FILE) as partial:
+            with atomic_write(self.folder / PICTURE_FILE) as partial:
                 picture.savefig(partial, format="png", dpi=100)
         self.drawn_at = time.monotonic()
 
@@ -107,11 +107,13 @@ def draw_losses(losses: Points, validation: Points = ()) -> "Figure":
     axes = figure.subplots()
     steps, values = (np.array(column) for column in zip(*losses, strict=True))
     window = min(100, max(1, len(losses) // _WINDOWS))
+    # Of each value and the `window - 1` before it, or as many as exist.
+    sums, counts = np.convolve(values, np.ones(window))[: len(values)], np.arange(len(values)) + 1
     if window > 1:
         axes.plot(steps, values, color=_STEP, linewidth=1, label="loss of a step")
     name = f"mean of {window} steps" if window > 1 else "loss"
     marker = "o" if len(losses) == 1 else None
-    axes.plot(steps, running_mean(values, window), color=_MEAN, linewidth=2, marker=marker, label=name)
+    axes.plot(steps, sums / np.minimum(counts, window), color=_MEAN, linewidth=2, marker=marker, label=name)
     if validation:
         axes.plot(*zip(*validation, strict=True), color=_VALIDATION, linewidth=2, marker="o", label="validation loss")
     if len(losses) >= _MANY:
@@ -124,8 +126,3 @@ def draw_losses(losses: Points, validation: Points = ()) -> "Figure":
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper left", ncols=3, frameon=False)
     return figure
-
-
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the mean of each value and the `window - 1` before it, or as many as exist."""
-    return np.convolve(values, np.ones(window))[: len(values)] / np.minimum(np.arange(len(values)) + 1, window)

@@ -47,14 +47,8 @@ class StepLog:
         self.losses: list[float] = []
         self.has_norm = True
         self.speeds: list[Speed] = []  # of each interval
-        self.bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            desc="Training",
-            unit=" steps",
-            delay=0,
-            disable=not accelerator.is_main_process,
-        )
+        is_hidden, unit = not accelerator.is_main_process, " steps"
+        self.bar = tqdm(desc="Training", total=total_steps, initial=first_step, unit=unit, delay=0, disable=is_hidden)
 
     def add(
         self,
@@ -63,12 +57,7 @@ class StepLog:
         learning_rate: float,
         names: Sequence[str] = (),
     ) -> None:
-        """Note one optimizer step.
-
-        Args:
-            grad_norm: None if unknown; it is not logged then.
-            names: of the clips it trained on, for warnings.
-        """
+        """Note one optimizer step, with the names of its clips for warnings; an unknown norm (None) is not logged."""
         self.has_norm = grad_norm is not None
         if not isinstance(grad_norm, torch.Tensor):
             # `torch.tensor` would wait for the device.
@@ -81,31 +70,27 @@ class StepLog:
             self.flush()
 
     def flush(self) -> None:
-        """Fetch and log the pending steps; called on every rank.
-
-        Raises:
-            UserError: too many steps in a row were bad.
-        """
+        """Fetch and log the pending steps; raise a UserError after too many bad ones. Called on every rank."""
         if not self.pending:
             return
         values, rates, names = zip(*self.pending, strict=True)
         values = self.accelerator.reduce(torch.stack(values), reduction="mean").tolist()
         speed = self.throughput.read(len(values))  # the device has finished them
         self.speeds.append(speed)
+        numbers = range(self.step - len(values) + 1, self.step + 1)
         steps = [
             Step(number, loss, grad_norm if self.has_norm else None, clips)
-            for number, (loss, grad_norm), clips in zip(self._pending_numbers(), values, names, strict=True)
+            for number, (loss, grad_norm), clips in zip(numbers, values, names, strict=True)
         ]
         self.pending.clear()
         for step, rate in zip(steps, rates, strict=True):
             self._log(step, rate, speed)
-        self._show(steps[-1], rates[-1], speed)
+        norm = [f"grad_norm={steps[-1].grad_norm:.3f}"] if self.has_norm else []
+        shown = [f"loss={steps[-1].loss:.4f}", f"lr={rates[-1]:.2e}", *norm, speed.short()]
+        self.bar.set_postfix_str(", ".join(shown))
         self._estimate()
         scaler = self.accelerator.scaler
         self.guard.check(steps, searches_scale=scaler is not None and scaler.get_scale() >= 1)
-
-    def _pending_numbers(self) -> range:
-        return range(self.step - len(self.pending) + 1, self.step + 1)
 
     def _log(self, step: Step, rate: float, speed: Speed) -> None:
         logged = {"loss": step.loss, "lr": rate} | ({"grad_norm": step.grad_norm} if self.has_norm else {})
@@ -115,10 +100,6 @@ class StepLog:
         if math.isfinite(step.loss):
             self.losses.append(step.loss)
 
-    def _show(self, step: Step, rate: float, speed: Speed) -> None:
-        norm = [f"grad_norm={step.grad_norm:.3f}"] if self.has_norm else []
-        self.bar.set_postfix_str(", ".join([f"loss={step.loss:.4f}", f"lr={rate:.2e}", *norm, speed.short()]))
-
     def _estimate(self) -> None:
         """Log once how long the remaining steps take."""
         left = self.total_steps - self.step
@@ -126,16 +107,12 @@ class StepLog:
             return
         self.is_estimated = True
         speed = self._settled_speed()
-        seconds = speed.seconds / speed.steps
-        logger.info(
-            "about %s left: %d steps of %.3g s; validation and checkpoints come on top",
-            in_words(left * seconds),
-            left,
-            seconds,
-        )
+        seconds, total = speed.seconds / speed.steps, in_words(left * speed.seconds / speed.steps)
+        message = "about %s left: %d steps of %.3g s; validation and checkpoints come on top"
+        logger.info(message, total, left, seconds)
 
     def _settled_speed(self) -> Speed:
-        """Return the speed of the run without its first interval, if there are more."""
+        """Return the speed without the first interval, if there are more."""
         return reduce(operator.add, self.speeds[1:] or self.speeds)
 
     def __enter__(self) -> "StepLog":

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,13 +42,13 @@ class PhaseTimer:
         end.record()
         self.pending.append((name, start, end))
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> Counter[str]:
         """Return the seconds of each phase since the last call; on a GPU the timed operations must have ended."""
         for name, start, end in self.pending:
             self.seconds[name] += start.elapsed_time(end) / 1000
         self.pending.clear()
         seconds, self.seconds = self.seconds, Counter()
-        return dict(seconds)
+        return seconds
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,13 @@ class Speed:
     seconds: float
     samples: int  # on all devices
     tokens: int  # on all devices
-    phases: dict[str, float]  # seconds of each, on this device
+    phases: Counter[str]  # seconds of each, on this device
     tflops: float  # on this device
     peak_tflops: float | None
 
     def __add__(self, other: "Speed") -> "Speed":
-        return Speed(
-            self.steps + other.steps,
-            self.seconds + other.seconds,
-            self.samples + other.samples,
-            self.tokens + other.tokens,
-            {name: self.phases.get(name, 0.0) + other.phases.get(name, 0.0) for name in PHASES},
-            self.tflops + other.tflops,
-            self.peak_tflops,
-        )
+        sums = ("steps", "seconds", "samples", "tokens", "phases", "tflops")
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in sums})
 
     def values(self) -> dict[str, float]:
         """Return the values for trackers, by name."""
@@ -80,7 +73,7 @@ class Speed:
             "samples_per_second": self.samples / self.seconds,
             "tokens_per_second": self.tokens / self.seconds,
             "step_seconds": self.seconds / self.steps,
-            **{f"{name}_seconds": self.phases.get(name, 0.0) / self.steps for name in PHASES},
+            **{f"{name}_seconds": self.phases[name] / self.steps for name in PHASES},
             "tflops_per_second": self.tflops / self.seconds,
         }
         if self.peak_tflops is not None:
@@ -148,19 +141,13 @@ class Throughput:
         tokens = count_tokens(self.config, bucket)
         self.samples += samples
         self.tokens += samples * tokens
-        flops = count_flops(self.config, tokens, **self.flops_settings).total
+        flops = count_flops(self.config, tokens, **self.flops_settings)
         self.flops += samples * flops / self.devices_per_sample
 
     def read(self, steps: int) -> Speed:
         """Return the speed of the `steps` (at least 1) since the last call; the device must have finished them."""
-        speed = Speed(
-            steps=steps,
-            seconds=time.perf_counter() - self.start,
-            samples=self.samples * self.num_ranks,
-            tokens=self.tokens * self.num_ranks,
-            phases=self.timer.read(),
-            tflops=self.flops / 1e12,
-            peak_tflops=self.peak,
-        )
+        seconds, tflops = time.perf_counter() - self.start, self.flops / 1e12
+        samples, tokens = self.samples * self.num_ranks, self.tokens * self.num_ranks
+        speed = Speed(steps, seconds, samples, tokens, self.timer.read(), tflops, self.peak)
         self.start, self.samples, self.tokens, self.flops = None, 0, 0, 0.0
         return speed

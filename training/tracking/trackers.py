@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from common.errors import UserError, one_line
-from common.files import written_whole
+from common.files import atomic_write
 from common.hub_token import HubToken, without_tokens
 from tracking.loss_curve import LossCurve
 
@@ -182,7 +182,7 @@ def _run_id(kind: str, logging_dir: Path, resumed_at: int | None) -> str:
         run_id = run_id[:8]
     elif kind == "trackio":  # where it is the run's name as well
         run_id = f"{logging_dir.resolve().parent.name}-{run_id[:8]}"
-    with written_whole(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text(f"{run_id}\n", encoding="utf-8")
     return run_id
 

@@ -55,9 +55,7 @@ def draw_grid(folder: Path, videos: Sequence[ValidationVideo], frame: int, last_
 
 def choose_columns(steps: Sequence[int], most: int = _MOST_COLUMNS) -> list[int]:
     """Choose at most `most` steps, evenly spread, including the first and the last one."""
-    if len(steps) <= most:
-        return list(steps)
-    return [steps[round(place * (len(steps) - 1) / (most - 1))] for place in range(most)]
+    return [steps[round(place)] for place in np.linspace(0, len(steps) - 1, min(most, len(steps)))]
 
 
 def _read_frame(file: Path, frame: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from diffusion.randomness import step_generator
 from models.encoding import encode_noised_image, encode_videos
 from models.prompts import PromptCache
 from parallel.coordinator import Coordinator
-from parallel.lockstep import Lockstep, OutOfStep
+from parallel.lockstep import OutOfStep, lockstep
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,6 @@ def encode_validation_set(
     Args:
         clips: the full set, one sample each.
         vae: on the device to use.
-        prompts: the captions' embeddings.
         reshape_mode: how a clip gets its bucket's size, as in `reshape_frames`; not random.
         with_images: also encode the first frames for image-to-video, under fixed noise.
 
@@ -86,32 +85,28 @@ def _encode(sample: Batch, vae: AutoencoderKLCogVideoX) -> Batch:
     return replace(sample, videos=None, images=None, video_moments=moments, image_moments=image_moments)
 
 
-def validation_losses(
-    objective: Objective,
-    batches: Sequence[Batch],
-    accelerator: Accelerator,
-    coordinator: Coordinator,
-    num_train_timesteps: int,
-) -> tuple[dict[str, float], list[str]]:
-    """Compute the losses of the full set by the names they are logged under; called on every rank.
+def validate_loss(
+    objective: Objective, batches: Sequence[Batch], accelerator: Accelerator, coordinator: Coordinator, step: int
+) -> list[str]:
+    """Compute and log the losses of the full set after `step` optimizer steps; called on every rank.
 
-    A failure never ends the run.
+    A failure is a warning and never ends the run.
 
     Args:
         objective: has the model, whose mode is restored, as are the global random states.
         batches: this rank's batches, as from `encode_validation_set`.
-        num_train_timesteps: number of timesteps of the noise schedule.
 
     Returns:
-        The losses, empty if any rank failed, and the reason of each failed rank; the same on all ranks.
+        The reason of each failed rank; the same on all ranks.
     """
     losses, failures = {}, []
     try:
-        with Lockstep(accelerator, coordinator) as lockstep, lockstep.calling(objective.model):
+        with lockstep(accelerator, coordinator) as watch:
+            watch(objective.model)
             bar = tqdm(
                 batches, desc="Validation loss", unit=" clips", leave=False, disable=not accelerator.is_main_process
             )
-            losses = clip_losses(objective, bar, accelerator.device, num_train_timesteps)
+            losses = clip_losses(objective, bar, accelerator.device)
     except OutOfStep:
         raise
     except Exception as error:
@@ -120,17 +115,18 @@ def validation_losses(
     # The losses of each clip, not each rank's sum, so the means have the same bits for any number of ranks.
     of_ranks, failures_of_ranks = zip(*coordinator.gather((losses, failures)), strict=True)
     failures = list(chain(*failures_of_ranks))
-    if failures:
-        return {}, failures
-    return mean_losses({k: v for of_rank in of_ranks for k, v in of_rank.items()}, num_train_timesteps), []
+    for failure in failures:
+        logger.warning("warning: the validation loss at step %d failed, training continues; %s", step, failure)
+    if not failures:
+        means = mean_losses({k: v for of_rank in of_ranks for k, v in of_rank.items()}, _timesteps(objective))
+        logger.info("validation loss at step %d: %.4f", step, means["validation_loss"])
+        accelerator.log(means, step=step)
+    return failures
 
 
 @torch.no_grad()
-def clip_losses(
-    objective: Objective, batches: Iterable[Batch], device: torch.device, num_train_timesteps: int
-) -> dict[int, list[float]]:
+def clip_losses(objective: Objective, batches: Iterable[Batch], device: torch.device) -> dict[int, list[float]]:
     """Compute the losses of a rank's clips at each quantile of the timesteps, by the clips' index in the full set."""
-    timesteps = _timesteps(num_train_timesteps)
     losses: dict[int, torch.Tensor] = {}
     was_training = objective.model.training
     objective.model.eval()
@@ -144,7 +140,7 @@ def clip_losses(
                         torch.tensor([timestep], device=device),
                         [step_generator(device, NOISE_SEED, quantile, *batch.names)],
                     )
-                    for quantile, timestep in zip(QUANTILES, timesteps, strict=True)
+                    for quantile, timestep in zip(QUANTILES, _timesteps(objective), strict=True)
                 ]
                 losses[batch.draws[0].index] = torch.cat(at_quantiles)
     finally:
@@ -152,31 +148,16 @@ def clip_losses(
     return {index: values.tolist() for index, values in losses.items()}
 
 
-def mean_losses(losses: Mapping[int, Sequence[float]], num_train_timesteps: int) -> dict[str, float]:
+def mean_losses(losses: Mapping[int, Sequence[float]], timesteps: Sequence[int]) -> dict[str, float]:
     """Return the means over clips: `validation_loss` over all quantiles, `validation_loss/t=100` and so on for each.
 
     Args:
-        losses: losses of each clip at each quantile, as from `clip_losses`, of all ranks.
-        num_train_timesteps: number of timesteps of the noise schedule.
+        losses: losses of all ranks' clips at each of the timesteps, as from `clip_losses`.
     """
     means = [math.fsum(of_quantile) / len(losses) for of_quantile in zip(*losses.values(), strict=True)]
-    by_timestep = zip(_timesteps(num_train_timesteps), means, strict=True)
-    return {
-        "validation_loss": math.fsum(means) / len(means),
-        **{f"validation_loss/t={timestep}": mean for timestep, mean in by_timestep},
-    }
+    at_timesteps = {f"validation_loss/t={t}": mean for t, mean in zip(timesteps, means, strict=True)}
+    return {"validation_loss": math.fsum(means) / len(means), **at_timesteps}
 
 
-def log_validation_losses(
-    accelerator: Accelerator, losses: Mapping[str, float], failures: Sequence[str], step: int
-) -> None:
-    """Log the losses after `step` optimizer steps to every tracker, and their mean or the failures to the log."""
-    for failure in failures:
-        logger.warning("warning: the validation loss at step %d failed, training continues; %s", step, failure)
-    if losses:
-        logger.info("validation loss at step %d: %.4f", step, losses["validation_loss"])
-        accelerator.log(dict(losses), step=step)
-
-
-def _timesteps(num_train_timesteps: int) -> list[int]:
-    return [round(quantile * (num_train_timesteps - 1)) for quantile in QUANTILES]
+def _timesteps(objective: Objective) -> list[int]:
+    return [round(quantile * (objective.scheduler.config.num_train_timesteps - 1)) for quantile in QUANTILES]

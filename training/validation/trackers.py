@@ -36,14 +36,7 @@ def log_videos(
     """
     for tracker in trackers:
         try:
-            if tracker.name == "wandb":
-                _log_to_wandb(tracker, videos, sheet, step)
-            elif tracker.name == "trackio":
-                _log_to_trackio(tracker, videos, sheet, step)
-            elif tracker.name == "tensorboard":
-                _log_to_tensorboard(tracker, videos, step)
-            elif tracker.name == "comet_ml":
-                _log_to_comet(tracker, videos, sheet, step)
+            _log(tracker, videos, sheet, step)
         except Exception as error:
             logger.warning(
                 "warning: %s failed to log the validation videos of step %d (%s); training continues",
@@ -53,39 +46,33 @@ def log_videos(
             )
 
 
-def _log_to_wandb(tracker: GeneralTracker, videos: Sequence[ValidationVideo], sheet: Path | None, step: int) -> None:
-    import wandb
+def _log(tracker: GeneralTracker, videos: Sequence[ValidationVideo], sheet: Path | None, step: int) -> None:
+    match tracker.name:
+        case "wandb":
+            import wandb
 
-    logged = {
-        "validation": [wandb.Video(str(video.file), caption=f"{video.name}: {video.prompt}") for video in videos]
-    }
-    if sheet is not None:
-        logged["validation_contact_sheet"] = wandb.Image(str(sheet))
-    tracker.log(logged, step=step)
+            clips = [wandb.Video(str(video.file), caption=f"{video.name}: {video.prompt}") for video in videos]
+            media = {"validation": clips}
+            if sheet is not None:
+                media["validation_contact_sheet"] = wandb.Image(str(sheet))
+            tracker.log(media, step=step)
+        case "trackio":
+            import trackio
 
-
-def _log_to_trackio(tracker: GeneralTracker, videos: Sequence[ValidationVideo], sheet: Path | None, step: int) -> None:
-    import trackio
-
-    logged = {f"validation/{video.name}": trackio.Video(str(video.file), caption=video.prompt) for video in videos}
-    if sheet is not None:
-        logged["validation/contact_sheet"] = trackio.Image(str(sheet))
-    tracker.log(logged, step=step)
-
-
-def _log_to_tensorboard(tracker: GeneralTracker, videos: Sequence[ValidationVideo], step: int) -> None:
-    """Log each video's frames side by side, as TensorBoard's writer needs moviepy for videos."""
-    for video in videos:
-        strip = np.concatenate(video.shown, axis=1)
-        tracker.log_images({f"validation/{video.name}": strip[None]}, step=step, dataformats="NHWC")
-        tracker.log({f"validation/{video.name}": video.prompt}, step=step)
-
-
-def _log_to_comet(tracker: GeneralTracker, videos: Sequence[ValidationVideo], sheet: Path | None, step: int) -> None:
-    experiment = tracker.tracker
-    for video in videos:
-        experiment.log_video(
-            str(video.file), name=f"validation/{video.name}", step=step, metadata={"prompt": video.prompt}
-        )
-    if sheet is not None:
-        experiment.log_image(str(sheet), name="validation/contact_sheet", step=step)
+            media = {
+                f"validation/{video.name}": trackio.Video(str(video.file), caption=video.prompt) for video in videos
+            }
+            if sheet is not None:
+                media["validation/contact_sheet"] = trackio.Image(str(sheet))
+            tracker.log(media, step=step)
+        case "tensorboard":  # its writer needs moviepy for videos
+            for video in videos:
+                strip = np.concatenate(video.shown, axis=1)
+                tracker.log_images({f"validation/{video.name}": strip[None]}, step=step, dataformats="NHWC")
+                tracker.log({f"validation/{video.name}": video.prompt}, step=step)
+        case "comet_ml":
+            for video in videos:
+                name, metadata = f"validation/{video.name}", {"prompt": video.prompt}
+                tracker.tracker.log_video(str(video.file), name=name, step=step, metadata=metadata)
+            if sheet is not None:
+                tracker.tracker.log_image(str(sheet), name="validation/contact_sheet", step=step)

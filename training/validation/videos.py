@@ -13,18 +13,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKLCogVideoX
 from diffusers.training_utils import free_memory
 from PIL import Image
 
 from common.errors import UserError
-from common.files import slug, written_whole
+from common.files import atomic_write, slug
 from data.buckets import Bucket
 from models.prompts import PromptCache
 from models.sampling import Pipeline, sample_video
 from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp
-from parallel.lockstep import Lockstep, OutOfStep
+from parallel.lockstep import OutOfStep, lockstep
 from validation.grid import draw_grid
 from validation.trackers import ValidationVideo, log_videos
 from video.contact_sheet import SheetRow, draw_contact_sheet, shown_indices
@@ -118,26 +117,24 @@ def _sample_share(
     # A sharded network needs all ranks: those that are done sample on to serve the others.
     last = math.ceil(total / num_ranks) * num_ranks if is_fsdp(accelerator) else total
     try:
-        with Lockstep(accelerator, coordinator) as lockstep:
+        with lockstep(accelerator, coordinator) as watch:
             pipeline = make_pipeline()
-            with (
-                _sampling(accelerator, pipeline, settings.enable_model_cpu_offload),
-                lockstep.calling(pipeline.transformer),
-            ):
+            watch(pipeline.transformer)
+            with _sampling(accelerator, pipeline, settings.enable_model_cpu_offload):
                 for number in range(accelerator.process_index, last, num_ranks):
                     # With a sharded network no rank may stop before the others.
                     if is_told_to_stop() and not is_fsdp(accelerator):
                         break
+                    index = min(number, total - 1)
                     pipeline.set_progress_bar_config(
-                        desc=f"Validation video {min(number, total - 1) + 1} of {total}",
+                        desc=f"Validation video {index + 1} of {total}",
                         unit=" steps",
                         leave=False,
                         disable=not accelerator.is_main_process,
                     )
+                    frames = _sample(pipeline, settings, prompts, index)
                     if number < total:
-                        videos.append(_make_video(pipeline, settings, prompts, number, folder))
-                    else:
-                        _sample(pipeline, settings, prompts, 0, settings.seed)
+                        videos.append(_write(frames, settings, number, folder))
     except OutOfStep:
         raise
     except UserError as error:
@@ -152,29 +149,22 @@ def _sample_share(
 @contextmanager
 def _sampling(accelerator: Accelerator, pipeline: Pipeline, cpu_offload: bool) -> Iterator[None]:
     """Set up a pipeline for sampling, and undo everything afterwards."""
-    with _restored(pipeline.transformer), _restored(pipeline.vae), _sliced_and_tiled(pipeline.vae):
+    vae = pipeline.vae
+    with _restored(pipeline.transformer), _restored(vae):
+        flags = vae.use_slicing, vae.use_tiling
         try:
             pipeline.transformer.eval()
+            vae.use_slicing = vae.use_tiling = True  # a frame of 480x720 that is not tiled takes 18 GB
             if cpu_offload and accelerator.device.type != "cpu":
                 pipeline.enable_model_cpu_offload(device=accelerator.device)
             else:
-                pipeline.vae.to(accelerator.device)
+                vae.to(accelerator.device)
             # The transformer's forward pass includes accelerate's autocast, which float32 adapters on a base in half
             # precision need.
             yield
         finally:
+            vae.use_slicing, vae.use_tiling = flags
             pipeline.remove_all_hooks()
-
-
-@contextmanager
-def _sliced_and_tiled(vae: AutoencoderKLCogVideoX) -> Iterator[None]:
-    """Have the VAE decode one video and one tile at a time: without tiles, a frame of 480x720 takes 18 GB."""
-    flags = vae.use_slicing, vae.use_tiling
-    vae.use_slicing = vae.use_tiling = True
-    try:
-        yield
-    finally:
-        vae.use_slicing, vae.use_tiling = flags
 
 
 @contextmanager
@@ -214,25 +204,9 @@ def _kept_random_states(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-def _make_video(
-    pipeline: Pipeline, settings: ValidationSettings, prompts: PromptCache, number: int, folder: Path
-) -> ValidationVideo:
-    """Sample the video of this number, counted over all prompts, and write it as mp4."""
-    prompt, video = divmod(number, settings.num_videos)
-    text = settings.prompts[prompt]
-    name = "-".join(filter(None, (f"{prompt:02d}", f"{video:02d}", slug(text))))
-    frames = _sample(pipeline, settings, prompts, prompt, settings.seed + number)
-    with written_whole(folder / f"{name}.mp4") as path:
-        write_video(path, frames, settings.fps)
-    shown = [frames[index] for index in shown_indices(settings.num_frames)]
-    for frame in shown:
-        frame.thumbnail(_SHOWN_SIZE)
-    return ValidationVideo(number, name, text, folder / f"{name}.mp4", [np.asarray(frame) for frame in shown])
-
-
-def _sample(
-    pipeline: Pipeline, settings: ValidationSettings, prompts: PromptCache, prompt: int, seed: int
-) -> list[Image.Image]:
+def _sample(pipeline: Pipeline, settings: ValidationSettings, prompts: PromptCache, number: int) -> list[Image.Image]:
+    """Sample the video of this number, counted over all prompts."""
+    prompt = number // settings.num_videos
     return sample_video(
         pipeline,
         prompts.load(settings.prompts[prompt]).to(settings.dtype),
@@ -242,8 +216,20 @@ def _sample(
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         use_dynamic_cfg=settings.use_dynamic_cfg,
-        seed=seed,
+        seed=settings.seed + number,
     )
+
+
+def _write(frames: Sequence[Image.Image], settings: ValidationSettings, number: int, folder: Path) -> ValidationVideo:
+    prompt, video = divmod(number, settings.num_videos)
+    text = settings.prompts[prompt]
+    name = "-".join(filter(None, (f"{prompt:02d}", f"{video:02d}", slug(text))))
+    with atomic_write(folder / f"{name}.mp4") as path:
+        write_video(path, frames, settings.fps)
+    shown = [frames[index] for index in shown_indices(settings.num_frames)]
+    for frame in shown:
+        frame.thumbnail(_SHOWN_SIZE)
+    return ValidationVideo(number, name, text, folder / f"{name}.mp4", [np.asarray(frame) for frame in shown])
 
 
 def _draw_sheet(

@@ -5,8 +5,9 @@ import logging
 import os
 import sqlite3
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.errors import UserError
 
@@ -16,22 +17,9 @@ logger = logging.getLogger(__name__)
 _TABLE = """CREATE TABLE IF NOT EXISTS facts (
     kind TEXT, path BLOB, size INTEGER, mtime_ns INTEGER, value TEXT, PRIMARY KEY (kind, path)
 ) WITHOUT ROWID"""
-
-
-class FileState(NamedTuple):
-    """Size and modification time of a file."""
-
-    size: int  # bytes
-    mtime_ns: int
-
-
-def file_state(path: Path) -> FileState | None:
-    """Return the current state of a file; None if it cannot be read."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a path with a null character
-        return None
-    return FileState(status.st_size, status.st_mtime_ns)
+_GET = "SELECT value FROM facts WHERE kind = ? AND path = ? AND size = ? AND mtime_ns = ?"
+_PUT = "INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?)"
+_WAIT_SECONDS = 20.0  # for other processes, whose writes take milliseconds
 
 
 def default_cache_folder() -> Path:
@@ -48,56 +36,35 @@ def default_cache_folder() -> Path:
 class FileCache:
     """Facts by file, valid while the file's size and modification time do not change.
 
-    Any number of processes and threads may use one folder at once. If the cache cannot be read or written, it logs one
-    warning and is empty from then on.
-
-    Args:
-        folder: created when needed. Machines may share one over a network.
-        wait_seconds: how long to wait for other processes, whose writes take milliseconds, before giving up.
+    Any number of processes and threads may use one folder at once, which machines may share over a network. If the
+    cache cannot be read or written, it logs one warning and is empty from then on.
     """
 
-    def __init__(self, folder: Path, wait_seconds: float = 20.0):
-        self.file = Path(folder) / "files.sqlite"
-        self._wait_seconds = wait_seconds
+    def __init__(self, folder: Path):
+        self.file = folder / "files.sqlite"
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._given_up = False
 
-    def get(self, path: Path, kind: str) -> dict[str, Any] | None:
-        """Return what `put` stored under this kind, or None if the file has changed since.
+    def find(self, path: Path, kind: str, examine: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """Return a fact about a file: the stored one, else what `examine` returns, which is stored.
 
         Args:
             path: the file; relative to the working directory.
             kind: the kind of fact, with a version number: "probe 1".
+            examine: returns a value for JSON. Nothing is stored if it raises or the file changes meanwhile.
         """
-        state = file_state(path)
-        if state is None:
-            return None
-        rows = self._execute(
-            "SELECT value FROM facts WHERE kind = ? AND path = ? AND size = ? AND mtime_ns = ?",
-            (kind, _key(path), *state),
-        )
+        state, name = _state_of(path), os.fsencode(os.path.abspath(path))  # bytes, because names need not be text
+        rows = self._execute(_GET, (kind, name, *state)) if state else []
         try:
-            return json.loads(rows[0][0]) if rows else None
+            if rows:
+                return json.loads(rows[0][0])
         except ValueError as error:
             self._give_up(error)
-            return None
-
-    def put(self, path: Path, kind: str, value: dict[str, Any], state: FileState | None = None) -> None:
-        """Store a fact, replacing an older one of its kind.
-
-        Args:
-            path: the file.
-            kind: as for `get`.
-            value: JSON-serializable.
-            state: of the file before it was examined; if it has changed since, nothing is stored.
-        """
-        now = file_state(path)
-        if now is None or (state is not None and state != now):
-            return
-        self._execute(
-            "INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?)", (kind, _key(path), *now, json.dumps(value))
-        )
+        value = examine(path)
+        if state and _state_of(path) == state:
+            self._execute(_PUT, (kind, name, *state, json.dumps(value)))
+        return value
 
     def _execute(self, statement: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         """Run one statement as a transaction; returns no rows once the cache has been given up."""
@@ -114,9 +81,7 @@ class FileCache:
 
     def _open(self) -> sqlite3.Connection:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(
-            self.file, timeout=self._wait_seconds, isolation_level=None, check_same_thread=False
-        )
+        connection = sqlite3.connect(self.file, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False)
         # The rollback journal, because the faster write-ahead log corrupts a file that machines share over a network.
         # Unsynchronised, because a killed process loses nothing and a power cut only what can be computed again.
         connection.execute("PRAGMA synchronous = OFF")
@@ -132,5 +97,10 @@ class FileCache:
         )
 
 
-def _key(path: Path) -> bytes:
-    return os.fsencode(os.path.abspath(path))  # bytes, because names need not be text
+def _state_of(path: Path) -> tuple[int, int] | None:
+    """Return size in bytes and modification time in nanoseconds; None if the file cannot be read."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a path with a null character
+        return None
+    return status.st_size, status.st_mtime_ns

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.files import written_whole
+from common.files import atomic_write
 
 
 _MARGIN = 20
-_CELL_WIDTH, _CELL_HEIGHT, _CELL_GAP = 222, 148, 4
+_CELL_SIZE = _CELL_WIDTH, _CELL_HEIGHT = 222, 148
+_CELL_GAP = 4
 _HEADER_HEIGHT = 44
 _ROW_HEIGHT = _CELL_HEIGHT + 24
 _TEXT_GAP, _TEXT_WIDTH = 20, 462
@@ -41,15 +42,10 @@ class SheetRow:
 def draw_contact_sheet(
     rows: Sequence[SheetRow], path: Path | None = None, columns: Sequence[str] = ("first frame", "middle", "last")
 ) -> Image.Image:
-    """Draw one sample per row; the sheet is 1200 pixels wide with three columns, plus 226 for each further column.
+    """Draw one sample per row, each 172 pixels high, and write the sheet as a PNG to `path`.
 
-    Frames keep their aspect ratio and are scaled to one height, or to one width if they are wider than 3:2. Titles
-    and captions that are too long end in an ellipsis.
-
-    Args:
-        rows: each is 172 pixels high; 16 are a good number.
-        path: where to write the sheet as a PNG; None writes nothing.
-        columns: headings of the frames.
+    The sheet is 1200 pixels wide with three columns of frames, plus 226 for each further one. Frames keep their aspect
+    ratio within 222x148 pixels. Titles and captions that are too long end in an ellipsis.
     """
     text_left = _cell_left(len(columns)) + _TEXT_GAP
     width = text_left + _TEXT_WIDTH + _MARGIN
@@ -57,14 +53,15 @@ def draw_contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for column, name in enumerate(columns):
         draw.text((_cell_left(column), 18), name, fill=_FAINT, font=_font())
-    for number, row in enumerate(rows):
-        top = _HEADER_HEIGHT + number * _ROW_HEIGHT
+    for top, row in zip(range(_HEADER_HEIGHT, sheet.height, _ROW_HEIGHT), rows, strict=True):
         draw.line((_MARGIN, top, width - _MARGIN, top), fill=_RULE)
         top += (_ROW_HEIGHT - _CELL_HEIGHT) // 2
-        _draw_frames(sheet, row.frames[: len(columns)], top)
+        for column, frame in enumerate(row.frames[: len(columns)]):
+            cell = ImageOps.pad(Image.fromarray(frame), _CELL_SIZE, Image.Resampling.LANCZOS, _CELL)
+            sheet.paste(cell, (_cell_left(column), top))
         _draw_text(draw, row, text_left, top)
     if path is not None:
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             sheet.save(partial, format="PNG")
     return sheet
 
@@ -73,12 +70,6 @@ def shown_indices(num_frames: int) -> list[int]:
     """Return up to five frame numbers, spread evenly from the first frame to the last."""
     spread = np.linspace(0, num_frames - 1, _SHOWN_FRAMES).round().astype(int)
     return list(dict.fromkeys(spread.tolist()))
-
-
-def _draw_frames(sheet: Image.Image, frames: Sequence[np.ndarray], top: int) -> None:
-    for column, frame in enumerate(frames):
-        cell = ImageOps.pad(Image.fromarray(frame), (_CELL_WIDTH, _CELL_HEIGHT), Image.Resampling.LANCZOS, _CELL)
-        sheet.paste(cell, (_cell_left(column), top))
 
 
 def _draw_text(draw: ImageDraw.ImageDraw, row: SheetRow, left: int, top: int) -> None:
@@ -119,14 +110,11 @@ def _wrap(text: str, most: int) -> list[str]:
 @cache
 def _drawable(character: str) -> str:
     """Return the character, or the closest one that the font has."""
-    if _glyph(character) != _glyph("\U0010ffff"):  # which every font draws as a box
+    glyph, box = (bytes(_font().getmask(one)) for one in (character, "\U0010ffff"))
+    if glyph != box:  # which every font draws as a box
         return character
     plain = [c for c in unicodedata.normalize("NFKD", character) if not unicodedata.combining(c)]
     return "".join(_SUBSTITUTES.get(c, c) for c in plain)
-
-
-def _glyph(character: str) -> bytes:
-    return bytes(_font().getmask(character))
 
 
 @cache

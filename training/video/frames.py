@@ -1,8 +1,7 @@
 """Choose the frames of a clip's samples, with exact arithmetic on the probe's result; opens no file."""
 
-import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -31,23 +30,21 @@ def choose_samples(
 ) -> list[tuple[int, ...]]:
     """Choose the frames of each sample of a clip.
 
-    A sample has the largest count that the clip can fill. A count of 1 is for still images, and for videos only if
-    there is no other count: a clip that is a little short must not silently become a still image.
+    A sample has the largest count that the clip can fill. Videos take a count of 1 only if there is no other: a clip
+    that is a little short must not silently become a still image.
 
     With fps the frames are first resampled: frame i is the one nearest in time to i / fps seconds after the first
     usable frame (halves round up), by the frames' own time stamps if the rate varies. The last frame counts as shown
     for the average frame duration. From these frames
 
-    - "spread" takes as many as a sample needs, evenly from the first to the last (not allowed with fps),
+    - "spread" takes as many as a sample needs, evenly from the first to the last,
     - "first" takes the first ones,
     - "split" takes consecutive samples as long as the rest fills one; the remainder is not used.
 
     Args:
-        info: as from `probe_video`.
         frame_counts: of the frame buckets, at least 1 each, in any order.
         skip_start, skip_end: frames at either end of a video that are never chosen; ignored for still images.
         fps: sampling rate in frames per second.
-        long_clips: one of `LONG_CLIPS`.
         hold_last_frame: repeat the last usable frame of a video that is too short for the smallest count above 1.
 
     Returns:
@@ -55,88 +52,65 @@ def choose_samples(
         only if fps is above the clip's rate, or the last frame is held.
 
     Raises:
-        ValueError: the clip has no sample (with the numbers and what to do), or an argument is out of range.
+        ValueError: the clip has no sample; with the numbers and what to do.
     """
-    _check(frame_counts, fps, long_clips)
     if info.is_image:
         if 1 not in frame_counts:
             raise ValueError("is a still image; add 1 to --frame_buckets")
         return [(0,)]
     counts = sorted(count for count in set(frame_counts) if count > 1) or [1]
-    num_usable, index_of = _usable_frames(info, skip_start, skip_end, fps)
-    if num_usable < counts[0]:
-        if not (hold_last_frame and num_usable > 0 and counts[0] > 1):
-            raise ValueError(_too_short(info, num_usable, counts[0], skip_start, skip_end, fps))
-        return [tuple(index_of(min(i, num_usable - 1)) for i in range(counts[0]))]
-    return [tuple(map(index_of, positions)) for positions in _positions(num_usable, counts, long_clips)]
-
-
-def _check(frame_counts: Sequence[int], fps: float | None, long_clips: str) -> None:
-    if not frame_counts or min(frame_counts) < 1:
-        raise ValueError(f"frame counts are {list(frame_counts)}; there must be one, and all at least 1")
-    if long_clips not in LONG_CLIPS:
-        raise ValueError(f"long_clips is {long_clips!r}; it must be one of {', '.join(LONG_CLIPS)}")
-    if fps is not None and not 0 < fps < math.inf:
-        raise ValueError(f"fps is {fps:g}; it must be above 0")
-    if fps is not None and long_clips == "spread":
-        raise ValueError("frames cannot be both spread over the clip and sampled at --fps")
-
-
-def _positions(num_usable: int, counts: Sequence[int], long_clips: str) -> list[Sequence[int]]:
-    """Return the samples as positions among the usable frames. `counts` is sorted, and the first of them fits."""
-    largest = max(count for count in counts if count <= num_usable)
+    usable = _usable_frames(info, skip_start, skip_end, fps)
+    if len(usable) < counts[0]:
+        if not (hold_last_frame and usable and counts[0] > 1):
+            raise ValueError(_too_short(info, len(usable), counts[0], skip_start, skip_end, fps))
+        return [(*usable, *[usable[-1]] * (counts[0] - len(usable)))]
+    largest = max(count for count in counts if count <= len(usable))
     if long_clips == "first":
-        return [range(largest)]
+        return [tuple(usable[:largest])]
     if long_clips == "spread":
-        gaps = max(largest - 1, 1)
-        return [[round_half_up(Fraction(i * (num_usable - 1), gaps)) for i in range(largest)]]
+        gap = Fraction(len(usable) - 1, max(largest - 1, 1))
+        return [tuple(usable[round_half_up(i * gap)] for i in range(largest))]
     samples, start = [], 0
-    while num_usable - start >= counts[0]:
-        count = max(count for count in counts if count <= num_usable - start)
-        samples.append(range(start, start + count))
+    while len(usable) - start >= counts[0]:
+        count = max(count for count in counts if count <= len(usable) - start)
+        samples.append(tuple(usable[start : start + count]))
         start += count
     return samples
 
 
-def _usable_frames(
-    info: "VideoInfo", skip_start: int, skip_end: int, fps: float | None
-) -> tuple[int, Callable[[int], int]]:
-    """Return how many frames there are to choose from, and a function to their indices in the file."""
-    available = max(0, info.num_frames - skip_start - skip_end)
-    if fps is None or available == 0:
-        return available, lambda i: skip_start + i
+def _usable_frames(info: "VideoInfo", skip_start: int, skip_end: int, fps: float | None) -> Sequence[int]:
+    """Return the frames to choose from."""
+    frames = range(skip_start, info.num_frames - skip_end)
+    if fps is None or not frames:
+        return frames
     if info.fps <= 0:
         raise ValueError("its frame rate is unknown, so it cannot be sampled at --fps")
     if fps > _MOST_REPEATS * info.fps:
         raise ValueError(f"plays at {info.fps:g} fps, too slow to be sampled at --fps {fps:g}")
     rate = _as_meant(fps)
     if info.frame_times is not None:
-        return _frames_by_time(info.frame_times, skip_start, skip_start + available - 1, rate)
+        return _frames_by_time(info.frame_times, frames[0], frames[-1], rate)
     step = _as_meant(info.fps) / rate
-    # The largest count whose last index, round_half_up((count - 1) · step), is still below `available`.
-    count = -((1 - 2 * available) // (2 * step))
-    return count, lambda i: skip_start + round_half_up(i * step)
+    # The largest count whose last position, round_half_up((count - 1) · step), is still below len(frames).
+    count = -((1 - 2 * len(frames)) // (2 * step))
+    return [frames[round_half_up(i * step)] for i in range(count)]
 
 
-def _frames_by_time(times: Sequence[int], first: int, last: int, rate: Fraction) -> tuple[int, Callable[[int], int]]:
+def _frames_by_time(times: Sequence[int], first: int, last: int, rate: Fraction) -> list[int]:
     """Do the same for a variable rate.
 
     Args:
         times: of every frame of the file, in microseconds.
-        first, last: the usable frames.
+        first, last: the frames that are not skipped.
     """
     # Twice the time at which the next frame becomes the nearest: doubled, all are integers.
     changes = [a + b for a, b in pairwise(times)]
     average = Fraction(times[-1] - times[0], len(times) - 1)
     end = changes[last] if last < len(changes) else 2 * times[last] + average
     count = -((2 * times[first] - end) // (2_000_000 / rate))
-
-    def index_of(i: int) -> int:
-        # Count the changes up to this moment; they are integers, so it may be floored.
-        moment = 2 * times[first] + 2_000_000 * i * rate.denominator // rate.numerator
-        return bisect_right(changes, moment, first, last)
-
-    return count, index_of
+    # The changes up to each moment are counted; they are integers, so it may be floored.
+    moments = (2 * times[first] + 2_000_000 * i * rate.denominator // rate.numerator for i in range(count))
+    return [bisect_right(changes, moment, first, last) for moment in moments]
 
 
 def _as_meant(rate: float) -> Fraction:
@@ -147,15 +121,15 @@ def _as_meant(rate: float) -> Fraction:
 def _too_short(
     info: "VideoInfo", num_usable: int, smallest: int, skip_start: int, skip_end: int, fps: float | None
 ) -> str:
-    frames = f"{num_usable} usable frame{'' if num_usable == 1 else 's'}"
+    frames = "1 usable frame" if num_usable == 1 else f"{num_usable} usable frames"
     if fps is not None:
         frames += f" at {fps:g} fps (of {info.num_frames} at {info.fps:g} fps)"
     elif skip_start or skip_end:
         frames += f" (of {info.num_frames})"
     ways = []
-    if num_usable == 0 or _usable_frames(info, 0, 0, fps)[0] >= smallest:
+    if num_usable == 0 or len(_usable_frames(info, 0, 0, fps)) >= smallest:
         ways.append("lower --skip_frames_start or --skip_frames_end")
-    if fps is not None and _usable_frames(info, skip_start, skip_end, None)[0] >= smallest:
+    if fps is not None and len(_usable_frames(info, skip_start, skip_end, None)) >= smallest:
         ways.append("raise --fps")
     if num_usable > 1:
         ways.append("add a smaller one to --frame_buckets")

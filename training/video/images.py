@@ -20,14 +20,7 @@ _HEADERS = {"User-Agent": "cogvideox-factory", "Accept-Encoding": "identity"}
 
 
 def load_validation_images(references: Sequence[str], flag: str = "--validation_images") -> list[Image.Image]:
-    """Read images, each one once: upright by EXIF orientation, RGB, transparent parts on white.
-
-    Args:
-        references: paths or http(s) URLs; a few redirects are followed.
-        flag: named in messages.
-
-    Returns:
-        One image for each reference, in their order.
+    """Read one image per path or http(s) URL: upright by EXIF orientation, RGB, transparent parts on white.
 
     Raises:
         UserError: names the flag and every image that cannot be read, with the reason.
@@ -43,11 +36,9 @@ def load_validation_images(references: Sequence[str], flag: str = "--validation_
     if len(problems) == 1:
         raise UserError(f"{flag}: {problems[0]}; pass a path or an http(s) URL of a still image")
     if problems:
-        title = (
-            f"{flag}: {len(problems)} of {len(set(references))} cannot be read; pass paths or http(s) "
-            "URLs of still images:"
-        )
-        raise UserError(listing(title, problems, most=len(problems)))
+        title = f"{flag}: {len(problems)} of {len(set(references))} cannot be read"
+        advice = "pass paths or http(s) URLs of still images:"
+        raise UserError(listing(f"{title}; {advice}", problems, most=len(problems)))
     return [images[reference] for reference in references]
 
 

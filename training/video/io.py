@@ -38,8 +38,7 @@ def read_frames(path: Path, indices: Sequence[int], num_threads: int = 1, *, see
     their time stamps: the last 49 of 3000 frames of 640x360 then take 0.08 s instead of 1.9 s.
 
     Args:
-        path: the clip.
-        indices: frame numbers from 0, in any order, repeats allowed.
+        indices: at least one frame number from 0, in any order; they may repeat.
         num_threads: decoder threads; 0 lets FFmpeg choose. With several DataLoader workers 1 is best.
         seekable: as the probe reports; False decodes everything before the frames.
 
@@ -49,19 +48,14 @@ def read_frames(path: Path, indices: Sequence[int], num_threads: int = 1, *, see
     Raises:
         ValueError: the clip cannot be decoded, has fewer frames, or changes its size; names the file.
     """
-    indices = [int(index) for index in indices]
-    if not indices or min(indices) < 0:
-        raise ValueError(f"{path}: frame numbers {indices} are not a list of numbers from 0")
-    distinct = sorted(set(indices))
+    distinct, places = np.unique(np.asarray(indices, int), return_inverse=True)
     try:
-        frames = _read_distinct(path, distinct, num_threads, seekable)
+        frames = _read_distinct(path, distinct.tolist(), num_threads, seekable)
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{path}: cannot be decoded: {reason_of(error)}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if distinct == indices:
-        return frames
-    return frames[np.searchsorted(distinct, indices)]
+    return frames if np.array_equal(distinct, indices) else frames[places]
 
 
 def _read_distinct(path: Path, indices: list[int], num_threads: int, seekable: bool) -> np.ndarray:
@@ -75,24 +69,16 @@ def _read_distinct(path: Path, indices: list[int], num_threads: int, seekable: b
         frames = _read_from_keyframe(path, indices, num_threads)
         if frames is not None:
             return frames
-    return _read_from_start(path, indices, num_threads)
-
-
-def _read_from_start(path: Path, indices: list[int], num_threads: int) -> np.ndarray:
-    """Read frames, counted from the first one that decodes."""
     with open_video(path) as container:
-        stream = _threaded(video_stream(container), num_threads)
+        stream = video_stream(container, num_threads)
         return _gather(enumerate(decode(packets_of(container, stream), stream)), indices)
 
 
 def _read_from_keyframe(path: Path, indices: list[int], num_threads: int) -> np.ndarray | None:
-    """Read frames by their time stamps, decoded from the last clean start before them.
-
-    Returns None if anything is unexpected: then the clip is decoded from its first frame.
-    """
+    """Read frames by their time stamps, decoded from the last clean start before them; None if that fails."""
     try:
         with open_video(path) as container:
-            stream = _threaded(video_stream(container), num_threads)
+            stream = video_stream(container, num_threads)
             time_stamps, clean_starts = _survey(container, stream)
             start = max((clean for clean in clean_starts if clean <= indices[0]), default=0)
             if start == 0 or indices[-1] >= len(time_stamps):
@@ -121,9 +107,7 @@ def _gather(frames: Iterable[tuple[int, av.VideoFrame]], indices: list[int]) -> 
         _, height, width, _ = pixels.shape
         if (frame.height, frame.width) != (height, width):
             raise ValueError(f"changes its size from {width}x{height} to {frame.width}x{frame.height}")
-        plane = reformatter.reformat(frame, width, height, "rgb24", threads=1).planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)  # padded at the right
-        pixels[filled] = rows[:, : 3 * width].reshape(height, width, 3)
+        pixels[filled] = reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
         filled += 1
         if filled == len(indices):
             return np.ascontiguousarray(np.rot90(pixels, turns, axes=(1, 2)))
@@ -172,12 +156,6 @@ def _unit_headers(packet: bytes, length_size: int) -> Iterator[int]:
         at += length_size + int.from_bytes(packet[at : at + length_size], "big")
 
 
-def _threaded(stream: av.VideoStream, num_threads: int) -> av.VideoStream:
-    stream.codec_context.thread_count = num_threads
-    stream.codec_context.thread_type = "AUTO"
-    return stream
-
-
 def write_video(path: Path, frames: Sequence["Image.Image | np.ndarray"], fps: int | Fraction) -> None:
     """Encode frames as H.264 in yuv420p, near lossless (crf 18), in mp4.
 
@@ -188,10 +166,7 @@ def write_video(path: Path, frames: Sequence["Image.Image | np.ndarray"], fps: i
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: there are no frames.
     """
-    if not frames:
-        raise ValueError(f"{path}: there are no frames to write")
     # As a Python file object: FFmpeg takes some names for URLs.
     with open(path, "wb") as file, av.open(file, "w", format="mp4") as container:
         height, width, _ = np.asarray(frames[0]).shape
@@ -207,11 +182,8 @@ def reshape_frames(
 ) -> "torch.Tensor":
     """Resize and crop frames to a bucket's size: antialiased bilinear, in uint8.
 
-    Fastest on `torch.from_numpy(read_frames(...)).permute(0, 3, 1, 2)` without a copy: torch resizes interleaved
-    channels about twice as fast.
-
     Args:
-        frames: uint8 [F, C, H, W].
+        frames: uint8 [F, C, H, W]; twice as fast with interleaved channels, as `permute(0, 3, 1, 2)` makes them.
         height, width: target size.
         mode: "none" resizes without regard to the aspect ratio; "center" and "random" resize to cover the target and
             crop the middle or a random part, the same for all frames.
@@ -220,30 +192,18 @@ def reshape_frames(
     Returns:
         uint8 [F, C, height, width]; a view of `frames` if no resizing is needed.
     """
-    if mode not in ("center", "random", "none"):
-        raise ValueError(f"video_reshape_mode is {mode!r}; it must be center, random or none")
-    if mode == "none":
-        return _resize(frames, height, width)
-    frames = _resize(frames, *_cover_size(frames.shape[-2], frames.shape[-1], height, width))
-    spare_rows, spare_columns = frames.shape[-2] - height, frames.shape[-1] - width
-    if mode == "center":
-        top, left = spare_rows // 2, spare_columns // 2
-    else:
+    size = [height, width]
+    if mode != "none":
+        scale = max(Fraction(height, frames.shape[-2]), Fraction(width, frames.shape[-1]))
+        size = [round_half_up(side * scale) for side in frames.shape[-2:]]
+    if frames.shape[-2:] != tuple(size):
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2 import functional as transforms
+
+        frames = transforms.resize(frames, size, InterpolationMode.BILINEAR, antialias=True)
+    spare_rows, spare_columns = size[0] - height, size[1] - width
+    if mode == "random":
         top, left = generator.randint(0, spare_rows), generator.randint(0, spare_columns)
+    else:
+        top, left = spare_rows // 2, spare_columns // 2
     return frames[..., top : top + height, left : left + width]
-
-
-def _cover_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
-    """Return the smallest size of (almost) the same aspect ratio that covers the target."""
-    if target_height * width >= target_width * height:
-        return target_height, max(target_width, round_half_up(Fraction(width * target_height, height)))
-    return max(target_height, round_half_up(Fraction(height * target_width, width))), target_width
-
-
-def _resize(frames: "torch.Tensor", height: int, width: int) -> "torch.Tensor":
-    if frames.shape[-2:] == (height, width):
-        return frames
-    from torchvision.transforms.v2 import InterpolationMode
-    from torchvision.transforms.v2 import functional as transforms
-
-    return transforms.resize(frames, [height, width], InterpolationMode.BILINEAR, antialias=True)

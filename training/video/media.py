@@ -36,12 +36,7 @@ class StillImage(NamedTuple):
 
 
 def read_still_image(path: Path) -> StillImage | None:
-    """Read a file as `decode_still_image` does.
-
-    Raises:
-        ValueError: as there.
-        OSError: the file cannot be opened.
-    """
+    """Read a file as `decode_still_image` does; also raises OSError if it cannot be opened."""
     with open(path, "rb") as file:
         return decode_still_image(file)
 
@@ -55,7 +50,7 @@ def decode_still_image(file: BinaryIO) -> StillImage | None:
         None if the file is not a still image; use `open_video` then.
 
     Raises:
-        ValueError: with a reason that does not name the file: damaged, too large, or not supported.
+        ValueError: with the reason: damaged, too large, or not supported.
     """
     try:
         with Image.open(file, formats=_IMAGE_FORMATS) as image:
@@ -78,7 +73,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 0xFFFF:
             raise ValueError("its pixels have 32 bits; save it with 8 bits a colour")
-        return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 bits a colour")
     if image.has_transparency_data:
@@ -88,12 +83,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def open_video(path: Path) -> av.container.InputContainer:
-    """Open a video.
-
-    Raises:
-        ValueError: a still image that Pillow could not read.
-        av.FFmpegError, OSError: it cannot be opened.
-    """
+    """Open a video; raises ValueError for a still image, which Pillow could not read."""
     # "file:", so that a name like "take 2: rabbit.mp4" is not taken for a URL.
     # metadata_errors: a clip whose title is not UTF-8 is fine.
     container = av.open(f"file:{path}", metadata_errors="ignore")
@@ -103,18 +93,18 @@ def open_video(path: Path) -> av.container.InputContainer:
     return container
 
 
-def video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """Return the stream to read, set to decode on one thread.
+def video_stream(container: av.container.InputContainer, num_threads: int = 1) -> av.VideoStream:
+    """Return the stream to read, set to decode on `num_threads` threads; 0 lets FFmpeg choose.
 
-    Raises:
-        ValueError: there is no video stream, or no decoder for it.
+    Raises ValueError if there is no video stream, or no decoder for it.
     """
     stream = container.streams.best("video")
     if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # cover art of a song
         raise ValueError("has no video stream")
     if stream.codec_context is None:
         raise ValueError("its codec is unknown")
-    stream.codec_context.thread_count = 1  # probes run in parallel with one another, readers in parallel workers
+    stream.codec_context.thread_count = num_threads
+    stream.codec_context.thread_type = "AUTO"
     return stream
 
 

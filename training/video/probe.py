@@ -3,19 +3,17 @@
 import hashlib
 import os
 import stat
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
 
 import av
 
 from common.bars import tqdm
 from common.ranks import launch_rank, launch_size, local_size, machine_rank, num_machines
-from video.cache import FileCache, file_state
+from video.cache import FileCache
 from video.media import decode, open_video, packets_of, quarter_turns, read_still_image, reason_of, video_stream
 
 
@@ -59,36 +57,26 @@ def probe_video(path: Path) -> VideoInfo:
         ValueError: with a short reason ("file is empty (0 bytes)", "has no video stream", "is truncated or damaged: 80
             frames are listed but only 52 decode"). The message does not name the file.
     """
-    path = Path(path)
-    _check_file(path)
-    try:
-        info = _probe_image(path) or _probe_packets(path) or _probe_by_decoding(path)
-        with open(path, "rb") as file:
-            return replace(info, sha256=hashlib.file_digest(file, "sha256").hexdigest())
-    except (av.FFmpegError, OSError) as error:
-        raise ValueError(f"not a readable video: {reason_of(error)}") from error
-
-
-def _check_file(path: Path) -> None:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("is not a file")
         if status.st_size == 0:
             raise ValueError("file is empty (0 bytes)")
-        open(path, "rb").close()
+        image = read_still_image(path)
+        if image is not None:
+            height, width, _ = image.pixels.shape
+            info = VideoInfo(1, height, width, 0.0, rotation=image.rotation, is_image=True)
+        else:
+            info = _probe_packets(path) or _probe_by_decoding(path)
+        with open(path, "rb") as file:
+            return replace(info, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+    except av.FFmpegError as error:
+        raise ValueError(f"not a readable video: {reason_of(error)}") from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError("does not exist") from error
     except OSError as error:
         raise ValueError(f"cannot be read: {reason_of(error)}") from error
-
-
-def _probe_image(path: Path) -> VideoInfo | None:
-    image = read_still_image(path)
-    if image is None:
-        return None
-    height, width, _ = image.pixels.shape
-    return VideoInfo(1, height, width, 0.0, rotation=image.rotation, is_image=True)
 
 
 def _probe_packets(path: Path) -> VideoInfo | None:
@@ -97,7 +85,8 @@ def _probe_packets(path: Path) -> VideoInfo | None:
         stream = video_stream(container)
         stream.codec_context.options = {"skip_loop_filter": "all"}  # a fifth faster; pictures are only counted
         one_to_one = stream.codec_context.codec.canonical_name in _PACKETS_ARE_FRAMES
-        if not one_to_one or _container_family(container) is None or _index_end(stream) > path.stat().st_size:
+        has_index = not {"mp4", "matroska"}.isdisjoint(container.format.name.split(","))
+        if not (one_to_one and has_index) or _index_end(stream) > path.stat().st_size:
             return None
         size = stream.codec_context.height, stream.codec_context.width
         time_stamps, last_group = [], []
@@ -106,12 +95,10 @@ def _probe_packets(path: Path) -> VideoInfo | None:
                 if packet.is_discard or packet.is_corrupt or packet.pts is None:
                     return None
                 time_stamps.append(packet.pts)
-                if packet.pts < time_stamps[0]:
-                    return None
                 if packet.is_keyframe:
                     last_group = []
                 last_group.append(packet)
-            if not last_group:
+            if not last_group or min(time_stamps) < time_stamps[0]:
                 return None
             # Frames shown before an open group's keyframe depend on the group before and need not decode here.
             missing = {packet.pts for packet in last_group if packet.pts >= last_group[0].pts}
@@ -144,38 +131,26 @@ def _probe_by_decoding(path: Path) -> VideoInfo:
         decoded = len(time_stamps)
         if damage is None and bytes_missing > 0:
             damage = f"the file ends {bytes_missing} bytes too early"
-        if damage is not None and listed > decoded:
-            raise ValueError(
-                f"is truncated or damaged: {listed} frames are listed but only {decoded} decode ({damage})"
-            )
         if damage is not None:
-            raise ValueError(f"is damaged: decoding stops after {decoded} frames ({damage})")
+            extent = f"is damaged: decoding stops after {decoded} frames"
+            if listed > decoded:
+                extent = f"is truncated or damaged: {listed} frames are listed but only {decoded} decode"
+            raise ValueError(f"{extent} ({damage})")
         if frame is None:
             raise ValueError("has a video stream without a single frame")
         return _info(stream, frame, time_stamps)
 
 
-def _container_family(container: av.container.InputContainer) -> str | None:
-    return next((name for name in ("mp4", "matroska") if name in container.format.name.split(",")), None)
-
-
 def _index_end(stream: av.VideoStream) -> int:
     """Return the byte where the last frame of an mp4's index ends; 0 for other containers."""
-    if _container_family(stream.container) != "mp4":
-        return 0
-    return max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    is_mp4 = "mp4" in stream.container.format.name.split(",")
+    return max((entry.pos + entry.size for entry in stream.index_entries), default=0) if is_mp4 else 0
 
 
 def _info(stream: av.VideoStream, frame: av.VideoFrame, time_stamps: Sequence[int | None]) -> VideoInfo:
-    """Build the info of a clip.
-
-    Args:
-        frame: any frame.
-        time_stamps: of all frames, in display order.
-    """
-    height, width, turns = frame.height, frame.width, quarter_turns(frame)
-    if turns % 2:
-        height, width = width, height
+    """Build the info from any frame of a clip and the time stamps of all, in display order."""
+    turns = quarter_turns(frame)
+    height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
     fps, frame_times = _timing(stream, time_stamps)
     return VideoInfo(len(time_stamps), height, width, fps, rotation=90 * turns, frame_times=frame_times)
 
@@ -196,17 +171,14 @@ def _timing(stream: av.VideoStream, time_stamps: Sequence[int | None]) -> tuple[
     return float(right[0]) if right else measured, None
 
 
-def probe_files(
-    paths: Sequence[Path], cache: FileCache | None = None, num_threads: int = 0
-) -> dict[Path, VideoInfo | str]:
-    """Probe every distinct path once, in parallel.
+def probe_files(paths: Sequence[Path], cache: FileCache | None = None) -> dict[Path, VideoInfo | str]:
+    """Probe every distinct path once, in a thread per CPU core.
 
     The ranks of a launch share the work: each starts at another part of the list and asks the cache before each file.
 
     Args:
-        paths: clips and still images; repeats are probed once.
+        paths: clips and still images.
         cache: of earlier results; unusable files are probed again each time.
-        num_threads: 0 = one per CPU core.
 
     Returns:
         path -> info, or the reason why the file is unusable; in the order of first appearance.
@@ -214,45 +186,25 @@ def probe_files(
     order = list(dict.fromkeys(paths))
     # Spread evenly over the ranks of each machine and over all: the cache may be local to a machine, or shared.
     begin = len(order) * (launch_rank() % local_size() * num_machines() + machine_rank()) // launch_size()
-    remaining = iter([*order[begin:], *order[:begin]])  # shared: each thread takes the next one
-    results: dict[Path, VideoInfo | str] = {}
-    shown = launch_rank() == 0 and len(order) >= _PROGRESS_BAR_FROM
-    bar = tqdm(total=len(order), desc="Checking clips", unit=" clips", delay=0, disable=not shown)
-    lock, stopped = threading.Lock(), threading.Event()
-
-    def work() -> None:
-        for path in remaining:
-            if stopped.is_set():
-                return
-            result = _probe_or_reason(path, cache)
-            with lock:
-                results[path] = result
-                bar.update()
-
-    num_threads = num_threads or os.cpu_count() or 1
-    with bar, ThreadPoolExecutor(num_threads) as pool:
-        try:
-            for thread in [pool.submit(work) for _ in range(num_threads)]:
-                thread.result()
-        finally:
-            stopped.set()  # Ctrl-C does not wait for the remaining clips
+    rotated = [*order[begin:], *order[:begin]]
+    hidden = launch_rank() != 0 or len(order) < _PROGRESS_BAR_FROM
+    pool = ThreadPool()
+    try:
+        probed = pool.imap(lambda path: _probe_or_reason(path, cache), rotated)
+        bar = tqdm(probed, "Checking clips", len(order), unit=" clips", delay=0, disable=hidden)
+        results = dict(zip(rotated, bar, strict=True))
+    finally:
+        pool.terminate()  # Ctrl-C does not wait for the remaining clips
+        pool.join()
     return {path: results[path] for path in order}
 
 
 def _probe_or_reason(path: Path, cache: FileCache | None) -> VideoInfo | str:
-    known = None if cache is None else cache.get(path, _CACHE_KIND)
-    if known is not None:
-        return _from_json(known)
-    state = file_state(path)
     try:
-        info = probe_video(path)
+        if cache is None:
+            return probe_video(path)
+        found = cache.find(path, _CACHE_KIND, lambda path: asdict(probe_video(path)))
     except ValueError as error:
         return str(error)
-    if cache is not None:
-        cache.put(path, _CACHE_KIND, asdict(info), state)
-    return info
-
-
-def _from_json(known: dict[str, Any]) -> VideoInfo:
-    times = known["frame_times"]
-    return VideoInfo(**{**known, "frame_times": None if times is None else tuple(times)})
+    times = found["frame_times"]
+    return VideoInfo(**found | {"frame_times": None if times is None else tuple(times)})

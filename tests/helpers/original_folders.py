@@ -1,0 +1,28 @@
+"""Prepared folders as the original preparation script wrote them, of noise."""
+
+import json
+from pathlib import Path
+
+import torch
+
+
+def write_original_folder(folder: Path, count: int, *, with_index: bool = True) -> Path:
+    """Write samples of 17x64x96 for the tiny models.
+
+    Args:
+        with_index: write data.jsonl too; the script had none before its end.
+    """
+    torch.manual_seed(0)
+    entries = []
+    for number in range(count):
+        stem = f"9f3c{number}"  # the script drew random names
+        tensors = {"video_latents": torch.randn(32, 5, 8, 12), "prompt_embeds": torch.randn(226, 64)}
+        for kind, tensor in tensors.items():
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            torch.save(tensor, folder / kind / f"{stem}.pt")
+        files = {"video_latent": f"video_latents/{stem}.pt", "prompt_embed": f"prompt_embeds/{stem}.pt"}
+        files |= {"prompt": f"prompts/{stem}.txt", "video": f"videos/{stem}.mp4"}
+        entries.append(files | {"metadata": {"num_frames": 17, "height": 64, "width": 96}})
+    if with_index:
+        (folder / "data.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return folder

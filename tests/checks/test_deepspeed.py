@@ -38,7 +38,7 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
 @pytest.mark.parametrize(
     ("config", "method", "flags", "words"),
     [
-        (0, "lora", "", "--config_file: ZeRO stage 0 divides nothing; use stage 2 or 3"),
+        (0, "lora", "", "--config_file: ZeRO stage 0 divides nothing; use 2 or 3"),
         (2, "sft", "--mixed_precision fp16", "--mixed_precision fp16: .*use bf16"),
         (2, "lora", "--optimizer prodigy", "--optimizer prodigy: .*use --optimizer adamw"),
         (2, "lora", "--optimizer muon", "--optimizer muon: .*use --optimizer adamw"),
@@ -61,9 +61,9 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
         ),
         (ZERO2 | {"gradient_accumulation_steps": 2}, "lora", "", "is 2, but --gradient_accumulation_steps is 1"),
         (ZERO2 | {"train_batch_size": 2}, "lora", "--train_batch_size 4", "is 2, but .* is 8; remove it there"),
-        (ZERO2 | {"optimizer": {"type": "Adam"}}, "lora", "", "the optimizer of DeepSpeed .* --optimizer; remove it"),
-        (ZERO2 | {"scheduler": {"type": "WarmupLR"}}, "lora", "", "the scheduler .* --lr_scheduler; remove it"),
-        (ZERO2 | {"bf16": {"enabled": True}}, "lora", "", "bf16 of DeepSpeed is not --mixed_precision no"),
+        (ZERO2 | {"optimizer": {"type": "Adam"}}, "lora", "", "DeepSpeed's optimizer .* --optimizer; remove it"),
+        (ZERO2 | {"scheduler": {"type": "WarmupLR"}}, "lora", "", "DeepSpeed's scheduler .* --lr_scheduler; remove"),
+        (ZERO2 | {"bf16": {"enabled": True}}, "lora", "", "DeepSpeed's bf16 is not --mixed_precision no"),
     ],
 )
 def test_what_does_not_go_with_deepspeed_is_refused(launched, tmp_path, capsys, config, method, flags, words):
@@ -96,7 +96,7 @@ def test_what_the_yaml_says_of_a_step_must_be_what_the_flags_say(launched, tmp_p
     parse(tmp_path, "lora", "--max_grad_norm", "0.3")
     with pytest.raises(SystemExit):
         parse(tmp_path, "lora")
-    assert "gradient_clipping of DeepSpeed is 0.3, but --max_grad_norm is 1" in capsys.readouterr().err
+    assert "DeepSpeed's gradient_clipping is 0.3, but --max_grad_norm is 1" in capsys.readouterr().err
 
 
 def test_a_checkpoint_knows_how_it_is_divided(launched):

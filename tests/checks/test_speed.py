@@ -5,14 +5,8 @@ from args import parse_args
 
 @pytest.fixture
 def flags(tmp_path) -> list[str]:
-    return [
-        "--pretrained_model_name_or_path",
-        "o/m",
-        "--data_root",
-        str(tmp_path),
-        "--output_dir",
-        str(tmp_path / "o"),
-    ]
+    folders = ["--data_root", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    return ["--pretrained_model_name_or_path", "o/m", *folders]
 
 
 def parse(*argv: str):
@@ -27,36 +21,27 @@ def error_of(capsys, *argv: str) -> str:
     return line
 
 
-def test_nothing_is_compiled_or_recorded_unless_it_is_asked_for(flags):
-    args = parse(*flags)
-    assert (args.speed.compile, args.speed.profile, args.speed.allow_tf32) == (False, False, False)
-    assert (args.speed.attention_backend, args.speed.validation_attention_backend) == (None, None)
-
-
-def test_sage_is_for_sampling_alone(flags, capsys):
-    line = error_of(capsys, *flags, "--attention_backend", "sage")
-    assert "no backward pass" in line
-    assert "--validation_attention_backend sage" in line
-    args = parse(*flags, "--validation_attention_backend", "SAGE", "--validation_prompt", "a rabbit")
-    assert args.speed.validation_attention_backend == "sage"
-
-
-def test_a_backend_of_the_validation_needs_one(flags, capsys):
-    line = error_of(capsys, *flags, "--validation_attention_backend", "flash")
-    assert line.startswith("error: --validation_attention_backend: no video is sampled; add --validation_prompt")
-
-
 @pytest.mark.parametrize(
     ("others", "reason"),
     [
-        (["--stream_blocks"], "--stream_blocks"),
-        (["--offload_checkpoints", "--checkpoint_scope", "feed-forward"], "use --checkpoint_scope block"),
+        ("--attention_backend sage", "no backward pass; use --validation_attention_backend sage"),
+        ("--validation_attention_backend flash", "no video is sampled; add --validation_prompt"),
+        ("--compile --gradient_checkpointing --stream_blocks", "--stream_blocks"),
+        (
+            "--compile --gradient_checkpointing --offload_checkpoints --checkpoint_scope feed-forward",
+            "use --checkpoint_scope block",
+        ),
     ],
 )
-def test_what_moves_within_blocks_is_not_compiled(flags, capsys, others, reason):
-    line = error_of(capsys, *flags, "--compile", "--gradient_checkpointing", *others)
-    assert line.startswith("error: --compile: ")
+def test_kernels_and_compilation_that_cannot_work_are_refused(flags, capsys, others, reason):
+    line = error_of(capsys, *flags, *others.split())
+    assert line.startswith(f"error: {others.split()[0]}")
     assert reason in line
+
+
+def test_sage_samples_and_checkpointed_blocks_are_compiled(flags):
+    args = parse(*flags, "--validation_attention_backend", "SAGE", "--validation_prompt", "a rabbit")
+    assert args.speed.validation_attention_backend == "sage"
     assert parse(*flags, "--compile", "--gradient_checkpointing").speed.compile
 
 
@@ -88,40 +73,25 @@ def test_samples_are_divided_as_the_flag_or_the_launch_says(flags, launch):
 @pytest.mark.parametrize(
     ("num_processes", "sizes", "others", "expected"),
     [
-        (
-            1,
-            {},
-            ["--context_parallel_size", "2"],
-            "size 2: does not divide the number of processes (1); ",
-        ),
-        (6, {}, ["--context_parallel_size", "4"], "size 4: does not divide the number of processes (6); "),
+        (1, {}, "--context_parallel_size 2", "size 2: does not divide the number of processes (1); "),
+        (6, {}, "--context_parallel_size 4", "size 4: does not divide the number of processes (6); "),
         (
             4,
             {"cp_size": 4},
-            ["--context_parallel_size", "2"],
-            "size 2: parallelism_config_cp_size in the ac",
+            "--context_parallel_size 2",
+            "size 2: parallelism_config_cp_size in the accelerate config",
         ),
-        (4, {"cp_size": 4, "dp_shard_size": 2}, [], "dp_shard_size 2 x cp_size 4) than the 4 launched; set dp_shard_"),
-        (4, {"tp_size": 4}, [], "parallelism_config_tp_size: not supported; use parallelism_config_cp_size"),
-        (4, {"sp_size": 4}, [], "parallelism_config_sp_size: not supported; use parallelism_config_cp_size"),
-        (
-            4,
-            {"cp_size": 4, "cp_comm_strategy": "alltoall"},
-            [],
-            "strategy alltoall: not supported; set it to all",
-        ),
-        (2, {}, ["--context_parallel_size", "2", "--compile"], "--compile: blocks that gather keys"),
-        (
-            2,
-            {},
-            ["--context_parallel_size", "2", "--memory_budget_gb", "24"],
-            "--memory_budget_gb: not with divided samples",
-        ),
+        (4, {"cp_size": 4, "dp_shard_size": 2}, "", "dp_shard_size 2 x cp_size 4) than the 4 launched; set dp_shard_"),
+        (4, {"tp_size": 4}, "", "parallelism_config_tp_size: not supported; use parallelism_config_cp_size"),
+        (4, {"sp_size": 4}, "", "parallelism_config_sp_size: not supported; use parallelism_config_cp_size"),
+        (4, {"cp_size": 4, "cp_comm_strategy": "alltoall"}, "", "strategy alltoall: not supported; set it to all"),
+        (2, {}, "--context_parallel_size 2 --compile", "--compile: blocks that gather keys"),
+        (2, {}, "--context_parallel_size 2 --memory_budget_gb 24", "--memory_budget_gb: not with divided samples"),
     ],
 )
 def test_samples_that_cannot_be_divided_are_refused(flags, launch, capsys, num_processes, sizes, others, expected):
     launch(num_processes, **sizes)
-    assert expected in error_of(capsys, *flags, *others)
+    assert expected in error_of(capsys, *flags, *others.split())
 
 
 def test_a_model_compiled_by_the_launch_configuration_is_refused(flags, capsys, monkeypatch):

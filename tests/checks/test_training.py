@@ -1,4 +1,4 @@
-"""Trackers that are asked for are there."""
+"""A tracker that is chosen by name must be installed."""
 
 import sys
 
@@ -11,14 +11,12 @@ from common.errors import UserError
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "comet_ml"])
 def test_a_tracker_that_is_not_installed_is_refused_by_name(monkeypatch, name):
     monkeypatch.setattr(sys, "path", [])  # nothing is installed there
-    for module in [
-        module for module in sys.modules if module.startswith(("tensorboard", "wandb", "trackio", "comet_ml"))
-    ]:
+    for module in [one for one in sys.modules if one.startswith(("tensorboard", "wandb", "trackio", "comet_ml"))]:
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(UserError, match=f"^--report_to {name}: not installed; pip install {name}, or"):
         check_tracker(name)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "all", "none"])
-def test_those_that_are_installed_and_no_name_at_all_will_do(name):
+def test_installed_trackers_all_and_none_are_accepted(name):
     check_tracker(name)

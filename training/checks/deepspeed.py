@@ -53,7 +53,7 @@ def check_zero(settings: TrainingSettings) -> None:
     _check_config(settings, read_deepspeed_config(), precision)
     if stage not in (1, 2, 3):
         raise UserError(
-            f"--config_file: ZeRO stage {stage} divides nothing; use stage 2 or 3, or accelerate_configs/ddp.yaml"
+            f"--config_file: ZeRO stage {stage} divides nothing; use 2 or 3, or accelerate_configs/ddp.yaml"
         )
     _check_optimizer(settings, precision)
     _check_memory(settings)
@@ -72,21 +72,19 @@ def _check_config(settings: TrainingSettings, config: dict[str, Any], precision:
     ):
         if config.get(key, "auto") not in ("auto", value):
             raise UserError(
-                f"--config_file: {key} of DeepSpeed is {config[key]}, but {flag} is {value:g}; remove it there"
+                f"--config_file: DeepSpeed's {key} is {config[key]}, but {flag} is {value:g}; remove it there"
             )
     for key, flag in (("optimizer", "--optimizer"), ("scheduler", "--lr_scheduler")):
         if key in config:
-            raise UserError(f"--config_file: the {key} of DeepSpeed conflicts with {flag}; remove it there")
+            raise UserError(f"--config_file: DeepSpeed's {key} conflicts with {flag}; remove it there")
     for key in ("fp16", "bf16", "torch_autocast", "amp"):
         if config.get(key, {}).get("enabled", False) is True and precision != key:
-            raise UserError(f"--config_file: {key} of DeepSpeed is not --mixed_precision {precision}; remove it there")
+            raise UserError(f"--config_file: DeepSpeed's {key} is not --mixed_precision {precision}; remove it there")
 
 
 def _check_optimizer(settings: TrainingSettings, precision: str) -> None:
     if precision == "fp16":
-        raise UserError(
-            "--mixed_precision fp16: not under DeepSpeed; use bf16, or launch with accelerate_configs/ddp.yaml"
-        )
+        raise UserError("--mixed_precision fp16: not with DeepSpeed; use bf16, or accelerate_configs/ddp.yaml")
     if settings.optimizer.optimizer not in ("adam", "adamw"):
         raise UserError(
             f"--optimizer {settings.optimizer.optimizer}: needs full weight matrices, which DeepSpeed shards; use "
@@ -105,18 +103,14 @@ def _check_optimizer(settings: TrainingSettings, precision: str) -> None:
 def _check_memory(settings: TrainingSettings) -> None:
     for flag in ("memory_budget_gb", "auto_fit"):
         if getattr(settings.memory, flag):
-            raise UserError(
-                f"--{flag}: does not support DeepSpeed; omit it, or use accelerate_configs/single_gpu.yaml"
-            )
+            raise UserError(f"--{flag}: not with DeepSpeed; omit it, or use accelerate_configs/single_gpu.yaml")
     if settings.speed.context_parallel_size > 1:
         raise UserError(
             "--context_parallel_size: not with DeepSpeed; use accelerate_configs/ddp.yaml or "
             "fsdp2_context_parallel.yaml"
         )
     if settings.objective.use_ema and (zero_stage() == 3 or settings.memory.weights_dtype == "bf16"):
-        raise UserError(
-            "--use_ema: no process has all weights in full precision; omit it, or use ZeRO-2 with --weights_dtype fp32"
-        )
+        raise UserError("--use_ema: needs all weights in float32; omit it, or use ZeRO-2 with --weights_dtype fp32")
 
 
 def _check_sharded_weights(settings: TrainingSettings) -> None:

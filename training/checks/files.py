@@ -41,10 +41,7 @@ def check_model(model: str, flag: str) -> None:
         if not os.path.isfile(os.path.join(model, "model_index.json")):
             raise UserError(f"{flag}: no model_index.json in '{model}'; pass the folder of a full diffusers pipeline")
     elif not is_hub_id(model):
-        raise UserError(
-            f"{flag}: no folder '{model}'; pass a local folder in the diffusers layout or a hub id such as "
-            "THUDM/CogVideoX-5b"
-        )
+        raise UserError(f"{flag}: no folder '{model}'; pass a diffusers folder or a hub id such as THUDM/CogVideoX-5b")
 
 
 def is_hub_id(reference: str) -> bool:

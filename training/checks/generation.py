@@ -94,9 +94,7 @@ def _check_memory(memory: SamplingMemoryFlags) -> None:
     if memory.enable_sequential_cpu_offload and memory.enable_model_cpu_offload:
         raise UserError(f"{flag}: includes --enable_model_cpu_offload; omit one of them")
     if memory.enable_sequential_cpu_offload and memory.quantize_base != "none":
-        raise UserError(
-            f"{flag}: cannot move quantized layers; omit --quantize_base, or use --enable_model_cpu_offload"
-        )
+        raise UserError(f"{flag}: not with --quantize_base; omit it, or use --enable_model_cpu_offload")
 
 
 def _find_loras(result: ResultFlags) -> tuple[tuple[str, float], ...]:

@@ -33,10 +33,7 @@ def _check_early_gradients(settings: TrainingSettings) -> None:
     """Check the optimizers that take gradients before the backward pass is over."""
     flags = settings.optimizer
     if flags.step_in_backward and flags.use_cpu_offload_optimizer:
-        raise UserError(
-            "--step_in_backward: the offloaded optimizer steps after the backward pass; omit it, or use "
-            "--offload_gradients instead"
-        )
+        raise UserError("--step_in_backward: not with --use_cpu_offload_optimizer; use --offload_gradients instead")
     _check_accumulation(settings, "step_in_backward")
     if flags.step_in_backward and "max_grad_norm" in settings.given and flags.max_grad_norm:
         raise UserError("--max_grad_norm: the norm over all gradients is unknown with --step_in_backward; omit one")
@@ -50,9 +47,7 @@ def _check_early_gradients(settings: TrainingSettings) -> None:
 def _check_offload(settings: TrainingSettings) -> None:
     flags = settings.optimizer
     if flags.use_cpu_offload_optimizer and flags.use_8bit and not flags.use_torchao:
-        raise UserError(
-            "--use_cpu_offload_optimizer: needs the 8-bit optimizer of torchao; add --use_torchao or omit --use_8bit"
-        )
+        raise UserError("--use_cpu_offload_optimizer: needs torchao's 8 bits; add --use_torchao or omit --use_8bit")
     if flags.offload_gradients and not flags.use_cpu_offload_optimizer:
         raise UserError("--offload_gradients: needs the offloaded optimizer; add --use_cpu_offload_optimizer")
     _check_accumulation(settings, "offload_gradients")
@@ -60,10 +55,7 @@ def _check_offload(settings: TrainingSettings) -> None:
 
 def _check_accumulation(settings: TrainingSettings, name: str) -> None:
     if getattr(settings.optimizer, name) and settings.training.gradient_accumulation_steps > 1:
-        raise UserError(
-            f"--{name}: frees gradients in every backward pass, so they cannot be accumulated; omit it or use "
-            "--gradient_accumulation_steps 1"
-        )
+        raise UserError(f"--{name}: frees gradients after each backward pass; use --gradient_accumulation_steps 1")
 
 
 def _check_weights_dtype(settings: TrainingSettings) -> None:
@@ -125,8 +117,7 @@ def check_memory(settings: TrainingSettings) -> None:
         _check_streaming(settings)
     if memory.auto_fit and launch_size() > 1:
         raise UserError(
-            "--auto_fit: if one process runs out of memory, the others wait for it; find the settings with one "
-            "process (--auto_fit --dry_run), and pass these to all"
+            "--auto_fit: only with one process; add --dry_run there, and pass the settings it finds to all"
         )
 
 
@@ -137,8 +128,7 @@ def _check_streaming(settings: TrainingSettings) -> None:
     is_each_checkpointed = memory.checkpoint_scope == "block" and memory.checkpoint_every in (None, 1)
     if not memory.gradient_checkpointing or not is_each_checkpointed:
         raise UserError(
-            "--stream_blocks: needs every block to be recomputed on its own; add --gradient_checkpointing, without "
-            "--checkpoint_scope and --checkpoint_every"
+            "--stream_blocks: needs --gradient_checkpointing, without --checkpoint_scope and --checkpoint_every"
         )
     if settings.validation.enable_model_cpu_offload:
         raise UserError("--enable_model_cpu_offload: --stream_blocks already keeps the blocks on the CPU; omit it")

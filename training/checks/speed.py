@@ -14,20 +14,15 @@ def check_speed(settings: TrainingSettings) -> None:
     speed, memory = settings.speed, settings.memory
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise UserError(
-            "--config_file: its dynamo_config compiles the full model, which is not supported; remove it there, and "
-            "pass --compile to the script"
+            "--config_file: dynamo_config is not supported; remove it there, and pass --compile to the script"
         )
     if speed.attention_backend == "sage":
-        raise UserError(
-            "--attention_backend sage: sageattention has no backward pass, so it cannot train; use "
-            "--validation_attention_backend sage to sample with it"
-        )
+        raise UserError("--attention_backend sage: has no backward pass; use --validation_attention_backend sage")
     if speed.validation_attention_backend and not settings.validation.prompts:
         raise UserError("--validation_attention_backend: no video is sampled; add --validation_prompt or omit it")
     if speed.compile and memory.offload_checkpoints and memory.checkpoint_scope == "feed-forward":
         raise UserError(
-            "--compile: with --checkpoint_scope feed-forward, --offload_checkpoints moves tensors in the middle of a "
-            "block, which cannot be compiled; use --checkpoint_scope block"
+            "--compile: not with --offload_checkpoints and scope feed-forward; use --checkpoint_scope block"
         )
     if speed.compile and memory.stream_blocks:
         raise UserError("--compile: streamed blocks (--stream_blocks) cannot be compiled; omit one of them")

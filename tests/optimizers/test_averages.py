@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flags.optimizer import OptimizerFlags
 from optimizers.averages import averaged_weights, make_ema, schedule_free_weights
 from optimizers.build import make_optimizer
 
@@ -43,7 +44,7 @@ def test_without_an_average_the_weights_stay():
 def schedule_free_run(steps: int, averages: list[torch.Tensor] | None = None) -> torch.Tensor:
     """Weights after so many steps; with a list, after a look at the average after each."""
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
-    optimizer = make_optimizer([weight], "schedulefree", learning_rate=0.1, beta1=0.9)
+    optimizer = make_optimizer([weight], OptimizerFlags("schedulefree"), 0.1)
     for step in range(steps):
         (weight - step % 3).square().sum().backward()
         optimizer.step()
@@ -57,7 +58,7 @@ def schedule_free_run(steps: int, averages: list[torch.Tensor] | None = None) ->
 def test_the_average_of_a_schedule_free_optimizer_is_the_one_it_is_defined_by():
     """The weights trained are y = (1 - beta1) z + beta1 x; x is the mean of all z, here by hand."""
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
-    optimizer = make_optimizer([weight], "schedulefree", learning_rate=0.1, beta1=0.9)
+    optimizer = make_optimizer([weight], OptimizerFlags("schedulefree"), 0.1)
     visited = []
     for step in range(5):
         (weight - step % 3).square().sum().backward()
@@ -77,6 +78,6 @@ def test_a_look_at_the_schedule_free_average_changes_nothing_in_training():
 
 def test_before_the_first_step_the_schedule_free_average_is_the_weights():
     weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = make_optimizer([weight], "schedulefree", learning_rate=0.1)
+    optimizer = make_optimizer([weight], OptimizerFlags("schedulefree"), 0.1)
     with schedule_free_weights(optimizer, [weight]):
         assert weight.tolist() == [1, 1]

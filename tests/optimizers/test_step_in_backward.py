@@ -6,20 +6,26 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
+from flags.optimizer import OptimizerFlags
 from optimizers.build import make_optimizer
 
 
 STATES = [
-    {"name": "adam"},
-    {"name": "adamw"},
-    {"name": "adam", "use_8bit": True},
-    {"name": "adamw", "use_8bit": True},
-    {"name": "adamw", "use_8bit": True, "use_torchao": True},
-    {"name": "adamw", "use_4bit": True, "use_torchao": True},
-    {"name": "adamw", "use_fp8": True, "use_torchao": True},
-    {"name": "adamw", "use_8bit": True, "use_torchao": True, "stochastic_rounding": True},
-    {"name": "adamw", "use_torchao": True, "stochastic_rounding": True},
+    {"optimizer": "adam"},
+    {"optimizer": "adamw"},
+    {"optimizer": "adam", "use_8bit": True},
+    {"optimizer": "adamw", "use_8bit": True},
+    {"optimizer": "adamw", "use_8bit": True, "use_torchao": True},
+    {"optimizer": "adamw", "use_4bit": True, "use_torchao": True},
+    {"optimizer": "adamw", "use_fp8": True, "use_torchao": True},
+    {"optimizer": "adamw", "use_8bit": True, "use_torchao": True, "stochastic_rounding": True},
+    {"optimizer": "adamw", "use_torchao": True, "stochastic_rounding": True},
 ]
+
+
+def make(net: torch.nn.Module, *, stochastic_rounding: bool = False, **flags) -> torch.optim.Optimizer:
+    flags = OptimizerFlags(**{"step_in_backward": True, "optimizer": "adamw"} | flags)
+    return make_optimizer(net.parameters(), flags, 1e-2, stochastic_rounding=stochastic_rounding)
 
 
 def model(flags: dict, device: str = "cpu") -> torch.nn.Module:
@@ -41,9 +47,7 @@ def test_it_ends_with_the_weights_of_steps_after_the_backward_pass(flags, device
     with torch.compiler.set_stance("force_eager" if device == "cpu" else "default"):
         for step_in_backward in (False, True):
             net = model(flags, device)
-            optimizer = make_optimizer(
-                net.parameters(), learning_rate=1e-2, step_in_backward=step_in_backward, **flags
-            )
+            optimizer = make(net, step_in_backward=step_in_backward, **flags)
             schedule = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=5)
             for step in range(5):
                 loss_of(net, step).backward()
@@ -67,13 +71,13 @@ def test_it_goes_on_from_a_checkpoint_bit_for_bit(flags, tmp_path):
 
     with torch.compiler.set_stance("force_eager"):
         net = model(flags)
-        optimizer = make_optimizer(net.parameters(), learning_rate=1e-2, step_in_backward=True, **flags)
+        optimizer = make(net, **flags)
         train(net, range(2))
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.bin")
         resumed = copy.deepcopy(model(flags))
         resumed.load_state_dict(net.state_dict())
         train(net, range(2, 4))
-        optimizer = make_optimizer(resumed.parameters(), learning_rate=1e-2, step_in_backward=True, **flags)
+        optimizer = make(resumed, **flags)
         optimizer.load_state_dict(torch.load(tmp_path / "optimizer.bin", weights_only=True))
         train(resumed, range(2, 4))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed.parameters(), net.parameters(), strict=True))
@@ -81,14 +85,14 @@ def test_it_goes_on_from_a_checkpoint_bit_for_bit(flags, tmp_path):
 
 def test_it_has_no_norm_of_gradients_to_give():
     net = model({})
-    optimizer = make_optimizer(net.parameters(), "adamw", learning_rate=1e-2, step_in_backward=True)
+    optimizer = make(net)
     loss_of(net, 0).backward()
     assert optimizer.clip_grad_norm_(1.0) is None
 
 
 def test_the_state_of_another_optimizer_is_refused():
     net = model({})
-    optimizer = make_optimizer(net.parameters(), "adamw", learning_rate=1e-2, step_in_backward=True)
+    optimizer = make(net)
     with pytest.raises(ValueError, match="different number of parts"):
         optimizer.load_state_dict(torch.optim.AdamW(net.parameters()).state_dict())
 
@@ -99,7 +103,7 @@ def test_it_does_not_hold_all_gradients_at_once():
     peaks = []
     for step_in_backward in (False, True):
         net = torch.nn.Sequential(*copy.deepcopy(layers)).cuda()
-        optimizer = make_optimizer(net.parameters(), "adamw", learning_rate=1e-3, step_in_backward=step_in_backward)
+        optimizer = make(net, step_in_backward=step_in_backward)
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()
             net(torch.ones(1, 1024, device="cuda")).sum().backward()

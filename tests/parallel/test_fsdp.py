@@ -27,10 +27,12 @@ import cogvideox_text_to_video_sft
 import curves
 from args import parse_args
 from common.errors import UserError
+from data.plan import RawData
 from parallel.coordinator import Coordinator
 from parallel.fsdp import load_optimizer, save_optimizer
 from parallel.lockstep import Lockstep, OutOfStep
 from repository import ROOT, TRAINING
+from run.recipe import Recipe
 from run.spec import check_device
 
 
@@ -360,6 +362,5 @@ def test_without_gpus_accelerate_would_divide_nothing(launched_by, a_run, monkey
     launched_by(WORLD_SIZE="2")
     accelerator = SimpleNamespace(device=torch.device("cpu"), distributed_type=DistributedType.NO)
     args = parse_args(a_run(LORA, tmp_path)[1], task="text-to-video", method="lora")
-    configs = SimpleNamespace(transformer={"attention_head_dim": 64})
     with pytest.raises(UserError, match="accelerate takes FSDP for GPUs alone"):
-        check_device(args, accelerator, configs)
+        check_device(Recipe(args, RawData([])), accelerator)

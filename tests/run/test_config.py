@@ -11,7 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 import cogvideox_text_to_video_lora
-from args import flag_names, parse_args
+from args import parse_args
 from common.run_folder import CONFIG_FILE
 from flags.schema import flag_values
 from memory.settings import memory_settings_of, with_memory
@@ -71,7 +71,7 @@ def test_a_resumed_run_keeps_the_configuration_that_it_began_with(run, tmp_path,
         (tmp_path / "config-step-1.yaml").write_bytes(text.encode("latin-1"))
         run(tmp_path, "--max_train_steps", "2", *steps[2:], *resume)
         assert (
-            "config-step-1.yaml is no list of flags any more; they are noted in config-step-2"
+            "config-step-1.yaml is not a list of flags any more; they are noted in config-step-2"
             in capfd.readouterr().err
         )
         (tmp_path / "config-step-2.yaml").unlink()
@@ -84,7 +84,7 @@ def parsed(*flags: str, method: str = "lora"):
 
 def written(args) -> str:
     """The file of a run with these flags."""
-    return render_config(*split_flags(args, flag_names("text-to-video", args.method), seed=7), ["a title"])
+    return render_config(*split_flags(args, seed=7), ["a title"])
 
 
 def reread(text: str, folder: Path, method: str = "lora"):

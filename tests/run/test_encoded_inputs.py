@@ -8,10 +8,9 @@ from args import parse_args
 from common.errors import UserError
 from data.plan import PreparedData, RawData, plan_training_data
 from data.prepared import write_empty_prompt
-from diffusion.tasks import ImageToVideo
-from methods.lora import Lora
 from models.source import ModelSource
 from run.encoded_inputs import encode_inputs, find_empty_prompt
+from run.recipe import Recipe
 from run.spec import check_spec
 
 
@@ -28,8 +27,7 @@ def test_images_to_begin_with_are_cut_to_the_videos_size_as_clips_are(tiny_model
     argv += ["--frame_buckets", "17", "--max_num_frames", "17", "--report_to", "none", "--output_dir", str(tmp_path)]
     argv += ["--validation_prompt", "a", "--validation_images", str(tmp_path / "wide.png")]
     args = parse_args([*argv, "--video_reshape_mode", mode], task="image-to-video", method="lora")
-    data = plan_training_data(args)
-    inputs = encode_inputs(check_spec(args, data, ImageToVideo(0.05, False), Lora(4, 4.0)))
+    inputs = encode_inputs(check_spec(Recipe(args, plan_training_data(args))))
     (image,) = inputs.images
     if mode == "center":
         assert image.size == (96, 64)

@@ -7,12 +7,12 @@ import torch
 
 from args import parse_args
 from data.plan import plan_training_data
-from diffusion.tasks import TextToVideo
 from memory.ladder import Choice
 from memory.settings import GB, MemorySettings
 from methods.full import FullFinetune
 from methods.lora import Lora
 from models.source import ModelSource
+from run.recipe import Recipe
 from run.setup import make_sampler
 from run.spec import check_spec
 from run.summary import describe_expected_memory, describe_method, describe_model, describe_start
@@ -26,8 +26,9 @@ def summarize(tiny_models, demo_clips, tmp_path, fresh_accelerator):
         argv += ["--caption_column", "prompts.txt", "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
         argv += ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
         argv += ["--seed", "0", "--max_train_steps", "30", "--train_batch_size", "2", "--optimizer", "adamw"]
+        argv += ["--rank", "8", "--lora_alpha", "4"]
         args = parse_args([*argv, *flags], task="text-to-video", method="lora")
-        spec = check_spec(args, plan_training_data(args), TextToVideo(), Lora(rank=8, alpha=4))
+        spec = check_spec(Recipe(args, plan_training_data(args)))
         spec = replace(spec, state=replace(spec.state, step=done))
         _, schedule = make_sampler(spec, spec.state.schedule)
         transformer = spec.source.load_transformer(torch.float32)

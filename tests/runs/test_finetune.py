@@ -21,9 +21,8 @@ from checkpoints.schedule import ScheduleStart
 from checkpoints.state import read_state
 from curves import curve
 from data.plan import plan_training_data
-from diffusion.tasks import TextToVideo
-from methods.lora import Lora
 from run.loop import train as train_loop
+from run.recipe import Recipe
 from run.setup import Run, set_up
 from run.spec import check_spec
 from run.trainable import build_optimizer
@@ -401,16 +400,16 @@ def set_up_with_scaler(model: Path, data: Path, output: Path, scale: float | Non
     argv += ["--max_train_steps", "2", "--gradient_accumulation_steps", "2", "--lr_scheduler", "linear"]
     argv += ["--train_batch_size", "1", "--lr_warmup_steps", "0", "--max_grad_norm", "0.1", "--report_to", "none"]
     args = parse_args(argv, task="text-to-video", method="lora")
-    run = set_up(check_spec(args, plan_training_data(args), TextToVideo(), Lora(8, 8.0)))
+    run = set_up(check_spec(Recipe(args, plan_training_data(args))))
     if scale is not None:
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        flags = (args.optimizer, args.schedule, run.trainable.parameters, args.schedule.learning_rate)
-        optimizer, schedule = build_optimizer(*flags, 2, rounds_stochastically=False, has_scaler=True)
+        parameters, rate = run.trainable.parameters, args.schedule.learning_rate
+        optimizer, schedule = build_optimizer(args, parameters, rate, 2, fused=False)
         optimizer = AcceleratedOptimizer(optimizer, scaler=scaler)
         run.trainable = replace(run.trainable, optimizer=optimizer, lr_scheduler=schedule)
-        run.accelerator.scaler, run.accelerator._optimizers = scaler, [optimizer]
+        run.spec.accelerator.scaler, run.spec.accelerator._optimizers = scaler, [optimizer]
         # As on a GPU with fp16, which accelerate refuses to start with on a CPU.
-        run.accelerator.native_amp, run.accelerator.state._mixed_precision = True, "fp16"
+        run.spec.accelerator.native_amp, run.spec.accelerator.state._mixed_precision = True, "fp16"
     return run
 
 
@@ -434,4 +433,4 @@ def test_a_step_whose_scaled_gradients_overflow_is_skipped_and_not_counted_by_th
     train_loop(run)
     assert all(torch.equal(now, then) for now, then in zip(run.trainable.parameters, before, strict=True))
     assert run.trainable.lr_scheduler.get_last_lr() == [1e-3]
-    assert run.accelerator.scaler.get_scale() == 1024.0 / 4  # halved by each of the two steps
+    assert run.spec.accelerator.scaler.get_scale() == 1024.0 / 4  # halved by each of the two steps

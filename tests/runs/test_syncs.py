@@ -10,9 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import prepare_dataset
 from args import parse_args
 from data.plan import plan_training_data
-from diffusion.tasks import ImageToVideo
-from methods.lora import Lora
 from run.loop import train
+from run.recipe import Recipe
 from run.setup import set_up
 from run.spec import check_spec
 
@@ -43,13 +42,13 @@ def run(model: Path, data: Path, output: Path, steps: int, *flags: str) -> None:
             *("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--gradient_checkpointing"),
             *("--caption_dropout", "0.5", "--noised_image_dropout", "0.5", "--stratified_timesteps"),
             *("--timestep_sampling", "logit_normal", "--snr_gamma", "5", "--use_ema", "--lora_dropout", "0.1"),
+            *("--rank", "4", "--lora_alpha", "4"),
             *("--optimizer", "adamw", "--seed", "0", "--report_to", "none", *flags),
         ],
         task="image-to-video",
         method="lora",
     )
-    task = ImageToVideo(args.image.noised_image_dropout, args.image.ignore_learned_positional_embeddings)
-    train(set_up(check_spec(args, plan_training_data(args), task, Lora(4, 4, dropout=args.lora.lora_dropout))))
+    train(set_up(check_spec(Recipe(args, plan_training_data(args)))))
 
 
 class FetchedNumbers(TorchDispatchMode):

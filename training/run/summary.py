@@ -1,4 +1,4 @@
-"""What a run is about to do, as one block of lines for whoever starts it."""
+"""Describe a run before its first step, as a block of lines."""
 
 from collections import Counter
 
@@ -6,15 +6,14 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from checkpoints.schedule import StepSchedule
-from common.ranks import precision_of
 from memory.ladder import Choice
 from memory.settings import GB
+from methods.full import FullFinetune
 from methods.lora import Lora
 from models.configs import ModelConfigs
 from parallel.deepspeed import count_weights
-from run.memory_fit import expected_memory
-from run.spec import Method, RunSpec
-from run.trainable import learning_rate_of
+from run.memory_fit import RunMemory
+from run.spec import RunSpec
 from tracking.loss_curve import METRICS_FILE, PICTURE_FILE
 
 
@@ -25,19 +24,20 @@ _BITS = {"use_8bit": " in 8 bits", "use_4bit": " in 4 bits", "use_fp8": " in flo
 def describe_start(
     spec: RunSpec, transformer: CogVideoXTransformer3DModel, schedule: StepSchedule, total_steps: int, padding: int
 ) -> str:
-    """The summary, a line for each subject.
+    """Return the summary, a line for each subject.
 
     Args:
-        transformer: as the method trains it.
-        padding: batches that come twice in an epoch.
+        transformer: with the trainable parameters of the method.
+        padding: number of batches that are drawn twice in an epoch.
     """
     settings, accelerator = spec.settings, spec.accelerator
     trainable, total = count_weights(transformer)
-    precision = precision_of(settings.training.mixed_precision)
-    devices = f"{accelerator.num_processes} x {_device_name(accelerator.device)}, precision {precision}"
+    name = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
+    devices = f"{accelerator.num_processes} x {name}, precision {spec.precision}"
     if spec.context is not None:
         devices += f"; {settings.speed.context_parallel_size} ranks at a time divide the tokens of a sample"
-    memory = expected_memory(settings, spec.data, spec.method)
+    run_memory = RunMemory(spec)
+    memory = run_memory.needed(run_memory.current)
     rows = {
         "model": f"{settings.model.pretrained_model_name_or_path}: {describe_model(spec.configs)}",
         "training": f"{describe_method(spec.method)}: {trainable:,} of {total:,} parameters",
@@ -56,7 +56,7 @@ def describe_start(
 
 
 def describe_model(configs: ModelConfigs) -> str:
-    """What kind of CogVideoX a model is, by what tells the kinds apart."""
+    """Describe the kind of a CogVideoX model."""
     transformer = configs.transformer
     family = "CogVideoX 1.5" if transformer.get("patch_size_t") else "CogVideoX"
     task = "image-to-video" if configs.is_image_to_video else "text-to-video"
@@ -68,8 +68,8 @@ def describe_model(configs: ModelConfigs) -> str:
     )
 
 
-def describe_method(method: Method) -> str:
-    """What is trained."""
+def describe_method(method: Lora | FullFinetune) -> str:
+    """Describe the trained weights."""
     if not isinstance(method, Lora):
         return f"all weights, kept in {method.weights_dtype}"
     base = "" if method.quantize_base == "none" else f" on a base in {method.quantize_base}"
@@ -77,7 +77,7 @@ def describe_method(method: Method) -> str:
 
 
 def describe_samples(spec: RunSpec) -> str:
-    """How many samples of which sizes, the most frequent ones first."""
+    """Describe the numbers of samples by size, the most frequent sizes first."""
     sizes = Counter(spec.data.buckets).most_common()
     listed = ", ".join(f"{count} x {size}" for size, count in sizes[:_MOST_SIZES])
     more = f" and {len(sizes) - _MOST_SIZES} sizes more" if len(sizes) > _MOST_SIZES else ""
@@ -87,7 +87,7 @@ def describe_samples(spec: RunSpec) -> str:
 
 
 def describe_steps(spec: RunSpec, schedule: StepSchedule, total_steps: int, padding: int) -> str:
-    """From where to where, and what a step is."""
+    """Describe the first and last step, and the size of a step."""
     settings = spec.settings
     per_step = settings.training.train_batch_size * settings.training.gradient_accumulation_steps * spec.num_data_ranks
     if spec.state.step == total_steps:
@@ -100,18 +100,18 @@ def describe_steps(spec: RunSpec, schedule: StepSchedule, total_steps: int, padd
 
 
 def describe_optimizer(spec: RunSpec) -> str:
-    """The optimizer and its learning rate; one that is resumed may have its rate of before, which is said then."""
+    """Describe the optimizer and its learning rate; a resumed run logs its rate when the checkpoint is loaded."""
     settings = spec.settings
     bits = next((words for flag, words in _BITS.items() if getattr(settings.optimizer, flag)), "")
-    rate = "" if spec.resumed else f", learning rate {learning_rate_of(settings, spec.num_data_ranks):g}"
+    rate = "" if spec.resumed else f", learning rate {spec.learning_rate:g}"
     return f"{settings.optimizer.optimizer}{bits}{rate}, {settings.schedule.lr_scheduler}"
 
 
 def describe_expected_memory(memory: Choice, device: torch.device, *, shares: bool) -> str:
-    """What is expected to be taken of a card, beside what it has.
+    """Describe the memory that a run is expected to take of one card.
 
     Args:
-        shares: several GPUs train, which may share weights and states.
+        shares: several GPUs train, which may shard weights and states.
     """
     needed = f"{memory.needed / GB:.2f} GB"
     if device.type == "cuda":
@@ -122,7 +122,7 @@ def describe_expected_memory(memory: Choice, device: torch.device, *, shares: bo
 
 
 def describe_validation(spec: RunSpec) -> str:
-    """What is validated, and when."""
+    """Describe what is validated, and when."""
     settings = spec.settings
     held_out = spec.data.held_out
     videos = len(settings.validation.prompts) * settings.validation.num_validation_videos
@@ -136,10 +136,6 @@ def describe_validation(spec: RunSpec) -> str:
 
 
 def describe_logs(report_to: str) -> str:
-    """Where losses can be looked at."""
+    """Name the files and trackers that the losses are logged to."""
     trackers = {"none": "", "all": " and to all trackers that are installed"}.get(report_to, f" and to {report_to}")
     return f"{PICTURE_FILE}, {METRICS_FILE}{trackers}"
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

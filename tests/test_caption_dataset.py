@@ -202,7 +202,7 @@ def test_an_answer_without_a_caption_is_a_failure_and_not_an_empty_caption(clips
     server.answer = lambda question, before: said(None if question.numbers[-1] == 11 else '"Bars\n move."')
     message = refuse(flags(clips, server), capsys)
     assert message.splitlines() == [
-        "1 of 3 clips got no caption; run again to ask for these alone:",
+        "1 of 3 clips got no caption; run again to caption only these:",
         f"  {clips / 'run.mkv'} ({clips}): the model's answer has nothing in it",
     ]
     assert captions_of(rows_of(clips / "captions.jsonl")) == {"fly.mp4": "Bars move.", "walk/walk.mp4": "Bars move."}
@@ -436,7 +436,7 @@ def test_clips_that_cannot_be_used_are_listed_before_anything_is_asked(clips, se
     assert "empty.mp4" in refuse(flags(clips, server), capsys)
     assert server.questions == []
     assert captions_of(caption(clips, server, "--on_bad_clip", "skip")) == all_captioned()
-    assert "1 of the clips cannot be used and are left out:" in capsys.readouterr().out
+    assert "1 of the clips cannot be used and are skipped:" in capsys.readouterr().out
 
 
 def start(clips: Path, server: CaptionServer, *more: str) -> subprocess.Popen:
@@ -590,7 +590,7 @@ def test_a_table_that_someone_else_wrote_is_left_alone(clips, server, capsys):
 
 def test_a_table_in_the_folder_of_clips_is_not_passed_over(clips, server, capsys):
     write(clips / "metadata.csv", "video,caption\nfly.mp4,They fly.\n")
-    assert f"give --dataset_file {clips / 'metadata.csv'}" in refuse(flags(clips, server), capsys)
+    assert f"pass --dataset_file {clips / 'metadata.csv'}" in refuse(flags(clips, server), capsys)
 
 
 def test_a_place_that_cannot_be_written_is_told_before_the_model_is_asked(clips, server, capsys):

@@ -1,4 +1,4 @@
-"""generate.py samples what the plain pipeline and validation sample, bit for bit, and says early what it cannot."""
+"""generate.py samples the videos of the plain pipeline and of validation, bit for bit, and checks its flags early."""
 
 import json
 import shutil
@@ -62,19 +62,19 @@ def lora(base, make_lora) -> Path:
 
 @pytest.fixture(scope="module")
 def lora_video(base, lora, tmp_path_factory) -> bytes:
-    """What the base model samples with the LoRA."""
+    """The video of the base model with the LoRA."""
     return run(base, tmp_path_factory.mktemp("videos") / "lora.mp4", "--lora", lora)
 
 
 @pytest.fixture(scope="module")
 def base_video(base, tmp_path_factory) -> bytes:
-    """What plain diffusers samples from the base model."""
+    """The video of the base model from plain diffusers."""
     pipeline = CogVideoXPipeline.from_pretrained(base)
     return sampled(pipeline, tmp_path_factory.mktemp("videos"), prompt="a red circle")
 
 
 def run(model: Path, output: Path, *flags: object, prompt: str = "a red circle", sized: bool = True) -> bytes:
-    """Sample one video in two steps, small unless `sized` is false; returns its file's content."""
+    """Sample one video in two steps, small unless `sized` is false; return the content of its file."""
     size = [f"--{name}={value}" for name, value in SIZE.items()] if sized else []
     argv = ["--model_path", model, "--prompt", prompt, "--output_file", output, "--num_inference_steps", 2]
     generate.main([str(word) for word in (*argv, *size, *flags)])
@@ -82,19 +82,19 @@ def run(model: Path, output: Path, *flags: object, prompt: str = "a red circle",
 
 
 def encoded(frames: list[Image.Image], tmp_path: Path, fps: int = 8) -> bytes:
-    """The content of the file that frames become."""
+    """Return the content of the file with these frames."""
     write_video(tmp_path / "expected.mp4", frames, fps)
     return (tmp_path / "expected.mp4").read_bytes()
 
 
 def sampled(pipeline, tmp_path: Path, *, seed: int = 42, size=SIZE, fps: int = 8, **options: object) -> bytes:
-    """What a user of plain diffusers samples."""
+    """Sample with plain diffusers."""
     generator = torch.Generator().manual_seed(seed)
     return encoded(pipeline(**options, **size, **STEPS, generator=generator).frames[0], tmp_path, fps)
 
 
 def read_video(file: Path) -> np.ndarray:
-    """All frames, uint8 [F, H, W, 3]."""
+    """Return all frames, uint8 [F, H, W, 3]."""
     with av.open(file) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
@@ -106,10 +106,7 @@ def error_of(capsys, *arguments, **options) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-# What is sampled
-
-
-def test_loras_with_scales_are_what_plain_diffusers_samples_with_them(base, make_lora, lora, tmp_path):
+def test_loras_with_scales_sample_the_video_of_plain_diffusers(base, make_lora, lora, tmp_path):
     loras = [lora, make_lora(base, seed=1)]
     ours = run(
         base,
@@ -124,7 +121,7 @@ def test_loras_with_scales_are_what_plain_diffusers_samples_with_them(base, make
     assert ours == sampled(pipeline, tmp_path, seed=7, **options)
 
 
-def test_a_lora_gives_the_video_that_validation_showed(base, lora, lora_video, tmp_path):
+def test_a_lora_samples_the_video_of_the_validation(base, lora, lora_video, tmp_path):
     source = ModelSource(str(base))
     transformer = source.load_transformer(torch.float32)
     method = Lora(rank=4, alpha=2)
@@ -157,24 +154,26 @@ def test_a_lora_gives_the_video_that_validation_showed(base, lora, lora_video, t
     assert (tmp_path / "step-5" / "00-00-a-red-circle.mp4").read_bytes() == lora_video
 
 
-def test_beside_the_tuned_video_lies_the_base_models(base, lora, lora_video, base_video, tmp_path):
+def test_compare_also_writes_the_video_of_the_base_model_and_both_side_by_side(
+    base, lora, lora_video, base_video, tmp_path
+):
     files = tmp_path / "videos"
     assert run(base, files / "rabbit.mp4", "--lora", lora, "--compare") == lora_video
     assert (files / "rabbit-base.mp4").read_bytes() == base_video != lora_video
     both = read_video(files / "rabbit-compare.mp4")
     assert both.shape == (9, 32, 96, 3)
     left, right = read_video(files / "rabbit-base.mp4"), read_video(files / "rabbit.mp4")
-    assert np.abs(both - np.concatenate([left, right], axis=2).astype(int)).mean() < 12  # but for the compression
+    assert np.abs(both - np.concatenate([left, right], axis=2).astype(int)).mean() < 12  # apart from the compression
     with Image.open(files / "rabbit-compare.png") as sheet:
         assert sheet.height == 44 + 2 * 172
     assert len(list(files.iterdir())) == 4
 
 
-def test_a_lora_at_scale_0_leaves_the_base_model_as_it_is(base, lora, base_video, tmp_path):
+def test_a_lora_at_scale_0_has_no_effect(base, lora, base_video, tmp_path):
     assert run(base, tmp_path / "a.mp4", "--lora", lora, "--lora_scale", 0) == base_video
 
 
-def test_several_prompts_with_several_seeds_are_files_of_their_own(base, tmp_path, monkeypatch):
+def test_each_prompt_and_seed_has_its_own_file(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("A red circle\n\nEin Käfer\n", encoding="utf-8")
     size = [f"--{name}={value}" for name, value in (SIZE | {"num_frames": 1}).items()]
@@ -185,7 +184,7 @@ def test_several_prompts_with_several_seeds_are_files_of_their_own(base, tmp_pat
     assert len({(Path("generated") / name).read_bytes() for name in names}) == 4
 
 
-def test_a_tuned_transformer_takes_the_place_of_the_base_models(base, tmp_path):
+def test_a_tuned_transformer_replaces_that_of_the_base_model(base, tmp_path):
     tuned = CogVideoXTransformer3DModel.from_pretrained(base / "transformer")
     with torch.no_grad():
         tuned.proj_out.weight.mul_(1.5)
@@ -195,7 +194,7 @@ def test_a_tuned_transformer_takes_the_place_of_the_base_models(base, tmp_path):
     assert run(base, tmp_path / "ours.mp4", "--transformer", tmp_path / "run") == expected
 
 
-def test_an_image_to_video_model_begins_with_the_image_cut_to_size(tiny_models, make_lora, tmp_path):
+def test_an_image_to_video_model_starts_with_the_cropped_image(tiny_models, make_lora, tmp_path):
     model = tiny_models("1.5-5b-i2v")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 60, 3), np.uint8))
     picture.save(tmp_path / "start.png")
@@ -207,7 +206,9 @@ def test_an_image_to_video_model_begins_with_the_image_cut_to_size(tiny_models, 
     assert ours == sampled(pipeline, tmp_path, image=image, prompt="a red circle", fps=16)
 
 
-def test_learned_positions_are_dropped_where_the_result_was_trained_without(tiny_models, make_lora, tmp_path, capsys):
+def test_learned_positions_are_dropped_if_the_result_was_trained_without_them(
+    tiny_models, make_lora, tmp_path, capsys
+):
     model = tiny_models("5b-i2v")
     Image.new("RGB", (48, 32), (220, 10, 10)).save(tmp_path / "start.png")
     flags = ("--image", tmp_path / "start.png")
@@ -220,7 +221,7 @@ def test_learned_positions_are_dropped_where_the_result_was_trained_without(tiny
     assert run(model, tmp_path / "b.mp4", *flags, "--transformer", tmp_path / "run") == dropped
 
 
-def test_a_quantized_base_with_a_lora_samples_nearly_the_same(base, lora, lora_video, base_video, tmp_path):
+def test_a_quantized_base_with_a_lora_samples_almost_the_same_video(base, lora, lora_video, base_video, tmp_path):
     run(base, tmp_path / "int8.mp4", "--lora", lora, "--quantize_base", "int8")
     (tmp_path / "whole.mp4").write_bytes(lora_video)
     (tmp_path / "without.mp4").write_bytes(base_video)
@@ -228,7 +229,7 @@ def test_a_quantized_base_with_a_lora_samples_nearly_the_same(base, lora, lora_v
     assert 0 < np.abs(int8 - whole).mean() < np.abs(without - whole).mean() / 4
 
 
-def test_a_lora_of_the_hub_is_found_by_its_id(base, lora, lora_video, tmp_path):
+def test_a_lora_is_found_by_its_hub_id(base, lora, lora_video, tmp_path):
     repository = tmp_path / "models--owner--style"
     (repository / "snapshots" / "abc").mkdir(parents=True)
     (repository / "refs").mkdir()
@@ -237,10 +238,9 @@ def test_a_lora_of_the_hub_is_found_by_its_id(base, lora, lora_video, tmp_path):
     assert run(base, tmp_path / "a.mp4", "--lora", "owner/style", "--cache_dir", tmp_path) == lora_video
 
 
-# What is refused, before weights are loaded, or warned about
-
-
-def test_a_lora_without_metadata_is_warned_about_and_alpha_by_rank_mends_it(base, lora, lora_video, tmp_path, capsys):
+def test_a_lora_without_metadata_causes_a_warning_and_works_with_a_scale_of_alpha_by_rank(
+    base, lora, lora_video, tmp_path, capsys
+):
     save_file(load_file(lora / LORA_FILE), tmp_path / "bare.safetensors")
     flags = ("--lora", tmp_path / "bare.safetensors", "--lora_scale", 0.5)
     assert run(base, tmp_path / "a.mp4", *flags) == lora_video
@@ -249,7 +249,7 @@ def test_a_lora_without_metadata_is_warned_about_and_alpha_by_rank_mends_it(base
 
 @pytest.fixture
 def no_weights(base, tmp_path) -> Path:
-    """The base model without the files that must not be read yet."""
+    """The base model without weights, which must not be read before the checks."""
     folder = tmp_path / "no-weights"
     shutil.copytree(base, folder, ignore=lambda _, names: [name for name in names if name.endswith(".safetensors")])
     return folder
@@ -272,7 +272,7 @@ def test_a_lora_without_effect_is_refused(base, no_weights, make_lora, tmp_path,
         ("list", "cannot be used ("),
     ],
 )
-def test_a_lora_that_would_end_in_noise_or_a_traceback_is_refused(no_weights, lora, tmp_path, capsys, change, reason):
+def test_a_damaged_lora_is_refused(no_weights, lora, tmp_path, capsys, change, reason):
     file, weights = tmp_path / "lora.safetensors", load_file(lora / LORA_FILE)
     name, other = (f"transformer.transformer_blocks.0.attn1.to_k.lora_{matrix}.weight" for matrix in "BA")
     metadata = {"lora_alpha": 2, "r": 4, "target_modules": ["to_k", "to_q", "to_v", "to_out.0"]}
@@ -291,7 +291,7 @@ def test_a_lora_that_would_end_in_noise_or_a_traceback_is_refused(no_weights, lo
 
 
 @pytest.mark.parametrize("change", ["other layers", "another size", "no LoRA", "damaged"])
-def test_a_lora_that_does_not_fit_is_refused(no_weights, lora, tmp_path, capsys, change):
+def test_a_lora_of_another_model_is_refused(no_weights, lora, tmp_path, capsys, change):
     file, weights = tmp_path / "lora.safetensors", load_file(lora / LORA_FILE)
     if change == "other layers":
         weights = {name.replace("attn1", "attn7"): weight for name, weight in weights.items()}
@@ -307,7 +307,7 @@ def test_a_lora_that_does_not_fit_is_refused(no_weights, lora, tmp_path, capsys,
     assert message.startswith(f"error: --lora: '{file}' {reason}")
 
 
-def test_what_is_neither_here_nor_on_the_hub_is_one_line(no_weights, tmp_path, capsys):
+def test_a_path_that_exists_neither_locally_nor_on_the_hub_is_refused(no_weights, tmp_path, capsys):
     message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--lora", "outputs/misspelt")
     assert "--lora: 'outputs/misspelt' is not a file or folder here, and cannot be used" in message
     message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--transformer", "outputs/misspelt")
@@ -319,12 +319,12 @@ def test_a_transformer_of_another_model_is_refused(no_weights, tiny_models, tmp_
     assert "was tuned from another model than --pretrained_model_name_or_path" in message
 
 
-def test_an_image_goes_with_an_image_to_video_model_alone(no_weights, tiny_models, tmp_path, capsys):
+def test_an_image_is_needed_by_image_to_video_models_and_only_by_them(no_weights, tiny_models, tmp_path, capsys):
     Image.new("RGB", (48, 32)).save(tmp_path / "start.png")
     message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--image", tmp_path / "start.png")
     assert message.startswith("error: --image: this is a text-to-video model")
     message = error_of(capsys, tiny_models("5b-i2v"), tmp_path / "a.mp4")
-    assert message.startswith("error: --image: this is an image-to-video model; give an image")
+    assert message.startswith("error: --image: this is an image-to-video model; pass an image")
     (tmp_path / "text.png").write_text("no image")
     message = error_of(
         capsys, tiny_models("5b-i2v"), tmp_path / "a.mp4", "--image", tmp_path / "text.png", sized=False
@@ -332,7 +332,7 @@ def test_an_image_goes_with_an_image_to_video_model_alone(no_weights, tiny_model
     assert message.startswith(f"error: --image: '{tmp_path / 'text.png'}': not a still image")
 
 
-def test_a_size_that_the_model_cannot_sample_is_refused_by_the_flags_it_was_given_with(tiny_models, tmp_path, capsys):
+def test_a_size_that_the_model_cannot_sample_is_refused(tiny_models, tmp_path, capsys):
     model = tiny_models("1.5-5b")
     message = error_of(capsys, model, tmp_path / "a.mp4", "--num_frames", 12)
     assert message.startswith("error: --num_frames: CogVideoX 1.5 takes 1, 8k or 8k+1 frames, not 12")
@@ -340,8 +340,6 @@ def test_a_size_that_the_model_cannot_sample_is_refused_by_the_flags_it_was_give
     assert message.startswith("error: --height, --width: this CogVideoX 1.5 model has positions for up to 64x96")
 
 
-def test_half_precision_that_a_cpu_lacks_is_refused_and_an_offload_without_a_gpu_warned_about(
-    no_weights, tmp_path, capsys
-):
+def test_fp16_is_refused_without_a_gpu(no_weights, tmp_path, capsys):
     message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--dtype", "fp16", "--enable_model_cpu_offload")
-    assert message == "error: --dtype fp16: needs a GPU; give bf16 or fp32"
+    assert message == "error: --dtype fp16: needs a GPU; pass bf16 or fp32"

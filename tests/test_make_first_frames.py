@@ -91,7 +91,7 @@ def test_the_table_lists_the_same_clips_with_their_images(clips):
 
 def test_the_flags_told_in_the_end_read_the_table(clips, capsys):
     run(clips)
-    told = capsys.readouterr().out.split("give prepare_dataset.py ")[1].split()
+    told = capsys.readouterr().out.split("pass to prepare_dataset.py: ")[1].split()
     assert told == ["--dataset_file", str(frames_of(clips) / "metadata.jsonl"), "--data_root", str(clips)]
 
 
@@ -143,7 +143,7 @@ def test_a_table_that_is_there_is_never_written_over(clips, capsys):
     table.write_text("weeks of work")
     run(clips, code=2)
     (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert line.startswith(f"error: --output_dir: {table} is there already; remove it")
+    assert line.startswith(f"error: --output_dir: {table} already exists; remove it")
     assert table.read_text() == "weeks of work"
 
 

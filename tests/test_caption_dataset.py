@@ -1,4 +1,4 @@
-"""Clips without captions get them from a server, whatever happens on the way, in a table that training reads."""
+"""caption_dataset.py writes captions from a server into a table that training reads, whatever fails on the way."""
 
 import json
 import os
@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import av
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -64,13 +63,13 @@ def flags(clips: Path, server: CaptionServer, *more: str) -> list[str]:
 
 
 def caption(clips: Path, server: CaptionServer, *more: str) -> list[dict]:
-    """Caption a folder; returns the rows of the table."""
+    """Caption a folder; return the rows of the table."""
     caption_dataset.main(flags(clips, server, *more))
     return rows_of(clips / "captions.jsonl")
 
 
 def refuse(argv: list[str], capsys) -> str:
-    """Run with flags that lead to an error; returns it."""
+    """Run with flags that lead to an error; return it."""
     with pytest.raises(SystemExit) as stopped:
         caption_dataset.main(argv)
     assert stopped.value.code == 2
@@ -89,12 +88,9 @@ def all_captioned() -> dict[str, str]:
     return {name: caption_of(length) for name, length in LENGTHS.items()}
 
 
-def test_details_of_a_data_set_of_the_hub_want_its_name(clips, server, capsys):
+def test_flags_of_a_hub_data_set_need_its_name(clips, server, capsys):
     error = refuse(flags(clips, server, "--dataset_config_name", "x"), capsys)
     assert error.startswith("--dataset_config_name: no effect without --dataset_name")
-
-
-# What the model is asked
 
 
 def test_every_clip_is_captioned_in_the_order_of_the_list(clips, server):
@@ -105,31 +101,32 @@ def test_every_clip_is_captioned_in_the_order_of_the_list(clips, server):
     assert not (clips / "captions.jsonl.part").exists()
 
 
-def test_the_model_sees_frames_spread_over_the_clip(clips, server):
+def test_the_frames_are_spread_over_the_clip(clips, server):
     caption(clips, server, "--num_frames", "5")
     seen = {question.numbers[-1] + 1: question.numbers for question in server.questions}
     assert seen == {length: [round(i * (length - 1) / 4 + 1e-9) for i in range(5)] for length in LENGTHS.values()}
 
 
-def test_frames_that_are_left_out_are_not_seen(clips, server):
+def test_skipped_frames_are_not_sent(clips, server):
     caption(clips, server, "--num_frames", "2", "--skip_frames_start", "3", "--skip_frames_end", "1")
     assert sorted(question.numbers for question in server.questions) == [[3, 10], [3, 18], [3, 28]]
 
 
-def test_a_clip_of_fewer_frames_shows_each_of_them_once(clips, server):
+def test_of_a_shorter_clip_each_frame_is_sent_once(clips, server):
     caption(clips, server, "--num_frames", "16")
     assert [question.numbers for question in server.questions if len(question.frames) < 16] == [list(range(12))]
 
 
-def test_frames_are_shrunk_to_the_size_given_and_never_enlarged(clips, server):
+def test_frames_are_shrunk_to_the_largest_size_and_not_enlarged(clips, server):
     encode(clips / "fly.mp4", frames=30, height=96, width=160)
     caption(clips, server, "--max_size", "80")
     assert {frame.shape for question in server.questions for frame in question.frames} == {(48, 80, 3)}
 
 
-def test_the_question_is_what_the_flags_say(clips, server, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    caption(clips, server, "--temperature", "0.5", "--max_tokens", "77", "--prompt", "Say what you see.")
+@pytest.mark.parametrize(("variable", "more"), [("OPENAI_API_KEY", []), ("MY_KEY", ["--api_key_variable", "MY_KEY"])])
+def test_prompt_key_and_numbers_are_those_of_the_flags(clips, server, monkeypatch, variable, more):
+    monkeypatch.setenv(variable, KEY)
+    caption(clips, server, "--temperature", "0.5", "--max_tokens", "77", "--prompt", "Say what you see.", *more)
     for question in server.questions:
         assert question.prompt == "Say what you see."
         assert question.headers["Authorization"] == f"Bearer {KEY}"
@@ -140,12 +137,12 @@ def test_the_question_is_what_the_flags_say(clips, server, monkeypatch):
         }
 
 
-def test_the_prompt_may_come_from_a_file(clips, server, tmp_path):
+def test_the_prompt_can_come_from_a_file(clips, server, tmp_path):
     caption(clips, server, "--prompt_file", str(write(tmp_path / "prompt.txt", "Name the colours.\n")))
     assert {question.prompt.strip() for question in server.questions} == {"Name the colours."}
 
 
-def test_without_a_prompt_the_built_in_one_fits_video_or_still_image(clips, server):
+def test_the_built_in_prompt_depends_on_video_or_still_image(clips, server):
     Image.fromarray(numbered_frame(200)).save(clips / "still.png")
     caption(clips, server)
     prompts = {question.numbers[-1]: (question.prompt, len(question.frames)) for question in server.questions}
@@ -159,13 +156,7 @@ def test_without_a_key_none_is_sent_and_temperature_is_zero(clips, server):
     assert {question.body["temperature"] for question in server.questions} == {0}
 
 
-def test_the_key_may_be_in_another_variable(clips, server, monkeypatch):
-    monkeypatch.setenv("MY_KEY", KEY)
-    caption(clips, server, "--api_key_variable", "MY_KEY")
-    assert {question.headers["Authorization"] for question in server.questions} == {f"Bearer {KEY}"}
-
-
-def test_as_many_requests_are_under_way_as_there_are_workers(clips, server):
+def test_each_worker_has_one_request_under_way(clips, server):
     together, lock, under_way, most = threading.Barrier(2), threading.Lock(), 0, 0
 
     def answer(question: Question, before: int) -> Answer:
@@ -184,10 +175,7 @@ def test_as_many_requests_are_under_way_as_there_are_workers(clips, server):
     assert most == 2
 
 
-# What becomes of the answer
-
-
-def test_the_table_is_read_by_the_preparation_with_the_flags_that_are_told(clips, server, capsys):
+def test_the_preparation_reads_the_table_with_the_printed_flags(clips, server, capsys):
     caption(clips, server)
     told = shlex.split(capsys.readouterr().out.split("with: ")[1])
     args = parse_prepare_args([*told, "--model_id", "some/model", "--output_dir", "out", "--frame_buckets", "9"])
@@ -198,7 +186,7 @@ def test_the_table_is_read_by_the_preparation_with_the_flags_that_are_told(clips
     ]
 
 
-def test_an_answer_without_a_caption_is_a_failure_and_not_an_empty_caption(clips, server, capsys):
+def test_an_answer_without_a_caption_is_a_failure(clips, server, capsys):
     server.answer = lambda question, before: said(None if question.numbers[-1] == 11 else '"Bars\n move."')
     message = refuse(flags(clips, server), capsys)
     assert message.splitlines() == [
@@ -208,12 +196,12 @@ def test_an_answer_without_a_caption_is_a_failure_and_not_an_empty_caption(clips
     assert captions_of(rows_of(clips / "captions.jsonl")) == {"fly.mp4": "Bars move.", "walk/walk.mp4": "Bars move."}
 
 
-def test_an_answer_that_was_cut_ends_with_its_last_whole_sentence(clips, server):
+def test_a_truncated_answer_ends_with_its_last_complete_sentence(clips, server):
     server.answer = lambda question, before: said("Bars move. They are wh", "length")
     assert set(captions_of(caption(clips, server)).values()) == {"Bars move."}
 
 
-def test_clips_without_a_caption_are_listed_in_their_order_with_the_reason_there_is(clips, server, capsys):
+def test_clips_without_a_caption_are_listed_in_order_with_their_reasons(clips, server, capsys):
     finished = {11: threading.Event(), 19: threading.Event()}
 
     def answer(question: Question, before: int) -> Answer:
@@ -232,16 +220,13 @@ def test_clips_without_a_caption_are_listed_in_their_order_with_the_reason_there
 
 
 @pytest.mark.parametrize("body", ["<html>", {"choices": []}, {"choices": [{"message": None}]}, [1]])
-def test_what_is_no_chat_completion_is_a_failure(clips, server, capsys, body):
+def test_an_answer_that_is_not_a_chat_completion_is_a_failure(clips, server, capsys, body):
     server.answer = lambda question, before: Answer(body)
     assert refuse(flags(clips, server), capsys).count("the server's answer is not a chat completion: ") == 3
     assert not (clips / "captions.jsonl").exists()
 
 
-# Captions that are there
-
-
-def test_captions_that_the_clips_came_with_are_kept(clips, server):
+def test_existing_captions_are_kept(clips, server):
     write(clips / "run.txt", "They run.\n")
     rows = caption(clips, server)
     assert captions_of(rows) == all_captioned() | {"run.mkv": "They run."}
@@ -249,7 +234,7 @@ def test_captions_that_the_clips_came_with_are_kept(clips, server):
     assert server.lengths_asked() == [20, 30]
 
 
-def test_a_second_run_asks_for_new_clips_only_and_keeps_what_was_mended_by_hand(clips, server):
+def test_a_second_run_captions_only_new_clips_and_keeps_corrections(clips, server):
     rows = caption(clips, server)
     rows[0]["caption"] = "They fly."
     (clips / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -260,14 +245,14 @@ def test_a_second_run_asks_for_new_clips_only_and_keeps_what_was_mended_by_hand(
     assert server.lengths_asked() == [16]
 
 
-def test_without_anything_to_ask_the_server_is_not_needed(clips, server, capsys):
+def test_no_server_is_needed_if_all_clips_have_captions(clips, server, capsys):
     rows = caption(clips, server)
     caption_dataset.main(["--data_root", str(clips), "--endpoint", "http://127.0.0.1:9/v1"])
     assert rows_of(clips / "captions.jsonl") == rows
     assert "3 captions, 0 of them new" in capsys.readouterr().out
 
 
-def test_overwrite_asks_for_all(clips, server):
+def test_overwrite_captions_all_clips_again(clips, server):
     write(clips / "run.txt", "They run.\n")
     caption(clips, server)
     server.lengths_asked()
@@ -276,9 +261,7 @@ def test_overwrite_asks_for_all(clips, server):
     assert server.lengths_asked() == [12, 20, 30]
 
 
-def test_a_run_that_overwrites_goes_on_with_its_own_captions_but_not_with_those_of_another_prompt(
-    clips, server, capsys
-):
+def test_a_stopped_overwriting_run_keeps_its_captions_unless_the_prompt_changed(clips, server, capsys):
     def fail_for_run(question: Question, before: int) -> Answer:
         return refused(400) if question.numbers[-1] == 11 else said(f"Anew: {question.prompt}")
 
@@ -302,7 +285,7 @@ def test_a_run_that_overwrites_goes_on_with_its_own_captions_but_not_with_those_
     assert not (clips / "captions.jsonl.part").exists()
 
 
-def test_trying_a_few_clips_first_costs_none_of_the_others_their_captions(clips, server, tmp_path):
+def test_a_run_on_fewer_clips_keeps_the_captions_of_the_others(clips, server, tmp_path):
     table = write(tmp_path / "list.csv", "video\n" + "\n".join(LENGTHS))
     argv = ["--dataset_file", str(table), *flags(clips, server)]
     caption_dataset.main(argv)
@@ -314,7 +297,7 @@ def test_trying_a_few_clips_first_costs_none_of_the_others_their_captions(clips,
     assert "run.mkv" not in captions_of(rows_of(clips / "captions.jsonl"))
 
 
-def test_captions_of_a_stopped_run_outlive_a_run_on_fewer_clips(clips, server):
+def test_captions_of_a_stopped_run_survive_a_run_on_fewer_clips(clips, server):
     write(
         clips / "captions.jsonl.part",
         '{"video": "run.mkv", "caption": "They run.", "author": "watcher", "settings": "x"}\n',
@@ -323,7 +306,7 @@ def test_captions_of_a_stopped_run_outlive_a_run_on_fewer_clips(clips, server):
     assert captions_of(caption(clips, server)) == all_captioned() | {"run.mkv": "They run."}
 
 
-def test_a_caption_that_was_emptied_is_asked_for_again(clips, server):
+def test_a_deleted_caption_is_written_again(clips, server):
     rows = caption(clips, server)
     rows[1]["caption"] = ""
     (clips / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -332,21 +315,18 @@ def test_a_caption_that_was_emptied_is_asked_for_again(clips, server):
     assert server.lengths_asked() == [12]
 
 
-# Lists of every kind
-
-
 def test_a_list_of_paths_needs_no_captions(clips, server):
     write(clips / "videos.txt", "walk/walk.mp4\nrun.mkv\nfly.mp4\n")
     assert list(captions_of(caption(clips, server))) == ["walk/walk.mp4", "run.mkv", "fly.mp4"]
 
 
-def test_blank_lines_among_the_captions_are_filled(clips, server):
+def test_blank_captions_are_filled(clips, server):
     write(clips / "videos.txt", "walk/walk.mp4\nrun.mkv\nfly.mp4\n")
     write(clips / "prompts.txt", "\nThey run.\n\n")
     assert captions_of(caption(clips, server)) == all_captioned() | {"run.mkv": "They run."}
 
 
-def test_a_table_keeps_its_other_columns_and_the_captions_it_has(clips, server, tmp_path):
+def test_a_table_keeps_its_other_columns_and_its_captions(clips, server, tmp_path):
     (clips / "first.png").touch()
     rows = [
         {"file": "fly.mp4", "text": "They fly.", "camera": "fixed"},
@@ -360,28 +340,25 @@ def test_a_table_keeps_its_other_columns_and_the_captions_it_has(clips, server, 
     ]
 
 
-def test_a_table_without_captions_lies_beside_the_one_that_has_them(clips, server):
+def test_the_table_is_written_beside_the_list(clips, server):
     table = write(clips / "list.csv", "video\nrun.mkv\nfly.mp4")
     caption_dataset.main(["--dataset_file", str(table), "--endpoint", server.endpoint])
     assert captions_of(rows_of(clips / "captions.jsonl")) == {"run.mkv": caption_of(12), "fly.mp4": caption_of(30)}
 
 
-def test_a_clip_listed_twice_is_asked_for_once(clips, server, tmp_path):
+def test_a_clip_listed_twice_is_captioned_once(clips, server, tmp_path):
     table = write(tmp_path / "list.csv", "video\nrun.mkv\nrun.mkv")
     assert [row["caption"] for row in caption(clips, server, "--dataset_file", str(table))] == [caption_of(12)] * 2
     assert server.lengths_asked() == [12]
 
 
-# What goes wrong on the way
-
-
-def test_a_busy_server_is_asked_again(clips, server):
+def test_a_busy_server_gets_the_request_again(clips, server):
     server.answer = lambda question, before: refused(429) if before < 2 else said("Bars.")
     assert set(captions_of(caption(clips, server)).values()) == {"Bars."}
     assert server.lengths_asked() == [12] * 3 + [20] * 3 + [30] * 3
 
 
-def test_a_clip_that_the_server_fails_on_is_listed_and_asked_for_in_the_next_run(clips, server, capsys):
+def test_a_failed_clip_is_listed_and_captioned_in_the_next_run(clips, server, capsys):
     described = server.answer
     server.answer = lambda question, before: (
         refused(500, "worker died") if question.numbers[-1] == 11 else described(question, before)
@@ -395,13 +372,13 @@ def test_a_clip_that_the_server_fails_on_is_listed_and_asked_for_in_the_next_run
     assert server.lengths_asked() == [12]
 
 
-def test_what_the_server_will_never_take_is_sent_once(clips, server, capsys):
+def test_a_refused_request_is_sent_once(clips, server, capsys):
     server.answer = lambda question, before: refused(400, "At most 1 image")
     assert refuse(flags(clips, server), capsys).count("the server says 400: At most 1 image") == 3
     assert server.lengths_asked() == [12, 20, 30]
 
 
-def test_where_every_clip_fails_the_rest_is_not_tried(clips, server, capsys):
+def test_a_run_in_which_every_clip_fails_ends_early(clips, server, capsys):
     for number in range(MOST_FAILURES_IN_A_ROW):
         shutil.copy(clips / "fly.mp4", clips / f"{number}.mp4")
     server.answer = lambda question, before: refused(400)
@@ -410,7 +387,7 @@ def test_where_every_clip_fails_the_rest_is_not_tried(clips, server, capsys):
     assert len(server.questions) <= MOST_FAILURES_IN_A_ROW + 1
 
 
-def test_a_key_that_is_no_longer_taken_ends_the_run_and_is_not_shown(clips, server, capsys, monkeypatch):
+def test_a_key_that_expires_ends_the_run_and_is_not_shown(clips, server, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.answer = lambda question, before: refused(401, f"Incorrect API key provided: {KEY}")
     message = refuse(flags(clips, server), capsys)
@@ -431,7 +408,7 @@ def test_a_clip_that_does_not_decode_is_listed_at_the_end(clips, server, capsys)
     assert captions_of(rows_of(clips / "captions.jsonl")).keys() == {"run.mkv", "walk/walk.mp4"}
 
 
-def test_clips_that_cannot_be_used_are_listed_before_anything_is_asked(clips, server, capsys):
+def test_unusable_clips_are_listed_before_the_first_request(clips, server, capsys):
     write(clips / "empty.mp4", b"")
     assert "empty.mp4" in refuse(flags(clips, server), capsys)
     assert server.questions == []
@@ -440,7 +417,7 @@ def test_clips_that_cannot_be_used_are_listed_before_anything_is_asked(clips, se
 
 
 def start(clips: Path, server: CaptionServer, *more: str) -> subprocess.Popen:
-    """Run the script in a process of its own."""
+    """Run the script in another process."""
     script = Path(caption_dataset.__file__)
     command = [sys.executable, str(script), *flags(clips, server, "--num_workers", "1", *more)]
     return subprocess.Popen(
@@ -448,7 +425,7 @@ def start(clips: Path, server: CaptionServer, *more: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Shells have what they start in the background ignore it, the tests too.
+        # Shells start background processes, such as the tests, with this signal ignored.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -456,7 +433,7 @@ def start(clips: Path, server: CaptionServer, *more: str) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("sent", "code", "kept"), [(signal.SIGKILL, -signal.SIGKILL, 1), (signal.SIGINT, 128 + signal.SIGINT, 2)]
 )
-def test_a_run_that_was_ended_goes_on_where_it_was(clips, server, sent, code, kept):
+def test_a_stopped_or_killed_run_continues(clips, server, sent, code, kept):
     described, started = server.answer, threading.Event()
 
     def end_at_the_second(question: Question, before: int) -> Answer:
@@ -479,7 +456,7 @@ def test_a_run_that_was_ended_goes_on_where_it_was(clips, server, sent, code, ke
     assert len(server.lengths_asked()) == 3 - kept
 
 
-def test_half_a_line_of_a_killed_run_is_forgotten(clips, server):
+def test_an_incomplete_line_of_a_killed_run_is_ignored(clips, server):
     part = write(
         clips / "captions.jsonl.part",
         b'{"video": "run.mkv", "caption": "Sie laufen.", "author": "watcher", "settings": "x"}\n'
@@ -490,13 +467,13 @@ def test_half_a_line_of_a_killed_run_is_forgotten(clips, server):
     assert not part.exists()
 
 
-def test_captions_of_a_stopped_run_that_are_damaged_are_one_line(clips, server, capsys):
+def test_damaged_captions_of_a_stopped_run_are_refused(clips, server, capsys):
     part = write(clips / "captions.jsonl.part", '{"video": "run.mkv"}\n')
     message = refuse(flags(clips, server), capsys)
     assert message == f"{part} is not what caption_dataset.py left there; remove it"
 
 
-def test_a_full_disk_costs_no_caption_that_was_kept(tmp_path):
+def test_a_full_disk_loses_no_earlier_caption(tmp_path):
     def keep(name: str) -> None:
         CaptionFile(tmp_path / "captions.jsonl").append(name, Caption("They move." * 9, "watcher"), settings)
 
@@ -509,7 +486,7 @@ def test_a_full_disk_costs_no_caption_that_was_kept(tmp_path):
             keep("run.mkv")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    with open(tmp_path / "captions.jsonl.part", "rb") as part:  # without the half line, on which another would follow
+    with open(tmp_path / "captions.jsonl.part", "rb") as part:  # without the incomplete line
         assert len(part.readlines()) == 1
     keep("walk.mp4")
     assert CaptionFile(tmp_path / "captions.jsonl").captions().keys() == {"fly.mp4", "walk.mp4"}
@@ -533,16 +510,12 @@ def test_no_request_is_sent_again_once_stopped(server):
 def test_torch_is_not_imported_to_ask_a_server(clips, server):
     argv = flags(clips, server)
     code = f"import sys, caption_dataset\ncaption_dataset.main({argv!r})\nprint('torch' in sys.modules)"
-    folder = TRAINING
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=TRAINING, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
     assert "Captioning: 100%" in done.stderr
 
 
-# Mistakes
-
-
-def test_a_server_that_is_not_there_is_one_line_that_says_what_to_start(clips, capsys):
+def test_an_unreachable_server_is_one_line_with_a_command_to_start_one(clips, capsys):
     message = refuse(["--data_root", str(clips), "--endpoint", "http://127.0.0.1:9/v1"], capsys)
     assert re.fullmatch(
         r"--endpoint http://127.0.0.1:9/v1: the server cannot be reached \(.+\); start a server there, such as: "
@@ -552,7 +525,7 @@ def test_a_server_that_is_not_there_is_one_line_that_says_what_to_start(clips, c
     assert list(clips.glob("captions*")) == []
 
 
-def test_a_model_that_is_not_offered_is_answered_with_those_that_are(clips, server, capsys):
+def test_an_unknown_model_is_refused_with_a_list_of_the_servers_models(clips, server, capsys):
     server.models = Answer({"data": [{"id": "watcher"}, {"id": "reader"}]})
     offered = ["set --model to one of those offered:", "  watcher", "  reader"]
     title, *models = refuse(flags(clips, server, "--model", "seer"), capsys).splitlines()
@@ -581,25 +554,25 @@ def test_a_server_that_does_not_list_its_models_is_one_line(clips, server, capsy
     assert len(message.splitlines()) == 1
 
 
-def test_a_table_that_someone_else_wrote_is_left_alone(clips, server, capsys):
+def test_a_table_of_another_origin_is_not_overwritten(clips, server, capsys):
     table = write(clips / "captions.jsonl", '{"video": "fly.mp4", "caption": "weeks of work"}\n')
     message = refuse(flags(clips, server), capsys)
     assert message.startswith(f"--output_file: {table} exists already, and caption_dataset.py did not write it")
     assert rows_of(table) == [{"video": "fly.mp4", "caption": "weeks of work"}]
 
 
-def test_a_table_in_the_folder_of_clips_is_not_passed_over(clips, server, capsys):
+def test_a_table_in_the_folder_of_clips_is_not_ignored(clips, server, capsys):
     write(clips / "metadata.csv", "video,caption\nfly.mp4,They fly.\n")
     assert f"pass --dataset_file {clips / 'metadata.csv'}" in refuse(flags(clips, server), capsys)
 
 
-def test_a_place_that_cannot_be_written_is_told_before_the_model_is_asked(clips, server, capsys):
+def test_an_output_file_that_cannot_be_written_is_refused_before_the_first_request(clips, server, capsys):
     message = refuse(flags(clips, server, "--output_file", str(clips / "run.mkv" / "x.jsonl")), capsys)
     assert message.startswith(f"--output_file: {clips / 'run.mkv' / 'x.jsonl'} cannot be written (")
     assert server.questions == []
 
 
-def test_a_table_that_was_mended_badly_is_told_with_the_line(clips, server, capsys):
+def test_a_damaged_table_is_refused_with_the_line(clips, server, capsys):
     table = write(
         clips / "captions.jsonl",
         '{"video": "fly.mp4", "caption": "Fly.", "captioned_by": "watcher"}\n{"video": "run.mkv", "caption": 5}\n',
@@ -609,7 +582,7 @@ def test_a_table_that_was_mended_badly_is_told_with_the_line(clips, server, caps
 
 
 @pytest.mark.parametrize("content", ["", '{"video": "run.mkv", "caption": null, "captioned_by": "watcher"}\n'])
-def test_a_table_that_was_emptied_is_filled_again(clips, server, content):
+def test_an_emptied_table_is_filled_again(clips, server, content):
     write(clips / "captions.jsonl", content)
     assert captions_of(caption(clips, server)) == all_captioned()
 
@@ -627,7 +600,7 @@ def test_a_table_that_was_emptied_is_filled_again(clips, server, content):
         (None, {"OPENAI_API_KEY": f"{KEY}\v{KEY}"}, "the key in the environment variable OPENAI_API_KEY has"),
     ],
 )
-def test_what_cannot_be_asked_is_one_line_without_the_key(
+def test_a_malformed_address_proxy_or_key_is_one_line_without_the_key(
     clips, server, capsys, monkeypatch, endpoint, environment, message
 ):
     for name, value in environment.items():
@@ -667,9 +640,3 @@ def test_mistakes_in_flags_and_lists_are_one_line(tmp_path, monkeypatch, capsys,
 def test_a_data_set_without_a_folder_needs_a_name_for_the_table(capsys):
     error = refuse(["--dataset_name", "name/of-it", "--model", "x"], capsys)
     assert error.startswith("--output_file: required with --dataset_name alone")
-
-
-def test_pictures_reach_the_server_as_the_clip_shows_them(clips, server):
-    caption(clips, server, "--num_frames", "1")
-    (question,) = [question for question in server.questions if question.numbers == [0]][:1]
-    assert np.abs(question.frames[0].astype(int) - numbered_frame(0).astype(int)).mean() < 6

@@ -154,9 +154,7 @@ def test_a_lora_samples_the_video_of_the_validation(base, lora, lora_video, tmp_
     assert (tmp_path / "step-5" / "00-00-a-red-circle.mp4").read_bytes() == lora_video
 
 
-def test_compare_also_writes_the_video_of_the_base_model_and_both_side_by_side(
-    base, lora, lora_video, base_video, tmp_path
-):
+def test_compare_writes_the_base_video_and_both_side_by_side(base, lora, lora_video, base_video, tmp_path):
     files = tmp_path / "videos"
     assert run(base, files / "rabbit.mp4", "--lora", lora, "--compare") == lora_video
     assert (files / "rabbit-base.mp4").read_bytes() == base_video != lora_video
@@ -206,9 +204,7 @@ def test_an_image_to_video_model_starts_with_the_cropped_image(tiny_models, make
     assert ours == sampled(pipeline, tmp_path, image=image, prompt="a red circle", fps=16)
 
 
-def test_learned_positions_are_dropped_if_the_result_was_trained_without_them(
-    tiny_models, make_lora, tmp_path, capsys
-):
+def test_learned_positions_are_dropped_if_the_result_lacks_them(tiny_models, make_lora, tmp_path, capsys):
     model = tiny_models("5b-i2v")
     Image.new("RGB", (48, 32), (220, 10, 10)).save(tmp_path / "start.png")
     flags = ("--image", tmp_path / "start.png")
@@ -238,9 +234,7 @@ def test_a_lora_is_found_by_its_hub_id(base, lora, lora_video, tmp_path):
     assert run(base, tmp_path / "a.mp4", "--lora", "owner/style", "--cache_dir", tmp_path) == lora_video
 
 
-def test_a_lora_without_metadata_causes_a_warning_and_works_with_a_scale_of_alpha_by_rank(
-    base, lora, lora_video, tmp_path, capsys
-):
+def test_a_lora_without_metadata_needs_a_scale_of_alpha_by_rank(base, lora, lora_video, tmp_path, capsys):
     save_file(load_file(lora / LORA_FILE), tmp_path / "bare.safetensors")
     flags = ("--lora", tmp_path / "bare.safetensors", "--lora_scale", 0.5)
     assert run(base, tmp_path / "a.mp4", *flags) == lora_video

@@ -1,4 +1,4 @@
-"""First frames are the clips' own pixels, edits survive, and the table comes back as the same clips with images."""
+"""make_first_frames.py writes the clips' own pixels, keeps edits, and lists the same clips with images."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def write_table(folder: Path, **extra: dict) -> None:
 
 
 def run(clips: Path, *flags: str, code: int = 0) -> list[dict]:
-    """Make the first frames in "frames" beside the clips; returns the table."""
+    """Make the first frames in "frames" beside the clips; return the table."""
     argv = ["--dataset_file", str(clips / "list.jsonl"), "--output_dir", str(frames_of(clips)), *flags]
     if code:
         with pytest.raises(SystemExit) as stopped:
@@ -64,38 +64,33 @@ def pixels(image: str) -> np.ndarray:
     return np.asarray(Image.open(image))
 
 
-def test_details_of_a_data_set_of_the_hub_want_its_name(clips, capsys):
+def test_flags_of_a_hub_data_set_need_its_name(clips, capsys):
     run(clips, "--dataset_streaming", code=2)
     assert "--dataset_streaming: no effect without --dataset_name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("skipped", [0, 7])
-def test_the_image_of_a_clip_is_its_first_frame_after_those_skipped(clips, skipped):
+def test_the_image_is_the_first_frame_that_is_not_skipped(clips, skipped):
     walk, run_, still = run(clips, "--skip_frames_start", str(skipped))
     assert np.array_equal(pixels(walk["image"]), all_frames(clips / "a" / "walk.mp4")[skipped])
     assert np.array_equal(pixels(run_["image"]), all_frames(clips / "run.mkv")[skipped])
     assert np.array_equal(pixels(still["image"]), numbered_frame(200))
 
 
-def test_the_table_lists_the_same_clips_with_their_images(clips):
+def test_the_printed_flags_read_a_table_of_the_same_clips_with_images(clips, capsys):
     run(clips)
+    told = capsys.readouterr().out.split("pass to prepare_dataset.py: ")[1].split()
+    assert told == ["--dataset_file", str(frames_of(clips) / "metadata.jsonl"), "--data_root", str(clips)]
     cache = clips.parent / "cache"
     before, _ = read_clips(DataSource(None, clips / "list.jsonl"), cache)
     after, bad = read_clips(DataSource(clips, frames_of(clips) / "metadata.jsonl"), cache)
     assert bad == []
-    assert [clip.video for clip in after] == [clip.video for clip in before]
-    assert [clip.caption for clip in after] == [clip.caption for clip in before]
+    assert [(clip.video, clip.caption) for clip in after] == [(clip.video, clip.caption) for clip in before]
     assert [clip.metadata for clip in after] == [{"camera": "fixed"}] * 3
     assert all(clip.image.parent == frames_of(clips) for clip in after)
 
 
-def test_the_flags_told_in_the_end_read_the_table(clips, capsys):
-    run(clips)
-    told = capsys.readouterr().out.split("pass to prepare_dataset.py: ")[1].split()
-    assert told == ["--dataset_file", str(frames_of(clips) / "metadata.jsonl"), "--data_root", str(clips)]
-
-
-def test_paths_are_absolute_wherever_the_script_was_run(clips, monkeypatch):
+def test_paths_are_absolute(clips, monkeypatch):
     monkeypatch.chdir(clips.parent)
     make_first_frames.main(["--dataset_file", "clips/list.jsonl", "--output_dir", "frames"])
     table = [json.loads(line) for line in Path("frames/metadata.jsonl").read_text().splitlines()]
@@ -104,7 +99,7 @@ def test_paths_are_absolute_wherever_the_script_was_run(clips, monkeypatch):
     )
 
 
-def test_a_clip_that_has_an_image_keeps_it(clips):
+def test_a_clip_with_an_image_keeps_it(clips):
     write_table(clips, walk={"image": "still.png"}, run={})
     walk, run_ = run(clips)
     assert walk["image"] == str(clips / "still.png")
@@ -119,7 +114,7 @@ def test_an_edited_image_survives_a_second_run(clips):
     assert np.array_equal(pixels(image), numbered_frame(5))
 
 
-def test_a_clip_that_changed_gets_an_image_of_its_own(clips):
+def test_a_changed_clip_gets_a_new_image(clips):
     earlier = run(clips)[0]["image"]
     encode(clips / "a" / "walk.mp4", frames=15, height=64)
     (frames_of(clips) / "metadata.jsonl").unlink()
@@ -128,7 +123,7 @@ def test_a_clip_that_changed_gets_an_image_of_its_own(clips):
     assert pixels(later).shape[0] == 64
 
 
-def test_clips_of_the_same_name_have_images_of_their_own(clips):
+def test_clips_of_the_same_name_have_different_images(clips):
     encode(clips / "walk.mp4", frames=10, height=64)
     (clips / "list.jsonl").write_text(
         '{"video": "walk.mp4", "caption": "one"}\n{"video": "a/walk.mp4", "caption": "two"}\n'
@@ -137,7 +132,7 @@ def test_clips_of_the_same_name_have_images_of_their_own(clips):
     assert pixels(one["image"]).shape != pixels(two["image"]).shape
 
 
-def test_a_table_that_is_there_is_never_written_over(clips, capsys):
+def test_an_existing_table_is_not_overwritten(clips, capsys):
     run(clips)
     table = frames_of(clips) / "metadata.jsonl"
     table.write_text("weeks of work")
@@ -147,7 +142,7 @@ def test_a_table_that_is_there_is_never_written_over(clips, capsys):
     assert table.read_text() == "weeks of work"
 
 
-def test_clips_that_cannot_be_used_are_all_listed_before_anything_is_written(clips, capsys):
+def test_all_unusable_clips_are_listed_before_anything_is_written(clips, capsys):
     write_table(clips, walk={}, gone={}, run={"image": "nowhere.png"})
     run(clips, code=2)
     title, *lines = capsys.readouterr().err.splitlines()
@@ -157,7 +152,7 @@ def test_clips_that_cannot_be_used_are_all_listed_before_anything_is_written(cli
     assert not frames_of(clips).exists()
 
 
-def test_clips_that_cannot_be_used_are_left_out_and_listed_when_asked(clips):
+def test_unusable_clips_can_be_skipped_and_listed(clips):
     write_table(clips, walk={}, gone={}, run={})
     assert [Path(row["video"]).name for row in run(clips, "--on_bad_clip", "skip")] == ["walk.mp4", "run.mkv"]
     skipped = (frames_of(clips) / "skipped_clips.csv").read_text().splitlines()
@@ -168,7 +163,7 @@ def test_a_first_frame_that_does_not_decode_is_a_bad_clip(clips, capsys):
     encode(clips / "gone.mp4", g="10")
     with av.open(str(clips / "gone.mp4")) as container:
         first = next(container.demux(video=0))
-    # The probe decodes what comes after the last keyframe, and finds nothing wrong.
+    # The probe decodes only after the last keyframe, so that it finds no damage.
     content = bytearray((clips / "gone.mp4").read_bytes())
     content[first.pos : first.pos + first.size] = bytes(first.size)
     (clips / "gone.mp4").write_bytes(content)
@@ -205,8 +200,7 @@ try:
 finally:
     print("torch" in sys.modules)
 """
-    folder = TRAINING
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=TRAINING, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout.strip() == "False"
     (line,) = done.stderr.splitlines()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -25,6 +26,7 @@ from memory.ladder import (
     next_rung,
     read_measured,
     usable_filter,
+    with_offloading,
 )
 from memory.settings import GB, MemorySettings, differing_flags, memory_settings_of, with_memory
 
@@ -41,9 +43,21 @@ def rungs_of(method: str = "lora", given: set[str] = frozenset(), **settings) ->
     return ladder(MemorySettings(method, **settings), given, anything)
 
 
-def falling(rungs: list[MemorySettings], first: int = 100):
-    """Every rung takes 10 GB less than the one before; settings of the validation change nothing."""
-    sizes = {rung: (first - 10 * number) * GB for number, rung in enumerate(rungs)}
+def choose_among(
+    rungs: list[MemorySettings],
+    budget_gb: float,
+    calculate,
+    facts: RunFacts = FACTS,
+    measured: Sequence[MeasuredRow] = (),
+    given: Collection[str] = (),
+) -> Choice:
+    rungs = with_offloading(rungs, given, anything) if facts.sampled else rungs
+    return choose(budget_gb, rungs, lambda settings: measure_or_calculate(settings, facts, calculate, measured))
+
+
+def falling(rungs: list[MemorySettings]):
+    """Every rung takes 10 GB less than the one before, from 100; settings of the validation change nothing."""
+    sizes = {rung: (100 - 10 * number) * GB for number, rung in enumerate(rungs)}
     return lambda settings: sizes[replace(settings, enable_model_cpu_offload=False)]
 
 
@@ -51,7 +65,7 @@ def steps(rungs: list[MemorySettings]) -> list[str]:
     return [" ".join(differing_flags(rung, before)) for before, rung in pairwise(rungs)]
 
 
-def test_a_lora_goes_from_no_checkpointing_to_streamed_blocks():
+def test_the_ladder_of_a_lora_ends_with_streamed_blocks():
     assert steps(rungs_of()) == [
         "--gradient_checkpointing --checkpoint_every 4",
         "--checkpoint_every 2",
@@ -63,7 +77,7 @@ def test_a_lora_goes_from_no_checkpointing_to_streamed_blocks():
     ]
 
 
-def test_full_fine_tuning_ends_with_everything_on_the_host():
+def test_the_ladder_of_full_fine_tuning_ends_with_the_optimizer_on_the_host():
     rungs = rungs_of("sft")
     assert steps(rungs)[3:7] == [
         "--use_8bit --use_torchao",
@@ -74,7 +88,7 @@ def test_full_fine_tuning_ends_with_everything_on_the_host():
     assert rungs[-1].use_cpu_offload_optimizer and not rungs[-1].step_in_backward
 
 
-def test_what_the_user_gave_stays():
+def test_flags_that_the_user_passed_are_kept():
     rungs = rungs_of(given={"gradient_checkpointing", "quantize_base"}, gradient_checkpointing=True)
     assert steps(rungs) == ["--offload_checkpoints"]
     rungs = rungs_of("sft", {"use_4bit"}, use_4bit=True, use_torchao=True)
@@ -87,7 +101,7 @@ def test_an_optimizer_without_low_bits_keeps_its_states():
     assert steps(rungs)[-1] == "--offload_checkpoints"
 
 
-def test_combinations_that_the_flags_refuse_are_left_out(tiny_models, tmp_path):
+def test_refused_combinations_are_omitted(tiny_models, tmp_path):
     flags = ["--pretrained_model_name_or_path", str(tiny_models("2b")), "--data_root", str(tmp_path)]
     flags += ["--output_dir", str(tmp_path / "out"), "--gradient_accumulation_steps", "2"]
     args = parse_args([*flags, "--optimizer", "adamw"], task="text-to-video", method="sft")
@@ -103,7 +117,7 @@ def test_combinations_that_the_flags_refuse_are_left_out(tiny_models, tmp_path):
     assert not any(rung.weights_dtype == "bf16" for rung in rungs_where("no", has_gpu=True))
 
 
-def test_what_needs_a_gpu_is_left_out_where_there_is_none(tiny_models, tmp_path):
+def test_settings_that_need_a_gpu_are_omitted_without_one(tiny_models, tmp_path):
     flags = ["--pretrained_model_name_or_path", str(tiny_models("2b")), "--data_root", str(tmp_path)]
     needs = ("lora", "--quantize_base nf4", "bitsandbytes"), ("sft", "--use_cpu_offload_optimizer", "torchao")
     for method, needs_gpu, package in needs:
@@ -130,12 +144,12 @@ def test_settings_go_to_flags_and_back(tiny_models, tmp_path):
     assert memory_settings_of(changed) == rung
     typed = [*flags, "--output_dir", str(tmp_path / "out"), *differing_flags(rung, settings)]
     assert memory_settings_of(parse_args(typed, task="text-to-video", method="lora")) == rung
-    assert not args.memory.gradient_checkpointing  # the flags themselves are as they were
+    assert not args.memory.gradient_checkpointing
 
 
 def test_the_fastest_rung_that_fits_is_chosen():
     rungs = rungs_of()
-    choice = choose(81, rungs, set(), replace(FACTS, sampled=None), falling(rungs, 100), [])
+    choice = choose_among(rungs, 81, falling(rungs), replace(FACTS, sampled=None))
     # 80 GB with the margin are too much, 70 are not.
     assert choice.settings == rungs[3] and not choice.is_measured
     assert 70 * GB < choice.needed < 81 * GB
@@ -144,14 +158,14 @@ def test_the_fastest_rung_that_fits_is_chosen():
     )
 
 
-def test_a_measured_row_is_believed_before_the_calculation():
+def test_a_measured_row_overrides_the_calculation():
     rungs = rungs_of()
     row = MeasuredRow(FACTS, rungs[1], 30 * GB, 40 * GB, "NVIDIA H200")
-    choice = choose(41, rungs, set(), FACTS, falling(rungs, 100), [row])
+    choice = choose_among(rungs, 41, falling(rungs), measured=[row])
     assert (choice.settings, choice.is_measured) == (rungs[1], True)
     assert "measured on a GPU" in describe_settings(choice, rungs[0], 41)
     # Without validation, its peak does not matter.
-    choice = choose(31, rungs, set(), replace(FACTS, sampled=None), falling(rungs, 100), [row])
+    choice = choose_among(rungs, 31, falling(rungs), replace(FACTS, sampled=None), [row])
     assert choice.settings == rungs[1]
 
 
@@ -162,23 +176,22 @@ def test_a_row_of_another_run_is_not_used(other):
     assert not measure_or_calculate(rungs[0], FACTS, falling(rungs), [row]).is_measured
 
 
-def test_where_validation_is_the_peak_the_transformer_leaves_the_device():
+def test_the_transformer_leaves_the_device_if_validation_is_the_peak():
     rungs = rungs_of()
 
     def calculate(settings: MemorySettings) -> int:
         return 10 * GB if settings.enable_model_cpu_offload else 20 * GB
 
-    choice = choose(16, rungs, set(), FACTS, calculate, [])
+    choice = choose_among(rungs, 16, calculate)
     assert choice.settings == replace(rungs[0], enable_model_cpu_offload=True)
-    given = {"enable_model_cpu_offload"}
     with pytest.raises(UserError):
-        choose(16, rungs, given, FACTS, calculate, [])
+        choose_among(rungs, 16, calculate, given={"enable_model_cpu_offload"})
 
 
-def test_when_nothing_fits_the_smallest_is_named():
+def test_the_smallest_settings_are_named_if_nothing_fits():
     rungs = rungs_of()
     with pytest.raises(UserError, match="--memory_budget_gb 6: nothing fits") as error:
-        choose(6, rungs, set(), FACTS, falling(rungs, 100), [])
+        choose_among(rungs, 6, falling(rungs))
     message = str(error.value)
     assert "--stream_blocks, which takes 33.00 GB (calculated, not measured)" in message and "\n" not in message
 
@@ -211,14 +224,14 @@ def test_measured_rows_are_read_from_the_committed_file(tmp_path):
     assert read_measured(tmp_path / "none.json") == []
 
 
-def test_models_and_adapters_are_named_by_what_they_take():
+def test_models_and_adapters_are_named_by_their_size():
     config = {"num_layers": 42, "num_attention_heads": 48, "attention_head_dim": 64, "in_channels": 16}
     assert model_key(config) == model_key(config | {"patch_size_t": None, "_name_or_path": "somewhere"})
     assert model_key(config) != model_key(config | {"in_channels": 32})
     assert adapter_key(64, ["to_q", "to_k"]) == adapter_key(64, ("to_k", "to_q")) == "rank 64 on to_k to_q"
 
 
-def test_flags_say_what_is_switched_off():
+def test_flags_that_are_switched_off_are_named():
     before, after = MemorySettings("sft", use_4bit=True), MemorySettings("sft", use_8bit=True)
     assert differing_flags(after, before) == ["--use_8bit", "(no --use_4bit)"]
     assert re.fullmatch(r".*\(no --use_4bit\).*", describe_settings(Choice(after, GB, False), before, 2))

@@ -193,36 +193,41 @@ def next_rung(
     return next((rung for rung in later if calculate(rung) < calculate(current)), None)
 
 
-def choose(
-    budget_gb: float,
-    rungs: Sequence[MemorySettings],
-    given: Collection[str],
-    facts: RunFacts,
-    calculate: Callable[[MemorySettings], int],
-    measured: Sequence[MeasuredRow],
-    is_usable: Callable[[MemorySettings], bool] = lambda settings: True,
-) -> Choice:
-    """Return the fastest rung that fits.
+def with_offloading(
+    rungs: Sequence[MemorySettings], given: Collection[str], is_usable: Callable[[MemorySettings], bool]
+) -> list[MemorySettings]:
+    """Return each rung, and where possible with the transformer off the device while videos are decoded.
+
+    Args:
+        given: names of the flags that the user typed.
+        is_usable: returns whether a combination is possible.
+    """
+    settings = []
+    for rung in rungs:
+        settings.append(rung)
+        offloaded = replace(rung, enable_model_cpu_offload=True)
+        moves = not rung.stream_blocks and rung.quantize_base == "none"
+        if moves and "enable_model_cpu_offload" not in given and is_usable(offloaded):
+            settings.append(offloaded)
+    return settings
+
+
+def choose(budget_gb: float, rungs: Sequence[MemorySettings], needed: Callable[[MemorySettings], Choice]) -> Choice:
+    """Return the first rung that fits.
 
     Args:
         budget_gb: memory of the card, in GB of 2^30 bytes.
-        rungs: from `ladder`.
-        given: names of the flags that the user typed.
-        facts: facts of the run.
-        calculate: returns the peak of allocated bytes with some settings, validation included.
-        measured: rows to look up before calculating.
-        is_usable: returns whether a combination is possible.
+        rungs: the first one with the settings of the flags.
+        needed: returns the memory that settings take.
 
     Raises:
-        UserError: even the smallest does not fit.
+        UserError: none fits.
     """
     choices = []
-    for rung in rungs:
-        for variant in _with_validation(rung, given, facts, is_usable):
-            choice = measure_or_calculate(variant, facts, calculate, measured)
-            if choice.needed <= budget_gb * GB:
-                return choice
-            choices.append(choice)
+    for choice in map(needed, rungs):
+        if choice.needed <= budget_gb * GB:
+            return choice
+        choices.append(choice)
     smallest = min(choices, key=lambda choice: choice.needed)
     flags = describe_change(smallest.settings, rungs[0]) or "what the flags say"
     raise UserError(
@@ -230,16 +235,6 @@ def choose(
         f"{smallest.needed / GB:.2f} GB ({smallest.how}); train at a smaller --height, --width or --max_num_frames, "
         "or omit flags that cost memory"
     )
-
-
-def _with_validation(
-    rung: MemorySettings, given: Collection[str], facts: RunFacts, is_usable: Callable[[MemorySettings], bool]
-) -> list[MemorySettings]:
-    """Return the rung, and if it helps, the rung with the transformer off the device while videos are decoded."""
-    moves = not rung.stream_blocks and rung.quantize_base == "none"
-    offloaded = replace(rung, enable_model_cpu_offload=True)
-    is_open = facts.sampled is not None and "enable_model_cpu_offload" not in given and moves
-    return [rung, offloaded] if is_open and is_usable(offloaded) else [rung]
 
 
 def measure_or_calculate(

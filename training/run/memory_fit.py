@@ -25,6 +25,7 @@ from memory.ladder import (
     next_rung,
     read_measured,
     usable_filter,
+    with_offloading,
 )
 from memory.settings import GB, MemorySettings, describe_change, memory_settings_of
 from methods.lora import Lora
@@ -44,7 +45,7 @@ class RunMemory:
     def __init__(self, recipe: Recipe):
         settings = recipe.settings
         self.current, self.given = memory_settings_of(settings), settings.given
-        self.facts = run_facts(recipe)
+        self.facts, self.measured = run_facts(recipe), read_measured()
         workload = Workload(
             self.facts.size,
             self.facts.batch_size,
@@ -60,13 +61,9 @@ class RunMemory:
         """The current settings and the stronger savings after them."""
         return ladder(self.current, self.given, self.is_usable)
 
-    def peak(self, memory: MemorySettings) -> int:
-        """Return the calculated bytes at the peak of the run."""
-        return self.account(memory).peak
-
     def needed(self, memory: MemorySettings) -> Choice:
         """Return what the run takes of one card that shares nothing with others, measured or calculated."""
-        return measure_or_calculate(memory, self.facts, self.peak, read_measured())
+        return measure_or_calculate(memory, self.facts, lambda memory: self.account(memory).peak, self.measured)
 
 
 def run_facts(recipe: Recipe) -> RunFacts:
@@ -107,7 +104,8 @@ def choose_by_budget(recipe: Recipe) -> MemorySettings:
         UserError: nothing fits, or the model's configs cannot be read.
     """
     run, budget_gb = RunMemory(recipe), recipe.settings.memory.memory_budget_gb
-    choice = choose(budget_gb, run.rungs, run.given, run.facts, run.peak, read_measured(), run.is_usable)
+    rungs = with_offloading(run.rungs, run.given, run.is_usable) if run.facts.sampled else run.rungs
+    choice = choose(budget_gb, rungs, run.needed)
     logger.info("%s", describe_settings(choice, run.current, budget_gb))
     return choice.settings
 

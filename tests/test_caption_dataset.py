@@ -554,11 +554,23 @@ def test_a_server_that_does_not_list_its_models_is_one_line(clips, server, capsy
     assert len(message.splitlines()) == 1
 
 
-def test_a_table_of_another_origin_is_not_overwritten(clips, server, capsys):
-    table = write(clips / "captions.jsonl", '{"video": "fly.mp4", "caption": "weeks of work"}\n')
-    message = refuse(flags(clips, server), capsys)
-    assert message.startswith(f"--output_file: {table} exists already, and caption_dataset.py did not write it")
-    assert rows_of(table) == [{"video": "fly.mp4", "caption": "weeks of work"}]
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (
+            '{"video": "fly.mp4", "caption": "weeks of work"}\n',
+            " exists already, and caption_dataset.py did not write it",
+        ),
+        (
+            '{"video": "fly.mp4", "caption": "Fly.", "captioned_by": "watcher"}\n{"video": "run.mkv", "caption": 5}\n',
+            ": captions.jsonl:2 has no video or no text as its caption",
+        ),
+    ],
+)
+def test_a_damaged_table_or_one_of_another_origin_is_not_overwritten(clips, server, capsys, content, problem):
+    table = write(clips / "captions.jsonl", content)
+    assert refuse(flags(clips, server), capsys).startswith(f"--output_file: {table}{problem}")
+    assert table.read_text() == content
 
 
 def test_a_table_in_the_folder_of_clips_is_not_ignored(clips, server, capsys):
@@ -570,15 +582,6 @@ def test_an_output_file_that_cannot_be_written_is_refused_before_the_first_reque
     message = refuse(flags(clips, server, "--output_file", str(clips / "run.mkv" / "x.jsonl")), capsys)
     assert message.startswith(f"--output_file: {clips / 'run.mkv' / 'x.jsonl'} cannot be written (")
     assert server.questions == []
-
-
-def test_a_damaged_table_is_refused_with_the_line(clips, server, capsys):
-    table = write(
-        clips / "captions.jsonl",
-        '{"video": "fly.mp4", "caption": "Fly.", "captioned_by": "watcher"}\n{"video": "run.mkv", "caption": 5}\n',
-    )
-    message = refuse(flags(clips, server), capsys)
-    assert message.startswith(f"--output_file: {table}: captions.jsonl:2 has no video or no text as its caption")
 
 
 @pytest.mark.parametrize("content", ["", '{"video": "run.mkv", "caption": null, "captioned_by": "watcher"}\n'])

@@ -362,5 +362,5 @@ def test_without_gpus_accelerate_would_divide_nothing(launched_by, a_run, monkey
     launched_by(WORLD_SIZE="2")
     accelerator = SimpleNamespace(device=torch.device("cpu"), distributed_type=DistributedType.NO)
     args = parse_args(a_run(LORA, tmp_path)[1], task="text-to-video", method="lora")
-    with pytest.raises(UserError, match="accelerate takes FSDP for GPUs alone"):
+    with pytest.raises(UserError, match="accelerate supports FSDP only on GPUs"):
         check_device(Recipe(args, RawData([])), accelerator)

@@ -46,7 +46,7 @@ def test_the_summary_describes_the_run(summarize, tmp_path):
     assert lines["model"].split(": ")[-1] == "CogVideoX text-to-video, 4 blocks, rotary positions, made for 17x64x96"
     assert lines["training"] == "LoRA of rank 8, alpha 4: 32,768 of 1,280,192 parameters"
     assert lines["data"] == "16 samples (frames x height x width): 16 x 17x64x96"
-    assert lines["steps"].startswith("1 to 30, up to 4 samples a step, 4 steps an epoch; 3 batches come twice")
+    assert lines["steps"].startswith("1 to 30, up to 4 samples a step, 4 steps an epoch; 3 batches are drawn twice")
     assert lines["optimizer"] == "adamw, learning rate 0.0004, constant"
     assert lines["devices"] == "1 x cpu, precision no"
     assert lines["memory"].endswith(" GB on a GPU expected (calculated, not measured)")
@@ -81,7 +81,7 @@ def test_a_model_is_described_from_its_configs(tiny_models, kind, words):
 
 def test_a_method_is_described():
     assert describe_method(Lora(64, 32, quantize_base="int8")) == "LoRA of rank 64, alpha 32 on a base in int8"
-    assert describe_method(FullFinetune(weights_dtype="bf16")) == "all weights, kept in bf16"
+    assert describe_method(FullFinetune(weights_dtype="bf16")) == "full fine-tuning, weights in bf16"
 
 
 @pytest.mark.gpu
@@ -89,4 +89,4 @@ def test_expected_memory_is_compared_with_the_card():
     choice = Choice(MemorySettings("lora"), 3 * GB, is_measured=True)
     card = torch.cuda.get_device_properties(0).total_memory / GB
     said = describe_expected_memory(choice, torch.device("cuda"), shares=True)
-    assert said == f"3.00 GB of {card:.2f} GB expected (measured on a GPU), less where GPUs share weights"
+    assert said == f"3.00 GB of {card:.2f} GB expected (measured on a GPU), less if GPUs shard weights"

@@ -70,6 +70,16 @@ def make_optimizer(
         optimizer = _import("schedulefree", "--optimizer schedulefree").AdamWScheduleFree(trainable, **settings)
         optimizer.train()
         return optimizer
+    return _make_adam(trainable, flags, settings, stochastic_rounding, fused)
+
+
+def _make_adam(
+    trainable: Sequence[torch.nn.Parameter],
+    flags: OptimizerFlags,
+    settings: dict[str, Any],
+    stochastic_rounding: bool,
+    fused: bool,
+) -> Optimizer:
     adam_class = _adam_class(flags, stochastic_rounding)
     if adam_class.__module__.startswith("torch.optim"):
         settings["fused"] = fused

@@ -56,8 +56,18 @@ def encode_inputs(spec: RunSpec) -> EncodedInputs:
     if drops_captions and empty_prompt is None:
         empty_prompt = prompts.load("")
     vae = None if isinstance(data, PreparedData) else spec.load_vae(accelerator.device)
-    held_out = encode_held_out(spec, vae, prompts)
-    free_memory()
+    held_out = []
+    if data.held_out is not None:
+        held_out = encode_validation_set(
+            data.held_out.clips,
+            vae or spec.load_vae(accelerator.device),
+            prompts,
+            reshape_mode=validation_data_flags(settings)[1].video_reshape_mode,
+            with_images=spec.task.with_images,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        free_memory()
     return EncodedInputs(prompts, empty_prompt, images, vae, held_out)
 
 
@@ -80,19 +90,3 @@ def find_empty_prompt(data: TrainingData, configs: ModelConfigs) -> torch.Tensor
         if embeds is not None:
             return embeds
     return None
-
-
-def encode_held_out(spec: RunSpec, vae: AutoencoderKLCogVideoX | None, prompts: PromptCache) -> list[Batch]:
-    """Encode this rank's share of --validation_dataset_file; if `vae` is None, with one that is loaded only for it."""
-    if spec.data.held_out is None:
-        return []
-    accelerator = spec.accelerator
-    return encode_validation_set(
-        spec.data.held_out.clips,
-        vae or spec.load_vae(accelerator.device),
-        prompts,
-        reshape_mode=validation_data_flags(spec.settings)[1].video_reshape_mode,
-        with_images=spec.task.with_images,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )

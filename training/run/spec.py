@@ -65,11 +65,16 @@ class RunSpec(Recipe):
         return self.accelerator.num_processes // self.settings.speed.context_parallel_size
 
     @property
+    def samples_per_step(self) -> int:
+        """The largest number of samples in an optimizer step, over all ranks."""
+        training = self.settings.training
+        return training.gradient_accumulation_steps * training.train_batch_size * self.num_data_ranks
+
+    @property
     def learning_rate(self) -> float:
         """The base learning rate; with --scale_lr, multiplied by the samples of a step."""
-        training, schedule = self.settings.training, self.settings.schedule
-        samples = training.gradient_accumulation_steps * training.train_batch_size * self.num_data_ranks
-        return schedule.learning_rate * (samples if schedule.scale_lr else 1)
+        schedule = self.settings.schedule
+        return schedule.learning_rate * (self.samples_per_step if schedule.scale_lr else 1)
 
     def undivided(self) -> AbstractContextManager[None]:
         """Let each rank compute full samples within a `with` statement."""
@@ -161,7 +166,7 @@ def check_device(recipe: Recipe, accelerator: Accelerator) -> None:
     if speed.compile:
         check_compiler(device)
     if uses_fsdp() and launch_size() > 1 and not is_fsdp(accelerator):
-        raise UserError("--config_file: accelerate takes FSDP for GPUs alone; use accelerate_configs/cpu.yaml here")
+        raise UserError("--config_file: accelerate supports FSDP only on GPUs; use accelerate_configs/cpu.yaml here")
     bf16_weights = settings.memory.weights_dtype == "bf16"
     check_launch(settings.optimizer, accelerator.distributed_type, dtype, bf16_weights=bf16_weights)
 

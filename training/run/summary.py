@@ -71,7 +71,7 @@ def describe_model(configs: ModelConfigs) -> str:
 def describe_method(method: Lora | FullFinetune) -> str:
     """Describe the trained weights."""
     if not isinstance(method, Lora):
-        return f"all weights, kept in {method.weights_dtype}"
+        return f"full fine-tuning, weights in {method.weights_dtype}"
     base = "" if method.quantize_base == "none" else f" on a base in {method.quantize_base}"
     return f"LoRA of rank {method.rank}, alpha {method.alpha:g}{base}"
 
@@ -80,7 +80,7 @@ def describe_samples(spec: RunSpec) -> str:
     """Describe the numbers of samples by size, the most frequent sizes first."""
     sizes = Counter(spec.data.buckets).most_common()
     listed = ", ".join(f"{count} x {size}" for size, count in sizes[:_MOST_SIZES])
-    more = f" and {len(sizes) - _MOST_SIZES} sizes more" if len(sizes) > _MOST_SIZES else ""
+    more = f" and {len(sizes) - _MOST_SIZES} more sizes" if len(sizes) > _MOST_SIZES else ""
     held_out = spec.data.held_out
     kept = f"; {len(held_out.clips)} held out for the validation loss" if held_out else ""
     return f"{len(spec.data.clips)} samples (frames x height x width): {listed}{more}{kept}"
@@ -88,15 +88,12 @@ def describe_samples(spec: RunSpec) -> str:
 
 def describe_steps(spec: RunSpec, schedule: StepSchedule, total_steps: int, padding: int) -> str:
     """Describe the first and last step, and the size of a step."""
-    settings = spec.settings
-    per_step = settings.training.train_batch_size * settings.training.gradient_accumulation_steps * spec.num_data_ranks
     if spec.state.step == total_steps:
         return f"none left of {total_steps}"
-    twice = f"; {padding} batches come twice in each epoch, so that all ranks have as many" if padding else ""
-    return (
-        f"{spec.state.step + 1} to {total_steps}, up to {per_step} samples a step, {schedule.steps_per_epoch} steps "
-        f"an epoch{twice}"
-    )
+    twice = f"; {padding} batches are drawn twice in each epoch, to give all ranks equally many" if padding else ""
+    per_step, per_epoch = spec.samples_per_step, schedule.steps_per_epoch
+    steps = f"{spec.state.step + 1} to {total_steps}"
+    return f"{steps}, up to {per_step} samples a step, {per_epoch} steps an epoch{twice}"
 
 
 def describe_optimizer(spec: RunSpec) -> str:
@@ -113,12 +110,11 @@ def describe_expected_memory(memory: Choice, device: torch.device, *, shares: bo
     Args:
         shares: several GPUs train, which may shard weights and states.
     """
-    needed = f"{memory.needed / GB:.2f} GB"
+    card = "on a GPU"
     if device.type == "cuda":
-        needed += f" of {torch.cuda.get_device_properties(device).total_memory / GB:.2f} GB"
-    else:
-        needed += " on a GPU"
-    return f"{needed} expected ({memory.how}){', less where GPUs share weights' if shares else ''}"
+        card = f"of {torch.cuda.get_device_properties(device).total_memory / GB:.2f} GB"
+    less = ", less if GPUs shard weights" if shares else ""
+    return f"{memory.needed / GB:.2f} GB {card} expected ({memory.how}){less}"
 
 
 def describe_validation(spec: RunSpec) -> str:

@@ -320,7 +320,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(tiny_models
 def test_a_run_goes_on_with_other_batches_a_step_and_says_so(tiny_models, prepared, stopped_run, capsys):
     train(tiny_models("5b"), prepared, stopped_run, *RESUME, "--gradient_accumulation_steps", "5")
     said = capsys.readouterr().err
-    assert "the run goes on with 1 processes x 5 batches a step, after 1 x 1" in said
+    assert "the run continues with 1 processes x 5 batches a step, after 1 x 1" in said
     # Of 16 batches 4 are seen: steps of 5, 5 and 2, then one of the next epoch. The next resume counts from there.
     assert read_state(stopped_run / "checkpoint-8").schedule == ScheduleStart(1, 5, step=4, epoch=0, seen_batches=4)
 

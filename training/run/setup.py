@@ -218,8 +218,8 @@ def start_schedule(spec: RunSpec) -> ScheduleStart:
     if (before.num_ranks, before.accumulation) == (num_ranks, accumulation):
         return before
     logger.warning(
-        "warning: the run continues with %d processes x %d batches a step, after %d x %d: it trains once on each sample "
-        "left of the epoch, but in other steps than before",
+        "warning: the run continues with %d processes x %d batches a step, after %d x %d: it trains once on each "
+        "sample left of the epoch, but in other steps than before",
         num_ranks,
         accumulation,
         before.num_ranks,

@@ -39,17 +39,14 @@ from memory_rows import ROWS, Row
 from args import parse_args
 from common.files import atomic_write
 from data.buckets import Bucket, count_tokens
-from data.plan import plan_training_data
-from diffusion.tasks import TextToVideo
-from flags.settings import TrainingSettings
+from data.plan import RawData, plan_training_data
 from make_full_size_model import full_size_configs
 from memory.accounting import account
 from memory.facts import Workload, model_facts
 from memory.settings import MemorySettings, memory_settings_of
-from methods.full import FullFinetune
-from methods.lora import Lora
 from run.loop import train
 from run.memory_fit import run_facts
+from run.recipe import Recipe
 from run.setup import Run, set_up
 from run.spec import RunSpec, check_spec
 from tracking.flops import count_flops, peak_tflops
@@ -155,24 +152,17 @@ def row_flags(row: Row, model: Path | str, data: Path, output: Path, size: tuple
     return flags
 
 
-def make_method(settings: TrainingSettings, row: Row) -> Lora | FullFinetune:
-    """Return the method of a row."""
-    if row.method == "lora":
-        return Lora.from_flags(settings.lora, settings.memory.quantize_base)
-    return FullFinetune(weights_dtype=settings.memory.weights_dtype)
-
-
 def measure_row(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
     """Run a row; return its peaks in bytes and the seconds of a step, also if the validation failed."""
     model, prepared, size = folders(row, work, tiny)
     failed = {}
     with tempfile.TemporaryDirectory(dir=work) as output:
         args = parse_args(row_flags(row, model, prepared, Path(output), size), task="text-to-video", method=row.method)
-        spec = check_spec(args, plan_training_data(args), TextToVideo(), make_method(args, row))
+        spec = check_spec(Recipe(args, plan_training_data(args)))
         forget_host_peak()
         run = set_up(spec)
         seconds = time_steps(run, *row.steps)
-        facts, settings = run_facts(args, spec.data, spec.method, spec.configs), memory_settings_of(args)
+        facts, settings = run_facts(spec), memory_settings_of(args)
         measured = {**speed_figures(seconds, spec, settings), **device_peaks("training")}
         if row.is_sampled:
             forget_device_peaks()
@@ -221,7 +211,7 @@ def calculate_row(row: Row) -> dict[str, int]:
         args = parse_args(flags, task="text-to-video", method=row.method)
     configs, size = full_size_configs(row.model), Bucket(*row.size)
     workload = Workload(size, 1, "bf16", size if row.is_sampled else None)
-    facts = model_facts(configs, make_method(args, row))
+    facts = model_facts(configs, Recipe(args, RawData([])).method)
     result = account(facts, memory_settings_of(args), workload)
     return {**asdict(result), "training": result.training, "validation": result.validation}
 

@@ -28,12 +28,11 @@ from data.prepared import PreparedClip, StoredTensor
 from data.sampler import BucketBatchSampler
 from data.tensor_files import ShardWriter
 from dataset import ClipDataset, PreparedDataset, make_loader
-from diffusion.tasks import TextToVideo
 from make_real_clips import make_real_clips
 from make_tiny_model import make_tiny_model
-from methods.lora import Lora
 from preparation.prepare import prepare
 from run.loop import train
+from run.recipe import Recipe
 from run.setup import set_up
 from run.spec import check_spec
 
@@ -68,8 +67,7 @@ def measure_training(model: Path, prepared: Path, output: Path, steps: int = 100
         flags += ["--output_dir", str(output / name), "--max_train_steps", str(num_steps), "--rank", "16"]
         flags += ["--lora_alpha", "16", "--train_batch_size", "1", "--seed", "0", "--report_to", "none", *SMALL]
         args = parse_args(flags, task="text-to-video", method="lora")
-        method = Lora.from_flags(args.lora, args.memory.quantize_base)
-        prepared_run = set_up(check_spec(args, plan_training_data(args), TextToVideo(), method))
+        prepared_run = set_up(check_spec(Recipe(args, plan_training_data(args))))
         return seconds(lambda: train(prepared_run))
 
     run("warm-up", 10)

@@ -1,4 +1,4 @@
-"""Clips without captions get them from a server, in a table that training reads, even after failures."""
+"""caption_dataset.py writes captions from a server into a table that training reads, whatever fails on the way."""
 
 import json
 import os
@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import av
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -64,21 +63,17 @@ def flags(clips: Path, server: CaptionServer, *more: str) -> list[str]:
 
 
 def caption(clips: Path, server: CaptionServer, *more: str) -> list[dict]:
-    """Caption a folder, and return the rows of the table."""
+    """Caption a folder; return the rows of the table."""
     caption_dataset.main(flags(clips, server, *more))
     return rows_of(clips / "captions.jsonl")
 
 
 def refuse(argv: list[str], capsys) -> str:
-    """Run with flags that lead to an error, and return its message."""
+    """Run with flags that lead to an error; return it."""
     with pytest.raises(SystemExit) as stopped:
         caption_dataset.main(argv)
     assert stopped.value.code == 2
     return capsys.readouterr().err.split("error: ", 1)[1].rstrip()
-
-
-def write_rows(table: Path, rows: list[dict]) -> Path:
-    return write(table, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def rows_of(table: Path) -> list[dict]:
@@ -93,7 +88,9 @@ def all_captioned() -> dict[str, str]:
     return {name: caption_of(length) for name, length in LENGTHS.items()}
 
 
-# Requests
+def test_flags_of_a_hub_data_set_need_its_name(clips, server, capsys):
+    error = refuse(flags(clips, server, "--dataset_config_name", "x"), capsys)
+    assert error.startswith("--dataset_config_name: no effect without --dataset_name")
 
 
 def test_every_clip_is_captioned_in_the_order_of_the_list(clips, server):
@@ -104,31 +101,32 @@ def test_every_clip_is_captioned_in_the_order_of_the_list(clips, server):
     assert not (clips / "captions.jsonl.part").exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "numbers"),
-    [
-        (["--num_frames", "5"], [[0, 3, 6, 8, 11], [0, 5, 10, 14, 19], [0, 7, 15, 22, 29]]),
-        (["--num_frames", "2", "--skip_frames_start", "3", "--skip_frames_end", "1"], [[3, 10], [3, 18], [3, 28]]),
-        (["--num_frames", "30", "--max_samples", "2"], [list(range(12)), list(range(30))]),
-    ],
-    ids=["spread", "skipped", "fewer"],
-)
-def test_the_model_sees_frames_spread_over_the_usable_part_of_the_clip(clips, server, flags, numbers):
-    caption(clips, server, *flags)
-    assert sorted(question.numbers for question in server.questions) == numbers
+def test_the_frames_are_spread_over_the_clip(clips, server):
+    caption(clips, server, "--num_frames", "5")
+    seen = {question.numbers[-1] + 1: question.numbers for question in server.questions}
+    assert seen == {length: [round(i * (length - 1) / 4 + 1e-9) for i in range(5)] for length in LENGTHS.values()}
 
 
-def test_frames_are_shrunk_to_the_maximum_size(clips, server):
+def test_skipped_frames_are_not_sent(clips, server):
+    caption(clips, server, "--num_frames", "2", "--skip_frames_start", "3", "--skip_frames_end", "1")
+    assert sorted(question.numbers for question in server.questions) == [[3, 10], [3, 18], [3, 28]]
+
+
+def test_of_a_shorter_clip_each_frame_is_sent_once(clips, server):
+    caption(clips, server, "--num_frames", "16")
+    assert [question.numbers for question in server.questions if len(question.frames) < 16] == [list(range(12))]
+
+
+def test_frames_are_shrunk_to_the_largest_size_and_not_enlarged(clips, server):
     encode(clips / "fly.mp4", frames=30, height=96, width=160)
     caption(clips, server, "--max_size", "80")
     assert {frame.shape for question in server.questions for frame in question.frames} == {(48, 80, 3)}
 
 
-@pytest.mark.parametrize("variable", ["OPENAI_API_KEY", "MY_KEY"])
-def test_the_request_follows_the_flags(clips, server, monkeypatch, variable):
+@pytest.mark.parametrize(("variable", "more"), [("OPENAI_API_KEY", []), ("MY_KEY", ["--api_key_variable", "MY_KEY"])])
+def test_prompt_key_and_numbers_are_those_of_the_flags(clips, server, monkeypatch, variable, more):
     monkeypatch.setenv(variable, KEY)
-    more = ["--temperature", "0.5", "--max_tokens", "77", "--prompt", "Say what you see."]
-    caption(clips, server, *more, "--api_key_variable", variable)
+    caption(clips, server, "--temperature", "0.5", "--max_tokens", "77", "--prompt", "Say what you see.", *more)
     for question in server.questions:
         assert question.prompt == "Say what you see."
         assert question.headers["Authorization"] == f"Bearer {KEY}"
@@ -144,7 +142,7 @@ def test_the_prompt_can_come_from_a_file(clips, server, tmp_path):
     assert {question.prompt.strip() for question in server.questions} == {"Name the colours."}
 
 
-def test_without_a_prompt_the_built_in_one_fits_video_or_still_image(clips, server):
+def test_the_built_in_prompt_depends_on_video_or_still_image(clips, server):
     Image.fromarray(numbered_frame(200)).save(clips / "still.png")
     caption(clips, server)
     prompts = {question.numbers[-1]: (question.prompt, len(question.frames)) for question in server.questions}
@@ -158,7 +156,7 @@ def test_without_a_key_none_is_sent_and_temperature_is_zero(clips, server):
     assert {question.body["temperature"] for question in server.questions} == {0}
 
 
-def test_each_worker_has_a_request_under_way(clips, server):
+def test_each_worker_has_one_request_under_way(clips, server):
     together, lock, under_way, most = threading.Barrier(2), threading.Lock(), 0, 0
 
     def answer(question: Question, before: int) -> Answer:
@@ -166,7 +164,7 @@ def test_each_worker_has_a_request_under_way(clips, server):
         with lock:
             under_way += 1
             most = max(most, under_way)
-        together.wait()  # for the other request
+        together.wait()  # for another one that is under way
         with lock:
             under_way -= 1
         return said("Bars.")
@@ -175,9 +173,6 @@ def test_each_worker_has_a_request_under_way(clips, server):
     server.answer = answer
     assert len(caption(clips, server, "--num_workers", "2")) == 4
     assert most == 2
-
-
-# Answers
 
 
 def test_the_preparation_reads_the_table_with_the_printed_flags(clips, server, capsys):
@@ -195,18 +190,18 @@ def test_an_answer_without_a_caption_is_a_failure(clips, server, capsys):
     server.answer = lambda question, before: said(None if question.numbers[-1] == 11 else '"Bars\n move."')
     message = refuse(flags(clips, server), capsys)
     assert message.splitlines() == [
-        "1 of 3 clips got no caption; run again to ask for these alone:",
+        "1 of 3 clips got no caption; run again to caption only these:",
         f"  {clips / 'run.mkv'} ({clips}): the model's answer has nothing in it",
     ]
     assert captions_of(rows_of(clips / "captions.jsonl")) == {"fly.mp4": "Bars move.", "walk/walk.mp4": "Bars move."}
 
 
-def test_a_cut_answer_ends_with_its_last_complete_sentence(clips, server):
+def test_a_truncated_answer_ends_with_its_last_complete_sentence(clips, server):
     server.answer = lambda question, before: said("Bars move. They are wh", "length")
     assert set(captions_of(caption(clips, server)).values()) == {"Bars move."}
 
 
-def test_clips_without_a_caption_are_listed_in_order_with_the_reason(clips, server, capsys):
+def test_clips_without_a_caption_are_listed_in_order_with_their_reasons(clips, server, capsys):
     finished = {11: threading.Event(), 19: threading.Event()}
 
     def answer(question: Question, before: int) -> Answer:
@@ -231,9 +226,6 @@ def test_an_answer_that_is_not_a_chat_completion_is_a_failure(clips, server, cap
     assert not (clips / "captions.jsonl").exists()
 
 
-# Existing captions
-
-
 def test_existing_captions_are_kept(clips, server):
     write(clips / "run.txt", "They run.\n")
     rows = caption(clips, server)
@@ -242,10 +234,10 @@ def test_existing_captions_are_kept(clips, server):
     assert server.lengths_asked() == [20, 30]
 
 
-def test_a_second_run_captions_only_new_clips_and_keeps_edits(clips, server):
+def test_a_second_run_captions_only_new_clips_and_keeps_corrections(clips, server):
     rows = caption(clips, server)
     rows[0]["caption"] = "They fly."
-    write_rows(clips / "captions.jsonl", rows)
+    (clips / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     encode(clips / "swim.mp4", frames=16)
     server.lengths_asked()
     expected = all_captioned() | {"fly.mp4": "They fly.", "swim.mp4": caption_of(16)}
@@ -253,7 +245,7 @@ def test_a_second_run_captions_only_new_clips_and_keeps_edits(clips, server):
     assert server.lengths_asked() == [16]
 
 
-def test_the_server_is_not_needed_if_all_clips_have_captions(clips, server, capsys):
+def test_no_server_is_needed_if_all_clips_have_captions(clips, server, capsys):
     rows = caption(clips, server)
     caption_dataset.main(["--data_root", str(clips), "--endpoint", "http://127.0.0.1:9/v1"])
     assert rows_of(clips / "captions.jsonl") == rows
@@ -264,36 +256,36 @@ def test_overwrite_captions_all_clips_again(clips, server):
     write(clips / "run.txt", "They run.\n")
     caption(clips, server)
     server.lengths_asked()
-    server.answer = lambda question, before: said("Again.")
-    assert set(captions_of(caption(clips, server, "--overwrite")).values()) == {"Again."}
+    server.answer = lambda question, before: said("Anew.")
+    assert set(captions_of(caption(clips, server, "--overwrite")).values()) == {"Anew."}
     assert server.lengths_asked() == [12, 20, 30]
 
 
-def test_a_run_that_overwrites_resumes_only_with_the_same_prompt(clips, server, capsys):
+def test_a_stopped_overwriting_run_keeps_its_captions_unless_the_prompt_changed(clips, server, capsys):
     def fail_for_run(question: Question, before: int) -> Answer:
-        return refused(400) if question.numbers[-1] == 11 else said(f"Again: {question.prompt}")
+        return refused(400) if question.numbers[-1] == 11 else said(f"Anew: {question.prompt}")
 
     write(clips / "run.txt", "They run.\n")
     server.answer = fail_for_run
-    again = flags(clips, server, "--overwrite", "--prompt", "One.")
-    refuse(again, capsys)
+    anew = flags(clips, server, "--overwrite", "--prompt", "One.")
+    refuse(anew, capsys)
     assert captions_of(rows_of(clips / "captions.jsonl")) == {
-        "fly.mp4": "Again: One.",
+        "fly.mp4": "Anew: One.",
         "run.mkv": "They run.",
-        "walk/walk.mp4": "Again: One.",
+        "walk/walk.mp4": "Anew: One.",
     }
     server.lengths_asked()
-    refuse(again, capsys)
+    refuse(anew, capsys)
     assert server.lengths_asked() == [12]
-    refuse([*again[:-1], "Two."], capsys)
+    refuse([*anew[:-1], "Two."], capsys)
     assert server.lengths_asked() == [12, 20, 30]
     server.answer = lambda question, before: said("At last.")
-    caption_dataset.main(again)
+    caption_dataset.main(anew)
     assert server.lengths_asked() == [12]
     assert not (clips / "captions.jsonl.part").exists()
 
 
-def test_a_run_on_fewer_clips_keeps_the_other_captions(clips, server, tmp_path):
+def test_a_run_on_fewer_clips_keeps_the_captions_of_the_others(clips, server, tmp_path):
     table = write(tmp_path / "list.csv", "video\n" + "\n".join(LENGTHS))
     argv = ["--dataset_file", str(table), *flags(clips, server)]
     caption_dataset.main(argv)
@@ -305,7 +297,7 @@ def test_a_run_on_fewer_clips_keeps_the_other_captions(clips, server, tmp_path):
     assert "run.mkv" not in captions_of(rows_of(clips / "captions.jsonl"))
 
 
-def test_a_run_on_fewer_clips_keeps_the_captions_of_a_stopped_run(clips, server):
+def test_captions_of_a_stopped_run_survive_a_run_on_fewer_clips(clips, server):
     write(
         clips / "captions.jsonl.part",
         '{"video": "run.mkv", "caption": "They run.", "author": "watcher", "settings": "x"}\n',
@@ -314,16 +306,13 @@ def test_a_run_on_fewer_clips_keeps_the_captions_of_a_stopped_run(clips, server)
     assert captions_of(caption(clips, server)) == all_captioned() | {"run.mkv": "They run."}
 
 
-def test_an_emptied_caption_is_filled_again(clips, server):
+def test_a_deleted_caption_is_written_again(clips, server):
     rows = caption(clips, server)
     rows[1]["caption"] = ""
-    write_rows(clips / "captions.jsonl", rows)
+    (clips / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     server.lengths_asked()
     assert captions_of(caption(clips, server)) == all_captioned()
     assert server.lengths_asked() == [12]
-
-
-# Lists of every kind
 
 
 def test_a_list_of_paths_needs_no_captions(clips, server):
@@ -331,19 +320,19 @@ def test_a_list_of_paths_needs_no_captions(clips, server):
     assert list(captions_of(caption(clips, server))) == ["walk/walk.mp4", "run.mkv", "fly.mp4"]
 
 
-def test_blank_lines_among_the_captions_are_filled(clips, server):
+def test_blank_captions_are_filled(clips, server):
     write(clips / "videos.txt", "walk/walk.mp4\nrun.mkv\nfly.mp4\n")
     write(clips / "prompts.txt", "\nThey run.\n\n")
     assert captions_of(caption(clips, server)) == all_captioned() | {"run.mkv": "They run."}
 
 
-def test_a_table_keeps_its_other_columns_and_the_captions_it_has(clips, server, tmp_path):
+def test_a_table_keeps_its_other_columns_and_its_captions(clips, server, tmp_path):
     (clips / "first.png").touch()
     rows = [
         {"file": "fly.mp4", "text": "They fly.", "camera": "fixed"},
         {"file": "run.mkv", "text": "", "image": "first.png"},
     ]
-    table = write_rows(tmp_path / "list.jsonl", rows)
+    table = write(tmp_path / "list.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     columns = ["--dataset_file", str(table), "--video_column", "file", "--caption_column", "text"]
     assert caption(clips, server, *columns) == [
         {"video": "fly.mp4", "caption": "They fly.", "captioned_by": "user", "camera": "fixed"},
@@ -351,7 +340,7 @@ def test_a_table_keeps_its_other_columns_and_the_captions_it_has(clips, server, 
     ]
 
 
-def test_the_captions_are_written_next_to_a_table_without_captions(clips, server):
+def test_the_table_is_written_beside_the_list(clips, server):
     table = write(clips / "list.csv", "video\nrun.mkv\nfly.mp4")
     caption_dataset.main(["--dataset_file", str(table), "--endpoint", server.endpoint])
     assert captions_of(rows_of(clips / "captions.jsonl")) == {"run.mkv": caption_of(12), "fly.mp4": caption_of(30)}
@@ -363,10 +352,7 @@ def test_a_clip_listed_twice_is_captioned_once(clips, server, tmp_path):
     assert server.lengths_asked() == [12]
 
 
-# Failures
-
-
-def test_a_busy_server_is_asked_again(clips, server):
+def test_a_busy_server_gets_the_request_again(clips, server):
     server.answer = lambda question, before: refused(429) if before < 2 else said("Bars.")
     assert set(captions_of(caption(clips, server)).values()) == {"Bars."}
     assert server.lengths_asked() == [12] * 3 + [20] * 3 + [30] * 3
@@ -386,26 +372,13 @@ def test_a_failed_clip_is_listed_and_captioned_in_the_next_run(clips, server, ca
     assert server.lengths_asked() == [12]
 
 
-def test_a_silent_server_is_reported(clips, server, capsys):
-    released = threading.Event()
-
-    def answer(question: Question, before: int) -> Answer:
-        released.wait()
-        return said("Too late.")
-
-    server.answer = answer
-    message = refuse(flags(clips, server, "--timeout", "0.2", "--max_retries", "0"), capsys)
-    released.set()
-    assert message.count("the server did not answer within --timeout") == 3
-
-
 def test_a_refused_request_is_sent_once(clips, server, capsys):
     server.answer = lambda question, before: refused(400, "At most 1 image")
     assert refuse(flags(clips, server), capsys).count("the server says 400: At most 1 image") == 3
     assert server.lengths_asked() == [12, 20, 30]
 
 
-def test_the_run_ends_when_every_clip_fails(clips, server, capsys):
+def test_a_run_in_which_every_clip_fails_ends_early(clips, server, capsys):
     for number in range(MOST_FAILURES_IN_A_ROW):
         shutil.copy(clips / "fly.mp4", clips / f"{number}.mp4")
     server.answer = lambda question, before: refused(400)
@@ -414,7 +387,7 @@ def test_the_run_ends_when_every_clip_fails(clips, server, capsys):
     assert len(server.questions) <= MOST_FAILURES_IN_A_ROW + 1
 
 
-def test_a_refused_key_ends_the_run_and_is_not_shown(clips, server, capsys, monkeypatch):
+def test_a_key_that_expires_ends_the_run_and_is_not_shown(clips, server, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.answer = lambda question, before: refused(401, f"Incorrect API key provided: {KEY}")
     message = refuse(flags(clips, server), capsys)
@@ -423,35 +396,36 @@ def test_a_refused_key_ends_the_run_and_is_not_shown(clips, server, capsys, monk
     )
 
 
-def test_an_undecodable_clip_is_listed_at_the_end(clips, server, capsys):
+def test_a_clip_that_does_not_decode_is_listed_at_the_end(clips, server, capsys):
     encode(clips / "fly.mp4", frames=30, g="10")
     with av.open(str(clips / "fly.mp4")) as container:
         first = next(container.demux(video=0))
     content = bytearray((clips / "fly.mp4").read_bytes())
-    content[first.pos : first.pos + first.size] = bytes(first.size)  # the probe decodes only from the last keyframe on
+    content[first.pos : first.pos + first.size] = bytes(first.size)  # the probe decodes what follows the last keyframe
     (clips / "fly.mp4").write_bytes(content)
     message = refuse(flags(clips, server), capsys)
     assert f"  {clips / 'fly.mp4'} ({clips}): " in message
     assert captions_of(rows_of(clips / "captions.jsonl")).keys() == {"run.mkv", "walk/walk.mp4"}
 
 
-def test_unusable_clips_are_listed_before_the_model_is_asked(clips, server, capsys):
+def test_unusable_clips_are_listed_before_the_first_request(clips, server, capsys):
     write(clips / "empty.mp4", b"")
     assert "empty.mp4" in refuse(flags(clips, server), capsys)
     assert server.questions == []
     assert captions_of(caption(clips, server, "--on_bad_clip", "skip")) == all_captioned()
-    assert "1 of the clips cannot be used and are left out:" in capsys.readouterr().out
+    assert "1 of the clips cannot be used and are skipped:" in capsys.readouterr().out
 
 
-def start(clips: Path, server: CaptionServer) -> subprocess.Popen:
-    """Run the script in a separate process."""
+def start(clips: Path, server: CaptionServer, *more: str) -> subprocess.Popen:
+    """Run the script in another process."""
     script = Path(caption_dataset.__file__)
+    command = [sys.executable, str(script), *flags(clips, server, "--num_workers", "1", *more)]
     return subprocess.Popen(
-        [sys.executable, str(script), *flags(clips, server, "--num_workers", "1")],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Background processes of a shell ignore it, and so may the tests.
+        # Shells start background processes, such as the tests, with this signal ignored.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -459,7 +433,7 @@ def start(clips: Path, server: CaptionServer) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("sent", "code", "kept"), [(signal.SIGKILL, -signal.SIGKILL, 1), (signal.SIGINT, 128 + signal.SIGINT, 2)]
 )
-def test_an_ended_run_is_resumed(clips, server, sent, code, kept):
+def test_a_stopped_or_killed_run_continues(clips, server, sent, code, kept):
     described, started = server.answer, threading.Event()
 
     def end_at_the_second(question: Question, before: int) -> Answer:
@@ -482,7 +456,7 @@ def test_an_ended_run_is_resumed(clips, server, sent, code, kept):
     assert len(server.lengths_asked()) == 3 - kept
 
 
-def test_a_half_written_line_of_a_killed_run_is_dropped(clips, server):
+def test_an_incomplete_line_of_a_killed_run_is_ignored(clips, server):
     part = write(
         clips / "captions.jsonl.part",
         b'{"video": "run.mkv", "caption": "Sie laufen.", "author": "watcher", "settings": "x"}\n'
@@ -493,13 +467,13 @@ def test_a_half_written_line_of_a_killed_run_is_dropped(clips, server):
     assert not part.exists()
 
 
-def test_damaged_captions_of_a_stopped_run_are_one_line(clips, server, capsys):
+def test_damaged_captions_of_a_stopped_run_are_refused(clips, server, capsys):
     part = write(clips / "captions.jsonl.part", '{"video": "run.mkv"}\n')
     message = refuse(flags(clips, server), capsys)
     assert message == f"{part} is not what caption_dataset.py left there; remove it"
 
 
-def test_a_full_disk_does_not_lose_earlier_captions(tmp_path):
+def test_a_full_disk_loses_no_earlier_caption(tmp_path):
     def keep(name: str) -> None:
         CaptionFile(tmp_path / "captions.jsonl").append(name, Caption("They move." * 9, "watcher"), settings)
 
@@ -512,7 +486,7 @@ def test_a_full_disk_does_not_lose_earlier_captions(tmp_path):
             keep("run.mkv")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    with open(tmp_path / "captions.jsonl.part", "rb") as part:  # without the half line, on which another would follow
+    with open(tmp_path / "captions.jsonl.part", "rb") as part:  # without the incomplete line
         assert len(part.readlines()) == 1
     keep("walk.mp4")
     assert CaptionFile(tmp_path / "captions.jsonl").captions().keys() == {"fly.mp4", "walk.mp4"}
@@ -541,10 +515,7 @@ def test_torch_is_not_imported_to_ask_a_server(clips, server):
     assert "Captioning: 100%" in done.stderr
 
 
-# Mistakes
-
-
-def test_an_unreachable_server_is_one_line_that_says_what_to_start(clips, capsys):
+def test_an_unreachable_server_is_one_line_with_a_command_to_start_one(clips, capsys):
     message = refuse(["--data_root", str(clips), "--endpoint", "http://127.0.0.1:9/v1"], capsys)
     assert re.fullmatch(
         r"--endpoint http://127.0.0.1:9/v1: the server cannot be reached \(.+\); start a server there, such as: "
@@ -554,7 +525,7 @@ def test_an_unreachable_server_is_one_line_that_says_what_to_start(clips, capsys
     assert list(clips.glob("captions*")) == []
 
 
-def test_the_error_for_a_missing_model_lists_the_offered_ones(clips, server, capsys):
+def test_an_unknown_model_is_refused_with_a_list_of_the_servers_models(clips, server, capsys):
     server.models = Answer({"data": [{"id": "watcher"}, {"id": "reader"}]})
     offered = ["set --model to one of those offered:", "  watcher", "  reader"]
     title, *models = refuse(flags(clips, server, "--model", "seer"), capsys).splitlines()
@@ -583,11 +554,23 @@ def test_a_server_that_does_not_list_its_models_is_one_line(clips, server, capsy
     assert len(message.splitlines()) == 1
 
 
-def test_a_table_of_other_origin_is_not_changed(clips, server, capsys):
-    table = write(clips / "captions.jsonl", '{"video": "fly.mp4", "caption": "weeks of work"}\n')
-    message = refuse(flags(clips, server), capsys)
-    assert message.startswith(f"--output_file: {table} exists already, and caption_dataset.py did not write it")
-    assert rows_of(table) == [{"video": "fly.mp4", "caption": "weeks of work"}]
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (
+            '{"video": "fly.mp4", "caption": "weeks of work"}\n',
+            " exists already, and caption_dataset.py did not write it",
+        ),
+        (
+            '{"video": "fly.mp4", "caption": "Fly.", "captioned_by": "watcher"}\n{"video": "run.mkv", "caption": 5}\n',
+            ": captions.jsonl:2 has no video or no text as its caption",
+        ),
+    ],
+)
+def test_a_damaged_table_or_one_of_another_origin_is_not_overwritten(clips, server, capsys, content, problem):
+    table = write(clips / "captions.jsonl", content)
+    assert refuse(flags(clips, server), capsys).startswith(f"--output_file: {table}{problem}")
+    assert table.read_text() == content
 
 
 def test_a_table_in_the_folder_of_clips_is_not_ignored(clips, server, capsys):
@@ -595,19 +578,10 @@ def test_a_table_in_the_folder_of_clips_is_not_ignored(clips, server, capsys):
     assert f"pass --dataset_file {clips / 'metadata.csv'}" in refuse(flags(clips, server), capsys)
 
 
-def test_an_unwritable_place_is_reported_before_the_model_is_asked(clips, server, capsys):
+def test_an_output_file_that_cannot_be_written_is_refused_before_the_first_request(clips, server, capsys):
     message = refuse(flags(clips, server, "--output_file", str(clips / "run.mkv" / "x.jsonl")), capsys)
     assert message.startswith(f"--output_file: {clips / 'run.mkv' / 'x.jsonl'} cannot be written (")
     assert server.questions == []
-
-
-def test_an_error_in_the_table_is_reported_with_its_line(clips, server, capsys):
-    table = write(
-        clips / "captions.jsonl",
-        '{"video": "fly.mp4", "caption": "Fly.", "captioned_by": "watcher"}\n{"video": "run.mkv", "caption": 5}\n',
-    )
-    message = refuse(flags(clips, server), capsys)
-    assert message.startswith(f"--output_file: {table}: captions.jsonl:2 has no video or no text as its caption")
 
 
 @pytest.mark.parametrize("content", ["", '{"video": "run.mkv", "caption": null, "captioned_by": "watcher"}\n'])
@@ -629,7 +603,7 @@ def test_an_emptied_table_is_filled_again(clips, server, content):
         (None, {"OPENAI_API_KEY": f"{KEY}\v{KEY}"}, "the key in the environment variable OPENAI_API_KEY has"),
     ],
 )
-def test_an_unusable_endpoint_is_one_line_without_the_key(
+def test_a_malformed_address_proxy_or_key_is_one_line_without_the_key(
     clips, server, capsys, monkeypatch, endpoint, environment, message
 ):
     for name, value in environment.items():
@@ -644,10 +618,10 @@ def test_an_unusable_endpoint_is_one_line_without_the_key(
     ("more", "message"),
     [
         ([], "--endpoint or --model: required, but not given"),
-        (["--endpoint", "localhost:8000"], "--endpoint: 'localhost:8000' is not an address such as http://"),
-        (["--endpoint", "http://me:secret@x/v1"], "--endpoint: remove user and password from the address"),
+        (["--endpoint", "localhost:8000"], "--endpoint: 'localhost:8000' is no address; it looks like http://"),
+        (["--endpoint", "http://me:secret@x/v1"], "--endpoint: leave user and password out of the address"),
         (["--model", "x", "--num_workers", "2"], "--num_workers: only for a model behind an --endpoint"),
-        (["--model", "x", "--prompt", " "], "--prompt is empty; omit it for the built-in prompt"),
+        (["--model", "x", "--prompt", " "], "--prompt is empty; leave it out for the built-in prompt"),
         (["--model", "x", "--prompt", "\udcb0"], "--prompt: the text is not UTF-8"),
         (["--model", "x", "--prompt", "a", "--prompt_file", "b"], "--prompt and --prompt_file are both given"),
         (["--model", "x", "--prompt_file", "nowhere.txt"], "nowhere.txt cannot be read"),
@@ -666,24 +640,6 @@ def test_mistakes_in_flags_and_lists_are_one_line(tmp_path, monkeypatch, capsys,
     assert len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ["--dataset_name", "name/of-it", "--model", "x"],
-            "--output_file: required with --dataset_name but no --data_root",
-        ),
-        (
-            ["--data_root", "x", "--model", "x", "--dataset_config_name", "x"],
-            "--dataset_config_name: no effect without --dataset_name",
-        ),
-    ],
-)
-def test_hub_data_sets_need_their_name_and_a_file(capsys, flags, message):
-    assert refuse(flags, capsys).startswith(message)
-
-
-def test_the_server_gets_the_frames_of_the_clip(clips, server):
-    caption(clips, server, "--num_frames", "1")
-    (question,) = [question for question in server.questions if question.numbers == [0]][:1]
-    assert np.abs(question.frames[0].astype(int) - numbered_frame(0).astype(int)).mean() < 6
+def test_a_data_set_without_a_folder_needs_a_name_for_the_table(capsys):
+    error = refuse(["--dataset_name", "name/of-it", "--model", "x"], capsys)
+    assert error.startswith("--output_file: required with --dataset_name alone")

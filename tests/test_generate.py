@@ -1,4 +1,4 @@
-"""generate.py samples the same as plain diffusers and validation, bit for bit, and refuses bad flags early."""
+"""generate.py samples the videos of the plain pipeline and of validation, bit for bit, and checks its flags early."""
 
 import json
 import shutil
@@ -68,13 +68,13 @@ def lora_video(base, lora, tmp_path_factory) -> bytes:
 
 @pytest.fixture(scope="module")
 def base_video(base, tmp_path_factory) -> bytes:
-    """The video of the base model in plain diffusers."""
+    """The video of the base model from plain diffusers."""
     pipeline = CogVideoXPipeline.from_pretrained(base)
     return sampled(pipeline, tmp_path_factory.mktemp("videos"), prompt="a red circle")
 
 
 def run(model: Path, output: Path, *flags: object, prompt: str = "a red circle", sized: bool = True) -> bytes:
-    """Sample one video in two steps, small unless `sized` is false; return its file's content."""
+    """Sample one video in two steps, small unless `sized` is false; return the content of its file."""
     size = [f"--{name}={value}" for name, value in SIZE.items()] if sized else []
     argv = ["--model_path", model, "--prompt", prompt, "--output_file", output, "--num_inference_steps", 2]
     generate.main([str(word) for word in (*argv, *size, *flags)])
@@ -82,13 +82,13 @@ def run(model: Path, output: Path, *flags: object, prompt: str = "a red circle",
 
 
 def encoded(frames: list[Image.Image], tmp_path: Path, fps: int = 8) -> bytes:
-    """Return the content of a video file of the frames."""
+    """Return the content of the file with these frames."""
     write_video(tmp_path / "expected.mp4", frames, fps)
     return (tmp_path / "expected.mp4").read_bytes()
 
 
 def sampled(pipeline, tmp_path: Path, *, seed: int = 42, size=SIZE, fps: int = 8, **options: object) -> bytes:
-    """Return the content of the file that plain diffusers samples."""
+    """Sample with plain diffusers."""
     generator = torch.Generator().manual_seed(seed)
     return encoded(pipeline(**options, **size, **STEPS, generator=generator).frames[0], tmp_path, fps)
 
@@ -106,7 +106,7 @@ def error_of(capsys, *arguments, **options) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_loras_with_scales_sample_as_in_plain_diffusers(base, make_lora, lora, tmp_path):
+def test_loras_with_scales_sample_the_video_of_plain_diffusers(base, make_lora, lora, tmp_path):
     loras = [lora, make_lora(base, seed=1)]
     ours = run(
         base,
@@ -154,20 +154,20 @@ def test_a_lora_samples_the_video_of_the_validation(base, lora, lora_video, tmp_
     assert (tmp_path / "step-5" / "00-00-a-red-circle.mp4").read_bytes() == lora_video
 
 
-def test_compare_writes_the_base_models_video_beside_the_tuned_one(base, lora, lora_video, base_video, tmp_path):
+def test_compare_writes_the_base_video_and_both_side_by_side(base, lora, lora_video, base_video, tmp_path):
     files = tmp_path / "videos"
     assert run(base, files / "rabbit.mp4", "--lora", lora, "--compare") == lora_video
     assert (files / "rabbit-base.mp4").read_bytes() == base_video != lora_video
     both = read_video(files / "rabbit-compare.mp4")
     assert both.shape == (9, 32, 96, 3)
     left, right = read_video(files / "rabbit-base.mp4"), read_video(files / "rabbit.mp4")
-    assert np.abs(both - np.concatenate([left, right], axis=2).astype(int)).mean() < 12  # except for the compression
+    assert np.abs(both - np.concatenate([left, right], axis=2).astype(int)).mean() < 12  # apart from the compression
     with Image.open(files / "rabbit-compare.png") as sheet:
         assert sheet.height == 44 + 2 * 172
     assert len(list(files.iterdir())) == 4
 
 
-def test_a_lora_at_scale_0_leaves_the_base_model_as_it_is(base, lora, base_video, tmp_path):
+def test_a_lora_at_scale_0_has_no_effect(base, lora, base_video, tmp_path):
     assert run(base, tmp_path / "a.mp4", "--lora", lora, "--lora_scale", 0) == base_video
 
 
@@ -182,7 +182,7 @@ def test_each_prompt_and_seed_has_its_own_file(base, tmp_path, monkeypatch):
     assert len({(Path("generated") / name).read_bytes() for name in names}) == 4
 
 
-def test_a_tuned_transformer_replaces_the_base_models(base, tmp_path):
+def test_a_tuned_transformer_replaces_that_of_the_base_model(base, tmp_path):
     tuned = CogVideoXTransformer3DModel.from_pretrained(base / "transformer")
     with torch.no_grad():
         tuned.proj_out.weight.mul_(1.5)
@@ -192,7 +192,7 @@ def test_a_tuned_transformer_replaces_the_base_models(base, tmp_path):
     assert run(base, tmp_path / "ours.mp4", "--transformer", tmp_path / "run") == expected
 
 
-def test_an_image_to_video_model_starts_with_the_image_cropped_to_size(tiny_models, make_lora, tmp_path):
+def test_an_image_to_video_model_starts_with_the_cropped_image(tiny_models, make_lora, tmp_path):
     model = tiny_models("1.5-5b-i2v")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 60, 3), np.uint8))
     picture.save(tmp_path / "start.png")
@@ -204,7 +204,7 @@ def test_an_image_to_video_model_starts_with_the_image_cropped_to_size(tiny_mode
     assert ours == sampled(pipeline, tmp_path, image=image, prompt="a red circle", fps=16)
 
 
-def test_learned_positions_are_dropped_if_the_result_was_trained_without(tiny_models, tmp_path, capsys):
+def test_learned_positions_are_dropped_if_the_result_lacks_them(tiny_models, make_lora, tmp_path, capsys):
     model = tiny_models("5b-i2v")
     Image.new("RGB", (48, 32), (220, 10, 10)).save(tmp_path / "start.png")
     flags = ("--image", tmp_path / "start.png")
@@ -213,19 +213,19 @@ def test_learned_positions_are_dropped_if_the_result_was_trained_without(tiny_mo
 
     transformer = ModelSource(str(model)).load_transformer(torch.float32)
     ImageToVideo(0.0, ignore_learned_positions=True).prepare_model(transformer)
-    FullFinetune().save(transformer, tmp_path / "run", torch.float32)  # with this setting in its config
+    FullFinetune().save(transformer, tmp_path / "run", torch.float32)  # its config says so
     assert run(model, tmp_path / "b.mp4", *flags, "--transformer", tmp_path / "run") == dropped
 
 
-def test_a_quantized_base_with_a_lora_samples_nearly_the_same(base, lora, lora_video, base_video, tmp_path):
+def test_a_quantized_base_with_a_lora_samples_almost_the_same_video(base, lora, lora_video, base_video, tmp_path):
     run(base, tmp_path / "int8.mp4", "--lora", lora, "--quantize_base", "int8")
-    (tmp_path / "full.mp4").write_bytes(lora_video)
+    (tmp_path / "whole.mp4").write_bytes(lora_video)
     (tmp_path / "without.mp4").write_bytes(base_video)
-    full, int8, without = (read_video(tmp_path / f"{name}.mp4").astype(int) for name in ("full", "int8", "without"))
-    assert 0 < np.abs(int8 - full).mean() < np.abs(without - full).mean() / 4
+    whole, int8, without = (read_video(tmp_path / f"{name}.mp4").astype(int) for name in ("whole", "int8", "without"))
+    assert 0 < np.abs(int8 - whole).mean() < np.abs(without - whole).mean() / 4
 
 
-def test_a_lora_of_the_hub_is_found_by_its_id(base, lora, lora_video, tmp_path):
+def test_a_lora_is_found_by_its_hub_id(base, lora, lora_video, tmp_path):
     repository = tmp_path / "models--owner--style"
     (repository / "snapshots" / "abc").mkdir(parents=True)
     (repository / "refs").mkdir()
@@ -234,10 +234,7 @@ def test_a_lora_of_the_hub_is_found_by_its_id(base, lora, lora_video, tmp_path):
     assert run(base, tmp_path / "a.mp4", "--lora", "owner/style", "--cache_dir", tmp_path) == lora_video
 
 
-# Warnings and errors before weights are loaded
-
-
-def test_a_lora_without_metadata_is_warned_about_and_alpha_by_rank_fixes_it(base, lora, lora_video, tmp_path, capsys):
+def test_a_lora_without_metadata_needs_a_scale_of_alpha_by_rank(base, lora, lora_video, tmp_path, capsys):
     save_file(load_file(lora / LORA_FILE), tmp_path / "bare.safetensors")
     flags = ("--lora", tmp_path / "bare.safetensors", "--lora_scale", 0.5)
     assert run(base, tmp_path / "a.mp4", *flags) == lora_video
@@ -246,15 +243,17 @@ def test_a_lora_without_metadata_is_warned_about_and_alpha_by_rank_fixes_it(base
 
 @pytest.fixture
 def no_weights(base, tmp_path) -> Path:
-    """The base model without the weights, which must not be read yet."""
+    """The base model without weights, which must not be read before the checks."""
     folder = tmp_path / "no-weights"
     shutil.copytree(base, folder, ignore=lambda _, names: [name for name in names if name.endswith(".safetensors")])
     return folder
 
 
 def test_a_lora_without_effect_is_refused(base, no_weights, make_lora, tmp_path, capsys):
-    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--lora", make_lora(base, scale=0))
-    assert "has no effect: all its lora_B weights are 0" in message
+    untrained = make_lora(base, scale=0)
+    assert "has no effect: all its lora_B weights are 0" in error_of(
+        capsys, no_weights, tmp_path / "a.mp4", "--lora", untrained
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,10 +267,10 @@ def test_a_lora_without_effect_is_refused(base, no_weights, make_lora, tmp_path,
         ("other layers", "was trained on another model"),
         ("another size", "was trained on another model"),
         ("no LoRA", "cannot be used"),
-        ("damaged", "cannot be used"),
+        ("truncated", "cannot be used"),
     ],
 )
-def test_a_lora_that_does_not_fit_or_is_damaged_is_refused(no_weights, lora, tmp_path, capsys, change, reason):
+def test_a_lora_that_is_damaged_or_of_another_model_is_refused(no_weights, lora, tmp_path, capsys, change, reason):
     file, weights = tmp_path / "lora.safetensors", load_file(lora / LORA_FILE)
     name, other = (f"transformer.transformer_blocks.0.attn1.to_k.lora_{matrix}.weight" for matrix in "BA")
     metadata = {"lora_alpha": 2, "r": 4, "target_modules": ["to_k", "to_q", "to_v", "to_out.0"]}
@@ -290,14 +289,15 @@ def test_a_lora_that_does_not_fit_or_is_damaged_is_refused(no_weights, lora, tmp
     elif change == "no LoRA":
         weights = {f"unet.{name}": weight for name, weight in weights.items()}
     written = json.dumps({f"transformer.{key}": value for key, value in metadata.items()} if change != "list" else [1])
-    save_file(weights, file, {"lora_adapter_metadata": written})
-    if change == "damaged":
+    has_metadata = change in ("not a number", "half", "ranks", "newer", "list")
+    save_file(weights, file, {"lora_adapter_metadata": written} if has_metadata else None)
+    if change == "truncated":
         file.write_bytes(file.read_bytes()[:100])
     message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--lora", file)
     assert message.startswith(f"error: --lora: '{file}' {reason}")
 
 
-def test_a_path_that_does_not_exist_is_one_line(no_weights, tmp_path, capsys):
+def test_a_path_that_exists_neither_locally_nor_on_the_hub_is_refused(no_weights, tmp_path, capsys):
     message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--lora", "outputs/misspelt")
     assert "--lora: 'outputs/misspelt' is not a file or folder here, and cannot be used" in message
     message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--transformer", "outputs/misspelt")
@@ -309,12 +309,12 @@ def test_a_transformer_of_another_model_is_refused(no_weights, tiny_models, tmp_
     assert "was tuned from another model than --pretrained_model_name_or_path" in message
 
 
-def test_only_an_image_to_video_model_takes_an_image(no_weights, tiny_models, tmp_path, capsys):
+def test_an_image_is_needed_by_image_to_video_models_and_only_by_them(no_weights, tiny_models, tmp_path, capsys):
     Image.new("RGB", (48, 32)).save(tmp_path / "start.png")
     message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--image", tmp_path / "start.png")
     assert message.startswith("error: --image: this is a text-to-video model")
     message = error_of(capsys, tiny_models("5b-i2v"), tmp_path / "a.mp4")
-    assert message.startswith("error: --image: this is an image-to-video model; give an image")
+    assert message.startswith("error: --image: this is an image-to-video model; pass an image")
     (tmp_path / "text.png").write_text("no image")
     message = error_of(
         capsys, tiny_models("5b-i2v"), tmp_path / "a.mp4", "--image", tmp_path / "text.png", sized=False
@@ -322,7 +322,7 @@ def test_only_an_image_to_video_model_takes_an_image(no_weights, tiny_models, tm
     assert message.startswith(f"error: --image: '{tmp_path / 'text.png'}': not a still image")
 
 
-def test_a_size_that_the_model_cannot_sample_is_refused_by_flag(tiny_models, tmp_path, capsys):
+def test_a_size_that_the_model_cannot_sample_is_refused(tiny_models, tmp_path, capsys):
     model = tiny_models("1.5-5b")
     message = error_of(capsys, model, tmp_path / "a.mp4", "--num_frames", 12)
     assert message.startswith("error: --num_frames: CogVideoX 1.5 takes 1, 8k or 8k+1 frames, not 12")
@@ -330,6 +330,6 @@ def test_a_size_that_the_model_cannot_sample_is_refused_by_flag(tiny_models, tmp
     assert message.startswith("error: --height, --width: this CogVideoX 1.5 model has positions for up to 64x96")
 
 
-def test_fp16_on_a_cpu_is_refused(no_weights, tmp_path, capsys):
+def test_fp16_is_refused_without_a_gpu(no_weights, tmp_path, capsys):
     message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--dtype", "fp16", "--enable_model_cpu_offload")
-    assert message == "error: --dtype fp16: needs a GPU; give bf16 or fp32"
+    assert message == "error: --dtype fp16: needs a GPU; pass bf16 or fp32"

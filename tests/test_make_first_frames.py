@@ -1,4 +1,4 @@
-"""First frames are pixels of the clips, edits are kept, and the table lists the same clips with images."""
+"""make_first_frames.py writes the clips' own pixels, keeps edits, and lists the same clips with images."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def write_table(folder: Path, **extra: dict) -> None:
 
 
 def run(clips: Path, *flags: str, code: int = 0) -> list[dict]:
-    """Make the first frames in "frames" next to the clips, and return the table."""
+    """Make the first frames in "frames" beside the clips; return the table."""
     argv = ["--dataset_file", str(clips / "list.jsonl"), "--output_dir", str(frames_of(clips)), *flags]
     if code:
         with pytest.raises(SystemExit) as stopped:
@@ -64,35 +64,30 @@ def pixels(image: str) -> np.ndarray:
     return np.asarray(Image.open(image))
 
 
-def test_flags_for_hub_data_sets_need_its_name(clips, capsys):
+def test_flags_of_a_hub_data_set_need_its_name(clips, capsys):
     run(clips, "--dataset_streaming", code=2)
     assert "--dataset_streaming: no effect without --dataset_name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("skipped", [0, 7])
-def test_the_image_of_a_clip_is_its_first_frame_after_the_skipped_ones(clips, skipped):
+def test_the_image_is_the_first_frame_that_is_not_skipped(clips, skipped):
     walk, run_, still = run(clips, "--skip_frames_start", str(skipped))
     assert np.array_equal(pixels(walk["image"]), all_frames(clips / "a" / "walk.mp4")[skipped])
     assert np.array_equal(pixels(run_["image"]), all_frames(clips / "run.mkv")[skipped])
     assert np.array_equal(pixels(still["image"]), numbered_frame(200))
 
 
-def test_the_table_lists_the_same_clips_with_their_images(clips):
+def test_the_printed_flags_read_a_table_of_the_same_clips_with_images(clips, capsys):
     run(clips)
+    told = capsys.readouterr().out.split("pass to prepare_dataset.py: ")[1].split()
+    assert told == ["--dataset_file", str(frames_of(clips) / "metadata.jsonl"), "--data_root", str(clips)]
     cache = clips.parent / "cache"
     before, _ = read_clips(DataSource(None, clips / "list.jsonl"), cache)
     after, bad = read_clips(DataSource(clips, frames_of(clips) / "metadata.jsonl"), cache)
     assert bad == []
-    assert [clip.video for clip in after] == [clip.video for clip in before]
-    assert [clip.caption for clip in after] == [clip.caption for clip in before]
+    assert [(clip.video, clip.caption) for clip in after] == [(clip.video, clip.caption) for clip in before]
     assert [clip.metadata for clip in after] == [{"camera": "fixed"}] * 3
     assert all(clip.image.parent == frames_of(clips) for clip in after)
-
-
-def test_the_printed_flags_read_the_table(clips, capsys):
-    run(clips)
-    told = capsys.readouterr().out.split("give prepare_dataset.py ")[1].split()
-    assert told == ["--dataset_file", str(frames_of(clips) / "metadata.jsonl"), "--data_root", str(clips)]
 
 
 def test_paths_are_absolute(clips, monkeypatch):
@@ -104,7 +99,7 @@ def test_paths_are_absolute(clips, monkeypatch):
     )
 
 
-def test_a_clip_that_has_an_image_keeps_it(clips):
+def test_a_clip_with_an_image_keeps_it(clips):
     write_table(clips, walk={"image": "still.png"}, run={})
     walk, run_ = run(clips)
     assert walk["image"] == str(clips / "still.png")
@@ -143,11 +138,11 @@ def test_an_existing_table_is_not_overwritten(clips, capsys):
     table.write_text("weeks of work")
     run(clips, code=2)
     (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert line.startswith(f"error: --output_dir: {table} is there already; remove it")
+    assert line.startswith(f"error: --output_dir: {table} already exists; remove it")
     assert table.read_text() == "weeks of work"
 
 
-def test_unusable_clips_are_listed_before_anything_is_written(clips, capsys):
+def test_all_unusable_clips_are_listed_before_anything_is_written(clips, capsys):
     write_table(clips, walk={}, gone={}, run={"image": "nowhere.png"})
     run(clips, code=2)
     title, *lines = capsys.readouterr().err.splitlines()
@@ -157,18 +152,18 @@ def test_unusable_clips_are_listed_before_anything_is_written(clips, capsys):
     assert not frames_of(clips).exists()
 
 
-def test_unusable_clips_can_be_skipped(clips):
+def test_unusable_clips_can_be_skipped_and_listed(clips):
     write_table(clips, walk={}, gone={}, run={})
     assert [Path(row["video"]).name for row in run(clips, "--on_bad_clip", "skip")] == ["walk.mp4", "run.mkv"]
     skipped = (frames_of(clips) / "skipped_clips.csv").read_text().splitlines()
     assert skipped == ["clip,source,reason", f"{clips / 'gone.mp4'},list.jsonl:2,does not exist"]
 
 
-def test_a_clip_with_an_undecodable_first_frame_is_unusable(clips, capsys):
+def test_a_first_frame_that_does_not_decode_is_a_bad_clip(clips, capsys):
     encode(clips / "gone.mp4", g="10")
     with av.open(str(clips / "gone.mp4")) as container:
         first = next(container.demux(video=0))
-    # The probe decodes only from the last keyframe on.
+    # The probe decodes only after the last keyframe, so that it finds no damage.
     content = bytearray((clips / "gone.mp4").read_bytes())
     content[first.pos : first.pos + first.size] = bytes(first.size)
     (clips / "gone.mp4").write_bytes(content)
@@ -182,7 +177,7 @@ def test_a_clip_with_an_undecodable_first_frame_is_unusable(clips, capsys):
     assert "gone.mp4,list.jsonl:2," in (frames_of(clips) / "skipped_clips.csv").read_text()
 
 
-def test_an_unwritable_folder_is_one_line(clips, capsys):
+def test_a_folder_that_cannot_be_written_is_one_line(clips, capsys):
     run(clips, "--output_dir", str(clips / "still.png" / "frames"), code=2)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: --output_dir: ")

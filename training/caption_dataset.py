@@ -1,10 +1,10 @@
-"""Write captions for clips that have none, with a vision-language model, into a table that training reads.
+"""Caption clips with a vision-language model, into a table that training reads.
 
     vllm serve Qwen/Qwen2.5-VL-7B-Instruct --limit-mm-per-prompt '{"image": 8}'
     python training/caption_dataset.py --data_root my-clips --endpoint http://localhost:8000/v1
 
-Then give my-clips/captions.jsonl as --dataset_file, with the same --data_root. Stopped or killed and run again, it
-goes on where it was.
+Then pass my-clips/captions.jsonl as --dataset_file, with the same --data_root. A run that was stopped or killed
+continues when it is started again.
 """
 
 import logging
@@ -33,23 +33,23 @@ from video.probe import probe_files
 
 
 def plan_captions(source: DataSource, captions_file: Path, num_frames: int, skip_start: int, skip_end: int) -> RawData:
-    """List and probe the clips, with or without captions, and choose the frames that the model sees of each.
+    """List and probe the clips, with or without captions, and choose the frames that the model sees.
 
     Raises:
-        UserError: the list as a whole cannot be used.
+        UserError: the list cannot be read.
     """
     cache = default_cache_folder()
     clips, bad = read_clips(source, cache / "media", captions_file=captions_file)
     infos = probe_files([clip.video for clip in clips], FileCache(cache))
-    as_many_as_there_are = [Bucket(count, 16, 16) for count in range(1, num_frames + 1)]  # no frame is resized to them
+    buckets = [Bucket(count, 16, 16) for count in range(1, num_frames + 1)]  # any number of frames; none is resized
     planned, unusable = plan_clips(
-        clips, infos, as_many_as_there_are, skip_start=skip_start, skip_end=skip_end, hold_last_frame=True
+        clips, infos, buckets, skip_start=skip_start, skip_end=skip_end, hold_last_frame=True
     )
     return RawData(planned, [*bad, *unusable])
 
 
 def folder_of(source: DataSource) -> Path | None:
-    """Where the relative paths of the clips start; None: nowhere."""
+    """Return the folder that relative paths of clips start from; None if there is none."""
     if source.data_root is not None:
         return source.data_root
     if source.dataset_file is not None:
@@ -58,14 +58,14 @@ def folder_of(source: DataSource) -> Path | None:
 
 
 def listed_path(file: Path, folder: Path | None) -> str:
-    """A file as the table names it: from the folder on, or absolute where it lies elsewhere."""
+    """Return the path of a file for the table: relative to the folder if it is inside, otherwise absolute."""
     if folder is not None and file.is_relative_to(folder):
         return file.relative_to(folder).as_posix()
     return str(file.absolute())
 
 
 def make_captioner(settings: CaptioningSettings, stopped: threading.Event) -> Captioner:
-    """The model that the flags name.
+    """Connect to or load the model of the flags.
 
     Raises:
         UserError: it cannot be reached or loaded.
@@ -78,14 +78,14 @@ def make_captioner(settings: CaptioningSettings, stopped: threading.Event) -> Ca
     from captions.endpoint import EndpointCaptioner
 
     key = os.environ.get(settings.model.api_key_variable, "").strip()
-    if not re.fullmatch("[!-~]*", key):  # a blank or a line end: mostly two keys in one variable
+    if not re.fullmatch("[!-~]*", key):  # a space or line break, mostly of two keys in one variable
         raise UserError(
             f"the key in the environment variable {settings.model.api_key_variable} has characters that no key has"
         )
     return EndpointCaptioner(
         settings.model.endpoint,
         settings.model.model,
-        HubToken(key) if key else None,  # hidden from messages, as the hub's own is
+        HubToken(key) if key else None,  # hidden from messages
         **answers,
         timeout=settings.model.timeout,
         max_retries=settings.model.max_retries,
@@ -94,7 +94,7 @@ def make_captioner(settings: CaptioningSettings, stopped: threading.Event) -> Ca
 
 
 def caption_row(clip: Clip, caption: Caption, folder: Path | None) -> dict[str, str]:
-    """A clip's line of the table: its path, its caption and who wrote it, then the columns that it came with."""
+    """Return the table row of a clip: path, caption, author of the caption, and the clip's other columns."""
     row = {"video": listed_path(clip.video, folder), "caption": caption.text, AUTHOR_COLUMN: caption.author}
     if clip.image is not None:
         row["image"] = listed_path(clip.image, folder)
@@ -104,16 +104,16 @@ def caption_row(clip: Clip, caption: Caption, folder: Path | None) -> dict[str, 
 def ask_for_captions(
     settings: CaptioningSettings, table: CaptionFile, clips: Mapping[str, ClipSample]
 ) -> tuple[dict[str, Caption], list[BadClip]]:
-    """Have clips captioned, but for those of them that a stopped run has captioned by the same settings.
+    """Caption clips, except those that a stopped run has captioned with the same settings.
 
     Args:
-        clips: by their paths as listed.
+        clips: by their paths in the table.
 
     Returns:
         The captions by path, and the clips that got none.
 
     Raises:
-        UserError: the model cannot be had, or no clip can be captioned any more.
+        UserError: the model cannot be reached or loaded, or stopped answering.
     """
     table.check_writable()
     stopped = threading.Event()
@@ -141,10 +141,10 @@ def ask_for_captions(
 
 
 def caption_dataset(settings: CaptioningSettings) -> None:
-    """Write the table of captions that the flags ask for.
+    """Write the table of captions.
 
     Raises:
-        UserError: clips cannot be used or got no caption, or none can be had.
+        UserError: clips cannot be used or got no caption.
     """
     (source,) = data_sources(settings.sources)
     folder = folder_of(source)
@@ -160,7 +160,7 @@ def caption_dataset(settings: CaptioningSettings) -> None:
     )
     check_bad_clips(data, settings.sources.on_bad_clip)
     if data.bad:
-        tqdm.write(listing(f"{len(data.bad)} of the clips cannot be used and are left out:", data.bad))
+        tqdm.write(listing(f"{len(data.bad)} of the clips cannot be used and are skipped:", data.bad))
 
     earlier = table.captions()
     listed = [(listed_path(planned.clip.video, folder), planned) for planned in data.clips]
@@ -176,31 +176,31 @@ def caption_dataset(settings: CaptioningSettings) -> None:
         for (_, planned), caption in zip(listed, captions, strict=True)
         if caption is not None
     ]
-    # Where captions are replaced, the table cannot tell which of them already are.
+    # With --overwrite, the table does not show which captions are already replaced.
     table.write(rows, folder, finished=not (settings.captions.overwrite and failures))
     if rows:
         flags = table_flags(table.path, folder, allow_outside_paths=settings.sources.allow_outside_paths)
-        print(f"wrote {table.path}: {len(rows)} captions, {len(made)} of them new; read them, mend them there, and")
+        print(f"wrote {table.path}: {len(rows)} captions, {len(made)} of them new; read and correct them there, then")
         print(f"prepare or train with: {flags}")
     if failures:
-        title = f"{len(failures)} of {len(listed)} clips got no caption; run again to ask for these alone:"
+        title = f"{len(failures)} of {len(listed)} clips got no caption; run again to caption only these:"
         raise UserError(listing(title, failures, most=len(failures)))
 
 
 def own_caption(clip: Clip) -> Caption | None:
-    """The caption that a clip came with."""
+    """Return the caption that a clip already has."""
     return Caption(clip.caption, clip.metadata.get(AUTHOR_COLUMN, USER)) if clip.caption else None
 
 
 def table_flags(table: Path, folder: Path | None, *, allow_outside_paths: bool) -> str:
-    """How the table is given to a script that reads it."""
+    """Return the flags with which a script reads the table."""
     flags = ["--dataset_file", str(table), "--caption_column", "caption"]
     flags += [] if folder is None else ["--data_root", str(folder)]
     return shlex.join(flags + ["--allow_outside_paths"] * allow_outside_paths)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script with the given flags; None for those of the command line."""
+    """Run the script with the flags of `argv`, or of the command line if it is None."""
     with one_line_errors():
         settings = parse_caption_args(argv)
         log_without_tokens(logging.WARNING)

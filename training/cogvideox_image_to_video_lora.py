@@ -19,19 +19,15 @@ from flags.schema import flag_values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script with the given flags; None for those of the command line."""
+    """Run the script with the flags of `argv`, or of the command line if it is None."""
     with one_line_errors():
         settings = parse_args(argv, task="image-to-video", method="lora")
         data = plan_training_data(settings)
         prepare_imports(flag_values(settings), owns_process=argv is None)
-        # Importing torch and diffusers takes many seconds: flags and clips are found good first.
-        from diffusion.tasks import ImageToVideo
-        from methods.lora import Lora
+        # Importing torch and diffusers takes many seconds, so flags and clips are checked first.
         from run.finetune import finetune
 
-        task = ImageToVideo(settings.image.noised_image_dropout, settings.image.ignore_learned_positional_embeddings)
-        method = Lora.from_flags(settings.lora, settings.memory.quantize_base)
-        finetune(settings, data, task, method)
+        finetune(settings, data)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Sample videos from a model: with LoRAs, with all weights tuned, or as it is.
+"""Sample videos from a base model, with LoRAs, or with a fine-tuned transformer.
 
     python training/generate.py --pretrained_model_name_or_path THUDM/CogVideoX-5b --lora outputs/my-lora \
       --prompt "A rabbit yawns" --output_dir generated
 
-With `--compare` the base model is sampled from the same noise, and both are shown side by side.
+With `--compare`, the base model is sampled from the same noise, and both are shown side by side.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from flags.schema import flag_values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script with the given flags; None for those of the command line."""
+    """Run the script with the flags of `argv`, or of the command line if it is None."""
     with one_line_errors():
         settings = parse_generate_args(argv)
         prepare_imports(flag_values(settings), owns_process=argv is None)
-        # Importing torch and diffusers takes many seconds: flags and files are found good first.
+        # Importing torch and diffusers takes many seconds, so flags and files are checked first.
         from common.failures import explained_failures
         from results.generation import generate
 

@@ -1,9 +1,9 @@
-"""Write the first frame of every clip as a PNG, and the table that makes image-to-video start from these images.
+"""Write the first frame of every clip as a PNG, and a table of clips and images for image-to-video training.
 
     python training/make_first_frames.py --data_root my-clips --output_dir my-first-frames
 
-Edit the images or leave them as they are, then give my-first-frames/metadata.jsonl as --dataset_file, with the same
---data_root. Images that are there already stay, so that a second run never undoes an edit.
+Edit the images if you like, then pass my-first-frames/metadata.jsonl as --dataset_file, with the same --data_root.
+Existing images are kept, so that a second run never undoes an edit.
 """
 
 import logging
@@ -31,40 +31,37 @@ from video.probe import probe_files
 
 
 def plan_first_frames(source: DataSource, skip_start: int) -> RawData:
-    """List and probe the clips, with the first usable frame of each as its only one.
+    """List and probe the clips, and plan only the first usable frame of each.
 
     Raises:
-        UserError: the list as a whole cannot be used.
+        UserError: the list cannot be read.
     """
     cache = default_cache_folder()
     clips, bad = read_clips(source, cache / "media")
     files = [clip.video for clip in clips] + [clip.image for clip in clips if clip.image is not None]
-    one_frame = [Bucket(1, 16, 16)]  # of any size: nothing is resized
+    one_frame = [Bucket(1, 16, 16)]  # its size has no effect, because nothing is resized
     infos = probe_files(files, FileCache(cache))
     planned, unusable = plan_clips(clips, infos, one_frame, skip_start=skip_start, with_images=True)
     return RawData(planned, [*bad, *unusable])
 
 
 def make_first_frames(data: RawData, folder: Path, on_bad_clip: str) -> Path:
-    """Write the images that are missing, and then the table.
+    """Write the missing images, then the table; return its path.
 
     Args:
         data: as from `plan_first_frames`.
         folder: absolute.
         on_bad_clip: "error" or "skip".
 
-    Returns:
-        The table.
-
     Raises:
-        UserError: the folder has a table already, or a clip does not decode and `on_bad_clip` is "error".
+        UserError: the folder already has a table, or a clip does not decode and `on_bad_clip` is "error".
         OSError: a file cannot be written.
     """
     table = folder / FIRST_FRAMES_FILE
     if table.exists():
         raise UserError(
-            f"--output_dir: {table} is there already; remove it to have it written anew (images that are there stay "
-            "as they are), or give another folder"
+            f"--output_dir: {table} already exists; remove it to write it again (existing images are kept), or pass "
+            "another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
     failures = write_images(data.clips, folder)
@@ -78,17 +75,17 @@ def make_first_frames(data: RawData, folder: Path, on_bad_clip: str) -> Path:
 
 
 def write_images(planned: Sequence[ClipSample], folder: Path) -> list[BadClip | None]:
-    """Write the first frames in parallel; returns for each clip why it has none, or None."""
+    """Write the first frames in parallel; return for each clip None, or why it cannot be decoded."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         results = pool.map(lambda one: write_image(one, image_path(one, folder)), planned)
         return list(tqdm(results, "Writing first frames", len(planned), unit=" clips"))
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C or on a full disk, not a million clips later
+        pool.shutdown(cancel_futures=True)  # stop at once after Ctrl-C or on a full disk
 
 
 def write_image(planned: ClipSample, image: Path) -> BadClip | None:
-    """Write the frame planned of a clip as PNG, unless the file is there, or why it cannot be decoded."""
+    """Write the planned frame of a clip as PNG unless the file exists; return why if it cannot be decoded."""
     if image.exists():
         return None
     clip = planned.clip
@@ -102,9 +99,9 @@ def write_image(planned: ClipSample, image: Path) -> BadClip | None:
 
 
 def image_path(planned: ClipSample, folder: Path) -> Path:
-    """The image that the clip names, or where its first frame goes.
+    """Return the image that the clip names, or the file of its first frame.
 
-    The name says which frame of which content it is: a clip that changed never gets the image of what it was.
+    Its name depends on the content of the clip and the frame, so that a changed clip gets a new image.
     """
     if planned.clip.image is not None:
         return planned.clip.image.absolute()
@@ -113,7 +110,7 @@ def image_path(planned: ClipSample, folder: Path) -> Path:
 
 
 def image_row(planned: ClipSample, folder: Path) -> dict[str, str]:
-    """A clip's line of the table: its paths and caption, then the other columns that it came with."""
+    """Return the table row of a clip: its paths, its caption, and its other columns."""
     row = {
         "video": str(planned.clip.video.absolute()),
         "caption": planned.clip.caption,
@@ -123,13 +120,13 @@ def image_row(planned: ClipSample, folder: Path) -> dict[str, str]:
 
 
 def table_flags(table: Path, source: DataSource) -> str:
-    """How the table is given to a script that reads it: clips must lie in a folder that is named."""
+    """Return the flags with which a script reads the table, with the folder of the clips."""
     folder = source.data_root or (source.dataset_file and source.dataset_file.absolute().parent)
     return f"--dataset_file {table}" + (f" --data_root {folder}" if folder else "")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script with the given flags; None for those of the command line."""
+    """Run the script with the flags of `argv`, or of the command line if it is None."""
     with one_line_errors():
         settings = parse_first_frame_args(argv)
         log_without_tokens(logging.INFO)
@@ -142,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(
                 f"--output_dir: {settings.output.output_dir} cannot be written ({error.strerror or error})"
             ) from error
-        print(f"wrote {table}; edit the images if you like, then give prepare_dataset.py {table_flags(table, source)}")
+        flags = table_flags(table, source)
+        print(f"wrote {table}; edit the images if you like, then pass to prepare_dataset.py: {flags}")
 
 
 if __name__ == "__main__":

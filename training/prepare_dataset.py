@@ -7,8 +7,8 @@ or
     python training/prepare_dataset.py --model_id THUDM/CogVideoX-5b --data_root clips --output_dir prepared \
       --height_buckets 480 --width_buckets 720 --dtype bf16 --save_latents_and_embeddings
 
-and on several GPUs with `torchrun --nproc_per_node=N` or `accelerate launch` in the place of `python`. A second run
-does only what is missing. `--dry_run` shows what will be made of the clips, as a table and a picture, and stops there.
+and on several GPUs with `torchrun --nproc_per_node=N` or `accelerate launch` instead of `python`. A second run does
+only what is missing. `--dry_run` only shows the samples that would be made, as a table and a picture.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ from flags.schema import flag_values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script with the given flags; None for those of the command line."""
+    """Run the script with the flags of `argv`, or of the command line if it is None."""
     with one_line_errors():
         settings = parse_prepare_args(argv)
         data = plan_raw_clips(settings.sources, settings.clips, with_images=settings.preparation.save_image_latents)
         if not (settings.preparation.dry_run and data.clips):
             check_bad_clips(data, settings.sources.on_bad_clip)
         prepare_imports(flag_values(settings), owns_process=argv is None)
-        # Importing torch and diffusers takes many seconds: flags and clips are found good first.
+        # Importing torch and diffusers takes many seconds, so flags and clips are checked first.
         from common.failures import explained_failures
         from preparation.dry_run import show_plan
         from preparation.prepare import prepare
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if settings.preparation.dry_run:
             show_plan(settings, data)
             if data.bad and settings.sources.on_bad_clip == "error":
-                raise UserError("these clips stop the preparation; mend or remove them, or give --on_bad_clip skip")
+                raise UserError("these clips stop the preparation; fix or remove them, or pass --on_bad_clip skip")
         else:
             with explained_failures(lambda: preparation_memory_advice(settings.encoding, settings.model.dtype)):
                 prepare(settings, data)

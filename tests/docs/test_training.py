@@ -8,7 +8,7 @@ import pytest
 from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 
-from args import flag_names, parse_args
+from args import parse_args
 from pages import (
     TRAINING_SCRIPTS,
     flags_of,
@@ -123,7 +123,7 @@ def test_the_command_that_repeats_a_run_reads_what_that_run_wrote(folder):
     args = parse_args(
         ["--pretrained_model_name_or_path", "a/b", "--data_root", "my-prepared"], task="text-to-video", method="lora"
     )
-    repeated, others = split_flags(args, flag_names("text-to-video", "lora"), seed=7)
+    repeated, others = split_flags(args, seed=7)
     (folder / "outputs/my-lora/config.yaml").write_text(render_config(repeated, others, []), encoding="utf-8")
     (call,) = noted_calls(BLOCKS["repeat"], folder)
     again = flags_of(call)

@@ -13,8 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from args import parse_args
 from data.buckets import Bucket
 from data.plan import plan_training_data
-from diffusion.tasks import ImageToVideo, TextToVideo
-from methods.lora import Lora
+from run.recipe import Recipe
 from run.setup import Run, set_up
 from run.spec import check_spec
 
@@ -38,10 +37,8 @@ def set_up_run(task: str, model: Path, data: Path, output: Path, *flags: str) ->
     """Set up a run of a LoRA on prepared data, as its script does."""
     AcceleratorState._reset_state(reset_partial_state=True)
     argv = [*run_flags(model, data, output), "--load_tensors", "--report_to", "none", *flags]
-    args = parse_args(argv, task=task, method="lora")
-    images = ImageToVideo(args.image.noised_image_dropout, args.image.ignore_learned_positional_embeddings)
-    lora = Lora.from_flags(args.lora, args.memory.quantize_base)
-    return set_up(check_spec(args, plan_training_data(args), images if task == images.name else TextToVideo(), lora))
+    settings = parse_args(argv, task=task, method="lora")
+    return set_up(check_spec(Recipe(settings, plan_training_data(settings))))
 
 
 def sample_latents(pipeline: CogVideoXPipeline, size: Bucket, **options) -> torch.Tensor:

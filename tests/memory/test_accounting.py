@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from data.buckets import Bucket
+from flags.optimizer import OptimizerFlags
 from make_full_size_model import full_size_configs
 from memory.accounting import MemoryAccount, account, quantized_bytes, state_bytes
 from memory.activation_bytes import block_tensors, decoding_bytes, sampling_bytes
@@ -190,7 +191,7 @@ def test_optimizer_states_are_those_of_the_real_optimizer(name, tiny_models):
     for parameter in transformer.parameters():
         torch.nn.init.ones_(parameter)  # prodigy does not keep zeros
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = make_optimizer(transformer.parameters(), optimizer_name, learning_rate=1e-3, fused=False, **settings)
+    optimizer = make_optimizer(transformer.parameters(), OptimizerFlags(optimizer_name, **settings), 1e-3, fused=False)
     # torchao compiles its step, which takes minutes and changes nothing here.
     with torch.compiler.set_stance("force_eager"):
         optimizer.step()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import curves
 import pytest
 import torch
 from accelerate import Accelerator
@@ -25,13 +26,14 @@ from torch.distributed.fsdp import fully_shard
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
-import curves
 from args import parse_args
 from common.errors import UserError
+from data.plan import RawData
 from parallel.coordinator import Coordinator
 from parallel.fsdp import load_optimizer, save_optimizer
 from parallel.lockstep import OutOfStep, lockstep
 from repository import ROOT, TRAINING
+from run.recipe import Recipe
 from run.spec import check_device
 
 
@@ -356,6 +358,5 @@ def test_fsdp_without_gpus_is_refused(launched_by, a_run, monkeypatch, tmp_path)
     launched_by(WORLD_SIZE="2")
     accelerator = SimpleNamespace(device=torch.device("cpu"), distributed_type=DistributedType.NO)
     args = parse_args(a_run(LORA, tmp_path)[1], task="text-to-video", method="lora")
-    configs = SimpleNamespace(transformer={"attention_head_dim": 64})
-    with pytest.raises(UserError, match="accelerate takes FSDP for GPUs alone"):
-        check_device(args, accelerator, configs)
+    with pytest.raises(UserError, match="accelerate supports FSDP only on GPUs"):
+        check_device(Recipe(args, RawData([])), accelerator)

@@ -80,7 +80,7 @@ def test_ranks_on_two_machines_compare_everything_that_must_agree(tmp_path):
     assert main[:2] == ["agreed", "agreed"]
     host = socket.gethostname()
     assert main[2] == (
-        f"--output_dir: '{tmp_path}/not shared' of rank 1 on {host} is not the folder of rank 0 on {host}; give a "
+        f"--output_dir: '{tmp_path}/not shared' of rank 1 on {host} is not the folder of rank 0 on {host}; pass a "
         "folder that all machines share (NFS, Lustre, ...)"
     )
     started = f"rank 1 on {host} was not started as rank 0 on {host}: "

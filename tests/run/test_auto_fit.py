@@ -1,4 +1,4 @@
-"""A run that does not fit into memory finds settings under which it does, by trying them out."""
+"""A run that does not fit into memory finds settings that fit, by trial."""
 
 import weakref
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 import cogvideox_text_to_video_lora
-from tiny_runs import SIZE
+from tiny_runs import run_flags
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 @pytest.fixture
 def short_of_memory(monkeypatch):
-    """Have forward passes that train run out of memory, but for transformers that fit by the function given."""
+    """Let training forward passes run out of memory, except those of transformers for which `fits` is true."""
     forward = CogVideoXTransformer3DModel.forward
     seen: weakref.WeakSet[CogVideoXTransformer3DModel] = weakref.WeakSet()
 
@@ -37,15 +37,14 @@ def short_of_memory(monkeypatch):
 @pytest.fixture
 def run(tiny_models, demo_clips, tmp_path):
     def run(*flags: str) -> None:
-        argv = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(demo_clips)]
-        argv += ["--caption_column", "prompts.txt", "--max_samples", "1", "--train_batch_size", "1", "--rank", "4"]
-        argv += ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "1", "--seed", "0", "--report_to", "none"]
-        cogvideox_text_to_video_lora.main([*argv, *SIZE, "--auto_fit", *flags])
+        few = ("--max_samples", "1", "--train_batch_size", "1", "--max_train_steps", "1", "--rank", "4", "--auto_fit")
+        argv = run_flags(tiny_models("5b"), demo_clips, tmp_path / "out", "--seed", "0", *few, *flags)
+        cogvideox_text_to_video_lora.main(argv)
 
     return run
 
 
-def test_a_run_starts_again_with_stronger_savings_until_it_fits(short_of_memory, run, tmp_path, capfd):
+def test_a_run_saves_more_memory_until_it_fits(short_of_memory, run, tmp_path, capfd):
     short_of_memory(lambda transformer: transformer.gradient_checkpointing)
     run()
     assert restarts(capfd) == ["--gradient_checkpointing --checkpoint_every 2"]  # the model has four blocks
@@ -53,23 +52,22 @@ def test_a_run_starts_again_with_stronger_savings_until_it_fits(short_of_memory,
     assert not list(tmp_path.rglob(".dry-run*"))
 
 
-def test_what_the_user_typed_stays(short_of_memory, run, capfd):
-    short_of_memory(lambda transformer: "Int8" in type(quantized_weight(transformer)).__name__)
+def test_flags_that_the_user_typed_are_kept(short_of_memory, run, capfd):
+    def is_quantized(transformer: CogVideoXTransformer3DModel) -> bool:
+        return "Int8" in type(transformer.transformer_blocks[0].ff.net[2].weight).__name__
+
+    short_of_memory(is_quantized)
     run("--gradient_checkpointing")
     assert restarts(capfd) == ["--offload_checkpoints", "--quantize_base int8"]
 
 
 def restarts(capfd) -> list[str]:
-    """What was added, each time."""
+    """Return the flags that each restart adds."""
     lines = capfd.readouterr().err.splitlines()
     return [line.partition("starts again with ")[2] for line in lines if "--auto_fit starts again" in line]
 
 
-def quantized_weight(transformer: CogVideoXTransformer3DModel) -> torch.Tensor:
-    return transformer.transformer_blocks[0].ff.net[2].weight
-
-
-def test_a_run_that_fits_under_no_settings_says_what_to_change(short_of_memory, run, tmp_path, capsys):
+def test_a_run_that_never_fits_says_what_to_change(short_of_memory, run, tmp_path, capsys):
     short_of_memory(lambda transformer: False)
     with pytest.raises(SystemExit, match="2"):
         run("--gradient_checkpointing", "--quantize_base", "none")
@@ -77,7 +75,7 @@ def test_a_run_that_fits_under_no_settings_says_what_to_change(short_of_memory, 
     assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
 
 
-def test_another_error_is_not_taken_for_one_of_memory(short_of_memory, run, monkeypatch):
+def test_another_error_is_raised(short_of_memory, run, monkeypatch):
     def fail(transformer, *inputs, **named):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 

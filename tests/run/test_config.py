@@ -1,4 +1,4 @@
-"""What a run writes about itself is enough to repeat it exactly."""
+"""The configuration that a run writes repeats it exactly."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +11,13 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 import cogvideox_text_to_video_lora
-from args import flag_names, parse_args
+from args import parse_args
 from common.run_folder import CONFIG_FILE
 from flags.schema import flag_values
 from memory.settings import memory_settings_of, with_memory
 from results.publish import PRIVATE
 from run.config import render_config, split_flags
+from tiny_runs import run_flags
 
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -26,19 +27,19 @@ TOKEN = "hf_" + "Secret0" * 5
 @pytest.fixture
 def run(tiny_models, demo_clips, fresh_accelerator):
     def run(output: Path, *flags: str) -> dict[str, torch.Tensor]:
-        """The weights that a run with these flags ends with."""
+        """Return the trained weights of a run with these flags."""
         AcceleratorState._reset_state(reset_partial_state=True)
-        argv = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(demo_clips)]
-        argv += ["--caption_column", "prompts.txt", "--max_samples", "2", "--train_batch_size", "1", "--rank", "4"]
-        argv += ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
-        argv = [] if "--config" in flags else [*argv, "--report_to", "none"]
-        cogvideox_text_to_video_lora.main([*argv, *flags, "--output_dir", str(output)])
+        few = ("--max_samples", "2", "--train_batch_size", "1", "--rank", "4")
+        argv = ["--output_dir", str(output)]
+        if "--config" not in flags:
+            argv = run_flags(tiny_models("5b"), demo_clips, output, *few)
+        cogvideox_text_to_video_lora.main([*argv, *flags])
         return load_file(output / LORA)
 
     return run
 
 
-def test_a_run_is_repeated_bit_for_bit_from_its_configuration(run, tmp_path):
+def test_the_configuration_repeats_a_run_bit_for_bit(run, tmp_path):
     first = run(
         tmp_path / "first",
         *("--max_train_steps", "2", "--memory_budget_gb", "64", "--random_flip", "0.5", "--caption_dropout", "0.5"),
@@ -51,13 +52,13 @@ def test_a_run_is_repeated_bit_for_bit_from_its_configuration(run, tmp_path):
     assert all(torch.equal(again[name], first[name]) for name in first)
 
 
-def test_a_resumed_run_keeps_the_configuration_that_it_began_with(run, tmp_path, capfd):
+def test_a_resumed_run_keeps_its_first_configuration(run, tmp_path, capfd):
     steps = ("--max_train_steps", "1", "--seed", "3")
     run(tmp_path, *steps)
     began = (tmp_path / CONFIG_FILE).read_text()
     resume = ("--resume_from_checkpoint", "latest")
     run(tmp_path, *steps, *resume)
-    assert not list(tmp_path.glob("config-step-*"))  # the same flags say nothing new
+    assert not list(tmp_path.glob("config-step-*"))  # the flags did not change
     run(tmp_path, "--max_train_steps", "2", *resume, "--config", str(tmp_path / CONFIG_FILE))
     assert (tmp_path / CONFIG_FILE).read_text() == began
     assert "other flags than before: --max_train_steps; noted in config-step-1.yaml" in capfd.readouterr().err
@@ -67,11 +68,11 @@ def test_a_resumed_run_keeps_the_configuration_that_it_began_with(run, tmp_path,
     went_on = yaml.safe_load(noted)
     assert went_on == yaml.safe_load(began) | {"max_train_steps": 2}
 
-    for text in ("- a list", "rank: [", "rank: \xff"):  # which somebody has made of it since
+    for text in ("- a list", "rank: [", "rank: \xff"):  # edited by someone
         (tmp_path / "config-step-1.yaml").write_bytes(text.encode("latin-1"))
         run(tmp_path, "--max_train_steps", "2", *steps[2:], *resume)
         assert (
-            "config-step-1.yaml is no list of flags any more; they are noted in config-step-2"
+            "config-step-1.yaml is not a list of flags any more; they are noted in config-step-2"
             in capfd.readouterr().err
         )
         (tmp_path / "config-step-2.yaml").unlink()
@@ -83,12 +84,12 @@ def parsed(*flags: str, method: str = "lora"):
 
 
 def written(args) -> str:
-    """The file of a run with these flags."""
-    return render_config(*split_flags(args, flag_names("text-to-video", args.method), seed=7), ["a title"])
+    """Return the configuration of a run with these flags."""
+    return render_config(*split_flags(args, seed=7), ["a title"])
 
 
 def reread(text: str, folder: Path, method: str = "lora"):
-    """The flags that a script has with that file alone."""
+    """Return the settings of a script with only that file."""
     (folder / "again.yaml").write_text(text, encoding="utf-8")
     return parse_args(["--config", str(folder / "again.yaml")], task="text-to-video", method=method)
 
@@ -103,7 +104,7 @@ def reread(text: str, folder: Path, method: str = "lora"):
         ("--optimizer", "prodigy", "--learning_rate", "1", "--mixed_precision", "no"),
     ],
 )
-def test_what_is_written_reads_as_the_same_flags(tmp_path, flags):
+def test_the_configuration_reads_as_the_same_flags(tmp_path, flags):
     args = parsed(*flags)
     again = reread(written(args), tmp_path)
     assert again.given == args.given | {"seed", "mixed_precision", "config"}
@@ -119,7 +120,7 @@ def test_what_is_written_reads_as_the_same_flags(tmp_path, flags):
         ("sft", {"weights_dtype": "bf16", "use_8bit": True, "use_torchao": True, "step_in_backward": True}),
     ],
 )
-def test_settings_of_memory_that_were_chosen_are_written_as_if_they_had_been_given(tmp_path, method, chosen):
+def test_chosen_memory_settings_are_written_like_passed_flags(tmp_path, method, chosen):
     args = parsed("--memory_budget_gb", "20", "--optimizer", "adamw", "--mixed_precision", "bf16", method=method)
     args = with_memory(args, replace(memory_settings_of(args), **chosen))
     again = reread(written(args), tmp_path, method)
@@ -128,7 +129,7 @@ def test_settings_of_memory_that_were_chosen_are_written_as_if_they_had_been_giv
     assert chosen.keys() <= again.given
 
 
-def test_all_that_was_not_given_is_there_to_be_read(tmp_path):
+def test_defaults_are_written_as_comments(tmp_path):
     comments = [line[2:] for line in written(parsed("--rank", "8")).splitlines() if line.startswith("# ")]
     values = yaml.safe_load("\n".join(comments[2:]))
     assert (values["learning_rate"], values["lora_alpha"], values["long_clips"]) == (1e-4, 64, "spread")
@@ -145,6 +146,6 @@ def test_no_token_is_written_and_a_repeated_run_uploads_nothing(tmp_path):
     assert (again.hub.push_to_hub, again.hub.hub_model_id) == (False, None)
 
 
-def test_the_configuration_names_folders_and_is_not_uploaded():
+def test_the_configuration_is_not_uploaded():
     files = [CONFIG_FILE, "config-step-12.yaml", "transformer/config.json"]
     assert list(filter_repo_objects(files, ignore_patterns=list(PRIVATE))) == ["transformer/config.json"]

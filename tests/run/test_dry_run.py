@@ -1,4 +1,4 @@
-"""A dry run goes through everything once, and leaves nothing behind."""
+"""A dry run does everything once and keeps nothing."""
 
 import shutil
 from pathlib import Path
@@ -13,18 +13,17 @@ from data.buckets import Bucket
 from data.plan import PreparedData
 from data.prepared import PreparedClip
 from run.dry_run import largest_batch, trial_folder
-from tiny_runs import SIZE
+from tiny_runs import SIZE, run_flags
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def rehearse(script, model: Path, data: Path, output: Path, *flags: str) -> None:
-    argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
-    script.main([*argv, "--caption_column", "prompts.txt", "--train_batch_size", "2", *SIZE, *flags, "--dry_run"])
+    script.main(run_flags(model, data, output, "--train_batch_size", "2", *flags, "--dry_run"))
 
 
-def test_a_dry_run_trains_saves_loads_and_samples_and_leaves_nothing(tiny_models, demo_clips, tmp_path, caplog, capfd):
+def test_a_dry_run_trains_saves_loads_samples_and_keeps_nothing(tiny_models, demo_clips, tmp_path, caplog, capfd):
     model = tiny_models("5b-i2v")
     rehearse(cogvideox_image_to_video_lora, model, demo_clips, tmp_path / "out", "--rank", "4", "--max_samples", "4")
     assert list(tmp_path.iterdir()) == []
@@ -36,7 +35,7 @@ def test_a_dry_run_trains_saves_loads_and_samples_and_leaves_nothing(tiny_models
     assert "saving, loading and sampling all work" in told
 
 
-def test_a_dry_run_does_not_touch_an_earlier_run(tiny_models, demo_clips, tmp_path):
+def test_a_dry_run_does_not_change_an_earlier_run(tiny_models, demo_clips, tmp_path):
     kept = tmp_path / "out" / "transformer" / "weights"
     kept.parent.mkdir(parents=True)
     kept.write_text("precious")
@@ -44,7 +43,7 @@ def test_a_dry_run_does_not_touch_an_earlier_run(tiny_models, demo_clips, tmp_pa
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]
 
 
-def test_a_dry_run_fails_where_sampling_does(tiny_models, demo_clips, tmp_path, capsys):
+def test_a_dry_run_fails_if_sampling_fails(tiny_models, demo_clips, tmp_path, capsys):
     Image.new("RGB", (64, 64)).save(tmp_path / "start.png")
     model = Path(shutil.copytree(tiny_models("5b-i2v"), tmp_path / "model"))
     scheduler = model / "scheduler" / "scheduler_config.json"
@@ -56,7 +55,7 @@ def test_a_dry_run_fails_where_sampling_does(tiny_models, demo_clips, tmp_path, 
     assert not (tmp_path / ".dry-run.out").exists()
 
 
-def test_a_dry_run_lists_the_samples_that_cannot_be_read(tiny_models, demo_clips, tmp_path, capsys):
+def test_a_dry_run_lists_unreadable_samples(tiny_models, demo_clips, tmp_path, capsys):
     prepared, model = tmp_path / "prepared", tiny_models("5b")
     flags = ["--model_id", str(model), "--data_root", str(demo_clips), "--output_dir", str(prepared)]
     flags += ["--max_samples", "4", "--save_latents_and_embeddings", "--layout", "files"]
@@ -80,16 +79,14 @@ def samples(count: int, *size: int, repeats: float = 1.0) -> list[PreparedClip]:
     [
         (samples(8, 9, 64, 64), samples(1, 17, 64, 64), 1, 1, (17, 1)),
         (samples(8, 9, 64, 64), samples(1, 17, 64, 64), 4, 1, (9, 4)),
-        # Each rank has a batch of its own.
+        # Each rank has another batch.
         (samples(16, 9, 64, 64), samples(4, 17, 64, 64), 1, 8, (17, 8)),
-        # A sample that comes four times in an epoch fills a batch of four.
+        # A sample that is drawn four times in an epoch fills a batch of four.
         (samples(8, 9, 64, 64), samples(1, 17, 64, 64, repeats=4), 4, 1, (17, 4)),
         (samples(64, 9, 64, 64, repeats=0.25), samples(1, 17, 64, 64), 4, 1, (9, 4)),
     ],
 )
-def test_the_largest_batch_is_the_one_with_most_pixels_that_a_rank_can_meet(
-    small, large, batch_size, num_ranks, expected
-):
+def test_the_largest_batch_is_the_one_with_most_pixels(small, large, batch_size, num_ranks, expected):
     largest = largest_batch(PreparedData([*small, *large], []), batch_size, num_ranks, accumulation=1)
     frames, count = expected
     assert [clip.bucket.num_frames for clip in largest.clips] == [frames] * count

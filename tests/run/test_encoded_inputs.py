@@ -1,4 +1,4 @@
-"""What training needs of the other networks is encoded before the transformer is loaded."""
+"""Prompts and images are encoded before the transformer is loaded."""
 
 import pytest
 import torch
@@ -8,28 +8,25 @@ from args import parse_args
 from common.errors import UserError
 from data.plan import PreparedData, RawData, plan_training_data
 from data.prepared import write_empty_prompt
-from diffusion.tasks import ImageToVideo
-from methods.lora import Lora
 from models.source import ModelSource
 from run.encoded_inputs import encode_inputs, find_empty_prompt
+from run.recipe import Recipe
 from run.spec import check_spec
+from tiny_runs import run_flags
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.mark.parametrize(("mode", "left"), [("center", (0, 255, 0)), ("none", (255, 0, 0))])
-def test_images_to_begin_with_are_cut_to_the_videos_size_as_clips_are(tiny_models, demo_clips, tmp_path, mode, left):
+def test_first_frames_are_cropped_like_clips(tiny_models, demo_clips, tmp_path, mode, left):
     wide = Image.new("RGB", (400, 64), (0, 255, 0))
     wide.paste((255, 0, 0), (0, 0, 100, 64))
     wide.save(tmp_path / "wide.png")
-    argv = ["--pretrained_model_name_or_path", str(tiny_models("5b-i2v")), "--data_root", str(demo_clips)]
-    argv += ["--caption_column", "prompts.txt", "--max_samples", "1", "--height", "64", "--width", "96"]
-    argv += ["--frame_buckets", "17", "--max_num_frames", "17", "--report_to", "none", "--output_dir", str(tmp_path)]
-    argv += ["--validation_prompt", "a", "--validation_images", str(tmp_path / "wide.png")]
-    args = parse_args([*argv, "--video_reshape_mode", mode], task="image-to-video", method="lora")
-    data = plan_training_data(args)
-    inputs = encode_inputs(check_spec(args, data, ImageToVideo(0.05, False), Lora(4, 4.0)))
+    flags = ("--max_samples", "1", "--validation_prompt", "a", "--validation_images", str(tmp_path / "wide.png"))
+    argv = run_flags(tiny_models("5b-i2v"), demo_clips, tmp_path, *flags, "--video_reshape_mode", mode)
+    args = parse_args(argv, task="image-to-video", method="lora")
+    inputs = encode_inputs(check_spec(Recipe(args, plan_training_data(args))))
     (image,) = inputs.images
     if mode == "center":
         assert image.size == (96, 64)
@@ -39,7 +36,7 @@ def test_images_to_begin_with_are_cut_to_the_videos_size_as_clips_are(tiny_model
     assert inputs.empty_prompt is None  # no caption is dropped
 
 
-def test_the_empty_prompt_is_the_one_that_the_data_was_prepared_with(tiny_models, tmp_path):
+def test_the_empty_prompt_comes_from_the_prepared_data(tiny_models, tmp_path):
     configs = ModelSource(str(tiny_models("5b"))).configs()
     older, newer = tmp_path / "older", tmp_path / "newer"
     older.mkdir()

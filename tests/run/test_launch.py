@@ -10,20 +10,21 @@ from common.errors import UserError
 from run.launch import start_accelerator
 
 
-def test_fp8_of_the_accelerate_config_is_refused(monkeypatch):
+def test_fp8_in_the_accelerate_config_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     settings = parse_args(
         ["--pretrained_model_name_or_path", "a/b", "--data_root", "."], task="text-to-video", method="lora"
     )
-    with pytest.raises(UserError, match="fp8, which is not supported; give bf16"):
-        start_accelerator(settings)
+    with pytest.raises(UserError, match="fp8, which is not supported; pass bf16"):
+        start_accelerator(settings.training, settings.tracking, allow_tf32=False)
 
 
-def test_autocast_keeps_no_copies_of_weights_and_computes_the_same(tiny_models, tmp_path, fresh_accelerator):
+def test_autocast_without_cached_weights_computes_the_same(tiny_models, tmp_path, fresh_accelerator):
     (tmp_path / "data").mkdir()
     argv = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(tmp_path / "data")]
     argv += ["--output_dir", str(tmp_path / "out"), "--mixed_precision", "bf16", "--report_to", "none"]
-    accelerator = start_accelerator(parse_args(argv, task="text-to-video", method="sft"))
+    settings = parse_args(argv, task="text-to-video", method="sft")
+    accelerator = start_accelerator(settings.training, settings.tracking, allow_tf32=False)
     assert accelerator.autocast_handler.cache_enabled is False
     computed = []
     for handler in (accelerator.autocast_handler, AutocastKwargs()):

@@ -1,4 +1,4 @@
-"""Runs whose settings are changed so that they fit into memory."""
+"""Memory settings are chosen so that a run fits."""
 
 import json
 from dataclasses import asdict
@@ -12,61 +12,53 @@ from common.errors import UserError
 from common.logs import start_logging
 from common.run_folder import STATE_FILE
 from data.buckets import Bucket
-from data.plan import TrainingData, plan_training_data
+from data.plan import plan_training_data
 from flags.schema import replace_flags
-from flags.settings import TrainingSettings
 from memory.settings import MemorySettings, memory_settings_of
-from methods.full import FullFinetune
-from methods.lora import Lora
-from models.source import ModelSource
-from run.memory_fit import choose_by_budget, chosen_before, run_facts, step_down, training_memory_advice, with_settings
+from run.memory_fit import choose_by_budget, chosen_before, run_facts, step_down, training_memory_advice
+from run.recipe import Recipe
+from tiny_runs import run_flags
 
 
 @pytest.fixture
 def make_run(tiny_models, demo_clips, tmp_path):
-    """Flags, data and method of a run."""
-
-    def make(method: str, *flags: str) -> tuple[TrainingSettings, TrainingData, Lora | FullFinetune]:
-        size = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
-        size += ["--height_buckets", "64", "--width_buckets", "96"]
-        paths = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(demo_clips)]
-        paths += ["--dataset_file", str(demo_clips / "metadata.csv"), "--output_dir", str(tmp_path / "out")]
-        paths += ["--caption_column", "caption"]
-        args = parse_args([*paths, *size, "--train_batch_size", "2", *flags], task="text-to-video", method=method)
-        chosen = Lora(8, 8) if method == "lora" else FullFinetune(weights_dtype=args.memory.weights_dtype)
-        return args, plan_training_data(args), chosen
+    def make(method: str, *flags: str) -> Recipe:
+        rank = ("--rank", "8") if method == "lora" else ()
+        argv = run_flags(tiny_models("5b"), demo_clips, tmp_path / "out", "--train_batch_size", "2", *rank, *flags)
+        args = parse_args(argv, task="text-to-video", method=method)
+        return Recipe(args, plan_training_data(args))
 
     return make
 
 
-def test_a_budget_that_is_ample_keeps_the_fastest_settings(make_run, capsys):
+def test_a_large_budget_keeps_the_fastest_settings(make_run, capsys):
     run = make_run("lora", "--memory_budget_gb", "80")
     start_logging()
-    assert choose_by_budget(*run) == memory_settings_of(run[0])
+    assert choose_by_budget(run) == memory_settings_of(run.settings)
     logged = capsys.readouterr().err
     assert "--memory_budget_gb 80: nothing to change; takes " in logged and "(calculated, not measured)" in logged
 
 
-def test_a_budget_that_is_too_small_is_refused(make_run):
+def test_a_small_budget_is_refused(make_run):
     run = make_run("lora", "--memory_budget_gb", "0.1")
     with pytest.raises(UserError, match=r"--memory_budget_gb 0\.1: nothing fits; .*--stream_blocks"):
-        choose_by_budget(*run)
+        choose_by_budget(run)
 
 
-def test_stepping_down_goes_to_the_last_rung_one_by_one(make_run, caplog):
-    args, data, method = make_run("sft", "--optimizer", "adamw", "--mixed_precision", "bf16")
+def test_stepping_down_reaches_all_rungs(make_run, caplog):
+    recipe = make_run("sft", "--optimizer", "adamw", "--mixed_precision", "bf16")
     rungs = []
-    while settings := step_down(args, data, method):
-        args, method = with_settings(args, method, settings)
-        rungs.append((args, method))
-    assert rungs[0][0].memory.gradient_checkpointing
-    # The method changes with the flags.
-    assert next(method for args, method in rungs if args.memory.weights_dtype == "bf16").weights_dtype == "bf16"
-    assert next(args for args, _ in rungs if args.optimizer.step_in_backward).optimizer.max_grad_norm == 0
+    while memory := step_down(recipe):
+        recipe = recipe.with_memory(memory)
+        rungs.append(recipe)
+    assert rungs[0].settings.memory.gradient_checkpointing
+    assert "bf16" in {recipe.method.weights_dtype for recipe in rungs}
+    optimizers = [recipe.settings.optimizer for recipe in rungs]
+    assert {flags.max_grad_norm for flags in optimizers if flags.step_in_backward} == {0}
     assert "--step_in_backward (gradients are not clipped)" in caplog.text
 
 
-def test_a_resumed_run_has_the_settings_that_were_chosen_when_it_began(make_run, tmp_path):
+def test_a_resumed_run_keeps_the_settings_chosen_when_it_began(make_run, tmp_path):
     checkpoint = tmp_path / "out" / "checkpoint-5"
     checkpoint.mkdir(parents=True)
     (checkpoint / "pytorch_lora_weights.safetensors").touch()
@@ -74,23 +66,22 @@ def test_a_resumed_run_has_the_settings_that_were_chosen_when_it_began(make_run,
     for noted in (memory, {}):
         (checkpoint / STATE_FILE).write_text(json.dumps(asdict(TrainerState(5, 0, {}, noted))))
         write_manifest(checkpoint)
-        args, _, _ = make_run("lora", "--memory_budget_gb", "80", "--resume_from_checkpoint", str(checkpoint))
+        args = make_run("lora", "--memory_budget_gb", "80", "--resume_from_checkpoint", str(checkpoint)).settings
         assert chosen_before(args) == (MemorySettings(**noted) if noted else None)
-    # Now the flags say the settings.
+    # Without the flag, the settings are those of the other flags.
     assert chosen_before(replace_flags(args, memory_budget_gb=None)) is None
 
 
-def test_what_memory_depends_on_is_read_from_the_run(make_run, tiny_models):
-    configs = ModelSource(str(tiny_models("5b"))).configs()
-    facts = run_facts(*make_run("lora", "--validation_prompt", "a circle"), configs)
+def test_facts_are_those_of_the_run(make_run):
+    facts = run_facts(make_run("lora", "--validation_prompt", "a circle"))
     assert (facts.size, facts.batch_size, facts.sampled) == (Bucket(17, 64, 96), 2, Bucket(17, 64, 96))
     assert facts.adapters == "rank 8 on to_k to_out.0 to_q to_v"
-    assert run_facts(*make_run("sft"), configs).adapters == ""
+    assert run_facts(make_run("sft")).adapters == ""
 
 
-def test_the_savings_advised_are_those_of_the_ladder_each_smaller_than_the_one_before(make_run):
-    args, data, method = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "4")
-    now, batch, *rungs, sizes = training_memory_advice(args, data, method)
+def test_advice_follows_the_ladder_and_each_line_takes_less(make_run):
+    run = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "4")
+    now, batch, *rungs, sizes = training_memory_advice(run)
     assert now.startswith("now: 4 x 17x64x96 takes ") and now.endswith("GB (calculated, not measured)")
     assert batch.startswith("--train_batch_size 1 --gradient_accumulation_steps 4 (the same steps): ")
     assert rungs[0].startswith("--gradient_checkpointing --checkpoint_every ")
@@ -100,14 +91,14 @@ def test_the_savings_advised_are_those_of_the_ladder_each_smaller_than_the_one_b
     assert "--height" in sizes
 
 
-def test_savings_that_are_made_already_are_not_advised(make_run):
+def test_advice_omits_savings_that_are_on(make_run):
     flags = ("--gradient_checkpointing", "--quantize_base", "int8", "--stream_blocks", "--train_batch_size", "1")
-    _, *rungs, _ = training_memory_advice(*make_run("lora", "--mixed_precision", "bf16", *flags))
+    _, *rungs, _ = training_memory_advice(make_run("lora", "--mixed_precision", "bf16", *flags))
     assert [line.split(":")[0] for line in rungs] == ["--offload_checkpoints"]
 
 
-def test_what_is_advised_takes_as_little_as_it_says(make_run):
-    args, data, method = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "1")
-    flags, said = training_memory_advice(args, data, method)[-2].split(": ")
-    args, data, method = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "1", *flags.split())
-    assert f"takes {said.split(',')[0]} " in training_memory_advice(args, data, method)[0]
+def test_advice_takes_the_memory_that_it_names(make_run):
+    run = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "1")
+    flags, said = training_memory_advice(run)[-2].split(": ")
+    run = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "1", *flags.split())
+    assert f"takes {said.split(',')[0]} " in training_memory_advice(run)[0]

@@ -1,4 +1,4 @@
-"""The block of lines that says what a run is about to do."""
+"""The summary of a run before its first step."""
 
 from dataclasses import replace
 
@@ -7,27 +7,26 @@ import torch
 
 from args import parse_args
 from data.plan import plan_training_data
-from diffusion.tasks import TextToVideo
 from memory.ladder import Choice
 from memory.settings import GB, MemorySettings
 from methods.full import FullFinetune
 from methods.lora import Lora
 from models.source import ModelSource
+from run.recipe import Recipe
 from run.setup import make_sampler
 from run.spec import check_spec
 from run.summary import describe_expected_memory, describe_method, describe_model, describe_start
+from tiny_runs import run_flags
 
 
 @pytest.fixture
 def summarize(tiny_models, demo_clips, tmp_path, fresh_accelerator):
     def summarize(*flags: str, padding: int = 0, done: int = 0) -> dict[str, str]:
-        """The lines of a run's summary by their names."""
-        argv = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(demo_clips)]
-        argv += ["--caption_column", "prompts.txt", "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
-        argv += ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
-        argv += ["--seed", "0", "--max_train_steps", "30", "--train_batch_size", "2", "--optimizer", "adamw"]
-        args = parse_args([*argv, *flags], task="text-to-video", method="lora")
-        spec = check_spec(args, plan_training_data(args), TextToVideo(), Lora(rank=8, alpha=4))
+        """Return the lines of a run's summary by their names."""
+        small = ("--seed", "0", "--train_batch_size", "2", "--optimizer", "adamw", "--rank", "8", "--lora_alpha", "4")
+        argv = run_flags(tiny_models("5b"), demo_clips, tmp_path / "out", "--max_train_steps", "30", *small, *flags)
+        args = parse_args(argv, task="text-to-video", method="lora")
+        spec = check_spec(Recipe(args, plan_training_data(args)))
         spec = replace(spec, state=replace(spec.state, step=done))
         _, schedule = make_sampler(spec, spec.state.schedule)
         transformer = spec.source.load_transformer(torch.float32)
@@ -40,20 +39,14 @@ def summarize(tiny_models, demo_clips, tmp_path, fresh_accelerator):
     return summarize
 
 
-def test_a_run_says_what_it_is_about_to_do(summarize, tmp_path):
-    flags = (
-        "--gradient_accumulation_steps",
-        "2",
-        "--scale_lr",
-        "--validation_prompt",
-        "a:::b",
-        "--checkpointing_steps",
-    )
-    lines = summarize(*flags, "15", "--validation_steps", "10", "--no-validate_first", padding=3)
+def test_the_summary_describes_the_run(summarize, tmp_path):
+    flags = ("--gradient_accumulation_steps", "2", "--scale_lr", "--checkpointing_steps", "15")
+    flags += ("--validation_prompt", "a:::b", "--validation_steps", "10", "--no-validate_first")
+    lines = summarize(*flags, padding=3)
     assert lines["model"].split(": ")[-1] == "CogVideoX text-to-video, 4 blocks, rotary positions, made for 17x64x96"
     assert lines["training"] == "LoRA of rank 8, alpha 4: 32,768 of 1,280,192 parameters"
     assert lines["data"] == "16 samples (frames x height x width): 16 x 17x64x96"
-    assert lines["steps"].startswith("1 to 30, up to 4 samples a step, 4 steps an epoch; 3 batches come twice")
+    assert lines["steps"].startswith("1 to 30, up to 4 samples a step, 4 steps an epoch; 3 batches are drawn twice")
     assert lines["optimizer"] == "adamw, learning rate 0.0004, constant"
     assert lines["devices"] == "1 x cpu, precision no"
     assert lines["memory"].endswith(" GB on a GPU expected (calculated, not measured)")
@@ -62,13 +55,13 @@ def test_a_run_says_what_it_is_about_to_do(summarize, tmp_path):
     assert lines["written"] == "every 15 steps a checkpoint of 0 MB; losses to loss.png, metrics.jsonl"
 
 
-def test_what_is_not_validated_is_said_too(summarize):
+def test_the_summary_describes_the_validation(summarize):
     assert summarize()["validation"] == "none"
     often = ("--validation_prompt", "a", "--num_validation_videos", "3", "--validation_epochs", "1")
     assert summarize(*often)["validation"] == "3 videos, before the first step, every epoch, at the end"
 
 
-def test_a_run_that_is_resumed_says_what_is_left(summarize):
+def test_the_summary_of_a_resumed_run_has_the_steps_left(summarize):
     assert summarize("--validation_prompt", "a", done=12)["steps"].startswith("13 to 30, ")
     finished = summarize("--validation_prompt", "a", done=30)
     assert (finished["steps"], finished["validation"]) == ("none left of 30", "1 video, at the end")
@@ -82,18 +75,18 @@ def test_a_run_that_is_resumed_says_what_is_left(summarize):
         ("1.5-5b", "CogVideoX 1.5 text-to-video, 4 blocks, rotary positions, made for 17x64x96"),
     ],
 )
-def test_a_model_is_described_by_its_configs(tiny_models, kind, words):
+def test_a_model_is_described_from_its_configs(tiny_models, kind, words):
     assert describe_model(ModelSource(str(tiny_models(kind))).configs()) == words
 
 
-def test_a_method_is_described_by_what_it_trains():
+def test_a_method_is_described():
     assert describe_method(Lora(64, 32, quantize_base="int8")) == "LoRA of rank 64, alpha 32 on a base in int8"
-    assert describe_method(FullFinetune(weights_dtype="bf16")) == "all weights, kept in bf16"
+    assert describe_method(FullFinetune(weights_dtype="bf16")) == "full fine-tuning, weights in bf16"
 
 
 @pytest.mark.gpu
-def test_expected_memory_stands_beside_what_the_card_has():
+def test_expected_memory_is_compared_with_the_card():
     choice = Choice(MemorySettings("lora"), 3 * GB, is_measured=True)
     card = torch.cuda.get_device_properties(0).total_memory / GB
     said = describe_expected_memory(choice, torch.device("cuda"), shares=True)
-    assert said == f"3.00 GB of {card:.2f} GB expected (measured on a GPU), less where GPUs share weights"
+    assert said == f"3.00 GB of {card:.2f} GB expected (measured on a GPU), less if GPUs shard weights"

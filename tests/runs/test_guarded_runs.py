@@ -73,7 +73,7 @@ def test_trackers_and_an_upload_that_fail_leave_the_result_and_nothing_shows_the
 
     shown = "".join(capfd.readouterr())
     assert load_file(output / "pytorch_lora_weights.safetensors")
-    assert "warning: tensorboard failed (ConnectionError: refused (hidden)); training goes on" in shown
+    assert "warning: tensorboard failed (ConnectionError: refused (hidden)); training continues" in shown
     assert "error: the result was not uploaded (ConnectionError: refused (hidden))" in shown
     files = [path for path in output.rglob("*") if path.is_file()]
     assert {"trainer_state.json", "hparams.yml", "README.md"} - {path.name for path in files} == {"README.md"}

@@ -96,7 +96,7 @@ def test_a_tracker_that_cannot_be_started_is_skipped_with_a_warning(tmp_path, mo
     accelerator.end_training()
     assert accelerator.trackers == []
     assert f"warning: {report_to} cannot be started (" in caplog.text
-    assert f"warning: going on without {report_to}" in caplog.text
+    assert f"warning: training continues without {report_to}" in caplog.text
 
 
 def test_wandb_without_its_server_keeps_its_files(tmp_path, monkeypatch, caplog):
@@ -108,7 +108,7 @@ def test_wandb_without_its_server_keeps_its_files(tmp_path, monkeypatch, caplog)
     accelerator.log({"loss": 1.0}, step=1)
     accelerator.end_training()
     assert "warning: wandb cannot be started (" in caplog.text
-    assert "send them by `wandb sync`" in caplog.text
+    assert "send them with `wandb sync`" in caplog.text
     assert list((tmp_path / "logs/wandb").glob("offline-run-*/*.wandb"))
 
 

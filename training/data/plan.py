@@ -1,9 +1,10 @@
-"""What a run will see, settled from flags and files before anything heavy is imported or any model is loaded."""
+"""Plan the samples of a run from flags and files, before anything heavy is imported or any model is loaded."""
 
 import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ SKIPPED_FILE = "skipped_clips.csv"
 
 @dataclass(frozen=True)
 class RawData:
-    """Clips to be decoded, and those that cannot be used."""
+    """Clips to decode, and clips that cannot be used."""
 
     clips: Sequence[ClipSample]
     bad: Sequence[BadClip] = ()
-    held_out: "RawData | None" = None  # clips whose loss is measured, and which are not trained on
+    held_out: "RawData | None" = None  # clips whose loss is measured, not trained on
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -41,17 +42,17 @@ class RawData:
 
     @property
     def repeats(self) -> list[float]:
-        """How often each clip comes in an epoch."""
+        """How often each clip is drawn in an epoch."""
         return [planned.clip.repeats for planned in self.clips]
 
     @property
     def captions(self) -> list[str]:
-        """The captions to be embedded."""
+        """The captions to embed."""
         return [planned.clip.caption for planned in self.clips]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with what is trained on, not with where it lies."""
+        """A description that changes with the content of the samples, not with their paths."""
         return _describe_samples(
             [
                 (
@@ -68,23 +69,23 @@ class RawData:
 
     @property
     def num_listed(self) -> int:
-        """How many clips were listed, those that cannot be used among them; one that is split counts once."""
+        """The number of listed clips, unusable ones included; a split clip counts once."""
         return len({id(planned.clip) for planned in self.clips}) + len(self.bad)
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Samples that were prepared."""
+    """Prepared samples."""
 
     clips: Sequence[PreparedClip]
-    folders: Sequence[Path]  # they lie in
-    held_out: RawData | None = None  # clips whose loss is measured, and which are not trained on
+    folders: Sequence[Path]  # of the samples
+    held_out: RawData | None = None  # clips whose loss is measured, not trained on
 
-    captions = ()  # embedded already
+    captions = ()  # already embedded
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with what is trained on, not with where it lies."""
+        """A description that changes with the content of the samples, not with their paths."""
         return _describe_samples(
             [(clip.name, clip.prompt_embeds.key, clip.bucket, clip.repeats) for clip in self.clips]
         )
@@ -96,7 +97,7 @@ class PreparedData:
 
     @property
     def repeats(self) -> list[float]:
-        """How often each sample comes in an epoch."""
+        """How often each sample is drawn in an epoch."""
         return [clip.repeats for clip in self.clips]
 
 
@@ -104,15 +105,14 @@ TrainingData = RawData | PreparedData
 
 
 def _describe_samples(samples: Sequence[tuple]) -> str:
-    """How many, and a digest of them in their order, by which batches are drawn."""
     return f"{len(samples)} samples ({digest_lines(map(repr, samples))})"
 
 
 def plan_training_data(settings: TrainingSettings) -> TrainingData:
-    """Find the clips that the training flags name, and those held out.
+    """Find the training clips and the held-out clips of the flags.
 
     Raises:
-        UserError: files are missing or unusable; all of them are listed.
+        UserError: lists all files that are missing or unusable.
     """
     sources, with_images = settings.sources, settings.task == "image-to-video"
     if settings.prepared.load_tensors:
@@ -127,26 +127,22 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
 
 
 def _check_held_out(data: RawData, held_out: RawData) -> None:
-    """Refuse clips that are trained on and held out as well: their loss would show no overfitting."""
+    """Refuse held-out clips that are also trained on: their loss would not show overfitting."""
     trained = {planned.info.sha256 for planned in data.clips}
     both = [str(planned.clip.video) for planned in held_out.clips if planned.info.sha256 in trained]
     if both:
-        title = (
-            f"--validation_dataset_file: {len(both)} of its clips are trained on too; take them out of one of the two:"
-        )
-        raise UserError(listing(title, both))
+        what = f"{len(both)} of its clips are trained on too; remove them from one of the two:"
+        raise UserError(listing(f"--validation_dataset_file: {what}", both))
 
 
 def plan_raw_clips(flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bool = False) -> RawData:
-    """List, probe and bucket the clips.
+    """List the clips, probe them, and assign them to buckets.
 
     Args:
-        flags: where they are.
-        clip_flags: how they become samples.
-        with_images: clips that name an image need it.
+        with_images: the images that clips name are needed.
 
     Raises:
-        UserError: lists are missing or malformed.
+        UserError: a list is missing or malformed.
     """
     cache = default_cache_folder()
     buckets = make_buckets(clip_flags.frame_buckets, clip_flags.height_buckets, clip_flags.width_buckets)
@@ -175,31 +171,27 @@ def plan_raw_clips(flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bo
 
 
 def plan_validation_clips(settings: TrainingSettings, *, with_images: bool) -> RawData | None:
-    """List, probe and bucket the clips of --validation_dataset_file, held out from training.
+    """Plan the held-out clips of --validation_dataset_file; None without it.
 
-    They get frames and sizes as the training clips do, but one sample each: of a clip that is split, its first part.
-
-    Returns:
-        The clips; None where none are held out.
+    They are cut and resized like the training clips, but each has one sample: a split clip its first part.
 
     Raises:
-        UserError: the table cannot be used, or clips cannot; all of them are listed.
+        UserError: the table cannot be used; or lists all clips that cannot.
     """
     if settings.validation.validation_dataset_file is None:
         return None
     data = plan_raw_clips(*validation_data_flags(settings), with_images=with_images)
     if data.bad:
-        what = f"{len(data.bad)} of {data.num_listed} clips"
-        title = f"--validation_dataset_file: {what} cannot be used; mend or remove them:"
-        raise UserError(listing(title, data.bad, most=len(data.bad)))
+        what = f"{len(data.bad)} of {data.num_listed} clips cannot be used; fix or remove them:"
+        raise UserError(listing(f"--validation_dataset_file: {what}", data.bad, most=len(data.bad)))
     return RawData([planned for planned in data.clips if planned.part == 0])
 
 
 def validation_data_flags(settings: TrainingSettings) -> tuple[SourceFlags, ClipFlags]:
-    """Return the flags that the clips of --validation_dataset_file are read with.
+    """Return the flags to read the clips of --validation_dataset_file with.
 
-    They are those of training, except for where the clips are, and with nothing random. Where the training data was
-    prepared, frames and sizes are as it was prepared with, as far as its folders agree.
+    They are those of training except for the places of the clips, and nothing is random. For prepared training data,
+    frames and sizes are those of the preparation, if all prepared folders agree on them.
     """
     places = {"data_root": None, "dataset_name": None, "dataset_mix": None, "max_samples": None}
     sources = replace(settings.sources, **places, dataset_file=settings.validation.validation_dataset_file)
@@ -225,11 +217,11 @@ def _common_flags(made_with: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[ClipSample]]) -> list[ClipSample]:
-    """The samples of all data sets, with weights turned into repeats: weights count samples, not listed clips."""
+    """Join the samples of all data sets, with weights as repeats: weights count samples, not listed clips."""
     joined = []
     for repeats, samples in zip(weights_to_repeats(sources, list(map(len, planned))), planned, strict=True):
         if repeats is not None:
-            # The samples of a clip keep sharing it.
+            # The samples of a clip still share it.
             clips = {id(sample.clip): replace(sample.clip, repeats=repeats) for sample in samples}
             samples = [replace(sample, clip=clips[id(sample.clip)]) for sample in samples]
         joined += samples
@@ -237,14 +229,14 @@ def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[ClipSamp
 
 
 def check_bad_clips(data: RawData, on_bad_clip: str) -> None:
-    """Refuse clips that cannot be used, unless they are to be left out and some others remain.
+    """Check that no clip is unusable or, if `on_bad_clip` is "skip", that any clip is usable.
 
     Raises:
-        UserError: one for all of them, each with its reason.
+        UserError: lists all unusable clips with their reasons.
     """
     if not data.bad or (data.clips and on_bad_clip == "skip"):
         return
-    advice = "; mend or remove them, or leave them out by --on_bad_clip skip" if data.clips else ""
+    advice = "; fix or remove them, or skip them with --on_bad_clip skip" if data.clips else ""
     title = f"{len(data.bad)} of {data.num_listed} clips cannot be used{advice}:"
     raise UserError(listing(title, data.bad, most=len(data.bad)))
 
@@ -283,32 +275,29 @@ def _read_prepared(sources: Sequence[DataSource]) -> PreparedData:
 def _prepared_folders(sources: Sequence[DataSource]) -> list[Path]:
     folders = [source.data_root for source in sources]
     if None in folders:
-        raise UserError("--load_tensors: give the prepared folder as --data_root (in every entry of --dataset_mix)")
+        raise UserError("--load_tensors: pass the prepared folder as --data_root (in every entry of --dataset_mix)")
     return list(dict.fromkeys(folders))
 
 
 def describe_plan(
     data: TrainingData, model: Any, configs: Any, *, batch_size: int, num_ranks: int = 1, reshape_mode: str = "center"
 ) -> str:
-    """The plan as a table for the log.
+    """Return the plan as a table for the log.
 
     Args:
-        data: what is to be trained on or prepared.
         model: a `ModelSource`, for its tokenizer.
         configs: its `ModelConfigs`.
         batch_size: on one rank.
-        num_ranks: that share the data.
-        reshape_mode: how clips of another aspect get their bucket's size.
+        num_ranks: ranks that share the data.
+        reshape_mode: how clips of another aspect ratio are fitted into their bucket.
     """
     tokens = configs.transformer["max_text_seq_length"]
 
-    def tokens_of(bucket: Bucket) -> int:
-        return count_tokens(configs.transformer, bucket)
-
+    tokens_of = partial(count_tokens, configs.transformer)
     if isinstance(data, PreparedData):
-        counts = {bucket: data.buckets.count(bucket) for bucket in sorted(set(data.buckets))}
         return "\n".join(
-            f"{bucket}: {count} prepared samples of {tokens_of(bucket)} tokens" for bucket, count in counts.items()
+            f"{bucket}: {count} prepared samples of {tokens_of(bucket)} tokens"
+            for bucket, count in sorted(Counter(data.buckets).items())
         )
     return plan_table(
         data.clips,
@@ -317,14 +306,14 @@ def describe_plan(
         tokens_of=tokens_of,
         num_long_captions=model.count_long_captions(data.captions, tokens),
         max_caption_tokens=tokens,
-        # CogVideoX 1.5, the one that patches in time, was trained at 16 frames a second, the others at 8.
+        # CogVideoX 1.5, the only version with temporal patches, was trained at 16 frames a second.
         model_fps=8 if configs.transformer.get("patch_size_t") is None else 16,
         reshape_mode=reshape_mode,
     )
 
 
 def report_skipped(bad: Sequence[BadClip], folder: Path) -> None:
-    """Write the clips left out to `skipped_clips.csv` in the output folder, and say so; none: remove the file."""
+    """Write the skipped clips to `skipped_clips.csv` in the output folder and say so; remove the file if none are."""
     path = folder / SKIPPED_FILE
     if not bad:
         path.unlink(missing_ok=True)
@@ -333,5 +322,5 @@ def report_skipped(bad: Sequence[BadClip], folder: Path) -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("clip", "source", "reason"))
         table.writerows((clip.what, clip.source, clip.reason) for clip in bad)
-    # Not by the logger, which is silent on all ranks but the first.
-    tqdm.write(f"{len(bad)} of the clips cannot be used and are left out: see {path}")
+    # Not logged, because in a preparation only the first rank logs.
+    tqdm.write(f"{len(bad)} of the clips cannot be used and are skipped: see {path}")

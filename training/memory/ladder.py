@@ -1,7 +1,7 @@
-"""Which settings fit into how much GPU memory: the ladder from the fastest to the smallest, and the rung to choose.
+"""Choose memory settings that fit a GPU, from a ladder that goes from the fastest to the smallest.
 
-A rung is chosen by what was measured on a GPU where there is such a row (`benchmarks/memory.json`), else by
-calculation with a margin; what is said names which of the two it was.
+The memory of a rung is measured if `benchmarks/memory.json` has such a row, otherwise calculated with a margin;
+messages say which.
 """
 
 import json
@@ -19,11 +19,11 @@ from flags.settings import TrainingSettings
 from memory.settings import GB, MemorySettings, describe_change, with_memory
 
 
-# Beside the repository's training/, wherever that lies.
+# Beside training/ in the repository.
 MEASURED_FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "memory.json"
 
-_CONTEXT = 0.6 * GB  # CUDA's own, and the work space of libraries: no part of what torch reports
-_MARGIN = 1.08  # what torch reserves is more than what is allocated
+_CONTEXT = 0.6 * GB  # of CUDA, and the work space of libraries, which torch does not report
+_MARGIN = 1.08  # torch reserves more than is allocated
 
 _CHECKPOINTS = {"gradient_checkpointing": True, "checkpoint_scope": "block"}
 _LORA_LADDER: tuple[dict[str, Any], ...] = (
@@ -52,7 +52,7 @@ _SFT_LADDER: tuple[dict[str, Any], ...] = (
         "offload_gradients": True,
     },
 )
-# What belongs together: who says one of these has said all.
+# Flags that belong together: passing one of a group fixes all of it.
 _GROUPS = (
     ("gradient_checkpointing", "checkpoint_scope", "checkpoint_every"),
     ("quantize_base", "stream_blocks"),
@@ -63,53 +63,53 @@ _GROUPS = (
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What memory depends on beside the settings; rows were measured for some of these."""
+    """The facts of a run that memory depends on besides the settings."""
 
-    model: str  # as `model_key` names it
+    model: str  # from `model_key`
     method: str
     size: Bucket  # of the largest batch's clips
     batch_size: int
-    adapters: str  # as `adapter_key` names them
-    sampled: Bucket | None  # the validation videos' size; None: there are none
+    adapters: str  # from `adapter_key`; "" for full fine-tuning
+    sampled: Bucket | None  # size of the validation videos; None without them
     mixed_precision: str  # no, fp16, bf16
 
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """What a run took on a GPU."""
+    """The memory that a run took on a GPU."""
 
     facts: RunFacts
     settings: MemorySettings
-    training: int  # bytes reserved, at most
+    training: int  # peak of reserved bytes
     validation: int
     device: str
 
     def serves(self, facts: RunFacts, settings: MemorySettings) -> bool:
-        """Whether a run takes what this one did."""
-        if facts.sampled is None:  # settings of the validation do not matter then
+        """Return whether a run takes the same memory as this one."""
+        if facts.sampled is None:  # settings of the validation have no effect
             settings = replace(settings, enable_model_cpu_offload=self.settings.enable_model_cpu_offload)
             facts = replace(facts, sampled=self.facts.sampled)
-        if {settings.optimizer, self.settings.optimizer} == {"adam", "adamw"}:  # they take the same
+        if {settings.optimizer, self.settings.optimizer} == {"adam", "adamw"}:  # both take the same memory
             settings = replace(settings, optimizer=self.settings.optimizer)
         return (facts, settings) == (self.facts, self.settings)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A rung, and what it takes."""
+    """A rung, and the memory that it takes."""
 
     settings: MemorySettings
-    needed: int  # bytes of the whole card
+    needed: int  # bytes of the card, those outside torch included
     is_measured: bool
 
     @property
     def how(self) -> str:
-        """Where the number comes from, in words."""
+        """The origin of the number, in words."""
         return "measured on a GPU" if self.is_measured else "calculated, not measured"
 
 
 def model_key(transformer: Mapping[str, Any]) -> str:
-    """A name for a transformer's size that is the same for every folder with such a model.
+    """Return a name for the size of a transformer, the same for all copies of a model.
 
     Args:
         transformer: its config.
@@ -119,23 +119,23 @@ def model_key(transformer: Mapping[str, Any]) -> str:
 
 
 def adapter_key(rank: int, target_modules: Sequence[str], *, use_dora: bool = False) -> str:
-    """A name for how large a LoRA's adapters are; "" stands for training all weights."""
+    """Return a name for the size of a LoRA's adapters."""
     return f"rank {rank}{' DoRA' if use_dora else ''} on {' '.join(sorted(target_modules))}"
 
 
 def ladder(
     settings: MemorySettings, given: Collection[str], is_usable: Callable[[MemorySettings], bool]
 ) -> list[MemorySettings]:
-    """The rungs from the settings as they are to the smallest, each slower or less exact than the one before.
+    """Return the rungs from the given settings to the smallest, each slower or less exact than the one before.
 
     Args:
-        settings: as the flags have them.
-        given: names of the flags that the user typed; these, and what belongs to them, stay as they are.
-        is_usable: whether a combination is possible at all.
+        settings: those of the flags.
+        given: names of the flags that the user typed; they and their groups do not change.
+        is_usable: returns whether a combination is possible.
     """
-    fixed = _fixed(given)
+    fixed = {name for group in _GROUPS if set(given) & set(group) for name in group} | set(given)
     if settings.optimizer not in ("adam", "adamw"):
-        fixed |= {*_GROUPS[2], *_GROUPS[3], "weights_dtype"}  # these are adam's
+        fixed |= {*_GROUPS[2], *_GROUPS[3], "weights_dtype"}  # these work only with adam
     rungs = [settings]
     for changes in _LORA_LADDER if settings.method == "lora" else _SFT_LADDER:
         kept = {name: value for name, value in changes.items() if name not in fixed}
@@ -145,16 +145,11 @@ def ladder(
     return rungs
 
 
-def _fixed(given: Collection[str]) -> set[str]:
-    """What the flags given say, and what belongs to them."""
-    return {name for group in _GROUPS if set(given) & set(group) for name in group} | set(given)
-
-
 def usable_filter(run: TrainingSettings, *, mixed_precision: str, has_gpu: bool) -> Callable[[MemorySettings], bool]:
-    """Return whether memory settings pass the checks beside all other flags, and can run here.
+    """Return a function that tells whether memory settings pass the checks with all other flags and can run here.
 
     Args:
-        run: the run's settings, checked.
+        run: the checked settings of the run.
         mixed_precision: no, fp16 or bf16; the flags may leave it to the launch configuration.
     """
     run = replace(run, training=replace(run.training, mixed_precision=mixed_precision))
@@ -177,77 +172,69 @@ def usable_filter(run: TrainingSettings, *, mixed_precision: str, has_gpu: bool)
 
 
 def _packages(settings: MemorySettings) -> list[str]:
-    """What settings need beside what every run does."""
+    """Return the optional packages that settings need."""
     has_torchao_states = settings.use_torchao or settings.use_cpu_offload_optimizer
-    return [
-        *(["torchao"] if has_torchao_states or settings.quantize_base in ("int8", "fp8") else []),
-        *(
-            ["bitsandbytes"]
-            if settings.quantize_base == "nf4" or (settings.use_8bit and not settings.use_torchao)
-            else []
-        ),
-    ]
+    uses = {
+        "torchao": has_torchao_states or settings.quantize_base in ("int8", "fp8"),
+        "bitsandbytes": settings.quantize_base == "nf4" or (settings.use_8bit and not settings.use_torchao),
+    }
+    return [package for package, is_used in uses.items() if is_used]
 
 
 def next_rung(
     rungs: Sequence[MemorySettings], current: MemorySettings, calculate: Callable[[MemorySettings], int]
 ) -> MemorySettings | None:
-    """What to try when `current` ran out of memory: the next rung that takes less of it; None after the last.
+    """Return the next rung that takes less memory than `current`; None after the last.
 
     Args:
-        calculate: bytes that settings take.
+        calculate: returns the bytes that settings take.
     """
-    behind = rungs[rungs.index(current) + 1 :]
-    return next((rung for rung in behind if calculate(rung) < calculate(current)), None)
+    later = rungs[rungs.index(current) + 1 :]
+    return next((rung for rung in later if calculate(rung) < calculate(current)), None)
 
 
-def choose(
-    budget_gb: float,
-    rungs: Sequence[MemorySettings],
-    given: Collection[str],
-    facts: RunFacts,
-    calculate: Callable[[MemorySettings], int],
-    measured: Sequence[MeasuredRow],
-    is_usable: Callable[[MemorySettings], bool] = lambda settings: True,
-) -> Choice:
-    """The fastest rung that fits.
+def with_offloading(
+    rungs: Sequence[MemorySettings], given: Collection[str], is_usable: Callable[[MemorySettings], bool]
+) -> list[MemorySettings]:
+    """Return each rung, and where possible with the transformer off the device while videos are decoded.
 
     Args:
-        budget_gb: of the card, in GB of 2^30 bytes.
-        rungs: as `ladder` gives them.
         given: names of the flags that the user typed.
-        facts: of the run.
-        calculate: bytes allocated at most under some settings, validation included.
-        measured: rows to look up before calculating.
-        is_usable: whether a combination is possible at all.
+        is_usable: returns whether a combination is possible.
+    """
+    settings = []
+    for rung in rungs:
+        settings.append(rung)
+        offloaded = replace(rung, enable_model_cpu_offload=True)
+        moves = not rung.stream_blocks and rung.quantize_base == "none"
+        if moves and "enable_model_cpu_offload" not in given and is_usable(offloaded):
+            settings.append(offloaded)
+    return settings
+
+
+def choose(budget_gb: float, rungs: Sequence[MemorySettings], needed: Callable[[MemorySettings], Choice]) -> Choice:
+    """Return the first rung that fits.
+
+    Args:
+        budget_gb: memory of the card, in GB of 2^30 bytes.
+        rungs: the first one with the settings of the flags.
+        needed: returns the memory that settings take.
 
     Raises:
-        UserError: not even the smallest fits.
+        UserError: none fits.
     """
     choices = []
-    for rung in rungs:
-        for variant in _with_validation(rung, given, facts, is_usable):
-            choice = measure_or_calculate(variant, facts, calculate, measured)
-            if choice.needed <= budget_gb * GB:
-                return choice
-            choices.append(choice)
+    for choice in map(needed, rungs):
+        if choice.needed <= budget_gb * GB:
+            return choice
+        choices.append(choice)
     smallest = min(choices, key=lambda choice: choice.needed)
     flags = describe_change(smallest.settings, rungs[0]) or "what the flags say"
     raise UserError(
         f"--memory_budget_gb {budget_gb:g}: nothing fits; the smallest is {flags}, which takes "
         f"{smallest.needed / GB:.2f} GB ({smallest.how}); train at a smaller --height, --width or --max_num_frames, "
-        "or leave out flags that cost memory"
+        "or omit flags that cost memory"
     )
-
-
-def _with_validation(
-    rung: MemorySettings, given: Collection[str], facts: RunFacts, is_usable: Callable[[MemorySettings], bool]
-) -> list[MemorySettings]:
-    """The rung, and where it helps with the transformer off the device while videos are decoded."""
-    moves = not rung.stream_blocks and rung.quantize_base == "none"
-    offloaded = replace(rung, enable_model_cpu_offload=True)
-    is_open = facts.sampled is not None and "enable_model_cpu_offload" not in given and moves
-    return [rung, offloaded] if is_open and is_usable(offloaded) else [rung]
 
 
 def measure_or_calculate(
@@ -256,7 +243,7 @@ def measure_or_calculate(
     calculate: Callable[[MemorySettings], int],
     measured: Sequence[MeasuredRow],
 ) -> Choice:
-    """What settings take of a card: by a measured row if one serves, else by calculation with a margin."""
+    """Return the memory that settings take of a card, from a measured row if there is one, otherwise calculated."""
     for row in measured:
         if row.serves(facts, settings):
             reserved = max(row.training, row.validation if facts.sampled else 0)
@@ -265,17 +252,13 @@ def measure_or_calculate(
 
 
 def describe_settings(choice: Choice, base: MemorySettings, budget_gb: float) -> str:
-    """What was chosen, in a line for the log.
-
-    Args:
-        base: the settings as the flags had them.
-    """
+    """Describe the choice in a line for the log, as changes of the settings of the flags, `base`."""
     flags = describe_change(choice.settings, base) or "nothing to change"
     return f"--memory_budget_gb {budget_gb:g}: {flags}; takes {choice.needed / GB:.2f} GB ({choice.how})"
 
 
 def read_measured(file: Path = MEASURED_FILE) -> list[MeasuredRow]:
-    """The rows that were measured on a GPU; none where there is no such file, as in a copy of training/ alone."""
+    """Return the rows measured on a GPU; none without the file, which a copy of only training/ lacks."""
     if not file.is_file():
         return []
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"].values()

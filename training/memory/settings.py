@@ -1,4 +1,4 @@
-"""The settings that trade speed, or precision, for memory: as one value, to and from flags."""
+"""The settings that trade speed or precision for memory, as one value."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -8,12 +8,12 @@ from flags.schema import flag_values, replace_flags
 from flags.settings import TrainingSettings
 
 
-GB = 2**30  # bytes, as cards are sold and as the tables of other trainers count
+GB = 2**30  # bytes
 
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """What the flags of the same names say; `method` is the script's."""
+    """The values of the flags of the same names, for the method of the script."""
 
     method: str  # lora, sft
     gradient_checkpointing: bool = False
@@ -36,12 +36,12 @@ class MemorySettings:
 
     @property
     def state_bits(self) -> int:
-        """Of one number of the optimizer's states."""
+        """The bits of one number in the optimizer's states."""
         return 4 if self.use_4bit else 8 if self.use_8bit or self.use_fp8 else 32
 
     @property
     def trained_bytes(self) -> int:
-        """Of one trained number; adapters are always in float32."""
+        """The bytes of one trained number; adapters are always in float32."""
         return 2 if self.method == "sft" and self.weights_dtype == "bf16" else 4
 
 
@@ -63,7 +63,7 @@ def with_memory(settings: TrainingSettings, memory: MemorySettings) -> TrainingS
 
 
 def differing_flags(settings: MemorySettings, base: MemorySettings) -> list[str]:
-    """What to type to get from `base` to `settings`, flags and values."""
+    """Return the flags and values to type to get from `base` to `settings`."""
     flags = []
     for name, value in differences(settings, base).items():
         if value is True:
@@ -76,7 +76,7 @@ def differing_flags(settings: MemorySettings, base: MemorySettings) -> list[str]
 
 
 def describe_change(settings: MemorySettings, base: MemorySettings) -> str:
-    """The same in words, with what else it means; empty where nothing differs."""
+    """Return the differing flags in words, with their side effect; empty if nothing differs."""
     flags = " ".join(differing_flags(settings, base))
     if settings.step_in_backward and not base.step_in_backward:
         return f"{flags} (gradients are not clipped)"
@@ -84,6 +84,6 @@ def describe_change(settings: MemorySettings, base: MemorySettings) -> str:
 
 
 def differences(settings: MemorySettings, base: MemorySettings) -> Mapping[str, Any]:
-    """What is otherwise in `settings` than in `base`."""
+    """Return the values of `settings` that differ from `base`, by name."""
     before = asdict(base)
     return {name: value for name, value in asdict(settings).items() if value != before[name]}

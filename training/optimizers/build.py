@@ -15,41 +15,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from common.errors import UserError
+from flags.optimizer import OptimizerFlags
 from optimizers.composite import StepInBackward, make_muon
 from parallel.fsdp import gather_shards
 
 
 def make_optimizer(
     parameters: Iterable[torch.nn.Parameter],
-    name: str,
-    *,
+    flags: OptimizerFlags,
     learning_rate: float,
-    beta1: float = 0.9,
-    beta2: float = 0.95,
-    beta3: float | None = None,
-    weight_decay: float = 1e-4,
-    epsilon: float = 1e-8,
-    use_8bit: bool = False,
-    use_4bit: bool = False,
-    use_fp8: bool = False,
-    use_torchao: bool = False,
-    use_cpu_offload: bool = False,
-    offload_gradients: bool = False,
-    step_in_backward: bool = False,
+    *,
     stochastic_rounding: bool = False,
-    prodigy_decouple: bool = False,
-    prodigy_use_bias_correction: bool = False,
-    prodigy_safeguard_warmup: bool = False,
     fused: bool = True,
 ) -> Optimizer:
     """Build an optimizer over the trainable parameters.
 
     Args:
-        name: adam, adamw, prodigy, came, schedulefree or muon. The following flags except `fused` are for adam and
-            adamw only.
-        use_8bit, use_4bit, use_fp8: low-precision states, with torchao; 8-bit with bitsandbytes unless `use_torchao`.
-        use_cpu_offload: keep states (and, with `offload_gradients`, gradients) in host memory, with torchao.
-        step_in_backward: step each parameter as soon as the backward pass has its gradient.
         stochastic_rounding: of the updates of bfloat16 parameters, with torch's global generator.
         fused: use torch's single-kernel Adam. Not with a gradient scaler: it hides from accelerate that it skipped a
             step, so that the learning rate would advance.
@@ -58,61 +39,70 @@ def make_optimizer(
         UserError: a package is not installed, or a (newer) GPU is needed.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    settings: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
+    name, betas = flags.optimizer, (flags.beta1, flags.beta2)
+    settings: dict[str, Any] = {"lr": learning_rate, "weight_decay": flags.weight_decay}
     if name == "prodigy":
         return _import("prodigyopt", "--optimizer prodigy").Prodigy(
             trainable,
-            betas=(beta1, beta2),
-            beta3=beta3,
-            eps=epsilon,
-            decouple=prodigy_decouple,
-            use_bias_correction=prodigy_use_bias_correction,
-            safeguard_warmup=prodigy_safeguard_warmup,
+            betas=betas,
+            beta3=flags.beta3,
+            eps=flags.epsilon,
+            decouple=flags.prodigy_decouple,
+            use_bias_correction=flags.prodigy_use_bias_correction,
+            safeguard_warmup=flags.prodigy_safeguard_warmup,
             **settings,
         )
     if name == "came":
-        betas = (beta1, beta2, 0.9999 if beta3 is None else beta3)
+        betas = (*betas, 0.9999 if flags.beta3 is None else flags.beta3)
         return _import("came_pytorch", "--optimizer came").CAME(trainable, betas=betas, **settings)
     if name == "muon":
         return make_muon(
             trainable,
             learning_rate=learning_rate,
-            betas=(beta1, beta2),
-            weight_decay=weight_decay,
-            epsilon=epsilon,
+            betas=betas,
+            weight_decay=flags.weight_decay,
+            epsilon=flags.epsilon,
             fused=fused,
         )
-    settings |= {"betas": (beta1, beta2), "eps": epsilon}
+    settings |= {"betas": betas, "eps": flags.epsilon}
     if name == "schedulefree":
         optimizer = _import("schedulefree", "--optimizer schedulefree").AdamWScheduleFree(trainable, **settings)
         optimizer.train()
         return optimizer
-    adam_class = _adam_class(name, use_8bit, use_4bit, use_fp8, use_torchao, stochastic_rounding)
+    return _make_adam(trainable, flags, settings, stochastic_rounding, fused)
+
+
+def _make_adam(
+    trainable: Sequence[torch.nn.Parameter],
+    flags: OptimizerFlags,
+    settings: dict[str, Any],
+    stochastic_rounding: bool,
+    fused: bool,
+) -> Optimizer:
+    adam_class = _adam_class(flags, stochastic_rounding)
     if adam_class.__module__.startswith("torch.optim"):
         settings["fused"] = fused
     if stochastic_rounding:
         settings["bf16_stochastic_round"] = True
-    if use_cpu_offload:
+    if flags.use_cpu_offload_optimizer:
         if not torch.cuda.is_available():
             raise UserError("--use_cpu_offload_optimizer: moves optimizer states off a GPU, and there is none here")
         _import("torchao.optim", "--use_cpu_offload_optimizer")
         from optimizers.offload import ClippedOffloadOptimizer
 
-        return ClippedOffloadOptimizer(trainable, adam_class, offload_gradients=offload_gradients, **settings)
+        return ClippedOffloadOptimizer(trainable, adam_class, offload_gradients=flags.offload_gradients, **settings)
     make = partial(adam_class, **settings)
-    return StepInBackward(trainable, make) if step_in_backward else make(trainable)
+    return StepInBackward(trainable, make) if flags.step_in_backward else make(trainable)
 
 
-def _adam_class(
-    name: str, use_8bit: bool, use_4bit: bool, use_fp8: bool, use_torchao: bool, stochastic_rounding: bool
-) -> type[Optimizer]:
-    class_name = {"adam": "Adam", "adamw": "AdamW"}[name]
-    if use_fp8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+def _adam_class(flags: OptimizerFlags, stochastic_rounding: bool) -> type[Optimizer]:
+    class_name = {"adam": "Adam", "adamw": "AdamW"}[flags.optimizer]
+    if flags.use_fp8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         raise UserError("--use_fp8: needs a GPU of compute capability 8.9 or newer; use --use_8bit --use_torchao")
-    if use_4bit or use_fp8 or (use_8bit and use_torchao):
-        bits = "4bit" if use_4bit else "Fp8" if use_fp8 else "8bit"
+    if flags.use_4bit or flags.use_fp8 or (flags.use_8bit and flags.use_torchao):
+        bits = "4bit" if flags.use_4bit else "Fp8" if flags.use_fp8 else "8bit"
         return getattr(_import("torchao.optim", "--use_torchao"), f"{class_name}{bits}")
-    if use_8bit:
+    if flags.use_8bit:
         return getattr(_import("bitsandbytes", "--use_8bit").optim, f"{class_name}8bit")
     if stochastic_rounding:
         # torchao's Adam with states in the dtype of the weights.
@@ -129,13 +119,7 @@ def _import(module: str, flag: str) -> ModuleType:
 
 
 def check_launch(
-    distributed_type: DistributedType,
-    dtype: torch.dtype,
-    name: str,
-    *,
-    use_cpu_offload: bool,
-    step_in_backward: bool,
-    bf16_weights: bool,
+    flags: OptimizerFlags, distributed_type: DistributedType, dtype: torch.dtype, *, bf16_weights: bool
 ) -> None:
     """Refuse settings that do not work with the launch, which the flags do not show.
 
@@ -145,18 +129,16 @@ def check_launch(
     Raises:
         UserError: names the flag and what to do.
     """
-    for flag, chosen in (
-        ("--use_cpu_offload_optimizer", use_cpu_offload),
-        ("--step_in_backward", step_in_backward),
-    ):
-        if chosen and distributed_type != DistributedType.NO:
-            raise UserError(f"{flag}: takes gradients before processes average them; launch one process, or omit it")
-        if chosen and dtype == torch.float16:
-            raise UserError(f"{flag}: takes gradients before fp16's scaling is undone; use --mixed_precision bf16")
+    for flag in ("use_cpu_offload_optimizer", "step_in_backward"):
+        if getattr(flags, flag) and distributed_type != DistributedType.NO:
+            raise UserError(f"--{flag}: takes gradients before processes average them; launch one process, or omit it")
+        if getattr(flags, flag) and dtype == torch.float16:
+            raise UserError(f"--{flag}: takes gradients before fp16's scaling is undone; use --mixed_precision bf16")
     unsharded = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if name in ("muon", "schedulefree") and distributed_type not in unsharded:
+    if flags.optimizer in ("muon", "schedulefree") and distributed_type not in unsharded:
         raise UserError(
-            f"--optimizer {name}: does not work on weights in shards ({distributed_type.value}); use --optimizer adamw"
+            f"--optimizer {flags.optimizer}: does not work on weights in shards ({distributed_type.value}); use "
+            "--optimizer adamw"
         )
     if bf16_weights and dtype != torch.bfloat16:
         raise UserError("--weights_dtype bf16: the networks must compute in bf16 too; add --mixed_precision bf16")

@@ -1,7 +1,7 @@
-"""What the ranks of a launch must have in common, compared before any of them works: folder, code, flags, data, model.
+"""Compare folder, code, flags, data and model of all ranks before any of them works.
 
-On several machines each rank plans its own part from what it sees there. If that is not the same everywhere, a run
-hangs when one rank has fewer batches, or trains replicas that drift apart, and prepared data is never finished.
+Each rank plans its part from the files of its machine. If these differ, a run hangs because one rank has fewer
+batches, or trains replicas that drift apart, and a preparation never finishes.
 """
 
 import json
@@ -24,33 +24,33 @@ from common.text_files import digest_lines
 from parallel.coordinator import Coordinator
 
 
-Exchange = Callable[[Any], list[Any]]  # what every rank has to say, by rank; called on every one
+Exchange = Callable[[Any], list[Any]]  # returns the values of all ranks, in order; called on every rank
 
-# What each machine may have in its own way: places, where what they hold is compared or read by itself, ...
+# Flags that may differ between machines: paths, whose content is compared instead or used by one rank only, ...
 PLACES = ("cache_dir", "data_root", "dataset_file", "dataset_mix", "dataset_name", "validation_dataset_file")
 PLACES += ("validation_images",)
-# ... and how its own work is done.
+# ... and the speed of the machine.
 WORKERS = ("dataloader_num_workers", "num_artifact_workers", "num_decode_threads", "pin_memory")
 OWN_FLAGS = {*PLACES, *WORKERS, "hub_token"}
 COMPARED_PACKAGES = ("torch", "diffusers", "accelerate")
 
 
 def compare_ranks(exchange: Exchange, folder: Path, facts: dict[str, str]) -> str | None:
-    """Compare the ranks with the first one; called on every rank, and the same on all.
+    """Compare the ranks with rank 0; called on every rank.
 
     Args:
-        exchange: how the ranks tell one another.
-        folder: the output folder, which must be one and the same on all machines.
-        facts: what must be equal, by the name for messages.
+        exchange: gathers values of all ranks.
+        folder: the output folder, which all machines must share.
+        facts: values that must be equal, by the name for messages.
 
     Returns:
-        What tells the first rank that differs from rank 0; None where all agree.
+        The message on the first rank that differs, the same on all ranks; None if all agree.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # A new name each time: machines that share a folder over a network remember for a while which names it lacks.
+    # A new name each time, because network file systems cache for a while which names do not exist.
     token = f".shared-{os.urandom(8).hex()}" if launch_rank() == 0 else None
     if token:
-        for left in folder.glob(".shared-*"):  # by a run that was killed here
+        for left in folder.glob(".shared-*"):  # by a killed run
             left.unlink(missing_ok=True)
         with atomic_write(folder / token):
             pass
@@ -65,13 +65,13 @@ def compare_ranks(exchange: Exchange, folder: Path, facts: dict[str, str]) -> st
 
 
 def first_difference(everyone: list[dict[str, Any]]) -> str | None:
-    """Of what every rank said, as `compare_ranks` returns it."""
+    """Return the message of `compare_ranks` on the gathered values of all ranks."""
     main = everyone[0]
     for rank, other in enumerate(everyone):
         who = f"rank {rank} on {other['host']}"
         if not other["is_shared"]:
             return (
-                f"--output_dir: '{other['folder']}' of {who} is not the folder of rank 0 on {main['host']}; give a "
+                f"--output_dir: '{other['folder']}' of {who} is not the folder of rank 0 on {main['host']}; pass a "
                 "folder that all machines share (NFS, Lustre, ...)"
             )
         differing = [
@@ -88,10 +88,11 @@ def first_difference(everyone: list[dict[str, Any]]) -> str | None:
 
 
 def refuse(problem: str | None) -> None:
-    """End every rank if there is a problem; the first one of each machine says it.
+    """End every rank if there is a problem, with a message of the first rank of each machine.
 
     Raises:
-        UserError: there is one.
+        UserError: there is a problem.
+        SystemExit: the same, on the other ranks of a machine.
     """
     if problem and local_rank() == 0:
         raise UserError(problem)
@@ -103,11 +104,11 @@ def check_training(coordinator: Coordinator, flags: Mapping[str, Any], data: Map
     """Compare the ranks of a training run; called on every rank.
 
     Args:
-        data: fingerprints of the clips to train on and of those held out, by what they are.
-        model: what tells it from another one.
+        data: fingerprints of the training and held-out clips, by the name for messages.
+        model: fingerprint of the model.
 
     Raises:
-        UserError: they have not in common what they must.
+        UserError: they differ.
     """
     if coordinator.num_ranks == 1:
         return
@@ -115,16 +116,16 @@ def check_training(coordinator: Coordinator, flags: Mapping[str, Any], data: Map
 
 
 def check_preparation(flags: Mapping[str, Any], folder: Path, model: str, samples: Iterable[str]) -> None:
-    """Compare the ranks of a preparation on several machines, which otherwise share nothing but the output folder.
+    """Compare the ranks of a preparation on several machines, which otherwise share only the output folder.
 
-    Without an address to meet at, as for ranks that are started one by one, nothing is compared.
+    Without MASTER_ADDR, as for ranks that are started one by one, nothing is compared.
 
     Args:
-        model: what tells it from another one.
-        samples: names of what is to be made.
+        model: fingerprint of the model.
+        samples: names of the samples.
 
     Raises:
-        UserError: they have not in common what they must, or they did not meet.
+        UserError: they differ, or they did not meet.
     """
     if num_machines() == 1 or not os.environ.get("MASTER_ADDR"):
         return
@@ -134,7 +135,7 @@ def check_preparation(flags: Mapping[str, Any], folder: Path, model: str, sample
 
 
 def common_facts(flags: Mapping[str, Any], model: str) -> dict[str, str]:
-    """What does not depend on the data."""
+    """Return the values to compare that do not depend on the data."""
     code = (
         path.name + path.read_text(encoding="utf-8")
         for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py"))
@@ -149,13 +150,13 @@ def common_facts(flags: Mapping[str, Any], model: str) -> dict[str, str]:
 
 @contextmanager
 def exchange_by_store(timeout: timedelta = default_pg_timeout) -> Iterator[Exchange]:
-    """Let ranks without a process group tell one another, by the store at the launch's MASTER_ADDR and MASTER_PORT.
+    """Let ranks without a process group exchange values over a store at the launch's MASTER_ADDR and MASTER_PORT.
 
     Args:
-        timeout: how long to wait for the last rank, which may still be looking through its clips.
+        timeout: how long to wait for the last rank, which may still probe its clips.
 
     Raises:
-        UserError: not all ranks came.
+        UserError: not all ranks connected.
     """
     ranks, rounds = range(launch_size()), 0
     try:
@@ -169,12 +170,11 @@ def exchange_by_store(timeout: timedelta = default_pg_timeout) -> Iterator[Excha
 
         yield exchange
         store.set(f"ranks/left/{launch_rank()}", "")
-        if launch_rank() == 0:  # who may keep the store, and then takes it away
+        if launch_rank() == 0:  # may host the store, which ends with this process
             store.wait([f"ranks/left/{rank}" for rank in ranks])
     except DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
-        reason = first_line(error)
         raise UserError(
-            f"the {launch_size()} processes of this launch did not meet at {where} ({reason}); start it on every "
-            "machine, and let that port through the firewall"
+            f"the {launch_size()} processes of this launch did not meet at {where} ({first_line(error)}); start it on "
+            "every machine, and open that port in the firewall"
         ) from error

@@ -1,4 +1,4 @@
-"""What `--dry_run` does: show what would be made of the clips, as a table, clip by clip and as a picture."""
+"""`--dry_run` of prepare_dataset.py: show the samples that would be made of the clips, as tables and as a picture."""
 
 import logging
 from collections import defaultdict
@@ -15,9 +15,8 @@ from data.report import write_plan
 from data.sampler import Draw
 from dataset import Batch
 from flags.settings import PreparationSettings
-from models.source import ModelSource
 from preparation.encode import clip_dataset
-from preparation.prepare import log_plan
+from preparation.prepare import log_plan, model_source
 from video.contact_sheet import SheetRow, draw_contact_sheet
 
 
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def show_plan(settings: PreparationSettings, data: RawData) -> None:
-    """Print the plan, and write it in detail and as a picture; nothing is encoded. Of several ranks, one does.
+    """Print the plan, and write it in detail and as a picture, on the first rank; nothing is encoded.
 
     Raises:
         UserError: the model cannot be read.
@@ -33,10 +32,7 @@ def show_plan(settings: PreparationSettings, data: RawData) -> None:
     if launch_rank() > 0:
         return
     log_without_tokens(logging.INFO)
-    source = ModelSource(
-        settings.model.model_id, settings.model.revision, settings.model.variant, settings.model.cache_dir
-    )
-    log_plan(settings, data, source, source.configs())
+    log_plan(settings, data, model_source(settings.model))
     folder = Path(settings.preparation.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if data.bad:
@@ -54,7 +50,7 @@ def show_plan(settings: PreparationSettings, data: RawData) -> None:
 
 
 def sheet_row(planned: ClipSample, batch: Batch) -> SheetRow:
-    """First, middle and last frame of a clip as the model sees it."""
+    """Return the first, middle and last frame of a clip as the model sees it."""
     frames = batch.videos[0].permute(0, 2, 3, 1).numpy()
     shown = dict.fromkeys((0, len(frames) // 2, len(frames) - 1))
     title = f"{planned.bucket} · {planned.clip.video.name}" + (f" · part {planned.part + 1}" if planned.part else "")
@@ -62,12 +58,12 @@ def sheet_row(planned: ClipSample, batch: Batch) -> SheetRow:
 
 
 def sample_for_sheet(planned: Sequence[ClipSample], most: int = 16) -> list[ClipSample]:
-    """Choose samples for a sheet: of every bucket, more of those that hold more, from all over the plan.
+    """Choose samples for a sheet, spread over the plan: of every bucket, and more of larger buckets.
 
-    Where there are more buckets than places, those with most samples are shown. The same plan gives the same samples.
+    If there are more buckets than places, the largest ones are shown. The choice is deterministic.
 
     Returns:
-        At most `most` of them, by bucket and then as in the plan.
+        At most `most` samples, by bucket and then in the order of the plan.
     """
     samples: dict[Bucket, list[ClipSample]] = defaultdict(list)
     for sample in planned:

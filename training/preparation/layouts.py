@@ -1,4 +1,4 @@
-"""Layouts of prepared samples on disk: in shards, or one file per tensor like the original script.
+"""Layouts of prepared samples on disk: shards, or one file per tensor like the original script.
 
 A layout knows what is done, shares out the rest in batches, writes each batch atomically, and lists the samples once
 all are done. `data/prepared.py` documents and reads the files.
@@ -76,11 +76,11 @@ class ShardLayout:
         self.captions = ShardWriter(folder / "prompt_embeds", folder / STAGING, [captions], [size])
 
     def captions_to_do(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
-        """This rank's batches of caption keys that are not embedded."""
+        """Return this rank's batches of caption keys that are not embedded."""
         return self.captions.todo(batch_size, rank, world_size)
 
     def clips_to_do(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
-        """This rank's batches of sample names, of one bucket each, that are not encoded."""
+        """Return this rank's batches of sample names, of one bucket each, that are not encoded."""
         return self.latents.todo(batch_size, rank, world_size)
 
     def write_captions(self, embeds: Mapping[str, torch.Tensor]) -> None:
@@ -138,11 +138,11 @@ class FileLayout:
             self._names_of.setdefault(sample.caption_key, []).append(sample.name)
 
     def captions_to_do(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
-        """This rank's batches of caption keys that are not embedded."""
+        """Return this rank's batches of caption keys that are not embedded."""
         return _share([list(self._names_of)], batch_size, rank, world_size, self._is_embedded)
 
     def clips_to_do(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
-        """This rank's batches of sample names, of one bucket each, that are not encoded."""
+        """Return this rank's batches of sample names, of one bucket each, that are not encoded."""
         return _share(_names_by_bucket(self.samples).values(), batch_size, rank, world_size, self._is_encoded)
 
     def write_captions(self, embeds: Mapping[str, torch.Tensor]) -> None:

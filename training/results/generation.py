@@ -1,4 +1,4 @@
-"""Sample the videos that generate.py was asked for: text encoder, then transformer and VAE, never all at once."""
+"""Sample the videos of generate.py: load the text encoder, then transformer and VAE, never all at once."""
 
 import logging
 from collections.abc import Iterator
@@ -34,10 +34,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Generation:
-    """What is sampled, settled against the model."""
+    """The videos to sample, checked against the configs of the model."""
 
+    settings: GenerationSettings
     source: ModelSource  # the base model
-    configs: ModelConfigs  # its configs
+    configs: ModelConfigs  # of the base model
     task: TextToVideo | ImageToVideo
     size: Bucket
     fps: int
@@ -45,13 +46,18 @@ class Generation:
     dtype: torch.dtype
     images: list[Image.Image] | None  # one for each prompt, of the videos' size; None for text-to-video
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether classifier-free guidance is on."""
+        return self.settings.guidance.guidance_scale > 1
+
 
 def generate(settings: GenerationSettings) -> None:
-    """Sample and write what the flags ask for.
+    """Sample and write the videos that the flags ask for.
 
     Raises:
-        UserError: model, result of training, images and flags do not go together; found before weights are loaded.
-            Or a file cannot be written.
+        UserError: model, training result, images and flags do not fit together, before weights are loaded; or a file
+            cannot be written.
     """
     start_logging()
     generation = settle(settings)
@@ -63,59 +69,51 @@ def generate(settings: GenerationSettings) -> None:
         str(generation.dtype).removeprefix("torch."),
         generation.device,
     )
-    embeds = embed_prompts(settings, generation)
-    for video, frames in sample_all(settings, generation, embeds, tuned=True):
+    embeds = embed_prompts(generation)
+    for video, frames in sample_all(generation, embeds, tuned=True):
         write(frames, video.file, generation.fps)
     if settings.result.compare:
         free_memory()
-        for video, frames in sample_all(settings, generation, embeds, tuned=False):
+        for video, frames in sample_all(generation, embeds, tuned=False):
             write(frames, video.beside(BASE), generation.fps)
             compare(video, generation)
 
 
 def settle(settings: GenerationSettings) -> Generation:
-    """Settle by the model's configs alone what is sampled, and how.
+    """Complete the settings with the configs of the model, and check them; load no weights.
 
     Raises:
-        UserError: it cannot be.
+        UserError: model, images and flags do not fit together.
     """
-    source = ModelSource(
-        settings.model.pretrained_model_name_or_path,
-        settings.model.revision,
-        settings.model.variant,
-        settings.model.cache_dir,
-    )
+    model, sampling, memory = settings.model, settings.sampling, settings.memory
+    source = ModelSource(model.pretrained_model_name_or_path, model.revision, model.variant, model.cache_dir)
     configs = source.configs()
     native = configs.native_size
     size = Bucket(
-        settings.sampling.num_frames or native.num_frames,
-        settings.sampling.height or native.height,
-        settings.sampling.width or native.width,
+        sampling.num_frames or native.num_frames, sampling.height or native.height, sampling.width or native.width
     )
     task = choose_task(settings, configs)
     task.check_model(configs, [size], SizeFlags("--height, --width", "--num_frames"))
-    check_quantization(settings.memory.quantize_base)
+    check_quantization(memory.quantize_base)
     images = None
     if task.with_images:
-        # As validation does: the pipeline would distort images of another aspect.
+        # Cropped as in validation; the pipeline would distort images of another aspect ratio.
         images = [
             ImageOps.fit(one, (size.width, size.height))
             for one in load_validation_images(settings.content.image, "--image")
         ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == CPU and (settings.memory.enable_model_cpu_offload or settings.memory.enable_sequential_cpu_offload):
+    if device == CPU and (memory.enable_model_cpu_offload or memory.enable_sequential_cpu_offload):
         logger.warning("warning: there is no GPU, nothing is offloaded from it")
-    fps = settings.output.fps or configs.native_fps
-    return Generation(
-        source, configs, task, size, fps, device, choose_dtype(settings.memory.dtype, source, device), images
-    )
+    fps, dtype = settings.output.fps or configs.native_fps, choose_dtype(memory.dtype, source, device)
+    return Generation(settings, source, configs, task, size, fps, device, dtype, images)
 
 
 def choose_task(settings: GenerationSettings, configs: ModelConfigs) -> TextToVideo | ImageToVideo:
-    """What the model's own config says that it is for.
+    """Return the task of the model's config.
 
     Raises:
-        UserError: it is for something else than the flags, or than the tuned transformer.
+        UserError: the flags or the tuned transformer are for another task.
     """
     ignores_positions = settings.result.ignore_learned_positional_embeddings
     has_positions = configs.transformer["use_learned_positional_embeddings"]
@@ -124,20 +122,20 @@ def choose_task(settings: GenerationSettings, configs: ModelConfigs) -> TextToVi
         ignores_positions |= has_positions and not tuned["use_learned_positional_embeddings"]
     if configs.is_image_to_video:
         if not settings.content.image:
-            raise UserError("--image: this is an image-to-video model; give an image for each prompt")
+            raise UserError("--image: this is an image-to-video model; pass an image for each prompt")
         return ImageToVideo(0.0, ignores_positions)
     if settings.content.image:
         raise UserError(
-            "--image: this is a text-to-video model, which takes none; leave it out, or give an image-to-video model "
-            "such as THUDM/CogVideoX-5b-I2V"
+            "--image: this is a text-to-video model, which takes none; omit it, or pass an image-to-video model such "
+            "as THUDM/CogVideoX-5b-I2V"
         )
     if ignores_positions:
-        raise UserError("--ignore_learned_positional_embeddings: this model has no learned positions; leave it out")
+        raise UserError("--ignore_learned_positional_embeddings: this model has no learned positions; omit the flag")
     return TextToVideo()
 
 
 def read_tuned_config(transformer: str, cache_dir: str | None, base: ModelConfigs) -> dict[str, object]:
-    """The config of a tuned transformer, which differs from the base model's in the positions that it uses at most.
+    """Return the config of a tuned transformer, which may differ from the base model's only in its positions.
 
     Raises:
         UserError: it cannot be read, or is of another model.
@@ -145,31 +143,29 @@ def read_tuned_config(transformer: str, cache_dir: str | None, base: ModelConfig
     try:
         config = CogVideoXTransformer3DModel.load_config(transformer, subfolder="transformer", cache_dir=cache_dir)
     except OSError as error:
-        reason = first_line(error)
-        raise UserError(f"--transformer: '{transformer}' cannot be read: {reason}") from error
-    may_differ = {"use_learned_positional_embeddings"}
+        raise UserError(f"--transformer: '{transformer}' cannot be read: {first_line(error)}") from error
     differing = sorted(
         name
         for name, value in base.transformer.items()
-        if not name.startswith("_") and name not in may_differ and config.get(name, value) != value
+        if name[0] != "_" and name != "use_learned_positional_embeddings" and config.get(name, value) != value
     )
     if differing:
         name = differing[0]
         raise UserError(
             f"--transformer: '{transformer}' was tuned from another model than --pretrained_model_name_or_path: its "
-            f"{name} is {config[name]}, not {base.transformer[name]}; give that model"
+            f"{name} is {config[name]}, not {base.transformer[name]}; pass that model"
         )
     return base.transformer | config
 
 
 def choose_dtype(name: str, source: ModelSource, device: torch.device) -> torch.dtype:
-    """What the networks compute in; "auto" is what the model's files are in, which is downloaded for it.
+    """Return the dtype of the computation; "auto" is that of the model's files, which are downloaded to read it.
 
     Raises:
-        UserError: the device does not compute in it, or there are no weights.
+        UserError: the device does not support it, or there are no weights.
     """
     if name == "fp16" and device == CPU:
-        raise UserError("--dtype fp16: needs a GPU; give bf16 or fp32")
+        raise UserError("--dtype fp16: needs a GPU; pass bf16 or fp32")
     if name == "auto" and device == CPU:
         return torch.float32
     if name not in ("auto", "fp16"):
@@ -182,17 +178,14 @@ def choose_dtype(name: str, source: ModelSource, device: torch.device) -> torch.
     return dtype
 
 
-def embed_prompts(settings: GenerationSettings, generation: Generation) -> dict[str, torch.Tensor]:
-    """Embed all prompts, `[T, D]` each on the CPU; the text encoder is let go again."""
-    texts = (
-        [*settings.content.prompt, settings.content.negative_prompt]
-        if settings.guidance.guidance_scale > 1
-        else settings.content.prompt
-    )
+def embed_prompts(generation: Generation) -> dict[str, torch.Tensor]:
+    """Embed all prompts, `[T, D]` each on the CPU, and free the text encoder."""
+    settings = generation.settings
+    texts = [*settings.content.prompt, *([settings.content.negative_prompt] if generation.is_guided else [])]
     text_pipeline = generation.source.load_text_pipeline(
         generation.dtype, device=generation.device, in_8bit=settings.memory.text_encoder_8bit
     )
-    # One by one, as validation does: in a batch, the last digits may be others.
+    # One at a time as in validation, because the last digits may differ in a batch.
     embeds = {text: encode_prompts(text_pipeline, [text])[0].cpu() for text in dict.fromkeys(texts)}
     del text_pipeline
     free_memory()
@@ -200,54 +193,47 @@ def embed_prompts(settings: GenerationSettings, generation: Generation) -> dict[
 
 
 def sample_all(
-    settings: GenerationSettings, generation: Generation, embeds: dict[str, torch.Tensor], *, tuned: bool
+    generation: Generation, embeds: dict[str, torch.Tensor], *, tuned: bool
 ) -> Iterator[tuple[PlannedVideo, list[Image.Image]]]:
-    """Sample all videos one after another, by the tuned model or by the base model."""
-    pipeline = load_pipeline(settings, generation, tuned=tuned)
+    """Sample all videos one after another, with the tuned model or with the base model."""
+    settings, guidance = generation.settings, generation.settings.guidance
+    pipeline = load_pipeline(generation, tuned=tuned)
     for number, video in enumerate(settings.videos, start=1):
-        pipeline.set_progress_bar_config(
-            desc=f"{'video' if tuned else 'base model'} {number} of {len(settings.videos)}"
+        title = "video" if tuned else "base model"
+        pipeline.set_progress_bar_config(desc=f"{title} {number} of {len(settings.videos)}")
+        frames = sample_video(
+            pipeline,
+            embeds[video.prompt],
+            embeds[settings.content.negative_prompt] if generation.is_guided else None,
+            None if generation.images is None else generation.images[video.number],
+            size=generation.size,
+            num_inference_steps=guidance.num_inference_steps,
+            guidance_scale=guidance.guidance_scale,
+            use_dynamic_cfg=guidance.use_dynamic_cfg,
+            seed=video.seed,
         )
-        yield (
-            video,
-            sample_video(
-                pipeline,
-                embeds[video.prompt],
-                embeds[settings.content.negative_prompt] if settings.guidance.guidance_scale > 1 else None,
-                None if generation.images is None else generation.images[video.number],
-                size=generation.size,
-                num_inference_steps=settings.guidance.num_inference_steps,
-                guidance_scale=settings.guidance.guidance_scale,
-                use_dynamic_cfg=settings.guidance.use_dynamic_cfg,
-                seed=video.seed,
-            ),
-        )
+        yield video, frames
 
 
-def load_pipeline(settings: GenerationSettings, generation: Generation, *, tuned: bool) -> Pipeline:
-    """Load the pipeline without its text encoder, and what was trained if `tuned`, to where it samples."""
+def load_pipeline(generation: Generation, *, tuned: bool) -> Pipeline:
+    """Load the pipeline without its text encoder, with the trained weights if `tuned`."""
     source, device, dtype = generation.source, generation.device, generation.dtype
-    is_offloaded = device != CPU and (
-        settings.memory.enable_model_cpu_offload or settings.memory.enable_sequential_cpu_offload
-    )
+    settings, memory = generation.settings, generation.settings.memory
+    is_offloaded = device != CPU and (memory.enable_model_cpu_offload or memory.enable_sequential_cpu_offload)
     resting = CPU if is_offloaded else device
-    origin = (
-        ModelSource(settings.result.transformer, cache_dir=settings.model.cache_dir)
-        if tuned and settings.result.transformer
-        else source
-    )
-    is_quantized = settings.memory.quantize_base != "none"  # where it is fastest, and for nf4 the only place
-    transformer = origin.load_transformer(
-        dtype, device=device if is_quantized else resting, quantize=settings.memory.quantize_base
-    )
+    is_replaced = tuned and settings.result.transformer
+    origin = ModelSource(settings.result.transformer, cache_dir=settings.model.cache_dir) if is_replaced else source
+    # Quantizing is fastest on the GPU, and nf4 works only there.
+    transformer_device = resting if memory.quantize_base == "none" else device
+    transformer = origin.load_transformer(dtype, device=transformer_device, quantize=memory.quantize_base)
     generation.task.prepare_model(transformer)
     pipeline = generation.task.pipeline_class(
         tokenizer=None,
         text_encoder=None,
         vae=source.load_vae(
             dtype,
-            slicing=False,  # videos are decoded one by one
-            tiling=settings.memory.enable_tiling,
+            slicing=False,  # videos are decoded one at a time
+            tiling=memory.enable_tiling,
             device=resting,
             decoder_only=not generation.task.with_images,
         ),
@@ -256,7 +242,7 @@ def load_pipeline(settings: GenerationSettings, generation: Generation, *, tuned
     )
     if tuned:
         mount_loras(pipeline, settings.loras, settings.model.cache_dir)
-    if is_offloaded and settings.memory.enable_sequential_cpu_offload:
+    if is_offloaded and memory.enable_sequential_cpu_offload:
         pipeline.enable_sequential_cpu_offload(device=device)
     elif is_offloaded:
         pipeline.enable_model_cpu_offload(device=device)
@@ -264,14 +250,14 @@ def load_pipeline(settings: GenerationSettings, generation: Generation, *, tuned
 
 
 def write(frames: list[Image.Image], file: Path, fps: int) -> None:
-    """Write a video whole or not at all, and say so."""
+    """Write a video, completely or not at all, and log it."""
     with atomic_write(file) as partial:
         write_video(partial, frames, fps)
     logger.info("wrote %s", file)
 
 
 def compare(video: PlannedVideo, generation: Generation) -> None:
-    """Show the base model's video and the tuned one's side by side, as a video and as a picture."""
+    """Write a video and a picture that show the videos of base model and tuned model side by side."""
     size = generation.size
     base, tuned = (
         read_frames(file, range(size.num_frames)) for file in (video.beside(BASE), video.file)

@@ -1,4 +1,4 @@
-"""Change a run's flags so that it fits into memory: by calculation, by trial, or as it was when it is resumed."""
+"""Change a recipe so that the run fits into memory: by calculation, by trial, or as its checkpoint was trained."""
 
 import logging
 
@@ -8,73 +8,53 @@ from diffusers.training_utils import free_memory
 
 from common.errors import UserError
 from common.logs import start_logging
-from data.plan import TrainingData
-from flags.settings import TrainingSettings
 from run.dry_run import trial_spec, try_out
-from run.memory_fit import choose_by_budget, chosen_before, step_down, with_settings
-from run.spec import Method, Task
+from run.memory_fit import choose_by_budget, chosen_before, step_down
+from run.recipe import Recipe
 
 
 logger = logging.getLogger(__name__)
 
 
-def fit_into_memory(
-    settings: TrainingSettings,
-    data: TrainingData,
-    task: Task,
-    method: Method,
-) -> tuple[TrainingSettings, Method]:
-    """Flags and method with the settings of memory to train with; as they are without one of the two flags on that.
+def fit_into_memory(recipe: Recipe) -> Recipe:
+    """Return the recipe with memory settings that fit; unchanged without --memory_budget_gb and --auto_fit.
 
     Raises:
-        UserError: nothing fits.
+        UserError: no settings fit.
     """
     start_logging()
-    chosen = chosen_before(settings)
+    flags, chosen = recipe.settings.memory, chosen_before(recipe.settings)
     if chosen is not None:
-        logger.info("settings of memory are those that were chosen when the run began")
-        return with_settings(settings, method, chosen)
-    if settings.memory.memory_budget_gb:
-        settings, method = with_settings(settings, method, choose_by_budget(settings, data, method))
-    if settings.memory.auto_fit:
-        settings, method = fit_by_trial(settings, data, task, method)
-    return settings, method
+        logger.info("the memory settings are those that were chosen when the run began")
+        return recipe.with_memory(chosen)
+    if flags.memory_budget_gb:
+        recipe = recipe.with_memory(choose_by_budget(recipe))
+    return fit_by_trial(recipe) if flags.auto_fit else recipe
 
 
-def fit_by_trial(
-    settings: TrainingSettings,
-    data: TrainingData,
-    task: Task,
-    method: Method,
-) -> tuple[TrainingSettings, Method]:
-    """Go on to stronger savings until two steps of the largest batch, saving and sampling do not run out of memory.
+def fit_by_trial(recipe: Recipe) -> Recipe:
+    """Save more and more memory until two steps of the largest batch, saving and sampling do not run out of it.
 
     Raises:
-        UserError: they do with all there are.
+        UserError: they run out of memory with all savings.
     """
-    while runs_out_of_memory(settings, data, task, method):
-        free_memory()  # of what the trial left in cycles
-        memory = step_down(settings, data, method)
+    while runs_out_of_memory(recipe):
+        free_memory()  # reference cycles of the trial
+        memory = step_down(recipe)
         if memory is None:
             raise UserError(
-                "--auto_fit: the largest batch runs out of memory with all the savings there are; give a smaller "
+                "--auto_fit: the largest batch runs out of memory with all the savings there are; pass a smaller "
                 "--train_batch_size, --max_num_frames or smaller buckets"
             )
-        settings, method = with_settings(settings, method, memory)
+        recipe = recipe.with_memory(memory)
     free_memory()
-    return settings, method
+    return recipe
 
 
-def runs_out_of_memory(
-    settings: TrainingSettings,
-    data: TrainingData,
-    task: Task,
-    method: Method,
-) -> bool:
-    """Try a run out. Nothing of it is held on to when this returns, but by cycles: not by the error, nor the
-    accelerator."""
+def runs_out_of_memory(recipe: Recipe) -> bool:
+    """Return whether a trial run runs out of memory; afterwards, only reference cycles hold on to its tensors."""
     try:
-        with trial_spec(settings, data, task, method, samples=False) as spec:
+        with trial_spec(recipe, samples=False) as spec:
             _, failures = try_out(spec)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):

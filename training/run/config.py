@@ -1,4 +1,4 @@
-"""The configuration that a run has in effect, as a file in its folder from which the run can be repeated."""
+"""Write the flags of a run as a file into its folder, from which the run can be repeated."""
 
 import logging
 import platform
@@ -37,35 +37,35 @@ RECORDED_PACKAGES = (
     "deepspeed",
 )
 
-_CHOOSERS = ("memory_budget_gb", "auto_fit")  # what they chose is written in their place
+_CHOOSERS = ("memory_budget_gb", "auto_fit")  # replaced by the flags that they chose
 _NEVER_REPEATED = (*_CHOOSERS, "hub_token", "push_to_hub", "hub_model_id", "dry_run")
 
 
 def write_config(spec: RunSpec) -> Path | None:
-    """Write the flags that a run has in effect into its folder; called on the main process, before it trains.
+    """Write the flags of a run into its folder; called on the main process, before it trains.
 
-    `config.yaml` is what the run began with. When it is resumed with other flags, `config-step-<N>.yaml` beside it is
-    what it went on with after step N. What killed runs left half written in the folder is removed.
+    `config.yaml` has the flags that the run began with. If it is resumed with others, `config-step-<N>.yaml` has the
+    flags after step N. Files that killed runs left unfinished in the folder are removed.
 
     Returns:
-        The file; None where what is there already says the same.
+        The file; None if the latest one has the same flags.
 
     Raises:
         UserError: it cannot be written.
     """
     settings, folder = spec.settings, spec.output_dir
     remove_partials(folder)
-    goes_on = spec.resumed is not None and spec.resumed.resolve().parent == folder.resolve()
-    repeated, others = split_flags(settings, flag_names(spec.task.name, settings.method), spec.state.seed)
-    if goes_on:
+    continues = spec.resumed is not None and spec.resumed.resolve().parent == folder.resolve()
+    repeated, others = split_flags(settings, spec.state.seed)
+    if continues:
         others["resume_from_checkpoint"] = repeated.pop("resume_from_checkpoint")
-    text = render_config(repeated, others, _describe_start(spec, goes_on))
-    file = folder / (f"config-step-{spec.state.step}.yaml" if goes_on else CONFIG_FILE)
-    before = _latest_config(folder) if goes_on else None
+    text = render_config(repeated, others, _describe_start(spec, continues))
+    file = folder / (f"config-step-{spec.state.step}.yaml" if continues else CONFIG_FILE)
+    before = _latest_config(folder) if continues else None
     if before is not None:
         old, new = _read_flags(before), yaml.safe_load(text)
         if old is None:
-            logger.warning("warning: %s is no list of flags any more; they are noted in %s", before, file.name)
+            logger.warning("warning: %s is not a list of flags any more; they are noted in %s", before, file.name)
         else:
             changed = [f"--{name}" for name in old | new if old.get(name) != new.get(name)]
             if not changed:
@@ -76,21 +76,18 @@ def write_config(spec: RunSpec) -> Path | None:
     return file
 
 
-def split_flags(
-    settings: TrainingSettings, names: Sequence[str], seed: int
-) -> tuple[dict[str, object], dict[str, object]]:
-    """The flags with which a run can be repeated, and the values of all others.
+def split_flags(settings: TrainingSettings, seed: int) -> tuple[dict[str, object], dict[str, object]]:
+    """Return the flags that repeat a run, and the values of all others.
+
+    The first are the flags that were passed, those chosen to fit into memory, the seed, and the precision, which the
+    launcher may have set. The others have their defaults: passing them too could contradict the first.
 
     Args:
-        settings: checked flags, with the settings of memory that were chosen, if any were.
-        names: of the script's flags.
-        seed: given or drawn.
-
-    Returns:
-        What was given, what was chosen or drawn in its place, and the precision that the launcher may have said. To
-        give what was not given could contradict it: those come second, with the values that they have by default.
+        settings: checked, with the memory settings of the run.
+        seed: passed or drawn.
     """
     chosen = differences(memory_settings_of(settings), MemorySettings(settings.method))
+    names = flag_names(settings.task, settings.method)
     values = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in flag_values(settings).items()
@@ -109,7 +106,7 @@ def split_flags(
 
 
 def render_config(repeated: dict[str, object], others: dict[str, object], title: Sequence[str]) -> str:
-    """The file's text: a title and the other flags in comments, no tokens."""
+    """Return the text of the file, with the title and the other flags as comments, without tokens."""
     lines = [f"# {line}" for line in title]
     lines += ["", _dump(repeated), "# Not given: defaults, and what follows from the above."]
     lines += [f"# {line}" for line in _dump(others).splitlines()]
@@ -120,11 +117,10 @@ def _dump(flags: dict[str, object]) -> str:
     return yaml.safe_dump(flags, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
-def _describe_start(spec: RunSpec, goes_on: bool) -> list[str]:
-    """What the flags do not say, for whoever repeats the run."""
+def _describe_start(spec: RunSpec, continues: bool) -> list[str]:
     script = f"cogvideox_{spec.task.name.replace('-', '_')}_{spec.settings.method}.py"
     accelerator = spec.accelerator
-    resumed = f" --resume_from_checkpoint {spec.resumed}" if goes_on else ""  # else it is among the flags
+    resumed = f" --resume_from_checkpoint {spec.resumed}" if continues else ""  # otherwise it is among the flags
     return [
         f"{CONFIG_TITLE} on {datetime.now():%Y-%m-%d, %H:%M}, at step {spec.state.step}. To repeat it:",
         f"  {script} --config THIS_FILE --output_dir ANOTHER_FOLDER{resumed}",
@@ -142,14 +138,14 @@ def _version_of(package: str) -> str | None:
 
 
 def _latest_config(folder: Path) -> Path | None:
-    """What the run went on with last, or began with."""
-    later = [(int(step), path) for path in folder.glob("config-step-*.yaml") if (step := _step_of(path))]
+    found = ((re.fullmatch(r"config-step-(\d+)\.yaml", path.name), path) for path in folder.iterdir())
+    later = [(int(match.group(1)), path) for match, path in found if match]
     first = folder / CONFIG_FILE
     return max(later)[1] if later else first if first.is_file() else None
 
 
 def _read_flags(file: Path) -> dict[str, object] | None:
-    """What a run has written, unless somebody has made something else of it since."""
+    """Return the flags of a file that a run wrote; None if someone changed it into something else."""
     try:
         flags = yaml.safe_load(file.read_bytes())
     except (OSError, yaml.YAMLError):
@@ -157,15 +153,10 @@ def _read_flags(file: Path) -> dict[str, object] | None:
     return flags if isinstance(flags, dict) else None
 
 
-def _step_of(path: Path) -> str | None:
-    match = re.fullmatch(r"config-step-(\d+)\.yaml", path.name)
-    return match and match.group(1)
-
-
 def card_facts(spec: RunSpec, total_steps: int) -> CardFacts:
-    """What the card of a finished run says."""
-    settings = spec.settings
-    repeated, _ = split_flags(settings, flag_names(spec.task.name, settings.method), spec.state.seed)
+    """Return the facts of a finished run for its model card."""
+    settings, clips = spec.settings, spec.settings.clips
+    repeated, _ = split_flags(settings, spec.state.seed)
     return CardFacts(
         base_model=settings.model.pretrained_model_name_or_path,
         task=spec.task.name,
@@ -173,7 +164,7 @@ def card_facts(spec: RunSpec, total_steps: int) -> CardFacts:
         usage=spec.usage,
         settings=repeated,
         prompts=settings.validation.prompts,
-        size=Bucket(settings.clips.max_num_frames, settings.clips.height, settings.clips.width),
+        size=Bucket(clips.max_num_frames, clips.height, clips.width),
         fps=spec.video_fps,
         last_step=total_steps,
     )

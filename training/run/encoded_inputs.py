@@ -1,4 +1,4 @@
-"""What is encoded once, before the transformer is loaded: text encoder and VAE come and go one after another."""
+"""Encode prompts, images and held-out clips before the transformer is loaded, with one encoder in memory at a time."""
 
 from dataclasses import dataclass
 
@@ -20,59 +20,68 @@ from video.images import load_validation_images
 
 @dataclass(frozen=True)
 class EncodedInputs:
-    """What training and validation need of the other networks."""
+    """Results of the text encoder and the VAE for training and validation."""
 
-    prompts: PromptCache  # has every caption and prompt
+    prompts: PromptCache  # of all captions and prompts
     empty_prompt: torch.Tensor | None  # [226, D], for caption dropout
-    images: list[Image.Image] | None  # that validation videos begin with; None for text-to-video
-    vae: AutoencoderKLCogVideoX | None  # stays to encode raw clips; None where all are prepared
+    images: list[Image.Image] | None  # first frames of the validation videos; None for text-to-video
+    vae: AutoencoderKLCogVideoX | None  # stays loaded to encode raw clips; None for prepared data
     held_out: list[Batch]  # this rank's share of the clips whose loss is measured, on the CPU
 
 
 def encode_inputs(spec: RunSpec) -> EncodedInputs:
-    """Load what is needed, use it and let it go; called on every rank.
+    """Load text encoder and VAE one after the other, encode, and free them; called on every rank.
 
     Raises:
-        UserError: an image or a clip cannot be had.
+        UserError: an image or a clip cannot be read.
     """
     settings, accelerator, data = spec.settings, spec.accelerator, spec.data
     images = load_validation_images(settings.validation.images) if spec.task.with_images else None
     if images is not None and settings.clips.video_reshape_mode != "none":
-        # As clips are cut to size; the pipeline would distort images of another aspect.
+        # Cropped like clips; the pipeline would distort images of another aspect ratio.
         images = [ImageOps.fit(image, (settings.clips.width, settings.clips.height)) for image in images]
-    empty_prompt = find_empty_prompt(data, spec.configs) if settings.objective.caption_dropout else None
+    drops_captions = settings.objective.caption_dropout > 0
+    empty_prompt = find_empty_prompt(data, spec.configs) if drops_captions else None
     prompts = PromptCache(
         spec.output_dir / "prompt_embeds", spec.source, spec.dtype, in_8bit=settings.memory.text_encoder_8bit
     )
     texts = [*data.captions, *settings.validation.prompts]
     texts += data.held_out.captions if data.held_out else []
-    is_guided = (
-        settings.validation.prompts and settings.guidance.guidance_scale > 1
-    )  # guidance compares with the empty prompt
-    if is_guided or (settings.objective.caption_dropout and empty_prompt is None):
+    is_guided = settings.validation.prompts and settings.guidance.guidance_scale > 1  # against the empty prompt
+    if is_guided or (drops_captions and empty_prompt is None):
         texts.append("")
     prompts.embed(texts, accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes)
     free_memory()
-    spec.coordinator.wait()  # one rank may fetch the text encoder and embed for long, while others have nothing to do
-    if settings.objective.caption_dropout and empty_prompt is None:
+    spec.coordinator.wait()  # the rank that downloads the text encoder may take long
+    if drops_captions and empty_prompt is None:
         empty_prompt = prompts.load("")
     vae = None if isinstance(data, PreparedData) else spec.load_vae(accelerator.device)
-    held_out = encode_held_out(spec, vae, prompts)
-    free_memory()
+    held_out = []
+    if data.held_out is not None:
+        held_out = encode_validation_set(
+            data.held_out.clips,
+            vae or spec.load_vae(accelerator.device),
+            prompts,
+            reshape_mode=validation_data_flags(settings)[1].video_reshape_mode,
+            with_images=spec.task.with_images,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        free_memory()
     return EncodedInputs(prompts, empty_prompt, images, vae, held_out)
 
 
 def find_empty_prompt(data: TrainingData, configs: ModelConfigs) -> torch.Tensor | None:
-    """The embedding of the empty prompt, `[226, D]`, where the data was prepared with it.
+    """Return the embedding of the empty prompt, `[226, D]`, that the data was prepared with, if any.
 
     Raises:
         UserError: it is damaged, or of another model.
     """
     if not isinstance(data, PreparedData):
         return None
+    expected = (configs.transformer["max_text_seq_length"], configs.transformer["text_embed_dim"])
     for folder in data.folders:
         embeds = read_empty_prompt(folder)
-        expected = (configs.transformer["max_text_seq_length"], configs.transformer["text_embed_dim"])
         if embeds is not None and embeds.shape != expected:
             raise UserError(
                 f"--caption_dropout: the empty prompt in '{folder}' has the shape {tuple(embeds.shape)}, the model "
@@ -81,19 +90,3 @@ def find_empty_prompt(data: TrainingData, configs: ModelConfigs) -> torch.Tensor
         if embeds is not None:
             return embeds
     return None
-
-
-def encode_held_out(spec: RunSpec, vae: AutoencoderKLCogVideoX | None, prompts: PromptCache) -> list[Batch]:
-    """Encode this rank's share of --validation_dataset_file; without a `vae`, with one that goes again."""
-    if spec.data.held_out is None:
-        return []
-    accelerator = spec.accelerator
-    return encode_validation_set(
-        spec.data.held_out.clips,
-        vae or spec.load_vae(accelerator.device),
-        prompts,
-        reshape_mode=validation_data_flags(spec.settings)[1].video_reshape_mode,
-        with_images=spec.task.with_images,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )

@@ -1,7 +1,6 @@
 """A training run from its settings to its result, for every task and method."""
 
 import logging
-from pathlib import Path
 
 from common.failures import explained_failures
 from common.ranks import launch_rank
@@ -14,33 +13,35 @@ from run.config import card_facts, write_config
 from run.dry_run import dry_run
 from run.loop import train
 from run.memory_fit import training_memory_advice
+from run.recipe import Recipe
 from run.setup import Run, set_up
-from run.spec import Method, Task, check_spec
+from run.spec import check_spec
 
 
 logger = logging.getLogger(__name__)
 
 
-def finetune(settings: TrainingSettings, data: TrainingData, task: Task, method: Method) -> None:
+def finetune(settings: TrainingSettings, data: TrainingData) -> None:
     """Fine-tune a model on `data` and write the result to `--output_dir`; called on every rank.
 
     Raises:
-        UserError: model, data and flags do not go together, or the result must not be uploaded as asked; raised before
-            any weights are loaded. Or memory ran out, or a data worker died.
+        UserError: before any weights are loaded, if model, data and flags do not fit together or the result must not
+            be uploaded as asked; later, if memory runs out or a data worker dies.
     """
-    if settings.hub.push_to_hub and launch_rank() == 0:
-        check_access(Path(settings.training.output_dir), settings.hub.hub_model_id, settings.hub.hub_token)
-    with explained_failures(lambda: training_memory_advice(settings, data, method)):
-        settings, method = fit_into_memory(settings, data, task, method)
+    recipe, hub = Recipe(settings, data), settings.hub
+    if hub.push_to_hub and launch_rank() == 0:
+        check_access(recipe.output_dir, hub.hub_model_id, hub.hub_token)
+    with explained_failures(lambda: training_memory_advice(recipe)):
+        recipe = fit_into_memory(recipe)
         if settings.training.dry_run:
-            dry_run(settings, data, task, method)
+            dry_run(recipe)
         else:
-            train_and_save(settings, data, task, method)
+            train_and_save(recipe)
 
 
-def train_and_save(settings: TrainingSettings, data: TrainingData, task: Task, method: Method) -> None:
+def train_and_save(recipe: Recipe) -> None:
     """Set up, train, save, validate and upload."""
-    spec = check_spec(settings, data, task, method)
+    spec, settings = check_spec(recipe), recipe.settings
     spec.coordinator.from_main(lambda: write_config(spec))
     run = set_up(spec)
     if settings.validation.validate_first and run.state.step == 0:
@@ -49,24 +50,23 @@ def train_and_save(settings: TrainingSettings, data: TrainingData, task: Task, m
         done = train(run)
         if done < run.total_steps:
             stop(run, done)
-        # The result is safe before the last validation, which can fail or take long.
+        # Saved before the last validation, which can fail or take long.
         if run.state.step < run.total_steps:
             run.save_checkpoint(run.total_steps)
-        logger.info("saved %s; to use it:\n\n%s\n", run.save_result(), run.usage)
+        logger.info("saved %s; to use it:\n\n%s\n", run.save_result(), spec.usage(spec.output_dir))
         run.validate(run.total_steps)
-    run.accelerator.end_training()  # the loss curve is drawn to its end
-    if settings.hub.push_to_hub and run.accelerator.is_main_process:
-        push_to_hub(
-            run.output_dir, settings.hub.hub_model_id, settings.hub.hub_token, card_facts(spec, run.total_steps)
-        )
+    spec.accelerator.end_training()  # finishes the loss curve
+    if settings.hub.push_to_hub and spec.accelerator.is_main_process:
+        facts = card_facts(spec, run.total_steps)
+        push_to_hub(spec.output_dir, settings.hub.hub_model_id, settings.hub.hub_token, facts)
 
 
 def stop(run: Run, step: int) -> None:
     """End a run that was told to stop, after its state is saved.
 
     Raises:
-        SystemExit: always, with a code of its own.
+        SystemExit: with `STOPPED_EXIT_CODE`.
     """
-    run.accelerator.end_training()
+    run.spec.accelerator.end_training()
     logger.info("stopped after step %d of %d; continue with --resume_from_checkpoint latest", step, run.total_steps)
     raise SystemExit(STOPPED_EXIT_CODE)

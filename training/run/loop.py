@@ -1,4 +1,4 @@
-"""The training loop: one turn is one optimizer step on `gradient_accumulation_steps` batches of every rank."""
+"""The training loop: each turn is one optimizer step on `gradient_accumulation_steps` batches of every rank."""
 
 import time
 from collections.abc import Sequence
@@ -22,16 +22,17 @@ def train(run: Run) -> int:
     """Train from the step that the run starts at to its last one.
 
     Returns:
-        How many steps are done: all, or fewer where a signal stopped the run, whose state is then saved.
+        How many steps are done: all, or fewer if a signal stopped the run, whose state is then saved.
 
     Raises:
         UserError: too many steps in a row were not finite, or a checkpoint cannot be written.
     """
-    settings, accelerator, trainable, phase = run.settings, run.accelerator, run.trainable, run.throughput.phase
+    spec, trainable, phase, seed = run.spec, run.trainable, run.throughput.phase, run.state.seed
+    settings, accelerator, coordinator = spec.settings, spec.accelerator, spec.coordinator
     device, optimizer, accumulation = accelerator.device, trainable.optimizer, accelerator.gradient_accumulation_steps
-    profile_folder = run.output_dir / PROFILE_FOLDER if settings.speed.profile and run.coordinator.is_main else None
+    profile_folder = spec.output_dir / PROFILE_FOLDER if settings.speed.profile and coordinator.is_main else None
     to_device, clock = DeviceCopies(device), CheckpointClock(settings.checkpoints.checkpoint_minutes)
-    guard = StepGuard(run.coordinator, settings.checkpoints.max_bad_steps, run.output_dir)
+    guard = StepGuard(coordinator, settings.checkpoints.max_bad_steps, spec.output_dir)
     log = StepLog(accelerator, run.state.step, run.total_steps, settings.tracking.logging_steps, run.throughput, guard)
     trainable.model.train()
     with log, profiled(profile_folder, run.state.step) as end_of_step:
@@ -39,67 +40,65 @@ def train(run: Run) -> int:
             with phase("data"):
                 batches = list(islice(run.batches, run.batches_in(step)))
             parts = timestep_parts(run, step, batches)
-            # A LoRA's dropout draws from the global generator: what it draws must not depend on what happened before,
-            # and be the same where ranks have copies of the same text.
-            seed_global(device, derive_seed(run.state.seed, step, run.data_rank))
-            share = run.num_data_ranks / run.samples_in(step)  # ranks average: together, the mean over all samples
+            # LoRA dropout draws from the global generator, which must depend only on the step and the rank's data.
+            seed_global(device, derive_seed(seed, step, spec.data_rank))
+            share = spec.num_data_ranks / run.samples_in(step)  # the average over ranks is the mean over all samples
             step_loss = torch.zeros((), device=device)
             for batch, part in zip(batches, parts, strict=True):
                 with gradient_exchange(run, is_last=batch is batches[-1]):
                     with phase("data"):
                         batch = to_device(batch)
                     with phase("forward"):
-                        generators = sample_generators(device, run.state.seed, batch.draws)
+                        generators = sample_generators(device, seed, batch.draws)
                         loss = run.objective(batch, generators, part).sum() * share
                     step_loss += loss.detach()
                     with phase("backward"):
                         if can_step(optimizer, step_loss):
-                            # A loss that is not finite on one rank must spoil the gradients of all ranks.
+                            # A loss that is not finite on one rank must make the gradients of all ranks NaN.
                             loss = loss * torch.where(step_loss.isfinite(), 1.0, torch.nan)
                             # accelerate divides by the accumulation steps, which `share` has done already.
                             accelerator.backward(loss * accumulation)
                 run.throughput.count(batch.bucket, len(batch.names))
             with phase("optimizer"):
-                grad_norm = clip_gradients(
-                    accelerator, optimizer, trainable.parameters, settings.optimizer.max_grad_norm
-                )
-                seed_global(device, derive_seed(run.state.seed, step))  # stochastic rounding must agree on all ranks
+                max_norm = settings.optimizer.max_grad_norm
+                grad_norm = clip_gradients(accelerator, optimizer, trainable.parameters, max_norm)
+                seed_global(device, derive_seed(seed, step))  # stochastic rounding must agree on all ranks
                 step_if_finite(accelerator, optimizer, grad_norm)
                 optimizer.zero_grad(set_to_none=True)
                 rate = trainable.end_step(accelerator)
             log.add(step_loss, grad_norm, rate, [name for batch in batches for name in batch.names])
             end_of_step()
-            # The caller saves and validates after the last step.
+            # After the last step, the caller saves and validates.
             if step + 1 == run.total_steps or save_and_validate(run, step + 1, log, clock):
                 break
-        run.coordinator.finish_asking()
+        coordinator.finish_asking()
         log.finish()
     return log.step
 
 
-def gradient_exchange(run: Run, *, is_last: bool) -> AbstractContextManager[None]:
-    """Let ranks exchange gradients once a step, with its last batch; with sharded weights after each.
-
-    Otherwise every rank would hold unsharded gradients.
-    """
-    run.accelerator.sync_gradients = is_last
-    exchanges = is_last or is_fsdp(run.accelerator)
-    return nullcontext() if exchanges else run.accelerator.no_sync(run.trainable.model)
-
-
 def timestep_parts(run: Run, step: int, batches: Sequence[Batch]) -> Sequence[torch.Tensor | None]:
-    """Return which part of the timesteps' distribution each sample of each batch draws from; None for all of it."""
-    settings = run.settings
+    """Return the part of the timestep distribution for each sample, by batch; None for the full distribution."""
+    settings = run.spec.settings
     if not settings.objective.stratified_timesteps:
         return [None] * len(batches)
     samples_per_rank = settings.training.train_batch_size * settings.training.gradient_accumulation_steps
-    parts = share_out(run.state.seed, step, run.data_rank, run.num_data_ranks, samples_per_rank)
+    parts = share_out(run.state.seed, step, run.spec.data_rank, run.spec.num_data_ranks, samples_per_rank)
     sizes = [len(batch.names) for batch in batches]
     return parts[: sum(sizes)].split(sizes)
 
 
+def gradient_exchange(run: Run, *, is_last: bool) -> AbstractContextManager[None]:
+    """Let ranks exchange gradients only with the last batch of a step.
+
+    With sharded weights they do after each batch, because otherwise every rank would hold unsharded gradients.
+    """
+    accelerator = run.spec.accelerator
+    accelerator.sync_gradients = is_last
+    return nullcontext() if is_last or is_fsdp(accelerator) else accelerator.no_sync(run.trainable.model)
+
+
 class CheckpointClock:
-    """Counts the minutes since the last checkpoint, for `--checkpoint_minutes`; None never asks for one."""
+    """Times the checkpoints of `--checkpoint_minutes`; with None, none is ever due."""
 
     def __init__(self, minutes: float | None):
         self.seconds = None if minutes is None else 60 * minutes
@@ -110,7 +109,7 @@ class CheckpointClock:
         self.started = time.monotonic()
 
     def is_late(self) -> bool:
-        """Whether a checkpoint is due; asks once, as the answer of all ranks may come a step later."""
+        """Return whether a checkpoint is due, once: the ranks may agree to save it only a step later."""
         late = self.seconds is not None and time.monotonic() - self.started > self.seconds
         if late:
             self.restart()
@@ -118,18 +117,19 @@ class CheckpointClock:
 
 
 def save_and_validate(run: Run, done: int, log: StepLog, clock: CheckpointClock) -> bool:
-    """Save and validate after a step, if it is time; called on every rank.
+    """Save and validate after a step if they are due; called on every rank.
 
     Returns:
-        Whether the run must stop, because a signal told a rank so.
+        Whether the run must stop, because any rank received a signal.
     """
-    checkpoints, validation, coordinator = run.settings.checkpoints, run.settings.validation, run.coordinator
+    settings, coordinator = run.spec.settings, run.spec.coordinator
+    checkpoints, validation = settings.checkpoints, settings.validation
     stops, saves = coordinator.ask(run.signals.received is not None, clock.is_late() and coordinator.is_main)
     if stops or saves or done % checkpoints.checkpointing_steps == 0:
-        log.flush()  # a run that is killed later has lost no logged step
+        log.flush()  # so that a run killed later has logged all steps
         run.save_checkpoint(done)
         clock.restart()
     if not stops and run.schedule.is_due(done, validation.validation_steps, validation.validation_epochs):
-        log.flush()  # trackers want steps in order
+        log.flush()  # trackers need the steps in order
         run.validate(done)
     return stops

@@ -1,4 +1,4 @@
-"""What a run is about to do, as one block of lines for whoever starts it."""
+"""Describe a run before its first step, as a block of lines."""
 
 from collections import Counter
 
@@ -6,15 +6,14 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from checkpoints.schedule import StepSchedule
-from common.ranks import precision_of
 from memory.ladder import Choice
 from memory.settings import GB
+from methods.full import FullFinetune
 from methods.lora import Lora
 from models.configs import ModelConfigs
 from parallel.deepspeed import count_weights
-from run.memory_fit import expected_memory
-from run.spec import Method, RunSpec
-from run.trainable import learning_rate_of
+from run.memory_fit import RunMemory
+from run.spec import RunSpec
 from tracking.loss_curve import METRICS_FILE, PICTURE_FILE
 
 
@@ -25,19 +24,20 @@ _BITS = {"use_8bit": " in 8 bits", "use_4bit": " in 4 bits", "use_fp8": " in flo
 def describe_start(
     spec: RunSpec, transformer: CogVideoXTransformer3DModel, schedule: StepSchedule, total_steps: int, padding: int
 ) -> str:
-    """The summary, a line for each subject.
+    """Return the summary, a line for each subject.
 
     Args:
-        transformer: as the method trains it.
-        padding: batches that come twice in an epoch.
+        transformer: with the trainable parameters of the method.
+        padding: number of batches that are drawn twice in an epoch.
     """
     settings, accelerator = spec.settings, spec.accelerator
     trainable, total = count_weights(transformer)
-    precision = precision_of(settings.training.mixed_precision)
-    devices = f"{accelerator.num_processes} x {_device_name(accelerator.device)}, precision {precision}"
+    name = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
+    devices = f"{accelerator.num_processes} x {name}, precision {spec.precision}"
     if spec.context is not None:
         devices += f"; {settings.speed.context_parallel_size} ranks at a time divide the tokens of a sample"
-    memory = expected_memory(settings, spec.data, spec.method)
+    run_memory = RunMemory(spec)
+    memory = run_memory.needed(run_memory.current)
     rows = {
         "model": f"{settings.model.pretrained_model_name_or_path}: {describe_model(spec.configs)}",
         "training": f"{describe_method(spec.method)}: {trainable:,} of {total:,} parameters",
@@ -56,7 +56,7 @@ def describe_start(
 
 
 def describe_model(configs: ModelConfigs) -> str:
-    """What kind of CogVideoX a model is, by what tells the kinds apart."""
+    """Describe the kind of a CogVideoX model."""
     transformer = configs.transformer
     family = "CogVideoX 1.5" if transformer.get("patch_size_t") else "CogVideoX"
     task = "image-to-video" if configs.is_image_to_video else "text-to-video"
@@ -68,61 +68,57 @@ def describe_model(configs: ModelConfigs) -> str:
     )
 
 
-def describe_method(method: Method) -> str:
-    """What is trained."""
+def describe_method(method: Lora | FullFinetune) -> str:
+    """Describe the trained weights."""
     if not isinstance(method, Lora):
-        return f"all weights, kept in {method.weights_dtype}"
+        return f"full fine-tuning, weights in {method.weights_dtype}"
     base = "" if method.quantize_base == "none" else f" on a base in {method.quantize_base}"
     return f"LoRA of rank {method.rank}, alpha {method.alpha:g}{base}"
 
 
 def describe_samples(spec: RunSpec) -> str:
-    """How many samples of which sizes, the most frequent ones first."""
+    """Describe the numbers of samples by size, the most frequent sizes first."""
     sizes = Counter(spec.data.buckets).most_common()
     listed = ", ".join(f"{count} x {size}" for size, count in sizes[:_MOST_SIZES])
-    more = f" and {len(sizes) - _MOST_SIZES} sizes more" if len(sizes) > _MOST_SIZES else ""
+    more = f" and {len(sizes) - _MOST_SIZES} more sizes" if len(sizes) > _MOST_SIZES else ""
     held_out = spec.data.held_out
     kept = f"; {len(held_out.clips)} held out for the validation loss" if held_out else ""
     return f"{len(spec.data.clips)} samples (frames x height x width): {listed}{more}{kept}"
 
 
 def describe_steps(spec: RunSpec, schedule: StepSchedule, total_steps: int, padding: int) -> str:
-    """From where to where, and what a step is."""
-    settings = spec.settings
-    per_step = settings.training.train_batch_size * settings.training.gradient_accumulation_steps * spec.num_data_ranks
+    """Describe the first and last step, and the size of a step."""
     if spec.state.step == total_steps:
         return f"none left of {total_steps}"
-    twice = f"; {padding} batches come twice in each epoch, so that all ranks have as many" if padding else ""
-    return (
-        f"{spec.state.step + 1} to {total_steps}, up to {per_step} samples a step, {schedule.steps_per_epoch} steps "
-        f"an epoch{twice}"
-    )
+    twice = f"; {padding} batches are drawn twice in each epoch, to give all ranks equally many" if padding else ""
+    per_step, per_epoch = spec.samples_per_step, schedule.steps_per_epoch
+    steps = f"{spec.state.step + 1} to {total_steps}"
+    return f"{steps}, up to {per_step} samples a step, {per_epoch} steps an epoch{twice}"
 
 
 def describe_optimizer(spec: RunSpec) -> str:
-    """The optimizer and its learning rate; one that is resumed may have its rate of before, which is said then."""
+    """Describe the optimizer and its learning rate; a resumed run logs its rate when the checkpoint is loaded."""
     settings = spec.settings
     bits = next((words for flag, words in _BITS.items() if getattr(settings.optimizer, flag)), "")
-    rate = "" if spec.resumed else f", learning rate {learning_rate_of(settings, spec.num_data_ranks):g}"
+    rate = "" if spec.resumed else f", learning rate {spec.learning_rate:g}"
     return f"{settings.optimizer.optimizer}{bits}{rate}, {settings.schedule.lr_scheduler}"
 
 
 def describe_expected_memory(memory: Choice, device: torch.device, *, shares: bool) -> str:
-    """What is expected to be taken of a card, beside what it has.
+    """Describe the memory that a run is expected to take of one card.
 
     Args:
-        shares: several GPUs train, which may share weights and states.
+        shares: several GPUs train, which may shard weights and states.
     """
-    needed = f"{memory.needed / GB:.2f} GB"
+    card = "on a GPU"
     if device.type == "cuda":
-        needed += f" of {torch.cuda.get_device_properties(device).total_memory / GB:.2f} GB"
-    else:
-        needed += " on a GPU"
-    return f"{needed} expected ({memory.how}){', less where GPUs share weights' if shares else ''}"
+        card = f"of {torch.cuda.get_device_properties(device).total_memory / GB:.2f} GB"
+    less = ", less if GPUs shard weights" if shares else ""
+    return f"{memory.needed / GB:.2f} GB {card} expected ({memory.how}){less}"
 
 
 def describe_validation(spec: RunSpec) -> str:
-    """What is validated, and when."""
+    """Describe what is validated, and when."""
     settings = spec.settings
     held_out = spec.data.held_out
     videos = len(settings.validation.prompts) * settings.validation.num_validation_videos
@@ -136,10 +132,6 @@ def describe_validation(spec: RunSpec) -> str:
 
 
 def describe_logs(report_to: str) -> str:
-    """Where losses can be looked at."""
+    """Name the files and trackers that the losses are logged to."""
     trackers = {"none": "", "all": " and to all trackers that are installed"}.get(report_to, f" and to {report_to}")
     return f"{PICTURE_FILE}, {METRICS_FILE}{trackers}"
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

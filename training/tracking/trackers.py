@@ -1,4 +1,4 @@
-"""Experiment trackers that never end a run: what goes wrong in one is a warning, and training goes on without it."""
+"""Experiment trackers that never end a run: a failure in one is logged as a warning, and training continues."""
 
 import logging
 import os
@@ -18,16 +18,16 @@ from tracking.loss_curve import LossCurve
 
 logger = logging.getLogger(__name__)
 
-# By which the environment may say which run it is.
+# Environment variables that set the id of the run.
 RUN_ID_VARIABLES = {"wandb": "WANDB_RUN_ID", "comet_ml": "COMET_EXPERIMENT_KEY"}
-FINISH_SECONDS = 300.0  # that W&B may take at the end to send what it has kept back while its server was away
+FINISH_SECONDS = 300.0  # for W&B at the end, to send values that it kept while its server was unreachable
 
 
 class SteadyTracker(GeneralTracker):
-    """One of accelerate's trackers, with warnings in the place of its exceptions.
+    """One of accelerate's trackers, with warnings instead of its exceptions.
 
-    The first failure is warned of, then the 10th, the 100th and so on: a server that is away for a night must not bury
-    what else is logged.
+    Warnings are logged for failure 1, 10, 100 and so on, because a server that is unreachable for a night must not
+    flood the log.
 
     Args:
         tracker: that has started.
@@ -42,24 +42,24 @@ class SteadyTracker(GeneralTracker):
 
     @property
     def name(self) -> str:
-        """The tracker's own."""
+        """The name of the tracker."""
         return self._started.name
 
     @property
     def tracker(self) -> Any:
-        """What the tracker's library calls a run, whose exceptions are not kept back."""
+        """The run object of the tracker's library, whose exceptions are not caught."""
         return self._started.tracker
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Note the run's settings."""
+        """Log the run's settings."""
         self._attempt(self._started.store_init_configuration, values)
 
     def log(self, values: dict[str, Any], step: int | None = None, **options: Any) -> None:
-        """Note values by name."""
+        """Log values by name."""
         self._attempt(self._started.log, values, step=step, **options)
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **options: Any) -> None:
-        """Note pictures by name."""
+        """Log pictures by name."""
         self._attempt(self._started.log_images, values, step=step, **options)
 
     def finish(self) -> None:
@@ -69,27 +69,26 @@ class SteadyTracker(GeneralTracker):
     def _attempt(self, function: Callable[..., None], *arguments: Any, **options: Any) -> None:
         try:
             function(*arguments, **options)
-        except Exception as error:  # each tracker has exceptions of its own, and those of its network library
+        except Exception as error:  # trackers raise their own exceptions and those of network libraries
             self._failures += 1
             if self._failures in (10**power for power in range(9)):
                 times = "failed" if self._failures == 1 else f"failed {self._failures} times, lastly"
-                logger.warning("warning: %s %s (%s); training goes on", self.name, times, _described(error))
+                logger.warning("warning: %s %s (%s); training continues", self.name, times, _described(error))
 
 
 def start_trackers(
     accelerator: Accelerator, project: str, logging_dir: Path, flags: Mapping[str, Any], *, resumed_at: int | None
 ) -> None:
-    """Open the trackers that the accelerator was made with, with the run's settings; the hub token stays out of them.
+    """Start the trackers that the accelerator was created with, and log the run's settings without the hub token.
 
-    A tracker that cannot be opened is left out with a warning; W&B without its server keeps its files, to be sent
-    later.
+    A tracker that cannot start is skipped with a warning. W&B without its server keeps its files, to be sent later.
 
     Args:
         accelerator: gets the trackers, on the main process.
-        project: the runs' name in the tracker.
+        project: name of the project in the tracker.
         logging_dir: folder of the trackers' files.
-        flags: the run's, by name.
-        resumed_at: the step that the run goes on after; its trackers go on as well. None for a new run.
+        flags: flags of the run, by name.
+        resumed_at: the step that the run continues after, with its trackers; None for a new run.
     """
     if not accelerator.is_main_process:
         return
@@ -103,8 +102,7 @@ def start_trackers(
 
 
 def keep_losses(accelerator: Accelerator, folder: Path, *, resumed_at: int | None) -> None:
-    """Have the main process keep what is logged in the run's folder, and draw the losses there, whatever trackers
-    there are."""
+    """Have the main process write the logged values to the run's folder and draw the losses, besides any trackers."""
     if not accelerator.is_main_process:
         return
     try:
@@ -114,7 +112,7 @@ def keep_losses(accelerator: Accelerator, folder: Path, *, resumed_at: int | Non
 
 
 def plain_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags as trackers take them, numbers and texts, without tokens."""
+    """Return the flags as numbers and texts, which every tracker accepts, without tokens."""
     return {
         name: value
         if isinstance(value, int | float)
@@ -125,7 +123,7 @@ def plain_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _open(kind: str, project: str, logging_dir: Path, resumed_at: int | None) -> GeneralTracker | None:
-    """Start a tracker, W&B without its server if need be; None, with a warning, if it does not start."""
+    """Start a tracker, W&B without its server if it must; return None, with a warning, if it does not start."""
     places = [str(logging_dir)] if LOGGER_TYPE_TO_CLASS[kind].requires_logging_directory else []
     for last_resort in ({}, {"mode": "offline"}) if kind == "wandb" else ({},):
         try:
@@ -133,20 +131,20 @@ def _open(kind: str, project: str, logging_dir: Path, resumed_at: int | None) ->
             options = _options(kind, logging_dir, resumed_at) | last_resort
             tracker = LOGGER_TYPE_TO_CLASS[kind](project, *places, **options)
             tracker.start()
-        except Exception as error:  # each tracker has exceptions of its own
+        except Exception as error:  # trackers raise their own exceptions
             logger.warning("warning: %s cannot be started (%s)", kind, _described(error))
         else:
             if last_resort:
-                logger.warning("warning: %s keeps its files in %s; send them by `wandb sync`", kind, logging_dir)
+                logger.warning("warning: %s keeps its files in %s; send them with `wandb sync`", kind, logging_dir)
             return tracker
-    logger.warning("warning: going on without %s", kind)
+    logger.warning("warning: training continues without %s", kind)
     return None
 
 
 def _options(kind: str, logging_dir: Path, resumed_at: int | None) -> dict[str, Any]:
-    """What a tracker's library is told beside the project's name."""
+    """Return the arguments for a tracker's library besides the name of the project."""
     if kind == "tensorboard" and resumed_at is not None:
-        # What the run logged after its checkpoint comes once more: TensorBoard forgets the first time.
+        # Steps after the checkpoint are logged again: TensorBoard drops the earlier values.
         return {"purge_step": resumed_at + 1}
     if kind not in ("wandb", "comet_ml", "trackio"):
         return {}
@@ -162,25 +160,25 @@ def _wandb_options(logging_dir: Path, run_id: str | None) -> dict[str, Any]:
     import wandb
 
     options: dict[str, Any] = {"dir": str(logging_dir), "resume": "allow", "id": run_id}
-    if "finish_timeout" in wandb.Settings.model_fields:  # older ones wait for their server for days
+    if "finish_timeout" in wandb.Settings.model_fields:  # older versions wait for their server for days
         options["settings"] = wandb.Settings(finish_timeout=FINISH_SECONDS, finish_timeout_raises=True)
     return options
 
 
 def run_id_file(kind: str, logging_dir: Path) -> Path:
-    """Where the id of a tracker's run is kept, so that a resumed run goes on in it."""
+    """Return the file with the id of a tracker's run, with which a resumed run continues it."""
     return logging_dir / f"{kind}_run_id"
 
 
 def _run_id(kind: str, logging_dir: Path, resumed_at: int | None) -> str:
-    """The id of the tracker's run: that of the run that is resumed, else a new one."""
+    """Return the id of the tracker's run: that of the resumed run, otherwise a new one."""
     file = run_id_file(kind, logging_dir)
     if resumed_at is not None and file.is_file() and (before := file.read_text(encoding="utf-8").strip()):
         return before
-    run_id = uuid4().hex  # Comet takes no fewer letters
+    run_id = uuid4().hex  # Comet requires at least 32 characters
     if kind == "wandb":
         run_id = run_id[:8]
-    elif kind == "trackio":  # where it is the run's name as well
+    elif kind == "trackio":  # shows it as the run's name
         run_id = f"{logging_dir.resolve().parent.name}-{run_id[:8]}"
     with atomic_write(file) as partial:
         partial.write_text(f"{run_id}\n", encoding="utf-8")

@@ -1,0 +1,112 @@
+"""The settings and data of a run, and what follows from them without loading weights."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from common.ranks import precision_of, uses_deepspeed
+from data.buckets import Bucket
+from data.plan import TrainingData
+from diffusion.tasks import ImageToVideo, TextToVideo
+from flags.settings import TrainingSettings
+from memory.accounting import checkpoint_bytes
+from memory.facts import ModelFacts, model_facts
+from memory.settings import MemorySettings, memory_settings_of, with_memory
+from methods.full import FullFinetune
+from methods.lora import Lora
+from models.configs import DTYPES, ModelConfigs
+from models.source import ModelSource
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings and data of a run."""
+
+    settings: TrainingSettings
+    data: TrainingData
+
+    @cached_property
+    def task(self) -> TextToVideo | ImageToVideo:
+        """The task of the script."""
+        if self.settings.task == "text-to-video":
+            return TextToVideo()
+        flags = self.settings.image
+        return ImageToVideo(flags.noised_image_dropout, flags.ignore_learned_positional_embeddings)
+
+    @cached_property
+    def method(self) -> Lora | FullFinetune:
+        """The method of the script."""
+        if self.settings.method == "lora":
+            return Lora.from_flags(self.settings.lora, self.settings.memory.quantize_base)
+        return FullFinetune(self.settings.full.save_pipeline, self.settings.memory.weights_dtype)
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """The location of the base model."""
+        model = self.settings.model
+        return ModelSource(model.pretrained_model_name_or_path, model.revision, model.variant, model.cache_dir)
+
+    @cached_property
+    def configs(self) -> ModelConfigs:
+        """The configs of the base model; raises UserError if they cannot be read."""
+        return self.source.configs()
+
+    @cached_property
+    def model_facts(self) -> ModelFacts:
+        """The parameters of the model, those of the method included."""
+        return model_facts(self.configs, self.method)
+
+    @cached_property
+    def checkpoint_bytes(self) -> int:
+        """The bytes of a checkpoint, or slightly more."""
+        num_bytes = checkpoint_bytes(self.model_facts, memory_settings_of(self.settings))
+        # DeepSpeed writes the weights twice: the optimizer's and the module's.
+        return num_bytes * 5 // 3 if uses_deepspeed() else num_bytes
+
+    @property
+    def precision(self) -> str:
+        """The precision of the computation: no, fp16 or bf16."""
+        return precision_of(self.settings.training.mixed_precision)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the networks compute in."""
+        return DTYPES[self.precision]
+
+    @property
+    def sampled_size(self) -> Bucket | None:
+        """The size of the validation videos; None if there are none."""
+        clips = self.settings.clips
+        return Bucket(clips.max_num_frames, clips.height, clips.width) if self.settings.validation.prompts else None
+
+    @property
+    def sizes(self) -> set[Bucket]:
+        """The sizes of all clips, held-out ones included, and of the validation videos."""
+        held_out = self.data.held_out.buckets if self.data.held_out else []
+        return {*self.data.buckets, *held_out, *([self.sampled_size] if self.sampled_size else [])}
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder that everything is written to."""
+        return Path(self.settings.training.output_dir)
+
+    @property
+    def video_fps(self) -> int:
+        """The frame rate of validation videos."""
+        return round(self.settings.clips.fps or 8)
+
+    def usage(self, where: Path | str, model: str | None = None) -> str:
+        """Return the code that loads the result.
+
+        Args:
+            where: the run's folder, or the repository that its result is uploaded to.
+            model: name of the base model in the code; None for its path or hub id.
+        """
+        model = model or self.settings.model.pretrained_model_name_or_path
+        return "\n".join(self.method.usage(self.task.pipeline_class.__name__, model, where, self.task.usage()))
+
+    def with_memory(self, memory: MemorySettings) -> "Recipe":
+        """Return the recipe with other memory settings."""
+        return replace(self, settings=with_memory(self.settings, memory))

@@ -1,4 +1,4 @@
-"""Clips and tensors become the batches that were planned, whichever process reads them."""
+"""Clips and tensors become the planned batches, whichever process reads them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ BUCKET = Bucket(9, 64, 96)
 
 @pytest.fixture(scope="module")
 def planned(demo_clips) -> list[ClipSample]:
-    """The 16 clips, each in a bucket of its own size, so that nothing is resized."""
+    """The 16 clips, each in a bucket of its size, so that nothing is resized."""
     paths = sorted((demo_clips / "videos").iterdir())
     infos = probe_files(paths)
     buckets = sorted({Bucket(9, info.height, info.width) for info in infos.values()})
@@ -88,24 +88,15 @@ def flips(planned: list[ClipSample], draws: list[Draw], seed: int = 0) -> list[b
     return found
 
 
-def test_half_of_the_clips_are_flipped_in_all_frames_and_always_the_same(planned):
-    draws = [Draw(index, epoch) for index in (0, 2, 4, 7) for epoch in range(4)]
+def test_flips_depend_on_the_epoch_the_seed_and_the_clip_but_not_on_its_place(planned):
+    draws = [Draw(index, epoch) for index in range(4) for epoch in range(4)]
     first = flips(planned, draws)
-    assert {True, False} == set(first)
+    assert len(set(first[::4])) == 2  # the clips in one epoch
+    assert any(len(set(first[start : start + 4])) == 2 for start in (0, 4, 8, 12))  # a clip in several epochs
     assert flips(planned, draws[::-1])[::-1] == first
-
-
-def test_another_epoch_seed_or_clip_flips_others(planned):
-    by_epoch = flips(planned, [Draw(2, epoch) for epoch in range(8)])
-    assert len(set(by_epoch)) == 2
-    assert flips(planned, [Draw(2, epoch) for epoch in range(8)], seed=1) != by_epoch
-    assert len(set(flips(planned, [Draw(index, 0) for index in range(8)]))) == 2
-
-
-def test_a_flip_does_not_depend_on_the_place_in_the_list(planned):
-    draws = [Draw(index, epoch) for index in range(4) for epoch in range(3)]
+    assert flips(planned, draws, seed=1) != first
     moved = [Draw(3 - draw.index, draw.epoch) for draw in draws]
-    assert flips(planned[:4][::-1], moved) == flips(planned[:4], draws)
+    assert flips(planned[:4][::-1], moved) == first
 
 
 # Images to start from
@@ -120,9 +111,13 @@ def image_of(planned: ClipSample, mode: str = "center", random_flip: float | Non
     return batch, batch.images[0].numpy()
 
 
-def test_a_clip_without_an_image_starts_from_its_own_first_frame(planned):
-    batch, image = image_of(planned[2])
+@pytest.mark.parametrize("part", [0, 1])
+def test_clips_without_an_image_and_later_parts_start_from_their_own_first_frame(planned, tmp_path, part):
+    Image.new("RGB", (96, 64)).save(tmp_path / "black.png")
+    sample = replace(with_image(planned[2], tmp_path / "black.png" if part else None), part=part)
+    batch, image = image_of(sample)
     assert np.array_equal(image, batch.videos[0, 0].numpy())
+    assert make_dataset([sample])[Draw(0, 0)].images is None
 
 
 @pytest.mark.parametrize("mode", ["center", "random"])
@@ -133,17 +128,6 @@ def test_an_image_is_cut_and_flipped_like_its_clip(planned, tmp_path, mode):
     batch, image = image_of(with_image(smaller, tmp_path / "first.png"), mode, random_flip=1.0)
     assert image.shape == (3, 64, 96)
     assert np.array_equal(image, batch.videos[0, 0].numpy())
-
-
-def test_the_later_parts_of_a_clip_start_from_their_own_first_frame(planned, tmp_path):
-    Image.new("RGB", (96, 64)).save(tmp_path / "black.png")
-    part = replace(with_image(planned[2], tmp_path / "black.png"), part=1)
-    batch, image = image_of(part)
-    assert np.array_equal(image, batch.videos[0, 0].numpy())
-
-
-def test_images_are_omitted_unless_they_are_needed(planned):
-    assert make_dataset(planned)[Draw(0, 0)].images is None
 
 
 # Clips that do not decode
@@ -181,11 +165,7 @@ def test_a_clip_that_does_not_decode_is_replaced_by_another_of_its_bucket(planne
     assert not batch.failed
     assert batch.draws == [Draw(1, 0)]  # with the noise of the clip that it replaces
     assert "gone.mp4" in caplog.text
-
-
-def test_a_failure_is_reported_if_no_clip_of_the_bucket_decodes(broken):
-    dataset = make_dataset([broken, broken], replace_failed=True)
-    assert dataset[Draw(0, 0)].failed
+    assert make_dataset([broken, broken], replace_failed=True)[Draw(0, 0)].failed
 
 
 # Batches from workers
@@ -204,10 +184,10 @@ def test_batches_do_not_depend_on_the_number_of_workers(demo_clips):
     clips, _ = plan_clips(
         [Clip(path, "", "") for path in paths], probe_files(paths), [Bucket(5, 80, 96), Bucket(5, 96, 80)]
     )
-    alone, in_workers = load_epochs(clips, 0), load_epochs(clips, 2)
-    assert [batch.names for batch in alone] == [batch.names for batch in in_workers]
-    assert all(torch.equal(ours.videos, theirs.videos) for ours, theirs in zip(alone, in_workers, strict=True))
-    assert sorted(name for batch in alone for name in batch.names) == sorted(2 * list(map(str, paths)))
+    in_process, in_workers = load_epochs(clips, 0), load_epochs(clips, 2)
+    assert [batch.names for batch in in_process] == [batch.names for batch in in_workers]
+    assert all(torch.equal(ours.videos, theirs.videos) for ours, theirs in zip(in_process, in_workers, strict=True))
+    assert sorted(name for batch in in_process for name in batch.names) == sorted(2 * list(map(str, paths)))
 
 
 def test_loading_does_not_change_the_global_random_numbers(planned):
@@ -301,11 +281,8 @@ def test_a_moved_batch_keeps_its_fields():
     on_meta = batch.to(torch.device("meta"))
     assert {tensor.device.type for tensor in on_meta.tensors.values()} == {"meta"}
     assert batch.video_moments.device.type == "cpu"
-
-
-def test_a_batch_without_tensors_can_be_pinned():
-    batch = Batch(["a"], BUCKET)
-    assert batch.pin_memory() == batch
+    without_tensors = Batch(["a"], BUCKET)
+    assert without_tensors.pin_memory() == without_tensors
 
 
 @pytest.mark.gpu

@@ -65,8 +65,9 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int | Fraction) -> 
         height, width, _ = first.shape
         with av.open(str(path), "w") as container:
             stream = container.add_stream("libx264", rate=fps, width=width, height=height, pix_fmt="yuv420p")
-            # One thread: with more, the bytes of the file would depend on the number of cores.
-            stream.options, stream.thread_count = {"crf": "18", "preset": "veryfast"}, 1
+            # With more threads, the bytes of the file depend on the number of cores; with x264's macroblock tree, they
+            # vary from run to run.
+            stream.options, stream.thread_count = {"crf": "18", "preset": "veryfast", "mbtree": "0"}, 1
             for frame in chain([first], frames):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
             container.mux(stream.encode())  # the frames that the encoder kept to look ahead

@@ -22,23 +22,23 @@ from run.spec import check_spec
 SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
 
 
-def run_flags(model: Path, data: Path, output: Path) -> list[str]:
-    folders = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
+def run_flags(model: Path, data: Path) -> list[str]:
+    folders = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data)]
     return [*folders, *SIZE, "--train_batch_size", "1", "--seed", "0"]
 
 
 def train(script: ModuleType, model: Path, data: Path, output: Path, *flags: str) -> Path:
     """Run a training script in this process; returns the folder of the run."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    script.main([*run_flags(model, data, output), *flags])
+    script.main([*run_flags(model, data), "--output_dir", str(output), *flags])
     return output
 
 
 def set_up_run(task: str, model: Path, data: Path, output: Path, *flags: str) -> Run:
     """Set up a run of a LoRA on prepared data, as its script does."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    argv = [*run_flags(model, data, output), "--load_tensors", "--report_to", "none", *flags]
-    args = parse_args(argv, task=task, method="lora")
+    argv = [*run_flags(model, data), "--output_dir", str(output), "--load_tensors", "--report_to", "none"]
+    args = parse_args([*argv, *flags], task=task, method="lora")
     images = ImageToVideo(args.image.noised_image_dropout, args.image.ignore_learned_positional_embeddings)
     lora = Lora.from_flags(args.lora, args.memory.quantize_base)
     return set_up(check_spec(args, plan_training_data(args), images if task == images.name else TextToVideo(), lora))

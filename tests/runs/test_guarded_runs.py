@@ -39,7 +39,7 @@ def train(tiny_models, tmp_path, monkeypatch):
 
     def run(data: Path, *flags: str, code: int = 0) -> Path:
         output = tmp_path / "out"
-        argv = [*run_flags(tiny_models("5b"), data, output), "--rank", "4", "--lora_alpha", "4"]
+        argv = [*run_flags(tiny_models("5b"), data), "--output_dir", str(output), "--rank", "4", "--lora_alpha", "4"]
         argv += ["--max_train_steps", "2", "--lr_warmup_steps", "0", *flags]
         monkeypatch.setattr("sys.argv", ["train.py", *argv])
         with pytest.raises(SystemExit, match=str(code)) if code else nullcontext():

@@ -21,30 +21,30 @@ from run.spec import check_spec
 SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_frames", "17"]
 
 
-def place_flags(model: Path, data: Path, output: Path) -> list[str]:
-    """Return the flags of a run's places and of its sizes."""
-    places = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
-    return [*places, *SIZE]
+def short_run_flags(model: Path, data: Path) -> list[str]:
+    """Return the flags of a repeatable run with one clip a step."""
+    folders = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data)]
+    return [*folders, *SIZE, "--train_batch_size", "1", "--seed", "0"]
 
 
 def run_flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:
     """Return the flags of a run on the demo clips without trackers, and `more`."""
-    return [*place_flags(model, data, output), "--caption_column", "prompts.txt", "--report_to", "none", *more]
+    flags = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
+    return [*flags, "--caption_column", "prompts.txt", "--report_to", "none", *SIZE, *more]
 
 
 def train(script: ModuleType, model: Path, data: Path, output: Path, *flags: str) -> Path:
     """Run a training script in this process; returns the folder of the run."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    script.main([*place_flags(model, data, output), "--train_batch_size", "1", "--seed", "0", *flags])
+    script.main([*short_run_flags(model, data), "--output_dir", str(output), *flags])
     return output
 
 
 def set_up_run(task: str, model: Path, data: Path, output: Path, *flags: str) -> Run:
     """Set up a run of a LoRA on prepared data, as its script does."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    argv = [*place_flags(model, data, output), "--train_batch_size", "1", "--seed", "0", "--report_to", "none"]
-    argv += ["--load_tensors", *flags]
-    settings = parse_args(argv, task=task, method="lora")
+    argv = [*short_run_flags(model, data), "--output_dir", str(output), "--load_tensors", "--report_to", "none"]
+    settings = parse_args([*argv, *flags], task=task, method="lora")
     return set_up(check_spec(Recipe(settings, plan_training_data(settings))))
 
 

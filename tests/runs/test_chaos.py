@@ -13,7 +13,7 @@ from checkpoints.manifest import find_damage
 from common.run_folder import LORA_FILE, list_checkpoints
 from common.signals import STOPPED_EXIT_CODE
 from forked_ranks import Stop, finish, start
-from tiny_runs import SIZE, assert_same_weights, weights_of
+from tiny_runs import SIZE, assert_same_weights, short_run_flags, weights_of
 
 
 LORA, SFT = "cogvideox_text_to_video_lora", "cogvideox_text_to_video_sft"
@@ -29,11 +29,10 @@ CASES = [
 @pytest.fixture(scope="module")
 def flags(prepared_demo, tiny_models) -> list[str]:
     """A run that saves and removes checkpoints at every step, with accumulation over the ends of epochs."""
-    model, data = str(tiny_models("5b")), str(prepared_demo(*SIZE))
-    flags = ["--pretrained_model_name_or_path", model, "--data_root", data, "--load_tensors"]
-    flags += ["--train_batch_size", "1", "--gradient_accumulation_steps", "2", "--max_train_steps", "16"]
-    flags += ["--checkpointing_steps", "1", "--checkpoints_total_limit", "2", "--optimizer", "adamw", "--seed", "0"]
-    return [*flags, *SIZE, "--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--rank", "4", "--report_to", "none"]
+    flags = [*short_run_flags(tiny_models("5b"), prepared_demo(*SIZE)), "--load_tensors", "--max_train_steps", "16"]
+    flags += ["--checkpointing_steps", "1", "--checkpoints_total_limit", "2", "--gradient_accumulation_steps", "2"]
+    flags += ["--optimizer", "adamw", "--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--rank", "4"]
+    return [*flags, "--report_to", "none"]
 
 
 def run_until(stop: Stop, script: str, argv: list[str], log: Path, num_ranks: int) -> list[int]:

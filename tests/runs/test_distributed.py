@@ -19,7 +19,7 @@ import cogvideox_text_to_video_sft
 from data.prepared import read_index
 from forked_ranks import finish
 from repository import TRAINING
-from tiny_runs import SIZE, assert_same_weights, curve, weights_of
+from tiny_runs import SIZE, assert_same_weights, curve, short_run_flags, weights_of
 
 
 SCRIPTS_IN_TURN = Path(__file__).parents[1] / "helpers" / "fsdp_on_cpu.py"
@@ -28,7 +28,7 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 LORA, ALL_WEIGHTS = "cogvideox_text_to_video_lora.py", "cogvideox_text_to_video_sft.py"
 # 16 samples make batches of 3, 3, 3, 3, 3 and 1: two steps an epoch, where ranks have different numbers of samples and
 # the second one accumulates fewer batches. Gradients are clipped to a hundredth.
-STEPS = ["--train_batch_size", "3", "--max_train_steps", "4", "--max_grad_norm", "0.01", "--seed", "0"]
+STEPS = ["--train_batch_size", "3", "--max_train_steps", "4", "--max_grad_norm", "0.01"]
 STEPS += ["--optimizer", "adamw", "--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "0"]
 
 
@@ -71,8 +71,7 @@ def prepared_by_two(tiny_models, demo_clips, tmp_path_factory) -> tuple[Path, st
 
 @pytest.fixture(scope="module")
 def fixed_flags(prepared_by_two, tiny_models) -> list[str]:
-    model, data = str(tiny_models("5b")), str(prepared_by_two[0])
-    return ["--pretrained_model_name_or_path", model, "--data_root", data, "--load_tensors", *SIZE, *STEPS]
+    return [*short_run_flags(tiny_models("5b"), prepared_by_two[0]), "--load_tensors", *STEPS]
 
 
 @pytest.fixture(scope="module")

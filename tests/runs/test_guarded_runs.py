@@ -20,7 +20,7 @@ import dataset
 from models.source import ModelSource
 from repository import TRAINING
 from results import publish
-from tiny_runs import SIZE, place_flags
+from tiny_runs import SIZE, short_run_flags
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -39,8 +39,15 @@ def train(tiny_models, tmp_path, monkeypatch):
 
     def run(data: Path, *flags: str, code: int = 0) -> Path:
         output = tmp_path / "out"
-        argv = [*place_flags(tiny_models("5b"), data, output), "--train_batch_size", "1", "--seed", "0"]
-        argv += ["--rank", "4", "--lora_alpha", "4"]
+        argv = [
+            *short_run_flags(tiny_models("5b"), data),
+            "--output_dir",
+            str(output),
+            "--rank",
+            "4",
+            "--lora_alpha",
+            "4",
+        ]
         argv += ["--max_train_steps", "2", "--lr_warmup_steps", "0", *flags]
         monkeypatch.setattr("sys.argv", ["train.py", *argv])
         with pytest.raises(SystemExit, match=str(code)) if code else nullcontext():

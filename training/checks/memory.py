@@ -55,7 +55,9 @@ def _check_offload(settings: TrainingSettings) -> None:
 
 def _check_accumulation(settings: TrainingSettings, name: str) -> None:
     if getattr(settings.optimizer, name) and settings.training.gradient_accumulation_steps > 1:
-        raise UserError(f"--{name}: frees gradients after each backward pass; use --gradient_accumulation_steps 1")
+        raise UserError(
+            f"--{name}: frees gradients after each backward pass; use --gradient_accumulation_steps 1 or omit it"
+        )
 
 
 def _check_weights_dtype(settings: TrainingSettings) -> None:
@@ -117,7 +119,8 @@ def check_memory(settings: TrainingSettings) -> None:
         _check_streaming(settings)
     if memory.auto_fit and launch_size() > 1:
         raise UserError(
-            "--auto_fit: only with one process; add --dry_run there, and pass the settings it finds to all"
+            "--auto_fit: a process out of memory would leave the others waiting; find the settings with one process "
+            "(--auto_fit --dry_run), and pass these to all"
         )
 
 
@@ -128,7 +131,8 @@ def _check_streaming(settings: TrainingSettings) -> None:
     is_each_checkpointed = memory.checkpoint_scope == "block" and memory.checkpoint_every in (None, 1)
     if not memory.gradient_checkpointing or not is_each_checkpointed:
         raise UserError(
-            "--stream_blocks: needs --gradient_checkpointing, without --checkpoint_scope and --checkpoint_every"
+            "--stream_blocks: recomputes blocks one by one; pass --gradient_checkpointing, without --checkpoint_scope "
+            "and --checkpoint_every"
         )
     if settings.validation.enable_model_cpu_offload:
         raise UserError("--enable_model_cpu_offload: --stream_blocks already keeps the blocks on the CPU; omit it")

@@ -22,7 +22,8 @@ def check_speed(settings: TrainingSettings) -> None:
         raise UserError("--validation_attention_backend: no video is sampled; add --validation_prompt or omit it")
     if speed.compile and memory.offload_checkpoints and memory.checkpoint_scope == "feed-forward":
         raise UserError(
-            "--compile: not with --offload_checkpoints and scope feed-forward; use --checkpoint_scope block"
+            "--compile: --offload_checkpoints with scope feed-forward moves tensors inside a block, which cannot be "
+            "compiled; use --checkpoint_scope block"
         )
     if speed.compile and memory.stream_blocks:
         raise UserError("--compile: streamed blocks (--stream_blocks) cannot be compiled; omit one of them")

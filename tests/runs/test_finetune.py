@@ -326,9 +326,9 @@ def set_up_with_scaler(model: Path, data: Path, output: Path, scale: float | Non
     run = set_up_run("text-to-video", model, data, output, *flags, "--max_grad_norm", "0.1")
     if scale is not None:
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        schedule = run.spec.settings.schedule
-        settings = (run.spec.settings.optimizer, schedule, run.trainable.parameters, schedule.learning_rate)
-        optimizer, schedule = build_optimizer(*settings, 2, rounds_stochastically=False, has_scaler=True)
+        settings = run.spec.settings
+        rate = settings.schedule.learning_rate
+        optimizer, schedule = build_optimizer(settings, run.trainable.parameters, rate, 2, fused=False)
         optimizer = AcceleratedOptimizer(optimizer, scaler=scaler)
         run.trainable = replace(run.trainable, optimizer=optimizer, lr_scheduler=schedule)
         run.spec.accelerator.scaler, run.spec.accelerator._optimizers = scaler, [optimizer]

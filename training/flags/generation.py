@@ -89,9 +89,7 @@ class SamplingMemoryFlags:
         choices=("auto", "fp32", "fp16", "bf16"),
     )
     enable_model_cpu_offload: bool = flag(False, "Keep each network on the CPU except while it runs.")
-    enable_sequential_cpu_offload: bool = flag(
-        False, "Keep each layer on the CPU except while it runs: least GPU memory, very slow."
-    )
+    enable_sequential_cpu_offload: bool = flag(False, "Keep each layer on the CPU except while it runs; very slow.")
     quantize_base: str = flag(
         "none",
         "Store the transformer's linear layers in 8 bits (int8, fp8: torchao) or 4 (nf4: bitsandbytes, needs a GPU). "
@@ -99,9 +97,7 @@ class SamplingMemoryFlags:
         choices=QUANTIZATIONS,
     )
     text_encoder_8bit: bool = text_encoder_flag()
-    enable_tiling: bool = flag(
-        True, "Let the VAE decode overlapping tiles, as validation does; without, 480x720 frames take 18 GB."
-    )
+    enable_tiling: bool = flag(True, "Let the VAE decode overlapping tiles; without, 480x720 frames take 18 GB.")
 
 
 @dataclass(frozen=True)
@@ -113,6 +109,4 @@ class OutputFlags:
     )
     output_file: FilePath | None = flag(None, "File of the only video, instead of --output_dir.")
     overwrite: bool = flag(False, "Overwrite existing files.", shown="an error before anything is sampled")
-    fps: PositiveInt | None = flag(
-        None, "Frame rate of the written files.", shown="the model's own: 8, or 16 for CogVideoX 1.5"
-    )
+    fps: PositiveInt | None = flag(None, "Frame rate of files.", shown="the model's own: 8, or 16 for CogVideoX 1.5")

@@ -40,9 +40,7 @@ class MemoryFlags:
         "--checkpoint_scope segment, blocks per segment.",
         shown="1; 2 in a segment",
     )
-    offload_checkpoints: bool = flag(
-        False, "With --gradient_checkpointing, keep its inputs in pinned CPU memory; copies overlap compute."
-    )
+    offload_checkpoints: bool = flag(False, "Keep inputs of --gradient_checkpointing in pinned CPU memory.")
     quantize_base: str = flag(
         "none",
         "Store the frozen base model's linear layers in 8 bits (int8, fp8: torchao) or 4 (nf4: bitsandbytes, needs a "

@@ -44,7 +44,8 @@ def plan_first_frames(source: DataSource, skip_start: int) -> RawData:
 def make_first_frames(data: RawData, folder: Path, on_bad_clip: str) -> Path:
     """Write the missing images, then the table; return its path.
 
-    A table that exists is a UserError, and with `on_bad_clip` "error" (not "skip") a clip that does not decode.
+    A table that exists is a UserError, and with `on_bad_clip` "error" a clip that does not decode. `folder` is
+    absolute.
     """
     table = folder / FIRST_FRAMES_FILE
     if table.exists():

@@ -42,9 +42,7 @@ class CaptionFlags:
     """The request for a caption, and the file of captions."""
 
     prompt: Text | None = flag(
-        None,
-        "The question for each clip.",
-        shown="one factual paragraph of 80 to 120 words on subject, motion, place, light and camera",
+        None, "The question for each clip.", shown="a factual paragraph on subject, motion, place, light and camera"
     )
     prompt_file: FilePath | None = flag(None, "Read --prompt from this text file.")
     temperature: NonNegativeFloat = flag(
@@ -54,4 +52,4 @@ class CaptionFlags:
     output_file: FilePath | None = flag(
         None, "Table to write, .jsonl.", shown=f"{CAPTIONS_FILE} in --data_root, or else next to --dataset_file"
     )
-    overwrite: bool = flag(False, "Also caption clips that have one, from the data or a run.", shown="keep these")
+    overwrite: bool = flag(False, "Also caption clips that have a caption already.", shown="keep these")

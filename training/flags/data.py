@@ -100,7 +100,7 @@ class ClipFlags:
         choices=LONG_CLIPS,
         shown="spread; first with --fps, which spread cannot keep",
     )
-    hold_last_frame: bool = flag(False, "Repeat the last frame of clips too short for all buckets (else bad).")
+    hold_last_frame: bool = flag(False, "Repeat the last frame of clips too short for all buckets, else bad clips.")
     random_flip: Probability | None = flag(
         None, "Probability of mirroring all frames of a clip. Not with text in clips or left and right in captions."
     )

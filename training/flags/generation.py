@@ -40,9 +40,7 @@ class ResultFlags:
         None, "Multiply the strength of each --lora: 0.5 halves it, 0 turns it off.", shown="1"
     )
     transformer: AnyPath | None = flag(
-        None,
-        "Fully fine-tuned transformer: a folder with transformer/ (of a run, or its checkpoint-N) or a hub id.",
-        shown="the base model's",
+        None, "Fully fine-tuned: folder with transformer/ (run, checkpoint-N) or hub id.", shown="the base model's"
     )
     ignore_learned_positional_embeddings: bool = flag(
         False, "Drop the learned positional embeddings of CogVideoX-5b-I2V, for a LoRA that was trained without them."
@@ -62,9 +60,7 @@ class ContentFlags:
     prompts_file: FilePath | None = flag(None, "Text file with one prompt per line.")
     negative_prompt: Text = flag("", "What the videos should not show.", shown="the empty prompt, as in training")
     image: tuple[str, ...] = flag(
-        (),
-        "Image-to-video: one first frame per prompt, a path or http(s) URL; cropped to the video's aspect ratio.",
-        metavar="PATH",
+        (), "Image-to-video: a first frame per prompt, path or http(s) URL; cropped to its aspect.", metavar="PATH"
     )
 
 

@@ -18,7 +18,7 @@ class PreparationFlags:
     save_latents_and_embeddings: bool = flag(False, "Write latents and embeddings, not only clips and captions.")
     save_image_latents: bool = flag(False, "Also write latents of first frames, for image-to-video training.")
     num_image_latents: PositiveInt = flag(
-        4, "Encode each first frame K times with different noise; a training step picks one.", metavar="K"
+        4, "With --save_image_latents, encode first frames K times with other noise; each step picks one.", metavar="K"
     )
     layout: str | None = flag(
         None,

@@ -56,7 +56,7 @@ class CheckpointFlags:
     checkpoint_minutes: PositiveFloat | None = flag(None, "Also save X minutes after the last.", shown="only by steps")
     checkpoints_total_limit: PositiveInt | None = flag(None, "Keep only the newest N checkpoints.", shown="keep all")
     resume_from_checkpoint: FolderPath | None = flag(
-        None, "Checkpoint's folder, its name in --output_dir, or latest, the newest.", shown="start from scratch"
+        None, "Checkpoint to resume: folder, name in --output_dir, or latest (the newest).", shown="start from scratch"
     )
     max_bad_steps: PositiveInt = flag(10, "End after N steps in a row whose loss is not finite; these are skipped.")
 
@@ -67,7 +67,7 @@ class ObjectiveFlags:
 
     caption_dropout: Probability = flag(0.0, "Probability of no caption, for guidance; 0.05 to 0.1 is usual.")
     timestep_sampling: str = flag(
-        "uniform", "logit_normal favors middle noise levels.", choices=("uniform", "logit_normal")
+        "uniform", "Timesteps: logit_normal favors middle noise levels.", choices=("uniform", "logit_normal")
     )
     logit_mean: FiniteFloat = flag(0.0, "Mean of --timestep_sampling logit_normal; above 0 is noisier.")
     logit_std: PositiveFloat = flag(1.0, "Standard deviation of --timestep_sampling logit_normal.")

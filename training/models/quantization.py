@@ -38,7 +38,7 @@ def _check_torchao(flag: str) -> None:
 
 
 def quantize_transformer(quantization: str, dtype: torch.dtype) -> TorchAoConfig | BitsAndBytesConfig | None:
-    """Return the config for `from_pretrained` to quantize the linear layers of the transformer's blocks, if any; checks the machine.
+    """Return the config for `from_pretrained` to quantize the blocks' linear layers, if any; checks the machine.
 
     Args:
         quantization: "none", "int8", "fp8" or "nf4".

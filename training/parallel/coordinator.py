@@ -67,7 +67,7 @@ class Coordinator:
             self._asked = None
 
     def from_main(self, find: Callable[[], _T]) -> _T:
-        """Return `find()` of the main process, pickled, on all ranks; a UserError or OSError is a UserError on all."""
+        """Return `find()` of the main process, pickled, on all ranks; its UserError or OSError ends them all."""
         found: list[Any] = [None, None]
         if self.is_main:
             try:

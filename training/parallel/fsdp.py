@@ -87,8 +87,8 @@ def detach_sharded(accelerator: Accelerator) -> list[tuple[torch.nn.Module, Opti
 def save_optimizer(model: torch.nn.Module, optimizer: Optimizer, folder: Path) -> None:
     """Save each rank's states of Adam or AdamW as safetensors files in `folder`; called on every rank.
 
-    Settings like the learning rate are not saved: they come from the flags.
-    If one rank cannot write, all raise an OSError.
+    Settings like the learning rate are not saved: they come from the flags. If a rank cannot write, all raise an
+    OSError.
     """
     states = _tensors(get_optimizer_state_dict(model, optimizer, options=_FLAT))
     writer = HuggingFaceStorageWriter(str(folder / _OPTIMIZER_FOLDER), save_distributed=True)

@@ -110,7 +110,8 @@ def check_training(coordinator: Coordinator, flags: Mapping[str, Any], data: Map
 def check_preparation(flags: Mapping[str, Any], folder: Path, model: str, samples: Iterable[str]) -> None:
     """Compare the ranks of a preparation on several machines, which otherwise share only the output folder.
 
-    Without MASTER_ADDR, as for ranks that are started one by one, nothing is compared. Ranks that differ or do not meet are a UserError.
+    Without MASTER_ADDR, as for ranks that are started one by one, nothing is compared. Ranks that differ or do not
+    meet are a UserError.
 
     Args:
         model: fingerprint of the model.
@@ -140,7 +141,8 @@ def common_facts(flags: Mapping[str, Any], model: str) -> dict[str, str]:
 @contextmanager
 def exchange_by_store(timeout: timedelta = default_pg_timeout) -> Iterator[Exchange]:
     """Let ranks without a process group exchange values over a store at the launch's MASTER_ADDR and MASTER_PORT.
-    The last rank may still probe its clips: wait for it until the timeout, then raise a UserError.
+
+    The last rank may still probe its clips: the others wait for it until the timeout, then raise a UserError.
     """
     ranks, rounds = range(launch_size()), 0
     try:

@@ -37,7 +37,7 @@ def gather_weights(
 
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:
-    """Save weights, optimizer and schedule with accelerate, as shards if they are; called on every rank."""
+    """Save weights, optimizer and schedule on every rank, as shards if they are; raises OSError or RuntimeError."""
     if not is_zero(accelerator):
         accelerator.save_state(str(folder))
         return

@@ -47,7 +47,7 @@ def encode_validation_set(
     """Encode a rank's share of the clips, each to a batch of one on the CPU.
 
     All ranks get the same number of clips, because a sharded network needs all ranks for every call. The last ranks
-    may get a clip of another rank again, which `mean_losses` counts once. A UserError lists all clips that do not decode.
+    may get a clip of another rank again, which `mean_losses` counts once. Clips that do not decode are a UserError.
 
     Args:
         clips: the full set, one sample each.

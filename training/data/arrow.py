@@ -35,14 +35,8 @@ def read_parquet(file: Path) -> Table:
 def read_dataset(name: str, config_name: str | None, split: str, streaming: bool) -> Table:
     """Read a split of a data set of the `datasets` library, without running any code that comes with it.
 
-    Args:
-        name: a name on the hub, or a local folder of data files or written by `save_to_disk`.
-        config_name: the configuration; None for the only one.
-        split: its part, such as "train".
-        streaming: read row by row, without a copy of the data set on disk.
-
-    Raises:
-        UserError: the data set, configuration or split does not exist or cannot be read.
+    `name` is one on the hub, or a local folder of data files or written by `save_to_disk`; `streaming` reads row by
+    row, without a copy on disk. Raises UserError if something does not exist or cannot be read.
     """
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE

@@ -34,11 +34,6 @@ def assign_bucket(num_frames: int, height: int, width: int, buckets: Iterable[Bu
 
     Buckets that need no upscaling come first, then the nearest aspect ratio, |log(w/h) - log(w'/h')|, then the nearest
     area, then the smallest height. The order of `buckets` does not matter.
-
-    Args:
-        num_frames: frames of the sample, as from `choose_samples`.
-        height, width: size of the clip, in pixels.
-        buckets: as from `make_buckets`.
     """
     sizes = [bucket for bucket in buckets if bucket.num_frames == num_frames]
     sizes = [bucket for bucket in sizes if bucket.height <= height and bucket.width <= width] or sizes
@@ -55,12 +50,7 @@ def assign_bucket(num_frames: int, height: int, width: int, buckets: Iterable[Bu
 
 
 def count_tokens(config: Mapping[str, Any], bucket: Bucket) -> int:
-    """Count the transformer's tokens for one sample: text, and patches of the video's latents.
-
-    Args:
-        config: the transformer's config.
-        bucket: size of the sample, in frames and pixels.
-    """
+    """Count the tokens of a sample for a transformer of this config: text, and patches of the video's latents."""
     frames, height, width = bucket.latent_shape
     patch, patch_frames = config["patch_size"], config["patch_size_t"] or 1
     video = -(-frames // patch_frames) * (height // patch) * (width // patch)  # padded as by `pad_latent_frames`

@@ -59,10 +59,9 @@ def plan_clips(
     hold_last_frame: bool = False,
     with_images: bool = False,
 ) -> tuple[list[ClipSample], list[BadClip]]:
-    """Choose frames and bucket of every clip, or say why it cannot be used.
+    """Choose frames and bucket of every clip, or say why it cannot be used; both in the order of `clips`.
 
     Args:
-        clips: the clips to plan.
         infos: probe results of every video, and of every image if `with_images`, as from `probe_files`; a str is the
             reason why a file cannot be used.
         buckets: as from `make_buckets`.
@@ -71,9 +70,6 @@ def plan_clips(
         long_clips: one of `frames.LONG_CLIPS`.
         hold_last_frame: repeat the last frame of videos that are too short.
         with_images: require the images that clips name; otherwise images are not read.
-
-    Returns:
-        The samples and the bad clips, both in the order of `clips`. Every clip is in exactly one of the two.
     """
     choose = partial(choose_samples, skip_start=skip_start, skip_end=skip_end, fps=fps, long_clips=long_clips)
     frame_counts = sorted({bucket.num_frames for bucket in buckets})

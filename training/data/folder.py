@@ -16,20 +16,11 @@ _SIDE_NOTES = {"readme", "license", "licence", "copying", "notice", "changelog"}
 
 
 def read_folder(root: Path, captions_file: Path | None = None) -> Table:
-    """Read the videos and still images in a folder and its subfolders, sorted by path.
+    """Read the videos and still images in a folder and its subfolders, sorted by path: video, caption and image.
 
     `b.png` beside `b.mp4` is that video's first frame. Hidden files are ignored. Every .txt file needs a clip, except
-    one named like a readme or licence at the top level.
-
-    Args:
-        root: the folder.
-        captions_file: a table that captions will be written to, possibly in the folder; clips then need no captions.
-
-    Returns:
-        Columns video, caption and image.
-
-    Raises:
-        UserError: there are no clips; the message says what to pass instead.
+    one named like a readme or licence at the top level. Without clips, the UserError says what to pass instead.
+    `captions_file` is a table that captions will be written to, possibly in the folder; clips then need no captions.
     """
     groups: dict[str, list[str]] = {}
     for file in sorted(_visible_files(root)):
@@ -49,8 +40,7 @@ def read_folder(root: Path, captions_file: Path | None = None) -> Table:
             "one caption per line; or clips that each have a .txt of the same name beside them; or pass a table with "
             f"--dataset_file ({', '.join(TABLE_SUFFIXES)}), or a data set with --dataset_name"
         )
-    needed = captions_file is None
-    rows = (row for name, files in groups.items() for row in _rows(root, name, files, needed))
+    rows = (row for name, files in groups.items() for row in _rows(root, name, files, captions_file is None))
     return Table(str(root), ("video", "caption", "image"), rows, root)
 
 
@@ -80,7 +70,6 @@ def _suffix(name: str) -> str:
 
 
 def _rows(root: Path, name: str, files: Sequence[str], captions_needed: bool) -> Iterator[Row]:
-    """Yield the clips among the files of one name."""
     videos, images, captions = (
         [file for file in files if _suffix(file) in kinds] for kinds in (VIDEO_SUFFIXES, IMAGE_SUFFIXES, {".txt"})
     )

@@ -48,9 +48,7 @@ def media_file(
         fps: rate of decoded videos; None for 8.
         within: folders that a path must stay in, as in `stays_inside`; None allows any path.
 
-    Raises:
-        UnusableRow: the value is none of these.
-        UserError: the cache cannot be written.
+    Raises UnusableRow if the value is none of these, and UserError if the cache cannot be written.
     """
     match value:
         case str(path):

@@ -18,19 +18,13 @@ _PATH_KEYS = ("data_root", "dataset_file", "dataset_name")  # they also say whic
 
 
 def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
-    """Read the data sets of a --dataset_mix file.
+    """Read the data sets of a --dataset_mix file, one per entry, with absolute paths; a bad entry is a `UserError`.
 
     Args:
         file: JSON, an array of objects whose keys are fields of `DataSource`. Relative paths start from the file's own
             folder, ~/ is the home folder. A `dataset_file` may also be in its `data_root`. Paths must stay below the
             file's folder, unless `defaults` allow others.
         defaults: the flags, for fields that an entry omits, except which data it reads, its repeats and weight.
-
-    Returns:
-        One source per entry, with absolute paths.
-
-    Raises:
-        UserError: an entry's keys or values are wrong, or paths lead out of the file's folder.
     """
     entries = [entry for _, entry in read_json(file)]
     if not entries:

@@ -10,12 +10,7 @@ def stays_inside(listed: str, start: Path | None, folders: Sequence[Path]) -> bo
 
     Links inside a folder are trusted, as its owner made them. The written path is not: an absolute path, or one with
     "..", must resolve to a place in a folder, unless it begins with the folder's own path and never goes up from
-    there.
-
-    Args:
-        listed: the path in the list, with ~/ replaced.
-        start: start of relative paths.
-        folders: folders that the user named, possibly with `start`.
+    there. `listed` has ~/ replaced; if it is relative, it starts from `start`.
     """
     climbs = ".." in listed.split("/")
     if start in folders and not climbs and not os.path.isabs(listed):

@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -109,11 +109,7 @@ def _describe_samples(samples: Sequence[tuple]) -> str:
 
 
 def plan_training_data(settings: TrainingSettings) -> TrainingData:
-    """Find the training clips and the held-out clips of the flags.
-
-    Raises:
-        UserError: lists all files that are missing or unusable.
-    """
+    """Find the training and held-out clips of the flags; a UserError lists all that are missing or unusable."""
     sources, with_images = settings.sources, settings.task == "image-to-video"
     if settings.prepared.load_tensors:
         data = _read_prepared(data_sources(sources))
@@ -122,28 +118,17 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
         check_bad_clips(data, sources.on_bad_clip)
     held_out = plan_validation_clips(settings, with_images=with_images)
     if isinstance(data, RawData) and held_out is not None:
-        _check_held_out(data, held_out)
+        # The loss of clips that are also trained on would not show overfitting.
+        trained = {planned.info.sha256 for planned in data.clips}
+        both = [str(planned.clip.video) for planned in held_out.clips if planned.info.sha256 in trained]
+        if both:
+            what = f"{len(both)} of its clips are trained on too; remove them from one of the two:"
+            raise UserError(listing(f"--validation_dataset_file: {what}", both))
     return replace(data, held_out=held_out)
 
 
-def _check_held_out(data: RawData, held_out: RawData) -> None:
-    """Refuse held-out clips that are also trained on: their loss would not show overfitting."""
-    trained = {planned.info.sha256 for planned in data.clips}
-    both = [str(planned.clip.video) for planned in held_out.clips if planned.info.sha256 in trained]
-    if both:
-        what = f"{len(both)} of its clips are trained on too; remove them from one of the two:"
-        raise UserError(listing(f"--validation_dataset_file: {what}", both))
-
-
 def plan_raw_clips(flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bool = False) -> RawData:
-    """List the clips, probe them, and assign them to buckets.
-
-    Args:
-        with_images: the images that clips name are needed.
-
-    Raises:
-        UserError: a list is missing or malformed.
-    """
+    """List the clips, probe them (`with_images`, also their images), and assign them to buckets."""
     cache = default_cache_folder()
     buckets = make_buckets(clip_flags.frame_buckets, clip_flags.height_buckets, clip_flags.width_buckets)
     sources = data_sources(flags)
@@ -171,12 +156,9 @@ def plan_raw_clips(flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bo
 
 
 def plan_validation_clips(settings: TrainingSettings, *, with_images: bool) -> RawData | None:
-    """Plan the held-out clips of --validation_dataset_file; None without it.
+    """Plan the held-out clips of --validation_dataset_file; None without it. A UserError lists all unusable ones.
 
     They are cut and resized like the training clips, but each has one sample: a split clip its first part.
-
-    Raises:
-        UserError: the table cannot be used; or lists all clips that cannot.
     """
     if settings.validation.validation_dataset_file is None:
         return None
@@ -198,22 +180,13 @@ def validation_data_flags(settings: TrainingSettings) -> tuple[SourceFlags, Clip
     clips = settings.clips
     if settings.prepared.load_tensors:
         folders = _prepared_folders(data_sources(settings.sources))
-        agreed = _common_flags([read_prepared_settings(folder).get("flags", {}) for folder in folders])
+        first, *others = [read_prepared_settings(folder).get("flags", {}) for folder in folders]
+        known = {name: first[name] for name in PREPARED_FLAGS if name in first}
+        agreed = {name: one for name, one in known.items() if all(other.get(name) == one for other in others)}
         sources = replace(sources, **{name: value for name, value in agreed.items() if hasattr(sources, name)})
         clips = replace(clips, **{name: value for name, value in agreed.items() if hasattr(clips, name)})
-    is_random = clips.video_reshape_mode == "random"
-    mode = "center" if is_random else clips.video_reshape_mode
+    mode = "center" if clips.video_reshape_mode == "random" else clips.video_reshape_mode
     return sources, replace(clips, random_flip=None, video_reshape_mode=mode)
-
-
-def _common_flags(made_with: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the flags on which all prepared folders agree."""
-    first, *others = made_with
-    return {
-        name: first[name]
-        for name in PREPARED_FLAGS
-        if name in first and all(other.get(name) == first[name] for other in others)
-    }
 
 
 def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[ClipSample]]) -> list[ClipSample]:
@@ -229,11 +202,7 @@ def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[ClipSamp
 
 
 def check_bad_clips(data: RawData, on_bad_clip: str) -> None:
-    """Check that no clip is unusable or, if `on_bad_clip` is "skip", that any clip is usable.
-
-    Raises:
-        UserError: lists all unusable clips with their reasons.
-    """
+    """Refuse unusable clips, all listed with reasons; with "skip" only if no clip is usable."""
     if not data.bad or (data.clips and on_bad_clip == "skip"):
         return
     advice = "; fix or remove them, or skip them with --on_bad_clip skip" if data.clips else ""
@@ -282,17 +251,8 @@ def _prepared_folders(sources: Sequence[DataSource]) -> list[Path]:
 def describe_plan(
     data: TrainingData, model: Any, configs: Any, *, batch_size: int, num_ranks: int = 1, reshape_mode: str = "center"
 ) -> str:
-    """Return the plan as a table for the log.
-
-    Args:
-        model: a `ModelSource`, for its tokenizer.
-        configs: its `ModelConfigs`.
-        batch_size: on one rank.
-        num_ranks: ranks that share the data.
-        reshape_mode: how clips of another aspect ratio are fitted into their bucket.
-    """
+    """Return the plan for a `ModelSource` and its `ModelConfigs` as a table; `batch_size` is that of one rank."""
     tokens = configs.transformer["max_text_seq_length"]
-
     tokens_of = partial(count_tokens, configs.transformer)
     if isinstance(data, PreparedData):
         return "\n".join(

@@ -103,11 +103,7 @@ def check_encoders(folder: Path, encoders: Mapping[str, str | None]) -> str:
 
 
 def read_tensor(stored: StoredTensor) -> "torch.Tensor":
-    """Read a tensor without unpickling anything else.
-
-    Raises:
-        ValueError: the file is damaged, or has no such tensor or one of another shape.
-    """
+    """Read a tensor without unpickling anything else; raises ValueError if damaged, missing or of another shape."""
     import torch
 
     try:
@@ -136,11 +132,7 @@ def write_empty_prompt(folder: Path, embeds: "torch.Tensor") -> None:
 
 
 def read_empty_prompt(folder: Path) -> "torch.Tensor | None":
-    """Read the embedding of the empty prompt, `[226, D]`; None if the folder was prepared without it.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Read the embedding of the empty prompt, `[226, D]`, or None without one; raises UserError if it is damaged."""
     path = folder / EMPTY_PROMPT_FILE
     if not path.exists():
         return None
@@ -159,13 +151,9 @@ def _open_shard(file: Path) -> Any:
 
 
 def claim_folder(folder: Path, settings: PreparedSettings) -> PreparedSettings:
-    """Mark `folder` as prepared with these settings, or check that it already is.
+    """Mark `folder` as prepared with these settings, or check that it already is and that it has no other data.
 
-    Returns:
-        The settings with the encoders that were known before, for `write_settings` at the end.
-
-    Raises:
-        UserError: the folder has data prepared with other settings, or lists of another data set.
+    Returns the settings with the encoders that were known before, for `write_settings` at the end.
     """
     if (folder / SETTINGS_FILE).exists():
         earlier = read_prepared_settings(folder)
@@ -200,11 +188,7 @@ def write_settings(folder: Path, settings: PreparedSettings) -> None:
 
 
 def read_prepared_settings(folder: Path) -> dict[str, Any]:
-    """Read the settings that a folder was prepared with; empty for folders of the original script.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Read a folder's settings, empty for one of the original script; raises UserError if they are damaged."""
     path = folder / SETTINGS_FILE
     if not path.exists():
         return {}
@@ -223,12 +207,8 @@ def read_prepared_settings(folder: Path) -> dict[str, Any]:
 def read_index(folder: Path, *, allow_outside_paths: bool = False) -> list[PreparedClip]:
     """List the samples of a prepared folder, possibly a stranger's, and check that all their tensors exist.
 
-    Args:
-        folder: the prepared folder.
-        allow_outside_paths: the index may name files outside of the folder.
-
-    Raises:
-        UserError: the preparation was not finished, tensors are missing, or the index leads out of the folder.
+    Raises UserError if not, if the preparation was not finished, or if the index leads out of the folder without
+    `allow_outside_paths`.
     """
     if (folder / INDEX_FILE).is_file():
         clips = _read_lines(folder / INDEX_FILE, _clip_in_shards, allow_outside_paths)

@@ -37,11 +37,7 @@ def plan_table(
     Args:
         planned: as from `plan_clips`, with the samples of a clip next to each other.
         batch_size: samples in a batch, on one rank.
-        num_ranks: ranks that share the batches.
-        tokens_of: returns the tokens of a sample in a bucket.
         num_long_captions: captions beyond `max_caption_tokens`.
-        max_caption_tokens: tokens that the model takes.
-        model_fps: frames per second of the model's videos.
         reshape_mode: "center", "random" or "none".
     """
     if not planned:

@@ -25,7 +25,7 @@ from data.tables import read_table, read_text_files
 def read_clips(
     source: DataSource, media_cache: Path, *, name_folder: bool = False, captions_file: Path | None = None
 ) -> tuple[list[Clip], list[BadClip]]:
-    """Read the clips that a source lists.
+    """Read the clips that a source lists, in its order, and the rows that cannot be used.
 
     The list is, in this order: `dataset_name`; `dataset_file`; videos.txt and prompts.txt in `data_root` (or the files
     that the columns name), with images.txt for first frames; else the videos and still images in `data_root` and its
@@ -38,11 +38,7 @@ def read_clips(
         name_folder: include the folder in each clip's `source`, as lists of a mix may have the same name.
         captions_file: a table that captions will be written to; clips may then have none, which is "".
 
-    Returns:
-        Clips in the order of the list, and the rows that cannot be used.
-
-    Raises:
-        UserError: the list cannot be used: it is missing, malformed, empty, or lacks a column that was named.
+    Raises UserError if the list is missing, malformed, empty, or lacks a column that was named.
     """
     table, source = _open(source, captions_file)
     folder = source.data_root or table.folder

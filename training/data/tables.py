@@ -15,6 +15,8 @@ from flags.types import TABLE_SUFFIXES
 def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | None:
     """Read videos.txt, prompts.txt and images.txt if it exists: line n of one belongs to line n of the others.
 
+    Raises UserError if a file is missing, not UTF-8, or of another length.
+
     Args:
         source: its columns may name other files in its `data_root`; columns that are neither a .txt nor a file are a
             table's and are ignored.
@@ -23,9 +25,6 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
     Returns:
         Columns video, caption and image; None if no column names a file and neither videos.txt nor prompts.txt exists.
         An empty line in images.txt is for a video without an image.
-
-    Raises:
-        UserError: a file is missing, not UTF-8, or of another length.
     """
     videos_file = _text_file(source.data_root, source.video_column, "videos.txt")
     prompts_file = _text_file(source.data_root, source.caption_column, "prompts.txt")
@@ -69,11 +68,7 @@ def _text_file(data_root: Path, column: str, default: str) -> Path:
 
 
 def read_table(file: Path) -> Table:
-    """Read a table in the format of its suffix.
-
-    Raises:
-        UserError: the format is unknown or the table is malformed.
-    """
+    """Read a table in the format of its suffix; raises UserError if that is unknown or the table is malformed."""
     suffix = file.suffix.lower()
     if suffix in (".csv", ".tsv"):
         return _read_csv(file, "," if suffix == ".csv" else "\t")

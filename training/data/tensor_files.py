@@ -28,13 +28,10 @@ class ShardWriter:
     """Writes the tensors of samples to the tensor files ("shards") of a folder.
 
     Args:
-        folder: folder of the finished shards.
+        folder: folder of the finished shards; a damaged one is a `UserError`.
         staging: folder for unfinished ones, on the same file system.
         groups: names in their order; a shard has names of only one group. Names in finished shards are skipped.
         per_shard: names in a full shard, one number for each group.
-
-    Raises:
-        UserError: a finished shard is damaged.
     """
 
     def __init__(self, folder: Path, staging: Path, groups: Sequence[Sequence[str]], per_shard: Sequence[int]):

@@ -10,15 +10,12 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 def sample_latents(
     moments: torch.Tensor, scaling_factor: float, generators: Sequence[torch.Generator]
 ) -> torch.Tensor:
-    """Draw scaled latents from the VAE's posterior.
+    """Draw scaled latents `[B, F, C, H, W]`, float32, in the transformer's layout, from the VAE's posterior.
 
     Args:
         moments: `[B, 2C, F, H, W]`, mean and log-variance on the channel axis.
         scaling_factor: of the VAE; scales the latents to about unit variance.
         generators: B generators on the device of `moments`.
-
-    Returns:
-        `[B, F, C, H, W]`, float32, in the transformer's layout.
 
     Source: the inverse of `CogVideoXPipeline.decode_latents`.
     """
@@ -30,14 +27,8 @@ def image_noise_scales(num_scales: int, generator: torch.Generator) -> torch.Ten
     """Draw the noise strength on the first frame before it conditions an image-to-video model.
 
     `log(scale) ~ N(-3, 0.5)`, relative to pixels in [-1, 1]. One scale is drawn from each of `num_scales` equally
-    likely parts of the distribution, so that a few scales cover it.
-
-    Args:
-        num_scales: number of scales, at least 1.
-        generator: on the device of the result.
-
-    Returns:
-        `[num_scales]`, float32, increasing; a single scale has exactly the published distribution.
+    likely parts of the distribution, so that a few scales cover it. Returns `[num_scales]`, float32, increasing, on
+    the generator's device; a single scale has exactly the published distribution.
 
     Source: CogVideoX, https://arxiv.org/abs/2408.06072, section on image-to-video.
     """
@@ -62,15 +53,11 @@ def sample_uniform(generators: Sequence[torch.Generator]) -> torch.Tensor:
 
 
 def velocity_losses(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each sample's predicted velocity, in float32. Returns `[B]`.
+    """Mean squared error of each sample's predicted velocity `[B, F, C, H, W]`, in float32. Returns `[B]`.
 
     With `z0_hat = sqrt(ac) zt - sqrt(1 - ac) v`, CogVideoX's published loss `mean((z0_hat - z0)^2) / (1 - ac)` is in
-    exact arithmetic `mean((v - v_target)^2)` with `v_target = sqrt(ac) noise - sqrt(1 - ac) z0`. This form needs no
-    division, which loses digits as ac nears 1.
-
-    Args:
-        velocity: `[B, F, C, H, W]`.
-        target: from `scheduler.get_velocity`.
+    exact arithmetic `mean((v - v_target)^2)` with `v_target = sqrt(ac) noise - sqrt(1 - ac) z0`, which
+    `scheduler.get_velocity` returns. This form needs no division, which loses digits as ac nears 1.
 
     Source: v-prediction, https://arxiv.org/abs/2202.00512; the loss of CogVideoX, https://arxiv.org/abs/2408.06072.
     """
@@ -82,13 +69,8 @@ def rotary_embeddings(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Compute the pipeline's rotary position embeddings for a video of this size; None for models without them.
 
-    Args:
-        transformer: only its config is read.
-        num_latent_frames: latent frames after padding.
-        height, width: size of the video, in pixels.
-
-    Returns:
-        cos and sin, each `[tokens, head_dim]`, float32.
+    `num_latent_frames` are those after padding, height and width are in pixels. Returns cos and sin, each
+    `[tokens, head_dim]`, float32.
     """
     if not transformer.config.use_rotary_positional_embeddings:
         return None

@@ -8,13 +8,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from dataset import Batch
-from diffusion.latents import (
-    pad_latent_frames,
-    rotary_embeddings,
-    sample_latents,
-    sample_uniform,
-    velocity_losses,
-)
+from diffusion.latents import pad_latent_frames, rotary_embeddings, sample_latents, sample_uniform, velocity_losses
 from diffusion.tasks import ImageToVideo, TextToVideo
 from diffusion.timesteps import TimestepSampling
 from models.configs import ModelConfigs
@@ -43,10 +37,7 @@ class Objective:
     ) -> torch.Tensor:
         """Return the weighted losses `[B]` of the samples at random timesteps, float32.
 
-        Args:
-            batch: on the device.
-            generators: one for each sample, on the device.
-            parts: parts of the timesteps' distribution, as in `TimestepSampling.draw`.
+        The batch and a generator for each sample are on the device; `parts` are as in `TimestepSampling.draw`.
         """
         timesteps = self.timesteps.draw(generators, self.scheduler.config.num_train_timesteps, parts)
         if self.caption_dropout:
@@ -64,13 +55,9 @@ class Objective:
         *,
         drop_images: bool = False,
     ) -> torch.Tensor:
-        """Return the losses `[B]` of the samples at given timesteps, float32, without caption dropout.
+        """Return the losses `[B]` of the samples at given timesteps (`[B]`, int64), float32, without caption dropout.
 
-        Args:
-            batch: on the device.
-            timesteps: `[B]`, int64, on the device.
-            generators: one for each sample, on the device.
-            drop_images: drop the image of some samples, as set in the task.
+        The arguments are on the device; `drop_images` drops the image of some samples, as set in the task.
         """
         moments = batch.video_moments
         if moments is None:

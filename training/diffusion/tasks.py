@@ -45,12 +45,7 @@ class TextToVideo:
     settings = MappingProxyType({})  # settings by flag that a resumed run must share with its checkpoint
 
     def check_model(self, configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlags = TRAINING_SIZES) -> None:
-        """Refuse a model of another task, and sizes that the model cannot sample.
-
-        Args:
-            sizes: sizes of the clips and of the videos to sample.
-            flags: flags that set the sizes, for messages.
-        """
+        """Refuse a model of another task, and sizes of clips and of videos to sample that the model cannot sample."""
         if configs.is_image_to_video:
             raise UserError(_other_task(configs, "this is an image-to-video model", "a text-to-video", "5b"))
         _check_sizes(configs, sizes, flags)
@@ -74,7 +69,6 @@ class TextToVideo:
             noisy_latents: `[B, F, C, H, W]`.
             vae: encodes raw clips; None if all batches are prepared.
             generators: one for each sample, on the device of the latents, for its random draws.
-            drop_images: drop some images.
         """
         return {"hidden_states": noisy_latents}
 

@@ -55,13 +55,8 @@ def share_out(seed: int, step: int, rank: int, num_ranks: int, samples_per_rank:
     """Assign a different part of the timesteps' distribution to each sample of a step.
 
     The assignment is random at each step, so each sample sees the full distribution over many steps, while the
-    timesteps of one step are spread evenly.
-
-    Args:
-        samples_per_rank: maximum of a rank's samples in a step; with fewer samples, random parts are unused.
-
-    Returns:
-        `[samples_per_rank, 2]`: this rank's parts, and the number of parts.
+    timesteps of one step are spread evenly. If a rank has fewer than `samples_per_rank` samples, random parts are
+    unused. Returns `[samples_per_rank, 2]`: this rank's parts, and the number of parts.
     """
     num_parts = num_ranks * samples_per_rank
     order = torch.randperm(num_parts, generator=step_generator(torch.device("cpu"), seed, "parts", step))

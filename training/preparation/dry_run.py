@@ -24,11 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def show_plan(settings: PreparationSettings, data: RawData) -> None:
-    """Print the plan, and write it in detail and as a picture, on the first rank; nothing is encoded.
-
-    Raises:
-        UserError: the model cannot be read.
-    """
+    """Print the plan, and write it in detail and as a picture, on the first rank; nothing is encoded."""
     if launch_rank() > 0:
         return
     log_without_tokens(logging.INFO)
@@ -58,12 +54,10 @@ def sheet_row(planned: ClipSample, batch: Batch) -> SheetRow:
 
 
 def sample_for_sheet(planned: Sequence[ClipSample], most: int = 16) -> list[ClipSample]:
-    """Choose samples for a sheet, spread over the plan: of every bucket, and more of larger buckets.
+    """Choose at most `most` samples for a sheet, spread over the plan: of every bucket, and more of larger buckets.
 
-    If there are more buckets than places, the largest ones are shown. The choice is deterministic.
-
-    Returns:
-        At most `most` samples, by bucket and then in the order of the plan.
+    If there are more buckets than places, the largest ones are shown. The choice is deterministic. The samples are
+    sorted by bucket, then in the order of the plan.
     """
     samples: dict[Bucket, list[ClipSample]] = defaultdict(list)
     for sample in planned:

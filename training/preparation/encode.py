@@ -38,11 +38,6 @@ class Preparation:
     num_ranks: int
     device: torch.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the encoders."""
-        return DTYPES[self.settings.model.dtype]
-
     def progress_bar(self, title: str, unit: str, batches: Sequence[Sequence[str]]) -> tqdm:
         """Return a bar over the items of this rank's batches; only the first rank shows its own."""
         return tqdm(total=sum(map(len, batches)), desc=title, unit=unit, delay=0, disable=self.rank != 0)
@@ -69,7 +64,8 @@ def embed_captions(work: Preparation) -> None:
     if not batches and not needs_empty_prompt:
         return
     captions = {sample.caption_key: sample.planned.clip.caption for sample in work.samples}
-    pipeline = work.source.load_text_pipeline(work.dtype, device=work.device, in_8bit=encoding.text_encoder_8bit)
+    dtype = DTYPES[work.settings.model.dtype]
+    pipeline = work.source.load_text_pipeline(dtype, device=work.device, in_8bit=encoding.text_encoder_8bit)
     if needs_empty_prompt:
         # Replaces dropped captions in training, where no text encoder is loaded.
         write_empty_prompt(layout.folder, encode_prompts(pipeline, [""], max_length)[0])
@@ -82,8 +78,8 @@ def embed_captions(work: Preparation) -> None:
 
 def encode_clips(work: Preparation) -> None:
     """Decode, encode and write this rank's share of the clips that are not done; the three overlap."""
-    settings, samples = work.settings, work.samples
-    batches = work.layout.clips_to_do(settings.encoding.batch_size, work.rank, work.num_ranks)
+    settings, encoding, samples = work.settings, work.settings.encoding, work.samples
+    batches = work.layout.clips_to_do(encoding.batch_size, work.rank, work.num_ranks)
     if not batches:
         return
     index_of = {sample.name: index for index, sample in enumerate(samples)}
@@ -92,10 +88,8 @@ def encode_clips(work: Preparation) -> None:
         broken.forget(names)
     vae = None
     if settings.preparation.save_latents_and_embeddings:
-        encoding = settings.encoding
-        vae = work.source.load_vae(
-            work.dtype, slicing=encoding.use_slicing, tiling=encoding.use_tiling, device=work.device
-        )
+        dtype, slicing, tiling = DTYPES[settings.model.dtype], encoding.use_slicing, encoding.use_tiling
+        vae = work.source.load_vae(dtype, slicing=slicing, tiling=tiling, device=work.device)
     loader = make_loader(
         clip_dataset(settings, [sample.planned for sample in samples]),
         [[Draw(index_of[name], 0) for name in batch] for batch in batches],
@@ -105,7 +99,7 @@ def encode_clips(work: Preparation) -> None:
     writing: deque[Future] = deque()
     with (
         work.progress_bar("Encoding clips", " clips", batches) as progress,
-        ThreadPoolExecutor(settings.encoding.num_artifact_workers) as writers,
+        ThreadPoolExecutor(encoding.num_artifact_workers) as writers,
     ):
         for names, batch in zip(batches, loader, strict=True):
             for draw, reason in batch.failed:
@@ -116,7 +110,7 @@ def encode_clips(work: Preparation) -> None:
                 videos = dict(zip(decoded, batch.videos, strict=True))
                 writing.append(writers.submit(work.layout.write_clips, tensors, videos))
             # Waiting for the oldest bounds the clips in memory, and raises a writer's error.
-            while len(writing) > 2 * settings.encoding.num_artifact_workers:
+            while len(writing) > 2 * encoding.num_artifact_workers:
                 writing.popleft().result()
             progress.update(len(names))
         for future in writing:
@@ -161,7 +155,5 @@ class BrokenClips:
 
     def read(self) -> dict[str, BadClip]:
         """Return all notes by sample name."""
-        return {
-            path.stem: BadClip(*json.loads(path.read_text(encoding="utf-8")))
-            for path in self.folder.glob("[!.]*.json")
-        }
+        notes = self.folder.glob("[!.]*.json")
+        return {note.stem: BadClip(*json.loads(note.read_text(encoding="utf-8"))) for note in notes}

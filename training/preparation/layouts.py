@@ -49,13 +49,7 @@ class Sample:
 
 
 class ShardLayout:
-    """Safetensors shards of latents and of prompt embeddings, and an index.
-
-    Args:
-        samples: the samples of all ranks.
-        latent_bytes: returns the size of a sample's latents in a bucket.
-        shard_bytes: approximate size of a shard.
-    """
+    """Safetensors shards of about `shard_bytes`, for latents and embeddings of all ranks' samples, and an index."""
 
     def __init__(
         self,
@@ -121,10 +115,7 @@ class ShardLayout:
 class FileLayout:
     """The layout of the original script: one file per tensor, named after its sample, and previews.
 
-    Args:
-        samples: the samples of all ranks.
-        with_tensors: write latents and embeddings; only previews and lists otherwise.
-        with_images: write first frames, and their latents if latents are written.
+    `samples` are those of all ranks. Without `with_tensors`, only previews and lists are written.
     """
 
     def __init__(

@@ -43,8 +43,7 @@ logger = logging.getLogger(__name__)
 def prepare(settings: PreparationSettings, data: RawData) -> None:
     """Prepare the clips in `settings.preparation.output_dir`; called on every rank, each of which does its share.
 
-    Raises:
-        UserError: the folder holds other data, the model cannot be read, or clips cannot be decoded.
+    Raises UserError if the folder holds other data, the model cannot be read, or clips cannot be decoded.
     """
     rank, num_ranks, flags = launch_rank(), launch_size(), settings.preparation
     log_without_tokens(logging.INFO if rank == 0 else logging.ERROR)
@@ -158,8 +157,7 @@ def make_layout(
 def finish(work: Preparation, data: RawData, prepared: PreparedSettings) -> None:
     """Write the index if all ranks are done, which only the last one finds.
 
-    Raises:
-        UserError: clips did not decode, and --on_bad_clip is error.
+    Raises UserError if clips did not decode, and --on_bad_clip is error.
     """
     settings, layout = work.settings, work.layout
     has_tensors = settings.preparation.save_latents_and_embeddings

@@ -49,10 +49,8 @@ def choose_samples(
 
     Returns:
         At least one sample; its indices are in [skip_start, num_frames - skip_end - 1] and never decrease. They repeat
-        only if fps is above the clip's rate, or the last frame is held.
-
-    Raises:
-        ValueError: the clip has no sample; with the numbers and what to do.
+        only if fps is above the clip's rate, or the last frame is held. A clip without a sample is a ValueError with
+        the numbers and what to do.
     """
     if info.is_image:
         if 1 not in frame_counts:
@@ -79,7 +77,6 @@ def choose_samples(
 
 
 def _usable_frames(info: "VideoInfo", skip_start: int, skip_end: int, fps: float | None) -> Sequence[int]:
-    """Return the frames to choose from."""
     frames = range(skip_start, info.num_frames - skip_end)
     if fps is None or not frames:
         return frames
@@ -97,12 +94,7 @@ def _usable_frames(info: "VideoInfo", skip_start: int, skip_end: int, fps: float
 
 
 def _frames_by_time(times: Sequence[int], first: int, last: int, rate: Fraction) -> list[int]:
-    """Do the same for a variable rate.
-
-    Args:
-        times: of every frame of the file, in microseconds.
-        first, last: the frames that are not skipped.
-    """
+    """Do the same by the times of all frames in microseconds, for a variable rate; `first` to `last` are used."""
     # Twice the time at which the next frame becomes the nearest: doubled, all are integers.
     changes = [a + b for a, b in pairwise(times)]
     average = Fraction(times[-1] - times[0], len(times) - 1)

@@ -22,8 +22,7 @@ _HEADERS = {"User-Agent": "cogvideox-factory", "Accept-Encoding": "identity"}
 def load_validation_images(references: Sequence[str], flag: str = "--validation_images") -> list[Image.Image]:
     """Read one image per path or http(s) URL: upright by EXIF orientation, RGB, transparent parts on white.
 
-    Raises:
-        UserError: names the flag and every image that cannot be read, with the reason.
+    The UserError names the flag and every image that cannot be read, with the reason.
     """
     images: dict[str, Image.Image] = {}
     problems = []

@@ -30,7 +30,7 @@ _SEEK_FROM = 64
 
 
 def read_frames(path: Path, indices: Sequence[int], num_threads: int = 1, *, seekable: bool = False) -> np.ndarray:
-    """Decode frames by index, in display order and rotated for display; or the picture of a still image.
+    """Decode frames by index in display order, rotated, to uint8 [F, H, W, 3], RGB; or the picture of a still image.
 
     Decoding starts at the first frame, which makes the indices exact. (decord 0.6 seeks: it returns wrong frames on
     open groups of pictures, edit lists, MPEG-4 and MPEG-TS, and is slower on short clips.) Only deep in a seekable
@@ -42,11 +42,7 @@ def read_frames(path: Path, indices: Sequence[int], num_threads: int = 1, *, see
         num_threads: decoder threads; 0 lets FFmpeg choose. With several DataLoader workers 1 is best.
         seekable: as the probe reports; False decodes everything before the frames.
 
-    Returns:
-        uint8 [F, H, W, 3], RGB.
-
-    Raises:
-        ValueError: the clip cannot be decoded, has fewer frames, or changes its size; names the file.
+    Raises ValueError, which names the file, if the clip cannot be decoded, has fewer frames, or changes its size.
     """
     distinct, places = np.unique(np.asarray(indices, int), return_inverse=True)
     try:
@@ -59,7 +55,6 @@ def read_frames(path: Path, indices: Sequence[int], num_threads: int = 1, *, see
 
 
 def _read_distinct(path: Path, indices: list[int], num_threads: int, seekable: bool) -> np.ndarray:
-    """Read the frames at increasing indices."""
     image = read_still_image(path)
     if image is not None:
         if indices != [0]:
@@ -157,15 +152,9 @@ def _unit_headers(packet: bytes, length_size: int) -> Iterator[int]:
 
 
 def write_video(path: Path, frames: Sequence["Image.Image | np.ndarray"], fps: int | Fraction) -> None:
-    """Encode frames as H.264 in yuv420p, near lossless (crf 18), in mp4.
+    """Encode frames as H.264 in yuv420p, near lossless (crf 18), in mp4; raises OSError if that cannot be written.
 
-    Args:
-        path: in an existing folder.
-        frames: RGB, of one size: Pillow images, or uint8 [H, W, 3]; H and W even.
-        fps: frames per second.
-
-    Raises:
-        OSError: the file cannot be written.
+    The frames are RGB, of one size with even sides: Pillow images, or uint8 [H, W, 3].
     """
     # As a Python file object: FFmpeg takes some names for URLs.
     with open(path, "wb") as file, av.open(file, "w", format="mp4") as container:
@@ -180,17 +169,13 @@ def write_video(path: Path, frames: Sequence["Image.Image | np.ndarray"], fps: i
 def reshape_frames(
     frames: "torch.Tensor", height: int, width: int, mode: str, generator: random.Random
 ) -> "torch.Tensor":
-    """Resize and crop frames to a bucket's size: antialiased bilinear, in uint8.
+    """Resize and crop frames to uint8 [F, C, height, width]: antialiased bilinear; a view if the size is the same.
 
     Args:
         frames: uint8 [F, C, H, W]; twice as fast with interleaved channels, as `permute(0, 3, 1, 2)` makes them.
-        height, width: target size.
         mode: "none" resizes without regard to the aspect ratio; "center" and "random" resize to cover the target and
             crop the middle or a random part, the same for all frames.
         generator: for mode "random"; two draws per call.
-
-    Returns:
-        uint8 [F, C, height, width]; a view of `frames` if no resizing is needed.
     """
     size = [height, width]
     if mode != "none":

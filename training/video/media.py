@@ -44,13 +44,8 @@ def read_still_image(path: Path) -> StillImage | None:
 def decode_still_image(file: BinaryIO) -> StillImage | None:
     """Decode a still image: upright by its EXIF orientation, RGB of 8 bits, transparent parts on white.
 
-    Of 16 bits the upper 8 are kept, of several pages the first. Colour profiles are not applied.
-
-    Returns:
-        None if the file is not a still image; use `open_video` then.
-
-    Raises:
-        ValueError: with the reason: damaged, too large, or not supported.
+    Of 16 bits the upper 8 are kept, of several pages the first. Colour profiles are not applied. Returns None if the
+    file is not a still image (use `open_video` then); raises ValueError if it is damaged, too large or not supported.
     """
     try:
         with Image.open(file, formats=_IMAGE_FORMATS) as image:
@@ -94,10 +89,7 @@ def open_video(path: Path) -> av.container.InputContainer:
 
 
 def video_stream(container: av.container.InputContainer, num_threads: int = 1) -> av.VideoStream:
-    """Return the stream to read, set to decode on `num_threads` threads; 0 lets FFmpeg choose.
-
-    Raises ValueError if there is no video stream, or no decoder for it.
-    """
+    """Return the stream to decode on `num_threads` threads (0: FFmpeg chooses), or raise ValueError if none can be."""
     stream = container.streams.best("video")
     if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # cover art of a song
         raise ValueError("has no video stream")
@@ -109,10 +101,7 @@ def video_stream(container: av.container.InputContainer, num_threads: int = 1) -
 
 
 def packets_of(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """Yield the non-empty packets of a stream from the container's position on.
-
-    The demuxer's end mark and frames dropped in AVI are empty.
-    """
+    """Yield a stream's packets from here on except the empty ones: the demuxer's end mark and AVI's dropped frames."""
     while True:
         try:
             yield from (packet for packet in container.demux(stream) if packet.size)

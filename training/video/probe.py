@@ -53,9 +53,7 @@ def probe_video(path: Path) -> VideoInfo:
     The rate varies if any frame's time is more than a quarter of the average frame duration off a constant rate. It
     counts as constant if time stamps are missing or equal.
 
-    Raises:
-        ValueError: with a short reason ("file is empty (0 bytes)", "has no video stream", "is truncated or damaged: 80
-            frames are listed but only 52 decode"). The message does not name the file.
+    Raises ValueError with a short reason without the file's name ("file is empty (0 bytes)", "has no video stream").
     """
     try:
         status = os.stat(path)
@@ -172,16 +170,10 @@ def _timing(stream: av.VideoStream, time_stamps: Sequence[int | None]) -> tuple[
 
 
 def probe_files(paths: Sequence[Path], cache: FileCache | None = None) -> dict[Path, VideoInfo | str]:
-    """Probe every distinct path once, in a thread per CPU core.
+    """Probe every distinct path once, in a thread per CPU core; returns its info, or why the file is unusable.
 
     The ranks of a launch share the work: each starts at another part of the list and asks the cache before each file.
-
-    Args:
-        paths: clips and still images.
-        cache: of earlier results; unusable files are probed again each time.
-
-    Returns:
-        path -> info, or the reason why the file is unusable; in the order of first appearance.
+    Unusable files are probed again each time. The result is in the order of first appearance.
     """
     order = list(dict.fromkeys(paths))
     # Spread evenly over the ranks of each machine and over all: the cache may be local to a machine, or shared.

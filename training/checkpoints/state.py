@@ -70,9 +70,7 @@ def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
 
     Args:
         resume_from: a folder; "latest" for the newest undamaged one, with warnings of those skipped; None for none.
-
-    Raises:
-        UserError: the folder is damaged or not a checkpoint, or "latest" finds only damaged ones.
+            Raises UserError if there are only damaged ones.
     """
     if resume_from is None:
         return None

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunMemory:
-    """The GPU memory that a run takes with its memory settings and with others; raises UserError if configs are missing."""
+    """The GPU memory that a run takes with its memory settings and with others; raises UserError without a config."""
 
     def __init__(self, recipe: Recipe):
         settings = recipe.settings

@@ -97,7 +97,7 @@ class FullFinetune:
     def usage(
         self, pipeline_class: str, model_path: str, folder: Path | str, model_changes: Sequence[str] = ()
     ) -> list[str]:
-        """Return the code that loads the result from the run's folder or its hub repository, which has no pipeline.
+        """Return the code that loads the result from the run's folder or its hub repository (without pipeline).
 
         `model_changes` are ignored; the result's config includes them.
         """

@@ -48,8 +48,7 @@ class CheckpointFolder:
     def save(self, state: TrainerState, min_bytes: int = 0) -> Path:
         """Save the complete training state, at least `min_bytes`; called on every rank.
 
-        Raises:
-            UserError: it cannot be written: too little free space or not writable. Older ones are unchanged.
+        Raises UserError if there is too little free space or it is not writable; older ones are unchanged.
         """
         target = self.folder / f"checkpoint-{state.step}"
         partial = self.folder / f".partial.{target.name}"
@@ -127,11 +126,7 @@ def why_unwritten(error: Exception) -> str:
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
-    """Load weights, optimizer and schedule; called on every rank after `accelerator.prepare`.
-
-    Raises:
-        UserError: the checkpoint is damaged or has other adapters.
-    """
+    """Load weights, optimizer and schedule, or raise a UserError; called on every rank after `accelerator.prepare`."""
     try:
         load_state(accelerator, folder)
     except (OSError, ValueError) as error:

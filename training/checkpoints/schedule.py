@@ -43,8 +43,7 @@ class StepSchedule:
         """Return the start of a schedule with another launch that continues after `step` steps of this one."""
         epochs, step_of_epoch = self._locate(step)
         seen = step_of_epoch * self.start.accumulation * self.start.num_ranks
-        if epochs == 0:
-            seen += self.start.seen_batches
+        seen += self.start.seen_batches if epochs == 0 else 0
         return ScheduleStart(num_ranks, accumulation, step, self.start.epoch + epochs, seen)
 
     def end_of_epochs(self, num_epochs: int) -> int:

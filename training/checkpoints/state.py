@@ -66,13 +66,10 @@ def newest_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
 
 
 def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
-    """Return the checkpoint to resume from, whose every byte matches its manifest.
+    """Return the checkpoint to resume from, whose every byte matches its manifest; raise a UserError if none does.
 
     Args:
         resume_from: a folder; "latest" for the newest undamaged one, with warnings of those skipped; None for none.
-
-    Raises:
-        UserError: the folder is damaged or not a checkpoint, or "latest" finds only damaged ones.
     """
     if resume_from is None:
         return None

@@ -113,13 +113,7 @@ def _frozen_weights(facts: ModelFacts, settings: MemorySettings, workload: Workl
 
 
 def quantized_bytes(shape: Sequence[int], quantization: str, compute_bytes: int) -> int:
-    """Return the bytes of a frozen weight with its scales.
-
-    Args:
-        shape: of the weight, `[out, in]` if it is quantized.
-        quantization: none, int8, fp8 or nf4.
-        compute_bytes: of one number of a weight that is not quantized.
-    """
+    """Return the bytes of a frozen weight with its scales; a quantized one, in int8, fp8 or nf4, is `[out, in]`."""
     numel = prod(shape)
     if quantization == "nf4":
         scales = -(-numel // 64)  # a byte each, with a scale for 256 of them, a mean and two tables
@@ -165,8 +159,7 @@ def _adam_bytes(numel: int, settings: MemorySettings, full: int) -> int:
 
 
 def _place_states(facts: ModelFacts, settings: MemorySettings, weights: Sequence[int]) -> tuple[int, int]:
-    """Return the bytes of the optimizer's states on the device and, with copies of weights and gradients, on the
-    host."""
+    """Return the bytes of states on the device and, with copies of weights and gradients, on the host."""
     states = [state_bytes(parameter, settings) for parameter in facts.trainable]
     if not settings.use_cpu_offload_optimizer:
         return sum(states), 0

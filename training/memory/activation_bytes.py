@@ -115,8 +115,7 @@ def sampling_bytes(facts: ModelFacts, workload: Workload) -> int:
     rotary = 3 * size * 4 if facts.configs.transformer["use_rotary_positional_embeddings"] else 0
     # The input, the residual, values; normed, joined with the text, queries, keys.
     attention = 3 * unit + 4 * normed + rotary
-    feed_forward = 3 * unit + normed + 2 * 4 * unit
-    return max(attention, feed_forward)
+    return max(attention, 3 * unit + normed + 2 * 4 * unit)
 
 
 def decoding_bytes(facts: ModelFacts, workload: Workload) -> int:

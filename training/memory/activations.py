@@ -85,9 +85,7 @@ def _checkpoint_forward(module: torch.nn.Module, store: "CheckpointStore | None"
     module.forward = checkpointed
 
 
-def _checkpoint(
-    function: Callable[..., Any], inputs: tuple, store: "CheckpointStore | None", *, is_first: bool
-) -> Any:
+def _checkpoint(function: Callable, inputs: tuple, store: "CheckpointStore | None", *, is_first: bool) -> Any:
     """Call the function now, as the first checkpoint of the pass or a later one, and again in the backward pass."""
     if store is None:
         return checkpoint(function, *inputs, use_reentrant=False)

@@ -28,11 +28,8 @@ def stream_blocks(
     be called once for a transformer, on any device, after adapters were added (with `Lora.attach`, which has
     DistributedDataParallel ignore frozen parameters) and weights quantized.
 
-    Args:
-        offload_to: for the inputs of the blocks, see `checkpoint_activations`.
-
-    Raises:
-        UserError: the weights are of a kind that cannot be streamed.
+    `offload_to` is for the inputs of the blocks, see `checkpoint_activations`. Raises UserError if the weights are of
+    a kind that cannot be streamed.
     """
     checkpoint_activations(transformer, "block", offload_to=offload_to)
     stream = BlockStream(transformer.transformer_blocks, device)
@@ -72,9 +69,8 @@ class BlockStream:
         self.in_slots: list[int | None] = [None, None]  # numbers of the blocks, from the start of their copy on
         self._mounted: int | None = None
         self._previous = -1
-        self._copying: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._copying = torch.cuda.Stream(device)
+        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._copying is not None:
             self._arrived = [torch.cuda.Event() for _ in self.slots]
             for slot in self.slots:
                 slot.record_stream(self._copying)  # a copy may still run when the slots are dropped

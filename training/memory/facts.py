@@ -1,5 +1,6 @@
 """Facts of a model and of a step for the accounting of memory; no weights are loaded."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -95,15 +96,13 @@ def model_facts(configs: ModelConfigs, method: Lora | FullFinetune) -> ModelFact
     )
 
 
-def _parameter_facts(transformer: CogVideoXTransformer3DModel) -> list[ParameterFacts]:
+def _parameter_facts(transformer: CogVideoXTransformer3DModel) -> Iterator[ParameterFacts]:
     linear = {
         id(layer.weight)
         for name, layer in transformer.named_modules()
         if isinstance(layer, nn.Linear) and ".lora_" not in name
     }
-    facts = []
     for name, parameter in transformer.named_parameters():
         parts = name.split(".")
         block = int(parts[1]) if parts[0] == "transformer_blocks" else None
-        facts.append(ParameterFacts(tuple(parameter.shape), parameter.requires_grad, block, id(parameter) in linear))
-    return facts
+        yield ParameterFacts(tuple(parameter.shape), parameter.requires_grad, block, id(parameter) in linear)

@@ -25,32 +25,25 @@ MEASURED_FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "memory.jso
 _CONTEXT = 0.6 * GB  # of CUDA, and the work space of libraries, which torch does not report
 _MARGIN = 1.08  # torch reserves more than is allocated
 
-_CHECKPOINTS = {"gradient_checkpointing": True, "checkpoint_scope": "block"}
+_CHECKPOINTS: tuple[dict[str, Any], ...] = tuple(
+    {"gradient_checkpointing": True, "checkpoint_scope": "block", "checkpoint_every": every} for every in (4, 2, 1)
+)
 _LORA_LADDER: tuple[dict[str, Any], ...] = (
-    {**_CHECKPOINTS, "checkpoint_every": 4},
-    {**_CHECKPOINTS, "checkpoint_every": 2},
-    {**_CHECKPOINTS, "checkpoint_every": 1},
+    *_CHECKPOINTS,
     {"offload_checkpoints": True},
     {"quantize_base": "int8"},
     {"quantize_base": "nf4"},
     {"quantize_base": "int8", "stream_blocks": True},
 )
 _SFT_LADDER: tuple[dict[str, Any], ...] = (
-    {**_CHECKPOINTS, "checkpoint_every": 4},
-    {**_CHECKPOINTS, "checkpoint_every": 2},
-    {**_CHECKPOINTS, "checkpoint_every": 1},
+    *_CHECKPOINTS,
     {"use_8bit": True, "use_torchao": True},
     {"offload_checkpoints": True},
     {"weights_dtype": "bf16"},
     {"step_in_backward": True},  # gradients are no longer clipped
     {"use_8bit": False, "use_4bit": True},
-    {
-        "use_4bit": False,
-        "use_8bit": True,
-        "step_in_backward": False,
-        "use_cpu_offload_optimizer": True,
-        "offload_gradients": True,
-    },
+    {"use_4bit": False, "use_8bit": True, "step_in_backward": False}
+    | {"use_cpu_offload_optimizer": True, "offload_gradients": True},
 )
 # Flags that belong together: passing one of a group fixes all of it.
 _GROUPS = (
@@ -109,11 +102,7 @@ class Choice:
 
 
 def model_key(transformer: Mapping[str, Any]) -> str:
-    """Return a name for the size of a transformer, the same for all copies of a model.
-
-    Args:
-        transformer: its config.
-    """
+    """Return a name for the size of a transformer with this config, the same for all copies of a model."""
     names = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "patch_size_t")
     return "x".join(str(transformer.get(name)) for name in names)
 
@@ -126,12 +115,9 @@ def adapter_key(rank: int, target_modules: Sequence[str], *, use_dora: bool = Fa
 def ladder(
     settings: MemorySettings, given: Collection[str], is_usable: Callable[[MemorySettings], bool]
 ) -> list[MemorySettings]:
-    """Return the rungs from the given settings to the smallest, each slower or less exact than the one before.
+    """Return the rungs from the settings of the flags to the smallest, each slower or less exact than the one before.
 
-    Args:
-        settings: those of the flags.
-        given: names of the flags that the user typed; they and their groups do not change.
-        is_usable: returns whether a combination is possible.
+    The flags that the user typed, `given`, and their groups do not change; only usable combinations are rungs.
     """
     fixed = {name for group in _GROUPS if set(given) & set(group) for name in group} | set(given)
     if settings.optimizer not in ("adam", "adamw"):
@@ -148,9 +134,7 @@ def ladder(
 def usable_filter(run: TrainingSettings, *, mixed_precision: str, has_gpu: bool) -> Callable[[MemorySettings], bool]:
     """Return a function that tells whether memory settings pass the checks with all other flags and can run here.
 
-    Args:
-        run: the checked settings of the run.
-        mixed_precision: no, fp16 or bf16; the flags may leave it to the launch configuration.
+    `mixed_precision` is no, fp16 or bf16; the flags may leave it to the launch configuration.
     """
     run = replace(run, training=replace(run.training, mixed_precision=mixed_precision))
 
@@ -184,11 +168,7 @@ def _packages(settings: MemorySettings) -> list[str]:
 def next_rung(
     rungs: Sequence[MemorySettings], current: MemorySettings, calculate: Callable[[MemorySettings], int]
 ) -> MemorySettings | None:
-    """Return the next rung that takes less memory than `current`; None after the last.
-
-    Args:
-        calculate: returns the bytes that settings take.
-    """
+    """Return the next rung for which `calculate` returns fewer bytes than for `current`; None after the last."""
     later = rungs[rungs.index(current) + 1 :]
     return next((rung for rung in later if calculate(rung) < calculate(current)), None)
 
@@ -196,12 +176,7 @@ def next_rung(
 def with_offloading(
     rungs: Sequence[MemorySettings], given: Collection[str], is_usable: Callable[[MemorySettings], bool]
 ) -> list[MemorySettings]:
-    """Return each rung, and where possible with the transformer off the device while videos are decoded.
-
-    Args:
-        given: names of the flags that the user typed.
-        is_usable: returns whether a combination is possible.
-    """
+    """Return each rung, and where possible with the transformer off the device while videos are decoded."""
     settings = []
     for rung in rungs:
         settings.append(rung)
@@ -213,15 +188,9 @@ def with_offloading(
 
 
 def choose(budget_gb: float, rungs: Sequence[MemorySettings], needed: Callable[[MemorySettings], Choice]) -> Choice:
-    """Return the first rung that fits.
+    """Return the first rung that fits into `budget_gb`, in GB of 2^30 bytes; raise a UserError if none does.
 
-    Args:
-        budget_gb: memory of the card, in GB of 2^30 bytes.
-        rungs: the first one with the settings of the flags.
-        needed: returns the memory that settings take.
-
-    Raises:
-        UserError: none fits.
+    The first of the rungs has the settings of the flags.
     """
     choices = []
     for choice in map(needed, rungs):

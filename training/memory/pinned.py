@@ -16,11 +16,7 @@ LARGEST_CHUNK = 2**31  # bytes
 def host_buffers(sizes: Sequence[int], *, pinned: bool) -> Iterator[torch.Tensor]:
     """Allocate buffers chunk by chunk as they are requested, so that the tensors they replace can be freed meanwhile.
 
-    Args:
-        pinned: needs a GPU.
-
-    Yields:
-        For each size in bytes, a uint8 tensor `[size]`.
+    Yields a uint8 tensor `[size]` for each size in bytes; pinned ones need a GPU.
     """
     for chunk, members in plan_chunks(sizes):
         memory = torch.empty(chunk, dtype=torch.uint8, pin_memory=pinned)
@@ -28,11 +24,9 @@ def host_buffers(sizes: Sequence[int], *, pinned: bool) -> Iterator[torch.Tensor
 
 
 def plan_chunks(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """Pack buffers, in their order, into chunks of powers of two.
+    """Pack buffers, in their order, into chunks of powers of two; return the bytes of each chunk and of its buffers.
 
-    Returns:
-        The size of each chunk and those of its buffers, in bytes. With similar sizes, each chunk wastes less than one
-        buffer.
+    With similar sizes, each chunk wastes less than one buffer.
     """
     chunks, start, left = [], 0, sum(sizes)
     while start < len(sizes):

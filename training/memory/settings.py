@@ -77,10 +77,8 @@ def differing_flags(settings: MemorySettings, base: MemorySettings) -> list[str]
 
 def describe_change(settings: MemorySettings, base: MemorySettings) -> str:
     """Return the differing flags in words, with their side effect; empty if nothing differs."""
-    flags = " ".join(differing_flags(settings, base))
-    if settings.step_in_backward and not base.step_in_backward:
-        return f"{flags} (gradients are not clipped)"
-    return flags
+    effect = " (gradients are not clipped)" if settings.step_in_backward and not base.step_in_backward else ""
+    return " ".join(differing_flags(settings, base)) + effect
 
 
 def differences(settings: MemorySettings, base: MemorySettings) -> Mapping[str, Any]:

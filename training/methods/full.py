@@ -66,13 +66,9 @@ class FullFinetune:
         """Write the transformer for `CogVideoXTransformer3DModel.from_pretrained(folder / "transformer")`.
 
         Args:
-            folder: gets `transformer/`, in shards of at most `max_shard_size`.
-            dtype: to store the weights in.
             weights: those of `weight_names`; None for the transformer's own.
-            source: of the base model, at the end of a run: with `save_pipeline`, also write the complete pipeline.
-
-        Raises:
-            UserError: the pipeline cannot be written; the transformer is complete.
+            source: of the base model, at the end of a run: with `save_pipeline`, also write the complete pipeline;
+                raise a UserError if it cannot be written, while the transformer is complete.
         """
         partial, result = folder / f".partial.{TRANSFORMER_FOLDER}", folder / TRANSFORMER_FOLDER
         shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
@@ -101,11 +97,9 @@ class FullFinetune:
     def usage(
         self, pipeline_class: str, model_path: str, folder: Path | str, model_changes: Sequence[str] = ()
     ) -> list[str]:
-        """Return the code that loads the result, to print at the end of the run.
+        """Return the code that loads the result from the run's folder or its hub repository (without pipeline).
 
-        Args:
-            folder: of the run, or the hub repository of its result, which has no complete pipeline.
-            model_changes: ignored; the result's config includes them.
+        `model_changes` are ignored; the result's config includes them.
         """
         if self.save_pipeline and isinstance(folder, Path):
             pipeline = folder / PIPELINE_FOLDER

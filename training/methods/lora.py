@@ -131,9 +131,6 @@ class Lora:
         at the strength of the training.
 
         Args:
-            transformer: with the adapters.
-            folder: gets `pytorch_lora_weights.safetensors`.
-            dtype: to store the weights in.
             weights: those of `weight_names`; None for the transformer's own.
             source: ignored; a LoRA does not contain its base model.
         """
@@ -155,11 +152,9 @@ class Lora:
     def usage(
         self, pipeline_class: str, model_path: str, folder: Path | str, model_changes: Sequence[str] = ()
     ) -> list[str]:
-        """Return the code that loads the result, to print at the end of the run.
+        """Return the code that loads the result from the run's folder or its hub repository.
 
-        Args:
-            folder: of the run, or the hub repository of its result.
-            model_changes: code that changes the base model as the task did before training.
+        `model_changes` is code that changes the base model as the task did before training.
         """
         return [
             f'pipe = {pipeline_class}.from_pretrained("{model_path}", dtype=torch.bfloat16).to("cuda")',
@@ -169,8 +164,7 @@ class Lora:
 
 
 def _find_modules(transformer: CogVideoXTransformer3DModel, names: Sequence[str]) -> list[str]:
-    """Return the target modules for peft; raise a UserError if one is not a linear layer, as peft does only if none
-    is."""
+    """Return the target modules; raise a UserError if one is not a linear layer, as peft does only if none is."""
     modules = dict(transformer.named_modules())
     layers = {name for name, layer in modules.items() if isinstance(layer, torch.nn.Linear)}
     outside = sorted(name for name in layers if not name.startswith("transformer_blocks."))
@@ -192,16 +186,14 @@ def _find_modules(transformer: CogVideoXTransformer3DModel, names: Sequence[str]
 
 
 def _keep_frozen_from_ddp(transformer: CogVideoXTransformer3DModel) -> None:
-    """Have DistributedDataParallel ignore frozen weights: all ranks have the same, and quantized ones cannot be
-    sent."""
+    """Have DistributedDataParallel ignore frozen weights: all ranks have them, and quantized ones cannot be sent."""
     names = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
     names += [name for name, _ in transformer.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, names)
 
 
 def _set_magnitudes(transformer: CogVideoXTransformer3DModel) -> None:
-    """Make DoRA start without effect on a half-precision base: peft rounds the magnitudes but not the norms that it
-    divides them by."""
+    """Make DoRA start without effect on a half-precision base: peft rounds magnitudes but not the norms under them."""
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
             weight = dequantize_module_weight(layer.get_base_layer()).detach().float()

@@ -42,10 +42,7 @@ def location(reference: Path | str, cache_dir: str | None = None) -> dict[str, A
 def read_lora(path: Path | str, cache_dir: str | None = None) -> LoraFile:
     """Read a LoRA, a file or a hub id, without unpickling.
 
-    Raises:
-        OSError: there is no such file.
-        SafetensorError: it is damaged.
-        ValueError: it is not a LoRA of a transformer.
+    Raises OSError if there is none, SafetensorError if it is damaged, ValueError if it is not of a transformer.
     """
     weights, config = CogVideoXPipeline.lora_state_dict(**location(path, cache_dir), return_lora_metadata=True)
     foreign = [name for name in weights if not name.startswith(_PREFIX) or ".lora_" not in name]
@@ -70,14 +67,9 @@ def load_lora(transformer: CogVideoXTransformer3DModel, file: LoraFile) -> None:
 
 
 def check_starting_lora(path: Path, transformer: CogVideoXTransformer3DModel) -> None:
-    """Check that a LoRA to start from belongs to the model and was trained with the same flags.
-
-    Args:
-        transformer: with the adapters that the flags set; may be on the meta device.
-    """
+    """Check that a LoRA to start from fits a transformer, with the flags' adapters and maybe on the meta device."""
     file = read_fitting_lora(path, transformer, "--lora_weights")
-    needed = _flags_needed(file, transformer)
-    if needed:
+    if needed := _flags_needed(file, transformer):
         raise UserError(f"--lora_weights: '{path}' was trained with other flags; pass {', '.join(needed)}")
     expected = get_peft_model_state_dict(transformer)
     differing = sorted(set(_shapes(file.weights).items()) ^ set(_shapes(expected).items()))
@@ -90,12 +82,7 @@ def check_starting_lora(path: Path, transformer: CogVideoXTransformer3DModel) ->
 def read_fitting_lora(
     reference: Path | str, transformer: CogVideoXTransformer3DModel, flag: str, cache_dir: str | None = None
 ) -> LoraFile:
-    """Read a LoRA, and check that the model has its layers in the same sizes.
-
-    Args:
-        transformer: may be on the meta device and have adapters.
-        flag: that set the file, for messages.
-    """
+    """Read a LoRA that `flag` set, and check that the model, maybe on the meta device, has its layers in its sizes."""
     try:
         file = read_lora(reference, cache_dir)
     except (OSError, SafetensorError, ValueError, IndexError) as error:

@@ -17,11 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_loras(loras: Sequence[tuple[str, float]], configs: ModelConfigs, cache_dir: str | None = None) -> None:
-    """Check that LoRAs can be read, belong to the model and were trained; warn of those whose strength is unknown.
-
-    Args:
-        loras: file or hub id and scale of each.
-    """
+    """Check that LoRAs (file or hub id, scale) fit the model and were trained; warn if their strength is unknown."""
     if not loras:
         return
     with torch.device("meta"):

@@ -20,11 +20,8 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".h5", ".msgpack", ".onnx")
 def find_components(source: ModelSource) -> dict[Path, str]:
     """Find the files of a pipeline without its transformer; download those of a model on the hub.
 
-    Returns:
-        file -> its path in the pipeline's folder, without the name of a variant.
-
-    Raises:
-        UserError: a component that `model_index.json` names is missing.
+    Returns file -> its path in the pipeline's folder, without the name of a variant. Raises UserError if a component
+    that `model_index.json` names is missing.
     """
     model = _local_folder(source)
     index = json.loads((model / _INDEX).read_text(encoding="utf-8"))
@@ -38,15 +35,11 @@ def find_components(source: ModelSource) -> dict[Path, str]:
 
 
 def write_pipeline(source: ModelSource, transformer: Path, folder: Path) -> Path:
-    """Write a folder for the pipeline's `from_pretrained`, complete or not at all.
+    """Write a folder for the pipeline's `from_pretrained`, complete or not at all; replace an earlier one.
 
     Args:
         source: of the other components, which are copied, not loaded.
         transformer: folder of the tuned one, as `save_pretrained` writes it.
-        folder: to write; replaces an earlier one.
-
-    Raises:
-        UserError: a component is missing, or the folder cannot be written.
     """
     files = find_components(source)
     partial = folder.with_name(f".partial.{folder.name}")

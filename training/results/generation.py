@@ -55,20 +55,14 @@ class Generation:
 def generate(settings: GenerationSettings) -> None:
     """Sample and write the videos that the flags ask for.
 
-    Raises:
-        UserError: model, training result, images and flags do not fit together, before weights are loaded; or a file
-            cannot be written.
+    Raises UserError if model, training result, images and flags do not fit together, before weights are loaded.
     """
     start_logging()
     generation = settle(settings)
     check_loras(settings.loras, generation.configs, settings.model.cache_dir)
-    logger.info(
-        "videos: %d of %s (frames x height x width), in %s on %s",
-        len(settings.videos),
-        generation.size,
-        str(generation.dtype).removeprefix("torch."),
-        generation.device,
-    )
+    dtype = str(generation.dtype).removeprefix("torch.")
+    message = "videos: %d of %s (frames x height x width), in %s on %s"
+    logger.info(message, len(settings.videos), generation.size, dtype, generation.device)
     embeds = embed_prompts(generation)
     for video, frames in sample_all(generation, embeds, tuned=True):
         write(frames, video.file, generation.fps)
@@ -80,28 +74,21 @@ def generate(settings: GenerationSettings) -> None:
 
 
 def settle(settings: GenerationSettings) -> Generation:
-    """Complete the settings with the configs of the model, and check them; load no weights.
-
-    Raises:
-        UserError: model, images and flags do not fit together.
-    """
+    """Complete the settings with the configs of the model, and check them; load no weights."""
     model, sampling, memory = settings.model, settings.sampling, settings.memory
     source = ModelSource(model.pretrained_model_name_or_path, model.revision, model.variant, model.cache_dir)
     configs = source.configs()
     native = configs.native_size
-    size = Bucket(
-        sampling.num_frames or native.num_frames, sampling.height or native.height, sampling.width or native.width
-    )
+    flags = (sampling.num_frames, sampling.height, sampling.width)
+    size = Bucket(*(given or default for given, default in zip(flags, native, strict=True)))
     task = choose_task(settings, configs)
     task.check_model(configs, [size], SizeFlags("--height, --width", "--num_frames"))
     check_quantization(memory.quantize_base)
     images = None
     if task.with_images:
         # Cropped as in validation; the pipeline would distort images of another aspect ratio.
-        images = [
-            ImageOps.fit(one, (size.width, size.height))
-            for one in load_validation_images(settings.content.image, "--image")
-        ]
+        loaded = load_validation_images(settings.content.image, "--image")
+        images = [ImageOps.fit(one, (size.width, size.height)) for one in loaded]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == CPU and (memory.enable_model_cpu_offload or memory.enable_sequential_cpu_offload):
         logger.warning("warning: there is no GPU, nothing is offloaded from it")
@@ -110,11 +97,7 @@ def settle(settings: GenerationSettings) -> Generation:
 
 
 def choose_task(settings: GenerationSettings, configs: ModelConfigs) -> TextToVideo | ImageToVideo:
-    """Return the task of the model's config.
-
-    Raises:
-        UserError: the flags or the tuned transformer are for another task.
-    """
+    """Return the task of the model's config; raise a UserError if flags or tuned transformer are for another one."""
     ignores_positions = settings.result.ignore_learned_positional_embeddings
     has_positions = configs.transformer["use_learned_positional_embeddings"]
     if settings.result.transformer is not None:
@@ -135,11 +118,7 @@ def choose_task(settings: GenerationSettings, configs: ModelConfigs) -> TextToVi
 
 
 def read_tuned_config(transformer: str, cache_dir: str | None, base: ModelConfigs) -> dict[str, object]:
-    """Return the config of a tuned transformer, which may differ from the base model's only in its positions.
-
-    Raises:
-        UserError: it cannot be read, or is of another model.
-    """
+    """Return a tuned transformer's config; raise a UserError if more than its positions differs from the base's."""
     try:
         config = CogVideoXTransformer3DModel.load_config(transformer, subfolder="transformer", cache_dir=cache_dir)
     except OSError as error:
@@ -159,11 +138,7 @@ def read_tuned_config(transformer: str, cache_dir: str | None, base: ModelConfig
 
 
 def choose_dtype(name: str, source: ModelSource, device: torch.device) -> torch.dtype:
-    """Return the dtype of the computation; "auto" is that of the model's files, which are downloaded to read it.
-
-    Raises:
-        UserError: the device does not support it, or there are no weights.
-    """
+    """Return the dtype of the computation; "auto" is that of the model's files, which are downloaded to read it."""
     if name == "fp16" and device == CPU:
         raise UserError("--dtype fp16: needs a GPU; pass bf16 or fp32")
     if name == "auto" and device == CPU:
@@ -182,9 +157,8 @@ def embed_prompts(generation: Generation) -> dict[str, torch.Tensor]:
     """Embed all prompts, `[T, D]` each on the CPU, and free the text encoder."""
     settings = generation.settings
     texts = [*settings.content.prompt, *([settings.content.negative_prompt] if generation.is_guided else [])]
-    text_pipeline = generation.source.load_text_pipeline(
-        generation.dtype, device=generation.device, in_8bit=settings.memory.text_encoder_8bit
-    )
+    device, in_8bit = generation.device, settings.memory.text_encoder_8bit
+    text_pipeline = generation.source.load_text_pipeline(generation.dtype, device=device, in_8bit=in_8bit)
     # One at a time as in validation, because the last digits may differ in a batch.
     embeds = {text: encode_prompts(text_pipeline, [text])[0].cpu() for text in dict.fromkeys(texts)}
     del text_pipeline
@@ -259,17 +233,13 @@ def write(frames: list[Image.Image], file: Path, fps: int) -> None:
 def compare(video: PlannedVideo, generation: Generation) -> None:
     """Write a video and a picture that show the videos of base model and tuned model side by side."""
     size = generation.size
-    base, tuned = (
-        read_frames(file, range(size.num_frames)) for file in (video.beside(BASE), video.file)
-    )  # each [F, H, W, 3]
+    files = (video.beside(BASE), video.file)
+    base, tuned = (read_frames(file, range(size.num_frames)) for file in files)  # each [F, H, W, 3]
     with atomic_write(video.beside(COMPARED)) as partial:
         write_video(partial, list(np.concatenate([base, tuned], axis=2)), generation.fps)
     indices = shown_indices(size.num_frames)
-    columns = [f"frame {index + 1}" for index in indices]
-    start = []
-    if generation.images is not None:
-        columns.insert(0, "start image")
-        start = [np.asarray(generation.images[video.number])]
+    start = [] if generation.images is None else [np.asarray(generation.images[video.number])]
+    columns = [*(["start image"] if start else []), *(f"frame {index + 1}" for index in indices)]
     rows = [
         SheetRow([*start, *frames[indices]], title, video.prompt)
         for frames, title in ((base, f"base model · seed {video.seed}"), (tuned, f"tuned · seed {video.seed}"))

@@ -37,12 +37,7 @@ class CardFacts:
 
 
 def write_card(folder: Path, repo_id: str, facts: CardFacts) -> None:
-    """Write `README.md` into a run's folder.
-
-    Args:
-        folder: with the last validation and the pictures, if there are any.
-        repo_id: `owner/name`, to which the folder is uploaded.
-    """
+    """Write `README.md` into a run's folder, which is uploaded to `repo_id`, `owner/name`."""
     is_local = Path(facts.base_model).exists()  # the hub refuses local paths, and they are private
     samples = [
         (prompt, video.relative_to(folder).as_posix())

@@ -82,12 +82,8 @@ def push_to_hub(output_dir: Path, repo_id: str | None, token: HubToken | None, f
         )
     except Exception as error:  # the result is on disk: a failed upload must not end the run with a traceback
         command = ["hf", "upload", wanted, str(output_dir), ".", *(w for one in PRIVATE for w in ("--exclude", one))]
-        logger.error(
-            "error: the result was not uploaded (%s: %s); it is complete in %s. Upload it later:\n%s",
-            type(error).__name__,
-            one_line(error, 300),
-            output_dir,
-            shlex.join(command),
-        )
+        problem = f"{type(error).__name__}: {one_line(error, 300)}"
+        message = "error: the result was not uploaded (%s); it is complete in %s. Upload it later:\n%s"
+        logger.error(message, problem, output_dir, shlex.join(command))
     else:
         logger.info("uploaded to %s", made)

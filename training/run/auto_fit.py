@@ -17,11 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def fit_into_memory(recipe: Recipe) -> Recipe:
-    """Return the recipe with memory settings that fit; unchanged without --memory_budget_gb and --auto_fit.
-
-    Raises:
-        UserError: no settings fit.
-    """
+    """Return the recipe with memory settings that fit, if the flags ask for that; raise a UserError if none do."""
     start_logging()
     flags, chosen = recipe.settings.memory, chosen_before(recipe.settings)
     if chosen is not None:
@@ -35,8 +31,7 @@ def fit_into_memory(recipe: Recipe) -> Recipe:
 def fit_by_trial(recipe: Recipe) -> Recipe:
     """Save more and more memory until two steps of the largest batch, saving and sampling do not run out of it.
 
-    Raises:
-        UserError: they run out of memory with all savings.
+    Raises UserError if they do with all savings.
     """
     while runs_out_of_memory(recipe):
         free_memory()  # reference cycles of the trial

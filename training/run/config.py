@@ -26,16 +26,8 @@ from run.spec import RunSpec
 
 logger = logging.getLogger(__name__)
 
-RECORDED_PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "peft",
-    "torchao",
-    "bitsandbytes",
-    "deepspeed",
-)
+RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+RECORDED_PACKAGES += ("torchao", "bitsandbytes", "deepspeed")
 
 _CHOOSERS = ("memory_budget_gb", "auto_fit")  # replaced by the flags that they chose
 _NEVER_REPEATED = (*_CHOOSERS, "hub_token", "push_to_hub", "hub_model_id", "dry_run")
@@ -45,13 +37,8 @@ def write_config(spec: RunSpec) -> Path | None:
     """Write the flags of a run into its folder; called on the main process, before it trains.
 
     `config.yaml` has the flags that the run began with. If it is resumed with others, `config-step-<N>.yaml` has the
-    flags after step N. Files that killed runs left unfinished in the folder are removed.
-
-    Returns:
-        The file; None if the latest one has the same flags.
-
-    Raises:
-        UserError: it cannot be written.
+    flags after step N. Files that killed runs left unfinished in the folder are removed. Returns the file, or None if
+    the latest one has the same flags.
     """
     settings, folder = spec.settings, spec.output_dir
     remove_partials(folder)
@@ -81,18 +68,10 @@ def split_flags(settings: TrainingSettings, seed: int) -> tuple[dict[str, object
 
     The first are the flags that were passed, those chosen to fit into memory, the seed, and the precision, which the
     launcher may have set. The others have their defaults: passing them too could contradict the first.
-
-    Args:
-        settings: checked, with the memory settings of the run.
-        seed: passed or drawn.
     """
     chosen = differences(memory_settings_of(settings), MemorySettings(settings.method))
-    names = flag_names(settings.task, settings.method)
-    values = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in flag_values(settings).items()
-        if name in names
-    }
+    names, flags = flag_names(settings.task, settings.method), flag_values(settings).items()
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in flags if name in names}
     values |= {
         "seed": seed,
         "mixed_precision": precision_of(settings.training.mixed_precision),
@@ -118,8 +97,7 @@ def _dump(flags: dict[str, object]) -> str:
 
 
 def _describe_start(spec: RunSpec, continues: bool) -> list[str]:
-    script = f"cogvideox_{spec.task.name.replace('-', '_')}_{spec.settings.method}.py"
-    accelerator = spec.accelerator
+    script, accelerator = f"cogvideox_{spec.task.name.replace('-', '_')}_{spec.settings.method}.py", spec.accelerator
     resumed = f" --resume_from_checkpoint {spec.resumed}" if continues else ""  # otherwise it is among the flags
     return [
         f"{CONFIG_TITLE} on {datetime.now():%Y-%m-%d, %H:%M}, at step {spec.state.step}. To repeat it:",

@@ -41,11 +41,7 @@ STEPS = 2  # the first one creates the optimizer's states, the second one needs 
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Try a run in a folder that is removed again; called on every rank.
-
-    Raises:
-        UserError: model, data and flags do not fit together, a sample cannot be read, or no video could be sampled.
-    """
+    """Try a run in a folder that is removed again; raise a UserError if anything fails. Called on every rank."""
     with trial_spec(recipe, samples=True) as spec:
         read_every_sample(recipe)
         memory, failures = try_out(spec)
@@ -61,11 +57,7 @@ def dry_run(recipe: Recipe) -> None:
 def trial_spec(recipe: Recipe, *, samples: bool) -> Iterator[RunSpec]:
     """Yield the spec of a trial of the largest batch, in a folder that is removed at the end; called on every rank.
 
-    Args:
-        samples: sample a video even if the run samples none.
-
-    Raises:
-        UserError: model, data and flags do not fit together.
+    With `samples`, a video is sampled even if the run samples none. Raises UserError as `check_spec` does.
     """
     settings, folder = recipe.settings, trial_folder(recipe.output_dir)
     accumulation = min(2, settings.training.gradient_accumulation_steps)
@@ -79,11 +71,7 @@ def trial_spec(recipe: Recipe, *, samples: bool) -> Iterator[RunSpec]:
 
 
 def try_out(spec: RunSpec) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """Train two steps, save, load and sample.
-
-    Returns:
-        The peaks of memory by part, and the reasons why sampling failed.
-    """
+    """Train two steps, save, load and sample; return the peaks of memory by part, and why sampling failed."""
     run, accelerator = set_up(spec), spec.accelerator
     train(run)
     memory = {"two steps": peak_memory(accelerator.device)}
@@ -100,13 +88,11 @@ def try_out(spec: RunSpec) -> tuple[dict[str, dict[str, int]], list[str]]:
 def read_every_sample(recipe: Recipe) -> None:
     """Read this rank's share of the samples as training would.
 
-    Raises:
-        UserError: lists those that cannot be read; only a warning with --on_bad_clip skip.
+    A UserError, with --on_bad_clip skip a warning, lists those that cannot be read.
     """
-    rank, num_ranks = launch_rank(), launch_size()
-    settings = recipe.settings
+    rank, settings = launch_rank(), recipe.settings
     dataset = make_dataset(recipe, settings.training.seed or 0, replace_failed=False)
-    draws = [[Draw(index, 0)] for index in range(rank, len(dataset), num_ranks)]
+    draws = [[Draw(index, 0)] for index in range(rank, len(dataset), launch_size())]
     loader = make_loader(dataset, draws, num_workers=settings.loader.dataloader_num_workers)
     bar = tqdm(loader, desc="Reading every sample", unit=" samples", total=len(draws), delay=0, disable=rank > 0)
     reasons = [reason for batch in bar for _, reason in batch.failed]
@@ -126,8 +112,7 @@ def trial_folder(output_dir: Path) -> Path:
 def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | None) -> TrainingSettings:
     """Return the settings of a run of two steps and one coarse video, without trackers and hub.
 
-    Args:
-        sampled: size of the video to sample if the run validates nothing; None to sample none then.
+    If the run validates nothing, the video has the size `sampled`; with None, there is none.
     """
     prompts, images, size_flags = settings.validation.prompts[:1], settings.validation.images[:1], {}
     if sampled and not prompts:

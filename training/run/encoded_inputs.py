@@ -30,11 +30,7 @@ class EncodedInputs:
 
 
 def encode_inputs(spec: RunSpec) -> EncodedInputs:
-    """Load text encoder and VAE one after the other, encode, and free them; called on every rank.
-
-    Raises:
-        UserError: an image or a clip cannot be read.
-    """
+    """Load text encoder and VAE one after the other, encode, and free them; called on every rank."""
     settings, accelerator, data = spec.settings, spec.accelerator, spec.data
     images = load_validation_images(settings.validation.images) if spec.task.with_images else None
     if images is not None and settings.clips.video_reshape_mode != "none":
@@ -42,9 +38,8 @@ def encode_inputs(spec: RunSpec) -> EncodedInputs:
         images = [ImageOps.fit(image, (settings.clips.width, settings.clips.height)) for image in images]
     drops_captions = settings.objective.caption_dropout > 0
     empty_prompt = find_empty_prompt(data, spec.configs) if drops_captions else None
-    prompts = PromptCache(
-        spec.output_dir / "prompt_embeds", spec.source, spec.dtype, in_8bit=settings.memory.text_encoder_8bit
-    )
+    cache, in_8bit = spec.output_dir / "prompt_embeds", settings.memory.text_encoder_8bit
+    prompts = PromptCache(cache, spec.source, spec.dtype, in_8bit=in_8bit)
     texts = [*data.captions, *settings.validation.prompts]
     texts += data.held_out.captions if data.held_out else []
     is_guided = settings.validation.prompts and settings.guidance.guidance_scale > 1  # against the empty prompt
@@ -74,19 +69,18 @@ def encode_inputs(spec: RunSpec) -> EncodedInputs:
 def find_empty_prompt(data: TrainingData, configs: ModelConfigs) -> torch.Tensor | None:
     """Return the embedding of the empty prompt, `[226, D]`, that the data was prepared with, if any.
 
-    Raises:
-        UserError: it is damaged, or of another model.
+    Raises UserError if it is damaged, or of another model.
     """
     if not isinstance(data, PreparedData):
         return None
     expected = (configs.transformer["max_text_seq_length"], configs.transformer["text_embed_dim"])
     for folder in data.folders:
-        embeds = read_empty_prompt(folder)
-        if embeds is not None and embeds.shape != expected:
+        if (embeds := read_empty_prompt(folder)) is None:
+            continue
+        if embeds.shape != expected:
             raise UserError(
                 f"--caption_dropout: the empty prompt in '{folder}' has the shape {tuple(embeds.shape)}, the model "
                 f"needs {expected}; prepare the data with the model to be trained"
             )
-        if embeds is not None:
-            return embeds
+        return embeds
     return None

@@ -24,9 +24,8 @@ logger = logging.getLogger(__name__)
 def finetune(settings: TrainingSettings, data: TrainingData) -> None:
     """Fine-tune a model on `data` and write the result to `--output_dir`; called on every rank.
 
-    Raises:
-        UserError: before any weights are loaded, if model, data and flags do not fit together or the result must not
-            be uploaded as asked; later, if memory runs out or a data worker dies.
+    Raises UserError before any weights are loaded, if model, data and flags do not fit together or the result must not
+    be uploaded as asked; later, if memory runs out or a data worker dies.
     """
     recipe, hub = Recipe(settings, data), settings.hub
     if hub.push_to_hub and launch_rank() == 0:
@@ -62,11 +61,7 @@ def train_and_save(recipe: Recipe) -> None:
 
 
 def stop(run: Run, step: int) -> None:
-    """End a run that was told to stop, after its state is saved.
-
-    Raises:
-        SystemExit: with `STOPPED_EXIT_CODE`.
-    """
+    """End a run that was told to stop, after its state is saved: raise SystemExit with `STOPPED_EXIT_CODE`."""
     run.spec.accelerator.end_training()
     logger.info("stopped after step %d of %d; continue with --resume_from_checkpoint latest", step, run.total_steps)
     raise SystemExit(STOPPED_EXIT_CODE)

@@ -21,11 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def start_accelerator(training: TrainingFlags, tracking: TrackingFlags, *, allow_tf32: bool) -> Accelerator:
-    """Set up devices, precision and process group from the flags and the launch configuration.
-
-    Raises:
-        UserError: the device does not support the precision.
-    """
+    """Set up devices, precision and process group; raise a UserError if the device does not support the precision."""
     precision = precision_of(training.mixed_precision)
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no on a CPU")

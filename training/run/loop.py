@@ -21,11 +21,8 @@ from tracking.traces import PROFILE_FOLDER, profiled
 def train(run: Run) -> int:
     """Train from the step that the run starts at to its last one.
 
-    Returns:
-        How many steps are done: all, or fewer if a signal stopped the run, whose state is then saved.
-
-    Raises:
-        UserError: too many steps in a row were not finite, or a checkpoint cannot be written.
+    Returns how many steps are done: all, or fewer if a signal stopped the run, whose state is then saved. Raises
+    UserError if too many steps in a row were not finite, or a checkpoint cannot be written.
     """
     spec, trainable, phase, seed = run.spec, run.trainable, run.throughput.phase, run.state.seed
     settings, accelerator, coordinator = spec.settings, spec.accelerator, spec.coordinator
@@ -117,11 +114,7 @@ class CheckpointClock:
 
 
 def save_and_validate(run: Run, done: int, log: StepLog, clock: CheckpointClock) -> bool:
-    """Save and validate after a step if they are due; called on every rank.
-
-    Returns:
-        Whether the run must stop, because any rank received a signal.
-    """
+    """Save and validate after a step if due; return whether a signal must stop the run. Called on every rank."""
     settings, coordinator = run.spec.settings, run.spec.coordinator
     checkpoints, validation = settings.checkpoints, settings.validation
     stops, saves = coordinator.ask(run.signals.received is not None, clock.is_late() and coordinator.is_main)

@@ -36,23 +36,14 @@ logger = logging.getLogger(__name__)
 
 
 class RunMemory:
-    """The GPU memory that a run takes with its memory settings and with others.
-
-    Args:
-        recipe: whose model's configs are read; raises UserError if they cannot be.
-    """
+    """The GPU memory that a run takes with its memory settings and with others; raises UserError without a config."""
 
     def __init__(self, recipe: Recipe):
         settings = recipe.settings
         self.current, self.given = memory_settings_of(settings), settings.given
         self.facts, self.measured = run_facts(recipe), read_measured()
-        workload = Workload(
-            self.facts.size,
-            self.facts.batch_size,
-            self.facts.mixed_precision,
-            self.facts.sampled,
-            is_guided=settings.guidance.guidance_scale > 1,
-        )
+        facts, is_guided = self.facts, settings.guidance.guidance_scale > 1
+        workload = Workload(facts.size, facts.batch_size, facts.mixed_precision, facts.sampled, is_guided)
         self.account = cache(partial(account, recipe.model_facts, workload=workload))
         self.is_usable = usable_filter(settings, mixed_precision=recipe.precision, has_gpu=torch.cuda.is_available())
 
@@ -84,11 +75,7 @@ def run_facts(recipe: Recipe) -> RunFacts:
 def chosen_before(settings: TrainingSettings) -> MemorySettings | None:
     """Return the settings chosen for the run that is resumed, because other ones could not read its checkpoint.
 
-    Returns:
-        None if nothing is resumed, or if the flags set the memory settings now or did so then.
-
-    Raises:
-        UserError: the checkpoint is not complete.
+    None if nothing is resumed, or if the flags set the memory settings now or did so then.
     """
     checkpoint = newest_checkpoint(settings.checkpoints.resume_from_checkpoint, Path(settings.training.output_dir))
     if checkpoint is None or not (settings.memory.memory_budget_gb or settings.memory.auto_fit):
@@ -98,11 +85,7 @@ def chosen_before(settings: TrainingSettings) -> MemorySettings | None:
 
 
 def choose_by_budget(recipe: Recipe) -> MemorySettings:
-    """Return the fastest settings that fit into `--memory_budget_gb`.
-
-    Raises:
-        UserError: nothing fits, or the model's configs cannot be read.
-    """
+    """Return the fastest settings that fit into `--memory_budget_gb`; raise a UserError if none does."""
     run, budget_gb = RunMemory(recipe), recipe.settings.memory.memory_budget_gb
     rungs = with_offloading(run.rungs, run.given, run.is_usable) if run.facts.sampled else run.rungs
     choice = choose(budget_gb, rungs, run.needed)

@@ -98,11 +98,9 @@ class Recipe:
         return round(self.settings.clips.fps or 8)
 
     def usage(self, where: Path | str, model: str | None = None) -> str:
-        """Return the code that loads the result.
+        """Return the code that loads the result from the run's folder or its repository on the hub.
 
-        Args:
-            where: the run's folder, or the repository that its result is uploaded to.
-            model: name of the base model in the code; None for its path or hub id.
+        The code calls the base model `model`, or None for its path or hub id.
         """
         model = model or self.settings.model.pretrained_model_name_or_path
         return "\n".join(self.method.usage(self.task.pipeline_class.__name__, model, where, self.task.usage()))

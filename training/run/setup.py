@@ -73,8 +73,7 @@ class Run:
     def validate(self, step: int) -> list[str]:
         """Measure the loss of the held-out clips and sample the videos, if there are any; called on every rank.
 
-        Returns:
-            The reasons of failures, which do not end the run.
+        Returns the reasons of failures, which do not end the run.
         """
         spec, failures = self.spec, []
         with self.trainable.averaged(), spec.undivided(), gathered(spec.accelerator, self.trainable.model):
@@ -126,14 +125,7 @@ class Run:
         )
 
     def save_result(self) -> Path:
-        """Write the result on the main process; called on every rank.
-
-        Returns:
-            The written file or folder.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Write the result on the main process and return its file or folder; called on every rank."""
         spec, transformer = self.spec, self.trainable.transformer
         with self.trainable.averaged():
             weights = gather_weights(spec.accelerator, transformer, spec.method.weight_names(transformer))
@@ -141,10 +133,9 @@ class Run:
 
     def _write_result(self, weights: dict[str, torch.Tensor]) -> Path:
         spec = self.spec
+        transformer, dtype = self.trainable.transformer, self.result_dtype
         try:
-            return spec.method.save(
-                self.trainable.transformer, spec.output_dir, self.result_dtype, weights, spec.source
-            )
+            return spec.method.save(transformer, spec.output_dir, dtype, weights, spec.source)
         except UserError:
             raise
         except WRITE_ERRORS as error:
@@ -157,8 +148,7 @@ class Run:
 def set_up(spec: RunSpec) -> Run:
     """Load and connect everything, in an order that keeps only what the current stage needs in memory.
 
-    Raises:
-        UserError: weights, images or clips cannot be read, or the checkpoint is beyond the last step.
+    Raises UserError if weights, images or clips cannot be read, or the checkpoint is beyond the last step.
     """
     settings, accelerator = spec.settings, spec.accelerator
     state = replace(spec.state, schedule=start_schedule(spec))
@@ -176,13 +166,8 @@ def set_up(spec: RunSpec) -> Run:
     if spec.resumed:
         resume(spec, trainable)
     resumed_at = state.step if spec.resumed else None
-    start_trackers(
-        accelerator,
-        settings.tracking.tracker_name,
-        spec.output_dir / settings.tracking.logging_dir,
-        flag_values(settings),
-        resumed_at=resumed_at,
-    )
+    project, logging_dir = settings.tracking.tracker_name, spec.output_dir / settings.tracking.logging_dir
+    start_trackers(accelerator, project, logging_dir, flag_values(settings), resumed_at=resumed_at)
     keep_losses(accelerator, spec.output_dir, resumed_at=resumed_at)
     logger.info("%s", describe_start(spec, trainable.transformer, schedule, total_steps, sampler.padding))
     limit = settings.checkpoints.checkpoints_total_limit
@@ -213,10 +198,7 @@ def start_schedule(spec: RunSpec) -> ScheduleStart:
     logger.warning(
         "warning: the run continues with %d processes x %d batches a step, after %d x %d: it trains once on each "
         "sample left of the epoch, but in other steps than before",
-        num_ranks,
-        accumulation,
-        before.num_ranks,
-        before.accumulation,
+        *(num_ranks, accumulation, before.num_ranks, before.accumulation),
     )
     _, schedule = make_sampler(spec, before)
     return schedule.restart(spec.state.step, num_ranks, accumulation)
@@ -289,9 +271,7 @@ def make_dataset(
 
 def load_batches(spec: RunSpec, prompts: PromptCache, sampler: BucketBatchSampler) -> Iterator[Batch]:
     """Load the batches that the sampler draws, from raw or prepared clips."""
-    skips_failed = spec.settings.sources.on_bad_clip == "skip"
+    skips_failed, flags = spec.settings.sources.on_bad_clip == "skip", spec.settings.loader
     dataset = make_dataset(spec, spec.state.seed, prompts, replace_failed=skips_failed)
-    loader = spec.settings.loader
-    return without_failures(
-        make_loader(dataset, sampler, num_workers=loader.dataloader_num_workers, pin_memory=loader.pin_memory)
-    )
+    workers = flags.dataloader_num_workers
+    return without_failures(make_loader(dataset, sampler, num_workers=workers, pin_memory=flags.pin_memory))

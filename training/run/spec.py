@@ -95,8 +95,7 @@ class RunSpec(Recipe):
 def check_spec(recipe: Recipe) -> RunSpec:
     """Check a recipe, start the processes that run it, and log the data; called on every rank.
 
-    Raises:
-        UserError: model, data, flags and the checkpoint to resume from do not fit together.
+    Raises UserError if model, data, flags and the checkpoint to resume from do not fit together.
     """
     settings, data = recipe.settings, recipe.data
     recipe.task.check_model(recipe.configs, recipe.sizes)
@@ -115,9 +114,8 @@ def check_spec(recipe: Recipe) -> RunSpec:
     check_prepared_folders(recipe)
     if accelerator.is_main_process:
         log_data(recipe, num_ranks)
-    resumed = coordinator.from_main(
-        lambda: find_checkpoint(settings.checkpoints.resume_from_checkpoint, recipe.output_dir)
-    )
+    resume_from = settings.checkpoints.resume_from_checkpoint
+    resumed = coordinator.from_main(lambda: find_checkpoint(resume_from, recipe.output_dir))
     lasting = lasting_settings(recipe)
     if resumed:
         state = read_state(resumed)
@@ -153,11 +151,7 @@ def lasting_settings(recipe: Recipe) -> dict[str, object]:
 
 
 def check_device(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Refuse settings that the device, this machine or the launch does not support.
-
-    Raises:
-        UserError: a package, a compiler or a GPU is missing, or the optimizer does not work with several processes.
-    """
+    """Refuse settings that the device, this machine or the launch does not support, with a UserError."""
     settings, device, dtype = recipe.settings, accelerator.device, recipe.dtype
     speed, head_dim = settings.speed, recipe.configs.transformer["attention_head_dim"]
     check_attention(speed.attention_backend, "--attention_backend", device, dtype, head_dim, trains=True)
@@ -172,10 +166,9 @@ def check_device(recipe: Recipe, accelerator: Accelerator) -> None:
 
 
 def check_prepared_folders(recipe: Recipe) -> None:
-    """Refuse data that was prepared with another VAE, text encoder or tokenizer than the model's.
+    """Refuse data that was prepared with another VAE, text encoder or tokenizer than the model's, with a UserError.
 
-    Raises:
-        UserError: names the folder and what differs; only a warning with --ignore_prepared_mismatch.
+    With --ignore_prepared_mismatch, only warn.
     """
     if not isinstance(recipe.data, PreparedData):
         return
@@ -195,12 +188,6 @@ def log_data(recipe: Recipe, num_ranks: int) -> None:
     settings, data = recipe.settings, recipe.data
     if not isinstance(data, PreparedData):
         report_skipped(data.bad, recipe.output_dir)
-    plan = describe_plan(
-        data,
-        recipe.source,
-        recipe.configs,
-        batch_size=settings.training.train_batch_size,
-        num_ranks=num_ranks,
-        reshape_mode=settings.clips.video_reshape_mode,
-    )
-    logger.info("%s", plan)
+    batch_size, mode = settings.training.train_batch_size, settings.clips.video_reshape_mode
+    sizes = {"batch_size": batch_size, "num_ranks": num_ranks, "reshape_mode": mode}
+    logger.info("%s", describe_plan(data, recipe.source, recipe.configs, **sizes))

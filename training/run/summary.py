@@ -24,12 +24,7 @@ _BITS = {"use_8bit": " in 8 bits", "use_4bit": " in 4 bits", "use_fp8": " in flo
 def describe_start(
     spec: RunSpec, transformer: CogVideoXTransformer3DModel, schedule: StepSchedule, total_steps: int, padding: int
 ) -> str:
-    """Return the summary, a line for each subject.
-
-    Args:
-        transformer: with the trainable parameters of the method.
-        padding: number of batches that are drawn twice in an epoch.
-    """
+    """Return the summary, a line for each subject; `padding` is the number of batches drawn twice in an epoch."""
     settings, accelerator = spec.settings, spec.accelerator
     trainable, total = count_weights(transformer)
     name = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
@@ -63,9 +58,8 @@ def describe_model(configs: ModelConfigs) -> str:
     positions = "rotary" if transformer["use_rotary_positional_embeddings"] else "sinusoidal"
     if transformer.get("use_learned_positional_embeddings"):
         positions = "learned"
-    return (
-        f"{family} {task}, {transformer['num_layers']} blocks, {positions} positions, made for {configs.native_size}"
-    )
+    blocks = f"{transformer['num_layers']} blocks"
+    return f"{family} {task}, {blocks}, {positions} positions, made for {configs.native_size}"
 
 
 def describe_method(method: Lora | FullFinetune) -> str:
@@ -105,28 +99,21 @@ def describe_optimizer(spec: RunSpec) -> str:
 
 
 def describe_expected_memory(memory: Choice, device: torch.device, *, shares: bool) -> str:
-    """Describe the memory that a run is expected to take of one card.
-
-    Args:
-        shares: several GPUs train, which may shard weights and states.
-    """
-    card = "on a GPU"
-    if device.type == "cuda":
-        card = f"of {torch.cuda.get_device_properties(device).total_memory / GB:.2f} GB"
+    """Describe the memory expected on one card; with `shares`, several GPUs train and may shard weights and states."""
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    card = f"of {total / GB:.2f} GB" if total else "on a GPU"
     less = ", less if GPUs shard weights" if shares else ""
     return f"{memory.needed / GB:.2f} GB {card} expected ({memory.how}){less}"
 
 
 def describe_validation(spec: RunSpec) -> str:
     """Describe what is validated, and when."""
-    settings = spec.settings
-    held_out = spec.data.held_out
-    videos = len(settings.validation.prompts) * settings.validation.num_validation_videos
+    flags, held_out = spec.settings.validation, spec.data.held_out
+    videos, epochs = len(flags.prompts) * flags.num_validation_videos, flags.validation_epochs
     what = [f"{videos} video{'s' if videos > 1 else ''}"] if videos else []
     what += [f"the loss of {len(held_out.clips)} samples"] if held_out else []
-    when = ["before the first step"] if settings.validation.validate_first and not spec.state.step else []
-    when += [f"every {settings.validation.validation_steps} steps"] if settings.validation.validation_steps else []
-    epochs = settings.validation.validation_epochs
+    when = ["before the first step"] if flags.validate_first and not spec.state.step else []
+    when += [f"every {flags.validation_steps} steps"] if flags.validation_steps else []
     when += [f"every {epochs} epochs" if epochs > 1 else "every epoch"] if epochs else []
     return f"{' and '.join(what)}, {', '.join([*when, 'at the end'])}" if what else "none"
 

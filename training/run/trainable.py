@@ -93,11 +93,8 @@ def load_transformer(spec: RunSpec) -> CogVideoXTransformer3DModel:
     # Streamed or sharded weights need not fit onto the device in full.
     unsharded = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
     fits = accelerator.distributed_type in unsharded and not has_sharded_weights(accelerator)
-    transformer = source.load_transformer(
-        spec.method.base_dtype(dtype),
-        device=accelerator.device if fits and not memory.stream_blocks else CPU,
-        quantize=memory.quantize_base,
-    )
+    device = accelerator.device if fits and not memory.stream_blocks else CPU
+    transformer = source.load_transformer(spec.method.base_dtype(dtype), device=device, quantize=memory.quantize_base)
     if dtype == torch.float16 and (warning := precision_warning(dtype, source.native_dtype())):
         logger.warning("warning: %s", warning)
     spec.task.prepare_model(transformer)

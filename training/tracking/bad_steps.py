@@ -48,13 +48,9 @@ class StepGuard:
         self._logs: deque[float] = deque(maxlen=_HISTORY)
 
     def check(self, steps: Sequence[Step], *, searches_scale: bool = False) -> None:
-        """Warn of steps that were skipped and of losses that jumped.
+        """Warn of skipped steps and of losses that jumped; raise a UserError after too many bad steps in a row.
 
-        Args:
-            searches_scale: the fp16 loss scale can still be halved, so an overflow of the gradients is expected.
-
-        Raises:
-            UserError: too many consecutive steps were bad.
+        With `searches_scale`, the fp16 loss scale can still be halved, so an overflow of the gradients is expected.
         """
         for step in steps:
             if step.is_bad and searches_scale and math.isfinite(step.loss):

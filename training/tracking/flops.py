@@ -50,9 +50,9 @@ def count_flops(
     """Count the operations of a training step in the matrix products of the blocks, for one sample.
 
     A multiplication and an addition are two operations. With N tokens of width d in L blocks, a linear layer from a to
-    b channels takes 2 N a b. A block has four of d to d
-    in its attention and two between d and 4 d in its feed-forward part: 8 N d^2 + 16 N d^2. Its scores and their
-    weighted sums take 2 N^2 d each. So the forward pass takes L (24 N d^2 + 4 N^2 d).
+    b channels takes 2 N a b. A block has four of d to d in its attention and two between d and 4 d in its feed-forward
+    part: 8 N d^2 + 16 N d^2. Its scores and their weighted sums take 2 N^2 d each. So the forward pass takes
+    L (24 N d^2 + 4 N^2 d).
 
     The backward pass of attention has two products for each of the forward pass and computes the scores again: 2.5
     times the forward pass. The backward pass of a linear layer takes as much as its forward pass for the gradient of

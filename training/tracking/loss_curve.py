@@ -94,12 +94,7 @@ def _read_metrics(file: Path, last_step: int) -> list[dict[str, Any]]:
 
 
 def draw_losses(losses: Points, validation: Points = ()) -> "Figure":
-    """Draw the loss of each step, its running mean and the validation loss over the steps.
-
-    Args:
-        losses: at least one.
-        validation: the mean loss of held-out clips; may be empty.
-    """
+    """Draw the loss of each step (at least one), its running mean, and any validation losses over the steps."""
     from matplotlib.figure import Figure  # not pyplot, which keeps figures in global state
     from matplotlib.ticker import MaxNLocator
 

@@ -77,11 +77,8 @@ class StepLog:
         values = self.accelerator.reduce(torch.stack(values), reduction="mean").tolist()
         speed = self.throughput.read(len(values))  # the device has finished them
         self.speeds.append(speed)
-        numbers = range(self.step - len(values) + 1, self.step + 1)
-        steps = [
-            Step(number, loss, grad_norm if self.has_norm else None, clips)
-            for number, (loss, grad_norm), clips in zip(numbers, values, names, strict=True)
-        ]
+        rows = zip(range(self.step - len(values) + 1, self.step + 1), values, names, strict=True)
+        steps = [Step(number, loss, norm if self.has_norm else None, clips) for number, (loss, norm), clips in rows]
         self.pending.clear()
         for step, rate in zip(steps, rates, strict=True):
             self._log(step, rate, speed)
@@ -107,9 +104,9 @@ class StepLog:
             return
         self.is_estimated = True
         speed = self._settled_speed()
-        seconds, total = speed.seconds / speed.steps, in_words(left * speed.seconds / speed.steps)
+        seconds = speed.seconds / speed.steps
         message = "about %s left: %d steps of %.3g s; validation and checkpoints come on top"
-        logger.info(message, total, left, seconds)
+        logger.info(message, in_words(left * seconds), left, seconds)
 
     def _settled_speed(self) -> Speed:
         """Return the speed without the first interval, if there are more."""

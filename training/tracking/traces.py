@@ -17,14 +17,9 @@ PROFILE_FOLDER = "profile"
 
 @contextmanager
 def profiled(folder: Path | None, first_step: int = 0) -> Iterator[Callable[[], None]]:
-    """Record some steps; log where the trace is and how to open it.
+    """Record some steps after the first `first_step`, and log where the trace is; yield a function that ends a step.
 
-    Args:
-        folder: of the trace, on the one rank that records; None records nothing.
-        first_step: the number of steps done before, for the file name.
-
-    Yields:
-        A function to call at the end of each step.
+    `folder` is for the trace, on the one rank that records; None records nothing.
     """
     if folder is None:
         yield lambda: None

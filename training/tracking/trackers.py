@@ -24,13 +24,10 @@ FINISH_SECONDS = 300.0  # for W&B at the end, to send values that it kept while 
 
 
 class SteadyTracker(GeneralTracker):
-    """One of accelerate's trackers, with warnings instead of its exceptions.
+    """One of accelerate's trackers, started, with warnings instead of its exceptions.
 
     Warnings are logged for failure 1, 10, 100 and so on, because a server that is unreachable for a night must not
     flood the log.
-
-    Args:
-        tracker: that has started.
     """
 
     requires_logging_directory = False
@@ -85,20 +82,15 @@ def start_trackers(
 
     Args:
         accelerator: gets the trackers, on the main process.
-        project: name of the project in the tracker.
-        logging_dir: folder of the trackers' files.
-        flags: flags of the run, by name.
         resumed_at: the step that the run continues after, with its trackers; None for a new run.
     """
     if not accelerator.is_main_process:
         return
-    settings = plain_settings(flags)
     for kind in map(str, accelerator.log_with):
         tracker = _open(kind, project, logging_dir, resumed_at)
         if tracker is not None:
-            steady = SteadyTracker(tracker)
-            accelerator.trackers.append(steady)
-            steady.store_init_configuration(settings)
+            accelerator.trackers.append(SteadyTracker(tracker))
+            accelerator.trackers[-1].store_init_configuration(plain_settings(flags))
 
 
 def keep_losses(accelerator: Accelerator, folder: Path, *, resumed_at: int | None) -> None:

@@ -118,10 +118,7 @@ def test_a_mistake_in_a_mix_is_named_with_its_entry_and_key(tmp_path, entry, mes
         ("[]", "lists no data sets"),
         ("{}", "names no data"),
         ("[1", "not valid JSON"),
-        (
-            '[{"data_root": "z"}, {"data_root": "a", "weight": 1}]',
-            "entry 1 has no weight; either all",
-        ),
+        ('[{"data_root": "z"}, {"data_root": "a", "weight": 1}]', "entry 1 has no weight; either all"),
     ],
 )
 def test_a_mix_that_is_not_a_list_of_comparable_entries_is_an_error(tmp_path, content, message):

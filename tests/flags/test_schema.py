@@ -67,10 +67,7 @@ def test_a_path_may_start_at_the_home_folder(monkeypatch):
 
 @pytest.mark.parametrize(
     ("argv", "is_loud", "is_clean"),
-    [
-        ("--is_loud --no-is_clean", True, False),
-        ("--is_loud --no-is_loud --no-is_clean --is_clean", False, True),
-    ],
+    [("--is_loud --no-is_clean", True, False), ("--is_loud --no-is_loud --no-is_clean --is_clean", False, True)],
 )
 def test_the_last_of_several_switches_counts(argv, is_loud, is_clean):
     names = read(*argv.split())[0].names
@@ -79,16 +76,7 @@ def test_the_last_of_several_switches_counts(argv, is_loud, is_clean):
 
 def test_the_values_of_all_groups_are_listed_and_replaced_by_name():
     settings = Settings(SizeFlags(), NameFlags())
-    assert list(flag_values(settings)) == [
-        "width",
-        "lengths",
-        "scales",
-        "kind",
-        "name",
-        "file",
-        "is_loud",
-        "is_clean",
-    ]
+    assert list(flag_values(settings)) == ["width", "lengths", "scales", "kind", "name", "file", "is_loud", "is_clean"]
     changed = replace_flags(settings, width=2, name="a")
     assert (changed.sizes.width, changed.names.name, settings.sizes.width) == (2, "a", 8)
     with pytest.raises(TypeError, match="no such flags: area"):

@@ -140,21 +140,11 @@ EXAMPLES = {
     "halves round up": (clip(6), [3], {}, [(0, 3, 5)]),
     "halves at a rate round up": (clip(100), [5], FIRST | {"fps": 10}, [(0, 3, 5, 8, 10)]),
     "the first part is consecutive": (clip(50), [4], FIRST | {"skip_start": 3}, [(3, 4, 5, 6)]),
-    "split into the longest parts that fit": (
-        clip(12),
-        [4, 2],
-        SPLIT | {"skip_end": 1},
-        [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)],
-    ),
+    "split into long parts": (clip(12), [4, 2], SPLIT | {"skip_end": 1}, [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]),
     "parts at a rate are consecutive": (clip(19, fps=24.0), [3], SPLIT | {"fps": 8}, [(0, 3, 6), (9, 12, 15)]),
     "a rate above the clip's repeats frames": (clip(4, fps=8.0), [7], FIRST | {"fps": 16}, [(0, 1, 1, 2, 2, 3, 3)]),
     "a pause repeats its frame": (VARIABLE, [9], FIRST | {"fps": 10}, [(0, 1, 2, 2, 2, 3, 3, 3, 4)]),
-    "NTSC at its nominal rate loses no frame": (
-        clip(30, fps=30000 / 1001),
-        [30],
-        FIRST | {"fps": 29.97},
-        [tuple(range(30))],
-    ),
+    "NTSC loses no frame": (clip(30, fps=30000 / 1001), [30], FIRST | {"fps": 29.97}, [tuple(range(30))]),
     "one frame only if there is no other count": (clip(50), [1, 49], FIRST, [tuple(range(49))]),
     "one frame": (clip(40), [1], {"skip_start": 2}, [(2,)]),
     "held to the smallest count above one": (clip(3), [1, 5, 9], HOLD, [(0, 1, 2, 2, 2)]),
@@ -183,34 +173,20 @@ def test_a_still_image_needs_the_bucket_of_one_frame_and_is_never_held(fps, hold
 # The reasons
 
 
+AT_8, SHRINK = FIRST | {"fps": 8.0}, "add a smaller one to --frame_buckets, or pass --hold_last_frame"
+SKIP_LESS = "lower --skip_frames_start or --skip_frames_end"
 TOO_SHORT = "; the smallest frame bucket for videos has 49: "
 
 
 @pytest.mark.parametrize(
     ("num_frames", "options", "frames", "advice"),
     [
-        (40, {}, "40 usable frames", "add a smaller one to --frame_buckets, or pass --hold_last_frame"),
+        (40, {}, "40 usable frames", SHRINK),
         (1, {}, "1 usable frame", "pass --hold_last_frame"),
-        (9, {"skip_start": 9} | HOLD, "0 usable frames (of 9)", "lower --skip_frames_start or --skip_frames_end"),
-        (
-            94,
-            {"fps": 8.0, "long_clips": "first"},
-            "30 usable frames at 8 fps (of 94 at 25 fps)",
-            "raise --fps, or add a smaller one to --frame_buckets, or pass --hold_last_frame",
-        ),
-        (
-            60,
-            {"skip_start": 10, "skip_end": 10},
-            "40 usable frames (of 60)",
-            "lower --skip_frames_start or --skip_frames_end, or add a smaller one to --frame_buckets, or pass "
-            "--hold_last_frame",
-        ),
-        (
-            30,
-            {"fps": 8.0, "long_clips": "first", "skip_end": 5},
-            "8 usable frames at 8 fps (of 30 at 25 fps)",
-            "add a smaller one to --frame_buckets, or pass --hold_last_frame",
-        ),
+        (9, {"skip_start": 9} | HOLD, "0 usable frames (of 9)", SKIP_LESS),
+        (94, AT_8, "30 usable frames at 8 fps (of 94 at 25 fps)", f"raise --fps, or {SHRINK}"),
+        (60, {"skip_start": 10, "skip_end": 10}, "40 usable frames (of 60)", f"{SKIP_LESS}, or {SHRINK}"),
+        (30, AT_8 | {"skip_end": 5}, "8 usable frames at 8 fps (of 30 at 25 fps)", SHRINK),
     ],
 )
 def test_the_reason_has_the_numbers_and_what_helps(num_frames, options, frames, advice):
@@ -223,10 +199,7 @@ def test_the_reason_has_the_numbers_and_what_helps(num_frames, options, frames, 
     ("info", "reason"),
     [
         (clip(100, fps=0.0), "frame rate is unknown, so it cannot be sampled at --fps"),
-        (
-            clip(3, fps=2e-6, frame_times=(0, 40_000, 10**12)),  # damaged time stamps
-            "plays at 2e-06 fps, too slow to be sampled at --fps 8",
-        ),
+        (clip(3, 2e-6, (0, 40_000, 10**12)), "plays at 2e-06 fps, too slow to be sampled at --fps 8"),  # damaged
     ],
 )
 def test_a_rate_needs_the_rate_of_the_clip(info, reason):

@@ -144,11 +144,7 @@ def test_a_compressed_answer_is_not_unpacked(server):
 
 @pytest.mark.parametrize(
     ("address", "reason"),
-    [
-        ("http://127.0.0.1:1/x.png", "cannot be reached"),
-        ("http://", "URL"),
-        ("http://127.0.0.1:x/y.png", "port"),
-    ],
+    [("http://127.0.0.1:1/x.png", "cannot be reached"), ("http://", "URL"), ("http://127.0.0.1:x/y.png", "port")],
 )
 def test_a_url_without_a_server_is_named_with_the_reason(monkeypatch, address, reason):
     monkeypatch.setenv("NO_PROXY", "*")

@@ -181,9 +181,8 @@ def load_epochs(planned: list[ClipSample], num_workers: int) -> list[Batch]:
 
 def test_batches_do_not_depend_on_the_number_of_workers(demo_clips):
     paths = sorted((demo_clips / "videos").iterdir())[:5]
-    clips, _ = plan_clips(
-        [Clip(path, "", "") for path in paths], probe_files(paths), [Bucket(5, 80, 96), Bucket(5, 96, 80)]
-    )
+    buckets = [Bucket(5, 80, 96), Bucket(5, 96, 80)]
+    clips, _ = plan_clips([Clip(path, "", "") for path in paths], probe_files(paths), buckets)
     in_process, in_workers = load_epochs(clips, 0), load_epochs(clips, 2)
     assert [batch.names for batch in in_process] == [batch.names for batch in in_workers]
     assert all(torch.equal(ours.videos, theirs.videos) for ours, theirs in zip(in_process, in_workers, strict=True))
@@ -237,9 +236,7 @@ def test_a_damaged_tensor_is_named_without_advice_to_unpickle_it(tmp_path):
     assert "weights_only=False" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("moments", "embeds"), [((16, 3, 8, 12), (226, 64)), ((32, 3, 8, 12), (226, 4096))], ids=["latents", "text"]
-)
+@pytest.mark.parametrize(("moments", "embeds"), [((16, 3, 8, 12), (226, 64)), ((32, 3, 8, 12), (226, 4096))])
 def test_tensors_of_another_model_are_refused_with_file_and_channels(tiny_models, tmp_path, moments, embeds):
     clip = prepared_clip(tmp_path, "a", torch.zeros(moments), torch.zeros(embeds))
     with pytest.raises(UserError, match=r"^--load_tensors: ") as caught:

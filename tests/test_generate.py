@@ -250,10 +250,8 @@ def no_weights(base, tmp_path) -> Path:
 
 
 def test_a_lora_without_effect_is_refused(base, no_weights, make_lora, tmp_path, capsys):
-    untrained = make_lora(base, scale=0)
-    assert "has no effect: all its lora_B weights are 0" in error_of(
-        capsys, no_weights, tmp_path / "a.mp4", "--lora", untrained
-    )
+    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--lora", make_lora(base, scale=0))
+    assert "has no effect: all its lora_B weights are 0" in message
 
 
 @pytest.mark.parametrize(
@@ -315,11 +313,10 @@ def test_an_image_is_needed_by_image_to_video_models_and_only_by_them(no_weights
     assert message.startswith("error: --image: this is a text-to-video model")
     message = error_of(capsys, tiny_models("5b-i2v"), tmp_path / "a.mp4")
     assert message.startswith("error: --image: this is an image-to-video model; pass an image")
-    (tmp_path / "text.png").write_text("no image")
-    message = error_of(
-        capsys, tiny_models("5b-i2v"), tmp_path / "a.mp4", "--image", tmp_path / "text.png", sized=False
-    )
-    assert message.startswith(f"error: --image: '{tmp_path / 'text.png'}': not a still image")
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    message = error_of(capsys, tiny_models("5b-i2v"), tmp_path / "a.mp4", "--image", text, sized=False)
+    assert message.startswith(f"error: --image: '{text}': not a still image")
 
 
 def test_a_size_that_the_model_cannot_sample_is_refused(tiny_models, tmp_path, capsys):

@@ -57,7 +57,7 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
             ZERO2 | {"gradient_clipping": 0.5},
             "lora",
             "",
-            "gradient_clipping .*is 0.5, but --max_grad_norm is 1; remove it there",
+            "clipping .*is 0.5, but --max_grad_norm is 1; remove it there",
         ),
         (ZERO2 | {"gradient_accumulation_steps": 2}, "lora", "", "is 2, but --gradient_accumulation_steps is 1"),
         (ZERO2 | {"train_batch_size": 2}, "lora", "--train_batch_size 4", "is 2, but .* is 8; remove it there"),

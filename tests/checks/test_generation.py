@@ -69,6 +69,9 @@ def test_files_that_are_there_are_written_over_only_when_that_is_said():
     assert parse("--output_file", "there/cat.mp4").videos  # its companion is written by --compare alone
 
 
+SEQUENTIAL = "--enable_sequential_cpu_offload"
+
+
 @pytest.mark.parametrize(
     ("flags", "flag", "reason"),
     [
@@ -94,12 +97,8 @@ def test_files_that_are_there_are_written_over_only_when_that_is_said():
         ("--transformer lora", "--transformer", "pass it as --lora"),
         ("--transformer ./nowhere", "--transformer", "no folder './nowhere'"),
         ("--compare", "--compare", "nothing to compare"),
-        (
-            "--enable_model_cpu_offload --enable_sequential_cpu_offload",
-            "--enable_sequential_cpu_offload",
-            "omit one of them",
-        ),
-        ("--enable_sequential_cpu_offload --quantize_base int8", "--enable_sequential_cpu_offload", "not with --q"),
+        (f"--enable_model_cpu_offload {SEQUENTIAL}", SEQUENTIAL, "omit one of them"),
+        (f"{SEQUENTIAL} --quantize_base int8", SEQUENTIAL, "not with --q"),
         ("--output_dir there", "--output_dir", "there/00-a-cat-seed-42.mp4 already exists"),
         ("--lora lora --output_file there/cat.mp4 --compare", "--output_file", "there/cat-base.mp4 already exists"),
         ("--output_file a.gif", "--output_file", "must end in .mp4"),

@@ -76,12 +76,11 @@ def test_parquet_may_hold_decoded_videos_of_any_length_and_their_rate(tmp_path, 
         assert container.streams.video[0].average_rate == 12
 
 
+TWO_SIZES = [[[[1, 2, 3]]], [[[1, 2, 3]], [[1, 2, 3]]]]
+
+
 @pytest.mark.parametrize(
-    ("video", "reason"),
-    [
-        ([[[[1, 2, 3]]], [[[1, 2, 3]], [[1, 2, 3]]]], "has list among its frames, not an image"),
-        ([], "holds no frames"),
-    ],
+    ("video", "reason"), [(TWO_SIZES, "has list among its frames, not an image"), ([], "holds no frames")]
 )
 def test_decoded_frames_that_make_no_video_are_a_bad_clip(tmp_path, video, reason):
     _, (bad_clip,) = read_parquet(tmp_path, [video], nested(pa.uint8(), 4))

@@ -10,12 +10,8 @@ from data.buckets import Bucket, assign_bucket, count_tokens, make_buckets
 
 
 def test_buckets_are_every_combination_sorted_without_repeats():
-    assert make_buckets([17, 9, 9], [48, 32], [64]) == [
-        Bucket(9, 32, 64),
-        Bucket(9, 48, 64),
-        Bucket(17, 32, 64),
-        Bucket(17, 48, 64),
-    ]
+    expected = [Bucket(9, 32, 64), Bucket(9, 48, 64), Bucket(17, 32, 64), Bucket(17, 48, 64)]
+    assert make_buckets([17, 9, 9], [48, 32], [64]) == expected
 
 
 def test_a_bucket_prints_as_frames_height_width():

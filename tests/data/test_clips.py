@@ -49,12 +49,8 @@ def test_skipped_ends_and_the_rate_are_applied_before_the_bucket():
 
 def test_a_long_clip_can_be_split_into_samples_of_different_buckets():
     samples = planned([VideoInfo(45, 64, 64, 8.0), VideoInfo(9, 64, 64, 8.0)], long_clips="split")
-    assert [(sample.clip.video.name, sample.part, sample.bucket.num_frames) for sample in samples] == [
-        ("0.mp4", 0, 17),
-        ("0.mp4", 1, 17),
-        ("0.mp4", 2, 9),
-        ("1.mp4", 0, 9),
-    ]
+    found = [(sample.clip.video.name, sample.part, sample.bucket.num_frames) for sample in samples]
+    assert found == [("0.mp4", 0, 17), ("0.mp4", 1, 17), ("0.mp4", 2, 9), ("1.mp4", 0, 9)]
     assert samples[2].frame_indices == tuple(range(34, 43))
     assert samples[0].clip is samples[1].clip
 
@@ -68,9 +64,8 @@ def test_a_still_image_goes_into_a_bucket_of_one_frame():
 
 
 def test_a_clip_without_a_sample_is_a_bad_clip_with_the_reason():
-    samples, bad = plan(
-        ["does not exist", VideoInfo(20, 64, 64, 25.0), STILL, VideoInfo(30, 64, 64, 25.0)], skip_start=12
-    )
+    infos = ["does not exist", VideoInfo(20, 64, 64, 25.0), STILL, VideoInfo(30, 64, 64, 25.0)]
+    samples, bad = plan(infos, skip_start=12)
     assert [sample.clip.source for sample in samples] == ["videos.txt:4"]
     missing, short, still = map(str, bad)
     assert missing == "0.mp4 (videos.txt:1): does not exist"
@@ -156,9 +151,8 @@ def test_frames_that_repeat_the_last_one_are_counted(num_frames, options, indice
 
 
 def test_similar_clips_share_their_frame_numbers_and_their_bucket():
-    one, other, shorter = planned(
-        [VideoInfo(33, 90, 90, 25.0, sha256="a"), VideoInfo(33, 91, 90, 25.0, sha256="b"), VideoInfo(20, 90, 90, 25.0)]
-    )
+    similar = [VideoInfo(33, 90, 90, 25.0, sha256="a"), VideoInfo(33, 91, 90, 25.0, sha256="b")]
+    one, other, shorter = planned([*similar, VideoInfo(20, 90, 90, 25.0)])
     assert one.frame_indices is other.frame_indices
     assert one.bucket is shorter.bucket
     assert pickle.loads(pickle.dumps(one)) == one  # it can be sent to another process

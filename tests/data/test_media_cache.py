@@ -72,7 +72,7 @@ def test_an_empty_path_is_none(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "suffix"), [("somewhere/a.MOV", ".mov"), ("b.jpg", ".jpg"), ("c.exe", ""), ("d", ""), (None, "")]
+    ("name", "suffix"), [("in/a.MOV", ".mov"), ("b.jpg", ".jpg"), ("c.exe", ""), ("d", ""), (None, "")]
 )
 def test_bytes_become_a_file_with_the_suffix_of_their_path_if_it_is_a_media_suffix(tmp_path, name, suffix):
     file = media_file({"bytes": b"content", "path": name}, None, tmp_path)

@@ -37,10 +37,8 @@ def indices(sampler, epoch):
 
 
 def every_rank(buckets, batch_size, world_size, **options):
-    return [
-        BucketBatchSampler(buckets, batch_size, rank=rank, world_size=world_size, **options)
-        for rank in range(world_size)
-    ]
+    options["world_size"] = world_size
+    return [BucketBatchSampler(buckets, batch_size, rank=rank, **options) for rank in range(world_size)]
 
 
 @given(repeated_samples, batch_sizes, worlds, seeds, st.integers(0, 60), st.integers(0, 60))
@@ -114,13 +112,8 @@ GOLDEN = """\
 
 @pytest.mark.parametrize("hash_seed", ["0", "1"])
 def test_the_order_is_the_same_everywhere(hash_seed):
-    run = subprocess.run(
-        [sys.executable, "-c", GOLDEN_SCRIPT],
-        cwd=TRAINING,
-        env={"PYTHONHASHSEED": hash_seed},
-        capture_output=True,
-        text=True,
-    )
+    command, environment = [sys.executable, "-c", GOLDEN_SCRIPT], {"PYTHONHASHSEED": hash_seed}
+    run = subprocess.run(command, cwd=TRAINING, env=environment, capture_output=True, text=True)
     assert run.stdout == GOLDEN
 
 

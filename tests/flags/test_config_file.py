@@ -24,9 +24,8 @@ def read(text: str, *flags: str, method: str = "lora"):
 
 def typed(*flags: str):
     """Parse the same flags without a file."""
-    return parse_args(
-        ["--pretrained_model_name_or_path", "a/b", "--data_root", ".", *flags], task="text-to-video", method="lora"
-    )
+    argv = ["--pretrained_model_name_or_path", "a/b", "--data_root", ".", *flags]
+    return parse_args(argv, task="text-to-video", method="lora")
 
 
 @pytest.mark.parametrize(

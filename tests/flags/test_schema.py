@@ -48,9 +48,8 @@ def test_without_flags_the_values_are_the_defaults():
 
 
 def test_values_are_parsed_by_their_types_and_recorded_as_given():
-    settings, given = read(
-        "--old_width", "5", "--lengths", "3", "4", "--scales", "-0.5", "--kind", "WIDE", "--is_loud"
-    )
+    argv = "--old_width 5 --lengths 3 4 --scales -0.5 --kind WIDE --is_loud"
+    settings, given = read(*argv.split())
     assert settings.sizes == SizeFlags(5, (3, 4), (-0.5,), "wide")
     assert settings.names.is_loud
     assert given == {"width", "lengths", "scales", "kind", "is_loud"}

@@ -279,9 +279,8 @@ def test_latents_do_not_depend_on_batches_and_workers(model, prepared_small, tmp
     together = prepare(model, data, tmp_path / "together", "--batch_size", "2", "--dataloader_num_workers", "1")
     for ours, theirs in zip(read_index(one_by_one), read_index(together), strict=True):
         assert ours.name == theirs.name
-        torch.testing.assert_close(
-            read_tensor(theirs.video_latents), read_tensor(ours.video_latents), atol=2e-3, rtol=0
-        )
+        pair = read_tensor(theirs.video_latents), read_tensor(ours.video_latents)
+        torch.testing.assert_close(*pair, atol=2e-3, rtol=0)
 
 
 def test_a_split_clip_becomes_several_samples(model, vae, small, tmp_path):
@@ -376,8 +375,7 @@ def test_files_that_a_killed_run_did_not_write_are_added(model, prepared_files, 
 
 
 def test_flips_and_crops_do_not_depend_on_the_order_of_the_list(model, all_rows, tmp_path):
-    flags = ["--random_flip", "0.5", "--video_reshape_mode", "random", "--height_buckets", "64"]
-    flags += ["--width_buckets", "96"]
+    flags = ["--random_flip=0.5", "--video_reshape_mode=random", "--height_buckets=64", "--width_buckets=96"]
     rows = all_rows[:4]
     one, other = (
         prepare(model, write_data(tmp_path / name, listed), tmp_path / f"out-{name}", *flags)

@@ -259,7 +259,6 @@ def settings(*flags: str, task: str = "text-to-video", method: str = "lora") -> 
 
 
 def train(*flags: str, **script: str) -> SimpleNamespace:
-    """The values of the flags of a training script by name."""
     return SimpleNamespace(**flag_values(settings(*flags, **script)))
 
 

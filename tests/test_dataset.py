@@ -46,9 +46,6 @@ def make_dataset(planned: list[ClipSample], **options) -> ClipDataset:
     return ClipDataset(planned, **{"reshape_mode": "center", "random_flip": None, "seed": 0} | options)
 
 
-# Raw clips
-
-
 @pytest.mark.parametrize(
     "choice",
     [{}, {"long_clips": "split"}, {"fps": 6.0, "long_clips": "split"}, {"long_clips": "first", "skip_start": 3}],
@@ -99,9 +96,6 @@ def test_flips_depend_on_the_epoch_the_seed_and_the_clip_but_not_on_its_place(pl
     assert flips(planned[:4][::-1], moved) == first
 
 
-# Images to start from
-
-
 def with_image(planned: ClipSample, image: Path | None) -> ClipSample:
     return replace(planned, clip=replace(planned.clip, image=image))
 
@@ -128,9 +122,6 @@ def test_an_image_is_cut_and_flipped_like_its_clip(planned, tmp_path, mode):
     batch, image = image_of(with_image(smaller, tmp_path / "first.png"), mode, random_flip=1.0)
     assert image.shape == (3, 64, 96)
     assert np.array_equal(image, batch.videos[0, 0].numpy())
-
-
-# Clips that do not decode
 
 
 @pytest.fixture
@@ -168,9 +159,6 @@ def test_a_clip_that_does_not_decode_is_replaced_by_another_of_its_bucket(planne
     assert make_dataset([broken, broken], replace_failed=True)[Draw(0, 0)].failed
 
 
-# Batches from workers
-
-
 def load_epochs(planned: list[ClipSample], num_workers: int) -> list[Batch]:
     """Two epochs of batches of up to 2, cropped and flipped at random."""
     sampler = BucketBatchSampler([clip.bucket for clip in planned], 2, seed=3)
@@ -204,9 +192,6 @@ def test_captions_come_as_their_embeddings(planned, tiny_models, tmp_path):
     dataset = make_dataset(planned, prompts=prompts)
     expected = encode_prompts(source.load_text_pipeline(torch.float32), [planned[2].clip.caption])
     assert torch.equal(dataset[Draw(2, 0)].prompt_embeds, expected)
-
-
-# Prepared clips
 
 
 def prepared_clip(folder: Path, name: str, moments: torch.Tensor, embeds: torch.Tensor) -> PreparedClip:
@@ -252,9 +237,6 @@ def test_samples_without_image_latents_are_refused_only_for_an_image_to_video_mo
     check_prepared([clip], ModelSource(str(tiny_models("5b"))).configs())
     with pytest.raises(UserError, match=r"1 samples were prepared without image latents.*--save_image_latents"):
         check_prepared([clip], ModelSource(str(tiny_models("5b-i2v"))).configs())
-
-
-# Batches
 
 
 def make_batch(name: str) -> Batch:

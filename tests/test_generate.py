@@ -62,7 +62,6 @@ def lora(base, make_lora) -> Path:
 
 @pytest.fixture(scope="module")
 def lora_video(base, lora, tmp_path_factory) -> bytes:
-    """The video of the base model with the LoRA."""
     return run(base, tmp_path_factory.mktemp("videos") / "lora.mp4", "--lora", lora)
 
 
@@ -131,26 +130,14 @@ def test_a_lora_samples_the_video_of_the_validation(base, lora, lora_video, tmp_
     prompts.embed(["a red circle", ""], torch.device("cpu"))
     vae = source.load_vae(torch.float32, slicing=False, tiling=False)
     settings = ValidationSettings(
-        prompts=["a red circle"],
-        images=None,
-        dtype=torch.float32,
-        num_videos=1,
-        **SIZE,
-        **STEPS,
-        use_dynamic_cfg=False,
-        enable_model_cpu_offload=False,
-        seed=42,
-        fps=8,
+        **{"prompts": ["a red circle"], "images": None, "dtype": torch.float32, "num_videos": 1, "seed": 42, "fps": 8},
+        **SIZE | STEPS | {"use_dynamic_cfg": False, "enable_model_cpu_offload": False},
     )
-    validate(
-        Accelerator(cpu=True),
-        Coordinator(),
-        lambda: CogVideoXPipeline(None, None, vae, transformer, source.load_scheduler()),
-        settings,
-        prompts,
-        tmp_path,
-        5,
-    )
+
+    def pipeline() -> CogVideoXPipeline:
+        return CogVideoXPipeline(None, None, vae, transformer, source.load_scheduler())
+
+    validate(Accelerator(cpu=True), Coordinator(), pipeline, settings, prompts, tmp_path, 5)
     assert (tmp_path / "step-5" / "00-00-a-red-circle.mp4").read_bytes() == lora_video
 
 
@@ -295,11 +282,16 @@ def test_a_lora_that_is_damaged_or_of_another_model_is_refused(no_weights, lora,
     assert message.startswith(f"error: --lora: '{file}' {reason}")
 
 
-def test_a_path_that_exists_neither_locally_nor_on_the_hub_is_refused(no_weights, tmp_path, capsys):
-    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--lora", "outputs/misspelt")
-    assert "--lora: 'outputs/misspelt' is not a file or folder here, and cannot be used" in message
-    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--transformer", "outputs/misspelt")
-    assert "--transformer: 'outputs/misspelt' cannot be read" in message
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lora outputs/misspelt", "--lora: 'outputs/misspelt' is not a file or folder here, and cannot be used"),
+        ("--transformer outputs/misspelt", "--transformer: 'outputs/misspelt' cannot be read"),
+        ("--dtype fp16 --enable_model_cpu_offload", "error: --dtype fp16: needs a GPU; pass bf16 or fp32"),
+    ],
+)
+def test_paths_that_are_nowhere_and_fp16_without_a_gpu_are_refused(no_weights, tmp_path, capsys, flags, message):
+    assert message in error_of(capsys, no_weights, tmp_path / "a.mp4", *flags.split())
 
 
 def test_a_transformer_of_another_model_is_refused(no_weights, tiny_models, tmp_path, capsys):
@@ -325,8 +317,3 @@ def test_a_size_that_the_model_cannot_sample_is_refused(tiny_models, tmp_path, c
     assert message.startswith("error: --num_frames: CogVideoX 1.5 takes 1, 8k or 8k+1 frames, not 12")
     message = error_of(capsys, model, tmp_path / "a.mp4", "--height", 256)
     assert message.startswith("error: --height, --width: this CogVideoX 1.5 model has positions for up to 64x96")
-
-
-def test_fp16_is_refused_without_a_gpu(no_weights, tmp_path, capsys):
-    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--dtype", "fp16", "--enable_model_cpu_offload")
-    assert message == "error: --dtype fp16: needs a GPU; pass bf16 or fp32"

@@ -11,7 +11,6 @@ from common.run_folder import LORA_FILE, MANIFEST
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch) -> Path:
-    """A working directory with what the flags name."""
     monkeypatch.chdir(tmp_path)
     for folder in ("model", "lora", "full/transformer", "stopped/checkpoint-20", "stopped/checkpoint-100", "there"):
         Path(folder).mkdir(parents=True)
@@ -55,12 +54,9 @@ def test_loras_and_transformers_are_files_run_folders_or_ids():
 def test_each_prompt_of_a_file_is_sampled_with_each_seed():
     args = parse("--prompts_file", "prompts.txt", "--seed", 3, 1, "--output_dir", "out", prompt=False)
     assert args.content.prompt == ("a cat", "a dog\u2028asleep")
-    assert [(video.number, video.seed, video.file.name) for video in args.videos] == [
-        (0, 3, "00-a-cat-seed-3.mp4"),
-        (0, 1, "00-a-cat-seed-1.mp4"),
-        (1, 3, "01-a-dog-asleep-seed-3.mp4"),
-        (1, 1, "01-a-dog-asleep-seed-1.mp4"),
-    ]
+    names = [(0, "00-a-cat"), (1, "01-a-dog-asleep")]
+    expected = [(number, seed, f"{name}-seed-{seed}.mp4") for number, name in names for seed in (3, 1)]
+    assert [(video.number, video.seed, video.file.name) for video in args.videos] == expected
     assert [video.seed for video in parse("--num_videos", 3, "--seed", 7).videos] == [7, 8, 9]
 
 

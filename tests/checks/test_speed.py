@@ -70,17 +70,15 @@ def test_samples_are_divided_as_the_flag_or_the_launch_says(flags, launch):
     assert parse(*flags, "--context_parallel_size", "4").speed.context_parallel_size == 4
 
 
+SIZE = "--context_parallel_size"
+
+
 @pytest.mark.parametrize(
     ("num_processes", "sizes", "others", "expected"),
     [
         (1, {}, "--context_parallel_size 2", "size 2: does not divide the number of processes (1); "),
         (6, {}, "--context_parallel_size 4", "size 4: does not divide the number of processes (6); "),
-        (
-            4,
-            {"cp_size": 4},
-            "--context_parallel_size 2",
-            "size 2: parallelism_config_cp_size in the accelerate config",
-        ),
+        (4, {"cp_size": 4}, f"{SIZE} 2", "size 2: parallelism_config_cp_size in the accelerate config"),
         (4, {"cp_size": 4, "dp_shard_size": 2}, "", "dp_shard_size 2 x cp_size 4) than the 4 launched; set dp_shard_"),
         (4, {"tp_size": 4}, "", "parallelism_config_tp_size: not supported; use parallelism_config_cp_size"),
         (4, {"sp_size": 4}, "", "parallelism_config_sp_size: not supported; use parallelism_config_cp_size"),

@@ -27,7 +27,6 @@ CUDA_SAYS = (
 
 
 def explained(error: Exception) -> list[str]:
-    """Return the lines of the explanation of an error."""
     with pytest.raises(UserError) as caught, explained_failures(lambda: ["--offload_checkpoints: 5 GB less"]):
         raise error
     return str(caught.value).splitlines()
@@ -51,15 +50,10 @@ def test_a_full_host_is_reported_with_other_advice(allocate, other, advice):
     assert advice in line
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("shapes do not fit"),
-        RuntimeError("Caught ValueError in DataLoader worker process 0."),
-        KeyError("a bug"),
-        UserError("--rank: 0"),
-    ],
-)
+OTHERS = [RuntimeError("shapes do not fit"), RuntimeError("Caught ValueError in DataLoader worker process 0.")]
+
+
+@pytest.mark.parametrize("error", [*OTHERS, KeyError("a bug"), UserError("--rank: 0")])
 def test_other_errors_are_raised_unchanged(error):
     with pytest.raises(type(error)) as caught, explained_failures(list):
         raise error
@@ -70,9 +64,6 @@ def test_other_errors_are_raised_unchanged(error):
 def test_an_allocation_too_large_for_the_gpu_is_reported():
     with pytest.raises(UserError, match=r"^out of GPU memory "), explained_failures(list):
         torch.empty(2**50, dtype=torch.uint8, device="cuda")
-
-
-# Data workers
 
 
 BUCKET = Bucket(1, 16, 16)

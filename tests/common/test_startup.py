@@ -57,8 +57,7 @@ def test_a_library_left_out_is_as_good_as_not_installed():
         "startup.prepare_imports({}, owns_process=True)\n"
         "print(find_spec('bitsandbytes') is None, find_spec('torchao') is None)\n"
     )
-    folder = TRAINING
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=TRAINING, capture_output=True, text=True)
     assert done.stdout == "False False\nTrue True\n", done.stderr
 
 

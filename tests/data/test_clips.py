@@ -18,7 +18,6 @@ STILL = VideoInfo(1, 64, 64, 0.0, is_image=True)
 
 
 def plan(infos, buckets=BUCKETS, **options):
-    """Plan a clip for each of `infos`."""
     clips = [Clip(Path(f"{number}.mp4"), "A cat.", f"videos.txt:{number + 1}") for number in range(len(infos))]
     return plan_clips(clips, {clip.video: info for clip, info in zip(clips, infos, strict=True)}, buckets, **options)
 
@@ -58,9 +57,6 @@ def test_a_long_clip_can_be_split_into_samples_of_different_buckets():
 def test_a_still_image_goes_into_a_bucket_of_one_frame():
     (sample,) = planned([STILL], make_buckets([1, 9], [64], [64]))
     assert (sample.bucket, sample.frame_indices) == (Bucket(1, 64, 64), (0,))
-
-
-# Clips that cannot be used
 
 
 def test_a_clip_without_a_sample_is_a_bad_clip_with_the_reason():
@@ -106,9 +102,6 @@ def test_every_clip_is_either_planned_or_bad_never_both(infos, counts, choice, s
         assert hold or sample.num_held == 0
 
 
-# Images to start from
-
-
 def images(image, **options):
     """A clip with an image, planned for image-to-video, and its bad clips."""
     clip = Clip(Path("a.mp4"), "A cat.", "data.csv:2", image=Path("a.png"))
@@ -128,9 +121,6 @@ def test_an_image_that_cannot_be_used_makes_its_clip_a_bad_one():
     assert images("does not exist", with_images=True) == ([], [BadClip("a.mp4", "data.csv:2", reason)])
 
 
-# Frames held
-
-
 @pytest.mark.parametrize(
     ("num_frames", "options", "indices", "num_held"),
     [
@@ -145,9 +135,6 @@ def test_an_image_that_cannot_be_used_makes_its_clip_a_bad_one():
 def test_frames_that_repeat_the_last_one_are_counted(num_frames, options, indices, num_held):
     (sample,) = planned([VideoInfo(num_frames, 64, 64, 8.0)], hold_last_frame=True, **options)
     assert (sample.frame_indices, sample.num_held) == (indices, num_held)
-
-
-# Many clips
 
 
 def test_similar_clips_share_their_frame_numbers_and_their_bucket():

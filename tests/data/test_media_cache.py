@@ -33,7 +33,6 @@ def picture(format="PNG", size=(6, 4), colour=(255, 0, 0)):
 
 
 def decoded(path):
-    """All frames, and the rate."""
     with av.open(str(path)) as container:
         return all_frames(path), container.streams.video[0].average_rate
 
@@ -51,14 +50,9 @@ def problem_of(value, cache, fps=None):
 @pytest.mark.parametrize(
     ("value", "path"),
     [
-        (" a.mp4\n", "{folder}/a.mp4"),
         ({"bytes": None, "path": "/b.mp4"}, "/b.mp4"),
-        ("~/a.mp4", "/home/me/a.mp4"),
-        (" ~/a.mp4", "/home/me/a.mp4"),
-        ({"path": "~/a.mp4"}, "/home/me/a.mp4"),
-        ("~a.mp4", "{folder}/~a.mp4"),
-        ("~root/a.mp4", "{folder}/~root/a.mp4"),
-        ("a/~/b.mp4", "{folder}/a/~/b.mp4"),
+        *((value, "/home/me/a.mp4") for value in ("~/a.mp4", " ~/a.mp4", {"path": "~/a.mp4"})),
+        *((name, f"{{folder}}/{name.strip()}") for name in (" a.mp4\n", "~a.mp4", "~root/a.mp4", "a/~/b.mp4")),
     ],
 )
 def test_a_path_starts_from_the_folder_from_the_root_or_from_home(tmp_path, monkeypatch, value, path):
@@ -165,8 +159,6 @@ def test_a_problem_of_a_first_frame_names_the_image(tmp_path):
 
 
 class Hub(AbstractFileSystem):
-    """A file system for links to the hub."""
-
     protocol = "hf"
     files: ClassVar[dict[str, bytes]] = {}
 
@@ -179,7 +171,6 @@ class Hub(AbstractFileSystem):
 
 @pytest.fixture
 def hub(monkeypatch) -> dict[str, bytes]:
-    """The files on the hub."""
     monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "hf", Hub)
     monkeypatch.setattr(Hub, "files", {})
     return Hub.files

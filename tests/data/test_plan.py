@@ -48,18 +48,15 @@ COLUMNS = ("--video_column", "file", "--caption_column", "caption")
 
 
 def plan_flags(output: Path, *flags: object, **options: bool) -> RawData:
-    """Plan the clips of a preparation."""
     settings = parse_prepare_args(["--model_id", "org/name", "--output_dir", str(output), *SIZE, *map(str, flags)])
     return plan_raw_clips(settings.sources, settings.clips, **options)
 
 
 def plan(data: Path, *flags: str, table: str = "table.jsonl", **options: bool) -> RawData:
-    """Plan the clips of a table in a folder."""
     return plan_flags(data.parent / "out", "--data_root", data, "--dataset_file", data / table, *flags, **options)
 
 
 def training(output: Path, *flags: object) -> TrainingSettings:
-    """The settings of a training run."""
     places = ["--pretrained_model_name_or_path", "org/name", "--output_dir", str(output)]
     return parse_args([*places, *map(str, flags)], task="text-to-video", method="lora")
 
@@ -142,9 +139,6 @@ def test_repeats_of_a_mix_multiply_those_of_prepared_samples(tmp_path):
         (folder / "index.jsonl").write_text(index_lines([entry | {"repeats": 2.0}]))
     mix = write_mix(tmp_path, {"data_root": "a", "repeats": 3}, {"data_root": "b"})
     assert plan_training_data(training(tmp_path / "out", "--dataset_mix", mix, "--load_tensors")).repeats == [6, 2]
-
-
-# Clips held out
 
 
 def hold_out(table: Path, data_root: Path, *flags: str, with_images: bool = False) -> RawData | None:

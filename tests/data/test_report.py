@@ -31,7 +31,6 @@ def plan(infos, captions="A cat.", repeats=1.0, **options):
 
 
 def table_of(planned, **options):
-    """The lines of the table and the notes."""
     usual = {"batch_size": 1, "tokens_of": lambda bucket: 226 + bucket.height, "model_fps": 8.0}
     return plan_table(planned, **usual | options).splitlines()
 
@@ -40,9 +39,6 @@ def notes(planned, **options):
     """The lines below the table and the length of the epoch."""
     lines = table_of(planned, **options)
     return lines[[line.startswith("an epoch is") for line in lines].index(True) + 1 :]
-
-
-# The table
 
 
 def test_the_plan_is_described_bucket_by_bucket():
@@ -83,9 +79,6 @@ def test_an_empty_plan_is_reported():
     assert table_of([]) == ["there are no samples"]
 
 
-# Notes
-
-
 @pytest.mark.parametrize(
     ("repeats", "count", "times"),
     [((2.5, 1), 4, "1 sample 1 times, 1 sample 2.5 times"), ((0.5, 1, 2, 4), 8, "every sample 0.5 to 4 times")],
@@ -111,9 +104,6 @@ def test_held_frames_are_noted_with_the_worst_clip():
 def test_captions_that_are_cut_are_counted():
     (note,) = notes(plan([VIDEO]), num_long_captions=1, max_caption_tokens=100)
     assert note == "1 caption longer than 100 tokens: the rest is cut off"
-
-
-# Rates
 
 
 def rate_notes(*infos, **options):
@@ -158,9 +148,6 @@ def test_a_variable_rate_follows_from_the_times_of_the_chosen_frames():
     assert rate_notes(first, skip_end=8)[0].startswith("1 sample at 20 frames per second")
 
 
-# Duplicates
-
-
 def of_content(*contents):
     return [VideoInfo(17, 64, 64, 8.0, sha256=content) for content in contents]
 
@@ -175,9 +162,6 @@ def test_clips_listed_twice_are_named_in_pairs_up_to_three():
 def test_a_video_with_several_captions_is_not_a_duplicate():
     planned = plan(of_content("a", "b", "a", "a"), captions=["A cat.", "A cat.", "A dog.", "A mouse."])
     assert notes(planned) == ["1 video with several captions: 0.mp4 (videos.txt:1) and 2.mp4 (videos.txt:3)"]
-
-
-# The full plan as a file
 
 
 def read(path):

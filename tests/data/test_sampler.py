@@ -30,7 +30,6 @@ def stream(sampler, first, total):
 
 
 def indices(sampler, epoch):
-    """The batches of a rank in an epoch."""
     end = sampler.batches_in_first_epoch + (epoch - sampler.first_epoch) * sampler.batches_per_epoch
     start = 0 if epoch == sampler.first_epoch else end - sampler.batches_per_epoch
     return [[draw.index for draw in batch] for batch in stream(sampler, start, end)]
@@ -133,9 +132,6 @@ def test_more_ranks_than_batches_repeat_batches_until_each_rank_has_one():
     ranks = every_rank([SMALL, WIDE], 4, 5, seed=0)
     assert ranks[0].padding == 3
     assert sorted(Counter(indices(sampler, 0)[0][0] for sampler in ranks).values()) == [2, 3]
-
-
-# Repeats
 
 
 @given(repeated_samples, batch_sizes, worlds, seeds, st.integers(0, 5))

@@ -31,7 +31,6 @@ def write_all(shards, batch_size=2, rank=0, world_size=1):
 
 
 def contents(root):
-    """All files and their bytes."""
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 

@@ -71,7 +71,6 @@ def small(all_rows) -> list[tuple[Path, str]]:
 
 
 def write_data(folder: Path, rows: Rows) -> Path:
-    """Write lists of the clips and their captions."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "videos.txt").write_text("".join(f"{video}\n" for video, _ in rows))
     (folder / "prompts.txt").write_text("".join(f"{caption}\n" for _, caption in rows))
@@ -86,7 +85,6 @@ def flags_of(model: Path, data: Path, output: Path, *flags: str) -> list[str]:
 
 
 def prepare(model: Path, data: Path, output: Path, *flags: str, tensors: bool = True) -> Path:
-    """Run the script in this process."""
     save = ["--save_latents_and_embeddings"] if tensors else []
     prepare_dataset.main(flags_of(model, data, output, *save, *flags))
     return output
@@ -105,7 +103,6 @@ def entries_of(folder: Path, index: str = "index.jsonl") -> list[dict]:
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    """Return the bytes of every file."""
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

@@ -36,9 +36,6 @@ def box(sheet, color):
     return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
 
-# The picture
-
-
 def test_frames_are_side_by_side_at_one_height():
     small = SheetRow([frame(color, 32, 48) for color in COLORS], "small", "")
     large = SheetRow([frame(color, 480, 600) for color in COLORS], "large", "")
@@ -79,9 +76,6 @@ def test_the_sheet_is_written_as_a_png(tmp_path):
         assert read.format == "PNG"
         assert np.array_equal(np.asarray(read), np.asarray(sheet))
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["sheet.png"]
-
-
-# The text
 
 
 def text_of(title, caption):
@@ -132,9 +126,6 @@ def test_scripts_missing_in_the_font_are_boxes():
 
 def test_line_breaks_in_captions_are_spaces():
     assert np.array_equal(text_of("", "A cat\n\n on\ta mat."), text_of("", "A cat on a mat."))
-
-
-# The choice of samples
 
 
 def plan(*numbers):

@@ -18,9 +18,6 @@ def clip(num_frames, fps=25.0, frame_times=None):
 STILL = VideoInfo(1, 480, 720, 0.0, is_image=True)
 
 
-# The reference
-
-
 def resampled(times, first, last, fps):
     """Frame numbers at times[first], times[first] + 1 / fps ... while the nearest frame is a usable one.
 
@@ -129,9 +126,6 @@ def test_a_held_clip_ends_with_its_last_frame_repeated(num_frames, counts, fps):
     assert samples == samples_of(usable, counts, "first")
 
 
-# The rules by example
-
-
 VARIABLE = clip(5, fps=5.0, frame_times=(0, 100_000, 200_000, 700_000, 800_000))
 FIRST, SPLIT, HOLD = {"long_clips": "first"}, {"long_clips": "split"}, {"hold_last_frame": True}
 EXAMPLES = {
@@ -168,9 +162,6 @@ def test_a_still_image_needs_the_bucket_of_one_frame_and_is_never_held(fps, hold
     assert choose_samples(STILL, [49, 1], **options) == [(0,)]
     with pytest.raises(ValueError, match=r"^is a still image; add 1 to --frame_buckets$"):
         choose_samples(STILL, [49], **options)
-
-
-# The reasons
 
 
 AT_8, SHRINK = FIRST | {"fps": 8.0}, "add a smaller one to --frame_buckets, or pass --hold_last_frame"

@@ -16,7 +16,6 @@ from video.images import load_validation_images
 
 
 def picture(height=24, width=40):
-    """A picture without any symmetry."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
 

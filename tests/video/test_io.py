@@ -26,9 +26,6 @@ def test_no_torch_is_imported_to_find_and_show_bad_data():
     subprocess.run([sys.executable, "-c", script], cwd=TRAINING, check=True)
 
 
-# Reading
-
-
 WANTED = [[0], [59], [0, 1, 2, 3], list(range(0, 60, 7)), [5, 5, 5, 40, 40], [41, 3, 58, 3, 0]]
 
 
@@ -93,9 +90,6 @@ def test_a_clip_that_changes_its_size_is_named(tmp_path):
     assert len(read_frames(path, range(15))) == 15
     with pytest.raises(ValueError, match=r"joined\.ts: changes its size from 80x48 to 96x48"):
         read_frames(path, [0, 30])
-
-
-# Seeking
 
 
 SEEKABLE = ["no B-frames", "closed groups", "index in front", "fragmented", "matroska", "VP9", "AV1"]
@@ -209,9 +203,6 @@ def test_a_damaged_clip_has_the_same_frames_as_without_seeking(tmp_path):
     assert (frames == read_frames(tmp_path / "damaged.mp4", wanted)).all()
 
 
-# Writing
-
-
 def moving_gradients(frames):
     """Return smooth pictures that all differ."""
     rows, columns, times = np.meshgrid(np.arange(48), np.arange(80), np.arange(frames), indexing="ij")
@@ -238,9 +229,6 @@ def test_a_written_video_is_read_back(tmp_path, frames, fps, as_pictures):
 def test_a_video_that_cannot_be_written_is_an_os_error(tmp_path):
     with pytest.raises(OSError, match="No such file or directory"):
         write_video(tmp_path / "missing" / "x.mp4", list(moving_gradients(1)), 8)
-
-
-# Size
 
 
 def noise_video(height, width, frames=3):

@@ -28,9 +28,6 @@ def still_image(path, number=1):
     return path
 
 
-# Counts and sizes
-
-
 # Only decoding can count their frames.
 NOT_BY_PACKETS = {"transport stream", "MPEG-4 with B-frames", "AVI", "VP8"}
 
@@ -86,9 +83,6 @@ def test_an_animated_gif_is_a_video(tmp_path):
     assert (info.num_frames, info.height, info.width, info.fps, info.is_image) == (6, 48, 80, 10.0, False)
 
 
-# Rates
-
-
 def test_the_rate_is_exact_for_ntsc(tmp_path):
     for suffix in ("mp4", "mkv"):  # Matroska rounds time stamps to milliseconds
         clip = encode(tmp_path / f"ntsc.{suffix}", frames=40, fps=Fraction(30000, 1001))
@@ -135,9 +129,6 @@ def test_equal_time_stamps_are_taken_for_a_constant_rate(clip_of, tmp_path):
 
     info = probe_video(remuxed(clip_of("no B-frames"), tmp_path / "equal.mkv", round_down_to_tens))
     assert (info.num_frames, info.frame_times, info.seekable) == (60, None, False)
-
-
-# Unusable files
 
 
 def test_the_reason_says_why_a_file_is_unusable(clip_of, tmp_path):
@@ -255,9 +246,6 @@ def test_a_damaged_file_has_a_reason_or_can_be_read(contents, tmp_path_factory, 
         assert frames.shape == (len(wanted), info.height, info.width, 3)
 
 
-# Many files
-
-
 def test_each_file_has_its_info_or_a_reason(clip_of, tmp_path):
     empty, good, missing = tmp_path / "empty.mp4", clip_of("no B-frames"), tmp_path / "nowhere.mp4"
     empty.touch()
@@ -290,8 +278,6 @@ def test_a_repaired_clip_is_probed_again(clip_of, tmp_path):
 
 
 class RecordingCache(FileCache):
-    """A cache that records the lookups."""
-
     def __init__(self, folder):
         super().__init__(folder)
         self.looked_up = []

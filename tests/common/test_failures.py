@@ -74,10 +74,9 @@ class Clips(ClipDataset):
 
     def __init__(self, names: str, read_bad: Callable[[], None]):
         info = VideoInfo(1, 16, 16, 8.0, 0, "")
-        clips = [
-            ClipSample(Clip(Path(f"{name}.mp4"), "a caption", f"videos.txt:{number}"), info, BUCKET, (0,))
-            for number, name in enumerate(names.split(), 1)
-        ]
+        listed = enumerate(names.split(), 1)
+        clips = [Clip(Path(f"{name}.mp4"), "a caption", f"videos.txt:{number}") for number, name in listed]
+        clips = [ClipSample(clip, info, BUCKET, (0,)) for clip in clips]
         super().__init__(clips, reshape_mode="none", random_flip=None, seed=0)
         self.read_bad = read_bad
 

@@ -185,13 +185,9 @@ def test_a_folder_of_videos_with_metadata_is_read_without_a_video_decoder(hub, t
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_features_of_media_are_read(hub, tmp_path, streaming):
-    features = {
-        "encoded": hub.Video(),
-        "decoded": hub.Array4D((None, 4, 6, 3), "uint8"),
-        "frames": hub.List(hub.Image()),
-        "image": hub.Image(),
-        "text": hub.Value("string"),
-    }
+    decoded, frames = hub.Array4D((None, 4, 6, 3), "uint8"), hub.List(hub.Image())
+    features = {"encoded": hub.Video(), "decoded": decoded, "frames": frames}
+    features |= {"image": hub.Image(), "text": hub.Value("string")}
     image = {"bytes": picture(), "path": None}
     row = {"encoded": {"bytes": b"content", "path": "a.mp4"}, "decoded": PIXELS.tolist(), "frames": [image, image]}
     rows = {name: [value] for name, value in (row | {"image": image, "text": "A cat."}).items()}

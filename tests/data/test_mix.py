@@ -30,13 +30,8 @@ def mix_error(tmp_path, entries):
 
 
 def test_all_entries_of_a_mix_that_lead_out_of_its_folder_are_listed(tmp_path):
-    entries = [
-        {"data_root": "../a"},
-        {"data_root": "b", "dataset_file": "/c.csv"},
-        {"data_root": "inside"},
-        {"dataset_name": "~/saved"},
-        {"dataset_name": "user/name"},
-    ]
+    entries = [{"data_root": "../a"}, {"data_root": "b", "dataset_file": "/c.csv"}, {"data_root": "inside"}]
+    entries += [{"dataset_name": "~/saved"}, {"dataset_name": "user/name"}]
     title, *outside = mix_error(tmp_path, entries).splitlines()
     assert "--allow_outside_paths" in title
     assert [line.strip() for line in outside] == [

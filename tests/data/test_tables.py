@@ -135,10 +135,10 @@ def test_a_table_of_an_unknown_kind_is_refused_with_the_known_kinds(tmp_path):
 )
 def test_lines_that_are_not_json_are_named(tmp_path, name, content, line):
     file = write(tmp_path / name, content)
-    assert error_of(tmp_path, dataset_file=file) == (
-        f"{file}:{line} is not valid JSON: Expecting value at character 11; "
-        "it must be an array of objects, or one object a line"
+    problem = (
+        "is not valid JSON: Expecting value at character 11; it must be an array of objects, or one object a line"
     )
+    assert error_of(tmp_path, dataset_file=file) == f"{file}:{line} {problem}"
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])

@@ -132,10 +132,9 @@ def plan(*numbers):
     """A plan with so many samples of bucket 0, 1, ..., mixed."""
     buckets = [Bucket(9, 16 * (number + 1), 16) for number, count in enumerate(numbers) for _ in range(count)]
     order = np.random.default_rng(0).permutation(len(buckets))
-    return [
-        ClipSample(Clip(Path(f"{i}.mp4"), "", f"list:{i}"), VideoInfo(9, 16, 16, 8.0), buckets[at], (0,) * 9)
-        for i, at in enumerate(order)
-    ]
+    clips = [Clip(Path(f"{number}.mp4"), "", f"list:{number}") for number in range(len(order))]
+    info = VideoInfo(9, 16, 16, 8.0)
+    return [ClipSample(clip, info, buckets[at], (0,) * 9) for clip, at in zip(clips, order, strict=True)]
 
 
 @example([], 1)

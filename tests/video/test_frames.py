@@ -93,26 +93,18 @@ def test_at_a_variable_rate_frames_are_the_nearest_in_time(frame_times, counts, 
     assert samples == samples_of(usable, counts, long_clips)
 
 
-@given(
-    increasing_times | st.none(),
-    st.integers(1, 41),
-    frame_counts,
-    skips,
-    skips,
-    st.floats(0.01, 1000) | st.none(),
-    st.floats(0, 200),
-    st.sampled_from(LONG_CLIPS),
-    st.booleans(),
+infos = st.builds(clip, st.integers(1, 41), st.floats(0, 200)) | st.builds(
+    lambda times, fps: clip(len(times), fps, times), increasing_times, st.floats(0, 200)
 )
-def test_no_index_is_ever_outside_the_usable_frames(
-    frame_times, num_frames, counts, start, end, fps, clip_fps, long_clips, hold
-):
-    num_frames = num_frames if frame_times is None else len(frame_times)
-    info = clip(num_frames, fps=clip_fps, frame_times=frame_times)
+wanted_rates = st.floats(0.01, 1000) | st.none()
+
+
+@given(infos, frame_counts, skips, skips, wanted_rates, st.sampled_from(LONG_CLIPS), st.booleans())
+def test_no_index_is_ever_outside_the_usable_frames(info, counts, start, end, fps, long_clips, hold):
     options = {"skip_start": start, "skip_end": end, "fps": fps, "long_clips": long_clips, "hold_last_frame": hold}
     for sample in chosen_or_none(info, counts, **options):
         assert len(sample) in counts
-        assert set(sample) <= set(range(start, num_frames - end))
+        assert set(sample) <= set(range(start, info.num_frames - end))
         assert list(sample) == sorted(sample)
 
 

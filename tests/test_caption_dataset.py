@@ -85,11 +85,6 @@ def all_captioned() -> dict[str, str]:
     return {name: caption_of(length) for name, length in LENGTHS.items()}
 
 
-def test_flags_of_a_hub_data_set_need_its_name(clips, server, capsys):
-    error = refuse(flags(clips, server, "--dataset_config_name", "x"), capsys)
-    assert error.startswith("--dataset_config_name: no effect without --dataset_name")
-
-
 def test_every_clip_is_captioned_in_the_order_of_the_list(clips, server):
     named = all_captioned().items()
     rows = [{"video": name, "caption": text, "captioned_by": "watcher"} for name, text in named]
@@ -422,11 +417,8 @@ def test_a_stopped_or_killed_run_continues(clips, server, sent, code, kept):
 
 
 def test_an_incomplete_line_of_a_killed_run_is_ignored(clips, server):
-    part = write(
-        clips / "captions.jsonl.part",
-        b'{"video": "run.mkv", "caption": "Sie laufen.", "author": "watcher", "settings": "x"}\n'
-        + '{"video": "fly.mp4", "caption": "ü'.encode()[:-1],
-    )
+    kept = b'{"video": "run.mkv", "caption": "Sie laufen.", "author": "watcher", "settings": "x"}\n'
+    part = write(clips / "captions.jsonl.part", kept + '{"video": "fly.mp4", "caption": "ü'.encode()[:-1])
     assert captions_of(caption(clips, server)) == all_captioned() | {"run.mkv": "Sie laufen."}
     assert server.lengths_asked() == [20, 30]
     assert not part.exists()
@@ -489,13 +481,10 @@ def test_an_unreachable_server_is_one_line_with_a_command_to_start_one(clips, ca
 
 def test_an_unknown_model_is_refused_with_a_list_of_the_servers_models(clips, server, capsys):
     server.models = Answer({"data": [{"id": "watcher"}, {"id": "reader"}]})
-    offered = ["set --model to one of those offered:", "  watcher", "  reader"]
-    title, *models = refuse(flags(clips, server, "--model", "seer"), capsys).splitlines()
-    assert title == f"--endpoint {server.endpoint}: there is no model 'seer'; {offered[0]}"
-    assert models == offered[1:]
-    title, *models = refuse(flags(clips, server), capsys).splitlines()
-    assert title == f"--endpoint {server.endpoint}: no model is named; {offered[0]}"
-    assert models == offered[1:]
+    offered = "set --model to one of those offered:\n  watcher\n  reader"
+    for more, problem in ((["--model", "seer"], "there is no model 'seer'"), ([], "no model is named")):
+        message = refuse(flags(clips, server, *more), capsys)
+        assert message == f"--endpoint {server.endpoint}: {problem}; {offered}"
     assert {row["captioned_by"] for row in caption(clips, server, "--model", "reader")} == {"reader"}
 
 
@@ -580,6 +569,7 @@ def test_a_bad_address_proxy_or_key_is_one_line(clips, server, capsys, monkeypat
         (["--model", "x", "--prompt_file", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--model", "x", "--output_file", "captions.csv"], "--output_file: captions.csv must end in .jsonl"),
         (["--model", "x", "--id_token", "X"], "--id_token: unknown flag"),
+        (["--model", "x", "--dataset_config_name", "x"], "--dataset_config_name: no effect without --dataset_name"),
         (["--model", "x"], "folder has nothing that can be read as clips"),
         (["--model", "x", "--caption_column", "txt", "--dataset_file", "a.csv"], "a.csv has no column 'txt'"),
     ],

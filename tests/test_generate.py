@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import generate
+from clip_lists import write
 from common.run_folder import LORA_FILE
 from diffusion.tasks import ImageToVideo
 from methods.full import FullFinetune
@@ -211,8 +212,7 @@ def test_a_quantized_base_with_a_lora_samples_almost_the_same_video(base, lora, 
 def test_a_lora_is_found_by_its_hub_id(base, lora, lora_video, tmp_path):
     repository = tmp_path / "models--owner--style"
     (repository / "snapshots" / "abc").mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc")
+    write(repository / "refs" / "main", "abc")
     shutil.copy(lora / LORA_FILE, repository / "snapshots" / "abc")
     assert run(base, tmp_path / "a.mp4", "--lora", "owner/style", "--cache_dir", tmp_path) == lora_video
 

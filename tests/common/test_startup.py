@@ -32,7 +32,6 @@ def flags(tmp_path) -> list[str]:
         (["--auto_fit"], {"bitsandbytes", "torchao"}),
         (["--memory_budget_gb", "16"], {"bitsandbytes", "torchao"}),
     ],
-    ids=lambda value: " ".join(sorted(value)),
 )
 def test_a_library_is_left_out_unless_a_flag_needs_it(flags, more, used):
     settings = parse_args([*flags, *more], task="text-to-video", method="lora")

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -234,15 +235,10 @@ def test_nothing_about_clips_held_out_is_random(held_out, demo_clips):
         assert (clips.video_reshape_mode, clips.random_flip) == (kept, None)
 
 
-class Configs:
-    """What `describe` reads of a model."""
-
-    transformer = {"max_text_seq_length": 226, "patch_size": 2, "patch_size_t": None}  # noqa: RUF012
-
-
 def test_prepared_samples_are_counted_by_bucket():
     stored = StoredTensor(Path("a.pt"))
     clips = [PreparedClip("a", Bucket(frames, 64, 96), stored, stored) for frames in (17, 17, 49)]
-    first, second = describe_plan(PreparedData(clips, []), None, Configs(), batch_size=1).splitlines()
+    model = SimpleNamespace(transformer={"max_text_seq_length": 226, "patch_size": 2, "patch_size_t": None})
+    first, second = describe_plan(PreparedData(clips, []), None, model, batch_size=1).splitlines()
     assert first == f"17x64x96: 2 prepared samples of {226 + 5 * 4 * 6} tokens"
     assert second == f"49x64x96: 1 prepared samples of {226 + 13 * 4 * 6} tokens"

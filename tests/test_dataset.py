@@ -33,34 +33,32 @@ from video.probe import probe_files
 BUCKET = Bucket(9, 64, 96)
 
 
+def plan(demo_clips: Path, num_frames: int, **choice) -> list[ClipSample]:
+    paths = sorted((demo_clips / "videos").iterdir())
+    infos = probe_files(paths)
+    buckets = sorted({Bucket(num_frames, info.height, info.width) for info in infos.values()})
+    samples, bad = plan_clips([Clip(path, path.stem, path.name) for path in paths], infos, buckets, **choice)
+    assert not bad
+    return samples
+
+
 @pytest.fixture(scope="module")
 def planned(demo_clips) -> list[ClipSample]:
     """The 16 clips, each in a bucket of its size, so that nothing is resized."""
-    paths = sorted((demo_clips / "videos").iterdir())
-    infos = probe_files(paths)
-    buckets = sorted({Bucket(9, info.height, info.width) for info in infos.values()})
-    return plan_clips([Clip(path, path.stem, path.name) for path in paths], infos, buckets)[0]
+    return plan(demo_clips, 9)
 
 
 def make_dataset(planned: list[ClipSample], **options) -> ClipDataset:
     return ClipDataset(planned, **{"reshape_mode": "center", "random_flip": None, "seed": 0} | options)
 
 
-# Raw clips
-
-
 @pytest.mark.parametrize(
     "choice",
     [{}, {"long_clips": "split"}, {"fps": 6.0, "long_clips": "split"}, {"long_clips": "first", "skip_start": 3}],
-    ids=["spread", "split", "resampled", "skipped"],
 )
 def test_a_clip_has_exactly_the_planned_frames(demo_clips, choice):
-    paths = sorted((demo_clips / "videos").iterdir())
-    infos = probe_files(paths)
-    buckets = sorted({Bucket(5, info.height, info.width) for info in infos.values()})
-    samples, bad = plan_clips([Clip(path, "", path.name) for path in paths], infos, buckets, **choice)
-    assert not bad
-    truth = {path: all_frames(path) for path in paths}
+    samples = plan(demo_clips, 5, **choice)
+    truth = {path: all_frames(path) for path in (demo_clips / "videos").iterdir()}
     dataset = make_dataset(samples)
     assert len(dataset) == len(samples) >= 16
     for index, sample in enumerate(samples):
@@ -99,9 +97,6 @@ def test_flips_depend_on_the_epoch_the_seed_and_the_clip_but_not_on_its_place(pl
     assert flips(planned[:4][::-1], moved) == first
 
 
-# Images to start from
-
-
 def with_image(planned: ClipSample, image: Path | None) -> ClipSample:
     return replace(planned, clip=replace(planned.clip, image=image))
 
@@ -128,9 +123,6 @@ def test_an_image_is_cut_and_flipped_like_its_clip(planned, tmp_path, mode):
     batch, image = image_of(with_image(smaller, tmp_path / "first.png"), mode, random_flip=1.0)
     assert image.shape == (3, 64, 96)
     assert np.array_equal(image, batch.videos[0, 0].numpy())
-
-
-# Clips that do not decode
 
 
 @pytest.fixture
@@ -168,9 +160,6 @@ def test_a_clip_that_does_not_decode_is_replaced_by_another_of_its_bucket(planne
     assert make_dataset([broken, broken], replace_failed=True)[Draw(0, 0)].failed
 
 
-# Batches from workers
-
-
 def load_epochs(planned: list[ClipSample], num_workers: int) -> list[Batch]:
     """Two epochs of batches of up to 2, cropped and flipped at random."""
     sampler = BucketBatchSampler([clip.bucket for clip in planned], 2, seed=3)
@@ -181,9 +170,8 @@ def load_epochs(planned: list[ClipSample], num_workers: int) -> list[Batch]:
 
 def test_batches_do_not_depend_on_the_number_of_workers(demo_clips):
     paths = sorted((demo_clips / "videos").iterdir())[:5]
-    clips, _ = plan_clips(
-        [Clip(path, "", "") for path in paths], probe_files(paths), [Bucket(5, 80, 96), Bucket(5, 96, 80)]
-    )
+    buckets = [Bucket(5, 80, 96), Bucket(5, 96, 80)]
+    clips, _ = plan_clips([Clip(path, "", "") for path in paths], probe_files(paths), buckets)
     in_process, in_workers = load_epochs(clips, 0), load_epochs(clips, 2)
     assert [batch.names for batch in in_process] == [batch.names for batch in in_workers]
     assert all(torch.equal(ours.videos, theirs.videos) for ours, theirs in zip(in_process, in_workers, strict=True))
@@ -205,9 +193,6 @@ def test_captions_come_as_their_embeddings(planned, tiny_models, tmp_path):
     dataset = make_dataset(planned, prompts=prompts)
     expected = encode_prompts(source.load_text_pipeline(torch.float32), [planned[2].clip.caption])
     assert torch.equal(dataset[Draw(2, 0)].prompt_embeds, expected)
-
-
-# Prepared clips
 
 
 def prepared_clip(folder: Path, name: str, moments: torch.Tensor, embeds: torch.Tensor) -> PreparedClip:
@@ -237,9 +222,7 @@ def test_a_damaged_tensor_is_named_without_advice_to_unpickle_it(tmp_path):
     assert "weights_only=False" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("moments", "embeds"), [((16, 3, 8, 12), (226, 64)), ((32, 3, 8, 12), (226, 4096))], ids=["latents", "text"]
-)
+@pytest.mark.parametrize(("moments", "embeds"), [((16, 3, 8, 12), (226, 64)), ((32, 3, 8, 12), (226, 4096))])
 def test_tensors_of_another_model_are_refused_with_file_and_channels(tiny_models, tmp_path, moments, embeds):
     clip = prepared_clip(tmp_path, "a", torch.zeros(moments), torch.zeros(embeds))
     with pytest.raises(UserError, match=r"^--load_tensors: ") as caught:
@@ -255,9 +238,6 @@ def test_samples_without_image_latents_are_refused_only_for_an_image_to_video_mo
     check_prepared([clip], ModelSource(str(tiny_models("5b"))).configs())
     with pytest.raises(UserError, match=r"1 samples were prepared without image latents.*--save_image_latents"):
         check_prepared([clip], ModelSource(str(tiny_models("5b-i2v"))).configs())
-
-
-# Batches
 
 
 def make_batch(name: str) -> Batch:

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import generate
+from clip_lists import write
 from common.run_folder import LORA_FILE
 from diffusion.tasks import ImageToVideo
 from methods.full import FullFinetune
@@ -62,7 +63,6 @@ def lora(base, make_lora) -> Path:
 
 @pytest.fixture(scope="module")
 def lora_video(base, lora, tmp_path_factory) -> bytes:
-    """The video of the base model with the LoRA."""
     return run(base, tmp_path_factory.mktemp("videos") / "lora.mp4", "--lora", lora)
 
 
@@ -100,19 +100,15 @@ def read_video(file: Path) -> np.ndarray:
 
 
 def error_of(capsys, *arguments, **options) -> str:
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit, match=r"^2$"):
         run(*arguments, **options)
-    assert caught.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_loras_with_scales_sample_the_video_of_plain_diffusers(base, make_lora, lora, tmp_path):
     loras = [lora, make_lora(base, seed=1)]
-    ours = run(
-        base,
-        tmp_path / "ours.mp4",
-        *("--lora", *loras, "--lora_scale", 0.5, -2, "--seed", 7, "--negative_prompt", "blue", "--use_dynamic_cfg"),
-    )
+    flags = ("--lora", *loras, "--lora_scale", 0.5, -2, "--seed", 7, "--negative_prompt", "blue", "--use_dynamic_cfg")
+    ours = run(base, tmp_path / "ours.mp4", *flags)
     pipeline = CogVideoXPipeline.from_pretrained(base)
     for number, folder in enumerate(loras):
         pipeline.load_lora_weights(folder, adapter_name=f"adapter_{number}")
@@ -131,26 +127,14 @@ def test_a_lora_samples_the_video_of_the_validation(base, lora, lora_video, tmp_
     prompts.embed(["a red circle", ""], torch.device("cpu"))
     vae = source.load_vae(torch.float32, slicing=False, tiling=False)
     settings = ValidationSettings(
-        prompts=["a red circle"],
-        images=None,
-        dtype=torch.float32,
-        num_videos=1,
-        **SIZE,
-        **STEPS,
-        use_dynamic_cfg=False,
-        enable_model_cpu_offload=False,
-        seed=42,
-        fps=8,
+        **{"prompts": ["a red circle"], "images": None, "dtype": torch.float32, "num_videos": 1, "seed": 42, "fps": 8},
+        **SIZE | STEPS | {"use_dynamic_cfg": False, "enable_model_cpu_offload": False},
     )
-    validate(
-        Accelerator(cpu=True),
-        Coordinator(),
-        lambda: CogVideoXPipeline(None, None, vae, transformer, source.load_scheduler()),
-        settings,
-        prompts,
-        tmp_path,
-        5,
-    )
+
+    def pipeline() -> CogVideoXPipeline:
+        return CogVideoXPipeline(None, None, vae, transformer, source.load_scheduler())
+
+    validate(Accelerator(cpu=True), Coordinator(), pipeline, settings, prompts, tmp_path, 5)
     assert (tmp_path / "step-5" / "00-00-a-red-circle.mp4").read_bytes() == lora_video
 
 
@@ -228,8 +212,7 @@ def test_a_quantized_base_with_a_lora_samples_almost_the_same_video(base, lora, 
 def test_a_lora_is_found_by_its_hub_id(base, lora, lora_video, tmp_path):
     repository = tmp_path / "models--owner--style"
     (repository / "snapshots" / "abc").mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc")
+    write(repository / "refs" / "main", "abc")
     shutil.copy(lora / LORA_FILE, repository / "snapshots" / "abc")
     assert run(base, tmp_path / "a.mp4", "--lora", "owner/style", "--cache_dir", tmp_path) == lora_video
 
@@ -250,10 +233,8 @@ def no_weights(base, tmp_path) -> Path:
 
 
 def test_a_lora_without_effect_is_refused(base, no_weights, make_lora, tmp_path, capsys):
-    untrained = make_lora(base, scale=0)
-    assert "has no effect: all its lora_B weights are 0" in error_of(
-        capsys, no_weights, tmp_path / "a.mp4", "--lora", untrained
-    )
+    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--lora", make_lora(base, scale=0))
+    assert "has no effect: all its lora_B weights are 0" in message
 
 
 @pytest.mark.parametrize(
@@ -297,11 +278,16 @@ def test_a_lora_that_is_damaged_or_of_another_model_is_refused(no_weights, lora,
     assert message.startswith(f"error: --lora: '{file}' {reason}")
 
 
-def test_a_path_that_exists_neither_locally_nor_on_the_hub_is_refused(no_weights, tmp_path, capsys):
-    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--lora", "outputs/misspelt")
-    assert "--lora: 'outputs/misspelt' is not a file or folder here, and cannot be used" in message
-    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--transformer", "outputs/misspelt")
-    assert "--transformer: 'outputs/misspelt' cannot be read" in message
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lora outputs/misspelt", "--lora: 'outputs/misspelt' is not a file or folder here, and cannot be used"),
+        ("--transformer outputs/misspelt", "--transformer: 'outputs/misspelt' cannot be read"),
+        ("--dtype fp16 --enable_model_cpu_offload", "error: --dtype fp16: needs a GPU; pass bf16 or fp32"),
+    ],
+)
+def test_paths_that_are_nowhere_and_fp16_without_a_gpu_are_refused(no_weights, tmp_path, capsys, flags, message):
+    assert message in error_of(capsys, no_weights, tmp_path / "a.mp4", *flags.split())
 
 
 def test_a_transformer_of_another_model_is_refused(no_weights, tiny_models, tmp_path, capsys):
@@ -315,11 +301,10 @@ def test_an_image_is_needed_by_image_to_video_models_and_only_by_them(no_weights
     assert message.startswith("error: --image: this is a text-to-video model")
     message = error_of(capsys, tiny_models("5b-i2v"), tmp_path / "a.mp4")
     assert message.startswith("error: --image: this is an image-to-video model; pass an image")
-    (tmp_path / "text.png").write_text("no image")
-    message = error_of(
-        capsys, tiny_models("5b-i2v"), tmp_path / "a.mp4", "--image", tmp_path / "text.png", sized=False
-    )
-    assert message.startswith(f"error: --image: '{tmp_path / 'text.png'}': not a still image")
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    message = error_of(capsys, tiny_models("5b-i2v"), tmp_path / "a.mp4", "--image", text, sized=False)
+    assert message.startswith(f"error: --image: '{text}': not a still image")
 
 
 def test_a_size_that_the_model_cannot_sample_is_refused(tiny_models, tmp_path, capsys):
@@ -328,8 +313,3 @@ def test_a_size_that_the_model_cannot_sample_is_refused(tiny_models, tmp_path, c
     assert message.startswith("error: --num_frames: CogVideoX 1.5 takes 1, 8k or 8k+1 frames, not 12")
     message = error_of(capsys, model, tmp_path / "a.mp4", "--height", 256)
     assert message.startswith("error: --height, --width: this CogVideoX 1.5 model has positions for up to 64x96")
-
-
-def test_fp16_is_refused_without_a_gpu(no_weights, tmp_path, capsys):
-    message = error_of(capsys, no_weights, tmp_path / "a.mp4", "--dtype", "fp16", "--enable_model_cpu_offload")
-    assert message == "error: --dtype fp16: needs a GPU; pass bf16 or fp32"

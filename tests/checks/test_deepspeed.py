@@ -53,12 +53,7 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
         (3, "lora", "--compile", "--compile: .*use ZeRO-2"),
         (3, "lora", "--enable_model_cpu_offload", "--enable_model_cpu_offload: .*use ZeRO-2"),
         ({}, "lora", "", "deepspeed_config_file '.*zero.json' is not a DeepSpeed configuration"),
-        (
-            ZERO2 | {"gradient_clipping": 0.5},
-            "lora",
-            "",
-            "gradient_clipping .*is 0.5, but --max_grad_norm is 1; remove it there",
-        ),
+        (ZERO2 | {"gradient_clipping": 0.5}, "lora", "", "is 0.5, but --max_grad_norm is 1; remove it there"),
         (ZERO2 | {"gradient_accumulation_steps": 2}, "lora", "", "is 2, but --gradient_accumulation_steps is 1"),
         (ZERO2 | {"train_batch_size": 2}, "lora", "--train_batch_size 4", "is 2, but .* is 8; remove it there"),
         (ZERO2 | {"optimizer": {"type": "Adam"}}, "lora", "", "DeepSpeed's optimizer .* --optimizer; remove it"),
@@ -68,9 +63,8 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
 )
 def test_what_does_not_go_with_deepspeed_is_refused(launched, tmp_path, capsys, config, method, flags, words):
     launched(config)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match=r"^2$"):
         parse(tmp_path, method, *flags.split())
-    assert stopped.value.code == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
     assert re.search(words, line), line
 

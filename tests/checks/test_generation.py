@@ -11,7 +11,6 @@ from common.run_folder import LORA_FILE, MANIFEST
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch) -> Path:
-    """A working directory with what the flags name."""
     monkeypatch.chdir(tmp_path)
     for folder in ("model", "lora", "full/transformer", "stopped/checkpoint-20", "stopped/checkpoint-100", "there"):
         Path(folder).mkdir(parents=True)
@@ -55,18 +54,18 @@ def test_loras_and_transformers_are_files_run_folders_or_ids():
 def test_each_prompt_of_a_file_is_sampled_with_each_seed():
     args = parse("--prompts_file", "prompts.txt", "--seed", 3, 1, "--output_dir", "out", prompt=False)
     assert args.content.prompt == ("a cat", "a dog\u2028asleep")
-    assert [(video.number, video.seed, video.file.name) for video in args.videos] == [
-        (0, 3, "00-a-cat-seed-3.mp4"),
-        (0, 1, "00-a-cat-seed-1.mp4"),
-        (1, 3, "01-a-dog-asleep-seed-3.mp4"),
-        (1, 1, "01-a-dog-asleep-seed-1.mp4"),
-    ]
+    names = [(0, "00-a-cat"), (1, "01-a-dog-asleep")]
+    expected = [(number, seed, f"{name}-seed-{seed}.mp4") for number, name in names for seed in (3, 1)]
+    assert [(video.number, video.seed, video.file.name) for video in args.videos] == expected
     assert [video.seed for video in parse("--num_videos", 3, "--seed", 7).videos] == [7, 8, 9]
 
 
 def test_files_that_are_there_are_written_over_only_when_that_is_said():
     assert parse("--output_dir", "there", "--overwrite").videos
     assert parse("--output_file", "there/cat.mp4").videos  # its companion is written by --compare alone
+
+
+SEQUENTIAL = "--enable_sequential_cpu_offload"
 
 
 @pytest.mark.parametrize(
@@ -94,12 +93,8 @@ def test_files_that_are_there_are_written_over_only_when_that_is_said():
         ("--transformer lora", "--transformer", "pass it as --lora"),
         ("--transformer ./nowhere", "--transformer", "no folder './nowhere'"),
         ("--compare", "--compare", "nothing to compare"),
-        (
-            "--enable_model_cpu_offload --enable_sequential_cpu_offload",
-            "--enable_sequential_cpu_offload",
-            "omit one of them",
-        ),
-        ("--enable_sequential_cpu_offload --quantize_base int8", "--enable_sequential_cpu_offload", "not with --q"),
+        (f"--enable_model_cpu_offload {SEQUENTIAL}", SEQUENTIAL, "omit one of them"),
+        (f"{SEQUENTIAL} --quantize_base int8", SEQUENTIAL, "not with --q"),
         ("--output_dir there", "--output_dir", "there/00-a-cat-seed-42.mp4 already exists"),
         ("--lora lora --output_file there/cat.mp4 --compare", "--output_file", "there/cat-base.mp4 already exists"),
         ("--output_file a.gif", "--output_file", "must end in .mp4"),
@@ -112,10 +107,9 @@ def test_files_that_are_there_are_written_over_only_when_that_is_said():
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_flag(flags, flag, reason, capsys):
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit, match=r"^2$"):
         parse(*flags.split())
     (line,) = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2
     assert line.startswith(f"error: {flag}: ")
     assert reason in line
 

@@ -27,7 +27,6 @@ CUDA_SAYS = (
 
 
 def explained(error: Exception) -> list[str]:
-    """Return the lines of the explanation of an error."""
     with pytest.raises(UserError) as caught, explained_failures(lambda: ["--offload_checkpoints: 5 GB less"]):
         raise error
     return str(caught.value).splitlines()
@@ -51,15 +50,10 @@ def test_a_full_host_is_reported_with_other_advice(allocate, other, advice):
     assert advice in line
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("shapes do not fit"),
-        RuntimeError("Caught ValueError in DataLoader worker process 0."),
-        KeyError("a bug"),
-        UserError("--rank: 0"),
-    ],
-)
+OTHERS = [RuntimeError("shapes do not fit"), RuntimeError("Caught ValueError in DataLoader worker process 0.")]
+
+
+@pytest.mark.parametrize("error", [*OTHERS, KeyError("a bug"), UserError("--rank: 0")])
 def test_other_errors_are_raised_unchanged(error):
     with pytest.raises(type(error)) as caught, explained_failures(list):
         raise error
@@ -72,9 +66,6 @@ def test_an_allocation_too_large_for_the_gpu_is_reported():
         torch.empty(2**50, dtype=torch.uint8, device="cuda")
 
 
-# Data workers
-
-
 BUCKET = Bucket(1, 16, 16)
 
 
@@ -83,10 +74,9 @@ class Clips(ClipDataset):
 
     def __init__(self, names: str, read_bad: Callable[[], None]):
         info = VideoInfo(1, 16, 16, 8.0, 0, "")
-        clips = [
-            ClipSample(Clip(Path(f"{name}.mp4"), "a caption", f"videos.txt:{number}"), info, BUCKET, (0,))
-            for number, name in enumerate(names.split(), 1)
-        ]
+        listed = enumerate(names.split(), 1)
+        clips = [Clip(Path(f"{name}.mp4"), "a caption", f"videos.txt:{number}") for number, name in listed]
+        clips = [ClipSample(clip, info, BUCKET, (0,)) for clip in clips]
         super().__init__(clips, reshape_mode="none", random_flip=None, seed=0)
         self.read_bad = read_bad
 

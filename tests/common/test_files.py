@@ -57,10 +57,7 @@ def test_a_folder_replaces_what_was_there(tmp_path, earlier):
     elif earlier == "file":
         folder.touch()
     replace_folder(partial, folder)
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
-        "checkpoint-1",
-        "checkpoint-1/new",
-    ]
+    assert list(tmp_path.rglob("*")) == [folder, folder / "new"]
 
 
 def test_a_file_has_the_usual_permissions_whatever_the_writer_does(tmp_path):

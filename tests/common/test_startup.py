@@ -32,7 +32,6 @@ def flags(tmp_path) -> list[str]:
         (["--auto_fit"], {"bitsandbytes", "torchao"}),
         (["--memory_budget_gb", "16"], {"bitsandbytes", "torchao"}),
     ],
-    ids=lambda value: " ".join(sorted(value)),
 )
 def test_a_library_is_left_out_unless_a_flag_needs_it(flags, more, used):
     settings = parse_args([*flags, *more], task="text-to-video", method="lora")
@@ -57,8 +56,7 @@ def test_a_library_left_out_is_as_good_as_not_installed():
         "startup.prepare_imports({}, owns_process=True)\n"
         "print(find_spec('bitsandbytes') is None, find_spec('torchao') is None)\n"
     )
-    folder = TRAINING
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=TRAINING, capture_output=True, text=True)
     assert done.stdout == "False False\nTrue True\n", done.stderr
 
 

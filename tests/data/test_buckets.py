@@ -10,19 +10,12 @@ from data.buckets import Bucket, assign_bucket, count_tokens, make_buckets
 
 
 def test_buckets_are_every_combination_sorted_without_repeats():
-    assert make_buckets([17, 9, 9], [48, 32], [64]) == [
-        Bucket(9, 32, 64),
-        Bucket(9, 48, 64),
-        Bucket(17, 32, 64),
-        Bucket(17, 48, 64),
-    ]
+    expected = [Bucket(9, 32, 64), Bucket(9, 48, 64), Bucket(17, 32, 64), Bucket(17, 48, 64)]
+    assert make_buckets([17, 9, 9], [48, 32], [64]) == expected
 
 
 def test_a_bucket_prints_as_frames_height_width():
     assert str(Bucket(49, 480, 720)) == "49x480x720"
-
-
-# Assigning
 
 
 @pytest.mark.parametrize(
@@ -63,9 +56,6 @@ def test_the_bucket_is_one_of_the_best_in_any_order(height, width, buckets, rng)
     distance = {b: abs(math.log(b.width / b.height) - math.log(width / height)) for b in downscaling or sizes}
     assert distance[chosen] <= min(distance.values()) + 1e-8
     assert assign_bucket(frames, height, width, rng.sample(buckets, len(buckets))) == chosen
-
-
-# Tokens
 
 
 def tokens_of(bucket, patch_size_t=None):

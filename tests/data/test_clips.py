@@ -18,7 +18,6 @@ STILL = VideoInfo(1, 64, 64, 0.0, is_image=True)
 
 
 def plan(infos, buckets=BUCKETS, **options):
-    """Plan a clip for each of `infos`."""
     clips = [Clip(Path(f"{number}.mp4"), "A cat.", f"videos.txt:{number + 1}") for number in range(len(infos))]
     return plan_clips(clips, {clip.video: info for clip, info in zip(clips, infos, strict=True)}, buckets, **options)
 
@@ -49,12 +48,8 @@ def test_skipped_ends_and_the_rate_are_applied_before_the_bucket():
 
 def test_a_long_clip_can_be_split_into_samples_of_different_buckets():
     samples = planned([VideoInfo(45, 64, 64, 8.0), VideoInfo(9, 64, 64, 8.0)], long_clips="split")
-    assert [(sample.clip.video.name, sample.part, sample.bucket.num_frames) for sample in samples] == [
-        ("0.mp4", 0, 17),
-        ("0.mp4", 1, 17),
-        ("0.mp4", 2, 9),
-        ("1.mp4", 0, 9),
-    ]
+    found = [(sample.clip.video.name, sample.part, sample.bucket.num_frames) for sample in samples]
+    assert found == [("0.mp4", 0, 17), ("0.mp4", 1, 17), ("0.mp4", 2, 9), ("1.mp4", 0, 9)]
     assert samples[2].frame_indices == tuple(range(34, 43))
     assert samples[0].clip is samples[1].clip
 
@@ -64,13 +59,9 @@ def test_a_still_image_goes_into_a_bucket_of_one_frame():
     assert (sample.bucket, sample.frame_indices) == (Bucket(1, 64, 64), (0,))
 
 
-# Clips that cannot be used
-
-
 def test_a_clip_without_a_sample_is_a_bad_clip_with_the_reason():
-    samples, bad = plan(
-        ["does not exist", VideoInfo(20, 64, 64, 25.0), STILL, VideoInfo(30, 64, 64, 25.0)], skip_start=12
-    )
+    infos = ["does not exist", VideoInfo(20, 64, 64, 25.0), STILL, VideoInfo(30, 64, 64, 25.0)]
+    samples, bad = plan(infos, skip_start=12)
     assert [sample.clip.source for sample in samples] == ["videos.txt:4"]
     missing, short, still = map(str, bad)
     assert missing == "0.mp4 (videos.txt:1): does not exist"
@@ -79,11 +70,8 @@ def test_a_clip_without_a_sample_is_a_bad_clip_with_the_reason():
 
 
 sides = st.integers(16, 90)
-found = st.one_of(
-    st.just("does not exist"),
-    st.just(STILL),
-    st.builds(VideoInfo, st.integers(1, 60), sides, sides, st.sampled_from([0.0, 8.0, 24.0])),
-)
+videos = st.builds(VideoInfo, st.integers(1, 60), sides, sides, st.sampled_from([0.0, 8.0, 24.0]))
+found = st.sampled_from(["does not exist", STILL]) | videos
 
 
 @given(
@@ -111,9 +99,6 @@ def test_every_clip_is_either_planned_or_bad_never_both(infos, counts, choice, s
         assert hold or sample.num_held == 0
 
 
-# Images to start from
-
-
 def images(image, **options):
     """A clip with an image, planned for image-to-video, and its bad clips."""
     clip = Clip(Path("a.mp4"), "A cat.", "data.csv:2", image=Path("a.png"))
@@ -133,9 +118,6 @@ def test_an_image_that_cannot_be_used_makes_its_clip_a_bad_one():
     assert images("does not exist", with_images=True) == ([], [BadClip("a.mp4", "data.csv:2", reason)])
 
 
-# Frames held
-
-
 @pytest.mark.parametrize(
     ("num_frames", "options", "indices", "num_held"),
     [
@@ -152,13 +134,9 @@ def test_frames_that_repeat_the_last_one_are_counted(num_frames, options, indice
     assert (sample.frame_indices, sample.num_held) == (indices, num_held)
 
 
-# Many clips
-
-
 def test_similar_clips_share_their_frame_numbers_and_their_bucket():
-    one, other, shorter = planned(
-        [VideoInfo(33, 90, 90, 25.0, sha256="a"), VideoInfo(33, 91, 90, 25.0, sha256="b"), VideoInfo(20, 90, 90, 25.0)]
-    )
+    similar = [VideoInfo(33, 90, 90, 25.0, sha256="a"), VideoInfo(33, 91, 90, 25.0, sha256="b")]
+    one, other, shorter = planned([*similar, VideoInfo(20, 90, 90, 25.0)])
     assert one.frame_indices is other.frame_indices
     assert one.bucket is shorter.bucket
     assert pickle.loads(pickle.dumps(one)) == one  # it can be sent to another process

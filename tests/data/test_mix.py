@@ -30,13 +30,8 @@ def mix_error(tmp_path, entries):
 
 
 def test_all_entries_of_a_mix_that_lead_out_of_its_folder_are_listed(tmp_path):
-    entries = [
-        {"data_root": "../a"},
-        {"data_root": "b", "dataset_file": "/c.csv"},
-        {"data_root": "inside"},
-        {"dataset_name": "~/saved"},
-        {"dataset_name": "user/name"},
-    ]
+    entries = [{"data_root": "../a"}, {"data_root": "b", "dataset_file": "/c.csv"}, {"data_root": "inside"}]
+    entries += [{"dataset_name": "~/saved"}, {"dataset_name": "user/name"}]
     title, *outside = mix_error(tmp_path, entries).splitlines()
     assert "--allow_outside_paths" in title
     assert [line.strip() for line in outside] == [
@@ -74,10 +69,8 @@ def test_paths_of_a_mix_are_absolute_and_may_start_from_the_home_folder(tmp_path
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     touch(tmp_path, "home/saved/state.json")
-    write(
-        tmp_path / "mix.json",
-        '[{"data_root": "a"}, {"data_root": "~/a", "dataset_file": "~/b.csv"}, {"dataset_name": "~/saved"}]',
-    )
+    entries = [{"data_root": "a"}, {"data_root": "~/a", "dataset_file": "~/b.csv"}, {"dataset_name": "~/saved"}]
+    write(tmp_path / "mix.json", json.dumps(entries))
     here, home, saved = read_mix(Path("mix.json"), DEFAULTS)
     assert here.data_root == tmp_path / "a"
     assert (home.data_root, home.dataset_file) == (tmp_path / "home/a", tmp_path / "home/b.csv")
@@ -118,10 +111,7 @@ def test_a_mistake_in_a_mix_is_named_with_its_entry_and_key(tmp_path, entry, mes
         ("[]", "lists no data sets"),
         ("{}", "names no data"),
         ("[1", "not valid JSON"),
-        (
-            '[{"data_root": "z"}, {"data_root": "a", "weight": 1}]',
-            "entry 1 has no weight; either all",
-        ),
+        ('[{"data_root": "z"}, {"data_root": "a", "weight": 1}]', "entry 1 has no weight; either all"),
     ],
 )
 def test_a_mix_that_is_not_a_list_of_comparable_entries_is_an_error(tmp_path, content, message):
@@ -129,7 +119,7 @@ def test_a_mix_that_is_not_a_list_of_comparable_entries_is_an_error(tmp_path, co
 
 
 @pytest.mark.parametrize(
-    ("weights", "counts", "repeats"), [([None, None], [2, 1], [None, None]), ([1, 3], [0, 2], [None, 1])]
+    ("weights", "counts", "repeats"), [([None] * 2, [2, 1], [None] * 2), ([1, 3], [0, 2], [None, 1])]
 )
 def test_data_sets_without_weight_or_samples_get_no_repeats(weights, counts, repeats):
     sources = [DataSource(Path("a"), weight=weight, repeats=0.5) for weight in weights]

@@ -3,12 +3,14 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from args import parse_args, parse_prepare_args
+from clip_lists import write_table
 from common.errors import UserError
 from common.text_files import index_lines
 from data.buckets import Bucket
@@ -37,10 +39,8 @@ def data(demo_clips, tmp_path) -> Path:
     videos = [f"videos/{path.name}" for path in sorted((demo_clips / "videos").iterdir())[:3]]
     (folder / "zeros.mp4").write_bytes(bytes(1000))
     videos += ["missing.mp4", "zeros.mp4", videos[0]]
-    captions = ["one", "two", "three", "four", "five", ""]
-    (folder / "table.jsonl").write_text(
-        "".join(json.dumps({"video": v, "caption": c}) + "\n" for v, c in zip(videos, captions, strict=True))
-    )
+    rows = zip(videos, ["one", "two", "three", "four", "five", ""], strict=True)
+    write_table(folder / "table.jsonl", [{"video": video, "caption": caption} for video, caption in rows])
     return folder
 
 
@@ -49,18 +49,15 @@ COLUMNS = ("--video_column", "file", "--caption_column", "caption")
 
 
 def plan_flags(output: Path, *flags: object, **options: bool) -> RawData:
-    """Plan the clips of a preparation."""
     settings = parse_prepare_args(["--model_id", "org/name", "--output_dir", str(output), *SIZE, *map(str, flags)])
     return plan_raw_clips(settings.sources, settings.clips, **options)
 
 
 def plan(data: Path, *flags: str, table: str = "table.jsonl", **options: bool) -> RawData:
-    """Plan the clips of a table in a folder."""
     return plan_flags(data.parent / "out", "--data_root", data, "--dataset_file", data / table, *flags, **options)
 
 
 def training(output: Path, *flags: object) -> TrainingSettings:
-    """The settings of a training run."""
     places = ["--pretrained_model_name_or_path", "org/name", "--output_dir", str(output)]
     return parse_args([*places, *map(str, flags)], task="text-to-video", method="lora")
 
@@ -145,9 +142,6 @@ def test_repeats_of_a_mix_multiply_those_of_prepared_samples(tmp_path):
     assert plan_training_data(training(tmp_path / "out", "--dataset_mix", mix, "--load_tensors")).repeats == [6, 2]
 
 
-# Clips held out
-
-
 def hold_out(table: Path, data_root: Path, *flags: str, with_images: bool = False) -> RawData | None:
     places = ["--data_root", data_root, "--validation_dataset_file", table]
     return plan_validation_clips(training(table.parent / "out", *places, *flags), with_images=with_images)
@@ -162,8 +156,7 @@ def held_out(demo_clips, tmp_path) -> Path:
     for number, path in enumerate(sorted((demo_clips / "videos").iterdir())[:2]):
         (folder / "videos" / f"{number}.mp4").symlink_to(path)
         rows.append({"file": f"videos/{number}.mp4", "caption": f"clip {number}"})
-    (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "table.jsonl"
+    return write_table(folder / "table.jsonl", rows)
 
 
 def test_no_clips_are_held_out_unless_a_table_names_them(demo_clips, tmp_path):
@@ -180,10 +173,8 @@ def test_paths_of_clips_held_out_start_from_their_table(held_out, demo_clips):
 
 
 def test_clips_that_are_trained_on_too_are_not_held_out(held_out, demo_clips):
-    table = held_out.parent / "all.csv"
-    table.write_text(
-        "file,caption\n" + "".join(f"{path},a\n" for path in sorted((demo_clips / "videos").iterdir())[1:])
-    )
+    rows = [{"file": str(path), "caption": "a"} for path in sorted((demo_clips / "videos").iterdir())[1:]]
+    table = write_table(held_out.parent / "all.csv", rows)
     places = ["--data_root", demo_clips, "--validation_dataset_file", held_out]
     settings = training(held_out.parent / "out", *places, "--dataset_file", table, *COLUMNS)
     with pytest.raises(UserError, match="--validation_dataset_file: 1 of its clips are trained on too") as caught:
@@ -204,7 +195,7 @@ def test_bad_clips_among_those_held_out_are_listed_whatever_becomes_of_others(da
 
 def test_images_of_held_out_clips_are_read_only_if_they_are_needed(held_out, demo_clips):
     rows = [json.loads(line) | {"image": "no-such.png"} for line in held_out.read_text().splitlines()]
-    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_table(held_out, rows)
     assert len(hold_out(held_out, demo_clips, *SIZE, *COLUMNS).clips) == 2
     with pytest.raises(UserError, match=r"2 of 2 clips cannot be used(.|\n)*no-such\.png"):
         hold_out(held_out, demo_clips, *SIZE, *COLUMNS, with_images=True)
@@ -218,14 +209,8 @@ def write_settings_of(folder: Path, **flags) -> Path:
 
 
 def test_clips_held_out_are_cut_as_the_prepared_ones_were(held_out, tmp_path):
-    folder = write_settings_of(
-        tmp_path / "prepared",
-        id_token="TOKEN",
-        frame_buckets=[33],
-        height_buckets=[96],
-        width_buckets=[128],
-        skip_frames_start=2,
-    )
+    size = {"frame_buckets": [33], "height_buckets": [96], "width_buckets": [128]}
+    folder = write_settings_of(tmp_path / "prepared", id_token="TOKEN", skip_frames_start=2, **size)
     # The launchers pass the length of validation videos as a frame bucket.
     found = hold_out(held_out, folder, "--load_tensors", *COLUMNS, "--frame_buckets", "17")
     assert found.buckets == [Bucket(33, 96, 128)] * 2
@@ -250,17 +235,10 @@ def test_nothing_about_clips_held_out_is_random(held_out, demo_clips):
         assert (clips.video_reshape_mode, clips.random_flip) == (kept, None)
 
 
-class Configs:
-    """What `describe` reads of a model."""
-
-    transformer = {"max_text_seq_length": 226, "patch_size": 2, "patch_size_t": None}  # noqa: RUF012
-
-
 def test_prepared_samples_are_counted_by_bucket():
     stored = StoredTensor(Path("a.pt"))
     clips = [PreparedClip("a", Bucket(frames, 64, 96), stored, stored) for frames in (17, 17, 49)]
-    lines = describe_plan(PreparedData(clips, []), None, Configs(), batch_size=1).splitlines()
-    assert lines == [
-        f"17x64x96: 2 prepared samples of {226 + 5 * 4 * 6} tokens",
-        f"49x64x96: 1 prepared samples of {226 + 13 * 4 * 6} tokens",
-    ]
+    model = SimpleNamespace(transformer={"max_text_seq_length": 226, "patch_size": 2, "patch_size_t": None})
+    first, second = describe_plan(PreparedData(clips, []), None, model, batch_size=1).splitlines()
+    assert first == f"17x64x96: 2 prepared samples of {226 + 5 * 4 * 6} tokens"
+    assert second == f"49x64x96: 1 prepared samples of {226 + 13 * 4 * 6} tokens"

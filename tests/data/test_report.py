@@ -22,10 +22,8 @@ VIDEO = VideoInfo(17, 64, 64, 8.0)
 def plan(infos, captions="A cat.", repeats=1.0, **options):
     """Samples of a clip for each of `infos`, all good."""
     captions = [captions] * len(infos) if isinstance(captions, str) else captions
-    clips = [
-        Clip(Path(f"videos/{number}.mp4"), caption, f"videos.txt:{number + 1}", repeats=repeats)
-        for number, caption in enumerate(captions)
-    ]
+    places = [(Path(f"videos/{number}.mp4"), f"videos.txt:{number + 1}") for number in range(len(infos))]
+    clips = [Clip(place[0], text, place[1], repeats=repeats) for place, text in zip(places, captions, strict=True)]
     infos = {clip.video: info for clip, info in zip(clips, infos, strict=True)}
     planned, bad = plan_clips(clips, infos, BUCKETS, **options)
     assert bad == []
@@ -33,7 +31,6 @@ def plan(infos, captions="A cat.", repeats=1.0, **options):
 
 
 def table_of(planned, **options):
-    """The lines of the table and the notes."""
     usual = {"batch_size": 1, "tokens_of": lambda bucket: 226 + bucket.height, "model_fps": 8.0}
     return plan_table(planned, **usual | options).splitlines()
 
@@ -42,9 +39,6 @@ def notes(planned, **options):
     """The lines below the table and the length of the epoch."""
     lines = table_of(planned, **options)
     return lines[[line.startswith("an epoch is") for line in lines].index(True) + 1 :]
-
-
-# The table
 
 
 def test_the_plan_is_described_bucket_by_bucket():
@@ -85,19 +79,15 @@ def test_an_empty_plan_is_reported():
     assert table_of([]) == ["there are no samples"]
 
 
-# Notes
-
-
 @pytest.mark.parametrize(
     ("repeats", "count", "times"),
     [((2.5, 1), 4, "1 sample 1 times, 1 sample 2.5 times"), ((0.5, 1, 2, 4), 8, "every sample 0.5 to 4 times")],
 )
 def test_repeats_count_in_the_epoch(repeats, count, times):
     planned = [sample for number in repeats for sample in plan([VIDEO], repeats=number)]
-    assert table_of(planned)[-2:] == [
-        f"an epoch is {count} samples in {count} batches of up to 1",
-        f"an epoch has {times}",
-    ]
+    *_, length, repeated = table_of(planned)
+    assert length == f"an epoch is {count} samples in {count} batches of up to 1"
+    assert repeated == f"an epoch has {times}"
 
 
 def test_clips_that_were_split_are_counted():
@@ -107,18 +97,13 @@ def test_clips_that_were_split_are_counted():
 
 def test_held_frames_are_noted_with_the_worst_clip():
     planned = plan([VideoInfo(8, 64, 64, 8.0), VideoInfo(5, 64, 64, 8.0)], hold_last_frame=True)
-    assert notes(planned) == [
-        "2 samples too short: the last frame is held, for up to 4 of 9 frames (1.mp4 (videos.txt:2))"
-    ]
+    (note,) = notes(planned)
+    assert note == "2 samples too short: the last frame is held, for up to 4 of 9 frames (1.mp4 (videos.txt:2))"
 
 
 def test_captions_that_are_cut_are_counted():
-    assert notes(plan([VIDEO]), num_long_captions=1, max_caption_tokens=100) == [
-        "1 caption longer than 100 tokens: the rest is cut off"
-    ]
-
-
-# Rates
+    (note,) = notes(plan([VIDEO]), num_long_captions=1, max_caption_tokens=100)
+    assert note == "1 caption longer than 100 tokens: the rest is cut off"
 
 
 def rate_notes(*infos, **options):
@@ -163,17 +148,12 @@ def test_a_variable_rate_follows_from_the_times_of_the_chosen_frames():
     assert rate_notes(first, skip_end=8)[0].startswith("1 sample at 20 frames per second")
 
 
-# Duplicates
-
-
 def of_content(*contents):
     return [VideoInfo(17, 64, 64, 8.0, sha256=content) for content in contents]
 
 
 def test_clips_listed_twice_are_named_in_pairs_up_to_three():
-    pairs = [
-        f"{first}.mp4 (videos.txt:{first + 1}) and {first + 4}.mp4 (videos.txt:{first + 5})" for first in range(3)
-    ]
+    pairs = [f"{at}.mp4 (videos.txt:{at + 1}) and {at + 4}.mp4 (videos.txt:{at + 5})" for at in range(3)]
     start = "clips listed again with the same caption, which adds weight: "
     assert notes(plan(of_content(*"abcdab"))) == [f"2 {start}{'; '.join(pairs[:2])}"]
     assert notes(plan(of_content(*"abcdabcd"))) == [f"4 {start}{'; '.join(pairs)}; and 1 more"]
@@ -184,37 +164,20 @@ def test_a_video_with_several_captions_is_not_a_duplicate():
     assert notes(planned) == ["1 video with several captions: 0.mp4 (videos.txt:1) and 2.mp4 (videos.txt:3)"]
 
 
-# The full plan as a file
-
-
 def read(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def test_the_csv_has_a_line_for_every_sample_and_every_bad_clip(tmp_path):
-    planned = plan(
-        [VideoInfo(26, 48, 80, 30000 / 1001), VIDEO], captions=["A\ncat, äh.", "b" * 99], long_clips="split"
-    )
+    infos = [VideoInfo(26, 48, 80, 30000 / 1001), VIDEO]
+    planned = plan(infos, captions=["A\ncat, äh.", "b" * 99], long_clips="split")
     write_plan(planned, [BadClip("gone.mp4", "videos.txt:9", "does not exist")], tmp_path / "plan.csv")
     first, second, third, bad = read(tmp_path / "plan.csv")
-    assert first == {
-        "source": "videos.txt:1",
-        "video": str(Path("videos/0.mp4")),
-        "caption": "A cat, äh.",
-        "frames": "26",
-        "fps": "29.97",
-        "height": "48",
-        "width": "80",
-        "bucket": "17x32x64",
-        "part": "0",
-        "first_frame": "0",
-        "last_frame": "16",
-        "held": "0",
-        "cropped": "0.167",
-        "upscaled": "",
-        "reason": "",
-    }
+    given = {"source": "videos.txt:1", "video": str(Path("videos/0.mp4")), "caption": "A cat, äh."}
+    found = {"frames": "26", "fps": "29.97", "height": "48", "width": "80", "bucket": "17x32x64", "part": "0"}
+    chosen = {"first_frame": "0", "last_frame": "16", "held": "0", "cropped": "0.167", "upscaled": "", "reason": ""}
+    assert first == given | found | chosen
     columns = ("part", "bucket", "first_frame", "last_frame")
     assert [second[column] for column in columns] == ["1", "9x32x64", "17", "25"]
     assert third["caption"] == "b" * 59 + "…"

@@ -30,17 +30,14 @@ def stream(sampler, first, total):
 
 
 def indices(sampler, epoch):
-    """The batches of a rank in an epoch."""
     end = sampler.batches_in_first_epoch + (epoch - sampler.first_epoch) * sampler.batches_per_epoch
     start = 0 if epoch == sampler.first_epoch else end - sampler.batches_per_epoch
     return [[draw.index for draw in batch] for batch in stream(sampler, start, end)]
 
 
 def every_rank(buckets, batch_size, world_size, **options):
-    return [
-        BucketBatchSampler(buckets, batch_size, rank=rank, world_size=world_size, **options)
-        for rank in range(world_size)
-    ]
+    options["world_size"] = world_size
+    return [BucketBatchSampler(buckets, batch_size, rank=rank, **options) for rank in range(world_size)]
 
 
 @given(repeated_samples, batch_sizes, worlds, seeds, st.integers(0, 60), st.integers(0, 60))
@@ -114,13 +111,8 @@ GOLDEN = """\
 
 @pytest.mark.parametrize("hash_seed", ["0", "1"])
 def test_the_order_is_the_same_everywhere(hash_seed):
-    run = subprocess.run(
-        [sys.executable, "-c", GOLDEN_SCRIPT],
-        cwd=TRAINING,
-        env={"PYTHONHASHSEED": hash_seed},
-        capture_output=True,
-        text=True,
-    )
+    command, environment = [sys.executable, "-c", GOLDEN_SCRIPT], {"PYTHONHASHSEED": hash_seed}
+    run = subprocess.run(command, cwd=TRAINING, env=environment, capture_output=True, text=True)
     assert run.stdout == GOLDEN
 
 
@@ -140,9 +132,6 @@ def test_more_ranks_than_batches_repeat_batches_until_each_rank_has_one():
     ranks = every_rank([SMALL, WIDE], 4, 5, seed=0)
     assert ranks[0].padding == 3
     assert sorted(Counter(indices(sampler, 0)[0][0] for sampler in ranks).values()) == [2, 3]
-
-
-# Repeats
 
 
 @given(repeated_samples, batch_sizes, worlds, seeds, st.integers(0, 5))

@@ -16,22 +16,17 @@ def test_paths_that_lead_out_of_the_data_root_are_bad_clips_each_with_its_line(t
     write_lists(tmp_path, videos=f"/clips/z.mp4\n../y.mp4\n~/x.mp4\n{tmp_path}/a.mp4\nb.mp4", prompts="A cat.\n" * 5)
     clips, unusable = read(tmp_path)
     assert [clip.video.name for clip in clips] == ["a.mp4", "b.mp4"]
-    assert [(clip.what, clip.source) for clip in unusable] == [
-        ("/clips/z.mp4", "videos.txt:1"),
-        ("../y.mp4", "videos.txt:2"),
-        ("~/x.mp4", "videos.txt:3"),
-    ]
-    assert all(f"lies outside of {tmp_path}; " in clip.reason for clip in unusable)
-    assert all("--allow_outside_paths" in clip.reason for clip in unusable)
+    assert [clip.what for clip in unusable] == ["/clips/z.mp4", "../y.mp4", "~/x.mp4"]
+    assert [clip.source for clip in unusable] == ["videos.txt:1", "videos.txt:2", "videos.txt:3"]
+    told = (f"lies outside of {tmp_path}; ", "--allow_outside_paths")
+    assert all(part in clip.reason for clip in unusable for part in told)
     assert good(tmp_path, allow_outside_paths=True)[1].video == tmp_path / "../y.mp4"
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
 def test_no_table_names_files_elsewhere_neither_as_videos_nor_as_images(tmp_path, suffix):
-    rows = [
-        {"video": "../a.mp4", "text": "A cat.", "image": ""},
-        {"video": "a.mp4", "text": "A cat.", "image": "/b.png"},
-    ]
+    listed = [("../a.mp4", ""), ("a.mp4", "/b.png")]
+    rows = [{"video": video, "text": "A cat.", "image": image} for video, image in listed]
     file = write_table(tmp_path / f"data{suffix}", rows)
     clips, (video, image) = read(None, dataset_file=file)
     assert clips == []
@@ -116,9 +111,9 @@ def test_a_missing_column_is_named_with_the_existing_ones_and_the_flag(tmp_path,
     there = f"{file} has no column 'video'; it has path, caption: set --video_column"
     assert error_of(tmp_path, dataset_file=file) == there
     assert error_of(tmp_path, dataset_file=file, video_column="path").endswith("set --caption_column")
-    assert error_of(
-        tmp_path, dataset_file=file, video_column="path", caption_column="caption", image_column="image"
-    ).endswith("no column 'image'; it has path, caption: set --image_column")
+    columns = {"video_column": "path", "caption_column": "caption", "image_column": "image"}
+    missing = "no column 'image'; it has path, caption: set --image_column"
+    assert error_of(tmp_path, dataset_file=file, **columns).endswith(missing)
 
 
 def test_a_column_that_comes_twice_is_an_error(tmp_path):
@@ -136,15 +131,10 @@ def test_rows_without_a_value_or_with_a_url_are_bad_clips(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("data.csv", "", "no column 'video'; it has none"),
-        ("data.csv", "video,text\n", "has no rows"),
-        ("data.jsonl", "\n", "no column 'video'; it has none"),
-        ("data.json", "[]", "no column 'video'; it has none"),
-    ],
+    ("name", "content"), [("data.csv", ""), ("data.csv", "video,text\n"), ("data.jsonl", "\n"), ("data.json", "[]")]
 )
-def test_a_list_without_rows_is_an_error(tmp_path, name, content, message):
+def test_a_list_without_rows_is_an_error(tmp_path, name, content):
+    message = "has no rows" if content.startswith("video") else "no column 'video'; it has none"
     assert message in error_of(tmp_path, dataset_file=write(tmp_path / name, content))
     write_lists(tmp_path, videos="\n", prompts="")
     assert error_of(tmp_path) == f"{tmp_path / 'videos.txt'} has no rows"
@@ -154,9 +144,8 @@ def test_a_relative_table_is_searched_here_and_then_in_the_data_root(tmp_path, t
     here = tmp_path_factory.mktemp("here")
     monkeypatch.chdir(here)
     name = Path("data.csv")
-    assert error_of(tmp_path, dataset_file=name) == (
-        f"--dataset_file data.csv does not exist, neither here nor in {tmp_path}"
-    )
+    missing = f"--dataset_file data.csv does not exist, neither here nor in {tmp_path}"
+    assert error_of(tmp_path, dataset_file=name) == missing
     write(tmp_path / name, "video,text\na.mp4,from the data root\n")
     assert captions(good(tmp_path, dataset_file=name)) == ["from the data root"]
     write(here / name, "video,text\na.mp4,from here\n")
@@ -204,15 +193,10 @@ def test_values_of_the_wrong_type_are_bad_clips(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row",
-    [
-        {"video": "a.mp4", "text": "\ud800"},
-        {"video": "\ud800.mp4", "text": "A cat."},
-        {"video": {"path": "\ud800.mp4"}, "text": "A cat."},
-        {"video": "a.mp4", "text": "A cat.", "note": "\ud800"},
-    ],
+    "change", [{"text": "\ud800"}, {"video": "\ud800.mp4"}, {"video": {"path": "\ud800.mp4"}}, {"note": "\ud800"}]
 )
-def test_text_that_is_not_valid_unicode_is_a_bad_clip_with_an_ascii_message(tmp_path, row):
+def test_text_that_is_not_valid_unicode_is_a_bad_clip_with_an_ascii_message(tmp_path, change):
+    row = {"video": "a.mp4", "text": "A cat."} | change
     (line,) = bad(tmp_path, dataset_file=write(tmp_path / "data.json", json.dumps([row])))
     assert line.isascii()
     assert line.endswith("(data.json:row 1): has text that is not valid Unicode, which no list can hold")

@@ -29,26 +29,17 @@ def test_the_columns_name_the_text_files(tmp_path):
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_byte_order_marks_line_ends_and_blank_last_lines_do_not_matter(tmp_path, mark, end):
-    write_lists(
-        tmp_path,
-        videos=mark + end.join(["a.mp4", "b.mp4", "", " "]),
-        prompts=mark + end.join(["A cat.", "A dog.", ""]),
-    )
+    videos, prompts = (mark + end.join(lines) for lines in (["a.mp4", "b.mp4", "", " "], ["A cat.", "A dog.", ""]))
+    write_lists(tmp_path, videos=videos, prompts=prompts)
     assert [(clip.video.name, clip.caption) for clip in good(tmp_path)] == [("a.mp4", "A cat."), ("b.mp4", "A dog.")]
 
 
-@pytest.mark.parametrize(
-    ("file", "columns"),
-    [
-        ("prompts.txt", {"caption_column": "text"}),
-        ("clips.txt", {"video_column": "clips.txt"}),
-        ("frames.txt", {"image_column": "frames.txt"}),
-    ],
-)
-def test_a_missing_text_file_is_named_with_its_flag(tmp_path, file, columns):
-    write_lists(tmp_path, videos="a.mp4", **{} if file == "prompts.txt" else {"prompts": "A cat."})
-    message = f"{tmp_path / file} does not exist; --{next(iter(columns))} names the file"
-    assert error_of(tmp_path, **columns).startswith(message)
+@pytest.mark.parametrize(("file", "column"), [("prompts", "caption"), ("clips", "video"), ("frames", "image")])
+def test_a_missing_text_file_is_named_with_its_flag(tmp_path, file, column):
+    write_lists(tmp_path, videos="a.mp4", **{} if file == "prompts" else {"prompts": "A cat."})
+    name = "text" if file == "prompts" else f"{file}.txt"
+    message = f"{tmp_path / file}.txt does not exist; --{column}_column names the file"
+    assert error_of(tmp_path, **{f"{column}_column": name}).startswith(message)
 
 
 def test_blank_lines_in_the_middle_make_bad_clips(tmp_path):
@@ -60,22 +51,16 @@ def test_blank_lines_in_the_middle_make_bad_clips(tmp_path):
 @pytest.mark.parametrize(("content", "position"), [(b"a.mp4\nb\xff.mp4", 7), ("a.mp4".encode("utf-16"), 0)])
 def test_text_that_is_not_utf8_is_named_with_the_byte(tmp_path, content, position):
     write_lists(tmp_path, videos=content, prompts="A cat.")
-    assert error_of(tmp_path) == (
-        f"{tmp_path / 'videos.txt'} is not UTF-8 text: byte {position} does not fit; save it as UTF-8"
-    )
+    reason = f"is not UTF-8 text: byte {position} does not fit; save it as UTF-8"
+    assert error_of(tmp_path) == f"{tmp_path / 'videos.txt'} {reason}"
 
 
 @pytest.mark.parametrize(
-    ("images", "expected"),
-    [
-        ("a.png\n\nc.png", ["a.png", None, "c.png"]),
-        ("a.png\r\n\r\nc.png\r\n\r\n", ["a.png", None, "c.png"]),
-        ("a.png\n\n", ["a.png", None, None]),
-    ],
+    ("images", "last"), [("a.png\n\nc.png", "c.png"), ("a.png\r\n\r\nc.png\r\n\r\n", "c.png"), ("a.png\n\n", None)]
 )
-def test_images_txt_names_first_frames_and_an_empty_line_the_videos_own(tmp_path, images, expected):
+def test_images_txt_names_first_frames_and_an_empty_line_the_videos_own(tmp_path, images, last):
     write_lists(tmp_path, videos="a.mp4\nb.mp4\nc.mp4", prompts="A cat.\nA dog.\nA cow.", images=images)
-    assert [clip.image and clip.image.name for clip in good(tmp_path)] == expected
+    assert [clip.image and clip.image.name for clip in good(tmp_path)] == ["a.png", None, last]
 
 
 @pytest.mark.parametrize(
@@ -84,9 +69,8 @@ def test_images_txt_names_first_frames_and_an_empty_line_the_videos_own(tmp_path
 )
 def test_a_list_of_another_length_is_an_error(tmp_path, name, content, count):
     write_lists(tmp_path, **{"videos": "a.mp4\nb.mp4", "prompts": "A cat.\nA dog."} | {name: content})
-    assert error_of(tmp_path).startswith(
-        f"{tmp_path / 'videos.txt'} has 2 lines and {tmp_path / name}.txt has {count};"
-    )
+    message = f"{tmp_path / 'videos.txt'} has 2 lines and {tmp_path / name}.txt has {count};"
+    assert error_of(tmp_path).startswith(message)
 
 
 def test_csv_columns_are_found_by_name_and_the_others_are_metadata(tmp_path):
@@ -151,10 +135,10 @@ def test_a_table_of_an_unknown_kind_is_refused_with_the_known_kinds(tmp_path):
 )
 def test_lines_that_are_not_json_are_named(tmp_path, name, content, line):
     file = write(tmp_path / name, content)
-    assert error_of(tmp_path, dataset_file=file) == (
-        f"{file}:{line} is not valid JSON: Expecting value at character 11; "
-        "it must be an array of objects, or one object a line"
+    problem = (
+        "is not valid JSON: Expecting value at character 11; it must be an array of objects, or one object a line"
     )
+    assert error_of(tmp_path, dataset_file=file) == f"{file}:{line} {problem}"
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])

@@ -31,7 +31,6 @@ def write_all(shards, batch_size=2, rank=0, world_size=1):
 
 
 def contents(root):
-    """All files and their bytes."""
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
@@ -90,8 +89,7 @@ def test_a_shard_with_all_batches_is_finished_after_a_kill(tmp_path):
     for path, content in kept.items():
         (tmp_path / "killed" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "killed" / path).write_bytes(content)
-    again = writer(tmp_path / "killed", per_shard=4)
-    write_all(again)
+    write_all(writer(tmp_path / "killed", per_shard=4))
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 

@@ -17,16 +17,13 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 def read(text: str, *flags: str, method: str = "lora"):
-    """Parse a training script's flags from a file with this text and a command line."""
     Path("run.yaml").write_text(BASE + text, encoding="utf-8")
     return parse_args(["--config", "run.yaml", *flags], task="text-to-video", method=method)
 
 
 def typed(*flags: str):
-    """Parse the same flags without a file."""
-    return parse_args(
-        ["--pretrained_model_name_or_path", "a/b", "--data_root", ".", *flags], task="text-to-video", method="lora"
-    )
+    argv = ["--pretrained_model_name_or_path", "a/b", "--data_root", ".", *flags]
+    return parse_args(argv, task="text-to-video", method="lora")
 
 
 @pytest.mark.parametrize(

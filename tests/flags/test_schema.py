@@ -48,9 +48,8 @@ def test_without_flags_the_values_are_the_defaults():
 
 
 def test_values_are_parsed_by_their_types_and_recorded_as_given():
-    settings, given = read(
-        "--old_width", "5", "--lengths", "3", "4", "--scales", "-0.5", "--kind", "WIDE", "--is_loud"
-    )
+    argv = "--old_width 5 --lengths 3 4 --scales -0.5 --kind WIDE --is_loud"
+    settings, given = read(*argv.split())
     assert settings.sizes == SizeFlags(5, (3, 4), (-0.5,), "wide")
     assert settings.names.is_loud
     assert given == {"width", "lengths", "scales", "kind", "is_loud"}
@@ -67,10 +66,7 @@ def test_a_path_may_start_at_the_home_folder(monkeypatch):
 
 @pytest.mark.parametrize(
     ("argv", "is_loud", "is_clean"),
-    [
-        ("--is_loud --no-is_clean", True, False),
-        ("--is_loud --no-is_loud --no-is_clean --is_clean", False, True),
-    ],
+    [("--is_loud --no-is_clean", True, False), ("--is_loud --no-is_loud --no-is_clean --is_clean", False, True)],
 )
 def test_the_last_of_several_switches_counts(argv, is_loud, is_clean):
     names = read(*argv.split())[0].names
@@ -79,16 +75,7 @@ def test_the_last_of_several_switches_counts(argv, is_loud, is_clean):
 
 def test_the_values_of_all_groups_are_listed_and_replaced_by_name():
     settings = Settings(SizeFlags(), NameFlags())
-    assert list(flag_values(settings)) == [
-        "width",
-        "lengths",
-        "scales",
-        "kind",
-        "name",
-        "file",
-        "is_loud",
-        "is_clean",
-    ]
+    assert list(flag_values(settings)) == ["width", "lengths", "scales", "kind", "name", "file", "is_loud", "is_clean"]
     changed = replace_flags(settings, width=2, name="a")
     assert (changed.sizes.width, changed.names.name, settings.sizes.width) == (2, "a", 8)
     with pytest.raises(TypeError, match="no such flags: area"):

@@ -28,8 +28,6 @@ def put(cache, path, fact=FACT, kind="probe 1"):
 
 
 def known(cache, path, kind="probe 1"):
-    """Return the stored fact, or None."""
-
     def examine(path):
         raise LookupError
 
@@ -104,9 +102,6 @@ def test_a_name_need_not_be_valid_text(tmp_path):
     assert known(cache, path) == FACT
 
 
-# Several at once
-
-
 def put_all(folder, paths, first):
     cache = FileCache(folder)
     for number in (*range(first, len(paths)), *range(first)):
@@ -134,9 +129,6 @@ def test_threads_share_a_cache(clip, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda kind: put(cache, clip, {"kind": kind}, kind), kinds))
         assert list(pool.map(lambda kind: known(cache, clip, kind), kinds)) == [{"kind": kind} for kind in kinds]
-
-
-# Failures
 
 
 def assert_given_up(cache, clip, caplog):
@@ -176,9 +168,6 @@ def test_a_locked_cache_is_not_used(clip, tmp_path, caplog, monkeypatch):
 
 def test_without_a_folder_the_cache_is_not_used(clip, caplog):
     assert_given_up(FileCache(clip / "cache"), clip, caplog)
-
-
-# Its folder
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,6 @@ def box(sheet, color):
     return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
 
-# The picture
-
-
 def test_frames_are_side_by_side_at_one_height():
     small = SheetRow([frame(color, 32, 48) for color in COLORS], "small", "")
     large = SheetRow([frame(color, 480, 600) for color in COLORS], "large", "")
@@ -79,9 +76,6 @@ def test_the_sheet_is_written_as_a_png(tmp_path):
         assert read.format == "PNG"
         assert np.array_equal(np.asarray(read), np.asarray(sheet))
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["sheet.png"]
-
-
-# The text
 
 
 def text_of(title, caption):
@@ -134,17 +128,13 @@ def test_line_breaks_in_captions_are_spaces():
     assert np.array_equal(text_of("", "A cat\n\n on\ta mat."), text_of("", "A cat on a mat."))
 
 
-# The choice of samples
-
-
 def plan(*numbers):
     """A plan with so many samples of bucket 0, 1, ..., mixed."""
     buckets = [Bucket(9, 16 * (number + 1), 16) for number, count in enumerate(numbers) for _ in range(count)]
     order = np.random.default_rng(0).permutation(len(buckets))
-    return [
-        ClipSample(Clip(Path(f"{i}.mp4"), "", f"list:{i}"), VideoInfo(9, 16, 16, 8.0), buckets[at], (0,) * 9)
-        for i, at in enumerate(order)
-    ]
+    clips = [Clip(Path(f"{number}.mp4"), "", f"list:{number}") for number in range(len(order))]
+    info = VideoInfo(9, 16, 16, 8.0)
+    return [ClipSample(clip, info, buckets[at], (0,) * 9) for clip, at in zip(clips, order, strict=True)]
 
 
 @example([], 1)

@@ -16,7 +16,6 @@ from video.images import load_validation_images
 
 
 def picture(height=24, width=40):
-    """A picture without any symmetry."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -144,11 +143,7 @@ def test_a_compressed_answer_is_not_unpacked(server):
 
 @pytest.mark.parametrize(
     ("address", "reason"),
-    [
-        ("http://127.0.0.1:1/x.png", "cannot be reached"),
-        ("http://", "URL"),
-        ("http://127.0.0.1:x/y.png", "port"),
-    ],
+    [("http://127.0.0.1:1/x.png", "cannot be reached"), ("http://", "URL"), ("http://127.0.0.1:x/y.png", "port")],
 )
 def test_a_url_without_a_server_is_named_with_the_reason(monkeypatch, address, reason):
     monkeypatch.setenv("NO_PROXY", "*")

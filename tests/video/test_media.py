@@ -67,12 +67,11 @@ def test_palettes_grey_and_print_colours_become_rgb(tmp_path):
     Image.new("CMYK", (4, 2), (255, 0, 0, 0)).save(tmp_path / "print.tif")
     colours = {
         "palette.png": [40, 50, 60],
-        "transparent.png": [255, 255, 255],
         "opaque.png": [40, 50, 60],
-        "grey.png": [77, 77, 77],
-        "bits.png": [255, 255, 255],
+        "grey.png": [77] * 3,
         "print.tif": [0, 255, 255],
     }
+    colours |= dict.fromkeys(("transparent.png", "bits.png"), [255] * 3)
     for name, colour in colours.items():
         assert (read_still_image(tmp_path / name).pixels == np.full((2, 4, 3), colour)).all()
 

@@ -65,10 +65,7 @@ def inputs_of(transformer: CogVideoXTransformer3DModel, batch_size: int = 2, siz
 
 
 def train_step(
-    transformer: CogVideoXTransformer3DModel,
-    batch_size: int = 2,
-    size: int = 8,
-    model: torch.nn.Module | None = None,
+    transformer: CogVideoXTransformer3DModel, batch_size: int = 2, size: int = 8, model: torch.nn.Module | None = None
 ) -> Result:
     """Forward and backward pass, by `model` where the transformer is wrapped, under the same random numbers."""
     transformer.zero_grad()

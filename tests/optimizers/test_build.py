@@ -176,12 +176,7 @@ def test_small_updates_of_bf16_weights_are_not_lost():
     """Each is a hundredth of what bf16 can tell from 1: rounded to the nearest, none would change anything."""
     weight = torch.nn.Parameter(torch.ones(100, 100, dtype=torch.bfloat16))
     optimizer = make(
-        [weight],
-        2**-8 / 100,
-        stochastic_rounding=True,
-        optimizer="adamw",
-        weight_decay=0,
-        use_torchao=True,
+        [weight], 2**-8 / 100, stochastic_rounding=True, optimizer="adamw", weight_decay=0, use_torchao=True
     )
     torch.manual_seed(0)
     for _ in range(50):

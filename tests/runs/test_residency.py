@@ -4,11 +4,7 @@ import gc
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLCogVideoX,
-    CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
-)
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXEncoder3D
 from PIL import Image
 from transformers import T5EncoderModel

@@ -18,8 +18,7 @@ def test_the_loss_is_the_published_weighted_one_computed_in_float64(snr_shift_sc
     scheduler = make_scheduler(snr_shift_scale)
     generator = torch.Generator().manual_seed(timestep)
     latents, noise, prediction = (torch.randn(2, 3, 4, 5, 6, generator=generator) for _ in range(3))
-    timesteps = torch.full((2,), timestep)
-    losses = velocity_losses(prediction, scheduler.get_velocity(latents, noise, timesteps))
+    losses = velocity_losses(prediction, scheduler.get_velocity(latents, noise, torch.full((2,), timestep)))
 
     ac = alphas_cumprod(snr_shift_scale)[timestep]
     for sample, loss in enumerate(losses.tolist()):
@@ -28,7 +27,7 @@ def test_the_loss_is_the_published_weighted_one_computed_in_float64(snr_shift_sc
         for z0, e, v in zip(*values, strict=True):
             zt = math.sqrt(ac) * z0 + math.sqrt(1 - ac) * e
             z0_hat = math.sqrt(ac) * zt - math.sqrt(1 - ac) * v
-            total += (z0_hat - z0) ** 2 / (1 - ac)
+        total += (z0_hat - z0) ** 2 / (1 - ac)
         assert loss == pytest.approx(total / latents[sample].numel(), rel=1e-5)
 
 

@@ -73,8 +73,7 @@ def losses_of(objective: Objective, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_the_published_one(tiny_models, kind, frames):
     batch = make_batch(frames)
-    source = ModelSource(str(tiny_models(kind)))
-    losses = losses_of(make_objective(source), batch)
+    losses = losses_of(make_objective(ModelSource(str(tiny_models(kind)))), batch)
 
     latents, noise, acs, timesteps = draw(batch.video_moments, kind)
     ac = torch.tensor(acs, dtype=torch.float64).reshape(-1, 1, 1, 1, 1)
@@ -164,8 +163,7 @@ def test_captions_are_dropped_sample_by_sample_as_often_as_asked_for(tiny_models
     moments = torch.zeros(400, 32, 1, 2, 2)
     batch = Batch(["a"] * 400, Bucket(1, 16, 16), video_moments=moments, prompt_embeds=torch.zeros(400, 226, 64))
     losses_of(objective, batch)
-    num_dropped = (calls[0]["encoder_hidden_states"][:, 0, 0] == 7).sum().item()
-    assert num_dropped == pytest.approx(100, abs=30)
+    assert (calls[0]["encoder_hidden_states"][:, 0, 0] == 7).sum().item() == pytest.approx(100, abs=30)
 
 
 def test_weights_multiply_the_losses_of_the_samples(tiny_models):

@@ -131,8 +131,7 @@ def test_the_clips_of_the_hub_are_prepared_and_trained(workplace):
 
 
 def test_images_and_repeats_of_the_examples_are_read(workplace):
-    first_frames = [clip.image for clip in workplace.clips["images"]]
-    assert first_frames == [Path("my-clips/first-frames/rabbit.png"), None]
+    assert [clip.image for clip in workplace.clips["images"]] == [Path("my-clips/first-frames/rabbit.png"), None]
     folder = workplace.folder / "my-first-frames"
     assert {clip.image.parent for clip in workplace.clips["with first frames"]} == {folder}
     assert [clip.repeats for clip in workplace.clips["mix"]] == [2.5, 2.5, 1, 1]
@@ -170,8 +169,7 @@ def test_the_plan_shown_is_the_demos(demo):
 def test_the_bad_clips_shown_are_the_demos(demo):
     with pytest.raises(UserError) as error:
         check_bad_clips(demo("--fps", "8"), "error")
-    shown = block("output", "bad").splitlines()
-    assert shown == [*f"error: {error.value}".splitlines()[:3], "  ..."]
+    assert block("output", "bad").splitlines() == [*f"error: {error.value}".splitlines()[:3], "  ..."]
 
 
 def test_the_sizes_are_those_of_the_tensors():

@@ -69,8 +69,7 @@ def test_each_machine_gets_its_number_and_the_address(calls_of):
 
 
 def test_the_jobs_of_slurm_call_their_scripts_with_accepted_flags(calls_of):
-    calls = calls_of("slurm")
-    prepare, *runs = map(flags_of, calls)
+    prepare, *runs = map(flags_of, calls_of("slurm"))
     assert prepare.output_dir == runs[0].data_root == "prepared"
     assert [run.output_dir for run in runs] == ["outputs/cogvideox-lora", "outputs/other", "outputs/all-weights"]
     assert [run.learning_rate for run in runs] == [1e-4, 3e-4, 1e-4]

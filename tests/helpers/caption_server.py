@@ -73,8 +73,7 @@ class CaptionServer:
         """Note a question and answer it."""
         (message,) = body["messages"]
         *images, text = message["content"]
-        frames = [picture(image["image_url"]["url"]) for image in images]
-        question = Question(frames, text["text"], body, headers)
+        question = Question([picture(image["image_url"]["url"]) for image in images], text["text"], body, headers)
         with self._lock:
             before = sum(other.numbers[-1] == question.numbers[-1] for other in self.questions)
             self.questions.append(question)

@@ -70,8 +70,7 @@ def train_step(
     """Forward and backward pass, by `model` where the transformer is wrapped, under the same random numbers."""
     transformer.zero_grad()
     torch.manual_seed(7)
-    inputs = inputs_of(transformer, batch_size, size)
-    output = (model or transformer)(**inputs, return_dict=False)[0]
+    output = (model or transformer)(**inputs_of(transformer, batch_size, size), return_dict=False)[0]
     output.float().square().mean().backward()
     gradients = {
         name: parameter.grad.clone() for name, parameter in transformer.named_parameters() if parameter.requires_grad
@@ -90,8 +89,7 @@ def assert_same(result: Result, expected: Result) -> None:
     """Bit for bit."""
     assert torch.equal(result[0], expected[0])
     assert result[1].keys() == expected[1].keys()
-    differing = [name for name, gradient in result[1].items() if not torch.equal(gradient, expected[1][name])]
-    assert not differing
+    assert not [name for name, gradient in result[1].items() if not torch.equal(gradient, expected[1][name])]
 
 
 def assert_close(result: Result, expected: Result, tolerance: float) -> None:

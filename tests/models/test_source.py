@@ -143,8 +143,7 @@ LOADERS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("component", LOADERS)
 def test_a_component_is_loaded_in_the_requested_dtype(source, component, dtype):
-    network = LOADERS[component](source, dtype)
-    assert {parameter.dtype for parameter in network.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in LOADERS[component](source, dtype).parameters()} == {dtype}
 
 
 @pytest.mark.gpu
@@ -179,8 +178,7 @@ def most_memory(action: Callable[[], object]) -> tuple[int, object]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = action()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(accumulate(changes)), result
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))), result
 
 
 @pytest.mark.parametrize(

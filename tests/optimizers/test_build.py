@@ -195,8 +195,7 @@ def test_offloading_without_a_gpu_is_refused_in_one_line():
 @pytest.mark.parametrize(("name", "package"), [("prodigy", "prodigyopt"), ("schedulefree", "schedulefree")])
 def test_a_missing_package_is_named(monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
-    words = rf"--optimizer {name}: needs the package {package} \(pip install {package}\)"
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=rf"--optimizer {name}: needs the package {package} \(pip install {package}\)"):
         make(parameters(), optimizer=name)
 
 

@@ -59,10 +59,9 @@ def step(transformer: CogVideoXTransformer3DModel, model: torch.nn.Module | None
     frames = 5 + 5 % (config.patch_size_t or 1)
     latents = torch.randn(2, frames, config.in_channels, 6, 10, generator=generator)
     target = torch.randn(2, frames, config.out_channels, 6, 10, generator=generator)
-    embeds = torch.randn(2, config.max_text_seq_length, config.text_embed_dim, generator=generator)
     output = (model or transformer)(
         latents,
-        embeds,
+        torch.randn(2, config.max_text_seq_length, config.text_embed_dim, generator=generator),
         torch.tensor([100, 900]),
         ofs=None if config.ofs_embed_dim is None else torch.full((1,), 2.0),
         image_rotary_emb=rotary_embeddings(transformer, frames, 48, 80, CPU),
@@ -105,8 +104,7 @@ def divided_steps(cases: Sequence[Case], size: int) -> list[Result]:
 def alone_beside_others(model: Path) -> torch.Tensor:
     """Return what the first rank computes while the other one does nothing; then both compute together."""
     transformer = load(model, "full")
-    context = divided(transformer, 2)
-    with context.off():
+    with divided(transformer, 2).off():
         output = step(transformer)[0] if distributed.get_rank() == 0 else torch.zeros(())
     assert step(transformer)[0].isfinite().all()
     return output
@@ -190,8 +188,7 @@ def test_context_groups_of_any_size_divide_samples_of_any_length(tiny_models, tm
     ways = ("plain", "checkpointed", "sharded")
     cases = [(tiny_models(kind), method, way) for kind in kinds for method in ("lora", "full") for way in ways]
     cases = [case for case in cases if case[1:] != ("lora", "sharded")]
-    results = call_on_ranks(divided_steps, num_ranks, tmp_path / "ranks", cases, size)
-    assert_same_steps(results, cases, size)
+    assert_same_steps(call_on_ranks(divided_steps, num_ranks, tmp_path / "ranks", cases, size), cases, size)
 
 
 @pytest.mark.slow

@@ -119,8 +119,7 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
 def in_shards(a_run, demo_clips, tmp_path_factory) -> SimpleNamespace:
     """Runs on two ranks with their output, and the same runs of one process."""
     root = tmp_path_factory.mktemp("runs")
-    names = ("lora", "lora_alone", "resumed", "sft", "sft_alone")
-    done = SimpleNamespace(**{name: root / name for name in names})
+    done = SimpleNamespace(**{name: root / name for name in ("lora", "lora_alone", "resumed", "sft", "sft_alone")})
     video = sorted((demo_clips / "videos").iterdir())[0]
     table = root / "held-out.jsonl"
     table.write_text(json.dumps({"video": str(video), "text": "a clip"}) + "\n")  # one clip for both ranks

@@ -26,8 +26,7 @@ def data(tmp_path) -> Path:
     (folder / "videos").mkdir(parents=True)
     names = [f"videos/{name}.mp4" for name in "abc"]
     for name in names:
-        frames = (np.full((64, 96, 3), 8 * i, np.uint8) for i in range(20))
-        write_mp4(folder / name, frames, 8)
+        write_mp4(folder / name, (np.full((64, 96, 3), 8 * i, np.uint8) for i in range(20)), 8)
     (folder / "videos.txt").write_text("".join(f"{name}\n" for name in names))
     (folder / "prompts.txt").write_text("one\ntwo\nthree\n")
     (folder / "table.csv").write_text("video,caption\n" + "".join(f"{name},a caption\n" for name in names))

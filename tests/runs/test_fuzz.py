@@ -183,8 +183,7 @@ def check_damaged_real_clips(folder: Path) -> None:
 
 
 def check_damaged_clips(originals: Sequence[Path], count: int) -> None:
-    contents = [path.read_bytes() for path in originals]
-    heads = [content[:size] for content in contents for size in (12, 200)]
+    heads = [path.read_bytes()[:size] for path in originals for size in (12, 200)]
     whole = {path: {frame.tobytes() for frame in decoded(path)} for path in originals}
     mutants = mutants_of(originals, heads, count)
     least = len(originals) + 1
@@ -470,8 +469,7 @@ def every_row_of_a_csv_file_counts(folder: Path, suffix: str, rows: Sequence[dic
 def every_row_of_a_json_file_counts(folder: Path, is_array: bool, is_ascii: bool, rows: Sequence[object]) -> None:
     file, rows = folder / "any.json", [{"video": "a.mp4", "caption": "the first one"}, *rows]
     texts = [json.dumps(row, ensure_ascii=is_ascii) for row in rows]
-    text = f"[{','.join(texts)}]" if is_array else "\n".join(texts)
-    file.write_bytes(text.encode("utf-8", "replace"))
+    file.write_bytes((f"[{','.join(texts)}]" if is_array else "\n".join(texts)).encode("utf-8", "replace"))
     assert count_of(plan("--dataset_file", file)) == len(rows)
 
 
@@ -592,8 +590,7 @@ def make_files(folder: Path, *, with_index: bool = True) -> list[Path]:
         (folder / kind).mkdir(parents=True)
         for name in SAMPLES:
             # The original script wrote one encoding of an image, without an axis for several.
-            one = shape[1:] if kind == "image_latents" else shape
-            torch.save(torch.zeros(one), folder / kind / f"{name}.pt")
+            torch.save(torch.zeros(shape[1:] if kind == "image_latents" else shape), folder / kind / f"{name}.pt")
     tensors = [folder / kind / "one.pt" for kind in SHAPES]
     if not with_index:
         return tensors
@@ -675,8 +672,7 @@ def other_values_in_json_are_read_or_refused(folder: Path, path: Sequence[int], 
     for file in ("shards/index.jsonl", "files/data.jsonl", "shards/prepared.json"):
         text = (folder / file).read_text()
         first, *rest = text.split("\n", 1) if file.endswith(".jsonl") else [text]
-        changed = json.dumps(with_another_value(json.loads(first), path, value))
-        (folder / file).write_text("\n".join([changed, *rest]))
+        (folder / file).write_text("\n".join([json.dumps(with_another_value(json.loads(first), path, value)), *rest]))
         check_prepared_folder((folder / file).parent)
         (folder / file).write_text(text)
 

@@ -57,8 +57,7 @@ def test_bf16_weights_stepped_in_the_backward_pass_resume_bit_for_bit(tiny_model
     with pytest.raises(KeyError):  # unknown
         curve(tmp_path / "whole", "grad_norm")
 
-    resumed = resume(script, model, data, tmp_path / "whole", tmp_path / "resumed", *flags)
-    assert_same_weights(resumed, whole)
+    assert_same_weights(resume(script, model, data, tmp_path / "whole", tmp_path / "resumed", *flags), whole)
     start = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(not torch.equal(whole[name], start[name]) for name in whole if name.endswith("to_q.weight"))
 

@@ -187,11 +187,10 @@ def test_the_tasks_get_the_environment_of_accelerate_launch(tmp_path, config):
     (tmp_path / "config.yaml").write_text(config)
     (tmp_path / "script.py").write_text("import json, os\nprint('environment:', json.dumps(dict(os.environ)))\n")
     launch = ["accelerate", "launch", "--config_file", "config.yaml", "--num_processes", "1", "--num_machines", "1"]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         [*launch, "--main_process_port", "0", "script.py"],
         cwd=tmp_path,
-        env=os.environ | {"PATH": path},
+        env=os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])},
         capture_output=True,
         text=True,
     )

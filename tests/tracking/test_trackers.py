@@ -131,8 +131,7 @@ def test_a_resumed_run_continues_its_wandb_run_and_a_new_one_starts_another(tmp_
 
 def test_the_environment_sets_the_wandb_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "chosen")
-    accelerator = started(tmp_path, "wandb")
-    accelerator.end_training()
+    started(tmp_path, "wandb").end_training()
     assert wandb_runs(tmp_path) == ["chosen"]
 
 

@@ -43,7 +43,6 @@ def nearest(rgb: np.ndarray, names: dict[str, str]) -> str:
 
 
 def find_shape(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the background's colour, and where the frame differs from it."""
     background = np.median(np.concatenate([frame[0], frame[-1], frame[:, 0], frame[:, -1]]), axis=0)
     return background, np.abs(frame.astype(int) - background).sum(axis=2) > 100
 

@@ -27,7 +27,7 @@ def test_the_loss_is_the_published_weighted_one_computed_in_float64(snr_shift_sc
         for z0, e, v in zip(*values, strict=True):
             zt = math.sqrt(ac) * z0 + math.sqrt(1 - ac) * e
             z0_hat = math.sqrt(ac) * zt - math.sqrt(1 - ac) * v
-        total += (z0_hat - z0) ** 2 / (1 - ac)
+            total += (z0_hat - z0) ** 2 / (1 - ac)
         assert loss == pytest.approx(total / latents[sample].numel(), rel=1e-5)
 
 

@@ -19,7 +19,6 @@ SEED = 11
 
 
 def make_batch(frames: int = 5, height: int = 8, width: int = 12) -> Batch:
-    """Two prepared samples, sized in latents."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(2, 16, frames, height, width, generator=generator)
     logvar = torch.randn(2, 16, frames, height, width, generator=generator) - 2
@@ -32,7 +31,6 @@ def make_batch(frames: int = 5, height: int = 8, width: int = 12) -> Batch:
 
 
 def recorded_objective(tiny_models) -> tuple[Objective, list[dict[str, torch.Tensor]]]:
-    """An objective of a model that predicts zeros, and the inputs of each call."""
     calls = []
 
     def predict_zeros(**inputs) -> tuple[torch.Tensor]:

@@ -138,7 +138,6 @@ def test_learned_positions_are_dropped_on_request_from_the_config_too(tiny_model
 
 
 def inputs_of_pipeline(model, image: Image.Image, num_frames: int) -> dict[str, torch.Tensor]:
-    """The transformer's inputs in the first step of sampling."""
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(model)
     seen = []
     pipeline.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)

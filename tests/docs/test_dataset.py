@@ -65,7 +65,6 @@ class Workplace:
         (folder / "try/model/model_index.json").touch()
 
     def follow(self, kind: str, name: str, content: str) -> None:
-        """Do the steps of a block of the page."""
         if kind == "file":
             write(self.folder / name, content.replace("/data/", f"{self.folder}/"))
         elif kind == "files":
@@ -96,7 +95,6 @@ def write(path: Path, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Workplace:
-    """The page after all its steps."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -142,7 +140,6 @@ def test_images_and_repeats_of_the_examples_are_read(workplace):
 
 @pytest.fixture
 def demo(workplace, monkeypatch) -> Callable[..., RawData]:
-    """Plan the demo's clips with the page's flags and others."""
     monkeypatch.chdir(workplace.folder)
     monkeypatch.setenv("COGVIDEOX_FACTORY_CACHE", str(workplace.folder / "cache"))
     *_, call = workplace.calls(block("command", "try"))

@@ -21,7 +21,6 @@ SLURM = {"srun": SRUN, "sbatch": SBATCH, "scontrol": "#!/bin/sh\necho a\n", "not
 
 @pytest.fixture
 def calls_of(tmp_path, monkeypatch):
-    """Return the calls of a block of the page, in a folder with the files that the commands name."""
     for name in ("prepared", "my-clips", "clips"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)

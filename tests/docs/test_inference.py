@@ -20,7 +20,6 @@ BLOCKS = marked_blocks(PAGE)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A working directory with the files that the commands name."""
     for name in ("my-lora", "style", "motion"):
         (tmp_path / "outputs" / name).mkdir(parents=True)
         (tmp_path / "outputs" / name / LORA_FILE).touch()

@@ -70,7 +70,6 @@ def numbers(cells: list[str]) -> list[list[str]]:
 
 @pytest.fixture(params=PAIRS, ids=lambda pair: pair[0])
 def languages(request) -> tuple[str, str]:
-    """A page in English and in Chinese."""
     return tuple(map(read_page, request.param))
 
 

@@ -58,7 +58,6 @@ def call_on_ranks(function: Callable[..., Any], num_ranks: int, folder: Path, *a
 def call_on_rank(
     function: Callable[..., Any], rank: int, num_ranks: int, folder: Path, args: tuple, timeout: float
 ) -> None:
-    """Call a function as one rank, see `call_on_ranks`."""
     import torch
     from torch import distributed
 
@@ -73,7 +72,6 @@ def call_on_rank(
 
 
 def set_rank(rank: int, num_ranks: int) -> None:
-    """Set what a launcher tells this process."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "ACCELERATE_USE_CPU": "true"}
 
@@ -113,7 +111,6 @@ def start(
 
 
 def finish(script: str, argv: list[str], log: Path, num_ranks: int = 1) -> str:
-    """Run a script to the end; returns the log."""
     for process in start(script, argv, log, num_ranks):
         process.join()
         assert process.exitcode == 0, log.read_text()
@@ -123,7 +120,6 @@ def finish(script: str, argv: list[str], log: Path, num_ranks: int = 1) -> str:
 def run_rank(
     script: str, argv: list[str], rank: int, num_ranks: int, port: int, log: Path, stop: Stop | None, largest_file: int
 ) -> None:
-    """Run a script as one rank, see `start`."""
     import torch
 
     if num_ranks > 1:

@@ -33,7 +33,6 @@ def make_objective(
 
 
 def with_adapters(model: Path | str, *, dropout: float = 0.5, quantize: str = "none") -> CogVideoXTransformer3DModel:
-    """Load a transformer in training mode with adapters."""
     transformer = ModelSource(str(model)).load_transformer(torch.float32, quantize=quantize)
     add_adapters(transformer, dropout)
     return transformer
@@ -80,7 +79,6 @@ def train_step(
 
 @torch.no_grad()
 def sample_step(transformer: CogVideoXTransformer3DModel) -> torch.Tensor:
-    """A forward pass without gradients."""
     torch.manual_seed(7)
     return transformer(**inputs_of(transformer), return_dict=False)[0]
 

@@ -33,7 +33,6 @@ METHODS = {"lora": LORA, "sft": FULL}
 
 
 def storage_bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes of a tensor or of all parts of a quantized one."""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(storage_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.nbytes
@@ -227,7 +226,6 @@ def test_nf4_weights_are_as_large_as_those_of_bitsandbytes():
 
 
 def of_second_block(configs: ModelConfigs, kept: Callable[[ModelConfigs], int]) -> int:
-    """Return what a second block adds to the bytes kept."""
     return kept(with_layers(configs, 2)) - kept(with_layers(configs, 1))
 
 
@@ -307,7 +305,6 @@ def test_the_peak_of_decoding_is_what_allocations_add_up_to():
 
 
 def account_5b(name: str, **settings) -> MemoryAccount:
-    """Return the account of the 5b model at full size."""
     workload = Workload(NATIVE, 1, sampled=NATIVE)
     memory = MemorySettings(name, gradient_checkpointing=True, **settings)
     return account(released_facts("5b", name), memory, workload)

@@ -27,7 +27,6 @@ INPUT_BYTES = 2 * (16 + 5 * 4 * 6) * 128 * 4  # text and video tokens of two sam
 
 
 def small_store() -> CheckpointStore:
-    """Return a store with chunks smaller than the tensors."""
     return CheckpointStore(HostStack(chunk_bytes=10_000))
 
 

@@ -28,7 +28,6 @@ def transformer(model) -> CogVideoXTransformer3DModel:
 
 
 def without_metadata(file: Path) -> Path:
-    """Rewrite a file as the original scripts did."""
     save_file(load_file(file), file, metadata={"format": "pt"})
     return file
 

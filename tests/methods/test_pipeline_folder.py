@@ -36,7 +36,6 @@ def write_tuned(source: ModelSource, folder: Path) -> Path:
 
 
 def sample(pipeline: CogVideoXPipeline | CogVideoXImageToVideoPipeline) -> torch.Tensor:
-    """Return the latents after two steps from constant prompt and noise."""
     pipeline.set_progress_bar_config(disable=True)
     image = {"image": Image.new("RGB", (48, 32), "red")} if pipeline.transformer.config.in_channels == 32 else {}
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +50,6 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def model(tiny_models, tmp_path) -> Path:
-    """A copy of a tiny model."""
     return Path(shutil.copytree(tiny_models("2b"), tmp_path / "model"))
 
 

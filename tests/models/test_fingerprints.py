@@ -8,7 +8,6 @@ from models.fingerprints import ENCODERS, fingerprint_encoders
 
 @pytest.fixture
 def model(tiny_models, tmp_path) -> Path:
-    """A copy that tests may change."""
     return Path(shutil.copytree(tiny_models("5b"), tmp_path / "model"))
 
 

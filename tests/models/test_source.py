@@ -217,7 +217,6 @@ def test_the_scheduler_has_the_class_and_settings_of_the_config(tiny_models, kin
 
 @pytest.fixture
 def weightless(tiny_models, tmp_path) -> Path:
-    """The folder of a model without its weights."""
     return Path(shutil.copytree(tiny_models("5b"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")))
 
 
@@ -303,8 +302,6 @@ def test_the_number_of_tokens_is_that_of_a_real_model(tiny_models, kind):
 
 
 class Evil:
-    """Runs code when it is unpickled."""
-
     def __init__(self, file: Path):
         self.file = file
 

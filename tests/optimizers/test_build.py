@@ -79,7 +79,6 @@ def train(
     rate: float,
     loss_of: Callable[[], torch.Tensor] | None = None,
 ) -> list[float]:
-    """Take these steps of a schedule of 40; gives the losses."""
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=40)
     scheduler.last_epoch = steps.start
     apply_learning_rate(optimizer, scheduler, rate)
@@ -96,7 +95,6 @@ def train(
 
 @pytest.fixture(scope="module")
 def lora(tiny_models) -> tuple[CogVideoXTransformer3DModel, Callable[[], torch.Tensor]]:
-    """The tiny transformer with an untrained LoRA, and the loss of a batch on it."""
     transformer = CogVideoXTransformer3DModel.from_pretrained(tiny_models("5b"), subfolder="transformer")
     torch.manual_seed(0)
     Lora(rank=64, alpha=64, target_modules=["to_out.0"]).attach(transformer)

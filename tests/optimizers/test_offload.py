@@ -70,7 +70,6 @@ def backward(net: torch.nn.Module, step: int) -> None:
 def train(
     net: torch.nn.Module, optimizer: Optimizer, steps: range, max_norm: float = 1e9, passes: int = 1
 ) -> list[torch.Tensor]:
-    """Train with several backward passes a step, and return the norms."""
     clip = getattr(optimizer, "clip_grad_norm_", partial(torch.nn.utils.clip_grad_norm_, list(net.parameters())))
     norms = []
     for step in steps:

@@ -37,7 +37,6 @@ Case = tuple[Path, str, str]  # the model, the method, the way it is run
 
 
 def load(model: Path, method: str) -> CogVideoXTransformer3DModel:
-    """Load a transformer for full fine-tuning, or with adapters without dropout."""
     transformer = CogVideoXTransformer3DModel.from_pretrained(model, subfolder="transformer")
     if method == "lora":
         add_adapters(transformer, dropout=0.0)
@@ -153,7 +152,6 @@ def assert_same_curves(output: Path, expected: Path) -> None:
 
 
 def divide_everything(cases: Sequence[Case], flags: list[str]) -> tuple[list[Result], torch.Tensor]:
-    """Do everything that two ranks do in one launch."""
     results = divided_steps(cases, 2), alone_beside_others(cases[0][0])
     cogvideox_text_to_video_lora.main(flags)
     return results

@@ -21,7 +21,6 @@ SCRIPTS = {
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """Three good clips and their lists."""
     folder = tmp_path / "data"
     (folder / "videos").mkdir(parents=True)
     names = [f"videos/{name}.mp4" for name in "abc"]
@@ -112,7 +111,6 @@ BAD_FLAGS = {
 
 
 def cases(mistakes: Iterable[str]) -> list[tuple[str, str]]:
-    """Return the mistakes to make with each script."""
     scripts = {mistake: ["train"] if mistake.startswith("train: ") else SCRIPTS for mistake in mistakes}
     return [(mistake, script) for mistake in mistakes for script in scripts[mistake]]
 

@@ -24,7 +24,6 @@ SAMPLING_STEPS = 10
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
-    """The folder of the demo, trained and sampled in fewer steps."""
     folder = tmp_path_factory.mktemp("demo")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     settings = {"DEMO_STEPS": "75", "DEMO_SAMPLING_STEPS": str(SAMPLING_STEPS)}
@@ -40,7 +39,6 @@ def demo(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(demo) -> Path:
-    """The folder of its training run."""
     (folder,) = (demo / "outputs").iterdir()
     return folder
 

@@ -226,7 +226,6 @@ RESUME = ("--max_train_steps", "8", "--resume_from_checkpoint", "latest")
 
 @pytest.fixture
 def stopped_run(train, tmp_path) -> Path:
-    """A run of 4 steps with checkpoints at 2 and 4."""
     train(tmp_path / "run", "--max_train_steps", "4", "--checkpointing_steps", "2", "--lr_scheduler", "linear")
     return tmp_path / "run"
 

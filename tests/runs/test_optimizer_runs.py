@@ -24,7 +24,6 @@ def data(tmp_path_factory) -> Path:
 
 
 def train(script, model: Path, data: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
-    """Train for two steps; returns the written weights."""
     common = ("--load_tensors", "--learning_rate", "1e-3", "--max_train_steps", "2", "--checkpointing_steps", "1")
     # torchao compiles its step, which changes nothing in the result and takes long on a CPU.
     with torch.compiler.set_stance("force_eager"):
@@ -32,7 +31,6 @@ def train(script, model: Path, data: Path, output: Path, *flags: str) -> dict[st
 
 
 def resume(script, model: Path, data: Path, whole: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
-    """Resume from the first step of a run in another folder."""
     shutil.copytree(whole / "checkpoint-1", output / "checkpoint-1")
     return train(script, model, data, output, "--resume_from_checkpoint", "latest", *flags)
 

@@ -43,7 +43,6 @@ def clip(tiny_models, tmp_path_factory) -> PreparedClip:
 
 
 def train(script: ModuleType, model: Path, clip: PreparedClip, output: Path, *flags: str) -> Path:
-    """Train only on the clip, four times a step with different noise and timesteps."""
     mix = output.parent / "mix.json"
     mix.write_text(json.dumps([{"data_root": str(clip.video_latents.file.parents[1]), "repeats": 4}]))
     argv = ["--pretrained_model_name_or_path", str(model), "--dataset_mix", str(mix), "--load_tensors", *SIZE_FLAGS]

@@ -50,7 +50,6 @@ class Kind:
         self.objective = make_objective(source, transformer, task=self.task)
 
     def sample(self, size: Bucket, image: Image.Image | None = None, **options) -> torch.Tensor:
-        """The latents that the pipeline samples."""
         return sample_latents(self.pipeline, size, **({"image": image} if self.task.with_images else {}), **options)
 
 
@@ -62,7 +61,6 @@ def make_kind(tiny_models) -> Callable[[str, Bucket], Kind]:
 
 
 def inputs_of(transformer: torch.nn.Module, run: Callable[[], object]) -> dict[str, object]:
-    """Return the inputs of the first forward pass of the transformer."""
     seen = []
     hook = transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     with torch.no_grad():

@@ -20,7 +20,6 @@ NETWORKS = (T5EncoderModel, AutoencoderKLCogVideoX, CogVideoXEncoder3D, CogVideo
 
 
 def alive() -> list[str]:
-    """Return the networks that are referenced in this process."""
     gc.collect()
     # By type(): isinstance would ask torch's lazy modules for attributes that warn.
     return sorted(kind.__name__ for kind in (type(thing) for thing in gc.get_objects()) if kind in NETWORKS)

@@ -203,7 +203,6 @@ def test_the_tasks_get_the_environment_of_accelerate_launch(tmp_path, config):
 
 @pytest.fixture
 def real(tiny_models, demo_clips, tmp_path) -> dict[str, str]:
-    """Settings for real runs of the scripts."""
     settings = {"PYTHON": sys.executable, "MODEL_ID": str(tiny_models("5b")), "DATA_ROOT": str(demo_clips)}
     settings |= {"HEIGHT_BUCKETS": "64", "WIDTH_BUCKETS": "96", "FRAME_BUCKETS": "9 17", "DTYPE": "fp32"}
     return settings | {"OUTPUT_DIR": str(tmp_path / "prepared"), "ACCELERATE_USE_CPU": "true"}

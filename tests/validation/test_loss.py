@@ -40,8 +40,6 @@ def held_out(demo_clips) -> list[ClipSample]:
 
 
 class Encoders:
-    """The parts of a tiny model that encode the clips."""
-
     def __init__(self, model: Path, folder: Path, clips: list[ClipSample]):
         source = ModelSource(str(model))
         self.vae = source.load_vae(torch.float32, slicing=False, tiling=False)
@@ -61,7 +59,6 @@ def encoders(tiny_models, held_out, tmp_path_factory) -> Encoders:
 
 @pytest.fixture(scope="module")
 def encoded(encoders, held_out) -> list[Batch]:
-    """The three clips, encoded on one rank."""
     return encoders.encode(held_out)
 
 
@@ -183,7 +180,6 @@ def test_losses_are_computed_in_eval_mode_which_is_undone(was_training, fails):
 
 @pytest.fixture(scope="module")
 def image_objective(tiny_models) -> Objective:
-    """The objective of a model that is trained without captions and images."""
     source = ModelSource(str(tiny_models("1.5-5b-i2v")))
     transformer = source.load_transformer(torch.float32)
     return Objective(

@@ -72,7 +72,6 @@ def embeddings(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workplace(tiny_models, tmp_path, embeddings):
-    """Return a function that sets up a workplace for a model kind with these prompts embedded."""
     return lambda kind, *prompts: Workplace(
         tiny_models(kind), tmp_path, [*(prompts or SETTINGS.prompts), ""], embeddings
     )
@@ -80,7 +79,6 @@ def workplace(tiny_models, tmp_path, embeddings):
 
 @pytest.fixture
 def warnings_of(caplog):
-    """Return a function that lists the project's own warnings so far."""
     ours = ("validation.videos", "validation.trackers")
     return lambda: [
         record.getMessage() for record in caplog.records if record.levelno == logging.WARNING and record.name in ours
@@ -203,7 +201,6 @@ def sheet_of(place, step):
 
 
 def cell(sheet, row, column):
-    """A cell of the sheet, whose frames are 222 x 148 pixels."""
     top, left = 44 + 12 + row * 172, 20 + column * 226
     return sheet[top : top + 148, left : left + 222]
 
@@ -262,7 +259,6 @@ class MeddlingPipeline(CogVideoXPipeline):
 
 
 def state_of(module):
-    """All that a validation must not change."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     facts = [(name, tensor.dtype, tensor.device, tensor.requires_grad) for name, tensor in tensors]
     values = [tensor.detach().clone() for _, tensor in tensors]
@@ -343,8 +339,6 @@ def test_a_damaged_video_of_the_base_model_costs_only_the_sheet(workplace, warni
 
 
 class Comet:
-    """accelerate's tracker of comet_ml, and the methods of its experiment that log videos."""
-
     name = "comet_ml"
 
     def __init__(self):

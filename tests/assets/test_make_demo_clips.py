@@ -20,15 +20,8 @@ from make_demo_clips import make_demo_clips, plan_scenes
 
 
 SHAPE_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
-BACKGROUND_COLOURS = {
-    "white": "white",
-    "black": "black",
-    "grey": "grey",
-    "beige": "beige",
-    "light blue": "lightblue",
-    "dark green": "darkgreen",
-    "navy blue": "navy",
-}
+BACKGROUND_COLOURS = {name: name for name in ("white", "black", "grey", "beige")}
+BACKGROUND_COLOURS |= {"light blue": "lightblue", "dark green": "darkgreen", "navy blue": "navy"}
 # Part of the area of the box around it that a shape fills.
 FILLED = {"circle": math.pi / 4, "square": 1.0, "triangle": 0.5}
 

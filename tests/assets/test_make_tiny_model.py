@@ -89,16 +89,9 @@ def test_the_pipeline_loads_and_samples_9_frames(tiny_models, kind):
     pipeline.set_progress_bar_config(disable=True)
     # The learned positions of 5b-i2v fit only the native size.
     height, width = (64, 96) if kind == "5b-i2v" else (32, 48)
-    video = pipeline(
-        prompt="a red circle",
-        **({"image": Image.new("RGB", (width, height), "red")} if kind.endswith("i2v") else {}),
-        height=height,
-        width=width,
-        num_frames=9,
-        num_inference_steps=2,
-        generator=torch.Generator().manual_seed(0),
-        output_type="np",
-    ).frames
+    options = {"image": Image.new("RGB", (width, height), "red")} if kind.endswith("i2v") else {}
+    options |= {"height": height, "width": width, "num_frames": 9, "num_inference_steps": 2, "output_type": "np"}
+    video = pipeline(prompt="a red circle", generator=torch.Generator().manual_seed(0), **options).frames
     assert video.shape == (1, 9, height, width, 3)
     assert np.isfinite(video).all()
     assert video.std() > 0.01

@@ -28,15 +28,13 @@ LISTED = [("my-clips/videos/rabbit.mp4", RABBIT), ("my-clips/videos/street.mp4",
 READ_BY_LIBRARY = ("A rabbit yawns", "A cyclist waits")
 # The clips that each command reads; the other commands read clips on the hub, or prepared data.
 CLIPS = {
-    "pair": LISTED,
+    **dict.fromkeys(("pair", "csv", "tsv", "jsonl", "json", "parquet", "images"), LISTED),
     "folder": [("my-folder/night/street.mp4", STREET), ("my-folder/rabbit.mp4", RABBIT)],
-    "csv": LISTED,
-    "tsv": LISTED,
-    "jsonl": LISTED,
-    "json": LISTED,
-    "parquet": LISTED,
     "local data set": list(zip(("my-dataset/rabbit.mp4", "my-dataset/street.mp4"), READ_BY_LIBRARY, strict=True)),
-    "saved": [(video, caption) for (video, _), caption in zip(LISTED, READ_BY_LIBRARY, strict=True)],
+    **dict.fromkeys(
+        ("saved", "with first frames"),
+        [(video, caption) for (video, _), caption in zip(LISTED, READ_BY_LIBRARY, strict=True)],
+    ),
     "mix": [("my-folder/night/street.mp4", f"BURROW {STREET}"), ("my-folder/rabbit.mp4", f"BURROW {RABBIT}"), *LISTED],
     "stills": [
         ("my-folder/night/street.mp4", STREET),
@@ -44,11 +42,6 @@ CLIPS = {
         ("my-folder/rabbit.mp4", RABBIT),
     ],
     "captioned": [("my-footage/rabbit.mp4", RABBIT), ("my-footage/street.mp4", STREET)],
-    "images": LISTED,
-    "with first frames": [
-        ("my-clips/videos/rabbit.mp4", "A rabbit yawns"),
-        ("my-clips/videos/street.mp4", "A cyclist waits"),
-    ],
 }
 
 

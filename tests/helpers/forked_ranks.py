@@ -33,11 +33,7 @@ def start_server() -> None:
 
 
 def call_on_ranks(function: Callable[..., Any], num_ranks: int, folder: Path, *args: Any, timeout: float = 60) -> list:
-    """Call a function in the processes of a launch, whose collectives have a timeout in seconds; returns its results.
-
-    Args:
-        folder: a new one for the results, which are values or tensors.
-    """
+    """Call a function in the processes of a launch, with a timeout of collectives in seconds; returns its results."""
     folder.mkdir()
     start_server()
     ranks = [

@@ -100,9 +100,7 @@ def noted_calls(
 ) -> list[list[str]]:
     """Run shell code in a folder with the repository's files, and return the arguments of each script it would start.
 
-    Args:
-        programs: name -> text of a program to use instead of the installed one.
-        environment: variables to set.
+    Programs, text by name, are used instead of the installed ones.
     """
     bin_folder, calls = folder / "programs", folder / "calls"
     bin_folder.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from data.buckets import Bucket
-from flags.optimizer import OptimizerFlags
+from flags.optimizer import LOW_BITS, OptimizerFlags
 from make_full_size_model import full_size_configs
 from memory.accounting import MemoryAccount, account, quantized_bytes, state_bytes
 from memory.activation_bytes import block_tensors, decoding_bytes, sampling_bytes
@@ -169,17 +169,9 @@ def test_weights_and_gradients_are_those_of_a_real_model(tiny_models):
         assert result.gradients == by_training[True]
 
 
-OPTIMIZERS = {
-    "adam": {},
-    "adamw": {"use_8bit": True},
-    "adamw, torchao 8-bit": {"use_8bit": True, "use_torchao": True},
-    "adamw, torchao 4-bit": {"use_4bit": True, "use_torchao": True},
-    "adamw, torchao fp8": {"use_fp8": True, "use_torchao": True},
-    "prodigy": {},
-    "came": {},
-    "schedulefree": {},
-    "muon": {},
-}
+OPTIMIZERS = {name: {} for name in ("adam", "prodigy", "came", "schedulefree", "muon")}
+OPTIMIZERS |= {"adamw": {"use_8bit": True}}
+OPTIMIZERS |= {f"adamw, torchao {bits}": {bits: True, "use_torchao": True} for bits in LOW_BITS}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

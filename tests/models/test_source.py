@@ -112,14 +112,8 @@ def test_tiles_of_the_released_size_fit_together():
 
 def make_tiled_vae(sample_height: int, sample_width: int) -> AutoencoderKLCogVideoX:
     """Build a thin VAE with the default tiles: half the sample's size, overlapping by a sixth and a fifth."""
-    vae = AutoencoderKLCogVideoX(
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        norm_num_groups=2,
-        latent_channels=16,
-        sample_height=sample_height,
-        sample_width=sample_width,
-    )
+    config = {"block_out_channels": (4, 4, 4, 4), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 16}
+    vae = AutoencoderKLCogVideoX(**config, sample_height=sample_height, sample_width=sample_width)
     vae.enable_tiling()
     return vae.eval()
 

@@ -34,17 +34,9 @@ from optimizers.build import (
 )
 
 
+STATES = [{}, {"use_8bit": True}, *({bits: True, "use_torchao": True} for bits in LOW_BITS)]
 ALL = [
-    {"optimizer": "adam"},
-    {"optimizer": "adamw"},
-    {"optimizer": "adam", "use_8bit": True},
-    {"optimizer": "adamw", "use_8bit": True},
-    {"optimizer": "adam", "use_8bit": True, "use_torchao": True},
-    {"optimizer": "adamw", "use_8bit": True, "use_torchao": True},
-    {"optimizer": "adam", "use_4bit": True, "use_torchao": True},
-    {"optimizer": "adamw", "use_4bit": True, "use_torchao": True},
-    {"optimizer": "adam", "use_fp8": True, "use_torchao": True},
-    {"optimizer": "adamw", "use_fp8": True, "use_torchao": True},
+    *({"optimizer": name} | states for states in STATES for name in ("adam", "adamw")),
     {"optimizer": "prodigy", "learning_rate": 1.0, "prodigy_safeguard_warmup": True},
     {"optimizer": "came", "learning_rate": 2e-4},
     {"optimizer": "schedulefree"},

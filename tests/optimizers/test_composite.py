@@ -6,18 +6,12 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
+from flags.optimizer import LOW_BITS
 from optimizers.build import make_optimizer
 
 
-STATES = [
-    {"name": "adam"},
-    {"name": "adamw"},
-    {"name": "adam", "use_8bit": True},
-    {"name": "adamw", "use_8bit": True},
-    {"name": "adamw", "use_8bit": True, "use_torchao": True},
-    {"name": "adamw", "use_4bit": True, "use_torchao": True},
-    {"name": "adamw", "use_fp8": True, "use_torchao": True},
-]
+STATES = [{"name": name} | states for states in ({}, {"use_8bit": True}) for name in ("adam", "adamw")]
+STATES += [{"name": "adamw", bits: True, "use_torchao": True} for bits in LOW_BITS]
 
 
 def model(device: str = "cpu") -> torch.nn.Module:

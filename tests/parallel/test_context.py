@@ -49,10 +49,6 @@ def step(transformer: CogVideoXTransformer3DModel, model: torch.nn.Module | None
     """Return output and gradients of the mean loss of two samples of 48x80 pixels, with 15 tokens per frame.
 
     There are five frames, or three pairs of frames, so that the number of tokens is odd.
-
-    Args:
-        model: the wrapped transformer, if it is wrapped.
-        seed: of the samples.
     """
     config, generator = transformer.config, torch.Generator().manual_seed(seed)
     frames = 5 + 5 % (config.patch_size_t or 1)

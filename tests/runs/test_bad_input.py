@@ -33,11 +33,7 @@ def data(tmp_path) -> Path:
 
 
 def run(script: str, data: Path, *flags: str) -> tuple[int, str]:
-    """Run a script in a child process; returns exit code and stderr. Fails if torch was imported.
-
-    Args:
-        flags: MODEL stands for the flag for the model, DATA for the data's folder.
-    """
+    """Run a script, which must not import torch; in flags MODEL stands for that for the model, DATA for the folder."""
     module, model_flag = SCRIPTS[script]
     argv = [model_flag, "owner/name", "--data_root", str(data), "--output_dir", str(data.parent / "out")]
     argv += ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17"]

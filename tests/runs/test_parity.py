@@ -35,8 +35,7 @@ CPU = torch.device("cpu")
 class Kind:
     """A tiny model as a user samples it, and the objective that trains the same transformer.
 
-    Args:
-        drop_positions: drop the learned ones, for sampling with the code in the usage, for training as the task does.
+    Learned positions are dropped, if so, for sampling with the code in the usage, for training as the task does.
     """
 
     def __init__(self, source: ModelSource, *, drop_positions: bool):
@@ -184,13 +183,8 @@ def test_the_true_velocity_has_no_loss_and_the_scheduler_recovers_the_clean_late
         clean = clean.expand(-1, 2, -1, -1, -1)  # padded
     transformer = kind.objective.transformer
     predict_the_truth(kind, transformer, clean)
-    batch = Batch(
-        ["a"] * 1000,
-        Bucket(1, 16, 16),
-        video_moments=moments,
-        image_moments=moments,
-        prompt_embeds=torch.zeros(1000, 1, 64),
-    )
+    tensors = {"video_moments": moments, "image_moments": moments, "prompt_embeds": torch.zeros(1000, 1, 64)}
+    batch = Batch(["a"] * 1000, Bucket(1, 16, 16), **tensors)
     inputs = {}
 
     def losses() -> None:

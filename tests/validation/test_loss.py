@@ -23,6 +23,7 @@ from models.prompts import PromptCache
 from models.source import ModelSource
 from parallel.coordinator import Coordinator
 from schedulers import make_scheduler
+from tiny_steps import make_objective
 from validation.loss import clip_losses, encode_validation_set, mean_losses, validate_loss
 from video.probe import probe_files
 
@@ -181,18 +182,9 @@ def test_losses_are_computed_in_eval_mode_which_is_undone(was_training, fails):
 @pytest.fixture(scope="module")
 def image_objective(tiny_models) -> Objective:
     source = ModelSource(str(tiny_models("1.5-5b-i2v")))
-    transformer = source.load_transformer(torch.float32)
-    return Objective(
-        ImageToVideo(noised_image_dropout=1.0, ignore_learned_positions=False),
-        transformer,
-        transformer,
-        source.load_scheduler(),
-        source.configs(),
-        None,
-        torch.float32,
-        caption_dropout=1.0,
-        empty_prompt=torch.zeros(8, 64),
-    )
+    objective = make_objective(source, task=ImageToVideo(noised_image_dropout=1.0, ignore_learned_positions=False))
+    objective.caption_dropout, objective.empty_prompt = 1.0, torch.zeros(8, 64)
+    return objective
 
 
 @pytest.fixture(scope="module")

@@ -23,21 +23,16 @@ from validation.videos import ValidationSettings, validate
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 RED, BLUE = (220, 10, 10), (10, 10, 220)
-SETTINGS = ValidationSettings(
-    prompts=["a red circle"],
-    images=None,
-    dtype=torch.float32,
-    num_videos=1,
-    height=32,
-    width=48,
-    num_frames=9,
-    num_inference_steps=1,
-    guidance_scale=6.0,
-    use_dynamic_cfg=False,
-    enable_model_cpu_offload=False,
-    seed=3,
-    fps=8,
-)
+OPTIONS = {
+    "num_videos": 1,
+    "height": 32,
+    "width": 48,
+    "num_frames": 9,
+    "num_inference_steps": 1,
+    "guidance_scale": 6.0,
+}
+OPTIONS |= {"use_dynamic_cfg": False, "enable_model_cpu_offload": False, "seed": 3, "fps": 8}
+SETTINGS = ValidationSettings(prompts=["a red circle"], images=None, dtype=torch.float32, **OPTIONS)
 
 
 class Workplace:
@@ -100,16 +95,9 @@ def test_videos_are_what_a_user_samples_with_the_same_settings(workplace, use_dy
     place.pipeline_class = Recorded
     settings = replace(SETTINGS, width=64, num_inference_steps=2, guidance_scale=3.0, seed=11)
     assert place.validate(replace(settings, use_dynamic_cfg=use_dynamic_cfg)) == []
-    expected = CogVideoXPipeline.from_pretrained(place.source.path)(
-        "a red circle",
-        height=32,
-        width=64,
-        num_frames=9,
-        num_inference_steps=2,
-        guidance_scale=3.0,
-        use_dynamic_cfg=use_dynamic_cfg,
-        generator=torch.Generator().manual_seed(11),
-    ).frames[0]
+    options = {"height": 32, "width": 64, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 3.0}
+    options |= {"use_dynamic_cfg": use_dynamic_cfg, "generator": torch.Generator().manual_seed(11)}
+    expected = CogVideoXPipeline.from_pretrained(place.source.path)("a red circle", **options).frames[0]
     assert np.array_equal(np.stack(sampled), np.stack(expected))
     (video,) = place.videos()
     assert video.shape == (9, 32, 64, 3)

@@ -40,7 +40,6 @@ def test_all_scenes_are_trained_on_or_held_out_and_every_word_is_trained_on():
     trained, held_out = plan_base_scenes()
     assert len({scene.caption for scene in trained + held_out}) == len(trained) + len(held_out) == 6 * 3 * 4 * 4
     assert len(held_out) == NUM_HELD_OUT
-    words = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "motion": DIRECTIONS}
-    for name, choices in words.items():
+    for name, choices in {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "motion": DIRECTIONS}.items():
         assert {getattr(scene, name) for scene in trained} == set(choices)
     assert len(list(draw_frames(held_out[0]))) == 17

@@ -26,15 +26,13 @@ RABBIT = "A plump grey rabbit yawns in front of its burrow, both arms stretched 
 STREET = "A cyclist waits at the edge of a busy street, one foot on the kerb"
 LISTED = [("my-clips/videos/rabbit.mp4", RABBIT), ("my-clips/videos/street.mp4", STREET)]
 READ_BY_LIBRARY = ("A rabbit yawns", "A cyclist waits")
+RETOLD = [(video, caption) for (video, _), caption in zip(LISTED, READ_BY_LIBRARY, strict=True)]
 # The clips that each command reads; the other commands read clips on the hub, or prepared data.
 CLIPS = {
     **dict.fromkeys(("pair", "csv", "tsv", "jsonl", "json", "parquet", "images"), LISTED),
     "folder": [("my-folder/night/street.mp4", STREET), ("my-folder/rabbit.mp4", RABBIT)],
     "local data set": list(zip(("my-dataset/rabbit.mp4", "my-dataset/street.mp4"), READ_BY_LIBRARY, strict=True)),
-    **dict.fromkeys(
-        ("saved", "with first frames"),
-        [(video, caption) for (video, _), caption in zip(LISTED, READ_BY_LIBRARY, strict=True)],
-    ),
+    **dict.fromkeys(("saved", "with first frames"), RETOLD),
     "mix": [("my-folder/night/street.mp4", f"BURROW {STREET}"), ("my-folder/rabbit.mp4", f"BURROW {RABBIT}"), *LISTED],
     "stills": [
         ("my-folder/night/street.mp4", STREET),

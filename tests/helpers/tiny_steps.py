@@ -101,14 +101,9 @@ def assert_close(result: Result, expected: Result, tolerance: float) -> None:
 def wide_transformer() -> CogVideoXTransformer3DModel:
     """12 blocks of width 512 in bfloat16 with float32 adapters, on the CPU."""
     torch.manual_seed(0)
-    config = {
-        "num_attention_heads": 8,
-        "num_layers": 12,
-        "text_embed_dim": 64,
-        "sample_width": 68,
-        "sample_height": 64,
-    }
-    transformer = CogVideoXTransformer3DModel(**config, use_rotary_positional_embeddings=True).to(torch.bfloat16)
+    config = {"num_attention_heads": 8, "num_layers": 12, "sample_width": 68, "sample_height": 64}
+    config |= {"text_embed_dim": 64, "use_rotary_positional_embeddings": True}
+    transformer = CogVideoXTransformer3DModel(**config).to(torch.bfloat16)
     add_adapters(transformer, dropout=0.0)
     return transformer
 

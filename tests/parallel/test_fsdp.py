@@ -72,13 +72,9 @@ def run_alone(run: tuple[str, list[str]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def prepared(prepared_demo) -> Path:
-    return prepared_demo(*SIZE)
-
-
-@pytest.fixture(scope="module")
-def a_run(tiny_models, prepared):
+def a_run(tiny_models, prepared_demo):
     """A function that returns script and flags of a run with four samples a step on two ranks or on one."""
+    prepared = prepared_demo(*SIZE)
 
     def make(script: str, output: Path, *flags: str, batches: int = 2) -> tuple[str, list[str]]:
         made = ["--pretrained_model_name_or_path", str(tiny_models("5b")), "--data_root", str(prepared)]
@@ -318,18 +314,18 @@ def test_unsupported_settings_are_refused(launched_by, demo_clips, capsys, varia
     assert capsys.readouterr().err.startswith(f"error: --config_file: {named}, as in ")
 
 
-@pytest.mark.parametrize(
-    ("method", "flags"),
-    [
-        *(("lora", f"--optimizer {name}") for name in ("prodigy", "came", "muon")),
-        *(("lora", f"--{name}") for name in ("use_8bit", "use_ema", "enable_model_cpu_offload", "auto_fit")),
-        *(
-            ("lora", f"--{flags}")
-            for flags in ("mixed_precision fp16", "use_torchao --use_4bit", "memory_budget_gb 24")
-        ),
-        ("sft", "--weights_dtype bf16 --use_torchao --optimizer adamw --mixed_precision bf16"),
-    ],
-)
+REFUSED = ["--optimizer prodigy", "--optimizer came", "--optimizer muon", "--mixed_precision fp16", "--use_8bit"]
+REFUSED += [
+    "--use_torchao --use_4bit",
+    "--use_ema",
+    "--enable_model_cpu_offload",
+    "--memory_budget_gb 24",
+    "--auto_fit",
+]
+IN_BF16 = "--weights_dtype bf16 --use_torchao --optimizer adamw --mixed_precision bf16"
+
+
+@pytest.mark.parametrize(("method", "flags"), [*(("lora", flags) for flags in REFUSED), ("sft", IN_BF16)])
 def test_flags_that_need_unsharded_weights_are_refused(launched_by, demo_clips, capsys, method, flags):
     launched_by()
     with pytest.raises(SystemExit):

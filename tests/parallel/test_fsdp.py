@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import curves
 import pytest
 import torch
 from accelerate import Accelerator
@@ -26,6 +25,7 @@ from torch.distributed.fsdp import fully_shard
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
+import tiny_runs
 from args import parse_args
 from common.errors import UserError
 from data.plan import RawData
@@ -88,7 +88,7 @@ def a_run(tiny_models, prepared_demo):
 
 
 def curve(output: Path, name: str) -> list[float]:
-    return list(curves.curve(output, name).values())
+    return list(tiny_runs.curve(output, name).values())
 
 
 def assert_same_run(ours: Path, theirs: Path, file: str, tolerance: float = 1e-4) -> None:

@@ -33,10 +33,7 @@ CPU = torch.device("cpu")
 
 
 class Kind:
-    """A tiny model as a user samples it, and the objective that trains the same transformer.
-
-    Learned positions are dropped, if so, for sampling with the code in the usage, for training as the task does.
-    """
+    """A tiny model as a user samples it, and the objective that trains it; learned positions may be dropped."""
 
     def __init__(self, source: ModelSource, *, drop_positions: bool):
         self.source = source

@@ -25,18 +25,13 @@ def alive() -> list[str]:
     return sorted(kind.__name__ for kind in (type(thing) for thing in gc.get_objects()) if kind in NETWORKS)
 
 
+START = ["--validation_images", "start.png", "--ignore_learned_positional_embeddings"]
+WITH_ENCODER = ["AutoencoderKLCogVideoX", "CogVideoXEncoder3D"]  # the first frame has to be encoded
+
+
 @pytest.mark.parametrize(
     ("kind", "task", "flags", "sampled_with"),
-    [
-        ("5b", TextToVideo, [], ["AutoencoderKLCogVideoX"]),
-        # The first frame has to be encoded.
-        (
-            "5b-i2v",
-            ImageToVideo,
-            ["--validation_images", "start.png", "--ignore_learned_positional_embeddings"],
-            ["AutoencoderKLCogVideoX", "CogVideoXEncoder3D"],
-        ),
-    ],
+    [("5b", TextToVideo, [], WITH_ENCODER[:1]), ("5b-i2v", ImageToVideo, START, WITH_ENCODER)],
 )
 def test_with_prepared_data_only_the_transformer_is_in_memory_and_the_decoder_while_sampling(
     tiny_models, prepared_demo, tmp_path, monkeypatch, kind, task, flags, sampled_with

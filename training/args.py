@@ -5,7 +5,8 @@ The flags are the fields of the dataclasses in `flags/`.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from checks.captions import check_captioning, settle_prompt
@@ -53,21 +54,15 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
         task: "text-to-video" or "image-to-video".
         method: "lora" or "sft".
 
-    Returns:
-        The settings, checked as far as possible without loading anything.
-
     Raises:
         SystemExit: code 2 after one line on stderr when a flag is wrong; code 0 after `--help`.
-        ValueError: the caller passed an unknown task or method.
     """
     if task not in TASKS or method not in METHODS:
         raise ValueError(f"task must be one of {TASKS} and method one of {METHODS}, not {task!r} and {method!r}")
     parser = _training_parser(task, method)
     groups, given = parser.read(argv)
-    try:
+    with _reported(parser):
         settings = _check_training(TrainingSettings(task, method, given, **groups))
-    except UserError as error:
-        parser.error(str(error))
     clips, warnings = drop_long_buckets(settings.clips)
     _warn([*training_warnings(settings), *warnings])
     return replace(settings, clips=clips)
@@ -124,15 +119,13 @@ def parse_prepare_args(argv: Sequence[str] | None = None) -> PreparationSettings
     )
     groups, given = parser.read(argv)
     settings = PreparationSettings(**groups)
-    try:
+    with _reported(parser):
         clips = settle_clips(settings.clips, given)
         check_sources(settings.sources)
         preparation = settle_preparation(
             settings.preparation, given, text_encoder_8bit=settings.encoding.text_encoder_8bit
         )
         check_files(settings.model.model_id, settings.sources, preparation.output_dir, model_flag="--model_id")
-    except UserError as error:
-        parser.error(str(error))
     clips, warnings = drop_long_buckets(clips)
     _warn(warnings)
     return replace(settings, clips=clips, preparation=preparation)
@@ -142,10 +135,7 @@ def parse_caption_args(argv: Sequence[str] | None = None) -> CaptioningSettings:
     """Read and check the flags of caption_dataset.py; see `parse_args`.
 
     The flags on data mean the same as for prepare_dataset.py. There is no --id_token: preparation and training put it
-    before captions.
-
-    Raises:
-        UserError: the file of the prompt cannot be used.
+    before captions. An unusable file of the prompt is a UserError.
     """
     parser = FlagParser(
         CaptioningSettings,
@@ -160,10 +150,8 @@ def parse_caption_args(argv: Sequence[str] | None = None) -> CaptioningSettings:
     )
     groups, given = parser.read(argv)
     settings = CaptioningSettings(**groups)
-    try:
+    with _reported(parser):
         check_captioning(settings, given)
-    except UserError as error:
-        parser.error(str(error))
     return replace(settings, captions=settle_prompt(settings.captions))
 
 
@@ -180,10 +168,8 @@ def parse_first_frame_args(argv: Sequence[str] | None = None) -> FirstFrameSetti
     )
     groups, _ = parser.read(argv)
     settings = FirstFrameSettings(**groups)
-    try:
+    with _reported(parser):
         check_sources(settings.sources)
-    except UserError as error:
-        parser.error(str(error))
     return settings
 
 
@@ -197,8 +183,15 @@ def parse_generate_args(argv: Sequence[str] | None = None) -> GenerationSettings
         description="Sample videos from a CogVideoX model: as it is, with LoRAs, or fully fine-tuned.",
     )
     groups, given = parser.read(argv)
-    try:
+    with _reported(parser):
         return settle_generation(GenerationSettings(**groups), has_negative_prompt="negative_prompt" in given)
+
+
+@contextmanager
+def _reported(parser: FlagParser) -> Iterator[None]:
+    """Report a mistake in the flags as the parser reports its own."""
+    try:
+        yield
     except UserError as error:
         parser.error(str(error))
 

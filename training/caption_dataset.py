@@ -33,11 +33,7 @@ from video.probe import probe_files
 
 
 def plan_captions(source: DataSource, captions_file: Path, num_frames: int, skip_start: int, skip_end: int) -> RawData:
-    """List and probe the clips, with or without captions, and choose the frames that the model sees.
-
-    Raises:
-        UserError: the list cannot be read.
-    """
+    """List and probe the clips, and choose the frames that the model sees; an unreadable list is a UserError."""
     cache = default_cache_folder()
     clips, bad = read_clips(source, cache / "media", captions_file=captions_file)
     infos = probe_files([clip.video for clip in clips], FileCache(cache))
@@ -65,11 +61,7 @@ def listed_path(file: Path, folder: Path | None) -> str:
 
 
 def make_captioner(settings: CaptioningSettings, stopped: threading.Event) -> Captioner:
-    """Connect to or load the model of the flags.
-
-    Raises:
-        UserError: it cannot be reached or loaded.
-    """
+    """Connect to or load the model of the flags; raises UserError if it cannot be reached or loaded."""
     answers = {"temperature": settings.captions.temperature, "max_tokens": settings.captions.max_tokens}
     if settings.model.endpoint is None:
         from captions.model import ModelCaptioner
@@ -106,14 +98,8 @@ def ask_for_captions(
 ) -> tuple[dict[str, Caption], list[BadClip]]:
     """Caption clips, except those that a stopped run has captioned with the same settings.
 
-    Args:
-        clips: by their paths in the table.
-
-    Returns:
-        The captions by path, and the clips that got none.
-
-    Raises:
-        UserError: the model cannot be reached or loaded, or stopped answering.
+    Takes the clips by their paths in the table, and returns the captions by path, and the clips that got none. A model
+    that cannot be reached or loaded, or stops answering, is a UserError.
     """
     table.check_writable()
     stopped = threading.Event()
@@ -141,11 +127,7 @@ def ask_for_captions(
 
 
 def caption_dataset(settings: CaptioningSettings) -> None:
-    """Write the table of captions.
-
-    Raises:
-        UserError: clips cannot be used or got no caption.
-    """
+    """Write the table of captions; raises UserError if clips cannot be used or got no caption."""
     (source,) = data_sources(settings.sources)
     folder = folder_of(source)
     table = CaptionFile(

@@ -31,11 +31,7 @@ from video.probe import probe_files
 
 
 def plan_first_frames(source: DataSource, skip_start: int) -> RawData:
-    """List and probe the clips, and plan only the first usable frame of each.
-
-    Raises:
-        UserError: the list cannot be read.
-    """
+    """List and probe the clips, and plan only the first usable frame of each; an unreadable list is a UserError."""
     cache = default_cache_folder()
     clips, bad = read_clips(source, cache / "media")
     files = [clip.video for clip in clips] + [clip.image for clip in clips if clip.image is not None]
@@ -48,14 +44,8 @@ def plan_first_frames(source: DataSource, skip_start: int) -> RawData:
 def make_first_frames(data: RawData, folder: Path, on_bad_clip: str) -> Path:
     """Write the missing images, then the table; return its path.
 
-    Args:
-        data: as from `plan_first_frames`.
-        folder: absolute.
-        on_bad_clip: "error" or "skip".
-
-    Raises:
-        UserError: the folder already has a table, or a clip does not decode and `on_bad_clip` is "error".
-        OSError: a file cannot be written.
+    A table that exists is a UserError, and with `on_bad_clip` "error" a clip that does not decode. `folder` is
+    absolute.
     """
     table = folder / FIRST_FRAMES_FILE
     if table.exists():

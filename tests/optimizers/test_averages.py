@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
+from flags.optimizer import OptimizerFlags
 from optimizers.averages import averaged_weights, schedule_free_weights
 from optimizers.build import make_optimizer
 
@@ -30,7 +31,7 @@ def test_the_schedule_free_average_follows_its_definition_and_reading_it_does_no
     ends = []
     for is_read in (False, True):
         weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
-        optimizer = make_optimizer([weight], "schedulefree", learning_rate=0.1, beta1=0.9)
+        optimizer = make_optimizer([weight], OptimizerFlags(optimizer="schedulefree", beta1=0.9), 0.1)
         visited = []
         for step in range(5):
             (weight - step % 3).square().sum().backward()
@@ -47,7 +48,7 @@ def test_the_schedule_free_average_follows_its_definition_and_reading_it_does_no
 
 def test_without_an_average_or_a_step_the_weights_do_not_change():
     weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = make_optimizer([weight], "schedulefree", learning_rate=0.1)
+    optimizer = make_optimizer([weight], OptimizerFlags(optimizer="schedulefree"), 0.1)
     for average in (schedule_free_weights(optimizer, [weight]), averaged_weights(None, [weight])):
         with average:
             assert weight.tolist() == [1, 1]

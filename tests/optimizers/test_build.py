@@ -283,7 +283,7 @@ def test_every_combination_of_flags_steps_or_is_refused_in_one_line_that_says_wh
         else:
             # The others do not change what is built.
             accepted[args.memory.weights_dtype, replace(args.optimizer, offload_gradients=False)] = args
-    assert all(re.fullmatch(r"--\w+.*: .*(use|add|leave).*", refusal) for refusal in refusals)
+    assert all(re.fullmatch(r"--\w+.*: .*(use|add|omit).*", refusal) for refusal in refusals)
     for args in accepted.values():
         weights = parameters()
         for weight in weights:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
-from flags.optimizer import LOW_BITS
+from flags.optimizer import LOW_BITS, OptimizerFlags
 from optimizers.build import make_optimizer
 
 
-STATES = [{"name": name} | states for states in ({}, {"use_8bit": True}) for name in ("adam", "adamw")]
-STATES += [{"name": "adamw", bits: True, "use_torchao": True} for bits in LOW_BITS]
+STATES = [{"optimizer": name} | states for states in ({}, {"use_8bit": True}) for name in ("adam", "adamw")]
+STATES += [{"optimizer": "adamw", bits: True, "use_torchao": True} for bits in LOW_BITS]
 
 
 def model(device: str = "cpu") -> torch.nn.Module:
@@ -26,9 +26,8 @@ def test_it_equals_steps_after_the_backward_pass(flags, device):
     with torch.compiler.set_stance("force_eager" if device == "cpu" else "default"):
         for step_in_backward in (False, True):
             net = model(device)
-            optimizer = make_optimizer(
-                net.parameters(), learning_rate=1e-2, step_in_backward=step_in_backward, **flags
-            )
+            chosen = OptimizerFlags(step_in_backward=step_in_backward, **flags)
+            optimizer = make_optimizer(net.parameters(), chosen, 1e-2)
             schedule = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=5)
             for step in range(5):
                 inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(step)).to(device)
@@ -47,7 +46,7 @@ def test_it_equals_steps_after_the_backward_pass(flags, device):
 
 def test_the_state_of_another_optimizer_is_refused():
     net = model()
-    optimizer = make_optimizer(net.parameters(), "adamw", learning_rate=1e-2, step_in_backward=True)
+    optimizer = make_optimizer(net.parameters(), OptimizerFlags(optimizer="adamw", step_in_backward=True), 1e-2)
     with pytest.raises(ValueError, match="different number of parts"):
         optimizer.load_state_dict(torch.optim.AdamW(net.parameters()).state_dict())
 
@@ -58,7 +57,9 @@ def test_it_does_not_hold_all_gradients_at_once():
     peaks = []
     for step_in_backward in (False, True):
         net = torch.nn.Sequential(*copy.deepcopy(layers)).cuda()
-        optimizer = make_optimizer(net.parameters(), "adamw", learning_rate=1e-3, step_in_backward=step_in_backward)
+        optimizer = make_optimizer(
+            net.parameters(), OptimizerFlags(optimizer="adamw", step_in_backward=step_in_backward), 1e-3
+        )
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()
             net(torch.ones(1, 1024, device="cuda")).sum().backward()

@@ -259,7 +259,7 @@ def test_a_run_is_resumed_with_other_batches_a_step_and_reports_it(train, stoppe
     train(stopped_run, *RESUME, "--gradient_accumulation_steps", "5")
     said = capsys.readouterr().err
     assert f"resumed from {stopped_run / 'checkpoint-4'}" in said
-    assert "the run goes on with 1 processes x 5 batches a step, after 1 x 1" in said
+    assert "the run continues with 1 processes x 5 batches a step, after 1 x 1" in said
     # Of 16 batches 4 are seen: steps of 5, 5 and 2, then one of the next epoch. The next resume counts from there.
     assert read_state(stopped_run / "checkpoint-8").schedule == ScheduleStart(1, 5, step=4, epoch=0, seen_batches=4)
 
@@ -315,14 +315,14 @@ def set_up_with_scaler(model: Path, data: Path, output: Path, scale: float | Non
     run = set_up_run("text-to-video", model, data, output, *flags, "--max_grad_norm", "0.1")
     if scale is not None:
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        schedule = run.settings.schedule
-        settings = (run.settings.optimizer, schedule, run.trainable.parameters, schedule.learning_rate)
-        optimizer, schedule = build_optimizer(*settings, 2, rounds_stochastically=False, has_scaler=True)
+        settings = run.spec.settings
+        rate = settings.schedule.learning_rate
+        optimizer, schedule = build_optimizer(settings, run.trainable.parameters, rate, 2, fused=False)
         optimizer = AcceleratedOptimizer(optimizer, scaler=scaler)
         run.trainable = replace(run.trainable, optimizer=optimizer, lr_scheduler=schedule)
-        run.accelerator.scaler, run.accelerator._optimizers = scaler, [optimizer]
+        run.spec.accelerator.scaler, run.spec.accelerator._optimizers = scaler, [optimizer]
         # As on a GPU with fp16, which accelerate refuses to start with on a CPU.
-        run.accelerator.native_amp, run.accelerator.state._mixed_precision = True, "fp16"
+        run.spec.accelerator.native_amp, run.spec.accelerator.state._mixed_precision = True, "fp16"
     return run
 
 
@@ -345,4 +345,4 @@ def test_a_step_whose_scaled_gradients_overflow_is_skipped_and_not_counted_by_th
     train_loop(run)
     assert all(torch.equal(now, then) for now, then in zip(run.trainable.parameters, before, strict=True))
     assert run.trainable.lr_scheduler.get_last_lr() == [1e-3]
-    assert run.accelerator.scaler.get_scale() == 1024.0 / 4  # halved by each of the two steps
+    assert run.spec.accelerator.scaler.get_scale() == 1024.0 / 4  # halved by each of the two steps

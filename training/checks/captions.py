@@ -46,11 +46,7 @@ def _check_address(endpoint: str) -> None:
 
 
 def settle_prompt(captions: CaptionFlags) -> CaptionFlags:
-    """Return the flags with the prompt of the file, if one is given.
-
-    Raises:
-        UserError: the file cannot be read, or the prompt is empty.
-    """
+    """Return the flags with the prompt of the file, if one is given; an unreadable or empty one is a UserError."""
     prompt = captions.prompt if captions.prompt_file is None else read_utf8(Path(captions.prompt_file))
     if prompt is not None and not prompt.strip():
         flag = "--prompt" if captions.prompt_file is None else f"--prompt_file {captions.prompt_file}"

@@ -15,11 +15,7 @@ SIZE_STEP = 16  # the VAE compresses 8 times in space, the transformer's patches
 
 
 def settle_clips(clips: ClipFlags, given: Collection[str]) -> ClipFlags:
-    """Return the flags with the defaults that depend on others: the only bucket, the use of long clips.
-
-    Raises:
-        UserError: a size or a number of frames is not one that the VAE takes, or flags contradict each other.
-    """
+    """Return the flags with the defaults that depend on others (the only bucket, the use of long clips), checked."""
     if clips.fps is not None and clips.long_clips == "spread":
         raise UserError("--long_clips spread: has no fixed frame rate; omit --fps or choose first or split")
     if {"height", "width"} <= set(given) and not {"height_buckets", "width_buckets"} & set(given):

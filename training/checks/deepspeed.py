@@ -12,11 +12,7 @@ from flags.settings import TrainingSettings
 
 
 def read_deepspeed_config() -> dict[str, Any]:
-    """Return DeepSpeed's configuration: the file of `deepspeed_config_file`, or else what accelerate's YAML sets.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Return DeepSpeed's configuration: the file of `deepspeed_config_file`, or else what accelerate's YAML sets."""
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file == "none":
         config = {"zero_optimization": {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}}

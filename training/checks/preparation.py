@@ -10,11 +10,7 @@ from flags.preparation import EncodingFlags, PreparationFlags
 def settle_preparation(
     preparation: PreparationFlags, given: Collection[str], *, text_encoder_8bit: bool
 ) -> PreparationFlags:
-    """Return the flags with the layout, and the number of image latents that it can store.
-
-    Raises:
-        UserError: a flag has no effect, or contradicts another.
-    """
+    """Return the checked flags with the layout, and the number of image latents that it can store."""
     if not preparation.save_latents_and_embeddings:
         for flag, is_given in (
             ("--save_image_latents", preparation.save_image_latents),

@@ -30,11 +30,7 @@ def check_speed(settings: TrainingSettings) -> None:
 
 
 def settle_context_parallel(settings: TrainingSettings) -> TrainingSettings:
-    """Return the settings with the number of processes that divide each sample, from the flag or the launch.
-
-    Raises:
-        UserError: the launch configuration contradicts itself or the flag, or another flag does not allow it.
-    """
+    """Return the checked settings with the number of processes that divide each sample, by the flag or the launch."""
     size = _context_parallel_size(settings.speed.context_parallel_size, launch_size())
     settled = replace(settings, speed=replace(settings.speed, context_parallel_size=size))
     if size == 1:

@@ -20,11 +20,7 @@ LORA_LEARNING_RATE_FLOOR = 5e-5  # below it users report a LoRA "without effect"
 
 
 def settle_validation(settings: TrainingSettings) -> TrainingSettings:
-    """Return the settings with prompts and images one by one, and whether to validate before the first step.
-
-    Raises:
-        UserError: a prompt is empty, images do not match prompts, or something is scheduled without prompts or clips.
-    """
+    """Return the checked settings with prompts and images one by one, and whether to validate before any step."""
     flags = settings.validation
     separator = flags.validation_prompt_separator
     if not separator:
@@ -55,11 +51,7 @@ def _split(text: str | None, separator: str) -> tuple[str, ...]:
 
 
 def settle_files(settings: TrainingSettings) -> TrainingSettings:
-    """Return the settings with the LoRA to start from and the checkpoint as files that exist.
-
-    Raises:
-        UserError: one does not.
-    """
+    """Return the settings with the LoRA to start from and the checkpoint as files that exist, or raise a UserError."""
     lora = settings.lora.lora_weights and find_lora("--lora_weights", settings.lora.lora_weights)
     checkpoint = _find_checkpoint(settings.checkpoints.resume_from_checkpoint, settings.training.output_dir)
     return replace(

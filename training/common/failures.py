@@ -34,14 +34,11 @@ _watched: "WeakSet[WatchedDataset]" = WeakSet()
 
 @contextmanager
 def explained_failures(advise: Callable[[], list[str]], on_host: str = _ADVICE_ON_HOST) -> Iterator[None]:
-    """Turn out-of-memory errors and the death of a data worker into errors that say what to do.
+    """Turn out-of-memory errors and the death of a data worker into UserErrors that say what to do.
 
     Args:
         advise: returns what frees device memory, one line each, the least costly first; called only on failure.
         on_host: what frees host memory, as the end of a sentence.
-
-    Raises:
-        UserError: instead of the original error.
     """
     try:
         yield

@@ -18,10 +18,8 @@ def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
 
     A killed process leaves at most a hidden `.partial` file, never a half-written `path`. The temporary name ends as
     `path` does, because many writers choose their format by the suffix. The file is not flushed to disk: that takes
-    tenths of a second on some disks, and these files can be made again after a power cut.
-
-    Raises:
-        UserError: the file cannot be written: the disk is full, or permission is missing.
+    tenths of a second on some disks, and these files can be made again after a power cut. A full
+    disk or a missing permission is a UserError.
     """
     folder = staging or path.parent
     # Random, because processes on other machines that write the same file can have the same process id.

@@ -28,11 +28,7 @@ def read_utf8(file: Path) -> str:
 
 
 def read_json(file: Path) -> list[tuple[str, Any]]:
-    """Return (place, value) of each value of a JSON array, or of a file with one JSON value per line.
-
-    Raises:
-        UserError: the file is neither; names the line.
-    """
+    """Return (place, value) of each value of a JSON array, or of lines of JSON; an error in it names the line."""
     text = read_utf8(file)
     if text.lstrip().startswith("["):
         return [(f"{file.name}:row {number}", value) for number, value in enumerate(_parsed(text, file), 1)]

@@ -26,9 +26,7 @@ class CaptionModelFlags:
     )
     num_workers: PositiveInt = flag(8, "Parallel requests to the endpoint.")
     timeout: PositiveFloat = flag(300.0, "Fail a request after this long without an answer.", metavar="SECONDS")
-    max_retries: NonNegativeInt = flag(
-        5, "Retries of a request, after increasing waits, if the endpoint is busy, fails or cannot be reached."
-    )
+    max_retries: NonNegativeInt = flag(5, "Retries, with increasing waits, if the endpoint is busy or fails.")
 
 
 @dataclass(frozen=True)
@@ -44,20 +42,14 @@ class CaptionFlags:
     """The request for a caption, and the file of captions."""
 
     prompt: Text | None = flag(
-        None,
-        "The question for each clip.",
-        shown="one factual paragraph of 80 to 120 words on subject, motion, place, light and camera",
+        None, "The question for each clip.", shown="a factual paragraph on subject, motion, place, light and camera"
     )
     prompt_file: FilePath | None = flag(None, "Read --prompt from this text file.")
     temperature: NonNegativeFloat = flag(
         0.0, "0 takes the most likely words; higher values give more varied, less reliable captions.", metavar="T"
     )
-    max_tokens: PositiveInt = flag(
-        512, "Longest answer; a longer one is cut after a full sentence. Raise it for reasoning models."
-    )
+    max_tokens: PositiveInt = flag(512, "Longest answer, cut after a full sentence. Raise it for reasoning models.")
     output_file: FilePath | None = flag(
         None, "Table to write, .jsonl.", shown=f"{CAPTIONS_FILE} in --data_root, or else next to --dataset_file"
     )
-    overwrite: bool = flag(
-        False, "Also caption clips that already have a caption, from the data or an earlier run.", shown="keep these"
-    )
+    overwrite: bool = flag(False, "Also caption clips that have a caption already.", shown="keep these")

@@ -25,11 +25,7 @@ class FileSetting:
 
 
 def read_config_file(file: str) -> list[FileSetting]:
-    """Read the settings of a file, in their order.
-
-    Raises:
-        UserError: the file cannot be read, or is not a mapping of names to values.
-    """
+    """Read the settings of a file, in their order; raises a UserError if it is no readable mapping of values."""
     import yaml  # slow to import, and few runs need it
 
     def refuse(problem: str, node: yaml.Node) -> UserError:

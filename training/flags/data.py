@@ -9,19 +9,8 @@ from video.frames import LONG_CLIPS
 
 DEFAULT_BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 # How raw clips become samples: fixed once they are prepared.
-PREPARED_FLAGS = (
-    "id_token",
-    "video_reshape_mode",
-    "random_flip",
-    "fps",
-    "skip_frames_start",
-    "skip_frames_end",
-    "long_clips",
-    "hold_last_frame",
-    "height_buckets",
-    "width_buckets",
-    "frame_buckets",
-)
+PREPARED_FLAGS = ("id_token", "video_reshape_mode", "random_flip", "fps", "skip_frames_start", "skip_frames_end")
+PREPARED_FLAGS += ("long_clips", "hold_last_frame", "height_buckets", "width_buckets", "frame_buckets")
 
 
 @dataclass(frozen=True)
@@ -39,9 +28,7 @@ class SourceFlags:
         "Table with one row per clip: .csv, .tsv, .jsonl, .json or .parquet. Paths in it start from --data_root, or "
         "else from its own folder.",
     )
-    video_column: str = flag(
-        "video", "Column of the clips' paths, or text file in --data_root that lists them (else videos.txt)."
-    )
+    video_column: str = flag("video", "Column of the clips' paths, or list of them in --data_root (else videos.txt).")
     caption_column: str = flag("text", "Column of the captions, or text file that lists them (else prompts.txt).")
     image_column: str | None = flag(
         None,
@@ -60,14 +47,10 @@ class SourceFlags:
         "them in skipped_clips.csv in --output_dir (captioning: in the log).",
         choices=("error", "skip"),
     )
-    dataset_name: str | None = flag(
-        None, "Data set for `datasets.load_dataset` (hub or local), with clips as paths, bytes or decoded videos."
-    )
+    dataset_name: str | None = flag(None, "Data set for `datasets.load_dataset`, of paths, bytes or decoded videos.")
     dataset_config_name: str | None = flag(None, "Configuration of --dataset_name.", shown="its only one")
     dataset_split: str = flag("train", "Split of --dataset_name.")
-    dataset_streaming: bool = flag(
-        False, "Read --dataset_name row by row; with --max_samples, only these rows are downloaded."
-    )
+    dataset_streaming: bool = flag(False, "Read --dataset_name row by row: --max_samples then limits the download.")
     max_samples: PositiveInt | None = flag(None, "Use only the first N rows of the data set, to try it.", shown="all")
     id_token: str | None = flag(
         None, "Rare trigger word to prepend to every caption; start your prompts with it later.", metavar="WORD"
@@ -77,9 +60,7 @@ class SourceFlags:
         "Several data sets: a JSON list of objects with these flags as keys, and with repeats (passes over its clips "
         "per epoch) or weight (its share of an epoch).",
     )
-    skip_frames_start: NonNegativeInt = flag(
-        0, "Frames to skip at a clip's start, such as title cards and fades; pass the same to every script."
-    )
+    skip_frames_start: NonNegativeInt = flag(0, "Frames to skip at a clip's start (titles); pass the same everywhere.")
     skip_frames_end: NonNegativeInt = flag(0, "Frames to skip at a clip's end; pass the same to every script.")
 
 
@@ -92,12 +73,8 @@ class ClipFlags:
         "Heights in pixels, multiples of 16; each clip is resized to the nearest height x width of both lists. "
         "Without lists, --height and --width together set the only size.",
     )
-    width_buckets: tuple[Pixels, ...] = flag(
-        DEFAULT_BUCKETS, "Widths in pixels, multiples of 16; see --height_buckets."
-    )
-    height: Pixels = flag(
-        480, "Height of validation videos, a multiple of 16; with --width and no bucket lists, also of all clips."
-    )
+    width_buckets: tuple[Pixels, ...] = flag(DEFAULT_BUCKETS, "Widths, multiples of 16; see --height_buckets.")
+    height: Pixels = flag(480, "Height of validation videos; with --width and no bucket lists, also of all clips.")
     width: Pixels = flag(720, "Width in pixels, a multiple of 16; see --height.")
     video_reshape_mode: str = flag(
         "center",
@@ -108,9 +85,7 @@ class ClipFlags:
     frame_buckets: tuple[PositiveInt, ...] = flag(
         (49,), "Lengths in frames to cut clips to: 1, 4k or 4k+1. The models were trained on 49 (CogVideoX 1.5: 81)."
     )
-    max_num_frames: PositiveInt = flag(
-        49, "Longest clip in frames, and length of validation videos. Raise it together with --frame_buckets."
-    )
+    max_num_frames: PositiveInt = flag(49, "Longest clip, and length of validation videos; see --frame_buckets.")
     fps: PositiveFloat | None = flag(
         None,
         "Resample clips to this frame rate, so that motion keeps its speed; use the model's (8, CogVideoX 1.5: 16). "
@@ -125,12 +100,9 @@ class ClipFlags:
         choices=LONG_CLIPS,
         shown="spread; first with --fps, which spread cannot keep",
     )
-    hold_last_frame: bool = flag(
-        False, "Repeat the last frame of clips too short for the smallest frame bucket; otherwise they are bad clips."
-    )
+    hold_last_frame: bool = flag(False, "Repeat the last frame of clips too short for all buckets, else bad clips.")
     random_flip: Probability | None = flag(
-        None,
-        "Probability of mirroring all frames of a clip. Avoid it with text in clips or left and right in captions.",
+        None, "Probability of mirroring all frames of a clip. Not with text in clips or left and right in captions."
     )
 
 
@@ -153,6 +125,4 @@ class PreparedFlags:
         "Train on latents and embeddings of prepare_dataset.py; --data_root is its --output_dir. Steps are faster, "
         "and neither VAE nor text encoder is loaded. Use it for more than one epoch.",
     )
-    ignore_prepared_mismatch: bool = flag(
-        False, "With --load_tensors, only warn if the data was prepared with other encoders than the model's."
-    )
+    ignore_prepared_mismatch: bool = flag(False, "With --load_tensors, only warn if other encoders prepared the data.")

@@ -40,9 +40,7 @@ class ResultFlags:
         None, "Multiply the strength of each --lora: 0.5 halves it, 0 turns it off.", shown="1"
     )
     transformer: AnyPath | None = flag(
-        None,
-        "Fully fine-tuned transformer: a folder with transformer/ (of a run, or its checkpoint-N) or a hub id.",
-        shown="the base model's",
+        None, "Fully fine-tuned: folder with transformer/ (run, checkpoint-N) or hub id.", shown="the base model's"
     )
     ignore_learned_positional_embeddings: bool = flag(
         False, "Drop the learned positional embeddings of CogVideoX-5b-I2V, for a LoRA that was trained without them."
@@ -62,9 +60,7 @@ class ContentFlags:
     prompts_file: FilePath | None = flag(None, "Text file with one prompt per line.")
     negative_prompt: Text = flag("", "What the videos should not show.", shown="the empty prompt, as in training")
     image: tuple[str, ...] = flag(
-        (),
-        "Image-to-video: one first frame per prompt, a path or http(s) URL; cropped to the video's aspect ratio.",
-        metavar="PATH",
+        (), "Image-to-video: a first frame per prompt, path or http(s) URL; cropped to its aspect.", metavar="PATH"
     )
 
 
@@ -89,9 +85,7 @@ class SamplingMemoryFlags:
         choices=("auto", "fp32", "fp16", "bf16"),
     )
     enable_model_cpu_offload: bool = flag(False, "Keep each network on the CPU except while it runs.")
-    enable_sequential_cpu_offload: bool = flag(
-        False, "Keep each layer on the CPU except while it runs: least GPU memory, very slow."
-    )
+    enable_sequential_cpu_offload: bool = flag(False, "Keep each layer on the CPU except while it runs; very slow.")
     quantize_base: str = flag(
         "none",
         "Store the transformer's linear layers in 8 bits (int8, fp8: torchao) or 4 (nf4: bitsandbytes, needs a GPU). "
@@ -99,9 +93,7 @@ class SamplingMemoryFlags:
         choices=QUANTIZATIONS,
     )
     text_encoder_8bit: bool = text_encoder_flag()
-    enable_tiling: bool = flag(
-        True, "Let the VAE decode overlapping tiles, as validation does; without, 480x720 frames take 18 GB."
-    )
+    enable_tiling: bool = flag(True, "Let the VAE decode overlapping tiles; without, 480x720 frames take 18 GB.")
 
 
 @dataclass(frozen=True)
@@ -113,6 +105,4 @@ class OutputFlags:
     )
     output_file: FilePath | None = flag(None, "File of the only video, instead of --output_dir.")
     overwrite: bool = flag(False, "Overwrite existing files.", shown="an error before anything is sampled")
-    fps: PositiveInt | None = flag(
-        None, "Frame rate of the written files.", shown="the model's own: 8, or 16 for CogVideoX 1.5"
-    )
+    fps: PositiveInt | None = flag(None, "Frame rate of files.", shown="the model's own: 8, or 16 for CogVideoX 1.5")

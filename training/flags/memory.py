@@ -14,8 +14,7 @@ QUANTIZATIONS = ("none", "int8", "fp8", "nf4")
 def text_encoder_flag() -> Any:
     """Declare --text_encoder_8bit, which all scripts that embed captions or prompts have."""
     return flag(
-        False,
-        "Run the text encoder in 8 bits (torchao, any device): 5 GB instead of 10; embeddings differ by ~1%.",
+        False, "Run the text encoder in 8 bits (torchao, any device): 5 GB instead of 10; embeddings differ by ~1%."
     )
 
 
@@ -40,9 +39,7 @@ class MemoryFlags:
         "--checkpoint_scope segment, blocks per segment.",
         shown="1; 2 in a segment",
     )
-    offload_checkpoints: bool = flag(
-        False, "With --gradient_checkpointing, keep its inputs in pinned CPU memory; copies overlap compute."
-    )
+    offload_checkpoints: bool = flag(False, "Keep inputs of --gradient_checkpointing in pinned CPU memory.")
     quantize_base: str = flag(
         "none",
         "Store the frozen base model's linear layers in 8 bits (int8, fp8: torchao) or 4 (nf4: bitsandbytes, needs a "
@@ -63,9 +60,7 @@ class MemoryFlags:
     )
     text_encoder_8bit: bool = text_encoder_flag()
     auto_fit: bool = flag(
-        False,
-        "If the first steps run out of GPU memory, restart them with stronger memory savings, and log which. One "
-        "process only.",
+        False, "If the first steps run out of GPU memory, restart with stronger savings, and log which. One process."
     )
     memory_budget_gb: PositiveFloat | None = flag(
         None, "Choose the fastest memory settings that fit in this much GPU memory, and log them.", metavar="GB"

@@ -11,16 +11,10 @@ class DownloadFlags:
     """Which files of a model, and where downloads are kept."""
 
     revision: str | None = flag(
-        None,
-        "Branch, tag or commit of the model on the hub; a commit makes runs repeatable.",
-        shown="the main branch",
+        None, "Branch, tag or commit on the hub; a commit is repeatable.", shown="the main branch"
     )
-    variant: str | None = flag(
-        None, "Variant of the weight files, such as fp16 for *.fp16.safetensors.", shown="the plain files"
-    )
-    cache_dir: FolderPath | None = flag(
-        None, "Folder of downloaded models; use it when your home disk is small.", shown="the hub's own cache"
-    )
+    variant: str | None = flag(None, "Variant of weights, such as fp16 (*.fp16.safetensors).", shown="plain files")
+    cache_dir: FolderPath | None = flag(None, "Folder of downloaded models.", shown="the hub's own cache")
 
 
 @dataclass(frozen=True)

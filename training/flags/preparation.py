@@ -14,20 +14,11 @@ FIRST_FRAMES_FILE = "metadata.jsonl"
 class PreparationFlags:
     """What is prepared, and how it is stored."""
 
-    output_dir: FolderPath | None = flag(
-        None, "Required. Folder of the prepared dataset; pass it as --data_root to the training script."
-    )
-    save_latents_and_embeddings: bool = flag(
-        False, "Write latents and text embeddings for --load_tensors, not only resized clips and captions."
-    )
-    save_image_latents: bool = flag(
-        False, "Also write the latents of each clip's first frame, for image-to-video training."
-    )
+    output_dir: FolderPath | None = flag(None, "Required. Folder of the prepared data, the --data_root of training.")
+    save_latents_and_embeddings: bool = flag(False, "Write latents and embeddings, not only clips and captions.")
+    save_image_latents: bool = flag(False, "Also write latents of first frames, for image-to-video training.")
     num_image_latents: PositiveInt = flag(
-        4,
-        "With --save_image_latents, encode each first frame K times with noise of different strength; each training "
-        "step picks one.",
-        metavar="K",
+        4, "With --save_image_latents, encode first frames K times with other noise; each step picks one.", metavar="K"
     )
     layout: str | None = flag(
         None,
@@ -42,12 +33,8 @@ class PreparationFlags:
         "Only check the clips and print the plan. Writes it clip by clip to plan.csv in --output_dir, and a picture "
         "of some clips as the model will see them to contact_sheet.png.",
     )
-    target_fps: PositiveInt = flag(
-        8, "Frame rate of the previews of --layout files only; --fps resamples the clips.", metavar="RATE"
-    )
-    max_sequence_length: PositiveInt = flag(
-        226, "Length of text embeddings in tokens; the released models need the default."
-    )
+    target_fps: PositiveInt = flag(8, "Frame rate of previews of --layout files; --fps resamples.", metavar="RATE")
+    max_sequence_length: PositiveInt = flag(226, "Length of embeddings in tokens; released models need the default.")
     seed: NonNegativeInt = flag(42, "Seed of random crops and flips.")
 
 

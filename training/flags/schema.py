@@ -59,11 +59,7 @@ def flag_values(settings: Any) -> dict[str, Any]:
 
 
 def replace_flags(settings: _Settings, **changes: Any) -> _Settings:
-    """Return new settings in which the named flags, of any group, have other values.
-
-    Raises:
-        TypeError: there is no such flag.
-    """
+    """Return new settings in which the named flags, of any group, have other values; TypeError for unknown ones."""
     groups = {}
     for item in _groups_of(settings):
         names = [flag.name for flag in _flags_of(item.type) if flag.name in changes]

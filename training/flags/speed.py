@@ -14,9 +14,7 @@ ATTENTION_BACKENDS = ("native", "flash", "cudnn", "efficient", "flash-attn", "fl
 class SpeedFlags:
     """Speed, and how samples are divided among processes."""
 
-    allow_tf32: bool = flag(
-        False, "Use TF32 for float32 matrix products, on Ampere GPUs and newer: faster, slightly less exact."
-    )
+    allow_tf32: bool = flag(False, "TF32 for float32 products, on Ampere and newer: faster, slightly less exact.")
     compile: bool = flag(
         False,
         "Compile the transformer's blocks with torch.compile: faster steps that need less memory, after about a "
@@ -42,6 +40,4 @@ class SpeedFlags:
         "memory, and 1/N of the samples per step. N must divide the number of processes.",
         shown="parallelism_config_cp_size of the accelerate config, or 1",
     )
-    profile: bool = flag(
-        False, "Record three of the first steps on CPU and GPU to --output_dir/profile, which slows these steps."
-    )
+    profile: bool = flag(False, "Record three of the first steps on CPU and GPU to --output_dir/profile; slows these.")

@@ -30,9 +30,7 @@ class TrackingFlags:
     tracker_name: str = flag("cogvideox-lora", "Project name in the tracker.")
     logging_dir: FolderPath = flag("logs", "Folder of the tracker's files, inside --output_dir.")
     logging_steps: PositiveInt = flag(
-        10,
-        "Fetch the losses of all steps from the device and log them every N optimizer steps; 1 logs at once, but "
-        "makes the device wait.",
+        10, "Fetch and log the losses of all steps every N optimizer steps; 1 makes the device wait."
     )
 
 
@@ -41,8 +39,7 @@ class HubFlags:
     """Upload of the result."""
 
     push_to_hub: bool = flag(
-        False,
-        "Upload the result to the Hugging Face hub after training; the token's permission is checked before it.",
+        False, "Upload the result to the hub after training; the token's permission is checked before."
     )
     hub_token: Annotated[HubToken, Value(HubToken, "TOKEN")] | None = flag(
         None,
@@ -50,6 +47,4 @@ class HubFlags:
         "fails. Better log in with `hf auth login`, or set HF_TOKEN.",
         shown="these",
     )
-    hub_model_id: str | None = flag(
-        None, "Repository for --push_to_hub.", metavar="ORG/NAME", shown="the name of --output_dir"
-    )
+    hub_model_id: str | None = flag(None, "Repository to push to.", metavar="ORG/NAME", shown="name of --output_dir")

@@ -10,32 +10,16 @@ from flags.types import DenoisingSteps, NonNegativeFloat, PositiveInt, TableFile
 class ValidationFlags:
     """What is validated, and when."""
 
-    validation_prompt: Text | None = flag(
-        None, "Sample videos from these prompts in and after training; --validation_prompt_separator divides them."
-    )
-    validation_images: str | None = flag(
-        None, "Image-to-video: one first frame (path or http(s) URL) per prompt, joined likewise.", metavar="PATHS"
-    )
-    validation_prompt_separator: str = flag(
-        ":::", "Text between two prompts or images; change it if a prompt contains it.", metavar="TEXT"
-    )
-    num_validation_videos: PositiveInt = flag(
-        1, "Videos per prompt, from different noise; each costs a full sampling."
-    )
-    validation_steps: PositiveInt | None = flag(
-        None, "Validate every N optimizer steps.", shown="only once, when training ends"
-    )
-    validation_epochs: PositiveInt | None = flag(
-        None, "Validate every N epochs, for small datasets.", shown="only once, when training ends"
-    )
+    validation_prompt: Text | None = flag(None, "Prompts to sample; divided by --validation_prompt_separator.")
+    validation_images: str | None = flag(None, "Image-to-video: a first frame (path, URL) a prompt.", metavar="PATHS")
+    validation_prompt_separator: str = flag(":::", "Text between two prompts or two images.", metavar="TEXT")
+    num_validation_videos: PositiveInt = flag(1, "Videos per prompt, of different noise; each costs a full sampling.")
+    validation_steps: PositiveInt | None = flag(None, "Validate every N steps.", shown="only once, when training ends")
+    validation_epochs: PositiveInt | None = flag(None, "Validate every N epochs.", shown="only when training ends")
     validate_first: bool | None = flag(
-        None,
-        "Also validate before the first step: finds errors early, and shows the untrained model.",
-        shown="on if anything is validated",
+        None, "Also validate before the first step, to find errors early.", shown="on if anything is validated"
     )
-    enable_model_cpu_offload: bool = flag(
-        False, "In validation, keep each network on the CPU except while it runs: slower, less GPU memory."
-    )
+    enable_model_cpu_offload: bool = flag(False, "In validation, keep networks on the CPU except while they run.")
     validation_dataset_file: TableFile | None = flag(
         None,
         "Table of held-out clips, as for --dataset_file. Their loss at nine fixed noise levels is logged at each "

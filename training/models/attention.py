@@ -127,9 +127,6 @@ def check_attention(
     Args:
         flag: that names the backend, for messages.
         trains: try the backward pass too.
-
-    Raises:
-        UserError: the package is missing, or the backend does not support the device or the precision.
     """
     if backend is None:
         return

@@ -38,14 +38,11 @@ def _check_torchao(flag: str) -> None:
 
 
 def quantize_transformer(quantization: str, dtype: torch.dtype) -> TorchAoConfig | BitsAndBytesConfig | None:
-    """Return the config for `from_pretrained` to quantize the linear layers of the transformer's blocks, if any.
+    """Return the config for `from_pretrained` to quantize the blocks' linear layers, if any; checks the machine.
 
     Args:
         quantization: "none", "int8", "fp8" or "nf4".
         dtype: that the layers compute in.
-
-    Raises:
-        UserError: a package or a GPU is missing.
     """
     check_quantization(quantization)
     if quantization == "none":

@@ -47,11 +47,7 @@ class ModelSource:
         return {"dtype": dtype, "variant": self.variant, "device_map": device_map, **self._where}
 
     def configs(self) -> ModelConfigs:
-        """Read the three configs; loads no weights.
-
-        Raises:
-            UserError: the folder or hub repository is not a CogVideoX model, or cannot be reached.
-        """
+        """Read the three configs, no weights; raises a UserError if they are not CogVideoX's or cannot be read."""
         networks = {"transformer": CogVideoXTransformer3DModel, "vae": AutoencoderKLCogVideoX}
         try:
             configs = {
@@ -88,9 +84,6 @@ class ModelSource:
             dtype: of the weights that are not quantized; the quantized ones compute in it.
             device: to load to. On the CPU, files that are stored in `dtype` are mapped, not read.
             quantize: "none", or "int8", "fp8" or "nf4" for the linear layers of the blocks, which are then frozen.
-
-        Raises:
-            UserError: the weights cannot be read, or cannot be quantized here.
         """
         weights = {"quantization_config": quantize_transformer(quantize, dtype), **self._weights(dtype, device)}
         with self._load_errors("transformer"):
@@ -147,9 +140,6 @@ class ModelSource:
         Args:
             dtype: that the text encoder computes in.
             in_8bit: quantize its linear layers to int8; see `quantize_text_encoder`.
-
-        Raises:
-            UserError: the weights cannot be read, or cannot be quantized here.
         """
         weights = self._weights(dtype, device)
         if in_8bit:

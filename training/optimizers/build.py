@@ -28,15 +28,12 @@ def make_optimizer(
     stochastic_rounding: bool = False,
     fused: bool = True,
 ) -> Optimizer:
-    """Build an optimizer over the trainable parameters.
+    """Build an optimizer over the trainable parameters; raises a UserError if a package or a GPU is missing.
 
     Args:
         stochastic_rounding: of the updates of bfloat16 parameters, with torch's global generator.
         fused: use torch's single-kernel Adam. Not with a gradient scaler: it hides from accelerate that it skipped a
             step, so that the learning rate would advance.
-
-    Raises:
-        UserError: a package is not installed, or a (newer) GPU is needed.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     name, betas = flags.optimizer, (flags.beta1, flags.beta2)
@@ -121,14 +118,7 @@ def _import(module: str, flag: str) -> ModuleType:
 def check_launch(
     flags: OptimizerFlags, distributed_type: DistributedType, dtype: torch.dtype, *, bf16_weights: bool
 ) -> None:
-    """Refuse settings that do not work with the launch, which the flags do not show.
-
-    Args:
-        dtype: that the networks compute in.
-
-    Raises:
-        UserError: names the flag and what to do.
-    """
+    """Refuse settings that do not work with the launch or with the networks' dtype, which the flags do not show."""
     for flag in ("use_cpu_offload_optimizer", "step_in_backward"):
         if getattr(flags, flag) and distributed_type != DistributedType.NO:
             raise UserError(f"--{flag}: takes gradients before processes average them; launch one process, or omit it")

@@ -79,12 +79,9 @@ def make_muon(
     epsilon: float,
     fused: bool,
 ) -> CompositeOptimizer:
-    """Build Muon for matrices and AdamW for the other weights (biases, norms, convolutions).
+    """Build Muon for matrices and AdamW for the other weights (biases, norms, convolutions); needs torch 2.9.
 
     Muon's steps are scaled to the size of AdamW's, so that rates tuned for AdamW work; its momentum is the first beta.
-
-    Raises:
-        UserError: torch is older than 2.9.
 
     Source: Muon, https://kellerjordan.github.io/posts/muon/; the scale of its steps, https://arxiv.org/abs/2502.16982.
     """

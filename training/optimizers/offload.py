@@ -17,10 +17,7 @@ class ClippedOffloadOptimizer(CPUOffloadOptimizer):
     """
 
     def __init__(
-        self,
-        parameters: Sequence[torch.nn.Parameter],
-        optimizer_class: type[torch.optim.Optimizer],
-        **settings: Any,
+        self, parameters: Sequence[torch.nn.Parameter], optimizer_class: type[torch.optim.Optimizer], **settings: Any
     ):
         """Offload `optimizer_class(parameters, **settings)`.
 

@@ -67,11 +67,7 @@ class Coordinator:
             self._asked = None
 
     def from_main(self, find: Callable[[], _T]) -> _T:
-        """Call `find` on the main process only, and return its pickled result on all ranks.
-
-        Raises:
-            UserError: on every rank, if `find` raised it or an OSError.
-        """
+        """Return `find()` of the main process, pickled, on all ranks; its UserError or OSError ends them all."""
         found: list[Any] = [None, None]
         if self.is_main:
             try:

@@ -87,10 +87,8 @@ def detach_sharded(accelerator: Accelerator) -> list[tuple[torch.nn.Module, Opti
 def save_optimizer(model: torch.nn.Module, optimizer: Optimizer, folder: Path) -> None:
     """Save each rank's states of Adam or AdamW as safetensors files in `folder`; called on every rank.
 
-    Settings like the learning rate are not saved: they come from the flags.
-
-    Raises:
-        OSError: a rank cannot write; all of them raise it.
+    Settings like the learning rate are not saved: they come from the flags. If a rank cannot write, all raise an
+    OSError.
     """
     states = _tensors(get_optimizer_state_dict(model, optimizer, options=_FLAT))
     writer = HuggingFaceStorageWriter(str(folder / _OPTIMIZER_FOLDER), save_distributed=True)
@@ -103,9 +101,7 @@ def save_optimizer(model: torch.nn.Module, optimizer: Optimizer, folder: Path) -
 def load_optimizer(model: torch.nn.Module, optimizer: Optimizer, folder: Path) -> None:
     """Load what `save_optimizer` wrote, on any number of ranks; called on every one.
 
-    Raises:
-        OSError: the files are missing or cannot be read.
-        ValueError: states are missing, damaged or of other weights.
+    Raises an OSError or a ValueError if states are missing, damaged or of other weights.
     """
     settings = get_optimizer_state_dict(model, optimizer, options=_FLAT)  # creates the states too
     states = _tensors(settings)

@@ -25,10 +25,7 @@ def lockstep(accelerator: Accelerator, coordinator: Coordinator) -> Iterator[Cal
 
     Each call of a watched network first checks that no rank has failed. A rank that fails between two calls leaves the
     block with its error; the others leave it at their next call, without an error. For unsharded weights nothing
-    happens.
-
-    Raises:
-        OutOfStep: this rank failed inside the network.
+    happens. A rank that fails inside the network raises OutOfStep.
     """
     if not is_fsdp(accelerator):
         yield lambda network: None

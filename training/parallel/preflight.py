@@ -88,12 +88,7 @@ def first_difference(everyone: list[dict[str, Any]]) -> str | None:
 
 
 def refuse(problem: str | None) -> None:
-    """End every rank if there is a problem, with a message of the first rank of each machine.
-
-    Raises:
-        UserError: there is a problem.
-        SystemExit: the same, on the other ranks of a machine.
-    """
+    """End every rank if there is a problem, with a message of the first rank of each machine."""
     if problem and local_rank() == 0:
         raise UserError(problem)
     if problem:
@@ -101,14 +96,11 @@ def refuse(problem: str | None) -> None:
 
 
 def check_training(coordinator: Coordinator, flags: Mapping[str, Any], data: Mapping[str, str], model: str) -> None:
-    """Compare the ranks of a training run; called on every rank.
+    """Compare the ranks of a training run, or raise a UserError; called on every rank.
 
     Args:
         data: fingerprints of the training and held-out clips, by the name for messages.
         model: fingerprint of the model.
-
-    Raises:
-        UserError: they differ.
     """
     if coordinator.num_ranks == 1:
         return
@@ -118,14 +110,12 @@ def check_training(coordinator: Coordinator, flags: Mapping[str, Any], data: Map
 def check_preparation(flags: Mapping[str, Any], folder: Path, model: str, samples: Iterable[str]) -> None:
     """Compare the ranks of a preparation on several machines, which otherwise share only the output folder.
 
-    Without MASTER_ADDR, as for ranks that are started one by one, nothing is compared.
+    Without MASTER_ADDR, as for ranks that are started one by one, nothing is compared. Ranks that differ or do not
+    meet are a UserError.
 
     Args:
         model: fingerprint of the model.
         samples: names of the samples.
-
-    Raises:
-        UserError: they differ, or they did not meet.
     """
     if num_machines() == 1 or not os.environ.get("MASTER_ADDR"):
         return
@@ -152,11 +142,7 @@ def common_facts(flags: Mapping[str, Any], model: str) -> dict[str, str]:
 def exchange_by_store(timeout: timedelta = default_pg_timeout) -> Iterator[Exchange]:
     """Let ranks without a process group exchange values over a store at the launch's MASTER_ADDR and MASTER_PORT.
 
-    Args:
-        timeout: how long to wait for the last rank, which may still probe its clips.
-
-    Raises:
-        UserError: not all ranks connected.
+    The last rank may still probe its clips: the others wait for it until the timeout, then raise a UserError.
     """
     ranks, rounds = range(launch_size()), 0
     try:

@@ -37,11 +37,7 @@ def gather_weights(
 
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:
-    """Save weights, optimizer and schedule with accelerate, as shards if they are; called on every rank.
-
-    Raises:
-        OSError, RuntimeError: a file cannot be written.
-    """
+    """Save weights, optimizer and schedule on every rank, as shards if they are; raises OSError or RuntimeError."""
     if not is_zero(accelerator):
         accelerator.save_state(str(folder))
         return
@@ -52,8 +48,7 @@ def save_state(accelerator: Accelerator, folder: Path) -> None:
 def load_state(accelerator: Accelerator, folder: Path) -> None:
     """Load what `save_state` saved; called on every rank, with DeepSpeed on the same number of them.
 
-    Raises:
-        OSError, ValueError: the checkpoint is damaged, or of another kind of run.
+    A checkpoint that is damaged or of another kind of run is an OSError or a ValueError.
     """
     if not is_zero(accelerator):
         accelerator.load_state(str(folder))

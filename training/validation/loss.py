@@ -47,16 +47,13 @@ def encode_validation_set(
     """Encode a rank's share of the clips, each to a batch of one on the CPU.
 
     All ranks get the same number of clips, because a sharded network needs all ranks for every call. The last ranks
-    may get a clip of another rank again, which `mean_losses` counts once.
+    may get a clip of another rank again, which `mean_losses` counts once. Clips that do not decode are a UserError.
 
     Args:
         clips: the full set, one sample each.
         vae: on the device to use.
         reshape_mode: how a clip gets its bucket's size, as in `reshape_frames`; not random.
         with_images: also encode the first frames for image-to-video, under fixed noise.
-
-    Raises:
-        UserError: clips do not decode; all of this rank's are listed.
     """
     dataset = ClipDataset(
         clips, reshape_mode=reshape_mode, random_flip=None, seed=0, prompts=prompts, with_images=with_images

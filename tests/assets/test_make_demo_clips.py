@@ -20,15 +20,8 @@ from make_demo_clips import make_demo_clips, plan_scenes
 
 
 SHAPE_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
-BACKGROUND_COLOURS = {
-    "white": "white",
-    "black": "black",
-    "grey": "grey",
-    "beige": "beige",
-    "light blue": "lightblue",
-    "dark green": "darkgreen",
-    "navy blue": "navy",
-}
+BACKGROUND_COLOURS = {name: name for name in ("white", "black", "grey", "beige")}
+BACKGROUND_COLOURS |= {"light blue": "lightblue", "dark green": "darkgreen", "navy blue": "navy"}
 # Part of the area of the box around it that a shape fills.
 FILLED = {"circle": math.pi / 4, "square": 1.0, "triangle": 0.5}
 
@@ -43,7 +36,6 @@ def nearest(rgb: np.ndarray, names: dict[str, str]) -> str:
 
 
 def find_shape(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the background's colour, and where the frame differs from it."""
     background = np.median(np.concatenate([frame[0], frame[-1], frame[:, 0], frame[:, -1]]), axis=0)
     return background, np.abs(frame.astype(int) - background).sum(axis=2) > 100
 

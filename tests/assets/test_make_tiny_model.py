@@ -89,17 +89,9 @@ def test_the_pipeline_loads_and_samples_9_frames(tiny_models, kind):
     pipeline.set_progress_bar_config(disable=True)
     # The learned positions of 5b-i2v fit only the native size.
     height, width = (64, 96) if kind == "5b-i2v" else (32, 48)
-    image = {"image": Image.new("RGB", (width, height), "red")} if kind.endswith("i2v") else {}
-    video = pipeline(
-        prompt="a red circle",
-        **image,
-        height=height,
-        width=width,
-        num_frames=9,
-        num_inference_steps=2,
-        generator=torch.Generator().manual_seed(0),
-        output_type="np",
-    ).frames
+    options = {"image": Image.new("RGB", (width, height), "red")} if kind.endswith("i2v") else {}
+    options |= {"height": height, "width": width, "num_frames": 9, "num_inference_steps": 2, "output_type": "np"}
+    video = pipeline(prompt="a red circle", generator=torch.Generator().manual_seed(0), **options).frames
     assert video.shape == (1, 9, height, width, 3)
     assert np.isfinite(video).all()
     assert video.std() > 0.01
@@ -111,8 +103,7 @@ def test_learned_positions_are_stored_for_the_native_size_and_are_not_the_comput
     transformer = CogVideoXTransformer3DModel.from_pretrained(tiny_models("5b-i2v"), subfolder="transformer")
     patch_embed = transformer.patch_embed
     assert patch_embed.pos_embedding.shape == (1, 226 + 5 * 4 * 6, 128)
-    computed = patch_embed._get_positional_embeddings(8, 12, 17)
-    assert (patch_embed.pos_embedding - computed).std() > 0.05
+    assert (patch_embed.pos_embedding - patch_embed._get_positional_embeddings(8, 12, 17)).std() > 0.05
 
 
 def test_the_tokenizer_pads_and_cuts_to_226_as_t5_does(tiny_models):
@@ -169,8 +160,7 @@ def test_the_output_depends_visibly_on_latents_text_and_timestep(tiny_models, ki
     pipeline = DiffusionPipeline.from_pretrained(tiny_models(kind))
     captions = ["a red circle moves from left to right", "a blue square grows over a plain white background"]
     rope = pipeline._prepare_rotary_positional_embeddings(64, 96, 5, torch.device("cpu")) if kind == "5b" else None
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 1, 5, 16, 8, 12, generator=generator)
+    latents = torch.randn(2, 1, 5, 16, 8, 12, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         texts = [pipeline.encode_prompt(caption, do_classifier_free_guidance=False)[0] for caption in captions]
 

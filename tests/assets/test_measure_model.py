@@ -10,8 +10,7 @@ from shapes import as_old_film, draw_frames
 
 @pytest.mark.parametrize("scene", plan_base_scenes()[1], ids=lambda scene: scene.caption)
 def test_colour_and_direction_of_drawn_scenes_are_seen(scene):
-    frames = np.stack(list(draw_frames(scene)))
-    assert see(frames) == Seen(scene.colour, DIRECTIONS[scene.motion])
+    assert see(np.stack(list(draw_frames(scene)))) == Seen(scene.colour, DIRECTIONS[scene.motion])
 
 
 def test_an_empty_video_shows_nothing():
@@ -19,8 +18,7 @@ def test_an_empty_video_shows_nothing():
 
 
 def test_a_still_video_has_no_direction():
-    frames = np.stack([next(iter(draw_frames(plan_base_scenes()[0][0])))] * 9)
-    assert see(frames).direction is None
+    assert see(np.stack([next(iter(draw_frames(plan_base_scenes()[0][0])))] * 9)).direction is None
 
 
 def test_grey_has_no_saturation_and_red_nearly_all():

@@ -38,14 +38,8 @@ def test_old_film_is_grey_and_its_grain_another_in_each_frame():
 
 def test_all_scenes_are_trained_on_or_held_out_and_every_word_is_trained_on():
     trained, held_out = plan_base_scenes()
-    captions = {scene.caption for scene in trained + held_out}
-    assert len(captions) == len(trained) + len(held_out) == 6 * 3 * 4 * 4
+    assert len({scene.caption for scene in trained + held_out}) == len(trained) + len(held_out) == 6 * 3 * 4 * 4
     assert len(held_out) == NUM_HELD_OUT
-    for name, choices in (
-        ("shape", SHAPES),
-        ("colour", COLOURS),
-        ("background", BACKGROUNDS),
-        ("motion", tuple(DIRECTIONS)),
-    ):
+    for name, choices in {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "motion": DIRECTIONS}.items():
         assert {getattr(scene, name) for scene in trained} == set(choices)
     assert len(list(draw_frames(held_out[0]))) == 17

@@ -16,8 +16,7 @@ def test_captions_name_the_choices():
     for caption, choices in drawn:
         shape, colour, background, motion = (names[i] for names, i in zip(CHOICES, choices, strict=True))
         assert caption.endswith(f"{colour} {shape} {motion} over a plain {background} background")
-    begun = sum(not caption.startswith(("a ", "an ")) for caption, _ in drawn)
-    assert 60 < begun < 140
+    assert 60 < sum(not caption.startswith(("a ", "an ")) for caption, _ in drawn) < 140
 
 
 def test_a_trained_encoder_is_saved(tiny_models, tmp_path, monkeypatch):

@@ -7,13 +7,7 @@ import torch
 from diffusers import CogVideoXPipeline
 
 from data.sampler import Draw
-from diffusion.latents import (
-    image_noise_scales,
-    rotary_embeddings,
-    sample_latents,
-    sample_uniform,
-    velocity_losses,
-)
+from diffusion.latents import image_noise_scales, rotary_embeddings, sample_latents, sample_uniform, velocity_losses
 from diffusion.randomness import sample_generators, step_generator
 from schedulers import alphas_cumprod, make_scheduler
 
@@ -24,8 +18,7 @@ def test_the_loss_is_the_published_weighted_one_computed_in_float64(snr_shift_sc
     scheduler = make_scheduler(snr_shift_scale)
     generator = torch.Generator().manual_seed(timestep)
     latents, noise, prediction = (torch.randn(2, 3, 4, 5, 6, generator=generator) for _ in range(3))
-    timesteps = torch.full((2,), timestep)
-    losses = velocity_losses(prediction, scheduler.get_velocity(latents, noise, timesteps))
+    losses = velocity_losses(prediction, scheduler.get_velocity(latents, noise, torch.full((2,), timestep)))
 
     ac = alphas_cumprod(snr_shift_scale)[timestep]
     for sample, loss in enumerate(losses.tolist()):

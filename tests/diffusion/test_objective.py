@@ -19,7 +19,6 @@ SEED = 11
 
 
 def make_batch(frames: int = 5, height: int = 8, width: int = 12) -> Batch:
-    """Two prepared samples, sized in latents."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(2, 16, frames, height, width, generator=generator)
     logvar = torch.randn(2, 16, frames, height, width, generator=generator) - 2
@@ -32,7 +31,6 @@ def make_batch(frames: int = 5, height: int = 8, width: int = 12) -> Batch:
 
 
 def recorded_objective(tiny_models) -> tuple[Objective, list[dict[str, torch.Tensor]]]:
-    """An objective of a model that predicts zeros, and the inputs of each call."""
     calls = []
 
     def predict_zeros(**inputs) -> tuple[torch.Tensor]:
@@ -73,8 +71,7 @@ def losses_of(objective: Objective, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_the_published_one(tiny_models, kind, frames):
     batch = make_batch(frames)
-    source = ModelSource(str(tiny_models(kind)))
-    losses = losses_of(make_objective(source), batch)
+    losses = losses_of(make_objective(ModelSource(str(tiny_models(kind)))), batch)
 
     latents, noise, acs, timesteps = draw(batch.video_moments, kind)
     ac = torch.tensor(acs, dtype=torch.float64).reshape(-1, 1, 1, 1, 1)
@@ -164,8 +161,7 @@ def test_captions_are_dropped_sample_by_sample_as_often_as_asked_for(tiny_models
     moments = torch.zeros(400, 32, 1, 2, 2)
     batch = Batch(["a"] * 400, Bucket(1, 16, 16), video_moments=moments, prompt_embeds=torch.zeros(400, 226, 64))
     losses_of(objective, batch)
-    num_dropped = (calls[0]["encoder_hidden_states"][:, 0, 0] == 7).sum().item()
-    assert num_dropped == pytest.approx(100, abs=30)
+    assert (calls[0]["encoder_hidden_states"][:, 0, 0] == 7).sum().item() == pytest.approx(100, abs=30)
 
 
 def test_weights_multiply_the_losses_of_the_samples(tiny_models):

@@ -116,8 +116,7 @@ def test_the_frame_counts_taken_are_those_that_the_vae_returns(tiny_models, kind
     for frames in (1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25):
         size = Bucket(frames, 16, 16)
         with torch.no_grad():
-            latents = vae.encode(torch.zeros(1, 3, *size)).latent_dist.mean
-            decoded = vae.decode(latents).sample
+            decoded = vae.decode(vae.encode(torch.zeros(1, 3, *size)).latent_dist.mean).sample
         if decoded.shape[2] == frames:
             task_of(kind).check_model(configs, [size])
             taken.append(frames)
@@ -139,21 +138,11 @@ def test_learned_positions_are_dropped_on_request_from_the_config_too(tiny_model
 
 
 def inputs_of_pipeline(model, image: Image.Image, num_frames: int) -> dict[str, torch.Tensor]:
-    """The transformer's inputs in the first step of sampling."""
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(model)
     seen = []
     pipeline.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    pipeline(
-        image,
-        "a",
-        height=64,
-        width=96,
-        num_frames=num_frames,
-        num_inference_steps=1,
-        guidance_scale=1,
-        generator=generator(),
-        output_type="latent",
-    )
+    options = {"height": 64, "width": 96, "num_frames": num_frames, "num_inference_steps": 1, "guidance_scale": 1}
+    pipeline(image, "a", **options, generator=generator(), output_type="latent")
     return seen[0]
 
 
@@ -182,14 +171,9 @@ def test_the_image_is_where_the_pipeline_puts_it_and_scaled_alike(tiny_models, k
 @pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
 def test_images_are_dropped_sample_by_sample(tiny_models, dropout):
     moments = torch.cat([torch.ones(64, 16, 1, 8, 12), torch.full((64, 16, 1, 8, 12), -30.0)], dim=1)
-    inputs = ImageToVideo(dropout, False).transformer_inputs(
-        torch.zeros(64, 2, 16, 8, 12),
-        Batch(["a"] * 64, SIZE, image_moments=moments),
-        configs_of(tiny_models("5b-i2v")),
-        None,
-        generators(64),
-        drop_images=True,
-    )
+    task, configs = ImageToVideo(dropout, False), configs_of(tiny_models("5b-i2v"))
+    latents, batch = torch.zeros(64, 2, 16, 8, 12), Batch(["a"] * 64, SIZE, image_moments=moments)
+    inputs = task.transformer_inputs(latents, batch, configs, None, generators(64), drop_images=True)
     images = inputs["hidden_states"][:, 0, 16:]
     is_dropped = (images == 0).flatten(1).all(dim=1)
     assert torch.allclose(images[~is_dropped], torch.tensor(0.7), atol=1e-4)

@@ -15,7 +15,6 @@ def generators(count: int, seed: int = 0) -> list[torch.Generator]:
 
 
 def share(timesteps: torch.Tensor, low: int, high: int) -> float:
-    """How many of the timesteps are in [low, high)."""
     return ((timesteps >= low) & (timesteps < high)).float().mean().item()
 
 

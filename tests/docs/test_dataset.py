@@ -26,17 +26,13 @@ RABBIT = "A plump grey rabbit yawns in front of its burrow, both arms stretched 
 STREET = "A cyclist waits at the edge of a busy street, one foot on the kerb"
 LISTED = [("my-clips/videos/rabbit.mp4", RABBIT), ("my-clips/videos/street.mp4", STREET)]
 READ_BY_LIBRARY = ("A rabbit yawns", "A cyclist waits")
+RETOLD = [(video, caption) for (video, _), caption in zip(LISTED, READ_BY_LIBRARY, strict=True)]
 # The clips that each command reads; the other commands read clips on the hub, or prepared data.
 CLIPS = {
-    "pair": LISTED,
+    **dict.fromkeys(("pair", "csv", "tsv", "jsonl", "json", "parquet", "images"), LISTED),
     "folder": [("my-folder/night/street.mp4", STREET), ("my-folder/rabbit.mp4", RABBIT)],
-    "csv": LISTED,
-    "tsv": LISTED,
-    "jsonl": LISTED,
-    "json": LISTED,
-    "parquet": LISTED,
     "local data set": list(zip(("my-dataset/rabbit.mp4", "my-dataset/street.mp4"), READ_BY_LIBRARY, strict=True)),
-    "saved": [(video, caption) for (video, _), caption in zip(LISTED, READ_BY_LIBRARY, strict=True)],
+    **dict.fromkeys(("saved", "with first frames"), RETOLD),
     "mix": [("my-folder/night/street.mp4", f"BURROW {STREET}"), ("my-folder/rabbit.mp4", f"BURROW {RABBIT}"), *LISTED],
     "stills": [
         ("my-folder/night/street.mp4", STREET),
@@ -44,11 +40,6 @@ CLIPS = {
         ("my-folder/rabbit.mp4", RABBIT),
     ],
     "captioned": [("my-footage/rabbit.mp4", RABBIT), ("my-footage/street.mp4", STREET)],
-    "images": LISTED,
-    "with first frames": [
-        ("my-clips/videos/rabbit.mp4", "A rabbit yawns"),
-        ("my-clips/videos/street.mp4", "A cyclist waits"),
-    ],
 }
 
 
@@ -65,7 +56,6 @@ class Workplace:
         (folder / "try/model/model_index.json").touch()
 
     def follow(self, kind: str, name: str, content: str) -> None:
-        """Do the steps of a block of the page."""
         if kind == "file":
             write(self.folder / name, content.replace("/data/", f"{self.folder}/"))
         elif kind == "files":
@@ -96,7 +86,6 @@ def write(path: Path, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Workplace:
-    """The page after all its steps."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -131,8 +120,7 @@ def test_the_clips_of_the_hub_are_prepared_and_trained(workplace):
 
 
 def test_images_and_repeats_of_the_examples_are_read(workplace):
-    first_frames = [clip.image for clip in workplace.clips["images"]]
-    assert first_frames == [Path("my-clips/first-frames/rabbit.png"), None]
+    assert [clip.image for clip in workplace.clips["images"]] == [Path("my-clips/first-frames/rabbit.png"), None]
     folder = workplace.folder / "my-first-frames"
     assert {clip.image.parent for clip in workplace.clips["with first frames"]} == {folder}
     assert [clip.repeats for clip in workplace.clips["mix"]] == [2.5, 2.5, 1, 1]
@@ -143,7 +131,6 @@ def test_images_and_repeats_of_the_examples_are_read(workplace):
 
 @pytest.fixture
 def demo(workplace, monkeypatch) -> Callable[..., RawData]:
-    """Plan the demo's clips with the page's flags and others."""
     monkeypatch.chdir(workplace.folder)
     monkeypatch.setenv("COGVIDEOX_FACTORY_CACHE", str(workplace.folder / "cache"))
     *_, call = workplace.calls(block("command", "try"))
@@ -170,8 +157,7 @@ def test_the_plan_shown_is_the_demos(demo):
 def test_the_bad_clips_shown_are_the_demos(demo):
     with pytest.raises(UserError) as error:
         check_bad_clips(demo("--fps", "8"), "error")
-    shown = block("output", "bad").splitlines()
-    assert shown == [*f"error: {error.value}".splitlines()[:3], "  ..."]
+    assert block("output", "bad").splitlines() == [*f"error: {error.value}".splitlines()[:3], "  ..."]
 
 
 def test_the_sizes_are_those_of_the_tensors():

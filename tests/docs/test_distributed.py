@@ -21,7 +21,6 @@ SLURM = {"srun": SRUN, "sbatch": SBATCH, "scontrol": "#!/bin/sh\necho a\n", "not
 
 @pytest.fixture
 def calls_of(tmp_path, monkeypatch):
-    """Return the calls of a block of the page, in a folder with the files that the commands name."""
     for name in ("prepared", "my-clips", "clips"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
@@ -69,8 +68,7 @@ def test_each_machine_gets_its_number_and_the_address(calls_of):
 
 
 def test_the_jobs_of_slurm_call_their_scripts_with_accepted_flags(calls_of):
-    calls = calls_of("slurm")
-    prepare, *runs = map(flags_of, calls)
+    prepare, *runs = map(flags_of, calls_of("slurm"))
     assert prepare.output_dir == runs[0].data_root == "prepared"
     assert [run.output_dir for run in runs] == ["outputs/cogvideox-lora", "outputs/other", "outputs/all-weights"]
     assert [run.learning_rate for run in runs] == [1e-4, 3e-4, 1e-4]

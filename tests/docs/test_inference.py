@@ -20,7 +20,6 @@ BLOCKS = marked_blocks(PAGE)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A working directory with the files that the commands name."""
     for name in ("my-lora", "style", "motion"):
         (tmp_path / "outputs" / name).mkdir(parents=True)
         (tmp_path / "outputs" / name / LORA_FILE).touch()
@@ -61,12 +60,10 @@ def test_the_merging_code_writes_weights_that_include_the_lora(folder, tiny_mode
     layer = transformer.transformer_blocks[0].attn1.to_q
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     lora.save(transformer, Path("outputs/my-lora"), torch.float32)
-    code = BLOCKS["merge"].replace("THUDM/CogVideoX-5b", str(model)).replace("torch.bfloat16", "torch.float32")
-    exec(code, {})
+    exec(BLOCKS["merge"].replace("THUDM/CogVideoX-5b", str(model)).replace("torch.bfloat16", "torch.float32"), {})
 
     merged = CogVideoXTransformer3DModel.from_pretrained("outputs/merged", subfolder="transformer")
     added = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 2 / 4
     expected = layer.base_layer.weight + added
-    weights = merged.transformer_blocks[0].attn1.to_q.weight
-    assert np.allclose(weights.detach(), expected.detach(), atol=1e-6)
+    assert np.allclose(merged.transformer_blocks[0].attn1.to_q.weight.detach(), expected.detach(), atol=1e-6)
     assert added.abs().max() > 0.1

@@ -49,10 +49,8 @@ def test_every_file_of_the_repository_exists(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_has_a_marker_of_a_test_or_is_a_target_of_make(page):
-    marked = r"<!-- \w+: [^>]+ -->\n```(?:bash|python)\n(.*?)```"
-    tested = re.findall(marked, read_page(page), flags=re.DOTALL)
-    others = [line for code in code_blocks(read_page(page)) if code not in tested for line in code.splitlines()]
-    for line in others:
+    tested = re.findall(r"<!-- \w+: [^>]+ -->\n```(?:bash|python)\n(.*?)```", read_page(page), flags=re.DOTALL)
+    for line in [line for code in code_blocks(read_page(page)) if code not in tested for line in code.splitlines()]:
         make, target = shlex.split(line, comments=True)
         assert make == "make"
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
@@ -72,7 +70,6 @@ def numbers(cells: list[str]) -> list[list[str]]:
 
 @pytest.fixture(params=PAIRS, ids=lambda pair: pair[0])
 def languages(request) -> tuple[str, str]:
-    """A page in English and in Chinese."""
     return tuple(map(read_page, request.param))
 
 

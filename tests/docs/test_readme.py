@@ -23,7 +23,6 @@ TINY |= {"HEIGHT": "64", "WIDTH": "96", "NUM_FRAMES": "17"}
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch) -> Path:
-    """A working directory, with a space in its path, that has clips and a tiny model."""
     folder = tmp_path / "a reader"
     make_tiny_model("5b", folder / "tiny")
     (folder / "my-clips").mkdir()
@@ -37,7 +36,6 @@ def reader(tmp_path, monkeypatch) -> Path:
 
 
 def block(name: str, *replaced: tuple[str, str]) -> str:
-    """Return a block of the README with the tiny model and other replacements, which must apply."""
     code = BLOCKS[name]
     for old, new in [("THUDM/CogVideoX-5b", "./tiny"), *replaced]:
         assert old in code

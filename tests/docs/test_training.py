@@ -31,7 +31,6 @@ BLOCKS = marked_blocks(PAGE)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A working directory with the files that the commands name."""
     for name in ("my-prepared", "prepared-2b", "prepared-i2v", "prepared-1.5", "my-clips", "held-out"):
         (tmp_path / name).mkdir()
     (tmp_path / "held-out" / "metadata.csv").write_text("video,text\n")

@@ -20,8 +20,6 @@ from encoded_clips import numbers_of
 
 @dataclass
 class Question:
-    """One request for a caption."""
-
     frames: list[np.ndarray]  # uint8 [H, W, 3]
     prompt: str
     body: dict[str, Any]
@@ -34,15 +32,12 @@ class Question:
 
 
 class Answer(NamedTuple):
-    """What the server says."""
-
     body: Any
     status: int = 200
     headers: Mapping[str, str] = MappingProxyType({})
 
 
 def said(text: str | None, finish_reason: str = "stop") -> Answer:
-    """A chat completion."""
     return Answer({"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}]})
 
 
@@ -70,11 +65,9 @@ class CaptionServer:
         self._lock = threading.Lock()
 
     def ask(self, body: dict[str, Any], headers: Message) -> Answer:
-        """Note a question and answer it."""
         (message,) = body["messages"]
         *images, text = message["content"]
-        frames = [picture(image["image_url"]["url"]) for image in images]
-        question = Question(frames, text["text"], body, headers)
+        question = Question([picture(image["image_url"]["url"]) for image in images], text["text"], body, headers)
         with self._lock:
             before = sum(other.numbers[-1] == question.numbers[-1] for other in self.questions)
             self.questions.append(question)
@@ -89,7 +82,6 @@ class CaptionServer:
 
 @contextmanager
 def serving() -> Iterator[CaptionServer]:
-    """Start a server on a free port."""
     stand_in = CaptionServer()
 
     class Handler(BaseHTTPRequestHandler):

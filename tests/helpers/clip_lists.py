@@ -15,14 +15,12 @@ from data.sources import DataSource, read_clips
 
 
 def write(path: Path, content: bytes | str) -> Path:
-    """Write a file, and the folders it needs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
 
 def touch(folder: Path, *names: str) -> None:
-    """Write empty files."""
     for name in names:
         write(folder / name, b"")
 
@@ -57,24 +55,20 @@ def read(data_root: Path | None, *, cache: Path | None = None, **source) -> tupl
 
 
 def good(*arguments, **options) -> list[Clip]:
-    """Read the clips of a source without bad ones."""
     clips, bad_clips = read(*arguments, **options)
     assert bad_clips == []
     return clips
 
 
 def bad(*arguments, **options) -> list[str]:
-    """Read the bad clips of a source as messages."""
     return [str(clip) for clip in read(*arguments, **options)[1]]
 
 
 def error_of(*arguments, **options) -> str:
-    """Return the message on a source that cannot be used."""
     with pytest.raises(UserError) as raised:
         read(*arguments, **options)
     return str(raised.value)
 
 
 def captions(clips: Sequence[Clip]) -> list[str]:
-    """The captions of clips."""
     return [clip.caption for clip in clips]

@@ -86,7 +86,6 @@ def encode(
 
 
 def remuxed(clip: Path, path: Path, change: Callable[[av.Packet], None]) -> Path:
-    """Copy a clip whose packets go through `change`."""
     with av.open(str(clip)) as source, av.open(str(path), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):

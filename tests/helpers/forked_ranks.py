@@ -33,11 +33,7 @@ def start_server() -> None:
 
 
 def call_on_ranks(function: Callable[..., Any], num_ranks: int, folder: Path, *args: Any, timeout: float = 60) -> list:
-    """Call a function in the processes of a launch, whose collectives have a timeout in seconds; returns its results.
-
-    Args:
-        folder: a new one for the results, which are values or tensors.
-    """
+    """Call a function in the processes of a launch, with a timeout of collectives in seconds; returns its results."""
     folder.mkdir()
     start_server()
     ranks = [
@@ -58,7 +54,6 @@ def call_on_ranks(function: Callable[..., Any], num_ranks: int, folder: Path, *a
 def call_on_rank(
     function: Callable[..., Any], rank: int, num_ranks: int, folder: Path, args: tuple, timeout: float
 ) -> None:
-    """Call a function as one rank, see `call_on_ranks`."""
     import torch
     from torch import distributed
 
@@ -73,7 +68,6 @@ def call_on_rank(
 
 
 def set_rank(rank: int, num_ranks: int) -> None:
-    """Set what a launcher tells this process."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "ACCELERATE_USE_CPU": "true"}
 
@@ -113,7 +107,6 @@ def start(
 
 
 def finish(script: str, argv: list[str], log: Path, num_ranks: int = 1) -> str:
-    """Run a script to the end; returns the log."""
     for process in start(script, argv, log, num_ranks):
         process.join()
         assert process.exitcode == 0, log.read_text()
@@ -123,7 +116,6 @@ def finish(script: str, argv: list[str], log: Path, num_ranks: int = 1) -> str:
 def run_rank(
     script: str, argv: list[str], rank: int, num_ranks: int, port: int, log: Path, stop: Stop | None, largest_file: int
 ) -> None:
-    """Run a script as one rank, see `start`."""
     import torch
 
     if num_ranks > 1:

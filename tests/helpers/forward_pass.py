@@ -8,14 +8,8 @@ from diffusion.latents import rotary_embeddings
 
 CPU = torch.device("cpu")
 
-COGVIDEOX_5B = {
-    "num_attention_heads": 48,
-    "attention_head_dim": 64,
-    "num_layers": 42,
-    "patch_size": 2,
-    "patch_size_t": None,
-    "max_text_seq_length": 226,
-}
+COGVIDEOX_5B = {"num_attention_heads": 48, "attention_head_dim": 64, "num_layers": 42, "patch_size": 2}
+COGVIDEOX_5B |= {"patch_size_t": None, "max_text_seq_length": 226}
 
 
 def load(folder) -> CogVideoXTransformer3DModel:

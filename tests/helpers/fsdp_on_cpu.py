@@ -33,7 +33,6 @@ def take_cpus_for_gpus() -> None:
 
 
 def main() -> None:
-    """Run what the file says, one after another."""
     sys.path.insert(0, str(TRAINING))
     take_cpus_for_gpus()
     # One process group for all runs: gloo does not find its peers a second time.

@@ -7,11 +7,7 @@ import torch
 
 
 def write_original_folder(folder: Path, count: int, *, with_index: bool = True) -> Path:
-    """Write samples of 17x64x96 for the tiny models.
-
-    Args:
-        with_index: write data.jsonl too; the script had none before its end.
-    """
+    """Write samples of 17x64x96 for the tiny models; without data.jsonl, as the script until its end, or with it."""
     torch.manual_seed(0)
     entries = []
     for number in range(count):

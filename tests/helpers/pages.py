@@ -43,33 +43,27 @@ PROGRAMS |= dict.fromkeys(("make", "hf", "vllm"), "#!/bin/sh\n")
 
 
 def read_page(name: str) -> str:
-    """Return the text of a page of the repository."""
     return (ROOT / name).read_text(encoding="utf-8")
 
 
 def code_blocks(page: str) -> list[str]:
-    """Return the commands and programs of a page."""
     return re.findall(r"```(?:bash|python)\n(.*?)```", page, flags=re.DOTALL)
 
 
 def marked_blocks(page: str) -> dict[str, str]:
-    """Return the code blocks below a marker `<!-- tested: name -->` by name."""
     return dict(re.findall(MARKED_BLOCK, page, flags=re.DOTALL))
 
 
 def without_code(page: str) -> str:
-    """Return a page without its code blocks."""
     return re.sub(r"```.*?```", "", page, flags=re.DOTALL)
 
 
 def outline(page: str) -> list[str]:
-    """Return the levels of headings and the shapes of tables, in order."""
     lines = without_code(page).splitlines()
     return [line.split(" ")[0] if line[0] == "#" else line for line in lines if re.match(r"#|\|-", line)]
 
 
 def table_rows(page: str) -> list[list[str]]:
-    """Return the cells of all rows of all tables, headers included."""
     lines = [line for line in without_code(page).splitlines() if re.match(r"\|[^-]", line)]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
@@ -80,13 +74,11 @@ def named_flags(text: str) -> set[str]:
 
 
 def anchors(page: str) -> set[str]:
-    """Return the anchors of the headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.*)$", without_code(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def link_targets(page: str) -> list[str]:
-    """Return the targets of a page's links."""
     return re.findall(r"\]\(([^)\s]+)\)", without_code(page))
 
 
@@ -108,9 +100,7 @@ def noted_calls(
 ) -> list[list[str]]:
     """Run shell code in a folder with the repository's files, and return the arguments of each script it would start.
 
-    Args:
-        programs: name -> text of a program to use instead of the installed one.
-        environment: variables to set.
+    Programs, text by name, are used instead of the installed ones.
     """
     bin_folder, calls = folder / "programs", folder / "calls"
     bin_folder.mkdir(exist_ok=True)
@@ -128,17 +118,14 @@ def noted_calls(
 
 
 def value_of(call: list[str], option: str) -> str:
-    """Return the value of an option in a call."""
     return call[call.index(option) + 1]
 
 
 def script_of(call: list[str]) -> str:
-    """Return the name of the script in a call."""
     return next(Path(word).name for word in call if word.endswith(".py"))
 
 
 def script_flags(call: list[str]) -> list[str]:
-    """Return the arguments of the script in a call."""
     return call[next(index for index, word in enumerate(call) if word.endswith(".py")) + 1 :]
 
 
@@ -150,7 +137,6 @@ def flags_of(call: list[str]) -> SimpleNamespace:
 
 @cache
 def help_flags(script: str) -> frozenset[str]:
-    """Return the flags in the help of a script."""
     with redirect_stdout(StringIO()) as help_text, suppress(SystemExit):
         PARSERS[script](["--help"])
     return frozenset(named_flags(" ".join(re.findall(r"^  (?=-).*", help_text.getvalue(), flags=re.MULTILINE))))

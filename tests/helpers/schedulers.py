@@ -6,15 +6,9 @@ from diffusers import CogVideoXDPMScheduler
 
 
 def make_scheduler(snr_shift_scale: float) -> CogVideoXDPMScheduler:
-    return CogVideoXDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        snr_shift_scale=snr_shift_scale,
-    )
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    config |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return CogVideoXDPMScheduler(**config, snr_shift_scale=snr_shift_scale)
 
 
 def alphas_cumprod(snr_shift_scale: float) -> list[float]:

@@ -22,7 +22,6 @@ SIZE = ["--height", "64", "--width", "96", "--frame_buckets", "17", "--max_num_f
 
 
 def short_run_flags(model: Path, data: Path) -> list[str]:
-    """Return the flags of a repeatable run with one clip a step."""
     folders = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data)]
     return [*folders, *SIZE, "--train_batch_size", "1", "--seed", "0"]
 
@@ -34,7 +33,6 @@ def run_flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:
 
 
 def train(script: ModuleType, model: Path, data: Path, output: Path, *flags: str) -> Path:
-    """Run a training script in this process; returns the folder of the run."""
     AcceleratorState._reset_state(reset_partial_state=True)
     script.main([*short_run_flags(model, data), "--output_dir", str(output), *flags])
     return output
@@ -49,27 +47,23 @@ def set_up_run(task: str, model: Path, data: Path, output: Path, *flags: str) ->
 
 
 def sample_latents(pipeline: CogVideoXPipeline, size: Bucket, **options) -> torch.Tensor:
-    """Sample latents of a size with a pipeline of either task."""
     pipeline.set_progress_bar_config(disable=True)
     sizes = {"num_frames": size.num_frames, "height": size.height, "width": size.width}
     return pipeline(**sizes, output_type="latent", **options).frames
 
 
 def curve(run: Path, name: str) -> dict[int, float]:
-    """Return what a run logged to TensorBoard under a name, by step."""
     (folder,) = (path for path in (run / "logs").iterdir() if path.is_dir())
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {event.step: event.value for event in events.Scalars(name)}
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the LoRA or the full weights in the folder of a run or checkpoint."""
     files = [*folder.glob("pytorch_lora_weights.safetensors"), *folder.glob("transformer/*.safetensors")]
     assert files
     return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
 def assert_same_weights(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Check that weights are equal bit for bit."""
     assert weights.keys() == expected.keys()
     assert [name for name, weight in weights.items() if not torch.equal(weight, expected[name])] == []

@@ -33,7 +33,6 @@ def make_objective(
 
 
 def with_adapters(model: Path | str, *, dropout: float = 0.5, quantize: str = "none") -> CogVideoXTransformer3DModel:
-    """Load a transformer in training mode with adapters."""
     transformer = ModelSource(str(model)).load_transformer(torch.float32, quantize=quantize)
     add_adapters(transformer, dropout)
     return transformer
@@ -65,16 +64,12 @@ def inputs_of(transformer: CogVideoXTransformer3DModel, batch_size: int = 2, siz
 
 
 def train_step(
-    transformer: CogVideoXTransformer3DModel,
-    batch_size: int = 2,
-    size: int = 8,
-    model: torch.nn.Module | None = None,
+    transformer: CogVideoXTransformer3DModel, batch_size: int = 2, size: int = 8, model: torch.nn.Module | None = None
 ) -> Result:
     """Forward and backward pass, by `model` where the transformer is wrapped, under the same random numbers."""
     transformer.zero_grad()
     torch.manual_seed(7)
-    inputs = inputs_of(transformer, batch_size, size)
-    output = (model or transformer)(**inputs, return_dict=False)[0]
+    output = (model or transformer)(**inputs_of(transformer, batch_size, size), return_dict=False)[0]
     output.float().square().mean().backward()
     gradients = {
         name: parameter.grad.clone() for name, parameter in transformer.named_parameters() if parameter.requires_grad
@@ -84,7 +79,6 @@ def train_step(
 
 @torch.no_grad()
 def sample_step(transformer: CogVideoXTransformer3DModel) -> torch.Tensor:
-    """A forward pass without gradients."""
     torch.manual_seed(7)
     return transformer(**inputs_of(transformer), return_dict=False)[0]
 
@@ -93,8 +87,7 @@ def assert_same(result: Result, expected: Result) -> None:
     """Bit for bit."""
     assert torch.equal(result[0], expected[0])
     assert result[1].keys() == expected[1].keys()
-    differing = [name for name, gradient in result[1].items() if not torch.equal(gradient, expected[1][name])]
-    assert not differing
+    assert not [name for name, gradient in result[1].items() if not torch.equal(gradient, expected[1][name])]
 
 
 def assert_close(result: Result, expected: Result, tolerance: float) -> None:
@@ -108,14 +101,9 @@ def assert_close(result: Result, expected: Result, tolerance: float) -> None:
 def wide_transformer() -> CogVideoXTransformer3DModel:
     """12 blocks of width 512 in bfloat16 with float32 adapters, on the CPU."""
     torch.manual_seed(0)
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=8,
-        num_layers=12,
-        text_embed_dim=64,
-        sample_width=68,
-        sample_height=64,
-        use_rotary_positional_embeddings=True,
-    ).to(torch.bfloat16)
+    config = {"num_attention_heads": 8, "num_layers": 12, "sample_width": 68, "sample_height": 64}
+    config |= {"text_embed_dim": 64, "use_rotary_positional_embeddings": True}
+    transformer = CogVideoXTransformer3DModel(**config).to(torch.bfloat16)
     add_adapters(transformer, dropout=0.0)
     return transformer
 

@@ -40,32 +40,15 @@ def make_tiny_vision_model(
     ids = {word: number for number, word in enumerate(WORDS)}
     said = [says_only] if says_only else [word for word in WORDS if word[0] != "<"]
     never_said = [number for word, number in ids.items() if word not in [*said, *(["</s>"] if ends else [])]]
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": _SIZE, "patch_size": _PATCH, "projection_dim": 16}
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"], "pad_token_id": ids["</s>"]}
+    text |= {"vocab_size": len(WORDS), "num_key_value_heads": 2}
+    text |= {"initializer_range": 0.5}  # so that the words depend on what is seen
+    configs = {"vision_config": CLIPVisionConfig(**vision), "text_config": LlamaConfig(**text)}
     model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                image_size=_SIZE,
-                patch_size=_PATCH,
-                projection_dim=16,
-            ),
-            text_config=LlamaConfig(
-                vocab_size=len(WORDS),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                initializer_range=0.5,  # so that the words depend on what is seen
-                bos_token_id=ids["<s>"],
-                eos_token_id=ids["</s>"],
-                pad_token_id=ids["</s>"],
-            ),
-            image_token_index=ids["<image>"],
-            vision_feature_layer=-1,
-        )
+        LlavaConfig(**configs, image_token_index=ids["<image>"], vision_feature_layer=-1)
     )
     model.generation_config.suppress_tokens = never_said
     model.generation_config.min_new_tokens = LEAST_WORDS
@@ -74,14 +57,9 @@ def make_tiny_vision_model(
     words = Tokenizer(models.WordLevel(ids, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ids["<s>"])])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    special |= {"extra_special_tokens": {"image_token": "<image>"}}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
     size = {"height": _SIZE, "width": _SIZE}
     LlavaProcessor(
         CLIPImageProcessor(size=size, crop_size=size),

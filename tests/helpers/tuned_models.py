@@ -16,7 +16,6 @@ PIPELINES = {"2b": CogVideoXPipeline, "5b-i2v": CogVideoXImageToVideoPipeline}
 
 
 def make_lora(**options) -> Lora:
-    """Return a LoRA of rank 4 and alpha 8 unless `options` set others."""
     return Lora(**({"rank": 4, "alpha": 8} | options))
 
 
@@ -30,7 +29,6 @@ def randomize(transformer: CogVideoXTransformer3DModel) -> None:
 
 
 def write_lora(model: Path, folder: Path, dtype: torch.dtype = torch.float32, **options) -> Path:
-    """Write the file of a trained LoRA."""
     transformer, lora = load(model), make_lora(**options)
     lora.attach(transformer)
     randomize(transformer)
@@ -44,18 +42,15 @@ def output(transformer: CogVideoXTransformer3DModel, **options) -> torch.Tensor:
 
 
 def sampled_with(model: Path, lora: Path, kind: str = "2b") -> CogVideoXTransformer3DModel:
-    """Return the transformer of a plain diffusers pipeline with a LoRA."""
     pipeline = PIPELINES[kind].from_pretrained(model, vae=None, text_encoder=None, tokenizer=None, dtype=torch.float32)
     pipeline.load_lora_weights(lora)
     return pipeline.transformer
 
 
 def only_configs(model: Path, folder: Path) -> Path:
-    """Copy a model without its weights, for checks that must not load them."""
     return Path(shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors")))
 
 
 def check_model(method: Lora | FullFinetune, model: Path) -> None:
-    """Run the method's checks of a model, as a run does."""
     source = ModelSource(str(model))
     method.check_model(source.configs(), source)

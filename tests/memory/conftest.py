@@ -12,25 +12,21 @@ from tiny_steps import Result, train_step, with_adapters
 
 @pytest.fixture(scope="module")
 def resident(tiny_models) -> CogVideoXTransformer3DModel:
-    """A transformer without checkpoints whose blocks stay on the device."""
     return with_adapters(tiny_models("5b"))
 
 
 @pytest.fixture(scope="module")
 def expected(resident) -> Result:
-    """The training step of `resident`."""
     return train_step(resident)
 
 
 @pytest.fixture
 def transformer(resident) -> CogVideoXTransformer3DModel:
-    """A copy of `resident`."""
     return deepcopy(resident)
 
 
 @pytest.fixture
 def one_process(tmp_path) -> Iterator[None]:
-    """A process group of one process."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from data.buckets import Bucket
-from flags.optimizer import OptimizerFlags
+from flags.optimizer import LOW_BITS, OptimizerFlags
 from make_full_size_model import full_size_configs
 from memory.accounting import MemoryAccount, account, quantized_bytes, state_bytes
 from memory.activation_bytes import block_tensors, decoding_bytes, sampling_bytes
@@ -33,7 +33,6 @@ METHODS = {"lora": LORA, "sft": FULL}
 
 
 def storage_bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes of a tensor or of all parts of a quantized one."""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(storage_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.nbytes
@@ -170,17 +169,9 @@ def test_weights_and_gradients_are_those_of_a_real_model(tiny_models):
         assert result.gradients == by_training[True]
 
 
-OPTIMIZERS = {
-    "adam": {},
-    "adamw": {"use_8bit": True},
-    "adamw, torchao 8-bit": {"use_8bit": True, "use_torchao": True},
-    "adamw, torchao 4-bit": {"use_4bit": True, "use_torchao": True},
-    "adamw, torchao fp8": {"use_fp8": True, "use_torchao": True},
-    "prodigy": {},
-    "came": {},
-    "schedulefree": {},
-    "muon": {},
-}
+OPTIMIZERS = {name: {} for name in ("adam", "prodigy", "came", "schedulefree", "muon")}
+OPTIMIZERS |= {"adamw": {"use_8bit": True}}
+OPTIMIZERS |= {f"adamw, torchao {bits}": {bits: True, "use_torchao": True} for bits in LOW_BITS}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -227,7 +218,6 @@ def test_nf4_weights_are_as_large_as_those_of_bitsandbytes():
 
 
 def of_second_block(configs: ModelConfigs, kept: Callable[[ModelConfigs], int]) -> int:
-    """Return what a second block adds to the bytes kept."""
     return kept(with_layers(configs, 2)) - kept(with_layers(configs, 1))
 
 
@@ -307,7 +297,6 @@ def test_the_peak_of_decoding_is_what_allocations_add_up_to():
 
 
 def account_5b(name: str, **settings) -> MemoryAccount:
-    """Return the account of the 5b model at full size."""
     workload = Workload(NATIVE, 1, sampled=NATIVE)
     memory = MemorySettings(name, gradient_checkpointing=True, **settings)
     return account(released_facts("5b", name), memory, workload)
@@ -333,8 +322,7 @@ def test_an_offloaded_optimizer_has_states_gradients_and_weights_on_the_host():
     plain = account_5b("sft")
     offloaded = account_5b("sft", use_cpu_offload_optimizer=True, offload_gradients=True)
     # Copies are pinned in powers of two: most weights are matrices of 9 x 2^n numbers, so that 16 x 2^n are taken.
-    copies = offloaded.host - plain.optimizer_states
-    assert copies == pytest.approx(2 * 16 / 9 * plain.trained_weights, rel=0.01)
+    assert offloaded.host - plain.optimizer_states == pytest.approx(2 * 16 / 9 * plain.trained_weights, rel=0.01)
     assert offloaded.gradients == plain.gradients - plain.earlier_gradients
 
 

@@ -27,7 +27,6 @@ INPUT_BYTES = 2 * (16 + 5 * 4 * 6) * 128 * 4  # text and video tokens of two sam
 
 
 def small_store() -> CheckpointStore:
-    """Return a store with chunks smaller than the tensors."""
     return CheckpointStore(HostStack(chunk_bytes=10_000))
 
 
@@ -96,8 +95,7 @@ def test_host_memory_is_allocated_once_and_grows_only_for_larger_batches(transfo
     checkpoint_activations(transformer, offload_to=store)
     for batch_size, largest in ((2, 2), (1, 2), (2, 2), (3, 3)):
         train_step(transformer, batch_size)
-        allocated = sum(chunk.nbytes for chunk in store.stack.chunks)
-        assert 0 <= allocated - NUM_BLOCKS * INPUT_BYTES * largest / 2 < 10_000
+        assert 0 <= sum(chunk.nbytes for chunk in store.stack.chunks) - NUM_BLOCKS * INPUT_BYTES * largest / 2 < 10_000
 
 
 def test_a_pass_without_backward_pass_or_one_that_failed_does_not_disturb_the_next_step(transformer, expected):

@@ -97,8 +97,7 @@ def test_flags_that_the_user_passed_are_kept():
 
 
 def test_an_optimizer_without_low_bits_keeps_its_states():
-    rungs = rungs_of("sft", {"optimizer"}, optimizer="came")
-    assert steps(rungs)[-1] == "--offload_checkpoints"
+    assert steps(rungs_of("sft", {"optimizer"}, optimizer="came"))[-1] == "--offload_checkpoints"
 
 
 def test_refused_combinations_are_omitted(tiny_models, tmp_path):
@@ -140,8 +139,7 @@ def test_settings_go_to_flags_and_back(tiny_models, tmp_path):
     settings = memory_settings_of(args)
     assert settings == MemorySettings("lora")
     rung = rungs_of()[-1]
-    changed = with_memory(args, rung)
-    assert memory_settings_of(changed) == rung
+    assert memory_settings_of(with_memory(args, rung)) == rung
     typed = [*flags, "--output_dir", str(tmp_path / "out"), *differing_flags(rung, settings)]
     assert memory_settings_of(parse_args(typed, task="text-to-video", method="lora")) == rung
     assert not args.memory.gradient_checkpointing
@@ -182,8 +180,7 @@ def test_the_transformer_leaves_the_device_if_validation_is_the_peak():
     def calculate(settings: MemorySettings) -> int:
         return 10 * GB if settings.enable_model_cpu_offload else 20 * GB
 
-    choice = choose_among(rungs, 16, calculate)
-    assert choice.settings == replace(rungs[0], enable_model_cpu_offload=True)
+    assert choose_among(rungs, 16, calculate).settings == replace(rungs[0], enable_model_cpu_offload=True)
     with pytest.raises(UserError):
         choose_among(rungs, 16, calculate, given={"enable_model_cpu_offload"})
 

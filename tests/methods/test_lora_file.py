@@ -28,7 +28,6 @@ def transformer(model) -> CogVideoXTransformer3DModel:
 
 
 def without_metadata(file: Path) -> Path:
-    """Rewrite a file as the original scripts did."""
     save_file(load_file(file), file, metadata={"format": "pt"})
     return file
 
@@ -92,8 +91,7 @@ def test_the_listed_flags_are_sufficient(model, transformer, tmp_path):
     file = write_lora(model, tmp_path, target_modules=["to_q", "norm1.linear", "proj_out"])
     with pytest.raises(UserError) as caught:
         check_model(make_lora(start_from=file), model)
-    listed = str(caught.value).split("--lora_target_modules ")[1].split()
-    lora = make_lora(start_from=file, target_modules=listed)
+    lora = make_lora(start_from=file, target_modules=str(caught.value).split("--lora_target_modules ")[1].split())
     check_model(lora, model)
     lora.attach(transformer)
     torch.testing.assert_close(output(transformer), output(sampled_with(model, tmp_path)), atol=1e-5, rtol=1e-5)

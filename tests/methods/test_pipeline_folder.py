@@ -36,7 +36,6 @@ def write_tuned(source: ModelSource, folder: Path) -> Path:
 
 
 def sample(pipeline: CogVideoXPipeline | CogVideoXImageToVideoPipeline) -> torch.Tensor:
-    """Return the latents after two steps from constant prompt and noise."""
     pipeline.set_progress_bar_config(disable=True)
     image = {"image": Image.new("RGB", (48, 32), "red")} if pipeline.transformer.config.in_channels == 32 else {}
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +50,6 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def model(tiny_models, tmp_path) -> Path:
-    """A copy of a tiny model."""
     return Path(shutil.copytree(tiny_models("2b"), tmp_path / "model"))
 
 
@@ -76,8 +74,7 @@ def test_only_components_of_the_index_are_copied_and_no_hidden_files(model, tmp_
     (model / "notes").mkdir()
     for file in ("notes/a.txt", "README.md", "vae/.partial.bin", "vae/diffusion_pytorch_model.bin"):
         (model / file).touch()  # the last one is another form of the same weights
-    source = ModelSource(str(model))
-    folder = write_tuned(source, tmp_path)
+    folder = write_tuned(ModelSource(str(model)), tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == PARTS
     assert names(folder / "vae") == ["config.json", "diffusion_pytorch_model.safetensors"]
     for part in ("tokenizer", "text_encoder", "scheduler"):
@@ -105,8 +102,7 @@ def test_the_links_of_a_hub_cache_become_files(tiny_models, tmp_path):
         shutil.copyfile(tiny_models("2b") / name, blob)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(blob)
-    source = ModelSource("org/tiny", cache_dir=str(tmp_path / "cache"))
-    folder = write_tuned(source, tmp_path)
+    folder = write_tuned(ModelSource("org/tiny", cache_dir=str(tmp_path / "cache")), tmp_path)
     assert not any(path.is_symlink() for path in folder.rglob("*"))
     shutil.rmtree(tmp_path / "cache")
     CogVideoXPipeline.from_pretrained(folder)
@@ -171,5 +167,4 @@ def test_a_pipeline_without_learned_positions_samples_at_other_sizes(tiny_models
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(folder)
     assert pipeline.transformer.config.use_learned_positional_embeddings is False
     torch.testing.assert_close(output(pipeline.transformer), output(transformer), atol=1e-5, rtol=1e-5)
-    latents = sample(pipeline)
-    assert latents.shape == (1, 3, 16, 4, 6)
+    assert sample(pipeline).shape == (1, 3, 16, 4, 6)

@@ -19,7 +19,6 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """Forget earlier compilations, and restore the limits afterwards."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(optimize_ddp=torch._dynamo.config.optimize_ddp):
         yield
@@ -27,7 +26,6 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def losses(transformer, sizes: list[int], **options) -> list[float]:
-    """Return the losses of training steps with these numbers of frames."""
     optimizer = torch.optim.SGD([weight for weight in transformer.parameters() if weight.requires_grad], lr=1.0)
     values = []
     for frames in sizes:

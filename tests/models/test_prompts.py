@@ -71,8 +71,7 @@ def test_two_ranks_embed_every_prompt_even_one_after_the_other(cache, order):
 
 
 def test_models_and_dtypes_share_a_folder_without_sharing_embeddings(tiny_models, tmp_path):
-    sources = [ModelSource(str(tiny_models(kind))) for kind in ("2b", "5b")]
-    for source in sources:
+    for source in [ModelSource(str(tiny_models(kind))) for kind in ("2b", "5b")]:
         for dtype in (torch.float32, torch.bfloat16):
             PromptCache(tmp_path, source, dtype).embed(PROMPTS[:1], CPU)
     assert len(list(tmp_path.iterdir())) == 4

@@ -68,8 +68,7 @@ def test_exactly_the_linear_layers_of_the_blocks_are_quantized(tiny_models, quan
 @pytest.mark.parametrize(("quantization", "most"), [("int8", 0.03), ("fp8", 0.15)])
 def test_a_quantized_model_is_close_to_the_original(source, plain, quantization, most):
     with torch.no_grad():
-        quantized = source.load_transformer(torch.float32, quantize=quantization)
-        error = relative_error(predict(quantized), predict(plain))
+        error = relative_error(predict(source.load_transformer(torch.float32, quantize=quantization)), predict(plain))
     assert 0 < error < most
 
 
@@ -91,8 +90,7 @@ def test_float16_does_not_overflow_if_the_result_does_not(source):
     layer = quantized_layer("int8", source, torch.float16)
     inputs = torch.sign(layer.weight.dequantize()[:1]) * 20  # all products of the first row are positive
     expected = inputs.double() @ layer.weight.dequantize().double().T + layer.bias.double()
-    integers = inputs.double() @ layer.weight.qdata.double().T
-    assert integers.max() > torch.finfo(torch.float16).max > expected.max()
+    assert (inputs.double() @ layer.weight.qdata.double().T).max() > torch.finfo(torch.float16).max > expected.max()
     assert relative_error(layer(inputs), expected) < 0.01
 
 
@@ -260,8 +258,7 @@ def test_a_model_is_quantized_trained_and_saved_on_a_gpu(source, plain, tmp_path
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_nf4_computes_in_the_precision_of_the_model(source, dtype):
     pytest.importorskip("bitsandbytes")
-    model = source.load_transformer(dtype, device=torch.device("cuda"), quantize="nf4")
-    layer = model.transformer_blocks[0].ff.net[2]
+    layer = source.load_transformer(dtype, device=torch.device("cuda"), quantize="nf4").transformer_blocks[0].ff.net[2]
     with torch.autocast("cuda", dtype):
         assert layer(torch.ones(1, 512, device="cuda")).dtype == dtype
 

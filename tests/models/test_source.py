@@ -112,14 +112,8 @@ def test_tiles_of_the_released_size_fit_together():
 
 def make_tiled_vae(sample_height: int, sample_width: int) -> AutoencoderKLCogVideoX:
     """Build a thin VAE with the default tiles: half the sample's size, overlapping by a sixth and a fifth."""
-    vae = AutoencoderKLCogVideoX(
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        norm_num_groups=2,
-        latent_channels=16,
-        sample_height=sample_height,
-        sample_width=sample_width,
-    )
+    config = {"block_out_channels": (4, 4, 4, 4), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 16}
+    vae = AutoencoderKLCogVideoX(**config, sample_height=sample_height, sample_width=sample_width)
     vae.enable_tiling()
     return vae.eval()
 
@@ -143,8 +137,7 @@ LOADERS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("component", LOADERS)
 def test_a_component_is_loaded_in_the_requested_dtype(source, component, dtype):
-    network = LOADERS[component](source, dtype)
-    assert {parameter.dtype for parameter in network.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in LOADERS[component](source, dtype).parameters()} == {dtype}
 
 
 @pytest.mark.gpu
@@ -179,8 +172,7 @@ def most_memory(action: Callable[[], object]) -> tuple[int, object]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = action()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(accumulate(changes)), result
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))), result
 
 
 @pytest.mark.parametrize(
@@ -219,7 +211,6 @@ def test_the_scheduler_has_the_class_and_settings_of_the_config(tiny_models, kin
 
 @pytest.fixture
 def weightless(tiny_models, tmp_path) -> Path:
-    """The folder of a model without its weights."""
     return Path(shutil.copytree(tiny_models("5b"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")))
 
 
@@ -305,8 +296,6 @@ def test_the_number_of_tokens_is_that_of_a_real_model(tiny_models, kind):
 
 
 class Evil:
-    """Runs code when it is unpickled."""
-
     def __init__(self, file: Path):
         self.file = file
 

@@ -34,17 +34,9 @@ from optimizers.build import (
 )
 
 
+STATES = [{}, {"use_8bit": True}, *({bits: True, "use_torchao": True} for bits in LOW_BITS)]
 ALL = [
-    {"optimizer": "adam"},
-    {"optimizer": "adamw"},
-    {"optimizer": "adam", "use_8bit": True},
-    {"optimizer": "adamw", "use_8bit": True},
-    {"optimizer": "adam", "use_8bit": True, "use_torchao": True},
-    {"optimizer": "adamw", "use_8bit": True, "use_torchao": True},
-    {"optimizer": "adam", "use_4bit": True, "use_torchao": True},
-    {"optimizer": "adamw", "use_4bit": True, "use_torchao": True},
-    {"optimizer": "adam", "use_fp8": True, "use_torchao": True},
-    {"optimizer": "adamw", "use_fp8": True, "use_torchao": True},
+    *({"optimizer": name} | states for states in STATES for name in ("adam", "adamw")),
     {"optimizer": "prodigy", "learning_rate": 1.0, "prodigy_safeguard_warmup": True},
     {"optimizer": "came", "learning_rate": 2e-4},
     {"optimizer": "schedulefree"},
@@ -79,7 +71,6 @@ def train(
     rate: float,
     loss_of: Callable[[], torch.Tensor] | None = None,
 ) -> list[float]:
-    """Take these steps of a schedule of 40; gives the losses."""
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=40)
     scheduler.last_epoch = steps.start
     apply_learning_rate(optimizer, scheduler, rate)
@@ -96,7 +87,6 @@ def train(
 
 @pytest.fixture(scope="module")
 def lora(tiny_models) -> tuple[CogVideoXTransformer3DModel, Callable[[], torch.Tensor]]:
-    """The tiny transformer with an untrained LoRA, and the loss of a batch on it."""
     transformer = CogVideoXTransformer3DModel.from_pretrained(tiny_models("5b"), subfolder="transformer")
     torch.manual_seed(0)
     Lora(rank=64, alpha=64, target_modules=["to_out.0"]).attach(transformer)
@@ -176,12 +166,7 @@ def test_small_updates_of_bf16_weights_are_not_lost():
     """Each is a hundredth of what bf16 can tell from 1: rounded to the nearest, none would change anything."""
     weight = torch.nn.Parameter(torch.ones(100, 100, dtype=torch.bfloat16))
     optimizer = make(
-        [weight],
-        2**-8 / 100,
-        stochastic_rounding=True,
-        optimizer="adamw",
-        weight_decay=0,
-        use_torchao=True,
+        [weight], 2**-8 / 100, stochastic_rounding=True, optimizer="adamw", weight_decay=0, use_torchao=True
     )
     torch.manual_seed(0)
     for _ in range(50):
@@ -200,8 +185,7 @@ def test_offloading_without_a_gpu_is_refused_in_one_line():
 @pytest.mark.parametrize(("name", "package"), [("prodigy", "prodigyopt"), ("schedulefree", "schedulefree")])
 def test_a_missing_package_is_named(monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
-    words = rf"--optimizer {name}: needs the package {package} \(pip install {package}\)"
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=rf"--optimizer {name}: needs the package {package} \(pip install {package}\)"):
         make(parameters(), optimizer=name)
 
 

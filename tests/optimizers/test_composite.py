@@ -6,25 +6,17 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
-from flags.optimizer import OptimizerFlags
+from flags.optimizer import LOW_BITS, OptimizerFlags
 from optimizers.build import make_optimizer
 
 
-STATES = [
-    {"optimizer": "adam"},
-    {"optimizer": "adamw"},
-    {"optimizer": "adam", "use_8bit": True},
-    {"optimizer": "adamw", "use_8bit": True},
-    {"optimizer": "adamw", "use_8bit": True, "use_torchao": True},
-    {"optimizer": "adamw", "use_4bit": True, "use_torchao": True},
-    {"optimizer": "adamw", "use_fp8": True, "use_torchao": True},
-]
+STATES = [{"optimizer": name} | states for states in ({}, {"use_8bit": True}) for name in ("adam", "adamw")]
+STATES += [{"optimizer": "adamw", bits: True, "use_torchao": True} for bits in LOW_BITS]
 
 
 def model(device: str = "cpu") -> torch.nn.Module:
     torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Tanh(), torch.nn.Linear(128, 64))
-    return layers.to(device)
+    return torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Tanh(), torch.nn.Linear(128, 64)).to(device)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -50,13 +50,11 @@ def device(request, monkeypatch) -> Iterator[str]:
 def model(device: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """Build matrices that are offloaded, and biases that are too small for that."""
     torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Tanh(), torch.nn.Linear(128, 64))
-    return layers.to(device, dtype)
+    return torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Tanh(), torch.nn.Linear(128, 64)).to(device, dtype)
 
 
 def settings(optimizer_class: type[Optimizer]) -> dict[str, Any]:
-    plain = {"lr": 1e-2, "weight_decay": 1e-2}
-    return plain | ({"fused": True} if optimizer_class in (Adam, AdamW) else {})
+    return {"lr": 1e-2, "weight_decay": 1e-2} | ({"fused": True} if optimizer_class in (Adam, AdamW) else {})
 
 
 def offloaded(net: torch.nn.Module, optimizer_class: type[Optimizer], **options: Any) -> ClippedOffloadOptimizer:
@@ -72,7 +70,6 @@ def backward(net: torch.nn.Module, step: int) -> None:
 def train(
     net: torch.nn.Module, optimizer: Optimizer, steps: range, max_norm: float = 1e9, passes: int = 1
 ) -> list[torch.Tensor]:
-    """Train with several backward passes a step, and return the norms."""
     clip = getattr(optimizer, "clip_grad_norm_", partial(torch.nn.utils.clip_grad_norm_, list(net.parameters())))
     norms = []
     for step in steps:

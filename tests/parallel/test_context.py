@@ -37,7 +37,6 @@ Case = tuple[Path, str, str]  # the model, the method, the way it is run
 
 
 def load(model: Path, method: str) -> CogVideoXTransformer3DModel:
-    """Load a transformer for full fine-tuning, or with adapters without dropout."""
     transformer = CogVideoXTransformer3DModel.from_pretrained(model, subfolder="transformer")
     if method == "lora":
         add_adapters(transformer, dropout=0.0)
@@ -50,19 +49,14 @@ def step(transformer: CogVideoXTransformer3DModel, model: torch.nn.Module | None
     """Return output and gradients of the mean loss of two samples of 48x80 pixels, with 15 tokens per frame.
 
     There are five frames, or three pairs of frames, so that the number of tokens is odd.
-
-    Args:
-        model: the wrapped transformer, if it is wrapped.
-        seed: of the samples.
     """
     config, generator = transformer.config, torch.Generator().manual_seed(seed)
     frames = 5 + 5 % (config.patch_size_t or 1)
     latents = torch.randn(2, frames, config.in_channels, 6, 10, generator=generator)
     target = torch.randn(2, frames, config.out_channels, 6, 10, generator=generator)
-    embeds = torch.randn(2, config.max_text_seq_length, config.text_embed_dim, generator=generator)
     output = (model or transformer)(
         latents,
-        embeds,
+        torch.randn(2, config.max_text_seq_length, config.text_embed_dim, generator=generator),
         torch.tensor([100, 900]),
         ofs=None if config.ofs_embed_dim is None else torch.full((1,), 2.0),
         image_rotary_emb=rotary_embeddings(transformer, frames, 48, 80, CPU),
@@ -105,8 +99,7 @@ def divided_steps(cases: Sequence[Case], size: int) -> list[Result]:
 def alone_beside_others(model: Path) -> torch.Tensor:
     """Return what the first rank computes while the other one does nothing; then both compute together."""
     transformer = load(model, "full")
-    context = divided(transformer, 2)
-    with context.off():
+    with divided(transformer, 2).off():
         output = step(transformer)[0] if distributed.get_rank() == 0 else torch.zeros(())
     assert step(transformer)[0].isfinite().all()
     return output
@@ -155,7 +148,6 @@ def assert_same_curves(output: Path, expected: Path) -> None:
 
 
 def divide_everything(cases: Sequence[Case], flags: list[str]) -> tuple[list[Result], torch.Tensor]:
-    """Do everything that two ranks do in one launch."""
     results = divided_steps(cases, 2), alone_beside_others(cases[0][0])
     cogvideox_text_to_video_lora.main(flags)
     return results
@@ -190,8 +182,7 @@ def test_context_groups_of_any_size_divide_samples_of_any_length(tiny_models, tm
     ways = ("plain", "checkpointed", "sharded")
     cases = [(tiny_models(kind), method, way) for kind in kinds for method in ("lora", "full") for way in ways]
     cases = [case for case in cases if case[1:] != ("lora", "sharded")]
-    results = call_on_ranks(divided_steps, num_ranks, tmp_path / "ranks", cases, size)
-    assert_same_steps(results, cases, size)
+    assert_same_steps(call_on_ranks(divided_steps, num_ranks, tmp_path / "ranks", cases, size), cases, size)
 
 
 @pytest.mark.slow

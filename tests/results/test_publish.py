@@ -43,7 +43,6 @@ FACTS = CardFacts(
 
 @pytest.fixture
 def hub(monkeypatch) -> dict[str, dict]:
-    """The arguments of the calls to the hub, by the function's name."""
     calls: dict[str, dict] = {}
 
     def create_repo(repo_id, **options):
@@ -59,7 +58,6 @@ def hub(monkeypatch) -> dict[str, dict]:
 
 
 def push(folder: Path, repo_id: str | None = "owner/circles", **others) -> str:
-    """Push a run's folder; return the card's text."""
     publish.push_to_hub(folder, repo_id, TOKEN, replace(FACTS, **others))
     return (folder / "README.md").read_text(encoding="utf-8")
 
@@ -216,7 +214,6 @@ def test_a_failed_upload_logs_the_command_to_do_it_later(hub, tmp_path, monkeypa
 
 
 def who(role="write", **others):
-    """Return the parts of the hub's answer on a token that matter."""
     orgs = [{"name": "studio", "roleInOrg": "write"}, {"name": "museum", "roleInOrg": "read"}]
     return {"name": "me", "orgs": orgs, "auth": {"accessToken": {"role": role, **others}}}
 

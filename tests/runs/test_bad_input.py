@@ -21,13 +21,11 @@ SCRIPTS = {
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """Three good clips and their lists."""
     folder = tmp_path / "data"
     (folder / "videos").mkdir(parents=True)
     names = [f"videos/{name}.mp4" for name in "abc"]
     for name in names:
-        frames = (np.full((64, 96, 3), 8 * i, np.uint8) for i in range(20))
-        write_mp4(folder / name, frames, 8)
+        write_mp4(folder / name, (np.full((64, 96, 3), 8 * i, np.uint8) for i in range(20)), 8)
     (folder / "videos.txt").write_text("".join(f"{name}\n" for name in names))
     (folder / "prompts.txt").write_text("one\ntwo\nthree\n")
     (folder / "table.csv").write_text("video,caption\n" + "".join(f"{name},a caption\n" for name in names))
@@ -35,11 +33,7 @@ def data(tmp_path) -> Path:
 
 
 def run(script: str, data: Path, *flags: str) -> tuple[int, str]:
-    """Run a script in a child process; returns exit code and stderr. Fails if torch was imported.
-
-    Args:
-        flags: MODEL stands for the flag for the model, DATA for the data's folder.
-    """
+    """Run a script, which must not import torch; in flags MODEL stands for that for the model, DATA for the folder."""
     module, model_flag = SCRIPTS[script]
     argv = [model_flag, "owner/name", "--data_root", str(data), "--output_dir", str(data.parent / "out")]
     argv += ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17"]
@@ -113,7 +107,6 @@ BAD_FLAGS = {
 
 
 def cases(mistakes: Iterable[str]) -> list[tuple[str, str]]:
-    """Return the mistakes to make with each script."""
     scripts = {mistake: ["train"] if mistake.startswith("train: ") else SCRIPTS for mistake in mistakes}
     return [(mistake, script) for mistake in mistakes for script in scripts[mistake]]
 

@@ -24,7 +24,6 @@ SAMPLING_STEPS = 10
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
-    """The folder of the demo, trained and sampled in fewer steps."""
     folder = tmp_path_factory.mktemp("demo")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     settings = {"DEMO_STEPS": "75", "DEMO_SAMPLING_STEPS": str(SAMPLING_STEPS)}
@@ -40,7 +39,6 @@ def demo(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(demo) -> Path:
-    """The folder of its training run."""
     (folder,) = (demo / "outputs").iterdir()
     return folder
 
@@ -66,13 +64,8 @@ def test_plain_diffusers_samples_the_same_video(demo, run):
     shown = all_frames(one(demo / "generated", "00-*-seed-42.mp4"))
     pipeline = CogVideoXPipeline.from_pretrained(MODEL_DIR, dtype=torch.float32)
     pipeline.load_lora_weights(run)
-    video = pipeline(
-        PROMPT,
-        num_inference_steps=SAMPLING_STEPS,
-        guidance_scale=2.0,
-        generator=torch.Generator().manual_seed(42),
-        output_type="np",
-    ).frames[0]
+    options = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": 2.0, "output_type": "np"}
+    video = pipeline(PROMPT, **options, generator=torch.Generator().manual_seed(42)).frames[0]
     # H.264 keeps most of the grain, and half of the colours' resolution.
     assert np.abs(video * 255 - shown).mean() < 3
     assert saturation((video * 255).round().astype(np.uint8)) == pytest.approx(saturation(shown), abs=0.02)
@@ -83,7 +76,6 @@ def test_the_pictures_show_the_difference(demo, run):
         saturation(all_frames(one(demo / "generated", f"00-*-seed-42{end}.mp4"))) for end in ("-base", "")
     )
     assert after <= before / 2
-    side_by_side = np.asarray(Image.open(one(demo / "generated", "00-*-compare.png")).convert("RGB"))
-    assert side_by_side.std() > 10
+    assert np.asarray(Image.open(one(demo / "generated", "00-*-compare.png")).convert("RGB")).std() > 10
     for name in ("loss.png", "validation/progress.png", "pytorch_lora_weights.safetensors", "config.yaml"):
         assert (run / name).stat().st_size > 0

@@ -83,8 +83,7 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(train, tmp_path, a
     shutil.copytree(straight / "checkpoint-4", stopped / "checkpoint-4")
     (stopped / "checkpoint-5.partial").mkdir()  # not a checkpoint
     torch.rand(7)  # the state of the global generator must not matter
-    resumed = train(stopped, *flags, "--max_train_steps", "6", "--resume_from_checkpoint", "latest")
-    assert_same_weights(resumed, whole)
+    assert_same_weights(train(stopped, *flags, "--max_train_steps", "6", "--resume_from_checkpoint", "latest"), whole)
     assert sorted(curve(stopped, "loss")) == [5, 6]
     assert curve(stopped, "lr") == {step: curve(straight, "lr")[step] for step in (5, 6)}
 
@@ -92,8 +91,7 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(train, tmp_path, a
 def test_a_step_of_four_small_batches_is_a_step_of_the_big_one(train, tmp_path):
     one_step = ("--max_train_steps", "1", "--train_batch_size")  # of all the 16 samples
     big = train(tmp_path / "big", *one_step, "16")
-    accumulated = (*one_step, "4", "--gradient_accumulation_steps", "4")
-    small = train(tmp_path / "small", *accumulated)
+    small = train(tmp_path / "small", *one_step, "4", "--gradient_accumulation_steps", "4")
     (big_loss,), (small_loss,) = (curve(tmp_path / name, "loss").values() for name in ("big", "small"))
     (big_norm,), (small_norm,) = (curve(tmp_path / name, "grad_norm").values() for name in ("big", "small"))
     assert small_loss == pytest.approx(big_loss, rel=1e-5)
@@ -113,8 +111,7 @@ def test_a_run_with_ema_writes_the_average_and_resumes_from_both(train, tmp_path
     assert_same_weights(weights_of(tmp_path / "averaged" / "checkpoint-4"), last)
 
     shutil.copytree(tmp_path / "averaged" / "checkpoint-2", tmp_path / "stopped" / "checkpoint-2")
-    resumed = train(tmp_path / "stopped", *flags, "--resume_from_checkpoint", "latest")
-    assert_same_weights(resumed, averaged)
+    assert_same_weights(train(tmp_path / "stopped", *flags, "--resume_from_checkpoint", "latest"), averaged)
 
 
 OPTIONS = ["--caption_dropout 1", "--timestep_sampling logit_normal --logit_mean -3", "--stratified_timesteps"]
@@ -144,8 +141,7 @@ def test_checkpoints_are_written_at_intervals_and_removed_beyond_the_limit(train
 
 
 def test_the_learning_rate_schedule_counts_optimizer_steps_over_all_epochs(train, tmp_path):
-    flags = ("--num_train_epochs", "2", "--gradient_accumulation_steps", "5")
-    train(tmp_path, *flags, "--lr_scheduler", "linear")
+    train(tmp_path, "--num_train_epochs", "2", "--gradient_accumulation_steps", "5", "--lr_scheduler", "linear")
     rates = curve(tmp_path, "lr")
     steps = 2 * math.ceil(16 / 5)
     assert sorted(rates) == list(range(1, steps + 1))
@@ -171,8 +167,7 @@ def test_validation_does_not_change_what_is_trained(train, tmp_path):
     flags = ["--max_train_steps", "2"]
     plain = train(tmp_path / "plain", *flags)
     flags += ["--validation_prompt", "a red circle", "--validation_steps", "1", "--num_inference_steps", "1"]
-    validated = train(tmp_path / "validated", *flags)
-    assert_same_weights(validated, plain)
+    assert_same_weights(train(tmp_path / "validated", *flags), plain)
 
 
 def test_prepared_data_trains_without_vae_or_text_encoder(tiny_models, train, tmp_path):
@@ -181,8 +176,7 @@ def test_prepared_data_trains_without_vae_or_text_encoder(tiny_models, train, tm
     shutil.rmtree(model / "text_encoder")
     shutil.rmtree(model / "tokenizer")
     (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    flags = ("--max_train_steps", "1", "--caption_dropout", "0.5")
-    train(tmp_path / "out", *flags, model=model)
+    train(tmp_path / "out", "--max_train_steps", "1", "--caption_dropout", "0.5", model=model)
 
 
 def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on(train, demo_clips, tmp_path):
@@ -232,9 +226,7 @@ RESUME = ("--max_train_steps", "8", "--resume_from_checkpoint", "latest")
 
 @pytest.fixture
 def stopped_run(train, tmp_path) -> Path:
-    """A run of 4 steps with checkpoints at 2 and 4."""
-    flags = ("--max_train_steps", "4", "--checkpointing_steps", "2", "--lr_scheduler", "linear")
-    train(tmp_path / "run", *flags)
+    train(tmp_path / "run", "--max_train_steps", "4", "--checkpointing_steps", "2", "--lr_scheduler", "linear")
     return tmp_path / "run"
 
 
@@ -244,8 +236,7 @@ def test_a_run_with_other_settings_is_not_resumed_and_all_differences_are_listed
     before = (stopped_run / "pytorch_lora_weights.safetensors").read_bytes()
     assert "--max_train_steps: " in error_of(stopped_run, *RESUME, "--max_train_steps", "3")
     fewer = shutil.copytree(prepared, tmp_path / "fewer")
-    samples = (prepared / "index.jsonl").read_text().splitlines(keepends=True)
-    (fewer / "index.jsonl").write_text("".join(samples[1:]))
+    (fewer / "index.jsonl").write_text("".join((prepared / "index.jsonl").read_text().splitlines(keepends=True)[1:]))
     flags = ("--rank", "4", "--lora_alpha", "16", "--optimizer", "prodigy", "--train_batch_size", "2", "--seed", "7")
     error = error_of(stopped_run, *RESUME, *flags, data=fewer)
     assert re.search(r"data was 16 samples \(\w+\), is now 15 samples \(\w+\); --train_batch_size was 1, is", error)
@@ -255,15 +246,13 @@ def test_a_run_with_other_settings_is_not_resumed_and_all_differences_are_listed
 
 
 def test_a_run_is_not_resumed_on_another_model_of_the_same_shape(tiny_models, error_of, stopped_run):
-    error = error_of(stopped_run, *RESUME, "--ignore_prepared_mismatch", model=tiny_models("2b"))
-    assert "model was" in error
+    assert "model was" in error_of(stopped_run, *RESUME, "--ignore_prepared_mismatch", model=tiny_models("2b"))
 
 
 def test_a_learning_rate_given_on_resume_is_applied_along_the_schedule(train, stopped_run):
     shutil.rmtree(stopped_run / "logs")
     train(stopped_run, *RESUME, "--lr_scheduler", "linear", "--learning_rate", "4e-3")
-    rates = curve(stopped_run, "lr")
-    assert rates == pytest.approx({step: 4e-3 * (8 - (step - 1)) / 8 for step in (5, 6, 7, 8)})
+    assert curve(stopped_run, "lr") == pytest.approx({step: 4e-3 * (8 - (step - 1)) / 8 for step in (5, 6, 7, 8)})
 
 
 def test_a_run_is_resumed_with_other_batches_a_step_and_reports_it(train, stopped_run, capsys):

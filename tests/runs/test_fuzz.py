@@ -103,7 +103,6 @@ def damaged(content: bytes, seed: str, foreign: Sequence[bytes]) -> bytes:
 
 
 def edits_of(content: bytes, rng: random.Random, foreign: bytes) -> list[bytes]:
-    """Edit a random piece of a content in each way."""
     size = len(content)
     # Often near either end, where headers and indices are.
     near = rng.randint(0, min(size, rng.choice((16, 100, 1000, size))))
@@ -164,7 +163,6 @@ def check_damaged_videos(folder: Path) -> None:
 
 
 def check_damaged_stills(folder: Path) -> None:
-    """Damage still images of every kind, one that is stored rotated, and animations."""
     image, *others = (Image.fromarray(numbered_frame(number)) for number in range(20))
     rotated = Image.Exif()
     rotated[0x0112] = 6
@@ -183,8 +181,7 @@ def check_damaged_real_clips(folder: Path) -> None:
 
 
 def check_damaged_clips(originals: Sequence[Path], count: int) -> None:
-    contents = [path.read_bytes() for path in originals]
-    heads = [content[:size] for content in contents for size in (12, 200)]
+    heads = [path.read_bytes()[:size] for path in originals for size in (12, 200)]
     whole = {path: {frame.tobytes() for frame in decoded(path)} for path in originals}
     mutants = mutants_of(originals, heads, count)
     least = len(originals) + 1
@@ -216,7 +213,6 @@ def check_clip(original: Path, content: bytes, whole: Collection[bytes]) -> str:
 
 
 def samples_of(info: VideoInfo) -> Iterator[tuple[int, ...]]:
-    """Yield the first and the last sample, chosen in several ways."""
     for options in ({}, {"long_clips": "split"}, {"long_clips": "split", "fps": 7.5}):
         try:
             samples = choose_samples(info, [1, 13], **options)
@@ -272,7 +268,6 @@ Places = tuple[Counter[str], Counter[str]]
 
 
 def make_lists(folder: Path) -> None:
-    """Write the same rows as text files, as tables of every kind, and as a mix of both."""
     for place in (folder, folder / "lists"):
         place.mkdir(exist_ok=True)
         for name in ("a.mp4", "b.mp4"):
@@ -301,14 +296,12 @@ def picture() -> bytes:
 
 
 def plan(*flags: object) -> RawData:
-    """Plan as preparation does, from the command line on."""
     sizes = ["--frame_buckets", "1", "9", "--height_buckets", str(HEIGHT), "--width_buckets", str(WIDTH)]
     args = parse_prepare_args([*sizes, "--output_dir", "out", *map(str, flags)])
     return plan_raw_clips(args.sources, args.clips, with_images=True)
 
 
 def listed(data: RawData) -> Counter[str]:
-    """Count how often each row is planned or named as bad."""
     return Counter(clip.source for clip in (*(p.clip for p in data.clips if p.part == 0), *data.bad))
 
 
@@ -348,12 +341,10 @@ def places_of_records(file: Path) -> Places:
 
 
 def places_of_objects(file: Path) -> Places:
-    """Return the values of a JSON array, or of each line."""
     return places(file, [place for place, _ in json_values(file)])
 
 
 def json_values(file: Path) -> list[tuple[str, Any]]:
-    """Return the place and the value of each."""
     text = file.read_bytes().decode("utf-8-sig")
     if text.lstrip().startswith("["):
         return [(f"row {number}", value) for number, value in enumerate(json.loads(text), 1)]
@@ -361,7 +352,6 @@ def json_values(file: Path) -> list[tuple[str, Any]]:
 
 
 def places_of_rows(file: Path) -> Places:
-    """Return as many rows as the footer of a Parquet file says."""
     return places(file, [f"row {number + 1}" for number in range(pq.ParquetFile(file).metadata.num_rows)])
 
 
@@ -388,7 +378,6 @@ NAMES = {"--data_root": TEXT_FILES, "--dataset_mix": ["rows.jsonl", "videos.txt"
 
 
 def check_list(file: Path, content: bytes) -> str:
-    """Plan a list of this content, which may be damaged."""
     file.write_bytes(content)
     flag, read_places = LISTS[file.name]
     try:
@@ -443,7 +432,6 @@ JSON = st.recursive(
 
 
 def count_of(data: RawData) -> int:
-    """Count the rows that are planned or named, each once."""
     found = listed(data)
     assert set(found.values()) == {1}, f"listed more than once: {found}"
     return len(found)
@@ -470,8 +458,7 @@ def every_row_of_a_csv_file_counts(folder: Path, suffix: str, rows: Sequence[dic
 def every_row_of_a_json_file_counts(folder: Path, is_array: bool, is_ascii: bool, rows: Sequence[object]) -> None:
     file, rows = folder / "any.json", [{"video": "a.mp4", "caption": "the first one"}, *rows]
     texts = [json.dumps(row, ensure_ascii=is_ascii) for row in rows]
-    text = f"[{','.join(texts)}]" if is_array else "\n".join(texts)
-    file.write_bytes(text.encode("utf-8", "replace"))
+    file.write_bytes((f"[{','.join(texts)}]" if is_array else "\n".join(texts)).encode("utf-8", "replace"))
     assert count_of(plan("--dataset_file", file)) == len(rows)
 
 
@@ -592,8 +579,7 @@ def make_files(folder: Path, *, with_index: bool = True) -> list[Path]:
         (folder / kind).mkdir(parents=True)
         for name in SAMPLES:
             # The original script wrote one encoding of an image, without an axis for several.
-            one = shape[1:] if kind == "image_latents" else shape
-            torch.save(torch.zeros(one), folder / kind / f"{name}.pt")
+            torch.save(torch.zeros(shape[1:] if kind == "image_latents" else shape), folder / kind / f"{name}.pt")
     tensors = [folder / kind / "one.pt" for kind in SHAPES]
     if not with_index:
         return tensors
@@ -602,7 +588,6 @@ def make_files(folder: Path, *, with_index: bool = True) -> list[Path]:
 
 
 def make_preparations(folder: Path) -> dict[Path, list[Path]]:
-    """Write a folder of each kind; returns the files to damage by folder."""
     makers = {"shards": make_shards, "files": make_files, "unindexed": partial(make_files, with_index=False)}
     return {folder / name: make(folder / name) for name, make in makers.items()}
 
@@ -662,7 +647,6 @@ def check_damaged_preparations(folder: Path) -> None:
 
 
 def with_another_value(entry: object, path: Sequence[int], value: object) -> object:
-    """Return JSON with a value replaced at some depth."""
     if not isinstance(entry, dict) or not entry or not path:
         return value
     key = list(entry)[path[0] % len(entry)]
@@ -675,8 +659,7 @@ def other_values_in_json_are_read_or_refused(folder: Path, path: Sequence[int], 
     for file in ("shards/index.jsonl", "files/data.jsonl", "shards/prepared.json"):
         text = (folder / file).read_text()
         first, *rest = text.split("\n", 1) if file.endswith(".jsonl") else [text]
-        changed = json.dumps(with_another_value(json.loads(first), path, value))
-        (folder / file).write_text("\n".join([changed, *rest]))
+        (folder / file).write_text("\n".join([json.dumps(with_another_value(json.loads(first), path, value)), *rest]))
         check_prepared_folder((folder / file).parent)
         (folder / file).write_text(text)
 

@@ -14,7 +14,6 @@ SCRIPT = "prepare_dataset"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file and its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

@@ -24,7 +24,6 @@ def data(tmp_path_factory) -> Path:
 
 
 def train(script, model: Path, data: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
-    """Train for two steps; returns the written weights."""
     common = ("--load_tensors", "--learning_rate", "1e-3", "--max_train_steps", "2", "--checkpointing_steps", "1")
     # torchao compiles its step, which changes nothing in the result and takes long on a CPU.
     with torch.compiler.set_stance("force_eager"):
@@ -32,7 +31,6 @@ def train(script, model: Path, data: Path, output: Path, *flags: str) -> dict[st
 
 
 def resume(script, model: Path, data: Path, whole: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
-    """Resume from the first step of a run in another folder."""
     shutil.copytree(whole / "checkpoint-1", output / "checkpoint-1")
     return train(script, model, data, output, "--resume_from_checkpoint", "latest", *flags)
 
@@ -57,8 +55,7 @@ def test_bf16_weights_stepped_in_the_backward_pass_resume_bit_for_bit(tiny_model
     with pytest.raises(KeyError):  # unknown
         curve(tmp_path / "whole", "grad_norm")
 
-    resumed = resume(script, model, data, tmp_path / "whole", tmp_path / "resumed", *flags)
-    assert_same_weights(resumed, whole)
+    assert_same_weights(resume(script, model, data, tmp_path / "whole", tmp_path / "resumed", *flags), whole)
     start = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(not torch.equal(whole[name], start[name]) for name in whole if name.endswith("to_q.weight"))
 

@@ -33,11 +33,7 @@ CPU = torch.device("cpu")
 
 
 class Kind:
-    """A tiny model as a user samples it, and the objective that trains the same transformer.
-
-    Args:
-        drop_positions: drop the learned ones, for sampling with the code in the usage, for training as the task does.
-    """
+    """A tiny model as a user samples it, and the objective that trains it; learned positions may be dropped."""
 
     def __init__(self, source: ModelSource, *, drop_positions: bool):
         self.source = source
@@ -50,9 +46,7 @@ class Kind:
         self.objective = make_objective(source, transformer, task=self.task)
 
     def sample(self, size: Bucket, image: Image.Image | None = None, **options) -> torch.Tensor:
-        """The latents that the pipeline samples."""
-        given = {"image": image} if self.task.with_images else {}
-        return sample_latents(self.pipeline, size, **given, **options)
+        return sample_latents(self.pipeline, size, **({"image": image} if self.task.with_images else {}), **options)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +57,6 @@ def make_kind(tiny_models) -> Callable[[str, Bucket], Kind]:
 
 
 def inputs_of(transformer: torch.nn.Module, run: Callable[[], object]) -> dict[str, object]:
-    """Return the inputs of the first forward pass of the transformer."""
     seen = []
     hook = transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     with torch.no_grad():
@@ -180,21 +173,15 @@ def test_the_true_velocity_has_no_loss_and_the_scheduler_recovers_the_clean_late
     make_kind, predict_the_truth, name
 ):
     kind, timesteps = make_kind(name), torch.arange(1000)
-    generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(1000, 16, 1, 2, 2, generator=generator)
+    mean = torch.randn(1000, 16, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     moments = torch.cat([mean, torch.full_like(mean, -40.0)], dim=1)  # e^-40: practically no noise
     clean = mean.movedim(1, 2).double() * {"2b": 1.15258426}.get(name, 0.7)
     if name.startswith("1.5"):
         clean = clean.expand(-1, 2, -1, -1, -1)  # padded
     transformer = kind.objective.transformer
     predict_the_truth(kind, transformer, clean)
-    batch = Batch(
-        ["a"] * 1000,
-        Bucket(1, 16, 16),
-        video_moments=moments,
-        image_moments=moments,
-        prompt_embeds=torch.zeros(1000, 1, 64),
-    )
+    tensors = {"video_moments": moments, "image_moments": moments, "prompt_embeds": torch.zeros(1000, 1, 64)}
+    batch = Batch(["a"] * 1000, Bucket(1, 16, 16), **tensors)
     inputs = {}
 
     def losses() -> None:
@@ -229,8 +216,7 @@ def test_a_pipeline_whose_model_predicts_the_true_velocity_samples_the_clean_lat
     frames += frames % 2 if name.startswith("1.5") else 0
     clean = torch.randn(1, frames, 16, height, width, generator=torch.Generator().manual_seed(0))
     predict_the_truth(kind, kind.pipeline.transformer, clean.double())
-    scheduler = scheduler_class.from_config(kind.pipeline.scheduler.config)
-    monkeypatch.setattr(kind.pipeline, "scheduler", scheduler)
+    monkeypatch.setattr(kind.pipeline, "scheduler", scheduler_class.from_config(kind.pipeline.scheduler.config))
     options = {"prompt": "a", "guidance_scale": 1, "num_inference_steps": 8, "generator": torch.Generator()}
     sampled = kind.sample(size, Image.new("RGB", (96, 64), "red"), **options)
     torch.testing.assert_close(sampled, clean, rtol=0, atol=1e-3)

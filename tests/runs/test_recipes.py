@@ -25,19 +25,16 @@ TASKS = {"2b": "text", "5b": "text", "1.5-5b": "text", "5b-i2v": "image", "1.5-5
 
 @pytest.fixture(scope="module")
 def prepared(prepared_demo) -> Callable[[str], Path]:
-    """Return a folder of two demo clips prepared with a model, with image latents."""
     return lambda kind: prepared_demo(*SIZE, "--max_samples", "2", "--save_image_latents", kind=kind)
 
 
 def train(kind: str, method: str, model: Path, data: Path, output: Path, *flags: str) -> Path:
-    """Run the recipe's script in this process."""
     of_lora = ("--rank", "4", "--lora_alpha", "4") if method == "lora" else ()
     script = import_module(f"cogvideox_{TASKS[kind]}_to_video_{method}")
     return tiny_runs.train(script, model, data, output, "--report_to", "none", *of_lora, *flags)
 
 
 def sample(kind: str, model: Path, output: Path | None, method: str) -> torch.Tensor:
-    """Sample latents in plain diffusers with a result, or with the model if there is none."""
     classes = {"text": CogVideoXPipeline, "image": CogVideoXImageToVideoPipeline}
     parts = {}
     if output is not None and method == "sft":

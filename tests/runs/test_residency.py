@@ -4,11 +4,7 @@ import gc
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLCogVideoX,
-    CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
-)
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXEncoder3D
 from PIL import Image
 from transformers import T5EncoderModel
@@ -24,24 +20,18 @@ NETWORKS = (T5EncoderModel, AutoencoderKLCogVideoX, CogVideoXEncoder3D, CogVideo
 
 
 def alive() -> list[str]:
-    """Return the networks that are referenced in this process."""
     gc.collect()
     # By type(): isinstance would ask torch's lazy modules for attributes that warn.
     return sorted(kind.__name__ for kind in (type(thing) for thing in gc.get_objects()) if kind in NETWORKS)
 
 
+START = ["--validation_images", "start.png", "--ignore_learned_positional_embeddings"]
+WITH_ENCODER = ["AutoencoderKLCogVideoX", "CogVideoXEncoder3D"]  # the first frame has to be encoded
+
+
 @pytest.mark.parametrize(
     ("kind", "task", "flags", "sampled_with"),
-    [
-        ("5b", TextToVideo, [], ["AutoencoderKLCogVideoX"]),
-        # The first frame has to be encoded.
-        (
-            "5b-i2v",
-            ImageToVideo,
-            ["--validation_images", "start.png", "--ignore_learned_positional_embeddings"],
-            ["AutoencoderKLCogVideoX", "CogVideoXEncoder3D"],
-        ),
-    ],
+    [("5b", TextToVideo, [], WITH_ENCODER[:1]), ("5b-i2v", ImageToVideo, START, WITH_ENCODER)],
 )
 def test_with_prepared_data_only_the_transformer_is_in_memory_and_the_decoder_while_sampling(
     tiny_models, prepared_demo, tmp_path, monkeypatch, kind, task, flags, sampled_with

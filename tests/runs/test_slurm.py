@@ -187,11 +187,10 @@ def test_the_tasks_get_the_environment_of_accelerate_launch(tmp_path, config):
     (tmp_path / "config.yaml").write_text(config)
     (tmp_path / "script.py").write_text("import json, os\nprint('environment:', json.dumps(dict(os.environ)))\n")
     launch = ["accelerate", "launch", "--config_file", "config.yaml", "--num_processes", "1", "--num_machines", "1"]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         [*launch, "--main_process_port", "0", "script.py"],
         cwd=tmp_path,
-        env=os.environ | {"PATH": path},
+        env=os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])},
         capture_output=True,
         text=True,
     )
@@ -204,7 +203,6 @@ def test_the_tasks_get_the_environment_of_accelerate_launch(tmp_path, config):
 
 @pytest.fixture
 def real(tiny_models, demo_clips, tmp_path) -> dict[str, str]:
-    """Settings for real runs of the scripts."""
     settings = {"PYTHON": sys.executable, "MODEL_ID": str(tiny_models("5b")), "DATA_ROOT": str(demo_clips)}
     settings |= {"HEIGHT_BUCKETS": "64", "WIDTH_BUCKETS": "96", "FRAME_BUCKETS": "9 17", "DTYPE": "fp32"}
     return settings | {"OUTPUT_DIR": str(tmp_path / "prepared"), "ACCELERATE_USE_CPU": "true"}

@@ -16,7 +16,6 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 @pytest.fixture(scope="module")
 def prepared(prepared_demo) -> Path:
-    """Eight of the demo clips, prepared with their first frames."""
     return prepared_demo(*SIZE, "--max_samples", "8", "--save_image_latents", kind="5b-i2v")
 
 
@@ -30,8 +29,6 @@ def run(model: Path, data: Path, output: Path, steps: int, *flags: str) -> None:
 
 
 class FetchedNumbers(TorchDispatchMode):
-    """Counts reads of a number from a tensor, which make the CPU wait for a GPU."""
-
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

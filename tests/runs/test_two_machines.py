@@ -22,8 +22,6 @@ ENTER = 'hostname "$0"; [ -z "$UNSHARED" ] || mount -t tmpfs none "$UNSHARED"; e
 
 @dataclass(frozen=True)
 class Host:
-    """A network namespace, one end of a cable between two."""
-
     rank: int
     namespace: str
     name: str
@@ -31,7 +29,6 @@ class Host:
     device: str
 
     def start(self, command: Sequence[str], log: Path, **environment: str) -> subprocess.Popen:
-        """Start a command there; its output goes into a file."""
         inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", "bash", "-c", ENTER, self.name]
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         own = {"PATH": path, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "UNSHARED": ""}
@@ -50,7 +47,6 @@ def ip(*words: str) -> None:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[list[Host]]:
-    """Two hosts with a cable between them."""
     suffix = str(os.getpid())
     pair = [
         Host(rank, f"cogvideox-{suffix}-{rank}", f"node{rank}", f"10.213.7.{rank + 1}", f"v{suffix}-{rank}")
@@ -78,7 +74,6 @@ def hosts() -> Iterator[list[Host]]:
 def run_on(
     hosts: Sequence[Host], folder: Path, *command: str, of_second: dict[str, str] | None = None, **shared: str
 ) -> tuple[list[int], list[str]]:
-    """Run a command on both hosts; returns the exit codes and the outputs."""
     logs = [folder / f"{host.name}.log" for host in hosts]
     shared |= {"MAIN_PROCESS_IP": hosts[0].address, "MAIN_PROCESS_PORT": str(PORT)}
     runs = [

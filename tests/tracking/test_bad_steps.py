@@ -28,9 +28,7 @@ def guard(tmp_path) -> StepGuard:
 )
 def test_a_step_that_is_not_finite_is_named_with_its_clips(guard, caplog, loss, grad_norm, what):
     guard.check([Step(7, loss, grad_norm, ["a.mp4", "b.mp4"])])
-    assert caplog.messages == [
-        f"warning: step 7 is skipped: its {what} is not finite; it trained on a.mp4, b.mp4",
-    ]
+    assert caplog.messages == [f"warning: step 7 is skipped: its {what} is not finite; it trained on a.mp4, b.mp4"]
     assert guard.num_bad == 1
 
 

@@ -58,24 +58,12 @@ def test_the_number_of_tokens_is_that_of_the_blocks(tiny_models, kind):
     assert seen[0].shape[1] == count_tokens(transformer.config, Bucket(17, 64, 96))
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA A100 80GB PCIe", 312.0),
-        ("NVIDIA RTX A6000", 154.8),
-        ("NVIDIA GeForce RTX 4090", 165.2),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA GeForce RTX 3090", 71.0),
-        ("NVIDIA L40S", 362.0),
-        ("NVIDIA L40", 181.0),
-        ("NVIDIA A10", 125.0),
-        ("NVIDIA A10G", None),
-        ("Quadro P400", None),
-    ],
-)
+PEAKS = {"NVIDIA H200": 989.4, "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H100 PCIe": 756.0, "Quadro P400": None}
+PEAKS |= {"NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA A100 80GB PCIe": 312.0, "NVIDIA RTX A6000": 154.8}
+PEAKS |= {"NVIDIA GeForce RTX 4090": 165.2, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA L40S": 362.0}
+PEAKS |= {"NVIDIA GeForce RTX 3090": 71.0, "NVIDIA L40": 181.0, "NVIDIA A10": 125.0, "NVIDIA A10G": None}
+
+
+@pytest.mark.parametrize(("name", "peak"), PEAKS.items())
 def test_the_peak_belongs_to_exactly_this_card(name, peak):
     assert peak_tflops(name) == peak

@@ -14,7 +14,6 @@ from tracking.trackers import keep_losses
 
 
 def curves_of(picture: Figure) -> dict[str, list[tuple[float, float]]]:
-    """The points of each curve, by its name in the legend."""
     return {line.get_label(): [*zip(*line.get_data(), strict=True)] for line in picture.axes[0].lines}
 
 

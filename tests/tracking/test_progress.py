@@ -15,8 +15,6 @@ from tracking.throughput import Throughput
 
 
 class Curves(GeneralTracker):
-    """A tracker that keeps the logged values by step."""
-
     name = "curves"
     requires_logging_directory = False
     tracker = None

@@ -12,8 +12,6 @@ from tracking.throughput import PHASES, PhaseTimer, Throughput
 
 
 class Clock:
-    """The time of `time.perf_counter`."""
-
     now = 100.0
 
 

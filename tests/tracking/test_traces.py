@@ -21,8 +21,7 @@ def test_some_steps_are_written_as_a_trace_and_its_path_is_logged(tmp_path, capl
     assert file.name == "steps-105-107.json.gz"
     assert f"{file}; open it at https://ui.perfetto.dev" in caplog.text
     events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
-    names = [event.get("name") for event in events]
-    assert names.count("aten::matmul") == RECORDED
+    assert [event.get("name") for event in events].count("aten::matmul") == RECORDED
 
 
 def test_a_run_that_is_too_short_says_so(tmp_path, caplog):

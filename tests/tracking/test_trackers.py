@@ -29,8 +29,6 @@ def fresh_wandb():
 
 
 class Broken(GeneralTracker):
-    """A tracker whose server is unreachable."""
-
     name = "broken"
     requires_logging_directory = False
     tracker = None
@@ -42,8 +40,6 @@ class Broken(GeneralTracker):
 
 
 class Working(GeneralTracker):
-    """Keeps what it is given."""
-
     name = "working"
     requires_logging_directory = False
     tracker = "the run"
@@ -113,7 +109,6 @@ def test_wandb_without_its_server_keeps_its_files(tmp_path, monkeypatch, caplog)
 
 
 def wandb_runs(folder: Path) -> list[str]:
-    """Return the ids of the runs that W&B has written, oldest first."""
     return [path.stem.removeprefix("run-") for path in sorted((folder / "logs/wandb").glob("offline-run-*/*.wandb"))]
 
 
@@ -131,8 +126,7 @@ def test_a_resumed_run_continues_its_wandb_run_and_a_new_one_starts_another(tmp_
 
 def test_the_environment_sets_the_wandb_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "chosen")
-    accelerator = started(tmp_path, "wandb")
-    accelerator.end_training()
+    started(tmp_path, "wandb").end_training()
     assert wandb_runs(tmp_path) == ["chosen"]
 
 
@@ -165,7 +159,6 @@ def start(**options):
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Import a library's stand-in, which notes its calls."""
     monkeypatch.syspath_prepend(tmp_path / "libraries")
 
     def stand_in(name: str):

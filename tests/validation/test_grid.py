@@ -34,7 +34,6 @@ def videos_of(folder: Path, step: int) -> list[ValidationVideo]:
 
 
 def cells(folder: Path, columns: int) -> list[list[tuple[int, ...]]]:
-    """The colours in the middle of the grid's cells, row by row."""
     with Image.open(folder / GRID_FILE) as grid:
         return [[grid.getpixel((131 + 226 * column, 130 + 172 * row)) for column in range(columns)] for row in (0, 1)]
 

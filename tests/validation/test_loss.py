@@ -23,6 +23,7 @@ from models.prompts import PromptCache
 from models.source import ModelSource
 from parallel.coordinator import Coordinator
 from schedulers import make_scheduler
+from tiny_steps import make_objective
 from validation.loss import clip_losses, encode_validation_set, mean_losses, validate_loss
 from video.probe import probe_files
 
@@ -40,8 +41,6 @@ def held_out(demo_clips) -> list[ClipSample]:
 
 
 class Encoders:
-    """The parts of a tiny model that encode the clips."""
-
     def __init__(self, model: Path, folder: Path, clips: list[ClipSample]):
         source = ModelSource(str(model))
         self.vae = source.load_vae(torch.float32, slicing=False, tiling=False)
@@ -61,7 +60,6 @@ def encoders(tiny_models, held_out, tmp_path_factory) -> Encoders:
 
 @pytest.fixture(scope="module")
 def encoded(encoders, held_out) -> list[Batch]:
-    """The three clips, encoded on one rank."""
     return encoders.encode(held_out)
 
 
@@ -90,8 +88,7 @@ def test_the_image_is_the_first_frame_under_fixed_noise(encoders, held_out):
         encode_noised_image(encoders.vae, frames_of(held_out[0])[0, 0], scale, torch.Generator().manual_seed(1))
         for scale in (torch.zeros(1), torch.full((1,), math.exp(-3 + 0.5 * 5)))
     )
-    distance = (batch.image_moments - clean)[:, :16].abs().mean()
-    assert 0 < distance < (strongest - clean)[:, :16].abs().mean()
+    assert 0 < (batch.image_moments - clean)[:, :16].abs().mean() < (strongest - clean)[:, :16].abs().mean()
 
 
 @pytest.mark.parametrize(("world_size", "indices"), [(2, [[0, 2], [1, 0]]), (4, [[0], [1], [2], [0]])])
@@ -184,20 +181,10 @@ def test_losses_are_computed_in_eval_mode_which_is_undone(was_training, fails):
 
 @pytest.fixture(scope="module")
 def image_objective(tiny_models) -> Objective:
-    """The objective of a model that is trained without captions and images."""
     source = ModelSource(str(tiny_models("1.5-5b-i2v")))
-    transformer = source.load_transformer(torch.float32)
-    return Objective(
-        ImageToVideo(noised_image_dropout=1.0, ignore_learned_positions=False),
-        transformer,
-        transformer,
-        source.load_scheduler(),
-        source.configs(),
-        None,
-        torch.float32,
-        caption_dropout=1.0,
-        empty_prompt=torch.zeros(8, 64),
-    )
+    objective = make_objective(source, task=ImageToVideo(noised_image_dropout=1.0, ignore_learned_positions=False))
+    objective.caption_dropout, objective.empty_prompt = 1.0, torch.zeros(8, 64)
+    return objective
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +232,7 @@ def test_a_loss_that_fails_is_a_warning(caplog):
 
 def test_a_clip_keeps_its_noise_when_it_is_moved_or_listed_elsewhere(encoders, held_out, encoded, tmp_path):
     moved = Path(shutil.copy(held_out[0].clip.video, tmp_path / "moved.mp4"))
-    clip = replace(held_out[0], clip=replace(held_out[0].clip, video=moved))
-    after = encoders.encode([held_out[1], clip])[1]
+    after = encoders.encode([held_out[1], replace(held_out[0], clip=replace(held_out[0].clip, video=moved))])[1]
     objective = StandIn()
     clip_losses(objective, [encoded[0], after], CPU)
     assert objective.draws[:9] == objective.draws[9:]

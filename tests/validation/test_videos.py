@@ -23,21 +23,16 @@ from validation.videos import ValidationSettings, validate
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 RED, BLUE = (220, 10, 10), (10, 10, 220)
-SETTINGS = ValidationSettings(
-    prompts=["a red circle"],
-    images=None,
-    dtype=torch.float32,
-    num_videos=1,
-    height=32,
-    width=48,
-    num_frames=9,
-    num_inference_steps=1,
-    guidance_scale=6.0,
-    use_dynamic_cfg=False,
-    enable_model_cpu_offload=False,
-    seed=3,
-    fps=8,
-)
+OPTIONS = {
+    "num_videos": 1,
+    "height": 32,
+    "width": 48,
+    "num_frames": 9,
+    "num_inference_steps": 1,
+    "guidance_scale": 6.0,
+}
+OPTIONS |= {"use_dynamic_cfg": False, "enable_model_cpu_offload": False, "seed": 3, "fps": 8}
+SETTINGS = ValidationSettings(prompts=["a red circle"], images=None, dtype=torch.float32, **OPTIONS)
 
 
 class Workplace:
@@ -72,7 +67,6 @@ def embeddings(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workplace(tiny_models, tmp_path, embeddings):
-    """Return a function that sets up a workplace for a model kind with these prompts embedded."""
     return lambda kind, *prompts: Workplace(
         tiny_models(kind), tmp_path, [*(prompts or SETTINGS.prompts), ""], embeddings
     )
@@ -80,7 +74,6 @@ def workplace(tiny_models, tmp_path, embeddings):
 
 @pytest.fixture
 def warnings_of(caplog):
-    """Return a function that lists the project's own warnings so far."""
     ours = ("validation.videos", "validation.trackers")
     return lambda: [
         record.getMessage() for record in caplog.records if record.levelno == logging.WARNING and record.name in ours
@@ -102,16 +95,9 @@ def test_videos_are_what_a_user_samples_with_the_same_settings(workplace, use_dy
     place.pipeline_class = Recorded
     settings = replace(SETTINGS, width=64, num_inference_steps=2, guidance_scale=3.0, seed=11)
     assert place.validate(replace(settings, use_dynamic_cfg=use_dynamic_cfg)) == []
-    expected = CogVideoXPipeline.from_pretrained(place.source.path)(
-        "a red circle",
-        height=32,
-        width=64,
-        num_frames=9,
-        num_inference_steps=2,
-        guidance_scale=3.0,
-        use_dynamic_cfg=use_dynamic_cfg,
-        generator=torch.Generator().manual_seed(11),
-    ).frames[0]
+    options = {"height": 32, "width": 64, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 3.0}
+    options |= {"use_dynamic_cfg": use_dynamic_cfg, "generator": torch.Generator().manual_seed(11)}
+    expected = CogVideoXPipeline.from_pretrained(place.source.path)("a red circle", **options).frames[0]
     assert np.array_equal(np.stack(sampled), np.stack(expected))
     (video,) = place.videos()
     assert video.shape == (9, 32, 64, 3)
@@ -203,7 +189,6 @@ def sheet_of(place, step):
 
 
 def cell(sheet, row, column):
-    """A cell of the sheet, whose frames are 222 x 148 pixels."""
     top, left = 44 + 12 + row * 172, 20 + column * 226
     return sheet[top : top + 148, left : left + 222]
 
@@ -262,7 +247,6 @@ class MeddlingPipeline(CogVideoXPipeline):
 
 
 def state_of(module):
-    """All that a validation must not change."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     facts = [(name, tensor.dtype, tensor.device, tensor.requires_grad) for name, tensor in tensors]
     values = [tensor.detach().clone() for _, tensor in tensors]
@@ -306,8 +290,7 @@ def test_models_and_random_states_are_restored(workplace, monkeypatch, warnings_
 
 def test_videos_sampled_before_a_failure_are_kept_and_shown(workplace, warnings_of):
     place = workplace("5b", "a")  # the second prompt was never embedded
-    failures = place.validate(replace(SETTINGS, prompts=["a", "never seen"]))
-    assert len(failures) == len(warnings_of()) == 1
+    assert len(place.validate(replace(SETTINGS, prompts=["a", "never seen"]))) == len(warnings_of()) == 1
     assert len(place.videos()) == 1
     assert sheet_of(place, 5).shape[0] == 44 + 172
 
@@ -344,8 +327,6 @@ def test_a_damaged_video_of_the_base_model_costs_only_the_sheet(workplace, warni
 
 
 class Comet:
-    """accelerate's tracker of comet_ml, and the methods of its experiment that log videos."""
-
     name = "comet_ml"
 
     def __init__(self):

@@ -114,7 +114,7 @@ BAD_TRAINING_FLAGS = [
     ("--logit_mean 1", "--logit_mean", "add --timestep_sampling logit_normal"),
     ("--ema_decay 0.9", "--ema_decay", "add --use_ema"),
     ("--checkpoint_every 2", "--checkpoint_every", "add --gradient_checkpointing"),
-    ("--stream_blocks", "--stream_blocks", "needs --gradient_checkpointing"),
+    ("--stream_blocks", "--stream_blocks", "pass --gradient_checkpointing, without --checkpoint_scope"),
     ("--stream_blocks --quantize_base nf4", "--quantize_base nf4", "omit --stream_blocks"),
     (f"{BLOCKS} --enable_model_cpu_offload", "--enable_model_cpu_offload", "already keeps the blocks on the CPU"),
     ("--dataset_file a.csv --dataset_name org/name", "--dataset_name", "--dataset_file already names the data"),

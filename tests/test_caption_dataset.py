@@ -560,10 +560,10 @@ def test_a_bad_address_proxy_or_key_is_one_line(clips, server, capsys, monkeypat
     ("more", "message"),
     [
         ([], "--endpoint or --model: required, but not given"),
-        (["--endpoint", "localhost:8000"], "--endpoint: 'localhost:8000' is no address; it looks like http://"),
-        (["--endpoint", "http://me:secret@x/v1"], "--endpoint: leave user and password out of the address"),
+        (["--endpoint", "localhost:8000"], "--endpoint: 'localhost:8000' is not an address such as http://"),
+        (["--endpoint", "http://me:secret@x/v1"], "--endpoint: remove user and password from the address"),
         (["--model", "x", "--num_workers", "2"], "--num_workers: only for a model behind an --endpoint"),
-        (["--model", "x", "--prompt", " "], "--prompt is empty; leave it out for the built-in prompt"),
+        (["--model", "x", "--prompt", " "], "--prompt is empty; omit it for the built-in prompt"),
         (["--model", "x", "--prompt", "\udcb0"], "--prompt: the text is not UTF-8"),
         (["--model", "x", "--prompt", "a", "--prompt_file", "b"], "--prompt and --prompt_file are both given"),
         (["--model", "x", "--prompt_file", "nowhere.txt"], "nowhere.txt cannot be read"),
@@ -585,4 +585,4 @@ def test_mistakes_in_flags_and_lists_are_one_line(tmp_path, monkeypatch, capsys,
 
 def test_a_data_set_without_a_folder_needs_a_name_for_the_table(capsys):
     error = refuse(["--dataset_name", "name/of-it", "--model", "x"], capsys)
-    assert error.startswith("--output_file: required with --dataset_name alone")
+    assert error.startswith("--output_file: required with --dataset_name but no --data_root")

@@ -3,7 +3,8 @@
 import pytest
 
 from checkpoint_folders import make_checkpoint
-from checkpoints.state import TrainerState, find_checkpoint, newest_checkpoint, read_state
+from checkpoints.resume import find_checkpoint, newest_checkpoint
+from checkpoints.state import TrainerState, read_state
 from common.errors import UserError
 from common.run_folder import STATE_FILE, list_checkpoints
 

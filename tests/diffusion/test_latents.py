@@ -7,7 +7,8 @@ import torch
 from diffusers import CogVideoXPipeline
 
 from data.sampler import Draw
-from diffusion.latents import image_noise_scales, rotary_embeddings, sample_latents, sample_uniform, velocity_losses
+from diffusion.latents import image_noise_scales, sample_latents, sample_uniform, velocity_losses
+from diffusion.positions import rotary_embeddings
 from diffusion.randomness import sample_generators, step_generator
 from schedulers import alphas_cumprod, make_scheduler
 

@@ -10,7 +10,7 @@ from PIL import Image
 from common.errors import UserError
 from data.buckets import Bucket
 from dataset import Batch
-from diffusion.latents import rotary_embeddings
+from diffusion.positions import rotary_embeddings
 from diffusion.tasks import ImageToVideo, TextToVideo
 from models.encoding import encode_noised_image
 from models.source import ModelSource

@@ -3,7 +3,7 @@
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
-from diffusion.latents import rotary_embeddings
+from diffusion.positions import rotary_embeddings
 
 
 CPU = torch.device("cpu")

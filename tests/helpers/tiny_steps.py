@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
-from diffusion.latents import rotary_embeddings
 from diffusion.objective import Objective
+from diffusion.positions import rotary_embeddings
 from diffusion.tasks import ImageToVideo, TextToVideo
 from methods.lora import Lora
 from models.source import ModelSource

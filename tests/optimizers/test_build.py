@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from checks.memory import check_optimizer
 from common.errors import UserError
-from diffusion.latents import rotary_embeddings, velocity_losses
+from diffusion.latents import velocity_losses
+from diffusion.positions import rotary_embeddings
 from flags.optimizer import LOW_BITS, OPTIMIZERS, OptimizerFlags
 from flags.schema import replace_flags
 from flags.settings import TrainingSettings

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
-from diffusion.latents import rotary_embeddings
+from diffusion.positions import rotary_embeddings
 from forked_ranks import call_on_ranks
 from memory.activations import checkpoint_activations
 from memory.block_streaming import stream_blocks

@@ -17,10 +17,10 @@ import tiny_runs
 from checkpoints.schedule import ScheduleStart
 from checkpoints.state import read_state
 from encoded_clips import all_frames
+from optimizers.build import build_optimizer
 from original_folders import write_original_folder
 from run.loop import train as train_loop
 from run.setup import Run
-from run.trainable import build_optimizer
 from tiny_runs import SIZE, assert_same_weights, curve, set_up_run, weights_of
 
 

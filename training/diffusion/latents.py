@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 
@@ -62,18 +61,3 @@ def velocity_losses(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tenso
     Source: v-prediction, https://arxiv.org/abs/2202.00512; the loss of CogVideoX, https://arxiv.org/abs/2408.06072.
     """
     return torch.nn.functional.mse_loss(velocity.float(), target.float(), reduction="none").mean(dim=(1, 2, 3, 4))
-
-
-def rotary_embeddings(
-    transformer: CogVideoXTransformer3DModel, num_latent_frames: int, height: int, width: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Compute the pipeline's rotary position embeddings for a video of this size; None for models without them.
-
-    `num_latent_frames` are those after padding, height and width are in pixels. Returns cos and sin, each
-    `[tokens, head_dim]`, float32.
-    """
-    if not transformer.config.use_rotary_positional_embeddings:
-        return None
-    # The pipeline's method is private, but calling it guarantees the same positions in training and sampling.
-    pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=None)
-    return pipeline._prepare_rotary_positional_embeddings(height, width, num_latent_frames, device)

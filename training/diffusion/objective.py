@@ -8,7 +8,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from dataset import Batch
-from diffusion.latents import pad_latent_frames, rotary_embeddings, sample_latents, sample_uniform, velocity_losses
+from diffusion.latents import pad_latent_frames, sample_latents, sample_uniform, velocity_losses
+from diffusion.positions import rotary_embeddings
 from diffusion.tasks import ImageToVideo, TextToVideo
 from diffusion.timesteps import TimestepSampling
 from models.configs import ModelConfigs

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from diffusers.optimization import get_scheduler
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from common.errors import UserError
+from common.ranks import uses_deepspeed
 from flags.optimizer import OptimizerFlags
+from flags.settings import TrainingSettings
 from optimizers.composite import StepInBackward, make_muon
 from parallel.fsdp import gather_shards
 
@@ -207,3 +210,28 @@ def apply_learning_rate(optimizer: Optimizer, lr_scheduler: LambdaLR, learning_r
         else:
             group["lr"] = rate
     lr_scheduler._last_lr = rates
+
+
+def build_optimizer(
+    settings: TrainingSettings,
+    parameters: Sequence[torch.nn.Parameter],
+    learning_rate: float,
+    total_steps: int,
+    *,
+    fused: bool,
+) -> tuple[Optimizer, LRScheduler]:
+    """Build the optimizer and its learning-rate schedule, which counts optimizer steps."""
+    schedule = settings.schedule
+    stochastic_rounding = settings.memory.weights_dtype == "bf16" and not uses_deepspeed()
+    optimizer = make_optimizer(
+        parameters, settings.optimizer, learning_rate, stochastic_rounding=stochastic_rounding, fused=fused
+    )
+    lr_scheduler = get_scheduler(
+        schedule.lr_scheduler,
+        optimizer,
+        num_warmup_steps=schedule.lr_warmup_steps,
+        num_training_steps=total_steps,
+        num_cycles=schedule.lr_num_cycles,
+        power=schedule.lr_power,
+    )
+    return optimizer, lr_scheduler

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.state import newest_checkpoint, read_state
+from checkpoints.resume import newest_checkpoint
+from checkpoints.state import read_state
 from flags.schema import replace_flags
 from flags.settings import TrainingSettings
 from memory.accounting import account

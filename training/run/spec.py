@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKLCogVideoX
 
 from checkpoints.folder import check_space
+from checkpoints.resume import find_checkpoint
 from checkpoints.schedule import ScheduleStart
-from checkpoints.state import TrainerState, find_checkpoint, read_state
+from checkpoints.state import TrainerState, read_state
 from checks.deepspeed import describe_division
 from common.errors import UserError
 from common.ranks import launch_size, uses_fsdp

@@ -9,21 +9,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers import CogVideoXTransformer3DModel
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from checkpoints.folder import checkpoint_only_what_trains, load_checkpoint
-from common.ranks import uses_deepspeed
-from flags.settings import TrainingSettings
 from memory.activations import CheckpointStore, checkpoint_activations
 from memory.block_streaming import stream_blocks
 from models.attention import set_attention
 from models.compilation import compile_blocks
 from models.configs import CPU, precision_warning
 from optimizers.averages import averaged_weights, schedule_free_weights
-from optimizers.build import apply_learning_rate, keep_rates_on_host, make_optimizer
+from optimizers.build import apply_learning_rate, build_optimizer, keep_rates_on_host
 from parallel.deepspeed import check_gradients, configure_zero, has_sharded_weights, is_zero
 from parallel.fsdp import autocast_forward, is_fsdp, prepare_sharded
 from run.spec import RunSpec
@@ -153,28 +150,3 @@ def resume(spec: RunSpec, trainable: Trainable) -> None:
         trainable.ema.to(spec.accelerator.device)
         trainable.ema.decay = spec.settings.objective.ema_decay  # may differ from the checkpoint's
     logger.info("resumed from %s at learning rate %g", spec.resumed, trainable.lr_scheduler.get_last_lr()[0])
-
-
-def build_optimizer(
-    settings: TrainingSettings,
-    parameters: Sequence[torch.nn.Parameter],
-    learning_rate: float,
-    total_steps: int,
-    *,
-    fused: bool,
-) -> tuple[Optimizer, LRScheduler]:
-    """Build the optimizer and its learning-rate schedule, which counts optimizer steps."""
-    schedule = settings.schedule
-    stochastic_rounding = settings.memory.weights_dtype == "bf16" and not uses_deepspeed()
-    optimizer = make_optimizer(
-        parameters, settings.optimizer, learning_rate, stochastic_rounding=stochastic_rounding, fused=fused
-    )
-    lr_scheduler = get_scheduler(
-        schedule.lr_scheduler,
-        optimizer,
-        num_warmup_steps=schedule.lr_warmup_steps,
-        num_training_steps=total_steps,
-        num_cycles=schedule.lr_num_cycles,
-        power=schedule.lr_power,
-    )
-    return optimizer, lr_scheduler

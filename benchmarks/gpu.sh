@@ -15,7 +15,8 @@
 #   bitsandbytes 43.1; zipped again with only the kernels for CUDA 13.0, 3.6
 #
 # In total 46 MB without bitsandbytes and 49 with the small one, which fit within 64 MiB. Rows and tests that need a
-# missing bitsandbytes say so. No row needs imageio-ffmpeg (68 MB).
+# missing bitsandbytes say so. No row needs imageio-ffmpeg (68 MB), openai, or matplotlib: without it, runs warn that
+# they draw no loss curve.
 #
 # Settings:
 #   PYTHON   the interpreter with torch                                    (default: python3)

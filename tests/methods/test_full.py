@@ -16,11 +16,6 @@ from tuned_models import randomize
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def transformer(tiny_models) -> CogVideoXTransformer3DModel:
-    return load(tiny_models("2b"))
-
-
 @pytest.mark.parametrize("kind", ["2b", "1.5-5b-i2v"])
 def test_the_shards_of_a_fine_tuned_transformer_load_in_the_native_dtype(tiny_models, tmp_path, kind):
     source, method = ModelSource(str(tiny_models(kind))), FullFinetune(max_shard_size="1MB")

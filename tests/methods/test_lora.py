@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -14,12 +13,11 @@ from common.errors import UserError
 from forward_pass import load
 from methods.lora import LORA_FILE, Lora
 from models.source import ModelSource
-from tuned_models import check_model, make_lora, only_configs, output, randomize, sampled_with, write_lora
+from tuned_models import check_model, make_lora, only_configs, output, randomize, sampled_with
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-ADAPTERS = {"lora": {}, "dora": {"use_dora": True}}
 OPTIONS = {
     "plain": {},
     "larger rank than alpha": {"rank": 8, "alpha": 4.0},
@@ -34,11 +32,6 @@ OPTIONS = {
 }
 EXPORTS = {name: ("2b", options) for name, options in OPTIONS.items()}
 EXPORTS |= {f"image-to-video {name}": ("5b-i2v", OPTIONS[name]) for name in ("plain", "all-linear")}
-
-
-@pytest.fixture
-def transformer(tiny_models) -> CogVideoXTransformer3DModel:
-    return load(tiny_models("2b"))
 
 
 def test_only_the_attentions_adapters_are_trainable_and_in_float32(tiny_models):
@@ -74,12 +67,12 @@ def test_an_untrained_lora_has_no_effect_and_a_trained_one_samples_as_it_was_tra
 
 @pytest.mark.parametrize(("use_rslora", "scale"), [(False, 4 / 8), (True, 4 / 8**0.5)], ids=["lora", "rslora"])
 @pytest.mark.parametrize("use_dora", [False, True], ids=["", "dora"])
-def test_the_strength_is_that_of_the_papers(tiny_models, transformer, tmp_path, use_rslora, scale, use_dora):
+def test_the_strength_is_that_of_the_papers(model, transformer, tmp_path, use_rslora, scale, use_dora):
     lora = Lora(rank=8, alpha=4.0, use_rslora=use_rslora, use_dora=use_dora)
     lora.attach(transformer)
     randomize(transformer)
     factors = load_file(lora.save(transformer, tmp_path, torch.float32))
-    merged = load(tiny_models("2b"))
+    merged = load(model)
     for name, down in factors.items():
         if name.endswith(".lora_A.weight"):
             up = factors[name.replace("lora_A", "lora_B")]
@@ -112,8 +105,8 @@ def test_all_linear_is_every_linear_layer_of_the_blocks(transformer):
     assert len(expected) == len(blocks) * 8
 
 
-def test_dora_starts_without_effect_on_a_half_precision_base(tiny_models):
-    transformer = load(tiny_models("2b")).to(torch.bfloat16)
+def test_dora_starts_without_effect_on_a_half_precision_base(transformer):
+    transformer.to(torch.bfloat16)
     untouched = output(transformer, dtype=torch.bfloat16)
     make_lora(use_dora=True).attach(transformer)
     assert torch.equal(output(transformer, dtype=torch.bfloat16), untouched)
@@ -126,11 +119,11 @@ def test_a_resumed_lora_must_have_the_same_adapters():
 
 
 @pytest.mark.parametrize("name", ["to_z", "attn1", "proj", "transformer_blocks.9.attn1.to_q", ""])
-def test_a_target_that_is_not_a_linear_layer_is_refused_before_weights_are_loaded(tiny_models, tmp_path, name):
+def test_a_target_that_is_not_a_linear_layer_is_refused_before_weights_are_loaded(model, tmp_path, name):
     # A 2b has linear layers that end in proj, and a convolution, patch_embed.proj.
     lora = make_lora(target_modules=["to_q", name, "ff.net.2"])
     with pytest.raises(UserError) as caught:
-        check_model(lora, only_configs(tiny_models("2b"), tmp_path / "model"))
+        check_model(lora, only_configs(model, tmp_path / "model"))
     message = str(caught.value)
     assert message.startswith(f"--lora_target_modules: {name}: ")
     assert "attn1.to_q, attn1.to_v" in message
@@ -158,11 +151,11 @@ def test_the_file_has_the_requested_dtype_and_metadata(transformer, tmp_path):
     [(4, [*ATTENTION, "ff.net.2"]), (4, ["norm1.linear"]), (4, ["to_q", "to_k"]), (8, [*ATTENTION])],
     ids=["more modules", "other modules", "fewer modules", "another rank"],
 )
-def test_a_checkpoint_with_other_adapters_is_refused(tiny_models, transformer, tmp_path, rank, modules):
+def test_a_checkpoint_with_other_adapters_is_refused(model, transformer, tmp_path, rank, modules):
     transformer.add_adapter(LoraConfig(r=rank, target_modules=modules))
     lora = Lora(rank=4, alpha=4)
     lora.save(transformer, tmp_path, torch.float32)
-    ours = load(tiny_models("2b"))
+    ours = load(model)
     lora.attach(ours)
     with pytest.raises(ValueError, match=LORA_FILE):
         lora.load(ours, tmp_path)
@@ -179,40 +172,21 @@ def test_the_usage_names_the_model_and_the_folder(tmp_path):
 @pytest.mark.parametrize(
     "options", [{}, {"target_modules": ["all-linear"], "use_dora": True}], ids=["lora", "all-linear dora"]
 )
-def test_a_lora_of_a_quantized_base_differs_only_in_its_values(tiny_models, tmp_path, quantization, options):
+def test_a_lora_of_a_quantized_base_differs_only_in_its_values(model, tmp_path, quantization, options):
     lora = make_lora(**options)
     files, changed = [], []
     for name in ("none", quantization):
-        transformer = ModelSource(str(tiny_models("2b"))).load_transformer(torch.float32, quantize=name)
+        transformer = ModelSource(str(model)).load_transformer(torch.float32, quantize=name)
         untouched = output(transformer)
         lora.attach(transformer)
         assert torch.equal(output(transformer), untouched)
         randomize(transformer)
         files.append(lora.save(transformer, tmp_path / name, torch.bfloat16))
         changed.append(output(transformer) - untouched)
-    plain, quantized = (load_file(file) for file in files)
-    assert {name: (w.shape, w.dtype) for name, w in plain.items()} == {
-        name: (w.shape, w.dtype) for name, w in quantized.items()
-    }
+    plain, quantized = ({name: (w.shape, w.dtype) for name, w in load_file(file).items()} for file in files)
+    assert plain == quantized
     with safe_open(files[0], "pt") as ours, safe_open(files[1], "pt") as theirs:
         assert ours.metadata() == theirs.metadata()
-    sampled = output(sampled_with(tiny_models("2b"), files[1].parent))
-    assert (sampled - output(load(tiny_models("2b"))) - changed[1]).norm() < 0.2 * changed[1].norm()
+    sampled = output(sampled_with(model, files[1].parent))
+    assert (sampled - output(load(model)) - changed[1]).norm() < 0.2 * changed[1].norm()
     assert changed[1].norm() > 0.01 * sampled.norm()
-
-
-@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
-def test_a_quantized_base_starts_from_a_lora_and_resumes_as_a_plain_one(tiny_models, tmp_path, options):
-    start = write_lora(tiny_models("2b"), tmp_path / "start", **options)
-    lora = make_lora(start_from=start, quantize_base="int8", **options)
-    check_model(lora, tiny_models("2b"))
-    source = ModelSource(str(tiny_models("2b")))
-    trained, resumed = (source.load_transformer(torch.float32, quantize="int8") for _ in range(2))
-    lora.attach(trained)
-    again = load_file(lora.save(trained, tmp_path / "again", torch.float32))
-    torch.testing.assert_close(again, load_file(start), atol=0, rtol=0)
-    randomize(trained)
-    lora.save(trained, tmp_path / "checkpoint", torch.float32)
-    lora.attach(resumed)
-    lora.load(resumed, tmp_path / "checkpoint")
-    assert torch.equal(output(trained), output(resumed))

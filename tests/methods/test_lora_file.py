@@ -5,26 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from forward_pass import load
 from methods.lora import LORA_FILE
+from models.source import ModelSource
 from tuned_models import check_model, make_lora, only_configs, output, randomize, sampled_with, write_lora
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def model(tiny_models) -> Path:
-    return tiny_models("2b")
-
-
-@pytest.fixture
-def transformer(model) -> CogVideoXTransformer3DModel:
-    return load(model)
+ADAPTERS = {"lora": {}, "dora": {"use_dora": True}}
 
 
 def without_metadata(file: Path) -> Path:
@@ -32,7 +22,7 @@ def without_metadata(file: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_adapters_start_with_exactly_the_values_of_the_file(model, transformer, tmp_path, dtype, options):
     file = write_lora(model, tmp_path / "first", dtype, **options)
@@ -45,45 +35,46 @@ def test_the_adapters_start_with_exactly_the_values_of_the_file(model, transform
     assert {weight.dtype for weight in transformer.parameters() if weight.requires_grad} == {torch.float32}
 
 
-def test_a_checkpoint_overrides_the_lora_to_start_from(model, transformer, tmp_path):
-    lora = make_lora(start_from=write_lora(model, tmp_path / "start"))
-    lora.attach(transformer)
-    randomize(transformer)  # the training
-    lora.save(transformer, tmp_path / "checkpoint", torch.float32)
-    resumed = load(model)
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_lora_to_start_from_is_kept_and_a_checkpoint_overrides_it(model, tmp_path, quantization, options):
+    start = write_lora(model, tmp_path / "start", **options)
+    lora = make_lora(start_from=start, quantize_base=quantization, **options)
+    check_model(lora, model)
+    source = ModelSource(str(model))
+    trained, resumed = (source.load_transformer(torch.float32, quantize=quantization) for _ in range(2))
+    lora.attach(trained)
+    again = load_file(lora.save(trained, tmp_path / "again", torch.float32))
+    torch.testing.assert_close(again, load_file(start), atol=0, rtol=0)
+    randomize(trained)  # the training
+    checkpoint = lora.save(trained, tmp_path / "checkpoint", torch.float32)
     lora.attach(resumed)
-    assert not torch.equal(output(resumed), output(transformer))
+    assert not torch.equal(output(resumed), output(trained))
     lora.load(resumed, tmp_path / "checkpoint")
-    torch.testing.assert_close(resumed.state_dict(), transformer.state_dict(), atol=0, rtol=0)
+    assert torch.equal(output(trained), output(resumed))
+    loaded = load_file(lora.save(resumed, tmp_path / "loaded", torch.float32))
+    torch.testing.assert_close(loaded, load_file(checkpoint), atol=0, rtol=0)
 
 
+SEVERAL = {"rank": 2, "alpha": 3, "use_rslora": True, "target_modules": ["to_q"]}
 MISMATCHES = {
-    "rank": ({"rank": 2}, {}, "--rank 2"),
-    "alpha": ({"alpha": 2.5}, {}, "--lora_alpha 2.5"),
-    "rslora": ({"use_rslora": True}, {}, "--use_rslora"),
-    "dora": ({"use_dora": True}, {}, "--use_dora"),
-    "no dora": ({}, {"use_dora": True}, "no --use_dora"),
-    "modules": ({"target_modules": ["proj_out", "ff.net.2"]}, {}, "--lora_target_modules ff.net.2 proj_out"),
-    "one block": (
-        {"target_modules": ["transformer_blocks.1.attn1.to_q"]},
-        {},
-        "--lora_target_modules transformer_blocks.1.attn1.to_q",
-    ),
-    "all": (
-        {"rank": 2, "alpha": 3, "use_rslora": True, "target_modules": ["to_q"]},
-        {},
-        "--rank 2, --lora_alpha 3, --use_rslora, --lora_target_modules attn1.to_q",
-    ),
+    "--rank 2": {"rank": 2},
+    "--lora_alpha 2.5": {"alpha": 2.5},
+    "--use_rslora": {"use_rslora": True},
+    "--use_dora": {"use_dora": True},
+    "no --use_dora": {},
+    "--lora_target_modules ff.net.2 proj_out": {"target_modules": ["proj_out", "ff.net.2"]},
+    "--lora_target_modules transformer_blocks.1.attn1.to_q": {"target_modules": ["transformer_blocks.1.attn1.to_q"]},
+    "--rank 2, --lora_alpha 3, --use_rslora, --lora_target_modules attn1.to_q": SEVERAL,
 }
 
 
-@pytest.mark.parametrize(("written", "given", "expected"), MISMATCHES.values(), ids=MISMATCHES)
-def test_flags_that_contradict_the_file_are_listed_before_weights_are_loaded(
-    model, tmp_path, written, given, expected
-):
+@pytest.mark.parametrize(("expected", "written"), MISMATCHES.items(), ids=MISMATCHES)
+def test_flags_that_contradict_the_file_are_listed_before_weights_are_loaded(model, tmp_path, expected, written):
     file = write_lora(model, tmp_path / "lora", **written)
+    lora = make_lora(start_from=file, use_dora=not written)
     with pytest.raises(UserError, match="--lora_weights") as caught:
-        check_model(make_lora(start_from=file, **given), only_configs(model, tmp_path / "model"))
+        check_model(lora, only_configs(model, tmp_path / "model"))
     assert str(caught.value).endswith(f"; pass {expected}")
 
 

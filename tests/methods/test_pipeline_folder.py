@@ -131,11 +131,7 @@ def test_a_variant_is_copied_under_plain_names(model, tmp_path):
     [("text_encoder", "no files in"), ("vae/diffusion_pytorch_model.safetensors", "no weights in")],
 )
 def test_a_missing_part_is_found_before_training(model, missing, expected):
-    path = model / missing
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    (model / missing).rename(model.parent / "removed")
     source = ModelSource(str(model))
     with pytest.raises(UserError, match=f"--save_pipeline: .* {expected}"):
         FullFinetune(save_pipeline=True).check_model(source.configs(), source)

@@ -8,24 +8,23 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
 import tiny_runs
+from accelerate_env import environment_of
 from args import parse_args
 from common.errors import UserError
 from data.plan import RawData
@@ -38,26 +37,18 @@ from run.spec import check_device
 
 
 CONFIG = ROOT / "accelerate_configs" / "fsdp2.yaml"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 LORA, SFT = cogvideox_text_to_video_lora.__name__, cogvideox_text_to_video_sft.__name__
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"
 SIZE = ["--height", "32", "--width", "48", "--frame_buckets", "9", "--max_num_frames", "9"]
 
 
-def launch_environment(config: Path = CONFIG) -> dict[str, str]:
-    args, _, _ = _validate_launch_command(
-        launch_command_parser().parse_args(["--config_file", str(config), "--main_process_port", "0", "script.py"])
-    )
-    names = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
-    return {name: value for name, value in prepare_multi_gpu_env(args).items() if name.startswith(names)}
-
-
 def launch(runs: list[tuple[str, list[str]]], folder: Path, num_ranks: int = 2, **others: str) -> str:
     (folder / "runs.json").write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "helpers" / "fsdp_on_cpu.py"), str(folder / "runs.json")],
-        env=os.environ | launch_environment() | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | others,
+        [*TORCHRUN, str(num_ranks), str(ROOT / "tests" / "helpers" / "fsdp_on_cpu.py"), str(folder / "runs.json")],
+        env=os.environ | environment_of(str(CONFIG)) | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | others,
         capture_output=True,
         text=True,
     )
@@ -91,9 +82,13 @@ def curve(output: Path, name: str) -> list[float]:
     return list(tiny_runs.curve(output, name).values())
 
 
-def assert_same_run(ours: Path, theirs: Path, file: str, tolerance: float = 1e-4) -> None:
-    for name in ("loss", "grad_norm", "lr"):
+def assert_same_curves(ours: Path, theirs: Path, *names: str, tolerance: float = 1e-4) -> None:
+    for name in names:
         assert curve(ours, name) == pytest.approx(curve(theirs, name), rel=tolerance)
+
+
+def assert_same_run(ours: Path, theirs: Path, file: str) -> None:
+    assert_same_curves(ours, theirs, "loss", "grad_norm", "lr")
     assert_same_weights(ours / file, theirs / file)
 
 
@@ -139,9 +134,7 @@ def test_training_equals_that_of_one_process(in_shards):
 
 @pytest.mark.slow
 def test_a_resumed_sharded_run_is_bit_exact(in_shards):
-    resumed, straight = (load_file(run / LORA_FILE) for run in (in_shards.resumed, in_shards.lora))
-    assert resumed.keys() == straight.keys()
-    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+    tiny_runs.assert_same_weights(*map(tiny_runs.weights_of, (in_shards.resumed, in_shards.lora)))
     assert curve(in_shards.resumed, "loss") == curve(in_shards.lora, "loss")[2:]
 
 
@@ -161,9 +154,8 @@ def test_a_checkpoint_holds_only_trained_weights_and_each_rank_writes_its_states
 
 @pytest.mark.slow
 def test_the_held_out_loss_is_that_of_one_process(in_shards):
-    ours, theirs = (curve(run, "validation_loss") for run in (in_shards.lora, in_shards.lora_alone))
-    assert len(ours) == 2
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert len(curve(in_shards.lora, "validation_loss")) == 2
+    assert_same_curves(in_shards.lora, in_shards.lora_alone, "validation_loss")
 
 
 @pytest.mark.slow
@@ -196,9 +188,8 @@ def test_half_precision_training_equals_that_of_one_process(a_run, tmp_path):
         run_alone(a_run(script, tmp_path / f"{name}-alone", *flags, batches=4))
     for name in ("lora", "dora"):
         assert_same_run(tmp_path / name, tmp_path / f"{name}-alone", LORA_FILE)
-    for name in ("loss", "grad_norm"):  # norms have bfloat16 weights too
-        ours, theirs = (curve(tmp_path / run, name) for run in ("sft", "sft-alone"))
-        assert ours == pytest.approx(theirs, rel=2e-3)
+    # Norms have bfloat16 weights too.
+    assert_same_curves(tmp_path / "sft", tmp_path / "sft-alone", "loss", "grad_norm", tolerance=2e-3)
 
 
 @pytest.mark.slow
@@ -214,13 +205,10 @@ def test_sharded_ranks_divide_the_tokens_of_a_sample(a_run, tmp_path):
 def test_one_sharded_gpu_trains_as_an_unsharded_one(a_run, tmp_path, script):
     flags = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--validation_prompt", "a"]
     name, made = a_run(script, tmp_path / "sharded", *flags, "--num_inference_steps", "2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
-    environment = os.environ | launch_environment()
-    subprocess.run([*command, str(TRAINING / f"{name}.py"), *made], env=environment, check=True)
+    environment = os.environ | environment_of(str(CONFIG))
+    subprocess.run([*TORCHRUN, "1", str(TRAINING / f"{name}.py"), *made], env=environment, check=True)
     run_alone(a_run(script, tmp_path / "alone", *flags, "--num_inference_steps", "2"))
-    for name in ("loss", "grad_norm"):
-        ours, theirs = (curve(tmp_path / run, name) for run in ("sharded", "alone"))
-        assert ours == pytest.approx(theirs, rel=1e-2)
+    assert_same_curves(tmp_path / "sharded", tmp_path / "alone", "loss", "grad_norm", tolerance=1e-2)
     assert list((tmp_path / "sharded" / "validation" / "step-3").glob("*.mp4"))
 
 
@@ -271,13 +259,9 @@ def test_a_failure_inside_the_network_ends_the_run(one_rank):
         network(torch.ones(1, 5))
 
 
-@pytest.fixture
-def launched_by(monkeypatch) -> Callable[..., None]:
-    def launched(**others: str) -> None:
-        for name, value in (launch_environment() | others).items():
-            monkeypatch.setenv(name, value)
-
-    return launched
+def launched_by(monkeypatch: pytest.MonkeyPatch, **others: str) -> None:
+    for name, value in (environment_of(str(CONFIG)) | others).items():
+        monkeypatch.setenv(name, value)
 
 
 def flags_of(demo_clips: Path, *flags: str, method: str = "lora") -> Namespace:
@@ -286,8 +270,8 @@ def flags_of(demo_clips: Path, *flags: str, method: str = "lora") -> Namespace:
 
 
 @pytest.mark.parametrize("config", sorted(CONFIG.parent.glob("fsdp2*.yaml")), ids=lambda path: path.name)
-def test_the_configs_are_accepted_and_shard_block_by_block(launched_by, demo_clips, config):
-    launched_by(**launch_environment(config), WORLD_SIZE="8")
+def test_the_configs_are_accepted_and_shard_block_by_block(monkeypatch, demo_clips, config):
+    launched_by(monkeypatch, **environment_of(str(config)), WORLD_SIZE="8")
     flags = ["--optimizer", "adamw", "--mixed_precision", "bf16", "--gradient_checkpointing"]
     context_size = 4 if config.stem == "fsdp2_context_parallel" else 1
     assert flags_of(demo_clips, *flags).speed.context_parallel_size == context_size
@@ -307,35 +291,30 @@ def test_the_configs_are_accepted_and_shard_block_by_block(launched_by, demo_cli
         ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params must be false"),
     ],
 )
-def test_unsupported_settings_are_refused(launched_by, demo_clips, capsys, variable, value, named):
-    launched_by(**{variable: value})
+def test_unsupported_settings_are_refused(monkeypatch, demo_clips, capsys, variable, value, named):
+    launched_by(monkeypatch, **{variable: value})
     with pytest.raises(SystemExit):
         flags_of(demo_clips, "--optimizer", "adamw")
     assert capsys.readouterr().err.startswith(f"error: --config_file: {named}, as in ")
 
 
 REFUSED = ["--optimizer prodigy", "--optimizer came", "--optimizer muon", "--mixed_precision fp16", "--use_8bit"]
-REFUSED += [
-    "--use_torchao --use_4bit",
-    "--use_ema",
-    "--enable_model_cpu_offload",
-    "--memory_budget_gb 24",
-    "--auto_fit",
-]
+REFUSED += ["--use_torchao --use_4bit", "--use_ema", "--enable_model_cpu_offload", "--auto_fit"]
+REFUSED += ["--memory_budget_gb 24"]
 IN_BF16 = "--weights_dtype bf16 --use_torchao --optimizer adamw --mixed_precision bf16"
 
 
 @pytest.mark.parametrize(("method", "flags"), [*(("lora", flags) for flags in REFUSED), ("sft", IN_BF16)])
-def test_flags_that_need_unsharded_weights_are_refused(launched_by, demo_clips, capsys, method, flags):
-    launched_by()
+def test_flags_that_need_unsharded_weights_are_refused(monkeypatch, demo_clips, capsys, method, flags):
+    launched_by(monkeypatch)
     with pytest.raises(SystemExit):
         flags_of(demo_clips, *flags.split(), method=method)
     assert "does not work on sharded weights (FSDP)" in (refusal := capsys.readouterr().err)
     assert refusal.split(":")[1].split()[0] in flags.split()
 
 
-def test_fsdp_without_gpus_is_refused(launched_by, a_run, monkeypatch, tmp_path):
-    launched_by(WORLD_SIZE="2")
+def test_fsdp_without_gpus_is_refused(a_run, monkeypatch, tmp_path):
+    launched_by(monkeypatch, WORLD_SIZE="2")
     accelerator = SimpleNamespace(device=torch.device("cpu"), distributed_type=DistributedType.NO)
     args = parse_args(a_run(LORA, tmp_path)[1], task="text-to-video", method="lora")
     with pytest.raises(UserError, match="accelerate supports FSDP only on GPUs"):

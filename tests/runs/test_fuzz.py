@@ -340,15 +340,11 @@ def places_of_records(file: Path) -> Places:
     return places(file, written[1:], records)
 
 
-def places_of_objects(file: Path) -> Places:
-    return places(file, [place for place, _ in json_values(file)])
-
-
-def json_values(file: Path) -> list[tuple[str, Any]]:
+def json_values(file: Path) -> dict[str, Any]:
     text = file.read_bytes().decode("utf-8-sig")
     if text.lstrip().startswith("["):
-        return [(f"row {number}", value) for number, value in enumerate(json.loads(text), 1)]
-    return [(str(number), json.loads(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return {f"row {number}": value for number, value in enumerate(json.loads(text), 1)}
+    return {str(number): json.loads(line) for number, line in enumerate(text.split("\n"), 1) if line.strip()}
 
 
 def places_of_rows(file: Path) -> Places:
@@ -358,7 +354,7 @@ def places_of_rows(file: Path) -> Places:
 def places_of_mix(mix: Path) -> Places:
     """Return the rows of the data sets of a mix, each as often as it is named, with their folders."""
     rows = Counter()
-    for _, entry in json_values(mix):
+    for entry in json_values(mix).values():
         file = mix.parent / ("rows.jsonl" if "dataset_file" in entry else "lists/videos.txt")
         num_rows = min(len(ROWS), entry.get("max_samples", len(ROWS)))
         rows += Counter(f"{file}:{number}" for number in range(1, 1 + num_rows))
@@ -369,7 +365,7 @@ def places_of_mix(mix: Path) -> Places:
 LISTS: dict[str, tuple[str, Callable[[Path], Places]]] = {
     **dict.fromkeys(TEXT_FILES, ("--data_root", places_of_lines)),
     **dict.fromkeys(("table.csv", "table.tsv"), ("--dataset_file", places_of_records)),
-    **dict.fromkeys(("table.jsonl", "table.json"), ("--dataset_file", places_of_objects)),
+    **dict.fromkeys(("table.jsonl", "table.json"), ("--dataset_file", lambda file: places(file, json_values(file)))),
     **dict.fromkeys(("table.parquet", "media.parquet", "bare.parquet"), ("--dataset_file", places_of_rows)),
     "mix.json": ("--dataset_mix", places_of_mix),
 }

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -43,26 +43,30 @@ def rungs_of(method: str = "lora", given: set[str] = frozenset(), **settings) ->
     return ladder(MemorySettings(method, **settings), given, anything)
 
 
-def choose_among(
-    rungs: list[MemorySettings],
-    budget_gb: float,
-    calculate,
-    facts: RunFacts = FACTS,
-    measured: Sequence[MeasuredRow] = (),
-    given: Collection[str] = (),
-) -> Choice:
-    rungs = with_offloading(rungs, given, anything) if facts.sampled else rungs
+RUNGS = rungs_of()
+# Every rung takes 10 GB less than the one before, from 100; settings of the validation change nothing.
+SIZES = {rung: (100 - 10 * number) * GB for number, rung in enumerate(RUNGS)}
+
+
+def calculated(settings: MemorySettings) -> int:
+    return SIZES[replace(settings, enable_model_cpu_offload=False)]
+
+
+def choose_rung(budget_gb: float, calculate=calculated, facts=FACTS, measured=(), given=()) -> Choice:
+    rungs = with_offloading(RUNGS, given, anything) if facts.sampled else RUNGS
     return choose(budget_gb, rungs, lambda settings: measure_or_calculate(settings, facts, calculate, measured))
-
-
-def falling(rungs: list[MemorySettings]):
-    """Every rung takes 10 GB less than the one before, from 100; settings of the validation change nothing."""
-    sizes = {rung: (100 - 10 * number) * GB for number, rung in enumerate(rungs)}
-    return lambda settings: sizes[replace(settings, enable_model_cpu_offload=False)]
 
 
 def steps(rungs: list[MemorySettings]) -> list[str]:
     return [" ".join(differing_flags(rung, before)) for before, rung in pairwise(rungs)]
+
+
+@pytest.fixture
+def parse(tiny_models, tmp_path) -> Callable:
+    """A function that parses the flags of a run with a method."""
+    needed = ["--pretrained_model_name_or_path", str(tiny_models("2b")), "--data_root", str(tmp_path)]
+    needed += ["--output_dir", str(tmp_path / "out")]
+    return lambda method, *flags: parse_args([*needed, *flags], task="text-to-video", method=method)
 
 
 def test_the_ladder_of_a_lora_ends_with_streamed_blocks():
@@ -100,10 +104,8 @@ def test_an_optimizer_without_low_bits_keeps_its_states():
     assert steps(rungs_of("sft", {"optimizer"}, optimizer="came"))[-1] == "--offload_checkpoints"
 
 
-def test_refused_combinations_are_omitted(tiny_models, tmp_path):
-    flags = ["--pretrained_model_name_or_path", str(tiny_models("2b")), "--data_root", str(tmp_path)]
-    flags += ["--output_dir", str(tmp_path / "out"), "--gradient_accumulation_steps", "2"]
-    args = parse_args([*flags, "--optimizer", "adamw"], task="text-to-video", method="sft")
+def test_refused_combinations_are_omitted(parse):
+    args = parse("sft", "--gradient_accumulation_steps", "2", "--optimizer", "adamw")
 
     def rungs_where(mixed_precision: str, *, has_gpu: bool) -> list[MemorySettings]:
         is_usable = usable_filter(args, mixed_precision=mixed_precision, has_gpu=has_gpu)
@@ -116,11 +118,10 @@ def test_refused_combinations_are_omitted(tiny_models, tmp_path):
     assert not any(rung.weights_dtype == "bf16" for rung in rungs_where("no", has_gpu=True))
 
 
-def test_settings_that_need_a_gpu_are_omitted_without_one(tiny_models, tmp_path):
-    flags = ["--pretrained_model_name_or_path", str(tiny_models("2b")), "--data_root", str(tmp_path)]
+def test_settings_that_need_a_gpu_are_omitted_without_one(parse):
     needs = ("lora", "--quantize_base nf4", "bitsandbytes"), ("sft", "--use_cpu_offload_optimizer", "torchao")
     for method, needs_gpu, package in needs:
-        args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method=method)
+        args = parse(method)
         for has_gpu in (True, False):
             is_usable = usable_filter(args, mixed_precision="bf16", has_gpu=has_gpu)
             rungs = ladder(memory_settings_of(args), set(), is_usable)
@@ -133,71 +134,62 @@ def test_adam_and_adamw_take_the_same():
     assert not row.serves(FACTS, MemorySettings("lora", optimizer="came"))
 
 
-def test_settings_go_to_flags_and_back(tiny_models, tmp_path):
-    flags = ["--pretrained_model_name_or_path", str(tiny_models("2b")), "--data_root", str(tmp_path)]
-    args = parse_args([*flags, "--output_dir", str(tmp_path / "out")], task="text-to-video", method="lora")
+def test_settings_go_to_flags_and_back(parse):
+    args = parse("lora")
     settings = memory_settings_of(args)
     assert settings == MemorySettings("lora")
-    rung = rungs_of()[-1]
+    rung = RUNGS[-1]
     assert memory_settings_of(with_memory(args, rung)) == rung
-    typed = [*flags, "--output_dir", str(tmp_path / "out"), *differing_flags(rung, settings)]
-    assert memory_settings_of(parse_args(typed, task="text-to-video", method="lora")) == rung
+    assert memory_settings_of(parse("lora", *differing_flags(rung, settings))) == rung
     assert not args.memory.gradient_checkpointing
 
 
 def test_the_fastest_rung_that_fits_is_chosen():
-    rungs = rungs_of()
-    choice = choose_among(rungs, 81, falling(rungs), replace(FACTS, sampled=None))
+    choice = choose_rung(81, facts=replace(FACTS, sampled=None))
     # 80 GB with the margin are too much, 70 are not.
-    assert choice.settings == rungs[3] and not choice.is_measured
+    assert choice.settings == RUNGS[3] and not choice.is_measured
     assert 70 * GB < choice.needed < 81 * GB
-    assert describe_settings(choice, rungs[0], 81) == (
+    assert describe_settings(choice, RUNGS[0], 81) == (
         "--memory_budget_gb 81: --gradient_checkpointing; takes 76.20 GB (calculated, not measured)"
     )
 
 
 def test_a_measured_row_overrides_the_calculation():
-    rungs = rungs_of()
-    row = MeasuredRow(FACTS, rungs[1], 30 * GB, 40 * GB, "NVIDIA H200")
-    choice = choose_among(rungs, 41, falling(rungs), measured=[row])
-    assert (choice.settings, choice.is_measured) == (rungs[1], True)
-    assert "measured on a GPU" in describe_settings(choice, rungs[0], 41)
+    row = MeasuredRow(FACTS, RUNGS[1], 30 * GB, 40 * GB, "NVIDIA H200")
+    choice = choose_rung(41, measured=[row])
+    assert (choice.settings, choice.is_measured) == (RUNGS[1], True)
+    assert "measured on a GPU" in describe_settings(choice, RUNGS[0], 41)
     # Without validation, its peak does not matter.
-    choice = choose_among(rungs, 31, falling(rungs), replace(FACTS, sampled=None), [row])
-    assert choice.settings == rungs[1]
+    choice = choose_rung(31, facts=replace(FACTS, sampled=None), measured=[row])
+    assert choice.settings == RUNGS[1]
 
 
 @pytest.mark.parametrize("other", [{"batch_size": 2}, {"adapters": "rank 8"}, {"size": Bucket(81, 480, 720)}])
 def test_a_row_of_another_run_is_not_used(other):
-    rungs = rungs_of()
-    row = MeasuredRow(replace(FACTS, **other), rungs[0], GB, GB, "NVIDIA H200")
-    assert not measure_or_calculate(rungs[0], FACTS, falling(rungs), [row]).is_measured
+    row = MeasuredRow(replace(FACTS, **other), RUNGS[0], GB, GB, "NVIDIA H200")
+    assert not measure_or_calculate(RUNGS[0], FACTS, calculated, [row]).is_measured
 
 
 def test_the_transformer_leaves_the_device_if_validation_is_the_peak():
-    rungs = rungs_of()
-
     def calculate(settings: MemorySettings) -> int:
         return 10 * GB if settings.enable_model_cpu_offload else 20 * GB
 
-    assert choose_among(rungs, 16, calculate).settings == replace(rungs[0], enable_model_cpu_offload=True)
+    assert choose_rung(16, calculate).settings == replace(RUNGS[0], enable_model_cpu_offload=True)
     with pytest.raises(UserError):
-        choose_among(rungs, 16, calculate, given={"enable_model_cpu_offload"})
+        choose_rung(16, calculate, given={"enable_model_cpu_offload"})
 
 
 def test_the_smallest_settings_are_named_if_nothing_fits():
-    rungs = rungs_of()
     with pytest.raises(UserError, match="--memory_budget_gb 6: nothing fits") as error:
-        choose_among(rungs, 6, falling(rungs))
+        choose_rung(6)
     message = str(error.value)
     assert "--stream_blocks, which takes 33.00 GB (calculated, not measured)" in message and "\n" not in message
 
 
 def test_the_next_rung_takes_less_memory():
-    rungs = rungs_of()
-    sizes = dict(zip(rungs, (90, 80, 85, 70, 60, 50, 40, 30), strict=True))
-    assert next_rung(rungs, rungs[1], sizes.__getitem__) == rungs[3]  # rungs[2] would take more
-    assert next_rung(rungs, rungs[-1], sizes.__getitem__) is None
+    sizes = dict(zip(RUNGS, (90, 80, 85, 70, 60, 50, 40, 30), strict=True))
+    assert next_rung(RUNGS, RUNGS[1], sizes.__getitem__) == RUNGS[3]  # RUNGS[2] would take more
+    assert next_rung(RUNGS, RUNGS[-1], sizes.__getitem__) is None
 
 
 def test_measured_rows_are_read_from_the_committed_file(tmp_path):

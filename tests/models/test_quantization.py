@@ -78,9 +78,8 @@ def test_a_layer_and_its_gradient_are_those_of_the_dequantized_weight(source, qu
     weight = layer.weight.dequantize().double()
     inputs = torch.randn(2, 3, 512, generator=torch.Generator().manual_seed(0), requires_grad=True)
     outputs = layer(inputs)
-    torch.testing.assert_close(
-        outputs.double(), inputs.double() @ weight.T + layer.bias.double(), atol=1e-4, rtol=1e-4
-    )
+    expected = inputs.double() @ weight.T + layer.bias.double()
+    torch.testing.assert_close(outputs.double(), expected, atol=1e-4, rtol=1e-4)
     outputs.square().sum().backward()
     expected = 2 * outputs.detach().double() @ weight
     torch.testing.assert_close(inputs.grad.double(), expected, atol=1e-4, rtol=1e-4)

@@ -6,7 +6,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from common.errors import UserError
 from data.buckets import Bucket, count_tokens
 from diffusion.latents import pad_latent_frames
+from models.configs import precision_warning
 from models.encoding import encode_noised_image, encode_prompts, encode_videos
 from models.source import ModelSource
 
@@ -219,6 +220,15 @@ def test_configs_are_read_without_any_weights(weightless):
     assert configs.transformer["patch_size_t"] is None
     assert configs.vae["scaling_factor"] == 0.7
     assert configs.scheduler["snr_shift_scale"] == 1.0
+
+
+def test_only_fp16_for_a_bfloat16_model_is_warned_about_with_a_fix():
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    warnings = {pair: precision_warning(*pair) for pair in product(dtypes, dtypes)}
+    warning = warnings.pop((torch.float16, torch.bfloat16))
+    assert "black videos" in warning
+    assert warning.endswith("use --mixed_precision bf16")
+    assert set(warnings.values()) == {None}
 
 
 @pytest.mark.parametrize("part", ["transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"])

@@ -48,7 +48,6 @@ def vae(model) -> AutoencoderKLCogVideoX:
 
 @pytest.fixture(scope="module")
 def pipeline(model) -> CogVideoXPipeline:
-    """The tokenizer and the text encoder."""
     return ModelSource(str(model)).load_text_pipeline(torch.float32)
 
 
@@ -106,7 +105,6 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def times_of(folder: Path) -> dict[Path, int]:
-    """Return the modification time of each file of tensors or previews."""
     return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.glob("*/*")}
 
 
@@ -180,8 +178,7 @@ def test_captions_and_the_empty_prompt_are_embedded(prepared, prepared_files, pi
 
 
 def test_captions_can_be_embedded_by_the_text_encoder_in_8_bits(model, small, tmp_path):
-    data = write_data(tmp_path / "data", small[:1])
-    folder = prepare(model, data, tmp_path / "out", "--text_encoder_8bit")
+    folder = prepare(model, write_data(tmp_path / "data", small[:1]), tmp_path / "out", "--text_encoder_8bit")
     pipeline = ModelSource(str(model)).load_text_pipeline(torch.float32, in_8bit=True)
     (clip,) = read_index(folder)
     assert torch.equal(read_tensor(clip.prompt_embeds), encode_prompts(pipeline, [small[0][1]])[0])

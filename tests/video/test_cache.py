@@ -3,8 +3,9 @@
 import multiprocessing
 import os
 import sqlite3
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,13 +113,8 @@ def test_processes_share_a_cache(tmp_path):
     paths = [tmp_path / f"{number}.mp4" for number in range(60)]
     for path in paths:
         path.write_bytes(b"frames")
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=put_all, args=(tmp_path / "cache", paths, first)) for first in (0, 20, 40)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    with ProcessPoolExecutor(3, multiprocessing.get_context("fork")) as pool:
+        list(pool.map(partial(put_all, tmp_path / "cache", paths), (0, 20, 40)))
     cache = FileCache(tmp_path / "cache")
     assert [known(cache, path) for path in paths] == [{"num_frames": number} for number in range(60)]
 
@@ -139,20 +135,24 @@ def assert_given_up(cache, clip, caplog):
     assert str(cache.file) in record.getMessage()
 
 
-@pytest.mark.parametrize("damage", [lambda content: b"not a database" * 300, lambda content: content[:-4096]])
+def damage_facts(file):
+    with sqlite3.connect(file) as connection:
+        connection.execute("UPDATE facts SET value = '{\"num_fra'")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(b"not a database" * 300),
+        lambda file: os.truncate(file, file.stat().st_size - 4096),
+        damage_facts,
+    ],
+)
 def test_a_damaged_cache_is_not_used(clip, tmp_path, caplog, damage):
     put(FileCache(tmp_path), clip)
     cache = FileCache(tmp_path)
-    cache.file.write_bytes(damage(cache.file.read_bytes()))
-    assert_given_up(cache, clip, caplog)
-
-
-def test_a_cache_with_a_damaged_fact_is_not_used(clip, tmp_path, caplog):
-    put(FileCache(tmp_path), clip)
-    cache = FileCache(tmp_path)
-    with sqlite3.connect(cache.file) as connection:
-        connection.execute("UPDATE facts SET value = '{\"num_fra'")
-    connection.close()
+    damage(cache.file)
     assert_given_up(cache, clip, caplog)
 
 
@@ -183,8 +183,7 @@ def test_without_a_folder_the_cache_is_not_used(clip, caplog):
 def test_the_default_folder_follows_the_environment(chosen, caches, folder, monkeypatch):
     monkeypatch.setenv("HOME", "/home/user")
     for name, value in (("COGVIDEOX_FACTORY_CACHE", chosen), ("XDG_CACHE_HOME", caches)):
-        if value is None:
-            monkeypatch.delenv(name, raising=False)
-        else:
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
             monkeypatch.setenv(name, value)
     assert default_cache_folder() == Path(folder)

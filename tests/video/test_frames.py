@@ -1,5 +1,6 @@
 """The frames of every sample are those that the rules name: compared with a plain search in fractions."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -19,18 +20,10 @@ STILL = VideoInfo(1, 480, 720, 0.0, is_image=True)
 
 
 def resampled(times, first, last, fps):
-    """Frame numbers at times[first], times[first] + 1 / fps ... while the nearest frame is a usable one.
-
-    Args:
-        times: seconds, of every frame and of the end of the last.
-    """
-    chosen = []
-    while True:
-        moment = times[first] + Fraction(len(chosen)) / fps
-        nearest = min(range(first, last + 2), key=lambda frame: (abs(times[frame] - moment), -frame))
-        if nearest > last:
-            return chosen
-        chosen.append(nearest)
+    """Frames at times[first], times[first] + 1 / fps ... while the nearest is usable; `times` ends with the end."""
+    moments = (times[first] + number / fps for number in itertools.count())
+    nearest = (min(range(first, last + 2), key=lambda frame: (abs(times[frame] - at), -frame)) for at in moments)
+    return list(itertools.takewhile(lambda frame: frame <= last, nearest))
 
 
 def samples_of(usable, counts, long_clips):

@@ -36,7 +36,6 @@ def test_frames_are_exact(clip_of, name):
     for wanted in WANTED:
         frames = read_frames(clip_of(name), wanted)
         assert frames.dtype == np.uint8
-        assert numbers_of(frames) == wanted
         assert (frames == truth[wanted]).all()
 
 
@@ -131,10 +130,9 @@ def long_clip(path):
 def test_frames_deep_in_a_seekable_clip_are_exact(tmp_path):
     clip = long_clip(tmp_path / "long.mp4")
     truth = all_frames(clip)
+    assert numbers_of(truth) == list(range(150))
     for wanted in ([100], [149, 101, 101], list(range(70, 119))):
-        frames = read_frames(clip, wanted, seekable=True)
-        assert numbers_of(frames) == wanted
-        assert (frames == truth[wanted]).all()
+        assert (read_frames(clip, wanted, seekable=True) == truth[wanted]).all()
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])

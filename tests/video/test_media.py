@@ -65,13 +65,8 @@ def test_palettes_grey_and_print_colours_become_rgb(tmp_path):
     Image.new("L", (4, 2), 77).save(tmp_path / "grey.png")
     Image.new("1", (4, 2), 1).save(tmp_path / "bits.png")
     Image.new("CMYK", (4, 2), (255, 0, 0, 0)).save(tmp_path / "print.tif")
-    colours = {
-        "palette.png": [40, 50, 60],
-        "opaque.png": [40, 50, 60],
-        "grey.png": [77] * 3,
-        "print.tif": [0, 255, 255],
-    }
-    colours |= dict.fromkeys(("transparent.png", "bits.png"), [255] * 3)
+    colours = {"palette.png": [40, 50, 60], "opaque.png": [40, 50, 60], "grey.png": [77] * 3}
+    colours |= {"print.tif": [0, 255, 255], "transparent.png": [255] * 3, "bits.png": [255] * 3}
     for name, colour in colours.items():
         assert (read_still_image(tmp_path / name).pixels == np.full((2, 4, 3), colour)).all()
 

@@ -4,7 +4,6 @@ import hashlib
 import os
 import random
 import stat
-from contextlib import contextmanager
 from fractions import Fraction
 
 import av
@@ -163,27 +162,19 @@ def test_the_reason_says_why_a_file_is_unusable(clip_of, tmp_path):
             probe_video(tmp_path / name)
 
 
-@contextmanager
-def ordinary_user():
-    """Become nobody if root, who may read everything."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-
-
 def test_a_file_without_permission_is_named_by_reason(tmp_path):
     (tmp_path / "closed").mkdir()
     path, hidden = still_image(tmp_path / "still.png"), still_image(tmp_path / "closed" / "still.png")
     path.chmod(stat.S_IWUSR)
     hidden.parent.chmod(stat.S_IWUSR)
-    with ordinary_user():
+    user = os.geteuid()
+    try:
+        os.seteuid(user or 65534)  # nobody instead of root, who may read everything
         for file in (path, hidden):
             with pytest.raises(ValueError, match=r"^cannot be read: Permission denied$"):
                 probe_video(file)
+    finally:
+        os.seteuid(user)
 
 
 def frame_ends(path):
@@ -277,27 +268,22 @@ def test_a_repaired_clip_is_probed_again(clip_of, tmp_path):
     assert probe_files([path], cache)[path].num_frames == 60
 
 
-class RecordingCache(FileCache):
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.looked_up = []
-
-    def find(self, path, kind, examine):
-        self.looked_up.append(path)
-        return super().find(path, kind, examine)
-
-
 @pytest.mark.parametrize(("ranks_of_a_machine", "firsts"), [(3, [0, 4, 8]), (2, [0, 6, 3, 9])])
 def test_each_rank_begins_at_its_own_part_of_the_list(tmp_path, monkeypatch, ranks_of_a_machine, firsts):
     paths = [still_image(tmp_path / f"{number}.png", number) for number in range(12)]
+    looked_up, find = [], FileCache.find
+    monkeypatch.setattr(
+        FileCache, "find", lambda cache, path, *rest: looked_up.append(path) or find(cache, path, *rest)
+    )
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     monkeypatch.setenv("WORLD_SIZE", str(len(firsts)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_of_a_machine))
     for rank, first in enumerate(firsts):
         monkeypatch.setenv("RANK", str(rank))
-        cache = RecordingCache(tmp_path / f"cache of machine {rank // ranks_of_a_machine}")
+        cache = FileCache(tmp_path / f"cache of machine {rank // ranks_of_a_machine}")
+        looked_up.clear()
         assert list(probe_files(paths, cache)) == paths
-        assert cache.looked_up == paths[first:] + paths[:first]
+        assert looked_up == paths[first:] + paths[:first]
 
 
 @pytest.mark.parametrize(
@@ -305,9 +291,8 @@ def test_each_rank_begins_at_its_own_part_of_the_list(tmp_path, monkeypatch, ran
 )
 def test_many_files_show_their_progress_on_the_main_rank(tmp_path, monkeypatch, capsys, rank, count, shown):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    if rank is None:
-        monkeypatch.delenv("RANK", raising=False)
-    else:
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
         monkeypatch.setenv("RANK", rank)
     probe_files([tmp_path / f"{number}.mp4" for number in range(count)])
     assert ("Checking clips" in capsys.readouterr().err) == shown

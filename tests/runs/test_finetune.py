@@ -176,7 +176,7 @@ def test_prepared_data_trains_without_vae_or_text_encoder(tiny_models, train, tm
     shutil.rmtree(model / "text_encoder")
     shutil.rmtree(model / "tokenizer")
     (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    train(tmp_path / "out", "--max_train_steps", "1", "--caption_dropout", "0.5", model=model)
+    assert train(tmp_path / "out", "--max_train_steps", "1", "--caption_dropout", "0.5", model=model)
 
 
 def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on(train, demo_clips, tmp_path):
@@ -203,7 +203,7 @@ def test_a_failing_validation_is_a_warning_and_the_result_is_written(tiny_models
     (model / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
     flags = ("--max_train_steps", "2", "--validation_prompt", "x", "--validation_steps", "1")
     flags += ("--ignore_prepared_mismatch",)  # the broken VAE is not the one that the data was prepared with
-    train(tmp_path / "out", *flags, model=model)
+    assert train(tmp_path / "out", *flags, model=model)
 
 
 def test_data_prepared_with_another_vae_is_refused_before_anything_is_loaded(tiny_models, error_of, tmp_path):
@@ -218,7 +218,7 @@ def test_data_prepared_with_another_vae_is_refused_before_anything_is_loaded(tin
 @pytest.mark.parametrize("with_index", [True, False])
 def test_a_folder_that_the_original_script_wrote_is_trained_on(train, tmp_path, with_index):
     data = write_original_folder(tmp_path / "data", 3, with_index=with_index)
-    train(tmp_path / "out", "--max_train_steps", "2", data=data)
+    assert train(tmp_path / "out", "--max_train_steps", "2", data=data)
 
 
 RESUME = ("--max_train_steps", "8", "--resume_from_checkpoint", "latest")

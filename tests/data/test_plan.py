@@ -97,6 +97,16 @@ def test_nothing_is_left_to_skip_where_every_clip_is_bad():
         check_bad_clips(RawData([], [BadClip("a.mp4", "videos.txt:1", "is empty")]), "skip")
 
 
+def test_where_captions_are_missing_the_script_that_writes_them_is_named():
+    def message(reason: str) -> str:
+        with pytest.raises(UserError) as caught:
+            check_bad_clips(RawData([], [BadClip("a.mp4", "clips", reason)]), "error")
+        return str(caught.value)
+
+    assert "python training/caption_dataset.py --data_root" in message("has no caption file a.txt beside it")
+    assert "caption_dataset.py" not in message("is empty")
+
+
 def test_skipped_clips_are_written_to_a_table_and_removed_when_they_are_fixed(tmp_path):
     bad = [BadClip("a, b.mp4", "videos.txt:1", "is empty")]
     report_skipped(bad, tmp_path)

@@ -206,12 +206,10 @@ def check_bad_clips(data: RawData, on_bad_clip: str) -> None:
     if not data.bad or (data.clips and on_bad_clip == "skip"):
         return
     advice = "; fix or remove them, or skip them with --on_bad_clip skip" if data.clips else ""
-    title = f"{len(data.bad)} of {data.num_listed} clips cannot be used{advice}:"
-    text = listing(title, data.bad, most=len(data.bad))
     if any(clip.reason.startswith("has no caption") for clip in data.bad):
-        command = "python training/caption_dataset.py --data_root FOLDER --endpoint URL"
-        text += f"\na vision-language model can write the missing captions: {command}"
-    raise UserError(text)
+        advice += "; a model writes captions with python training/caption_dataset.py --data_root FOLDER --endpoint URL"
+    title = f"{len(data.bad)} of {data.num_listed} clips cannot be used{advice}:"
+    raise UserError(listing(title, data.bad, most=len(data.bad)))
 
 
 def data_sources(flags: SourceFlags) -> list[DataSource]:

@@ -25,7 +25,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 # Not all formats of Pillow: for some it starts other programs, and clips may come from strangers.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 # Formats of FFmpeg that are not videos of their own: playlists could name any file of this machine.
-_NOT_VIDEOS = {"hls": "a playlist", "dash": "a playlist", "tty": "text"}
+_NOT_VIDEOS = {"hls": "a playlist", "dash": "a playlist", "concat": "a playlist", "imf": "a playlist", "tty": "text"}
 _IMAGE_BRANDS = {"heic", "heix", "heim", "heis", "mif1", "avif"}  # in the container of mp4, where FFmpeg sees a video
 # EXIF orientation -> counterclockwise quarter turns. 2, 4, 5 and 7 mirror the picture first.
 _EXIF_TURNS = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}

@@ -36,6 +36,10 @@ def convert(lora: Path, output_file: Path) -> None:
     Raises SystemExit with the reason if it cannot be converted.
     """
     file = lora / "pytorch_lora_weights.safetensors" if lora.is_dir() else lora
+    if not file.is_file():
+        raise SystemExit(f"error: --lora: {file} does not exist")
+    if output_file.exists():
+        raise SystemExit(f"error: --output_file: {output_file} exists; pass another name, or delete it")
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata() or {}
         weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

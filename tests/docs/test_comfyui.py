@@ -114,6 +114,8 @@ def test_comfyui_reads_every_key_of_the_converted_file_at_the_strength_of_the_tr
 
 def test_what_comfyui_would_apply_wrongly_is_not_converted(tiny_models, tmp_path):
     output = tmp_path / "converted.safetensors"
+    with pytest.raises(SystemExit, match="does not exist"):
+        convert_lora_for_comfyui.convert(tmp_path, output)
     file = write_lora(tiny_models("5b"), tmp_path, use_dora=True)
     with pytest.raises(SystemExit, match="--use_dora"):
         convert_lora_for_comfyui.convert(file, output)
@@ -121,6 +123,9 @@ def test_what_comfyui_would_apply_wrongly_is_not_converted(tiny_models, tmp_path
     with pytest.raises(SystemExit, match="no metadata on its alpha"):
         convert_lora_for_comfyui.convert(file, output)
     assert not output.exists()
+    output.touch()
+    with pytest.raises(SystemExit, match="exists; pass another name"):
+        convert_lora_for_comfyui.convert(file, output)
 
 
 def test_the_command_of_the_page_is_that_of_the_script(tmp_path):

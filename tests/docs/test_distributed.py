@@ -53,6 +53,7 @@ def test_a_way_to_divide_a_run_is_a_config_and_accepted_flags(calls_of, monkeypa
     assert [value_of(call, "--config_file") for call in calls] == [
         f"accelerate_configs/{name}.yaml" for name in configs
     ]
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("FSDP_VERSION", "2")
     for call, config in zip(calls, configs, strict=True):

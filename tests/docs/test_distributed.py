@@ -33,10 +33,11 @@ def options(call: list[str], *names: str) -> list[str]:
     return [value_of(call, f"--{name}") for name in names]
 
 
-def test_the_number_of_gpus_reaches_accelerate(calls_of):
-    (call,) = calls_of("eight")
-    assert options(call, "num_processes", "config_file") == ["8", "accelerate_configs/ddp.yaml"]
-    assert not {"--machine_rank", "--main_process_ip", "--main_process_port"} & set(call)
+def test_the_number_of_gpus_reaches_the_launch(calls_of):
+    second, prepare, eight = calls_of("gpus")
+    assert options(second, "num_processes") == ["1"] and options(eight, "num_processes") == ["8"]
+    assert "--nproc_per_node=2" in prepare
+    assert not {"--machine_rank", "--main_process_ip", "--main_process_port"} & {*second, *eight}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_the_run_that_finds_the_network_device_is_short(calls_of):
 
 
 def test_every_block_of_the_page_is_tested():
-    tested = {"eight", "ddp", "zero", "fsdp", "context", "two machines", "slurm", "prepare", "debug"}
+    tested = {"gpus", "ddp", "zero", "fsdp", "context", "two machines", "slurm", "prepare", "debug"}
     assert BLOCKS.keys() == tested
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Encode the clips and captions of a data set once, so that training needs neither the VAE nor the text encoder.
-# Change the values below, or set them in the environment; --help lists them. Flags after this script's name are passed on.
+# Change the values below, or set them in the environment; --help lists them. Flags after this script's name are passed
+# on.
 #
 #   CLIPS=my-clips PREPARED=my-prepared bash prepare_dataset.sh
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh

@@ -97,7 +97,8 @@ choose_launch() {
     if ((machines > 1)); then chosen=ddp_2_machines; elif ((${NUM_GPUS:-1} > 1)); then chosen=ddp; fi
     ACCELERATE_CONFIG="$root/accelerate_configs/$chosen.yaml"
   elif ((${NUM_GPUS:-1} > 1)) && grep -Eq "^distributed_type: *[\"']?NO\b" "$ACCELERATE_CONFIG"; then
-    fail "ACCELERATE_CONFIG=$ACCELERATE_CONFIG starts one process, not $NUM_GPUS; unset it, or use accelerate_configs/ddp.yaml"
+    fail "ACCELERATE_CONFIG=$ACCELERATE_CONFIG starts one process, not $NUM_GPUS; unset it, or use" \
+      "accelerate_configs/ddp.yaml"
   fi
   if [[ -n "$NUM_GPUS" ]]; then
     processes="$((NUM_GPUS * machines))"
@@ -139,6 +140,9 @@ train() {
   if [[ -n "$CONTINUE" ]]; then
     continue_run "$@"
     return
+  fi
+  if [[ "$OUTPUT_ROOT" == "$PREPARED" ]]; then # OUTPUT_DIR may still be exported for an earlier prepare_dataset.sh
+    fail "OUTPUT_ROOT=$OUTPUT_ROOT is the folder of the prepared data; set another one, and unset OUTPUT_DIR"
   fi
   case "$LOAD_TENSORS" in
     true) data=(--data_root "$PREPARED" --load_tensors) ;;

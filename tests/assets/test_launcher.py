@@ -111,6 +111,7 @@ def test_accelerate_leaves_the_visible_gpus_as_they_are_even_with_a_file_that_na
             "starts one process, not 2; unset it, or use accelerate_configs/ddp.yaml",
         ),
         (f"NUM_MACHINES=2 {PREPARE}", "NUM_MACHINES=2: needs MACHINE_RANK"),
+        (f"DATA_ROOT=done OUTPUT_DIR=done {TRAIN}", "OUTPUT_ROOT=done is the folder of the prepared data"),
         (f"LOAD_TENSORS=1 {TRAIN}", "LOAD_TENSORS=1: must be true or false"),
         (f"CONTINUE=no-run {TRAIN}", "CONTINUE=no-run: not the folder of a run"),
         (f"ACCELERATE_CONFIG=accelerate_configs/uncompiled_1.yaml {TRAIN}", "now accelerate_configs/single_gpu.yaml"),

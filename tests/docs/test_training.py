@@ -122,18 +122,18 @@ def test_a_finished_run_is_trained_longer_with_its_own_flags(folder, tiny_models
     tiny = {"MODEL_PATH": str(tiny_models("5b")), "PREPARED": str(data), "MIXED_PRECISION": "no", "REPORT_TO": "none"}
     tiny |= {"HEIGHT": "64", "WIDTH": "96", "NUM_FRAMES": "17", "LR_SCHEDULES": "constant", "LORA_RANK": "4"}
     start = "bash train_text_to_video_lora.sh --num_inference_steps 1"
-    for output, steps in (("outputs/my-lora", "2"), ("outputs/long", "3")):
+    for output, steps in (("outputs/short", "2"), ("outputs/long", "3")):
         (call,) = noted_calls(start, folder, **tiny, MAX_TRAIN_STEPS=steps)
         train_script.main([*script_flags(call), "--output_dir", output])
-    (call,) = noted_calls(BLOCKS["continue"].replace("3000", "3"), folder)
+    (call,) = noted_calls(BLOCKS["continue"].replace("3000", "3").replace("my-lora", "short"), folder)
     train_script.main(script_flags(call))
-    run = folder / "outputs/my-lora"
+    run = folder / "outputs/short"
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     assert_same_weights(weights_of(run), weights_of(folder / "outputs/long"))
 
-    again = "CONTINUE=outputs/my-lora MAX_TRAIN_STEPS=4 bash train_text_to_video_lora.sh"
+    again = "CONTINUE=outputs/short MAX_TRAIN_STEPS=4 bash train_text_to_video_lora.sh"
     (call,) = noted_calls(again, folder)
-    assert value_of(call, "--config") == "outputs/my-lora/config-step-2.yaml"
+    assert value_of(call, "--config") == "outputs/short/config-step-2.yaml"
 
 
 def test_the_memory_commands_let_the_toolkit_choose(folder):

@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ import cogvideox_text_to_video_lora
 import tiny_runs
 from checkpoints.schedule import ScheduleStart
 from checkpoints.state import read_state
+from diffusion.objective import Objective
 from encoded_clips import all_frames
 from optimizers.build import build_optimizer
 from original_folders import write_original_folder
+from run import finetune
 from run.loop import train as train_loop
 from run.setup import Run
 from tiny_runs import SIZE, assert_same_weights, curve, set_up_run, weights_of
@@ -264,14 +267,14 @@ def test_a_run_is_resumed_with_other_batches_a_step_and_reports_it(train, stoppe
     assert read_state(stopped_run / "checkpoint-8").schedule == ScheduleStart(1, 5, step=4, epoch=0, seen_batches=4)
 
 
-def poisoned(prepared: Path, folder: Path, count: int) -> tuple[Path, set[str]]:
+def poisoned(prepared: Path, folder: Path, num_samples: int) -> tuple[Path, set[str]]:
     """Copy prepared data with the first samples not finite; returns the folder and their names."""
     shutil.copytree(prepared, folder)
     names = set()
     for shard in sorted((folder / "latents").glob("*.safetensors")):
         tensors = load_file(shard)
         for name in sorted(tensors):
-            if len(names) < count:
+            if len(names) < num_samples:
                 tensors[name] = torch.full_like(tensors[name], torch.nan)
                 names.add(name.rpartition(".")[0])
         save_file(tensors, shard)
@@ -291,16 +294,50 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_clip_named(train, prepared
     assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 
 
-def test_too_many_such_steps_end_the_run_and_name_the_last_good_checkpoint(train, prepared, tmp_path, capsys):
-    data, _ = poisoned(prepared, tmp_path / "data", 16)
-    flags = ("--max_bad_steps", "4", "--checkpointing_steps", "3", "--max_train_steps", "20")
-    with pytest.raises(SystemExit, match="2"):
-        train(tmp_path / "out", *flags, data=data)
-    error = capsys.readouterr().err
-    assert "error: --max_bad_steps: 4 steps in a row had no finite loss and gradient" in error
-    assert f"{tmp_path / 'out' / 'checkpoint-3'} is the last good checkpoint" in error
-    initial = weights_of(tmp_path / "out" / "checkpoint-3")
-    assert not any(tensor.any() for name, tensor in initial.items() if "lora_B" in name)
+@pytest.fixture
+def not_finite_from(monkeypatch):
+    """Have the loss be NaN from a step on."""
+
+    def spoil(first: int) -> None:
+        calls, losses = count(1), Objective.__call__
+        factors = (math.nan if call >= first else 1.0 for call in calls)
+        monkeypatch.setattr(Objective, "__call__", lambda *args: losses(*args) * next(factors))
+
+    return spoil
+
+
+def test_too_many_such_steps_end_the_run_and_the_last_checkpoint_is_from_before_them(
+    train, error_of, tmp_path, not_finite_from
+):
+    flags = ("--checkpointing_steps", "1", "--checkpoints_total_limit", "1", "--max_train_steps", "20")
+    not_finite_from(4)
+    error = error_of(tmp_path, "--max_bad_steps", "3", *flags)
+    assert "error: --max_bad_steps: 3 steps in a row had no finite loss and gradient" in error
+    assert f"{tmp_path / 'checkpoint-3'} is the last good checkpoint" in error
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_run_whose_last_steps_are_all_skipped_writes_the_weights_before_them_and_fails(
+    train, error_of, tmp_path, not_finite_from
+):
+    good = train(tmp_path / "good", "--max_train_steps", "3")
+    not_finite_from(4)
+    output = tmp_path / "out"
+    error = error_of(output, "--max_train_steps", "6", "--checkpointing_steps", "2")
+    assert error.startswith("error: all steps from step 4 to the last, 6, were skipped")
+    assert f"{output / 'pytorch_lora_weights.safetensors'} has the weights of step 3; " in error
+    assert f"{output / 'checkpoint-2'} is the last good checkpoint" in error
+    assert_same_weights(weights_of(output), good)
+
+
+def test_weights_that_are_not_finite_are_not_written(train, error_of, tmp_path, monkeypatch):
+    def spoil(run: Run) -> int:
+        run.trainable.parameters[0].data.fill_(math.nan)
+        return run.total_steps
+
+    monkeypatch.setattr(finetune, "train", spoil)
+    assert error_of(tmp_path, "--max_train_steps", "1").startswith("error: the trained weights are not finite, so no")
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,6 +1,7 @@
 """A training run from its settings to its result, for every task and method."""
 
 import logging
+from typing import NoReturn
 
 from common.failures import explained_failures
 from common.ranks import launch_rank
@@ -49,6 +50,8 @@ def train_and_save(recipe: Recipe) -> None:
         done = train(run)
         if done < run.total_steps:
             stop(run, done)
+        if run.guard.skipped_since is not None and run.guard.skipped_since < done:
+            end_after_skipped_steps(run, run.guard.skipped_since)
         # Saved before the last validation, which can fail or take long.
         if run.state.step < run.total_steps:
             run.save_checkpoint(run.total_steps)
@@ -60,7 +63,20 @@ def train_and_save(recipe: Recipe) -> None:
         push_to_hub(spec.output_dir, settings.hub.hub_model_id, settings.hub.hub_token, facts)
 
 
-def stop(run: Run, step: int) -> None:
+def end_after_skipped_steps(run: Run, since: int) -> NoReturn:
+    """End a run whose steps were all skipped from `since` on: save the weights before them, and raise a UserError.
+
+    There is no checkpoint of the last step, so that a resumed run tries the skipped steps again.
+    """
+    result = run.save_result()
+    run.spec.accelerator.end_training()
+    raise run.guard.failure(
+        f"all steps from step {since} to the last, {run.total_steps}, were skipped, as loss or gradient were not "
+        f"finite: {result} has the weights of step {since - 1}"
+    )
+
+
+def stop(run: Run, step: int) -> NoReturn:
     """End a run that was told to stop, after its state is saved: raise SystemExit with `STOPPED_EXIT_CODE`."""
     run.spec.accelerator.end_training()
     logger.info("stopped after step %d of %d; continue with --resume_from_checkpoint latest", step, run.total_steps)

@@ -30,6 +30,7 @@ from run.recipe import Recipe
 from run.spec import RunSpec
 from run.summary import describe_start
 from run.trainable import Trainable, make_trainable, resume
+from tracking.bad_steps import StepGuard
 from tracking.throughput import Throughput
 from tracking.trackers import keep_losses, start_trackers
 from validation.loss import validate_loss
@@ -53,6 +54,7 @@ class Run:
     objective: Objective
     trainable: Trainable
     throughput: Throughput
+    guard: StepGuard
     checkpoints: CheckpointFolder
     result_dtype: torch.dtype
     signals: StopSignals
@@ -134,6 +136,8 @@ class Run:
     def _write_result(self, weights: dict[str, torch.Tensor]) -> Path:
         spec = self.spec
         transformer, dtype = self.trainable.transformer, self.result_dtype
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise self.guard.failure("the trained weights are not finite, so no result is written")
         try:
             return spec.method.save(transformer, spec.output_dir, dtype, weights, spec.source)
         except UserError:
@@ -182,6 +186,7 @@ def set_up(spec: RunSpec) -> Run:
         objective=make_objective(spec, inputs, trainable),
         trainable=trainable,
         throughput=make_throughput(spec),
+        guard=StepGuard(spec.coordinator, settings.checkpoints.max_bad_steps, spec.output_dir),
         checkpoints=CheckpointFolder(spec.output_dir, accelerator, spec.coordinator, limit),
         # Read from the model's files now, so that a failure does not come after the training.
         result_dtype=spec.method.result_dtype(spec.dtype, spec.source),

@@ -76,7 +76,7 @@ METHOD_DEFAULTS = {
         "lora_target_modules": ("to_q", "to_k", "to_v", "to_out.0"),
         **{"lora_dropout": 0.0, "lora_weights": None, "quantize_base": "none"},
     },
-    "sft": {"save_pipeline": False, "weights_dtype": "fp32"},
+    "sft": {"save_pipeline": False, "save_validation_weights": False, "weights_dtype": "fp32"},
 }
 
 PREPARE_DEFAULTS = DATA_DEFAULTS | {

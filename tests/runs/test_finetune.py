@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from itertools import count
@@ -14,9 +15,12 @@ from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 
 import cogvideox_text_to_video_lora
+import cogvideox_text_to_video_sft
 import tiny_runs
+from args import parse_generate_args
 from checkpoints.schedule import ScheduleStart
 from checkpoints.state import read_state
+from common.run_folder import LORA_FILE, list_checkpoints, list_validated
 from diffusion.objective import Objective
 from encoded_clips import all_frames
 from optimizers.build import build_optimizer
@@ -173,6 +177,35 @@ def test_validation_does_not_change_what_is_trained(train, tmp_path):
     assert_same_weights(train(tmp_path / "validated", *flags), plain)
 
 
+def test_the_lora_of_every_validation_is_kept_and_can_be_sampled_and_trained_further(train, tmp_path, capsys):
+    one_step = train(tmp_path / "short", "--max_train_steps", "1")
+    flags = ("--validation_prompt", "a circle", "--validation_steps", "1", "--num_inference_steps", "1")
+    result = train(tmp_path, "--max_train_steps", "2", "--checkpoints_total_limit", "1", *flags)
+    said = capsys.readouterr().err
+    kept = [tmp_path / "validation" / f"step-{step}" for step in (1, 2)]
+    assert list_validated(tmp_path) == list(enumerate(kept, 1))  # none at step 0
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
+    for folder, expected in zip(kept, (one_step, result), strict=True):
+        assert_same_weights(weights_of(folder), expected)
+    assert "; each keeps its weights in validation/step-N" in said
+    (command,) = [line for line in said.splitlines() if line.startswith("python training/generate.py")]
+    sampled = parse_generate_args(shlex.split(command)[2:])
+    assert sampled.loras == ((str(kept[0] / LORA_FILE), 1.0),)
+    assert sampled.sampling.height == 64
+    assert train(tmp_path / "further", "--max_train_steps", "1", "--lora_weights", str(kept[0]))
+
+
+def test_full_fine_tuning_keeps_the_validated_weights_if_asked_to(tiny_models, prepared, tmp_path):
+    flags = ["--load_tensors", "--max_train_steps", "2", "--lr_warmup_steps", "0", "--use_ema", "--report_to", "none"]
+    flags += ["--validation_prompt", "a circle", "--validation_steps", "1", "--num_inference_steps", "1"]
+    script, folders = cogvideox_text_to_video_sft, (tiny_models("5b"), prepared)
+    tiny_runs.train(script, *folders, tmp_path / "off", *flags)
+    assert list_validated(tmp_path / "off") == []
+    output = tiny_runs.train(script, *folders, tmp_path / "on", *flags, "--save_validation_weights")
+    (_, _), (_, last) = list_validated(output)
+    assert_same_weights(weights_of(last), weights_of(output))  # the average, which was sampled
+
+
 def test_prepared_data_trains_without_vae_or_text_encoder(tiny_models, train, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_models("5b"), model)
@@ -197,7 +230,8 @@ def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on
         curve(tmp_path, f"validation_loss/t={t}")[40] for t in (100, 200, 300, 400, 500, 599, 699, 799, 899)
     ]
     assert sum(at_quantiles) / 9 == pytest.approx(losses[40], rel=1e-5)
-    assert not (tmp_path / "validation").exists()  # no prompt was given
+    assert [step for step, _ in list_validated(tmp_path)] == [20, 40]
+    assert not list(tmp_path.rglob("*.mp4"))  # no prompt was given
 
 
 def test_a_failing_validation_is_a_warning_and_the_result_is_written(tiny_models, train, tmp_path):

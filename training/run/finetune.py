@@ -17,6 +17,7 @@ from run.memory_fit import training_memory_advice
 from run.recipe import Recipe
 from run.setup import Run, set_up
 from run.spec import check_spec
+from run.summary import describe_kept_weights
 
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ def train_and_save(recipe: Recipe) -> None:
             run.save_checkpoint(run.total_steps)
         logger.info("saved %s; to use it:\n\n%s\n", run.save_result(), spec.usage(spec.output_dir))
         run.validate(run.total_steps)
+        if kept := describe_kept_weights(spec):
+            logger.info("%s", kept)
     spec.accelerator.end_training()  # finishes the loss curve
     if settings.hub.push_to_hub and spec.accelerator.is_main_process:
         facts = card_facts(spec, run.total_steps)

@@ -93,6 +93,11 @@ class Recipe:
         return Path(self.settings.training.output_dir)
 
     @property
+    def keeps_validated(self) -> bool:
+        """Whether the weights of every validation are kept, so that the best one can be used."""
+        return self.settings.method == "lora" or self.settings.full.save_validation_weights
+
+    @property
     def video_fps(self) -> int:
         """The frame rate of validation videos."""
         return round(self.settings.clips.fps or 8)

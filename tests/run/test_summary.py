@@ -58,11 +58,12 @@ def test_the_summary_describes_the_run(summarize, tmp_path):
     assert lines["written"] == "every 15 steps a checkpoint of 0 MB; losses to loss.png, metrics.jsonl"
 
 
-def test_the_summary_describes_the_validation(summarize):
+def test_the_summary_describes_the_validation(summarize, capsys):
     assert summarize()["validation"] == "none"
     often = ("--validation_prompt", "a", "--num_validation_videos", "3", "--validation_epochs", "1")
     when = "before the first step, every epoch, at the end"
-    assert summarize(*often)["validation"] == f"3 videos of 17x64x96, {when}{KEPT}"
+    assert summarize(*often, "--id_token", "XY")["validation"] == f"3 videos of 17x64x96, {when}{KEPT}"
+    assert "warning: --validation_prompt: 1 of 1 prompts lack XY, the id token" in capsys.readouterr().err
 
 
 def test_the_summary_of_a_resumed_run_has_the_steps_left(summarize):

@@ -215,6 +215,20 @@ def test_prepared_data_trains_without_vae_or_text_encoder(tiny_models, train, tm
     assert train(tmp_path / "out", "--max_train_steps", "1", "--caption_dropout", "0.5", model=model)
 
 
+def test_captions_of_prepared_data_are_sampled_at_its_size_without_a_text_encoder(
+    tiny_models, prepared_demo, tmp_path, capsys
+):
+    model, data = shutil.copytree(tiny_models("5b"), tmp_path / "model"), prepared_demo(*SIZE, "--id_token", "XY")
+    shutil.rmtree(model / "text_encoder")
+    argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(tmp_path)]
+    argv += ["--load_tensors", "--max_train_steps", "1", "--validation_epochs", "1", "--num_inference_steps", "1"]
+    cogvideox_text_to_video_lora.main([*argv, "--report_to", "none", "--seed", "0", "--train_batch_size", "1"])
+    videos = sorted((tmp_path / "validation" / "step-1").glob("*.mp4"))
+    assert [all_frames(video).shape for video in videos] == [(17, 64, 96, 3)] * 2
+    assert all("-xy-" in video.name for video in videos)
+    assert "2 videos of 17x64x96, before the first step" in capsys.readouterr().err
+
+
 def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on(train, demo_clips, tmp_path):
     header, *rows = (demo_clips / "metadata.csv").read_text().splitlines()
     table = tmp_path / "held-out.csv"

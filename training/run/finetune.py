@@ -18,6 +18,7 @@ from run.recipe import Recipe
 from run.setup import Run, set_up
 from run.spec import check_spec
 from run.summary import describe_kept_weights
+from validation.defaults import with_data_defaults
 
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def finetune(settings: TrainingSettings, data: TrainingData) -> None:
     Raises UserError before any weights are loaded, if model, data and flags do not fit together or the result must not
     be uploaded as asked; later, if memory runs out or a data worker dies.
     """
-    recipe, hub = Recipe(settings, data), settings.hub
+    recipe, hub = Recipe(with_data_defaults(settings, data), data), settings.hub
     if hub.push_to_hub and launch_rank() == 0:
         check_access(recipe.output_dir, hub.hub_model_id, hub.hub_token)
     with explained_failures(lambda: training_memory_advice(recipe)):

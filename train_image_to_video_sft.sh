@@ -59,7 +59,7 @@ LR_WARMUP_STEPS="${LR_WARMUP_STEPS:-200}"
 CHECKPOINTING_STEPS="${CHECKPOINTING_STEPS:-1000}"
 SEED="${SEED:-42}"
 
-# Size of validation videos and of raw clips. Default: 480, 720, 49.
+# Size of validation videos, by default that of most clips, and of raw clips, by default 480, 720, 49.
 HEIGHT="${HEIGHT:-}"
 WIDTH="${WIDTH:-}"
 NUM_FRAMES="${NUM_FRAMES:-}"

@@ -59,16 +59,16 @@ LR_WARMUP_STEPS="${LR_WARMUP_STEPS:-200}"
 CHECKPOINTING_STEPS="${CHECKPOINTING_STEPS:-1000}"
 SEED="${SEED:-42}"
 
-# Size of validation videos and of raw clips. Default: 480, 720, 49.
+# Size of validation videos, by default that of most clips, and of raw clips, by default 480, 720, 49.
 HEIGHT="${HEIGHT:-}"
 WIDTH="${WIDTH:-}"
 NUM_FRAMES="${NUM_FRAMES:-}"
-# Several prompts are separated by :::
-VALIDATION_PROMPT="${VALIDATION_PROMPT:-A panda in a small red jacket plays a tiny guitar in a bamboo forest}"
+# Several prompts are separated by :::. Default: two captions of the data.
+VALIDATION_PROMPT="${VALIDATION_PROMPT:-}"
 VALIDATION_EPOCHS="${VALIDATION_EPOCHS:-10}"
 
 # The settings end here.
 name=cogvideox-lora name_end="__rank-$LORA_RANK"
 flags=(--rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA")
-flags+=(--validation_prompt "$VALIDATION_PROMPT" --validation_epochs "$VALIDATION_EPOCHS")
+flags+=(${VALIDATION_PROMPT:+--validation_prompt "$VALIDATION_PROMPT"} --validation_epochs "$VALIDATION_EPOCHS")
 train "$@"

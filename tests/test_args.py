@@ -76,7 +76,7 @@ METHOD_DEFAULTS = {
         "lora_target_modules": ("to_q", "to_k", "to_v", "to_out.0"),
         **{"lora_dropout": 0.0, "lora_weights": None, "quantize_base": "none"},
     },
-    "sft": {"save_pipeline": False, "weights_dtype": "fp32"},
+    "sft": {"save_pipeline": False, "save_validation_weights": False, "weights_dtype": "fp32"},
 }
 
 PREPARE_DEFAULTS = DATA_DEFAULTS | {
@@ -184,9 +184,6 @@ BAD_TRAINING_FLAGS = [
     ("--prodigy_safeguard_warmup --optimizer came", "--prodigy_safeguard_warmup", "--optimizer prodigy"),
     ("--hub_token secret", "--hub_token", "add --push_to_hub"),
     ("--hub_model_id me/mine", "--hub_model_id", "add --push_to_hub"),
-    ("--validation_steps 10", "--validation_steps", "add --validation_prompt"),
-    ("--validation_epochs 1", "--validation_epochs", "add --validation_prompt"),
-    ("--validate_first", "--validate_first", "add --validation_prompt or --validation_dataset_file"),
     ("--validation_prompt cat:::", "--validation_prompt", "prompt 2 of 2 is empty"),
     ("--validation_prompt cat --validation_prompt_separator=", "--validation_prompt_separator", "empty"),
     ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint", "no folder 'nowhere'"),
@@ -223,6 +220,9 @@ BAD_IMAGE_FLAGS = [
     ("--validation_prompt cat", "--validation_images", "0 for 1"),
     ("--validation_prompt a:::b --validation_images first.png", "--validation_images", "1 for 2"),
     ("--validation_images first.png", "--validation_images", "1 for 0"),
+    ("--validation_steps 10", "--validation_steps", "add --validation_prompt"),
+    ("--validation_epochs 1", "--validation_epochs", "add --validation_prompt"),
+    ("--validate_first", "--validate_first", "add --validation_prompt or --validation_dataset_file"),
     ("--validation_prompt a --validation_images no-such.png", "--validation_images", "no file 'no-such.png'"),
 ]
 TENSORS = "--save_latents_and_embeddings --save_image_latents"

@@ -43,7 +43,7 @@ METHODS = ("lora", "sft")
 DATA_FLAGS = ("data_root", "dataset_file", "dataset_name", "dataset_mix")  # one of them names the data
 _LORA_ONLY = ("lora_target_modules", "use_rslora", "use_dora", "lora_dropout", "lora_weights")
 _LORA_ONLY += ("quantize_base", "stream_blocks")
-_SFT_ONLY = ("save_pipeline", "weights_dtype")
+_SFT_ONLY = ("save_pipeline", "save_validation_weights", "weights_dtype")
 
 
 def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> TrainingSettings:

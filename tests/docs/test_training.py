@@ -10,6 +10,7 @@ from PIL import Image
 
 import cogvideox_text_to_video_lora as train_script
 from args import parse_args
+from common.run_folder import LORA_FILE
 from flags.schema import flag_values
 from pages import (
     PARSERS,
@@ -40,6 +41,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     for name in ("my-prepared", "prepared-2b", "prepared-i2v", "prepared-1.5", "my-clips", "held-out"):
         (tmp_path / name).mkdir()
     (tmp_path / "held-out" / "metadata.csv").write_text("video,text\n")
+    (tmp_path / "outputs/my-lora/validation/step-1000").mkdir(parents=True)
+    (tmp_path / "outputs/my-lora/validation/step-1000" / LORA_FILE).touch()
     Image.new("RGB", (16, 16)).save(tmp_path / "rabbit.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -71,6 +74,7 @@ def test_each_recipe_prepares_and_trains_with_flags_that_are_accepted(folder):
     [
         ("script", "load_tensors", True),
         ("dry run", "dry_run", True),
+        ("best step", "lora", ("outputs/my-lora/validation/step-1000",)),
         ("validation set", "validation_dataset_file", "held-out/metadata.csv"),
     ],
 )
@@ -174,7 +178,6 @@ def test_a_launcher_refuses_a_file_that_its_settings_would_override(folder, laun
 
 
 def test_the_command_that_repeats_a_run_reads_what_that_run_wrote(folder):
-    (folder / "outputs" / "my-lora").mkdir(parents=True)
     args = parse_args(
         ["--pretrained_model_name_or_path", "a/b", "--data_root", "my-prepared"], task="text-to-video", method="lora"
     )
@@ -186,8 +189,8 @@ def test_the_command_that_repeats_a_run_reads_what_that_run_wrote(folder):
 
 
 def test_every_block_of_the_page_is_tested():
-    tested = {"recipes", "sweep", "script", "dry run", "all weights", "validation set", "memory", "config", "repeat"}
-    tested |= {"continue"}
+    tested = {"recipes", "sweep", "script", "dry run", "all weights", "memory", "config", "repeat"}
+    tested |= {"best step", "continue", "validation set"}
     assert BLOCKS.keys() == tested
 
 
@@ -205,5 +208,7 @@ def test_the_flags_that_the_page_names_are_those_of_each_script(script):
     of_lora = {"--lora_target_modules", "--use_rslora", "--use_dora", "--lora_dropout", "--lora_alpha", "--rank"}
     of_lora |= {"--lora_weights", "--quantize_base", "--stream_blocks"}
     elsewhere = {"--quiet"} | help_flags("prepare_dataset.py")
-    elsewhere |= of_lora if script.endswith("_sft.py") else {"--save_pipeline", "--weights_dtype"}
+    elsewhere |= (
+        of_lora if script.endswith("_sft.py") else {"--save_pipeline", "--save_validation_weights", "--weights_dtype"}
+    )
     assert named_flags(without_code(PAGE)) - elsewhere <= help_flags(script)

@@ -164,6 +164,7 @@ def test_ranks_sample_together_and_a_failed_one_does_not_block_the_others(in_sha
     assert {path.name for path in before.glob("*.mp4")} == {"00-00-a.mp4", "01-00-b.mp4", "02-00-c.mp4"}
     assert {path.name for path in after.glob("*.mp4") if path.is_file()} == {"00-00-a.mp4"}
     assert in_shards.output.count("training continues; rank 1: ") == 1
+    tiny_runs.assert_same_weights(*map(tiny_runs.weights_of, (after, in_shards.lora)))
 
 
 @pytest.mark.slow

@@ -142,6 +142,8 @@ def test_checkpoints_caches_partial_files_and_records_of_trackers_are_not_upload
         "checkpoint-4/optimizer.bin",
         "checkpoint-4/pytorch_lora_weights.safetensors",
         "prompt_embeds/0123.safetensors",
+        "validation/step-2/pytorch_lora_weights.safetensors",
+        "validation/step-2/transformer/config.json",
         ".partial.checkpoint-5/optimizer.bin",
         ".123.partial.pytorch_lora_weights.safetensors",
         "skipped_clips.csv",

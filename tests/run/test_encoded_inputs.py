@@ -9,7 +9,7 @@ from common.errors import UserError
 from data.plan import PreparedData, RawData, plan_training_data
 from data.prepared import write_empty_prompt
 from models.source import ModelSource
-from run.encoded_inputs import encode_inputs, find_empty_prompt
+from run.encoded_inputs import encode_inputs, find_prompt
 from run.recipe import Recipe
 from run.spec import check_spec
 from tiny_runs import run_flags
@@ -43,12 +43,12 @@ def test_the_empty_prompt_comes_from_the_prepared_data(tiny_models, tmp_path):
     newer.mkdir()
     embeds = torch.randn(226, 64)
     write_empty_prompt(newer, embeds)
-    assert find_empty_prompt(RawData([]), configs) is None
-    assert find_empty_prompt(PreparedData([], [older]), configs) is None
-    assert torch.equal(find_empty_prompt(PreparedData([], [older, newer]), configs), embeds)
+    assert find_prompt(RawData([]), configs, "") is None
+    assert find_prompt(PreparedData([], [older]), configs, "") is None
+    assert torch.equal(find_prompt(PreparedData([], [older, newer]), configs, ""), embeds)
 
 
 def test_an_empty_prompt_of_another_model_is_refused(tiny_models, tmp_path):
     write_empty_prompt(tmp_path, torch.randn(226, 32))
-    with pytest.raises(UserError, match=r"--caption_dropout: .* \(226, 32\), the model needs \(226, 64\)"):
-        find_empty_prompt(PreparedData([], [tmp_path]), ModelSource(str(tiny_models("5b"))).configs())
+    with pytest.raises(UserError, match=r"--load_tensors: the prompt '' .* \(226, 32\), the model needs \(226, 64\)"):
+        find_prompt(PreparedData([], [tmp_path]), ModelSource(str(tiny_models("5b"))).configs(), "")

@@ -19,6 +19,9 @@ from run.summary import describe_expected_memory, describe_method, describe_mode
 from tiny_runs import run_flags
 
 
+KEPT = "; each keeps its weights in validation/step-N"
+
+
 @pytest.fixture
 def summarize(tiny_models, demo_clips, tmp_path, fresh_accelerator):
     def summarize(*flags: str, padding: int = 0, done: int = 0) -> dict[str, str]:
@@ -50,21 +53,23 @@ def test_the_summary_describes_the_run(summarize, tmp_path):
     assert lines["optimizer"] == "adamw, learning rate 0.0004, constant"
     assert lines["devices"] == "1 x cpu, precision no"
     assert lines["memory"].endswith(" GB on a GPU expected (calculated, not measured)")
-    assert lines["validation"] == "2 videos, every 10 steps, at the end"
+    assert lines["validation"] == "2 videos of 17x64x96, every 10 steps, at the end" + KEPT
     assert lines["output"] == str(tmp_path / "out")
     assert lines["written"] == "every 15 steps a checkpoint of 0 MB; losses to loss.png, metrics.jsonl"
 
 
-def test_the_summary_describes_the_validation(summarize):
+def test_the_summary_describes_the_validation(summarize, capsys):
     assert summarize()["validation"] == "none"
     often = ("--validation_prompt", "a", "--num_validation_videos", "3", "--validation_epochs", "1")
-    assert summarize(*often)["validation"] == "3 videos, before the first step, every epoch, at the end"
+    when = "before the first step, every epoch, at the end"
+    assert summarize(*often, "--id_token", "XY")["validation"] == f"3 videos of 17x64x96, {when}{KEPT}"
+    assert "warning: --validation_prompt: 1 of 1 prompts lack XY, the id token" in capsys.readouterr().err
 
 
 def test_the_summary_of_a_resumed_run_has_the_steps_left(summarize):
     assert summarize("--validation_prompt", "a", done=12)["steps"].startswith("13 to 30, ")
     finished = summarize("--validation_prompt", "a", done=30)
-    assert (finished["steps"], finished["validation"]) == ("none left of 30", "1 video, at the end")
+    assert (finished["steps"], finished["validation"]) == ("none left of 30", "1 video of 17x64x96, at the end" + KEPT)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
+from common.run_folder import LORA_FILE
 from data.prepared import read_index
 from forked_ranks import finish
 from repository import TRAINING
@@ -108,7 +109,8 @@ def test_two_ranks_train_validate_and_save_as_one_does(fixed_flags, lora_of_one,
     names = ["00-00-a.mp4", "01-00-b.mp4", "02-00-c.mp4", "contact_sheet.png"]
     assert sorted(path.name for path in before.iterdir() if path.is_file()) == names
     # A rank that fails neither blocks the others nor ends the run.
-    assert sorted(path.name for path in after.iterdir() if path.is_file()) == [names[0], *names[2:]]
+    assert sorted(path.name for path in after.iterdir() if path.is_file()) == [names[0], *names[2:], LORA_FILE]
+    assert_same_weights(weights_of(after), weights_of(tmp_path))
     assert "warning: validation at step 4 failed, training continues; rank 1: " in output
 
 
@@ -173,6 +175,7 @@ def test_a_lora_on_a_sharded_model_is_that_of_one_process(fixed_flags, lora_of_o
     assert ": 16,384 of 1,263,808 parameters" in output
     assert "warning: validation at step 2 failed, training continues; rank 1: " in output
     assert len(list((whole / "validation" / "step-4").glob("*.mp4"))) == 3
+    assert_same_weights(weights_of(whole / "validation" / "step-4"), weights_of(whole))
     assert_same_run(whole, lora_of_one)
 
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")

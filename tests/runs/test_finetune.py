@@ -2,8 +2,10 @@
 
 import math
 import re
+import shlex
 import shutil
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,17 @@ from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 
 import cogvideox_text_to_video_lora
+import cogvideox_text_to_video_sft
 import tiny_runs
+from args import parse_generate_args
 from checkpoints.schedule import ScheduleStart
 from checkpoints.state import read_state
+from common.run_folder import LORA_FILE, list_checkpoints, list_validated
+from diffusion.objective import Objective
 from encoded_clips import all_frames
 from optimizers.build import build_optimizer
 from original_folders import write_original_folder
+from run import finetune
 from run.loop import train as train_loop
 from run.setup import Run
 from tiny_runs import SIZE, assert_same_weights, curve, set_up_run, weights_of
@@ -170,6 +177,35 @@ def test_validation_does_not_change_what_is_trained(train, tmp_path):
     assert_same_weights(train(tmp_path / "validated", *flags), plain)
 
 
+def test_the_lora_of_every_validation_is_kept_and_can_be_sampled_and_trained_further(train, tmp_path, capsys):
+    one_step = train(tmp_path / "short", "--max_train_steps", "1")
+    flags = ("--validation_prompt", "a circle", "--validation_steps", "1", "--num_inference_steps", "1")
+    result = train(tmp_path, "--max_train_steps", "2", "--checkpoints_total_limit", "1", *flags)
+    said = capsys.readouterr().err
+    kept = [tmp_path / "validation" / f"step-{step}" for step in (1, 2)]
+    assert list_validated(tmp_path) == list(enumerate(kept, 1))  # none at step 0
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
+    for folder, expected in zip(kept, (one_step, result), strict=True):
+        assert_same_weights(weights_of(folder), expected)
+    assert "; each keeps its weights in validation/step-N" in said
+    (command,) = [line for line in said.splitlines() if line.startswith("python training/generate.py")]
+    sampled = parse_generate_args(shlex.split(command)[2:])
+    assert sampled.loras == ((str(kept[0] / LORA_FILE), 1.0),)
+    assert sampled.sampling.height == 64
+    assert train(tmp_path / "further", "--max_train_steps", "1", "--lora_weights", str(kept[0]))
+
+
+def test_full_fine_tuning_keeps_the_validated_weights_if_asked_to(tiny_models, prepared, tmp_path):
+    flags = ["--load_tensors", "--max_train_steps", "2", "--lr_warmup_steps", "0", "--use_ema", "--report_to", "none"]
+    flags += ["--validation_prompt", "a circle", "--validation_steps", "1", "--num_inference_steps", "1"]
+    script, folders = cogvideox_text_to_video_sft, (tiny_models("5b"), prepared)
+    tiny_runs.train(script, *folders, tmp_path / "off", *flags)
+    assert list_validated(tmp_path / "off") == []
+    output = tiny_runs.train(script, *folders, tmp_path / "on", *flags, "--save_validation_weights")
+    (_, _), (_, last) = list_validated(output)
+    assert_same_weights(weights_of(last), weights_of(output))  # the average, which was sampled
+
+
 def test_prepared_data_trains_without_vae_or_text_encoder(tiny_models, train, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_models("5b"), model)
@@ -177,6 +213,20 @@ def test_prepared_data_trains_without_vae_or_text_encoder(tiny_models, train, tm
     shutil.rmtree(model / "tokenizer")
     (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     assert train(tmp_path / "out", "--max_train_steps", "1", "--caption_dropout", "0.5", model=model)
+
+
+def test_captions_of_prepared_data_are_sampled_at_its_size_without_a_text_encoder(
+    tiny_models, prepared_demo, tmp_path, capsys
+):
+    model, data = shutil.copytree(tiny_models("5b"), tmp_path / "model"), prepared_demo(*SIZE, "--id_token", "XY")
+    shutil.rmtree(model / "text_encoder")
+    argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(tmp_path)]
+    argv += ["--load_tensors", "--max_train_steps", "1", "--validation_epochs", "1", "--num_inference_steps", "1"]
+    cogvideox_text_to_video_lora.main([*argv, "--report_to", "none", "--seed", "0", "--train_batch_size", "1"])
+    videos = sorted((tmp_path / "validation" / "step-1").glob("*.mp4"))
+    assert [all_frames(video).shape for video in videos] == [(17, 64, 96, 3)] * 2
+    assert all("-xy-" in video.name for video in videos)
+    assert "2 videos of 17x64x96, before the first step" in capsys.readouterr().err
 
 
 def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on(train, demo_clips, tmp_path):
@@ -194,7 +244,8 @@ def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on
         curve(tmp_path, f"validation_loss/t={t}")[40] for t in (100, 200, 300, 400, 500, 599, 699, 799, 899)
     ]
     assert sum(at_quantiles) / 9 == pytest.approx(losses[40], rel=1e-5)
-    assert not (tmp_path / "validation").exists()  # no prompt was given
+    assert [step for step, _ in list_validated(tmp_path)] == [20, 40]
+    assert not list(tmp_path.rglob("*.mp4"))  # no prompt was given
 
 
 def test_a_failing_validation_is_a_warning_and_the_result_is_written(tiny_models, train, tmp_path):
@@ -264,14 +315,14 @@ def test_a_run_is_resumed_with_other_batches_a_step_and_reports_it(train, stoppe
     assert read_state(stopped_run / "checkpoint-8").schedule == ScheduleStart(1, 5, step=4, epoch=0, seen_batches=4)
 
 
-def poisoned(prepared: Path, folder: Path, count: int) -> tuple[Path, set[str]]:
+def poisoned(prepared: Path, folder: Path, num_samples: int) -> tuple[Path, set[str]]:
     """Copy prepared data with the first samples not finite; returns the folder and their names."""
     shutil.copytree(prepared, folder)
     names = set()
     for shard in sorted((folder / "latents").glob("*.safetensors")):
         tensors = load_file(shard)
         for name in sorted(tensors):
-            if len(names) < count:
+            if len(names) < num_samples:
                 tensors[name] = torch.full_like(tensors[name], torch.nan)
                 names.add(name.rpartition(".")[0])
         save_file(tensors, shard)
@@ -291,16 +342,50 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_clip_named(train, prepared
     assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 
 
-def test_too_many_such_steps_end_the_run_and_name_the_last_good_checkpoint(train, prepared, tmp_path, capsys):
-    data, _ = poisoned(prepared, tmp_path / "data", 16)
-    flags = ("--max_bad_steps", "4", "--checkpointing_steps", "3", "--max_train_steps", "20")
-    with pytest.raises(SystemExit, match="2"):
-        train(tmp_path / "out", *flags, data=data)
-    error = capsys.readouterr().err
-    assert "error: --max_bad_steps: 4 steps in a row had no finite loss and gradient" in error
-    assert f"{tmp_path / 'out' / 'checkpoint-3'} is the last good checkpoint" in error
-    initial = weights_of(tmp_path / "out" / "checkpoint-3")
-    assert not any(tensor.any() for name, tensor in initial.items() if "lora_B" in name)
+@pytest.fixture
+def not_finite_from(monkeypatch):
+    """Have the loss be NaN from a step on."""
+
+    def spoil(first: int) -> None:
+        calls, losses = count(1), Objective.__call__
+        factors = (math.nan if call >= first else 1.0 for call in calls)
+        monkeypatch.setattr(Objective, "__call__", lambda *args: losses(*args) * next(factors))
+
+    return spoil
+
+
+def test_too_many_such_steps_end_the_run_and_the_last_checkpoint_is_from_before_them(
+    train, error_of, tmp_path, not_finite_from
+):
+    flags = ("--checkpointing_steps", "1", "--checkpoints_total_limit", "1", "--max_train_steps", "20")
+    not_finite_from(4)
+    error = error_of(tmp_path, "--max_bad_steps", "3", *flags)
+    assert "error: --max_bad_steps: 3 steps in a row had no finite loss and gradient" in error
+    assert f"{tmp_path / 'checkpoint-3'} is the last good checkpoint" in error
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_run_whose_last_steps_are_all_skipped_writes_the_weights_before_them_and_fails(
+    train, error_of, tmp_path, not_finite_from
+):
+    good = train(tmp_path / "good", "--max_train_steps", "3")
+    not_finite_from(4)
+    output = tmp_path / "out"
+    error = error_of(output, "--max_train_steps", "6", "--checkpointing_steps", "2")
+    assert error.startswith("error: all steps from step 4 to the last, 6, were skipped")
+    assert f"{output / 'pytorch_lora_weights.safetensors'} has the weights of step 3; " in error
+    assert f"{output / 'checkpoint-2'} is the last good checkpoint" in error
+    assert_same_weights(weights_of(output), good)
+
+
+def test_weights_that_are_not_finite_are_not_written(train, error_of, tmp_path, monkeypatch):
+    def spoil(run: Run) -> int:
+        run.trainable.parameters[0].data.fill_(math.nan)
+        return run.total_steps
+
+    monkeypatch.setattr(finetune, "train", spoil)
+    assert error_of(tmp_path, "--max_train_steps", "1").startswith("error: the trained weights are not finite, so no")
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -101,11 +101,15 @@ def test_a_model_with_configs_older_than_the_library_trains_alike(tiny_models, p
     assert torch.equal(sample(kind, model, older, method), sample(kind, tiny_models(kind), whole, method))
 
 
+SAMPLED = "--validation_prompt circle --height_buckets 64 --width_buckets 96"
+
+
 @pytest.mark.parametrize(
     ("kind", "flags", "message"),
     [
         ("1.5-5b-i2v", "--height_buckets 80 --width_buckets 96", "up to 64x96 (height x width), not for 80x96"),
-        ("1.5-5b", "--max_num_frames 21 --validation_prompt circle", "takes 1, 8k or 8k+1 frames, not 21"),
+        ("1.5-5b", f"--max_num_frames 21 {SAMPLED}", "error: --max_num_frames: CogVideoX 1.5 takes 1, 8k or 8k+1"),
+        ("1.5-5b", f"--height 80 {SAMPLED}", "error: --height, --width: this CogVideoX 1.5"),
         ("5b-i2v", "--frame_buckets 16", "--ignore_learned_positional_embeddings"),
     ],
 )

@@ -49,6 +49,14 @@ def test_without_a_checkpoint_it_says_so(guard):
         guard.check(steps(NAN, NAN, NAN))
 
 
+def test_it_knows_since_when_all_steps_are_skipped(guard):
+    guard.check(steps(NAN, 1.0, 1.0))
+    assert guard.skipped_since is None
+    guard.check([Step(4, 1.0, INF, []), Step(5, NAN, None, [])])
+    guard.check([Step(6, 1.0, INF, [])], searches_scale=True)  # not counted, but skipped too
+    assert (guard.skipped_since, guard.num_bad) == (4, 3)
+
+
 def test_overflows_that_lower_the_fp16_scale_are_not_counted(guard, caplog):
     guard.check(steps(1.0, 1.0, 1.0, 1.0, grad_norm=INF), searches_scale=True)
     assert guard.num_bad == 0

@@ -18,7 +18,7 @@ def check_speed(settings: TrainingSettings) -> None:
         )
     if speed.attention_backend == "sage":
         raise UserError("--attention_backend sage: has no backward pass; use --validation_attention_backend sage")
-    if speed.validation_attention_backend and not settings.validation.prompts:
+    if speed.validation_attention_backend and not settings.validation.has_videos:
         raise UserError("--validation_attention_backend: no video is sampled; add --validation_prompt or omit it")
     if speed.compile and memory.offload_checkpoints and memory.checkpoint_scope == "feed-forward":
         raise UserError(

@@ -11,11 +11,13 @@ from pathlib import Path
 from checks.files import find_images, find_lora
 from common.errors import UserError
 from common.run_folder import CONFIG_FILE, holds_other_config, list_checkpoints, list_results
+from flags.schema import flag_values
 from flags.settings import TrainingSettings
 from flags.tracking import TRACKERS
 from flags.training import ALL_LINEAR
 
 
+_ASK_FOR_VALIDATION = ("validation_steps", "validation_epochs", "validate_first", "save_validation_weights")
 LORA_LEARNING_RATE_FLOOR = 5e-5  # below it users report a LoRA "without effect" after thousands of steps
 
 
@@ -31,10 +33,11 @@ def settle_validation(settings: TrainingSettings) -> TrainingSettings:
             f"--validation_prompt: prompt {prompts.index('') + 1} of {len(prompts)} is empty; prompts are separated "
             f"by '{separator}'"
         )
-    is_validated = bool(prompts or flags.validation_dataset_file)
-    for name in ("validation_steps", "validation_epochs", "validate_first"):
-        if getattr(flags, name) and not is_validated:
-            raise UserError(f"--{name}: nothing to validate; add --validation_prompt or --validation_dataset_file")
+    is_validated, values = bool(prompts or flags.validation_dataset_file), flag_values(settings)
+    asking = [name for name in _ASK_FOR_VALIDATION if values[name]]
+    uses_captions = bool(asking) and not is_validated and settings.task == "text-to-video"
+    if asking and not is_validated and not uses_captions:
+        raise UserError(f"--{asking[0]}: nothing to validate; add --validation_prompt or --validation_dataset_file")
     if settings.task == "image-to-video":
         if len(images) != len(prompts):
             raise UserError(
@@ -42,8 +45,9 @@ def settle_validation(settings: TrainingSettings) -> TrainingSettings:
                 f"prompt, separated by '{separator}'"
             )
         images = find_images("--validation_images", images)
-    first = is_validated if flags.validate_first is None else flags.validate_first
-    return replace(settings, validation=replace(flags, prompts=prompts, images=images, validate_first=first))
+    first = is_validated or uses_captions if flags.validate_first is None else flags.validate_first
+    settled = replace(flags, prompts=prompts, images=images, uses_captions=uses_captions, validate_first=first)
+    return replace(settings, validation=settled)
 
 
 def _split(text: str | None, separator: str) -> tuple[str, ...]:
@@ -137,7 +141,7 @@ def training_warnings(settings: TrainingSettings) -> list[str]:
             for name in ("dataset_file", "dataset_name", "max_samples")
             if name in given
         ]
-    embeds = settings.validation.prompts or settings.validation.validation_dataset_file
+    embeds = settings.validation.has_videos or settings.validation.validation_dataset_file
     embeds = embeds or settings.objective.caption_dropout or not settings.prepared.load_tensors
     if settings.memory.text_encoder_8bit and not embeds:
         lines.append("--text_encoder_8bit has no effect: all captions are embedded, and there are no prompts")

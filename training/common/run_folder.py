@@ -11,6 +11,7 @@ CONFIG_TITLE = "The flags of a run as it was started"  # the file begins with "#
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDER = "transformer"
 PIPELINE_FOLDER = "pipeline"
+VALIDATION_FOLDER = "validation"  # with a folder step-N for each validation
 RESULTS = (LORA_FILE, TRANSFORMER_FOLDER, PIPELINE_FOLDER, "checkpoint-[0-9]*")
 
 
@@ -30,3 +31,12 @@ def list_checkpoints(output_dir: Path, *, finished: bool = True) -> list[tuple[i
     matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
     numbered = sorted((int(match[1]), path) for match, path in matches if match)
     return [(step, path) for step, path in numbered if (path / MANIFEST).is_file() == finished]
+
+
+def list_validated(output_dir: Path) -> list[tuple[int, Path]]:
+    """Return the validations whose weights were kept as (step, folder), in the order of steps."""
+    weights = (
+        path for name in (LORA_FILE, TRANSFORMER_FOLDER) for path in output_dir.glob(f"{VALIDATION_FOLDER}/*/{name}")
+    )
+    matches = [(re.fullmatch(r"step-(\d+)", path.parent.name), path.parent) for path in weights]
+    return sorted((int(match[1]), folder) for match, folder in matches if match)

@@ -22,6 +22,7 @@ they lack `prepared.json` and `empty_prompt.safetensors`, and their `data.jsonl`
     <folder>/image_latents/<name>.pt     that frame's moments, [2C, 1, H / 8, W / 8] (image-to-video)
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -35,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 from common.errors import UserError, first_line, listing
 from common.files import atomic_write
 from common.ranks import launch_rank
-from common.text_files import read_lines
+from common.text_files import read_json, read_lines
 from data.buckets import Bucket
 from data.paths import stays_inside
 from data.tensor_files import finished_names, save_tensors
@@ -153,6 +154,31 @@ def _open_shard(file: Path) -> Any:
     from safetensors import safe_open
 
     return safe_open(file, "pt")
+
+
+def caption_key(caption: str) -> str:
+    """Return the name of a caption's embedding in shards."""
+    return hashlib.sha256(caption.encode()).hexdigest()[:32]
+
+
+def read_prompt(folder: Path, prompt: str) -> "torch.Tensor | None":
+    """Read the embedding `[226, D]` of a caption or of the empty prompt; None if the folder's shards have none."""
+    if not prompt:
+        return read_empty_prompt(folder)
+    key = caption_key(prompt)
+    shard = finished_names(folder / "prompt_embeds").get(key)
+    return shard and read_tensor(StoredTensor(shard, f"{key}.prompt_embeds", (None, None)))
+
+
+def read_captions(folder: Path) -> list[str]:
+    """Read the captions of the samples in their order; the original script lists them only in prompts.txt."""
+    for index in (INDEX_FILE, FILES_INDEX):
+        if (folder / index).is_file():
+            captions = [entry.get("caption") for _, entry in read_json(folder / index)]
+            if any(captions):
+                return [caption for caption in captions if caption]
+    prompts = folder / LISTS[0]
+    return [line for line in read_lines(prompts) if line] if prompts.is_file() else []
 
 
 def claim_folder(folder: Path, settings: PreparedSettings) -> PreparedSettings:

@@ -74,8 +74,12 @@ class ClipFlags:
         "Without lists, --height and --width together set the only size.",
     )
     width_buckets: tuple[Pixels, ...] = flag(DEFAULT_BUCKETS, "Widths, multiples of 16; see --height_buckets.")
-    height: Pixels = flag(480, "Height of validation videos; with --width and no bucket lists, also of all clips.")
-    width: Pixels = flag(720, "Width in pixels, a multiple of 16; see --height.")
+    height: Pixels = flag(
+        480,
+        "Height of validation videos; with --width and no bucket lists, also of all clips.",
+        shown="that of most clips",
+    )
+    width: Pixels = flag(720, "Width in pixels, a multiple of 16; see --height.", shown="that of most clips")
     video_reshape_mode: str = flag(
         "center",
         "How a clip gets its bucket's size: center and random keep the aspect ratio and crop the middle or a random "
@@ -85,7 +89,11 @@ class ClipFlags:
     frame_buckets: tuple[PositiveInt, ...] = flag(
         (49,), "Lengths in frames to cut clips to: 1, 4k or 4k+1. The models were trained on 49 (CogVideoX 1.5: 81)."
     )
-    max_num_frames: PositiveInt = flag(49, "Longest clip, and length of validation videos; see --frame_buckets.")
+    max_num_frames: PositiveInt = flag(
+        49,
+        "Longest clip; if passed, also the length of validation videos, which else are as long as most clips. See "
+        "--frame_buckets.",
+    )
     fps: PositiveFloat | None = flag(
         None,
         "Resample clips to this frame rate, so that motion keeps its speed; use the model's (8, CogVideoX 1.5: 16). "

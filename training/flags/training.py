@@ -131,3 +131,6 @@ class FullFlags:
     """Full fine-tuning."""
 
     save_pipeline: bool = flag(False, "In the end also write a full pipeline to --output_dir/pipeline (large).")
+    save_validation_weights: bool = flag(
+        False, "Keep the weights of every validation beside its videos (large), to use the step that looks best."
+    )

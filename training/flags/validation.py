@@ -10,7 +10,12 @@ from flags.types import DenoisingSteps, NonNegativeFloat, PositiveInt, TableFile
 class ValidationFlags:
     """What is validated, and when."""
 
-    validation_prompt: Text | None = flag(None, "Prompts to sample; divided by --validation_prompt_separator.")
+    validation_prompt: Text | None = flag(
+        None,
+        "Prompts to sample; divided by --validation_prompt_separator. Begin each with --id_token, if there is one.",
+        shown="text-to-video: two captions of the training data, if another flag asks for validation and there is no "
+        "--validation_dataset_file",
+    )
     validation_images: str | None = flag(None, "Image-to-video: a first frame (path, URL) a prompt.", metavar="PATHS")
     validation_prompt_separator: str = flag(":::", "Text between two prompts or two images.", metavar="TEXT")
     num_validation_videos: PositiveInt = flag(1, "Videos per prompt, of different noise; each costs a full sampling.")
@@ -27,8 +32,14 @@ class ValidationFlags:
         "folder; columns, --id_token, sizes and frames are those of training (with --load_tensors, of the prepared "
         "data). The clips are encoded when training starts.",
     )
-    prompts: tuple[str, ...] = ()  # those of --validation_prompt, one by one
+    prompts: tuple[str, ...] = ()  # those of --validation_prompt, one by one, or captions
+    uses_captions: bool = False  # captions of the training data are the prompts
     images: tuple[str, ...] = ()  # those of --validation_images, one by one
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether videos are sampled."""
+        return bool(self.prompts) or self.uses_captions
 
 
 @dataclass(frozen=True)

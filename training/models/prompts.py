@@ -33,6 +33,11 @@ class PromptCache:
         """Return the embedding `[226, D]` of a prompt that was embedded before."""
         return load_file(self._file(prompt))["prompt_embeds"]
 
+    def store(self, prompt: str, embeds: torch.Tensor) -> None:
+        """Keep the embedding `[226, D]` of a prompt, of any dtype, for `load`."""
+        with atomic_write(self._file(prompt)) as path:
+            save_file({"prompt_embeds": embeds.cpu().contiguous()}, path)
+
     def embed(self, prompts: list[str], device: torch.device, *, rank: int = 0, world_size: int = 1) -> None:
         """Embed this rank's share of the missing prompts; loads the text encoder only if there are any.
 
@@ -45,9 +50,7 @@ class PromptCache:
             return
         pipeline = self.source.load_text_pipeline(self.dtype, device=device, in_8bit=self.in_8bit)
         for prompt in tqdm(share, desc="Embedding prompts", unit=" prompts", disable=rank != 0):
-            embeds = encode_prompts(pipeline, [prompt])[0]
-            with atomic_write(self._file(prompt)) as path:
-                save_file({"prompt_embeds": embeds.cpu().contiguous()}, path)
+            self.store(prompt, encode_prompts(pipeline, [prompt])[0])
 
     def _file(self, prompt: str) -> Path:
         precision = f"{self.dtype}, int8 weights" if self.in_8bit else str(self.dtype)

@@ -24,7 +24,7 @@ from common.ranks import launch_rank, launch_size, local_rank, num_machines
 from data.buckets import Bucket
 from data.clips import ClipSample
 from data.plan import RawData, describe_plan, report_skipped
-from data.prepared import STAGING, PreparedSettings, claim_folder, read_empty_prompt, write_settings
+from data.prepared import STAGING, PreparedSettings, caption_key, claim_folder, read_empty_prompt, write_settings
 from flags.data import PREPARED_FLAGS
 from flags.model import EncoderFlags
 from flags.schema import flag_values
@@ -111,7 +111,6 @@ def name_sample(planned: ClipSample, settings: PreparationSettings) -> Sample:
     gets a new name, so that stale tensors are not used. In shards the caption has its own name.
     """
     clip = planned.clip
-    caption_key = hashlib.sha256(clip.caption.encode()).hexdigest()[:32]
     facts = [planned.info.sha256, planned.bucket, planned.frame_indices, settings.clips.video_reshape_mode]
     if settings.clips.random_flip or settings.clips.video_reshape_mode == "random":
         facts += [settings.clips.random_flip, settings.preparation.seed]
@@ -119,10 +118,12 @@ def name_sample(planned: ClipSample, settings: PreparationSettings) -> Sample:
         image = planned.first_frame.sha256 if planned.first_frame and planned.part == 0 else None
         facts += [image, settings.preparation.num_image_latents, settings.preparation.seed]
     if settings.preparation.layout == "files":
-        facts.append(caption_key)
+        facts.append(caption_key(clip.caption))
     # For file names and lists: not hidden, on one line, and within 255 bytes.
     stem = re.sub(r"[^\w.-]+", "_", clip.video.stem).lstrip(".").encode()[:100].decode(errors="ignore")
-    return Sample(f"{stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}", caption_key, planned)
+    return Sample(
+        f"{stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}", caption_key(clip.caption), planned
+    )
 
 
 def make_layout(

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 # Trackers and profiles record the machine's name and folders; the flags and the list of skipped clips name folders.
 PRIVATE = ("checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*", "*_run_id")
 PRIVATE += ("*events.out.tfevents.*", "*hparams.yml", CONFIG_FILE, "config-step-*.yaml", SKIPPED_FILE, "profile/*")
+PRIVATE += ("validation/*.safetensors", "validation/*/transformer/*")  # diffusers finds the only LoRA of a repository
 
 
 def check_access(output_dir: Path, repo_id: str | None, token: HubToken | None) -> None:

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from common.errors import UserError
 from data.plan import PreparedData, TrainingData, validation_data_flags
-from data.prepared import read_empty_prompt
+from data.prepared import read_prompt
 from dataset import Batch
 from models.configs import ModelConfigs
 from models.prompts import PromptCache
@@ -37,13 +37,18 @@ def encode_inputs(spec: RunSpec) -> EncodedInputs:
         # Cropped like clips; the pipeline would distort images of another aspect ratio.
         images = [ImageOps.fit(image, (settings.clips.width, settings.clips.height)) for image in images]
     drops_captions = settings.objective.caption_dropout > 0
-    empty_prompt = find_empty_prompt(data, spec.configs) if drops_captions else None
+    empty_prompt = find_prompt(data, spec.configs, "") if drops_captions else None
     cache, in_8bit = spec.output_dir / "prompt_embeds", settings.memory.text_encoder_8bit
     prompts = PromptCache(cache, spec.source, spec.dtype, in_8bit=in_8bit)
-    texts = [*data.captions, *settings.validation.prompts]
-    texts += data.held_out.captions if data.held_out else []
-    is_guided = settings.validation.prompts and settings.guidance.guidance_scale > 1  # against the empty prompt
-    if is_guided or (drops_captions and empty_prompt is None):
+    sampled = list(settings.validation.prompts)
+    if sampled and settings.guidance.guidance_scale > 1:  # guidance is against the empty prompt
+        sampled.append("")
+    prepared = [find_prompt(data, spec.configs, text) for text in sampled]
+    if all(embeds is not None for embeds in prepared):  # the text encoder is not needed for them
+        for text, embeds in zip(sampled, prepared, strict=True):
+            prompts.store(text, embeds)
+    texts = [*data.captions, *sampled, *(data.held_out.captions if data.held_out else [])]
+    if drops_captions and empty_prompt is None:
         texts.append("")
     prompts.embed(texts, accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes)
     free_memory()
@@ -66,8 +71,8 @@ def encode_inputs(spec: RunSpec) -> EncodedInputs:
     return EncodedInputs(prompts, empty_prompt, images, vae, held_out)
 
 
-def find_empty_prompt(data: TrainingData, configs: ModelConfigs) -> torch.Tensor | None:
-    """Return the embedding of the empty prompt, `[226, D]`, that the data was prepared with, if any.
+def find_prompt(data: TrainingData, configs: ModelConfigs, prompt: str) -> torch.Tensor | None:
+    """Return the embedding, `[226, D]`, of a caption or of the empty prompt that the data was prepared with, if any.
 
     Raises UserError if it is damaged, or of another model.
     """
@@ -75,11 +80,11 @@ def find_empty_prompt(data: TrainingData, configs: ModelConfigs) -> torch.Tensor
         return None
     expected = (configs.transformer["max_text_seq_length"], configs.transformer["text_embed_dim"])
     for folder in data.folders:
-        if (embeds := read_empty_prompt(folder)) is None:
+        if (embeds := read_prompt(folder, prompt)) is None:
             continue
         if embeds.shape != expected:
             raise UserError(
-                f"--caption_dropout: the empty prompt in '{folder}' has the shape {tuple(embeds.shape)}, the model "
+                f"--load_tensors: the prompt {prompt!r} in '{folder}' has the shape {tuple(embeds.shape)}, the model "
                 f"needs {expected}; prepare the data with the model to be trained"
             )
         return embeds

@@ -1,6 +1,7 @@
 """A training run from its settings to its result, for every task and method."""
 
 import logging
+from typing import NoReturn
 
 from common.failures import explained_failures
 from common.ranks import launch_rank
@@ -16,6 +17,8 @@ from run.memory_fit import training_memory_advice
 from run.recipe import Recipe
 from run.setup import Run, set_up
 from run.spec import check_spec
+from run.summary import describe_kept_weights
+from validation.defaults import with_data_defaults
 
 
 logger = logging.getLogger(__name__)
@@ -27,7 +30,7 @@ def finetune(settings: TrainingSettings, data: TrainingData) -> None:
     Raises UserError before any weights are loaded, if model, data and flags do not fit together or the result must not
     be uploaded as asked; later, if memory runs out or a data worker dies.
     """
-    recipe, hub = Recipe(settings, data), settings.hub
+    recipe, hub = Recipe(with_data_defaults(settings, data), data), settings.hub
     if hub.push_to_hub and launch_rank() == 0:
         check_access(recipe.output_dir, hub.hub_model_id, hub.hub_token)
     with explained_failures(lambda: training_memory_advice(recipe)):
@@ -49,18 +52,35 @@ def train_and_save(recipe: Recipe) -> None:
         done = train(run)
         if done < run.total_steps:
             stop(run, done)
+        if run.guard.skipped_since is not None and run.guard.skipped_since < done:
+            end_after_skipped_steps(run, run.guard.skipped_since)
         # Saved before the last validation, which can fail or take long.
         if run.state.step < run.total_steps:
             run.save_checkpoint(run.total_steps)
         logger.info("saved %s; to use it:\n\n%s\n", run.save_result(), spec.usage(spec.output_dir))
         run.validate(run.total_steps)
+        if kept := describe_kept_weights(spec):
+            logger.info("%s", kept)
     spec.accelerator.end_training()  # finishes the loss curve
     if settings.hub.push_to_hub and spec.accelerator.is_main_process:
         facts = card_facts(spec, run.total_steps)
         push_to_hub(spec.output_dir, settings.hub.hub_model_id, settings.hub.hub_token, facts)
 
 
-def stop(run: Run, step: int) -> None:
+def end_after_skipped_steps(run: Run, since: int) -> NoReturn:
+    """End a run whose steps were all skipped from `since` on: save the weights before them, and raise a UserError.
+
+    There is no checkpoint of the last step, so that a resumed run tries the skipped steps again.
+    """
+    result = run.save_result()
+    run.spec.accelerator.end_training()
+    raise run.guard.failure(
+        f"all steps from step {since} to the last, {run.total_steps}, were skipped, as loss or gradient were not "
+        f"finite: {result} has the weights of step {since - 1}"
+    )
+
+
+def stop(run: Run, step: int) -> NoReturn:
     """End a run that was told to stop, after its state is saved: raise SystemExit with `STOPPED_EXIT_CODE`."""
     run.spec.accelerator.end_training()
     logger.info("stopped after step %d of %d; continue with --resume_from_checkpoint latest", step, run.total_steps)

@@ -13,7 +13,6 @@ from diffusion.timesteps import share_out
 from optimizers.build import can_step, clip_gradients, step_if_finite
 from parallel.fsdp import is_fsdp
 from run.setup import Run
-from tracking.bad_steps import StepGuard
 from tracking.progress import StepLog
 from tracking.traces import PROFILE_FOLDER, profiled
 
@@ -29,8 +28,8 @@ def train(run: Run) -> int:
     device, optimizer, accumulation = accelerator.device, trainable.optimizer, accelerator.gradient_accumulation_steps
     profile_folder = spec.output_dir / PROFILE_FOLDER if settings.speed.profile and coordinator.is_main else None
     to_device, clock = DeviceCopies(device), CheckpointClock(settings.checkpoints.checkpoint_minutes)
-    guard = StepGuard(coordinator, settings.checkpoints.max_bad_steps, spec.output_dir)
-    log = StepLog(accelerator, run.state.step, run.total_steps, settings.tracking.logging_steps, run.throughput, guard)
+    interval = settings.tracking.logging_steps
+    log = StepLog(accelerator, run.state.step, run.total_steps, interval, run.throughput, run.guard)
     trainable.model.train()
     with log, profiled(profile_folder, run.state.step) as end_of_step:
         for step in range(run.state.step, run.total_steps):
@@ -99,6 +98,7 @@ class CheckpointClock:
 
     def __init__(self, minutes: float | None):
         self.seconds = None if minutes is None else 60 * minutes
+        self.is_overdue = False  # whether a checkpoint was put off
         self.restart()
 
     def restart(self) -> None:
@@ -118,10 +118,13 @@ def save_and_validate(run: Run, done: int, log: StepLog, clock: CheckpointClock)
     settings, coordinator = run.spec.settings, run.spec.coordinator
     checkpoints, validation = settings.checkpoints, settings.validation
     stops, saves = coordinator.ask(run.signals.received is not None, clock.is_late() and coordinator.is_main)
-    if stops or saves or done % checkpoints.checkpointing_steps == 0:
+    if stops or saves or clock.is_overdue or done % checkpoints.checkpointing_steps == 0:
         log.flush()  # so that a run killed later has logged all steps
-        run.save_checkpoint(done)
-        clock.restart()
+        # The last update may be why steps are skipped now: an older checkpoint must not be removed for its weights.
+        clock.is_overdue = run.guard.skipped_since is not None and not stops
+        if not clock.is_overdue:
+            run.save_checkpoint(done)
+            clock.restart()
     if not stops and run.schedule.is_due(done, validation.validation_steps, validation.validation_epochs):
         log.flush()  # trackers need the steps in order
         run.validate(done)

@@ -82,15 +82,24 @@ class Recipe:
         return Bucket(clips.max_num_frames, clips.height, clips.width) if self.settings.validation.prompts else None
 
     @property
+    def clip_sizes(self) -> set[Bucket]:
+        """The sizes of all clips, held-out ones included."""
+        return {*self.data.buckets, *(self.data.held_out.buckets if self.data.held_out else [])}
+
+    @property
     def sizes(self) -> set[Bucket]:
-        """The sizes of all clips, held-out ones included, and of the validation videos."""
-        held_out = self.data.held_out.buckets if self.data.held_out else []
-        return {*self.data.buckets, *held_out, *([self.sampled_size] if self.sampled_size else [])}
+        """The sizes of all clips and of the validation videos."""
+        return self.clip_sizes | ({self.sampled_size} if self.sampled_size else set())
 
     @property
     def output_dir(self) -> Path:
         """The folder that everything is written to."""
         return Path(self.settings.training.output_dir)
+
+    @property
+    def keeps_validated(self) -> bool:
+        """Whether the weights of every validation are kept, so that the best one can be used."""
+        return self.settings.method == "lora" or self.settings.full.save_validation_weights
 
     @property
     def video_fps(self) -> int:

@@ -11,6 +11,7 @@ from checkpoints.folder import WRITE_ERRORS, CheckpointFolder, why_unwritten
 from checkpoints.schedule import ScheduleStart, StepSchedule
 from checkpoints.state import TrainerState
 from common.errors import UserError
+from common.run_folder import VALIDATION_FOLDER
 from common.signals import StopSignals
 from data.plan import PreparedData
 from data.sampler import BucketBatchSampler
@@ -30,6 +31,7 @@ from run.recipe import Recipe
 from run.spec import RunSpec
 from run.summary import describe_start
 from run.trainable import Trainable, make_trainable, resume
+from tracking.bad_steps import StepGuard
 from tracking.throughput import Throughput
 from tracking.trackers import keep_losses, start_trackers
 from validation.loss import validate_loss
@@ -53,6 +55,7 @@ class Run:
     objective: Objective
     trainable: Trainable
     throughput: Throughput
+    guard: StepGuard
     checkpoints: CheckpointFolder
     result_dtype: torch.dtype
     signals: StopSignals
@@ -73,15 +76,19 @@ class Run:
     def validate(self, step: int) -> list[str]:
         """Measure the loss of the held-out clips and sample the videos, if there are any; called on every rank.
 
-        Returns the reasons of failures, which do not end the run.
+        The weights are kept beside the videos, if the run keeps them. Returns the reasons of failures, which do not
+        end the run.
         """
-        spec, failures = self.spec, []
-        with self.trainable.averaged(), spec.undivided(), gathered(spec.accelerator, self.trainable.model):
-            if self.inputs.held_out:
-                # With the unwrapped model, so that a rank that fails leaves no other waiting in a forward pass.
-                objective = replace(self.objective, model=self.trainable.transformer)
-                failures = validate_loss(objective, self.inputs.held_out, spec.accelerator, spec.coordinator, step)
-            return failures + self._sample_videos(step) if spec.settings.validation.prompts else failures
+        spec, failures, prompts = self.spec, [], self.spec.settings.validation.prompts
+        with self.trainable.averaged(), spec.undivided():
+            if step > 0 and spec.keeps_validated and (prompts or self.inputs.held_out):
+                self._keep_weights(step)
+            with gathered(spec.accelerator, self.trainable.model):
+                if self.inputs.held_out:
+                    # With the unwrapped model, so that a rank that fails leaves no other waiting in a forward pass.
+                    objective = replace(self.objective, model=self.trainable.transformer)
+                    failures = validate_loss(objective, self.inputs.held_out, spec.accelerator, spec.coordinator, step)
+                return failures + self._sample_videos(step) if prompts else failures
 
     def _sample_videos(self, step: int) -> list[str]:
         spec, transformer = self.spec, self.trainable.transformer
@@ -108,7 +115,7 @@ class Run:
                 self._make_pipeline,
                 sampling,
                 self.inputs.prompts,
-                spec.output_dir / "validation",
+                spec.output_dir / VALIDATION_FOLDER,
                 step,
                 lambda: self.signals.received is not None,
             )
@@ -124,16 +131,36 @@ class Run:
             scheduler=spec.source.load_scheduler(),
         )
 
+    def _keep_weights(self, step: int) -> None:
+        """Write the weights, in the form of the result, into the folder of a validation; a failure is a warning."""
+        folder = self.spec.output_dir / VALIDATION_FOLDER / f"step-{step}"
+        weights = self._gather_weights()
+
+        def write() -> str | None:
+            try:
+                self.spec.method.save(self.trainable.transformer, folder, self.result_dtype, weights)
+            except WRITE_ERRORS as error:
+                return why_unwritten(error)
+
+        if problem := self.spec.coordinator.from_main(write):
+            logger.warning("warning: the weights of step %d cannot be kept in %s: %s", step, folder, problem)
+
+    def _gather_weights(self) -> dict[str, torch.Tensor]:
+        """Return the trained weights by name on the main process; called on every rank."""
+        transformer = self.trainable.transformer
+        return gather_weights(self.spec.accelerator, transformer, self.spec.method.weight_names(transformer))
+
     def save_result(self) -> Path:
         """Write the result on the main process and return its file or folder; called on every rank."""
-        spec, transformer = self.spec, self.trainable.transformer
         with self.trainable.averaged():
-            weights = gather_weights(spec.accelerator, transformer, spec.method.weight_names(transformer))
-            return spec.coordinator.from_main(lambda: self._write_result(weights))
+            weights = self._gather_weights()
+            return self.spec.coordinator.from_main(lambda: self._write_result(weights))
 
     def _write_result(self, weights: dict[str, torch.Tensor]) -> Path:
         spec = self.spec
         transformer, dtype = self.trainable.transformer, self.result_dtype
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise self.guard.failure("the trained weights are not finite, so no result is written")
         try:
             return spec.method.save(transformer, spec.output_dir, dtype, weights, spec.source)
         except UserError:
@@ -182,6 +209,7 @@ def set_up(spec: RunSpec) -> Run:
         objective=make_objective(spec, inputs, trainable),
         trainable=trainable,
         throughput=make_throughput(spec),
+        guard=StepGuard(spec.coordinator, settings.checkpoints.max_bad_steps, spec.output_dir),
         checkpoints=CheckpointFolder(spec.output_dir, accelerator, spec.coordinator, limit),
         # Read from the model's files now, so that a failure does not come after the training.
         result_dtype=spec.method.result_dtype(spec.dtype, spec.source),

@@ -20,6 +20,7 @@ from common.ranks import launch_size, uses_fsdp
 from data.plan import PreparedData, describe_plan, report_skipped
 from data.prepared import check_encoders
 from dataset import check_prepared
+from diffusion.tasks import SizeFlags
 from flags.optimizer import LOW_BITS
 from flags.schema import flag_values
 from memory.settings import memory_settings_of
@@ -33,11 +34,12 @@ from parallel.fsdp import is_fsdp
 from parallel.preflight import check_training
 from run.launch import choose_seed, start_accelerator
 from run.recipe import Recipe
+from validation.defaults import missing_token
 
 
 logger = logging.getLogger(__name__)
 
-
+SAMPLED_SIZES = SizeFlags("--height, --width", "--max_num_frames")  # of validation videos
 # Flags that change the format of the optimizer's states, ...
 OPTIMIZER_KINDS = (*LOW_BITS, "use_torchao", "use_cpu_offload_optimizer", "step_in_backward")
 # ... and those whose values a checkpoint restores, so that another value would have no effect.
@@ -99,7 +101,9 @@ def check_spec(recipe: Recipe) -> RunSpec:
     Raises UserError if model, data, flags and the checkpoint to resume from do not fit together.
     """
     settings, data = recipe.settings, recipe.data
-    recipe.task.check_model(recipe.configs, recipe.sizes)
+    recipe.task.check_model(recipe.configs, recipe.clip_sizes)
+    if recipe.sampled_size:
+        recipe.task.check_model(recipe.configs, [recipe.sampled_size], SAMPLED_SIZES)
     recipe.method.check_model(recipe.configs, recipe.source)
     if isinstance(data, PreparedData):
         check_prepared(data.clips, recipe.configs)
@@ -192,3 +196,5 @@ def log_data(recipe: Recipe, num_ranks: int) -> None:
     batch_size, mode = settings.training.train_batch_size, settings.clips.video_reshape_mode
     sizes = {"batch_size": batch_size, "num_ranks": num_ranks, "reshape_mode": mode}
     logger.info("%s", describe_plan(data, recipe.source, recipe.configs, **sizes))
+    if warning := missing_token(settings, data):
+        logger.warning("warning: %s", warning)

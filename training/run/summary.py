@@ -1,11 +1,13 @@
 """Describe a run before its first step, as a block of lines."""
 
+import shlex
 from collections import Counter
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from checkpoints.schedule import StepSchedule
+from common.run_folder import VALIDATION_FOLDER, list_validated
 from memory.ladder import Choice
 from memory.settings import GB
 from methods.full import FullFinetune
@@ -110,12 +112,34 @@ def describe_validation(spec: RunSpec) -> str:
     """Describe what is validated, and when."""
     flags, held_out = spec.settings.validation, spec.data.held_out
     videos, epochs = len(flags.prompts) * flags.num_validation_videos, flags.validation_epochs
-    what = [f"{videos} video{'s' if videos > 1 else ''}"] if videos else []
+    what = [f"{videos} video{'s' if videos > 1 else ''} of {spec.sampled_size}"] if videos else []
     what += [f"the loss of {len(held_out.clips)} samples"] if held_out else []
     when = ["before the first step"] if flags.validate_first and not spec.state.step else []
     when += [f"every {flags.validation_steps} steps"] if flags.validation_steps else []
     when += [f"every {epochs} epochs" if epochs > 1 else "every epoch"] if epochs else []
-    return f"{' and '.join(what)}, {', '.join([*when, 'at the end'])}" if what else "none"
+    kept = f"; each keeps its weights in {VALIDATION_FOLDER}/step-N" if spec.keeps_validated else ""
+    return f"{' and '.join(what)}, {', '.join([*when, 'at the end'])}{kept}" if what else "none"
+
+
+def describe_kept_weights(spec: RunSpec) -> str | None:
+    """Return which steps' weights were kept, and a command that samples with one; None without an earlier step."""
+    kept = list_validated(spec.output_dir)
+    if len(kept) < 2:
+        return None
+    settings, size, (step, folder) = spec.settings, spec.sampled_size, kept[-2]
+    flags: dict[str, object] = {"--model_path": settings.model.pretrained_model_name_or_path}
+    flags |= {"--lora" if settings.method == "lora" else "--transformer": folder}
+    flags |= {"--prompt": settings.validation.prompts[0] if size else "YOUR PROMPT"}
+    flags |= {"--image": settings.validation.images[0]} if settings.validation.images else {}
+    flags |= {"--height": size.height, "--width": size.width, "--num_frames": size.num_frames} if size else {}
+    ignores_positions = settings.method == "lora" and settings.image.ignore_learned_positional_embeddings
+    switches = ["--ignore_learned_positional_embeddings"] if ignores_positions else []
+    command = ["python", "training/generate.py", *switches, *(str(word) for flag in flags.items() for word in flag)]
+    steps = ", ".join(str(step) for step, _ in kept)
+    return (
+        f"the weights of steps {steps} are in {folder.parent}; to sample with those of step {step}:\n\n"
+        f"{shlex.join(command)}\n"
+    )
 
 
 def describe_logs(report_to: str) -> str:

@@ -44,6 +44,7 @@ class StepGuard:
         self.max_bad_steps = max_bad_steps
         self.output_dir = output_dir
         self.num_bad = 0
+        self.skipped_since: int | None = None  # the first of the steps that were just skipped in a row
         self._in_a_row = 0
         self._logs: deque[float] = deque(maxlen=_HISTORY)
 
@@ -53,6 +54,10 @@ class StepGuard:
         With `searches_scale`, the fp16 loss scale can still be halved, so an overflow of the gradients is expected.
         """
         for step in steps:
+            if not step.is_bad:
+                self.skipped_since = None
+            elif self.skipped_since is None:
+                self.skipped_since = step.number
             if step.is_bad and searches_scale and math.isfinite(step.loss):
                 continue
             if step.is_bad:
@@ -72,14 +77,16 @@ class StepGuard:
         what = "gradient" if math.isfinite(step.loss) else "loss"
         clips = self._clips_of(step)
         logger.warning("warning: step %d is skipped: its %s is not finite; it trained on %s", step.number, what, clips)
-        if self._in_a_row < self.max_bad_steps:
-            return
-        checkpoints = self.coordinator.from_main(lambda: list_checkpoints(self.output_dir))
+        if self._in_a_row >= self.max_bad_steps:
+            raise self.failure(f"--max_bad_steps: {self._in_a_row} steps in a row had no finite loss and gradient")
+
+    def failure(self, problem: str) -> UserError:
+        """Return the error that ends a run with this problem: it names the last good checkpoint and what to do."""
+        checkpoints = list_checkpoints(self.output_dir)
         good = f"{checkpoints[-1][1]} is the last good checkpoint" if checkpoints else "there is no checkpoint yet"
-        raise UserError(
-            f"--max_bad_steps: {self._in_a_row} steps in a row had no finite loss and gradient; {good}. Set a lower "
-            "--learning_rate or the precision that the model was trained in (--mixed_precision), and check the clips "
-            "named above"
+        return UserError(
+            f"{problem}; {good}. Set a lower --learning_rate or the precision that the model was trained in "
+            "(--mixed_precision), and check the clips named above"
         )
 
     def _is_spike(self, loss: float) -> bool:

@@ -373,9 +373,10 @@ def test_a_run_whose_last_steps_are_all_skipped_writes_the_weights_before_them_a
     output = tmp_path / "out"
     error = error_of(output, "--max_train_steps", "6", "--checkpointing_steps", "2")
     assert error.startswith("error: all steps from step 4 to the last, 6, were skipped")
-    assert f"{output / 'pytorch_lora_weights.safetensors'} has the weights of step 3; " in error
+    assert f"{output / 'good-step-3' / 'pytorch_lora_weights.safetensors'} has the weights of step 3; " in error
     assert f"{output / 'checkpoint-2'} is the last good checkpoint" in error
-    assert_same_weights(weights_of(output), good)
+    assert_same_weights(weights_of(output / "good-step-3"), good)
+    assert not (output / "pytorch_lora_weights.safetensors").exists()  # a launcher would take the run for finished
 
 
 def test_weights_that_are_not_finite_are_not_written(train, error_of, tmp_path, monkeypatch):

@@ -70,9 +70,10 @@ def train_and_save(recipe: Recipe) -> None:
 def end_after_skipped_steps(run: Run, since: int) -> NoReturn:
     """End a run whose steps were all skipped from `since` on: save the weights before them, and raise a UserError.
 
-    There is no checkpoint of the last step, so that a resumed run tries the skipped steps again.
+    There is no checkpoint of the last step, so that a resumed run tries the skipped steps again, and the weights get a
+    folder of their own, so that a launcher does not take the run for finished.
     """
-    result = run.save_result()
+    result = run.save_result(run.spec.output_dir / f"good-step-{since - 1}")
     run.spec.accelerator.end_training()
     raise run.guard.failure(
         f"all steps from step {since} to the last, {run.total_steps}, were skipped, as loss or gradient were not "

@@ -150,24 +150,28 @@ class Run:
         transformer = self.trainable.transformer
         return gather_weights(self.spec.accelerator, transformer, self.spec.method.weight_names(transformer))
 
-    def save_result(self) -> Path:
-        """Write the result on the main process and return its file or folder; called on every rank."""
+    def save_result(self, folder: Path | None = None) -> Path:
+        """Write the result on the main process and return its file or folder; called on every rank.
+
+        Args:
+            folder: where to write it instead of the output folder.
+        """
         with self.trainable.averaged():
             weights = self._gather_weights()
-            return self.spec.coordinator.from_main(lambda: self._write_result(weights))
+            return self.spec.coordinator.from_main(lambda: self._write_result(weights, folder or self.spec.output_dir))
 
-    def _write_result(self, weights: dict[str, torch.Tensor]) -> Path:
+    def _write_result(self, weights: dict[str, torch.Tensor], folder: Path) -> Path:
         spec = self.spec
         transformer, dtype = self.trainable.transformer, self.result_dtype
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise self.guard.failure("the trained weights are not finite, so no result is written")
         try:
-            return spec.method.save(transformer, spec.output_dir, dtype, weights, spec.source)
+            return spec.method.save(transformer, folder, dtype, weights, spec.source)
         except UserError:
             raise
         except WRITE_ERRORS as error:
             raise UserError(
-                f"--output_dir: '{spec.output_dir}' cannot take the result: {why_unwritten(error)}; the checkpoint is "
+                f"--output_dir: '{folder}' cannot take the result: {why_unwritten(error)}; the checkpoint is "
                 "complete, make room and run again with --resume_from_checkpoint latest"
             ) from error
 

@@ -82,7 +82,7 @@ def test_every_listed_clip_is_planned_or_bad_with_its_reason(data):
 
 def test_all_bad_clips_are_refused_in_one_list(data):
     found = plan(data)
-    with pytest.raises(UserError, match=r"3 of 6 clips cannot be used; .* --on_bad_clip skip:") as caught:
+    with pytest.raises(UserError, match=r"3 of 6 clips cannot be used; .* --on_bad_clip skip") as caught:
         check_bad_clips(found, "error")
     assert all(f"({clip.source})" in str(caught.value) for clip in found.bad)
     check_bad_clips(found, "skip")
@@ -153,6 +153,16 @@ def test_training_refuses_short_clips_with_the_same_flags(short_clip):
 def test_nothing_is_left_to_skip_where_every_clip_is_bad():
     with pytest.raises(UserError, match="1 of 1 clips cannot be used:"):
         check_bad_clips(RawData([], [BadClip("a.mp4", "videos.txt:1", "is empty")]), "skip")
+
+
+def test_where_captions_are_missing_the_script_that_writes_them_is_named():
+    def message(reason: str) -> str:
+        with pytest.raises(UserError) as caught:
+            check_bad_clips(RawData([], [BadClip("a.mp4", "clips", reason)]), "error")
+        return str(caught.value)
+
+    assert "python training/caption_dataset.py --data_root" in message("has no caption file a.txt beside it")
+    assert "caption_dataset.py" not in message("is empty")
 
 
 def test_skipped_clips_are_written_to_a_table_and_removed_when_they_are_fixed(tmp_path):

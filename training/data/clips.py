@@ -6,6 +6,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from data.buckets import Bucket, assign_bucket
+from data.frame_folders import describe_folder
 from video.frames import choose_samples
 from video.probe import VideoInfo
 
@@ -119,7 +120,8 @@ def plan_clips(
             timing = replace(info, height=0, width=0, rotation=0, seekable=False, sha256="")
             samples, num_held = samples_of(timing)
         except ValueError as reason:
-            bad.append(BadClip(str(clip.video), clip.source, str(reason), readable))
+            reason = describe_folder(clip.video) or str(reason)
+            bad.append(BadClip(str(clip.video), clip.source, reason, readable))
             continue
         for part, indices in enumerate(samples):
             bucket = bucket_of(len(indices), info.height, info.width)

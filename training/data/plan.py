@@ -213,6 +213,8 @@ def check_bad_clips(data: RawData, on_bad_clip: str, advise: Callable[[], str | 
     if not data.bad or (data.clips and on_bad_clip == "skip"):
         return
     advice = "; fix or remove them, or skip them with --on_bad_clip skip" if data.clips else ""
+    if any(clip.reason.startswith("has no caption") for clip in data.bad):
+        advice += "; a model writes captions with python training/caption_dataset.py --data_root FOLDER --endpoint URL"
     title = f"{len(data.bad)} of {data.num_listed} clips cannot be used{advice}:"
     flags = advise() if any(clip.info for clip in data.bad) else None
     raise UserError("\n".join(filter(None, [listing(title, data.bad, most=len(data.bad)), flags])))
@@ -311,6 +313,7 @@ def describe_plan(
         num_ranks=num_ranks,
         tokens_of=tokens_of,
         num_long_captions=model.count_long_captions(data.captions, tokens),
+        unknown_captions=model.find_unknown_captions(data.captions),
         max_caption_tokens=tokens,
         model_fps=native_fps(configs.transformer),
         reshape_mode=settings.clips.video_reshape_mode,

@@ -323,7 +323,7 @@ def test_a_launcher_of_the_original_scripts_parses():
         (train, "model_name", "omit it: the config of the model"),
         (train, "model_type", "omit it: each task has its script, cogvideox_text_to_video_*"),
         (train, "training_type", "omit it: each method has its script, cogvideox_*_lora.py"),
-        (train, "train_resolution", "did you mean --frame_buckets, --height_buckets, --width_buckets?"),
+        (train, "train_resolution", "did you mean --frame_buckets, --max_num_frames, --height, --width?"),
         (train, "video_resolution_buckets", "did you mean --frame_buckets, --height_buckets, --width_buckets?"),
         (train, "train_epochs", "did you mean --num_train_epochs?"),
         (train, "train_steps", "did you mean --max_train_steps?"),

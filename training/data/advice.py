@@ -122,6 +122,8 @@ class _Clips:
 def _better_timing(clips: _Clips, flags: ClipFlags, *, is_fixed: bool) -> dict[str, Any]:
     """Return the frame rate and lengths that use more clips; nothing if the present ones are as good."""
     best, most = {}, clips.score(flags)
+    if most == 10 * clips.num_clips:
+        return best
     for timing in _timings(clips, flags, is_fixed=is_fixed):
         score = clips.score(replace(flags, **timing))
         if score > most:

@@ -2,7 +2,6 @@
 
 _SIZES = "frame_buckets height_buckets width_buckets"
 _PREPARED = "load_tensors"  # data of prepare_dataset.py
-_DTYPES = "mixed_precision"
 
 # Our flags for a foreign one; a script that lacks some of them ignores the entry.
 OURS = {
@@ -15,12 +14,12 @@ OURS = {
     # CogVideo's finetune and CogKit
     "model_path": "pretrained_model_name_or_path",
     "model_name": "model",
-    "train_resolution": _SIZES,
+    "train_resolution": "frame_buckets max_num_frames height width",
     "checkpointing_limit": "checkpoints_total_limit",
     "do_validation": "validation_prompt",
     "validation_dir": "validation_prompt",
     "gen_fps": "fps",
-    "low_vram": "memory_budget_gb",
+    "low_vram": "quantize_base",
     # finetrainers
     "lr": "learning_rate",
     "dataset_config": "dataset_mix",
@@ -28,7 +27,7 @@ OURS = {
     "video_resolution_buckets": _SIZES,
     **dict.fromkeys(("precompute_conditions", "enable_precomputation", "precomputation_items"), _PREPARED),
     **dict.fromkeys(("precomputation_dir", "precomputation_once", "precomputation_reuse"), _PREPARED),
-    **dict.fromkeys(("transformer_dtype", "vae_dtype", "text_encoder_dtype"), _DTYPES),
+    **dict.fromkeys(("transformer_dtype", "vae_dtype", "text_encoder_dtype"), "mixed_precision"),
     "flow_weighting_scheme": "timestep_sampling",
     "layerwise_upcasting_modules": "quantize_base",
     "attn_provider_training": "attention_backend",

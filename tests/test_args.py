@@ -17,6 +17,7 @@ from args import parse_args, parse_prepare_args
 from checks.files import check_files
 from common.errors import UserError
 from flags.data import SourceFlags
+from flags.foreign import ADVICE, OURS
 from flags.schema import flag_values
 from flags.settings import TrainingSettings
 from flags.types import TABLE_SUFFIXES
@@ -312,6 +313,51 @@ def test_a_launcher_of_the_original_scripts_parses():
         --nccl_timeout 1800"""
     args = train("--validation_prompt", "BW_STYLE a cat:::BW_STYLE a dog", *line.split())
     assert (args.rank, args.lr_scheduler, args.frame_buckets) == (128, "cosine_with_restarts", (49,))
+
+
+@pytest.mark.parametrize(
+    ("script", "foreign", "hint"),
+    [
+        (train, "model_path", "did you mean --pretrained_model_name_or_path?"),
+        (train, "model_id", "did you mean --pretrained_model_name_or_path?"),
+        (train, "model_name", "omit it: the config of the model"),
+        (train, "model_type", "omit it: each task has its script, cogvideox_text_to_video_*"),
+        (train, "training_type", "omit it: each method has its script, cogvideox_*_lora.py"),
+        (train, "train_resolution", "did you mean --frame_buckets, --max_num_frames, --height, --width?"),
+        (train, "video_resolution_buckets", "did you mean --frame_buckets, --height_buckets, --width_buckets?"),
+        (train, "train_epochs", "did you mean --num_train_epochs?"),
+        (train, "train_steps", "did you mean --max_train_steps?"),
+        (train, "batch_size", "did you mean --train_batch_size?"),
+        (train, "num_workers", "did you mean --dataloader_num_workers?"),
+        (train, "checkpointing_limit", "did you mean --checkpoints_total_limit?"),
+        (train, "do_validation", "did you mean --validation_prompt?"),
+        (train, "validation_prompts", "did you mean --validation_prompt?"),
+        (train, "gen_fps", "did you mean --fps?"),
+        (train, "target_fps", "did you mean --fps?"),
+        (train, "lr", "did you mean --learning_rate?"),
+        (train, "target_modules", "did you mean --lora_target_modules?"),
+        (train, "use_8bit_bnb", "did you mean --use_8bit?"),
+        (train, "precomputation_items", "did you mean --load_tensors?"),
+        (train, "dataset_config", "did you mean --dataset_mix?"),
+        (train, "dp_degree", "omit it: accelerate launch --config_file"),
+        (train, "lora_rank", "did you mean --rank?"),
+        (train, "use_slicing", "did you mean --enable_slicing?"),
+        (train, "dtype", "did you mean --mixed_precision?"),
+        (prepare, "save_tensors", "did you mean --save_latents_and_embeddings?"),
+        (prepare, "gen_fps", "did you mean --fps?"),
+        (prepare, "mixed_precision", "did you mean --dtype?"),
+        (prepare, "train_batch_size", "did you mean --batch_size?"),
+        (prepare, "enable_tiling", "did you mean --use_tiling?"),
+    ],
+)
+def test_flags_of_the_original_and_of_other_toolkits_point_to_ours(script, foreign, hint, capsys):
+    assert f"error: --{foreign}: unknown flag; {hint}" in error_of(lambda: script(f"--{foreign}", "1"), capsys)
+
+
+def test_the_table_of_foreign_flags_names_no_flag_of_all_scripts_and_only_ours():
+    ours = set(vars(train())) | set(vars(train(method="sft"))) | set(vars(prepare())) | {"model"}
+    assert {word for words in OURS.values() for word in words.split()} <= ours
+    assert not (OURS.keys() | ADVICE.keys()) & set(vars(train())) & set(vars(prepare()))
 
 
 @pytest.mark.parametrize(("alias", "flags"), ALIASES)

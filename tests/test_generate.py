@@ -19,6 +19,7 @@ from common.run_folder import LORA_FILE
 from diffusion.tasks import ImageToVideo
 from methods.full import FullFinetune
 from methods.lora import Lora
+from methods.lora_mounting import check_loras
 from models.prompts import PromptCache
 from models.source import ModelSource
 from parallel.coordinator import Coordinator
@@ -222,6 +223,13 @@ def test_a_lora_without_metadata_needs_a_scale_of_alpha_by_rank(base, lora, lora
     flags = ("--lora", tmp_path / "bare.safetensors", "--lora_scale", 0.5)
     assert run(base, tmp_path / "a.mp4", *flags) == lora_video
     assert "bare.safetensors has no metadata on its alpha" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("scale", "is_warned"), [(0.5, True), (0.6, False), (1, False)])
+def test_a_scale_that_is_in_the_file_too_draws_a_warning(base, lora, caplog, scale, is_warned):
+    check_loras([(str(lora / LORA_FILE), scale)], ModelSource(str(base)).configs())
+    warning = "--lora_scale 0.5: the file of"
+    assert (warning in caplog.text) == is_warned
 
 
 @pytest.fixture

@@ -92,6 +92,35 @@ def test_paths_are_absolute(clips, monkeypatch):
     assert all(path.is_absolute() and path.is_file() for path in paths)
 
 
+def test_clips_need_no_captions_yet(clips, capsys):
+    write_table(clips, walk={"caption": None}, run={})
+    assert [row["caption"] for row in run(clips)] == ["", "They run,\nand “so on”."]
+    assert "1 of 2 clips have no caption: write it into the table, or" in capsys.readouterr().out
+    folder = clips.parent / "folder"
+    folder.mkdir()
+    encode(folder / "walk.mp4", frames=5)
+    make_first_frames.main(["--data_root", str(folder), "--output_dir", str(clips.parent / "more")])
+    assert len(list((clips.parent / "more").glob("walk-*.png"))) == 1
+
+
+@pytest.mark.parametrize("output", [".", "frames", "a", "a/frames", ".."])
+def test_a_folder_of_clips_is_refused(clips, capsys, output):
+    (clips / "list.jsonl").unlink()
+    before = sorted(clips.rglob("*"))
+    with pytest.raises(SystemExit, match="2"):
+        make_first_frames.main(["--data_root", str(clips), "--output_dir", str(clips / output)])
+    assert f"pass a folder beside it, such as {clips}-first-frames" in capsys.readouterr().err
+    assert sorted(clips.rglob("*")) == before
+
+
+def test_a_folder_below_that_of_the_table_is_used_if_it_has_no_clips(clips):
+    write_table(clips, walk={})
+    make_first_frames.main(["--dataset_file", str(clips / "list.jsonl"), "--output_dir", str(clips / "frames")])
+    assert len(list((clips / "frames").glob("*.png"))) == 1
+    with pytest.raises(SystemExit, match="2"):
+        make_first_frames.main(["--dataset_file", str(clips / "list.jsonl"), "--output_dir", str(clips / "a/frames")])
+
+
 def test_a_clip_with_an_image_keeps_it(clips):
     write_table(clips, walk={"image": "still.png"}, run={})
     walk, run_ = run(clips)

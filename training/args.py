@@ -118,7 +118,7 @@ def parse_prepare_args(argv: Sequence[str] | None = None) -> PreparationSettings
         description="Encode clips and captions as latents and text embeddings, for training with --load_tensors.",
     )
     groups, given = parser.read(argv)
-    settings = PreparationSettings(**groups)
+    settings = PreparationSettings(given, **groups)
     with _reported(parser):
         clips = settle_clips(settings.clips, given)
         check_sources(settings.sources)

@@ -3,7 +3,7 @@
     python training/make_first_frames.py --data_root my-clips --output_dir my-first-frames
 
 Edit the images if you like, then pass my-first-frames/metadata.jsonl as --dataset_file, with the same --data_root.
-Existing images are kept, so that a second run never undoes an edit.
+Existing images are kept, so that a second run never undoes an edit. Clips need no captions yet.
 """
 
 import logging
@@ -24,16 +24,20 @@ from data.buckets import Bucket
 from data.clips import BadClip, ClipSample, plan_clips
 from data.plan import RawData, check_bad_clips, data_sources, report_skipped
 from data.sources import DataSource, read_clips
+from flags.captions import CAPTIONS_FILE
 from flags.preparation import FIRST_FRAMES_FILE
 from video.cache import FileCache, default_cache_folder
 from video.io import read_frames
 from video.probe import probe_files
 
 
-def plan_first_frames(source: DataSource, skip_start: int) -> RawData:
-    """List and probe the clips, and plan only the first usable frame of each; an unreadable list is a UserError."""
+def plan_first_frames(source: DataSource, skip_start: int, table: Path) -> RawData:
+    """List and probe the clips, and plan only the first usable frame of each; an unreadable list is a UserError.
+
+    Clips need no captions: these can be written to `table` later.
+    """
     cache = default_cache_folder()
-    clips, bad = read_clips(source, cache / "media")
+    clips, bad = read_clips(source, cache / "media", captions_file=table)
     files = [clip.video for clip in clips] + [clip.image for clip in clips if clip.image is not None]
     one_frame = [Bucket(1, 16, 16)]  # its size has no effect, because nothing is resized
     infos = probe_files(files, FileCache(cache))
@@ -62,6 +66,19 @@ def make_first_frames(data: RawData, folder: Path, on_bad_clip: str) -> Path:
     with atomic_write(table) as partial:
         partial.write_text(index_lines(image_row(planned, folder) for planned in listed), encoding="utf-8")
     return table
+
+
+def check_folder(folder: Path, data: RawData, source: DataSource) -> None:
+    """Refuse an output folder in which the images would be among the clips, and could be read as such."""
+    holders = {planned.clip.video.parent.resolve() for planned in data.clips}
+    if source.dataset_file is None and source.dataset_name is None:
+        holders.add(source.data_root.resolve())
+    for holder in sorted(holders):
+        if folder.resolve().is_relative_to(holder) or holder.is_relative_to(folder.resolve()):
+            raise UserError(
+                f"--output_dir: {folder} is among the clips in {holder}, where the images would become clips; pass a "
+                f"folder beside it, such as {holder.parent / f'{holder.name}-first-frames'}"
+            )
 
 
 def write_images(planned: Sequence[ClipSample], folder: Path) -> list[BadClip | None]:
@@ -121,15 +138,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = parse_first_frame_args(argv)
         log_without_tokens(logging.INFO)
         (source,) = data_sources(settings.sources)
-        data = plan_first_frames(source, settings.sources.skip_frames_start)
+        folder = Path(settings.output.output_dir).absolute()
+        data = plan_first_frames(source, settings.sources.skip_frames_start, folder / FIRST_FRAMES_FILE)
         check_bad_clips(data, settings.sources.on_bad_clip)
+        check_folder(folder, data, source)
         try:
-            table = make_first_frames(data, Path(settings.output.output_dir).absolute(), settings.sources.on_bad_clip)
+            table = make_first_frames(data, folder, settings.sources.on_bad_clip)
         except OSError as error:
             raise UserError(
                 f"--output_dir: {settings.output.output_dir} cannot be written ({error.strerror or error})"
             ) from error
         flags = table_flags(table, source)
+        num_without = sum(not planned.clip.caption for planned in data.clips)
+        if num_without:
+            print(
+                f"{num_without} of {len(data.clips)} clips have no caption: write it into the table, or let a model "
+                f"write it: caption_dataset.py {flags} --output_file {folder / CAPTIONS_FILE}"
+            )
         print(f"wrote {table}; edit the images if you like, then pass to prepare_dataset.py: {flags}")
 
 

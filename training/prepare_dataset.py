@@ -17,7 +17,7 @@ from args import parse_prepare_args
 from checks.preparation import preparation_memory_advice
 from common.errors import UserError, one_line_errors
 from common.startup import prepare_imports
-from data.plan import check_bad_clips, plan_raw_clips
+from data.plan import advise_early, check_bad_clips, plan_raw_clips
 from flags.schema import flag_values
 
 
@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = parse_prepare_args(argv)
         data = plan_raw_clips(settings.sources, settings.clips, with_images=settings.preparation.save_image_latents)
         if not (settings.preparation.dry_run and data.clips):
-            check_bad_clips(data, settings.sources.on_bad_clip)
+            model = settings.model.model_id
+            check_bad_clips(data, settings.sources.on_bad_clip, lambda: advise_early(data, settings, model))
         prepare_imports(flag_values(settings), owns_process=argv is None)
         # Importing torch and diffusers takes many seconds, so flags and clips are checked first.
         from common.failures import explained_failures

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import prepare_dataset
 from args import parse_args, parse_prepare_args
 from clip_lists import write_table
 from common.errors import UserError
@@ -27,6 +28,8 @@ from data.plan import (
     validation_data_flags,
 )
 from data.prepared import PreparedClip, StoredTensor, sample_in_shards
+from encoded_clips import encode
+from flags.schema import replace_flags
 from flags.settings import TrainingSettings
 
 
@@ -90,6 +93,61 @@ def test_a_clip_that_is_split_counts_as_one(data):
     assert len(found.clips) > 3
     with pytest.raises(UserError, match="3 of 6 clips cannot be used"):
         check_bad_clips(found, "error")
+
+
+@pytest.fixture
+def short_clip(tmp_path, monkeypatch) -> Path:
+    """A folder with an upright clip of 3 seconds at 30 frames per second, and in "model" the config of a model."""
+    monkeypatch.chdir(tmp_path)
+    Path("clips").mkdir()
+    encode(Path("clips/a.mp4"), frames=90, fps=30, height=96, width=64)
+    Path("clips/a.txt").write_text("A clip.")
+    Path("model/transformer").mkdir(parents=True)
+    Path("model/model_index.json").touch()
+    config = {"sample_frames": 49, "sample_height": 8, "sample_width": 12, "patch_size": 2, "max_text_seq_length": 226}
+    Path("model/transformer/config.json").write_text(json.dumps(config))
+    return Path("clips")
+
+
+PLACES = ("--model_id", "model", "--data_root", "clips", "--output_dir", "out")
+SHORTER = ", add: --fps 8 --frame_buckets 17 --height_buckets 96 --width_buckets 64"
+
+
+def test_the_plan_ends_with_the_flags_that_keep_more_clips(short_clip):
+    configs = SimpleNamespace(transformer=json.loads(Path("model/transformer/config.json").read_text()))
+    configs.transformer["patch_size_t"] = None
+    model = SimpleNamespace(count_long_captions=lambda *_: 0, find_unknown_captions=lambda *_: ())
+
+    def last_line(*flags: str) -> str:
+        settings = parse_prepare_args([*PLACES, "--height", "64", "--width", "96", *flags])
+        data = plan_raw_clips(settings.sources, settings.clips)
+        return describe_plan(data, settings, model, configs, batch_size=1).splitlines()[-1]
+
+    assert last_line() == (
+        f"to keep the clip at the model's 8 frames per second, cropped by at most 0%, 0 upscaled{SHORTER}"
+    )
+    assert last_line(*SHORTER.split()[2:]).startswith("an epoch is")
+
+
+@pytest.mark.parametrize("on_bad_clip", ["error", "skip"])
+def test_clips_that_are_too_short_are_refused_with_the_flags_that_keep_them(short_clip, capsys, on_bad_clip):
+    with pytest.raises(SystemExit, match="2"):
+        prepare_dataset.main([*PLACES, "--height", "64", "--width", "96", "--fps", "8", "--on_bad_clip", on_bad_clip])
+    title, clip, advice = capsys.readouterr().err.splitlines()
+    assert title.startswith("error: 1 of 1 clips cannot be used")
+    assert "24 usable frames at 8 fps" in clip
+    assert advice.startswith("to keep the clip")
+    assert advice.endswith(SHORTER.replace(" --fps 8", ""))
+
+
+def test_training_refuses_short_clips_with_the_same_flags(short_clip):
+    settings = training("out", "--data_root", "clips", "--height", 64, "--width", 96, "--fps", 8)
+    settings = replace_flags(settings, pretrained_model_name_or_path="model")
+    with pytest.raises(UserError, match=r"\nto keep the clip, .*, add: --frame_buckets 17 --height_buckets 96"):
+        plan_training_data(settings)
+    with pytest.raises(UserError, match=r"too short|usable frames") as error:
+        plan_training_data(replace_flags(settings, pretrained_model_name_or_path="org/not-here"))
+    assert "to keep" not in str(error.value)
 
 
 def test_nothing_is_left_to_skip_where_every_clip_is_bad():
@@ -249,6 +307,6 @@ def test_prepared_samples_are_counted_by_bucket():
     stored = StoredTensor(Path("a.pt"))
     clips = [PreparedClip("a", Bucket(frames, 64, 96), stored, stored) for frames in (17, 17, 49)]
     model = SimpleNamespace(transformer={"max_text_seq_length": 226, "patch_size": 2, "patch_size_t": None})
-    first, second = describe_plan(PreparedData(clips, []), None, model, batch_size=1).splitlines()
+    first, second = describe_plan(PreparedData(clips, []), None, None, model, batch_size=1).splitlines()
     assert first == f"17x64x96: 2 prepared samples of {226 + 5 * 4 * 6} tokens"
     assert second == f"49x64x96: 1 prepared samples of {226 + 13 * 4 * 6} tokens"

@@ -2,17 +2,17 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common.errors import UserError
-from data.buckets import Bucket, count_tokens
+from data.buckets import Bucket
 from data.clips import Clip
-from data.plan import RawData, check_bad_clips, data_sources, plan_raw_clips
-from data.report import plan_table
+from data.plan import RawData, advise, check_bad_clips, data_sources, describe_plan, plan_raw_clips
 from data.sources import read_clips
+from flags.settings import PreparationSettings
 from make_demo_clips import make_demo_clips
 from pages import PARSERS, flags_of, noted_calls, read_page, script_of
 from repository import ROOT
@@ -130,14 +130,14 @@ def test_images_and_repeats_of_the_examples_are_read(workplace):
 
 
 @pytest.fixture
-def demo(workplace, monkeypatch) -> Callable[..., RawData]:
+def demo(workplace, monkeypatch) -> Callable[..., tuple[RawData, PreparationSettings]]:
     monkeypatch.chdir(workplace.folder)
     monkeypatch.setenv("COGVIDEOX_FACTORY_CACHE", str(workplace.folder / "cache"))
     *_, call = workplace.calls(block("command", "try"))
 
-    def plan(*more: str) -> RawData:
+    def plan(*more: str) -> tuple[RawData, PreparationSettings]:
         settings = flags_of([*call, *more]).settings
-        return plan_raw_clips(settings.sources, settings.clips)
+        return plan_raw_clips(settings.sources, settings.clips), settings
 
     return plan
 
@@ -147,17 +147,23 @@ def block(kind: str, name: str) -> str:
     return content
 
 
+TINY = {"sample_frames": 17, "sample_height": 8, "sample_width": 12, "max_text_seq_length": 226}
+TINY |= {"patch_size": 2, "patch_size_t": None}
+
+
 def test_the_plan_shown_is_the_demos(demo):
-    tokens_of = partial(count_tokens, {"patch_size": 2, "patch_size_t": None, "max_text_seq_length": 226})
-    table = plan_table(demo().clips, batch_size=1, tokens_of=tokens_of, model_fps=8)
+    model = SimpleNamespace(count_long_captions=lambda *_: 0, find_unknown_captions=lambda *_: ())
+    table = describe_plan(*demo(), model, SimpleNamespace(transformer=TINY), batch_size=1)
     wrote = "wrote try/prepared/plan.csv and try/prepared/contact_sheet.png\n"
     assert block("output", "plan") == f"{table}\n{wrote}"
 
 
 def test_the_bad_clips_shown_are_the_demos(demo):
+    data, settings = demo("--fps", "8")
     with pytest.raises(UserError) as error:
-        check_bad_clips(demo("--fps", "8"), "error")
-    assert block("output", "bad").splitlines() == [*f"error: {error.value}".splitlines()[:3], "  ..."]
+        check_bad_clips(data, "error", lambda: advise(data, settings, TINY))
+    lines = f"error: {error.value}".splitlines()
+    assert block("output", "bad").splitlines() == [*lines[:3], "  ...", lines[-1]]
 
 
 def test_the_sizes_are_those_of_the_tensors():

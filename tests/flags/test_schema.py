@@ -98,9 +98,36 @@ def test_the_help_has_each_flag_with_its_default_and_hides_what_turns_switches_o
     assert not any(words in shown for words in ("--no-is_loud", "--file", "area"))
 
 
+def help_text(*argv: str, capsys) -> str:
+    with pytest.raises(SystemExit, match="0"):
+        read(*argv)
+    return capsys.readouterr().out
+
+
+def test_the_help_on_one_group_has_only_its_flags(capsys):
+    shown = help_text("--width", "3", "--help", "names", capsys=capsys)
+    assert shown.startswith("names:\n  --name TEXT")
+    assert "--width" not in shown
+    assert help_text("-h", "Na", capsys=capsys) == shown
+
+
+def test_all_help_ends_with_how_to_get_that_on_a_group(capsys):
+    shown = help_text("--help", capsys=capsys)
+    assert "--width" in shown
+    assert shown.splitlines()[-1] == "--help GROUP shows one group: sizes, names"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        ("--help speed", "--help: no group 'speed'; groups are sizes, names (see --help)"),
+        ("--is_loud True", "--is_loud: takes no value; omit 'True' (see --help)"),
+        ("True --is_loud", "'True' belongs to no flag; put quotes around a value that contains spaces (see --help)"),
+        (
+            "--widht 3 --nmae a --widht 4",
+            "--widht: unknown flag; did you mean --width? · --nmae: unknown flag; did you mean --name? (see --help)",
+        ),
+        ("--is_louder", "--is_louder: unknown flag; did you mean --is_loud? (see --help)"),  # not --no-is_loud
         ("--widht 3", "--widht: unknown flag; did you mean --width? (see --help)"),
         ("--wid 3", "--wid: unknown flag; did you mean --width? (see --help)"),
         ("--xyzzy a", "--xyzzy: unknown flag (see --help)"),

@@ -49,6 +49,39 @@ def assign_bucket(num_frames: int, height: int, width: int, buckets: Iterable[Bu
     )
 
 
+def is_upscaled(height: int, width: int, bucket: Bucket) -> bool:
+    """Return whether a picture is smaller than its bucket."""
+    return bucket.height > height or bucket.width > width
+
+
+def cropped_share(height: int, width: int, bucket: Bucket) -> float:
+    """Return the share of a picture that is outside its bucket's aspect ratio."""
+    ratio = (width * bucket.height) / (height * bucket.width)
+    return 1 - min(ratio, 1 / ratio)
+
+
+def native_size(config: Mapping[str, Any]) -> Bucket:
+    """Return the size of the videos that a transformer of this config was trained on."""
+    height, width = 8 * config["sample_height"], 8 * config["sample_width"]
+    if config.get("patch_size_t") is not None:
+        # Published configs of CogVideoX 1.5 have the 300x300 latents of the position table.
+        height, width = min(height, 768), min(width, 1360)
+    return Bucket(config["sample_frames"], height, width)
+
+
+def native_fps(config: Mapping[str, Any]) -> int:
+    """Return the frame rate of the model's training videos: 16 for CogVideoX 1.5, which has patches in time."""
+    return 8 if config.get("patch_size_t") is None else 16
+
+
+def largest_sides(config: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the largest height and width: those of CogVideoX 1.5's table of positions; infinite for other models."""
+    if config.get("patch_size_t") is None:
+        return math.inf, math.inf
+    patch = config["patch_size"]
+    return config["sample_height"] // patch * patch * 8, config["sample_width"] // patch * patch * 8
+
+
 def count_tokens(config: Mapping[str, Any], bucket: Bucket) -> int:
     """Count the tokens of a sample for a transformer of this config: text, and patches of the video's latents."""
     frames, height, width = bucket.latent_shape

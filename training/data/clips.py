@@ -30,6 +30,7 @@ class BadClip:
     what: str  # its path as far as known
     source: str
     reason: str
+    info: VideoInfo | None = field(default=None, compare=False, repr=False)  # if only the flags make it unusable
 
     def __str__(self) -> str:
         return f"{self.what} ({self.source}): {self.reason}"
@@ -46,6 +47,17 @@ class ClipSample:
     part: int = 0  # index among the samples of a clip that is split
     first_frame: VideoInfo | None = None  # probe result of clip.image, for image-to-video
     num_held: int = 0  # frames at the end that repeat the last one to fill the bucket
+
+    @property
+    def shown_fps(self) -> float | None:
+        """The frames per second of the chosen frames without held ones; None if unknown."""
+        indices, info = self.frame_indices[: len(self.frame_indices) - self.num_held], self.info
+        first, last = indices[0], indices[-1]
+        if info.frame_times is not None:
+            seconds = (info.frame_times[last] - info.frame_times[first]) / 1_000_000
+        else:
+            seconds = (last - first) / info.fps if info.fps > 0 else 0
+        return (len(indices) - 1) / seconds if seconds > 0 else None
 
 
 def plan_clips(
@@ -98,15 +110,18 @@ def plan_clips(
 
     planned, bad = [], []
     for clip in clips:
+        readable = None
         try:
             info = _found(infos[clip.video])
             has_image = with_images and clip.image is not None
             first_frame = _found(infos[clip.image], f"its image {clip.image}: ") if has_image else None
+            readable = info
             # Only what the choice of frames depends on.
             timing = replace(info, height=0, width=0, rotation=0, seekable=False, sha256="")
             samples, num_held = samples_of(timing)
         except ValueError as reason:
-            bad.append(BadClip(str(clip.video), clip.source, describe_folder(clip.video) or str(reason)))
+            reason = describe_folder(clip.video) or str(reason)
+            bad.append(BadClip(str(clip.video), clip.source, reason, readable))
             continue
         for part, indices in enumerate(samples):
             bucket = bucket_of(len(indices), info.height, info.width)

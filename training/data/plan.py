@@ -1,8 +1,10 @@
 """Plan the samples of a run from flags and files, before anything heavy is imported or any model is loaded."""
 
 import csv
+import json
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,14 +14,15 @@ from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write
 from common.text_files import digest_lines
-from data.buckets import Bucket, count_tokens, make_buckets
+from data.advice import recommend
+from data.buckets import Bucket, count_tokens, make_buckets, native_fps
 from data.clips import BadClip, ClipSample, plan_clips
 from data.mix import read_mix, weights_to_repeats
 from data.prepared import PreparedClip, read_index, read_prepared_settings
 from data.report import plan_table
 from data.sources import DataSource, read_clips
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
-from flags.settings import TrainingSettings
+from flags.settings import PreparationSettings, TrainingSettings
 from video.cache import FileCache, default_cache_folder
 from video.probe import probe_files
 
@@ -115,7 +118,8 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
         data = _read_prepared(data_sources(sources))
     else:
         data = plan_raw_clips(sources, settings.clips, with_images=with_images)
-        check_bad_clips(data, sources.on_bad_clip)
+        model = settings.model.pretrained_model_name_or_path
+        check_bad_clips(data, sources.on_bad_clip, lambda: advise_early(data, settings, model))
     held_out = plan_validation_clips(settings, with_images=with_images)
     if isinstance(data, RawData) and held_out is not None:
         # The loss of clips that are also trained on would not show overfitting.
@@ -201,15 +205,48 @@ def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[ClipSamp
     return joined
 
 
-def check_bad_clips(data: RawData, on_bad_clip: str) -> None:
-    """Refuse unusable clips, all listed with reasons; with "skip" only if no clip is usable."""
+def check_bad_clips(data: RawData, on_bad_clip: str, advise: Callable[[], str | None] = lambda: None) -> None:
+    """Refuse unusable clips, all listed with reasons; with "skip" only if no clip is usable.
+
+    `advise` returns the line on the flags that keep more clips, if there are any.
+    """
     if not data.bad or (data.clips and on_bad_clip == "skip"):
         return
     advice = "; fix or remove them, or skip them with --on_bad_clip skip" if data.clips else ""
     if any(clip.reason.startswith("has no caption") for clip in data.bad):
         advice += "; a model writes captions with python training/caption_dataset.py --data_root FOLDER --endpoint URL"
     title = f"{len(data.bad)} of {data.num_listed} clips cannot be used{advice}:"
-    raise UserError(listing(title, data.bad, most=len(data.bad)))
+    flags = advise() if any(clip.info for clip in data.bad) else None
+    raise UserError("\n".join(filter(None, [listing(title, data.bad, most=len(data.bad)), flags])))
+
+
+def advise(data: RawData, settings: TrainingSettings | PreparationSettings, config: Mapping[str, Any]) -> str | None:
+    """Return a line with the flags that keep more clips of the data, for a transformer of this config."""
+    ignores = isinstance(settings, TrainingSettings) and settings.image.ignore_learned_positional_embeddings
+    infos = [sample.info for sample in data.clips if sample.part == 0]
+    return recommend(
+        [*infos, *(clip.info for clip in data.bad if clip.info)],
+        settings.clips,
+        config,
+        skip_start=settings.sources.skip_frames_start,
+        skip_end=settings.sources.skip_frames_end,
+        is_fixed=bool(config.get("use_learned_positional_embeddings")) and not ignores,
+        given=settings.given,
+    )
+
+
+def advise_early(data: RawData, settings: TrainingSettings | PreparationSettings, model: str) -> str | None:
+    """Do the same before torch is imported; None if the config of the model cannot be read, an error of its own."""
+    try:
+        file = Path(model) / "transformer/config.json"
+        if not os.path.isdir(model):
+            from huggingface_hub import hf_hub_download
+
+            where = {"revision": settings.model.revision, "cache_dir": settings.model.cache_dir}
+            file = Path(hf_hub_download(model, "transformer/config.json", **where))
+        return advise(data, settings, json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def data_sources(flags: SourceFlags) -> list[DataSource]:
@@ -251,9 +288,18 @@ def _prepared_folders(sources: Sequence[DataSource]) -> list[Path]:
 
 
 def describe_plan(
-    data: TrainingData, model: Any, configs: Any, *, batch_size: int, num_ranks: int = 1, reshape_mode: str = "center"
+    data: TrainingData,
+    settings: TrainingSettings | PreparationSettings,
+    model: Any,
+    configs: Any,
+    *,
+    batch_size: int,
+    num_ranks: int = 1,
 ) -> str:
-    """Return the plan for a `ModelSource` and its `ModelConfigs` as a table; `batch_size` is that of one rank."""
+    """Return the plan for a `ModelSource` and its `ModelConfigs` as a table; `batch_size` is that of one rank.
+
+    Its last line has the flags that keep more clips, if there are any.
+    """
     tokens = configs.transformer["max_text_seq_length"]
     tokens_of = partial(count_tokens, configs.transformer)
     if isinstance(data, PreparedData):
@@ -261,7 +307,7 @@ def describe_plan(
             f"{bucket}: {count} prepared samples of {tokens_of(bucket)} tokens"
             for bucket, count in sorted(Counter(data.buckets).items())
         )
-    return plan_table(
+    table = plan_table(
         data.clips,
         batch_size=batch_size,
         num_ranks=num_ranks,
@@ -269,10 +315,10 @@ def describe_plan(
         num_long_captions=model.count_long_captions(data.captions, tokens),
         unknown_captions=model.find_unknown_captions(data.captions),
         max_caption_tokens=tokens,
-        # CogVideoX 1.5, the only version with temporal patches, was trained at 16 frames a second.
-        model_fps=8 if configs.transformer.get("patch_size_t") is None else 16,
-        reshape_mode=reshape_mode,
+        model_fps=native_fps(configs.transformer),
+        reshape_mode=settings.clips.video_reshape_mode,
     )
+    return "\n".join(filter(None, [table, advise(data, settings, configs.transformer)]))
 
 
 def report_skipped(bad: Sequence[BadClip], folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from common.files import atomic_write
-from data.buckets import Bucket
+from data.buckets import Bucket, cropped_share
 from data.clips import BadClip, Clip, ClipSample
 from data.sampler import BucketBatchSampler
 
@@ -134,8 +134,7 @@ def _upscaling(sample: ClipSample) -> float:
 
 
 def _off_aspect(sample: ClipSample) -> float:
-    ratio = (sample.info.width * sample.bucket.height) / (sample.info.height * sample.bucket.width)
-    return 1 - min(ratio, 1 / ratio)
+    return cropped_share(sample.info.height, sample.info.width, sample.bucket)
 
 
 def _repeat_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
@@ -165,7 +164,7 @@ def _sample_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
 
 def _rate_notes(planned: Sequence[ClipSample], model_fps: float) -> Iterator[str]:
     """Say which motion the model will learn from samples whose rate is far from its own."""
-    rates = [rate for sample in planned if (rate := _shown_fps(sample)) is not None]
+    rates = [rate for sample in planned if (rate := sample.shown_fps) is not None]
     fast = [rate for rate in rates if rate > _FAR_RATE * model_fps]
     slow = [rate for rate in rates if rate < model_fps / _FAR_RATE]
     for far, motion in ((fast, "slow"), (slow, "fast")):
@@ -174,20 +173,8 @@ def _rate_notes(planned: Sequence[ClipSample], model_fps: float) -> Iterator[str
             times = max(max(far) / model_fps, model_fps / min(far))
             yield (
                 f"{_number(len(far), 'sample')} at {rates_shown} frames per second, the model's videos have "
-                f"{model_fps:g}: motion will be learned up to {times:.1f}x too {motion}; pass --fps {model_fps:g} to "
-                "match the model"
+                f"{model_fps:g}: motion will be learned up to {times:.1f}x too {motion}"
             )
-
-
-def _shown_fps(sample: ClipSample) -> float | None:
-    """Return the frames per second of the chosen frames without held ones; None if unknown."""
-    indices, info = sample.frame_indices[: len(sample.frame_indices) - sample.num_held], sample.info
-    first, last = indices[0], indices[-1]
-    if info.frame_times is not None:
-        seconds = (info.frame_times[last] - info.frame_times[first]) / 1_000_000
-    else:
-        seconds = (last - first) / info.fps if info.fps > 0 else 0
-    return (len(indices) - 1) / seconds if seconds > 0 else None
 
 
 def _duplicate_notes(planned: Sequence[ClipSample]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from common.errors import UserError
-from data.buckets import Bucket
+from data.buckets import Bucket, largest_sides
 from dataset import Batch
 from diffusion.latents import image_noise_scales, sample_latents, sample_uniform
 from models.configs import ModelConfigs
@@ -176,12 +176,10 @@ def _other_task(configs: ModelConfigs, fact: str, wanted: str, model: str) -> st
 
 def _check_sizes(configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlags) -> None:
     """Refuse sizes that CogVideoX 1.5 cannot be trained or sampled at; other models take any size."""
-    patch, patch_frames = configs.transformer["patch_size"], configs.transformer["patch_size_t"]
-    if patch_frames is None:
+    if configs.transformer["patch_size_t"] is None:
         return
     sizes = set(sizes)
-    # Positions come from a table that covers the native height and width.
-    height, width = (configs.transformer[side] // patch * patch * 8 for side in ("sample_height", "sample_width"))
+    height, width = largest_sides(configs.transformer)
     too_large = {(size.height, size.width) for size in sizes if size.height > height or size.width > width}
     if too_large:
         nearest = {(min(size[0], height), min(size[1], width)) for size in too_large}

@@ -55,5 +55,5 @@ class FirstFrameFlags:
     """The output of make_first_frames.py."""
 
     output_dir: FolderPath | None = flag(
-        None, f"Required. Folder of the images and {FIRST_FRAMES_FILE}, best one that holds nothing else."
+        None, f"Required. Folder of the images and {FIRST_FRAMES_FILE}, beside the clips and not among them."
     )

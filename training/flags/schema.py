@@ -5,11 +5,13 @@ import difflib
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import Field, field, fields, replace
+from itertools import pairwise
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from common.errors import UserError
 from common.hub_token import without_tokens
 from flags.config_file import FileSetting, read_config_file
+from flags.foreign import ADVICE, OURS
 from flags.types import Value, one_of, path
 
 
@@ -97,21 +99,40 @@ class FlagParser(argparse.ArgumentParser):
         **options: Any,
     ):
         # Without defaults argparse returns only what was given; `_fill` adds them.
-        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False, **options)
         self.required = required
         self.groups = _groups_of(settings)
         self.defaults = dict(defaults or {})
         self.place = ""  # of the setting of a file that is being parsed
-        headings: dict[str, argparse._ArgumentGroup] = {}
+        self.add_argument("-h", "--help", action=_Help, nargs="*", metavar="GROUP", help="Show this, or one group.")
+        self.headings: dict[str, argparse._ArgumentGroup] = {}
         for item in self.groups:
             title = (titles or {}).get(item.name, item.metadata["title"])
-            if title not in headings:
-                headings[title] = self.add_argument_group(title)
+            if title not in self.headings:
+                self.headings[title] = self.add_argument_group(title)
             for one in _flags_of(item.type):
                 if one.name not in omit:
-                    _add(headings[title], one, self.defaults.get(one.name, one.default))
+                    _add(self.headings[title], one, self.defaults.get(one.name, one.default))
         if has_config:
-            headings[title].add_argument("--config", metavar="FILE", type=path, help=_CONFIG_HELP)
+            self.headings[title].add_argument("--config", metavar="FILE", type=path, help=_CONFIG_HELP)
+        self.epilog = f"--help GROUP shows one group: {', '.join(self._group_names())}"
+
+    def _group_names(self) -> list[str]:
+        return [title.split(" (")[0] for title in self.headings]
+
+    def help_on(self, name: str) -> str:
+        """Return the help on the flags of one group, by its name or a beginning of it; "" for all."""
+        if not name:
+            return self.format_help()
+        found = [group for group in self.headings.values() if group.title.startswith(name.lower())]
+        if not found:
+            self.error(f"--help: no group '{name}'; groups are {', '.join(self._group_names())}")
+        formatter = self._get_formatter()
+        for group in found:
+            formatter.start_section(group.title)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         """Write one line on stderr, without the usage, and exit with code 2."""
@@ -134,7 +155,7 @@ class FlagParser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else list(argv)  # a copy, because parsing hides a token in sys.argv
         parsed, unknown = self.parse_known_args(argv)
         if unknown:
-            self.error(self._explain(unknown))
+            self.error(self._explain(unknown, argv))
         if "config" in parsed:
             parsed, _ = self.parse_known_args(argv, self._read_file(parsed.config))
         given = vars(parsed)
@@ -191,11 +212,25 @@ class FlagParser(argparse.ArgumentParser):
             self.error(f"{name}: takes one value, not a list")
         return [f"--{name}", *value]
 
-    def _explain(self, unknown: list[str]) -> str:
+    def _explain(self, unknown: list[str], argv: Sequence[str]) -> str:
         flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
-        if not flags:
-            return f"'{unknown[0]}' belongs to no flag; put quotes around a value that contains spaces"
-        return _unknown(flags[0], self._option_string_actions)
+        if flags:
+            known = [word for word in self._option_string_actions if not word.startswith("--no-")]
+            long = [flag for flag in flags if flag.startswith("--")]
+            return " · ".join(_unknown(flag, known) for flag in dict.fromkeys(long or flags[:1]))
+        for flag, value in pairwise(argv):
+            action = self._option_string_actions.get(flag)
+            if value == unknown[0] and action is not None and action.nargs == 0:
+                return f"{flag}: takes no value; omit '{value}'"
+        return f"'{unknown[0]}' belongs to no flag; put quotes around a value that contains spaces"
+
+
+class _Help(argparse.Action):
+    """Print the help, or that on one group, and exit."""
+
+    def __call__(self, parser: FlagParser, namespace: argparse.Namespace, words: list[str], option: str) -> NoReturn:
+        print(parser.help_on(" ".join(words)), end="")
+        parser.exit()
 
 
 _CONFIG_HELP = (
@@ -205,8 +240,14 @@ _CONFIG_HELP = (
 
 
 def _unknown(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"{name}: unknown flag" + (f"; did you mean {close[0]}?" if close else "")
+    plain = name.lstrip("-")
+    dashes = name.removesuffix(plain)
+    ours = [f"{dashes}{word}" for word in OURS.get(plain, "").split()]
+    advice = ADVICE.get(plain, "")
+    if not ours or not set(ours) <= set(known):
+        ours = [] if advice else difflib.get_close_matches(name, known, n=1)
+    advice = f"did you mean {', '.join(ours)}?" if ours else advice
+    return f"{name}: unknown flag" + (f"; {advice}" if advice else "")
 
 
 def _add(heading: argparse._ArgumentGroup, item: Field, default: Any) -> None:

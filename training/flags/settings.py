@@ -56,6 +56,7 @@ class TrainingSettings:
 class PreparationSettings:
     """The settings of prepare_dataset.py."""
 
+    given: frozenset[str]  # names of the flags that the user typed or put into the file of --config
     model: EncoderFlags = group("model")
     sources: SourceFlags = group("data")
     clips: ClipFlags = group("data")

@@ -159,7 +159,7 @@ class Lora:
         return [
             f'pipe = {pipeline_class}.from_pretrained("{model_path}", dtype=torch.bfloat16).to("cuda")',
             *model_changes,
-            f'pipe.load_lora_weights("{folder}")',
+            f'pipe.load_lora_weights("{folder}")  # applies alpha / rank, which set_adapters would multiply again',
         ]
 
 

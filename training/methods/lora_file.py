@@ -28,6 +28,13 @@ class LoraFile:
     weights: dict[str, torch.Tensor]  # by their names in the transformer, such as "proj_out.lora_A.weight"
     config: dict[str, Any]  # peft's, from the metadata; empty if the file has none
 
+    @property
+    def strength(self) -> float | None:
+        """The strength of its training, alpha / rank, which diffusers applies; None if the file does not say it."""
+        if "r" not in self.config:
+            return None
+        return self.config["lora_alpha"] / self.config["r"] ** (0.5 if self.config.get("use_rslora") else 1)
+
 
 def location(reference: Path | str, cache_dir: str | None = None) -> dict[str, Any]:
     """Return a LoRA's location, a file or a hub id, as arguments of diffusers' loading functions; never unpickle."""

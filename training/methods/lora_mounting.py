@@ -1,6 +1,7 @@
 """Mount trained LoRAs on a pipeline with diffusers, after a check that they have an effect."""
 
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,7 @@ def check_loras(loras: Sequence[tuple[str, float]], configs: ModelConfigs, cache
         return
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel.from_config(configs.transformer)
-    for reference, _ in loras:
+    for reference, scale in loras:
         file = read_fitting_lora(reference, transformer, "--lora", cache_dir)
         if not any(weight.any() for name, weight in file.weights.items() if ".lora_B." in name):
             raise UserError(f"--lora: '{reference}' has no effect: all its lora_B weights are 0, as before training")
@@ -37,6 +38,14 @@ def check_loras(loras: Sequence[tuple[str, float]], configs: ModelConfigs, cache
                 "warning: --lora: %s has no metadata on its alpha; alpha = rank is used. If it was trained with "
                 "another one, pass alpha / rank as its --lora_scale",
                 reference,
+            )
+        elif file.strength not in (None, 1) and math.isclose(scale, file.strength, rel_tol=0.01):
+            logger.warning(
+                "warning: --lora_scale %g: the file of %s has its alpha / rank, %g, which is applied already; for the "
+                "strength of the training omit the scale",
+                scale,
+                reference,
+                file.strength,
             )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from data.buckets import Bucket
+from data.buckets import Bucket, native_fps, native_size
 
 
 CPU = torch.device("cpu")
@@ -41,17 +41,12 @@ class ModelConfigs:
     @property
     def native_size(self) -> Bucket:
         """The size of the videos that the model was trained on."""
-        sample = self.transformer
-        height, width = 8 * sample["sample_height"], 8 * sample["sample_width"]
-        if sample["patch_size_t"] is not None:
-            # Published configs of CogVideoX 1.5 have the 300x300 latents of the position table.
-            height, width = min(height, 768), min(width, 1360)
-        return Bucket(sample["sample_frames"], height, width)
+        return native_size(self.transformer)
 
     @property
     def native_fps(self) -> int:
         """The frame rate of the model's training videos: 16 for CogVideoX 1.5, which has patches in time."""
-        return 8 if self.transformer["patch_size_t"] is None else 16
+        return native_fps(self.transformer)
 
     @property
     def kind(self) -> str:

@@ -28,11 +28,11 @@ def show_plan(settings: PreparationSettings, data: RawData) -> None:
     if launch_rank() > 0:
         return
     log_without_tokens(logging.INFO)
+    if data.bad:
+        logger.warning("%s", listing(f"{len(data.bad)} of the clips cannot be used:", data.bad, most=len(data.bad)))
     log_plan(settings, data, model_source(settings.model))
     folder = Path(settings.preparation.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if data.bad:
-        logger.warning("%s", listing(f"{len(data.bad)} of the clips cannot be used:", data.bad, most=len(data.bad)))
     write_plan(data.clips, data.bad, folder / "plan.csv")
     shown = sample_for_sheet(data.clips)
     dataset = clip_dataset(settings, shown)

@@ -84,9 +84,8 @@ def warn_of_overflow(dtype: torch.dtype, source: ModelSource) -> None:
 
 def log_plan(settings: PreparationSettings, data: RawData, source: ModelSource, num_ranks: int = 1) -> None:
     """Log the buckets of the clips, with warnings."""
-    mode, batch_size = settings.clips.video_reshape_mode, settings.encoding.batch_size
-    plan = describe_plan(data, source, source.configs(), batch_size=batch_size, num_ranks=num_ranks, reshape_mode=mode)
-    logger.info("%s", plan)
+    sizes = {"batch_size": settings.encoding.batch_size, "num_ranks": num_ranks}
+    logger.info("%s", describe_plan(data, settings, source, source.configs(), **sizes))
 
 
 def settings_of(settings: PreparationSettings, source: ModelSource) -> PreparedSettings:

@@ -193,8 +193,7 @@ def log_data(recipe: Recipe, num_ranks: int) -> None:
     settings, data = recipe.settings, recipe.data
     if not isinstance(data, PreparedData):
         report_skipped(data.bad, recipe.output_dir)
-    batch_size, mode = settings.training.train_batch_size, settings.clips.video_reshape_mode
-    sizes = {"batch_size": batch_size, "num_ranks": num_ranks, "reshape_mode": mode}
-    logger.info("%s", describe_plan(data, recipe.source, recipe.configs, **sizes))
+    sizes = {"batch_size": settings.training.train_batch_size, "num_ranks": num_ranks}
+    logger.info("%s", describe_plan(data, settings, recipe.source, recipe.configs, **sizes))
     if warning := missing_token(settings, data):
         logger.warning("warning: %s", warning)

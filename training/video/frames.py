@@ -57,7 +57,7 @@ def choose_samples(
             raise ValueError("is a still image; add 1 to --frame_buckets")
         return [(0,)]
     counts = sorted(count for count in set(frame_counts) if count > 1) or [1]
-    usable = _usable_frames(info, skip_start, skip_end, fps)
+    usable = usable_frames(info, skip_start, skip_end, fps)
     if len(usable) < counts[0]:
         if not (hold_last_frame and usable and counts[0] > 1):
             raise ValueError(_too_short(info, len(usable), counts[0], skip_start, skip_end, fps))
@@ -76,7 +76,8 @@ def choose_samples(
     return samples
 
 
-def _usable_frames(info: "VideoInfo", skip_start: int, skip_end: int, fps: float | None) -> Sequence[int]:
+def usable_frames(info: "VideoInfo", skip_start: int, skip_end: int, fps: float | None) -> Sequence[int]:
+    """Return the frames that samples are chosen from: all that are not skipped, or those resampled at `fps`."""
     frames = range(skip_start, info.num_frames - skip_end)
     if fps is None or not frames:
         return frames
@@ -119,9 +120,9 @@ def _too_short(
     elif skip_start or skip_end:
         frames += f" (of {info.num_frames})"
     ways = []
-    if num_usable == 0 or len(_usable_frames(info, 0, 0, fps)) >= smallest:
+    if num_usable == 0 or len(usable_frames(info, 0, 0, fps)) >= smallest:
         ways.append("lower --skip_frames_start or --skip_frames_end")
-    if fps is not None and len(_usable_frames(info, skip_start, skip_end, None)) >= smallest:
+    if fps is not None and len(usable_frames(info, skip_start, skip_end, None)) >= smallest:
         ways.append("raise --fps")
     if num_usable > 1:
         ways.append("add a smaller one to --frame_buckets")

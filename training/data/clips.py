@@ -6,7 +6,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from data.buckets import Bucket, assign_bucket
-from data.frame_folders import describe_folder
+from data.folder import describe_folder
 from video.frames import choose_samples
 from video.probe import VideoInfo
 

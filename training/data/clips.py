@@ -102,7 +102,7 @@ def plan_clips(
             has_image = with_images and clip.image is not None
             first_frame = _found(infos[clip.image], f"its image {clip.image}: ") if has_image else None
             # Only what the choice of frames depends on.
-            timing = replace(info, height=0, width=0, rotation=0, seekable=False, sha256="")
+            timing = replace(info, height=0, width=0, rotation=0, seekable=False, sha256="", corrections=())
             samples, num_held = samples_of(timing)
         except ValueError as reason:
             bad.append(BadClip(str(clip.video), clip.source, str(reason)))

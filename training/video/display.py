@@ -123,7 +123,7 @@ def _tone_mapping(thread: int, properties: tuple[int, int, str, int, int]) -> av
 def _graph(properties: tuple[int, int, str, int, int], *filters: tuple[str, str]) -> av.filter.Graph:
     width, height, pixel_format, colorspace, color_range = properties
     graph = av.filter.Graph()
-    graph.threads = 1
+    graph.threads = 1  # threads of its own would not survive the fork of a DataLoader worker
     source = f"width={width}:height={height}:pix_fmt={pixel_format}:colorspace={colorspace}:range={color_range}"
     nodes = [graph.add(*one) for one in (("buffer", f"{source}:time_base=1/1000"), *filters, ("buffersink",))]
     graph.link_nodes(*nodes).configure()

@@ -1,26 +1,29 @@
 #!/usr/bin/env bash
 # Encode the clips and captions of a data set once, so that training needs neither the VAE nor the text encoder.
-# Change the values below, or set them in the environment. Flags after this script's name are passed on.
+# Change the values below, or set them in the environment; --help lists them. Flags after this script's name are passed
+# on.
 #
-#   DATA_ROOT=my-clips OUTPUT_DIR=prepared bash prepare_dataset.sh
+#   CLIPS=my-clips PREPARED=my-prepared bash prepare_dataset.sh
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+script=training/prepare_dataset.py
+source "$root/assets/scripts/launcher.sh"
 
-# The model that you will train.
-MODEL_ID="${MODEL_ID:-THUDM/CogVideoX-5b}"
+# The model that you will train, and the folder for the prepared data.
+MODEL_PATH="${MODEL_PATH:-THUDM/CogVideoX-5b}"
+PREPARED="${PREPARED:-prepared}"
 
-# DATA_ROOT is the folder of the clips, with two lists (videos.txt, prompts.txt) or with a caption clip.txt beside each
+# CLIPS is the folder of the clips, with two lists (videos.txt, prompts.txt) or with a caption clip.txt beside each
 # clip.mp4. DATASET_FILE is a table (csv, tsv, jsonl, json, parquet) with the columns CAPTION_COLUMN and VIDEO_COLUMN.
-# DATASET_NAME is a data set of the hub, DATASET_MIX a list of several. All formats: assets/docs/dataset.md
+# DATASET_NAME is a data set of the hub, DATASET_MIX a list of several. Default: the folder clips. All formats:
+# assets/docs/dataset.md
+CLIPS="${CLIPS:-}"
 DATASET_FILE="${DATASET_FILE:-}"
 DATASET_NAME="${DATASET_NAME:-}"
 DATASET_MIX="${DATASET_MIX:-}"
 CAPTION_COLUMN="${CAPTION_COLUMN:-caption}"
 VIDEO_COLUMN="${VIDEO_COLUMN:-video}"
-if [[ -z "$DATASET_FILE$DATASET_NAME$DATASET_MIX" ]]; then
-  DATA_ROOT="${DATA_ROOT:-clips}"
-fi
-OUTPUT_DIR="${OUTPUT_DIR:-prepared}"
 
 # Sizes for the clips, separated by spaces; each clip gets the best one.
 HEIGHT_BUCKETS="${HEIGHT_BUCKETS:-480}"
@@ -32,31 +35,35 @@ DTYPE="${DTYPE:-bf16}"
 BATCH_SIZE="${BATCH_SIZE:-1}"
 NUM_WORKERS="${NUM_WORKERS:-2}"
 
-# GPUs of each machine. With several machines, run this on each, with its MACHINE_RANK (from 0) and the address of
-# machine 0 as MAIN_PROCESS_IP. OUTPUT_DIR must be a shared folder.
-NUM_GPUS="${NUM_GPUS:-1}"
+# The GPUs: their numbers, as in GPU_IDS="0,1", or how many each machine has. Default: one. With several machines, run
+# this on each, with its MACHINE_RANK (from 0) and the address of machine 0 as MAIN_PROCESS_IP. PREPARED must be a
+# shared folder.
+GPU_IDS="${GPU_IDS:-}"
+NUM_GPUS="${NUM_GPUS:-}"
 NUM_MACHINES="${NUM_MACHINES:-1}"
+MACHINE_RANK="${MACHINE_RANK:-}"
+MAIN_PROCESS_IP="${MAIN_PROCESS_IP:-}"
+MAIN_PROCESS_PORT="${MAIN_PROCESS_PORT:-29500}"
 
-if [[ " $* " == *" --config"[\ =]* ]]; then
-  echo "error: --config: the settings of this launcher would override the file; pass it to the script itself," \
-    "training/prepare_dataset.py" >&2
-  exit 2
-fi
-
-launcher=(python)
+# The settings end here.
+name_clips
+count_gpus "$NUM_MACHINES"
+launch=(python)
 if ((NUM_MACHINES > 1)); then
-  launcher=(torchrun --nnodes "$NUM_MACHINES" --node_rank "${MACHINE_RANK:?}" --nproc_per_node "$NUM_GPUS")
-  launcher+=(--master_addr "${MAIN_PROCESS_IP:?}" --master_port "${MAIN_PROCESS_PORT:-29500}")
-elif ((NUM_GPUS > 1)); then
-  launcher=(torchrun --standalone "--nproc_per_node=$NUM_GPUS")
+  if [[ -z "$MACHINE_RANK" || -z "$MAIN_PROCESS_IP" ]]; then
+    fail "NUM_MACHINES=$NUM_MACHINES: needs MACHINE_RANK (from 0) and MAIN_PROCESS_IP (the address of machine 0)"
+  fi
+  launch=(torchrun --nnodes "$NUM_MACHINES" --node_rank "$MACHINE_RANK" --nproc_per_node "${NUM_GPUS:-1}")
+  launch+=(--master_addr "$MAIN_PROCESS_IP" --master_port "$MAIN_PROCESS_PORT")
+elif ((${NUM_GPUS:-1} > 1)); then
+  launch=(torchrun --standalone "--nproc_per_node=$NUM_GPUS")
 fi
 # shellcheck disable=SC2206 # the bucket lists must split at spaces
 command=(
-  "${launcher[@]}" "$root/training/prepare_dataset.py"
-  --model_id "$MODEL_ID"
-  --caption_column "$CAPTION_COLUMN"
-  --video_column "$VIDEO_COLUMN"
-  --output_dir "$OUTPUT_DIR"
+  "${launch[@]}" "$root/$script"
+  --model_id "$MODEL_PATH"
+  "${data[@]}" --caption_column "$CAPTION_COLUMN" --video_column "$VIDEO_COLUMN"
+  --output_dir "$PREPARED"
   --height_buckets $HEIGHT_BUCKETS
   --width_buckets $WIDTH_BUCKETS
   --frame_buckets $FRAME_BUCKETS
@@ -67,10 +74,4 @@ command=(
   --use_slicing --use_tiling
   --save_latents_and_embeddings
 )
-for name in data_root dataset_file dataset_name dataset_mix; do
-  variable="${name^^}"
-  if [[ -n "${!variable:-}" ]]; then
-    command+=("--$name" "${!variable}")
-  fi
-done
 "${command[@]}" "$@"

@@ -143,7 +143,8 @@ def row_flags(row: Row, model: Path | str, data: Path, output: Path, size: tuple
     _, height, width = map(str, size)
     flags = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
     flags += ["--load_tensors", *bucket_flags(size), "--height", height, "--width", width]
-    flags += ["--mixed_precision", "bf16", "--train_batch_size", "1", "--optimizer", "adamw", "--report_to", "none"]
+    flags += ["--mixed_precision", "bf16", "--optimizer", "adamw", "--report_to", "none"]
+    flags += ["--train_batch_size", str(row.batch_size)]
     flags += ["--max_train_steps", str(sum(row.steps)), "--seed", "0", *row.flags]
     if row.method == "lora":
         flags += ["--rank", str(row.rank), "--lora_alpha", str(row.rank)]
@@ -189,19 +190,20 @@ def time_steps(run: Run, warm_up: int, timed: int) -> float:
 
 
 def speed_figures(seconds: float, spec: RunSpec, settings: MemorySettings) -> dict[str, float]:
-    """Return the figures of a step of one clip; the share of the peak only for known cards."""
-    config = spec.configs.transformer
+    """Return the figures of a step; the share of the peak only for known cards."""
+    config, batch_size = spec.configs.transformer, spec.settings.training.train_batch_size
     tokens = count_tokens(config, spec.data.buckets[0])
-    tflop = 1e-12 * count_flops(
+    flops = batch_size * count_flops(
         config,
         tokens,
         trains_all=settings.method == "sft",
         checkpoint_scope=settings.checkpoint_scope if settings.gradient_checkpointing else None,
         checkpoint_every=settings.checkpoint_every,
     )
-    figures = {"seconds a step": seconds, "tokens/s": tokens / seconds, "TFLOP/s": tflop / seconds}
+    figures = {"seconds a step": seconds, "tokens/s": batch_size * tokens / seconds}
+    figures["TFLOP/s"] = 1e-12 * flops / seconds
     peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    return figures | ({"% of peak": 100 * tflop / seconds / peak} if peak else {})
+    return figures | ({"% of peak": 1e-10 * flops / seconds / peak} if peak else {})
 
 
 def calculate_row(row: Row) -> dict[str, int]:
@@ -210,7 +212,7 @@ def calculate_row(row: Row) -> dict[str, int]:
         flags = row_flags(row, "THUDM/CogVideoX-5b", Path(folder), Path(folder), row.size)
         args = parse_args(flags, task="text-to-video", method=row.method)
     configs, size = full_size_configs(row.model), Bucket(*row.size)
-    workload = Workload(size, 1, "bf16", size if row.is_sampled else None)
+    workload = Workload(size, row.batch_size, "bf16", size if row.is_sampled else None)
     facts = model_facts(configs, Recipe(args, RawData([])).method)
     result = account(facts, memory_settings_of(args), workload)
     return {**asdict(result), "training": result.training, "validation": result.validation}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 
-SIZE = (49, 480, 720)  # frames, height, width; one clip a step
+SIZE = (49, 480, 720)  # frames, height, width
 LOW_BIT = ("--use_8bit", "--use_torchao")
 SMALLEST_FULL = ("--weights_dtype", "bf16", "--step_in_backward", "--offload_checkpoints")
 FACTORY, FINETRAINERS, COGVIDEO = "original factory", "finetrainers", "CogVideo"
@@ -19,6 +19,7 @@ class Row:
     flags: tuple[str, ...] = ()  # besides those of all rows
     rank: int = 64
     size: tuple[int, int, int] = SIZE
+    batch_size: int = 1
     is_sampled: bool = True  # whether it validates
     steps: tuple[int, int] = (2, 2)  # warm-up and timed; the first one allocates the optimizer's states
     # trainer -> GB of training, and with validation; None if unpublished, "out of memory" on 80 GB
@@ -26,6 +27,7 @@ class Row:
 
 
 CHECKPOINTED = ("--gradient_checkpointing",)
+CPU_OFFLOADED = ("--use_cpu_offload_optimizer", "--offload_gradients")
 
 ROWS = (
     Row("5b LoRA", "5b", "lora", CHECKPOINTED, published={FACTORY: (20.8, 30.3)}),
@@ -48,7 +50,7 @@ ROWS = (
         "sft",
         (
             *(*CHECKPOINTED, *LOW_BIT, "--weights_dtype", "bf16", "--offload_checkpoints"),
-            *("--use_cpu_offload_optimizer", "--offload_gradients"),
+            *CPU_OFFLOADED,
         ),
     ),
     # May exceed the host memory: pinned copies are rounded up to powers of two.
@@ -56,7 +58,7 @@ ROWS = (
         "5b full, CPU-offloaded",
         "5b",
         "sft",
-        (*CHECKPOINTED, "--use_cpu_offload_optimizer", "--offload_gradients"),
+        (*CHECKPOINTED, *CPU_OFFLOADED),
         published={FACTORY: (39.4, 48.3), COGVIDEO: (42.0, None)},
     ),
     Row(
@@ -94,7 +96,7 @@ ROWS = (
     ),
     Row("5b LoRA, int8", "5b", "lora", (*CHECKPOINTED, "--quantize_base", "int8")),
     Row("5b LoRA, every second block checkpointed", "5b", "lora", (*CHECKPOINTED, "--checkpoint_every", "2")),
-    Row("5b LoRA, nothing checkpointed", "5b", "lora"),
+    Row("5b LoRA, nothing checkpointed", "5b", "lora", published={FACTORY: ("out of memory", None)}),
     Row(
         "5b LoRA, rank 128",
         "5b",
@@ -128,5 +130,37 @@ ROWS = (
     Row("5b full, fp8 states", "5b", "sft", (*CHECKPOINTED, "--use_fp8", "--use_torchao")),
     Row(
         "5b full, 8-bit of bitsandbytes", "5b", "sft", (*CHECKPOINTED, "--use_8bit"), published={FACTORY: (52.8, 58.6)}
+    ),
+    # The other rows of the original factory's tables for one GPU.
+    *(
+        Row(f"{model} LoRA, rank {rank}", model, "lora", CHECKPOINTED, rank=rank, published={FACTORY: figures})
+        for model, rank, figures in (
+            ("2b", 16, (12.9, 21.1)),
+            ("2b", 256, (13.1, 22.3)),
+            ("5b", 16, (19.7, 28.7)),
+            ("5b", 256, (22.1, 31.9)),
+        )
+    ),
+    Row("2b LoRA, nothing checkpointed", "2b", "lora", published={FACTORY: (44.3, 47.5)}),
+    *(
+        Row(f"{model} LoRA, {name}", model, "lora", (*CHECKPOINTED, *flags), published={FACTORY: figures})
+        for model, name, flags, figures in (
+            ("2b", "8-bit", ("--use_8bit",), (13.0, 21.3)),
+            ("2b", "CPU-offloaded", CPU_OFFLOADED, (13.0, 20.9)),
+            ("5b", "8-bit", ("--use_8bit",), (20.8, 29.4)),
+            ("5b", "CPU-offloaded", CPU_OFFLOADED, (20.0, 29.1)),
+        )
+    ),
+    Row("2b full, CPU-offloaded", "2b", "sft", (*CHECKPOINTED, *CPU_OFFLOADED), published={FACTORY: (16.4, 26.1)}),
+    *(
+        Row(f"{name}, batch 4", name[:2], method, (*CHECKPOINTED, *flags), batch_size=4, published={FACTORY: figures})
+        for name, method, flags, figures in (
+            ("2b LoRA", "lora", (), (22.3, 22.3)),
+            ("5b LoRA", "lora", (), (47.8, 47.8)),
+            ("2b full, AdamW", "sft", (), (38.3, 48.3)),
+            ("2b full, 8-bit", "sft", LOW_BIT, (27.9, 28.0)),
+            ("5b full, 8-bit", "sft", LOW_BIT, (66.6, 66.7)),
+            ("5b full, CPU-offloaded", "sft", CPU_OFFLOADED, (66.6, 66.7)),
+        )
     ),
 )

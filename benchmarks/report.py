@@ -198,7 +198,7 @@ def draw_calculated(path: Path, calculated: Mapping[str, Any]) -> Path:
     axes.scatter(peaks, range(len(rows)), marker="|", s=130, color="black", label="with validation", zorder=3)
     label(axes, peaks)
     draw_published(axes, rows)
-    return finish(figure, axes, path, rows, "Memory at 49x480x720, batch 1: calculated, not measured")
+    return finish(figure, axes, path, rows, "Memory at 49x480x720: calculated, not measured")
 
 
 def draw_measured(path: Path, measured: Mapping[str, Any], device: str) -> Path:
@@ -214,7 +214,7 @@ def draw_measured(path: Path, measured: Mapping[str, Any], device: str) -> Path:
     axes.barh(range(len(rows)), training, color="#4c72b0", height=0.66, label="training")
     label(axes, peaks)
     draw_published(axes, rows)
-    return finish(figure, axes, path, rows, f"Memory at 49x480x720, batch 1: reserved on an {device}")
+    return finish(figure, axes, path, rows, f"Memory at 49x480x720: reserved on an {device}")
 
 
 def in_groups(peaks: Mapping[str, float]) -> list[Row]:

@@ -417,6 +417,7 @@ def test_what_is_odd_but_allowed_is_one_warning(flags, warning, workplace, monke
     train(*flags.split())
     assert re.fullmatch(f"warning: {warning}\n", capsys.readouterr().err)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     train(*flags.split())
     assert capsys.readouterr().err == ""  # only the first process of a launch warns
 
@@ -465,6 +466,7 @@ def test_sensible_combinations_pass_silently(flags, capsys):
 
 @pytest.mark.parametrize("flag", ["--use_cpu_offload_optimizer", "--step_in_backward"])
 def test_optimizers_that_take_gradients_early_need_one_process(flag, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="2"):
         train(flag)

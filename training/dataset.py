@@ -216,7 +216,8 @@ def check_prepared(clips: Sequence[PreparedClip], configs: ModelConfigs) -> None
         title = (
             f"--load_tensors: {len(without)} samples were prepared without image latents, which image-to-video needs"
         )
-        raise UserError(listing(f"{title}; prepare the data again with --save_image_latents:", without))
+        command = "MODEL_ID=... DATA_ROOT=my-clips OUTPUT_DIR=my-prepared bash prepare_dataset.sh --save_image_latents"
+        raise UserError(listing(f"{title}; prepare the clips again, into a new folder: {command}", without))
     try:
         channels = read_tensor(clip.video_latents).shape[0]
         length, text_dim = read_tensor(clip.prompt_embeds).shape

@@ -14,19 +14,18 @@ first="$id_token a red circle moves from left to right over a plain light blue b
 second="$id_token a yellow square rises from bottom to top over a plain light blue background"
 # Small models need little guidance.
 sampling=(--num_inference_steps "$DEMO_SAMPLING_STEPS" --guidance_scale 2)
+export MODEL_PATH="$model" PREPARED="$DEMO_DIR/prepared"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TQDM_DELAY=2 # seconds before a progress bar appears
 
 python assets/scripts/make_style_clips.py --output_dir "$DEMO_DIR/clips"
 
-MODEL_ID="$model" DATA_ROOT="$DEMO_DIR/clips" OUTPUT_DIR="$DEMO_DIR/prepared" DTYPE=fp32 \
-  HEIGHT_BUCKETS=64 WIDTH_BUCKETS=96 FRAME_BUCKETS=17 MAX_NUM_FRAMES=17 \
+CLIPS="$DEMO_DIR/clips" DTYPE=fp32 HEIGHT_BUCKETS=64 WIDTH_BUCKETS=96 FRAME_BUCKETS=17 MAX_NUM_FRAMES=17 \
   bash prepare_dataset.sh --id_token "$id_token"
 
 # Only the demo overwrites its output; a real run never overwrites an earlier one.
 rm -rf "$DEMO_DIR/outputs"
-MODEL_PATH="$model" DATA_ROOT="$DEMO_DIR/prepared" OUTPUT_ROOT="$DEMO_DIR/outputs" \
-  ACCELERATE_CONFIG=accelerate_configs/cpu.yaml MIXED_PRECISION=no \
+OUTPUT_ROOT="$DEMO_DIR/outputs" ACCELERATE_CONFIG=accelerate_configs/cpu.yaml MIXED_PRECISION=no \
   HEIGHT=64 WIDTH=96 NUM_FRAMES=17 \
   LEARNING_RATES=1e-3 LR_SCHEDULES=constant OPTIMIZERS=adamw MAX_TRAIN_STEPS="$DEMO_STEPS" TRAIN_BATCH_SIZE=4 \
   CHECKPOINTING_STEPS=75 VALIDATION_EPOCHS=10 VALIDATION_PROMPT="$first:::$second" \

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 WORK_DIR="${WORK_DIR:-base}"
-OUTPUT_DIR="${OUTPUT_DIR:-$WORK_DIR/tiny-cogvideox}"
+MODEL_DIR="${MODEL_DIR:-$WORK_DIR/tiny-cogvideox}"
 STEPS="${STEPS:-4500}"
 IMAGE_STEPS="${IMAGE_STEPS:-500}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -23,7 +23,7 @@ if [[ ! -d "$WORK_DIR/model" ]]; then
   mv "$WORK_DIR/model.partial" "$WORK_DIR/model"
 fi
 python assets/scripts/make_base_clips.py --output_dir "$WORK_DIR/clips"
-MODEL_ID="$WORK_DIR/model" DATA_ROOT="$WORK_DIR/clips" OUTPUT_DIR="$WORK_DIR/prepared" DTYPE=fp32 \
+MODEL_PATH="$WORK_DIR/model" CLIPS="$WORK_DIR/clips" PREPARED="$WORK_DIR/prepared" DTYPE=fp32 \
   HEIGHT_BUCKETS=64 WIDTH_BUCKETS=96 FRAME_BUCKETS=17 MAX_NUM_FRAMES=17 \
   bash prepare_dataset.sh --save_image_latents
 
@@ -63,7 +63,7 @@ train cogvideox_text_to_video_sft.py "$WORK_DIR/model" "$WORK_DIR/run" "$STEPS" 
   --validation_steps 1500 --num_inference_steps 20 \
   --validation_prompt "a red circle moves from left to right over a plain white background:::a blue square falls from \
 top to bottom over a plain black background:::a yellow triangle moves from right to left over a plain grey background"
-publish "$WORK_DIR/run/pipeline" "$OUTPUT_DIR"
+publish "$WORK_DIR/run/pipeline" "$MODEL_DIR"
 
 if [[ ! -d "$WORK_DIR/image-model" ]]; then
   python assets/scripts/widen_to_images.py --model_dir "$WORK_DIR/run/pipeline" --output_dir "$WORK_DIR/image-model"
@@ -71,4 +71,4 @@ fi
 # With a low learning rate: only the image is new.
 train cogvideox_image_to_video_sft.py "$WORK_DIR/image-model" "$WORK_DIR/image-run" "$IMAGE_STEPS" \
   --learning_rate 2e-4 --ema_decay 0.99
-publish "$WORK_DIR/image-run/pipeline" "$OUTPUT_DIR-i2v" "$OUTPUT_DIR"
+publish "$WORK_DIR/image-run/pipeline" "$MODEL_DIR-i2v" "$MODEL_DIR"

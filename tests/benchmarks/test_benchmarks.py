@@ -35,7 +35,7 @@ def test_the_committed_page_has_the_committed_figures():
     assert page == committed_page(), "run `make tables`"
 
 
-@pytest.mark.parametrize("name", ["2b LoRA", "2b full, bf16 weights, 8-bit, step in backward"])
+@pytest.mark.parametrize("name", ["2b LoRA", "2b LoRA, batch 4", "2b full, bf16 weights, 8-bit, step in backward"])
 def test_the_committed_calculation_is_up_to_date(name):
     row = next(row for row in ROWS if row.name == name)
     assert calculate_row(row) == read_rows("memory_calculated.json")[name], "run `make tables`"
@@ -44,7 +44,8 @@ def test_the_committed_calculation_is_up_to_date(name):
 def test_the_flags_of_every_row_are_accepted(tmp_path):
     for row in [row for row in (*ROWS, *gpu_speed.ROWS) if row.method != gpu_speed.PREPARE]:
         flags = row_flags(row, "THUDM/CogVideoX-5b", tmp_path, tmp_path / "out", row.size)
-        assert parse_args(flags, task="text-to-video", method=row.method).prepared.load_tensors
+        settings = parse_args(flags, task="text-to-video", method=row.method)
+        assert settings.prepared.load_tensors and settings.training.train_batch_size == row.batch_size
 
 
 def test_every_row_has_a_calculation_whose_parts_add_up_to_its_peak():

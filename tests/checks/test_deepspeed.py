@@ -15,6 +15,7 @@ def launched(monkeypatch, tmp_path):
     """Make this process one of two that were launched with DeepSpeed, of this stage or configuration."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
 
     def launch(config: int | dict) -> None:

@@ -49,6 +49,7 @@ def launch(monkeypatch):
     """Stand for one of so many processes, launched with a parallelism_config or without."""
 
     def launch(num_processes: int, **sizes: int) -> None:
+        monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", str(num_processes))
         for name, size in sizes.items():
             monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")

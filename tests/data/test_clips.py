@@ -140,3 +140,11 @@ def test_similar_clips_share_their_frame_numbers_and_their_bucket():
     assert one.frame_indices is other.frame_indices
     assert one.bucket is shorter.bucket
     assert pickle.loads(pickle.dumps(one)) == one  # it can be sent to another process
+
+
+def test_a_folder_of_frames_that_is_listed_as_a_clip_is_explained(tmp_path):
+    for number in range(6):
+        (tmp_path / f"{number}.png").touch()
+    clip = Clip(tmp_path, "A cat.", "videos.txt:1")
+    _, (unusable,) = plan_clips([clip], {tmp_path: "is not a file"}, BUCKETS)
+    assert unusable.reason.startswith("6 numbered pictures are not a clip")

@@ -1,11 +1,14 @@
 """A folder of clips and captions is read as `data.folder` documents."""
 
 import os
+from unicodedata import normalize
 
 import pytest
 
 from clip_lists import bad, captions, error_of, good, touch, write
 from data.clips import Clip
+from data.sources import DataSource, read_clips
+from encoded_clips import encode
 
 
 def test_clips_take_the_caption_of_the_same_name_in_all_folders_below_sorted_by_path(tmp_path):
@@ -51,6 +54,45 @@ def test_files_that_do_not_fit_together_are_bad_clips(tmp_path):
         f"sub/b.mp4 ({tmp_path}): has no caption file b.txt beside it",
         f"sub/c.txt ({tmp_path}): has no clip of the same name beside it",
     ]
+
+
+def test_any_file_that_pyav_opens_as_a_video_is_a_clip_and_other_files_are_named(tmp_path, caplog):
+    for name, options in (("a.3gp", {"codec": "mpeg4"}), ("b.MTS", {}), ("c.flv", {"codec": "flv"}), ("d.nut", {})):
+        encode(tmp_path / name.lower(), 4, **options).rename(tmp_path / name)
+        write(tmp_path / f"{name[0]}.txt", "A cat.")
+    write(tmp_path / "a.srt", "1\n00:00:01,000 --> 00:00:02,000\nMeow.\n")
+    write(tmp_path / "notes.nfo", "Recorded in May.")
+    touch(tmp_path, "x.heic", "y.heic", "z.heic", "z.bin", "a.json", "README", "Thumbs.db", ".DS_Store")
+    assert [clip.video.name for clip in good(tmp_path)] == ["a.3gp", "b.MTS", "c.flv", "d.nut"]
+    assert [record.message for record in caplog.records] == [
+        f"warning: skipped in {tmp_path}, because neither a readable clip nor a caption: a.srt, notes.nfo, x.heic and "
+        "3 more"
+    ]
+
+
+def test_a_caption_of_a_file_that_cannot_be_read_is_a_bad_clip(tmp_path):
+    touch(tmp_path, "a.mp4", "a.txt", "b.heic", "b.txt")
+    assert bad(tmp_path)[1:] == ["b.heic (b.txt): has a caption, but is not a readable video or image"]
+
+
+def test_a_folder_without_any_readable_clip_names_its_files(tmp_path):
+    touch(tmp_path, "a.heic", "b.heic")
+    assert "has nothing that can be read as clips (a.heic, b.heic cannot). Put videos.txt" in error_of(tmp_path)
+
+
+def test_a_caption_is_found_whichever_way_its_accents_are_written(tmp_path):
+    touch(tmp_path, normalize("NFD", "Blüte.mp4"))
+    write(tmp_path / normalize("NFC", "Blüte.txt"), "A flower.")
+    assert captions(good(tmp_path)) == ["A flower."]
+
+
+def test_a_folder_of_frames_is_one_bad_clip(tmp_path):
+    touch(tmp_path, "a.mp4", "a.txt", *(f"frames/{number:04}.png" for number in range(3, 19)))
+    write(tmp_path / "frames.txt", "A cat.")
+    frames, _ = bad(tmp_path)
+    assert frames.startswith(f"frames/0003.png ({tmp_path}): 16 numbered pictures are not a clip; make one")
+    _, listed = read_clips(DataSource(tmp_path), tmp_path, captions_file=tmp_path / "captions.jsonl")
+    assert len(listed) == 1  # they may be stills that captions are written for; only frames.txt has no clip
 
 
 def test_hidden_files_and_notes_at_the_top_level_are_ignored(tmp_path):

@@ -80,7 +80,7 @@ def test_every_listed_clip_is_planned_or_bad_with_its_reason(data):
 
 def test_all_bad_clips_are_refused_in_one_list(data):
     found = plan(data)
-    with pytest.raises(UserError, match=r"3 of 6 clips cannot be used; .* --on_bad_clip skip:") as caught:
+    with pytest.raises(UserError, match=r"3 of 6 clips cannot be used; .* --on_bad_clip skip") as caught:
         check_bad_clips(found, "error")
     assert all(f"({clip.source})" in str(caught.value) for clip in found.bad)
     check_bad_clips(found, "skip")
@@ -106,6 +106,16 @@ def test_the_fingerprint_changes_where_pictures_are_corrected_and_only_there():
 
     assert fingerprint() == "1 samples (6ee14f61d548)"  # as before there were corrections: runs can be resumed
     assert fingerprint(corrections=("mirrored",)) != fingerprint()
+
+
+def test_where_captions_are_missing_the_script_that_writes_them_is_named():
+    def message(reason: str) -> str:
+        with pytest.raises(UserError) as caught:
+            check_bad_clips(RawData([], [BadClip("a.mp4", "clips", reason)]), "error")
+        return str(caught.value)
+
+    assert "python training/caption_dataset.py --data_root" in message("has no caption file a.txt beside it")
+    assert "caption_dataset.py" not in message("is empty")
 
 
 def test_skipped_clips_are_written_to_a_table_and_removed_when_they_are_fixed(tmp_path):

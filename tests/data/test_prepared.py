@@ -25,6 +25,7 @@ from data.prepared import (
     write_empty_prompt,
     write_settings,
 )
+from original_folders import write_original_folder
 
 
 ENCODERS = {"vae": "a", "text_encoder": "b", "tokenizer": "c"}
@@ -108,9 +109,40 @@ def test_a_folder_of_the_original_script_is_read_with_and_without_its_index(tmp_
     assert read_index(tmp_path) == [clip]  # the sizes come from the tensors
 
 
+@pytest.mark.parametrize("index", ["full", "half", "empty", "none"])
+def test_all_samples_of_an_original_folder_are_read_whatever_its_script_wrote_last(tmp_path, caplog, index):
+    """It named image latents that it never saved, and its data.jsonl may be incomplete."""
+    clips = read_index(write_original_folder(tmp_path, 4, index=index))
+    assert [clip.name for clip in clips] == [f"9f3c{number}" for number in range(4)]
+    assert {clip.bucket for clip in clips} == {Bucket(17, 64, 96)}
+    assert all(clip.image_latents is None for clip in clips)
+    missing = {"half": ["lacks 2 of the 4 samples"], "empty": ["lacks 4 of the 4 samples"]}.get(index, [])
+    assert [part in record.message for part, record in zip(missing, caplog.records, strict=True)] == [True] * len(
+        missing
+    )
+
+
+def test_an_original_folder_has_the_samples_of_its_list_as_in_the_original_training(tmp_path):
+    folder = write_original_folder(tmp_path, 4)
+    (folder / "videos.txt").write_text("videos/9f3c2.mp4\nvideos/9f3c0.mp4\n")
+    assert [clip.name for clip in read_index(folder)] == ["9f3c2", "9f3c0"]
+    (folder / "videos.txt").write_text("videos/9f3c2.mp4\nvideos/gone.mp4\n")
+    with pytest.raises(UserError, match=r"1 files of .* are missing:\n.*video_latents/gone\.pt"):
+        read_index(folder)
+
+
+def test_an_index_of_an_original_folder_that_leads_outside_is_refused(tmp_path):
+    folder = write_original_folder(tmp_path / "prepared", 1)
+    entry = json.loads((folder / "data.jsonl").read_text()) | {"prompt_embed": "../secret.pt"}
+    (folder / "data.jsonl").write_text(json.dumps(entry))
+    with pytest.raises(UserError, match=r"data\.jsonl names 1 files outside of its folder"):
+        read_index(folder)
+
+
 def test_an_index_that_leads_out_of_its_folder_is_refused_with_its_lines(tmp_path):
     """A folder from a stranger reads only its own files."""
     folder = tmp_path / "prepared"
+    claim_folder(folder, settings())
     good = write_clip(folder, "a")
     write_clip(tmp_path, "secret")
     bad = [{"video_latent": "../video_latents/secret.pt"}, {"prompt_embed": f"{tmp_path}/prompt_embeds/secret.pt"}]
@@ -130,6 +162,7 @@ WITHOUT_HEIGHT = json.dumps(sample_in_files("a", Bucket(9, 0, 96), with_images=F
 @pytest.mark.parametrize("line", ['{"name": "\udcff"}', "[]", '{"name": 5}', WITHOUT_REPEATS, WITHOUT_HEIGHT])
 @pytest.mark.parametrize("name", ["index.jsonl", "data.jsonl"])
 def test_a_damaged_line_of_an_index_is_named(tmp_path, name, line):
+    claim_folder(tmp_path, settings())
     (tmp_path / name).write_text(f"\n{line}\n", encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match=rf"{name}:2: not a prepared clip"):
         read_index(tmp_path)

@@ -120,6 +120,13 @@ def test_captions_that_are_cut_are_counted():
     assert note == "1 caption longer than 100 tokens: the rest is cut off"
 
 
+def test_captions_that_the_tokenizer_cannot_read_are_counted_and_named():
+    planned = plan([VIDEO] * 6, captions=["A cat.", "猫", "狗", "鸟", "鱼", "鱼"])
+    (note,) = notes(planned, unknown_captions={"猫", "狗", "鸟", "鱼"})
+    assert note.startswith("5 captions mostly in a script that the model's tokenizer lacks")
+    assert note.endswith(": 1.mp4 (videos.txt:2), 2.mp4 (videos.txt:3), 3.mp4 (videos.txt:4)")
+
+
 def rate_notes(*infos, **options):
     return notes(plan(infos, **options))
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 
@@ -121,10 +122,67 @@ def test_a_column_that_comes_twice_is_an_error(tmp_path):
     assert error_of(tmp_path, dataset_file=file).startswith(f"{file} has several columns 'text'; rename")
 
 
+CUT = "its caption may be cut: data.csv:{} names no clip; quote captions that contain line breaks"
+
+
+@pytest.mark.parametrize("rest", ["and a clock", "and a clock, ticking", ", ticking", "and\na clock", "\nclock. Tick"])
+def test_half_a_caption_is_never_used_where_a_line_break_has_no_quotes(tmp_path, rest):
+    file = write(tmp_path / "data.csv", f"video,text\na.mp4,A cat.\nb.mp4,bars\n{rest}\nc.mp4,A dog.\n")
+    clips, unusable = read(tmp_path, dataset_file=file)
+    assert "bars" not in captions(clips)
+    assert {"A cat.", "A dog."} <= set(captions(clips))
+    assert unusable[0].reason.startswith("its caption may be cut: data.csv:")
+
+
+def test_a_caption_in_the_first_column_loses_its_start_to_a_line_break(tmp_path):
+    file = write(tmp_path / "data.csv", "text,video\nA cat.,a.mp4\nbars\nand a clock,b.mp4\n")
+    clips, (rest, cut) = read(tmp_path, dataset_file=file)
+    assert captions(clips) == ["A cat."]
+    assert rest.source == "data.csv:3"
+    assert str(cut) == f"b.mp4 (data.csv:4): {CUT.format(3)}"
+
+
+def test_names_without_a_suffix_are_rows_if_the_files_exist(tmp_path):
+    touch(tmp_path, "a", "b")
+    file = write(tmp_path / "data.csv", "video,text\na,A cat.\nb,A dog.\n")
+    assert captions(good(tmp_path, dataset_file=file)) == ["A cat.", "A dog."]
+
+
+@pytest.mark.parametrize("caption", ["\u200b", "\ufeff \xa0", "\x07\u2060\xad", "\ufe0f", ""])
+def test_invisible_characters_are_no_caption(tmp_path, caption):
+    file = write_table(tmp_path / "data.jsonl", [{"video": "a.mp4", "text": caption}])
+    assert bad(tmp_path, dataset_file=file, id_token="BW_STYLE") == ["a.mp4 (data.jsonl:1): has no caption"]
+    clips, _ = read_clips(DataSource(tmp_path, file, caption_column="text"), tmp_path, captions_file=tmp_path / "c")
+    assert captions(clips) == [""]  # so that a model writes it
+
+
+@pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_file_is_found_whichever_way_its_accents_are_written(tmp_path, listed, stored):
+    name = "Früh/Blüte.mp4"
+    touch(tmp_path, normalize(stored, name))
+    write_lists(tmp_path, videos=normalize(listed, name), prompts="A cat.")
+    (clip,) = good(tmp_path)
+    assert clip.video.is_file()
+
+
+def test_paths_of_windows_are_read_if_relative_and_explained_if_not(tmp_path):
+    touch(tmp_path, "videos/a.mp4")
+    videos = "videos\\a.mp4\nC:\\Users\\me\\videos\\b.mp4\nC:/b.mp4\n\\\\nas\\share\\videos\\c.mp4\n..\\d.mp4"
+    write_lists(tmp_path, videos=videos, prompts="A cat.\n" * 5)
+    clips, unusable = read(tmp_path)
+    assert [clip.video for clip in clips] == [tmp_path / "videos/a.mp4"]
+    told = "is a path on Windows; write it relative to --data_root and with slashes, like "
+    assert [clip.reason for clip in unusable[:3]] == [
+        f"{told}{end}" for end in ("videos/b.mp4", "b.mp4", "videos/c.mp4")
+    ]
+    assert "outside" in unusable[3].reason
+
+
 def test_rows_without_a_value_or_with_a_url_are_bad_clips(tmp_path):
     file = write(tmp_path / "data.csv", "video,text\na.mp4,\nb.mp4,A dog.\n,A cat.\nhttps://host.example/a.mp4,A.\n")
     assert bad(tmp_path, dataset_file=file) == [
         "a.mp4 (data.csv:2): has no caption",
+        f"b.mp4 (data.csv:3): {CUT.format(4)}",
         "unnamed clip (data.csv:4): has no path",
         "https://host.example/a.mp4 (data.csv:5): is a URL; download the file and list its path",
     ]

@@ -33,10 +33,11 @@ def options(call: list[str], *names: str) -> list[str]:
     return [value_of(call, f"--{name}") for name in names]
 
 
-def test_the_number_of_gpus_reaches_accelerate(calls_of):
-    (call,) = calls_of("eight")
-    assert options(call, "num_processes", "config_file") == ["8", "accelerate_configs/ddp.yaml"]
-    assert not {"--machine_rank", "--main_process_ip", "--main_process_port"} & set(call)
+def test_the_number_of_gpus_reaches_the_launch(calls_of):
+    second, prepare, eight = calls_of("gpus")
+    assert options(second, "num_processes") == ["1"] and options(eight, "num_processes") == ["8"]
+    assert "--nproc_per_node=2" in prepare
+    assert not {"--machine_rank", "--main_process_ip", "--main_process_port"} & {*second, *eight}
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,7 @@ def test_a_way_to_divide_a_run_is_a_config_and_accepted_flags(calls_of, monkeypa
     assert [value_of(call, "--config_file") for call in calls] == [
         f"accelerate_configs/{name}.yaml" for name in configs
     ]
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("FSDP_VERSION", "2")
     for call, config in zip(calls, configs, strict=True):
@@ -89,7 +91,7 @@ def test_the_run_that_finds_the_network_device_is_short(calls_of):
 
 
 def test_every_block_of_the_page_is_tested():
-    tested = {"eight", "ddp", "zero", "fsdp", "context", "two machines", "slurm", "prepare", "debug"}
+    tested = {"gpus", "ddp", "zero", "fsdp", "context", "two machines", "slurm", "prepare", "debug"}
     assert BLOCKS.keys() == tested
 
 

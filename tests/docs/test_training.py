@@ -8,8 +8,11 @@ import pytest
 from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 
+import cogvideox_text_to_video_lora as train_script
 from args import parse_args
+from flags.schema import flag_values
 from pages import (
+    PARSERS,
     TRAINING_SCRIPTS,
     flags_of,
     help_flags,
@@ -17,12 +20,15 @@ from pages import (
     named_flags,
     noted_calls,
     read_page,
+    script_flags,
     script_of,
+    table_rows,
     value_of,
     without_code,
 )
 from repository import ROOT
 from run.config import render_config, split_flags
+from tiny_runs import assert_same_weights, weights_of
 
 
 PAGE = read_page("assets/docs/training.md")
@@ -53,6 +59,7 @@ def test_each_recipe_prepares_and_trains_with_flags_that_are_accepted(folder):
         assert flags.use_8bit == name.endswith("_sft.py")
     assert trained[2][1].settings.validation.images == ("rabbit.png",)
     assert value_of(calls[-1], "--num_processes") == "8"
+    assert value_of(calls[-1], "--config_file").endswith("/ddp.yaml")
     later = [flags for name, flags in runs if "1.5" in flags.output_dir]
     assert [(flags.max_num_frames, flags.frame_buckets) for flags in later] == [(81, (81,))] * 2
     assert later[0].height_buckets == (768,) and later[0].save_image_latents
@@ -78,6 +85,55 @@ def test_the_sweep_launches_one_run_for_each_combination(folder):
     values = [tuple(value_of(call, name) for name in names) for call in runs]
     assert values == [(rate, name, "2000") for rate in ("1e-4", "3e-4") for name in ("adam", "adamw")]
     assert len({value_of(call, "--output_dir") for call in runs}) == 4
+
+
+def shown(value: object) -> str:
+    """Return a value as the table of defaults shows it."""
+    if isinstance(value, tuple):
+        return str(value[0]) if len(value) == 1 else f"{value[0]} to {value[-1]}"
+    if value is None or isinstance(value, bool):
+        return "-" if value is None else ("on" if value else "off")
+    return {1e-4: "1e-4", 1e-5: "1e-5"}.get(value, str(value))
+
+
+def test_the_defaults_that_differ_from_those_of_the_scripts_are_in_the_table(folder):
+    """All but names of models and folders, the prompt, and what follows from other flags."""
+    own = {"pretrained_model_name_or_path", "output_dir", "data_root", "validation_prompt", "validation_images"}
+    own |= {"validate_first", "layout", "num_image_latents"}
+    rows = table_rows(PAGE.split("### Defaults that differ")[1].split("###")[0])
+    table = {tuple(cell.removesuffix(" (preparation)") for cell in row[:3]) for row in rows if row[0][0] == "`"}
+    differing = set()
+    for path in ROOT.glob("*.sh"):
+        settings = {"CLIPS": "my-clips", "PREPARED": "my-prepared", "VALIDATION_IMAGES": "rabbit.png"}
+        (call,) = noted_calls(f"bash {path.name}", folder, **settings)
+        needed = (
+            ["--output_dir", "out"] if path.name.startswith("prepare") else ["--pretrained_model_name_or_path", "a/b"]
+        )
+        defaults = flag_values(PARSERS[script_of(call)]([*needed, "--data_root", "my-clips"]))
+        values = flag_values(flags_of(call).settings).items()
+        changed = {name: value for name, value in values if value != defaults[name] and name not in own}
+        differing |= {(f"`--{name}`", shown(value), shown(defaults[name])) for name, value in changed.items()}
+    assert differing == table
+
+
+def test_a_finished_run_is_trained_longer_with_its_own_flags(folder, tiny_models, prepared_demo, fresh_accelerator):
+    """The continued run ends as one of that length does."""
+    data = prepared_demo("--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17")
+    tiny = {"MODEL_PATH": str(tiny_models("5b")), "PREPARED": str(data), "MIXED_PRECISION": "no", "REPORT_TO": "none"}
+    tiny |= {"HEIGHT": "64", "WIDTH": "96", "NUM_FRAMES": "17", "LR_SCHEDULES": "constant", "LORA_RANK": "4"}
+    start = "bash train_text_to_video_lora.sh --num_inference_steps 1"
+    for output, steps in (("outputs/short", "2"), ("outputs/long", "3")):
+        (call,) = noted_calls(start, folder, **tiny, MAX_TRAIN_STEPS=steps)
+        train_script.main([*script_flags(call), "--output_dir", output])
+    (call,) = noted_calls(BLOCKS["continue"].replace("3000", "3").replace("my-lora", "short"), folder)
+    train_script.main(script_flags(call))
+    run = folder / "outputs/short"
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert_same_weights(weights_of(run), weights_of(folder / "outputs/long"))
+
+    again = "CONTINUE=outputs/short MAX_TRAIN_STEPS=4 bash train_text_to_video_lora.sh"
+    (call,) = noted_calls(again, folder)
+    assert value_of(call, "--config") == "outputs/short/config-step-2.yaml"
 
 
 def test_the_memory_commands_let_the_toolkit_choose(folder):
@@ -114,7 +170,7 @@ def test_a_launcher_refuses_a_file_that_its_settings_would_override(folder, laun
     done = subprocess.run(["bash", ROOT / launcher, *flags.split()], capture_output=True, text=True)
     assert done.returncode == 2
     named = re.search(r"^error: --config: .* (training/\w+\.py)$", done.stderr).group(1)
-    assert named in (ROOT / launcher).read_text().split("command=(")[1]
+    assert f"script={named}\n" in (ROOT / launcher).read_text()
 
 
 def test_the_command_that_repeats_a_run_reads_what_that_run_wrote(folder):
@@ -131,6 +187,7 @@ def test_the_command_that_repeats_a_run_reads_what_that_run_wrote(folder):
 
 def test_every_block_of_the_page_is_tested():
     tested = {"recipes", "sweep", "script", "dry run", "all weights", "validation set", "memory", "config", "repeat"}
+    tested |= {"continue"}
     assert BLOCKS.keys() == tested
 
 
@@ -147,6 +204,6 @@ def test_the_code_for_full_fine_tuning_loads_the_weights(folder, tiny_models):
 def test_the_flags_that_the_page_names_are_those_of_each_script(script):
     of_lora = {"--lora_target_modules", "--use_rslora", "--use_dora", "--lora_dropout", "--lora_alpha", "--rank"}
     of_lora |= {"--lora_weights", "--quantize_base", "--stream_blocks"}
-    elsewhere = {"--save_image_latents", "--quiet"}
+    elsewhere = {"--quiet"} | help_flags("prepare_dataset.py")
     elsewhere |= of_lora if script.endswith("_sft.py") else {"--save_pipeline", "--weights_dtype"}
     assert named_flags(without_code(PAGE)) - elsewhere <= help_flags(script)

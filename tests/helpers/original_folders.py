@@ -6,8 +6,12 @@ from pathlib import Path
 import torch
 
 
-def write_original_folder(folder: Path, count: int, *, with_index: bool = True) -> Path:
-    """Write samples of 17x64x96 for the tiny models; without data.jsonl, as the script until its end, or with it."""
+def write_original_folder(folder: Path, count: int, *, index: str = "full") -> Path:
+    """Write samples of 17x64x96 for the tiny models, without image latents.
+
+    Args:
+        index: data.jsonl is "full", "half" or "empty", or there is "none" and no lists, as before the script's end.
+    """
     torch.manual_seed(0)
     entries = []
     for number in range(count):
@@ -17,8 +21,14 @@ def write_original_folder(folder: Path, count: int, *, with_index: bool = True) 
             (folder / kind).mkdir(parents=True, exist_ok=True)
             torch.save(tensor, folder / kind / f"{stem}.pt")
         files = {"video_latent": f"video_latents/{stem}.pt", "prompt_embed": f"prompt_embeds/{stem}.pt"}
+        # It named these even where it did not save them.
+        files |= {"image": f"images/{stem}.png", "image_latent": f"image_latents/{stem}.pt"}
         files |= {"prompt": f"prompts/{stem}.txt", "video": f"videos/{stem}.mp4"}
         entries.append(files | {"metadata": {"num_frames": 17, "height": 64, "width": 96}})
-    if with_index:
-        (folder / "data.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    if index != "none":
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        shown = {"full": len(lines), "half": len(lines) // 2, "empty": 0}[index]
+        (folder / "data.jsonl").write_text(lines[:shown])
+        (folder / "videos.txt").write_text("".join(f"{entry['video']}\n" for entry in entries))
+        (folder / "prompts.txt").write_text("".join(f"clip {number}\n" for number in range(count)))
     return folder

@@ -281,6 +281,12 @@ def test_captions_of_more_tokens_than_the_model_reads_are_counted(source, text_p
     assert source.count_long_captions(["short"], 226) == 0
 
 
+def test_captions_mostly_of_characters_unknown_to_the_tokenizer_are_found(source):
+    chinese, mixed = "一只熊猫在竹林里弹吉他", "熊猫 means panda"
+    assert source.find_unknown_captions(["A panda.", chinese, mixed, f"BW {chinese}"]) == {chinese, f"BW {chinese}"}
+    assert source.find_unknown_captions(["A panda."]) == set()
+
+
 def test_a_local_or_downloaded_model_has_a_folder_and_an_unknown_one_has_none(source, tiny_models, tmp_path):
     assert source.local_folder() == Path(source.path)
     assert ModelSource("nobody/nothing", cache_dir=str(tmp_path)).local_folder() is None

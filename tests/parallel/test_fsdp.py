@@ -271,7 +271,7 @@ def flags_of(demo_clips: Path, *flags: str, method: str = "lora") -> Namespace:
 
 @pytest.mark.parametrize("config", sorted(CONFIG.parent.glob("fsdp2*.yaml")), ids=lambda path: path.name)
 def test_the_configs_are_accepted_and_shard_block_by_block(monkeypatch, demo_clips, config):
-    launched_by(monkeypatch, **environment_of(str(config)), WORLD_SIZE="8")
+    launched_by(monkeypatch, **environment_of(str(config)), RANK="0", WORLD_SIZE="8")
     flags = ["--optimizer", "adamw", "--mixed_precision", "bf16", "--gradient_checkpointing"]
     context_size = 4 if config.stem == "fsdp2_context_parallel" else 1
     assert flags_of(demo_clips, *flags).speed.context_parallel_size == context_size
@@ -314,7 +314,7 @@ def test_flags_that_need_unsharded_weights_are_refused(monkeypatch, demo_clips, 
 
 
 def test_fsdp_without_gpus_is_refused(a_run, monkeypatch, tmp_path):
-    launched_by(monkeypatch, WORLD_SIZE="2")
+    launched_by(monkeypatch, RANK="0", WORLD_SIZE="2")
     accelerator = SimpleNamespace(device=torch.device("cpu"), distributed_type=DistributedType.NO)
     args = parse_args(a_run(LORA, tmp_path)[1], task="text-to-video", method="lora")
     with pytest.raises(UserError, match="accelerate supports FSDP only on GPUs"):

@@ -115,6 +115,8 @@ def test_ranks_on_one_machine_or_without_an_address_do_not_wait(monkeypatch, tmp
 
 
 def test_the_first_rank_of_each_machine_reports_the_error_and_all_end(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for local_rank, error in (("0", UserError), ("1", SystemExit)):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         with pytest.raises(error):

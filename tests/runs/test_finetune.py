@@ -215,9 +215,9 @@ def test_data_prepared_with_another_vae_is_refused_before_anything_is_loaded(tin
     assert "--ignore_prepared_mismatch" in message
 
 
-@pytest.mark.parametrize("with_index", [True, False])
-def test_a_folder_that_the_original_script_wrote_is_trained_on(train, tmp_path, with_index):
-    data = write_original_folder(tmp_path / "data", 3, with_index=with_index)
+@pytest.mark.parametrize("index", ["full", "half"])
+def test_a_folder_that_the_original_script_wrote_is_trained_on(train, tmp_path, index):
+    data = write_original_folder(tmp_path / "data", 3, index=index)
     assert train(tmp_path / "out", "--max_train_steps", "2", data=data)
 
 

@@ -15,7 +15,7 @@ from repository import ROOT
 
 pytestmark = pytest.mark.slow
 PORT = 29500
-NOT_SHARED = "of rank 1 on node1 is not the folder of rank 0 on node0; give a folder that all machines share"
+NOT_SHARED = "of rank 1 on node1 is not the folder of rank 0 on node0; pass a folder that all machines share"
 # Set the host's name, and mount an empty folder over one that is not shared.
 ENTER = 'hostname "$0"; [ -z "$UNSHARED" ] || mount -t tmpfs none "$UNSHARED"; exec "$@"'
 

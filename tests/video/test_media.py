@@ -153,3 +153,15 @@ def test_a_stream_that_begins_in_the_middle_of_a_file_does_not_stop_the_others(t
     with pytest.raises(IndexError), av.open(str(tmp_path / "clip.ts")) as container:
         list(container.demux(video=0))
     assert len(frames_of(tmp_path / "clip.ts")) == 59
+
+
+def test_files_that_ffmpeg_opens_but_that_are_no_videos_are_refused(tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "still.avif")
+    (tmp_path / "notes.nfo").write_text("Recorded in May.")
+    encode(tmp_path / "private.ts", 4)
+    (tmp_path / "list.m3u8").write_text(
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{tmp_path / 'private.ts'}\n#EXT-X-ENDLIST\n"
+    )
+    for name, what in (("still.avif", "a HEIC or AVIF image"), ("notes.nfo", "text"), ("list.m3u8", "a playlist")):
+        with pytest.raises(ValueError, match=f"is {what}"):
+            open_video(tmp_path / name)

@@ -1,19 +1,35 @@
 """This process among those of the launch, as torchrun and `accelerate launch` describe it before torch is imported.
 
-A process that was not launched by either is the only one.
+A process that was not launched by either is the only one, whatever single variables of them its environment has.
 """
 
 import os
 
 
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def _of_launch(variable: str, default: int) -> int:
+    """Return a number that the launch has set. It sets both RANK and WORLD_SIZE; one of them means something else."""
+    is_launched = os.environ.get("RANK") and os.environ.get("WORLD_SIZE")
+    return int(os.environ.get(variable) or default) if is_launched else default
+
+
+def forget_stray_ranks() -> None:
+    """Remove the variables of a launch from the environment of a process without one, before accelerate reads them."""
+    if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
+        for variable in _VARIABLES:
+            os.environ.pop(variable, None)
+
+
 def launch_rank() -> int:
     """Return the number of this process, from 0."""
-    return int(os.environ.get("RANK") or 0)
+    return _of_launch("RANK", 0)
 
 
 def launch_size() -> int:
     """Return the number of processes on all machines."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return _of_launch("WORLD_SIZE", 1)
 
 
 def launch_parallelism() -> dict[str, int]:
@@ -29,12 +45,12 @@ def launch_parallelism() -> dict[str, int]:
 
 def local_rank() -> int:
     """Return the number of this process on its machine, from 0, which is that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK") or 0)
+    return _of_launch("LOCAL_RANK", 0)
 
 
 def local_size() -> int:
     """Return the number of processes on this machine; by default all of them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or launch_size())
+    return _of_launch("LOCAL_WORLD_SIZE", launch_size())
 
 
 def num_machines() -> int:

@@ -7,17 +7,18 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from common.ranks import uses_deepspeed
+from common.ranks import forget_stray_ranks, uses_deepspeed
 from common.signals import follow_launcher
 
 
 def prepare_imports(flags: Mapping[str, Any], *, owns_process: bool) -> None:
-    """Silence known noise of libraries, and skip slow imports of libraries that the flags do not use.
+    """Silence known noise of libraries, hide stray ranks from them, and skip slow imports that the flags do not need.
 
     Args:
         flags: those of a script, by name.
         owns_process: nothing else will run in this process, such as another script with other flags.
     """
+    forget_stray_ranks()
     quiet_libraries()
     if owns_process:
         follow_launcher()

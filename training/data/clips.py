@@ -6,6 +6,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from data.buckets import Bucket, assign_bucket
+from data.frame_folders import describe_folder
 from video.frames import choose_samples
 from video.probe import VideoInfo
 
@@ -105,7 +106,7 @@ def plan_clips(
             timing = replace(info, height=0, width=0, rotation=0, seekable=False, sha256="", corrections=())
             samples, num_held = samples_of(timing)
         except ValueError as reason:
-            bad.append(BadClip(str(clip.video), clip.source, str(reason)))
+            bad.append(BadClip(str(clip.video), clip.source, describe_folder(clip.video) or str(reason)))
             continue
         for part, indices in enumerate(samples):
             bucket = bucket_of(len(indices), info.height, info.width)

@@ -1,30 +1,38 @@
 """Read a folder of clips, each with its caption in a .txt file of the same name beside it."""
 
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from unicodedata import normalize
 
-from common.errors import UserError
+from common.errors import UserError, one_line
+from common.ranks import launch_rank
 from common.text_files import read_utf8
-from data.media_cache import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from data.frame_folders import describe_frames, find_frames
+from data.media_cache import IMAGE_SUFFIXES, is_clip
 from data.rows import Row, Table
 from flags.types import TABLE_SUFFIXES
 
 
-_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES | {".txt"}
+logger = logging.getLogger(__name__)
+
 _SIDE_NOTES = {"readme", "license", "licence", "copying", "notice", "changelog"}
+_SIDE_FILES = {".md", *TABLE_SUFFIXES, "thumbs.db", "desktop.ini"}  # suffixes and names
+_EXAMPLES = 3
 
 
 def read_folder(root: Path, captions_file: Path | None = None) -> Table:
     """Read the videos and still images in a folder and its subfolders, sorted by path: video, caption and image.
 
-    `b.png` beside `b.mp4` is that video's first frame. Hidden files are ignored. Every .txt file needs a clip, except
-    one named like a readme or licence at the top level. Without clips, the UserError says what to pass instead.
-    `captions_file` is a table that captions will be written to, possibly in the folder; clips then need no captions.
+    `b.png` beside `b.mp4` is that video's first frame. Hidden files, tables and the like are ignored; a warning names
+    other files that cannot be read. Every .txt file needs a clip, except one named like a readme or licence at the top
+    level. Numbered frames without captions are one unusable row. Without clips, the UserError says what to pass
+    instead. `captions_file` is a table that captions will be written to, possibly in the folder; clips then need no
+    captions.
     """
-    groups: dict[str, list[str]] = {}
-    for file in sorted(_visible_files(root)):
-        groups.setdefault(os.path.splitext(file)[0], []).append(file)
+    groups, unread = _group_files(root)
     suffixes = [set(map(_suffix, files)) for files in groups.values()]
     tables = sorted(name for name in os.listdir(root) if _suffix(name) in TABLE_SUFFIXES and name[0] != ".")
     if captions_file is not None:
@@ -34,18 +42,54 @@ def read_folder(root: Path, captions_file: Path | None = None) -> Table:
             f"{root} has no clips with captions beside them, but {', '.join(tables)}: pass "
             f"--dataset_file {root / tables[0]}"
         )
+    files = list(chain.from_iterable(unread.values()))
+    skipped = ", ".join(map(one_line, files[:_EXAMPLES]))
+    if len(files) > _EXAMPLES:
+        skipped += f" and {len(files) - _EXAMPLES} more"
     if all(kinds == {".txt"} for kinds in suffixes):
         raise UserError(
-            f"{root} has nothing that can be read as clips. Put videos.txt and prompts.txt there, with one path and "
-            "one caption per line; or clips that each have a .txt of the same name beside them; or pass a table with "
-            f"--dataset_file ({', '.join(TABLE_SUFFIXES)}), or a data set with --dataset_name"
+            f"{root} has nothing that can be read as clips{f' ({skipped} cannot)' if unread else ''}. Put "
+            "videos.txt and prompts.txt there, with one path and one caption per line; or clips that each have a .txt "
+            "of the same name beside them; or pass a table with --dataset_file "
+            f"({', '.join(TABLE_SUFFIXES)}), or a data set with --dataset_name"
         )
-    rows = (row for name, files in groups.items() for row in _rows(root, name, files, captions_file is None))
+    if unread and launch_rank() == 0:
+        logger.warning("warning: skipped in %s, because neither a readable clip nor a caption: %s", root, skipped)
+    rows = _all_rows(root, groups, unread, captions_needed=captions_file is None)
     return Table(str(root), ("video", "caption", "image"), rows, root)
 
 
+def _group_files(root: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Return clips, images and captions by their name without suffix, and likewise the files that are none of these.
+
+    A name is the same whether or not an accent is a character of its own.
+    """
+    groups, unread = {}, {}
+    for file in sorted(_visible_files(root)):
+        is_read = _suffix(file) == ".txt" or is_clip(root / file)
+        if is_read or not _is_side_file(file):
+            name = normalize("NFC", os.path.splitext(file)[0])
+            (groups if is_read else unread).setdefault(name, []).append(file)
+    return groups, unread
+
+
+def _all_rows(
+    root: Path, groups: dict[str, list[str]], unread: Mapping[str, list[str]], *, captions_needed: bool
+) -> Iterator[Row]:
+    alone = [files[0] for files in groups.values() if len(files) == 1] if captions_needed else []
+    frames = find_frames(alone)
+    of_frames = {file for series in frames for file in series}
+    for series in frames:
+        # The caption beside a folder of frames has no other clip.
+        groups.pop(os.path.dirname(series[0]), None)
+        yield Row(str(root), {"video": series[0]}, describe_frames(root, series))
+    for name, files in groups.items():
+        if files[0] not in of_frames:
+            yield from _rows(root, name, files, unread.get(name, ()), captions_needed)
+
+
 def _visible_files(root: Path) -> Iterator[str]:
-    """Yield clips and captions as paths below root. Each folder is read once, even if links form a cycle."""
+    """Yield files as paths below root. Each folder is read once, even if links form a cycle."""
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_report_folder):
         # An earlier preparation or dry run wrote a folder with one of these files.
@@ -57,7 +101,7 @@ def _visible_files(root: Path) -> Iterator[str]:
         seen.add(place)
         folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in names:
-            if name[0] != "." and _suffix(name) in _SUFFIXES:
+            if name[0] != ".":
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
@@ -69,12 +113,19 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _rows(root: Path, name: str, files: Sequence[str], captions_needed: bool) -> Iterator[Row]:
-    videos, images, captions = (
-        [file for file in files if _suffix(file) in kinds] for kinds in (VIDEO_SUFFIXES, IMAGE_SUFFIXES, {".txt"})
-    )
+def _is_side_file(file: str) -> bool:
+    name = os.path.basename(file).lower()
+    return not _SIDE_FILES.isdisjoint((name, _suffix(name))) or os.path.splitext(name)[0] in _SIDE_NOTES
+
+
+def _rows(root: Path, name: str, files: Sequence[str], unread: Sequence[str], captions_needed: bool) -> Iterator[Row]:
+    captions = [file for file in files if _suffix(file) == ".txt"]
+    images = [file for file in files if _suffix(file) in IMAGE_SUFFIXES]
+    videos = [file for file in files if file not in captions and file not in images]
     if not videos and not images:
-        if name.lower() not in _SIDE_NOTES:
+        if unread:
+            yield Row(captions[0], {"video": unread[0]}, "has a caption, but is not a readable video or image")
+        elif name.lower() not in _SIDE_NOTES:
             yield Row(str(root), {"video": captions[0]}, "has no clip of the same name beside it")
         return
     first_frames = images if videos else []

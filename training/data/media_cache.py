@@ -9,7 +9,8 @@ import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from pathlib import Path
+from functools import lru_cache
+from pathlib import Path, PureWindowsPath
 from time import monotonic
 
 import av
@@ -18,9 +19,9 @@ from PIL import Image
 
 from common.errors import UserError, described, one_line
 from common.files import atomic_write
-from data.paths import expand_home, stays_inside
+from data.paths import expand_home, is_absolute_on_windows, spelled_on_disk, stays_inside
 from data.rows import UnusableRow
-from video.media import decode_still_image, reason_of
+from video.media import decode_still_image, open_video, reason_of, video_stream
 
 
 VIDEO_SUFFIXES = frozenset([".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"])
@@ -31,6 +32,26 @@ FETCH_TIMEOUT = 1800.0  # seconds per clip
 
 _DECODED_FPS = 8  # rate of decoded videos without an fps column: what CogVideoX 1.0 was trained at
 _ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # that fsspec can open
+
+
+@lru_cache(maxsize=1)
+def media_suffixes() -> frozenset[str]:
+    """Return the suffixes of all files that FFmpeg or Pillow may open; many are of sound, subtitles or text."""
+    formats = map(av.ContainerFormat, av.formats_available)
+    return VIDEO_SUFFIXES | IMAGE_SUFFIXES | {f".{name}" for one in formats for name in one.extensions}
+
+
+def is_clip(file: Path) -> bool:
+    """Return whether a file is a clip or still image: by its suffix, or by its content if the suffix is a rare one."""
+    suffix = file.suffix.lower()
+    if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES or suffix not in media_suffixes():
+        return suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES
+    try:
+        with open_video(file) as container:
+            video_stream(container)
+    except (av.FFmpegError, OSError, ValueError):
+        return False
+    return True
 
 
 def media_file(
@@ -89,8 +110,12 @@ def _listed_file(text: str, folder: Path | None, within: Sequence[Path] | None) 
         raise UnusableRow("has no path")
     if "://" in path:
         raise UnusableRow("is a URL; download the file and list its path")
+    if is_absolute_on_windows(path):
+        example = "/".join(PureWindowsPath(path).parts[1:][-2:])
+        raise UnusableRow(f"is a path on Windows; write it relative to --data_root and with slashes, like {example}")
     if folder is None and not os.path.isabs(path):
         raise UnusableRow("has a relative path; set the folder it starts from with --data_root")
+    path = spelled_on_disk(path, folder)
     if within is not None and not stays_inside(path, folder, within):
         where = f"outside of {folder}" if folder else "outside of the folders that were named (--data_root)"
         raise UnusableRow(f"lies {where}; move it there, or pass --allow_outside_paths if you trust this list")

@@ -1,8 +1,9 @@
-"""Keep the paths of a list, which may come from strangers, inside the folders that the user named."""
+"""Find the paths of a list, which may come from strangers, and keep them inside the folders that the user named."""
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from unicodedata import normalize
 
 
 def stays_inside(listed: str, start: Path | None, folders: Sequence[Path]) -> bool:
@@ -29,3 +30,23 @@ def stays_inside(listed: str, start: Path | None, folders: Sequence[Path]) -> bo
 def expand_home(path: str) -> str:
     """Replace ~/ at the start of a path by the home folder. ~name stays, because file names may begin with ~."""
     return os.path.expanduser(path) if path.startswith("~/") else path
+
+
+def is_absolute_on_windows(path: str) -> bool:
+    """Return whether a path starts with a drive or a share of Windows, and is not absolute on this system."""
+    windows = PureWindowsPath(path)
+    return bool(windows.drive and windows.root) and not os.path.isabs(path)
+
+
+def spelled_on_disk(path: str, start: Path | None) -> str:
+    """Return a listed path as the disk spells it, or unchanged if it does not exist; it may start from `start`.
+
+    Lists from Windows have backslashes. macOS writes é as e and an accent, other systems as one character.
+    """
+    if (path.isascii() and "\\" not in path) or os.path.lexists(os.path.join(start or "", path)):
+        return path
+    found = Path()
+    for part in Path(path.replace("\\", "/")).parts:
+        spellings = [part, normalize("NFC", part), normalize("NFD", part)]
+        found /= next((name for name in spellings if os.path.lexists((start or Path()) / found / name)), part)
+    return str(found)

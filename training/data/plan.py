@@ -206,6 +206,8 @@ def check_bad_clips(data: RawData, on_bad_clip: str) -> None:
     if not data.bad or (data.clips and on_bad_clip == "skip"):
         return
     advice = "; fix or remove them, or skip them with --on_bad_clip skip" if data.clips else ""
+    if any(clip.reason.startswith("has no caption") for clip in data.bad):
+        advice += "; a model writes captions with python training/caption_dataset.py --data_root FOLDER --endpoint URL"
     title = f"{len(data.bad)} of {data.num_listed} clips cannot be used{advice}:"
     raise UserError(listing(title, data.bad, most=len(data.bad)))
 
@@ -265,6 +267,7 @@ def describe_plan(
         num_ranks=num_ranks,
         tokens_of=tokens_of,
         num_long_captions=model.count_long_captions(data.captions, tokens),
+        unknown_captions=model.find_unknown_captions(data.captions),
         max_caption_tokens=tokens,
         # CogVideoX 1.5, the only version with temporal patches, was trained at 16 frames a second.
         model_fps=8 if configs.transformer.get("patch_size_t") is None else 16,

@@ -9,8 +9,8 @@ The default, tensors of many samples in a file (`--layout shards`):
     <folder>/prompt_embeds/<digest>.safetensors  <caption's digest>.prompt_embeds  [226, D]
     <folder>/empty_prompt.safetensors            prompt_embeds  [226, D], of the empty prompt: for caption dropout
 
-One file per tensor (`--layout files`), as the original `prepare_dataset.py` wrote it; its folders can also be loaded,
-they only lack `prepared.json` and `empty_prompt.safetensors`:
+One file per tensor (`--layout files`), as the original `prepare_dataset.py` wrote it. Its folders can also be loaded:
+they lack `prepared.json` and `empty_prompt.safetensors`, and their `data.jsonl` may be incomplete.
 
     <folder>/data.jsonl                  one object per clip: its files, and {num_frames, height, width}
     <folder>/prompts.txt, videos.txt     the same clips as a plain list
@@ -23,9 +23,10 @@ they only lack `prepared.json` and `empty_prompt.safetensors`:
 """
 
 import json
+import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +34,8 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError, first_line, listing
 from common.files import atomic_write
+from common.ranks import launch_rank
+from common.text_files import read_lines
 from data.buckets import Bucket
 from data.paths import stays_inside
 from data.tensor_files import finished_names, save_tensors
@@ -40,6 +43,8 @@ from data.tensor_files import finished_names, save_tensors
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "prepared.json"
 INDEX_FILE = "index.jsonl"
@@ -212,25 +217,53 @@ def read_index(folder: Path, *, allow_outside_paths: bool = False) -> list[Prepa
     """
     if (folder / INDEX_FILE).is_file():
         clips = _read_lines(folder / INDEX_FILE, _clip_in_shards, allow_outside_paths)
+    elif not (folder / SETTINGS_FILE).is_file():
+        clips = _read_original(folder, allow_outside_paths)
     elif (folder / FILES_INDEX).is_file():
         clips = _read_lines(folder / FILES_INDEX, _clip_in_files, allow_outside_paths)
-    elif (folder / SETTINGS_FILE).is_file():
+    else:
         raise UserError(
             f"--load_tensors: the preparation of {folder} was not finished (there is no {INDEX_FILE}); run it again: "
             "it does only what is missing"
         )
-    else:
-        clips = [_clip_from_latents(folder, path) for path in sorted((folder / "video_latents").glob("[!.]*.pt"))]
     if not clips:
         raise UserError(
             f"--load_tensors: {folder} has no prepared data (no {INDEX_FILE}, no {FILES_INDEX} and no "
             "video_latents/*.pt); run prepare_dataset.sh first and pass its --output_dir as --data_root, or omit "
             "--load_tensors"
         )
-    missing = _missing_tensors(folder, clips)
+    _check_missing(folder, _missing_tensors(folder, clips))
+    return clips
+
+
+def _check_missing(folder: Path, missing: Sequence[str]) -> None:
     if missing:
         raise UserError(listing(f"--load_tensors: {len(missing)} files of {folder} are missing:", missing))
-    return clips
+
+
+def _read_original(folder: Path, allow_outside_paths: bool) -> list[PreparedClip]:
+    """List the samples of a folder of the original script as its training did: by videos.txt, or else all latents.
+
+    Its data.jsonl tells their sizes, but is empty or cut where the script failed on its last lines. It names image
+    latents even if none were saved.
+    """
+    index, videos = folder / FILES_INDEX, folder / "videos.txt"
+    indexed = _read_lines(index, _clip_in_files, allow_outside_paths, skip_damaged=True) if index.is_file() else []
+    clips = {clip.name: clip if _exists(clip.image_latents) else replace(clip, image_latents=None) for clip in indexed}
+    stored = sorted(path.stem for path in (folder / "video_latents").glob("[!.]*.pt"))
+    names = list(dict.fromkeys([*clips, *stored]))
+    if stored and videos.is_file():
+        names = [Path(line).stem for line in read_lines(videos) if line]
+    unindexed = {name: folder / "video_latents" / f"{name}.pt" for name in names if name not in clips}
+    _check_missing(folder, [str(path) for path in unindexed.values() if not os.path.isfile(path)])
+    if index.is_file() and unindexed and launch_rank() == 0:
+        logger.warning("warning: %s lacks %d of the %d samples; they are used too", index, len(unindexed), len(names))
+    clips |= {name: _clip_from_latents(folder, path) for name, path in unindexed.items()}
+    return [clips[name] for name in names]
+
+
+def _exists(tensor: StoredTensor | None) -> bool:
+    return tensor is not None and os.path.isfile(tensor.file)  # Path.is_file raises on a name that is too long
 
 
 def _missing_tensors(folder: Path, clips: Iterable[PreparedClip]) -> list[str]:
@@ -241,14 +274,16 @@ def _missing_tensors(folder: Path, clips: Iterable[PreparedClip]) -> list[str]:
 
     def exists(tensor: StoredTensor) -> bool:
         if tensor.key is None:
-            return os.path.isfile(tensor.file)  # Path.is_file raises on a name that is too long
+            return _exists(tensor)
         return in_shards.get(tensor.key.rpartition(".")[0]) == tensor.file
 
     missing = [tensor for tensor in stored if not exists(tensor)]
     return sorted(str(tensor.file) + (f" ({tensor.key})" if tensor.key else "") for tensor in missing)
 
 
-def _read_lines(path: Path, to_clip: Any, allow_outside_paths: bool) -> list[PreparedClip]:
+def _read_lines(
+    path: Path, to_clip: Any, allow_outside_paths: bool, *, skip_damaged: bool = False
+) -> list[PreparedClip]:
     clips, outside, folder = [], [], path.parent
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -258,6 +293,8 @@ def _read_lines(path: Path, to_clip: Any, allow_outside_paths: bool) -> list[Pre
                 entry = json.loads(line)
                 clips.append(to_clip(folder, entry))
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                if skip_damaged:
+                    continue
                 raise UserError(
                     f"{path}:{number}: not a prepared clip ({type(error).__name__}: {error}); "
                     "run prepare_dataset.sh again"

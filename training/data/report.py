@@ -3,7 +3,7 @@
 import csv
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ def plan_table(
     num_ranks: int = 1,
     tokens_of: Callable[[Bucket], int],
     num_long_captions: int = 0,
+    unknown_captions: Collection[str] = (),
     max_caption_tokens: int = 226,
     model_fps: float,
     reshape_mode: str = "center",
@@ -40,6 +41,7 @@ def plan_table(
         planned: as from `plan_clips`, with the samples of a clip next to each other.
         batch_size: samples in a batch, on one rank.
         num_long_captions: captions beyond `max_caption_tokens`.
+        unknown_captions: captions that the model's tokenizer cannot read.
         reshape_mode: "center", "random" or "none".
     """
     if not planned:
@@ -62,6 +64,13 @@ def plan_table(
     if num_long_captions:
         lines.append(
             f"{_number(num_long_captions, 'caption')} longer than {max_caption_tokens} tokens: the rest is cut off"
+        )
+    clips = [sample.clip for sample in planned if sample.part == 0]
+    unknown = [_name(clip) for clip in clips if clip.caption in unknown_captions]
+    if unknown:
+        lines.append(
+            f"{_number(len(unknown), 'caption')} mostly in a script that the model's tokenizer lacks, so that nothing "
+            f"is learned from the text; write in English: {', '.join(unknown[:_EXAMPLES])}"
         )
     return "\n".join([*lines, *_duplicate_notes(planned)])
 

@@ -6,6 +6,7 @@ silently. The probe checks whether the listed files exist and what is in them.
 
 import os
 import sys
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -20,6 +21,10 @@ from data.folder import read_folder
 from data.media_cache import first_frame_file, media_file
 from data.rows import DataSource, Row, Table, UnusableRow
 from data.tables import read_table, read_text_files
+
+
+# Unicode categories of control and format characters, spaces, and marks that need a letter before them.
+_INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs", "Mn"}
 
 
 def read_clips(
@@ -76,7 +81,7 @@ def _open(source: DataSource, captions_file: Path | None) -> tuple[Table, DataSo
         )
         return table, _with_columns(source, table, captions_file is None)
     if source.dataset_file is not None:
-        table = read_table(_find_dataset_file(source))
+        table = read_table(_find_dataset_file(source), source)
         return table, _with_columns(source, table, captions_file is None)
     if root is None:
         raise UserError("there are no clips to read: set --data_root, --dataset_file, --dataset_name or --dataset_mix")
@@ -131,10 +136,12 @@ def _clip_of(
     if not isinstance(caption, str | None):
         raise UnusableRow(f"its caption is {described(caption)}, not text")
     caption = (caption or "").strip()
-    if caption:
+    if not all(unicodedata.category(character) in _INVISIBLE for character in caption):
         caption = f"{(source.id_token or '').strip()} {caption}".strip()
     elif caption_needed:
         raise UnusableRow("has no caption")
+    else:
+        caption = ""
     metadata = _metadata(values, {source.video_column, source.caption_column, source.image_column, ""})
     try:
         video = media_file(values.get(source.video_column), folder, media_cache, values.get("fps"), within=within)

@@ -4,12 +4,19 @@ import csv
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError, described
 from common.text_files import read_json, read_lines, read_utf8
+from data.media_cache import media_suffixes
 from data.rows import DataSource, Row, Table
 from flags.types import TABLE_SUFFIXES
+
+
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | None:
@@ -38,9 +45,9 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
         (images_file, "--image_column", source.image_column is not None),
     ):
         if is_needed and not os.path.isfile(file):
-            raise UserError(
-                f"{file} does not exist; {flag} names the file, below --data_root (or pass a --dataset_file)"
-            )
+            captioner = "; caption_dataset.py writes captions" if file == prompts_file else ""
+            where = "below --data_root (or pass a --dataset_file)"
+            raise UserError(f"{file} does not exist; {flag} names the file, {where}{captioner}")
     videos = read_lines(videos_file)
     # Blank lines at the end may be for videos without an image, or without a caption if none is needed.
     prompts, images = (
@@ -51,7 +58,7 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
         if len(lines) != len(videos):
             raise UserError(
                 f"{videos_file} has {len(videos)} lines and {file} has {len(lines)}; line n of one belongs to line n "
-                "of the other"
+                "of the other, so no caption may have line breaks"
             )
     names = ("video", "caption", "image")
     rows = (
@@ -67,11 +74,14 @@ def _text_file(data_root: Path, column: str, default: str) -> Path:
     return named if column.endswith(".txt") or os.path.isfile(named) else data_root / default
 
 
-def read_table(file: Path) -> Table:
-    """Read a table in the format of its suffix; raises UserError if that is unknown or the table is malformed."""
+def read_table(file: Path, source: DataSource) -> Table:
+    """Read a table in the format of its suffix; raises UserError if that is unknown or the table is malformed.
+
+    In CSV and TSV, rows beside the rest of a caption with line breaks are unusable: `source` names the columns.
+    """
     suffix = file.suffix.lower()
     if suffix in (".csv", ".tsv"):
-        return _read_csv(file, "," if suffix == ".csv" else "\t")
+        return _read_csv(file, source)
     if suffix in (".jsonl", ".json"):
         entries = read_json(file)
         names = list(dict.fromkeys(name for _, entry in entries if isinstance(entry, dict) for name in entry))
@@ -87,28 +97,69 @@ def read_table(file: Path) -> Table:
     raise UserError(f"--dataset_file {file} is of an unknown kind; it must be one of {', '.join(TABLE_SUFFIXES)}")
 
 
-def _read_csv(file: Path, delimiter: str) -> Table:
-    records = _csv_records(file, delimiter)
+def _read_csv(file: Path, source: DataSource) -> Table:
+    text = read_utf8(file)
+    delimiter = _delimiter(text, usual="\t" if file.suffix.lower() == ".tsv" else ",")
+    records = _csv_records(file, text, delimiter)
     _, header = next(records, (0, []))
     names = [name.strip() for name in header]
 
     def row(line: int, cells: list[str]) -> Row:
         problem = None
         if len(cells) != len(names):
-            separators = "commas" if delimiter == "," else "tabs"
             fields = "1 field" if len(cells) == 1 else f"{len(cells)} fields"
+            separators = _SEPARATORS[delimiter] if len(cells) > len(names) else "line breaks"
             problem = f"{fields} where the header has {len(names)}; quote captions that contain {separators}"
         return Row(f"{file.name}:{line}", dict(zip(names, map(_unquoted, cells), strict=False)), problem)
 
-    return Table(str(file), names, (row(*record) for record in records), file.parent)
+    rows = (row(*record) for record in records)
+    if {source.video_column, source.caption_column} <= set(names):
+        rows = _without_cut_captions(rows, names, source, source.data_root or file.parent)
+    return Table(str(file), names, rows, file.parent)
 
 
-def _csv_records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number where the record starts, its fields), without blank lines."""
-    text = io.StringIO(read_utf8(file), newline="")
+def _delimiter(text: str, usual: str) -> str:
+    """Return the separator that divides the header into the most fields, the usual one of equally good ones."""
+
+    def num_fields(delimiter: str) -> int:
+        try:
+            return len(next(filter(any, _reader(text, delimiter)), ()))
+        except csv.Error:  # a quoted field is followed by another character
+            return 0
+
+    return max((usual, *_SEPARATORS), key=num_fields)
+
+
+def _reader(text: str, delimiter: str) -> Any:
     # strict: otherwise a quote that is never closed silently swallows the rest of the file
-    reader = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
-    line = 1
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+
+
+def _without_cut_captions(rows: Iterator[Row], names: list[str], source: DataSource, folder: Path) -> Iterator[Row]:
+    """Mark rows whose caption lost its end or start, because a line break without quotes began another row.
+
+    That other row has no file in the column of videos. It follows, or precedes if captions come before videos.
+    """
+
+    def is_rest(row: Row) -> bool:
+        video = row.values.get(source.video_column) or ""
+        suffix = os.path.splitext(video)[1].lower()
+        return not (suffix in media_suffixes() or "://" in video or (video and os.path.exists(folder / video)))
+
+    is_before = names.index(source.caption_column) < names.index(source.video_column)
+    before = None
+    for row, after in pairwise(chain(rows, [None])):
+        neighbor = before if is_before else after
+        before = row
+        if row.problem is None and neighbor is not None and is_rest(neighbor):
+            place = f"its caption may be cut: {neighbor.source} names no clip"
+            row = replace(row, problem=f"{place}; quote captions that contain line breaks")
+        yield row
+
+
+def _csv_records(file: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number where the record starts, its fields), without blank lines."""
+    reader, line = _reader(text, delimiter), 1
     try:
         for cells in reader:
             if any(cell.strip() for cell in cells):

@@ -1,6 +1,6 @@
 """Load the components of a model from a folder or the hub, one at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,12 +163,32 @@ class ModelSource:
         long = [caption for caption in captions if len(caption) + 2 > most_tokens]
         if not long:
             return 0
+        tokenizer = self._load_tokenizer()
+        return sum(len(tokens) > most_tokens for tokens in tokenizer(long, verbose=False)["input_ids"])
+
+    def find_unknown_captions(self, captions: Iterable[str]) -> set[str]:
+        """Return the captions of which more than half of the characters are unknown to the model's tokenizer."""
+        foreign = {caption for caption in captions if not caption.isascii()}
+        characters = sorted(character for character in set().union(*foreign) if not character.isascii())
+        if not characters:
+            return set()
+        # One by one, because a tokenizer makes one unknown token of a row of unknown characters.
+        tokenizer = self._load_tokenizer()
+        tokens = tokenizer(characters, add_special_tokens=False)["input_ids"]
+        unknown = {one for one, ids in zip(characters, tokens, strict=True) if tokenizer.unk_token_id in ids}
+        return {
+            caption
+            for caption in foreign
+            if 2 * sum(one in unknown for one in caption) > sum(not one.isspace() for one in caption)
+        }
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         with self._load_errors("tokenizer"):
             # By default transformers asks the user whether to run a model's own code.
             options = {"subfolder": "tokenizer", "trust_remote_code": False, **self._where}
             tokenizer = AutoTokenizer.from_pretrained(self.path, **options)
         self._check_vocabulary(tokenizer)
-        return sum(len(tokens) > most_tokens for tokens in tokenizer(long, verbose=False)["input_ids"])
+        return tokenizer
 
     def _check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise a UserError for a tokenizer without vocabulary, which transformers makes if files are missing."""

@@ -24,6 +24,9 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Not all formats of Pillow: for some it starts other programs, and clips may come from strangers.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+# Formats of FFmpeg that are not videos of their own: playlists could name any file of this machine.
+_NOT_VIDEOS = {"hls": "a playlist", "dash": "a playlist", "concat": "a playlist", "imf": "a playlist", "tty": "text"}
+_IMAGE_BRANDS = {"heic", "heix", "heim", "heis", "mif1", "avif"}  # in the container of mp4, where FFmpeg sees a video
 # EXIF orientation -> counterclockwise quarter turns. 2, 4, 5 and 7 mirror the picture first.
 _EXIF_TURNS = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}
 # FFmpeg's own decoders of these codecs drop the alpha channel.
@@ -85,13 +88,19 @@ def over_white(image: Image.Image) -> np.ndarray:
 
 
 def open_video(path: Path) -> av.container.InputContainer:
-    """Open a video; raises ValueError for a still image, which Pillow could not read."""
+    """Open a video; raises ValueError for a still image that Pillow could not read, for a playlist and for text."""
     # "file:", so that a name like "take 2: rabbit.mp4" is not taken for a URL.
     # metadata_errors: a clip whose title is not UTF-8 is fine.
     container = av.open(f"file:{path}", metadata_errors="ignore")
     if container.format.name.startswith("image2") or container.format.name.endswith("_pipe"):
         container.close()
         raise ValueError(f"not a readable image ({container.format.long_name})")
+    if container.metadata.get("major_brand") in _IMAGE_BRANDS:
+        container.close()
+        raise ValueError("is a HEIC or AVIF image; convert it to PNG or JPEG")
+    if container.format.name in _NOT_VIDEOS:
+        container.close()
+        raise ValueError(f"is {_NOT_VIDEOS[container.format.name]}, not a video")
     return container
 
 

@@ -1,0 +1,147 @@
+"""The launchers: one name for a thing in all of them, the choice of GPUs, `--help`, and mistakes in settings."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+from check_settings import settings_of
+from pages import PROGRAMS, noted_calls, script_flags, script_of, value_of
+from repository import ROOT
+
+
+LAUNCHERS = sorted(path.name for path in ROOT.glob("*.sh"))
+TRAIN, PREPARE = "bash train_text_to_video_lora.sh", "bash prepare_dataset.sh"
+SHOW_GPUS = '#!/usr/bin/env bash\nprintf "%q " "${CUDA_VISIBLE_DEVICES-all}" "$@" >> "$CALLS"\necho >> "$CALLS"\n'
+
+
+def refusal(code: str, folder: Path, **environment: str) -> str:
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        noted_calls(code, folder, **environment)
+    assert error.value.returncode == 2
+    assert b"===" not in error.value.stdout
+    return error.value.stderr.decode()
+
+
+def test_settings_exported_once_serve_preparation_and_training(tmp_path):
+    prepare, train = noted_calls(
+        f"export MODEL_PATH=./model CLIPS=raw PREPARED=done CAPTION_COLUMN=words\n{PREPARE}\n{TRAIN}", tmp_path
+    )
+    assert value_of(prepare, "--model_id") == value_of(train, "--pretrained_model_name_or_path") == "./model"
+    assert value_of(prepare, "--data_root") == "raw"
+    assert value_of(prepare, "--output_dir") == value_of(train, "--data_root") == "done"
+    assert value_of(prepare, "--caption_column") == value_of(train, "--caption_column") == "words"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "old", "new"),
+    [
+        (PREPARE, "MODEL_ID=m DATA_ROOT=raw OUTPUT_DIR=done", "MODEL_PATH=m CLIPS=raw PREPARED=done"),
+        (TRAIN, "MODEL_ID=m DATA_ROOT=done OUTPUT_DIR=runs", "MODEL_PATH=m PREPARED=done OUTPUT_ROOT=runs"),
+        (TRAIN, "LOAD_TENSORS=false DATA_ROOT=raw", "LOAD_TENSORS=false CLIPS=raw"),
+        (
+            TRAIN,
+            "ACCELERATE_CONFIG_FILE=accelerate_configs/ddp_2_machines.yaml NUM_PROCESSES=8",
+            "ACCELERATE_CONFIG=accelerate_configs/ddp_2_machines.yaml NUM_GPUS=4",
+        ),
+    ],
+)
+def test_an_old_name_means_the_new_one(tmp_path, launcher, old, new):
+    by_old, by_new = noted_calls(f"{old} {launcher}\n{new} {launcher}", tmp_path)
+    assert by_old == by_new
+
+
+def test_raw_clips_are_named_for_training_as_for_preparation(tmp_path):
+    code = f"DATASET_FILE=a.csv CAPTION_COLUMN=words VIDEO_COLUMN=file LOAD_TENSORS=false {TRAIN}"
+    (call,) = noted_calls(code, tmp_path)
+    assert "--load_tensors" not in call and "--data_root" not in call
+    names = ("--dataset_file", "--caption_column", "--video_column", "--height", "--width")
+    assert [value_of(call, name) for name in names] == ["a.csv", "words", "file", "480", "720"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "seen", "config", "processes"),
+    [
+        ("", "all", "single_gpu", None),
+        ("GPU_IDS=1", "1", "single_gpu", "1"),
+        ('GPU_IDS="0,1"', "0,1", "ddp", "2"),
+        ('GPU_IDS="0 3" ACCELERATE_CONFIG=accelerate_configs/zero2.yaml', "0,3", "zero2", "2"),
+        ("NUM_GPUS=8", "all", "ddp", "8"),
+        ("NUM_GPUS=8 NUM_MACHINES=3", "all", "ddp_2_machines", "24"),
+        ("CUDA_VISIBLE_DEVICES=5", "5", "single_gpu", None),
+    ],
+)
+def test_the_gpus_that_are_named_are_used(tmp_path, settings, seen, config, processes):
+    programs = PROGRAMS | dict.fromkeys(("accelerate", "torchrun", "python"), SHOW_GPUS)
+    code = f"{settings} {TRAIN}\nMACHINE_RANK=0 MAIN_PROCESS_IP=a {settings} {PREPARE}"
+    train, prepare = noted_calls(code, tmp_path, programs)
+    assert Path(value_of(train, "--config_file")).stem == config
+    assert (value_of(train, "--num_processes") if "--num_processes" in train else None) == processes
+    assert [train[0], prepare[0]] == [seen, seen]
+    on_several = "--standalone" in prepare or "--nnodes" in prepare
+    assert on_several == (processes not in (None, "1"))
+
+
+def test_accelerate_leaves_the_visible_gpus_as_they_are_even_with_a_file_that_names_others(tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text(
+        (ROOT / "accelerate_configs/single_gpu.yaml").read_text().replace("gpu_ids: all", 'gpu_ids: "0"')
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    for call in noted_calls(f"{TRAIN}\nACCELERATE_CONFIG={tmp_path}/own.yaml {TRAIN}", tmp_path):
+        arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(call[1:]))
+        assert prepare_simple_launcher_cmd_env(arguments)[1]["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            f"RANK=8 {TRAIN}",
+            "RANK is set, but is not a setting of train_text_to_video_lora.sh; rename it to LORA_RANK",
+        ),
+        (f"MODEL_ID=a MODEL_PATH=b {TRAIN}", "MODEL_ID=a and MODEL_PATH=b mean the same setting; unset MODEL_ID"),
+        (f"GPU_IDS=0,1 NUM_GPUS=3 {PREPARE}", 'GPU_IDS="0,1" names 2 GPUs, but the number is set to 3'),
+        (f"GPU_IDS=1 CUDA_VISIBLE_DEVICES=0 {TRAIN}", "GPU_IDS=1 and CUDA_VISIBLE_DEVICES=0 differ; unset one"),
+        (f"GPU_IDS=all {TRAIN}", "GPU_IDS=all: name the GPUs"),
+        (
+            f"GPU_IDS=0,1 ACCELERATE_CONFIG=accelerate_configs/single_gpu.yaml {TRAIN}",
+            "starts one process, not 2; unset it, or use accelerate_configs/ddp.yaml",
+        ),
+        (f"NUM_MACHINES=2 {PREPARE}", "NUM_MACHINES=2: needs MACHINE_RANK"),
+        (f"DATA_ROOT=done OUTPUT_DIR=done {TRAIN}", "OUTPUT_ROOT=done is the folder of the prepared data"),
+        (f"LOAD_TENSORS=1 {TRAIN}", "LOAD_TENSORS=1: must be true or false"),
+        (f"CONTINUE=no-run {TRAIN}", "CONTINUE=no-run: not the folder of a run"),
+        (f"ACCELERATE_CONFIG=accelerate_configs/uncompiled_1.yaml {TRAIN}", "now accelerate_configs/single_gpu.yaml"),
+        (f"ACCELERATE_CONFIG=accelerate_configs/compiled_1.yaml {TRAIN}", "with the flag --compile"),
+        (f"ACCELERATE_CONFIG_FILE=accelerate_configs/deepspeed.yaml {TRAIN}", "now accelerate_configs/zero2.yaml"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_an_error_before_anything_starts(tmp_path, command, message):
+    error = refusal(command, tmp_path)
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_help_of_a_launcher_lists_its_settings_without_any_program(launcher):
+    done = subprocess.run(
+        ["bash", ROOT / launcher, "--help"], env={"PATH": "/usr/bin:/bin"}, check=True, capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
+    for name in settings_of(ROOT / launcher):
+        assert any(line.startswith(f"{name}=") for line in lines)
+    assert "HEIGHT_BUCKETS=480" in lines or "OPTIMIZERS=adamw" in lines
+    assert lines[-1].endswith("training/" + script_of(lines[-1].split()) + " --help")
+    assert "${" not in done.stdout and "===" not in done.stdout
+
+
+def test_a_launcher_is_executable_starts_with_sh_and_keeps_its_line_ends(tmp_path):
+    for name in LAUNCHERS:
+        assert os.access(ROOT / name, os.X_OK)
+    by_sh, by_name = noted_calls("sh prepare_dataset.sh --seed 7\n./prepare_dataset.sh --seed 7", tmp_path)
+    assert by_sh == by_name and script_flags(by_sh)[-2:] == ["--seed", "7"]
+    shown = subprocess.run(["git", "check-attr", "eol", "--", *LAUNCHERS], cwd=ROOT, capture_output=True, text=True)
+    assert shown.stdout.splitlines() == [f"{name}: eol: lf" for name in LAUNCHERS]

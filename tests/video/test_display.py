@@ -194,6 +194,13 @@ def test_progressive_frames_of_a_mixed_clip_are_untouched(tmp_path):
     assert probe_video(path).corrections == (DEINTERLACED,)
 
 
+def test_an_interlaced_clip_that_changes_its_size_is_named(tmp_path):
+    parts = [interlaced(tmp_path / "a.ts", 20), encode(tmp_path / "b.ts", frames=20, width=96)]
+    (tmp_path / "joined.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(ValueError, match=r"joined\.ts: changes its size .* 160x48 yuv420p to 96x48 yuv420p"):
+        read_frames(tmp_path / "joined.ts", [3, 30])
+
+
 # Signal values [0, 1] of light in nits, by SMPTE ST 2084 and ITU-R BT.2100 (HLG on a display of 1000 nits).
 
 

@@ -83,7 +83,7 @@ def progressive(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
     else:
         return
     graph = _graph(_properties(frame), ("bwdif", "mode=send_frame:deint=interlaced"))
-    deinterlaced = _filtered(graph, chain(before, [frame], frames), _properties(frame)[:2])
+    deinterlaced = _filtered(graph, chain(before, [frame], frames), _properties(frame)[:3])
     yield from islice(deinterlaced, len(before), None)
 
 
@@ -131,11 +131,12 @@ def _graph(properties: tuple[int, int, str, int, int], *filters: tuple[str, str]
 
 
 def _filtered(
-    graph: av.filter.Graph, frames: Iterable[av.VideoFrame], size: tuple[int, int]
+    graph: av.filter.Graph, frames: Iterable[av.VideoFrame], kind: tuple[int, int, str]
 ) -> Iterator[av.VideoFrame]:
     for frame in chain(frames, [None]):
-        if frame is not None and (frame.width, frame.height) != size:
-            raise ValueError(f"changes its size from {size[0]}x{size[1]} to {frame.width}x{frame.height}")
+        if frame is not None and _properties(frame)[:3] != kind:  # filters would read beyond the picture
+            changed = "{}x{} {} to {}x{} {}".format(*kind, *_properties(frame))
+            raise ValueError(f"changes its size or pixel format from {changed}")
         graph.push(frame)
         try:
             while True:

@@ -13,7 +13,7 @@ from PIL import Image
 
 import make_first_frames
 from data.sources import DataSource, read_clips
-from encoded_clips import all_frames, encode, numbered_frame
+from encoded_clips import all_frames, encode, ffmpeg, numbered_frame
 from repository import TRAINING
 
 
@@ -69,6 +69,17 @@ def test_the_image_is_the_first_frame_that_is_not_skipped(clips, skipped):
     assert np.array_equal(pixels(walk["image"]), all_frames(clips / "a" / "walk.mp4")[skipped])
     assert np.array_equal(pixels(run_["image"]), all_frames(clips / "run.mkv")[skipped])
     assert np.array_equal(pixels(still["image"]), numbered_frame(200))
+
+
+def test_the_image_of_a_mirrored_clip_with_wide_pixels_is_the_frame_as_shown(clips):
+    write_table(clips, walk={}, shown={"video": "shown.mp4"})
+    filters = ["-vf", "setsar=3/2", "-c:v", "libx264", "-qp", "0", clips / "wide.mp4"]
+    ffmpeg("-i", clips / "a" / "walk.mp4", "-frames:v", "6", *filters)
+    ffmpeg("-display_hflip", "-i", clips / "wide.mp4", "-c", "copy", clips / "shown.mp4")
+    walk, shown = (pixels(row["image"]).astype(int) for row in run(clips, "--skip_frames_start", "5"))
+    assert shown.shape == (48, 120, 3)
+    middles = shown[:, 1::3]  # every second pixel of those stored, in its middle
+    assert np.abs(middles - walk[:, ::-1][:, 1::2])[:, 4:-4].mean() < 12
 
 
 def test_the_printed_flags_read_a_table_of_the_same_clips_with_images(clips, capsys):

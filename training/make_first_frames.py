@@ -113,7 +113,7 @@ def image_path(planned: ClipSample, folder: Path) -> Path:
     if planned.clip.image is not None:
         return planned.clip.image.absolute()
     stem = planned.clip.video.stem.encode()[:100].decode(errors="ignore")  # file names have at most 255 bytes
-    return folder / f"{stem}-{planned.info.sha256[:12]}-{planned.frame_indices[0]}.png"
+    return folder / f"{stem}-{planned.info.content[:12]}-{planned.frame_indices[0]}.png"
 
 
 def image_row(planned: ClipSample, folder: Path) -> dict[str, str]:

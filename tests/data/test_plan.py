@@ -15,7 +15,7 @@ from clip_lists import write_table
 from common.errors import UserError
 from common.text_files import index_lines
 from data.buckets import Bucket
-from data.clips import BadClip
+from data.clips import BadClip, Clip, ClipSample
 from data.plan import (
     PreparedData,
     RawData,
@@ -31,6 +31,7 @@ from data.prepared import PreparedClip, StoredTensor, sample_in_shards
 from encoded_clips import encode
 from flags.schema import replace_flags
 from flags.settings import TrainingSettings
+from video.probe import VideoInfo
 
 
 @pytest.fixture
@@ -153,6 +154,16 @@ def test_training_refuses_short_clips_with_the_same_flags(short_clip):
 def test_nothing_is_left_to_skip_where_every_clip_is_bad():
     with pytest.raises(UserError, match="1 of 1 clips cannot be used:"):
         check_bad_clips(RawData([], [BadClip("a.mp4", "videos.txt:1", "is empty")]), "skip")
+
+
+def test_the_fingerprint_changes_where_pictures_are_corrected_and_only_there():
+    def fingerprint(**facts):
+        info = VideoInfo(9, 64, 64, 8.0, sha256="ab" * 32, **facts)
+        clip = Clip(Path("clip.mp4"), "A cat.", "list:1")
+        return RawData([ClipSample(clip, info, Bucket(9, 64, 64), tuple(range(9)))]).fingerprint
+
+    assert fingerprint() == "1 samples (6ee14f61d548)"  # as before there were corrections: runs can be resumed
+    assert fingerprint(corrections=("mirrored",)) != fingerprint()
 
 
 def test_where_captions_are_missing_the_script_that_writes_them_is_named():

@@ -101,6 +101,20 @@ def test_held_frames_are_noted_with_the_worst_clip():
     assert note == "2 samples too short: the last frame is held, for up to 4 of 9 frames (1.mp4 (videos.txt:2))"
 
 
+def test_clips_whose_pictures_are_corrected_are_counted():
+    both = VideoInfo(40, 64, 64, 8.0, corrections=("deinterlaced", "mirrored"))
+    planned = plan([both, VIDEO, VideoInfo(17, 64, 64, 8.0, corrections=("mirrored",))], long_clips="split")
+    assert notes(planned)[1:] == ["corrected when decoded: 1 clip deinterlaced, 2 clips mirrored"]
+
+
+def test_samples_deep_in_clips_that_cannot_seek_are_noted_with_the_command_for_it():
+    infos = [VideoInfo(100, 64, 64, 8.0), VideoInfo(100, 64, 64, 8.0, seekable=True), VideoInfo(60, 64, 64, 8.0)]
+    assert notes(plan(infos, long_clips="split"))[1:] == [
+        "2 samples of clips that cannot seek, so that all frames before are decoded too: "
+        "ffmpeg -i 0.mp4 -map 0:v:0 -c copy 0-seekable.mp4 makes H.264 and HEVC seekable"
+    ]
+
+
 def test_captions_that_are_cut_are_counted():
     (note,) = notes(plan([VIDEO]), num_long_captions=1, max_caption_tokens=100)
     assert note == "1 caption longer than 100 tokens: the rest is cut off"
@@ -176,12 +190,13 @@ def read(path):
 
 
 def test_the_csv_has_a_line_for_every_sample_and_every_bad_clip(tmp_path):
-    infos = [VideoInfo(26, 48, 80, 30000 / 1001), VIDEO]
+    infos = [VideoInfo(26, 48, 80, 30000 / 1001, corrections=("mirrored", "shown over white")), VIDEO]
     planned = plan(infos, captions=["A\ncat, äh.", "b" * 99], long_clips="split")
     write_plan(planned, [BadClip("gone.mp4", "videos.txt:9", "does not exist")], tmp_path / "plan.csv")
     first, second, third, bad = read(tmp_path / "plan.csv")
     given = {"source": "videos.txt:1", "video": str(Path("videos/0.mp4")), "caption": "A cat, äh."}
     found = {"frames": "26", "fps": "29.97", "height": "48", "width": "80", "bucket": "17x32x64", "part": "0"}
+    found["corrected"] = "mirrored, shown over white"
     chosen = {"first_frame": "0", "last_frame": "16", "held": "0", "cropped": "0.167", "upscaled": "", "reason": ""}
     assert first == given | found | chosen
     columns = ("part", "bucket", "first_frame", "last_frame")

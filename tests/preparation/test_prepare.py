@@ -18,7 +18,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import prepare_dataset
+from args import parse_prepare_args
 from clip_lists import write_table
+from data.buckets import Bucket
+from data.clips import Clip, ClipSample
 from data.prepared import PreparedClip, read_empty_prompt, read_index, read_tensor
 from data.sources import DataSource, read_clips
 from diffusion.latents import image_noise_scales
@@ -26,8 +29,8 @@ from diffusion.randomness import step_generator
 from encoded_clips import all_frames
 from models.encoding import encode_noised_image, encode_prompts, encode_videos
 from models.source import ModelSource
-from preparation.prepare import warn_of_overflow
-from video.probe import probe_video
+from preparation.prepare import name_sample, warn_of_overflow
+from video.probe import VideoInfo, probe_video
 
 
 FRAMES = 5
@@ -404,6 +407,19 @@ def test_a_changed_clip_is_encoded_again(model, all_rows, small, prepared_small,
     (after,) = read_index(folder)
     assert before.name != after.name
     assert not torch.equal(read_tensor(before.video_latents), read_tensor(after.video_latents))
+
+
+def test_samples_keep_their_names_unless_their_pictures_are_corrected(tmp_path):
+    settings = parse_prepare_args(["--model_id", "a/b", "--data_root", str(tmp_path), "--output_dir", "out"])
+
+    def name(**facts):
+        info = VideoInfo(9, 64, 64, 8.0, sha256="ab" * 32, **facts)
+        clip = Clip(Path("clip.mp4"), "A cat.", "list:1")
+        return name_sample(ClipSample(clip, info, Bucket(9, 64, 64), tuple(range(9))), settings).name
+
+    # As versions before corrections named it: their latents are still found.
+    assert name() == name(rotation=90, seekable=True) == "clip-5f7242fe5083f3b4"
+    assert len({name(), name(corrections=("mirrored",)), name(corrections=("deinterlaced",))}) == 3
 
 
 def test_a_clip_removed_from_the_list_is_removed_from_the_index(model, small, prepared_small):

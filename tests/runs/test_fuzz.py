@@ -51,6 +51,7 @@ from data.prepared import (
 from encoded_clips import ENCODINGS, HEIGHT, WIDTH, encode, numbered_frame
 from flags.schema import flag_values
 from make_real_clips import find_source_dir
+from video.display import STRETCHED
 from video.frames import LONG_CLIPS, choose_samples
 from video.io import read_frames
 from video.probe import VideoInfo, probe_files
@@ -182,10 +183,11 @@ def check_damaged_real_clips(folder: Path) -> None:
 
 def check_damaged_clips(originals: Sequence[Path], count: int) -> None:
     heads = [path.read_bytes()[:size] for path in originals for size in (12, 200)]
-    whole = {path: {frame.tobytes() for frame in decoded(path)} for path in originals}
+    infos = {path: info for path, info in probe_files(originals).items() if isinstance(info, VideoInfo)}
+    whole = {path: {frame.tobytes() for frame in decoded(path, info)} for path, info in infos.items()}
     mutants = mutants_of(originals, heads, count)
     least = len(originals) + 1
-    check_mutants(mutants, lambda path, content: check_clip(path, content, whole[path]), least, "read", "bad")
+    check_mutants(mutants, lambda path, content: check_clip(path, content, whole.get(path, ())), least, "read", "bad")
 
 
 def check_clip(original: Path, content: bytes, whole: Collection[bytes]) -> str:
@@ -197,7 +199,7 @@ def check_clip(original: Path, content: bytes, whole: Collection[bytes]) -> str:
         assert info.strip() and len(info.splitlines()) == 1, f"the reason is {info!r}"
         return "bad"
     samples = list(samples_of(info))
-    truth = [] if info.is_image else decoded(path)
+    truth = [] if info.is_image or {*info.corrections} - {STRETCHED} else decoded(path, info)
     # How FFmpeg decodes a damaged picture depends on those before it, and if it skips one, only time stamps identify
     # the others. Pictures are compared if none is damaged and none is missing.
     comparable = len(truth) == info.num_frames and all(frame.tobytes() in whole for frame in truth)
@@ -222,15 +224,19 @@ def samples_of(info: VideoInfo) -> Iterator[tuple[int, ...]]:
             yield from {samples[0], samples[-1]}
 
 
-def decoded(path: Path) -> list[np.ndarray]:
-    """Return every frame upright, as PyAV decodes them in order, up to the first error."""
+def decoded(path: Path, info: VideoInfo) -> list[np.ndarray]:
+    """Return every frame upright and in its size, as PyAV decodes them in order, up to the first error."""
     frames = []
+    width, height = (info.height, info.width) if info.rotation % 180 else (info.width, info.height)
+    size = {"width": width, "height": height}
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         stream.codec_context.thread_count = 1  # with several, the result of a damaged frame is random
         try:
             for frame in container.decode(stream):
-                frames.append(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)))
+                frames.append(
+                    np.ascontiguousarray(np.rot90(frame.to_ndarray(**size, format="rgb24"), frame.rotation // 90))
+                )
         except (av.FFmpegError, IndexError):  # IndexError: PyAV's, for a stream that begins in the middle of the file
             pass
     return frames

@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import stat
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -12,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from encoded_clips import ENCODINGS, all_frames, encode, ffmpeg, numbered_frame, remuxed, stream_copied_cut
+from encoded_clips import (
+    ENCODINGS,
+    X265_GROUPS,
+    all_frames,
+    encode,
+    ffmpeg,
+    numbered_frame,
+    remuxed,
+    stream_copied_cut,
+)
 from video.cache import FileCache
 from video.io import read_frames
 from video.probe import VideoInfo, probe_files, probe_video
@@ -255,6 +265,25 @@ def test_a_cached_result_is_used(tmp_path):
     (again,) = probe_files([path], FileCache(tmp_path / "cache")).values()
     assert again == info
     assert info.frame_times == tuple(1000 * time for time in TIMES)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_the_command_of_the_plan_makes_a_transport_stream_seekable(tmp_path, codec):
+    options = {"x265-params": X265_GROUPS} if codec == "libx265" else {}
+    source, target = encode(tmp_path / "clip.ts", codec=codec, **options), tmp_path / "clip-seekable.mp4"
+    ffmpeg("-i", source, "-map", "0:v:0", "-c", "copy", target)
+    assert not probe_video(source).seekable
+    assert probe_video(target).seekable
+    assert (all_frames(target) == all_frames(source)).all()
+
+
+def test_corrections_survive_the_cache_and_change_the_content(tmp_path):
+    path, cache = tmp_path / "mirrored.mp4", FileCache(tmp_path)
+    ffmpeg("-display_hflip", "-i", encode(tmp_path / "clip.mp4", frames=2), "-c", "copy", path)
+    assert probe_files([path], cache)[path] == probe_files([path], cache)[path] == probe_video(path)
+    info = probe_video(path)
+    assert info.corrections == ("mirrored",)
+    assert info.content != replace(info, corrections=()).content == info.sha256
 
 
 def test_a_repaired_clip_is_probed_again(clip_of, tmp_path):

@@ -117,7 +117,7 @@ def plan_clips(
             first_frame = _found(infos[clip.image], f"its image {clip.image}: ") if has_image else None
             readable = info
             # Only what the choice of frames depends on.
-            timing = replace(info, height=0, width=0, rotation=0, seekable=False, sha256="")
+            timing = replace(info, height=0, width=0, rotation=0, seekable=False, sha256="", corrections=())
             samples, num_held = samples_of(timing)
         except ValueError as reason:
             reason = describe_folder(clip.video) or str(reason)

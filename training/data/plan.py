@@ -59,8 +59,8 @@ class RawData:
         return _describe_samples(
             [
                 (
-                    planned.info.sha256,
-                    planned.first_frame and planned.first_frame.sha256,
+                    planned.info.content,
+                    planned.first_frame and planned.first_frame.content,
                     planned.frame_indices,
                     planned.bucket,
                     planned.clip.caption,

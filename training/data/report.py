@@ -1,6 +1,7 @@
 """Show the plan before anything is encoded or trained: a table of buckets with notes, and a CSV file."""
 
 import csv
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -11,6 +12,7 @@ from common.files import atomic_write
 from data.buckets import Bucket, cropped_share
 from data.clips import BadClip, Clip, ClipSample
 from data.sampler import BucketBatchSampler
+from video.io import SEEK_FROM
 
 
 _FAR_RATE = 2  # factor from the model's frame rate at which samples teach another kind of motion
@@ -56,6 +58,7 @@ def plan_table(
         f"{_number(sum(batches.values()), 'batch')} of up to {batch_size}{ranks}",
         *_repeat_notes(planned),
         *_sample_notes(planned),
+        *_decoding_notes(planned),
         *_rate_notes(planned, model_fps),
     ]
     if num_long_captions:
@@ -162,6 +165,22 @@ def _sample_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
         )
 
 
+def _decoding_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
+    """Say what is slow to decode, and which pictures are changed when they are."""
+    slow = [sample for sample in planned if sample.frame_indices[0] >= SEEK_FROM and not sample.info.seekable]
+    if slow:
+        video = slow[0].clip.video
+        yield (
+            f"{_number(len(slow), 'sample')} of clips that cannot seek, so that all frames before are decoded too: "
+            f"ffmpeg -i {shlex.quote(video.name)} -map 0:v:0 -c copy {shlex.quote(f'{video.stem}-seekable.mp4')} "
+            "makes H.264 and HEVC seekable"
+        )
+    corrected = Counter(correction for sample in planned if sample.part == 0 for correction in sample.info.corrections)
+    if corrected:
+        counts = ", ".join(f"{_number(count, 'clip')} {correction}" for correction, count in sorted(corrected.items()))
+        yield f"corrected when decoded: {counts}"
+
+
 def _rate_notes(planned: Sequence[ClipSample], model_fps: float) -> Iterator[str]:
     """Say which motion the model will learn from samples whose rate is far from its own."""
     rates = [rate for sample in planned if (rate := sample.shown_fps) is not None]
@@ -219,6 +238,7 @@ _COLUMNS: dict[str, Callable[[ClipSample], object]] = {
     "fps": lambda sample: f"{sample.info.fps:g}",
     "height": lambda sample: sample.info.height,
     "width": lambda sample: sample.info.width,
+    "corrected": lambda sample: ", ".join(sample.info.corrections),
     "bucket": lambda sample: sample.bucket,
     "part": lambda sample: sample.part,
     "first_frame": lambda sample: sample.frame_indices[0],

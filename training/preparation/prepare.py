@@ -110,11 +110,11 @@ def name_sample(planned: ClipSample, settings: PreparationSettings) -> Sample:
     gets a new name, so that stale tensors are not used. In shards the caption has its own name.
     """
     clip = planned.clip
-    facts = [planned.info.sha256, planned.bucket, planned.frame_indices, settings.clips.video_reshape_mode]
+    facts = [planned.info.content, planned.bucket, planned.frame_indices, settings.clips.video_reshape_mode]
     if settings.clips.random_flip or settings.clips.video_reshape_mode == "random":
         facts += [settings.clips.random_flip, settings.preparation.seed]
     if settings.preparation.save_image_latents:
-        image = planned.first_frame.sha256 if planned.first_frame and planned.part == 0 else None
+        image = planned.first_frame.content if planned.first_frame and planned.part == 0 else None
         facts += [image, settings.preparation.num_image_latents, settings.preparation.seed]
     if settings.preparation.layout == "files":
         facts.append(caption_key(clip.caption))

@@ -8,7 +8,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from itertools import dropwhile, takewhile
+from itertools import chain, dropwhile, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,9 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from video.display import orientation, progressive, square_size, to_rgb, turned
 from video.frames import round_half_up
-from video.media import decode, open_video, packets_of, quarter_turns, read_still_image, reason_of, video_stream
+from video.media import decode, open_video, packets_of, read_still_image, reason_of, video_stream
 
 
 if TYPE_CHECKING:
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
 
 
 # Before this frame, decoding everything is cheaper than looking for a keyframe.
-_SEEK_FROM = 64
+SEEK_FROM = 64
 
 
 def read_frames(path: Path, indices: Sequence[int], num_threads: int = 1, *, seekable: bool = False) -> np.ndarray:
-    """Decode frames by index in display order, rotated, to uint8 [F, H, W, 3], RGB; or the picture of a still image.
+    """Decode frames by index in display order to uint8 [F, H, W, 3], RGB, as shown; or the picture of a still image.
+
+    As shown: upright, deinterlaced, with square pixels, over white, in standard dynamic range (`video.display`).
 
     Decoding starts at the first frame, which makes the indices exact. (decord 0.6 seeks: it returns wrong frames on
     open groups of pictures, edit lists, MPEG-4 and MPEG-TS, and is slower on short clips.) Only deep in a seekable
@@ -60,13 +63,15 @@ def _read_distinct(path: Path, indices: list[int], num_threads: int, seekable: b
         if indices != [0]:
             raise ValueError(f"frame {indices[-1]} was asked for, but it is a still image")
         return image.pixels[None]
-    if seekable and indices[0] >= _SEEK_FROM:
+    if seekable and indices[0] >= SEEK_FROM:
         frames = _read_from_keyframe(path, indices, num_threads)
         if frames is not None:
             return frames
     with open_video(path) as container:
         stream = video_stream(container, num_threads)
-        return _gather(enumerate(decode(packets_of(container, stream), stream)), indices)
+        first = max(indices[0] - 1, 0)  # an interlaced frame needs the one before
+        frames = islice(decode(packets_of(container, stream), stream), first, None)
+        return _gather(enumerate(progressive(frames), first), indices, stream)
 
 
 def _read_from_keyframe(path: Path, indices: list[int], num_threads: int) -> np.ndarray | None:
@@ -84,28 +89,32 @@ def _read_from_keyframe(path: Path, indices: list[int], num_threads: int) -> np.
             packets = dropwhile(lambda packet: packet.pts != time_stamps[start], packets_of(container, stream))
             # Drops what an open group shows before its keyframe.
             shown = dropwhile(lambda frame: frame.pts != time_stamps[start], decode(packets, stream))
-            as_surveyed = takewhile(lambda item: item[1].pts == time_stamps[item[0]], enumerate(shown, start))
-            return _gather(as_surveyed, indices)
+            first = next(shown, None)
+            if first is None or (first.interlaced_frame and start == indices[0]):  # which needs the frame before
+                return None
+            surveyed = zip(chain([first], shown), time_stamps[start:], strict=False)
+            as_surveyed = takewhile(lambda pair: pair[0].pts == pair[1], surveyed)
+            return _gather(enumerate(progressive(frame for frame, _ in as_surveyed), start), indices, stream)
     except (av.FFmpegError, ValueError):
         return None
 
 
-def _gather(frames: Iterable[tuple[int, av.VideoFrame]], indices: list[int]) -> np.ndarray:
-    """Collect the frames at `indices` in one array, rotated for display."""
-    pixels, turns, filled = None, 0, 0
+def _gather(frames: Iterable[tuple[int, av.VideoFrame]], indices: list[int], stream: av.VideoStream) -> np.ndarray:
+    """Collect the frames at `indices` in one array, as shown."""
+    pixels, filled = None, 0
     reformatter = VideoReformatter()  # one for all frames: it keeps the conversion's tables
     for index, frame in frames:
         if index != indices[filled]:
             continue
         if pixels is None:
-            pixels, turns = np.empty((len(indices), frame.height, frame.width, 3), np.uint8), quarter_turns(frame)
-        _, height, width, _ = pixels.shape
-        if (frame.height, frame.width) != (height, width):
-            raise ValueError(f"changes its size from {width}x{height} to {frame.width}x{frame.height}")
-        pixels[filled] = reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
+            stored, shown, placed = (frame.width, frame.height), square_size(frame, stream), orientation(frame)
+            pixels = np.empty((len(indices), *shown, 3), np.uint8)
+        if (frame.width, frame.height) != stored:
+            raise ValueError(f"changes its size from {stored[0]}x{stored[1]} to {frame.width}x{frame.height}")
+        pixels[filled] = to_rgb(frame, *shown, reformatter)
         filled += 1
         if filled == len(indices):
-            return np.ascontiguousarray(np.rot90(pixels, turns, axes=(1, 2)))
+            return turned(pixels, *placed)
     raise ValueError(f"frame {indices[filled]} was asked for, but the clip ends before it")
 
 

@@ -29,6 +29,8 @@ _NOT_VIDEOS = {"hls": "a playlist", "dash": "a playlist", "concat": "a playlist"
 _IMAGE_BRANDS = {"heic", "heix", "heim", "heis", "mif1", "avif"}  # in the container of mp4, where FFmpeg sees a video
 # EXIF orientation -> counterclockwise quarter turns. 2, 4, 5 and 7 mirror the picture first.
 _EXIF_TURNS = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}
+# FFmpeg's own decoders of these codecs drop the alpha channel.
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 class StillImage(NamedTuple):
@@ -75,9 +77,14 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 bits a colour")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return over_white(image.convert("RGBA"))
     return np.array(image.convert("RGB"))
+
+
+def over_white(image: Image.Image) -> np.ndarray:
+    """Show a picture of mode RGBA on white; returns uint8 [H, W, 3]."""
+    shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(shown.convert("RGB"))
 
 
 def open_video(path: Path) -> av.container.InputContainer:
@@ -122,14 +129,14 @@ def packets_of(container: av.container.InputContainer, stream: av.VideoStream) -
 
 def decode(packets: Iterable[av.Packet], stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """Yield all frames of the packets, in display order."""
+    context = stream.codec_context
+    tags = {name.lower(): value for name, value in stream.metadata.items()}  # ALPHA_MODE by older muxers
+    if tags.get("alpha_mode") == "1" and context.codec.canonical_name in _ALPHA_DECODERS:
+        context = av.CodecContext.create(_ALPHA_DECODERS[context.codec.canonical_name], "r")
+        context.thread_count = stream.codec_context.thread_count
     for packet in packets:
-        yield from stream.codec_context.decode(packet)
-    yield from stream.codec_context.decode(None)
-
-
-def quarter_turns(frame: av.VideoFrame) -> int:
-    """Return how many `np.rot90` turns the stored picture needs for display."""
-    return round(frame.rotation / 90) % 4
+        yield from context.decode(packet)
+    yield from context.decode(None)
 
 
 def reason_of(error: Exception) -> str:

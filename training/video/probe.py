@@ -14,34 +14,42 @@ import av
 from common.bars import tqdm
 from common.ranks import launch_rank, launch_size, local_size, machine_rank, num_machines
 from video.cache import FileCache
-from video.media import decode, open_video, packets_of, quarter_turns, read_still_image, reason_of, video_stream
+from video.display import corrections_of, has_alpha, opacity, orientation, square_size
+from video.media import decode, open_video, packets_of, read_still_image, reason_of, video_stream
 
 
 # Codecs with one frame per packet. For others (VP8's hidden frames, packed B-frames in AVI) only decoding can count.
 _PACKETS_ARE_FRAMES = {"h264", "hevc", "av1", "vp9", "prores", "mjpeg"}
 _PROGRESS_BAR_FROM = 50
 # Raise the number whenever VideoInfo or the probe's results change.
-_CACHE_KIND = "probe 1"
+_CACHE_KIND = "probe 2"
 
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """Properties of a decoded clip.
+    """Properties of a clip as shown: height and width are those of the frames that `read_frames` returns.
 
-    Phones store upright clips sideways, with a rotation: height and width are those of the frames that `read_frames`
-    returns, after that rotation.
+    Phones store upright clips sideways, with a rotation; camcorders store pixels that are not square.
     """
 
     num_frames: int  # frames that decode, never duration × fps
     height: int
     width: int
     fps: float  # average over the clip; 0.0 if unknown
-    rotation: int = 0  # degrees counterclockwise from the stored picture to the displayed one
+    rotation: int = 0  # degrees counterclockwise from the stored picture, after mirroring, to the one shown
     # [num_frames], microseconds since the first frame; None if the rate is constant
     frame_times: tuple[int, ...] | None = None
     seekable: bool = False  # time stamps identify the frames; for `read_frames`
     is_image: bool = False  # a still image: one frame, no rate
     sha256: str = ""  # of the file's bytes
+    corrections: tuple[str, ...] = ()  # what `read_frames` does besides turning: constants of `video.display`
+
+    @property
+    def content(self) -> str:
+        """A digest that changes with the pictures: the file's, unless they are corrected."""
+        if not self.corrections:
+            return self.sha256
+        return hashlib.sha256(repr((self.sha256, self.corrections)).encode()).hexdigest()
 
 
 def probe_video(path: Path) -> VideoInfo:
@@ -100,13 +108,17 @@ def _probe_packets(path: Path) -> VideoInfo | None:
                 return None
             # Frames shown before an open group's keyframe depend on the group before and need not decode here.
             missing = {packet.pts for packet in last_group if packet.pts >= last_group[0].pts}
+            corrections = set()
             for frame in decode(last_group, stream):
+                if has_alpha(frame.format.name):  # whether anything is transparent, all frames must tell
+                    return None
                 missing.discard(frame.pts)
+                corrections |= corrections_of(frame, stream)
         except av.FFmpegError:
             return None
         if missing or (frame.height, frame.width) != size:
             return None
-        info = _info(stream, frame, sorted(time_stamps))
+        info = _info(stream, frame, sorted(time_stamps), corrections)
         return replace(info, seekable=len(set(time_stamps)) == len(time_stamps))
 
 
@@ -116,7 +128,7 @@ def _probe_by_decoding(path: Path) -> VideoInfo:
         stream = video_stream(container)
         stream.codec_context.options = {"skip_loop_filter": "all"}
         listed, bytes_missing = max(stream.frames, len(stream.index_entries)), _index_end(stream) - path.stat().st_size
-        time_stamps, frame, size, damage = [], None, None, None
+        time_stamps, frame, size, damage, corrections, visible = [], None, None, None, set(), False
         try:
             for frame in decode(packets_of(container, stream), stream):
                 size = size or (frame.width, frame.height)
@@ -124,6 +136,8 @@ def _probe_by_decoding(path: Path) -> VideoInfo:
                     sizes = f"{size[0]}x{size[1]} to {frame.width}x{frame.height}"
                     raise ValueError(f"changes its size from {sizes} at frame {len(time_stamps)}")
                 time_stamps.append(frame.pts)
+                corrections |= corrections_of(frame, stream)
+                visible = visible or not has_alpha(frame.format.name) or bool(opacity(frame).any())
         except av.FFmpegError as error:
             damage = reason_of(error)
         decoded = len(time_stamps)
@@ -136,7 +150,9 @@ def _probe_by_decoding(path: Path) -> VideoInfo:
             raise ValueError(f"{extent} ({damage})")
         if frame is None:
             raise ValueError("has a video stream without a single frame")
-        return _info(stream, frame, time_stamps)
+        if not visible:
+            raise ValueError("is transparent in every frame; export it without an alpha channel")
+        return _info(stream, frame, time_stamps, corrections)
 
 
 def _index_end(stream: av.VideoStream) -> int:
@@ -145,12 +161,22 @@ def _index_end(stream: av.VideoStream) -> int:
     return max((entry.pos + entry.size for entry in stream.index_entries), default=0) if is_mp4 else 0
 
 
-def _info(stream: av.VideoStream, frame: av.VideoFrame, time_stamps: Sequence[int | None]) -> VideoInfo:
-    """Build the info from any frame of a clip and the time stamps of all, in display order."""
-    turns = quarter_turns(frame)
-    height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+def _info(
+    stream: av.VideoStream, frame: av.VideoFrame, time_stamps: Sequence[int | None], corrections: set[str]
+) -> VideoInfo:
+    """Build the info from any frame of a clip, and the time stamps of all in display order."""
+    _, turns = orientation(frame)
+    height, width = square_size(frame, stream)[:: -1 if turns % 2 else 1]
     fps, frame_times = _timing(stream, time_stamps)
-    return VideoInfo(len(time_stamps), height, width, fps, rotation=90 * turns, frame_times=frame_times)
+    return VideoInfo(
+        len(time_stamps),
+        height,
+        width,
+        fps,
+        rotation=90 * turns,
+        frame_times=frame_times,
+        corrections=tuple(sorted(corrections)),
+    )
 
 
 def _timing(stream: av.VideoStream, time_stamps: Sequence[int | None]) -> tuple[float, tuple[int, ...] | None]:
@@ -198,5 +224,5 @@ def _probe_or_reason(path: Path, cache: FileCache | None) -> VideoInfo | str:
         found = cache.find(path, _CACHE_KIND, lambda path: asdict(probe_video(path)))
     except ValueError as error:
         return str(error)
-    times = found["frame_times"]
-    return VideoInfo(**found | {"frame_times": None if times is None else tuple(times)})
+    lists = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+    return VideoInfo(**found | lists)  # JSON has no tuples

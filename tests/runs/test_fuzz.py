@@ -645,7 +645,9 @@ def check_damaged_copy(original: Path, path: Path, content: bytes) -> str:
 def check_damaged_preparations(folder: Path) -> None:
     for original, files in make_preparations(folder / "damaged").items():
         mutants = mutants_of(files, PIECES_OF_LISTS, 12)
-        check_mutants(mutants, partial(check_damaged_copy, original), 1, "read", "refused")
+        # The index of the original script may be damaged: its samples are also found by their files.
+        needed = ("read",) if original.name == "files" else ("read", "refused")
+        check_mutants(mutants, partial(check_damaged_copy, original), 1, *needed)
 
 
 def with_another_value(entry: object, path: Sequence[int], value: object) -> object:

@@ -258,7 +258,7 @@ def test_a_learning_rate_given_on_resume_is_applied_along_the_schedule(train, st
 def test_a_run_is_resumed_with_other_batches_a_step_and_reports_it(train, stopped_run, capsys):
     train(stopped_run, *RESUME, "--gradient_accumulation_steps", "5")
     said = capsys.readouterr().err
-    assert f"resumed from {stopped_run / 'checkpoint-4'}" in said
+    assert f"resumed from {stopped_run / 'checkpoint-4'} at learning rate 0.001" in said
     assert "the run continues with 1 processes x 5 batches a step, after 1 x 1" in said
     # Of 16 batches 4 are seen: steps of 5, 5 and 2, then one of the next epoch. The next resume counts from there.
     assert read_state(stopped_run / "checkpoint-8").schedule == ScheduleStart(1, 5, step=4, epoch=0, seen_batches=4)

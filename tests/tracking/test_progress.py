@@ -72,7 +72,17 @@ def test_the_time_left_is_logged_once_after_ten_steps(make_log, caplog):
         said = [message for message in caplog.messages if " left: " in message]
         assert len(said) == (step >= 11)  # the third interval of four steps
     log.finish()
-    assert re.fullmatch(r"about 0 s left: 18 steps of \d\S* s; validation and checkpoints come on top", said[0])
+    words = r"about 0 s left: 18 steps of \d\S* s \(.* samples/s, .*\); validation and checkpoints come on top"
+    assert re.fullmatch(words, said[0])
+
+
+def test_the_bar_fits_120_columns_and_a_resumed_one_counts_only_its_own_steps(make_log):
+    log = make_log(first_step=10_000, total_steps=30_000, interval=1)
+    do_step(log, 12.3456, 123.456, 0.000123)
+    shown = log.bar.format_dict | {"n": 10_010, "elapsed": 300.0, "rate": None, "ncols": None}
+    line = log.bar.format_meter(**shown)
+    assert "<166:35:00, 30.00s/ steps, loss=12.3456, lr=1.23e-04, grad_norm=123.456]" in line
+    assert len(line) <= 120
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ class StepLog:
         for step, rate in zip(steps, rates, strict=True):
             self._log(step, rate, speed)
         norm = [f"grad_norm={steps[-1].grad_norm:.3f}"] if self.has_norm else []
-        shown = [f"loss={steps[-1].loss:.4f}", f"lr={rates[-1]:.2e}", *norm, speed.short()]
+        shown = [f"loss={steps[-1].loss:.4f}", f"lr={rates[-1]:.2e}", *norm]  # all fits 120 columns
         self.bar.set_postfix_str(", ".join(shown))
         self._estimate()
         scaler = self.accelerator.scaler
@@ -105,8 +105,8 @@ class StepLog:
         self.is_estimated = True
         speed = self._settled_speed()
         seconds = speed.seconds / speed.steps
-        message = "about %s left: %d steps of %.3g s; validation and checkpoints come on top"
-        logger.info(message, in_words(left * seconds), left, seconds)
+        message = "about %s left: %d steps of %.3g s (%s); validation and checkpoints come on top"
+        logger.info(message, in_words(left * seconds), left, seconds, speed.short())
 
     def _settled_speed(self) -> Speed:
         """Return the speed without the first interval, if there are more."""

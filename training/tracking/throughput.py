@@ -81,7 +81,7 @@ class Speed:
         return values
 
     def short(self) -> str:
-        """Format for a progress bar."""
+        """Format the speed and the share of the peak."""
         values = self.values()
         peak = f" ({values['peak_percent']:.0f}%)" if "peak_percent" in values else ""
         return f"{values['samples_per_second']:.3g} samples/s, {values['tflops_per_second']:.3g} TFLOP/s{peak}"

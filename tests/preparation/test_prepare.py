@@ -5,6 +5,8 @@ Every clip gets a bucket of its size, so that nothing is resized and the expecte
 
 import csv
 import json
+import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 
 import prepare_dataset
 from clip_lists import write_table
+from common.folder_lock import locked_folder
 from data.prepared import PreparedClip, read_empty_prompt, read_index, read_tensor
 from data.sources import DataSource, read_clips
 from diffusion.latents import image_noise_scales
@@ -430,6 +433,17 @@ def test_a_folder_prepared_with_other_settings_is_refused(model, prepared_small,
     assert error.startswith("error: --output_dir: ")
     assert message in error
     assert contents(folder) == before
+
+
+def test_another_preparation_into_the_same_folder_is_refused_until_the_first_ends(model, prepared_small, capsys):
+    data, output = prepared_small
+    before = (output / "index.jsonl").read_bytes()
+    with locked_folder(output, "other clips"), pytest.raises(SystemExit, match="2"):
+        prepare(model, data, output)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(rf"error: --output_dir: process {os.getpid()} on .* is writing to '{output}'; .*", said)
+    prepare(model, data, output)
+    assert (output / "index.jsonl").read_bytes() == before
 
 
 def test_a_folder_prepared_with_another_vae_is_refused(tiny_models, prepared_small, tmp_path, capsys):

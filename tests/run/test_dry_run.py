@@ -9,6 +9,7 @@ from PIL import Image
 import cogvideox_image_to_video_lora
 import cogvideox_text_to_video_sft
 import prepare_dataset
+from common.folder_lock import locked_folder
 from data.buckets import Bucket
 from data.plan import PreparedData
 from data.prepared import PreparedClip
@@ -39,7 +40,8 @@ def test_a_dry_run_does_not_change_an_earlier_run(tiny_models, demo_clips, tmp_p
     kept = tmp_path / "out" / "transformer" / "weights"
     kept.parent.mkdir(parents=True)
     kept.write_text("precious")
-    rehearse(cogvideox_text_to_video_sft, tiny_models("5b"), demo_clips, tmp_path / "out", "--max_samples", "1")
+    with locked_folder(tmp_path / "out"):  # as by a run that is not finished
+        rehearse(cogvideox_text_to_video_sft, tiny_models("5b"), demo_clips, tmp_path / "out", "--max_samples", "1")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]
 
 

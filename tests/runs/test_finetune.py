@@ -1,6 +1,7 @@
 """The training script end to end on tiny models: training, outputs, resuming, and refusals."""
 
 import math
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -16,6 +17,7 @@ import cogvideox_text_to_video_lora
 import tiny_runs
 from checkpoints.schedule import ScheduleStart
 from checkpoints.state import read_state
+from common.folder_lock import locked_folder
 from encoded_clips import all_frames
 from optimizers.build import build_optimizer
 from original_folders import write_original_folder
@@ -253,6 +255,13 @@ def test_a_learning_rate_given_on_resume_is_applied_along_the_schedule(train, st
     shutil.rmtree(stopped_run / "logs")
     train(stopped_run, *RESUME, "--lr_scheduler", "linear", "--learning_rate", "4e-3")
     assert curve(stopped_run, "lr") == pytest.approx({step: 4e-3 * (8 - (step - 1)) / 8 for step in (5, 6, 7, 8)})
+
+
+def test_a_second_run_in_the_folder_is_refused_before_it_loads_anything(error_of, tmp_path):
+    with locked_folder(tmp_path):
+        error = error_of(tmp_path, "--max_train_steps", "1")
+    assert re.fullmatch(rf"error: --output_dir: process {os.getpid()} on .* is writing to '{tmp_path}'; .*", error)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_is_resumed_with_other_batches_a_step_and_reports_it(train, stopped_run, capsys):

@@ -19,8 +19,10 @@ from diffusers.training_utils import free_memory
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import refresh_names
+from common.folder_lock import locked_folder
 from common.logs import log_without_tokens
 from common.ranks import launch_rank, launch_size, local_rank, num_machines
+from common.text_files import digest_lines
 from data.buckets import Bucket
 from data.clips import ClipSample
 from data.plan import RawData, describe_plan, report_skipped
@@ -43,7 +45,8 @@ logger = logging.getLogger(__name__)
 def prepare(settings: PreparationSettings, data: RawData) -> None:
     """Prepare the clips in `settings.preparation.output_dir`; called on every rank, each of which does its share.
 
-    Raises UserError if the folder holds other data, the model cannot be read, or clips cannot be decoded.
+    Raises UserError if the folder holds other data, or another preparation writes to it, the model cannot be read, or
+    clips cannot be decoded.
     """
     rank, num_ranks, flags = launch_rank(), launch_size(), settings.preparation
     log_without_tokens(logging.INFO if rank == 0 else logging.ERROR)
@@ -53,20 +56,23 @@ def prepare(settings: PreparationSettings, data: RawData) -> None:
         log_plan(settings, data, source, num_ranks)
     folder = Path(flags.output_dir)
     samples = [name_sample(planned, settings) for planned in data.clips]
-    names = (sample.name + sample.caption_key for sample in samples)
+    names = [sample.name + sample.caption_key for sample in samples]
     check_preparation(flag_values(settings), folder, source.fingerprint(), names)
     if flags.save_latents_and_embeddings:
         source.download("vae", "text_encoder", "tokenizer")
         warn_of_overflow(DTYPES[settings.model.dtype], source)
-    prepared = claim_folder(folder, settings_of(settings, source))
-    layout = make_layout(settings, folder, samples, configs)
-    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else CPU
-    work = Preparation(settings, source, layout, samples, rank, num_ranks, device)
-    if flags.save_latents_and_embeddings:
-        embed_captions(work)
-        free_memory()
-    encode_clips(work)
-    finish(work, data, prepared)
+    wanted = settings_of(settings, source)
+    # Processes that write the same tensors may share the folder, such as the ranks, or an orphan of a killed launch.
+    with locked_folder(folder, digest_lines([repr(wanted), *names])):
+        prepared = claim_folder(folder, wanted)
+        layout = make_layout(settings, folder, samples, configs)
+        device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else CPU
+        work = Preparation(settings, source, layout, samples, rank, num_ranks, device)
+        if flags.save_latents_and_embeddings:
+            embed_captions(work)
+            free_memory()
+        encode_clips(work)
+        finish(work, data, prepared)
 
 
 def model_source(model: EncoderFlags) -> ModelSource:

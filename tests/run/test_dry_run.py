@@ -31,8 +31,8 @@ def test_a_dry_run_trains_saves_loads_samples_and_keeps_nothing(tiny_models, dem
     told = capfd.readouterr().err
     assert "Reading every sample" in told
     assert "4/4" in told
-    assert "peak memory up to two steps: host" in told
-    assert "peak memory up to a video: host" in told
+    assert "peak memory of training: host" in told
+    assert "peak memory of validation: host" in told
     assert "saving, loading and sampling all work" in told
 
 

@@ -10,6 +10,7 @@ from data.buckets import Bucket
 from forward_pass import COGVIDEOX_5B
 from parallel.coordinator import Coordinator
 from tracking.bad_steps import StepGuard
+from tracking.peak_memory import PeakMemory
 from tracking.progress import StepLog, in_words
 from tracking.throughput import Throughput
 
@@ -35,7 +36,8 @@ def make_log(fresh_accelerator, tmp_path, caplog):
         accelerator = Accelerator(cpu=True)
         throughput = Throughput(COGVIDEOX_5B, accelerator.device, 1, torch.float32, trains_all=False)
         guard = StepGuard(Coordinator(), 3, tmp_path)
-        return StepLog(accelerator, first_step, total_steps, interval, throughput, guard)
+        memory = PeakMemory(accelerator.device)
+        return StepLog(accelerator, first_step, total_steps, interval, throughput, memory, guard)
 
     return make_log
 
@@ -60,6 +62,7 @@ def test_every_step_is_logged_and_every_interval_has_a_speed(make_log, caplog):
     assert [values.get("grad_norm") for values in curves.logged.values()] == [2, 2, 2, 2, None]
     fast = [step for step, values in curves.logged.items() if "throughput/samples_per_second" in values]
     assert fast == [12, 14, 15]
+    assert [step for step, values in curves.logged.items() if values.get("memory/peak_host_gb", 0) > 0] == fast
     first, _, last = log.speeds
     assert (first.samples, first.steps, last.samples, last.steps) == (6, 2, 3, 1)
     assert "speed, without the first steps: " in caplog.text

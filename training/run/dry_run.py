@@ -5,7 +5,6 @@ Failures that would come after hours come here, running out of memory included.
 """
 
 import logging
-import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from checkpoints.folder import load_checkpoint
@@ -33,6 +31,7 @@ from run.loop import train
 from run.recipe import Recipe
 from run.setup import make_dataset, set_up
 from run.spec import RunSpec, check_spec
+from tracking.peak_memory import PeakMemory
 
 
 logger = logging.getLogger(__name__)
@@ -47,9 +46,7 @@ def dry_run(recipe: Recipe) -> None:
         memory, failures = try_out(spec)
         if failures:
             raise UserError(f"--dry_run: the validation failed: {failures[0].splitlines()[0]}")
-        for part, peaks in memory.items():
-            sizes = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in peaks.items())
-            logger.info("peak memory up to %s: %s", part, sizes)
+        logger.info("%s", "\n".join(memory.describe()))
         logger.info("dry run: steps of the largest batch, saving, loading and sampling all work; nothing is kept")
 
 
@@ -70,19 +67,18 @@ def trial_spec(recipe: Recipe, *, samples: bool) -> Iterator[RunSpec]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def try_out(spec: RunSpec) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """Train two steps, save, load and sample; return the peaks of memory by part, and why sampling failed."""
+def try_out(spec: RunSpec) -> tuple[PeakMemory, list[str]]:
+    """Train two steps, save, load and sample; return the peaks of memory, and why sampling failed."""
     run, accelerator = set_up(spec), spec.accelerator
-    train(run)
-    memory = {"two steps": peak_memory(accelerator.device)}
+    with run.memory.phase("training"):
+        train(run)
     run.save_checkpoint(STEPS)
     load_checkpoint(accelerator, spec.output_dir / f"checkpoint-{STEPS}")
     run.save_result()
     failures = run.validate(STEPS)
-    memory["a video"] = peak_memory(accelerator.device)
     spec.coordinator.wait()
     accelerator.end_training()
-    return memory, failures
+    return run.memory, failures
 
 
 def read_every_sample(recipe: Recipe) -> None:
@@ -154,14 +150,3 @@ def _once(sample: ClipSample | PreparedClip) -> ClipSample | PreparedClip:
     if isinstance(sample, PreparedClip):
         return replace(sample, repeats=1.0)
     return replace(sample, clip=replace(sample.clip, repeats=1.0))
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Return the peaks of memory in use so far, in bytes."""
-    peaks = {"host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-    if device.type == "cuda":
-        peaks |= {
-            "device, allocated": torch.cuda.max_memory_allocated(device),
-            "device, reserved": torch.cuda.max_memory_reserved(device),
-        }
-    return peaks

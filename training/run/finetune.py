@@ -51,7 +51,8 @@ def train_and_save(recipe: Recipe) -> None:
     if settings.validation.validate_first and run.state.step == 0:
         run.validate(0)
     with run.signals:
-        done = train(run)
+        with run.memory.phase("training"):
+            done = train(run)
         if done < run.total_steps:
             stop(run, done)
         # Saved before the last validation, which can fail or take long.
@@ -59,6 +60,7 @@ def train_and_save(recipe: Recipe) -> None:
             run.save_checkpoint(run.total_steps)
         logger.info("saved %s; to use it:\n\n%s\n", run.save_result(), spec.usage(spec.output_dir))
         run.validate(run.total_steps)
+    logger.info("%s", "\n".join(run.memory.describe()))
     spec.accelerator.end_training()  # finishes the loss curve
     if settings.hub.push_to_hub and spec.accelerator.is_main_process:
         facts = card_facts(spec, run.total_steps)

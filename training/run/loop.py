@@ -30,7 +30,8 @@ def train(run: Run) -> int:
     profile_folder = spec.output_dir / PROFILE_FOLDER if settings.speed.profile and coordinator.is_main else None
     to_device, clock = DeviceCopies(device), CheckpointClock(settings.checkpoints.checkpoint_minutes)
     guard = StepGuard(coordinator, settings.checkpoints.max_bad_steps, spec.output_dir)
-    log = StepLog(accelerator, run.state.step, run.total_steps, settings.tracking.logging_steps, run.throughput, guard)
+    interval, throughput, memory = settings.tracking.logging_steps, run.throughput, run.memory
+    log = StepLog(accelerator, run.state.step, run.total_steps, interval, throughput, memory, guard)
     trainable.model.train()
     with log, profiled(profile_folder, run.state.step) as end_of_step:
         for step in range(run.state.step, run.total_steps):

@@ -30,6 +30,7 @@ from run.recipe import Recipe
 from run.spec import RunSpec
 from run.summary import describe_start
 from run.trainable import Trainable, make_trainable, resume
+from tracking.peak_memory import PeakMemory
 from tracking.throughput import Throughput
 from tracking.trackers import keep_losses, start_trackers
 from validation.loss import validate_loss
@@ -56,6 +57,7 @@ class Run:
     checkpoints: CheckpointFolder
     result_dtype: torch.dtype
     signals: StopSignals
+    memory: PeakMemory
 
     def batches_in(self, step: int) -> int:
         """Return the number of batches of each rank in the step after `step` steps."""
@@ -76,7 +78,10 @@ class Run:
         Returns the reasons of failures, which do not end the run.
         """
         spec, failures = self.spec, []
-        with self.trainable.averaged(), spec.undivided(), gathered(spec.accelerator, self.trainable.model):
+        if not spec.data.held_out and not spec.settings.validation.prompts:
+            return failures
+        model = gathered(spec.accelerator, self.trainable.model)
+        with self.memory.phase("validation", f" at step {step}"), self.trainable.averaged(), spec.undivided(), model:
             if self.inputs.held_out:
                 # With the unwrapped model, so that a rank that fails leaves no other waiting in a forward pass.
                 objective = replace(self.objective, model=self.trainable.transformer)
@@ -150,7 +155,7 @@ def set_up(spec: RunSpec) -> Run:
 
     Raises UserError if weights, images or clips cannot be read, or the checkpoint is beyond the last step.
     """
-    settings, accelerator = spec.settings, spec.accelerator
+    settings, accelerator, memory = spec.settings, spec.accelerator, PeakMemory(spec.accelerator.device)
     state = replace(spec.state, schedule=start_schedule(spec))
     sampler, schedule = make_sampler(spec, state.schedule)
     total_steps = settings.training.max_train_steps or schedule.end_of_epochs(settings.training.num_train_epochs)
@@ -186,6 +191,7 @@ def set_up(spec: RunSpec) -> Run:
         # Read from the model's files now, so that a failure does not come after the training.
         result_dtype=spec.method.result_dtype(spec.dtype, spec.source),
         signals=StopSignals(),
+        memory=memory,
     )
 
 

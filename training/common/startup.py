@@ -7,22 +7,29 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from common.ranks import uses_deepspeed
+from common.ranks import launch_rank, uses_deepspeed
 from common.signals import follow_launcher
 
 
 def prepare_imports(flags: Mapping[str, Any], *, owns_process: bool) -> None:
-    """Silence known noise of libraries, and skip slow imports of libraries that the flags do not use.
+    """Announce the imports, silence known noise of libraries, and skip libraries that the flags do not use.
 
     Args:
         flags: those of a script, by name.
         owns_process: nothing else will run in this process, such as another script with other flags.
     """
+    announce("loading PyTorch and diffusers")
     quiet_libraries()
     if owns_process:
         follow_launcher()
         for name in unused_libraries(flags):
             sys.modules.setdefault(name, None)  # makes Python report it as not installed
+
+
+def announce(what: str) -> None:
+    """Say what takes a while now, on the first rank, before logging is set up."""
+    if launch_rank() == 0:
+        print(f"{what} ...", file=sys.stderr, flush=True)
 
 
 def unused_libraries(flags: Mapping[str, Any]) -> list[str]:

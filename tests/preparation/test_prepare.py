@@ -20,8 +20,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import prepare_dataset
+from args import parse_prepare_args
 from clip_lists import write_table
 from common.folder_lock import locked_folder
+from data.plan import plan_raw_clips
 from data.prepared import PreparedClip, read_empty_prompt, read_index, read_tensor
 from data.sources import DataSource, read_clips
 from diffusion.latents import image_noise_scales
@@ -29,7 +31,7 @@ from diffusion.randomness import step_generator
 from encoded_clips import all_frames
 from models.encoding import encode_noised_image, encode_prompts, encode_videos
 from models.source import ModelSource
-from preparation.prepare import warn_of_overflow
+from preparation.prepare import tensor_bytes, warn_of_overflow
 from video.probe import probe_video
 
 
@@ -521,6 +523,19 @@ def test_fp16_causes_a_warning_for_encoders_in_bfloat16(tmp_path, caplog, stored
     assert all(line.startswith("warning: --dtype fp16: ") and line.endswith("use --dtype bf16") for line in warnings)
 
 
+@pytest.mark.parametrize(("layout", "done"), [("shards", "prepared"), ("files", "prepared_files")])
+def test_the_size_on_disk_is_known_before_anything_is_encoded(model, request, layout, done):
+    folder = request.getfixturevalue(done)
+    flags = ("--save_latents_and_embeddings", "--save_image_latents", "--layout", layout)
+    settings = parse_prepare_args(flags_of(model, folder.parent / "data", folder, *flags))
+    data = plan_raw_clips(settings.sources, settings.clips, with_images=True)
+    sizes = tensor_bytes(settings, ModelSource(str(model)).configs(), data.clips)
+    clips = read_index(folder)
+    latents = [read_tensor(stored) for clip in clips for stored in (clip.video_latents, clip.image_latents)]
+    captions = [read_tensor(clip.prompt_embeds) for clip in clips] + [read_empty_prompt(folder)]
+    assert sizes == {"latents": sum(one.nbytes for one in latents), "captions": sum(one.nbytes for one in captions)}
+
+
 def test_a_dry_run_writes_only_the_plan(model, rows, tmp_path, capsys):
     data = write_data(tmp_path / "data", [*rows, (tmp_path / "missing.mp4", "not there")])
     assert "missing.mp4" in refuse(capsys, model, data, tmp_path / "out", "--dry_run")
@@ -531,3 +546,4 @@ def test_a_dry_run_writes_only_the_plan(model, rows, tmp_path, capsys):
     sheet = Image.open(tmp_path / "out" / "contact_sheet.png")
     assert sheet.width >= 600
     prepare(model, write_data(tmp_path / "data", rows), tmp_path / "out", "--dry_run", "--on_bad_clip", "skip")
+    assert "the tensors take " in capsys.readouterr().err

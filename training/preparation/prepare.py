@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,7 +136,7 @@ def make_layout(
     settings: PreparationSettings, folder: Path, samples: Sequence[Sample], configs: ModelConfigs
 ) -> Layout:
     """Return the layout that the flags ask for."""
-    flags, itemsize = settings.preparation, DTYPES[settings.model.dtype].itemsize
+    flags = settings.preparation
     if flags.layout == "files":
         return FileLayout(
             folder,
@@ -144,20 +145,40 @@ def make_layout(
             with_images=flags.save_image_latents,
             preview_fps=flags.target_fps,
         )
-
-    def latent_bytes(bucket: Bucket) -> int:
-        frames, height, width = bucket.latent_shape
-        frames += flags.num_image_latents if flags.save_image_latents else 0
-        return 2 * configs.vae["latent_channels"] * frames * height * width * itemsize
-
     return ShardLayout(
         folder,
         samples,
-        latent_bytes=latent_bytes,
-        embed_bytes=flags.max_sequence_length * configs.transformer["text_embed_dim"] * itemsize,
+        latent_bytes=partial(latent_bytes, settings, configs),
+        embed_bytes=embed_bytes(settings, configs),
         shard_bytes=flags.shard_size_mb * 2**20,
         with_images=flags.save_image_latents,
     )
+
+
+def latent_bytes(settings: PreparationSettings, configs: ModelConfigs, bucket: Bucket) -> int:
+    """Return the bytes of a sample's latents, with those of its image."""
+    flags, (frames, height, width) = settings.preparation, bucket.latent_shape
+    if flags.save_image_latents:
+        frames += flags.num_image_latents if flags.layout == "shards" else 1
+    return 2 * configs.vae["latent_channels"] * frames * height * width * DTYPES[settings.model.dtype].itemsize
+
+
+def embed_bytes(settings: PreparationSettings, configs: ModelConfigs) -> int:
+    """Return the bytes of an embedded caption."""
+    numbers = settings.preparation.max_sequence_length * configs.transformer["text_embed_dim"]
+    return numbers * DTYPES[settings.model.dtype].itemsize
+
+
+def tensor_bytes(settings: PreparationSettings, configs: ModelConfigs, clips: Sequence[ClipSample]) -> dict[str, int]:
+    """Return the bytes of all tensors of prepared clips, by kind; shards hold equal ones only once."""
+    samples = [name_sample(planned, settings) for planned in clips]
+    buckets = {sample.name: sample.planned.bucket for sample in samples}
+    per_sample = settings.preparation.layout == "files"
+    captions = len(buckets) if per_sample else len({sample.caption_key for sample in samples})
+    return {
+        "latents": sum(latent_bytes(settings, configs, bucket) for bucket in buckets.values()),
+        "captions": (captions + 1) * embed_bytes(settings, configs),  # and the empty prompt
+    }
 
 
 def finish(work: Preparation, data: RawData, prepared: PreparedSettings) -> None:

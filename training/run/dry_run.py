@@ -6,15 +6,17 @@ Failures that would come after hours come here, running out of memory included.
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 
 from PIL import Image
 
 from checkpoints.folder import load_checkpoint
+from checkpoints.manifest import size_of
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write, nearest_folder
@@ -27,6 +29,7 @@ from data.sampler import BucketBatchSampler, Draw
 from dataset import make_loader
 from flags.schema import replace_flags
 from flags.settings import TrainingSettings
+from run.estimate import Measured, describe_run
 from run.loop import train
 from run.recipe import Recipe
 from run.setup import make_dataset, set_up
@@ -43,11 +46,13 @@ def dry_run(recipe: Recipe) -> None:
     """Try a run in a folder that is removed again; raise a UserError if anything fails. Called on every rank."""
     with trial_spec(recipe, samples=True) as spec:
         read_every_sample(recipe)
-        memory, failures = try_out(spec)
-        if failures:
-            raise UserError(f"--dry_run: the validation failed: {failures[0].splitlines()[0]}")
-        logger.info("%s", "\n".join(memory.describe()))
+        trial = try_out(spec)
+        if trial.failures:
+            raise UserError(f"--dry_run: the validation failed: {trial.failures[0].splitlines()[0]}")
         logger.info("dry run: steps of the largest batch, saving, loading and sampling all work; nothing is kept")
+        if launch_rank() == 0:
+            logger.info("the run would be:\n%s", describe_run(spec, recipe, trial.measured))
+            logger.info("%s", trial.memory.describe())
 
 
 @contextmanager
@@ -67,18 +72,42 @@ def trial_spec(recipe: Recipe, *, samples: bool) -> Iterator[RunSpec]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def try_out(spec: RunSpec) -> tuple[PeakMemory, list[str]]:
-    """Train two steps, save, load and sample; return the peaks of memory, and why sampling failed."""
-    run, accelerator = set_up(spec), spec.accelerator
+@dataclass(frozen=True)
+class Trial:
+    """The outcome of a trial."""
+
+    memory: PeakMemory
+    failures: list[str]  # of the sampling
+    measured: Measured
+
+
+def try_out(spec: RunSpec) -> Trial:
+    """Train two steps, save, load and sample; called on every rank."""
+    run, accelerator, folder = set_up(spec), spec.accelerator, spec.output_dir
     with run.memory.phase("training"):
         train(run)
+    began = time.monotonic()
     run.save_checkpoint(STEPS)
-    load_checkpoint(accelerator, spec.output_dir / f"checkpoint-{STEPS}")
-    run.save_result()
+    saved = time.monotonic()
+    checkpoint = folder / f"checkpoint-{STEPS}"
+    load_checkpoint(accelerator, checkpoint)
+    result = run.save_result()
+    sampling = time.monotonic()
     failures = run.validate(STEPS)
     spec.coordinator.wait()
+    video_seconds = time.monotonic() - sampling
     accelerator.end_training()
-    return run.memory, failures
+    measured = Measured(
+        step=run.throughput.latest,
+        throughput=run.throughput,
+        checkpoint_seconds=saved - began,
+        checkpoint_bytes=size_of(checkpoint),
+        result_bytes=size_of(result) if result.is_dir() else result.stat().st_size,
+        video_seconds=video_seconds,
+        video_bytes=max((file.stat().st_size for file in (folder / "validation").rglob("*.mp4")), default=0),
+        embedding_bytes=max((file.stat().st_size for file in (folder / "prompt_embeds").glob("*")), default=0),
+    )
+    return Trial(run.memory, failures, measured)
 
 
 def read_every_sample(recipe: Recipe) -> None:
@@ -127,6 +156,7 @@ def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | N
         max_train_steps=STEPS,
         gradient_accumulation_steps=min(2, settings.training.gradient_accumulation_steps),
         profile=False,
+        logging_steps=1,
         num_validation_videos=1,
         num_inference_steps=2,
         report_to="none",

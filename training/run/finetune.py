@@ -60,7 +60,7 @@ def train_and_save(recipe: Recipe) -> None:
             run.save_checkpoint(run.total_steps)
         logger.info("saved %s; to use it:\n\n%s\n", run.save_result(), spec.usage(spec.output_dir))
         run.validate(run.total_steps)
-    logger.info("%s", "\n".join(run.memory.describe()))
+    logger.info("%s", run.memory.describe())
     spec.accelerator.end_training()  # finishes the loss curve
     if settings.hub.push_to_hub and spec.accelerator.is_main_process:
         facts = card_facts(spec, run.total_steps)

@@ -1,6 +1,7 @@
 """Describe a run before its first step, as a block of lines."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
@@ -46,6 +47,11 @@ def describe_start(
         "written": f"every {settings.checkpoints.checkpointing_steps} steps a checkpoint of "
         f"{in_bytes(spec.checkpoint_bytes)}; losses to {describe_logs(settings.tracking.report_to)}",
     }
+    return as_table(rows)
+
+
+def as_table(rows: Mapping[str, str]) -> str:
+    """Return a line for each row: its name, and its text in a second column."""
     width = max(map(len, rows)) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in rows.items())
 

@@ -12,9 +12,11 @@ from common.units import in_bytes
 
 logger = logging.getLogger(__name__)
 
+SET_UP, OTHER = "set-up", "other work"  # before the first phase, and between the others
+
 
 class PeakMemory:
-    """The peaks of each phase of a run: set-up, training, validation; on a CPU only the host's.
+    """The peaks of each phase of a run on a GPU: set-up, training, validation; and the host's.
 
     The host's is that of this process since its start, without data workers.
     """
@@ -22,21 +24,17 @@ class PeakMemory:
     def __init__(self, device: torch.device):
         self.is_cuda = device.type == "cuda"
         self.device = device
-        self.phases: dict[str, dict[str, int]] = {}  # bytes by phase and name
-        self._enter("set-up")
+        self.phases: dict[str, dict[str, int]] = {}  # bytes on the GPU, by phase and name; empty on a CPU
+        self._enter(SET_UP)
 
     def read(self) -> dict[str, int]:
-        """Return the peaks in bytes since the phase began: host, and of a GPU allocated and reserved."""
-        peaks = {"host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-        if self.is_cuda:
-            peaks["allocated"] = torch.cuda.max_memory_allocated(self.device)
-            peaks["reserved"] = torch.cuda.max_memory_reserved(self.device)
-        return peaks
+        """Return the peaks in bytes: of the host, and since the phase began allocated and reserved on a GPU."""
+        return {"host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, **self._on_device()}
 
     @contextmanager
     def phase(self, name: str, at: str = "") -> Iterator[None]:
         """Log the memory before and after the body of a `with` statement, and note its peaks under the name."""
-        outer = self.current
+        outer = OTHER if self.current == SET_UP else self.current
         self._log(f"before {name}{at}")
         self._note()
         self._enter(name)
@@ -47,9 +45,11 @@ class PeakMemory:
             self._note()
             self._enter(outer)
 
-    def describe(self) -> list[str]:
-        """Return a line for each phase that has ended, with its peaks."""
-        return [f"peak memory of {phase}: {_described(peaks)}" for phase, peaks in self.phases.items()]
+    def describe(self) -> str:
+        """Return a line with the host's peak, and on a GPU one for each phase that has ended."""
+        lines = [f"peak memory: host {in_bytes(self.read()['host'], 1024)}"]
+        lines += [f"peak memory of {phase}: {_described(peaks)}" for phase, peaks in self.phases.items()]
+        return "\n".join(lines)
 
     def _enter(self, name: str) -> None:
         self.current = name
@@ -57,12 +57,19 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def _note(self) -> None:
-        earlier = self.phases.get(self.current, {})
-        self.phases[self.current] = {name: max(size, earlier.get(name, 0)) for name, size in self.read().items()}
+        if peaks := self._on_device():
+            earlier = self.phases.get(self.current, {})
+            self.phases[self.current] = {name: max(size, earlier.get(name, 0)) for name, size in peaks.items()}
+
+    def _on_device(self) -> dict[str, int]:
+        if not self.is_cuda:
+            return {}
+        allocated, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
+        return {"allocated": allocated(self.device), "reserved": reserved(self.device)}
 
     def _log(self, moment: str) -> None:
         now = f"{in_bytes(torch.cuda.memory_allocated(self.device), 1024)} allocated; " if self.is_cuda else ""
-        logger.info("memory %s: %speak since %s began: %s", moment, now, self.current, _described(self.read()))
+        logger.info("memory %s: %speak of %s: %s", moment, now, self.current, _described(self.read()))
 
 
 def _described(peaks: Mapping[str, int]) -> str:

@@ -94,9 +94,7 @@ def try_out(spec: RunSpec) -> Trial:
     result = run.save_result()
     sampling = time.monotonic()
     failures = run.validate(STEPS)
-    spec.coordinator.wait()
     video_seconds = time.monotonic() - sampling
-    accelerator.end_training()
     measured = Measured(
         step=run.throughput.latest,
         throughput=run.throughput,
@@ -107,6 +105,8 @@ def try_out(spec: RunSpec) -> Trial:
         video_bytes=max((file.stat().st_size for file in (folder / "validation").rglob("*.mp4")), default=0),
         embedding_bytes=max((file.stat().st_size for file in (folder / "prompt_embeds").glob("*")), default=0),
     )
+    spec.coordinator.wait()  # the main rank then removes the folder
+    accelerator.end_training()
     return Trial(run.memory, failures, measured)
 
 

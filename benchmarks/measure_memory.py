@@ -171,7 +171,8 @@ def measure_row(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
                 failed = {"failed": f"the validation: {first_line(failures[0])}"}
                 facts = replace(facts, sampled=None)  # the figures are those of a run without validation
             else:
-                measured |= device_peaks("validation")
+                peaks = run.memory.phases.get("validation", {})
+                measured |= {f"validation {name}": size for name, size in peaks.items()}
         measured["host"] = host_peak()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"facts": asdict(facts), "settings": asdict(settings), "device": device, "measured": measured, **failed}

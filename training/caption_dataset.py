@@ -22,6 +22,7 @@ from common.bars import tqdm
 from common.errors import UserError, listing, one_line_errors
 from common.hub_token import HubToken
 from common.logs import log_without_tokens
+from common.startup import announce
 from data.buckets import Bucket
 from data.clips import BadClip, Clip, ClipSample, plan_clips
 from data.plan import RawData, check_bad_clips, data_sources
@@ -64,6 +65,7 @@ def make_captioner(settings: CaptioningSettings, stopped: threading.Event) -> Ca
     """Connect to or load the model of the flags; raises UserError if it cannot be reached or loaded."""
     answers = {"temperature": settings.captions.temperature, "max_tokens": settings.captions.max_tokens}
     if settings.model.endpoint is None:
+        announce(f"loading PyTorch, transformers and {settings.model.model}")
         from captions.model import ModelCaptioner
 
         return ModelCaptioner(settings.model.model, **answers)
@@ -186,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         settings = parse_caption_args(argv)
         log_without_tokens(logging.WARNING)
+        announce("reading the data")
         caption_dataset(settings)
 
 

@@ -13,15 +13,16 @@ from collections.abc import Sequence
 
 from args import parse_args
 from common.errors import one_line_errors
-from common.startup import prepare_imports
+from common.startup import announce, prepare_imports
 from data.plan import plan_training_data
 from flags.schema import flag_values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the flags of `argv`, or of the command line if it is None."""
-    with one_line_errors():
+    with one_line_errors("run it again, with --resume_from_checkpoint latest if it has saved a checkpoint"):
         settings = parse_args(argv, task="text-to-video", method="sft")
+        announce("reading the data")
         data = plan_training_data(settings)
         prepare_imports(flag_values(settings), owns_process=argv is None)
         # Importing torch and diffusers takes many seconds, so flags and clips are checked first.

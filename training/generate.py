@@ -17,7 +17,7 @@ from flags.schema import flag_values
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the flags of `argv`, or of the command line if it is None."""
-    with one_line_errors():
+    with one_line_errors("finished videos are kept; run it again with --overwrite, or only the prompts that are left"):
         settings = parse_generate_args(argv)
         prepare_imports(flag_values(settings), owns_process=argv is None)
         # Importing torch and diffusers takes many seconds, so flags and files are checked first.

@@ -19,6 +19,7 @@ from common.bars import tqdm
 from common.errors import UserError, one_line_errors
 from common.files import atomic_write
 from common.logs import log_without_tokens
+from common.startup import announce
 from common.text_files import index_lines
 from data.buckets import Bucket
 from data.clips import BadClip, ClipSample, plan_clips
@@ -137,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         settings = parse_first_frame_args(argv)
         log_without_tokens(logging.INFO)
+        announce("reading the data")
         (source,) = data_sources(settings.sources)
         folder = Path(settings.output.output_dir).absolute()
         data = plan_first_frames(source, settings.sources.skip_frames_start, folder / FIRST_FRAMES_FILE)

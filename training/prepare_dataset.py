@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from args import parse_prepare_args
 from checks.preparation import preparation_memory_advice
 from common.errors import UserError, one_line_errors
-from common.startup import prepare_imports
+from common.startup import announce, prepare_imports
 from data.plan import advise_early, check_bad_clips, plan_raw_clips
 from flags.schema import flag_values
 
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the flags of `argv`, or of the command line if it is None."""
     with one_line_errors():
         settings = parse_prepare_args(argv)
+        announce("reading the data")
         data = plan_raw_clips(settings.sources, settings.clips, with_images=settings.preparation.save_image_latents)
         if not (settings.preparation.dry_run and data.clips):
             model = settings.model.model_id

@@ -52,7 +52,7 @@ def test_saving_removes_older_ones_and_what_killed_processes_left(tmp_path):
 def test_without_space_nothing_is_written_and_the_last_one_is_named(tmp_path):
     checkpoints = checkpoint_folder(tmp_path, total_limit=1)
     checkpoints.save(TrainerState(1, 0, {}))
-    free = r"^--output_dir: '.*' has .* GB of free space, and at least 1000000000.00 GB are needed for checkpoint-2"
+    free = r"^--output_dir: '.*' has .*B of free space, and at least 1000000000.00 GB are needed for checkpoint-2"
     with pytest.raises(UserError, match=f"{free}; checkpoint-1 is complete: make room"):
         checkpoints.save(TrainerState(2, 0, {}), min_bytes=10**18)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]

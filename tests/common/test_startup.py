@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -58,6 +59,37 @@ def test_a_library_left_out_is_as_good_as_not_installed():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=TRAINING, capture_output=True, text=True)
     assert done.stdout == "False False\nTrue True\n", done.stderr
+
+
+READS, LOADS = "reading the data ...", "loading PyTorch and diffusers ..."
+TRAINERS = [f"cogvideox_{task}_to_video_{method}" for task in ("text", "image") for method in ("lora", "sft")]
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "said"),
+    [
+        *((trainer, ["--pretrained_model_name_or_path", "MODEL"], READS) for trainer in TRAINERS),
+        ("prepare_dataset", ["--model_id", "MODEL", "--output_dir", "out"], READS),
+        ("caption_dataset", ["--endpoint", "http://localhost:1/v1"], READS),
+        ("make_first_frames", ["--output_dir", "out"], READS),
+        ("generate", ["--pretrained_model_name_or_path", "MODEL", "--prompt", "a"], LOADS),
+    ],
+)
+def test_a_command_says_at_once_what_it_is_busy_with(flags, tmp_path, monkeypatch, capsys, command, more, said):
+    monkeypatch.chdir(tmp_path)
+    argv = [flags[1] if word == "MODEL" else word for word in more]
+    argv += [] if command == "generate" else flags[2:4]  # there is no clip, and no part of the model
+    main = import_module(command).main
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    first, *others = capsys.readouterr().err.splitlines()
+    assert (first, others[-1].split(":")[0]) == (said, "error")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for again, code in ((argv, "2"), (["--help"], "0")):
+        with pytest.raises(SystemExit, match=code):
+            main(again)
+        assert said not in capsys.readouterr().err
 
 
 def test_bars_of_libraries_wait_a_moment_too():

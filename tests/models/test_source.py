@@ -252,6 +252,14 @@ def test_a_missing_model_is_refused_in_one_line():
         ModelSource("nobody/nothing").configs()
 
 
+def test_a_model_of_the_hub_that_is_not_here_says_that_this_is_offline(tmp_path):
+    source = ModelSource("a/b", cache_dir=str(tmp_path))
+    said = rf"offline \(HF_HUB_OFFLINE is set\), and its files are not all in {tmp_path}; run `hf download a/b`"
+    for load in (source.configs, lambda: source.load_text_pipeline(torch.float32), lambda: source.download("vae")):
+        with pytest.raises(UserError, match=said):
+            load()
+
+
 def test_the_fingerprint_tells_folders_and_revisions_apart(tiny_models, monkeypatch):
     folder = tiny_models("5b")
     monkeypatch.chdir(folder.parent)

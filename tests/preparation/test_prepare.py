@@ -5,6 +5,8 @@ Every clip gets a bucket of its size, so that nothing is resized and the expecte
 
 import csv
 import json
+import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +22,10 @@ from safetensors.torch import save_file
 import prepare_dataset
 from args import parse_prepare_args
 from clip_lists import write_table
+from common.folder_lock import locked_folder
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample
+from data.plan import plan_raw_clips
 from data.prepared import PreparedClip, read_empty_prompt, read_index, read_tensor
 from data.sources import DataSource, read_clips
 from diffusion.latents import image_noise_scales
@@ -29,7 +33,7 @@ from diffusion.randomness import step_generator
 from encoded_clips import all_frames
 from models.encoding import encode_noised_image, encode_prompts, encode_videos
 from models.source import ModelSource
-from preparation.prepare import name_sample, warn_of_overflow
+from preparation.prepare import name_sample, tensor_bytes, warn_of_overflow
 from video.probe import VideoInfo, probe_video
 
 
@@ -448,6 +452,17 @@ def test_a_folder_prepared_with_other_settings_is_refused(model, prepared_small,
     assert contents(folder) == before
 
 
+def test_another_preparation_into_the_same_folder_is_refused_until_the_first_ends(model, prepared_small, capsys):
+    data, output = prepared_small
+    before = (output / "index.jsonl").read_bytes()
+    with locked_folder(output, "other clips"), pytest.raises(SystemExit, match="2"):
+        prepare(model, data, output)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(rf"error: --output_dir: process {os.getpid()} on .* is writing to '{output}'; .*", said)
+    prepare(model, data, output)
+    assert (output / "index.jsonl").read_bytes() == before
+
+
 def test_a_folder_prepared_with_another_vae_is_refused(tiny_models, prepared_small, tmp_path, capsys):
     data, folder = prepared_small
     model = Path(shutil.copytree(tiny_models("5b"), tmp_path / "model"))
@@ -523,6 +538,19 @@ def test_fp16_causes_a_warning_for_encoders_in_bfloat16(tmp_path, caplog, stored
     assert all(line.startswith("warning: --dtype fp16: ") and line.endswith("use --dtype bf16") for line in warnings)
 
 
+@pytest.mark.parametrize(("layout", "done"), [("shards", "prepared"), ("files", "prepared_files")])
+def test_the_size_on_disk_is_known_before_anything_is_encoded(model, request, layout, done):
+    folder = request.getfixturevalue(done)
+    flags = ("--save_latents_and_embeddings", "--save_image_latents", "--layout", layout)
+    settings = parse_prepare_args(flags_of(model, folder.parent / "data", folder, *flags))
+    data = plan_raw_clips(settings.sources, settings.clips, with_images=True)
+    sizes = tensor_bytes(settings, ModelSource(str(model)).configs(), data.clips)
+    clips = read_index(folder)
+    latents = [read_tensor(stored) for clip in clips for stored in (clip.video_latents, clip.image_latents)]
+    captions = [read_tensor(clip.prompt_embeds) for clip in clips] + [read_empty_prompt(folder)]
+    assert sizes == {"latents": sum(one.nbytes for one in latents), "captions": sum(one.nbytes for one in captions)}
+
+
 def test_a_dry_run_writes_only_the_plan(model, rows, tmp_path, capsys):
     data = write_data(tmp_path / "data", [*rows, (tmp_path / "missing.mp4", "not there")])
     assert "missing.mp4" in refuse(capsys, model, data, tmp_path / "out", "--dry_run")
@@ -533,3 +561,4 @@ def test_a_dry_run_writes_only_the_plan(model, rows, tmp_path, capsys):
     sheet = Image.open(tmp_path / "out" / "contact_sheet.png")
     assert sheet.width >= 600
     prepare(model, write_data(tmp_path / "data", rows), tmp_path / "out", "--dry_run", "--on_bad_clip", "skip")
+    assert "the tensors take " in capsys.readouterr().err

@@ -1,14 +1,18 @@
 """A dry run does everything once and keeps nothing."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 import cogvideox_image_to_video_lora
+import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
 import prepare_dataset
+from common.folder_lock import locked_folder
 from data.buckets import Bucket
 from data.plan import PreparedData
 from data.prepared import PreparedClip
@@ -16,6 +20,8 @@ from run.dry_run import largest_batch, trial_folder
 from tiny_runs import SIZE, run_flags
 
 
+# By a run: checkpoints, the result, videos, and embedded prompts.
+WRITTEN = ("checkpoint-*/**/*", "*.safetensors", "validation/*/*.mp4", "prompt_embeds/*")
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
@@ -30,16 +36,41 @@ def test_a_dry_run_trains_saves_loads_samples_and_keeps_nothing(tiny_models, dem
     told = capfd.readouterr().err
     assert "Reading every sample" in told
     assert "4/4" in told
-    assert "peak memory up to two steps: host" in told
-    assert "peak memory up to a video: host" in told
+    assert "peak memory: host" in told
     assert "saving, loading and sampling all work" in told
+
+
+def test_a_dry_run_ends_with_what_the_real_run_does_and_takes(tiny_models, demo_clips, tmp_path, capfd):
+    # 4 batches an epoch in steps of 3 and 1.
+    flags = ["--train_batch_size", "2", "--gradient_accumulation_steps", "3", "--num_train_epochs", "3"]
+    flags += ["--checkpointing_steps", "4", "--rank", "4", "--validation_epochs", "1", "--num_inference_steps", "2"]
+    flags += ["--validation_prompt", "a:::b", "--max_samples", "8"]
+    argv = run_flags(tiny_models("5b"), demo_clips, tmp_path / "out", *flags)
+    cogvideox_text_to_video_lora.main([*argv, "--dry_run"])
+    told = capfd.readouterr().err.split("the run would be:\n")[1]
+    lines = dict(line.split(maxsplit=1) for line in told.splitlines()[:5])
+    assert lines["steps"] == "1 to 6: 3 epochs, 12 batches on each rank"
+    assert re.fullmatch(r"about \d+ s: steps \d+ s, validations \d+ s, checkpoints \d+ s", lines["time"])
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    cogvideox_text_to_video_lora.main(argv)
+    checkpoints = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
+    validations = list((tmp_path / "out" / "validation").glob("step-*"))
+    assert lines["checkpoints"] == f"{len(checkpoints)}, {len(checkpoints)} of them kept"
+    assert lines["validations"] == f"{len(validations)}, of 2 videos"
+    sizes = re.search(
+        r": checkpoints (\d+) kB, result (\d+) kB, videos (\d+) kB, prompt embeddings (\d+) kB; ", lines["disk"]
+    )
+    written = [[path.stat().st_size for path in (tmp_path / "out").glob(names)] for names in WRITTEN]
+    assert [int(size) for size in sizes.groups()] == pytest.approx([sum(one) / 1000 for one in written], rel=0.3)
 
 
 def test_a_dry_run_does_not_change_an_earlier_run(tiny_models, demo_clips, tmp_path):
     kept = tmp_path / "out" / "transformer" / "weights"
     kept.parent.mkdir(parents=True)
     kept.write_text("precious")
-    rehearse(cogvideox_text_to_video_sft, tiny_models("5b"), demo_clips, tmp_path / "out", "--max_samples", "1")
+    with locked_folder(tmp_path / "out"):  # as by a run that is not finished
+        rehearse(cogvideox_text_to_video_sft, tiny_models("5b"), demo_clips, tmp_path / "out", "--max_samples", "1")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]
 
 

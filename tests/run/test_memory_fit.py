@@ -1,6 +1,7 @@
 """Memory settings are chosen so that a run fits."""
 
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -82,11 +83,12 @@ def test_facts_are_those_of_the_run(make_run):
 def test_advice_follows_the_ladder_and_each_line_takes_less(make_run):
     run = make_run("lora", "--mixed_precision", "bf16", "--train_batch_size", "4")
     now, batch, *rungs, sizes = training_memory_advice(run)
-    assert now.startswith("now: 4 x 17x64x96 takes ") and now.endswith("GB (calculated, not measured)")
+    assert now.startswith("now: 4 x 17x64x96 takes ") and now.endswith("B (calculated, not measured)")
     assert batch.startswith("--train_batch_size 1 --gradient_accumulation_steps 4 (the same steps): ")
     assert rungs[0].startswith("--gradient_checkpointing --checkpoint_every ")
     assert "--quantize_base int8 --stream_blocks" in rungs[-1]
-    needed = [float(line.split(" GB, ")[0].split()[-1]) for line in rungs]
+    found = [re.search(r": ([\d.]+) ([MG]B), ", line) for line in rungs]
+    needed = [float(one[1]) * {"MB": 1, "GB": 1024}[one[2]] for one in found]
     assert needed == sorted(needed, reverse=True)
     assert "--height" in sizes
 

@@ -118,7 +118,8 @@ def test_bad_data_is_named(data, mistake, script):
         spoil(data)
     code, message = run(script, data, *flags)
     assert code == 2
-    assert message.startswith("error: ")
+    busy, message = message.split("\n", maxsplit=1)
+    assert busy == "reading the data ..." and message.startswith("error: ")
     assert all(word in message for word in words), message
     assert all(line.startswith("  ") for line in message.splitlines()[1:]), "only a list may follow the line"
 

@@ -1,6 +1,7 @@
 """The training script end to end on tiny models: training, outputs, resuming, and refusals."""
 
 import math
+import os
 import re
 import shlex
 import shutil
@@ -20,6 +21,7 @@ import tiny_runs
 from args import parse_generate_args
 from checkpoints.schedule import ScheduleStart
 from checkpoints.state import read_state
+from common.folder_lock import locked_folder
 from common.run_folder import LORA_FILE, list_checkpoints, list_validated
 from diffusion.objective import Objective
 from encoded_clips import all_frames
@@ -306,10 +308,17 @@ def test_a_learning_rate_given_on_resume_is_applied_along_the_schedule(train, st
     assert curve(stopped_run, "lr") == pytest.approx({step: 4e-3 * (8 - (step - 1)) / 8 for step in (5, 6, 7, 8)})
 
 
+def test_a_second_run_in_the_folder_is_refused_before_it_loads_anything(error_of, tmp_path):
+    with locked_folder(tmp_path):
+        error = error_of(tmp_path, "--max_train_steps", "1")
+    assert re.fullmatch(rf"error: --output_dir: process {os.getpid()} on .* is writing to '{tmp_path}'; .*", error)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_is_resumed_with_other_batches_a_step_and_reports_it(train, stopped_run, capsys):
     train(stopped_run, *RESUME, "--gradient_accumulation_steps", "5")
     said = capsys.readouterr().err
-    assert f"resumed from {stopped_run / 'checkpoint-4'}" in said
+    assert f"resumed from {stopped_run / 'checkpoint-4'} at learning rate 0.001" in said
     assert "the run continues with 1 processes x 5 batches a step, after 1 x 1" in said
     # Of 16 batches 4 are seen: steps of 5, 5 and 2, then one of the next epoch. The next resume counts from there.
     assert read_state(stopped_run / "checkpoint-8").schedule == ScheduleStart(1, 5, step=4, epoch=0, seen_batches=4)

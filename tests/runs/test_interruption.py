@@ -1,12 +1,14 @@
 """A preparation that is killed at any moment and started again ends with the bytes of an uninterrupted one."""
 
 import random
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from forked_ranks import finish, start
+from common.errors import AGAIN
+from forked_ranks import Stop, finish, start
 
 
 NUM_KILLS = 10
@@ -48,3 +50,15 @@ def test_killed_ten_times_it_ends_with_the_bytes_of_an_uninterrupted_run(flags, 
     assert unfinished > 0
     finish(SCRIPT, argv, log, num_ranks)
     assert contents(killed) == contents(expected)
+
+
+def test_ctrl_c_in_the_middle_ends_in_one_line(flags, tmp_path):
+    log, flags = tmp_path / "log.txt", [*flags, "--dataloader_num_workers", "1", "--output_dir", str(tmp_path / "out")]
+    # The settings, the empty prompt and the captions of some batches are written.
+    (process,) = start(SCRIPT, flags, log, stop=Stop(signal.SIGINT, 40, 0.0))
+    process.join()
+    assert process.exitcode == 128 + signal.SIGINT
+    assert (tmp_path / "out" / "prepared.json").exists() and not (tmp_path / "out" / "index.jsonl").exists()
+    said = log.read_text()
+    assert said.endswith(f"\ninterrupted; {AGAIN}\n")
+    assert "Traceback" not in said

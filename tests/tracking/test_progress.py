@@ -10,6 +10,7 @@ from data.buckets import Bucket
 from forward_pass import COGVIDEOX_5B
 from parallel.coordinator import Coordinator
 from tracking.bad_steps import StepGuard
+from tracking.peak_memory import PeakMemory
 from tracking.progress import StepLog, in_words
 from tracking.throughput import Throughput
 
@@ -35,7 +36,8 @@ def make_log(fresh_accelerator, tmp_path, caplog):
         accelerator = Accelerator(cpu=True)
         throughput = Throughput(COGVIDEOX_5B, accelerator.device, 1, torch.float32, trains_all=False)
         guard = StepGuard(Coordinator(), 3, tmp_path)
-        return StepLog(accelerator, first_step, total_steps, interval, throughput, guard)
+        memory = PeakMemory(accelerator.device)
+        return StepLog(accelerator, first_step, total_steps, interval, throughput, memory, guard)
 
     return make_log
 
@@ -60,6 +62,7 @@ def test_every_step_is_logged_and_every_interval_has_a_speed(make_log, caplog):
     assert [values.get("grad_norm") for values in curves.logged.values()] == [2, 2, 2, 2, None]
     fast = [step for step, values in curves.logged.items() if "throughput/samples_per_second" in values]
     assert fast == [12, 14, 15]
+    assert [step for step, values in curves.logged.items() if values.get("memory/peak_host_gb", 0) > 0] == fast
     first, _, last = log.speeds
     assert (first.samples, first.steps, last.samples, last.steps) == (6, 2, 3, 1)
     assert "speed, without the first steps: " in caplog.text
@@ -72,7 +75,17 @@ def test_the_time_left_is_logged_once_after_ten_steps(make_log, caplog):
         said = [message for message in caplog.messages if " left: " in message]
         assert len(said) == (step >= 11)  # the third interval of four steps
     log.finish()
-    assert re.fullmatch(r"about 0 s left: 18 steps of \d\S* s; validation and checkpoints come on top", said[0])
+    words = r"about 0 s left: 18 steps of \d\S* s \(.* samples/s, .*\); validation and checkpoints come on top"
+    assert re.fullmatch(words, said[0])
+
+
+def test_the_bar_fits_120_columns_and_a_resumed_one_counts_only_its_own_steps(make_log):
+    log = make_log(first_step=10_000, total_steps=30_000, interval=1)
+    do_step(log, 12.3456, 123.456, 0.000123)
+    shown = log.bar.format_dict | {"n": 10_010, "elapsed": 300.0, "rate": None, "ncols": None}
+    line = log.bar.format_meter(**shown)
+    assert "<166:35:00, 30.00s/ steps, loss=12.3456, lr=1.23e-04, grad_norm=123.456]" in line
+    assert len(line) <= 120
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from checkpoints.state import TrainerState
 from common.errors import UserError, first_line
 from common.files import nearest_folder, replace_folder
 from common.run_folder import STATE_FILE, list_checkpoints
+from common.units import in_bytes
 from methods.full import FullFinetune
 from methods.lora import Lora
 from parallel.coordinator import Coordinator
@@ -111,8 +112,8 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(nearest_folder(folder)).free
     if free < needed:
         raise UserError(
-            f"--output_dir: '{folder}' has {free / 1e9:.2f} GB of free space, and at least {needed / 1e9:.2f} GB are "
-            f"needed for {what}"
+            f"--output_dir: '{folder}' has {in_bytes(free)} of free space, and at least {in_bytes(needed)} are needed "
+            f"for {what}"
         )
 
 

@@ -8,6 +8,10 @@ from contextlib import contextmanager
 
 from common.hub_token import without_tokens
 from common.ranks import launch_rank
+from common.signals import hear_ctrl_c
+
+
+AGAIN = "run the same command again, it does only what is missing"
 
 
 class UserError(Exception):
@@ -15,16 +19,18 @@ class UserError(Exception):
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(to_continue: str = AGAIN) -> Iterator[None]:
     """Turn a `UserError` into its message on stderr and exit code 2; any other exception keeps its traceback.
 
-    Neither shows a hub token. Ctrl-C prints a line and exits with the shells' usual code.
+    Neither shows a hub token. Ctrl-C prints a line, which says what `to_continue`, and exits with the shells' usual
+    code.
     """
+    hear_ctrl_c()
     try:
         yield
     except KeyboardInterrupt:
         if launch_rank() == 0:
-            print("\ninterrupted", file=sys.stderr, flush=True)
+            print(f"\ninterrupted; {to_continue}", file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGINT) from None
     except UserError as error:
         # Before torch is imported, flags and files are checked, with the same result on every rank.

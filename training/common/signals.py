@@ -57,8 +57,18 @@ class StopSignals:
 
 def follow_launcher() -> None:
     """Request SIGTERM when the launcher dies, so that no run continues unnoticed. Call this early."""
-    if any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ):
+    if _is_launched():
         _get_when_parent_dies(signal.SIGTERM)
+
+
+def hear_ctrl_c() -> None:
+    """React to Ctrl-C even if the launcher was told to ignore it, which would otherwise print a traceback."""
+    if _is_launched() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_launched() -> bool:
+    return any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
 
 
 def outlive_signals() -> None:

@@ -7,23 +7,30 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from common.ranks import forget_stray_ranks, uses_deepspeed
+from common.ranks import forget_stray_ranks, launch_rank, uses_deepspeed
 from common.signals import follow_launcher
 
 
 def prepare_imports(flags: Mapping[str, Any], *, owns_process: bool) -> None:
-    """Silence known noise of libraries, hide stray ranks from them, and skip slow imports that the flags do not need.
+    """Announce the imports, silence known noise of libraries, hide stray ranks from them, and skip unused ones.
 
     Args:
         flags: those of a script, by name.
         owns_process: nothing else will run in this process, such as another script with other flags.
     """
     forget_stray_ranks()
+    announce("loading PyTorch and diffusers")
     quiet_libraries()
     if owns_process:
         follow_launcher()
         for name in unused_libraries(flags):
             sys.modules.setdefault(name, None)  # makes Python report it as not installed
+
+
+def announce(what: str) -> None:
+    """Say what takes a while now, on the first rank, before logging is set up."""
+    if launch_rank() == 0:
+        print(f"{what} ...", file=sys.stderr, flush=True)
 
 
 def unused_libraries(flags: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from checks.memory import check_memory, check_optimizer
 from checks.speed import check_speed
 from common.errors import UserError
+from common.units import in_bytes
 from data.buckets import Bucket
 from flags.settings import TrainingSettings
 from memory.settings import GB, MemorySettings, describe_change, with_memory
@@ -201,8 +202,8 @@ def choose(budget_gb: float, rungs: Sequence[MemorySettings], needed: Callable[[
     flags = describe_change(smallest.settings, rungs[0]) or "what the flags say"
     raise UserError(
         f"--memory_budget_gb {budget_gb:g}: nothing fits; the smallest is {flags}, which takes "
-        f"{smallest.needed / GB:.2f} GB ({smallest.how}); train at a smaller --height, --width or --max_num_frames, "
-        "or omit flags that cost memory"
+        f"{in_bytes(smallest.needed, 1024)} ({smallest.how}); train at a smaller --height, --width or "
+        "--max_num_frames, or omit flags that cost memory"
     )
 
 
@@ -223,7 +224,7 @@ def measure_or_calculate(
 def describe_settings(choice: Choice, base: MemorySettings, budget_gb: float) -> str:
     """Describe the choice in a line for the log, as changes of the settings of the flags, `base`."""
     flags = describe_change(choice.settings, base) or "nothing to change"
-    return f"--memory_budget_gb {budget_gb:g}: {flags}; takes {choice.needed / GB:.2f} GB ({choice.how})"
+    return f"--memory_budget_gb {budget_gb:g}: {flags}; takes {in_bytes(choice.needed, 1024)} ({choice.how})"
 
 
 def read_measured(file: Path = MEASURED_FILE) -> list[MeasuredRow]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from socket import gaierror
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from diffusers import (
     CogVideoXTransformer3DModel,
 )
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
@@ -55,7 +58,7 @@ class ModelSource:
                 for component, component_class in {**networks, "scheduler": CogVideoXDPMScheduler}.items()
             }
         except OSError as error:
-            reason = first_line(error)
+            reason = self._why(error)
             raise UserError(
                 f"--pretrained_model_name_or_path: cannot read the model '{self.path}': {reason}"
             ) from error
@@ -203,13 +206,25 @@ class ModelSource:
         try:
             yield
         except (OSError, ValueError) as error:  # missing or broken weight files, an unknown variant
-            reason = first_line(error)
-            raise UserError(f"the {part} of the model '{self.path}' cannot be loaded: {reason}") from error
+            raise UserError(f"the {part} of the model '{self.path}' cannot be loaded: {self._why(error)}") from error
         except UnpicklingError as error:  # torch's message advises to load it anyway
             raise UserError(
                 f"the {part} of the model '{self.path}' cannot be loaded: its weights are not safetensors files, and "
                 "hold something other than tensors, which may be code; get the model from a source that you trust"
             ) from error
+
+    def _why(self, error: Exception) -> str:
+        """Return why files of the model cannot be read; the libraries' words hide that the hub was not reached."""
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, LocalEntryNotFoundError | ConnectionError | gaierror):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            return first_line(error)
+        offline = "this is offline (HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else "the hub cannot be reached"
+        return (
+            f"{offline}, and its files are not all in {self.cache_dir or HF_HUB_CACHE}; run `hf download {self.path}` "
+            "where there is a connection, or pass the path of a folder with the model"
+        )
 
     def download(self, *components: str) -> None:
         """Fetch components of a model on the hub, by the names of their folders, so that `local_folder` has them."""

@@ -1,6 +1,7 @@
 """`--dry_run` of prepare_dataset.py: show the samples that would be made of the clips, as tables and as a picture."""
 
 import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from common.errors import listing
 from common.logs import log_without_tokens
 from common.ranks import launch_rank
+from common.units import in_bytes
 from data.buckets import Bucket
 from data.clips import ClipSample
 from data.plan import RawData
@@ -16,7 +18,7 @@ from data.sampler import Draw
 from dataset import Batch
 from flags.settings import PreparationSettings
 from preparation.encode import clip_dataset
-from preparation.prepare import log_plan, model_source
+from preparation.prepare import log_plan, model_source, tensor_bytes
 from video.contact_sheet import SheetRow, draw_contact_sheet
 
 
@@ -42,6 +44,11 @@ def show_plan(settings: PreparationSettings, data: RawData) -> None:
             logger.warning("warning: a clip does not decode: %s", reason)
     rows = [sheet_row(planned, batch) for planned, batch in zip(shown, batches, strict=True) if not batch.failed]
     draw_contact_sheet(rows, folder / "contact_sheet.png")
+    if settings.preparation.save_latents_and_embeddings:
+        sizes = tensor_bytes(settings, model_source(settings.model).configs(), data.clips)
+        parts = ", ".join(f"{kind} {in_bytes(size)}" for kind, size in sizes.items())
+        free = in_bytes(shutil.disk_usage(folder).free)
+        logger.info("the tensors take %s on disk: %s; %s are free", in_bytes(sum(sizes.values())), parts, free)
     logger.info("wrote %s and %s", folder / "plan.csv", folder / "contact_sheet.png")
 
 

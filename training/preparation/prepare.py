@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,8 +20,10 @@ from diffusers.training_utils import free_memory
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import refresh_names
+from common.folder_lock import locked_folder
 from common.logs import log_without_tokens
 from common.ranks import launch_rank, launch_size, local_rank, num_machines
+from common.text_files import digest_lines
 from data.buckets import Bucket
 from data.clips import ClipSample
 from data.plan import RawData, describe_plan, report_skipped
@@ -43,7 +46,8 @@ logger = logging.getLogger(__name__)
 def prepare(settings: PreparationSettings, data: RawData) -> None:
     """Prepare the clips in `settings.preparation.output_dir`; called on every rank, each of which does its share.
 
-    Raises UserError if the folder holds other data, the model cannot be read, or clips cannot be decoded.
+    Raises UserError if the folder holds other data, or another preparation writes to it, the model cannot be read, or
+    clips cannot be decoded.
     """
     rank, num_ranks, flags = launch_rank(), launch_size(), settings.preparation
     log_without_tokens(logging.INFO if rank == 0 else logging.ERROR)
@@ -53,20 +57,23 @@ def prepare(settings: PreparationSettings, data: RawData) -> None:
         log_plan(settings, data, source, num_ranks)
     folder = Path(flags.output_dir)
     samples = [name_sample(planned, settings) for planned in data.clips]
-    names = (sample.name + sample.caption_key for sample in samples)
+    names = [sample.name + sample.caption_key for sample in samples]
     check_preparation(flag_values(settings), folder, source.fingerprint(), names)
     if flags.save_latents_and_embeddings:
         source.download("vae", "text_encoder", "tokenizer")
         warn_of_overflow(DTYPES[settings.model.dtype], source)
-    prepared = claim_folder(folder, settings_of(settings, source))
-    layout = make_layout(settings, folder, samples, configs)
-    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else CPU
-    work = Preparation(settings, source, layout, samples, rank, num_ranks, device)
-    if flags.save_latents_and_embeddings:
-        embed_captions(work)
-        free_memory()
-    encode_clips(work)
-    finish(work, data, prepared)
+    wanted = settings_of(settings, source)
+    # Processes that write the same tensors may share the folder, such as the ranks, or an orphan of a killed launch.
+    with locked_folder(folder, digest_lines([repr(wanted), *names])):
+        prepared = claim_folder(folder, wanted)
+        layout = make_layout(settings, folder, samples, configs)
+        device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else CPU
+        work = Preparation(settings, source, layout, samples, rank, num_ranks, device)
+        if flags.save_latents_and_embeddings:
+            embed_captions(work)
+            free_memory()
+        encode_clips(work)
+        finish(work, data, prepared)
 
 
 def model_source(model: EncoderFlags) -> ModelSource:
@@ -129,7 +136,7 @@ def make_layout(
     settings: PreparationSettings, folder: Path, samples: Sequence[Sample], configs: ModelConfigs
 ) -> Layout:
     """Return the layout that the flags ask for."""
-    flags, itemsize = settings.preparation, DTYPES[settings.model.dtype].itemsize
+    flags = settings.preparation
     if flags.layout == "files":
         return FileLayout(
             folder,
@@ -138,20 +145,40 @@ def make_layout(
             with_images=flags.save_image_latents,
             preview_fps=flags.target_fps,
         )
-
-    def latent_bytes(bucket: Bucket) -> int:
-        frames, height, width = bucket.latent_shape
-        frames += flags.num_image_latents if flags.save_image_latents else 0
-        return 2 * configs.vae["latent_channels"] * frames * height * width * itemsize
-
     return ShardLayout(
         folder,
         samples,
-        latent_bytes=latent_bytes,
-        embed_bytes=flags.max_sequence_length * configs.transformer["text_embed_dim"] * itemsize,
+        latent_bytes=partial(latent_bytes, settings, configs),
+        embed_bytes=embed_bytes(settings, configs),
         shard_bytes=flags.shard_size_mb * 2**20,
         with_images=flags.save_image_latents,
     )
+
+
+def latent_bytes(settings: PreparationSettings, configs: ModelConfigs, bucket: Bucket) -> int:
+    """Return the bytes of a sample's latents, with those of its image."""
+    flags, (frames, height, width) = settings.preparation, bucket.latent_shape
+    if flags.save_image_latents:
+        frames += flags.num_image_latents if flags.layout == "shards" else 1
+    return 2 * configs.vae["latent_channels"] * frames * height * width * DTYPES[settings.model.dtype].itemsize
+
+
+def embed_bytes(settings: PreparationSettings, configs: ModelConfigs) -> int:
+    """Return the bytes of an embedded caption."""
+    numbers = settings.preparation.max_sequence_length * configs.transformer["text_embed_dim"]
+    return numbers * DTYPES[settings.model.dtype].itemsize
+
+
+def tensor_bytes(settings: PreparationSettings, configs: ModelConfigs, clips: Sequence[ClipSample]) -> dict[str, int]:
+    """Return the bytes of all tensors of prepared clips, by kind; shards hold equal ones only once."""
+    samples = [name_sample(planned, settings) for planned in clips]
+    buckets = {sample.name: sample.planned.bucket for sample in samples}
+    per_sample = settings.preparation.layout == "files"
+    captions = len(buckets) if per_sample else len({sample.caption_key for sample in samples})
+    return {
+        "latents": sum(latent_bytes(settings, configs, bucket) for bucket in buckets.values()),
+        "captions": (captions + 1) * embed_bytes(settings, configs),  # and the empty prompt
+    }
 
 
 def finish(work: Preparation, data: RawData, prepared: PreparedSettings) -> None:

@@ -50,7 +50,7 @@ def runs_out_of_memory(recipe: Recipe) -> bool:
     """Return whether a trial run runs out of memory; afterwards, only reference cycles hold on to its tensors."""
     try:
         with trial_spec(recipe, samples=False) as spec:
-            _, failures = try_out(spec)
+            failures = try_out(spec).failures
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
             raise

@@ -5,18 +5,18 @@ Failures that would come after hours come here, running out of memory included.
 """
 
 import logging
-import resource
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from checkpoints.folder import load_checkpoint
+from checkpoints.manifest import size_of
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write, nearest_folder
@@ -29,10 +29,12 @@ from data.sampler import BucketBatchSampler, Draw
 from dataset import make_loader
 from flags.schema import replace_flags
 from flags.settings import TrainingSettings
+from run.estimate import Measured, describe_run
 from run.loop import train
 from run.recipe import Recipe
 from run.setup import make_dataset, set_up
 from run.spec import RunSpec, check_spec
+from tracking.peak_memory import PeakMemory
 
 
 logger = logging.getLogger(__name__)
@@ -44,13 +46,13 @@ def dry_run(recipe: Recipe) -> None:
     """Try a run in a folder that is removed again; raise a UserError if anything fails. Called on every rank."""
     with trial_spec(recipe, samples=True) as spec:
         read_every_sample(recipe)
-        memory, failures = try_out(spec)
-        if failures:
-            raise UserError(f"--dry_run: the validation failed: {failures[0].splitlines()[0]}")
-        for part, peaks in memory.items():
-            sizes = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in peaks.items())
-            logger.info("peak memory up to %s: %s", part, sizes)
+        trial = try_out(spec)
+        if trial.failures:
+            raise UserError(f"--dry_run: the validation failed: {trial.failures[0].splitlines()[0]}")
         logger.info("dry run: steps of the largest batch, saving, loading and sampling all work; nothing is kept")
+        if launch_rank() == 0:
+            logger.info("the run would be:\n%s", describe_run(spec, recipe, trial.measured))
+            logger.info("%s", trial.memory.describe())
 
 
 @contextmanager
@@ -70,19 +72,42 @@ def trial_spec(recipe: Recipe, *, samples: bool) -> Iterator[RunSpec]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def try_out(spec: RunSpec) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """Train two steps, save, load and sample; return the peaks of memory by part, and why sampling failed."""
-    run, accelerator = set_up(spec), spec.accelerator
-    train(run)
-    memory = {"two steps": peak_memory(accelerator.device)}
+@dataclass(frozen=True)
+class Trial:
+    """The outcome of a trial."""
+
+    memory: PeakMemory
+    failures: list[str]  # of the sampling
+    measured: Measured
+
+
+def try_out(spec: RunSpec) -> Trial:
+    """Train two steps, save, load and sample; called on every rank."""
+    run, accelerator, folder = set_up(spec), spec.accelerator, spec.output_dir
+    with run.memory.phase("training"):
+        train(run)
+    began = time.monotonic()
     run.save_checkpoint(STEPS)
-    load_checkpoint(accelerator, spec.output_dir / f"checkpoint-{STEPS}")
-    run.save_result()
+    saved = time.monotonic()
+    checkpoint = folder / f"checkpoint-{STEPS}"
+    load_checkpoint(accelerator, checkpoint)
+    result = run.save_result()
+    sampling = time.monotonic()
     failures = run.validate(STEPS)
-    memory["a video"] = peak_memory(accelerator.device)
-    spec.coordinator.wait()
+    video_seconds = time.monotonic() - sampling
+    measured = Measured(
+        step=run.throughput.latest,
+        throughput=run.throughput,
+        checkpoint_seconds=saved - began,
+        checkpoint_bytes=size_of(checkpoint),
+        result_bytes=size_of(result) if result.is_dir() else result.stat().st_size,
+        video_seconds=video_seconds,
+        video_bytes=max((file.stat().st_size for file in (folder / "validation").rglob("*.mp4")), default=0),
+        embedding_bytes=max((file.stat().st_size for file in (folder / "prompt_embeds").glob("*")), default=0),
+    )
+    spec.coordinator.wait()  # the main rank then removes the folder
     accelerator.end_training()
-    return memory, failures
+    return Trial(run.memory, failures, measured)
 
 
 def read_every_sample(recipe: Recipe) -> None:
@@ -131,6 +156,7 @@ def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | N
         max_train_steps=STEPS,
         gradient_accumulation_steps=min(2, settings.training.gradient_accumulation_steps),
         profile=False,
+        logging_steps=1,
         num_validation_videos=1,
         num_inference_steps=2,
         report_to="none",
@@ -154,14 +180,3 @@ def _once(sample: ClipSample | PreparedClip) -> ClipSample | PreparedClip:
     if isinstance(sample, PreparedClip):
         return replace(sample, repeats=1.0)
     return replace(sample, clip=replace(sample.clip, repeats=1.0))
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Return the peaks of memory in use so far, in bytes."""
-    peaks = {"host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-    if device.type == "cuda":
-        peaks |= {
-            "device, allocated": torch.cuda.max_memory_allocated(device),
-            "device, reserved": torch.cuda.max_memory_reserved(device),
-        }
-    return peaks

@@ -1,9 +1,11 @@
 """A training run from its settings to its result, for every task and method."""
 
 import logging
+from contextlib import nullcontext
 from typing import NoReturn
 
 from common.failures import explained_failures
+from common.folder_lock import locked_folder
 from common.ranks import launch_rank
 from common.signals import STOPPED_EXIT_CODE
 from data.plan import TrainingData
@@ -27,13 +29,16 @@ logger = logging.getLogger(__name__)
 def finetune(settings: TrainingSettings, data: TrainingData) -> None:
     """Fine-tune a model on `data` and write the result to `--output_dir`; called on every rank.
 
-    Raises UserError before any weights are loaded, if model, data and flags do not fit together or the result must not
-    be uploaded as asked; later, if memory runs out or a data worker dies.
+    Raises UserError before any weights are loaded, if model, data and flags do not fit together, another process
+    writes to the folder, or the result must not be uploaded as asked; later, if memory runs out or a data worker dies.
     """
     recipe, hub = Recipe(with_data_defaults(settings, data), data), settings.hub
     if hub.push_to_hub and launch_rank() == 0:
         check_access(recipe.output_dir, hub.hub_model_id, hub.hub_token)
-    with explained_failures(lambda: training_memory_advice(recipe)):
+    # The other ranks belong to the main one; a dry run changes nothing in the folder.
+    is_locked = launch_rank() == 0 and not settings.training.dry_run
+    lock = locked_folder(recipe.output_dir) if is_locked else nullcontext()
+    with lock, explained_failures(lambda: training_memory_advice(recipe)):
         recipe = fit_into_memory(recipe)
         if settings.training.dry_run:
             dry_run(recipe)
@@ -49,7 +54,8 @@ def train_and_save(recipe: Recipe) -> None:
     if settings.validation.validate_first and run.state.step == 0:
         run.validate(0)
     with run.signals:
-        done = train(run)
+        with run.memory.phase("training"):
+            done = train(run)
         if done < run.total_steps:
             stop(run, done)
         if run.guard.skipped_since is not None and run.guard.skipped_since < done:
@@ -61,6 +67,7 @@ def train_and_save(recipe: Recipe) -> None:
         run.validate(run.total_steps)
         if kept := describe_kept_weights(spec):
             logger.info("%s", kept)
+    logger.info("%s", run.memory.describe())
     spec.accelerator.end_training()  # finishes the loss curve
     if settings.hub.push_to_hub and spec.accelerator.is_main_process:
         facts = card_facts(spec, run.total_steps)

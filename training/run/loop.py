@@ -28,8 +28,8 @@ def train(run: Run) -> int:
     device, optimizer, accumulation = accelerator.device, trainable.optimizer, accelerator.gradient_accumulation_steps
     profile_folder = spec.output_dir / PROFILE_FOLDER if settings.speed.profile and coordinator.is_main else None
     to_device, clock = DeviceCopies(device), CheckpointClock(settings.checkpoints.checkpoint_minutes)
-    interval = settings.tracking.logging_steps
-    log = StepLog(accelerator, run.state.step, run.total_steps, interval, run.throughput, run.guard)
+    interval, throughput, memory = settings.tracking.logging_steps, run.throughput, run.memory
+    log = StepLog(accelerator, run.state.step, run.total_steps, interval, throughput, memory, run.guard)
     trainable.model.train()
     with log, profiled(profile_folder, run.state.step) as end_of_step:
         for step in range(run.state.step, run.total_steps):

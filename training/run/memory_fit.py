@@ -10,6 +10,7 @@ import torch
 
 from checkpoints.resume import newest_checkpoint
 from checkpoints.state import read_state
+from common.units import in_bytes
 from flags.schema import replace_flags
 from flags.settings import TrainingSettings
 from memory.accounting import account
@@ -28,7 +29,7 @@ from memory.ladder import (
     usable_filter,
     with_offloading,
 )
-from memory.settings import GB, MemorySettings, describe_change, memory_settings_of
+from memory.settings import MemorySettings, describe_change, memory_settings_of
 from methods.lora import Lora
 from run.recipe import Recipe
 
@@ -111,7 +112,7 @@ def training_memory_advice(recipe: Recipe) -> list[str]:
     """
     run, training = RunMemory(recipe), recipe.settings.training
     now = smallest = run.needed(run.current)
-    lines = [f"now: {training.train_batch_size} x {run.facts.size} takes {now.needed / GB:.2f} GB ({now.how})"]
+    lines = [f"now: {training.train_batch_size} x {run.facts.size} takes {in_bytes(now.needed, 1024)} ({now.how})"]
     if training.train_batch_size > 1:
         alone = replace(recipe, settings=replace_flags(recipe.settings, train_batch_size=1))
         steps = training.gradient_accumulation_steps * training.train_batch_size
@@ -129,5 +130,5 @@ def training_memory_advice(recipe: Recipe) -> list[str]:
 
 
 def _saving(flags: str, choice: Choice, now: Choice) -> str:
-    less = (now.needed - choice.needed) / GB
-    return f"{flags}: {choice.needed / GB:.2f} GB, {less:.2f} less ({choice.how})"
+    less = in_bytes(now.needed - choice.needed, 1024)
+    return f"{flags}: {in_bytes(choice.needed, 1024)}, {less} less ({choice.how})"

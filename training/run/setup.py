@@ -32,6 +32,7 @@ from run.spec import RunSpec
 from run.summary import describe_start
 from run.trainable import Trainable, make_trainable, resume
 from tracking.bad_steps import StepGuard
+from tracking.peak_memory import PeakMemory
 from tracking.throughput import Throughput
 from tracking.trackers import keep_losses, start_trackers
 from validation.loss import validate_loss
@@ -59,6 +60,7 @@ class Run:
     checkpoints: CheckpointFolder
     result_dtype: torch.dtype
     signals: StopSignals
+    memory: PeakMemory
 
     def batches_in(self, step: int) -> int:
         """Return the number of batches of each rank in the step after `step` steps."""
@@ -80,8 +82,11 @@ class Run:
         end the run.
         """
         spec, failures, prompts = self.spec, [], self.spec.settings.validation.prompts
-        with self.trainable.averaged(), spec.undivided():
-            if step > 0 and spec.keeps_validated and (prompts or self.inputs.held_out):
+        if not self.inputs.held_out and not prompts:
+            return failures
+        phase = self.memory.phase("validation", f" at step {step}")
+        with phase, self.trainable.averaged(), spec.undivided():
+            if step > 0 and spec.keeps_validated:
                 self._keep_weights(step)
             with gathered(spec.accelerator, self.trainable.model):
                 if self.inputs.held_out:
@@ -181,7 +186,7 @@ def set_up(spec: RunSpec) -> Run:
 
     Raises UserError if weights, images or clips cannot be read, or the checkpoint is beyond the last step.
     """
-    settings, accelerator = spec.settings, spec.accelerator
+    settings, accelerator, memory = spec.settings, spec.accelerator, PeakMemory(spec.accelerator.device)
     state = replace(spec.state, schedule=start_schedule(spec))
     sampler, schedule = make_sampler(spec, state.schedule)
     total_steps = settings.training.max_train_steps or schedule.end_of_epochs(settings.training.num_train_epochs)
@@ -218,6 +223,7 @@ def set_up(spec: RunSpec) -> Run:
         # Read from the model's files now, so that a failure does not come after the training.
         result_dtype=spec.method.result_dtype(spec.dtype, spec.source),
         signals=StopSignals(),
+        memory=memory,
     )
 
 

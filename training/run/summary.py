@@ -2,14 +2,15 @@
 
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from checkpoints.schedule import StepSchedule
 from common.run_folder import VALIDATION_FOLDER, list_validated
+from common.units import in_bytes
 from memory.ladder import Choice
-from memory.settings import GB
 from methods.full import FullFinetune
 from methods.lora import Lora
 from models.configs import ModelConfigs
@@ -46,8 +47,13 @@ def describe_start(
         "validation": describe_validation(spec),
         "output": settings.training.output_dir,
         "written": f"every {settings.checkpoints.checkpointing_steps} steps a checkpoint of "
-        f"{spec.checkpoint_bytes / 1e6:,.0f} MB; losses to {describe_logs(settings.tracking.report_to)}",
+        f"{in_bytes(spec.checkpoint_bytes)}; losses to {describe_logs(settings.tracking.report_to)}",
     }
+    return as_table(rows)
+
+
+def as_table(rows: Mapping[str, str]) -> str:
+    """Return a line for each row: its name, and its text in a second column."""
     width = max(map(len, rows)) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in rows.items())
 
@@ -103,9 +109,9 @@ def describe_optimizer(spec: RunSpec) -> str:
 def describe_expected_memory(memory: Choice, device: torch.device, *, shares: bool) -> str:
     """Describe the memory expected on one card; with `shares`, several GPUs train and may shard weights and states."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    card = f"of {total / GB:.2f} GB" if total else "on a GPU"
+    card = f"of {in_bytes(total, 1024)}" if total else "on a GPU"
     less = ", less if GPUs shard weights" if shares else ""
-    return f"{memory.needed / GB:.2f} GB {card} expected ({memory.how}){less}"
+    return f"{in_bytes(memory.needed, 1024)} {card} expected ({memory.how}){less}"
 
 
 def describe_validation(spec: RunSpec) -> str:

@@ -71,12 +71,22 @@ def count_flops(
 
     Source: https://arxiv.org/abs/2205.14135 and 2307.08691 for attention that stores no scores.
     """
-    width = config["num_attention_heads"] * config["attention_head_dim"]
     layers = config["num_layers"]
-    feed_forward = 16 * num_tokens * width**2
-    linear = feed_forward + 8 * num_tokens * width**2
-    attention = 4 * num_tokens**2 * width
+    feed_forward, linear, attention = _forward_of_a_block(config, num_tokens)
     checkpointed = layers if checkpoint_scope == "segment" else -(-layers // checkpoint_every)
     again = {None: 0, "feed-forward": feed_forward}.get(checkpoint_scope, linear + attention)
     backward = 2.5 * attention + linear * (2 if trains_all else 1)
     return layers * (linear + attention + backward) + checkpointed * again
+
+
+def count_forward_flops(config: Mapping[str, Any], num_tokens: int) -> float:
+    """Count the operations of a forward pass, as in sampling, for one sample; see `count_flops`."""
+    _, linear, attention = _forward_of_a_block(config, num_tokens)
+    return config["num_layers"] * (linear + attention)
+
+
+def _forward_of_a_block(config: Mapping[str, Any], num_tokens: int) -> tuple[float, float, float]:
+    """Return the operations of the feed-forward part, of all linear layers, and of attention."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    feed_forward = 16 * num_tokens * width**2
+    return feed_forward, feed_forward + 8 * num_tokens * width**2, 4 * num_tokens**2 * width

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from common.bars import tqdm
 from tracking.bad_steps import Step, StepGuard
+from tracking.peak_memory import PeakMemory
 from tracking.throughput import Speed, Throughput
 
 
@@ -24,7 +25,7 @@ class StepLog:
     """Progress bar and trackers, updated without making the device wait.
 
     Loss and gradient norm stay on the device for `interval` steps and are then fetched together. Each step's values
-    are logged; the last one's include the speed of the interval.
+    are logged; the last one's include the speed of the interval and the peak memory.
     """
 
     def __init__(
@@ -34,10 +35,12 @@ class StepLog:
         total_steps: int,
         interval: int,
         throughput: Throughput,
+        memory: PeakMemory,
         guard: StepGuard,
     ):
         self.accelerator = accelerator
         self.throughput = throughput
+        self.memory = memory
         self.guard = guard
         self.interval = interval
         self.step = self.first_step = first_step
@@ -83,7 +86,7 @@ class StepLog:
         for step, rate in zip(steps, rates, strict=True):
             self._log(step, rate, speed)
         norm = [f"grad_norm={steps[-1].grad_norm:.3f}"] if self.has_norm else []
-        shown = [f"loss={steps[-1].loss:.4f}", f"lr={rates[-1]:.2e}", *norm, speed.short()]
+        shown = [f"loss={steps[-1].loss:.4f}", f"lr={rates[-1]:.2e}", *norm]  # all fits 120 columns
         self.bar.set_postfix_str(", ".join(shown))
         self._estimate()
         scaler = self.accelerator.scaler
@@ -93,6 +96,7 @@ class StepLog:
         logged = {"loss": step.loss, "lr": rate} | ({"grad_norm": step.grad_norm} if self.has_norm else {})
         if step.number == self.step:
             logged |= {f"throughput/{name}": value for name, value in speed.values().items()}
+            logged |= {f"memory/peak_{name}_gb": size / 2**30 for name, size in self.memory.read().items()}
         self.accelerator.log(logged, step=step.number)
         if math.isfinite(step.loss):
             self.losses.append(step.loss)
@@ -105,8 +109,8 @@ class StepLog:
         self.is_estimated = True
         speed = self._settled_speed()
         seconds = speed.seconds / speed.steps
-        message = "about %s left: %d steps of %.3g s; validation and checkpoints come on top"
-        logger.info(message, in_words(left * seconds), left, seconds)
+        message = "about %s left: %d steps of %.3g s (%s); validation and checkpoints come on top"
+        logger.info(message, in_words(left * seconds), left, seconds, speed.short())
 
     def _settled_speed(self) -> Speed:
         """Return the speed without the first interval, if there are more."""

@@ -81,7 +81,7 @@ class Speed:
         return values
 
     def short(self) -> str:
-        """Format for a progress bar."""
+        """Format the speed and the share of the peak."""
         values = self.values()
         peak = f" ({values['peak_percent']:.0f}%)" if "peak_percent" in values else ""
         return f"{values['samples_per_second']:.3g} samples/s, {values['tflops_per_second']:.3g} TFLOP/s{peak}"
@@ -127,6 +127,7 @@ class Throughput:
         self.start: float | None = None
         self.samples = self.tokens = 0
         self.flops = 0.0
+        self.latest: Speed | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -138,11 +139,14 @@ class Throughput:
 
     def count(self, bucket: Bucket, samples: int) -> None:
         """Note a batch."""
-        tokens = count_tokens(self.config, bucket)
         self.samples += samples
-        self.tokens += samples * tokens
-        flops = count_flops(self.config, tokens, **self.flops_settings)
-        self.flops += samples * flops / self.devices_per_sample
+        self.tokens += samples * count_tokens(self.config, bucket)
+        self.flops += samples * self.flops_of(bucket)
+
+    def flops_of(self, bucket: Bucket) -> float:
+        """Return the operations of a training step on one device, for one sample."""
+        flops = count_flops(self.config, count_tokens(self.config, bucket), **self.flops_settings)
+        return flops / self.devices_per_sample
 
     def read(self, steps: int) -> Speed:
         """Return the speed of the `steps` (at least 1) since the last call; the device must have finished them."""
@@ -150,4 +154,5 @@ class Throughput:
         samples, tokens = self.samples * self.num_ranks, self.tokens * self.num_ranks
         speed = Speed(steps, seconds, samples, tokens, self.timer.read(), tflops, self.peak)
         self.start, self.samples, self.tokens, self.flops = None, 0, 0, 0.0
+        self.latest = speed
         return speed

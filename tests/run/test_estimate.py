@@ -1,0 +1,66 @@
+"""The time of a run follows from the operations that it does and the speed of a trial."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from args import parse_args
+from data.plan import plan_training_data
+from forward_pass import COGVIDEOX_5B
+from run.estimate import Measured, Plan, estimate_bytes, estimate_seconds
+from run.recipe import Recipe
+from tiny_runs import run_flags
+from tracking.throughput import Speed, Throughput
+
+
+PLAN = Plan(
+    first=1,
+    last=100,
+    epochs=2,
+    batches=100,
+    tflop=500,
+    checkpoints=4,
+    kept_checkpoints=2,
+    validations=3,
+    kept_validations=2,
+    videos=5,
+    prompts=9,
+)
+
+
+@pytest.fixture
+def measured() -> Measured:
+    return Measured(
+        step=Speed(1, 2.0, 1, 1, Counter(), tflops=10.0, peak_tflops=None),
+        throughput=Throughput(COGVIDEOX_5B, torch.device("cpu"), 1, torch.float32, trains_all=False),
+        checkpoint_seconds=3.0,
+        checkpoint_bytes=100,
+        result_bytes=30,
+        video_seconds=7.0,
+        video_bytes=11,
+        embedding_bytes=1000,
+    )
+
+
+@pytest.mark.parametrize(("guidance", "passes"), [("1", 1), ("6", 2)])
+def test_seconds(measured, tiny_models, demo_clips, tmp_path, guidance, passes):
+    flags = ("--validation_prompt", "a", "--num_inference_steps", "12", "--guidance_scale", guidance)
+    argv = run_flags(tiny_models("5b"), demo_clips, tmp_path / "out", *flags)
+    argv += ["--height", "480", "--width", "720", "--max_num_frames", "49"]
+    settings = parse_args(argv, task="text-to-video", method="lora")
+    seconds = estimate_seconds(PLAN, Recipe(settings, plan_training_data(settings)), measured, num_processes=2)
+    assert (seconds["steps"], seconds["checkpoints"]) == (500 * 2 / 10, 4 * 3)
+    # A forward pass of CogVideoX-5b: 332.2 TFLOP. Of five videos, the first process samples three.
+    assert seconds["validations"] == pytest.approx(3 * 3 * (7 + 10 * passes * 332.2 * 2 / 10), rel=1e-3)
+
+
+def test_bytes(measured):
+    # With three checkpoints for a moment.
+    assert estimate_bytes(PLAN, measured) == {
+        "checkpoints": 300,
+        "result": 30,
+        "weights of validations": 60,
+        "videos": 3 * 5 * 11,
+        "prompt embeddings": 9000,
+    }

@@ -1,3 +1,4 @@
+import logging
 import os
 import subprocess
 import sys
@@ -77,6 +78,7 @@ TRAINERS = [f"cogvideox_{task}_to_video_{method}" for task in ("text", "image") 
 )
 def test_a_command_says_at_once_what_it_is_busy_with(flags, tmp_path, monkeypatch, capsys, command, more, said):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)  # restored: a second rank logs only errors
     argv = [flags[1] if word == "MODEL" else word for word in more]
     argv += [] if command == "generate" else flags[2:4]  # there is no clip, and no part of the model
     main = import_module(command).main

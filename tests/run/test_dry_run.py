@@ -21,7 +21,8 @@ from tiny_runs import SIZE, run_flags
 
 
 # By a run: checkpoints, the result, videos, and embedded prompts.
-WRITTEN = ("checkpoint-*/**/*", "*.safetensors", "validation/*/*.mp4", "prompt_embeds/*")
+WRITTEN = ("checkpoint-*/**/*", "*.safetensors", "validation/*/*.safetensors", "validation/*/*.mp4", "prompt_embeds/*")
+PARTS = ("checkpoints", "result", "weights of validations", "videos", "prompt embeddings")
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
@@ -58,9 +59,7 @@ def test_a_dry_run_ends_with_what_the_real_run_does_and_takes(tiny_models, demo_
     validations = list((tmp_path / "out" / "validation").glob("step-*"))
     assert lines["checkpoints"] == f"{len(checkpoints)}, {len(checkpoints)} of them kept"
     assert lines["validations"] == f"{len(validations)}, of 2 videos"
-    sizes = re.search(
-        r": checkpoints (\d+) kB, result (\d+) kB, videos (\d+) kB, prompt embeddings (\d+) kB; ", lines["disk"]
-    )
+    sizes = re.search(": " + ", ".join(rf"{part} (\d+) kB" for part in PARTS) + "; ", lines["disk"])
     written = [[path.stat().st_size for path in (tmp_path / "out").glob(names)] for names in WRITTEN]
     assert [int(size) for size in sizes.groups()] == pytest.approx([sum(one) / 1000 for one in written], rel=0.3)
 

@@ -65,8 +65,8 @@ def count_flops(
         config: the transformer's.
         num_tokens: N, of one sample.
         trains_all: the weights of the linear layers are trained, not adapters.
-        checkpoint_scope: what the backward pass computes again: "block", "feed-forward" or "segment" (every block);
-            None for nothing.
+        checkpoint_scope: what the backward pass computes again: "block", "segment" (every block), or "feed-forward",
+            whose second layer it does not need; None for nothing.
         checkpoint_every: one of so many blocks is checkpointed; for "segment", the number of its blocks.
 
     Source: https://arxiv.org/abs/2205.14135 and 2307.08691 for attention that stores no scores.
@@ -77,6 +77,6 @@ def count_flops(
     linear = feed_forward + 8 * num_tokens * width**2
     attention = 4 * num_tokens**2 * width
     checkpointed = layers if checkpoint_scope == "segment" else -(-layers // checkpoint_every)
-    again = {None: 0, "feed-forward": feed_forward}.get(checkpoint_scope, linear + attention)
+    again = {None: 0, "feed-forward": feed_forward / 2}.get(checkpoint_scope, linear + attention)
     backward = 2.5 * attention + linear * (2 if trains_all else 1)
     return layers * (linear + attention + backward) + checkpointed * again

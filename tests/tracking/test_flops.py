@@ -6,8 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.buckets import Bucket, count_tokens
 from forward_pass import COGVIDEOX_5B, load, predict
-from memory.activations import checkpoint_activations
+from memory.activations import checkpoint_activations, omits_last_layer
 from methods.lora import Lora
+from models.attention import set_attention
 from tracking.flops import count_flops, peak_tflops
 
 
@@ -24,6 +25,8 @@ LINEAR, ATTENTION = 169.1e12, 163.1e12
         ({"trains_all": False, "checkpoint_scope": "block", "checkpoint_every": 4}, 2 + 11 / 42, 3.5 + 11 / 42),
         ({"trains_all": False, "checkpoint_scope": "segment", "checkpoint_every": 4}, 3, 4.5),
         ({"trains_all": False, "checkpoint_scope": "feed-forward"}, 2 + 1 / 3, 3.5),
+        ({"trains_all": False, "checkpoint_scope": "all-but-attention"}, 3, 3.5),
+        ({"trains_all": False, "checkpoint_scope": "block", "recomputes_last": False}, 3 - 1 / 3, 4.5),
     ],
 )
 def test_a_step_of_cogvideox_5b(settings, linear, attention):
@@ -33,7 +36,15 @@ def test_a_step_of_cogvideox_5b(settings, linear, attention):
     assert count_flops(COGVIDEOX_5B, tokens, **settings) == pytest.approx(expected, rel=1e-3)
 
 
-SCOPES = [(None, 1), ("block", 1), ("block", 3), ("segment", 2), ("segment", 3)]
+SCOPES = [
+    (None, 1),
+    ("all-but-attention", 1),
+    ("all-but-attention", 3),
+    ("block", 1),
+    ("block", 3),
+    ("segment", 2),
+    ("segment", 3),
+]
 SCOPES += [("feed-forward", 1), ("feed-forward", 3)]
 
 
@@ -43,10 +54,12 @@ def test_torch_counts_as_much_in_a_step(tiny_models, trains_all, scope, every):
     transformer = load(tiny_models("5b")).train()
     if not trains_all:
         Lora(rank=1, alpha=1).attach(transformer)
+    set_attention(transformer)
     if scope is not None:
         checkpoint_activations(transformer, scope, every)
     tokens = count_tokens(transformer.config, Bucket(17, 64, 96))
     settings = {"trains_all": trains_all, "checkpoint_scope": scope, "checkpoint_every": every}
+    settings["recomputes_last"] = not omits_last_layer(transformer)
     with FlopCounterMode(display=False) as counter:
         predict(transformer).sum().backward()
     expected = 2 * count_flops(transformer.config, tokens, **settings)  # two samples

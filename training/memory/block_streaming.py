@@ -31,7 +31,7 @@ def stream_blocks(
     `offload_to` is for the inputs of the blocks, see `checkpoint_activations`. Raises UserError if the weights are of
     a kind that cannot be streamed.
     """
-    checkpoint_activations(transformer, "block", offload_to=offload_to)
+    checkpoint_activations(transformer, "block", offload_to=offload_to, is_inside=False)
     stream = BlockStream(transformer.transformer_blocks, device)
     transformer.to(device)
     return stream

@@ -46,6 +46,7 @@ def count_flops(
     trains_all: bool,
     checkpoint_scope: str | None = None,
     checkpoint_every: int = 1,
+    recomputes_last: bool = True,
 ) -> float:
     """Count the operations of a training step in the matrix products of the blocks, for one sample.
 
@@ -65,9 +66,11 @@ def count_flops(
         config: the transformer's.
         num_tokens: N, of one sample.
         trains_all: the weights of the linear layers are trained, not adapters.
-        checkpoint_scope: what the backward pass computes again: "block", "segment" (every block), or "feed-forward",
-            whose second layer it does not need; None for nothing.
-        checkpoint_every: one of so many blocks is checkpointed; for "segment", the number of its blocks.
+        checkpoint_scope: what the backward pass computes again: "block", "all-but-attention", "segment" (every block),
+            or "feed-forward", whose second layer it does not need; None for nothing.
+        checkpoint_every: one of so many blocks is checkpointed; for "segment", the number of its blocks; for
+            "all-but-attention", the attention of one of so many blocks is not computed again.
+        recomputes_last: checkpoints of blocks contain the second layer of the feed-forward.
 
     Source: https://arxiv.org/abs/2205.14135 and 2307.08691 for attention that stores no scores.
     """
@@ -76,7 +79,14 @@ def count_flops(
     feed_forward = 16 * num_tokens * width**2
     linear = feed_forward + 8 * num_tokens * width**2
     attention = 4 * num_tokens**2 * width
-    checkpointed = layers if checkpoint_scope == "segment" else -(-layers // checkpoint_every)
-    again = {None: 0, "feed-forward": feed_forward / 2}.get(checkpoint_scope, linear + attention)
+    chosen = -(-layers // checkpoint_every)
+    block = linear + attention - (0 if recomputes_last else feed_forward / 2)
+    again = {
+        None: 0,
+        "block": chosen * block,
+        "all-but-attention": layers * block - chosen * attention,
+        "segment": layers * (linear + attention),
+        "feed-forward": chosen * feed_forward / 2,
+    }[checkpoint_scope]
     backward = 2.5 * attention + linear * (2 if trains_all else 1)
-    return layers * (linear + attention + backward) + checkpointed * again
+    return layers * (linear + attention + backward) + again

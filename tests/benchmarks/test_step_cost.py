@@ -10,7 +10,13 @@ from pages import read_page, table_rows
 from tracking.flops import count_flops
 
 
-PINNED = ("5b LoRA, original factory", "5b LoRA, block", "5b full, block", "2b LoRA, block")
+PINNED = (
+    "5b LoRA, original factory",
+    "5b LoRA, block",
+    "5b LoRA, all-but-attention",
+    "5b full, block",
+    "2b LoRA, block",
+)
 
 
 def row_of(name: str):

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from args import parse_args, parse_prepare_args
-from common.startup import unused_libraries
+from common.startup import configure_allocator, unused_libraries
 from flags.schema import flag_values
 from repository import TRAINING
 
@@ -58,6 +58,19 @@ def test_a_library_left_out_is_as_good_as_not_installed():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=TRAINING, capture_output=True, text=True)
     assert done.stdout == "False False\nTrue True\n", done.stderr
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_extends_segments_unless_the_user_configured_it(monkeypatch, name):
+    for known in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(known, "")  # restored afterwards
+        monkeypatch.delenv(known)
+    configure_allocator()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv(name, "max_split_size_mb:64")
+    configure_allocator()
+    assert [os.environ.get(known) for known in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")].count(None) == 1
 
 
 def test_bars_of_libraries_wait_a_moment_too():

@@ -247,6 +247,16 @@ def test_a_step_in_the_backward_pass_holds_one_gradient():
     assert account_5b("sft", step_in_backward=True).gradients == 4 * 3072 * 12288
 
 
+def test_replicated_gradients_are_in_buckets_all_the_time():
+    alone, replicated = (
+        account(released_facts("5b", "sft"), MemorySettings("sft"), Workload(NATIVE, 1, is_replicated=is_replicated))
+        for is_replicated in (False, True)
+    )
+    # The activations of 42 blocks are there at the same time.
+    assert replicated.resident - alone.resident == alone.gradients == replicated.gradient_buckets
+    assert replicated.training - alone.training == alone.gradients
+
+
 def test_an_offloaded_optimizer_has_states_gradients_and_weights_on_the_host():
     plain = account_5b("sft")
     offloaded = account_5b("sft", use_cpu_offload_optimizer=True, offload_gradients=True)

@@ -19,10 +19,18 @@ def prepare_imports(flags: Mapping[str, Any], *, owns_process: bool) -> None:
         owns_process: nothing else will run in this process, such as another script with other flags.
     """
     quiet_libraries()
+    configure_allocator()
     if owns_process:
         follow_launcher()
         for name in unused_libraries(flags):
             sys.modules.setdefault(name, None)  # makes Python report it as not installed
+
+
+def configure_allocator() -> None:
+    """Let torch's allocator on a GPU extend its segments, which avoids most fragmentation; read when CUDA starts."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second one is that of torch before 2.9
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"
 
 
 def unused_libraries(flags: Mapping[str, Any]) -> list[str]:

@@ -99,7 +99,8 @@ def load_transformer(spec: RunSpec) -> CogVideoXTransformer3DModel:
     set_attention(transformer, speed.attention_backend, spec.context)
     store = CheckpointStore() if memory.offload_checkpoints else None
     if memory.stream_blocks:
-        stream_blocks(transformer, accelerator.device, store)
+        scope, every = memory.checkpoint_scope, memory.checkpoint_every
+        stream_blocks(transformer, accelerator.device, store, scope=scope, every=every)
     elif memory.gradient_checkpointing:
         is_inside = not (speed.compile and memory.offload_checkpoints)  # a store cannot be compiled
         checkpoint_activations(

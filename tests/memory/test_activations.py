@@ -141,7 +141,8 @@ def test_a_wrapped_transformer_gets_the_same_gradients_for_all_weights(transform
 def test_kept_activations_are_counted():
     assert count_kept("none", 1, 42) == KeptActivations(inputs=0, complete_blocks=42, without_feed_forward=0)
     assert count_kept("block", 1, 42) == KeptActivations(inputs=42, complete_blocks=1, without_feed_forward=0)
-    assert count_kept("block", 4, 42) == KeptActivations(inputs=11, complete_blocks=32, without_feed_forward=0)
+    kept = count_kept("block", 4, 42)
+    assert kept == KeptActivations(inputs=11, complete_blocks=32, without_feed_forward=0, attentions=11)
     kept = count_kept("all-but-attention", 4, 42)
     assert kept == KeptActivations(inputs=42, complete_blocks=1, without_feed_forward=0, attentions=11)
     assert count_kept("segment", 4, 42) == KeptActivations(inputs=11, complete_blocks=4, without_feed_forward=0)

@@ -36,8 +36,9 @@ class MemoryFlags:
     )
     checkpoint_every: PositiveInt | None = flag(
         None,
-        "With --gradient_checkpointing, checkpoint only every N-th block: faster, more memory. With "
-        "--checkpoint_scope segment, blocks per segment; with all-but-attention, store the attention of every N-th.",
+        "With --gradient_checkpointing, checkpoint only every N-th block, except its attention: faster, more memory. "
+        "With --checkpoint_scope segment, blocks per segment; with all-but-attention, store the attention of every "
+        "N-th block.",
         shown="1; 2 in a segment",
     )
     offload_checkpoints: bool = flag(False, "Keep inputs of --gradient_checkpointing in pinned CPU memory.")

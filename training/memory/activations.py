@@ -41,8 +41,9 @@ def count_kept(scope: str, every: int, num_blocks: int) -> KeptActivations:
     checkpoints = -(-num_blocks // every)
     if scope == "all-but-attention":
         return KeptActivations(num_blocks, 1, 0, attentions=checkpoints)
+    attentions = checkpoints if scope == "block" and every > 1 else 0
     complete = min(every, num_blocks) if scope == "segment" else num_blocks - checkpoints + 1
-    return KeptActivations(checkpoints, complete, checkpoints - 1 if scope == "feed-forward" else 0)
+    return KeptActivations(checkpoints, complete, checkpoints - 1 if scope == "feed-forward" else 0, attentions)
 
 
 def checkpoint_activations(
@@ -62,7 +63,8 @@ def checkpoint_activations(
         scope: of a checkpoint: "block", "all-but-attention" (a block, but the result of its attention is kept),
             "segment" (several blocks) or "feed-forward" (by far the largest part of a block).
         every: checkpoint one of so many blocks, starting with the first; for "segment", the number of its blocks; for
-            "all-but-attention", keep the attention of one of so many blocks.
+            "all-but-attention", keep the attention of one of so many blocks. Where memory allows blocks without
+            checkpoint, the others keep their attention, which saves more arithmetic for its memory.
         offload_to: for the inputs of the checkpoints; None keeps them on the device.
         is_inside: let checkpoints of blocks be parts of the blocks' forward passes, compiled with them. They then omit
             the last layer of the feed-forward, if it is frozen. Not for blocks that are compiled and have a store, or
@@ -73,12 +75,11 @@ def checkpoint_activations(
         for number in range(0, len(blocks), every):
             _checkpoint_forward(blocks[number].ff, offload_to, is_first=number == 0)
         return
-    keeps_attention = [scope == "all-but-attention" and number % every == 0 for number in range(len(blocks))]
+    keeps_some = scope == "all-but-attention" or (scope == "block" and every > 1 and is_inside)
+    keeps_attention = [keeps_some and number % every == 0 for number in range(len(blocks))]
     is_checkpointed = [scope != "block" or number % every == 0 for number in range(len(blocks))]
     if is_inside and scope != "segment" and uses_blocks(transformer):
-        forwards = {
-            keeps: _checkpointed_block(transformer, offload_to, keeps_attention=keeps) for keeps in (True, False)
-        }
+        forwards = [_checkpointed_block(transformer, offload_to, keeps_attention=keeps) for keeps in (False, True)]
         for block, keeps, is_one in zip(blocks, keeps_attention, is_checkpointed, strict=True):
             if is_one:
                 block.forward = MethodType(forwards[keeps], block)

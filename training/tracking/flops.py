@@ -68,8 +68,9 @@ def count_flops(
         trains_all: the weights of the linear layers are trained, not adapters.
         checkpoint_scope: what the backward pass computes again: "block", "all-but-attention", "segment" (every block),
             or "feed-forward", whose second layer it does not need; None for nothing.
-        checkpoint_every: one of so many blocks is checkpointed; for "segment", the number of its blocks; for
-            "all-but-attention", the attention of one of so many blocks is not computed again.
+        checkpoint_every: one of so many blocks is checkpointed, if not every block, then without its attention; for
+            "segment", the number of its blocks; for "all-but-attention", the attention of one of so many blocks is not
+            computed again.
         recomputes_last: checkpoints of blocks contain the second layer of the feed-forward.
 
     Source: https://arxiv.org/abs/2205.14135 and 2307.08691 for attention that stores no scores.
@@ -83,7 +84,7 @@ def count_flops(
     block = linear + attention - (0 if recomputes_last else feed_forward / 2)
     again = {
         None: 0,
-        "block": chosen * block,
+        "block": chosen * (block - (attention if checkpoint_every > 1 else 0)),
         "all-but-attention": layers * block - chosen * attention,
         "segment": layers * (linear + attention),
         "feed-forward": chosen * feed_forward / 2,

@@ -7,6 +7,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from forward_pass import gradients, load, predict
+from memory.activations import checkpoint_activations
 from models.attention import set_attention
 from tiny_steps import with_adapters
 
@@ -26,6 +27,14 @@ def computed(transformer: CogVideoXTransformer3DModel, dtype: torch.dtype) -> di
     return {"output": predict(transformer, dtype=dtype).detach(), **gradients(transformer, dtype=dtype)}
 
 
+def of_libraries(transformer: CogVideoXTransformer3DModel) -> CogVideoXTransformer3DModel:
+    """A copy that diffusers and peft compute."""
+    copy = deepcopy(transformer)
+    for module in copy.modules():
+        vars(module).pop("forward", None)
+    return copy
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_all_gradients_are_the_librarys_in_float32(tiny_models, kind):
     transformer = load(tiny_models(kind))
@@ -40,8 +49,8 @@ def test_outputs_and_all_gradients_are_the_librarys_in_float32(tiny_models, kind
 
 @pytest.mark.parametrize("method", ["lora", "sft"])
 def test_half_precision_is_as_close_to_float32_as_the_librarys(tiny_models, method):
-    library = with_adapters(tiny_models("5b"), dropout=0.0) if method == "lora" else load(tiny_models("5b"))
-    ours = deepcopy(library)
+    ours = with_adapters(tiny_models("5b"), dropout=0.0) if method == "lora" else load(tiny_models("5b"))
+    library = of_libraries(ours)
     set_attention(ours)
     expected = computed(library, torch.float32)
     errors = [error(computed(model, torch.bfloat16), expected) for model in (ours, library)]
@@ -62,9 +71,10 @@ def loss_curve(transformer: CogVideoXTransformer3DModel, steps: int = 100) -> to
 
 
 def test_a_hundred_steps_follow_the_same_curve(tiny_models):
-    library = with_adapters(tiny_models("5b"), dropout=0.0)
-    ours = deepcopy(library)
+    ours = with_adapters(tiny_models("5b"), dropout=0.0)
+    library = of_libraries(ours)
     set_attention(ours)
+    checkpoint_activations(ours, "all-but-attention", 2)
     expected, losses = loss_curve(library), loss_curve(ours)
     assert expected[-1] < 0.5 * expected[0]
-    assert ((losses - expected).abs() / expected).max() < 0.02
+    assert ((losses - expected).abs() / expected).max() < 0.005

@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy
 
-from memory.activations import CheckpointStore, KeptActivations, checkpoint_activations, count_kept
+from memory.activations import (
+    CheckpointStore,
+    KeptActivations,
+    attention_policy,
+    checkpoint_activations,
+    count_kept,
+)
 from memory.pinned import HostStack
 from models.attention import set_attention
 from tiny_steps import (
@@ -147,6 +154,16 @@ def test_kept_activations_are_counted():
     assert kept == KeptActivations(inputs=42, complete_blocks=1, without_feed_forward=0, attentions=11)
     assert count_kept("segment", 4, 42) == KeptActivations(inputs=11, complete_blocks=4, without_feed_forward=0)
     assert count_kept("feed-forward", 1, 42) == KeptActivations(inputs=42, complete_blocks=1, without_feed_forward=41)
+
+
+KERNELS = ["flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_results_of_all_kernels_of_torch_are_kept(kernel):
+    operator = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
+    assert attention_policy(None, operator) == CheckpointPolicy.MUST_SAVE
+    assert attention_policy(None, torch.ops.aten.addmm.default) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @pytest.mark.gpu

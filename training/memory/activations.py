@@ -172,14 +172,14 @@ def _checkpoint(
         return checkpoint(function, *inputs, use_reentrant=False, **options)
 
 
-def _attention_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def attention_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep what torch's and the packages' kernels of attention return: the result and the sums of the softmax."""
     name = str(operator)
     is_attention = "dot_product" in name or "flash_attn" in name
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_KEEP_ATTENTION: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, _attention_policy)}
+_KEEP_ATTENTION: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, attention_policy)}
 if "respect_saved_tensors_hooks" in signature(checkpoint).parameters:  # from torch 2.15 on, to be decided
     _KEEP_ATTENTION["respect_saved_tensors_hooks"] = False  # the results stay on the device, also with a store
 

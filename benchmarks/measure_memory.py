@@ -43,12 +43,12 @@ from data.plan import RawData, plan_training_data
 from make_full_size_model import full_size_configs
 from memory.accounting import account
 from memory.facts import Workload, model_facts
-from memory.settings import MemorySettings, memory_settings_of
+from memory.settings import memory_settings_of
 from run.loop import train
 from run.memory_fit import run_facts
 from run.recipe import Recipe
 from run.setup import Run, set_up
-from run.spec import RunSpec, check_spec
+from run.spec import check_spec
 from tracking.flops import count_flops, peak_tflops
 
 
@@ -164,7 +164,7 @@ def measure_row(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
         run = set_up(spec)
         seconds = time_steps(run, *row.steps)
         facts, settings = run_facts(spec), memory_settings_of(args)
-        measured = {**speed_figures(seconds, spec, settings), **device_peaks("training")}
+        measured = {**speed_figures(seconds, run), **device_peaks("training")}
         if row.is_sampled:
             forget_device_peaks()
             if failures := run.validate(sum(row.steps)):
@@ -190,21 +190,14 @@ def time_steps(run: Run, warm_up: int, timed: int) -> float:
     return (time.perf_counter() - began) / timed
 
 
-def speed_figures(seconds: float, spec: RunSpec, settings: MemorySettings) -> dict[str, float]:
+def speed_figures(seconds: float, run: Run) -> dict[str, float]:
     """Return the figures of a step; the share of the peak only for known cards."""
-    config, batch_size = spec.configs.transformer, spec.settings.training.train_batch_size
-    tokens = count_tokens(config, spec.data.buckets[0])
-    flops = batch_size * count_flops(
-        config,
-        tokens,
-        trains_all=settings.method == "sft",
-        checkpoint_scope=settings.checkpoint_scope if settings.gradient_checkpointing else None,
-        checkpoint_every=settings.checkpoint_every,
-    )
-    figures = {"seconds a step": seconds, "tokens/s": batch_size * tokens / seconds}
-    figures["TFLOP/s"] = 1e-12 * flops / seconds
+    config, batch_size = run.spec.configs.transformer, run.spec.settings.training.train_batch_size
+    tokens = count_tokens(config, run.spec.data.buckets[0])
+    tflop = 1e-12 * batch_size * count_flops(config, tokens, **run.throughput.flops_settings)
+    figures = {"seconds a step": seconds, "tokens/s": batch_size * tokens / seconds, "TFLOP/s": tflop / seconds}
     peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    return figures | ({"% of peak": 1e-10 * flops / seconds / peak} if peak else {})
+    return figures | ({"% of peak": 100 * tflop / seconds / peak} if peak else {})
 
 
 def calculate_row(row: Row) -> dict[str, int]:

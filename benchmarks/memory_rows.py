@@ -117,6 +117,12 @@ ROWS = (
     ),
     Row("2b LoRA, rank 128", "2b", "lora", CHECKPOINTED, rank=128, published={COGVIDEO: (16.0, None)}),
     Row("5b LoRA, fp8", "5b", "lora", (*CHECKPOINTED, "--quantize_base", "fp8")),
+    Row(
+        "5b LoRA, attention kept",
+        "5b",
+        "lora",
+        (*CHECKPOINTED, "--checkpoint_scope", "all-but-attention"),
+    ),
     Row("5b LoRA, segments of two blocks", "5b", "lora", (*CHECKPOINTED, "--checkpoint_scope", "segment")),
     Row("5b LoRA, feed-forward checkpointed", "5b", "lora", (*CHECKPOINTED, "--checkpoint_scope", "feed-forward")),
     Row(

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 from args import parse_args, parse_prepare_args
-from common.startup import unused_libraries
+from common.startup import configure_allocator, unused_libraries
 from flags.schema import flag_values
 from repository import TRAINING
 
@@ -92,6 +92,19 @@ def test_a_command_says_at_once_what_it_is_busy_with(flags, tmp_path, monkeypatc
         with pytest.raises(SystemExit, match=code):
             main(again)
         assert said not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_extends_segments_unless_the_user_configured_it(monkeypatch, name):
+    for known in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(known, "")  # restored afterwards
+        monkeypatch.delenv(known)
+    configure_allocator()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv(name, "max_split_size_mb:64")
+    configure_allocator()
+    assert [os.environ.get(known) for known in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")].count(None) == 1
 
 
 def test_bars_of_libraries_wait_a_moment_too():

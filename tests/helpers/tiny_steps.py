@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,15 +33,17 @@ def make_objective(
     return Objective(task=task or TextToVideo(), **networks, **facts)
 
 
-def with_adapters(model: Path | str, *, dropout: float = 0.5, quantize: str = "none") -> CogVideoXTransformer3DModel:
+def with_adapters(
+    model: Path | str, *, dropout: float = 0.5, quantize: str = "none", **lora: Any
+) -> CogVideoXTransformer3DModel:
     transformer = ModelSource(str(model)).load_transformer(torch.float32, quantize=quantize)
-    add_adapters(transformer, dropout)
+    add_adapters(transformer, dropout, **lora)
     return transformer
 
 
-def add_adapters(transformer: CogVideoXTransformer3DModel, dropout: float) -> None:
+def add_adapters(transformer: CogVideoXTransformer3DModel, dropout: float, **lora: Any) -> None:
     """Add adapters that have an effect, always the same."""
-    Lora(4, 4.0, dropout=dropout).attach(transformer)
+    Lora(**{"rank": 4, "alpha": 4.0, "dropout": dropout, **lora}).attach(transformer)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in transformer.parameters():

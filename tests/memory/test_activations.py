@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy
 
-from memory.activations import CheckpointStore, KeptActivations, checkpoint_activations, count_kept
+from memory.activations import (
+    CheckpointStore,
+    KeptActivations,
+    attention_policy,
+    checkpoint_activations,
+    count_kept,
+)
 from memory.pinned import HostStack
+from models.attention import set_attention
 from tiny_steps import (
     assert_close,
     assert_same,
@@ -16,11 +24,12 @@ from tiny_steps import (
     sample_step,
     train_step,
     wide_transformer,
+    with_adapters,
 )
 
 
 SETTINGS = [("block", 1), ("block", 2), ("block", 3), ("segment", 2), ("segment", 3)]
-SETTINGS += [("feed-forward", 1), ("feed-forward", 3)]
+SETTINGS += [("all-but-attention", 1), ("all-but-attention", 3), ("feed-forward", 1), ("feed-forward", 3)]
 NUM_BLOCKS = 4
 pytestmark = pytest.mark.usefixtures("one_thread")
 INPUT_BYTES = 2 * (16 + 5 * 4 * 6) * 128 * 4  # text and video tokens of two samples, float32
@@ -43,6 +52,20 @@ def test_gradients_are_those_without_checkpointing_dropout_included(transformer,
         assert_same(train_step(transformer), expected)
 
 
+@pytest.mark.parametrize("targets", [["to_q", "to_out.0"], ["ff.net.2"], ["norm2.linear"], ["all-linear"]])
+@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize(("scope", "every"), [("block", 1), ("block", 3), ("all-but-attention", 3)])
+def test_checkpoints_inside_of_blocks_give_the_same_gradients(tiny_models, scope, every, offloaded, targets):
+    transformer = with_adapters(tiny_models("5b"), target_modules=targets)
+    set_attention(transformer)
+    expected = train_step(transformer)
+    checkpoint_activations(transformer, scope, every, small_store() if offloaded else None)
+    assert not transformer.gradient_checkpointing
+
+    for _ in range(2):
+        assert_same(train_step(transformer), expected)
+
+
 @pytest.mark.parametrize(("scope", "every"), SETTINGS)
 def test_only_the_checkpointed_parts_are_computed_again(transformer, scope, every):
     checkpoint_activations(transformer, scope, every)
@@ -50,19 +73,19 @@ def test_only_the_checkpointed_parts_are_computed_again(transformer, scope, ever
     for number, block in enumerate(transformer.transformer_blocks):
         block.attn1.register_forward_pre_hook(lambda part, inputs, number=number: computed.append(number))
         block.ff.net[0].register_forward_pre_hook(lambda part, inputs, number=number: computed.append(f"ff {number}"))
-    numbers = range(NUM_BLOCKS)
+    numbers, step = range(NUM_BLOCKS), 1 if scope == "all-but-attention" else every
 
     output = transformer(**inputs_of(transformer), return_dict=False)[0]
     assert computed == [part for number in numbers for part in (number, f"ff {number}")]
 
     computed.clear()
     output.mean().backward()
-    pieces = [numbers[first : first + (every if scope == "segment" else 1)] for first in numbers[::every]]
+    pieces = [numbers[first : first + (every if scope == "segment" else 1)] for first in numbers[::step]]
     again = [part for piece in reversed(pieces) for number in piece for part in (number, f"ff {number}")]
     assert computed == (again[1::2] if scope == "feed-forward" else again)
 
 
-@pytest.mark.parametrize("scope", ["block", "segment", "feed-forward"])
+@pytest.mark.parametrize("scope", ["block", "all-but-attention", "segment", "feed-forward"])
 def test_weights_keep_their_names_and_sampling_is_untouched(transformer, scope):
     store = small_store()
     names, sample = list(transformer.state_dict()), sample_step(transformer)
@@ -125,9 +148,22 @@ def test_a_wrapped_transformer_gets_the_same_gradients_for_all_weights(transform
 def test_kept_activations_are_counted():
     assert count_kept("none", 1, 42) == KeptActivations(inputs=0, complete_blocks=42, without_feed_forward=0)
     assert count_kept("block", 1, 42) == KeptActivations(inputs=42, complete_blocks=1, without_feed_forward=0)
-    assert count_kept("block", 4, 42) == KeptActivations(inputs=11, complete_blocks=32, without_feed_forward=0)
+    kept = count_kept("block", 4, 42)
+    assert kept == KeptActivations(inputs=11, complete_blocks=32, without_feed_forward=0, attentions=11)
+    kept = count_kept("all-but-attention", 4, 42)
+    assert kept == KeptActivations(inputs=42, complete_blocks=1, without_feed_forward=0, attentions=11)
     assert count_kept("segment", 4, 42) == KeptActivations(inputs=11, complete_blocks=4, without_feed_forward=0)
     assert count_kept("feed-forward", 1, 42) == KeptActivations(inputs=42, complete_blocks=1, without_feed_forward=41)
+
+
+KERNELS = ["flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_results_of_all_kernels_of_torch_are_kept(kernel):
+    operator = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
+    assert attention_policy(None, operator) == CheckpointPolicy.MUST_SAVE
+    assert attention_policy(None, torch.ops.aten.addmm.default) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from common.errors import UserError
 from memory.activations import CheckpointStore
 from memory.block_streaming import BlockStream, frozen_bytes, stream_blocks
 from memory.pinned import HostStack
+from models.attention import set_attention
 from tiny_steps import (
     assert_close,
     assert_same,
@@ -51,6 +52,16 @@ def entries(transformer: CogVideoXTransformer3DModel, stream: BlockStream) -> li
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_outputs_and_gradients_are_those_of_resident_blocks(transformer, expected, offloaded):
     stream_blocks(transformer, CPU, CheckpointStore(HostStack(10_000)) if offloaded else None)
+
+    for _ in range(3):
+        assert_same(train_step(transformer), expected)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_results_of_the_attention_can_be_kept(transformer, every):
+    set_attention(transformer)
+    expected = train_step(transformer)
+    stream_blocks(transformer, CPU, scope="all-but-attention", every=every)
 
     for _ in range(3):
         assert_same(train_step(transformer), expected)

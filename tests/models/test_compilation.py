@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from common.errors import UserError
 from forward_pass import load, predict
+from memory.activations import checkpoint_activations
 from models.attention import set_attention
 from models.compilation import check_compiler, compile_blocks
 from tiny_steps import with_adapters
@@ -37,14 +38,15 @@ def losses(transformer, sizes: list[int], **options) -> list[float]:
     return values
 
 
-def test_all_blocks_share_one_compilation_for_each_size_and_mode(tiny_models):
+@pytest.mark.parametrize(("scope", "backend"), [("segment", "eager"), ("all-but-attention", "aot_eager")])
+def test_all_blocks_share_one_compilation_for_each_size_and_mode(tiny_models, scope, backend):
     sizes = [5, 2, 5, 2]  # latent frames
     eager, compiled = (with_adapters(tiny_models("5b"), dropout=0.0) for _ in range(2))
     names = list(eager.state_dict())
     for transformer in (eager, compiled):
         set_attention(transformer, "native")
-        transformer.enable_gradient_checkpointing()
-    counter = CompileCounterWithBackend("eager")
+        checkpoint_activations(transformer, scope)
+    counter = CompileCounterWithBackend(backend)
     compile_blocks(compiled, num_sizes=2, backend=counter)
     expected = losses(eager, sizes)
     assert losses(compiled, sizes) == pytest.approx(expected, rel=1e-5)

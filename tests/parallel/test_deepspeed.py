@@ -32,6 +32,12 @@ def test_the_flags_reach_deepspeed(is_rounded, max_grad_norm):
     assert (config["communication_data_type"], config["data_types"]["grad_accum_dtype"]) == ("fp32", "fp32")
 
 
+@pytest.mark.parametrize(("zero", "overlaps"), [({"stage": 2}, True), ({"stage": 2, "overlap_comm": False}, False)])
+def test_gradients_are_exchanged_during_the_backward_pass_on_gpus(monkeypatch, zero, overlaps):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert configured({"zero_optimization": zero})["zero_optimization"]["overlap_comm"] is overlaps
+
+
 def test_settings_of_the_user_are_kept():
     zero = {"stage": 3, "reduce_bucket_size": 7, "stage3_prefetch_bucket_size": "auto"}
     config = configured({"zero_optimization": zero, "communication_data_type": "bf16"})

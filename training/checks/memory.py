@@ -129,10 +129,11 @@ def _check_streaming(settings: TrainingSettings) -> None:
     memory = settings.memory
     _check_launcher("--stream_blocks", "blocks that are not on the GPU")
     is_each_checkpointed = memory.checkpoint_scope == "block" and memory.checkpoint_every in (None, 1)
+    is_each_checkpointed |= memory.checkpoint_scope == "all-but-attention"
     if not memory.gradient_checkpointing or not is_each_checkpointed:
         raise UserError(
-            "--stream_blocks: recomputes blocks one by one; pass --gradient_checkpointing, without --checkpoint_scope "
-            "and --checkpoint_every"
+            "--stream_blocks: recomputes blocks one by one; pass --gradient_checkpointing, with --checkpoint_scope "
+            "all-but-attention or without, and no --checkpoint_every"
         )
     if settings.validation.enable_model_cpu_offload:
         raise UserError("--enable_model_cpu_offload: --stream_blocks already keeps the blocks on the CPU; omit it")

@@ -21,6 +21,7 @@ def prepare_imports(flags: Mapping[str, Any], *, owns_process: bool) -> None:
     forget_stray_ranks()
     announce("loading PyTorch and diffusers")
     quiet_libraries()
+    configure_allocator()
     if owns_process:
         follow_launcher()
         for name in unused_libraries(flags):
@@ -31,6 +32,13 @@ def announce(what: str) -> None:
     """Say what takes a while now, on the first rank, before logging is set up."""
     if launch_rank() == 0:
         print(f"{what} ...", file=sys.stderr, flush=True)
+
+
+def configure_allocator() -> None:
+    """Let torch's allocator on a GPU extend its segments, which avoids most fragmentation; read when CUDA starts."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second one is that of torch before 2.9
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"
 
 
 def unused_libraries(flags: Mapping[str, Any]) -> list[str]:

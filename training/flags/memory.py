@@ -7,7 +7,7 @@ from flags.schema import flag
 from flags.types import PositiveFloat, PositiveInt
 
 
-CHECKPOINT_SCOPES = ("block", "segment", "feed-forward")
+CHECKPOINT_SCOPES = ("block", "all-but-attention", "segment", "feed-forward")
 QUANTIZATIONS = ("none", "int8", "fp8", "nf4")
 
 
@@ -29,14 +29,16 @@ class MemoryFlags:
     )
     checkpoint_scope: str = flag(
         "block",
-        "Unit that --gradient_checkpointing recomputes: a block; a segment of several blocks (stores fewer inputs); "
-        "or only each block's feed-forward (faster, more memory).",
+        "Unit that --gradient_checkpointing recomputes: a block; a block without its attention (faster; at full size "
+        "0.1 GB a block); a segment of several blocks (stores fewer inputs); or only each block's feed-forward "
+        "(faster still, more memory).",
         choices=CHECKPOINT_SCOPES,
     )
     checkpoint_every: PositiveInt | None = flag(
         None,
-        "With --gradient_checkpointing, checkpoint only every N-th block: faster, more memory. With "
-        "--checkpoint_scope segment, blocks per segment.",
+        "With --gradient_checkpointing, checkpoint only every N-th block, except its attention: faster, more memory. "
+        "With --checkpoint_scope segment, blocks per segment; with all-but-attention, store the attention of every "
+        "N-th block.",
         shown="1; 2 in a segment",
     )
     offload_checkpoints: bool = flag(False, "Keep inputs of --gradient_checkpointing in pinned CPU memory.")

@@ -26,7 +26,7 @@ class SpeedFlags:
         "kernels of torch; flash-attn and flash-attn-3 are packages. All but native need a GPU, and all but native "
         "and efficient half precision.",
         choices=ATTENTION_BACKENDS,
-        shown="diffusers' own code, which lets torch choose",
+        shown="native",
     )
     validation_attention_backend: str | None = flag(
         None,

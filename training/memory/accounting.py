@@ -27,7 +27,8 @@ class MemoryAccount:
     trained_weights: int
     averaged_weights: int  # of --use_ema
     optimizer_states: int
-    gradients: int  # that exist at once
+    gradient_buckets: int  # of DistributedDataParallel, which are the gradients
+    gradients: int  # that exist at once, outside of buckets
     earlier_gradients: int  # those of the other blocks while the backward pass is in its last block
     largest_gradient: int
     kept_inputs: int  # of checkpoints, until their backward pass
@@ -44,7 +45,8 @@ class MemoryAccount:
     @property
     def resident(self) -> int:
         """The bytes that are allocated all the time."""
-        return self.frozen_weights + self.trained_weights + self.averaged_weights + self.optimizer_states
+        trained = self.trained_weights + self.averaged_weights + self.optimizer_states + self.gradient_buckets
+        return self.frozen_weights + trained
 
     @property
     def training(self) -> int:
@@ -64,7 +66,7 @@ class MemoryAccount:
             return 0
         # Where the transformer is moved away for the decoding, so is the VAE for the sampling.
         sampling = self.resident + self.sampling + (self.vae_weights if self.weights_while_decoding else 0)
-        static = self.averaged_weights + self.optimizer_states + self.weights_while_decoding
+        static = self.averaged_weights + self.optimizer_states + self.gradient_buckets + self.weights_while_decoding
         return max(sampling, static + self.vae_weights + self.decoding)
 
     @property
@@ -78,7 +80,7 @@ def account(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> 
     frozen, on_host = _frozen_weights(facts, settings, workload)
     weights = [parameter.numel * settings.trained_bytes for parameter in facts.trainable]
     states, states_on_host = _place_states(facts, settings, weights)
-    gradients, earlier_gradients = _gradients(facts, settings, weights)
+    gradients, earlier_gradients = (0, 0) if workload.is_replicated else _gradients(facts, settings, weights)
     kept, kept_on_host = kept_memory(facts, settings, workload)
     sampled = workload.sampled
     return MemoryAccount(
@@ -86,6 +88,7 @@ def account(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> 
         trained_weights=sum(weights),
         averaged_weights=sum(weights) if settings.use_ema else 0,
         optimizer_states=states,
+        gradient_buckets=sum(weights) if workload.is_replicated else 0,
         gradients=gradients,
         earlier_gradients=earlier_gradients,
         largest_gradient=max(weights),

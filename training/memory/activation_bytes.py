@@ -1,7 +1,7 @@
 """Calculate the memory of activations: those kept for the backward pass, and those alive during a computation.
 
-They are the activations of diffusers' `CogVideoXBlock` under autocast, listed in `block_tensors`. A unit is a tensor
-`[B, T, D]` of all tokens, text and video, in the compute dtype.
+They are the activations of `models.blocks`, listed in `block_tensors`. A unit is a tensor `[B, T, D]` of all tokens,
+text and video, in the compute dtype.
 """
 
 from math import prod
@@ -11,45 +11,42 @@ from memory.facts import ModelFacts, Workload
 from memory.settings import MemorySettings
 
 
-_NORM_BYTES = 4  # of one number in and out of a norm, which autocast computes in float32
+_ATTENTION = ("result of the attention", "statistics of the attention")
 _FEED_FORWARD = ("input of the feed-forward", "input of its activation", "output of its activation")
 
 
 def block_tensors(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> dict[str, int]:
     """Return the tensors that autograd keeps of a transformer block that is not computed again: name -> bytes.
 
-    Tensors of a few rows (modulations, gates) are omitted. With autocast every layer casts its input and keeps its own
-    copy; without, layers share their input. LoRA: a frozen layer keeps no input, an adapter does. Full fine-tuning:
-    every layer keeps its input, and so do gates and scales.
+    Tensors of a few rows (modulations, gates) are omitted. LoRA: a frozen layer keeps no input, an adapter does. Full
+    fine-tuning: every layer keeps its input, and so do gates.
     """
     tokens = workload.batch_size * facts.count_tokens(workload.size)
     compute = workload.compute_bytes
-    unit, normed = tokens * facts.dim * compute, tokens * facts.dim * _NORM_BYTES
-    is_cast = compute != _NORM_BYTES
+    unit = tokens * facts.dim * compute
     is_full = settings.method == "sft"
 
     def has_input(name: str) -> bool:
         return is_full or name in facts.adapters
 
-    projections = sum(has_input(f"attn1.{name}") for name in ("to_q", "to_k", "to_v"))
     wide = 4 * unit
     tensors = {
-        "input of the first norm": normed,
-        "output of the first norm, for its scale": normed if is_full else 0,
-        "inputs of the query, key and value projections": unit * (projections if is_cast else min(projections, 1)),
-        "queries and keys before their norms": 2 * normed,
+        "input of the first norm": unit,
+        "input of the projections": unit
+        if any(has_input(f"attn1.{name}") for name in ("to_q", "to_k", "to_v"))
+        else 0,
+        "queries and keys before their norms": 2 * unit,
         "queries, keys and values": 3 * unit,
         "result of the attention": unit,
-        "its copy with concatenated heads": unit if has_input("attn1.to_out.0") else 0,
         "result of the attention's projection, for its gate": unit if is_full else 0,
-        "input of the second norm": normed,
-        "output of the second norm, for its scale": normed if is_full else 0,
+        "input of the second norm": unit,
         "input of the feed-forward": unit if has_input("ff.net.0.proj") else 0,
         "input of its activation": wide,
         "output of its activation": wide if has_input("ff.net.2") else 0,
         "result of the feed-forward, for its gate": unit if is_full else 0,
         "adapters between their two factors": tokens * compute * sum(facts.adapters.values()),
-        "statistics of norms and attention": tokens * 4 * (2 * 2 + (2 * 2 + 1) * facts.heads),
+        "statistics of norms": tokens * 4 * (2 * 2 + 2 * 2 * facts.heads),
+        "statistics of the attention": tokens * 4 * facts.heads,
     }
     if is_full and settings.trained_bytes != compute:
         tensors["weights in the compute dtype"] = compute * sum(facts.linear_weights)
@@ -66,19 +63,21 @@ def kept_memory(facts: ModelFacts, settings: MemorySettings, workload: Workload)
     scope = settings.checkpoint_scope if settings.gradient_checkpointing else "none"
     every = settings.checkpoint_every
     kept = count_kept(scope, every, facts.num_blocks)
-    one_input = size * _NORM_BYTES if scope == "feed-forward" else unit
+    attention = sum(tensors[name] for name in _ATTENTION)
     # The blocks of the working set are among the complete ones.
     at_once = min(every, facts.num_blocks) if scope == "segment" else 1
     on_device = min(kept.inputs, 2) if settings.offload_checkpoints else kept.inputs
-    # Without autocast the first norm shares its input with the checkpoint.
-    shared = unit if kept.inputs and scope != "feed-forward" and workload.compute_bytes == _NORM_BYTES else 0
+    # The first norm shares its input with the checkpoint.
+    shared = unit if kept.inputs and scope != "feed-forward" else 0
     complete, partial = kept.complete_blocks - at_once, kept.without_feed_forward
     return {
-        "kept_inputs": on_device * one_input,
-        "last_input": min(on_device, 1) * one_input,
-        "kept_activations": complete * block + partial * (block - feed_forward),
+        "kept_inputs": on_device * unit,
+        "last_input": min(on_device, 1) * unit,
+        "kept_activations": complete * block
+        + partial * (block - feed_forward)
+        + max(kept.attentions - 1, 0) * attention,
         "working_set": at_once * block + _backward_extra(facts, settings, workload, unit) - shared,
-    }, (kept.inputs - on_device) * one_input
+    }, (kept.inputs - on_device) * unit
 
 
 def _backward_extra(facts: ModelFacts, settings: MemorySettings, workload: Workload, unit: int) -> int:
@@ -108,14 +107,11 @@ def batch_bytes(facts: ModelFacts, workload: Workload) -> int:
 def sampling_bytes(facts: ModelFacts, workload: Workload) -> int:
     """Return the peak of a denoising step, which keeps nothing for a backward pass.
 
-    It is in the attention with rotary positions, which are applied in float32, else in the feed-forward.
+    It is in the feed-forward: the input of the block, the sum after its attention, the input of the feed-forward, and
+    the input and the output of its activation.
     """
-    size = (2 if workload.is_guided else 1) * facts.count_tokens(workload.sampled) * facts.dim
-    unit, normed = size * workload.compute_bytes, size * _NORM_BYTES
-    rotary = 3 * size * 4 if facts.configs.transformer["use_rotary_positional_embeddings"] else 0
-    # The input, the residual, values; normed, joined with the text, queries, keys.
-    attention = 3 * unit + 4 * normed + rotary
-    return max(attention, 3 * unit + normed + 2 * 4 * unit)
+    tokens = (2 if workload.is_guided else 1) * facts.count_tokens(workload.sampled)
+    return (3 + 2 * 4) * tokens * facts.dim * workload.compute_bytes
 
 
 def decoding_bytes(facts: ModelFacts, workload: Workload) -> int:

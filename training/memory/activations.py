@@ -2,14 +2,23 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from types import MethodType
 from typing import Any
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from memory.pinned import HostStack
+from models.blocks import first_part, last_part, uses_blocks
+from models.blocks import forward as compute_block
+
+
+# Parts whose training needs the input or the output of a feed-forward's last layer.
+_NEED_LAST = (".ff.net.2.", ".norm2.", "time_embedding.", "ofs_embedding.")
 
 
 @dataclass(frozen=True)
@@ -19,6 +28,7 @@ class KeptActivations:
     inputs: int  # of checkpoints: hidden states and encoder hidden states, [B, T, D] together
     complete_blocks: int  # blocks without checkpoint, and those that are computed again at once
     without_feed_forward: int  # blocks with all activations except those of the feed-forward
+    attentions: int = 0  # results of the attention with their statistics, of blocks that are computed again
 
 
 def count_kept(scope: str, every: int, num_blocks: int) -> KeptActivations:
@@ -29,8 +39,11 @@ def count_kept(scope: str, every: int, num_blocks: int) -> KeptActivations:
     if scope == "none":
         return KeptActivations(0, num_blocks, 0)
     checkpoints = -(-num_blocks // every)
+    if scope == "all-but-attention":
+        return KeptActivations(num_blocks, 1, 0, attentions=checkpoints)
+    attentions = checkpoints if scope == "block" and every > 1 else 0
     complete = min(every, num_blocks) if scope == "segment" else num_blocks - checkpoints + 1
-    return KeptActivations(checkpoints, complete, checkpoints - 1 if scope == "feed-forward" else 0)
+    return KeptActivations(checkpoints, complete, checkpoints - 1 if scope == "feed-forward" else 0, attentions)
 
 
 def checkpoint_activations(
@@ -38,30 +51,47 @@ def checkpoint_activations(
     scope: str = "block",
     every: int = 1,
     offload_to: "CheckpointStore | None" = None,
+    *,
+    is_inside: bool = True,
 ) -> None:
     """Have the transformer compute activations again in the backward pass instead of keeping them.
 
     Gradients are the same, including dropout. The names of the weights stay, and nothing changes where no gradients
-    are computed. The blocks may be compiled, before or after, except with "feed-forward" and a store. To be called
-    once for a transformer.
+    are computed. To be called once for a transformer, after `set_attention`.
 
     Args:
-        scope: of a checkpoint: "block", "segment" (several blocks) or "feed-forward" (by far the largest part of a
-            block).
-        every: checkpoint one of so many blocks, starting with the first; for "segment", the number of its blocks.
+        scope: of a checkpoint: "block", "all-but-attention" (a block, but the result of its attention is kept),
+            "segment" (several blocks) or "feed-forward" (by far the largest part of a block).
+        every: checkpoint one of so many blocks, starting with the first; for "segment", the number of its blocks; for
+            "all-but-attention", keep the attention of one of so many blocks. Where memory allows blocks without
+            checkpoint, the others keep their attention, which saves more arithmetic for its memory.
         offload_to: for the inputs of the checkpoints; None keeps them on the device.
+        is_inside: let checkpoints of blocks be parts of the blocks' forward passes, compiled with them. They then omit
+            the last layer of the feed-forward, if it is frozen. Not for blocks that are compiled and have a store, or
+            that must be called as modules again.
     """
     blocks = transformer.transformer_blocks
     if scope == "feed-forward":
         for number in range(0, len(blocks), every):
             _checkpoint_forward(blocks[number].ff, offload_to, is_first=number == 0)
         return
+    keeps_some = scope == "all-but-attention" or (scope == "block" and every > 1 and is_inside)
+    keeps_attention = [keeps_some and number % every == 0 for number in range(len(blocks))]
+    is_checkpointed = [scope != "block" or number % every == 0 for number in range(len(blocks))]
+    if is_inside and scope != "segment" and uses_blocks(transformer):
+        forwards = [_checkpointed_block(transformer, offload_to, keeps_attention=keeps) for keeps in (False, True)]
+        for block, keeps, is_one in zip(blocks, keeps_attention, is_checkpointed, strict=True):
+            if is_one:
+                block.forward = MethodType(forwards[keeps], block)
+        return
 
     def run_block(block: torch.nn.Module, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Replace a call of the block; the first one of a segment runs all of its blocks."""
         number = next(number for number, candidate in enumerate(blocks) if candidate is block)
-        if number % every > 0:
-            return inputs[:2] if scope == "segment" else block(*inputs)
+        if scope == "segment" and number % every > 0:
+            return inputs[:2]
+        if not is_checkpointed[number]:
+            return block(*inputs)
         segment = blocks[number : number + every] if scope == "segment" else [block]
 
         def run_segment(hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *others: Any) -> tuple:
@@ -69,9 +99,47 @@ def checkpoint_activations(
                 hidden_states, encoder_hidden_states = member(hidden_states, encoder_hidden_states, *others)
             return hidden_states, encoder_hidden_states
 
-        return _checkpoint(run_segment, inputs, offload_to, is_first=number == 0)
+        keeps = keeps_attention[number]
+        return _checkpoint(run_segment, inputs, offload_to, is_first=number == 0, keeps_attention=keeps)
 
     transformer.enable_gradient_checkpointing(run_block)
+
+
+def omits_last_layer(transformer: CogVideoXTransformer3DModel) -> bool:
+    """Return whether checkpoints of blocks omit the last layer of the feed-forward: they are inside, and it is frozen.
+
+    The backward pass of a frozen linear layer needs neither its input nor its output. Of a trained one it needs the
+    input, the largest tensor of a block; if the gates are trained, it needs the output.
+    """
+    trained = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+    is_inside = not transformer.gradient_checkpointing  # set by the library's kind of checkpoint
+    return is_inside and not any(part in name for name in trained for part in _NEED_LAST)
+
+
+def _checkpointed_block(
+    transformer: CogVideoXTransformer3DModel, store: "CheckpointStore | None", *, keeps_attention: bool
+) -> Callable:
+    """Return the forward pass of a block with a checkpoint inside it."""
+    omits_last = omits_last_layer(transformer)
+    first_block = transformer.transformer_blocks[0]
+
+    def checkpointed(
+        block: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = block, hidden_states, encoder_hidden_states, temb, image_rotary_emb
+        if not torch.is_grad_enabled():
+            return compute_block(*inputs)
+        options = {"is_first": store is not None and block is first_block, "keeps_attention": keeps_attention}
+        if not omits_last:
+            return _checkpoint(compute_block, inputs, store, **options)
+        return last_part(block, *_checkpoint(first_part, inputs, store, **options))
+
+    return checkpointed
 
 
 def _checkpoint_forward(module: torch.nn.Module, store: "CheckpointStore | None", *, is_first: bool) -> None:
@@ -85,15 +153,35 @@ def _checkpoint_forward(module: torch.nn.Module, store: "CheckpointStore | None"
     module.forward = checkpointed
 
 
-def _checkpoint(function: Callable, inputs: tuple, store: "CheckpointStore | None", *, is_first: bool) -> Any:
+def _checkpoint(
+    function: Callable,
+    inputs: tuple,
+    store: "CheckpointStore | None",
+    *,
+    is_first: bool,
+    keeps_attention: bool = False,
+) -> Any:
     """Call the function now, as the first checkpoint of the pass or a later one, and again in the backward pass."""
+    options = _KEEP_ATTENTION if keeps_attention else {}
     if store is None:
-        return checkpoint(function, *inputs, use_reentrant=False)
+        return checkpoint(function, *inputs, use_reentrant=False, **options)
     if is_first:
         store.clear()
     # The checkpoint saves its inputs under these hooks and hides from them what is saved inside it.
     with store.next_checkpoint():
-        return checkpoint(function, *inputs, use_reentrant=False)
+        return checkpoint(function, *inputs, use_reentrant=False, **options)
+
+
+def attention_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what torch's and the packages' kernels of attention return: the result and the sums of the softmax."""
+    name = str(operator)
+    is_attention = "dot_product" in name or "flash_attn" in name
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_KEEP_ATTENTION: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, attention_policy)}
+if "respect_saved_tensors_hooks" in signature(checkpoint).parameters:  # from torch 2.15 on, to be decided
+    _KEEP_ATTENTION["respect_saved_tensors_hooks"] = False  # the results stay on the device, also with a store
 
 
 @dataclass(eq=False)

@@ -19,7 +19,12 @@ from memory.pinned import ALIGNMENT, host_buffers
 
 
 def stream_blocks(
-    transformer: CogVideoXTransformer3DModel, device: torch.device, offload_to: CheckpointStore | None = None
+    transformer: CogVideoXTransformer3DModel,
+    device: torch.device,
+    offload_to: CheckpointStore | None = None,
+    *,
+    scope: str = "block",
+    every: int = 1,
 ) -> "BlockStream":
     """Keep the frozen parameters of all blocks in host memory, and copy each block to the device when it runs.
 
@@ -28,10 +33,10 @@ def stream_blocks(
     be called once for a transformer, on any device, after adapters were added (with `Lora.attach`, which has
     DistributedDataParallel ignore frozen parameters) and weights quantized.
 
-    `offload_to` is for the inputs of the blocks, see `checkpoint_activations`. Raises UserError if the weights are of
-    a kind that cannot be streamed.
+    The other arguments are those of `checkpoint_activations`; `scope` is "block", of every block, or
+    "all-but-attention". Raises UserError if the weights are of a kind that cannot be streamed.
     """
-    checkpoint_activations(transformer, "block", offload_to=offload_to)
+    checkpoint_activations(transformer, scope, every, offload_to, is_inside=False)
     stream = BlockStream(transformer.transformer_blocks, device)
     transformer.to(device)
     return stream

@@ -19,6 +19,7 @@ from common.files import atomic_write
 from common.run_folder import LORA_FILE
 from flags.training import ALL_LINEAR, LORA_TARGET_MODULES, LoraFlags
 from methods.lora_file import check_starting_lora, inside_block, load_lora, read_lora
+from methods.lora_layers import use_layers
 from models.configs import ModelConfigs
 from models.quantization import check_quantization
 from models.source import ModelSource
@@ -96,6 +97,7 @@ class Lora:
         if self.use_dora:
             _set_magnitudes(transformer)
         _keep_frozen_from_ddp(transformer)
+        use_layers(transformer)
         if self.start_from is not None:
             file = read_lora(self.start_from)
             load_lora(transformer, file)

@@ -1,7 +1,7 @@
 """Attention backends of the transformer: torch's choice, one of its kernels, or a package.
 
 diffusers' processor for CogVideoX calls torch directly, so `transformer.set_attention_backend` has no effect on it.
-The processor here only replaces that call by diffusers' dispatcher.
+The processor here replaces that call by diffusers' dispatcher, and a dozen passes over queries and keys by one.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
 
 from common.errors import UserError, first_line
+from models.blocks import layer_norm, use_blocks
 from parallel.context import ContextParallel
 
 
@@ -35,8 +36,9 @@ BACKENDS = {
 class DispatchedAttention:
     """CogVideoX's joint attention of text and video, computed by a backend of diffusers, one of `BACKENDS`.
 
-    Source: `diffusers.models.attention_processor.CogVideoXAttnProcessor2_0`, to which "native" is identical, on a CPU
-    bit for bit, gradients included.
+    Source: `diffusers.models.attention_processor.CogVideoXAttnProcessor2_0`, to which "native" is identical without
+    autocast, on a CPU bit for bit, gradients of all but its norms included. With autocast the norms return the compute
+    dtype, as they do in sampling.
     """
 
     def __init__(self, backend: str, context: ContextParallel | None = None):
@@ -48,47 +50,52 @@ class DispatchedAttention:
         self,
         attn: Attention,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the attention's output for the video, `[B, V, D]`, and for the text, `[B, T, D]`.
+        text_length: int = 0,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Return the attention's output for the video, `[B, V, D]`, and for the text, `[B, T, D]`; or both joined.
 
         Args:
             attn: the layer, with the projections.
+            hidden_states: of the video, or of text and video joined, `[B, T + V, D]`.
+            encoder_hidden_states: of the text; None if joined.
             attention_mask: None; CogVideoX has none.
             image_rotary_emb: cos and sin, each `[V, D / heads]`; None if the model has other positions.
+            text_length: T, of joined states.
         """
-        text_length = encoder_hidden_states.shape[1]
-        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        # [B, heads, T + V, D / heads]
+        tokens = hidden_states
+        if encoder_hidden_states is not None:
+            text_length = encoder_hidden_states.shape[1]
+            tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        # [B, T + V, heads, D / heads]
         query, key, value = (
-            project(tokens).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
+            project(tokens).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
         )
-        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key = (
+            layer_norm(states, norm.weight, norm.bias, norm.eps)
+            for states, norm in ((query, attn.norm_q), (key, attn.norm_k))
+        )
         if image_rotary_emb is not None:
             query, key = (self._rotate(states, image_rotary_emb, text_length) for states in (query, key))
-        # Autocast computes the norms in float32.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         if self.context is not None:
             key, value = self.context.gather_keys(key, value, text_length)
         attended = dispatch_attention_fn(query, key, value, attention_mask, backend=self.backend).flatten(2)
         output = attn.to_out[1](attn.to_out[0](attended))
-        return output[:, text_length:], output[:, :text_length]
+        return output if encoder_hidden_states is None else (output[:, text_length:], output[:, :text_length])
 
     def _rotate(
         self, states: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor], text_length: int
     ) -> torch.Tensor:
-        """Rotate pairs of channels of the video's tokens in `[B, heads, T + V, D / heads]`."""
-        if states.dtype != torch.float32 or torch.compiler.is_compiling():
-            states[:, :, text_length:] = apply_rotary_emb(states[:, :, text_length:], image_rotary_emb)
-            return states
-        # The same arithmetic in one pass over the memory instead of a dozen. torch.compile fuses the dozen itself, but
-        # not complex numbers.
-        pairs = torch.view_as_complex(states.unflatten(3, (-1, 2)))
-        return torch.view_as_real(pairs * self._rotation_of(image_rotary_emb, text_length)).flatten(3)
+        """Rotate pairs of channels of the video's tokens in `[B, T + V, heads, D / heads]`, in float32."""
+        if torch.compiler.is_compiling():  # fuses everything itself, but not complex numbers
+            text, video = states[:, :text_length], states[:, text_length:]
+            return torch.cat([text, apply_rotary_emb(video, image_rotary_emb, sequence_dim=1)], dim=1)
+        # The same arithmetic in one pass over the memory instead of a dozen.
+        rotation = self._rotation_of(image_rotary_emb, text_length)[:, None]
+        rotated = torch.view_as_complex(states.float().unflatten(3, (-1, 2))) * rotation
+        return torch.view_as_real(rotated).flatten(3).to(states.dtype)
 
     def _rotation_of(self, image_rotary_emb: tuple[torch.Tensor, torch.Tensor], text_length: int) -> torch.Tensor:
         """`[T + V, D / heads / 2]`, complex: cos + i sin for the video, 1 for the text."""
@@ -101,18 +108,19 @@ class DispatchedAttention:
 
 
 def set_attention(
-    transformer: CogVideoXTransformer3DModel, backend: str | None, context: ContextParallel | None = None
+    transformer: CogVideoXTransformer3DModel, backend: str | None = None, context: ContextParallel | None = None
 ) -> None:
-    """Set the attention backend of all blocks; None keeps the library's processor, or means native with a context."""
-    if backend is not None or context is not None:
-        transformer.set_attn_processor(DispatchedAttention(backend or "native", context))
+    """Have the transformer compute its blocks as `models.blocks` does, with an attention backend; native for None."""
+    transformer.set_attn_processor(DispatchedAttention(backend or "native", context))
+    use_blocks(transformer)
 
 
 @contextmanager
 def temporary_attention(transformer: CogVideoXTransformer3DModel, backend: str | None) -> Iterator[None]:
     """Set the attention backend within the block; None changes nothing."""
     processors = dict(transformer.attn_processors)
-    set_attention(transformer, backend)
+    if backend is not None:
+        transformer.set_attn_processor(DispatchedAttention(backend))
     try:
         yield
     finally:

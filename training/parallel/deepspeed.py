@@ -72,6 +72,8 @@ def configure_zero(
         if zero.get(key) == "auto":  # accelerate would look for a hidden_size in the model's config
             del zero[key]
     zero.setdefault("reduce_bucket_size", 50_000_000)  # DeepSpeed's default takes 2 GB in float32
+    if torch.cuda.is_available():  # exchange gradients during the backward pass, as DeepSpeed does only in ZeRO-3
+        zero.setdefault("overlap_comm", True)
     for key in ("offload_optimizer", "offload_param"):
         if (zero.get(key) or {}).get("device", "none") != "none":
             zero[key].setdefault("pin_memory", torch.cuda.is_available())

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 
 from common.errors import UserError
 from common.logs import start_logging
@@ -43,6 +48,8 @@ def start_accelerator(training: TrainingFlags, tracking: TrackingFlags, *, allow
             # The cache would keep half-precision copies of all float32 weights until the end of the forward pass,
             # although each weight is used only once.
             AutocastKwargs(cache_enabled=False),
+            # The gradients are in the buckets that the ranks exchange, instead of copied to them.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
     start_logging()

@@ -10,6 +10,7 @@ import torch
 
 from checkpoints.resume import newest_checkpoint
 from checkpoints.state import read_state
+from common.ranks import launch_size, uses_deepspeed, uses_fsdp
 from common.units import in_bytes
 from flags.schema import replace_flags
 from flags.settings import TrainingSettings
@@ -45,7 +46,10 @@ class RunMemory:
         self.current, self.given = memory_settings_of(settings), settings.given
         self.facts, self.measured = run_facts(recipe), read_measured()
         facts, is_guided = self.facts, settings.guidance.guidance_scale > 1
-        workload = Workload(facts.size, facts.batch_size, facts.mixed_precision, facts.sampled, is_guided)
+        is_replicated = launch_size() > 1 and not (uses_deepspeed() or uses_fsdp())
+        workload = Workload(
+            facts.size, facts.batch_size, facts.mixed_precision, facts.sampled, is_guided, is_replicated
+        )
         self.account = cache(partial(account, recipe.model_facts, workload=workload))
         self.is_usable = usable_filter(settings, mixed_precision=recipe.precision, has_gpu=torch.cuda.is_available())
 

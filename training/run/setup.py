@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from diffusers import CogVideoXTransformer3DModel
 
 from checkpoints.folder import WRITE_ERRORS, CheckpointFolder, why_unwritten
 from checkpoints.schedule import ScheduleStart, StepSchedule
@@ -19,6 +20,7 @@ from dataset import Batch, ClipDataset, PreparedDataset, make_loader, without_fa
 from diffusion.objective import Objective
 from diffusion.timesteps import TimestepSampling
 from flags.schema import flag_values
+from memory.activations import omits_last_layer
 from methods.full import FullFinetune
 from models.attention import temporary_attention
 from models.configs import CPU
@@ -217,7 +219,7 @@ def set_up(spec: RunSpec) -> Run:
         inputs=inputs,
         objective=make_objective(spec, inputs, trainable),
         trainable=trainable,
-        throughput=make_throughput(spec),
+        throughput=make_throughput(spec, trainable.transformer),
         guard=StepGuard(spec.coordinator, settings.checkpoints.max_bad_steps, spec.output_dir),
         checkpoints=CheckpointFolder(spec.output_dir, accelerator, spec.coordinator, limit),
         # Read from the model's files now, so that a failure does not come after the training.
@@ -257,7 +259,7 @@ def make_sampler(spec: RunSpec, start: ScheduleStart) -> tuple[BucketBatchSample
     return sampler, StepSchedule(start, sampler.batches_per_epoch, sampler.batches_in_first_epoch)
 
 
-def make_throughput(spec: RunSpec) -> Throughput:
+def make_throughput(spec: RunSpec, transformer: CogVideoXTransformer3DModel) -> Throughput:
     """Return the counter and timer of the steps."""
     memory = spec.settings.memory
     return Throughput(
@@ -268,6 +270,7 @@ def make_throughput(spec: RunSpec) -> Throughput:
         trains_all=isinstance(spec.method, FullFinetune),
         checkpoint_scope=memory.checkpoint_scope if memory.gradient_checkpointing else None,
         checkpoint_every=memory.checkpoint_every,
+        recomputes_last=not omits_last_layer(transformer),
         devices_per_sample=spec.settings.speed.context_parallel_size,
     )
 

@@ -96,12 +96,16 @@ def load_transformer(spec: RunSpec) -> CogVideoXTransformer3DModel:
         logger.warning("warning: %s", warning)
     spec.task.prepare_model(transformer)
     spec.method.attach(transformer)
+    set_attention(transformer, speed.attention_backend, spec.context)
     store = CheckpointStore() if memory.offload_checkpoints else None
     if memory.stream_blocks:
-        stream_blocks(transformer, accelerator.device, store)
+        scope, every = memory.checkpoint_scope, memory.checkpoint_every
+        stream_blocks(transformer, accelerator.device, store, scope=scope, every=every)
     elif memory.gradient_checkpointing:
-        checkpoint_activations(transformer, memory.checkpoint_scope, memory.checkpoint_every, store)
-    set_attention(transformer, speed.attention_backend, spec.context)
+        is_inside = not (speed.compile and memory.offload_checkpoints)  # a store cannot be compiled
+        checkpoint_activations(
+            transformer, memory.checkpoint_scope, memory.checkpoint_every, store, is_inside=is_inside
+        )
     if spec.context is not None:
         spec.context.divide(transformer)
     if speed.compile:

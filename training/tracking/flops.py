@@ -46,6 +46,7 @@ def count_flops(
     trains_all: bool,
     checkpoint_scope: str | None = None,
     checkpoint_every: int = 1,
+    recomputes_last: bool = True,
 ) -> float:
     """Count the operations of a training step in the matrix products of the blocks, for one sample.
 
@@ -65,18 +66,28 @@ def count_flops(
         config: the transformer's.
         num_tokens: N, of one sample.
         trains_all: the weights of the linear layers are trained, not adapters.
-        checkpoint_scope: what the backward pass computes again: "block", "feed-forward" or "segment" (every block);
-            None for nothing.
-        checkpoint_every: one of so many blocks is checkpointed; for "segment", the number of its blocks.
+        checkpoint_scope: what the backward pass computes again: "block", "all-but-attention", "segment" (every block),
+            or "feed-forward", whose second layer it does not need; None for nothing.
+        checkpoint_every: one of so many blocks is checkpointed, if not every block, then without its attention; for
+            "segment", the number of its blocks; for "all-but-attention", the attention of one of so many blocks is not
+            computed again.
+        recomputes_last: checkpoints of blocks contain the second layer of the feed-forward.
 
     Source: https://arxiv.org/abs/2205.14135 and 2307.08691 for attention that stores no scores.
     """
     layers = config["num_layers"]
     feed_forward, linear, attention = _forward_of_a_block(config, num_tokens)
-    checkpointed = layers if checkpoint_scope == "segment" else -(-layers // checkpoint_every)
-    again = {None: 0, "feed-forward": feed_forward}.get(checkpoint_scope, linear + attention)
+    chosen = -(-layers // checkpoint_every)
+    block = linear + attention - (0 if recomputes_last else feed_forward / 2)
+    again = {
+        None: 0,
+        "block": chosen * (block - (attention if checkpoint_every > 1 else 0)),
+        "all-but-attention": layers * block - chosen * attention,
+        "segment": layers * (linear + attention),
+        "feed-forward": chosen * feed_forward / 2,
+    }[checkpoint_scope]
     backward = 2.5 * attention + linear * (2 if trains_all else 1)
-    return layers * (linear + attention + backward) + checkpointed * again
+    return layers * (linear + attention + backward) + again
 
 
 def count_forward_flops(config: Mapping[str, Any], num_tokens: int) -> float:

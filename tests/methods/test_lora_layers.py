@@ -1,0 +1,80 @@
+"""A linear layer with a LoRA computes what peft's does, and leaves to peft what is not plain."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from methods.lora_layers import use_layers
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def make_layer(*, adapters: tuple[str, ...] = ("default",), **options) -> nn.Module:
+    """A layer from 96 to 64 channels; its adapters have rank 8, are scaled by 1.5 and have an effect."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 64)).requires_grad_(False)
+    config = LoraConfig(r=8, lora_alpha=12, target_modules=["0"], init_lora_weights=False, **options)
+    for name in adapters:
+        inject_adapter_in_model(config, model, name)
+    return model
+
+
+def results(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The output and all gradients."""
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(2, 50, 96, generator=generator).requires_grad_()
+    torch.manual_seed(2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = model(inputs if dtype == torch.bfloat16 else inputs.to(dtype))
+    (output * torch.linspace(-1, 1, 64)).sum().backward()
+    trained = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+    return {"output": output.detach(), "inputs": inputs.grad, **trained}
+
+
+def errors(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    assert ours.keys() == expected.keys()
+    return {name: float((ours[name] - expected[name]).norm() / expected[name].norm()) for name in expected}
+
+
+def test_output_and_gradients_are_those_of_peft():
+    model = make_layer()
+    expected = results(model)
+    assert all(tensor.abs().sum() > 0 for tensor in expected.values()) and len(expected) == 4
+    use_layers(model)
+    assert max(errors(results(model), expected).values()) < 1e-6
+
+
+def test_under_autocast_it_is_as_close_to_the_truth_as_peft():
+    model = make_layer()
+    truth = results(deepcopy(model).double(), torch.float64)
+    of_peft = errors(results(model, torch.bfloat16), truth)
+    use_layers(model)
+    ours = results(model, torch.bfloat16)
+    assert all(ours[name].dtype == torch.float32 for name in ours if "lora" in name)
+    for name, error in errors(ours, truth).items():
+        assert error < 1.05 * of_peft[name] and error < 0.01, name
+
+
+@pytest.mark.parametrize(
+    "options", [{"lora_dropout": 0.5}, {"use_dora": True}, {"adapters": ("default", "other")}], ids=str
+)
+def test_what_is_not_plain_is_left_to_peft(options):
+    model = make_layer(**options)
+    if "adapters" in options:
+        model[0].set_adapter(list(options["adapters"]))
+    expected = results(model.train())
+    use_layers(model)
+    assert max(errors(results(model), expected).values()) == 0
+
+
+def test_adapters_can_be_disabled():
+    model = make_layer()
+    use_layers(model)
+    inputs = torch.ones(1, 96)
+    model[0].enable_adapters(False)
+    assert torch.equal(model(inputs), model[0].base_layer(inputs))

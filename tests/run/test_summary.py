@@ -52,7 +52,7 @@ def test_the_summary_describes_the_run(summarize, tmp_path):
     assert lines["steps"].startswith("1 to 30, up to 4 samples a step, 4 steps an epoch; 3 batches are drawn twice")
     assert lines["optimizer"] == "adamw, learning rate 0.0004, constant"
     assert lines["devices"] == "1 x cpu, precision no"
-    assert lines["memory"].endswith(" MB on a GPU expected (calculated, not measured)")
+    assert lines["memory"].endswith(" GB on a GPU expected (calculated, not measured)")
     assert lines["validation"] == "2 videos of 17x64x96, every 10 steps, at the end" + KEPT
     assert lines["output"] == str(tmp_path / "out")
     assert lines["written"] == "every 15 steps a checkpoint of 393 kB; losses to loss.png, metrics.jsonl"

@@ -38,7 +38,8 @@ MAIN_PROCESS_PORT="${MAIN_PROCESS_PORT:-}"
 # How they share a run (assets/docs/distributed.md). Default: accelerate_configs/single_gpu.yaml, for several GPUs
 # ddp.yaml, for several machines ddp_2_machines.yaml.
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-}"
-CPU_THREADS="${CPU_THREADS:-2}"
+# Of each process. Default: the cores of the machine, shared among its processes.
+CPU_THREADS="${CPU_THREADS:-}"
 MIXED_PRECISION="${MIXED_PRECISION:-bf16}"
 
 # tensorboard, wandb, trackio, comet_ml, all, none. W&B keeps its files for `wandb sync` unless WANDB_MODE=online.

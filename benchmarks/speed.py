@@ -1,4 +1,4 @@
-"""Measure the speed of training, preparation, loading and starting on this machine.
+"""Measure the speed of training, preparation, loading, low-bit steps and starting on this machine.
 
     make benchmark
 
@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.optim import Optimizer
+from torchao.optim import AdamW8bit
 
 from args import parse_args, parse_prepare_args
 from data.buckets import Bucket
@@ -30,6 +32,7 @@ from data.tensor_files import ShardWriter
 from dataset import ClipDataset, PreparedDataset, make_loader
 from make_real_clips import make_real_clips
 from make_tiny_model import make_tiny_model
+from optimizers.compiled_adam import compiled_once
 from preparation.prepare import prepare
 from run.loop import train
 from run.recipe import Recipe
@@ -109,6 +112,16 @@ def measure_prepared_loading(folder: Path, num_workers: int, num_samples: int = 
     return epochs * num_samples / seconds(lambda: [batch.names for batch in loader])
 
 
+def measure_step_overhead(adam_class: type[Optimizer], num_weights: int = 1024) -> float:
+    """Return the microseconds of a step for each weight; all are too small to take time themselves."""
+    weights = [torch.nn.Parameter(torch.randn(64)) for _ in range(num_weights)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer = adam_class(weights)
+    optimizer.step()  # compiles
+    return min(seconds(optimizer.step) for _ in range(5)) / num_weights * 1e6
+
+
 def measure_help() -> float:
     """Return the seconds until the T2V LoRA script has shown its help, the best of three."""
     command = [sys.executable, str(TRAINING / "cogvideox_text_to_video_lora.py"), "--help"]
@@ -143,6 +156,8 @@ def main() -> None:
             "prepared samples/s loaded at 49x480x720, 2 workers": measure_prepared_loading(root / "shards", 2),
             "prepared clips/s at 49x96x144": measure_preparation(model, root / "clips", root / "prepared"),
             "training steps/s at 49x96x144": measure_training(model, root / "prepared", root / "output"),
+            "microseconds a weight of torchao's 8-bit AdamW": measure_step_overhead(AdamW8bit),
+            "microseconds a weight of it, compiled once": measure_step_overhead(compiled_once(AdamW8bit)),
             "seconds of a complete run of 40 steps": measure_complete_run(model, root / "prepared", root / "complete"),
             "seconds until --help": measure_help(),
         }

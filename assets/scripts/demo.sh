@@ -26,6 +26,7 @@ CLIPS="$DEMO_DIR/clips" DTYPE=fp32 HEIGHT_BUCKETS=64 WIDTH_BUCKETS=96 FRAME_BUCK
 # Only the demo overwrites its output; a real run never overwrites an earlier one.
 rm -rf "$DEMO_DIR/outputs"
 OUTPUT_ROOT="$DEMO_DIR/outputs" ACCELERATE_CONFIG=accelerate_configs/cpu.yaml MIXED_PRECISION=no \
+  CPU_THREADS="${CPU_THREADS:-2}" \
   HEIGHT=64 WIDTH=96 NUM_FRAMES=17 \
   LEARNING_RATES=1e-3 LR_SCHEDULES=constant OPTIMIZERS=adamw MAX_TRAIN_STEPS="$DEMO_STEPS" TRAIN_BATCH_SIZE=4 \
   CHECKPOINTING_STEPS=75 VALIDATION_EPOCHS=10 VALIDATION_PROMPT="$first:::$second" \

@@ -84,12 +84,17 @@ count_gpus() {
   fi
 }
 
-# Set ACCELERATE_CONFIG if it is empty, and `launch`, the command that starts the script.
+# Print a number of the accelerate config: number_of NAME
+number_of() {
+  sed -n "s/^$1: *\([0-9]*\).*/\1/p" "$ACCELERATE_CONFIG"
+}
+
+# Set ACCELERATE_CONFIG and CPU_THREADS if they are empty, and `launch`, the command that starts the script.
 choose_launch() {
-  local processes="" machines="" chosen=single_gpu
+  local processes="" machines="" sharing chosen=single_gpu
   if [[ -n "$ACCELERATE_CONFIG" ]]; then
     check_config
-    machines="$(sed -n 's/^num_machines: *\([0-9]*\).*/\1/p' "$ACCELERATE_CONFIG")"
+    machines="$(number_of num_machines)"
   fi
   machines="${NUM_MACHINES:-${machines:-1}}"
   count_gpus "$machines"
@@ -102,6 +107,11 @@ choose_launch() {
   fi
   if [[ -n "$NUM_GPUS" ]]; then
     processes="$((NUM_GPUS * machines))"
+  fi
+  if [[ -z "$CPU_THREADS" ]]; then
+    sharing="${processes:-$(number_of num_processes)}"
+    CPU_THREADS="$(($(nproc) * machines / ${sharing:-1}))"
+    CPU_THREADS="$((CPU_THREADS > 0 ? CPU_THREADS : 1))"
   fi
   launch=(
     accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_process "$CPU_THREADS"

@@ -85,6 +85,26 @@ def test_the_gpus_that_are_named_are_used(tmp_path, settings, seen, config, proc
     assert on_several == (processes not in (None, "1"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "threads"),
+    [
+        ("", "24"),
+        ("CPU_THREADS=3", "3"),
+        ("NUM_GPUS=8", "3"),
+        ("NUM_GPUS=32", "1"),
+        ("NUM_GPUS=4 NUM_MACHINES=3", "6"),
+        ("ACCELERATE_CONFIG=accelerate_configs/zero2_offload.yaml", "12"),
+        ("ACCELERATE_CONFIG=accelerate_configs/ddp_2_machines.yaml", "3"),
+        ("ACCELERATE_CONFIG=own.yaml", "24"),
+    ],
+)
+def test_the_processes_of_a_machine_share_its_cores(tmp_path, settings, threads):
+    (tmp_path / "own.yaml").write_text("mixed_precision: bf16\n")
+    programs = PROGRAMS | {"nproc": "#!/bin/sh\necho 24\n"}
+    (call,) = noted_calls(f"MACHINE_RANK=0 MAIN_PROCESS_IP=a {settings} {TRAIN}", tmp_path, programs)
+    assert value_of(call, "--num_cpu_threads_per_process") == threads
+
+
 def test_accelerate_leaves_the_visible_gpus_as_they_are_even_with_a_file_that_names_others(tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text(
         (ROOT / "accelerate_configs/single_gpu.yaml").read_text().replace("gpu_ids: all", 'gpu_ids: "0"')

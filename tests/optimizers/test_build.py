@@ -131,6 +131,15 @@ def test_every_optimizer_goes_on_from_a_checkpoint_bit_for_bit(flags, tmp_path):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed, weights, strict=True))
 
 
+@pytest.mark.parametrize("stochastic_rounding", [False, True])
+@pytest.mark.parametrize("flags", [flags for flags in ALL if flags.get("use_torchao")], ids=str)
+def test_no_step_calls_the_compiler_again(flags, stochastic_rounding, monkeypatch):
+    weights = parameters()
+    optimizer = make(weights, stochastic_rounding=stochastic_rounding, **flags)
+    monkeypatch.delattr(torch, "compile")
+    train(weights, optimizer, range(2), 1e-2)
+
+
 def test_adamw_takes_the_published_step():
     """One step of decoupled Adam, https://arxiv.org/abs/1711.05101, by hand."""
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))

@@ -1,6 +1,7 @@
 """The offloaded optimizer equals the inner one with clipping, and resumes from a checkpoint."""
 
 import copy
+import os
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -14,10 +15,11 @@ from torch.optim import Adam, AdamW, Optimizer
 from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8, _AdamW, cpu_offload
 
 from optimizers.build import apply_learning_rate, keep_rates_on_host
+from optimizers.compiled_adam import compiled_once
 from optimizers.offload import ClippedOffloadOptimizer
 
 
-INNER = [Adam, AdamW, AdamW8bit, AdamW4bit, AdamWFp8]
+INNER = [Adam, AdamW, *map(compiled_once, (AdamW8bit, AdamW4bit, AdamWFp8))]
 
 
 class HostStream(torch.cpu.Stream):
@@ -118,7 +120,7 @@ def test_a_schedule_reaches_all_weights_through_accelerate(device, optimizer_cla
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("optimizer_class", [*INNER, _AdamW], ids=lambda inner: inner.__name__)
+@pytest.mark.parametrize("optimizer_class", [*INNER, compiled_once(_AdamW)], ids=lambda inner: inner.__name__)
 def test_it_resumes_bit_exactly(device, optimizer_class, dtype, tmp_path):
     rounds = dtype == torch.bfloat16 and optimizer_class not in (Adam, AdamW)
     options = {"bf16_stochastic_round": True} if rounds else {}
@@ -135,6 +137,24 @@ def test_it_resumes_bit_exactly(device, optimizer_class, dtype, tmp_path):
     optimizer.load_state_dict(torch.load(tmp_path / "optimizer.bin", weights_only=True))
     train(resumed, optimizer, range(2, 4), 1.0)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed.parameters(), net.parameters(), strict=True))
+
+
+def test_the_step_uses_all_cores_and_the_rest_of_the_process_as_many_threads_as_before(
+    device, one_thread, monkeypatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 3}, raising=False)
+    threads = []
+
+    class NotingThreads(torch.optim.SGD):
+        def step(self) -> None:
+            threads.append(torch.get_num_threads())
+
+    net = model(device)
+    optimizer = offloaded(net, NotingThreads)
+    backward(net, 0)
+    optimizer.step()
+    assert threads == [3] * 3  # of two matrices, and of the biases
+    assert torch.get_num_threads() == 1
 
 
 def test_the_state_of_other_weights_is_refused(device):

@@ -100,14 +100,19 @@ def _adam_class(flags: OptimizerFlags, stochastic_rounding: bool) -> type[Optimi
     if flags.use_fp8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         raise UserError("--use_fp8: needs a GPU of compute capability 8.9 or newer; use --use_8bit --use_torchao")
     if flags.use_4bit or flags.use_fp8 or (flags.use_8bit and flags.use_torchao):
-        bits = "4bit" if flags.use_4bit else "Fp8" if flags.use_fp8 else "8bit"
-        return getattr(_import("torchao.optim", "--use_torchao"), f"{class_name}{bits}")
+        return _torchao_adam(class_name + ("4bit" if flags.use_4bit else "Fp8" if flags.use_fp8 else "8bit"))
     if flags.use_8bit:
         return getattr(_import("bitsandbytes", "--use_8bit").optim, f"{class_name}8bit")
     if stochastic_rounding:
-        # torchao's Adam with states in the dtype of the weights.
-        return getattr(_import("torchao.optim", "--use_torchao"), f"_{class_name}")
+        return _torchao_adam(f"_{class_name}")  # with states in the dtype of the weights
     return getattr(torch.optim, class_name)
+
+
+def _torchao_adam(name: str) -> type[Optimizer]:
+    optimizers = _import("torchao.optim", "--use_torchao")
+    from optimizers.compiled_adam import compiled_once
+
+    return compiled_once(getattr(optimizers, name))
 
 
 def _import(module: str, flag: str) -> ModuleType:

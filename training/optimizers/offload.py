@@ -1,11 +1,24 @@
 """Optimizer states in host memory, with torchao, gradient clipping and resumable checkpoints."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_
 from torchao.optim import CPUOffloadOptimizer
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Use all cores that the process may use: accelerate starts it with one thread unless told otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class ClippedOffloadOptimizer(CPUOffloadOptimizer):
@@ -33,7 +46,13 @@ class ClippedOffloadOptimizer(CPUOffloadOptimizer):
         # When gradients accumulate, each pass replaces the norm of the partial sum.
         self._norms[parameter] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
 
+    @_all_cores()
+    def step(self, closure: None = None) -> None:
+        """Update the weights that got a gradient; closures are not supported."""
+        super().step()
+
     @torch.no_grad()
+    @_all_cores()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients of the step to a norm of at most `max_norm`; returns the norm before, after a sync."""
         norm = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))

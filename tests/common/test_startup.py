@@ -30,7 +30,7 @@ def flags(tmp_path) -> list[str]:
         (["--use_4bit", "--use_torchao"], {"torchao"}),
         (["--use_cpu_offload_optimizer"], {"torchao"}),
         (["--quantize_base", "int8"], {"torchao"}),
-        (["--quantize_base", "nf4"], {"bitsandbytes"}),
+        (["--quantize_base", "nf4"], {"bitsandbytes", "torchao"}),
         (["--auto_fit"], {"bitsandbytes", "torchao"}),
         (["--memory_budget_gb", "16"], {"bitsandbytes", "torchao"}),
     ],

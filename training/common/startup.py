@@ -52,7 +52,7 @@ def unused_libraries(flags: Mapping[str, Any]) -> list[str]:
     is_8bit_of_bitsandbytes = flags.get("use_8bit") and not flags.get("use_torchao")
     uses = {
         "bitsandbytes": is_set_later or is_8bit_of_bitsandbytes or quantization == "nf4",
-        "torchao": is_set_later or any(map(flags.get, of_torchao)) or quantization in ("int8", "fp8"),
+        "torchao": is_set_later or any(map(flags.get, of_torchao)) or quantization not in (None, "none"),
         "deepspeed": uses_deepspeed(),
     }
     return [name for name, is_used in uses.items() if not is_used]

@@ -88,8 +88,8 @@ class SamplingMemoryFlags:
     enable_sequential_cpu_offload: bool = flag(False, "Keep each layer on the CPU except while it runs; very slow.")
     quantize_base: str = flag(
         "none",
-        "Store the transformer's linear layers in 8 bits (int8, fp8: torchao) or 4 (nf4: bitsandbytes, needs a GPU). "
-        "LoRAs are not quantized.",
+        "Store the transformer's linear layers in 8 bits (int8, fp8: torchao) or 4 (nf4: bitsandbytes). fp8 is "
+        "faster on GPUs that multiply it. LoRAs are not quantized.",
         choices=QUANTIZATIONS,
     )
     text_encoder_8bit: bool = text_encoder_flag()

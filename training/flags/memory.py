@@ -44,8 +44,8 @@ class MemoryFlags:
     offload_checkpoints: bool = flag(False, "Keep inputs of --gradient_checkpointing in pinned CPU memory.")
     quantize_base: str = flag(
         "none",
-        "Store the frozen base model's linear layers in 8 bits (int8, fp8: torchao) or 4 (nf4: bitsandbytes, needs a "
-        "GPU). The LoRA is saved as usual and loads on the unquantized model.",
+        "Store the frozen base model's linear layers in 8 bits (int8, fp8: torchao) or 4 (nf4: bitsandbytes). fp8 is "
+        "faster on GPUs that multiply it. The LoRA is saved as usual and loads on the unquantized model.",
         choices=QUANTIZATIONS,
     )
     stream_blocks: bool = flag(

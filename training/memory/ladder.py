@@ -143,7 +143,7 @@ def usable_filter(run: TrainingSettings, *, mixed_precision: str, has_gpu: bool)
         changed = with_memory(run, settings)
         if not all(find_spec(package) for package in _packages(settings)):
             return False
-        if not has_gpu and (settings.quantize_base == "nf4" or settings.use_cpu_offload_optimizer):
+        if not has_gpu and settings.use_cpu_offload_optimizer:
             return False
         try:
             check_optimizer(changed)
@@ -160,7 +160,7 @@ def _packages(settings: MemorySettings) -> list[str]:
     """Return the optional packages that settings need."""
     has_torchao_states = settings.use_torchao or settings.use_cpu_offload_optimizer
     uses = {
-        "torchao": has_torchao_states or settings.quantize_base in ("int8", "fp8"),
+        "torchao": has_torchao_states or settings.quantize_base != "none",
         "bitsandbytes": settings.quantize_base == "nf4" or (settings.use_8bit and not settings.use_torchao),
     }
     return [package for package, is_used in uses.items() if is_used]

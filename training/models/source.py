@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 from common.errors import UserError, first_line
 from models.configs import CPU, ModelConfigs, with_defaults
 from models.fingerprints import weight_files
-from models.quantization import compute_frozen, quantize_text_encoder, quantize_transformer
+from models.quantization import compute_frozen, quantize_remaining, quantize_text_encoder, quantize_transformer
 
 
 NoiseScheduler = CogVideoXDDIMScheduler | CogVideoXDPMScheduler
@@ -88,9 +88,11 @@ class ModelSource:
             device: to load to. On the CPU, files that are stored in `dtype` are mapped, not read.
             quantize: "none", or "int8", "fp8" or "nf4" for the linear layers of the blocks, which are then frozen.
         """
-        weights = {"quantization_config": quantize_transformer(quantize, dtype), **self._weights(dtype, device)}
+        weights = self._weights(dtype, device)
+        weights["quantization_config"] = quantize_transformer(quantize, dtype, device)
         with self._load_errors("transformer"):
             transformer = CogVideoXTransformer3DModel.from_pretrained(self.path, subfolder="transformer", **weights)
+        quantize_remaining(transformer, quantize, dtype)
         compute_frozen(transformer)
         return transformer
 

@@ -197,7 +197,7 @@ def load_pipeline(generation: Generation, *, tuned: bool) -> Pipeline:
     resting = CPU if is_offloaded else device
     is_replaced = tuned and settings.result.transformer
     origin = ModelSource(settings.result.transformer, cache_dir=settings.model.cache_dir) if is_replaced else source
-    # Quantizing is fastest on the GPU, and nf4 works only there.
+    # Quantizing is fastest on the GPU.
     transformer_device = resting if memory.quantize_base == "none" else device
     transformer = origin.load_transformer(dtype, device=transformer_device, quantize=memory.quantize_base)
     generation.task.prepare_model(transformer)

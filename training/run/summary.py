@@ -14,6 +14,7 @@ from memory.ladder import Choice
 from methods.full import FullFinetune
 from methods.lora import Lora
 from models.configs import ModelConfigs
+from models.quantization import describe_products
 from parallel.deepspeed import count_weights
 from run.memory_fit import RunMemory
 from run.spec import RunSpec
@@ -38,7 +39,8 @@ def describe_start(
     memory = run_memory.needed(run_memory.current)
     rows = {
         "model": f"{settings.model.pretrained_model_name_or_path}: {describe_model(spec.configs)}",
-        "training": f"{describe_method(spec.method)}: {trainable:,} of {total:,} parameters",
+        "training": f"{describe_method(spec.method)}{describe_products(transformer)}: {trainable:,} of {total:,} "
+        "parameters",
         "data": describe_samples(spec),
         "steps": describe_steps(spec, schedule, total_steps, padding),
         "optimizer": describe_optimizer(spec),

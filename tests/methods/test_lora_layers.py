@@ -6,8 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 from methods.lora_layers import use_layers
+from models.quantization import compute_frozen
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,6 +60,19 @@ def test_under_autocast_it_is_as_close_to_the_truth_as_peft():
     assert all(ours[name].dtype == torch.float32 for name in ours if "lora" in name)
     for name, error in errors(ours, truth).items():
         assert error < 1.05 * of_peft[name] and error < 0.01, name
+
+
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_a_quantized_base_is_multiplied_as_without_a_lora(in_fp8):
+    model = make_layer().bfloat16()
+    quantize_(
+        model, Float8WeightOnlyConfig(), lambda layer, _: type(layer) is nn.Linear and not layer.weight.requires_grad
+    )
+    compute_frozen(model, in_fp8=in_fp8)
+    assert model[0].base_layer.in_fp8 == in_fp8
+    expected = results(model, torch.bfloat16)
+    use_layers(model)
+    assert max(errors(results(model, torch.bfloat16), expected).values()) < 0.01
 
 
 @pytest.mark.parametrize(

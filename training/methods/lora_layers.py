@@ -7,7 +7,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import nn
 
-from models.quantization import FrozenLinear
+from models.quantization import FrozenLinear, multiply, multiply_back
 
 
 def use_layers(transformer: nn.Module) -> None:
@@ -31,7 +31,8 @@ def forward(layer: Linear, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> t
     is_cast = torch.is_autocast_enabled(kind) and not is_quantized
     dtype = torch.get_autocast_dtype(kind) if is_cast else base.weight.dtype
     factors = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return _Multiply.apply(inputs.to(dtype), base.weight, base.bias, *factors, layer.scaling[name], is_quantized)
+    in_fp8 = base.in_fp8 if is_quantized else None
+    return _Multiply.apply(inputs.to(dtype), base.weight, base.bias, *factors, layer.scaling[name], in_fp8)
 
 
 class _Multiply(torch.autograd.Function):
@@ -49,15 +50,19 @@ class _Multiply(torch.autograd.Function):
         down: torch.Tensor,
         up: torch.Tensor,
         scale: float,
-        is_quantized: bool,
+        in_fp8: bool | None,
     ) -> torch.Tensor:
+        """Compute the layer; `in_fp8` is None for a weight that is not quantized."""
         down, up = down.to(inputs.dtype), (up if scale == 1 else up * scale).to(inputs.dtype)
         rows = inputs.flatten(0, -2)
         inner = rows @ down.t()
         # The weight is saved for autograd: streamed ones may have moved before a checkpoint computes this again.
         ctx.save_for_backward(rows, weight, down, up, inner)
-        ctx.scale, ctx.is_quantized = scale, is_quantized
-        output = nn.functional.linear(rows, weight.dequantize() if is_quantized else weight, bias)
+        ctx.scale, ctx.in_fp8 = scale, in_fp8
+        if in_fp8 is None:
+            output = nn.functional.linear(rows, weight, bias)
+        else:
+            output = multiply(rows, weight, bias, in_fp8=in_fp8)
         return torch.addmm(output, inner, up.t(), out=output).unflatten(0, inputs.shape[:-1])
 
     @staticmethod
@@ -67,7 +72,10 @@ class _Multiply(torch.autograd.Function):
         of_inner = gradient @ up
         of_inputs = None
         if ctx.needs_input_grad[0]:
-            of_inputs = gradient @ (weight.dequantize() if ctx.is_quantized else weight.to(gradient.dtype))
+            if ctx.in_fp8 is None:
+                of_inputs = gradient @ weight.to(gradient.dtype)
+            else:
+                of_inputs = multiply_back(gradient, weight, in_fp8=ctx.in_fp8)
             of_inputs = torch.addmm(of_inputs, of_inner, down, out=of_inputs).unflatten(0, shape[:-1])
         of_down, of_up = (of_inner.t() @ rows).float(), (gradient.t() @ inner).float()
         return of_inputs, None, None, of_down, of_up if ctx.scale == 1 else of_up * ctx.scale, None, None

@@ -150,7 +150,7 @@ def has_fp8_products() -> bool:
     try:  # torch lacks it for some GPUs, which ones depends on its version
         rows, scales = _quantize_rows(ones)
         products = [
-            _multiply((rows, scales), (rows.t(), scales.t()), ones[0], use_fast_accum=f) for f in (True, False)
+            _multiply_scaled((rows, scales), (rows.t(), scales.t()), ones[0], use_fast_accum=f) for f in (True, False)
         ]
     except (RuntimeError, ValueError):
         return False
@@ -182,43 +182,49 @@ class FrozenLinear(torch.nn.Linear):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` of any dtype -> `[..., out_features]` in the weight's."""
-        multiply = _MultiplyInFp8 if self.in_fp8 else _MultiplyFrozen
-        return multiply.apply(inputs.to(self.weight.dtype), self.weight, self.bias)
+        return _MultiplyFrozen.apply(inputs.to(self.weight.dtype), self.weight, self.bias, self.in_fp8)
 
 
 class _MultiplyFrozen(torch.autograd.Function):
-    """x W^T + b with a gradient for x only. The weight is dequantized in both passes and not kept."""
+    """x W^T + b with a gradient for x only; of the weight, only the quantized one is kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, in_fp8: bool
+    ) -> torch.Tensor:
         # Saved for autograd: streamed weights may have moved before a checkpoint computes this again.
         ctx.save_for_backward(weight)
-        return torch.nn.functional.linear(inputs, weight.dequantize(), bias)
+        ctx.in_fp8 = in_fp8
+        return multiply(inputs.flatten(0, -2), weight, bias, in_fp8=in_fp8).unflatten(0, inputs.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
-        return gradient @ weight.dequantize(), None, None
+        of_inputs = multiply_back(gradient.flatten(0, -2), weight, in_fp8=ctx.in_fp8)
+        return of_inputs.unflatten(0, gradient.shape[:-1]), None, None, None
 
 
-class _MultiplyInFp8(torch.autograd.Function):
-    """The same with both matrices of each product in fp8, and sums in float32."""
+def multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, in_fp8: bool) -> torch.Tensor:
+    """Compute x W^T + b of rows `[N, in]` with a weight `[out, in]` that torchao quantized, in the rows' dtype.
 
-    @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        rows, columns = _quantize_rows(inputs.flatten(end_dim=-2)), (weight.qdata.t(), weight.scale.t())
-        product = _multiply(rows, columns, None if bias is None else bias.bfloat16(), use_fast_accum=True)
-        return product.to(inputs.dtype).unflatten(0, inputs.shape[:-1])
+    With `in_fp8` both matrices are in fp8, and sums in float32; otherwise the weight is dequantized.
+    """
+    if not in_fp8:
+        return torch.nn.functional.linear(rows, weight.dequantize(), bias)
+    columns = weight.qdata.t(), weight.scale.t()
+    bias = None if bias is None else bias.bfloat16()
+    return _multiply_scaled(_quantize_rows(rows), columns, bias, use_fast_accum=True).to(rows.dtype)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        # This product sums over the rows of the weight, so that their scales have to be in the other matrix.
-        rows = _quantize_rows(gradient.flatten(end_dim=-2).bfloat16() * weight.scale.t().bfloat16())
-        columns = weight.qdata.t().contiguous().t()  # the only order of the second matrix that all GPUs read
-        product = _multiply(rows, (columns, torch.ones_like(columns[:1], dtype=torch.float32)))
-        return product.to(gradient.dtype).unflatten(0, gradient.shape[:-1]), None, None
+
+def multiply_back(gradient: torch.Tensor, weight: torch.Tensor, *, in_fp8: bool) -> torch.Tensor:
+    """Compute the gradient of the rows of `multiply`, g W of `[N, out]`, in the dtype of g."""
+    if not in_fp8:
+        return gradient @ weight.dequantize()
+    # This product sums over the rows of the weight, so that their scales have to be in the other matrix.
+    rows = _quantize_rows(gradient.bfloat16() * weight.scale.t().bfloat16())
+    columns = weight.qdata.t().contiguous().t()  # the only order of the second matrix that all GPUs read
+    ones = torch.ones_like(columns[:1], dtype=torch.float32)
+    return _multiply_scaled(rows, (columns, ones)).to(gradient.dtype)
 
 
 def _quantize_rows(matrix: torch.Tensor) -> _Scaled:
@@ -230,7 +236,9 @@ def _quantize_rows(matrix: torch.Tensor) -> _Scaled:
     return torch.div(matrix, scales, out=torch.empty_like(matrix, dtype=torch.float8_e4m3fn)), scales
 
 
-def _multiply(rows: _Scaled, columns: _Scaled, bias: torch.Tensor | None = None, **options: bool) -> torch.Tensor:
+def _multiply_scaled(
+    rows: _Scaled, columns: _Scaled, bias: torch.Tensor | None = None, **options: bool
+) -> torch.Tensor:
     """Multiply fp8 matrices to a bfloat16 one; some GPUs have no other product with a scale for each row."""
     (left, left_scales), (right, right_scales) = rows, columns
     return torch._scaled_mm(left, right, left_scales, right_scales, bias=bias, out_dtype=torch.bfloat16, **options)

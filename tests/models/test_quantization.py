@@ -23,8 +23,8 @@ from models.quantization import (
     check_quantization,
     compute_frozen,
     describe_products,
-    multiply_back,
     has_fp8_products,
+    multiply_back,
 )
 from models.source import ModelSource
 from tiny_runs import SIZE, assert_same_weights, train, weights_of

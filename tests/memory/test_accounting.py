@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from data.buckets import Bucket
 from flags.optimizer import LOW_BITS, OptimizerFlags
 from make_full_size_model import full_size_configs
-from memory.accounting import MemoryAccount, account, quantized_bytes, state_bytes
+from memory.accounting import MemoryAccount, account, state_bytes
 from memory.activation_bytes import block_tensors, decoding_bytes, sampling_bytes
 from memory.activations import checkpoint_activations
 from memory.facts import ModelFacts, Workload, model_facts
@@ -120,22 +120,22 @@ def test_optimizer_states_are_those_of_the_real_optimizer(name, tiny_models):
     assert sum(state_bytes(parameter, said) for parameter in facts.parameters) == real
 
 
-@pytest.mark.parametrize("quantization", ["int8", "fp8"])
-def test_quantized_weights_are_as_large_as_those_of_torchao(quantization, tiny_models):
+@pytest.mark.parametrize("quantization", ["int8", "fp8", "nf4"])
+def test_quantized_weights_are_as_large_as_those_of_the_packages(quantization, tiny_models):
     source = ModelSource(str(tiny_models("5b")))
     transformer = source.load_transformer(torch.bfloat16, quantize=quantization)
     configs = source.configs()
     settings = MemorySettings("lora", quantize_base=quantization)
     result = account(model_facts(configs, LORA), settings, Workload(SMALL, 1))
-    assert result.frozen_weights == sum(storage_bytes(parameter) for parameter in transformer.parameters())
-
-
-def test_nf4_weights_are_as_large_as_those_of_bitsandbytes():
-    functional = pytest.importorskip("bitsandbytes").functional
-    weight = torch.randn(512, 384, dtype=torch.bfloat16)
-    packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-    parts = (packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
-    assert quantized_bytes(weight.shape, "nf4", 2) == sum(part.nbytes for part in parts)
+    states = [weight.quant_state for weight in transformer.parameters() if hasattr(weight, "quant_state")]
+    parts = [
+        part
+        for state in states
+        for part in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+    ]
+    assert bool(parts) == (quantization == "nf4")
+    weights = sum(storage_bytes(parameter) for parameter in transformer.parameters())
+    assert result.frozen_weights == weights + sum(part.nbytes for part in parts)
 
 
 def of_second_block(configs: ModelConfigs, kept: Callable[[ModelConfigs], int]) -> int:

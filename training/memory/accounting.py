@@ -108,6 +108,8 @@ def _frozen_weights(facts: ModelFacts, settings: MemorySettings, workload: Workl
     for one in facts.parameters:
         if not one.is_trainable:
             kind = settings.quantize_base if one.block is not None and one.is_linear_weight else "none"
+            if kind == "nf4" and one.is_modulation:
+                kind = "int8"
             by_block[one.block] += quantized_bytes(one.shape, kind, workload.compute_bytes)
     outside = by_block.pop(None, 0)
     if settings.stream_blocks:

@@ -13,6 +13,7 @@ from data.buckets import Bucket, count_tokens
 from methods.full import FullFinetune
 from methods.lora import Lora
 from models.configs import DTYPES, ModelConfigs
+from models.quantization import MODULATION
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ParameterFacts:
     is_trainable: bool
     block: int | None  # number of its transformer block
     is_linear_weight: bool  # of a layer of the base model
+    is_modulation: bool  # a layer that sees one vector a sample
 
     @property
     def numel(self) -> int:
@@ -106,4 +108,7 @@ def _parameter_facts(transformer: CogVideoXTransformer3DModel) -> Iterator[Param
     for name, parameter in transformer.named_parameters():
         parts = name.split(".")
         block = int(parts[1]) if parts[0] == "transformer_blocks" else None
-        yield ParameterFacts(tuple(parameter.shape), parameter.requires_grad, block, id(parameter) in linear)
+        is_modulation = not MODULATION.isdisjoint(parts)
+        yield ParameterFacts(
+            tuple(parameter.shape), parameter.requires_grad, block, id(parameter) in linear, is_modulation
+        )

@@ -26,7 +26,7 @@ from common.errors import UserError
 _UNQUANTIZED = ["patch_embed", "time_embedding", "ofs_embedding", "norm_out", "proj_out"]
 # In the blocks, these turn the timestep into shifts, scales and gates for all tokens, so that their errors do not
 # average out: in nf4, they would cause half of the model's error.
-_MODULATION = ["norm1", "norm2"]
+MODULATION = frozenset(["norm1", "norm2"])
 
 _Scaled = tuple[torch.Tensor, torch.Tensor]  # a matrix in fp8, and the factors of its rows or columns
 
@@ -63,7 +63,7 @@ def quantize_transformer(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=True,
-            llm_int8_skip_modules=_UNQUANTIZED + _MODULATION,  # despite its name, also for 4 bits
+            llm_int8_skip_modules=[*_UNQUANTIZED, *sorted(MODULATION)],  # despite its name, also for 4 bits
         )
     return TorchAoConfig(_weight_only(quantization), modules_to_not_convert=_UNQUANTIZED)
 
@@ -82,7 +82,7 @@ def quantize_remaining(transformer: CogVideoXTransformer3DModel, quantization: s
     transformer.is_loaded_in_4bit = True  # as diffusers sets it for peft
     blocks = transformer.transformer_blocks
     for name, layer in list(blocks.named_modules()):
-        if type(layer) is torch.nn.Linear and not any(f".{norm}." in name for norm in _MODULATION):
+        if type(layer) is torch.nn.Linear and not any(f".{norm}." in name for norm in MODULATION):
             blocks.set_submodule(name, _in_nf4(layer, dtype))
     quantize_(blocks, _weight_only("int8"), lambda layer, _: type(layer) is torch.nn.Linear)
 
@@ -132,7 +132,7 @@ def compute_frozen(model: torch.nn.Module, *, in_fp8: bool | None = None) -> Non
                 is_fp8
                 and layer.weight.dtype != torch.float32
                 and all(size % 16 == 0 for size in layer.weight.shape)
-                and not any(f".{norm}." in name for norm in _MODULATION)
+                and not any(f".{norm}." in name for norm in MODULATION)
                 and (has_fp8_products() if in_fp8 is None else in_fp8)
             )
         elif hasattr(layer, "compute_dtype") and isinstance(layer, torch.nn.Linear):  # bitsandbytes' Linear4bit

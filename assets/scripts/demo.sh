@@ -30,7 +30,7 @@ OUTPUT_ROOT="$DEMO_DIR/outputs" ACCELERATE_CONFIG=accelerate_configs/cpu.yaml MI
   HEIGHT=64 WIDTH=96 NUM_FRAMES=17 \
   LEARNING_RATES=1e-3 LR_SCHEDULES=constant OPTIMIZERS=adamw MAX_TRAIN_STEPS="$DEMO_STEPS" TRAIN_BATCH_SIZE=4 \
   CHECKPOINTING_STEPS=75 VALIDATION_EPOCHS=10 VALIDATION_PROMPT="$first:::$second" \
-  bash train_text_to_video_lora.sh "${sampling[@]}" --no-gradient_checkpointing
+  bash train_text_to_video_lora.sh "${sampling[@]}"
 lora=$(echo "$DEMO_DIR"/outputs/cogvideox-lora__*)
 
 python training/generate.py --pretrained_model_name_or_path "$model" --lora "$lora" --prompt "$first" "$second" \

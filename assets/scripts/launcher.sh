@@ -137,7 +137,7 @@ check_config() {
   fi
 }
 
-# Whether flags leave the memory settings to the toolkit.
+# Whether flags leave the precision of the optimizer's states to the toolkit.
 leaves_memory_open() {
   [[ " $* " == *" --memory_budget_gb"* || " $* " == *" --auto_fit "* ]]
 }
@@ -174,9 +174,6 @@ train() {
     --seed "$SEED"
     --report_to "$REPORT_TO"
   )
-  if ! leaves_memory_open "$@"; then
-    common+=(--gradient_checkpointing)
-  fi
   if [[ "$script" == *_sft.py ]]; then
     result=transformer
     if [[ " $* " == *" --save_pipeline "* ]]; then result=pipeline; fi

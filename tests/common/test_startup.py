@@ -35,9 +35,17 @@ def flags(tmp_path) -> list[str]:
         (["--memory_budget_gb", "16"], {"bitsandbytes", "torchao"}),
     ],
 )
-def test_a_library_is_left_out_unless_a_flag_needs_it(flags, more, used):
-    settings = parse_args([*flags, *more], task="text-to-video", method="lora")
-    assert set(unused_libraries(flag_values(settings))) == {"bitsandbytes", "torchao", "deepspeed"} - used
+def test_a_library_is_left_out_unless_a_flag_needs_it(flags, more, used, monkeypatch):
+    settings = flag_values(parse_args([*flags, *more], task="text-to-video", method="lora"))
+    monkeypatch.setattr(os.path, "exists", lambda path: False)  # no GPU
+    assert set(unused_libraries(settings)) == {"bitsandbytes", "torchao", "deepspeed"} - used
+
+
+@pytest.mark.parametrize(("more", "used"), [([], {"bitsandbytes", "torchao"}), (["--gradient_checkpointing"], set())])
+def test_with_a_gpu_the_card_may_choose_any_of_them(flags, more, used, monkeypatch):
+    settings = flag_values(parse_args([*flags, *more], task="text-to-video", method="lora"))
+    monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/nvidiactl")
+    assert set(unused_libraries(settings)) == {"bitsandbytes", "torchao", "deepspeed"} - used
 
 
 def test_deepspeed_is_imported_where_accelerate_launches_it(flags, monkeypatch):

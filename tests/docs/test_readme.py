@@ -97,5 +97,5 @@ def test_the_memory_table_has_the_figures_and_flags_of_the_benchmark(monkeypatch
         own, _, expected, _ = of_page[name]
         assert (measured, calculated) == (own, expected)
         assert by_others == published.get(name, "")
-        of_launcher = {"--gradient_checkpointing", *(["--use_8bit"] if "full" in name else [])}
-        assert of_launcher | set(flags.strip("`").split()) == flags_of_row[name]
+        of_all = {"--gradient_checkpointing", *(["--use_8bit"] if "full" in name else [])}
+        assert of_all | set(flags.strip("`").split()) == flags_of_row[name]

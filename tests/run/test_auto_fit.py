@@ -59,7 +59,7 @@ def test_flags_that_the_user_typed_are_kept(short_of_memory, run, capfd):
 
     short_of_memory(is_quantized)
     run("--gradient_checkpointing")
-    assert restarts(capfd) == ["--offload_checkpoints", "--quantize_base int8"]
+    assert restarts(capfd) == ["--offload_checkpoints", "--stream_blocks", "--quantize_base int8 (no --stream_blocks)"]
 
 
 def restarts(capfd) -> list[str]:

@@ -3,20 +3,32 @@
 import json
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+import torch
 
 from args import parse_args
 from checkpoints.manifest import write_manifest
 from checkpoints.state import TrainerState
 from common.errors import UserError
 from common.logs import start_logging
+from common.ranks import launch_rank
 from common.run_folder import STATE_FILE
 from data.buckets import Bucket
 from data.plan import plan_training_data
 from flags.schema import replace_flags
-from memory.settings import MemorySettings, memory_settings_of
-from run.memory_fit import choose_by_budget, chosen_before, run_facts, step_down, training_memory_advice
+from forked_ranks import call_on_ranks
+from memory.settings import GB, MemorySettings, memory_settings_of
+from run.auto_fit import fit_into_memory
+from run.memory_fit import (
+    choose_by_budget,
+    chosen_before,
+    run_facts,
+    step_down,
+    training_memory_advice,
+    usable_memory,
+)
 from run.recipe import Recipe
 from tiny_runs import run_flags
 
@@ -42,8 +54,97 @@ def test_a_large_budget_keeps_the_fastest_settings(make_run, capsys):
 
 def test_a_small_budget_is_refused(make_run):
     run = make_run("lora", "--memory_budget_gb", "0.1")
-    with pytest.raises(UserError, match=r"--memory_budget_gb 0\.1: nothing fits; .*--stream_blocks"):
+    with pytest.raises(
+        UserError, match=r"--memory_budget_gb 0\.1: nothing fits; .*--stream_blocks, which takes [^\n]*$"
+    ):
         choose_by_budget(run)
+
+
+@pytest.fixture
+def with_card(monkeypatch):
+    """A function that pretends that there is a GPU with so many free bytes."""
+
+    def pretend(free: float) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), 2 * int(free)))
+
+    return pretend
+
+
+def test_a_card_chooses_the_fastest_settings_that_fit(make_run, with_card):
+    run = make_run("lora")
+    with_card(80 * GB)
+    assert fit_into_memory(run).settings == run.settings
+    with_card(2.11 * GB)  # the margin and little more
+    chosen = fit_into_memory(run).settings.memory
+    assert chosen.gradient_checkpointing and chosen.checkpoint_scope == "all-but-attention"
+    # After the choice too, the advice for a run out of memory names all flags to type.
+    *_, advice, _ = training_memory_advice(fit_into_memory(run))
+    assert advice.startswith("--gradient_checkpointing ") and "--stream_blocks" in advice
+    # A flag on precision is kept, and the rest is chosen.
+    memory = fit_into_memory(make_run("lora", "--quantize_base", "int8")).settings.memory
+    assert memory.gradient_checkpointing and memory.quantize_base == "int8" and not memory.stream_blocks
+
+
+@pytest.mark.parametrize("flag", ["--gradient_checkpointing", "--no-gradient_checkpointing"])
+def test_a_flag_on_checkpoints_leaves_nothing_to_the_card(make_run, with_card, flag):
+    with_card(0)
+    run = make_run("lora", flag)
+    assert fit_into_memory(run).settings == run.settings
+
+
+def test_a_card_that_is_too_small_gets_the_smallest_settings_with_clipped_gradients(make_run, with_card, capsys):
+    with_card(1 * GB)
+    settings = fit_into_memory(make_run("sft", "--optimizer", "adamw", "--mixed_precision", "bf16")).settings
+    assert settings.optimizer.offload_gradients and settings.optimizer.max_grad_norm > 0
+    assert "nothing fits into the 1.00 GB of GPU memory that are free" in capsys.readouterr().err
+
+
+def memory_on_rank(argv: list[str]) -> list[int]:
+    """Return the memory that this rank may use, where only the first card has little."""
+    free = (GB, 2 * GB)[launch_rank()]
+    torch.cuda.mem_get_info = lambda device: (free, 2 * GB)
+    return list(usable_memory(parse_args(argv, task="text-to-video", method="lora")))
+
+
+def test_the_smallest_card_decides_for_all_ranks(tiny_models, demo_clips, tmp_path):
+    argv = run_flags(tiny_models("5b"), demo_clips, tmp_path / "out")
+    (free, host), other = call_on_ranks(memory_on_rank, 2, tmp_path / "ranks", argv)
+    assert [free, host] == other and free == GB and host > GB / 2
+
+
+def test_what_is_not_calculated_checkpoints_blocks(make_run, with_card, monkeypatch):
+    with_card(80 * GB)
+    run = make_run("lora")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    memory = fit_into_memory(run).settings.memory
+    assert (memory.gradient_checkpointing, memory.checkpoint_scope) == (True, "block")
+
+
+def test_a_run_on_the_cpu_beside_a_card_is_left_alone(make_run, with_card, monkeypatch):
+    with_card(0)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    run = make_run("lora")
+    assert fit_into_memory(run).settings == run.settings
+
+
+def resumable(folder: Path, memory: dict) -> str:
+    """Write a checkpoint of a run for which these memory settings were chosen; return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pytorch_lora_weights.safetensors").touch()
+    (folder / STATE_FILE).write_text(json.dumps(asdict(TrainerState(5, 0, {}, memory))))
+    write_manifest(folder)
+    return str(folder)
+
+
+def test_a_run_resumed_on_a_smaller_card_keeps_its_precisions(make_run, with_card, tmp_path):
+    memory = asdict(MemorySettings("lora", quantize_base="int8"))
+    run = make_run("lora", "--resume_from_checkpoint", resumable(tmp_path / "out/checkpoint-5", memory))
+    with_card(80 * GB)
+    assert asdict(memory_settings_of(fit_into_memory(run).settings)) == memory
+    with_card(1 * GB)
+    smaller = fit_into_memory(run).settings.memory
+    assert smaller.gradient_checkpointing and (smaller.quantize_base, smaller.stream_blocks) == ("int8", False)
 
 
 def test_stepping_down_reaches_all_rungs(make_run, caplog):
@@ -60,14 +161,10 @@ def test_stepping_down_reaches_all_rungs(make_run, caplog):
 
 
 def test_a_resumed_run_keeps_the_settings_chosen_when_it_began(make_run, tmp_path):
-    checkpoint = tmp_path / "out" / "checkpoint-5"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "pytorch_lora_weights.safetensors").touch()
     memory = asdict(MemorySettings("lora", quantize_base="int8", gradient_checkpointing=True))
     for noted in (memory, {}):
-        (checkpoint / STATE_FILE).write_text(json.dumps(asdict(TrainerState(5, 0, {}, noted))))
-        write_manifest(checkpoint)
-        args = make_run("lora", "--memory_budget_gb", "80", "--resume_from_checkpoint", str(checkpoint)).settings
+        checkpoint = resumable(tmp_path / "out" / "checkpoint-5", noted)
+        args = make_run("lora", "--memory_budget_gb", "80", "--resume_from_checkpoint", checkpoint).settings
         assert chosen_before(args) == (MemorySettings(**noted) if noted else None)
     # Without the flag, the settings are those of the other flags.
     assert chosen_before(replace_flags(args, memory_budget_gb=None)) is None

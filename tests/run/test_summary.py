@@ -8,14 +8,14 @@ import torch
 from args import parse_args
 from data.plan import plan_training_data
 from memory.ladder import Choice
-from memory.settings import GB, MemorySettings
+from memory.settings import GB, MemorySettings, memory_settings_of, with_memory
 from methods.full import FullFinetune
 from methods.lora import Lora
 from models.source import ModelSource
 from run.recipe import Recipe
 from run.setup import make_sampler
 from run.spec import check_spec
-from run.summary import describe_expected_memory, describe_method, describe_model, describe_start
+from run.summary import describe_chosen, describe_expected_memory, describe_method, describe_model, describe_start
 from tiny_runs import run_flags
 
 
@@ -87,6 +87,18 @@ def test_a_model_is_described_from_its_configs(tiny_models, kind, words):
 def test_a_method_is_described():
     assert describe_method(Lora(64, 32, quantize_base="int8")) == "LoRA of rank 64, alpha 32 on a base in int8"
     assert describe_method(FullFinetune(weights_dtype="bf16")) == "full fine-tuning, weights in bf16"
+
+
+def test_the_settings_chosen_for_the_card_are_named(tiny_models, demo_clips, tmp_path, monkeypatch):
+    argv = run_flags(
+        tiny_models("5b"), demo_clips, tmp_path / "out", "--quantize_base", "int8", "--optimizer", "adamw"
+    )
+    settings = parse_args(argv, task="text-to-video", method="lora")
+    assert describe_chosen(settings) == ""  # on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert describe_chosen(settings) == "; this card needs no savings"
+    chosen = with_memory(settings, replace(memory_settings_of(settings), gradient_checkpointing=True))
+    assert describe_chosen(chosen) == "; for this card: --gradient_checkpointing"
 
 
 @pytest.mark.gpu

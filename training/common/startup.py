@@ -46,7 +46,8 @@ def unused_libraries(flags: Mapping[str, Any]) -> list[str]:
 
     Skipping them makes a start about a quarter faster.
     """
-    is_set_later = flags.get("auto_fit") or flags.get("memory_budget_gb")
+    is_left_to_card = flags.get("gradient_checkpointing") is False and _has_gpu_driver()
+    is_set_later = flags.get("auto_fit") or flags.get("memory_budget_gb") or is_left_to_card
     quantization = flags.get("quantize_base")
     of_torchao = ("use_torchao", "use_4bit", "use_fp8", "use_cpu_offload_optimizer", "text_encoder_8bit")
     is_8bit_of_bitsandbytes = flags.get("use_8bit") and not flags.get("use_torchao")
@@ -69,8 +70,12 @@ def quiet_libraries() -> None:
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")  # torchao's states, when compiled
-    if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))):  # Linux, WSL
+    if not _has_gpu_driver():
         # DeepSpeed warns that it has to guess.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # If this is set, tokenizers do not warn when data workers fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _has_gpu_driver() -> bool:
+    return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))  # Linux, WSL

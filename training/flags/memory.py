@@ -24,8 +24,9 @@ class MemoryFlags:
 
     gradient_checkpointing: bool = flag(
         False,
-        "Recompute activations in the backward pass instead of storing them: much less memory, slower steps. Most "
-        "cards need it for full-size clips.",
+        "Recompute activations in the backward pass instead of storing them: much less memory, slower steps. Without "
+        "a flag on checkpoints, a run on a GPU uses the fastest memory settings that fit into its free memory.",
+        shown="what fits; off on a CPU",
     )
     checkpoint_scope: str = flag(
         "block",

@@ -26,20 +26,38 @@ MEASURED_FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "memory.jso
 _CONTEXT = 0.6 * GB  # of CUDA, and the work space of libraries, which torch does not report
 _MARGIN = 1.5 * GB  # that torch reserves beyond what is allocated, whatever the size: simulated, not measured
 
-_CHECKPOINTS: tuple[dict[str, Any], ...] = tuple(
-    {"gradient_checkpointing": True, "checkpoint_scope": "block", "checkpoint_every": every} for every in (4, 2, 1)
+# Checkpoints, from none to all, by the TFLOP that benchmarks/step_cost.py counts; copies to the host run beside them.
+# Scope "feed-forward" is missing: it saves no more arithmetic than every second block does, and takes more memory.
+_CHECKPOINTS: tuple[dict[str, Any], ...] = (
+    {},
+    *(
+        {"gradient_checkpointing": True, "offload_checkpoints": offloads}
+        | {"checkpoint_scope": scope, "checkpoint_every": every}
+        for scope, every, offloads in (
+            ("block", 4, False),
+            ("block", 2, False),
+            ("all-but-attention", 1, False),
+            ("all-but-attention", 1, True),
+            ("all-but-attention", 2, False),
+            ("all-but-attention", 2, True),
+            ("all-but-attention", 4, False),
+            ("all-but-attention", 4, True),
+            ("block", 1, False),
+            ("block", 1, True),
+        )
+    ),
 )
-_LORA_LADDER: tuple[dict[str, Any], ...] = (
-    *_CHECKPOINTS,
-    {"offload_checkpoints": True},
-    {"quantize_base": "int8"},
+# Weights and states, from exact to least exact, each with all kinds of checkpoints; what a later one omits stays.
+_LORA_WEIGHTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"stream_blocks": True},
+    {"quantize_base": "int8", "stream_blocks": False},
     {"quantize_base": "nf4"},
     {"quantize_base": "int8", "stream_blocks": True},
 )
-_SFT_LADDER: tuple[dict[str, Any], ...] = (
-    *_CHECKPOINTS,
+_SFT_WEIGHTS: tuple[dict[str, Any], ...] = (
+    {},
     {"use_8bit": True, "use_torchao": True},
-    {"offload_checkpoints": True},
     {"weights_dtype": "bf16"},
     {"step_in_backward": True},  # gradients are no longer clipped
     {"use_8bit": False, "use_4bit": True},
@@ -53,6 +71,9 @@ _GROUPS = (
     ("use_8bit", "use_4bit", "use_fp8", "use_torchao"),
     ("use_cpu_offload_optimizer", "offload_gradients", "step_in_backward"),
 )
+CHECKPOINT_FLAGS = frozenset({*_GROUPS[0], "offload_checkpoints"})
+_STATES = (*_GROUPS[2], *_GROUPS[3], "weights_dtype")
+LASTING = frozenset({*_GROUPS[1], *_STATES})  # what a resumed run keeps: results and states depend on them
 
 
 @dataclass(frozen=True)
@@ -116,20 +137,25 @@ def adapter_key(rank: int, target_modules: Sequence[str], *, use_dora: bool = Fa
 def ladder(
     settings: MemorySettings, given: Collection[str], is_usable: Callable[[MemorySettings], bool]
 ) -> list[MemorySettings]:
-    """Return the rungs from the settings of the flags to the smallest, each slower or less exact than the one before.
+    """Return the rungs from the settings of the flags on: exact ones first, and of equally exact ones the fastest.
 
     The flags that the user typed, `given`, and their groups do not change; only usable combinations are rungs.
     """
     fixed = {name for group in _GROUPS if set(given) & set(group) for name in group} | set(given)
     if settings.optimizer not in ("adam", "adamw"):
-        fixed |= {*_GROUPS[2], *_GROUPS[3], "weights_dtype"}  # these work only with adam
-    rungs = [settings]
-    for changes in _LORA_LADDER if settings.method == "lora" else _SFT_LADDER:
-        kept = {name: value for name, value in changes.items() if name not in fixed}
-        rung = replace(rungs[-1], **kept)
-        if rung != rungs[-1] and is_usable(rung):
-            rungs.append(rung)
-    return rungs
+        fixed |= {*_STATES}  # these work only with adam
+
+    def changed(base: MemorySettings, changes: Mapping[str, Any]) -> MemorySettings:
+        return replace(base, **{name: value for name, value in changes.items() if name not in fixed})
+
+    rungs, base = [settings], settings
+    for changes in _LORA_WEIGHTS if settings.method == "lora" else _SFT_WEIGHTS:
+        weights = changed(base, changes)
+        usable = [rung for one in _CHECKPOINTS if is_usable(rung := changed(weights, one))]
+        if usable:
+            base = weights
+            rungs += usable
+    return list(dict.fromkeys(rungs))
 
 
 def usable_filter(run: TrainingSettings, *, mixed_precision: str, has_gpu: bool) -> Callable[[MemorySettings], bool]:
@@ -188,23 +214,14 @@ def with_offloading(
     return settings
 
 
-def choose(budget_gb: float, rungs: Sequence[MemorySettings], needed: Callable[[MemorySettings], Choice]) -> Choice:
-    """Return the first rung that fits into `budget_gb`, in GB of 2^30 bytes; raise a UserError if none does.
-
-    The first of the rungs has the settings of the flags.
-    """
+def choose(budget: float, rungs: Sequence[MemorySettings], needed: Callable[[MemorySettings], Choice]) -> Choice:
+    """Return the first rung that fits into `budget` bytes, or the smallest one if none does."""
     choices = []
     for choice in map(needed, rungs):
-        if choice.needed <= budget_gb * GB:
+        if choice.needed <= budget:
             return choice
         choices.append(choice)
-    smallest = min(choices, key=lambda choice: choice.needed)
-    flags = describe_change(smallest.settings, rungs[0]) or "what the flags say"
-    raise UserError(
-        f"--memory_budget_gb {budget_gb:g}: nothing fits; the smallest is {flags}, which takes "
-        f"{in_bytes(smallest.needed, 1024)} ({smallest.how}); train at a smaller --height, --width or "
-        "--max_num_frames, or omit flags that cost memory"
-    )
+    return min(choices, key=lambda choice: choice.needed)
 
 
 def measure_or_calculate(

@@ -9,7 +9,7 @@ from diffusers.training_utils import free_memory
 from common.errors import UserError
 from common.logs import start_logging
 from run.dry_run import trial_spec, try_out
-from run.memory_fit import choose_by_budget, chosen_before, step_down
+from run.memory_fit import choose_by_budget, choose_by_card, chosen_before, is_left_to_card, step_down
 from run.recipe import Recipe
 
 
@@ -17,15 +17,20 @@ logger = logging.getLogger(__name__)
 
 
 def fit_into_memory(recipe: Recipe) -> Recipe:
-    """Return the recipe with memory settings that fit, if the flags ask for that; raise a UserError if none do."""
+    """Return the recipe with memory settings that fit, unless the flags set them; raise a UserError if none do.
+
+    Called on every rank.
+    """
     start_logging()
     flags, chosen = recipe.settings.memory, chosen_before(recipe.settings)
     if chosen is not None:
         logger.info("the memory settings are those that were chosen when the run began")
-        return recipe.with_memory(chosen)
-    if flags.memory_budget_gb:
+        recipe = recipe.with_memory(chosen)
+    if chosen is None and flags.memory_budget_gb:
         recipe = recipe.with_memory(choose_by_budget(recipe))
-    return fit_by_trial(recipe) if flags.auto_fit else recipe
+    elif is_left_to_card(recipe.settings):
+        recipe = recipe.with_memory(choose_by_card(recipe))
+    return fit_by_trial(recipe) if flags.auto_fit and chosen is None else recipe
 
 
 def fit_by_trial(recipe: Recipe) -> Recipe:

@@ -1,7 +1,9 @@
-"""Choose memory settings: those that fit `--memory_budget_gb`, or the next stronger ones for `--auto_fit`."""
+"""Choose memory settings: those that fit a card or `--memory_budget_gb`, or the next smaller for `--auto_fit`."""
 
 import logging
-from dataclasses import replace
+import os
+from collections.abc import Collection
+from dataclasses import asdict, replace
 from functools import cache, cached_property, partial
 from math import prod
 from pathlib import Path
@@ -10,13 +12,16 @@ import torch
 
 from checkpoints.resume import newest_checkpoint
 from checkpoints.state import read_state
-from common.ranks import launch_size, uses_deepspeed, uses_fsdp
+from common.errors import UserError
+from common.ranks import is_set, launch_size, local_rank, local_size, uses_deepspeed, uses_fsdp
 from common.units import in_bytes
 from flags.schema import replace_flags
 from flags.settings import TrainingSettings
 from memory.accounting import account
 from memory.facts import Workload
 from memory.ladder import (
+    CHECKPOINT_FLAGS,
+    LASTING,
     Choice,
     RunFacts,
     adapter_key,
@@ -30,20 +35,24 @@ from memory.ladder import (
     usable_filter,
     with_offloading,
 )
-from memory.settings import MemorySettings, describe_change, memory_settings_of
+from memory.settings import GB, NAMES, MemorySettings, describe_change, memory_settings_of
 from methods.lora import Lora
+from parallel.coordinator import Coordinator
+from run.launch import start_accelerator
 from run.recipe import Recipe
 
 
 logger = logging.getLogger(__name__)
 
+_MOST_HOST = 0.7  # of the host's memory, for settings that nobody asked for
+
 
 class RunMemory:
     """The GPU memory that a run takes with its memory settings and with others; raises UserError without a config."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, kept: Collection[str] = ()):
         settings = recipe.settings
-        self.current, self.given = memory_settings_of(settings), settings.given
+        self.current, self.given = memory_settings_of(settings), settings.given.union(kept)
         self.facts, self.measured = run_facts(recipe), read_measured()
         facts, is_guided = self.facts, settings.guidance.guidance_scale > 1
         is_replicated = launch_size() > 1 and not (uses_deepspeed() or uses_fsdp())
@@ -57,6 +66,11 @@ class RunMemory:
     def rungs(self) -> list[MemorySettings]:
         """The current settings and the stronger savings after them."""
         return ladder(self.current, self.given, self.is_usable)
+
+    @cached_property
+    def rungs_of_run(self) -> list[MemorySettings]:
+        """The rungs, also with the transformer off the device while videos are decoded, if there are any."""
+        return with_offloading(self.rungs, self.given, self.is_usable) if self.facts.sampled else self.rungs
 
     def needed(self, memory: MemorySettings) -> Choice:
         """Return what the run takes of one card that shares nothing with others, measured or calculated."""
@@ -78,23 +92,81 @@ def run_facts(recipe: Recipe) -> RunFacts:
     )
 
 
+def is_left_to_card(settings: TrainingSettings) -> bool:
+    """Return whether the card decides on the memory settings: there is one, and no flag says what to compute again."""
+    has_card = torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
+    return has_card and not settings.given & CHECKPOINT_FLAGS
+
+
+def is_chosen(settings: TrainingSettings) -> bool:
+    """Return whether memory settings are chosen for the run."""
+    return bool(settings.memory.memory_budget_gb or settings.memory.auto_fit or is_left_to_card(settings))
+
+
+def typed_memory(settings: TrainingSettings) -> MemorySettings:
+    """Return the memory settings of the flags that were typed, without those that were chosen."""
+    typed = settings.given.union(("optimizer", "use_ema")).intersection(NAMES)
+    values = asdict(memory_settings_of(settings))
+    return MemorySettings(settings.method, **{name: values[name] for name in typed})
+
+
 def chosen_before(settings: TrainingSettings) -> MemorySettings | None:
     """Return the settings chosen for the run that is resumed, because other ones could not read its checkpoint.
 
     None if nothing is resumed, or if the flags set the memory settings now or did so then.
     """
-    checkpoint = newest_checkpoint(settings.checkpoints.resume_from_checkpoint, Path(settings.training.output_dir))
-    if checkpoint is None or not (settings.memory.memory_budget_gb or settings.memory.auto_fit):
+    checkpoint = _resumed(settings)
+    if checkpoint is None or not is_chosen(settings):
         return None
     chosen = read_state(checkpoint).memory
     return MemorySettings(**chosen) if chosen else None
 
 
+def _resumed(settings: TrainingSettings) -> Path | None:
+    return newest_checkpoint(settings.checkpoints.resume_from_checkpoint, Path(settings.training.output_dir))
+
+
+def choose_by_card(recipe: Recipe) -> MemorySettings:
+    """Return the fastest settings that fit into the free memory of the card, or the smallest ones; for every rank.
+
+    A resumed run keeps its precisions and states, and gradients are clipped as the flags say.
+    """
+    settings = recipe.settings
+    if uses_deepspeed() or uses_fsdp() or settings.speed.context_parallel_size > 1:  # what a rank takes is unknown
+        return replace(memory_settings_of(settings), gradient_checkpointing=True)
+    run = RunMemory(recipe, LASTING if _resumed(settings) else ())
+    free, host = usable_memory(settings)
+    rungs = [rung for rung in run.rungs_of_run if rung.step_in_backward == run.current.step_in_backward]
+    choice = choose(free, [rung for rung in rungs if run.account(rung).host <= host] or rungs, run.needed)
+    if choice.needed > free:
+        logger.warning(
+            "warning: nothing fits into the %s of GPU memory that are free; the smallest settings take %s (%s)",
+            *(in_bytes(free, 1024), in_bytes(choice.needed, 1024), choice.how),
+        )
+    return choice.settings
+
+
+def usable_memory(settings: TrainingSettings) -> tuple[int, int]:
+    """Return the bytes that a rank may use on its card and on the host, the smallest of all ranks."""
+    free, _ = torch.cuda.mem_get_info(local_rank())
+    host = int(_MOST_HOST * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_size())
+    if launch_size() > 1:
+        start_accelerator(settings.training, settings.tracking, allow_tf32=settings.speed.allow_tf32)
+        free, host = map(min, zip(*Coordinator().gather((free, host)), strict=True))
+    return free, host
+
+
 def choose_by_budget(recipe: Recipe) -> MemorySettings:
     """Return the fastest settings that fit into `--memory_budget_gb`; raise a UserError if none does."""
     run, budget_gb = RunMemory(recipe), recipe.settings.memory.memory_budget_gb
-    rungs = with_offloading(run.rungs, run.given, run.is_usable) if run.facts.sampled else run.rungs
-    choice = choose(budget_gb, rungs, run.needed)
+    choice = choose(budget_gb * GB, run.rungs_of_run, run.needed)
+    if choice.needed > budget_gb * GB:
+        flags = describe_change(choice.settings, run.current) or "what the flags say"
+        raise UserError(
+            f"--memory_budget_gb {budget_gb:g}: nothing fits; the smallest is {flags}, which takes "
+            f"{in_bytes(choice.needed, 1024)} ({choice.how}); train at a smaller --height, --width or "
+            "--max_num_frames, or omit flags that cost memory"
+        )
     logger.info("%s", describe_settings(choice, run.current, budget_gb))
     return choice.settings
 
@@ -128,7 +200,7 @@ def training_memory_advice(recipe: Recipe) -> list[str]:
         rungs.insert(0, offloaded)
     for choice in map(run.needed, rungs):
         if choice.needed < smallest.needed:
-            lines.append(_saving(describe_change(choice.settings, run.current), choice, now))
+            lines.append(_saving(describe_change(choice.settings, typed_memory(recipe.settings)), choice, now))
             smallest = choice
     return [*lines, "smaller --height and --width, or fewer frames in --frame_buckets and --max_num_frames"]
 

@@ -33,6 +33,7 @@ from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp
 from parallel.preflight import check_training
 from run.launch import choose_seed, start_accelerator
+from run.memory_fit import is_chosen
 from run.recipe import Recipe
 from validation.defaults import missing_token
 
@@ -126,8 +127,7 @@ def check_spec(recipe: Recipe) -> RunSpec:
         state = read_state(resumed)
         state.check_settings(lasting)
     else:
-        is_chosen = settings.memory.memory_budget_gb or settings.memory.auto_fit
-        memory = asdict(memory_settings_of(settings)) if is_chosen else {}
+        memory = asdict(memory_settings_of(settings)) if is_chosen(settings) else {}
         seed = coordinator.from_main(lambda: choose_seed(settings.training.seed))
         start = ScheduleStart(num_ranks, settings.training.gradient_accumulation_steps)
         state = TrainerState(0, seed, lasting, memory, start)

@@ -10,13 +10,15 @@ from diffusers import CogVideoXTransformer3DModel
 from checkpoints.schedule import StepSchedule
 from common.run_folder import VALIDATION_FOLDER, list_validated
 from common.units import in_bytes
+from flags.settings import TrainingSettings
 from memory.ladder import Choice
+from memory.settings import describe_change, memory_settings_of
 from methods.full import FullFinetune
 from methods.lora import Lora
 from models.configs import ModelConfigs
 from models.quantization import describe_products
 from parallel.deepspeed import count_weights
-from run.memory_fit import RunMemory
+from run.memory_fit import RunMemory, is_left_to_card, typed_memory
 from run.spec import RunSpec
 from tracking.loss_curve import METRICS_FILE, PICTURE_FILE
 
@@ -45,7 +47,8 @@ def describe_start(
         "steps": describe_steps(spec, schedule, total_steps, padding),
         "optimizer": describe_optimizer(spec),
         "devices": devices,
-        "memory": describe_expected_memory(memory, accelerator.device, shares=accelerator.num_processes > 1),
+        "memory": describe_expected_memory(memory, accelerator.device, shares=accelerator.num_processes > 1)
+        + describe_chosen(settings),
         "validation": describe_validation(spec),
         "output": settings.training.output_dir,
         "written": f"every {settings.checkpoints.checkpointing_steps} steps a checkpoint of "
@@ -114,6 +117,14 @@ def describe_expected_memory(memory: Choice, device: torch.device, *, shares: bo
     card = f"of {in_bytes(total, 1024)}" if total else "on a GPU"
     less = ", less if GPUs shard weights" if shares else ""
     return f"{in_bytes(memory.needed, 1024)} {card} expected ({memory.how}){less}"
+
+
+def describe_chosen(settings: TrainingSettings) -> str:
+    """Return the memory settings that were chosen for the card, as the end of a line; empty if the flags set them."""
+    if not is_left_to_card(settings):
+        return ""
+    flags = describe_change(memory_settings_of(settings), typed_memory(settings))
+    return f"; for this card: {flags}" if flags else "; this card needs no savings"
 
 
 def describe_validation(spec: RunSpec) -> str:

@@ -26,15 +26,17 @@ from memory_rows import SIZE
 from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 
+from common.startup import configure_allocator
 from data.buckets import Bucket
 from diffusion.positions import rotary_embeddings
+from flags.speed import ATTENTION_BACKENDS
 from flags.training import LORA_TARGET_MODULES
 from make_full_size_model import make_full_size_model
 from make_tiny_model import make_tiny_model
 from memory.activations import checkpoint_activations
 from memory.settings import GB
 from methods.lora import Lora
-from models.attention import check_attention, set_attention
+from models.attention import check_attention, set_attention, use_implementation
 from models.compilation import check_compiler, compile_blocks
 from models.source import ModelSource
 
@@ -42,6 +44,7 @@ from models.source import ModelSource
 RANK = 64
 CALLS = 5
 DTYPE = torch.bfloat16
+UNTIMED = ("native", "sage")  # that of the other rows, and one without backward pass
 CHECKPOINT_SCOPES = ("block", "all-but-attention", "feed-forward")
 
 
@@ -66,14 +69,13 @@ ROWS = (
     BlockRow("our block, library's LoRA", lora="library"),
     OURS,
     *(BlockRow(f"ours, {scope} checkpointed", scope=scope) for scope in CHECKPOINT_SCOPES),
-    *(BlockRow(f"ours, {backend}", backend=backend) for backend in ("flash", "cudnn", "efficient")),
+    *(BlockRow(f"ours, {backend}", backend=backend) for backend in ATTENTION_BACKENDS if backend not in UNTIMED),
     *(BlockRow(f"ours, {base} base", base=base) for base in ("fp8", "int8", "nf4")),
     replace(OURS, name="ours, compiled", is_compiled=True),
     BlockRow("ours, all-but-attention checkpointed, compiled", scope="all-but-attention", is_compiled=True),
     replace(LIBRARY, name="library, compiled", is_compiled=True),
     BlockRow("ours, cudnn, compiled", backend="cudnn", is_compiled=True),
     BlockRow("ours, fp8 base, compiled", base="fp8", is_compiled=True),
-    *(BlockRow(f"ours, {backend}", backend=backend) for backend in ("flash-attn", "flash-attn-3", "flash-attn-4")),
 )
 
 
@@ -91,6 +93,7 @@ def main() -> None:
     rows = find_rows(parser, ROWS, args.only)
     with tempfile.TemporaryDirectory() as folder:
         work, output = args.work_dir or Path(folder), args.output_file or HERE / "block_gpu.json"
+        configure_allocator()  # as runs do
         measure_blocks(rows, work, output, tiny=args.tiny, time_limit=args.time_limit)
 
 
@@ -156,6 +159,7 @@ def build(
     row: BlockRow, source: ModelSource, size: Bucket, device: torch.device
 ) -> tuple[Callable[[], tuple[float, float]], list[torch.Tensor]]:
     """Return a step of a row, which returns the ms of forward and backward pass, and the tensors with gradients."""
+    use_implementation(None)  # an earlier row's package would compute the library's attention too
     check_attention(row.backend, "--attention_backend", device, DTYPE, 64, trains=True)
     transformer = source.load_transformer(DTYPE, device=device, quantize=row.base)
     if row.lora == "ours":

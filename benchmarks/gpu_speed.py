@@ -22,6 +22,7 @@ from diffusers import CogVideoXTransformer3DModel
 from materials import folders
 from memory_rows import CHECKPOINTED, Row
 
+from common.startup import configure_allocator
 from memory.settings import GB
 from models.configs import CPU
 from models.encoding import encode_videos
@@ -113,6 +114,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = args.work_dir or Path(folder)
         limits = (args.time_limit, args.row_limit)
+        configure_allocator()  # as runs do
         measure_memory.measure_rows(rows, work, output, tiny=args.tiny, limits=limits, measure=measure, run=attempt)
 
 

@@ -40,6 +40,7 @@ from memory_rows import ROWS, Row
 
 from args import parse_args
 from common.files import atomic_write
+from common.startup import configure_allocator
 from data.buckets import Bucket, count_tokens
 from data.plan import RawData, plan_training_data
 from make_full_size_model import full_size_configs
@@ -79,6 +80,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         work, limits = args.work_dir or Path(folder), (args.time_limit, args.row_limit)
+        configure_allocator()  # as runs do
         measure_rows(rows, work, output, tiny=args.tiny, limits=limits)
 
 

@@ -117,7 +117,7 @@ def set_attention(
     """Have the transformer compute its blocks as `models.blocks` does, with an attention backend; native for None."""
     transformer.set_attn_processor(DispatchedAttention(backend or "native", context))
     use_blocks(transformer)
-    _use_implementation(_IMPLEMENTATIONS.get(backend))
+    use_implementation(_IMPLEMENTATIONS.get(backend))
 
 
 @contextmanager
@@ -140,10 +140,10 @@ def _implementation_of(backend: str) -> Iterator[None]:
     """Let torch's flash attention be that of the backend within the block."""
     before = _implementation()
     try:
-        _use_implementation(_IMPLEMENTATIONS.get(backend))
+        use_implementation(_IMPLEMENTATIONS.get(backend))
         yield
     finally:
-        _use_implementation(before)
+        use_implementation(before)
 
 
 def _implementation() -> str | None:
@@ -152,7 +152,7 @@ def _implementation() -> str | None:
     return current() if current else None
 
 
-def _use_implementation(name: str | None) -> None:
+def use_implementation(name: str | None) -> None:
     """Have torch's flash attention call a package, one of `_PACKAGES`, or for None torch's own kernels again."""
     if name == _implementation():
         return

@@ -23,7 +23,7 @@
 #   PYTHON   the interpreter with torch                                    (default: python3)
 #   OUT      where block_gpu.json, speed_gpu.json, memory.json and the logs go   (default: benchmarks/)
 #   SECONDS_ALL  of everything; parts that are late take the time of later ones  (default: 540)
-#   SECONDS_BLOCK, SECONDS_SPEED, SECONDS_MEMORY   after which a part starts no row (default: 80, 200, 60)
+#   SECONDS_BLOCK, SECONDS_SPEED, SECONDS_MEMORY   after which a part starts no row (default: 80, 180, 50)
 #   SECONDS_ROW  the limit for a row of memory                             (default: 100)
 #   TINY=1   tiny models, and a minute and a half: to try the script out, on a CPU too; needs OUT
 set -euo pipefail
@@ -41,8 +41,8 @@ if [ -n "${TINY:-}" ]; then
 fi
 SECONDS_ALL="${SECONDS_ALL:-540}"
 SECONDS_BLOCK="${SECONDS_BLOCK:-80}"
-SECONDS_SPEED="${SECONDS_SPEED:-200}"
-SECONDS_MEMORY="${SECONDS_MEMORY:-60}"
+SECONDS_SPEED="${SECONDS_SPEED:-180}"
+SECONDS_MEMORY="${SECONDS_MEMORY:-50}"
 SECONDS_ROW="${SECONDS_ROW:-100}"
 OUT="${OUT:-benchmarks}"
 

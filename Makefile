@@ -15,7 +15,7 @@ help:
 	@echo "make test              run the tests"
 	@echo "make test-slow         run the tests that take minutes each"
 	@echo "make benchmark         measure the speed of training, preparation and loading"
-	@echo "make benchmark-gpu     run the GPU tests, then measure memory and speed at full size; 9 minutes, 80 GB"
+	@echo "make benchmark-gpu     time a block and steps of 5b on a GPU, and run the GPU tests; 9 minutes, 80 GB"
 	@echo "make benchmark-memory  measure all rows of assets/docs/memory.md at full size on a GPU"
 	@echo "make step-cost         count the arithmetic, traffic and memory of a step at full size, without a GPU"
 	@echo "make tables            write the tables and charts of assets/docs/memory.md from the results"

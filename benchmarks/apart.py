@@ -63,14 +63,19 @@ def _use_gpu() -> dict[str, Any]:
 
 
 def _send_result(connection: Any, function: Callable[..., dict[str, Any]], arguments: tuple) -> None:
+    connection.send(attempt(function, *arguments))
+
+
+def attempt(function: Callable[..., dict[str, Any]], *arguments: Any, **_: Any) -> dict[str, Any]:
+    """Call a function in this process; return its result, or {"failed": why}. Takes the options of `run_apart`."""
     try:
-        connection.send(function(*arguments))
+        return function(*arguments)
     except torch.OutOfMemoryError as error:
-        connection.send({"failed": f"out of memory: {first_line(error)}"})
+        return {"failed": f"out of memory: {first_line(error)}"}
     except SystemExit:
-        connection.send({"failed": "the flags were refused"})
+        return {"failed": "the flags were refused"}
     except Exception as error:  # any failure is written into the table, and the next row follows
-        connection.send({"failed": f"{type(error).__name__}: {first_line(error)}"})
+        return {"failed": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def first_line(text: object) -> str:

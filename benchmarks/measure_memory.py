@@ -11,6 +11,7 @@ validation of two denoising steps. Results are written after each row; a failed 
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 
@@ -38,14 +40,16 @@ from memory_rows import ROWS, Row
 
 from args import parse_args
 from common.files import atomic_write
+from common.startup import configure_allocator
 from data.buckets import Bucket, count_tokens
 from data.plan import RawData, plan_training_data
 from make_full_size_model import full_size_configs
 from memory.accounting import account
 from memory.facts import Workload, model_facts
 from memory.settings import memory_settings_of
+from models.source import ModelSource
 from run.loop import train
-from run.memory_fit import run_facts
+from run.memory_fit import choose_by_budget, run_facts
 from run.recipe import Recipe
 from run.setup import Run, set_up
 from run.spec import check_spec
@@ -76,6 +80,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         work, limits = args.work_dir or Path(folder), (args.time_limit, args.row_limit)
+        configure_allocator()  # as runs do
         measure_rows(rows, work, output, tiny=args.tiny, limits=limits)
 
 
@@ -89,11 +94,11 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def find_rows(parser: argparse.ArgumentParser, rows: Iterable[Row], names: Iterable[str] | None) -> list[Row]:
-    """Return the rows with these names, all for None; end the program if a name is unknown."""
+    """Return the rows with these names in their order, all for None; end the program if a name is unknown."""
     by_name = {row.name: row for row in rows}
     if unknown := sorted(set(names or ()) - by_name.keys()):
         parser.error(f"--only: there is no row {', '.join(unknown)}; rows are {'; '.join(by_name)}")
-    return [row for row in by_name.values() if not names or row.name in names]
+    return [by_name[name] for name in names or by_name]
 
 
 def measure_rows(
@@ -104,6 +109,7 @@ def measure_rows(
     tiny: bool,
     limits: tuple[float | None, float],
     measure: Callable[[Row, Path, bool], dict[str, Any]] | None = None,
+    run: Callable[..., dict[str, Any]] = run_apart,
 ) -> None:
     """Measure rows one after another, and write the results after each.
 
@@ -111,24 +117,29 @@ def measure_rows(
         work: folder of models and clips.
         tiny: with tiny ones.
         limits: seconds after which no row is started, and after which a row without result is killed.
-        measure: function to call for a row in a separate process; `measure_row` by default.
+        measure: function to call for a row; `measure_row` by default.
+        run: how to call it: in a separate process, or with `attempt` in this one, which ends no row.
     """
     started, (time_limit, row_limit) = time.monotonic(), limits
-    results = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {"rows": {}}
     for row in rows:
         if time_limit and time.monotonic() - started > time_limit:
             print(f"time is over: {row.name} and the rows after it are not measured", flush=True)
             return
         began = time.monotonic()
-        result = run_apart(make_materials, row, work, tiny, seconds=row_limit)
+        result = run(make_materials, row, work, tiny, seconds=row_limit)
         if "failed" not in result:
-            result = run_apart(measure or measure_row, row, work, tiny, seconds=row_limit)
-        result |= {"seconds": round(time.monotonic() - began, 1), "date": datetime.now(UTC).date().isoformat()}
-        result |= {"versions": installed_versions()}
-        if "measured" in result or "measured" not in results["rows"].get(row.name, {}):
-            results["rows"][row.name] = result  # a failure does not replace an earlier measurement
-        write_json(output, results)
-        print(f"{row.name}: {result.get('measured', '')} {result.get('failed', '')}".rstrip(), flush=True)
+            result = run(measure or measure_row, row, work, tiny, seconds=row_limit)
+        write_result(output, row.name, result | {"seconds": round(time.monotonic() - began, 1)})
+
+
+def write_result(output: Path, name: str, result: dict[str, Any]) -> None:
+    """Add the result of a row to the file; a failure does not replace an earlier measurement."""
+    results = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {"rows": {}}
+    if "measured" in result or "measured" not in results["rows"].get(name, {}):
+        known = {"date": datetime.now(UTC).date().isoformat(), "versions": installed_versions()}
+        results["rows"][name] = result | known
+    write_json(output, results)
+    print(f"{name}: {result.get('measured', '')} {result.get('failed', '')}".rstrip(), flush=True)
 
 
 def bucket_flags(size: tuple[int, int, int]) -> list[str]:
@@ -153,18 +164,30 @@ def row_flags(row: Row, model: Path | str, data: Path, output: Path, size: tuple
     return flags
 
 
-def measure_row(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
-    """Run a row; return its peaks in bytes and the seconds of a step, also if the validation failed."""
+def measure_row(row: Row, work: Path, tiny: bool, source: ModelSource | None = None) -> dict[str, Any]:
+    """Run a row; return its peaks in bytes and the seconds of its steps, also if the validation failed.
+
+    Args:
+        source: to load the model from instead of its folder.
+    """
     model, prepared, size = folders(row, work, tiny)
     failed = {}
     with tempfile.TemporaryDirectory(dir=work) as output:
         args = parse_args(row_flags(row, model, prepared, Path(output), size), task="text-to-video", method=row.method)
-        spec = check_spec(Recipe(args, plan_training_data(args)))
+        recipe = Recipe(args, plan_training_data(args))
+        if args.memory.memory_budget_gb:
+            recipe = recipe.with_memory(choose_by_budget(recipe))
+        spec = check_spec(recipe)
+        if source is not None:
+            vars(spec)["source"] = source  # a cached property
         forget_host_peak()
+        forget_device_peaks()
         run = set_up(spec)
-        seconds = time_steps(run, *row.steps)
-        facts, settings = run_facts(spec), memory_settings_of(args)
-        measured = {**speed_figures(seconds, run), **device_peaks("training")}
+        measured = device_peaks("set-up")
+        forget_device_peaks()
+        seconds = time_steps(run, sum(row.steps))
+        facts, settings = run_facts(spec), memory_settings_of(spec.settings)
+        measured |= {**speed_figures(seconds[row.steps[0] :], run), **device_peaks("training")}
         if row.is_sampled:
             forget_device_peaks()
             if failures := run.validate(sum(row.steps)):
@@ -174,30 +197,36 @@ def measure_row(row: Row, work: Path, tiny: bool) -> dict[str, Any]:
                 peaks = run.memory.phases.get("validation", {})
                 measured |= {f"validation {name}": size for name, size in peaks.items()}
         measured["host"] = host_peak()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"facts": asdict(facts), "settings": asdict(settings), "device": device, "measured": measured, **failed}
+    result = {"facts": asdict(facts), "settings": asdict(settings), "device": device_name(), "measured": measured}
+    return result | {"step_seconds": [round(one, 4) for one in seconds], **failed}
 
 
-def time_steps(run: Run, warm_up: int, timed: int) -> float:
-    """Train; return the seconds of a step after the warm-up."""
-    run.total_steps = warm_up
-    train(run)
-    run.state, run.total_steps = replace(run.state, step=warm_up), warm_up + timed
-    wait_for_device()
-    began = time.perf_counter()
-    train(run)
-    wait_for_device()
-    return (time.perf_counter() - began) / timed
+def time_steps(run: Run, steps: int) -> list[float]:
+    """Train; return the seconds of each step."""
+    seconds = []
+    for step in range(steps):
+        run.state, run.total_steps = replace(run.state, step=step), step + 1
+        wait_for_device()
+        began = time.perf_counter()
+        train(run)
+        wait_for_device()
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
-def speed_figures(seconds: float, run: Run) -> dict[str, float]:
-    """Return the figures of a step; the share of the peak only for known cards."""
+def speed_figures(seconds: list[float], run: Run) -> dict[str, float]:
+    """Return the figures of the median step.
+
+    The share of the peak, only for known cards: of all products (HFU), and without those computed again (MFU).
+    """
     config, batch_size = run.spec.configs.transformer, run.spec.settings.training.train_batch_size
-    tokens = count_tokens(config, run.spec.data.buckets[0])
-    tflop = 1e-12 * batch_size * count_flops(config, tokens, **run.throughput.flops_settings)
-    figures = {"seconds a step": seconds, "tokens/s": batch_size * tokens / seconds, "TFLOP/s": tflop / seconds}
+    tokens, second = count_tokens(config, run.spec.data.buckets[0]), median(seconds)
+    settings = run.throughput.flops_settings
+    once = {"trains_all": settings["trains_all"]}
+    done, needed = (1e-12 * batch_size * count_flops(config, tokens, **which) / second for which in (settings, once))
+    figures = {"seconds a step": second, "tokens/s": batch_size * tokens / second, "TFLOP/s": done}
     peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    return figures | ({"% of peak": 100 * tflop / seconds / peak} if peak else {})
+    return figures | ({"HFU, %": 100 * done / peak, "MFU, %": 100 * needed / peak} if peak else {})
 
 
 def calculate_row(row: Row) -> dict[str, int]:
@@ -223,14 +252,24 @@ def device_peaks(when: str) -> dict[str, int]:
     if not torch.cuda.is_available():
         return {}
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return {f"{when} allocated": allocated, f"{when} reserved": reserved}
+    stats = torch.cuda.memory_stats()
+    inactive = stats.get("inactive_split_bytes.all.peak", 0)  # free, but in the same segment as a tensor
+    peaks = {"allocated": allocated, "reserved": reserved, "inactive": inactive}
+    return {f"{when} {name}": size for name, size in (peaks | {"retries": stats.get("num_alloc_retries", 0)}).items()}
 
 
 def forget_device_peaks() -> None:
-    """Release unused memory and reset the peaks of the device."""
+    """Release unused memory, and reset the peaks and counts of the device."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_accumulated_memory_stats()  # the retries
+
+
+def device_name() -> str:
+    """Return the name of the GPU, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def forget_host_peak() -> None:

@@ -22,6 +22,7 @@ class Row:
     batch_size: int = 1
     is_sampled: bool = True  # whether it validates
     steps: tuple[int, int] = (2, 2)  # warm-up and timed; the first one allocates the optimizer's states
+    card_gb: int | None = None  # use no more memory than a card of this size has
     # trainer -> GB of training, and with validation; None if unpublished, "out of memory" on 80 GB
     published: dict[str, tuple[float | str, float | None]] = field(default_factory=dict)
 

@@ -22,7 +22,7 @@ CALCULATED_CHART, MEASURED_CHART = "memory_calculated.png", "memory_measured.png
 NOT_MEASURED = "not measured"
 BEGIN, END = "<!-- {}: written by `make tables` -->", "<!-- end of {} -->"
 VERSIONS = ("torch", "diffusers")
-BYTES = ("training allocated", "training reserved", "host")  # among the figures of a step
+BYTES = ("allocated", "reserved", "inactive", "host")  # last words of the figures of a step that are bytes
 PARTS = {"weights": "#4c72b0", "optimizer states": "#dd8452", "gradients": "#c44e52", "activations": "#55a868"}
 
 
@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--no_charts", action="store_true", help="write only the tables")
     args = parser.parse_args()
     measured, calculated = read_rows("memory.json"), read_rows("memory_calculated.json")
-    PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), measured, calculated, read_speed()), encoding="utf-8")
+    speed, block = read_rows("speed_gpu.json"), read_rows("block_gpu.json")
+    page = fill_page(PAGE.read_text(encoding="utf-8"), measured, calculated, speed, block)
+    PAGE.write_text(page, encoding="utf-8")
     if not args.no_charts:
         draw_charts(PAGE.parent, measured, calculated)
 
@@ -43,14 +45,8 @@ def read_rows(name: str) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else {}
 
 
-def read_speed() -> dict[str, Any]:
-    """Return the figures of gpu_speed.py; none if they do not exist."""
-    file = ROOT / "benchmarks" / "speed_gpu.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def fill_page(page: str, measured: Mapping, calculated: Mapping, speed: Mapping) -> str:
-    """Return the page with its tables replaced.
+def fill_page(page: str, measured: Mapping, calculated: Mapping, speed: Mapping, block: Mapping) -> str:
+    """Return the page with its tables replaced; speed and block are the rows of gpu_speed.py and gpu_block.py.
 
     Raises:
         ValueError: the page lacks the marks of a table.
@@ -61,6 +57,7 @@ def fill_page(page: str, measured: Mapping, calculated: Mapping, speed: Mapping)
         "parts": parts_table(ROWS, calculated),
         "machine": machine_line(measured),
         "speed": speed_table(speed),
+        "block": speed_table(block),
     }
     for name, table in tables.items():
         begin, end = BEGIN.format(name), END.format(name)
@@ -150,21 +147,22 @@ def machine_line(measured: Mapping[str, Any]) -> str:
     return f"Measured on {'; '.join(where)}.\n\n![What was measured]({MEASURED_CHART})"
 
 
-def speed_table(speed: Mapping[str, Any]) -> str:
-    """Return a table of the speed and reserved memory of steps on a GPU at full size."""
-    rows = {name: speed_figures(row["measured"]) for name, row in speed.get("rows", {}).items() if "measured" in row}
+def speed_table(results: Mapping[str, Any]) -> str:
+    """Return a table of figures measured on a GPU at full size, and below it the rows that failed."""
+    rows = {name: speed_figures(row["measured"]) for name, row in results.items() if "measured" in row}
     if not rows:
-        return "No speed has been measured on a GPU yet."
+        return "Not measured on a GPU yet."
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     lines = [["run", *columns], ["---"] * (len(columns) + 1)]
     for name, row in rows.items():
         lines.append([name, *(row.get(key, "") for key in columns)])
-    return markdown(lines)
+    failed = [f"- {name}: {row['failed']}" for name, row in results.items() if "measured" not in row]
+    return "\n".join([markdown(lines), *(["", *failed] if failed else [])])
 
 
 def speed_figures(measured: Mapping[str, float]) -> dict[str, str]:
     """Format the figures of a row."""
-    shown = {key: f"{value:.3g}" for key, value in measured.items() if key not in BYTES}
+    shown = {key: f"{value:.3g}" for key, value in measured.items() if key.split()[-1] not in BYTES}
     reserved = measured.get("training reserved")
     return shown | ({"reserved, GB": f"{reserved / GB:.1f}"} if reserved else {})
 

@@ -7,20 +7,27 @@ import os
 import threading
 from dataclasses import replace
 
+import gpu_block
 import gpu_speed
 import pytest
 import torch
 from apart import run_apart, start_method
+from gpu_speed import SharedModel
 from materials import draw_prepared_clips
 from measure_memory import calculate_row, find_rows, measure_rows, row_flags
 from memory_rows import CHECKPOINTED, ROWS, Row
-from report import PAGE, draw_charts, fill_page, measured_cell, peak_parts, read_rows, read_speed, speed_table
+from report import PAGE, draw_charts, fill_page, measured_cell, peak_parts, read_rows, speed_table
 
 from args import parse_args
 from data.buckets import Bucket
 from data.prepared import read_index, read_tensor
 from dataset import check_prepared
+from forward_pass import gradients, predict
 from make_full_size_model import full_size_configs
+from memory.activations import checkpoint_activations
+from methods.lora import Lora
+from models.attention import set_attention
+from models.compilation import compile_blocks
 
 
 GB = 2**30
@@ -30,8 +37,12 @@ def committed_page() -> str:
     return PAGE.read_text(encoding="utf-8")
 
 
+def speeds() -> tuple[dict, dict]:
+    return read_rows("speed_gpu.json"), read_rows("block_gpu.json")
+
+
 def test_the_committed_page_has_the_committed_figures():
-    page = fill_page(committed_page(), read_rows("memory.json"), read_rows("memory_calculated.json"), read_speed())
+    page = fill_page(committed_page(), read_rows("memory.json"), read_rows("memory_calculated.json"), *speeds())
     assert page == committed_page(), "run `make tables`"
 
 
@@ -70,7 +81,7 @@ def test_measured_and_calculated_figures_have_separate_columns():
         "5b LoRA": measured_row(**{"training reserved": 18 * GB, "validation reserved": 17 * GB}),
         "2b LoRA": {"failed": "out of memory: Tried to allocate | 2 GB"},
     }
-    page = fill_page(committed_page(), measured, read_rows("memory_calculated.json"), {})
+    page = fill_page(committed_page(), measured, read_rows("memory_calculated.json"), {}, {})
     lines = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")]
         for line in page.splitlines()[::-1]
@@ -94,13 +105,15 @@ def test_the_speed_table_has_a_column_for_each_figure():
         "a": {"measured": {"seconds a step": 1.7, "TFLOP/s": 770.0, **memory}},
         "b": {"measured": {"clips/s": 2.5}},
     }
-    assert speed_table({"rows": rows | {"c": {"failed": "x"}}}).splitlines() == [
+    assert speed_table(rows | {"c": {"failed": "out of memory: x"}}).splitlines() == [
         "| run | seconds a step | TFLOP/s | reserved, GB | clips/s |",
         "| --- | --- | --- | --- | --- |",
         "| a | 1.7 | 770 | 18.0 |  |",
         "| b |  |  |  | 2.5 |",
+        "",
+        "- c: out of memory: x",
     ]
-    assert speed_table({}) == "No speed has been measured on a GPU yet."
+    assert speed_table({}) == "Not measured on a GPU yet."
 
 
 def test_charts_are_drawn_of_the_existing_figures(tmp_path):
@@ -120,6 +133,7 @@ def test_rows_run_one_after_another_and_failures_are_recorded(tmp_path):
     results = json.loads(output.read_text())["rows"]
     assert results["refused"]["failed"] == "the flags were refused"
     assert results["good"]["measured"]["seconds a step"] > 0 and results["good"]["measured"]["host"] > 1e7
+    assert len(results["good"]["step_seconds"]) == 2
     assert results["good"]["settings"]["gradient_checkpointing"] and results["good"]["facts"]["size"] == [17, 64, 96]
     # No time is left for another row; earlier measurements stay.
     measure_rows([good], tmp_path, output, tiny=True, limits=(1e-9, 600))
@@ -127,6 +141,33 @@ def test_rows_run_one_after_another_and_failures_are_recorded(tmp_path):
     # A failure does not replace it either.
     measure_rows([replace(good, flags=("--rank", "0"))], tmp_path, output, tiny=True, limits=(None, 600))
     assert json.loads(output.read_text())["rows"] == results
+
+
+def test_runs_share_a_loaded_model_in_its_state_after_loading(tiny_models):
+    source = SharedModel(str(tiny_models("5b")))
+    transformer = source.load_transformer(torch.float32)
+    names, expected = list(transformer.state_dict()), predict(transformer)
+    Lora(4, 4).attach(transformer)
+    set_attention(transformer)
+    checkpoint_activations(transformer, "all-but-attention")
+    compile_blocks(transformer, num_sizes=1, backend="aot_eager")
+    assert gradients(transformer) and list(transformer.state_dict()) != names
+    assert source.load_transformer(torch.float32) is transformer
+    assert list(transformer.state_dict()) == names and torch.equal(predict(transformer), expected)
+
+
+def test_ways_to_compute_a_block_are_compared(tmp_path):
+    int8 = gpu_block.BlockRow("int8", scope="all-but-attention", base="int8")
+    refused = gpu_block.BlockRow("refused", backend="sage")
+    rows = [gpu_block.LIBRARY, replace(gpu_block.OURS, is_compiled=True), int8, refused]
+    gpu_block.measure_blocks(rows, tmp_path, tmp_path / "block.json", tiny=True)
+    results = json.loads((tmp_path / "block.json").read_text())["rows"]
+    for name in ("library", "ours", "int8"):
+        measured = results[name]["measured"]
+        assert 0.99 < measured["gradient's cosine"] < 1.01, name
+        assert 0 < measured["forward, ms"] < measured["ms"] and len(results[name]["calls"]) == gpu_block.CALLS
+        assert any("attention" in kernel for kernel, _, _ in results[name]["kernels"]), name
+    assert results["refused"]["failed"].startswith("UserError: --attention_backend sage: ")
 
 
 def die() -> dict:

@@ -6,7 +6,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-import imageio_ffmpeg
 import numpy as np
 
 
@@ -98,6 +97,8 @@ def remuxed(clip: Path, path: Path, change: Callable[[av.Packet], None]) -> Path
 
 def ffmpeg(*arguments: object) -> None:
     """Run imageio-ffmpeg's own binary, which knows things that PyAV does not offer."""
+    import imageio_ffmpeg  # large, and missing on some machines with a GPU
+
     subprocess.run(
         [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-nostdin", *map(str, arguments)], check=True
     )

@@ -1,10 +1,12 @@
 """Our attention equals the library's, and backends that cannot run are refused."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+from torch.nn.attention import _registry, register_flash_attention_impl
 
 from common.errors import UserError
 from diffusion.positions import rotary_embeddings
@@ -64,7 +66,7 @@ def test_every_name_of_the_flag_is_known():
     assert tuple(BACKENDS) == ATTENTION_BACKENDS
 
 
-@pytest.mark.parametrize("backend", ["flash", "cudnn", "flash-attn", "flash-attn-3", "sage"])
+@pytest.mark.parametrize("backend", ["flash", "cudnn", "flash-attn", "flash-attn-3", "flash-attn-4", "sage"])
 def test_kernels_are_refused_on_a_cpu_and_in_float32(backend):
     with pytest.raises(UserError, match=f"^--attention_backend {backend}: needs a GPU.*use native$"):
         check_attention(backend, "--attention_backend", CPU, torch.bfloat16, 64, trains=True)
@@ -78,6 +80,36 @@ def test_a_missing_package_is_named(backend, module):
         pytest.skip(f"{module} is installed")
     with pytest.raises(UserError, match=f"^--flag {backend}: does not run here.*install `{module.replace('_', '-')}"):
         check_attention(backend, "--flag", torch.device("cuda"), torch.bfloat16, 64, trains=False)
+
+
+@pytest.mark.parametrize("backend", ["flash-attn-3", "flash-attn-4"])
+def test_packages_are_called_by_torch_which_has_their_gradient(tiny_models, backend):
+    assert BACKENDS[backend] == BACKENDS["flash"]
+    name, active = backend.upper().replace("FLASH-ATTN-", "FA"), torch.nn.attention.current_flash_attention_impl
+    original, transformer = _registry._FLASH_ATTENTION_IMPLS[name], load(tiny_models("5b"))
+    register_flash_attention_impl(name, register_fn=lambda: SimpleNamespace(remove=lambda: None))
+    try:
+        set_attention(transformer, backend)
+        assert active() == name
+        with temporary_attention(transformer, "native"):
+            assert active() is None
+        assert active() == name
+        set_attention(transformer)
+        assert active() is None
+        with temporary_attention(transformer, backend):
+            assert active() == name
+        assert active() is None
+    finally:
+        register_flash_attention_impl(name, register_fn=original)
+
+
+@pytest.mark.parametrize(("backend", "package"), [("flash-attn-3", "flash_attn_"), ("flash-attn-4", "flash-attn-4")])
+def test_a_missing_implementation_is_named(backend, package):
+    if importlib.util.find_spec("flash_attn") or importlib.util.find_spec("flash_attn_interface"):
+        pytest.skip("FlashAttention is installed")
+    with pytest.raises(UserError, match=f"^--flag {backend}: does not run here: the package {package}.*use another"):
+        check_attention(backend, "--flag", torch.device("cuda"), torch.bfloat16, 64, trains=True)
+    assert torch.nn.attention.current_flash_attention_impl() is None
 
 
 def test_only_a_backend_that_runs_here_passes():

@@ -1,6 +1,7 @@
 """Blocks are compiled once per size and mode, and compute the same."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from common.errors import UserError
-from forward_pass import load, predict
+from forward_pass import predict
 from memory.activations import checkpoint_activations
 from models.attention import set_attention
 from models.compilation import check_compiler, compile_blocks
@@ -60,7 +61,25 @@ def test_all_blocks_share_one_compilation_for_each_size_and_mode(tiny_models, sc
     assert list(compiled.state_dict()) == names
 
 
-def test_more_sizes_than_announced_are_an_error(tiny_models):
+def test_a_checkpoint_compiles_with_the_same_configuration_in_another_thread(tiny_models):
+    transformer = with_adapters(tiny_models("5b"), dropout=0.0)
+    checkpoint_activations(transformer, "block", is_inside=False)
+    limits = []
+
+    def backend(graph, inputs):
+        limits.append((torch._dynamo.config.recompile_limit, torch._dynamo.config.optimize_ddp))
+        return graph
+
+    compile_blocks(transformer, num_sizes=9, backend=backend)
+    loss = predict(transformer).square().mean()
+    torch._dynamo.reset()  # so that the backward pass compiles again
+    with ThreadPoolExecutor(1) as thread:  # as on a GPU, where autograd has one
+        thread.submit(loss.backward).result()
+    assert len(limits) >= 2 and set(limits) == {(72, False)}
+
+
+def test_more_sizes_than_announced_are_an_error(tiny_models, monkeypatch):
+    monkeypatch.setattr("models.compilation._GRAPHS_PER_SIZE", 1)
     transformer = with_adapters(tiny_models("5b"))
     compile_blocks(transformer, num_sizes=1, backend="eager")
     with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(FailOnRecompileLimitHit):
@@ -68,8 +87,10 @@ def test_more_sizes_than_announced_are_an_error(tiny_models):
 
 
 def test_the_limit_grows_with_the_number_of_sizes(tiny_models):
+    transformer = with_adapters(tiny_models("5b"))
     with torch._dynamo.config.patch(recompile_limit=8):
-        compile_blocks(load(tiny_models("5b")), num_sizes=9, backend="eager")
+        compile_blocks(transformer, num_sizes=9, backend="eager")
+        predict(transformer)
         assert torch._dynamo.config.recompile_limit >= 9 * 4  # two batch sizes, training and sampling
 
 

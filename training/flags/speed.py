@@ -7,7 +7,7 @@ from flags.types import PositiveInt
 
 
 # models/attention.py maps these to the names in diffusers.
-ATTENTION_BACKENDS = ("native", "flash", "cudnn", "efficient", "flash-attn", "flash-attn-3", "sage")
+ATTENTION_BACKENDS = ("native", "flash", "cudnn", "efficient", "flash-attn", "flash-attn-3", "flash-attn-4", "sage")
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class SpeedFlags:
     attention_backend: str | None = flag(
         None,
         "Attention kernel: native lets torch choose; flash, cudnn (try it on Hopper GPUs and newer) and efficient are "
-        "kernels of torch; flash-attn and flash-attn-3 are packages. All but native need a GPU, and all but native "
-        "and efficient half precision.",
+        "kernels of torch; flash-attn, flash-attn-3 and flash-attn-4 are packages. All but native need a GPU, and "
+        "all but native and efficient half precision.",
         choices=ATTENTION_BACKENDS,
         shown="native",
     )

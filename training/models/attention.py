@@ -28,9 +28,13 @@ BACKENDS = {
     "cudnn": AttentionBackendName._NATIVE_CUDNN,
     "efficient": AttentionBackendName._NATIVE_EFFICIENT,
     "flash-attn": AttentionBackendName.FLASH,
-    "flash-attn-3": AttentionBackendName._FLASH_3,
+    "flash-attn-3": AttentionBackendName._NATIVE_FLASH,
+    "flash-attn-4": AttentionBackendName._NATIVE_FLASH,
     "sage": AttentionBackendName.SAGE,
 }
+# Packages that torch's flash attention can call, with a gradient: diffusers' own call of FlashAttention 3 has none.
+_IMPLEMENTATIONS = {"flash-attn-3": "FA3", "flash-attn-4": "FA4"}
+_PACKAGES = {"FA3": "flash_attn_interface (FlashAttention 3, built from source)", "FA4": "flash-attn-4"}
 
 
 class DispatchedAttention:
@@ -113,18 +117,54 @@ def set_attention(
     """Have the transformer compute its blocks as `models.blocks` does, with an attention backend; native for None."""
     transformer.set_attn_processor(DispatchedAttention(backend or "native", context))
     use_blocks(transformer)
+    use_implementation(_IMPLEMENTATIONS.get(backend))
 
 
 @contextmanager
 def temporary_attention(transformer: CogVideoXTransformer3DModel, backend: str | None) -> Iterator[None]:
     """Set the attention backend within the block; None changes nothing."""
+    if backend is None:
+        yield
+        return
     processors = dict(transformer.attn_processors)
-    if backend is not None:
+    with _implementation_of(backend):
         transformer.set_attn_processor(DispatchedAttention(backend))
+        try:
+            yield
+        finally:
+            transformer.set_attn_processor(processors)
+
+
+@contextmanager
+def _implementation_of(backend: str) -> Iterator[None]:
+    """Let torch's flash attention be that of the backend within the block."""
+    before = _implementation()
     try:
+        use_implementation(_IMPLEMENTATIONS.get(backend))
         yield
     finally:
-        transformer.set_attn_processor(processors)
+        use_implementation(before)
+
+
+def _implementation() -> str | None:
+    """Return the package that computes torch's flash attention; None for torch itself."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)  # from torch 2.11 on
+    return current() if current else None
+
+
+def use_implementation(name: str | None) -> None:
+    """Have torch's flash attention call a package, one of `_PACKAGES`, or for None torch's own kernels again."""
+    if name == _implementation():
+        return
+    if name is None:
+        torch.nn.attention.restore_flash_attention_impl()
+        return
+    try:
+        torch.nn.attention.activate_flash_attention_impl(name)
+    except AttributeError as error:
+        raise RuntimeError(f"torch {torch.__version__} cannot call it with a gradient") from error
+    except ImportError as error:
+        raise RuntimeError(f"the package {_PACKAGES[name]} is missing or does not load: {error}") from error
 
 
 def check_attention(
@@ -147,10 +187,11 @@ def check_attention(
     try:
         _check_attention_backend_requirements(BACKENDS[backend])
         shape = (1, 128, 1, head_dim)
-        query, key, value = (torch.ones(shape, device=device, dtype=dtype, requires_grad=trains) for _ in range(3))
-        output = dispatch_attention_fn(query, key, value, backend=BACKENDS[backend])
-        if trains:
-            output.sum().backward()
+        with _implementation_of(backend):
+            query, key, value = (torch.ones(shape, device=device, dtype=dtype, requires_grad=trains) for _ in range(3))
+            output = dispatch_attention_fn(query, key, value, backend=BACKENDS[backend])
+            if trains:
+                output.sum().backward()
     except (RuntimeError, ValueError, TypeError) as error:
         reason = first_line(error)
         raise UserError(f"{flag} {backend}: does not run here: {reason}; use another one, or native") from error

@@ -31,18 +31,23 @@ def compile_blocks(
     """
     torch._dynamo.reset()  # compilations of other transformers do not count
     limit = _GRAPHS_PER_SIZE * num_sizes
+    for block in transformer.transformer_blocks:
+        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+        block.forward = partial(_call_normalized, compiled, limit)
+
+
+def _configure(limit: int) -> None:
+    """Configure Dynamo for at least so many compilations of a function, in the calling thread."""
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, limit)
     # It would split graphs by gradient buckets for early all-reduce; blocks are small enough for that.
     dynamo.optimize_ddp = False
-    for block in transformer.transformer_blocks:
-        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
-        block.forward = partial(_call_normalized, compiled)
 
 
 def _call_normalized(
     forward: Callable[..., Any],
+    limit: int,
     hidden_states: torch.Tensor,
     encoder_hidden_states: torch.Tensor,
     *args: Any,
@@ -52,7 +57,10 @@ def _call_normalized(
 
     The first block's inputs are views of one tensor that, with a LoRA, needs no gradient. Those of the others are
     separate and need one, so that the first block would be compiled separately.
+
+    Dynamo's configuration is that of the thread: on a GPU, checkpoints compute again in a thread of autograd.
     """
+    _configure(limit)
     return forward(_normalized(hidden_states), _normalized(encoder_hidden_states), *args, **kw)
 
 

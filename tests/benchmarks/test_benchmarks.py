@@ -143,7 +143,8 @@ def test_rows_run_one_after_another_and_failures_are_recorded(tmp_path):
     assert json.loads(output.read_text())["rows"] == results
 
 
-def test_runs_share_a_loaded_model_in_its_state_after_loading(tiny_models):
+def test_runs_share_a_loaded_model_in_its_state_after_loading(tiny_models, monkeypatch):
+    monkeypatch.setattr(SharedModel, "_loaded", {})  # not kept for other tests
     source = SharedModel(str(tiny_models("5b")))
     transformer = source.load_transformer(torch.float32)
     names, expected = list(transformer.state_dict()), predict(transformer)

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the launchers share. Each sets `root` (the repository) and `script` (what it starts), and sources this file above
 # its settings; the four that train call `train` below them.
-launcher="${BASH_SOURCE[1]}"
+launcher="$(realpath "${BASH_SOURCE[1]}")"
 
 fail() {
   echo "error: $*" >&2
@@ -30,6 +30,21 @@ done
 for program in accelerate python python3; do
   command -v "$program" >/dev/null || fail "$program is not installed here; activate the environment of 'make install'"
 done
+
+# Ctrl-C reaches the script, too, which says how to continue. torchrun and accelerate add a traceback to that.
+end_interrupted() {
+  if [[ "${launch[0]:-}" == torchrun || "${launch[0]:-}" == accelerate ]]; then
+    echo "interrupted; start the same command again to continue" >&2
+  fi
+  exit 130
+}
+trap end_interrupted INT
+
+# Run a command whose script hears Ctrl-C itself (hear_ctrl_c of training/common/signals.py), but not what starts it.
+without_ctrl_c() (
+  trap "" INT
+  exec "$@"
+)
 
 # Let an old name set a setting: renamed OLD NEW
 renamed() {
@@ -93,12 +108,12 @@ choose_launch() {
   fi
   machines="${NUM_MACHINES:-${machines:-1}}"
   count_gpus "$machines"
+  if ((machines > 1)); then chosen=ddp_2_machines; elif ((${NUM_GPUS:-1} > 1)); then chosen=ddp; fi
   if [[ -z "$ACCELERATE_CONFIG" ]]; then
-    if ((machines > 1)); then chosen=ddp_2_machines; elif ((${NUM_GPUS:-1} > 1)); then chosen=ddp; fi
     ACCELERATE_CONFIG="$root/accelerate_configs/$chosen.yaml"
-  elif ((${NUM_GPUS:-1} > 1)) && grep -Eq "^distributed_type: *[\"']?NO\b" "$ACCELERATE_CONFIG"; then
-    fail "ACCELERATE_CONFIG=$ACCELERATE_CONFIG starts one process, not $NUM_GPUS; unset it, or use" \
-      "accelerate_configs/ddp.yaml"
+  elif [[ "$chosen" != single_gpu ]] && starts_one_process; then
+    fail "ACCELERATE_CONFIG=$ACCELERATE_CONFIG starts one process, not $((${NUM_GPUS:-1} * machines)); unset it," \
+      "or use accelerate_configs/$chosen.yaml"
   fi
   if [[ -n "$NUM_GPUS" ]]; then
     processes="$((NUM_GPUS * machines))"
@@ -111,6 +126,13 @@ choose_launch() {
     ${MAIN_PROCESS_PORT:+--main_process_port "$MAIN_PROCESS_PORT"}
     "$root/$script"
   )
+  if starts_one_process; then
+    launch=(without_ctrl_c "${launch[@]}")
+  fi
+}
+
+starts_one_process() {
+  grep -Eq "^distributed_type: *[\"']?NO\b" "$ACCELERATE_CONFIG"
 }
 
 # Refuse a file that does not exist; some come from the original toolkit.

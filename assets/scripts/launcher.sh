@@ -40,11 +40,19 @@ end_interrupted() {
 }
 trap end_interrupted INT
 
-# Run a command whose script hears Ctrl-C itself (hear_ctrl_c of training/common/signals.py), but not what starts it.
-without_ctrl_c() (
-  trap "" INT
-  exec "$@"
-)
+# Run accelerate so that Ctrl-C is left to the script (hear_ctrl_c in training/common/signals.py), once that has started.
+without_ctrl_c() {
+  local process status=0 interrupted=""
+  "$@" <&0 & # background processes of bash ignore Ctrl-C
+  process=$!
+  trap 'interrupted=true; pgrep -P "$process" >/dev/null || { kill "$process" && echo interrupted >&2; }' INT
+  while kill -0 "$process" 2>/dev/null; do
+    wait "$process" 2>/dev/null && status=0 || status=$?
+  done
+  trap end_interrupted INT
+  if [[ -n "$interrupted" ]]; then exit 130; fi
+  return "$status"
+}
 
 # Let an old name set a setting: renamed OLD NEW
 renamed() {
@@ -78,15 +86,20 @@ name_clips() {
 
 # Set NUM_GPUS, of each machine, from GPU_IDS or the old NUM_PROCESSES, of all machines: count_gpus MACHINES
 count_gpus() {
-  local ids
+  local name ids one="([0-9]+|(GPU|MIG)-[^ ,]+)"
+  for name in NUM_GPUS NUM_MACHINES NUM_PROCESSES; do
+    if [[ ! "${!name:-1}" =~ ^[1-9][0-9]*$ ]]; then fail "$name=${!name}: must be a whole number of 1 or more"; fi
+  done
   if [[ -n "${NUM_PROCESSES:-}" ]]; then
+    if ((NUM_PROCESSES % $1)); then fail "NUM_PROCESSES=$NUM_PROCESSES: $1 machines cannot share it equally"; fi
     NUM_PROCESSES="$((NUM_PROCESSES / $1))"
     renamed NUM_PROCESSES NUM_GPUS
   fi
-  if [[ "$GPU_IDS" == all ]]; then
-    fail "GPU_IDS=all: name the GPUs, as in GPU_IDS=\"0,1\", or set NUM_GPUS to their number"
-  elif [[ -n "$GPU_IDS" ]]; then
+  if [[ -n "$GPU_IDS" ]]; then
     IFS=", " read -ra ids <<<"$GPU_IDS"
+    if [[ ! "$GPU_IDS" =~ ^$one([ ,]" "?$one)*$ || -n "$(printf "%s\n" "${ids[@]}" | sort | uniq -d)" ]]; then
+      fail "GPU_IDS=$GPU_IDS: name each GPU once, as in GPU_IDS=\"0,1\", or set NUM_GPUS to their number"
+    fi
     if [[ "${NUM_GPUS:-${#ids[@]}}" != "${#ids[@]}" ]]; then
       fail "GPU_IDS=\"$GPU_IDS\" names ${#ids[@]} GPUs, but the number is set to $NUM_GPUS; unset one of them"
     fi

@@ -69,6 +69,7 @@ def test_raw_clips_are_named_for_training_as_for_preparation(tmp_path):
         ("", "all", "single_gpu", None),
         ("GPU_IDS=1", "1", "single_gpu", "1"),
         ('GPU_IDS="0,1"', "0,1", "ddp", "2"),
+        ('GPU_IDS="GPU-1a, MIG-b"', "GPU-1a,MIG-b", "ddp", "2"),
         ('GPU_IDS="0 3" ACCELERATE_CONFIG=accelerate_configs/zero2.yaml', "0,3", "zero2", "2"),
         ("NUM_GPUS=8", "all", "ddp", "8"),
         ("NUM_GPUS=8 NUM_MACHINES=3", "all", "ddp_2_machines", "24"),
@@ -106,7 +107,13 @@ def test_accelerate_leaves_the_visible_gpus_as_they_are_even_with_a_file_that_na
         (f"MODEL_ID=a MODEL_PATH=b {TRAIN}", "MODEL_ID=a and MODEL_PATH=b mean the same setting; unset MODEL_ID"),
         (f"GPU_IDS=0,1 NUM_GPUS=3 {PREPARE}", 'GPU_IDS="0,1" names 2 GPUs, but the number is set to 3'),
         (f"GPU_IDS=1 CUDA_VISIBLE_DEVICES=0 {TRAIN}", "GPU_IDS=1 and CUDA_VISIBLE_DEVICES=0 differ; unset one"),
-        (f"GPU_IDS=all {TRAIN}", "GPU_IDS=all: name the GPUs"),
+        *(
+            (f"GPU_IDS={wrong} {TRAIN}", f"GPU_IDS={wrong}: name each GPU once")
+            for wrong in ("all", "-1", "0,,1", "0,0", "GPU-1,")
+        ),
+        (f"NUM_GPUS=two {TRAIN}", "NUM_GPUS=two: must be a whole number of 1 or more"),
+        (f"NUM_MACHINES=0 {PREPARE}", "NUM_MACHINES=0: must be a whole number of 1 or more"),
+        (f"NUM_PROCESSES=3 NUM_MACHINES=2 {TRAIN}", "NUM_PROCESSES=3: 2 machines cannot share it equally"),
         (
             f"GPU_IDS=0,1 ACCELERATE_CONFIG=accelerate_configs/single_gpu.yaml {TRAIN}",
             "starts one process, not 2; unset it, or use accelerate_configs/ddp.yaml",
@@ -157,6 +164,13 @@ def test_only_the_script_hears_ctrl_c_if_accelerate_starts_one_process(tmp_path)
         f"ACCELERATE_CONFIG=accelerate_configs/cpu.yaml {TRAIN}", tmp_path, PROGRAMS | {"accelerate": INTERRUPTED}
     )
     assert Path(call[0]).name == "accelerate"
+
+
+def test_ctrl_c_before_the_script_has_started_stops_accelerate(tmp_path):
+    programs = PROGRAMS | {"accelerate": "#!/bin/sh\nkill -INT $PPID\nexec sleep 30\n"}
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        noted_calls(TRAIN, tmp_path, programs)
+    assert (error.value.returncode, error.value.stderr) == (130, b"interrupted\n")
 
 
 @pytest.mark.parametrize("command", [f"NUM_GPUS=2 {TRAIN}", f"NUM_GPUS=2 {PREPARE}"])

@@ -134,7 +134,7 @@ def test_the_plan_ends_with_the_flags_that_keep_more_clips(short_clip):
 def test_clips_that_are_too_short_are_refused_with_the_flags_that_keep_them(short_clip, capsys, on_bad_clip):
     with pytest.raises(SystemExit, match="2"):
         prepare_dataset.main([*PLACES, "--height", "64", "--width", "96", "--fps", "8", "--on_bad_clip", on_bad_clip])
-    title, clip, advice = capsys.readouterr().err.splitlines()
+    _, title, clip, advice = capsys.readouterr().err.splitlines()
     assert title.startswith("error: 1 of 1 clips cannot be used")
     assert "24 usable frames at 8 fps" in clip
     assert advice.startswith("to keep the clip")

@@ -64,7 +64,7 @@ def test_learned_positions_are_refused_at_another_size_unless_they_are_dropped(t
 def test_a_text_model_with_learned_positions_takes_only_their_size():
     configs = configs_of(ROOT / "assets/models/tiny-cogvideox")
     TextToVideo().check_model(configs, [SIZE])
-    with pytest.raises(UserError, match="fit only 17x64x96 .*, not 17x96x64; use that size$"):
+    with pytest.raises(UserError, match=r"fit only 17x64x96 .*, not 17x96x64; use that size$"):
         TextToVideo().check_model(configs, [SIZE, Bucket(17, 96, 64)])
 
 

@@ -6,7 +6,7 @@
 #   CLIPS=my-clips PREPARED=my-prepared bash prepare_dataset.sh
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+root="$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 script=training/prepare_dataset.py
 source "$root/assets/scripts/launcher.sh"
 

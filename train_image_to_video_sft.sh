@@ -7,7 +7,7 @@
 #   MODEL_PATH=THUDM/CogVideoX1.5-5B-I2V NUM_FRAMES=81 HEIGHT=768 WIDTH=1360 bash train_image_to_video_sft.sh
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+root="$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 script=training/cogvideox_image_to_video_sft.py
 source "$root/assets/scripts/launcher.sh"
 

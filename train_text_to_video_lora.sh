@@ -7,7 +7,7 @@
 #   MODEL_PATH=THUDM/CogVideoX-2b MIXED_PRECISION=fp16 bash train_text_to_video_lora.sh --validation_steps 500
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+root="$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 script=training/cogvideox_text_to_video_lora.py
 source "$root/assets/scripts/launcher.sh"
 

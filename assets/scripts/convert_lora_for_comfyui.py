@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
@@ -57,7 +57,11 @@ def convert(lora: Path, output_file: Path) -> None:
             name = name.replace(old, new)
         layer = name.split(".lora_")[0]
         converted |= {name: weight, f"{layer}.alpha": alpha.clone()}
-    save_file(converted, output_file)
+    try:
+        output_file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(converted, output_file)
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(f"error: --output_file: {output_file} cannot be written: {error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the launchers share. Each sets `root` (the repository) and `script` (what it starts), and sources this file above
 # its settings; the four that train call `train` below them.
-launcher="${BASH_SOURCE[1]}"
+launcher="$(realpath "${BASH_SOURCE[1]}")"
 
 fail() {
   echo "error: $*" >&2
@@ -30,6 +30,29 @@ done
 for program in accelerate python python3; do
   command -v "$program" >/dev/null || fail "$program is not installed here; activate the environment of 'make install'"
 done
+
+# Ctrl-C reaches the script, too, which says how to continue. torchrun and accelerate add a traceback to that.
+end_interrupted() {
+  if [[ "${launch[0]:-}" == torchrun || "${launch[0]:-}" == accelerate ]]; then
+    echo "interrupted; start the same command again to continue" >&2
+  fi
+  exit 130
+}
+trap end_interrupted INT
+
+# Run accelerate so that Ctrl-C is left to the script (hear_ctrl_c in training/common/signals.py), once that has started.
+without_ctrl_c() {
+  local process status=0 interrupted=""
+  "$@" <&0 & # background processes of bash ignore Ctrl-C
+  process=$!
+  trap 'interrupted=true; pgrep -P "$process" >/dev/null || { kill "$process" && echo interrupted >&2; }' INT
+  while kill -0 "$process" 2>/dev/null; do
+    wait "$process" 2>/dev/null && status=0 || status=$?
+  done
+  trap end_interrupted INT
+  if [[ -n "$interrupted" ]]; then exit 130; fi
+  return "$status"
+}
 
 # Let an old name set a setting: renamed OLD NEW
 renamed() {
@@ -63,15 +86,20 @@ name_clips() {
 
 # Set NUM_GPUS, of each machine, from GPU_IDS or the old NUM_PROCESSES, of all machines: count_gpus MACHINES
 count_gpus() {
-  local ids
+  local name ids one="([0-9]+|(GPU|MIG)-[^ ,]+)"
+  for name in NUM_GPUS NUM_MACHINES NUM_PROCESSES; do
+    if [[ ! "${!name:-1}" =~ ^[1-9][0-9]*$ ]]; then fail "$name=${!name}: must be a whole number of 1 or more"; fi
+  done
   if [[ -n "${NUM_PROCESSES:-}" ]]; then
+    if ((NUM_PROCESSES % $1)); then fail "NUM_PROCESSES=$NUM_PROCESSES: $1 machines cannot share it equally"; fi
     NUM_PROCESSES="$((NUM_PROCESSES / $1))"
     renamed NUM_PROCESSES NUM_GPUS
   fi
-  if [[ "$GPU_IDS" == all ]]; then
-    fail "GPU_IDS=all: name the GPUs, as in GPU_IDS=\"0,1\", or set NUM_GPUS to their number"
-  elif [[ -n "$GPU_IDS" ]]; then
+  if [[ -n "$GPU_IDS" ]]; then
     IFS=", " read -ra ids <<<"$GPU_IDS"
+    if [[ ! "$GPU_IDS" =~ ^$one([ ,]" "?$one)*$ || -n "$(printf "%s\n" "${ids[@]}" | sort | uniq -d)" ]]; then
+      fail "GPU_IDS=$GPU_IDS: name each GPU once, as in GPU_IDS=\"0,1\", or set NUM_GPUS to their number"
+    fi
     if [[ "${NUM_GPUS:-${#ids[@]}}" != "${#ids[@]}" ]]; then
       fail "GPU_IDS=\"$GPU_IDS\" names ${#ids[@]} GPUs, but the number is set to $NUM_GPUS; unset one of them"
     fi
@@ -98,12 +126,12 @@ choose_launch() {
   fi
   machines="${NUM_MACHINES:-${machines:-1}}"
   count_gpus "$machines"
+  if ((machines > 1)); then chosen=ddp_2_machines; elif ((${NUM_GPUS:-1} > 1)); then chosen=ddp; fi
   if [[ -z "$ACCELERATE_CONFIG" ]]; then
-    if ((machines > 1)); then chosen=ddp_2_machines; elif ((${NUM_GPUS:-1} > 1)); then chosen=ddp; fi
     ACCELERATE_CONFIG="$root/accelerate_configs/$chosen.yaml"
-  elif ((${NUM_GPUS:-1} > 1)) && grep -Eq "^distributed_type: *[\"']?NO\b" "$ACCELERATE_CONFIG"; then
-    fail "ACCELERATE_CONFIG=$ACCELERATE_CONFIG starts one process, not $NUM_GPUS; unset it, or use" \
-      "accelerate_configs/ddp.yaml"
+  elif [[ "$chosen" != single_gpu ]] && starts_one_process; then
+    fail "ACCELERATE_CONFIG=$ACCELERATE_CONFIG starts one process, not $((${NUM_GPUS:-1} * machines)); unset it," \
+      "or use accelerate_configs/$chosen.yaml"
   fi
   if [[ -n "$NUM_GPUS" ]]; then
     processes="$((NUM_GPUS * machines))"
@@ -121,6 +149,13 @@ choose_launch() {
     ${MAIN_PROCESS_PORT:+--main_process_port "$MAIN_PROCESS_PORT"}
     "$root/$script"
   )
+  if starts_one_process; then
+    launch=(without_ctrl_c "${launch[@]}")
+  fi
+}
+
+starts_one_process() {
+  grep -Eq "^distributed_type: *[\"']?NO\b" "$ACCELERATE_CONFIG"
 }
 
 # Refuse a file that does not exist; some come from the original toolkit.

@@ -15,6 +15,7 @@ from repository import ROOT
 
 LAUNCHERS = sorted(path.name for path in ROOT.glob("*.sh"))
 TRAIN, PREPARE = "bash train_text_to_video_lora.sh", "bash prepare_dataset.sh"
+INTERRUPTED = '#!/usr/bin/env bash\nkill -INT $$ && echo "$0" >> "$CALLS"\n'  # fails if it hears the signal
 SHOW_GPUS = '#!/usr/bin/env bash\nprintf "%q " "${CUDA_VISIBLE_DEVICES-all}" "$@" >> "$CALLS"\necho >> "$CALLS"\n'
 
 
@@ -68,6 +69,7 @@ def test_raw_clips_are_named_for_training_as_for_preparation(tmp_path):
         ("", "all", "single_gpu", None),
         ("GPU_IDS=1", "1", "single_gpu", "1"),
         ('GPU_IDS="0,1"', "0,1", "ddp", "2"),
+        ('GPU_IDS="GPU-1a, MIG-b"', "GPU-1a,MIG-b", "ddp", "2"),
         ('GPU_IDS="0 3" ACCELERATE_CONFIG=accelerate_configs/zero2.yaml', "0,3", "zero2", "2"),
         ("NUM_GPUS=8", "all", "ddp", "8"),
         ("NUM_GPUS=8 NUM_MACHINES=3", "all", "ddp_2_machines", "24"),
@@ -125,10 +127,20 @@ def test_accelerate_leaves_the_visible_gpus_as_they_are_even_with_a_file_that_na
         (f"MODEL_ID=a MODEL_PATH=b {TRAIN}", "MODEL_ID=a and MODEL_PATH=b mean the same setting; unset MODEL_ID"),
         (f"GPU_IDS=0,1 NUM_GPUS=3 {PREPARE}", 'GPU_IDS="0,1" names 2 GPUs, but the number is set to 3'),
         (f"GPU_IDS=1 CUDA_VISIBLE_DEVICES=0 {TRAIN}", "GPU_IDS=1 and CUDA_VISIBLE_DEVICES=0 differ; unset one"),
-        (f"GPU_IDS=all {TRAIN}", "GPU_IDS=all: name the GPUs"),
+        *(
+            (f"GPU_IDS={wrong} {TRAIN}", f"GPU_IDS={wrong}: name each GPU once")
+            for wrong in ("all", "-1", "0,,1", "0,0", "GPU-1,")
+        ),
+        (f"NUM_GPUS=two {TRAIN}", "NUM_GPUS=two: must be a whole number of 1 or more"),
+        (f"NUM_MACHINES=0 {PREPARE}", "NUM_MACHINES=0: must be a whole number of 1 or more"),
+        (f"NUM_PROCESSES=3 NUM_MACHINES=2 {TRAIN}", "NUM_PROCESSES=3: 2 machines cannot share it equally"),
         (
             f"GPU_IDS=0,1 ACCELERATE_CONFIG=accelerate_configs/single_gpu.yaml {TRAIN}",
             "starts one process, not 2; unset it, or use accelerate_configs/ddp.yaml",
+        ),
+        (
+            f"NUM_MACHINES=2 ACCELERATE_CONFIG=accelerate_configs/cpu.yaml {TRAIN}",
+            "starts one process, not 2; unset it, or use accelerate_configs/ddp_2_machines.yaml",
         ),
         (f"NUM_MACHINES=2 {PREPARE}", "NUM_MACHINES=2: needs MACHINE_RANK"),
         (f"DATA_ROOT=done OUTPUT_DIR=done {TRAIN}", "OUTPUT_ROOT=done is the folder of the prepared data"),
@@ -165,3 +177,33 @@ def test_a_launcher_is_executable_starts_with_sh_and_keeps_its_line_ends(tmp_pat
     assert by_sh == by_name and script_flags(by_sh)[-2:] == ["--seed", "7"]
     shown = subprocess.run(["git", "check-attr", "eol", "--", *LAUNCHERS], cwd=ROOT, capture_output=True, text=True)
     assert shown.stdout.splitlines() == [f"{name}: eol: lf" for name in LAUNCHERS]
+
+
+def test_only_the_script_hears_ctrl_c_if_accelerate_starts_one_process(tmp_path):
+    (call,) = noted_calls(
+        f"ACCELERATE_CONFIG=accelerate_configs/cpu.yaml {TRAIN}", tmp_path, PROGRAMS | {"accelerate": INTERRUPTED}
+    )
+    assert Path(call[0]).name == "accelerate"
+
+
+def test_ctrl_c_before_the_script_has_started_stops_accelerate(tmp_path):
+    programs = PROGRAMS | {"accelerate": "#!/bin/sh\nkill -INT $PPID\nexec sleep 30\n"}
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        noted_calls(TRAIN, tmp_path, programs)
+    assert (error.value.returncode, error.value.stderr) == (130, b"interrupted\n")
+
+
+@pytest.mark.parametrize("command", [f"NUM_GPUS=2 {TRAIN}", f"NUM_GPUS=2 {PREPARE}"])
+def test_after_ctrl_c_several_processes_end_with_a_line_that_says_how_to_continue(tmp_path, command):
+    programs = PROGRAMS | dict.fromkeys(("accelerate", "torchrun"), "#!/bin/sh\nkill -INT $PPID\necho trace >&2\n")
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        noted_calls(command, tmp_path, programs)
+    assert error.value.returncode == 130
+    assert error.value.stderr.decode() == "trace\ninterrupted; start the same command again to continue\n"
+
+
+def test_a_linked_launcher_works_from_another_folder(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "prepare").symlink_to(ROOT / "prepare_dataset.sh")
+    by_link, by_name = noted_calls(f"bin/prepare\n{PREPARE}", tmp_path)
+    assert by_link == by_name

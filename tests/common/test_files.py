@@ -3,7 +3,8 @@ import os
 import pytest
 
 from common.errors import UserError
-from common.files import atomic_write, refresh_names, remove_partials, replace_folder
+from common.files import atomic_write, path_of_script, refresh_names, remove_partials, replace_folder
+from repository import ROOT
 
 
 def test_a_file_appears_only_when_its_block_has_succeeded(tmp_path):
@@ -87,3 +88,9 @@ def test_only_the_files_of_killed_processes_are_removed(tmp_path):
         (tmp_path / name).touch()
     remove_partials(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "a.partial.b", "loss.png"]
+
+
+def test_a_script_is_named_so_that_it_starts_from_the_current_folder(tmp_path, monkeypatch):
+    for folder, name in ((ROOT, "training/generate.py"), (tmp_path, str(ROOT / "training/generate.py"))):
+        monkeypatch.chdir(folder)
+        assert path_of_script("generate.py") == name

@@ -14,6 +14,7 @@ from diffusion.positions import rotary_embeddings
 from diffusion.tasks import ImageToVideo, TextToVideo
 from models.encoding import encode_noised_image
 from models.source import ModelSource
+from repository import ROOT
 
 
 SIZE = Bucket(17, 64, 96)  # the tiny models' native size
@@ -58,6 +59,13 @@ def test_learned_positions_are_refused_at_another_size_unless_they_are_dropped(t
     with pytest.raises(UserError, match=r"fit only 17x64x96 .*, not 17x96x64; .*--ignore_learned_positional_embed"):
         ImageToVideo(0.05, False).check_model(configs, [SIZE, Bucket(17, 96, 64)])
     ImageToVideo(0.05, True).check_model(configs, [SIZE, Bucket(17, 96, 64)])
+
+
+def test_a_text_model_with_learned_positions_takes_only_their_size():
+    configs = configs_of(ROOT / "assets/models/tiny-cogvideox")
+    TextToVideo().check_model(configs, [SIZE])
+    with pytest.raises(UserError, match=r"fit only 17x64x96 .*, not 17x96x64; use that size$"):
+        TextToVideo().check_model(configs, [SIZE, Bucket(17, 96, 64)])
 
 
 def test_a_model_without_learned_positions_cannot_drop_them(tiny_models):

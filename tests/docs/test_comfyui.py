@@ -128,6 +128,13 @@ def test_what_comfyui_would_apply_wrongly_is_not_converted(tiny_models, tmp_path
         convert_lora_for_comfyui.convert(file, output)
 
 
+def test_the_folder_of_the_converted_file_is_made_or_the_reason_said(tiny_models, tmp_path):
+    file = write_lora(tiny_models("5b"), tmp_path)
+    convert_lora_for_comfyui.convert(file, tmp_path / "new" / "converted.safetensors")
+    with pytest.raises(SystemExit, match=r"^error: --output_file: .*cannot be written: "):
+        convert_lora_for_comfyui.convert(file, file / "converted.safetensors")
+
+
 def test_the_command_of_the_page_is_that_of_the_script(tmp_path):
     blocks = marked_blocks(PAGE)
     assert blocks.keys() == {"convert"}

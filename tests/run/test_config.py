@@ -60,6 +60,9 @@ def test_a_resumed_run_keeps_its_first_configuration(run, tmp_path, capfd):
     run(tmp_path, *steps, *resume)
     assert not list(tmp_path.glob("config-step-*"))  # the flags did not change
     run(tmp_path, "--max_train_steps", "2", *resume, "--config", str(tmp_path / CONFIG_FILE))
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--max_train_steps", "1", *resume)
+    assert not (tmp_path / "config-step-2.yaml").exists()  # which a launcher would continue with
     assert (tmp_path / CONFIG_FILE).read_text() == began
     assert "other flags than before: --max_train_steps; noted in config-step-1.yaml" in capfd.readouterr().err
     assert "ANOTHER_FOLDER\n" in began

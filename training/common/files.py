@@ -60,6 +60,12 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
+def path_of_script(name: str) -> str:
+    """Return the path of a script of this toolkit as it is typed in the current folder."""
+    script = Path(__file__).parents[1] / name
+    return min(os.path.relpath(script), str(script), key=len)
+
+
 def replace_folder(partial: Path, folder: Path) -> None:
     """Flush the finished folder `partial` to disk and replace `folder` with it."""
     for path in (*sorted(partial.rglob("*")), partial):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 
 from common.bars import tqdm
 from common.errors import UserError, listing
-from common.files import atomic_write
+from common.files import atomic_write, path_of_script
 from common.text_files import digest_lines
 from data.advice import recommend
 from data.buckets import Bucket, count_tokens, make_buckets, native_fps
@@ -214,7 +215,8 @@ def check_bad_clips(data: RawData, on_bad_clip: str, advise: Callable[[], str | 
         return
     advice = "; fix or remove them, or skip them with --on_bad_clip skip" if data.clips else ""
     if any(clip.reason.startswith("has no caption") for clip in data.bad):
-        advice += "; a model writes captions with python training/caption_dataset.py --data_root FOLDER --endpoint URL"
+        script = shlex.quote(path_of_script("caption_dataset.py"))
+        advice += f"; a model writes captions with python {script} --data_root FOLDER --endpoint URL"
     title = f"{len(data.bad)} of {data.num_listed} clips cannot be used{advice}:"
     flags = advise() if any(clip.info for clip in data.bad) else None
     raise UserError("\n".join(filter(None, [listing(title, data.bad, most=len(data.bad)), flags])))

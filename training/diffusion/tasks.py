@@ -49,6 +49,7 @@ class TextToVideo:
         if configs.is_image_to_video:
             raise UserError(_other_task(configs, "this is an image-to-video model", "a text-to-video", "5b"))
         _check_sizes(configs, sizes, flags)
+        _check_learned_positions(configs, sizes)
 
     def prepare_model(self, transformer: CogVideoXTransformer3DModel) -> None:
         """Change the transformer before training; this task changes nothing."""
@@ -97,21 +98,13 @@ class ImageToVideo:
         """Refuse a model of another task, and sizes that it cannot sample or has no learned positions for."""
         if not configs.is_image_to_video:
             raise UserError(_other_task(configs, "this is a text-to-video model", "an image-to-video", "5b-I2V"))
-        sizes = set(sizes)
         _check_sizes(configs, sizes, flags)
-        has_learned_positions = configs.transformer["use_learned_positional_embeddings"]
-        if self.ignore_learned_positions and not has_learned_positions:
+        if self.ignore_learned_positions and not configs.transformer["use_learned_positional_embeddings"]:
             raise UserError(
                 "--ignore_learned_positional_embeddings: this model has no learned positions; omit the flag"
             )
-        native = configs.native_size
-        others = sorted(sizes - {native})
-        if others and has_learned_positions and not self.ignore_learned_positions:
-            raise UserError(
-                f"the learned positions of this model fit only {native} (frames x height x width), not "
-                f"{', '.join(map(str, others))}; use that size, or drop them with "
-                "--ignore_learned_positional_embeddings"
-            )
+        if not self.ignore_learned_positions:
+            _check_learned_positions(configs, sizes, ", or drop them with --ignore_learned_positional_embeddings")
 
     def prepare_model(self, transformer: CogVideoXTransformer3DModel) -> None:
         """Drop the learned positions, if asked to, from the transformer and the config that is saved."""
@@ -195,6 +188,17 @@ def _check_sizes(configs: ModelConfigs, sizes: Iterable[Bucket], flags: SizeFlag
             f"{flags.frames}: CogVideoX 1.5 takes 1, 8k or 8k+1 frames, not "
             f"{', '.join(map(str, sorted(unsampled)))}, which its pipeline does not sample; nearest are "
             f"{', '.join(map(str, sorted(nearest)))}{flags.advice}"
+        )
+
+
+def _check_learned_positions(configs: ModelConfigs, sizes: Iterable[Bucket], advice: str = "") -> None:
+    """Refuse sizes other than that of the learned positions, if the model has some."""
+    native = configs.native_size
+    others = sorted(set(sizes) - {native})
+    if others and configs.transformer["use_learned_positional_embeddings"]:
+        raise UserError(
+            f"the learned positions of this model fit only {native} (frames x height x width), not "
+            f"{', '.join(map(str, others))}; use that size{advice}"
         )
 
 

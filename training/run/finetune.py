@@ -49,8 +49,8 @@ def finetune(settings: TrainingSettings, data: TrainingData) -> None:
 def train_and_save(recipe: Recipe) -> None:
     """Set up, train, save, validate and upload."""
     spec, settings = check_spec(recipe), recipe.settings
-    spec.coordinator.from_main(lambda: write_config(spec))
     run = set_up(spec)
+    spec.coordinator.from_main(lambda: write_config(spec))
     if settings.validation.validate_first and run.state.step == 0:
         run.validate(0)
     with run.signals:

@@ -8,6 +8,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from checkpoints.schedule import StepSchedule
+from common.files import path_of_script
 from common.run_folder import VALIDATION_FOLDER, list_validated
 from common.units import in_bytes
 from flags.settings import TrainingSettings
@@ -153,7 +154,8 @@ def describe_kept_weights(spec: RunSpec) -> str | None:
     flags |= {"--height": size.height, "--width": size.width, "--num_frames": size.num_frames} if size else {}
     ignores_positions = settings.method == "lora" and settings.image.ignore_learned_positional_embeddings
     switches = ["--ignore_learned_positional_embeddings"] if ignores_positions else []
-    command = ["python", "training/generate.py", *switches, *(str(word) for flag in flags.items() for word in flag)]
+    script = path_of_script("generate.py")
+    command = ["python", script, *switches, *(str(word) for flag in flags.items() for word in flag)]
     steps = ", ".join(str(step) for step, _ in kept)
     return (
         f"the weights of steps {steps} are in {folder.parent}; to sample with those of step {step}:\n\n"

@@ -68,6 +68,7 @@ def quiet_libraries() -> None:
         "torch.utils.cpp_extension",  # a compiler without a GPU
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers passes it for every hub model
     warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")  # torchao's states, when compiled
     if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))):  # Linux, WSL
         # DeepSpeed warns that it has to guess.

@@ -237,7 +237,7 @@ def test_samples_without_image_latents_are_refused_only_for_an_image_to_video_mo
     clip = prepared_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
     check_prepared([clip], ModelSource(str(tiny_models("5b"))).configs())
     with pytest.raises(
-        UserError, match=r"1 samples were prepared without image latents.*prepare_dataset\.sh --save_image_latents"
+        UserError, match=r"1 samples .*PREPARED=my-prepared bash prepare_dataset\.sh --save_image_latents"
     ):
         check_prepared([clip], ModelSource(str(tiny_models("5b-i2v"))).configs())
 

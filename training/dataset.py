@@ -216,7 +216,7 @@ def check_prepared(clips: Sequence[PreparedClip], configs: ModelConfigs) -> None
         title = (
             f"--load_tensors: {len(without)} samples were prepared without image latents, which image-to-video needs"
         )
-        command = "MODEL_ID=... DATA_ROOT=my-clips OUTPUT_DIR=my-prepared bash prepare_dataset.sh --save_image_latents"
+        command = "MODEL_PATH=... CLIPS=my-clips PREPARED=my-prepared bash prepare_dataset.sh --save_image_latents"
         raise UserError(listing(f"{title}; prepare the clips again, into a new folder: {command}", without))
     try:
         channels = read_tensor(clip.video_latents).shape[0]

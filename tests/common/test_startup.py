@@ -2,12 +2,14 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 
 import pytest
+from diffusers import CogVideoXTransformer3DModel
 
 from args import parse_args, parse_prepare_args
-from common.startup import configure_allocator, unused_libraries
+from common.startup import configure_allocator, quiet_libraries, unused_libraries
 from flags.schema import flag_values
 from repository import TRAINING
 
@@ -121,3 +123,11 @@ def test_bars_of_libraries_wait_a_moment_too():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")} | path
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert float(done.stdout) == 1
+
+
+def test_a_model_of_the_hub_is_read_without_the_warning_about_an_argument_of_diffusers():
+    with warnings.catch_warnings(record=True) as shown:
+        quiet_libraries()
+        with pytest.raises(OSError, match="not-here"):
+            CogVideoXTransformer3DModel.load_config("org/not-here", local_files_only=True)
+    assert not shown

@@ -551,6 +551,12 @@ def test_the_size_on_disk_is_known_before_anything_is_encoded(model, request, la
     assert sizes == {"latents": sum(one.nbytes for one in latents), "captions": sum(one.nbytes for one in captions)}
 
 
+def test_sizes_that_the_model_cannot_be_trained_at_are_a_warning_in_the_plan(tiny_models, small, tmp_path, capsys):
+    prepare(tiny_models("1.5-5b"), write_data(tmp_path / "data", small), tmp_path / "out", "--dry_run")
+    said = capsys.readouterr().err
+    assert "warning: training will refuse these sizes: --height_buckets, --width_buckets: this CogVideoX 1.5" in said
+
+
 def test_a_dry_run_writes_only_the_plan(model, rows, tmp_path, capsys):
     data = write_data(tmp_path / "data", [*rows, (tmp_path / "missing.mp4", "not there")])
     assert "missing.mp4" in refuse(capsys, model, data, tmp_path / "out", "--dry_run")

@@ -69,6 +69,7 @@ def quiet_libraries() -> None:
         "torch.utils.cpp_extension",  # a compiler without a GPU
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers passes it for every hub model
     warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")  # torchao's states, when compiled
     if not _has_gpu_driver():
         # DeepSpeed warns that it has to guess.

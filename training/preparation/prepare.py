@@ -28,6 +28,7 @@ from data.buckets import Bucket
 from data.clips import ClipSample
 from data.plan import RawData, describe_plan, report_skipped
 from data.prepared import STAGING, PreparedSettings, caption_key, claim_folder, read_empty_prompt, write_settings
+from diffusion.tasks import ImageToVideo, SizeFlags, TextToVideo
 from flags.data import PREPARED_FLAGS
 from flags.model import EncoderFlags
 from flags.schema import flag_values
@@ -41,6 +42,8 @@ from preparation.layouts import FileLayout, Layout, Sample, ShardLayout
 
 
 logger = logging.getLogger(__name__)
+
+BUCKET_FLAGS = SizeFlags("--height_buckets, --width_buckets", "--frame_buckets, --max_num_frames")
 
 
 def prepare(settings: PreparationSettings, data: RawData) -> None:
@@ -90,9 +93,15 @@ def warn_of_overflow(dtype: torch.dtype, source: ModelSource) -> None:
 
 
 def log_plan(settings: PreparationSettings, data: RawData, source: ModelSource, num_ranks: int = 1) -> None:
-    """Log the buckets of the clips, with warnings."""
+    """Log the buckets of the clips, with warnings, one of them if the model cannot be trained at their sizes."""
     sizes = {"batch_size": settings.encoding.batch_size, "num_ranks": num_ranks}
-    logger.info("%s", describe_plan(data, settings, source, source.configs(), **sizes))
+    configs = source.configs()
+    logger.info("%s", describe_plan(data, settings, source, configs, **sizes))
+    task = ImageToVideo(0, False) if configs.is_image_to_video else TextToVideo()
+    try:
+        task.check_model(configs, {sample.bucket for sample in data.clips}, BUCKET_FLAGS)
+    except UserError as error:
+        logger.warning("warning: training will refuse these sizes: %s", error)
 
 
 def settings_of(settings: PreparationSettings, source: ModelSource) -> PreparedSettings:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import av
 import numpy as np
@@ -100,6 +101,14 @@ def read_video(file: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def same(file: bytes, other: bytes) -> bool:
+    """Return whether two files have the same frames, apart from what rounding in another order changes."""
+    with NamedTemporaryFile() as one, NamedTemporaryFile() as two:
+        one.write(file), two.write(other), one.flush(), two.flush()
+        frames, others = (read_video(Path(written.name)).astype(int) for written in (one, two))
+    return frames.shape == others.shape and np.abs(frames - others).mean() < 0.25
+
+
 def error_of(capsys, *arguments, **options) -> str:
     with pytest.raises(SystemExit, match=r"^2$"):
         run(*arguments, **options)
@@ -115,7 +124,7 @@ def test_loras_with_scales_sample_the_video_of_plain_diffusers(base, make_lora, 
         pipeline.load_lora_weights(folder, adapter_name=f"adapter_{number}")
     pipeline.set_adapters(["adapter_0", "adapter_1"], [0.5, -2.0])
     options = {"prompt": "a red circle", "negative_prompt": "blue", "use_dynamic_cfg": True}
-    assert ours == sampled(pipeline, tmp_path, seed=7, **options)
+    assert same(ours, sampled(pipeline, tmp_path, seed=7, **options))
 
 
 def test_a_lora_samples_the_video_of_the_validation(base, lora, lora_video, tmp_path):
@@ -136,13 +145,13 @@ def test_a_lora_samples_the_video_of_the_validation(base, lora, lora_video, tmp_
         return CogVideoXPipeline(None, None, vae, transformer, source.load_scheduler())
 
     validate(Accelerator(cpu=True), Coordinator(), pipeline, settings, prompts, tmp_path, 5)
-    assert (tmp_path / "step-5" / "00-00-a-red-circle.mp4").read_bytes() == lora_video
+    assert same((tmp_path / "step-5" / "00-00-a-red-circle.mp4").read_bytes(), lora_video)
 
 
 def test_compare_writes_the_base_video_and_both_side_by_side(base, lora, lora_video, base_video, tmp_path):
     files = tmp_path / "videos"
-    assert run(base, files / "rabbit.mp4", "--lora", lora, "--compare") == lora_video
-    assert (files / "rabbit-base.mp4").read_bytes() == base_video != lora_video
+    assert same(run(base, files / "rabbit.mp4", "--lora", lora, "--compare"), lora_video)
+    assert same((files / "rabbit-base.mp4").read_bytes(), base_video) and not same(base_video, lora_video)
     both = read_video(files / "rabbit-compare.mp4")
     assert both.shape == (9, 32, 96, 3)
     left, right = read_video(files / "rabbit-base.mp4"), read_video(files / "rabbit.mp4")
@@ -153,7 +162,7 @@ def test_compare_writes_the_base_video_and_both_side_by_side(base, lora, lora_vi
 
 
 def test_a_lora_at_scale_0_has_no_effect(base, lora, base_video, tmp_path):
-    assert run(base, tmp_path / "a.mp4", "--lora", lora, "--lora_scale", 0) == base_video
+    assert same(run(base, tmp_path / "a.mp4", "--lora", lora, "--lora_scale", 0), base_video)
 
 
 def test_each_prompt_and_seed_has_its_own_file(base, tmp_path, monkeypatch):
@@ -174,7 +183,7 @@ def test_a_tuned_transformer_replaces_that_of_the_base_model(base, tmp_path):
     FullFinetune().save(tuned, tmp_path / "run", torch.float32)
     pipeline = CogVideoXPipeline.from_pretrained(base, transformer=tuned)
     expected = sampled(pipeline, tmp_path, prompt="a red circle")
-    assert run(base, tmp_path / "ours.mp4", "--transformer", tmp_path / "run") == expected
+    assert same(run(base, tmp_path / "ours.mp4", "--transformer", tmp_path / "run"), expected)
 
 
 def test_an_image_to_video_model_starts_with_the_cropped_image(tiny_models, make_lora, tmp_path):
@@ -186,7 +195,7 @@ def test_an_image_to_video_model_starts_with_the_cropped_image(tiny_models, make
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(model)
     pipeline.load_lora_weights(lora)
     image = ImageOps.fit(picture, (48, 32))
-    assert ours == sampled(pipeline, tmp_path, image=image, prompt="a red circle", fps=16)
+    assert same(ours, sampled(pipeline, tmp_path, image=image, prompt="a red circle", fps=16))
 
 
 def test_learned_positions_are_dropped_if_the_result_lacks_them(tiny_models, make_lora, tmp_path, capsys):
@@ -199,7 +208,7 @@ def test_learned_positions_are_dropped_if_the_result_lacks_them(tiny_models, mak
     transformer = ModelSource(str(model)).load_transformer(torch.float32)
     ImageToVideo(0.0, ignore_learned_positions=True).prepare_model(transformer)
     FullFinetune().save(transformer, tmp_path / "run", torch.float32)  # its config says so
-    assert run(model, tmp_path / "b.mp4", *flags, "--transformer", tmp_path / "run") == dropped
+    assert same(run(model, tmp_path / "b.mp4", *flags, "--transformer", tmp_path / "run"), dropped)
 
 
 def test_a_quantized_base_with_a_lora_samples_almost_the_same_video(base, lora, lora_video, base_video, tmp_path):
@@ -215,13 +224,13 @@ def test_a_lora_is_found_by_its_hub_id(base, lora, lora_video, tmp_path):
     (repository / "snapshots" / "abc").mkdir(parents=True)
     write(repository / "refs" / "main", "abc")
     shutil.copy(lora / LORA_FILE, repository / "snapshots" / "abc")
-    assert run(base, tmp_path / "a.mp4", "--lora", "owner/style", "--cache_dir", tmp_path) == lora_video
+    assert same(run(base, tmp_path / "a.mp4", "--lora", "owner/style", "--cache_dir", tmp_path), lora_video)
 
 
 def test_a_lora_without_metadata_needs_a_scale_of_alpha_by_rank(base, lora, lora_video, tmp_path, capsys):
     save_file(load_file(lora / LORA_FILE), tmp_path / "bare.safetensors")
     flags = ("--lora", tmp_path / "bare.safetensors", "--lora_scale", 0.5)
-    assert run(base, tmp_path / "a.mp4", *flags) == lora_video
+    assert same(run(base, tmp_path / "a.mp4", *flags), lora_video)
     assert "bare.safetensors has no metadata on its alpha" in capsys.readouterr().err
 
 

@@ -54,11 +54,12 @@ failed=()
 
 # A started row is finished: the last one may start just before the part's time is over.
 benchmark() { # script, file of results, seconds, rows or nothing for all
-  local left=$((SECONDS_ALL - SECONDS)) rows=("${@:4}")
+  local left=$((SECONDS_ALL - SECONDS)) rows=("${@:4}") limits=(--time_limit "$3")
   local limit=$(($3 + SECONDS_ROW < left ? $3 + SECONDS_ROW : left))
   [ ${#rows[@]} -eq 0 ] || rows=(--only "${rows[@]}")
+  [ "$1" != measure_memory ] || limits+=(--row_limit "$SECONDS_ROW") # its rows are processes
   [ "$limit" -gt 0 ] && timeout --kill-after=5 "$limit" "$PYTHON" "benchmarks/$1.py" "${tiny[@]}" --work_dir "$work" \
-    --output_file "$OUT/$2.json" --time_limit "$3" --row_limit "$SECONDS_ROW" "${rows[@]}" 2>"$OUT/$2.log" \
+    --output_file "$OUT/$2.json" "${limits[@]}" "${rows[@]}" 2>"$OUT/$2.log" \
     || failed+=("$2")
 }
 

@@ -8,7 +8,6 @@ recorded, so that a row can be seen to differ from another only in what its name
 library's. Figures are written after each row.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +20,16 @@ from typing import Any
 import torch
 from apart import attempt
 from materials import TINY_SIZE
-from measure_memory import HERE, add_limits, device_name, find_rows, forget_device_peaks, wait_for_device, write_result
+from measure_memory import (
+    HERE,
+    device_name,
+    find_rows,
+    forget_device_peaks,
+    make_parser,
+    parse_flags,
+    wait_for_device,
+    write_result,
+)
 from memory_rows import SIZE
 from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
@@ -81,15 +89,8 @@ ROWS = (
 
 def main() -> None:
     """Measure the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="names of rows (default: all)")
-    parser.add_argument("--tiny", action="store_true", help="a block of a tiny model, on any device")
-    add_limits(parser)
-    parser.add_argument("--work_dir", type=Path, help="folder of the model, kept (default: a temporary one)")
-    parser.add_argument("--output_file", type=Path, help="(default: block_gpu.json, here)")
-    args = parser.parse_args()
-    if args.tiny and not args.output_file:
-        parser.error("--tiny: its figures do not belong into block_gpu.json; pass an --output_file")
+    parser = make_parser(__doc__, "block_gpu.json", tiny="a block of a tiny model, on any device")
+    args = parse_flags(parser, "block_gpu.json")
     rows = find_rows(parser, ROWS, args.only)
     with tempfile.TemporaryDirectory() as folder:
         work, output = args.work_dir or Path(folder), args.output_file or HERE / "block_gpu.json"

@@ -8,7 +8,6 @@ streamed base share one loaded transformer. Some rows may use only the memory of
 step are recorded; figures are written after each row.
 """
 
-import argparse
 import gc
 import tempfile
 import time
@@ -98,22 +97,15 @@ def as_loaded(transformer: CogVideoXTransformer3DModel) -> CogVideoXTransformer3
 
 def main() -> None:
     """Measure the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="names of rows (default: all)")
-    parser.add_argument("--tiny", action="store_true", help="tiny models, on any device")
-    measure_memory.add_limits(parser)
-    parser.add_argument("--work_dir", type=Path, help="folder of models and clips, kept (default: a temporary one)")
-    parser.add_argument("--output_file", type=Path, help="(default: speed_gpu.json, here)")
-    args = parser.parse_args()
-    if args.tiny and not args.output_file:
-        parser.error("--tiny: its figures do not belong into speed_gpu.json; pass an --output_file")
+    parser = measure_memory.make_parser(__doc__, "speed_gpu.json", tiny="tiny models, on any device")
+    args = measure_memory.parse_flags(parser, "speed_gpu.json")
     rows = measure_memory.find_rows(parser, ROWS, args.only)
     if args.tiny and not args.only:
         rows = [row for row in rows if "--compile" not in row.flags]  # on a CPU, would take longest by far
     output = args.output_file or measure_memory.HERE / "speed_gpu.json"
     with tempfile.TemporaryDirectory() as folder:
         work = args.work_dir or Path(folder)
-        limits = (args.time_limit, args.row_limit)
+        limits = (args.time_limit, None)  # these rows run in this process, where none can be killed
         configure_allocator()  # as runs do
         measure_memory.measure_rows(rows, work, output, tiny=args.tiny, limits=limits, measure=measure, run=attempt)
 

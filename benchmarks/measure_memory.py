@@ -63,16 +63,13 @@ SECONDS_A_ROW = 600.0
 
 def main() -> None:
     """Measure or calculate the requested rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="names of rows (default: all)")
-    parser.add_argument("--tiny", action="store_true", help="tiny models and clips of 17x64x96")
+    parser = make_parser(__doc__, "memory.json, or memory_calculated.json", tiny="tiny models and clips of 17x64x96")
     parser.add_argument("--calculate", action="store_true", help="calculate all rows from the configs; run nothing")
-    add_limits(parser)
-    parser.add_argument("--work_dir", type=Path, help="folder of models and clips, kept (default: a temporary one)")
-    parser.add_argument("--output_file", type=Path, help="(default: memory.json, or memory_calculated.json, here)")
-    args = parser.parse_args()
-    if args.tiny and not args.output_file:
-        parser.error("--tiny: its figures do not belong into memory.json; pass an --output_file")
+    parser.add_argument(
+        "--row_limit", type=float, metavar="SECONDS", default=SECONDS_A_ROW,
+        help="kill a row that has no result after so long, and continue with the next (default: %(default)g)",
+    )  # fmt: skip
+    args = parse_flags(parser, "memory.json")
     output = args.output_file or HERE / ("memory_calculated.json" if args.calculate else "memory.json")
     rows = find_rows(parser, ROWS, args.only)
     if args.calculate:
@@ -84,13 +81,23 @@ def main() -> None:
         measure_rows(rows, work, output, tiny=args.tiny, limits=limits)
 
 
-def add_limits(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that limit the time."""
+def make_parser(description: str, results: str, *, tiny: str) -> argparse.ArgumentParser:
+    """Return a parser of the flags that the benchmarks with rows share; `results` and `tiny` are for the help."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="names of rows (default: all)")
+    parser.add_argument("--tiny", action="store_true", help=tiny)
     parser.add_argument("--time_limit", type=float, metavar="SECONDS", help="start no row after so long")
-    parser.add_argument(
-        "--row_limit", type=float, metavar="SECONDS", default=SECONDS_A_ROW,
-        help="kill a row that has no result after so long, and continue with the next (default: %(default)g)",
-    )  # fmt: skip
+    parser.add_argument("--work_dir", type=Path, help="folder of models and clips, kept (default: a temporary one)")
+    parser.add_argument("--output_file", type=Path, help=f"(default: {results}, here)")
+    return parser
+
+
+def parse_flags(parser: argparse.ArgumentParser, results: str) -> argparse.Namespace:
+    """Parse the command line; tiny figures must not get into the file of `results`."""
+    args = parser.parse_args()
+    if args.tiny and not args.output_file:
+        parser.error(f"--tiny: its figures do not belong into {results}; pass an --output_file")
+    return args
 
 
 def find_rows(parser: argparse.ArgumentParser, rows: Iterable[Row], names: Iterable[str] | None) -> list[Row]:

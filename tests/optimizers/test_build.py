@@ -135,9 +135,12 @@ def test_every_optimizer_goes_on_from_a_checkpoint_bit_for_bit(flags, tmp_path):
 @pytest.mark.parametrize("flags", [flags for flags in ALL if flags.get("use_torchao")], ids=str)
 def test_no_step_calls_the_compiler_again(flags, stochastic_rounding, monkeypatch):
     weights = parameters()
+    before = copy.deepcopy(weights)
     optimizer = make(weights, stochastic_rounding=stochastic_rounding, **flags)
     monkeypatch.delattr(torch, "compile")
     train(weights, optimizer, range(2), 1e-2)
+    changed = [not torch.equal(weight, old) for weight, old in zip(weights, before, strict=True)]
+    assert changed == [weight.requires_grad for weight in weights]
 
 
 def test_adamw_takes_the_published_step():

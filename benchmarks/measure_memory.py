@@ -42,12 +42,12 @@ from args import parse_args
 from common.files import atomic_write
 from common.startup import configure_allocator
 from data.buckets import Bucket, count_tokens
-from data.plan import RawData, plan_training_data
 from make_full_size_model import full_size_configs
 from memory.accounting import account
 from memory.facts import Workload, model_facts
 from memory.settings import memory_settings_of
 from models.source import ModelSource
+from planning.plan import RawData, plan_training_data
 from run.loop import train
 from run.memory_fit import choose_by_budget, run_facts
 from run.recipe import Recipe

@@ -15,12 +15,12 @@ import yaml
 
 from args import parse_args, parse_prepare_args
 from checks.files import check_files
+from cli.foreign import ADVICE, OURS
+from cli.schema import flag_values
+from cli.types import TABLE_SUFFIXES
 from common.errors import UserError
 from flags.data import SourceFlags
-from flags.foreign import ADVICE, OURS
-from flags.schema import flag_values
 from flags.settings import TrainingSettings
-from flags.types import TABLE_SUFFIXES
 from repository import TRAINING
 
 

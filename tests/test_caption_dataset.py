@@ -26,8 +26,8 @@ from captions.table import Caption, CaptionFile, CaptionSettings
 from captions.text import IMAGE_PROMPT, VIDEO_PROMPT, NoCaption
 from clip_lists import write, write_table
 from common.errors import UserError
-from data.plan import plan_raw_clips
 from encoded_clips import encode, numbered_frame
+from planning.plan import plan_raw_clips
 from repository import TRAINING
 
 

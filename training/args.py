@@ -26,9 +26,9 @@ from checks.training import (
     settle_validation,
     training_warnings,
 )
+from cli.schema import FlagParser
 from common.errors import UserError
 from common.ranks import launch_rank
-from flags.schema import FlagParser
 from flags.settings import (
     CaptioningSettings,
     FirstFrameSettings,

@@ -25,10 +25,10 @@ from common.logs import log_without_tokens
 from common.startup import announce
 from data.buckets import Bucket
 from data.clips import BadClip, Clip, ClipSample, plan_clips
-from data.plan import RawData, check_bad_clips, data_sources
 from data.sources import DataSource, read_clips
 from flags.captions import CAPTIONS_FILE
 from flags.settings import CaptioningSettings
+from planning.plan import RawData, check_bad_clips, data_sources
 from video.cache import FileCache, default_cache_folder
 from video.probe import probe_files
 

@@ -12,10 +12,10 @@ or, on one GPU, from data that prepare_dataset.sh prepared:
 from collections.abc import Sequence
 
 from args import parse_args
+from cli.schema import flag_values
 from common.errors import one_line_errors
 from common.startup import announce, prepare_imports
-from data.plan import plan_training_data
-from flags.schema import flag_values
+from planning.plan import plan_training_data
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from args import parse_generate_args
 from checks.generation import HOST_SAVINGS, sampling_memory_advice
+from cli.schema import flag_values
 from common.errors import one_line_errors
 from common.startup import prepare_imports
-from flags.schema import flag_values
 
 
 def main(argv: Sequence[str] | None = None) -> None:

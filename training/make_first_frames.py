@@ -23,10 +23,10 @@ from common.startup import announce
 from common.text_files import index_lines
 from data.buckets import Bucket
 from data.clips import BadClip, ClipSample, plan_clips
-from data.plan import RawData, check_bad_clips, data_sources, report_skipped
 from data.sources import DataSource, read_clips
 from flags.captions import CAPTIONS_FILE
 from flags.preparation import FIRST_FRAMES_FILE
+from planning.plan import RawData, check_bad_clips, data_sources, report_skipped
 from video.cache import FileCache, default_cache_folder
 from video.io import read_frames
 from video.probe import probe_files

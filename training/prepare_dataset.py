@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 from args import parse_prepare_args
 from checks.preparation import preparation_memory_advice
+from cli.schema import flag_values
 from common.errors import UserError, one_line_errors
 from common.startup import announce, prepare_imports
-from data.plan import advise_early, check_bad_clips, plan_raw_clips
-from flags.schema import flag_values
+from planning.plan import advise_early, check_bad_clips, plan_raw_clips
 
 
 def main(argv: Sequence[str] | None = None) -> None:

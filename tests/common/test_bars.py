@@ -23,7 +23,7 @@ def test_a_log_message_during_a_bar_is_on_a_separate_line(capsys):
 
 def test_in_a_file_there_are_no_short_bars_and_few_updates():
     code = (
-        "import data.plan\n"  # as the scripts import it, before any library
+        "import planning.plan\n"  # as the scripts import it, before any library
         "import tqdm.auto\n"
         "for _ in tqdm.auto.tqdm(range(100), desc='Loading weights'): pass\n"
         "bar = tqdm.auto.tqdm(total=100)\n"

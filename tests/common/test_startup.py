@@ -9,8 +9,8 @@ import pytest
 from diffusers import CogVideoXTransformer3DModel
 
 from args import parse_args, parse_prepare_args
+from cli.schema import flag_values
 from common.startup import configure_allocator, quiet_libraries, unused_libraries
-from flags.schema import flag_values
 from repository import TRAINING
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from args import METHODS, TASKS, flag_names
-from flags.schema import flag_values
+from cli.schema import flag_values
 from pages import PARSERS, flags_of, help_flags, marked_blocks, named_flags, noted_calls, read_page, table_rows
 
 

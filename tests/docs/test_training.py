@@ -10,8 +10,8 @@ from PIL import Image
 
 import cogvideox_text_to_video_lora as train_script
 from args import parse_args
+from cli.schema import flag_values
 from common.run_folder import LORA_FILE
-from flags.schema import flag_values
 from pages import (
     PARSERS,
     TRAINING_SCRIPTS,

@@ -20,7 +20,7 @@ from args import (
     parse_generate_args,
     parse_prepare_args,
 )
-from flags.schema import flag_values
+from cli.schema import flag_values
 from repository import ROOT
 
 

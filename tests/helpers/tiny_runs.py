@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from args import parse_args
 from data.buckets import Bucket
-from data.plan import plan_training_data
+from planning.plan import plan_training_data
 from run.recipe import Recipe
 from run.setup import Run, set_up
 from run.spec import check_spec

@@ -16,11 +16,11 @@ from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
 
 from checks.memory import check_optimizer
+from cli.schema import replace_flags
 from common.errors import UserError
 from diffusion.latents import velocity_losses
 from diffusion.positions import rotary_embeddings
 from flags.optimizer import LOW_BITS, OPTIMIZERS, OptimizerFlags
-from flags.schema import replace_flags
 from flags.settings import TrainingSettings
 from methods.lora import Lora
 from models.configs import DTYPES

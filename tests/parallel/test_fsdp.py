@@ -27,10 +27,10 @@ import tiny_runs
 from accelerate_env import environment_of
 from args import parse_args
 from common.errors import UserError
-from data.plan import RawData
 from parallel.coordinator import Coordinator
 from parallel.fsdp import load_optimizer, save_optimizer
 from parallel.lockstep import OutOfStep, lockstep
+from planning.plan import RawData
 from repository import ROOT, TRAINING
 from run.recipe import Recipe
 from run.spec import check_device

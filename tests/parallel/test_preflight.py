@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from args import parse_prepare_args
+from cli.schema import flag_values
 from common.errors import UserError
-from flags.schema import flag_values
 from parallel import preflight as machines
 from repository import TRAINING
 
@@ -20,7 +20,7 @@ RANK = """
 import json, os, sys
 from pathlib import Path
 from args import parse_prepare_args
-from flags.schema import flag_values
+from cli.schema import flag_values
 from common.errors import UserError
 from parallel.preflight import check_preparation
 for launch in json.loads(sys.argv[1]):

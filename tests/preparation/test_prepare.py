@@ -25,7 +25,6 @@ from clip_lists import write_table
 from common.folder_lock import locked_folder
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample
-from data.plan import plan_raw_clips
 from data.prepared import PreparedClip, read_empty_prompt, read_index, read_tensor
 from data.sources import DataSource, read_clips
 from diffusion.latents import image_noise_scales
@@ -33,6 +32,7 @@ from diffusion.randomness import step_generator
 from encoded_clips import all_frames
 from models.encoding import encode_noised_image, encode_prompts, encode_videos
 from models.source import ModelSource
+from planning.plan import plan_raw_clips
 from preparation.prepare import name_sample, tensor_bytes, warn_of_overflow
 from video.probe import VideoInfo, probe_video
 

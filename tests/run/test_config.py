@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import cogvideox_text_to_video_lora
 from args import parse_args
+from cli.schema import flag_values
 from common.run_folder import CONFIG_FILE
-from flags.schema import flag_values
 from memory.settings import memory_settings_of, with_memory
 from results.publish import PRIVATE
 from run.config import render_config, split_flags

@@ -14,8 +14,8 @@ import cogvideox_text_to_video_sft
 import prepare_dataset
 from common.folder_lock import locked_folder
 from data.buckets import Bucket
-from data.plan import PreparedData
 from data.prepared import PreparedClip
+from planning.plan import PreparedData
 from run.dry_run import largest_batch, trial_folder
 from tiny_runs import SIZE, run_flags
 

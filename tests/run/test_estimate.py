@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from args import parse_args
-from data.plan import plan_training_data
 from forward_pass import COGVIDEOX_5B
+from planning.plan import plan_training_data
 from run.estimate import Measured, Plan, estimate_bytes, estimate_seconds
 from run.recipe import Recipe
 from tiny_runs import run_flags

@@ -11,15 +11,15 @@ import torch
 from args import parse_args
 from checkpoints.manifest import write_manifest
 from checkpoints.state import TrainerState
+from cli.schema import replace_flags
 from common.errors import UserError
 from common.logs import start_logging
 from common.ranks import launch_rank
 from common.run_folder import STATE_FILE
 from data.buckets import Bucket
-from data.plan import plan_training_data
-from flags.schema import replace_flags
 from forked_ranks import call_on_ranks
 from memory.settings import GB, MemorySettings, memory_settings_of
+from planning.plan import plan_training_data
 from run.auto_fit import fit_into_memory
 from run.memory_fit import (
     choose_by_budget,

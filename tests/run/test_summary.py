@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from args import parse_args
-from data.plan import plan_training_data
 from memory.ladder import Choice
 from memory.settings import GB, MemorySettings, memory_settings_of, with_memory
 from methods.full import FullFinetune
 from methods.lora import Lora
 from models.source import ModelSource
+from planning.plan import plan_training_data
 from run.recipe import Recipe
 from run.setup import make_sampler
 from run.spec import check_spec

@@ -33,11 +33,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from args import parse_prepare_args
+from cli.schema import flag_values
 from clip_lists import write, write_table
 from common.errors import UserError
 from common.text_files import index_lines
 from data.buckets import Bucket
-from data.plan import RawData, plan_raw_clips
 from data.prepared import (
     PreparedSettings,
     StoredTensor,
@@ -49,8 +49,8 @@ from data.prepared import (
     sample_in_shards,
 )
 from encoded_clips import ENCODINGS, HEIGHT, WIDTH, encode, numbered_frame
-from flags.schema import flag_values
 from make_real_clips import find_source_dir
+from planning.plan import RawData, plan_raw_clips
 from video.display import STRETCHED
 from video.frames import LONG_CLIPS, choose_samples
 from video.io import read_frames

@@ -13,8 +13,8 @@ import pytest
 
 from accelerate_env import environment_of
 from args import parse_args, parse_prepare_args
+from cli.schema import flag_values
 from data.prepared import read_index
-from flags.schema import flag_values
 from repository import ROOT
 
 

@@ -9,9 +9,9 @@ from args import parse_args
 from common.errors import UserError
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample
-from data.plan import PreparedData, RawData
 from data.prepared import PreparedSettings, write_settings
 from flags.settings import TrainingSettings
+from planning.plan import PreparedData, RawData
 from validation.defaults import missing_token, with_data_defaults
 
 

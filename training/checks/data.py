@@ -4,10 +4,10 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from cli.schema import flag_values
 from common.errors import UserError
 from data.prepared import read_prepared_settings
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
-from flags.schema import flag_values
 from flags.settings import TrainingSettings
 
 

@@ -2,10 +2,10 @@
 
 import os
 
+from cli.schema import flag_values
 from common.errors import UserError
 from common.ranks import is_set, precision_of, uses_fsdp
 from flags.optimizer import LOW_BITS
-from flags.schema import flag_values
 from flags.settings import TrainingSettings
 
 

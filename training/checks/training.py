@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from checks.files import find_images, find_lora
+from cli.schema import flag_values
 from common.errors import UserError
 from common.run_folder import CONFIG_FILE, holds_other_config, list_checkpoints, list_results
-from flags.schema import flag_values
 from flags.settings import TrainingSettings
 from flags.tracking import TRACKERS
 from flags.training import ALL_LINEAR

@@ -11,12 +11,12 @@ from itertools import chain, pairwise
 from pathlib import Path
 from unicodedata import normalize
 
+from cli.types import TABLE_SUFFIXES
 from common.errors import UserError, one_line
 from common.ranks import launch_rank
 from common.text_files import read_utf8
 from data.media_cache import IMAGE_SUFFIXES, is_clip
 from data.rows import Row, Table
-from flags.types import TABLE_SUFFIXES
 
 
 logger = logging.getLogger(__name__)

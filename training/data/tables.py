@@ -9,11 +9,11 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+from cli.types import TABLE_SUFFIXES
 from common.errors import UserError, described
 from common.text_files import read_json, read_lines, read_utf8
 from data.media_cache import media_suffixes
 from data.rows import DataSource, Row, Table
-from flags.types import TABLE_SUFFIXES
 
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}

@@ -1,1 +1,1 @@
-"""Every flag, by subject: frozen dataclasses, and the parser built from them. Imports nothing heavy."""
+"""Every flag, by subject: frozen dataclasses. Imports nothing heavy."""

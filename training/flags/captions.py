@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from flags.schema import flag
-from flags.types import FilePath, NonNegativeFloat, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Text, Url
+from cli.schema import flag
+from cli.types import FilePath, NonNegativeFloat, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Text, Url
 
 
 CAPTIONS_FILE = "captions.jsonl"

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from flags.schema import flag
-from flags.types import FilePath, FolderPath, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Probability
+from cli.schema import flag
+from cli.types import FilePath, FolderPath, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Probability
 from video.frames import LONG_CLIPS
 
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from cli.schema import flag
+from cli.types import AnyPath, FilePath, FiniteFloat, FolderPath, NonNegativeInt, PositiveInt, Text
 from common.run_folder import LORA_FILE
 from flags.memory import QUANTIZATIONS, text_encoder_flag
-from flags.schema import flag
-from flags.types import AnyPath, FilePath, FiniteFloat, FolderPath, NonNegativeInt, PositiveInt, Text
 
 
 DEFAULT_FOLDER = "generated"

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from flags.schema import flag
-from flags.types import PositiveFloat, PositiveInt
+from cli.schema import flag
+from cli.types import PositiveFloat, PositiveInt
 
 
 CHECKPOINT_SCOPES = ("block", "all-but-attention", "segment", "feed-forward")

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from flags.schema import flag
-from flags.types import DecayRate, NonNegativeFloat, PositiveFloat
+from cli.schema import flag
+from cli.types import DecayRate, NonNegativeFloat, PositiveFloat
 
 
 OPTIMIZERS = ("adam", "adamw", "prodigy", "came", "schedulefree", "muon")

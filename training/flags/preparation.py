@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from cli.schema import flag
+from cli.types import FolderPath, NonNegativeInt, PositiveInt
 from flags.memory import text_encoder_flag
-from flags.schema import flag
-from flags.types import FolderPath, NonNegativeInt, PositiveInt
 
 
 FIRST_FRAMES_FILE = "metadata.jsonl"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cli.schema import group
 from flags.captions import CaptionFlags, CaptionFrameFlags, CaptionModelFlags
 from flags.data import ClipFlags, LoaderFlags, PreparedFlags, SourceFlags
 from flags.generation import ContentFlags, OutputFlags, PlannedVideo, ResultFlags, SamplingFlags, SamplingMemoryFlags
@@ -9,7 +10,6 @@ from flags.memory import MemoryFlags
 from flags.model import EncoderFlags, ModelFlags, SampledModelFlags
 from flags.optimizer import OptimizerFlags
 from flags.preparation import EncodingFlags, FirstFrameFlags, PreparationFlags
-from flags.schema import group
 from flags.speed import SpeedFlags
 from flags.tracking import HubFlags, TrackingFlags
 from flags.training import (

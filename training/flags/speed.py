@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from flags.schema import flag
-from flags.types import PositiveInt
+from cli.schema import flag
+from cli.types import PositiveInt
 
 
 # models/attention.py maps these to the names in diffusers.

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from cli.schema import flag
+from cli.types import FolderPath, PositiveInt, Value
 from common.hub_token import HubToken
-from flags.schema import flag
-from flags.types import FolderPath, PositiveInt, Value
 
 
 # What each tracker needs: one of these packages.

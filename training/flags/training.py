@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from flags.schema import flag
-from flags.types import (
+from cli.schema import flag
+from cli.types import (
     AnyPath,
     DecayRate,
     FiniteFloat,

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from flags.schema import flag
-from flags.types import DenoisingSteps, NonNegativeFloat, PositiveInt, TableFile, Text
+from cli.schema import flag
+from cli.types import DenoisingSteps, NonNegativeFloat, PositiveInt, TableFile, Text
 
 
 @dataclass(frozen=True)

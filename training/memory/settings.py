@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from flags.schema import flag_values, replace_flags
+from cli.schema import flag_values, replace_flags
 from flags.settings import TrainingSettings
 
 

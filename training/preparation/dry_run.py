@@ -12,11 +12,11 @@ from common.ranks import launch_rank
 from common.units import in_bytes
 from data.buckets import Bucket
 from data.clips import ClipSample
-from data.plan import RawData
-from data.report import write_plan
 from data.sampler import Draw
 from dataset import Batch
 from flags.settings import PreparationSettings
+from planning.plan import RawData
+from planning.report import write_plan
 from preparation.encode import clip_dataset
 from preparation.prepare import log_plan, model_source, tensor_bytes
 from video.contact_sheet import SheetRow, draw_contact_sheet

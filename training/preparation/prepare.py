@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import free_memory
 
+from cli.schema import flag_values
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import refresh_names
@@ -26,17 +27,16 @@ from common.ranks import launch_rank, launch_size, local_rank, num_machines
 from common.text_files import digest_lines
 from data.buckets import Bucket
 from data.clips import ClipSample
-from data.plan import RawData, describe_plan, report_skipped
 from data.prepared import STAGING, PreparedSettings, caption_key, claim_folder, read_empty_prompt, write_settings
 from diffusion.tasks import ImageToVideo, SizeFlags, TextToVideo
 from flags.data import PREPARED_FLAGS
 from flags.model import EncoderFlags
-from flags.schema import flag_values
 from flags.settings import PreparationSettings
 from models.configs import CPU, DTYPES, ModelConfigs, precision_warning
 from models.fingerprints import fingerprint_encoders
 from models.source import ModelSource
 from parallel.preflight import check_preparation
+from planning.plan import RawData, describe_plan, report_skipped
 from preparation.encode import BrokenClips, Preparation, embed_captions, encode_clips
 from preparation.layouts import FileLayout, Layout, Sample, ShardLayout
 

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from common.errors import UserError, one_line
 from common.hub_token import HubToken
 from common.run_folder import CONFIG_FILE
-from data.plan import SKIPPED_FILE
+from planning.plan import SKIPPED_FILE
 from results.model_card import CardFacts, write_card
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import yaml
 
 from args import flag_names
+from cli.schema import flag_values
 from common.files import atomic_write, remove_partials
 from common.hub_token import without_tokens
 from common.ranks import precision_of
 from common.run_folder import CONFIG_FILE, CONFIG_TITLE
 from data.buckets import Bucket
-from flags.schema import flag_values
 from flags.settings import TrainingSettings
 from memory.settings import MemorySettings, differences, memory_settings_of
 from methods.lora import Lora

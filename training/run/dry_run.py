@@ -17,18 +17,18 @@ from PIL import Image
 
 from checkpoints.folder import load_checkpoint
 from checkpoints.manifest import size_of
+from cli.schema import replace_flags
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write, nearest_folder
 from common.ranks import launch_rank, launch_size
 from data.buckets import Bucket
 from data.clips import ClipSample
-from data.plan import TrainingData
 from data.prepared import PreparedClip
 from data.sampler import BucketBatchSampler, Draw
 from dataset import make_loader
-from flags.schema import replace_flags
 from flags.settings import TrainingSettings
+from planning.plan import TrainingData
 from run.estimate import Measured, describe_run
 from run.loop import train
 from run.recipe import Recipe

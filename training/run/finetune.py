@@ -8,8 +8,8 @@ from common.failures import explained_failures
 from common.folder_lock import locked_folder
 from common.ranks import launch_rank
 from common.signals import STOPPED_EXIT_CODE
-from data.plan import TrainingData
 from flags.settings import TrainingSettings
+from planning.plan import TrainingData
 from results.publish import check_access, push_to_hub
 from run.auto_fit import fit_into_memory
 from run.config import card_facts, write_config

@@ -12,10 +12,10 @@ import torch
 
 from checkpoints.resume import newest_checkpoint
 from checkpoints.state import read_state
+from cli.schema import replace_flags
 from common.errors import UserError
 from common.ranks import is_set, launch_size, local_rank, local_size, uses_deepspeed, uses_fsdp
 from common.units import in_bytes
-from flags.schema import replace_flags
 from flags.settings import TrainingSettings
 from memory.accounting import account
 from memory.facts import Workload

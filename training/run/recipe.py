@@ -8,7 +8,6 @@ import torch
 
 from common.ranks import precision_of, uses_deepspeed
 from data.buckets import Bucket
-from data.plan import TrainingData
 from diffusion.tasks import ImageToVideo, TextToVideo
 from flags.settings import TrainingSettings
 from memory.accounting import checkpoint_bytes
@@ -18,6 +17,7 @@ from methods.full import FullFinetune
 from methods.lora import Lora
 from models.configs import DTYPES, ModelConfigs
 from models.source import ModelSource
+from planning.plan import TrainingData
 
 
 @dataclass(frozen=True)

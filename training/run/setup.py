@@ -11,15 +11,14 @@ from diffusers import CogVideoXTransformer3DModel
 from checkpoints.folder import WRITE_ERRORS, CheckpointFolder, why_unwritten
 from checkpoints.schedule import ScheduleStart, StepSchedule
 from checkpoints.state import TrainerState
+from cli.schema import flag_values
 from common.errors import UserError
 from common.run_folder import VALIDATION_FOLDER
 from common.signals import StopSignals
-from data.plan import PreparedData
 from data.sampler import BucketBatchSampler
 from dataset import Batch, ClipDataset, PreparedDataset, make_loader, without_failures
 from diffusion.objective import Objective
 from diffusion.timesteps import TimestepSampling
-from flags.schema import flag_values
 from memory.activations import omits_last_layer
 from methods.full import FullFinetune
 from models.attention import temporary_attention
@@ -28,6 +27,7 @@ from models.prompts import PromptCache
 from models.sampling import Pipeline
 from parallel.deepspeed import gathered
 from parallel.sharding import gather_weights
+from planning.plan import PreparedData
 from run.encoded_inputs import EncodedInputs, encode_inputs
 from run.recipe import Recipe
 from run.spec import RunSpec

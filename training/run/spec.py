@@ -15,14 +15,13 @@ from checkpoints.resume import find_checkpoint
 from checkpoints.schedule import ScheduleStart
 from checkpoints.state import TrainerState, read_state
 from checks.deepspeed import describe_division
+from cli.schema import flag_values
 from common.errors import UserError
 from common.ranks import launch_size, uses_fsdp
-from data.plan import PreparedData, describe_plan, report_skipped
 from data.prepared import check_encoders
 from dataset import check_prepared
 from diffusion.tasks import SizeFlags
 from flags.optimizer import LOW_BITS
-from flags.schema import flag_values
 from memory.settings import memory_settings_of
 from models.attention import check_attention
 from models.compilation import check_compiler
@@ -32,6 +31,7 @@ from parallel.context import ContextParallel, start_context_parallel
 from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp
 from parallel.preflight import check_training
+from planning.plan import PreparedData, describe_plan, report_skipped
 from run.launch import choose_seed, start_accelerator
 from run.memory_fit import is_chosen
 from run.recipe import Recipe

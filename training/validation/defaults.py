@@ -3,12 +3,12 @@
 from collections import Counter
 from dataclasses import replace
 
+from cli.schema import replace_flags
 from common.errors import UserError
 from data.buckets import Bucket
-from data.plan import PreparedData, TrainingData, data_sources
 from data.prepared import read_captions, read_prepared_settings
-from flags.schema import replace_flags
 from flags.settings import TrainingSettings
+from planning.plan import PreparedData, TrainingData, data_sources
 
 
 def with_data_defaults(settings: TrainingSettings, data: TrainingData) -> TrainingSettings:

@@ -11,12 +11,16 @@ from safetensors.numpy import save_file
 
 import prepare_dataset
 from args import parse_args, parse_prepare_args
+from cli.schema import replace_flags
 from clip_lists import write_table
 from common.errors import UserError
 from common.text_files import index_lines
 from data.buckets import Bucket
 from data.clips import BadClip, Clip, ClipSample
-from data.plan import (
+from data.prepared import PreparedClip, StoredTensor, sample_in_shards
+from encoded_clips import encode
+from flags.settings import TrainingSettings
+from planning.plan import (
     PreparedData,
     RawData,
     check_bad_clips,
@@ -27,10 +31,6 @@ from data.plan import (
     report_skipped,
     validation_data_flags,
 )
-from data.prepared import PreparedClip, StoredTensor, sample_in_shards
-from encoded_clips import encode
-from flags.schema import replace_flags
-from flags.settings import TrainingSettings
 from video.probe import VideoInfo
 
 

@@ -8,11 +8,11 @@ from dataclasses import Field, field, fields, replace
 from itertools import pairwise
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
+from cli.config_file import FileSetting, read_config_file
+from cli.foreign import ADVICE, OURS
+from cli.types import Value, one_of, path
 from common.errors import UserError
 from common.hub_token import without_tokens
-from flags.config_file import FileSetting, read_config_file
-from flags.foreign import ADVICE, OURS
-from flags.types import Value, one_of, path
 
 
 _Settings = TypeVar("_Settings")
@@ -27,7 +27,7 @@ def flag(
     alias: str | None = None,
     shown: str | None = None,
 ) -> Any:
-    """Declare a field of a dataclass of flags, whose annotation says which values it takes (see `flags.types`).
+    """Declare a field of a dataclass of flags, whose annotation says which values it takes (see `cli.types`).
 
     Args:
         default: value when the flag is not passed.

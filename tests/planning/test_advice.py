@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from args import parse_prepare_args
-from data.advice import recommend
 from data.buckets import cropped_share, is_upscaled, make_buckets
 from data.clips import Clip, plan_clips
 from flags.data import ClipFlags
+from planning.advice import recommend
 from video.probe import VideoInfo
 
 

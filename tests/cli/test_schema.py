@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from flags.schema import FlagParser, flag, flag_values, group, replace_flags
-from flags.types import FilePath, FiniteFloat, PositiveInt, Text
+from cli.schema import FlagParser, flag, flag_values, group, replace_flags
+from cli.types import FilePath, FiniteFloat, PositiveInt, Text
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The report shows the plan and notes unusual samples, as `data.report` documents."""
+"""The report shows the plan and notes unusual samples, as `planning.report` documents."""
 
 import csv
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 from data.buckets import make_buckets
 from data.clips import BadClip, Clip, plan_clips
-from data.report import plan_table, write_plan
+from planning.report import plan_table, write_plan
 from repository import TRAINING
 from video.probe import VideoInfo
 
@@ -216,5 +216,5 @@ def test_the_csv_has_the_upscaling_held_frames_and_names_that_are_not_unicode(tm
 
 
 def test_reporting_needs_no_torch():
-    script = "import sys, data.report; sys.exit('torch' in sys.modules)"
+    script = "import sys, planning.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=TRAINING, check=False).returncode == 0

@@ -15,15 +15,15 @@ from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write, path_of_script
 from common.text_files import digest_lines
-from data.advice import recommend
 from data.buckets import Bucket, count_tokens, make_buckets, native_fps
 from data.clips import BadClip, ClipSample, plan_clips
 from data.mix import read_mix, weights_to_repeats
 from data.prepared import PreparedClip, read_index, read_prepared_settings
-from data.report import plan_table
 from data.sources import DataSource, read_clips
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
+from planning.advice import recommend
+from planning.report import plan_table
 from video.cache import FileCache, default_cache_folder
 from video.probe import probe_files
 

@@ -13,12 +13,14 @@ from repository import TRAINING
 # A package imports only from those before it.
 ORDER = (
     "common",
+    "pages",
     "parallel",
     "video",
     "cli",
     "flags",
     "data",
     "planning",
+    "footage",
     "checks",
     "optimizers",
     "captions",

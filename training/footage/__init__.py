@@ -1,0 +1,1 @@
+"""Hours of footage to clips: cuts, scores, duplicates."""

@@ -115,16 +115,25 @@ def test_samples_deep_in_clips_that_cannot_seek_are_noted_with_the_command_for_i
     ]
 
 
-def test_captions_that_are_cut_are_counted():
-    (note,) = notes(plan([VIDEO]), num_long_captions=1, max_caption_tokens=100)
-    assert note == "1 caption longer than 100 tokens: the rest is cut off"
+def test_captions_that_are_cut_are_counted_and_named():
+    (note,) = notes(plan([VIDEO], captions=["A cat."]), long_captions={"A cat."}, max_caption_tokens=100)
+    assert note == "1 caption longer than 100 tokens: the rest is cut off: 0.mp4 (videos.txt:1)"
+
+
+def test_captions_of_several_clips_and_refusals_are_counted_and_named():
+    planned = plan([VIDEO] * 6, captions=["A cat.", "", "A cat.", "I cannot see.", "", "A dog."], long_clips="split")
+    refusals, shared = notes(planned)
+    assert refusals.startswith("1 caption in which a model refuses to answer")
+    assert refusals.endswith(": 3.mp4 (videos.txt:4)")
+    assert shared.startswith("2 captions used for several clips")
+    assert shared.endswith(": 0.mp4 (videos.txt:1), 2.mp4 (videos.txt:3)")
 
 
 def test_captions_that_the_tokenizer_cannot_read_are_counted_and_named():
     planned = plan([VIDEO] * 6, captions=["A cat.", "猫", "狗", "鸟", "鱼", "鱼"])
-    (note,) = notes(planned, unknown_captions={"猫", "狗", "鸟", "鱼"})
+    note, _ = notes(planned, unknown_captions={"猫", "狗", "鸟", "鱼"})
     assert note.startswith("5 captions mostly in a script that the model's tokenizer lacks")
-    assert note.endswith(": 1.mp4 (videos.txt:2), 2.mp4 (videos.txt:3), 3.mp4 (videos.txt:4)")
+    assert note.endswith(": 1.mp4 (videos.txt:2), 2.mp4 (videos.txt:3), 3.mp4 (videos.txt:4) and 2 more")
 
 
 def rate_notes(*infos, **options):

@@ -9,7 +9,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from check_settings import settings_of
-from pages import PROGRAMS, noted_calls, script_flags, script_of, value_of
+from doc_pages import PROGRAMS, noted_calls, script_flags, script_of, value_of
 from repository import ROOT
 
 

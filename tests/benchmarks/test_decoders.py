@@ -5,7 +5,7 @@ import re
 import decoders
 import numpy as np
 
-from pages import read_page
+from doc_pages import read_page
 
 
 def test_frames_are_recognized_although_they_were_compressed_again():

@@ -5,8 +5,8 @@ import torch
 from step_cost import ROWS, SIZE, StepCounter, count_layers, count_step, table
 
 from data.buckets import count_tokens
+from doc_pages import read_page, table_rows
 from make_full_size_model import full_size_configs
-from pages import read_page, table_rows
 from tracking.flops import count_flops
 
 

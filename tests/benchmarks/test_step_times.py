@@ -8,7 +8,7 @@ import step_times
 import torch
 
 from args import parse_args, parse_prepare_args
-from pages import PROGRAMS, marked_blocks, noted_calls, read_page, script_flags
+from doc_pages import PROGRAMS, marked_blocks, noted_calls, read_page, script_flags
 
 
 BLOCKS = marked_blocks(read_page("benchmarks/peers.md"))

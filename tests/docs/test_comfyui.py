@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import convert_lora_for_comfyui
+from doc_pages import marked_blocks, noted_calls, read_page, script_flags, script_of
 from forward_pass import load
-from pages import marked_blocks, noted_calls, read_page, script_flags, script_of
 from tuned_models import write_lora
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from pages import marked_blocks, read_page, without_code
+from doc_pages import marked_blocks, read_page, without_code
 from repository import ROOT, TRAINING
 
 

@@ -11,9 +11,9 @@ from common.errors import UserError
 from data.buckets import Bucket
 from data.clips import Clip
 from data.sources import read_clips
+from doc_pages import PARSERS, flags_of, noted_calls, read_page, script_of
 from flags.settings import PreparationSettings
 from make_demo_clips import make_demo_clips
-from pages import PARSERS, flags_of, noted_calls, read_page, script_of
 from planning.plan import RawData, advise, check_bad_clips, data_sources, describe_plan, plan_raw_clips
 from repository import ROOT
 

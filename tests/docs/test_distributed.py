@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pages import PROGRAMS, flags_of, marked_blocks, noted_calls, read_page, value_of
+from doc_pages import PROGRAMS, flags_of, marked_blocks, noted_calls, read_page, value_of
 from repository import ROOT
 
 

@@ -9,9 +9,9 @@ from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 
 from common.run_folder import LORA_FILE
+from doc_pages import flags_of, help_flags, marked_blocks, named_flags, noted_calls, read_page, without_code
 from methods.lora import Lora
 from models.source import ModelSource
-from pages import flags_of, help_flags, marked_blocks, named_flags, noted_calls, read_page, without_code
 
 
 PAGE = read_page("assets/docs/inference.md")

@@ -6,7 +6,7 @@ import pytest
 
 from args import METHODS, TASKS, flag_names
 from cli.schema import flag_values
-from pages import PARSERS, flags_of, help_flags, marked_blocks, named_flags, noted_calls, read_page, table_rows
+from doc_pages import PARSERS, flags_of, help_flags, marked_blocks, named_flags, noted_calls, read_page, table_rows
 
 
 PAGE = read_page("assets/docs/migrate.md")

@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 import pytest
 
-from pages import (
+from doc_pages import (
     PARSERS,
     broken_links,
     code_blocks,

@@ -8,9 +8,9 @@ import pytest
 import cogvideox_text_to_video_lora
 import generate
 import prepare_dataset
+from doc_pages import flags_of, marked_blocks, noted_calls, read_page, script_flags, table_rows, value_of
 from make_real_clips import make_real_clips
 from make_tiny_model import make_tiny_model
-from pages import flags_of, marked_blocks, noted_calls, read_page, script_flags, table_rows, value_of
 from repository import ROOT
 
 

@@ -12,7 +12,7 @@ import cogvideox_text_to_video_lora as train_script
 from args import parse_args
 from cli.schema import flag_values
 from common.run_folder import LORA_FILE
-from pages import (
+from doc_pages import (
     PARSERS,
     TRAINING_SCRIPTS,
     flags_of,

@@ -3,7 +3,7 @@
 import re
 
 from common.run_folder import LORA_FILE
-from pages import flags_of, marked_blocks, noted_calls, read_page, without_code
+from doc_pages import flags_of, marked_blocks, noted_calls, read_page, without_code
 from repository import TRAINING
 
 

@@ -19,9 +19,9 @@ BUCKETS = make_buckets([1, 9, 17], [32, 64], [32, 64])
 VIDEO = VideoInfo(17, 64, 64, 8.0)
 
 
-def plan(infos, captions="A cat.", repeats=1.0, **options):
+def plan(infos, captions=None, repeats=1.0, **options):
     """Samples of a clip for each of `infos`, all good."""
-    captions = [captions] * len(infos) if isinstance(captions, str) else captions
+    captions = captions or [f"Cat {number}." for number in range(len(infos))]
     places = [(Path(f"videos/{number}.mp4"), f"videos.txt:{number + 1}") for number in range(len(infos))]
     clips = [Clip(place[0], text, place[1], repeats=repeats) for place, text in zip(places, captions, strict=True)]
     infos = {clip.video: info for clip, info in zip(clips, infos, strict=True)}
@@ -184,12 +184,12 @@ def of_content(*contents):
 def test_clips_listed_twice_are_named_in_pairs_up_to_three():
     pairs = [f"{at}.mp4 (videos.txt:{at + 1}) and {at + 4}.mp4 (videos.txt:{at + 5})" for at in range(3)]
     start = "clips listed again with the same caption, which adds weight: "
-    assert notes(plan(of_content(*"abcdab"))) == [f"2 {start}{'; '.join(pairs[:2])}"]
-    assert notes(plan(of_content(*"abcdabcd"))) == [f"4 {start}{'; '.join(pairs)}; and 1 more"]
+    assert notes(plan(of_content(*"abcdab"), captions="abcdab")) == [f"2 {start}{'; '.join(pairs[:2])}"]
+    assert notes(plan(of_content(*"abcdabcd"), captions="abcdabcd")) == [f"4 {start}{'; '.join(pairs)}; and 1 more"]
 
 
 def test_a_video_with_several_captions_is_not_a_duplicate():
-    planned = plan(of_content("a", "b", "a", "a"), captions=["A cat.", "A cat.", "A dog.", "A mouse."])
+    planned = plan(of_content("a", "b", "a", "a"), captions=["A cat.", "A cow.", "A dog.", "A mouse."])
     assert notes(planned) == ["1 video with several captions: 0.mp4 (videos.txt:1) and 2.mp4 (videos.txt:3)"]
 
 

@@ -191,13 +191,14 @@ def _caption_notes(
     planned: Sequence[ClipSample], long_captions: Collection[str], unknown_captions: Collection[str], tokens: int
 ) -> Iterator[str]:
     """Name captions that are cut, are not learned, or say nothing about their clip."""
-    clips = [sample.clip for sample in planned if sample.part == 0]
-    files_of: dict[str, set[Path]] = defaultdict(set)
-    for clip in clips:
-        files_of[clip.caption].add(clip.video)
+    samples = [sample for sample in planned if sample.part == 0]
+    clips = [sample.clip for sample in samples]
+    videos_of: dict[str, set[str | Path]] = defaultdict(set)
+    for sample in samples:
+        videos_of[sample.clip.caption].add(sample.info.sha256 or sample.clip.video)
 
     def is_shared(caption: str) -> bool:
-        return bool(caption.strip()) and len(files_of[caption]) > 1
+        return bool(caption.strip()) and len(videos_of[caption]) > 1
 
     for is_named, what in (
         (long_captions.__contains__, f"longer than {tokens} tokens: the rest is cut off"),

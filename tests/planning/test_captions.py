@@ -10,7 +10,7 @@ from planning.captions import is_refusal
     [
         "I cannot describe people in this video.",
         "I'm sorry, but I can't help with that.",
-        "I’m unable to view videos.",
+        "I\N{RIGHT SINGLE QUOTATION MARK}m unable to view videos.",
         "Sorry, as an AI language model I have no eyes.",
         '"As an AI, I am not able to identify him."',
     ],

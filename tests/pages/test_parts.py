@@ -44,10 +44,10 @@ def test_a_picture_is_part_of_the_page():
 
 
 def test_videos_play_and_pictures_do_not():
-    video = figure(b"\0\0\0\x20ftypisom", "at <b> step 100")
-    assert '<video src="data:video/mp4;base64,' in video
+    video = figure([b"\0\0\0\x20ftypisom"] * 2, "at <b> step 100")
+    assert video.count('<video src="data:video/mp4;base64,') == 2
     assert "at &lt;b&gt; step 100" in video
-    assert "<img" in figure(np.zeros((2, 2, 3), dtype=np.uint8))
+    assert "<img" in figure([np.zeros((2, 2, 3), dtype=np.uint8)])
 
 
 def test_other_files_are_refused():
@@ -61,3 +61,7 @@ def test_parts_contain_parts():
     assert "<dt>clips</dt><dd>12,345</dd>" in shown
     assert warnings([]) == ""
     assert "<li>a &amp; b</li>" in warnings(["a & b"])
+
+
+def test_flags_stay_on_one_line():
+    assert paragraph("pass --fps <8>") == '<p class="text">pass <span class="flag">--fps</span> &lt;8&gt;</p>\n'

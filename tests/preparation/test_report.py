@@ -80,7 +80,6 @@ def test_clips_are_counted_once_and_samples_each(render):
         "clips used": "2",
         "clips skipped": "1",
         "samples": "3",
-        "buckets": "2",
         "total length": "0 min 4 s",
         "distinct captions": "2",
     }

@@ -98,8 +98,9 @@ def figure(media: Sequence[Media], caption: str = "", *, title: str = "", alt: s
 
 
 def grid(parts: Iterable[Markup]) -> Markup:
-    """Return parts side by side, in as many columns as there is room for."""
-    return MACROS.grid(list(parts))
+    """Return parts side by side, in as many columns as there is room for; nothing without content."""
+    shown = list(filter(None, parts))
+    return MACROS.grid(shown) if shown else Markup()
 
 
 def details(summary: str, parts: Iterable[Markup]) -> Markup:

@@ -66,7 +66,7 @@ def write_report(
     try:
         rows = sheet_rows(settings, data.clips) if shown is None else shown
         write_page(path, render_report(settings, data, source, rows, complete=complete))
-    except Exception as error:
+    except Exception as error:  # hours of encoding must not end in a traceback
         tqdm.write(f"warning: cannot write {path}: {error}", file=sys.stderr)
     else:
         tqdm.write(f"wrote {path}")  # not logged, because in a preparation only the first rank logs
@@ -111,7 +111,6 @@ def _overview(data: RawData) -> Markup:
             ("clips used", len(used)),
             ("clips skipped", num_skipped),
             ("samples", len(data.clips)),
-            ("buckets", len(set(data.buckets))),
             ("total length", _duration(seconds)),
             ("distinct captions", len(set(data.captions))),
         ]
@@ -123,7 +122,7 @@ def _clip_charts(data: RawData, source: ModelSource) -> list[Markup]:
     used = _first_parts(data.clips)
     infos = [sample.info for sample in used] + [clip.info for clip in data.bad if clip.info]
     videos = [info for info in infos if not info.is_image]
-    captions = list(data.captions)[:: -(-len(data.clips) // _MOST_COUNTED)]
+    captions = data.captions[:: len(data.clips) // _MOST_COUNTED + 1]
     lengths, unit = [len(caption.split()) for caption in captions], "words"
     with suppress(UserError):  # preparing only clips and captions needs no tokenizer
         lengths, unit = source.count_tokens(captions), "tokens"
@@ -195,7 +194,7 @@ def command_of(values: Mapping[str, Any], given: Iterable[str]) -> list[list[str
 def _as_text(value: object) -> str:
     if isinstance(value, tuple):
         return " ".join(map(_as_text, value))
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def _first_parts(clips: Sequence[ClipSample]) -> list[ClipSample]:

@@ -77,6 +77,7 @@ def test_packed_samples_are_computed_as_the_library_computes_each(tiny_models, k
 def test_packed_samples_can_be_checkpointed(tiny_models, scope, every):
     transformer = with_adapters(tiny_models("5b"), dropout=0.0)
     expected = train(one_by_one, transformer)
+    set_attention(transformer)
     checkpoint_activations(transformer, scope, every)
     assert_close(train(packed, transformer), expected)
 

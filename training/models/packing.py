@@ -1,7 +1,7 @@
 """Samples of different sizes as one sequence, in which each attends only to its own tokens.
 
-A batch of equal samples shares its matrix products; clips of different sizes would need a step of their own each. Packed,
-they share everything but the attention, which is computed sample by sample: block-diagonal, exact, without a mask.
+A batch of equal samples shares its matrix products; clips of different sizes would each need a batch of their own.
+Packed, they share everything but the attention, which is computed sample by sample: block-diagonal, exact, unmasked.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Packing:
         return [self.text_length + video for video in self.video_lengths]
 
     def split(self, text: torch.Tensor, video: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Split the samples' texts `[1, B * T, D]` and videos `[1, sum of V, D]` into pairs `[1, T, D]`, `[1, V, D]`."""
+        """Split texts `[1, B * T, D]` and videos `[1, sum of V, D]` into pairs `[1, T, D]`, `[1, V, D]` of a sample."""
         return list(zip(text.split(self.text_length, 1), video.split(self.video_lengths, 1), strict=True))
 
     def split_joined(self, joined: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -30,7 +30,7 @@ class Packing:
         return [self.text_length + video for video in self.video_lengths]
 
     def split(self, text: torch.Tensor, video: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Split texts `[1, B * T, D]` and videos `[1, sum of V, D]` into pairs `[1, T, D]`, `[1, V, D]` of a sample."""
+        """Split texts `[1, B * T, D]` and videos `[1, sum of V, D]` into pairs `[1, T, D]`, `[1, V, D]`."""
         return list(zip(text.split(self.text_length, 1), video.split(self.video_lengths, 1), strict=True))
 
     def split_joined(self, joined: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -20,6 +20,7 @@ from data.clips import BadClip, ClipSample, plan_clips
 from data.mix import read_mix, weights_to_repeats
 from data.prepared import PreparedClip, read_index, read_prepared_settings
 from data.sources import DataSource, read_clips
+from data.token_budget import BatchSize, TokenBudget
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
@@ -295,7 +296,7 @@ def describe_plan(
     model: Any,
     configs: Any,
     *,
-    batch_size: int,
+    batch_size: int | BatchSize | TokenBudget,
     num_ranks: int = 1,
 ) -> str:
     """Return the plan for a `ModelSource` and its `ModelConfigs` as a table; `batch_size` is that of one rank.

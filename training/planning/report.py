@@ -13,6 +13,7 @@ from common.files import atomic_write
 from data.buckets import Bucket, cropped_share
 from data.clips import BadClip, Clip, ClipSample
 from data.sampler import BucketBatchSampler
+from data.token_budget import BatchSize, TokenBudget
 from planning.captions import is_refusal
 from video.io import SEEK_FROM
 
@@ -40,7 +41,7 @@ class PlanTable:
 def plan_table(
     planned: Sequence[ClipSample],
     *,
-    batch_size: int,
+    batch_size: int | BatchSize | TokenBudget,
     num_ranks: int = 1,
     tokens_of: Callable[[Bucket], int],
     long_captions: Collection[str] = (),
@@ -68,14 +69,13 @@ def plan_table(
     sampler = BucketBatchSampler(
         [sample.bucket for sample in planned], batch_size, seed=0, repeats=repeats, world_size=num_ranks
     )
-    batches = {bucket: -(-count // batch_size) for bucket, count in sampler.samples_per_epoch.items()}
     ranks = f", {sampler.batches_per_epoch} on each of {num_ranks} ranks" if num_ranks > 1 else ""
     off_aspect = "squeezed" if reshape_mode == "none" else "cropped"
     return PlanTable(
         ("bucket", "samples", "tokens", "upscaled", off_aspect, "clip frames", "unused", "batches"),
-        _rows(planned, batches, tokens_of),
+        _rows(planned, sampler.batches_of, tokens_of),
         f"an epoch is {_number(sum(sampler.samples_per_epoch.values()), 'sample')} in "
-        f"{_number(sum(batches.values()), 'batch')} of up to {batch_size}{ranks}",
+        f"{_number(sampler.num_batches, 'batch')} of up to {batch_size}{ranks}",
         [
             *_repeat_notes(planned),
             *_sample_notes(planned),

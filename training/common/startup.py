@@ -1,5 +1,6 @@
 """Set-up between reading the flags and importing the heavy libraries."""
 
+import atexit
 import gc
 import logging
 import os
@@ -36,7 +37,8 @@ def heavy_imports(flags: Mapping[str, Any], *, owns_process: bool) -> Iterator[N
         yield
     finally:
         if owns_process:
-            gc.freeze()  # later collections, the one at exit too, need not look at modules
+            gc.freeze()  # later collections need not look at modules
+            atexit.register(gc.unfreeze)  # otherwise libraries that count their objects at exit report leaks
         if was_collecting:
             gc.enable()
 

@@ -44,6 +44,7 @@ COMMANDS = {
     "caption_dataset",
     "make_first_frames",
     "generate",
+    "convert_lora",
 }
 PARTS = {"args", "dataset"}  # the two parts that all commands share
 MOST_MODULES = 16

@@ -16,6 +16,7 @@ from args import (
     TASKS,
     parse_args,
     parse_caption_args,
+    parse_convert_args,
     parse_first_frame_args,
     parse_generate_args,
     parse_prepare_args,
@@ -34,6 +35,7 @@ PARSERS = TRAINING_SCRIPTS | {
     "make_first_frames.py": parse_first_frame_args,
     "caption_dataset.py": parse_caption_args,
     "generate.py": parse_generate_args,
+    "convert_lora.py": parse_convert_args,
 }
 MARKED_BLOCK = r"<!-- tested: ([\w ]+) -->\n```(?:bash|python)\n(.*?)```"
 # Programs that start our scripts note their arguments; those that need a network or a package index do nothing.

@@ -123,12 +123,13 @@ def _extract(
                 f"--transformer: it was tuned from another model: {name} is {list(after.shape)}, not "
                 f"{list(before.shape)}; pass its base model"
             )
+        if torch.equal(before, after):
+            continue
         change, layer = after.float() - before.float(), name.removesuffix(".weight")
         if not change.isfinite().all():
             raise UserError(f"--transformer: {name} has NaN or infinite weights; pass an earlier checkpoint")
         if change.ndim == 2 and layer != name:
-            if change.any():
-                yield layer, *decompose(change, reduction.rank, reduction.energy)
+            yield layer, *decompose(change, reduction.rank, reduction.energy)
         else:
             nothing = Factors(change.new_empty(0, 0), change.new_empty(0, 0))
             yield layer, nothing, 0.0, change.square().sum().item()

@@ -43,6 +43,7 @@ COMMANDS = {
     "prepare_dataset",
     "caption_dataset",
     "make_first_frames",
+    "split_scenes",
     "generate",
 }
 PARTS = {"args", "dataset"}  # the two parts that all commands share

@@ -13,6 +13,7 @@ from checks.captions import check_captioning, settle_prompt
 from checks.data import check_prepared_flags, check_sources, drop_long_buckets, settle_clips
 from checks.deepspeed import check_zero
 from checks.files import check_files
+from checks.footage import check_splitting
 from checks.fsdp import check_fsdp
 from checks.generation import settle_generation
 from checks.memory import check_memory, check_optimizer, settle_memory
@@ -34,6 +35,7 @@ from flags.settings import (
     FirstFrameSettings,
     GenerationSettings,
     PreparationSettings,
+    SplittingSettings,
     TrainingSettings,
 )
 
@@ -153,6 +155,23 @@ def parse_caption_args(argv: Sequence[str] | None = None) -> CaptioningSettings:
     with _reported(parser):
         check_captioning(settings, given)
     return replace(settings, captions=settle_prompt(settings.captions))
+
+
+def parse_split_args(argv: Sequence[str] | None = None) -> SplittingSettings:
+    """Read and check the flags of split_scenes.py; see `parse_args`."""
+    parser = FlagParser(
+        SplittingSettings,
+        required=(("data_root",), ("output_dir",)),
+        has_config=False,
+        usage="%(prog)s --data_root FOOTAGE --output_dir FOLDER [flags]",
+        description="Cut footage into clips of one scene each. Run again to continue a stopped run, or after adding "
+        "footage.",
+    )
+    groups, _ = parser.read(argv)
+    settings = SplittingSettings(**groups)
+    with _reported(parser):
+        check_splitting(settings)
+    return settings
 
 
 def parse_first_frame_args(argv: Sequence[str] | None = None) -> FirstFrameSettings:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from cli.schema import group
 from flags.captions import CaptionFlags, CaptionFrameFlags, CaptionModelFlags
 from flags.data import ClipFlags, LoaderFlags, PreparedFlags, SourceFlags
+from flags.footage import FootageFlags, SceneFlags
 from flags.generation import ContentFlags, OutputFlags, PlannedVideo, ResultFlags, SamplingFlags, SamplingMemoryFlags
 from flags.memory import MemoryFlags
 from flags.model import EncoderFlags, ModelFlags, SampledModelFlags
@@ -73,6 +74,14 @@ class CaptioningSettings:
     model: CaptionModelFlags = group("model")
     frames: CaptionFrameFlags = group("what the model sees")
     captions: CaptionFlags = group("captions")
+
+
+@dataclass(frozen=True)
+class SplittingSettings:
+    """The settings of split_scenes.py."""
+
+    footage: FootageFlags = group("footage")
+    scenes: SceneFlags = group("scenes")
 
 
 @dataclass(frozen=True)

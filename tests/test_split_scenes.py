@@ -154,12 +154,16 @@ def test_a_run_continues_with_what_is_missing(films, out, capsys):
     last = out / rows[-1]["video"]
     last.unlink()
     (out / "clips.csv").unlink()
+    half = last.with_name(f".0123.partial.{last.name}")
+    half.touch()
     next((out / "sources").glob("film-01-*")).unlink()
     before = states(out)
+    before.pop(half.name)
     run(films, out)
     assert "1 of 2 films are done already" in capsys.readouterr().out
     after = states(out)
     assert after.keys() - before.keys() == {last.name}
+    assert not half.exists()
     assert before.items() <= after.items()
     assert (out / "clips.csv").read_bytes() == table
 

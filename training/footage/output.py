@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import atomic_write, remove_partials
 from flags.footage import CLIPS_TABLE, DETECTORS, SceneFlags
 from footage.scenes import Scene
-from footage.split import RECORDS, Film, Record, clip_file
+from footage.split import CLIPS, RECORDS, Film, Record, clip_file
 
 
 SETTINGS_FILE, SKIPPED_FILE = "split.json", "skipped_scenes.csv"
@@ -58,7 +58,12 @@ class OutputFolder:
             )
 
     def start(self) -> None:
-        """Record the flags, before the first clip is written."""
+        """Record the flags before the first clip is written, and remove what killed runs left."""
+        for folder in (self.folder, *self.folder.glob("*/"), *self.folder.glob(f"{CLIPS}/*/")):
+            remove_partials(folder)
+        self._save()
+
+    def _save(self) -> None:
         with atomic_write(self.folder / SETTINGS_FILE) as partial:
             partial.write_text(json.dumps({"settings": self._settings, "tables": self._digests}), encoding="utf-8")
 
@@ -99,7 +104,7 @@ class OutputFolder:
             table = _csv(clips)
             if _digest(table) not in self._digests:
                 self._digests.append(_digest(table))
-                self.start()  # before the table, so that a killed run does not take it for an edited one
+                self._save()  # before the table, so that a killed run does not take it for an edited one
             _write(self.folder / CLIPS_TABLE, table)
         if skipped:
             _write(self.folder / SKIPPED_FILE, _csv(skipped))

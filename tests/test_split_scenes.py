@@ -77,7 +77,7 @@ def test_each_scene_becomes_a_clip_of_exactly_its_frames(films, out):
     found = [(Path(row["source"]).name, int(row["source_start"]), int(row["source_end"])) for row in rows]
     last = NUM_FRAMES
     planned = [(film, start + 2 * (start > 0), end - 2 * (end < last)) for film, start, end in truth(films)]
-    assert found == [(film, start, end) for film, start, end in planned if end - start >= 48]
+    assert found == [(film, start, end) for film, start, end in planned if end - start >= 60]
     for row, (_, start, end) in zip(rows, found, strict=True):
         clip, source = all_frames(out / row["video"]), all_frames(Path(row["source"]))[start:end]
         assert len(clip) == end - start
@@ -192,7 +192,7 @@ def test_several_processes_write_the_same_clips(films, out, tmp_path):
 def test_other_flags_in_the_same_folder_are_refused(films, out, capsys):
     run(films, out, "--threshold", "2.5")  # the usual one, spelt out
     run(films, out, "--min_seconds", "1", code=2)
-    expected = f"--output_dir: {out} has clips made with --min_seconds 2.0, not 1.0; pass the same flags"
+    expected = f"--output_dir: {out} has clips made with --min_seconds 2.5, not 1.0; pass the same flags"
     assert expected in capsys.readouterr().err
 
 

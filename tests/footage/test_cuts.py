@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
+from clip_files import write_mp4
 from encoded_clips import encode, ffmpeg
 from footage.cuts import make_detector, survey_video
+from make_footage import FPS, draw_shot, plan_film
 from video.probe import probe_video
 
 
-def survey(path, detector="adaptive", threshold=3.0, every=12):
+def survey(path, detector="adaptive", threshold=2.5, every=12):
     return survey_video(path, probe_video(path), make_detector(detector, threshold), glance_every=every)
 
 
@@ -16,6 +18,14 @@ def test_a_film_with_fades_and_fast_motion_is_cut_at_its_cuts_only(film):
     path, shots = film
     assert {"fast", "fade"} <= {shot.kind for shot in shots}
     assert survey(path).cuts == [shot.start for shot in shots[1:]]
+
+
+@pytest.mark.parametrize(("seed", "frame"), [(0, 6280), (4, 6920)])
+def test_hues_in_the_dark_are_no_cuts(tmp_path, seed, frame):
+    # Fades in which PySceneDetect alone finds two cuts each.
+    shot = next(shot for shot in plan_film(14400, seed) if shot.start <= frame < shot.end)
+    write_mp4(tmp_path / "fade.mp4", draw_shot(shot), FPS)
+    assert survey(tmp_path / "fade.mp4", threshold=2.5).cuts == []
 
 
 def test_scenes_of_a_few_frames_are_told_apart(tmp_path):

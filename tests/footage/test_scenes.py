@@ -42,7 +42,7 @@ def test_scenes_are_measured_without_their_margins():
         (116, 250, ""),
     ]
     assert [scene.skipped for scene in plan([60, 113], min_seconds=2, margin_frames=2)] == ["", TOO_SHORT, ""]
-    assert [scene.skipped for scene in plan([60, 62], margin_frames=2)] == ["", TOO_SHORT, ""]
+    assert [scene.skipped for scene in plan([90, 92], margin_frames=2)] == ["", TOO_SHORT, ""]
 
 
 @pytest.mark.parametrize(("seconds", "parts"), [(10, [250]), (5, [125] * 2), (4, [83, 84, 83])])
@@ -63,7 +63,7 @@ def test_lengths_follow_the_times_of_the_frames():
 
 def test_a_scene_is_black_if_nothing_in_it_is_brighter():
     black, bright = glance(30, 0, 0, 0, 0), glance(60, 0, 0, 0, 0, dark=90)
-    assert [scene.skipped for scene in plan([60], glances=[black, glance(100)])] == [BLACK, ""]
+    assert [scene.skipped for scene in plan([90], glances=[black, glance(100)])] == [BLACK, ""]
     assert [scene.skipped for scene in plan([80], glances=[black, bright, glance(100)])] == ["", ""]
 
 

@@ -44,7 +44,9 @@ class SceneFlags:
         shown=", ".join(f"{name} {value:g}" for name, value in DETECTORS.items()),
     )
     min_seconds: PositiveFloat = flag(
-        2.0, "Skip shorter scenes. A clip of 49 frames at the models' 8 frames per second has 6.", metavar="S"
+        2.5,
+        "Skip shorter scenes. At the models' 8 frames per second, 17 frames are 2.1 seconds and 49 are 6.1.",
+        metavar="S",
     )
     max_seconds: PositiveFloat = flag(
         10.0, "Split longer scenes into equal parts of at most this length; at least twice --min_seconds.", metavar="S"

@@ -59,7 +59,8 @@ class Record:
 
 def clip_file(key: str, scene: Scene) -> str:
     """Return the path below --output_dir of the clip of a film's scene."""
-    return f"{CLIPS}/{key}/{scene.start:06d}-{scene.end:06d}.mp4"
+    name = key.rpartition("-")[0]  # without the digest
+    return f"{CLIPS}/{key}/{name}-{scene.start:06d}-{scene.end:06d}.mp4"
 
 
 def split_film(film: Film, folder: Path, flags: SceneFlags, num_threads: int = 1, show_bars: bool = False) -> None:

@@ -40,7 +40,7 @@ OFF_IN_TRAINING = """
 UNSET_IN_TRAINING = """
     validation_prompt validation_dataset_file validation_images validation_epochs validation_steps seed
     mixed_precision max_train_steps checkpoints_total_limit checkpoint_minutes resume_from_checkpoint snr_gamma
-    beta3 memory_budget_gb attention_backend validation_attention_backend hub_token hub_model_id
+    max_tokens_per_batch beta3 memory_budget_gb attention_backend validation_attention_backend hub_token hub_model_id
 """
 OFF_IN_PREPARATION = "save_image_latents dry_run save_latents_and_embeddings use_slicing use_tiling text_encoder_8bit"
 

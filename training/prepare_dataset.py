@@ -8,7 +8,7 @@ or
       --height_buckets 480 --width_buckets 720 --dtype bf16 --save_latents_and_embeddings
 
 and on several GPUs with `torchrun --nproc_per_node=N` or `accelerate launch` instead of `python`. A second run does
-only what is missing. `--dry_run` only shows the samples that would be made, as a table and a picture.
+only what is missing. `--dry_run` only shows the samples that would be made, as a table, a picture and a page.
 """
 
 from collections.abc import Sequence

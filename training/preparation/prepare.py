@@ -36,9 +36,10 @@ from models.configs import CPU, DTYPES, ModelConfigs, precision_warning
 from models.fingerprints import fingerprint_encoders
 from models.source import ModelSource
 from parallel.preflight import check_preparation
-from planning.plan import RawData, describe_plan, report_skipped
+from planning.plan import SKIPPED_FILE, RawData, describe_plan, report_skipped
 from preparation.encode import BrokenClips, Preparation, embed_captions, encode_clips
 from preparation.layouts import FileLayout, Layout, Sample, ShardLayout
+from preparation.report import write_report
 
 
 logger = logging.getLogger(__name__)
@@ -223,6 +224,7 @@ def finish(work: Preparation, data: RawData, prepared: PreparedSettings) -> None
         # Another rank finished at the same time, listed the same samples and has removed the staging folder.
         return
     shutil.rmtree(layout.folder / STAGING, ignore_errors=True)
+    write_report(settings, RawData([sample.planned for sample in kept], bad), work.source, complete=SKIPPED_FILE)
     if unlisted:
         logger.warning("%d samples that were prepared here earlier are no longer listed", unlisted)
     flags = f"--data_root {shlex.quote(str(layout.folder))}" + (" --load_tensors" if has_tensors else "")

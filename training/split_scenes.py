@@ -20,7 +20,6 @@ from pathlib import Path
 from args import parse_split_args
 from common.bars import tqdm
 from common.errors import UserError, listing, one_line_errors
-from common.folder_lock import locked_folder
 from common.logs import log_without_tokens
 from common.signals import die_with_parent
 from common.startup import announce
@@ -125,6 +124,8 @@ def _clock(seconds: float) -> str:
 
 def split_scenes(settings: SplittingSettings) -> None:
     """Split all footage that is not done, and write the tables; raises UserError as the parts do."""
+    from common.folder_lock import locked_folder  # with filelock, which --help does not need
+
     footage, folder = settings.footage, Path(settings.footage.output_dir)
     data = find_footage(Path(footage.data_root))
     check_bad_clips(data, footage.on_bad_clip)

@@ -81,7 +81,8 @@ def compile_all(transformer, scope: str, *, streams: bool):
 
 @pytest.mark.parametrize(("scope", "streams", "attentions"), [("block", False, 2), ("all-but-attention", True, 1)])
 def test_checkpoints_in_compiled_blocks_are_offloaded_and_streamed(tiny_models, scope, streams, attentions):
-    transformer, freed = with_adapters(tiny_models("5b"), dropout=0.0), []
+    # DoRA empties a cache in each forward pass, a side effect in a checkpoint.
+    transformer, freed = with_adapters(tiny_models("5b"), dropout=0.0, use_dora=not streams), []
     set_attention(transformer)
     expected = train_step(transformer)
     store, stream, graphs = compile_all(transformer, scope, streams=streams)

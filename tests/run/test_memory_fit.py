@@ -168,6 +168,7 @@ def test_what_was_typed_or_cannot_be_compiled_is_not_compiled_unasked(compiles, 
     assert not compiles(*long, "--attention_backend", "flash-attn-3", "--mixed_precision", "bf16")[0]
     assert compiles(*long)[0] and not compiles(*long, launch="ACCELERATE_USE_FSDP")[0]
     assert compiles(*long, launch="ACCELERATE_USE_CPU") == (False, "")
+    assert not compiles(*long, "--train_batch_size", "1", "--max_tokens_per_batch", "999")[0]
     monkeypatch.setattr("models.compilation.has_triton", lambda: False)
     assert not compiles(*long)[0]
 

@@ -137,7 +137,8 @@ def _checkpointed_block(transformer: CogVideoXTransformer3DModel, *, keeps_atten
             return compute(*inputs)
         if not omits_last:
             return checkpoint(compute, *inputs, use_reentrant=False, **options)
-        return last_part(block, *checkpoint(first_part, *inputs, use_reentrant=False, **options))
+        part = checkpoint(first_part, *inputs, use_reentrant=False, **options)
+        return last_part(block, part, image_rotary_emb)
 
     return checkpointed
 

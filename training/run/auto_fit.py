@@ -49,6 +49,8 @@ def earns_to_compile(recipe: Recipe) -> bool:
     is_package = "flash-attn" in (settings.speed.attention_backend or "")
     if "compile" in settings.given or not has_card() or is_divided or is_package:
         return False
+    if settings.training.max_tokens_per_batch:  # every combination of sizes would be compiled
+        return False
     try:
         check_speed(replace_flags(settings, compile=True))
         check_compiler(torch.device("cuda"))
@@ -60,9 +62,8 @@ def earns_to_compile(recipe: Recipe) -> bool:
 def count_steps(recipe: Recipe) -> int:
     """Return the steps of a run from its beginning."""
     training, data = recipe.settings.training, recipe.data
-    sampler = BucketBatchSampler(
-        data.buckets, training.train_batch_size, seed=0, repeats=data.repeats, world_size=launch_size()
-    )
+    limit, ranks = recipe.batch_limit, launch_size()
+    sampler = BucketBatchSampler(data.buckets, limit, seed=0, repeats=data.repeats, world_size=ranks)
     per_epoch = math.ceil(sampler.batches_per_epoch / training.gradient_accumulation_steps)
     return training.max_train_steps or training.num_train_epochs * per_epoch
 

@@ -92,10 +92,14 @@ def run_facts(recipe: Recipe) -> RunFacts:
     )
 
 
+def has_card() -> bool:
+    """Return whether the run is on a GPU."""
+    return torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
+
+
 def is_left_to_card(settings: TrainingSettings) -> bool:
     """Return whether the card decides on the memory settings: there is one, and no flag says what to compute again."""
-    has_card = torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
-    return has_card and not settings.given & CHECKPOINT_FLAGS
+    return has_card() and not settings.given & CHECKPOINT_FLAGS
 
 
 def is_chosen(settings: TrainingSettings) -> bool:

@@ -84,7 +84,7 @@ def run_facts(recipe: Recipe) -> RunFacts:
     return RunFacts(
         model=model_key(configs.transformer),
         method=recipe.settings.method,
-        size=max(recipe.data.buckets, key=prod),
+        size=max(recipe.data.buckets.counts, key=prod),
         batch_size=recipe.settings.training.train_batch_size,
         adapters=adapter_key(method.rank, method.target_modules, use_dora=method.use_dora) if is_lora else "",
         sampled=recipe.sampled_size,

@@ -84,7 +84,7 @@ class Recipe:
     @property
     def clip_sizes(self) -> set[Bucket]:
         """The sizes of all clips, held-out ones included."""
-        return {*self.data.buckets, *(self.data.held_out.buckets if self.data.held_out else [])}
+        return {*self.data.buckets.counts, *(self.data.held_out.buckets.counts if self.data.held_out else [])}
 
     @property
     def sizes(self) -> set[Bucket]:

@@ -5,9 +5,14 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 settings.register_profile("suite", deadline=None)  # a busy machine is not a failure
@@ -52,6 +57,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Forget what was compiled, before and after."""
+    import torch
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(optimize_ddp=torch._dynamo.config.optimize_ddp):
+        yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -102,3 +118,14 @@ def prepared_demo(tiny_models, demo_clips, tmp_path_factory) -> Callable[..., Pa
         return folder
 
     return prepare
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """Headless Chromium. Not for the session: while Playwright runs, nothing else can use asyncio in its process."""
+    from browser import CHROMIUM, start_chromium
+
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
+    with start_chromium() as browser:
+        yield browser

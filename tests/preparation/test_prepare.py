@@ -8,7 +8,9 @@ import json
 import os
 import re
 import shutil
+from base64 import b64decode
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import av
@@ -32,10 +34,12 @@ from data.sources import DataSource, read_clips
 from diffusion.latents import image_noise_scales
 from diffusion.randomness import step_generator
 from encoded_clips import all_frames
+from make_full_size_model import full_size_configs
 from models.encoding import encode_noised_image, encode_prompts, encode_videos
 from models.source import ModelSource
 from planning.plan import plan_raw_clips
-from preparation.prepare import name_sample, tensor_bytes, warn_of_overflow
+from preparation.prepare import name_sample, needs_tiles, tensor_bytes, warn_of_overflow
+from preparation.report import REPORT_FILE
 from prepared_folders import rows_of
 from video.probe import VideoInfo, probe_video
 
@@ -111,7 +115,9 @@ def entries_of(folder: Path) -> list[dict]:
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return all files but the report, which shows the command."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != REPORT_FILE)
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def times_of(folder: Path) -> dict[Path, int]:
@@ -155,7 +161,7 @@ def prepared_small(small, prepared_once, tmp_path) -> tuple[Path, Path]:
 
 
 def test_the_folder_has_the_documented_files(prepared):
-    files = {"prepared.json", "index.arrow", "empty_prompt.safetensors"}
+    files = {"prepared.json", "index.arrow", "empty_prompt.safetensors", "report.html"}
     assert {path.name for path in prepared.iterdir()} == files | {"latents", "prompt_embeds"}
     # Five clips of five sizes: a shard for each; the captions are in one.
     assert len(list((prepared / "latents").glob("*.safetensors"))) == 5
@@ -299,12 +305,23 @@ def test_a_split_clip_becomes_several_samples(model, vae, small, tmp_path):
     assert torch.equal(moments, encode_videos(vae, torch.from_numpy(last)[None])[0])
 
 
+def test_the_report_shows_the_clips_as_the_model_sees_them(prepared, rows):
+    page = (prepared / "report.html").read_text(encoding="utf-8")
+    assert "5 samples are prepared" in page
+    pictures = re.findall(r'src="data:image/jpeg;base64,(.*?)"', page)
+    shown = [np.asarray(Image.open(BytesIO(b64decode(picture))), dtype=int) for picture in pictures]
+    truth = [frames_of(video)[place] for video, _ in rows for place in (0, FRAMES // 2, FRAMES - 1)]
+    assert len(shown) == len(truth)
+    for frame in truth:  # in the order of the buckets
+        assert min(np.abs(one - frame).mean() for one in shown if one.shape == frame.shape) < 3
+
+
 def test_layout_files_is_that_of_the_original_script(prepared_files, small):
     names = {path.stem for path in (prepared_files / "videos").iterdir()}
     assert len(names) == 2
     for kind, suffix in {**FILES, "images": ".png", "image_latents": ".pt"}.items():
         assert {path.name for path in (prepared_files / kind).iterdir()} == {name + suffix for name in names}
-    lists = {"prepared.json", "data.jsonl", "prompts.txt", "videos.txt", "empty_prompt.safetensors"}
+    lists = {"prepared.json", "data.jsonl", "prompts.txt", "videos.txt", "empty_prompt.safetensors", "report.html"}
     assert {path.name for path in prepared_files.iterdir()} == lists | {*FILES, "images", "image_latents"}
     for (_, caption), entry in zip(small, entries_of(prepared_files), strict=True):
         assert (prepared_files / entry["prompt"]).read_text() == caption
@@ -329,7 +346,7 @@ def test_the_preview_shows_the_frames_of_the_bucket(prepared_files, small):
 def test_without_tensors_the_folder_is_a_data_set_of_raw_clips(model, small, tmp_path):
     data = write_data(tmp_path / "data", small)
     folder = prepare(model, data, tmp_path / "out", "--target_fps", "12", tensors=False)
-    written = {"prepared.json", "prompts.txt", "videos.txt", "videos", "prompts"}
+    written = {"prepared.json", "prompts.txt", "videos.txt", "videos", "prompts", "report.html"}
     assert {path.name for path in folder.iterdir()} == written
     clips, bad = read_clips(DataSource(folder), tmp_path / "cache")
     assert not bad
@@ -457,6 +474,32 @@ def test_a_folder_prepared_with_other_settings_is_refused(model, prepared_small,
     assert contents(folder) == before
 
 
+def test_tiles_are_used_only_if_memory_asks_for_them(tmp_path, caplog):
+    def needs(*flags: str, gigabytes: float) -> bool:
+        argv = ["--data_root", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--dtype", "bf16", *flags]
+        sizes = {Bucket(9, 480, 720), Bucket(49, 480, 720)}
+        return needs_tiles(parse_prepare_args(argv), full_size_configs("5b"), sizes, int(gigabytes * 2**30))
+
+    # 6.3 GB for the activations, and a quarter more.
+    assert not needs(gigabytes=8)
+    assert "49x480x720" not in caplog.text
+    with caplog.at_level("INFO"):
+        assert needs(gigabytes=7.5)
+    assert "encoding 49x480x720 takes 7.84 GB, 7.50 GB are free: the VAE encodes tiles; --no-use_tiling" in caplog.text
+    assert needs("--batch_size", "4", gigabytes=24)
+    assert not needs("--batch_size", "4", "--use_slicing", gigabytes=24)
+
+
+def test_a_folder_keeps_its_decision_on_tiles(model, small, tmp_path, capsys):
+    data = write_data(tmp_path / "data", small[:1])
+    folder = prepare(model, data, tmp_path / "out", "--use_tiling")
+    before = contents(folder)
+    prepare(model, data, folder)
+    assert json.loads(before[Path("prepared.json")])["tiling"] is True
+    assert contents(folder) == before
+    assert "tiling was True, is now False" in refuse(capsys, model, data, folder, "--no-use_tiling")
+
+
 def test_another_preparation_into_the_same_folder_is_refused_until_the_first_ends(model, prepared_small, capsys):
     data, output = prepared_small
     before = (output / "index.arrow").read_bytes()
@@ -565,7 +608,7 @@ def test_sizes_that_the_model_cannot_be_trained_at_are_a_warning_in_the_plan(tin
 def test_a_dry_run_writes_only_the_plan(model, rows, tmp_path, capsys):
     data = write_data(tmp_path / "data", [*rows, (tmp_path / "missing.mp4", "not there")])
     assert "missing.mp4" in refuse(capsys, model, data, tmp_path / "out", "--dry_run")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.csv", "contact_sheet.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.csv", "contact_sheet.png", "report.html"}
     with open(tmp_path / "out" / "plan.csv", newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 6

@@ -30,8 +30,8 @@ class PreparationFlags:
     shard_size_mb: PositiveInt = flag(1024, "Approximate size of a shard.", metavar="MIB")
     dry_run: bool = flag(
         False,
-        "Only check the clips and print the plan. Writes it clip by clip to plan.csv in --output_dir, and a picture "
-        "of some clips as the model will see them to contact_sheet.png.",
+        "Only check the clips and print the plan. Writes it clip by clip to plan.csv in --output_dir, a picture of "
+        "some clips as the model will see them to contact_sheet.png, and a page with both to report.html.",
     )
     target_fps: PositiveInt = flag(8, "Frame rate of previews of --layout files; --fps resamples.", metavar="RATE")
     max_sequence_length: PositiveInt = flag(226, "Length of embeddings in tokens; released models need the default.")
@@ -45,7 +45,12 @@ class EncodingFlags:
     batch_size: PositiveInt = flag(1, "Clips per device that are encoded at once; lower it if memory runs out.")
     text_encoder_8bit: bool = text_encoder_flag()
     use_slicing: bool = flag(False, "Let the VAE encode one clip of a batch at a time: less memory, a little slower.")
-    use_tiling: bool = flag(False, "Let the VAE encode overlapping tiles of a frame: much less memory, slower.")
+    use_tiling: bool | None = flag(
+        None,
+        "Let the VAE encode overlapping tiles of a frame: much less memory, 1.4 times the arithmetic, and slightly "
+        "other latents.",
+        shown="as the folder was begun; in a new one, only if full frames do not fit into the GPU's free memory",
+    )
     num_decode_threads: NonNegativeInt = flag(0, "Threads that decode one clip; 0 lets the decoder choose.")
     num_artifact_workers: PositiveInt = flag(4, "Threads that write files while the next clips are encoded.")
 

@@ -4,8 +4,11 @@ They are the activations of `models.blocks`, listed in `block_tensors`. A unit i
 text and video, in the compute dtype.
 """
 
-from math import prod
+from collections.abc import Mapping
+from math import ceil, prod
+from typing import Any
 
+from data.buckets import Bucket
 from memory.activations import count_kept
 from memory.facts import ModelFacts, Workload
 from memory.settings import MemorySettings
@@ -21,7 +24,7 @@ def block_tensors(facts: ModelFacts, settings: MemorySettings, workload: Workloa
     Tensors of a few rows (modulations, gates) are omitted. LoRA: a frozen layer keeps no input, an adapter does. Full
     fine-tuning: every layer keeps its input, and so do gates.
     """
-    tokens = workload.batch_size * facts.count_tokens(workload.size)
+    tokens = ceil(workload.batch_size * facts.count_tokens(workload.size))
     compute = workload.compute_bytes
     unit = tokens * facts.dim * compute
     is_full = settings.method == "sft"
@@ -58,7 +61,7 @@ def kept_memory(facts: ModelFacts, settings: MemorySettings, workload: Workload)
     tensors = block_tensors(facts, settings, workload)
     block = sum(tensors.values())
     feed_forward = sum(tensors[name] for name in _FEED_FORWARD)
-    size = workload.batch_size * facts.count_tokens(workload.size) * facts.dim
+    size = ceil(workload.batch_size * facts.count_tokens(workload.size)) * facts.dim
     unit = size * workload.compute_bytes
     scope = settings.checkpoint_scope if settings.gradient_checkpointing else "none"
     every = settings.checkpoint_every
@@ -95,9 +98,10 @@ def _backward_extra(facts: ModelFacts, settings: MemorySettings, workload: Workl
 def batch_bytes(facts: ModelFacts, workload: Workload) -> int:
     """Return the bytes of moments, latents, noise and prediction, prompt embeddings and positions."""
     config = facts.configs.transformer
-    latents = workload.batch_size * prod(workload.size.latent_shape) * facts.configs.vae["latent_channels"]
+    batch_size = ceil(workload.batch_size)
+    latents = batch_size * prod(workload.size.latent_shape) * facts.configs.vae["latent_channels"]
     text_tokens = config["max_text_seq_length"]
-    embeds = workload.batch_size * text_tokens * config["text_embed_dim"] * workload.compute_bytes
+    embeds = batch_size * text_tokens * config["text_embed_dim"] * workload.compute_bytes
     num_bytes = 8 * 4 * latents + embeds  # about eight tensors of the latents' size in float32
     if config["use_rotary_positional_embeddings"]:
         num_bytes += 2 * (facts.count_tokens(workload.size) - text_tokens) * (facts.dim // facts.heads) * 4
@@ -128,3 +132,25 @@ def decoding_bytes(facts: ModelFacts, workload: Workload) -> int:
     tile = min(height * 8, vae["sample_height"] // 2) * min(width * 8, vae["sample_width"] // 2)
     videos = 2 * prod(workload.sampled) * 3 * workload.compute_bytes  # the tiles and the joined video
     return videos + int(tensors * vae["block_out_channels"][1] * at_once * tile * workload.compute_bytes)
+
+
+def encoding_bytes(vae: Mapping[str, Any], size: Bucket, batch_size: int, itemsize: int) -> int:
+    """Return the peak of encoding videos without tiles and slicing, without weights.
+
+    It is in the encoder's first down block, at full size. The encoder takes eight frames at a time, and at first those
+    that remain too: about five tensors of that many frames, and the frames that convolutions add. From the second time
+    on, it also keeps what each layer needs of earlier frames. The library splits inputs of more than 2^30 numbers.
+
+    Args:
+        vae: its config.
+        itemsize: bytes of a number.
+    """
+    frames, height, width = size
+    pixels = batch_size * height * width * itemsize
+    tensors = 16 + 4.8 * min(frames, 8 + frames % 8)  # of the block's channels, a frame each
+    if frames >= 16:
+        tensors = max(tensors, 75)
+    channels = vae["block_out_channels"][0]
+    if channels * (8 + 2) * pixels / itemsize > 2**30:
+        tensors *= 1.2
+    return int((3 * frames + channels * tensors) * pixels)

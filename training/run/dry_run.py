@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from common.files import atomic_write, nearest_folder
 from common.ranks import launch_rank, launch_size
 from data.buckets import Bucket
 from data.sampler import BucketBatchSampler, Draw
+from data.token_budget import BatchSize, TokenBudget
 from dataset import make_loader
 from flags.settings import TrainingSettings
 from planning.plan import TrainingData
@@ -61,7 +63,7 @@ def trial_spec(recipe: Recipe, *, samples: bool) -> Iterator[RunSpec]:
     """
     settings, folder = recipe.settings, trial_folder(recipe.output_dir)
     accumulation = min(2, settings.training.gradient_accumulation_steps)
-    largest = largest_batch(recipe.data, settings.training.train_batch_size, launch_size(), accumulation)
+    largest = largest_batch(recipe.data, recipe.batch_limit, launch_size(), accumulation)
     try:
         trial = trial_settings(settings, folder, largest.buckets[0] if samples else None)
         yield replace(check_spec(replace(recipe, settings=trial)), data=largest)
@@ -164,13 +166,16 @@ def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | N
     return replace(trial, validation=replace(trial.validation, prompts=prompts, images=images))
 
 
-def largest_batch(data: TrainingData, batch_size: int, num_ranks: int, accumulation: int) -> TrainingData:
+def largest_batch(
+    data: TrainingData, batch_size: BatchSize | TokenBudget, num_ranks: int, accumulation: int
+) -> TrainingData:
     """Return the samples of the largest batch, in pixels, `accumulation` times for each rank.
 
     A bucket that has fewer samples in an epoch than a batch holds has smaller batches.
     """
     sampler = BucketBatchSampler(data.buckets, batch_size, seed=0, repeats=data.repeats)
-    sizes = {bucket: min(batch_size, samples) for bucket, samples in sampler.samples_per_epoch.items()}
-    largest = max(sizes, key=lambda bucket: sizes[bucket] * bucket.num_frames * bucket.height * bucket.width)
-    of_bucket = np.flatnonzero(data.buckets.codes == data.buckets.kinds.index(largest))
-    return data.take(np.resize(of_bucket, sizes[largest] * num_ranks * accumulation).tolist())
+    samples = []
+    for largest, count in sampler.largest_batch(cost=prod).items():
+        of_bucket = np.flatnonzero(data.buckets.codes == data.buckets.kinds.index(largest))
+        samples += np.resize(of_bucket, count * num_ranks * accumulation).tolist()
+    return data.take(samples)

@@ -71,7 +71,7 @@ class RunSpec(Recipe):
     @property
     def samples_per_step(self) -> int:
         """The largest number of samples in an optimizer step, over all ranks."""
-        most = max(map(self.batch_limit.most_of, set(self.data.buckets)))
+        most = max(map(self.batch_limit.most_of, self.data.buckets.counts))
         return self.settings.training.gradient_accumulation_steps * most * self.num_data_ranks
 
     @property

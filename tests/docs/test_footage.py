@@ -26,9 +26,10 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def test_each_command_of_the_way_reads_what_the_one_before_writes(folder):
-    split, caption, prepare, train = map(flags_of, noted_calls(BLOCKS["way"], folder))
+    split, score, caption, prepare, train = map(flags_of, noted_calls(BLOCKS["way"], folder))
     assert (split.data_root, split.crop_bars) == ("my-footage", True)
-    assert caption.dataset_file == f"{split.output_dir}/clips.csv"
+    assert score.dataset_file == caption.dataset_file == f"{split.output_dir}/clips.csv"
+    assert "duplicate" in caption.keep
     assert prepare.dataset_file == f"{split.output_dir}/captions.jsonl"
     assert prepare.data_root == split.output_dir
     assert (train.data_root, train.load_tensors) == (prepare.output_dir, True)

@@ -19,6 +19,7 @@ from args import (
     parse_first_frame_args,
     parse_generate_args,
     parse_prepare_args,
+    parse_score_args,
     parse_split_args,
 )
 from cli.schema import flag_values
@@ -34,6 +35,7 @@ PARSERS = TRAINING_SCRIPTS | {
     "prepare_dataset.py": parse_prepare_args,
     "make_first_frames.py": parse_first_frame_args,
     "caption_dataset.py": parse_caption_args,
+    "score_clips.py": parse_score_args,
     "generate.py": parse_generate_args,
     "split_scenes.py": parse_split_args,
 }

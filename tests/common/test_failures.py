@@ -14,7 +14,8 @@ from common.errors import UserError
 from common.failures import explained_failures
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample
-from data.prepared import PreparedClip, StoredTensor
+from data.index import PreparedClip
+from data.prepared import StoredTensor
 from data.sampler import Draw
 from dataset import ClipDataset, PreparedDataset, make_loader, without_failures
 from video.probe import VideoInfo

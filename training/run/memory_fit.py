@@ -80,7 +80,7 @@ class RunMemory:
 def run_facts(recipe: Recipe) -> RunFacts:
     """Return the facts that memory depends on besides the memory settings."""
     method, configs = recipe.method, recipe.configs
-    is_lora, largest = isinstance(method, Lora), max(recipe.data.buckets, key=prod)
+    is_lora, largest = isinstance(method, Lora), max(recipe.data.buckets.counts, key=prod)
     return RunFacts(
         model=model_key(configs.transformer),
         method=recipe.settings.method,

@@ -1,7 +1,6 @@
 """Describe a run before its first step, as a block of lines."""
 
 import shlex
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -88,7 +87,7 @@ def describe_method(method: Lora | FullFinetune) -> str:
 
 def describe_samples(spec: RunSpec) -> str:
     """Describe the numbers of samples by size, the most frequent sizes first."""
-    sizes = Counter(spec.data.buckets).most_common()
+    sizes = sorted(spec.data.buckets.counts.items(), key=lambda size: -size[1])
     listed = ", ".join(f"{count} x {size}" for size, count in sizes[:_MOST_SIZES])
     more = f" and {len(sizes) - _MOST_SIZES} more sizes" if len(sizes) > _MOST_SIZES else ""
     held_out = spec.data.held_out

@@ -42,7 +42,9 @@ COMMANDS = {
     "cogvideox_image_to_video_sft",
     "prepare_dataset",
     "caption_dataset",
+    "score_clips",
     "make_first_frames",
+    "split_scenes",
     "generate",
     "convert_lora",
 }

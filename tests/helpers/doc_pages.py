@@ -20,6 +20,8 @@ from args import (
     parse_first_frame_args,
     parse_generate_args,
     parse_prepare_args,
+    parse_score_args,
+    parse_split_args,
 )
 from cli.schema import flag_values
 from repository import ROOT
@@ -34,8 +36,10 @@ PARSERS = TRAINING_SCRIPTS | {
     "prepare_dataset.py": parse_prepare_args,
     "make_first_frames.py": parse_first_frame_args,
     "caption_dataset.py": parse_caption_args,
+    "score_clips.py": parse_score_args,
     "generate.py": parse_generate_args,
     "convert_lora.py": parse_convert_args,
+    "split_scenes.py": parse_split_args,
 }
 MARKED_BLOCK = r"<!-- tested: ([\w ]+) -->\n```(?:bash|python)\n(.*?)```"
 # Programs that start our scripts note their arguments; those that need a network or a package index do nothing.

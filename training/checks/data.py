@@ -85,6 +85,8 @@ def check_sources(sources: SourceFlags) -> None:
     for name in ("dataset_config_name", "dataset_streaming"):
         if getattr(sources, name) and not sources.dataset_name:
             raise UserError(f"--{name}: no effect without --dataset_name; omit it")
+    if sources.scores and not (sources.keep or sources.dataset_mix):
+        raise UserError("--scores: no effect without --keep; omit it")
     if sources.dataset_mix and sources.data_root:
         raise UserError("--data_root: each entry of --dataset_mix names its own; omit one of them")
 

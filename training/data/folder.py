@@ -17,12 +17,13 @@ from common.ranks import launch_rank
 from common.text_files import read_utf8
 from data.media_cache import IMAGE_SUFFIXES, is_clip
 from data.rows import Row, Table
+from flags.scores import SCORES_FILE
 
 
 logger = logging.getLogger(__name__)
 
 _SIDE_NOTES = {"readme", "license", "licence", "copying", "notice", "changelog"}
-_SIDE_FILES = {".md", *TABLE_SUFFIXES, "thumbs.db", "desktop.ini"}  # suffixes and names
+_SIDE_FILES = {".md", ".html", *TABLE_SUFFIXES, "thumbs.db", "desktop.ini"}  # suffixes and names
 _EXAMPLES = 3
 _FEWEST_FRAMES = 5  # fewer numbered pictures may be anything
 
@@ -38,9 +39,9 @@ def read_folder(root: Path, captions_file: Path | None = None) -> Table:
     """
     groups, unread = _group_files(root)
     suffixes = [set(map(_suffix, files)) for files in groups.values()]
-    tables = sorted(name for name in os.listdir(root) if _suffix(name) in TABLE_SUFFIXES and name[0] != ".")
-    if captions_file is not None:
-        tables = [name for name in tables if (root / name).resolve() != captions_file.resolve()]
+    ours = {(root / SCORES_FILE).resolve(), captions_file and captions_file.resolve()}
+    names = sorted(name for name in os.listdir(root) if _suffix(name) in TABLE_SUFFIXES and name[0] != ".")
+    tables = [name for name in names if (root / name).resolve() not in ours]
     if tables and not any(".txt" in kinds and len(kinds) > 1 for kinds in suffixes):
         raise UserError(
             f"{root} has no clips with captions beside them, but {', '.join(tables)}: pass "
@@ -69,7 +70,7 @@ def _group_files(root: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]
     A name is the same whether or not an accent is a character of its own.
     """
     groups, unread = {}, {}
-    for file in sorted(_visible_files(root)):
+    for file in sorted(visible_files(root)):
         is_read = _suffix(file) == ".txt" or is_clip(root / file)
         if is_read or not _is_side_file(file):
             name = normalize("NFC", os.path.splitext(file)[0])
@@ -92,8 +93,8 @@ def _all_rows(
             yield from _rows(root, name, files, unread.get(name, ()), captions_needed)
 
 
-def _visible_files(root: Path) -> Iterator[str]:
-    """Yield files as paths below root. Each folder is read once, even if links form a cycle."""
+def visible_files(root: Path) -> Iterator[str]:
+    """Yield files as paths below root, without hidden ones. Each folder is read once, even if links form a cycle."""
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_report_folder):
         # An earlier preparation or dry run wrote a folder with one of these files.

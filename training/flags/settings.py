@@ -6,11 +6,13 @@ from cli.schema import group
 from flags.captions import CaptionFlags, CaptionFrameFlags, CaptionModelFlags
 from flags.conversion import BaseModelFlags, ConvertedFlags, ConvertedOutputFlags, ReductionFlags
 from flags.data import ClipFlags, LoaderFlags, PreparedFlags, SourceFlags
+from flags.footage import FootageFlags, SceneFlags
 from flags.generation import ContentFlags, OutputFlags, PlannedVideo, ResultFlags, SamplingFlags, SamplingMemoryFlags
 from flags.memory import MemoryFlags
 from flags.model import EncoderFlags, ModelFlags, SampledModelFlags
 from flags.optimizer import OptimizerFlags
 from flags.preparation import EncodingFlags, FirstFrameFlags, PreparationFlags
+from flags.scores import ScoreFlags
 from flags.speed import SpeedFlags
 from flags.tracking import HubFlags, TrackingFlags
 from flags.training import (
@@ -74,6 +76,22 @@ class CaptioningSettings:
     model: CaptionModelFlags = group("model")
     frames: CaptionFrameFlags = group("what the model sees")
     captions: CaptionFlags = group("captions")
+
+
+@dataclass(frozen=True)
+class SplittingSettings:
+    """The settings of split_scenes.py."""
+
+    footage: FootageFlags = group("footage")
+    scenes: SceneFlags = group("scenes")
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """The settings of score_clips.py."""
+
+    sources: SourceFlags = group("data")
+    scores: ScoreFlags = group("scores")
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,21 @@ import csv
 import json
 import os
 import shlex
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write, path_of_script
 from common.text_files import digest_lines
-from data.buckets import Bucket, count_tokens, make_buckets, native_fps
+from data.buckets import BucketColumn, count_tokens, make_buckets, native_fps
 from data.clips import BadClip, ClipSample, plan_clips
+from data.keep import keep_clips
 from data.mix import read_mix, weights_to_repeats
-from data.prepared import PreparedClip, read_index, read_prepared_settings
+from data.prepared import read_prepared_settings
 from data.sources import DataSource, read_clips
 from data.token_budget import BatchSize, TokenBudget
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
@@ -29,6 +29,11 @@ from video.cache import FileCache, default_cache_folder
 from video.probe import probe_files
 
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from data.index import PreparedIndex
+
 SKIPPED_FILE = "skipped_clips.csv"
 
 
@@ -38,12 +43,13 @@ class RawData:
 
     clips: Sequence[ClipSample]
     bad: Sequence[BadClip] = ()
+    dropped: Sequence[BadClip] = ()  # by --keep, which is no reason to stop
     held_out: "RawData | None" = None  # clips whose loss is measured, not trained on
 
-    @property
-    def buckets(self) -> list[Bucket]:
+    @cached_property
+    def buckets(self) -> BucketColumn:
         """The bucket of each clip."""
-        return [planned.bucket for planned in self.clips]
+        return BucketColumn.of([planned.bucket for planned in self.clips])
 
     @property
     def repeats(self) -> list[float]:
@@ -58,31 +64,35 @@ class RawData:
     @cached_property
     def fingerprint(self) -> str:
         """A description that changes with the content of the samples, not with their paths."""
-        return _describe_samples(
-            [
-                (
-                    planned.info.content,
-                    planned.first_frame and planned.first_frame.content,
-                    planned.frame_indices,
-                    planned.bucket,
-                    planned.clip.caption,
-                    planned.clip.repeats,
-                )
-                for planned in self.clips
-            ]
+        facts = (
+            (
+                planned.info.content,
+                planned.first_frame and planned.first_frame.content,
+                planned.frame_indices,
+                planned.bucket,
+                planned.clip.caption,
+                planned.clip.repeats,
+            )
+            for planned in self.clips
         )
+        return _describe_samples(len(self.clips), map(repr, facts))
 
     @property
     def num_listed(self) -> int:
-        """The number of listed clips, unusable ones included; a split clip counts once."""
-        return len({id(planned.clip) for planned in self.clips}) + len(self.bad)
+        """The number of listed clips, unusable and dropped ones included; a split clip counts once."""
+        return len({id(planned.clip) for planned in self.clips}) + len(self.bad) + len(self.dropped)
+
+    def take(self, samples: Sequence[int]) -> "RawData":
+        """Return only some samples, each of them once per epoch."""
+        taken = [self.clips[sample] for sample in samples]
+        return replace(self, clips=[replace(one, clip=replace(one.clip, repeats=1.0)) for one in taken])
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """Prepared samples."""
 
-    clips: Sequence[PreparedClip]
+    clips: "PreparedIndex"
     folders: Sequence[Path]  # of the samples
     held_out: RawData | None = None  # clips whose loss is measured, not trained on
 
@@ -91,26 +101,28 @@ class PreparedData:
     @cached_property
     def fingerprint(self) -> str:
         """A description that changes with the content of the samples, not with their paths."""
-        return _describe_samples(
-            [(clip.name, clip.prompt_embeds.key, clip.bucket, clip.repeats) for clip in self.clips]
-        )
+        return _describe_samples(len(self.clips), self.clips.describe())
 
     @property
-    def buckets(self) -> list[Bucket]:
+    def buckets(self) -> BucketColumn:
         """The bucket of each sample."""
-        return [clip.bucket for clip in self.clips]
+        return self.clips.buckets
 
     @property
-    def repeats(self) -> list[float]:
-        """How often each sample is drawn in an epoch."""
-        return [clip.repeats for clip in self.clips]
+    def repeats(self) -> "np.ndarray":
+        """How often each sample is drawn in an epoch, `[N]`."""
+        return self.clips.repeats
+
+    def take(self, samples: Sequence[int]) -> "PreparedData":
+        """Return only some samples, each of them once per epoch."""
+        return replace(self, clips=self.clips.take(samples))
 
 
 TrainingData = RawData | PreparedData
 
 
-def _describe_samples(samples: Sequence[tuple]) -> str:
-    return f"{len(samples)} samples ({digest_lines(map(repr, samples))})"
+def _describe_samples(count: int, lines: Iterable[str]) -> str:
+    return f"{count} samples ({digest_lines(lines)})"
 
 
 def plan_training_data(settings: TrainingSettings) -> TrainingData:
@@ -143,10 +155,11 @@ def plan_raw_clips(flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bo
     files = [clip.video for clip in clips]
     files += [clip.image for clip in clips if with_images and clip.image is not None]
     infos = probe_files(files, FileCache(cache))
-    planned, bad = [], []
-    for of_source, unreadable in read:
+    planned, bad, dropped = [], [], []
+    for source, (of_source, unreadable) in zip(sources, read, strict=True):
+        kept, dropped_here, unscored = keep_clips(of_source, infos, source)
         usable, unusable = plan_clips(
-            of_source,
+            kept,
             infos,
             buckets,
             skip_start=flags.skip_frames_start,
@@ -157,8 +170,9 @@ def plan_raw_clips(flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bo
             with_images=with_images,
         )
         planned.append(usable)
-        bad += [*unreadable, *unusable]
-    return RawData(_weighted(sources, planned), bad)
+        bad += [*unreadable, *unscored, *unusable]
+        dropped += dropped_here
+    return RawData(_weighted(sources, planned), bad, dropped)
 
 
 def plan_validation_clips(settings: TrainingSettings, *, with_images: bool) -> RawData | None:
@@ -191,6 +205,7 @@ def validation_data_flags(settings: TrainingSettings) -> tuple[SourceFlags, Clip
         agreed = {name: one for name, one in known.items() if all(other.get(name) == one for other in others)}
         sources = replace(sources, **{name: value for name, value in agreed.items() if hasattr(sources, name)})
         clips = replace(clips, **{name: value for name, value in agreed.items() if hasattr(clips, name)})
+    sources = replace(sources, keep=None)  # a held-out clip is a choice already
     mode = "center" if clips.video_reshape_mode == "random" else clips.video_reshape_mode
     return sources, replace(clips, random_flip=None, video_reshape_mode=mode)
 
@@ -208,10 +223,12 @@ def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[ClipSamp
 
 
 def check_bad_clips(data: RawData, on_bad_clip: str, advise: Callable[[], str | None] = lambda: None) -> None:
-    """Refuse unusable clips, all listed with reasons; with "skip" only if no clip is usable.
+    """Refuse unusable clips, all listed with reasons; with "skip" only if no clip is usable. --keep must keep one.
 
     `advise` returns the line on the flags that keep more clips, if there are any.
     """
+    if data.dropped and not data.clips and not data.bad:
+        raise UserError(listing(f"--keep drops all {len(data.dropped)} clips; relax the condition:", data.dropped))
     if not data.bad or (data.clips and on_bad_clip == "skip"):
         return
     advice = "; fix or remove them, or skip them with --on_bad_clip skip" if data.clips else ""
@@ -266,27 +283,34 @@ def data_sources(flags: SourceFlags) -> list[DataSource]:
         caption_column=flags.caption_column,
         image_column=flags.image_column,
         id_token=flags.id_token,
+        keep=flags.keep,
+        scores=Path(flags.scores) if flags.scores else None,
         allow_outside_paths=flags.allow_outside_paths,
     )
     return read_mix(Path(flags.dataset_mix), source) if flags.dataset_mix else [source]
 
 
 def _read_prepared(sources: Sequence[DataSource]) -> PreparedData:
+    from data.index import PreparedIndex  # pyarrow takes tenths of a second to import
+    from data.read_index import read_index
+
     folders = _prepared_folders(sources)
     indexes = [read_index(source.data_root, allow_outside_paths=source.allow_outside_paths) for source in sources]
     weighted = weights_to_repeats(sources, list(map(len, indexes)))
-    clips = [
-        replace(clip, repeats=clip.repeats * source.repeats if repeats is None else repeats)
-        for source, repeats, index in zip(sources, weighted, indexes, strict=True)
-        for clip in index
+    joined = [
+        index.with_repeats(source.repeats, fixed)
+        for source, fixed, index in zip(sources, weighted, indexes, strict=True)
     ]
-    return PreparedData(clips, folders)
+    return PreparedData(PreparedIndex([folder for index in joined for folder in index.folders]), folders)
 
 
 def _prepared_folders(sources: Sequence[DataSource]) -> list[Path]:
     folders = [source.data_root for source in sources]
     if None in folders:
         raise UserError("--load_tensors: pass the prepared folder as --data_root (in every entry of --dataset_mix)")
+    for source in sources:
+        if source.keep not in (None, read_prepared_settings(source.data_root).get("flags", {}).get("keep")):
+            raise UserError(f"--keep: {source.data_root} is prepared already; pass --keep to prepare_dataset.py")
     return list(dict.fromkeys(folders))
 
 
@@ -306,10 +330,11 @@ def describe_plan(
     if isinstance(data, PreparedData):
         return "\n".join(
             f"{bucket}: {count} prepared samples of {count_tokens(configs.transformer, bucket)} tokens"
-            for bucket, count in sorted(Counter(data.buckets).items())
+            for bucket, count in data.buckets.counts.items()
         )
     table = tabulate(data, settings, model, configs, batch_size=batch_size, num_ranks=num_ranks)
-    return "\n".join(filter(None, [str(table), advise(data, settings, configs.transformer)]))
+    dropped = f"{len(data.dropped)} of {data.num_listed} clips are dropped by --keep" if data.dropped else None
+    return "\n".join(filter(None, [str(table), dropped, advise(data, settings, configs.transformer)]))
 
 
 def tabulate(
@@ -336,15 +361,21 @@ def tabulate(
     )
 
 
-def report_skipped(bad: Sequence[BadClip], folder: Path) -> None:
-    """Write the skipped clips to `skipped_clips.csv` in the output folder and say so; remove the file if none are."""
+def report_skipped(bad: Sequence[BadClip], folder: Path, dropped: Sequence[BadClip] = ()) -> None:
+    """Write the skipped clips to `skipped_clips.csv` in the output folder and say so; remove the file if none are.
+
+    Those that --keep dropped follow the unusable ones.
+    """
     path = folder / SKIPPED_FILE
-    if not bad:
+    if not bad and not dropped:
         path.unlink(missing_ok=True)
         return
     with atomic_write(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("clip", "source", "reason"))
-        table.writerows((clip.what, clip.source, clip.reason) for clip in bad)
+        table.writerows((clip.what, clip.source, clip.reason) for clip in (*bad, *dropped))
     # Not logged, because in a preparation only the first rank logs.
-    tqdm.write(f"{len(bad)} of the clips cannot be used and are skipped: see {path}")
+    if bad:
+        tqdm.write(f"{len(bad)} of the clips cannot be used and are skipped: see {path}")
+    if dropped:
+        tqdm.write(f"{len(dropped)} of the clips are dropped by --keep: see {path}")

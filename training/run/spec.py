@@ -71,7 +71,7 @@ class RunSpec(Recipe):
     @property
     def samples_per_step(self) -> int:
         """The largest number of samples in an optimizer step, over all ranks."""
-        most = max(map(self.batch_limit.most_of, set(self.data.buckets)))
+        most = max(map(self.batch_limit.most_of, self.data.buckets.counts))
         return self.settings.training.gradient_accumulation_steps * most * self.num_data_ranks
 
     @property
@@ -193,7 +193,7 @@ def log_data(recipe: Recipe, num_ranks: int) -> None:
     """Log the buckets of the training data and list the clips skipped, before anything heavy is loaded."""
     settings, data = recipe.settings, recipe.data
     if not isinstance(data, PreparedData):
-        report_skipped(data.bad, recipe.output_dir)
+        report_skipped(data.bad, recipe.output_dir, data.dropped)
     sizes = {"batch_size": recipe.batch_limit, "num_ranks": num_ranks}
     logger.info("%s", describe_plan(data, settings, recipe.source, recipe.configs, **sizes))
     if warning := missing_token(settings, data):

@@ -49,6 +49,7 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
         (2, "lora", "--context_parallel_size 2", "--context_parallel_size: not with DeepSpeed"),
         (2, "lora", "--memory_budget_gb 24", "--memory_budget_gb: .*omit it"),
         (2, "lora", "--quantize_base int8", "--quantize_base int8: DeepSpeed cannot shard quantized"),
+        (3, "lora", "--adapter lokr", "--adapter lokr: DeepSpeed cannot shard weights that peft multiplies"),
         (2, "sft", "--use_ema --mixed_precision bf16 --weights_dtype bf16", "--use_ema: .*--weights_dtype fp32"),
         (3, "lora", "--use_ema", "--use_ema: .*omit it"),
         (3, "lora", "--compile", "--compile: .*use ZeRO-2"),

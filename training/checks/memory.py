@@ -119,6 +119,8 @@ def check_memory(settings: TrainingSettings) -> None:
             raise UserError(f"{flag}: bitsandbytes' weights cannot be streamed; use int8 or omit --stream_blocks")
     if memory.stream_blocks:
         _check_streaming(settings)
+    if settings.lora.adapter != "lora":
+        _check_launcher(f"--adapter {settings.lora.adapter}", "weights that peft multiplies outside their layers")
     if memory.memory_budget_gb and settings.lora.adapter != "lora":
         raise UserError(
             f"--memory_budget_gb: the memory of --adapter {settings.lora.adapter} is not calculated; pass "

@@ -46,6 +46,7 @@ COMMANDS = {
     "make_first_frames",
     "split_scenes",
     "generate",
+    "convert_lora",
 }
 PARTS = {"args", "dataset"}  # the two parts that all commands share
 MOST_MODULES = 16

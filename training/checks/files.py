@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.run_folder import LORA_FILE
+from common.stores import check_url, is_url
 from flags.data import SourceFlags
 
 
@@ -24,15 +25,23 @@ def check_files(
         output_dir: folder to write to; it need not exist yet.
         model_flag: the flag of `model`, for messages.
     """
-    data_root, dataset_file = sources.data_root, sources.dataset_file
     check_model(model, model_flag)
-    if data_root is not None and not os.path.isdir(data_root):
+    check_data(sources)
+    check_writable(output_dir)
+
+
+def check_data(sources: SourceFlags) -> None:
+    """Check that the folder and table of clips exist, or are URLs that can be read."""
+    data_root, dataset_file = sources.data_root, sources.dataset_file
+    for flag, value in (("--data_root", data_root), ("--dataset_file", dataset_file)):
+        if value is not None and is_url(value):
+            check_url(flag, value)
+    if data_root is not None and not is_url(data_root) and not os.path.isdir(data_root):
         raise UserError(f"--data_root: no folder '{data_root}'; pass the folder of your clips")
-    if dataset_file is not None and not os.path.isfile(dataset_file):
+    if dataset_file is not None and not is_url(dataset_file) and not os.path.isfile(dataset_file):
         inside = os.path.join(data_root or "", dataset_file)
         advice = f"did you mean '{inside}'?" if os.path.isfile(inside) else "pass the path of a table of clips"
         raise UserError(f"--dataset_file: no file '{dataset_file}'; {advice}")
-    check_writable(output_dir)
 
 
 def check_model(model: str, flag: str) -> None:
@@ -55,6 +64,8 @@ def check_writable(output_dir: str, flag: str = "--output_dir") -> None:
     Processes of one launch run this at the same time, so it does not create the folder: it tries a nameless
     temporary file in the nearest folder that exists.
     """
+    if is_url(output_dir):
+        raise UserError(f"{flag}: {output_dir} is a URL; pass a folder of this machine, and copy the result later")
     existing = Path(output_dir).absolute()
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent

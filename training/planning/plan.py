@@ -14,6 +14,7 @@ from typing import Any
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write, path_of_script
+from common.remote import default_cache_folder, limit_cache, place
 from common.text_files import digest_lines
 from data.buckets import Bucket, count_tokens, make_buckets, native_fps
 from data.clips import BadClip, ClipSample, plan_clips
@@ -24,7 +25,7 @@ from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
 from planning.report import plan_table
-from video.cache import FileCache, default_cache_folder
+from video.cache import FileCache
 from video.probe import probe_files
 
 
@@ -252,10 +253,11 @@ def advise_early(data: RawData, settings: TrainingSettings | PreparationSettings
 
 
 def data_sources(flags: SourceFlags) -> list[DataSource]:
-    """Return the data sets that the flags name."""
+    """Return the data sets that the flags name, and set the size of the cache of those in stores."""
+    limit_cache(flags.cache_limit_gb)
     source = DataSource(
-        data_root=Path(flags.data_root) if flags.data_root else None,
-        dataset_file=Path(flags.dataset_file) if flags.dataset_file else None,
+        data_root=place(flags.data_root) if flags.data_root else None,
+        dataset_file=place(flags.dataset_file) if flags.dataset_file else None,
         dataset_name=flags.dataset_name,
         dataset_config_name=flags.dataset_config_name,
         dataset_split=flags.dataset_split,

@@ -23,7 +23,7 @@ from caption_server import Answer, CaptionServer, Question, caption_of, refused,
 from captions.endpoint import EndpointCaptioner
 from captions.pool import MOST_FAILURES_IN_A_ROW
 from captions.table import Caption, CaptionFile, CaptionSettings
-from captions.text import IMAGE_PROMPT, VIDEO_PROMPT, NoCaption
+from captions.text import IMAGE_PROMPT, VIDEO_PROMPT, NoCaption, Questions
 from clip_lists import write, write_table
 from common.errors import UserError
 from encoded_clips import encode, numbered_frame
@@ -136,6 +136,17 @@ def test_the_built_in_prompt_depends_on_video_or_still_image(clips, server):
     prompts = {question.numbers[-1]: (question.prompt, len(question.frames)) for question in server.questions}
     assert prompts.pop(200) == (IMAGE_PROMPT, 1)
     assert set(prompts.values()) == {(VIDEO_PROMPT, 8)}
+
+
+def test_a_template_asks_to_omit_what_is_learned_and_a_changed_one_asks_again(clips, server):
+    server.answer = lambda question, _: refused(500) if question.numbers[-1] == 11 else said("A fly.")
+    with pytest.raises(SystemExit):
+        caption(clips, server, "--max_retries", "0", "--overwrite")
+    server.questions.clear()
+    server.answer = lambda *_: said("A fly.")
+    caption(clips, server, "--template", "style", "--overwrite")
+    assert {question.prompt for question in server.questions} == {Questions.built_in("style").video}
+    assert server.lengths_asked() == sorted(LENGTHS.values())
 
 
 def test_without_a_key_none_is_sent_and_temperature_is_zero(clips, server):
@@ -566,6 +577,7 @@ def test_a_bad_address_proxy_or_key_is_one_line(clips, server, capsys, monkeypat
         (["--model", "x", "--prompt", " "], "--prompt is empty; omit it for the built-in prompt"),
         (["--model", "x", "--prompt", "\udcb0"], "--prompt: the text is not UTF-8"),
         (["--model", "x", "--prompt", "a", "--prompt_file", "b"], "--prompt and --prompt_file are both given"),
+        (["--model", "x", "--prompt", "a", "--template", "style"], "--template chooses a built-in question; omit it"),
         (["--model", "x", "--prompt_file", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--model", "x", "--output_file", "captions.csv"], "--output_file: captions.csv must end in .jsonl"),
         (["--model", "x", "--id_token", "X"], "--id_token: unknown flag"),

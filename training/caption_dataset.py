@@ -18,6 +18,7 @@ from pathlib import Path
 from args import parse_caption_args
 from captions.pool import Captioner, caption_clip, caption_clips
 from captions.table import AUTHOR_COLUMN, USER, Caption, CaptionFile, CaptionSettings
+from captions.text import Questions
 from common.bars import tqdm
 from common.errors import UserError, listing, one_line_errors
 from common.hub_token import HubToken
@@ -107,9 +108,11 @@ def ask_for_captions(
     table.check_writable()
     stopped = threading.Event()
     captioner = make_captioner(settings, stopped)
+    prompt, template = settings.captions.prompt, settings.captions.template
+    questions = Questions(prompt, prompt) if prompt else Questions.built_in(template)
     used = CaptionSettings(
         captioner.model,
-        settings.captions.prompt,
+        prompt if template == "everything" else questions.video,
         settings.frames.num_frames,
         (settings.sources.skip_frames_start, settings.sources.skip_frames_end),
         settings.frames.max_size,
@@ -118,7 +121,7 @@ def ask_for_captions(
     )
 
     def caption(path: str, planned: ClipSample) -> None:
-        text = caption_clip(planned, captioner, settings.captions.prompt, settings.frames.max_size)
+        text = caption_clip(planned, captioner, questions, settings.frames.max_size)
         table.append(path, Caption(text, captioner.model), used)
 
     done = table.unfinished(used)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from captions.text import IMAGE_PROMPT, VIDEO_PROMPT, NoCaption, clean_caption
+from captions.text import NoCaption, Questions, clean_caption
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,7 @@ def test_complete_sentences_of_a_cut_answer_are_kept(answer, caption):
     [
         *((empty, False, r"has nothing in it$") for empty in (None, "", " \n", '""', "<think>A cat?</think> ")),
         ("It is 3.5 m lo", True, "no complete sentence in it; raise --max_tokens"),
+        ("I'm sorry, but I can't help.", False, "the model refuses: I'm sorry, but I can't help."),
         ("<think>A cat. Or", True, "thoughts, but no caption; raise --max_tokens"),
     ],
 )
@@ -47,7 +48,9 @@ def test_an_answer_without_a_caption_has_a_reason(answer, was_cut, reason):
         clean_caption(answer, was_cut=was_cut)
 
 
-def test_the_prompts_are_one_line_each():
-    for prompt in (VIDEO_PROMPT, IMAGE_PROMPT):
+@pytest.mark.parametrize("template", ["everything", "style", "motion", "camera"])
+def test_the_prompts_are_one_line_each(template):
+    questions = Questions.built_in(template)
+    for prompt in (questions.video, questions.image):
         assert "\n" not in prompt
         assert "  " not in prompt

@@ -285,8 +285,8 @@ def test_an_image_is_encoded_as_a_video_of_one_frame_with_noise_of_the_requested
 def test_captions_of_more_tokens_than_the_model_reads_are_counted(source, text_pipeline):
     fitting = "word " * 40
     assert len(fitting) < 226 < len(text_pipeline.tokenizer(LONG_PROMPT).input_ids)
-    assert source.count_long_captions([fitting, LONG_PROMPT, "short", LONG_PROMPT], 226) == 2
-    assert source.count_long_captions(["short"], 226) == 0
+    assert source.find_long_captions([fitting, LONG_PROMPT, "short", LONG_PROMPT], 226) == {LONG_PROMPT}
+    assert source.find_long_captions(["short"], 226) == set()
 
 
 def test_captions_mostly_of_characters_unknown_to_the_tokenizer_are_found(source):
@@ -345,7 +345,7 @@ def test_a_tokenizer_without_its_files_is_refused(tiny_models, tmp_path):
     shutil.rmtree(tmp_path / "model" / "tokenizer")
     for ask in (
         lambda: source.load_text_pipeline(torch.float32),
-        lambda: source.count_long_captions([LONG_PROMPT], 226),
+        lambda: source.find_long_captions([LONG_PROMPT], 226),
     ):
         with pytest.raises(UserError, match=r"^the tokenizer of the model '.*' (knows no words|cannot be loaded)"):
             ask()
@@ -374,5 +374,5 @@ def test_the_code_of_a_tokenizer_is_not_run(tiny_models, tmp_path):
     (model / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
     (model / "tokenizer/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     with pytest.raises(UserError, match=r"the tokenizer of the model .* cannot be loaded"):
-        ModelSource(str(model)).count_long_captions(["a" * 300], 226)
+        ModelSource(str(model)).find_long_captions(["a" * 300], 226)
     assert not (tmp_path / "ran").exists()

@@ -19,9 +19,9 @@ BUCKETS = make_buckets([1, 9, 17], [32, 64], [32, 64])
 VIDEO = VideoInfo(17, 64, 64, 8.0)
 
 
-def plan(infos, captions="A cat.", repeats=1.0, **options):
+def plan(infos, captions=None, repeats=1.0, **options):
     """Samples of a clip for each of `infos`, all good."""
-    captions = [captions] * len(infos) if isinstance(captions, str) else captions
+    captions = captions or [f"Cat {number}." for number in range(len(infos))]
     places = [(Path(f"videos/{number}.mp4"), f"videos.txt:{number + 1}") for number in range(len(infos))]
     clips = [Clip(place[0], text, place[1], repeats=repeats) for place, text in zip(places, captions, strict=True)]
     infos = {clip.video: info for clip, info in zip(clips, infos, strict=True)}
@@ -115,16 +115,25 @@ def test_samples_deep_in_clips_that_cannot_seek_are_noted_with_the_command_for_i
     ]
 
 
-def test_captions_that_are_cut_are_counted():
-    (note,) = notes(plan([VIDEO]), num_long_captions=1, max_caption_tokens=100)
-    assert note == "1 caption longer than 100 tokens: the rest is cut off"
+def test_captions_that_are_cut_are_counted_and_named():
+    (note,) = notes(plan([VIDEO], captions=["A cat."]), long_captions={"A cat."}, max_caption_tokens=100)
+    assert note == "1 caption longer than 100 tokens: the rest is cut off: 0.mp4 (videos.txt:1)"
+
+
+def test_captions_of_several_clips_and_refusals_are_counted_and_named():
+    planned = plan([VIDEO] * 6, captions=["A cat.", "", "A cat.", "I cannot see.", "", "A dog."], long_clips="split")
+    refusals, shared = notes(planned)
+    assert refusals.startswith("1 caption in which a model refuses to answer")
+    assert refusals.endswith(": 3.mp4 (videos.txt:4)")
+    assert shared.startswith("2 captions used for several clips")
+    assert shared.endswith(": 0.mp4 (videos.txt:1), 2.mp4 (videos.txt:3)")
 
 
 def test_captions_that_the_tokenizer_cannot_read_are_counted_and_named():
     planned = plan([VIDEO] * 6, captions=["A cat.", "猫", "狗", "鸟", "鱼", "鱼"])
-    (note,) = notes(planned, unknown_captions={"猫", "狗", "鸟", "鱼"})
+    note, _ = notes(planned, unknown_captions={"猫", "狗", "鸟", "鱼"})
     assert note.startswith("5 captions mostly in a script that the model's tokenizer lacks")
-    assert note.endswith(": 1.mp4 (videos.txt:2), 2.mp4 (videos.txt:3), 3.mp4 (videos.txt:4)")
+    assert note.endswith(": 1.mp4 (videos.txt:2), 2.mp4 (videos.txt:3), 3.mp4 (videos.txt:4) and 2 more")
 
 
 def rate_notes(*infos, **options):
@@ -175,12 +184,12 @@ def of_content(*contents):
 def test_clips_listed_twice_are_named_in_pairs_up_to_three():
     pairs = [f"{at}.mp4 (videos.txt:{at + 1}) and {at + 4}.mp4 (videos.txt:{at + 5})" for at in range(3)]
     start = "clips listed again with the same caption, which adds weight: "
-    assert notes(plan(of_content(*"abcdab"))) == [f"2 {start}{'; '.join(pairs[:2])}"]
-    assert notes(plan(of_content(*"abcdabcd"))) == [f"4 {start}{'; '.join(pairs)}; and 1 more"]
+    assert notes(plan(of_content(*"abcdab"), captions="abcdab")) == [f"2 {start}{'; '.join(pairs[:2])}"]
+    assert notes(plan(of_content(*"abcdabcd"), captions="abcdabcd")) == [f"4 {start}{'; '.join(pairs)}; and 1 more"]
 
 
 def test_a_video_with_several_captions_is_not_a_duplicate():
-    planned = plan(of_content("a", "b", "a", "a"), captions=["A cat.", "A cat.", "A dog.", "A mouse."])
+    planned = plan(of_content("a", "b", "a", "a"), captions=["A cat.", "A cow.", "A dog.", "A mouse."])
     assert notes(planned) == ["1 video with several captions: 0.mp4 (videos.txt:1) and 2.mp4 (videos.txt:3)"]
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from captions.text import IMAGE_PROMPT, VIDEO_PROMPT, NoCaption
+from captions.text import NoCaption, Questions
 from common.bars import tqdm
 from common.errors import UserError, listing
 from data.clips import BadClip, ClipSample
@@ -29,10 +29,10 @@ class Captioner(Protocol):
     describe: Callable[[Sequence[Image.Image], str], str]
 
 
-def caption_clip(planned: ClipSample, captioner: Captioner, prompt: str | None, max_size: int) -> str:
+def caption_clip(planned: ClipSample, captioner: Captioner, questions: Questions, max_size: int) -> str:
     """Caption one clip from its chosen frames, each shown once, with their longer side at most `max_size` pixels.
 
-    Without a prompt, the built-in one is used. Raises NoCaption and UserError as the captioner does.
+    Raises NoCaption and UserError as the captioner does.
     """
     indices = list(dict.fromkeys(planned.frame_indices))
     try:
@@ -42,7 +42,7 @@ def caption_clip(planned: ClipSample, captioner: Captioner, prompt: str | None, 
     frames = [Image.fromarray(picture) for picture in pixels]
     for frame in frames:
         frame.thumbnail((max_size, max_size), Image.Resampling.LANCZOS)
-    return captioner.describe(frames, prompt or (IMAGE_PROMPT if planned.info.is_image else VIDEO_PROMPT))
+    return captioner.describe(frames, questions.image if planned.info.is_image else questions.video)
 
 
 def caption_clips(

@@ -6,6 +6,10 @@ what happens in order, setting and light. The text encoder reads 226 tokens, abo
 """
 
 import re
+from dataclasses import dataclass
+
+from common.errors import one_line
+from planning.captions import is_refusal
 
 
 _RULES = """\
@@ -28,7 +32,35 @@ or what the subject is and how it looks: kind, number, colours, material, clothi
 the place and the background, the light and the colours, the style if it is no plain photograph, and how the picture \
 is framed. {_RULES}"""
 
+# What a LoRA with an `--id_token` is to learn must not be in the captions, or the words there learn it instead.
+_OMISSIONS = {
+    "everything": "",
+    "style": """\
+ Leave out everything about the style of the pictures: medium, technique, line, texture, grain, palette, mood. Name \
+things as if they had been filmed plainly.""",
+    "motion": """\
+ Leave out how the subject moves and what it does from frame to frame: describe the subject, the place and the light \
+as in a photograph of the first frame.""",
+    "camera": """\
+ Leave out the camera: do not say how it moves, turns, zooms or stands still, and describe the scene and what happens \
+in it.""",
+}
+
 _QUOTES = ('""', "''", "“”", "「」", "«»")
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What the model is asked about a clip."""
+
+    video: str
+    image: str
+
+    @classmethod
+    def built_in(cls, template: str) -> "Questions":
+        """Return the questions of `--template`, which omits what is learned under the `--id_token`."""
+        omission = _OMISSIONS[template]
+        return cls(VIDEO_PROMPT + omission, IMAGE_PROMPT + omission)
 
 
 class NoCaption(Exception):
@@ -38,7 +70,8 @@ class NoCaption(Exception):
 def clean_caption(answer: str | None, *, was_cut: bool = False) -> str:
     """Return the caption in a model's answer, on one line, without reasoning before it and quotes around it.
 
-    If the answer was cut at the token limit, only its complete sentences are kept.
+    If the answer was cut at the token limit, only its complete sentences are kept. Raises NoCaption for a refusal, or
+    if nothing remains.
     """
     more = "; raise --max_tokens" if was_cut else ""
     text = (answer or "").rpartition("</think>")[2]  # of reasoning models
@@ -52,6 +85,8 @@ def clean_caption(answer: str | None, *, was_cut: bool = False) -> str:
     if was_cut:
         sentences = re.match(r".*(?:[.!?](?=\s|$)|[\u3002\uff01\uff1f])", caption)
         caption = sentences[0] if sentences else ""
+    if is_refusal(caption):
+        raise NoCaption(f"the model refuses: {one_line(caption, 100)}")
     if not caption:
         raise NoCaption(f"the model's answer has {'no complete sentence' if was_cut else 'nothing'} in it{more}")
     return caption

@@ -21,6 +21,8 @@ def check_captioning(settings: CaptioningSettings, given: Collection[str]) -> No
     check_sources(sources)
     if {"prompt", "prompt_file"} <= set(given):
         raise UserError("--prompt and --prompt_file are both given; omit one of them")
+    if "template" in given and {"prompt", "prompt_file"} & set(given):
+        raise UserError("--template chooses a built-in question; omit it, or --prompt and --prompt_file")
     idle = [f"--{name}" for name in _ENDPOINT_ONLY if name in given]
     if model.endpoint is None and idle:
         raise UserError(f"{', '.join(idle)}: only for a model behind an --endpoint")

@@ -41,9 +41,13 @@ class CaptionFrameFlags:
 class CaptionFlags:
     """The request for a caption, and the file of captions."""
 
-    prompt: Text | None = flag(
-        None, "The question for each clip.", shown="a factual paragraph on subject, motion, place, light and camera"
+    template: str = flag(
+        "everything",
+        "Built-in question: everything asks for a factual paragraph on subject, motion, place, light and camera; "
+        "style, motion and camera for one that omits that, so that it is learned under an --id_token.",
+        choices=("everything", "style", "motion", "camera"),
     )
+    prompt: Text | None = flag(None, "Your own question for each clip.", shown="that of --template")
     prompt_file: FilePath | None = flag(None, "Read --prompt from this text file.")
     temperature: NonNegativeFloat = flag(
         0.0, "0 takes the most likely words; higher values give more varied, less reliable captions.", metavar="T"

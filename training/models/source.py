@@ -1,6 +1,6 @@
 """Load the components of a model from a folder or the hub, one at a time."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,14 +162,14 @@ class ModelSource:
         text_encoder.requires_grad_(False)
         return pipeline
 
-    def count_long_captions(self, captions: Sequence[str], most_tokens: int) -> int:
-        """Count the captions with more tokens than the model reads, with the model's tokenizer."""
+    def find_long_captions(self, captions: Iterable[str], most_tokens: int) -> set[str]:
+        """Return the captions with more tokens than the model reads, with the model's tokenizer."""
         # A token has at least one character, except the end token and a leading space.
         long = [caption for caption in captions if len(caption) + 2 > most_tokens]
         if not long:
-            return 0
-        tokenizer = self._load_tokenizer()
-        return sum(len(tokens) > most_tokens for tokens in tokenizer(long, verbose=False)["input_ids"])
+            return set()
+        tokens = self._load_tokenizer()(long, verbose=False)["input_ids"]
+        return {caption for caption, ids in zip(long, tokens, strict=True) if len(ids) > most_tokens}
 
     def find_unknown_captions(self, captions: Iterable[str]) -> set[str]:
         """Return the captions of which more than half of the characters are unknown to the model's tokenizer."""

@@ -316,7 +316,7 @@ def describe_plan(
         batch_size=batch_size,
         num_ranks=num_ranks,
         tokens_of=tokens_of,
-        num_long_captions=model.count_long_captions(data.captions, tokens),
+        long_captions=model.find_long_captions(data.captions, tokens),
         unknown_captions=model.find_unknown_captions(data.captions),
         max_caption_tokens=tokens,
         model_fps=native_fps(configs.transformer),

@@ -12,6 +12,7 @@ from common.files import atomic_write
 from data.buckets import Bucket, cropped_share
 from data.clips import BadClip, Clip, ClipSample
 from data.sampler import BucketBatchSampler
+from planning.captions import is_refusal
 from video.io import SEEK_FROM
 
 
@@ -25,7 +26,7 @@ def plan_table(
     batch_size: int,
     num_ranks: int = 1,
     tokens_of: Callable[[Bucket], int],
-    num_long_captions: int = 0,
+    long_captions: Collection[str] = (),
     unknown_captions: Collection[str] = (),
     max_caption_tokens: int = 226,
     model_fps: float,
@@ -40,7 +41,7 @@ def plan_table(
     Args:
         planned: as from `plan_clips`, with the samples of a clip next to each other.
         batch_size: samples in a batch, on one rank.
-        num_long_captions: captions beyond `max_caption_tokens`.
+        long_captions: captions beyond `max_caption_tokens`.
         unknown_captions: captions that the model's tokenizer cannot read.
         reshape_mode: "center", "random" or "none".
     """
@@ -61,17 +62,7 @@ def plan_table(
         *_decoding_notes(planned),
         *_rate_notes(planned, model_fps),
     ]
-    if num_long_captions:
-        lines.append(
-            f"{_number(num_long_captions, 'caption')} longer than {max_caption_tokens} tokens: the rest is cut off"
-        )
-    clips = [sample.clip for sample in planned if sample.part == 0]
-    unknown = [_name(clip) for clip in clips if clip.caption in unknown_captions]
-    if unknown:
-        lines.append(
-            f"{_number(len(unknown), 'caption')} mostly in a script that the model's tokenizer lacks, so that nothing "
-            f"is learned from the text; write in English: {', '.join(unknown[:_EXAMPLES])}"
-        )
+    lines += _caption_notes(planned, long_captions, unknown_captions, max_caption_tokens)
     return "\n".join([*lines, *_duplicate_notes(planned)])
 
 
@@ -194,6 +185,35 @@ def _rate_notes(planned: Sequence[ClipSample], model_fps: float) -> Iterator[str
                 f"{_number(len(far), 'sample')} at {rates_shown} frames per second, the model's videos have "
                 f"{model_fps:g}: motion will be learned up to {times:.1f}x too {motion}"
             )
+
+
+def _caption_notes(
+    planned: Sequence[ClipSample], long_captions: Collection[str], unknown_captions: Collection[str], tokens: int
+) -> Iterator[str]:
+    """Name captions that are cut, are not learned, or say nothing about their clip."""
+    samples = [sample for sample in planned if sample.part == 0]
+    clips = [sample.clip for sample in samples]
+    videos_of: dict[str, set[str | Path]] = defaultdict(set)
+    for sample in samples:
+        videos_of[sample.clip.caption].add(sample.info.sha256 or sample.clip.video)
+
+    def is_shared(caption: str) -> bool:
+        return bool(caption.strip()) and len(videos_of[caption]) > 1
+
+    for is_named, what in (
+        (long_captions.__contains__, f"longer than {tokens} tokens: the rest is cut off"),
+        (
+            unknown_captions.__contains__,
+            "mostly in a script that the model's tokenizer lacks, so that nothing is learned from the text; write in "
+            "English",
+        ),
+        (is_refusal, "in which a model refuses to answer; delete them and caption the clips again"),
+        (is_shared, "used for several clips, so that the text does not tell them apart"),
+    ):
+        named = [clip for clip in clips if is_named(clip.caption)]
+        if named:
+            more = f" and {len(named) - _EXAMPLES} more" if len(named) > _EXAMPLES else ""
+            yield f"{_number(len(named), 'caption')} {what}: {', '.join(map(_name, named[:_EXAMPLES]))}{more}"
 
 
 def _duplicate_notes(planned: Sequence[ClipSample]) -> Iterator[str]:

@@ -1,0 +1,61 @@
+"""Charts count what they say they count."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pages.charts import bar_chart, bin_numbers, histogram
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32) | st.integers(0, 300), min_size=1, max_size=200))
+def test_every_number_is_in_one_bin_as_numpy_counts(values):
+    bins = bin_numbers(values)
+    assert sum(bins.counts) == len(values)
+    assert len(bins.counts) == len(bins.labels) <= 26
+    if bins.edges is not None and not bins.labels[-1].endswith("more"):
+        assert bins.counts == np.histogram(values, bins.edges)[0].tolist()
+
+
+def test_a_few_values_that_repeat_have_a_bin_each():
+    bins = bin_numbers([24, 30, 24, 29.97, 24, 30])
+    assert dict(zip(bins.labels, bins.counts, strict=True)) == {"24": 3, "29.97": 1, "30": 2}
+    assert bin_numbers([8.0]).labels == ["8"]
+
+
+@pytest.mark.parametrize(
+    ("values", "first", "last"),
+    [
+        (range(1, 17), "0 to 4", "15 to 19"),
+        (range(9), "0 to 1", "8 to 9"),
+        (range(5), "0", "4"),
+        (np.linspace(0.11, 0.93, 50), "0 to 0.2", "0.8 to 1"),
+        ([*range(20, 70), 100_000], "20 to 29", "60 or more"),
+    ],
+)
+def test_bins_are_round_and_far_numbers_share_the_last(values, first, last):
+    bins = bin_numbers(list(values))
+    assert (bins.labels[0], bins.labels[-1]) == (first, last)
+
+
+def test_a_histogram_says_its_counts_range_and_unit():
+    svg = histogram([1.5, 2.5, 2.6, 2.7, 4.5, float("nan")], "Length <s>", "seconds")
+    assert re.findall(r"<title>(.*?)</title>", svg) == [
+        "1 to 2 seconds: 1 of 5 clips",
+        "2 to 3 seconds: 3 of 5 clips",
+        "3 to 4 seconds: 0 of 5 clips",
+        "4 to 5 seconds: 1 of 5 clips",
+    ]
+    assert "Length &lt;s&gt;</strong> 1.5 to 4.5 seconds, median 2.6" in svg
+    heights = [float(height) for height in re.findall(r'<rect.*?height="([\d.]+)"', svg)]
+    assert np.allclose(np.array(heights) / heights[1], np.array([1, 3, 0, 1]) / 3, atol=0.01)
+    assert histogram([float("nan")], "Length", "seconds") == ""
+
+
+def test_a_bar_chart_compares_categories():
+    chart = bar_chart({"too short": 40, "no <caption>": 10}, "Reasons")
+    assert re.findall(r"width: ([\d.]+)%", chart) == ["100.0", "25.0"]
+    assert "no &lt;caption&gt;" in chart
+    assert bar_chart({}, "Reasons") == ""

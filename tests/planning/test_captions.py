@@ -1,0 +1,34 @@
+"""Refusals of models are told from captions."""
+
+import pytest
+
+from planning.captions import is_refusal
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "I cannot describe people in this video.",
+        "I'm sorry, but I can't help with that.",
+        "I\N{RIGHT SINGLE QUOTATION MARK}m unable to view videos.",
+        "Sorry, as an AI language model I have no eyes.",
+        '"As an AI, I am not able to identify him."',
+    ],
+)
+def test_a_refusal_is_found_by_how_it_starts(caption):
+    assert is_refusal(caption)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "A man says: I cannot swim.",
+        "An AI robot waves. As an AI, it smiles.",
+        "Sorry, the word on a sign, sways in the wind.",
+        "I can see a cat.",
+        "Icebergs drift.",
+        "",
+    ],
+)
+def test_a_caption_is_not_a_refusal(caption):
+    assert not is_refusal(caption)

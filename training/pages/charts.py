@@ -1,0 +1,120 @@
+"""Charts of a page: histograms as SVG, and bars of categories."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from pages.parts import MACROS, format_number
+
+
+_FEW_VALUES = 8  # that may have a bar each
+_MOST_BINS, _LEAST_BINS = 24, 5
+_MOST_LABELS = 7  # below the axis
+_WIDEST = 60  # bar, in the units of the SVG
+_FAR = 3  # times the range of 99% of the numbers, from which on the largest share the last bin
+
+
+@dataclass(frozen=True)
+class Bins:
+    """How many numbers are in each bin."""
+
+    counts: Sequence[int]
+    labels: Sequence[str]  # "2 to 4", "100 or more"; "30" for a single value
+    edges: Sequence[float] | None  # one more than bins; each bin includes its lower one. None: a bin is one value
+
+
+@dataclass(frozen=True)
+class _Box:
+    """The lines around the bars, in the units of the SVG."""
+
+    width: int = 360
+    height: int = 210
+    left: int = 44
+    right: int = 354
+    top: int = 34
+    bottom: int = 170
+
+
+@dataclass(frozen=True)
+class _Bar:
+    x: float
+    y: float
+    width: float
+    height: float
+    label: str
+    count: int
+
+
+def histogram(values: Iterable[float], title: str, unit: str, noun: str = "clips") -> Markup:
+    """Return a histogram with its range and median as text; nothing without finite numbers.
+
+    Args:
+        title: what is counted: "Length".
+        unit: below the horizontal axis: "seconds".
+        noun: what the vertical axis counts.
+    """
+    numbers = [value for value in values if math.isfinite(value)]
+    if not numbers:
+        return Markup()
+    bins, box = bin_numbers(numbers), _Box()
+    step = _round_step(max(bins.counts) / 4, is_whole=True)
+    rise = (box.bottom - box.top) / max(bins.counts)
+    y_ticks = [(round(box.bottom - count * rise, 1), count) for count in range(0, max(bins.counts) + 1, int(step))]
+    width = (box.right - box.left) / len(bins.counts)
+    wide = min(0.8 * width, _WIDEST)
+    bars = [
+        _Bar(*np.round((box.left + (i + 0.5) * width - wide / 2, box.bottom - n * rise, wide, n * rise), 1), label, n)
+        for i, (n, label) in enumerate(zip(bins.counts, bins.labels, strict=True))
+    ]
+    marks = [(i + 0.5, label) for i, label in enumerate(bins.labels)]
+    if bins.edges is not None:
+        marks = [(i, format_number(edge)) for i, edge in enumerate(bins.edges)]
+    shown = marks[:: math.ceil(len(marks) / _MOST_LABELS)] if bins.edges is not None else marks
+    x_ticks = [(round(box.left + place * width, 1), label) for place, label in shown]
+    low, middle, high = map(format_number, np.percentile(numbers, [0, 50, 100]))
+    spread = f"{low} {unit}" if low == high else f"{low} to {high} {unit}, median {middle}"
+    return MACROS.histogram(title, spread, unit, noun, box, bars, x_ticks, y_ticks, len(numbers))
+
+
+def bin_numbers(values: Sequence[float]) -> Bins:
+    """Count finite numbers, of which there is at least one, in bins with round edges.
+
+    A few values that repeat have a bin each. A few numbers far above the others share the last bin.
+    """
+    numbers = np.asarray(values, dtype=float)
+    distinct, counts = np.unique(numbers, return_counts=True)
+    if len(distinct) == 1 or len(distinct) <= min(_FEW_VALUES, len(numbers) // 2):
+        return Bins(counts.tolist(), list(map(format_number, distinct)), None)
+    low, usual, high = np.percentile(numbers, [0, 99, 100], method="lower")
+    top = usual if high - low > _FAR * (usual - low) > 0 else high
+    is_whole = bool((numbers == np.round(numbers)).all())
+    num_bins = min(max(round(math.sqrt(len(numbers))), _LEAST_BINS), _MOST_BINS)
+    step = _round_step((top - low) / num_bins, is_whole=is_whole)
+    edges = step * np.arange(math.floor(low / step), math.floor(top / step) + 2)
+    counts, _ = np.histogram(np.clip(numbers, edges[0], edges[-1]), edges)
+    last = edges[1:] - 1 if is_whole else edges[1:]
+    labels = [
+        format_number(start) if start == end else f"{format_number(start)} to {format_number(end)}"
+        for start, end in zip(edges[:-1], last, strict=True)
+    ]
+    if top < high:
+        labels[-1] = f"{format_number(edges[-2])} or more"
+    return Bins(counts.tolist(), labels, edges.tolist())
+
+
+def bar_chart(counts: Mapping[str, int], title: str) -> Markup:
+    """Return a horizontal bar for each category, with its count, in the order of the mapping; nothing without any."""
+    most = max(counts.values(), default=0)
+    bars = [(name, count, round(100 * count / most, 1)) for name, count in counts.items()] if most else []
+    return MACROS.bar_chart(title, bars) if bars else Markup()
+
+
+def _round_step(least: float, *, is_whole: bool) -> float:
+    """Return the smallest 1, 2 or 5 times a power of ten that is at least this large; whole numbers from 1 on."""
+    if is_whole and least <= 1:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)

@@ -112,7 +112,7 @@ class RemotePath(type(Path())):
         stores.remove(str(self))
 
 
-def place(typed: str) -> Path:
+def to_path(typed: str) -> Path:
     """Return the path that the user typed: a `RemotePath` for a URL."""
     global _is_used
     _is_used |= is_url(typed)

@@ -135,7 +135,7 @@ def _limits(store: Any) -> dict[str, Any]:
     class Deadline(Callback):
         def relative_update(self, inc: int = 1) -> None:
             if monotonic() > deadline:
-                raise TimeoutError(f"not complete within {FILE_SECONDS:g} s")
+                raise OSError(f"not complete within {FILE_SECONDS:g} s")  # fsspec drops the text of TimeoutError
 
     return {"callback": Deadline()}
 

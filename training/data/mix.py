@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, described, listing
-from common.remote import place
+from common.remote import to_path
 from common.stores import check_url, is_url
 from common.text_files import read_json
 from data.paths import expand_home, stays_inside
@@ -95,7 +95,7 @@ def _check_places(file: Path, entries: Sequence[Mapping[str, Any]]) -> None:
 
 def _with_paths(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     values = {key: expand_home(value) if key in _PATH_KEYS else value for key, value in entry.items()}
-    urls = {key: place(values[key]) for key in _PATH_KEYS[:2] if is_url(values.get(key, ""))}
+    urls = {key: to_path(values[key]) for key in _PATH_KEYS[:2] if is_url(values.get(key, ""))}
     for key, url in urls.items():
         check_url(f"--dataset_mix: {key}", str(url))
     values |= urls

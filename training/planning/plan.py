@@ -14,7 +14,7 @@ from typing import Any
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write, path_of_script
-from common.remote import default_cache_folder, limit_cache, place
+from common.remote import default_cache_folder, limit_cache, to_path
 from common.text_files import digest_lines
 from data.buckets import Bucket, count_tokens, make_buckets, native_fps
 from data.clips import BadClip, ClipSample, plan_clips
@@ -256,8 +256,8 @@ def data_sources(flags: SourceFlags) -> list[DataSource]:
     """Return the data sets that the flags name, and set the size of the cache of those in stores."""
     limit_cache(flags.cache_limit_gb)
     source = DataSource(
-        data_root=place(flags.data_root) if flags.data_root else None,
-        dataset_file=place(flags.dataset_file) if flags.dataset_file else None,
+        data_root=to_path(flags.data_root) if flags.data_root else None,
+        dataset_file=to_path(flags.dataset_file) if flags.dataset_file else None,
         dataset_name=flags.dataset_name,
         dataset_config_name=flags.dataset_config_name,
         dataset_split=flags.dataset_split,

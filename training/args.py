@@ -125,7 +125,8 @@ def parse_prepare_args(argv: Sequence[str] | None = None) -> PreparationSettings
         preparation = settle_preparation(
             settings.preparation, given, text_encoder_8bit=settings.encoding.text_encoder_8bit
         )
-        check_files(settings.model.model_id, settings.sources, preparation.output_dir, model_flag="--model_id")
+        output_dir = preparation.output_dir
+        check_files(settings.model.model_id, settings.sources, output_dir, model_flag="--model_id", is_to_store=True)
     clips, warnings = drop_long_buckets(clips)
     _warn(warnings)
     return replace(settings, clips=clips, preparation=preparation)

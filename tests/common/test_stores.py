@@ -40,7 +40,7 @@ def test_files_are_listed_fetched_sent_and_removed(bucket, tmp_path):
     assert bucket.get("out/x.bin") == b"first"
     remove(f"{bucket.url}/out/x.bin")
     remove(f"{bucket.url}/out/x.bin")
-    assert len(bucket.keys()) == 4
+    assert len(bucket.listing()) == 4
 
 
 def test_a_changed_file_has_another_version(bucket):

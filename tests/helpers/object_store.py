@@ -90,7 +90,7 @@ class Bucket:
             if file.is_file():
                 self.put(f"{key}/{file.relative_to(folder).as_posix()}", file)
 
-    def keys(self) -> list[str]:
+    def listing(self) -> list[str]:
         return sorted(one.key for one in self._bucket.objects.all())
 
     def get(self, key: str) -> bytes:

@@ -2,10 +2,10 @@
 
 from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 
 from cli.schema import flag_values
 from common.errors import UserError
+from common.remote import to_path
 from data.prepared import read_prepared_settings
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
 from flags.settings import TrainingSettings
@@ -94,7 +94,7 @@ def check_prepared_flags(settings: TrainingSettings) -> None:
     folder = settings.sources.data_root
     if not settings.prepared.load_tensors or not folder:
         return
-    made_with, values = read_prepared_settings(Path(folder)).get("flags", {}), flag_values(settings)
+    made_with, values = read_prepared_settings(to_path(folder)).get("flags", {}), flag_values(settings)
     # The launchers pass the length of validation videos as a frame bucket.
     compared = made_with.keys() & settings.given - {"frame_buckets"}
     differing = [

@@ -15,7 +15,12 @@ from flags.data import SourceFlags
 
 
 def check_files(
-    model: str, sources: SourceFlags, output_dir: str, model_flag: str = "--pretrained_model_name_or_path"
+    model: str,
+    sources: SourceFlags,
+    output_dir: str,
+    model_flag: str = "--pretrained_model_name_or_path",
+    *,
+    is_to_store: bool = False,
 ) -> None:
     """Check that the model and the data exist, and that the output folder can be written.
 
@@ -24,10 +29,14 @@ def check_files(
         sources: the flags that name the clips.
         output_dir: folder to write to; it need not exist yet.
         model_flag: the flag of `model`, for messages.
+        is_to_store: the output folder may be a URL.
     """
     check_model(model, model_flag)
     check_data(sources)
-    check_writable(output_dir)
+    if is_to_store and is_url(output_dir):
+        check_url("--output_dir", output_dir, writable=True)
+    else:
+        check_writable(output_dir)
 
 
 def check_data(sources: SourceFlags) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common import stores
 from common.errors import UserError
-from common.remote import RemotePath, outgoing_folder
+from common.remote import RemotePath, on_this_machine
 
 
 @contextmanager
@@ -23,8 +23,7 @@ def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
     tenths of a second on some disks, and these files can be made again after a power cut. A full
     disk or a missing permission is a UserError. A file in a store is written on this machine, then sent.
     """
-    is_remote = isinstance(path, RemotePath)
-    folder = staging or (outgoing_folder(path.parent) if is_remote else path.parent)
+    folder = on_this_machine(staging or path.parent)
     # Random, because processes on other machines that write the same file can have the same process id.
     partial = folder / f".{secrets.token_hex(8)}.partial.{path.name}"
     try:
@@ -34,7 +33,7 @@ def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
         permissions = partial.stat().st_mode
         yield partial
         partial.chmod(permissions)  # safetensors makes files that only their owner can read
-        if is_remote:
+        if isinstance(path, RemotePath):
             stores.send(partial, str(path))
         else:
             os.replace(partial, path)

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import time
+from types import SimpleNamespace
 from typing import IO, Any, Self
 
 from common import stores
@@ -88,6 +89,13 @@ class RemotePath(type(Path())):
             if state is None or state != (cached.st_size, cached.st_mtime_ns):
                 _cached_file(self).unlink()
         return state
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        """Return size, and as time the version, of the file."""
+        state = self.state()
+        if state is None:
+            raise FileNotFoundError(errno.ENOENT, "does not exist", str(self))
+        return SimpleNamespace(st_size=state.size, st_mtime_ns=state.version)
 
     def open(self, mode: str = "r", *arguments: Any, **options: Any) -> IO:
         """Open the newest version for reading."""
@@ -168,9 +176,9 @@ def cache_limit() -> int:
     return int(float(os.environ.get(_LIMIT_VARIABLE, DEFAULT_LIMIT_GB)) * 1e9)
 
 
-def outgoing_folder(folder: RemotePath) -> Path:
-    """Return the folder on this machine for what a preparation has not sent to a store yet."""
-    return default_cache_folder() / "outgoing" / _digest(folder)
+def on_this_machine(folder: Path) -> Path:
+    """Return the folder itself, or for one in a store the folder here of what has not been sent yet."""
+    return default_cache_folder() / "outgoing" / _digest(folder) if isinstance(folder, RemotePath) else folder
 
 
 @contextmanager

@@ -147,7 +147,10 @@ def read_start(url: str, length: int = _HEADER_BYTES) -> bytes:
 
 def send(file: Path, url: str) -> None:
     """Copy a local file to a store, where it appears when it is complete."""
-    _request(url, "written", lambda store, path: store.put_file(str(file), path))
+    try:
+        _request(url, "written", lambda store, path: store.put_file(str(file), path))
+    except FileNotFoundError as error:
+        raise StoreError(f"{url} cannot be written: there is no such bucket or repository; create it first") from error
 
 
 def remove(url: str) -> None:

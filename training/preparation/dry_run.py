@@ -4,11 +4,12 @@ import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 from common.errors import listing
 from common.logs import log_without_tokens
 from common.ranks import launch_rank
+from common.remote import to_path
+from common.stores import is_url
 from common.units import in_bytes
 from data.buckets import Bucket
 from data.clips import ClipSample
@@ -33,7 +34,7 @@ def show_plan(settings: PreparationSettings, data: RawData) -> None:
     if data.bad:
         logger.warning("%s", listing(f"{len(data.bad)} of the clips cannot be used:", data.bad, most=len(data.bad)))
     log_plan(settings, data, model_source(settings.model))
-    folder = Path(settings.preparation.output_dir)
+    folder = to_path(settings.preparation.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_plan(data.clips, data.bad, folder / "plan.csv")
     shown = sample_for_sheet(data.clips)
@@ -47,8 +48,8 @@ def show_plan(settings: PreparationSettings, data: RawData) -> None:
     if settings.preparation.save_latents_and_embeddings:
         sizes = tensor_bytes(settings, model_source(settings.model).configs(), data.clips)
         parts = ", ".join(f"{kind} {in_bytes(size)}" for kind, size in sizes.items())
-        free = in_bytes(shutil.disk_usage(folder).free)
-        logger.info("the tensors take %s on disk: %s; %s are free", in_bytes(sum(sizes.values())), parts, free)
+        free = "" if is_url(str(folder)) else f"; {in_bytes(shutil.disk_usage(folder).free)} are free"
+        logger.info("the tensors take %s on disk: %s%s", in_bytes(sum(sizes.values())), parts, free)
     logger.info("wrote %s and %s", folder / "plan.csv", folder / "contact_sheet.png")
 
 

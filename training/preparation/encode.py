@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLCogVideoX
 
 from common.bars import tqdm
 from common.files import atomic_write
+from common.remote import on_this_machine
 from data.clips import BadClip, ClipSample
 from data.prepared import STAGING, read_empty_prompt, write_empty_prompt
 from data.sampler import Draw
@@ -139,7 +140,7 @@ class BrokenClips:
     """Notes on clips that could be probed but not decoded, for the rank that finishes last."""
 
     def __init__(self, folder: Path):
-        self.folder = folder / STAGING / "broken"
+        self.folder = on_this_machine(folder / STAGING) / "broken"
 
     def add(self, sample: Sample, reason: str) -> None:
         """Note a sample whose clip cannot be decoded."""

@@ -20,10 +20,11 @@ from diffusers.training_utils import free_memory
 from cli.schema import flag_values
 from common.bars import tqdm
 from common.errors import UserError, listing
-from common.files import refresh_names
+from common.files import atomic_write, refresh_names
 from common.folder_lock import locked_folder
 from common.logs import log_without_tokens
 from common.ranks import launch_rank, launch_size, local_rank, num_machines
+from common.remote import RemotePath, on_this_machine, to_path
 from common.text_files import digest_lines
 from data.buckets import Bucket
 from data.clips import ClipSample
@@ -58,16 +59,18 @@ def prepare(settings: PreparationSettings, data: RawData) -> None:
     configs = source.configs()
     if rank == 0:
         log_plan(settings, data, source, num_ranks)
-    folder = Path(flags.output_dir)
+    folder = to_path(flags.output_dir)
     samples = [name_sample(planned, settings) for planned in data.clips]
     names = [sample.name + sample.caption_key for sample in samples]
     check_preparation(flag_values(settings), folder, source.fingerprint(), names)
+    if isinstance(folder, RemotePath):
+        check_store(folder)
     if flags.save_latents_and_embeddings:
         source.download("vae", "text_encoder", "tokenizer")
         warn_of_overflow(DTYPES[settings.model.dtype], source)
     wanted = settings_of(settings, source)
     # Processes that write the same tensors may share the folder, such as the ranks, or an orphan of a killed launch.
-    with locked_folder(folder, digest_lines([repr(wanted), *names])):
+    with locked_folder(on_this_machine(folder), digest_lines([repr(wanted), *names])):
         prepared = claim_folder(folder, wanted)
         layout = make_layout(settings, folder, samples, configs)
         device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else CPU
@@ -77,6 +80,20 @@ def prepare(settings: PreparationSettings, data: RawData) -> None:
             free_memory()
         encode_clips(work)
         finish(work, data, prepared)
+
+
+def check_store(folder: RemotePath) -> None:
+    """Check, before models are loaded, that one machine prepares and may write to a store."""
+    if num_machines() > 1:
+        raise UserError(
+            f"--output_dir: only one machine can prepare in {folder}, because unfinished work is on its disk; start "
+            "one, or prepare in a folder that all machines share and copy it"
+        )
+    if launch_rank() == 0:
+        trial = folder / ".writable"
+        with atomic_write(trial):
+            pass
+        trial.unlink()
 
 
 def model_source(model: EncoderFlags) -> ModelSource:
@@ -222,7 +239,7 @@ def finish(work: Preparation, data: RawData, prepared: PreparedSettings) -> None
     except FileNotFoundError:
         # Another rank finished at the same time, listed the same samples and has removed the staging folder.
         return
-    shutil.rmtree(layout.folder / STAGING, ignore_errors=True)
+    shutil.rmtree(on_this_machine(layout.folder / STAGING), ignore_errors=True)
     if unlisted:
         logger.warning("%d samples that were prepared here earlier are no longer listed", unlisted)
     flags = f"--data_root {shlex.quote(str(layout.folder))}" + (" --load_tensors" if has_tensors else "")

@@ -5,13 +5,15 @@ import math
 import random
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict, deque
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.buckets import Bucket
+from data.buckets import Bucket, BucketColumn
 from data.sampler import BucketBatchSampler, Draw
 from repository import TRAINING
 
@@ -93,9 +95,71 @@ def test_an_epoch_that_was_seen_with_its_padding_is_over(buckets, size, world, s
     assert stream(sampler, 0, 1)[0][0].epoch == 3
 
 
+def slowly_ordered(buckets, repeats, batch_size, seed, epoch):
+    """The batches of an epoch, sample by sample: the order that runs of earlier versions resume."""
+
+    def shuffled(items, rng):
+        return sorted(items, key=lambda _: rng.random())
+
+    members = defaultdict(list)
+    for index, key in enumerate(zip(buckets, repeats, strict=True)):
+        members[key].append(index)
+    turns, rng, places = random.Random(f"{seed}-turns"), random.Random(f"{seed}-{epoch}"), defaultdict(list)
+    for (bucket, times), group in sorted(members.items()):
+        whole, fraction = divmod(Fraction(times).limit_denominator(10_000), 1)
+        extra = max(math.floor(fraction * len(group) + Fraction(1, 2)), int(whole == 0))
+        for position, index in enumerate(shuffled(group, turns) if extra else group):
+            count = whole + ((position - epoch * extra) % len(group) < extra)
+            places[bucket] += [((copy + rng.random()) / count, index) for copy in range(count)]
+    batches = []
+    for bucket in sorted(places):
+        waiting = deque(index for _, index in sorted(places[bucket]))
+        while waiting:
+            batch, copies = [], []
+            while waiting and len(batch) < batch_size and len(copies) < batch_size:
+                index = waiting.popleft()
+                (copies if index in batch else batch).append(index)
+            room = batch_size - len(batch)
+            batches.append(batch + copies[:room])
+            waiting.extendleft(reversed(copies[room:]))
+    seen, draws = Counter(), []
+    for batch in shuffled(batches, rng):
+        draws.append([])
+        for index in batch:
+            draws[-1].append(Draw(index, epoch, seen[index]))
+            seen[index] += 1
+    return draws
+
+
+@given(repeated_samples, batch_sizes, worlds, seeds, st.integers(0, 3), st.integers(0, 40))
+def test_runs_of_earlier_versions_continue_in_their_order(samples, size, world, seed, epoch, seen):
+    buckets, repeats = zip(*samples, strict=True)
+    options = {"seed": seed, "repeats": np.array(repeats), "first_epoch": epoch, "seen_batches": seen}
+    ranks = every_rank(BucketColumn.of(buckets), size, world, **options)
+    expected = []
+    for number in range(epoch, epoch + 3):
+        draws = slowly_ordered(buckets, repeats, size, seed, number)
+        rest = draws[seen:] if number == epoch else draws
+        expected += [*rest, *itertools.islice(itertools.cycle(draws), -len(rest) % world)]
+    steps = zip(*(stream(sampler, 0, len(expected) // world) for sampler in ranks), strict=True)
+    assert list(itertools.chain(*steps)) == expected
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_the_order_of_many_samples_is_that_of_earlier_versions(size):
+    """Copies meet in few of the batches."""
+    rng = random.Random(0)
+    buckets = rng.choices([SMALL, WIDE, LONG], [5, 2, 1], k=3000)
+    repeats = rng.choices([0.25, 1.0, 2.5, 7.0], k=3000)
+    sampler = BucketBatchSampler(buckets, size, seed=1, repeats=repeats)
+    sampler.total_batches = 2 * sampler.batches_per_epoch
+    expected = [slowly_ordered(buckets, repeats, size, 1, epoch) for epoch in (0, 1)]
+    assert list(sampler) == [*expected[0], *expected[1]]
+
+
 # Fixed values: every machine and Python version must find the same.
 GOLDEN_SCRIPT = """
-from data.buckets import Bucket
+from data.buckets import Bucket, BucketColumn
 from data.sampler import BucketBatchSampler
 a, b, c = Bucket(9, 32, 32), Bucket(9, 32, 64), Bucket(17, 32, 32)
 samples, repeats = [a, b, c, a, a, b, a, c, b, a], [1, 1, 1, 0.4, 0.4, 1, 0.4, 1, 2.5, 1]

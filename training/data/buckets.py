@@ -1,9 +1,12 @@
 """Buckets: the sizes (frames, height, width) that clips are resized to."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
+
+import numpy as np
 
 
 class Bucket(NamedTuple):
@@ -20,6 +23,35 @@ class Bucket(NamedTuple):
     def latent_shape(self) -> tuple[int, int, int]:
         """Frames, height and width of the VAE's latents: 4k frames become k latent frames, 4k + 1 become k + 1."""
         return (self.num_frames + 3) // 4, self.height // 8, self.width // 8
+
+
+@dataclass(frozen=True, eq=False)
+class BucketColumn(Sequence):
+    """The bucket of each of many samples, without an object per sample."""
+
+    kinds: Sequence[Bucket]  # sorted, each once
+    codes: np.ndarray  # [N]: sample i is of kinds[codes[i]]
+
+    @classmethod
+    def of(cls, buckets: Sequence[Bucket]) -> "BucketColumn":
+        """Return the column of a list."""
+        if isinstance(buckets, cls):
+            return buckets
+        kinds = sorted(set(buckets))
+        code_of = {bucket: code for code, bucket in enumerate(kinds)}
+        return cls(kinds, np.fromiter(map(code_of.__getitem__, buckets), np.int32, len(buckets)))
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, index: int) -> Bucket:
+        return self.kinds[self.codes[index]]
+
+    @property
+    def counts(self) -> dict[Bucket, int]:
+        """The number of samples of each bucket that has any, in the buckets' order."""
+        counts = np.bincount(self.codes, minlength=len(self.kinds)).tolist()
+        return {bucket: count for bucket, count in zip(self.kinds, counts, strict=True) if count}
 
 
 def make_buckets(

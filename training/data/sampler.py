@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import count
-from typing import NamedTuple, TypeVar
+from itertools import repeat, starmap
+from typing import NamedTuple
 
-from data.buckets import Bucket
+import numpy as np
+
+from data.buckets import Bucket, BucketColumn
 from video.frames import round_half_up
-
-
-_T = TypeVar("T")
 
 
 class Draw(NamedTuple):
@@ -40,6 +39,8 @@ class BucketBatchSampler:
     The order follows from (seed, epoch) on any machine and Python version: only `random.Random(str).random()` is used,
     which Python guarantees. It does not depend on `world_size`: at every step the ranks take the next `world_size`
     batches. A run that continues on another number of ranks starts its stream at `first_epoch`, after `seen_batches`.
+
+    An epoch is planned in arrays: no sample becomes an object before its batch is drawn.
 
     Args:
         buckets: sample i belongs to buckets[i].
@@ -71,10 +72,11 @@ class BucketBatchSampler:
         self.rank, self.world_size = rank, world_size
         self.first_epoch, self.seen_batches = first_epoch, seen_batches
         self.first_batch = self.total_batches = 0
-        self._groups = _group(buckets, [1.0] * len(buckets) if repeats is None else repeats, seed)
+        times = np.ones(len(buckets)) if repeats is None else np.asarray(repeats, np.float64)
+        self._groups = _group(BucketColumn.of(buckets), times, seed)
         self._num_batches = sum(-(-samples // batch_size) for samples in self.samples_per_epoch.values())
         # Two epochs, because batches are drawn ahead of training.
-        self._all_draws = lru_cache(maxsize=2)(self._plan_epoch)
+        self._planned = lru_cache(maxsize=2)(self._plan_epoch)
 
     @property
     def samples_per_epoch(self) -> dict[Bucket, int]:
@@ -112,73 +114,128 @@ class BucketBatchSampler:
         if batch >= self.batches_in_first_epoch:
             epochs, place = divmod(batch - self.batches_in_first_epoch, self.batches_per_epoch)
             epoch += 1 + epochs
-        draws = self._all_draws(epoch)
-        return draws[(self._seen_in(epoch) + place * self.world_size + rank) % len(draws)]
+        number = (self._seen_in(epoch) + place * self.world_size + rank) % self._num_batches
+        return self._planned(epoch).draws(number)
 
     def _seen_in(self, epoch: int) -> int:
         # An epoch's padding may have been seen too.
         return min(self.seen_batches, self._num_batches) if epoch == self.first_epoch else 0
 
-    def _plan_epoch(self, epoch: int) -> list[list[Draw]]:
+    def _plan_epoch(self, epoch: int) -> "_Epoch":
         """Return the batches of an epoch in the order in which the ranks take them."""
         rng = random.Random(f"{self.seed}-{epoch}")
-        batches: list[list[int]] = []
-        for groups in self._groups.values():
-            # Copy k of n is in the k-th of n equal parts of the epoch, so that copies rarely meet in a batch, and
-            # frequent samples share batches with others.
-            places = [
-                ((copy + rng.random()) / times, index)
-                for group in groups
-                for index, times in group.counts(epoch)
-                for copy in range(times)
-            ]
-            batches += _cut([index for _, index in sorted(places)], self.batch_size)
-        copies: defaultdict[int, Iterator[int]] = defaultdict(count)
-        return [[Draw(index, epoch, next(copies[index])) for index in batch] for batch in _shuffled(batches, rng)]
+        orders = [_order(groups, epoch, self.batch_size, rng) for groups in self._groups.values()]
+        sizes = np.concatenate([_batch_sizes(len(order), self.batch_size) for order in orders])
+        shuffled = _shuffled(np.arange(len(sizes)), rng)
+        ends = np.cumsum(sizes[shuffled])
+        # Each batch moves from its place among the unshuffled ones to its place among the shuffled ones.
+        moves = (np.cumsum(sizes) - sizes)[shuffled] - (ends - sizes[shuffled])
+        samples = np.concatenate(orders)[np.repeat(moves, sizes[shuffled]) + np.arange(ends[-1])]
+        repeated = any(group.whole + (group.extra > 0) > 1 for groups in self._groups.values() for group in groups)
+        copies = _count_earlier(samples) if repeated else np.zeros(len(samples), np.int32)
+        return _Epoch(epoch, samples, copies, ends)
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The batches of an epoch, one after the other."""
+
+    number: int
+    samples: np.ndarray  # [N]
+    copies: np.ndarray  # [N], how often the sample came before
+    ends: np.ndarray  # [batches]
+
+    def draws(self, batch: int) -> list[Draw]:
+        place = slice(self.ends[batch - 1] if batch else 0, self.ends[batch])
+        drawn = zip(self.samples[place].tolist(), self.copies[place].tolist(), strict=True)
+        return [Draw(index, self.number, copy) for index, copy in drawn]
 
 
 @dataclass(frozen=True)
 class _Group:
     """Samples of one bucket with equal repeats."""
 
-    indices: list[int]  # in the order in which they take turns
+    indices: np.ndarray  # [N], in the order in which they take turns
     whole: int  # copies of each index in every epoch
     extra: int  # number of indices with one more copy
 
-    def counts(self, epoch: int) -> Iterator[tuple[int, int]]:
-        """Yield each index with its number of copies in this epoch."""
-        first = epoch * self.extra
-        for position, index in enumerate(self.indices):
-            yield index, self.whole + ((position - first) % len(self.indices) < self.extra)
+    def counts(self, epoch: int) -> np.ndarray:
+        """Return the copies of each index in this epoch, `[N]`."""
+        turns = (np.arange(len(self.indices)) - epoch * self.extra) % len(self.indices)
+        return self.whole + (turns < self.extra)
 
 
-def _group(buckets: Sequence[Bucket], repeats: Sequence[float], seed: int) -> dict[Bucket, list[_Group]]:
-    members = defaultdict(list)
-    for index, key in enumerate(zip(buckets, repeats, strict=True)):
-        members[key].append(index)
+def _group(buckets: BucketColumn, repeats: np.ndarray, seed: int) -> dict[Bucket, list[_Group]]:
+    order = np.lexsort((repeats, buckets.codes))  # stable: samples of a group stay in their order
+    codes, times = buckets.codes[order], repeats[order]
+    starts = np.flatnonzero((np.diff(codes, prepend=-1) != 0) | (np.diff(times, prepend=0) != 0))
     rng = random.Random(f"{seed}-turns")
     groups = defaultdict(list)
-    for (bucket, times), indices in sorted(members.items()):
-        whole, fraction = divmod(Fraction(times).limit_denominator(10_000), 1)
+    for start, indices in zip(starts, np.split(order.astype(np.int32), starts[1:]), strict=False):
+        whole, fraction = divmod(Fraction(times[start].item()).limit_denominator(10_000), 1)
         extra = max(round_half_up(fraction * len(indices)), int(whole == 0))
-        groups[bucket].append(_Group(_shuffled(indices, rng) if extra else indices, whole, extra))
+        group = _Group(_shuffled(indices, rng) if extra else indices, whole, extra)
+        groups[buckets.kinds[codes[start]]].append(group)
     return groups
 
 
-def _shuffled(items: list[_T], rng: random.Random) -> list[_T]:
-    # random.shuffle may change between Python versions; random() may not.
-    return sorted(items, key=lambda _: rng.random())
+def _order(groups: Sequence[_Group], epoch: int, batch_size: int, rng: random.Random) -> np.ndarray:
+    """Return the samples of a bucket in the order in which its batches take them, `[N]`.
+
+    Copy k of n is in the k-th of n equal parts of the epoch, so that copies rarely meet in a batch, and frequent
+    samples share batches with others.
+    """
+    counts = np.concatenate([group.counts(epoch) for group in groups])
+    samples = np.repeat(np.concatenate([group.indices for group in groups]), counts)
+    copies = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
+    places = (copies + _random(len(samples), rng)) / np.repeat(counts, counts)
+    order = samples[np.lexsort((samples, places))]
+    if counts.max() > 1:
+        _part_copies(order, batch_size)
+    return order
 
 
-def _cut(order: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Cut into batches. A second copy of an index moves to the next batch while nearby indices can fill its place."""
-    batches, waiting = [], deque(order)
-    while waiting:
-        batch, copies = [], []
-        while waiting and len(batch) < batch_size and len(copies) < batch_size:
-            index = waiting.popleft()
-            (copies if index in batch else batch).append(index)
-        room = batch_size - len(batch)
-        batches.append(batch + copies[:room])
-        waiting.extendleft(reversed(copies[room:]))
-    return batches
+def _random(count: int, rng: random.Random) -> np.ndarray:
+    return np.fromiter(starmap(rng.random, repeat((), count)), np.float64, count)
+
+
+def _shuffled(items: np.ndarray, rng: random.Random) -> np.ndarray:
+    # random.shuffle and numpy's generators may change between versions; random() may not.
+    return items[np.argsort(_random(len(items), rng), kind="stable")]
+
+
+def _batch_sizes(num_samples: int, batch_size: int) -> np.ndarray:
+    return np.diff(np.append(np.arange(0, num_samples, batch_size), num_samples))
+
+
+def _count_earlier(items: np.ndarray) -> np.ndarray:
+    """Return how often each item comes before, `[N]`."""
+    order = np.argsort(items, kind="stable")
+    counts = np.empty(len(items), np.int32)
+    counts[order] = np.arange(len(items)) - np.searchsorted(items[order], items[order])
+    return counts
+
+
+def _part_copies(order: np.ndarray, batch_size: int) -> None:
+    """Move second copies of an index in a batch to the next batch, in place, while nearby indices can fill the gap."""
+    fill = -1 - np.arange(-len(order) % batch_size)
+    rows = np.sort(np.append(order, fill).reshape(-1, batch_size), axis=1)
+    done = 0
+    for start in np.flatnonzero((np.diff(rows) == 0).any(axis=1)) * batch_size:
+        if start < done:
+            continue
+        done, waiting, upcoming = start, deque(), iter(order[start:])
+        while True:  # until a batch leaves no copies for the next one; what is written has been read
+            batch, copies = [], []
+            while len(batch) < batch_size and len(copies) < batch_size:
+                index = waiting.popleft() if waiting else next(upcoming, None)
+                if index is None:
+                    break
+                (copies if index in batch else batch).append(index)
+            room = batch_size - len(batch)
+            batch += copies[:room]
+            order[done : done + len(batch)] = batch
+            done += len(batch)
+            waiting.extendleft(reversed(copies[room:]))
+            if not waiting:
+                break

@@ -12,7 +12,7 @@ from dataclasses import replace
 from checks.captions import check_captioning, settle_prompt
 from checks.data import check_prepared_flags, check_sources, drop_long_buckets, settle_clips
 from checks.deepspeed import check_zero
-from checks.files import check_files
+from checks.files import check_files, check_on_disk
 from checks.fsdp import check_fsdp
 from checks.generation import settle_generation
 from checks.memory import check_memory, check_optimizer, settle_memory
@@ -171,6 +171,7 @@ def parse_first_frame_args(argv: Sequence[str] | None = None) -> FirstFrameSetti
     settings = FirstFrameSettings(**groups)
     with _reported(parser):
         check_sources(settings.sources)
+        check_on_disk("--output_dir", settings.output.output_dir)
     return settings
 
 

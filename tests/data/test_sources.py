@@ -356,4 +356,4 @@ def test_text_files_in_a_store_list_clips(bucket):
     bucket.put("data/prompts.txt", "A cat.\nA dog.\n")
     clips = good(to_path(f"{bucket.url}/data"))
     assert [(clip.video.name, clip.caption) for clip in clips] == [("a.mp4", "A cat."), ("b.mp4", "A dog.")]
-    assert "has nothing that can be read as clips" in error_of(to_path(f"{bucket.url}/empty"))
+    assert "/empty has no files" in error_of(to_path(f"{bucket.url}/empty"))

@@ -40,11 +40,8 @@ def check_files(
 
 
 def check_data(sources: SourceFlags) -> None:
-    """Check that the folder and table of clips exist, or are URLs that can be read."""
+    """Check that the folder and table of clips exist, if they are not URLs."""
     data_root, dataset_file = sources.data_root, sources.dataset_file
-    for flag, value in (("--data_root", data_root), ("--dataset_file", dataset_file)):
-        if value is not None and is_url(value):
-            check_url(flag, value)
     if data_root is not None and not is_url(data_root) and not os.path.isdir(data_root):
         raise UserError(f"--data_root: no folder '{data_root}'; pass the folder of your clips")
     if dataset_file is not None and not is_url(dataset_file) and not os.path.isfile(dataset_file):
@@ -67,14 +64,19 @@ def is_hub_id(reference: str) -> bool:
     return reference.count("/") == 1 and not reference.startswith(("/", ".", "~")) and not os.path.exists(reference)
 
 
+def check_on_disk(flag: str, place: str) -> None:
+    """Check that a result is not to be written to a URL."""
+    if is_url(place):
+        raise UserError(f"{flag}: {place} is a URL; pass a place on this machine, and copy the result later")
+
+
 def check_writable(output_dir: str, flag: str = "--output_dir") -> None:
     """Check that `output_dir`, which `flag` named, can be created and written.
 
     Processes of one launch run this at the same time, so it does not create the folder: it tries a nameless
     temporary file in the nearest folder that exists.
     """
-    if is_url(output_dir):
-        raise UserError(f"{flag}: {output_dir} is a URL; pass a folder of this machine, and copy the result later")
+    check_on_disk(flag, output_dir)
     existing = Path(output_dir).absolute()
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent

@@ -38,6 +38,8 @@ def read_folder(root: Path, captions_file: Path | None = None) -> Table:
     captions.
     """
     files = sorted(_visible_files(root))
+    if not files and isinstance(root, RemotePath):
+        raise UserError(f"--data_root: {root} has no files; check the name, and that your credentials may list it")
     groups, unread = _group_files(root, files)
     suffixes = [set(map(_suffix, files)) for files in groups.values()]
     tables = [file for file in files if "/" not in file and _suffix(file) in TABLE_SUFFIXES]

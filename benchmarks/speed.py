@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -94,7 +95,7 @@ def measure_prepared_loading(folder: Path, num_workers: int, num_samples: int = 
     shapes = {("latents", "video_latents"): (32, 13, 60, 90), ("prompt_embeds", "prompt_embeds"): (226, 4096)}
     for (part, kind), shape in shapes.items():
         shards = ShardWriter(folder / part, folder / "staging", [names], [num_samples])
-        for batch in shards.todo(8, 0, 1):
+        for batch in chain(*shards.todo(8).values()):
             shards.write({name: {kind: torch.randn(shape).to(torch.bfloat16)} for name in batch})
     latents, embeds = (next((folder / part).iterdir()) for part, _ in shapes)
     clips = [

@@ -42,7 +42,7 @@ UNSET_IN_TRAINING = """
     mixed_precision max_train_steps checkpoints_total_limit checkpoint_minutes resume_from_checkpoint snr_gamma
     beta3 memory_budget_gb attention_backend validation_attention_backend hub_token hub_model_id
 """
-OFF_IN_PREPARATION = "save_image_latents dry_run save_latents_and_embeddings use_slicing use_tiling text_encoder_8bit"
+OFF_IN_PREPARATION = "save_image_latents dry_run save_latents_and_embeddings use_slicing text_encoder_8bit"
 
 DATA_DEFAULTS = {
     **dict.fromkeys(UNSET_DATA.split(), None),
@@ -85,7 +85,7 @@ PREPARE_DEFAULTS = DATA_DEFAULTS | {
     **yaml.safe_load("""{
         model_id: THUDM/CogVideoX-2b, caption_column: caption, num_image_latents: 1, layout: files,
         shard_size_mb: 1024, max_sequence_length: 226, target_fps: 8, batch_size: 1, num_decode_threads: 0,
-        dtype: fp32, seed: 42, num_artifact_workers: 4
+        dtype: fp32, seed: 42, num_artifact_workers: 4, use_tiling: null
     }"""),
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from common import folder_lock
 from common.errors import UserError
 from common.folder_lock import LOCK_FILE, locked_folder
 from repository import TRAINING
@@ -20,6 +21,8 @@ with locked_folder(Path(sys.argv[1]), sys.argv[2]):
     print(flush=True)
     sys.stdin.read()
 """
+COMMAND = [sys.executable, "-c", HOLD]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(TRAINING)}
 
 
 @pytest.fixture
@@ -28,9 +31,9 @@ def hold(tmp_path) -> Iterator[Callable[[str], subprocess.Popen]]:
     started = []
 
     def start(work: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", HOLD, str(tmp_path), work]
+        command = [*COMMAND, str(tmp_path), work]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        started.append(subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(TRAINING)}, **pipes))
+        started.append(subprocess.Popen(command, env=ENVIRONMENT, **pipes))
         assert started[-1].stdout.readline() == b"\n"
         return started[-1]
 
@@ -61,13 +64,45 @@ def test_processes_with_the_same_work_write_together(hold, tmp_path):
     assert (tmp_path / LOCK_FILE).exists()
 
 
+def test_one_with_the_same_work_succeeds_the_holder_and_refuses_others(hold, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "_SUCCESSION", 0.01)
+    holder, begun = hold("the same"), []
+    with locked_folder(tmp_path, "the same", lambda: begun.append("again")):
+        holder.kill()
+        holder.wait()
+        while f'"process": {os.getpid()},' not in (tmp_path / LOCK_FILE).read_text():
+            pass
+        done = subprocess.run([*COMMAND, str(tmp_path), "other"], env=ENVIRONMENT, capture_output=True, text=True)
+        assert f"process {os.getpid()} on" in done.stderr
+    assert begun == [] and list(tmp_path.iterdir()) == []
+
+
+def test_the_last_of_several_removes_the_file_of_a_killed_holder(hold, tmp_path):
+    holder = hold("the same")
+    with locked_folder(tmp_path, "the same"):
+        holder.kill()
+        holder.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_others_join_after_the_first_has_begun(tmp_path):
+    begun = []
+
+    def begin():
+        assert (tmp_path / LOCK_FILE).read_text() == ""  # nobody's name, for which others wait
+        begun.append("first")
+
+    (tmp_path / LOCK_FILE).write_text('{"work": "the same"}')  # of a process that was killed
+    with locked_folder(tmp_path, "the same", begin), locked_folder(tmp_path, "the same", begin):
+        assert begun == ["first"]
+
+
 def test_a_fork_that_ends_leaves_the_lock_to_its_parent(tmp_path):
     with locked_folder(tmp_path):
         if (child := os.fork()) == 0:
             os._exit(0)
         os.waitpid(child, 0)
-        command = [sys.executable, "-c", HOLD, str(tmp_path), ""]
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(TRAINING)}, capture_output=True, text=True)
+        done = subprocess.run([*COMMAND, str(tmp_path), ""], env=ENVIRONMENT, capture_output=True, text=True)
         assert f"process {os.getpid()} on" in done.stderr
 
 

@@ -1,10 +1,13 @@
 """The page on several GPUs matches the code: its commands are launched, and their flags parsed."""
 
 import re
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from doc_pages import PROGRAMS, flags_of, marked_blocks, noted_calls, read_page, value_of
+from doc_pages import PROGRAMS, flags_of, marked_blocks, noted_calls, read_page, script_of, value_of
 from repository import ROOT
 
 
@@ -85,13 +88,41 @@ def test_preparation_is_launched_on_all_gpus_of_all_machines(calls_of):
     assert {flags_of(call).output_dir for call in (one, *machines)} == {"prepared"}
 
 
+def test_a_process_joins_without_a_launch(calls_of):
+    (call,) = calls_of("join")
+    assert script_of(call) == "prepare_dataset.py" and flags_of(call).output_dir == "prepared"
+    assert not {"--standalone", "--nnodes"} & {*call}
+
+
+def test_a_task_of_ray_is_a_process_of_the_preparation_for_each_gpu(monkeypatch, tmp_path):
+    """With a stand-in for Ray, which is not installed."""
+    started = []
+    ray = ModuleType("ray")
+    ray.remote = lambda **options: lambda function: SimpleNamespace(remote=lambda: started.append(options) or function)
+    ray.init, ray.cluster_resources = lambda: None, lambda: {"CPU": 64.0, "GPU": 2.0}
+    ray.get = lambda tasks: [task() for task in tasks]
+    calls = []
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(subprocess, "run", lambda command, cwd, check: calls.append([*command, cwd, str(check)]))
+    exec(BLOCKS["ray"], {})
+    assert [options["num_gpus"] for options in started] == [1, 1]
+    assert calls[0] == calls[1]
+    *call, folder, check = calls[0]
+    assert (call[0], folder, check) == (sys.executable, "/shared/cogvideox-factory", "True")
+    for name in ("clips", "prepared"):
+        (tmp_path / name).mkdir()
+    values = flags_of([word.replace("/shared", str(tmp_path)) for word in call])
+    assert values.save_latents_and_embeddings and values.frame_buckets == (49,)
+
+
 def test_the_run_that_finds_the_network_device_is_short(calls_of):
     (call,) = calls_of("debug")
     assert flags_of(call).max_train_steps == 2
 
 
 def test_every_block_of_the_page_is_tested():
-    tested = {"gpus", "ddp", "zero", "fsdp", "context", "two machines", "slurm", "prepare", "debug"}
+    tested = {"gpus", "ddp", "zero", "fsdp", "context", "two machines", "slurm", "prepare"}
+    tested |= {"join", "ray", "debug"}
     assert BLOCKS.keys() == tested
 
 

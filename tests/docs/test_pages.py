@@ -27,7 +27,7 @@ PAGES = [
 ]
 MODELS = [f"assets/models/{name}/README.md" for name in ("tiny-cogvideox", "tiny-cogvideox-i2v")]
 PAIRS = [(name.replace("_zh.md", ".md"), name) for name in PAGES if name.endswith("_zh.md")]
-OF_OTHER_PROGRAMS = {"--help", "--quiet", "--nodes", "--signal", "--prompt_file"}
+OF_OTHER_PROGRAMS = {"--help", "--quiet", "--nodes", "--array", "--signal", "--prompt_file"}
 # The first column of this page's tables is theirs; tests/docs/test_migrate.py reads the others.
 OF_OTHER_TRAINERS = named_flags(" ".join(cells[0] for cells in table_rows(read_page("assets/docs/migrate.md"))))
 

@@ -15,7 +15,7 @@ from data.buckets import Bucket
 from flags.optimizer import LOW_BITS, OptimizerFlags
 from make_full_size_model import full_size_configs
 from memory.accounting import MemoryAccount, account, state_bytes
-from memory.activation_bytes import block_tensors, decoding_bytes, sampling_bytes
+from memory.activation_bytes import block_tensors, decoding_bytes, encoding_bytes, sampling_bytes
 from memory.activations import checkpoint_activations
 from memory.facts import ModelFacts, Workload, model_facts
 from memory.settings import GB, MemorySettings
@@ -23,6 +23,7 @@ from methods.full import FullFinetune
 from methods.lora import Lora
 from models.attention import set_attention
 from models.configs import ModelConfigs
+from models.encoding import encode_videos
 from models.source import ModelSource
 from optimizers.build import make_optimizer
 
@@ -223,6 +224,21 @@ def test_the_peak_of_decoding_is_what_allocations_add_up_to():
             vae.decode(latents)
     expected = decoding_bytes(model_facts(configs, LORA), Workload(size, 1, sampled=size))
     assert expected == pytest.approx(counter.cost.peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "batch, size", [(1, NATIVE), (1, Bucket(9, 256, 384)), (4, NATIVE), (1, Bucket(85, 256, 256))]
+)
+def test_the_peak_of_encoding_is_what_allocations_add_up_to(batch, size):
+    config = full_size_configs("5b").vae
+    with torch.device("meta"):
+        vae = AutoencoderKLCogVideoX.from_config(config).requires_grad_(False).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake_model(vae, torch.bfloat16)
+        videos = torch.empty(batch, size.num_frames, 3, size.height, size.width, dtype=torch.uint8)
+        with StepCounter(list(vae.parameters())) as counter:
+            encode_videos(vae, videos)
+    assert encoding_bytes(config, size, batch, 2) == pytest.approx(counter.cost.peak, rel=0.03)
 
 
 def account_5b(name: str, **settings) -> MemoryAccount:

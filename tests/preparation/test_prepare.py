@@ -30,10 +30,11 @@ from data.sources import DataSource, read_clips
 from diffusion.latents import image_noise_scales
 from diffusion.randomness import step_generator
 from encoded_clips import all_frames
+from make_full_size_model import full_size_configs
 from models.encoding import encode_noised_image, encode_prompts, encode_videos
 from models.source import ModelSource
 from planning.plan import plan_raw_clips
-from preparation.prepare import name_sample, tensor_bytes, warn_of_overflow
+from preparation.prepare import name_sample, needs_tiles, tensor_bytes, warn_of_overflow
 from video.probe import VideoInfo, probe_video
 
 
@@ -450,6 +451,32 @@ def test_a_folder_prepared_with_other_settings_is_refused(model, prepared_small,
     assert error.startswith("error: --output_dir: ")
     assert message in error
     assert contents(folder) == before
+
+
+def test_tiles_are_used_only_if_memory_asks_for_them(tmp_path, caplog):
+    def needs(*flags: str, gigabytes: float) -> bool:
+        argv = ["--data_root", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--dtype", "bf16", *flags]
+        sizes = {Bucket(9, 480, 720), Bucket(49, 480, 720)}
+        return needs_tiles(parse_prepare_args(argv), full_size_configs("5b"), sizes, int(gigabytes * 2**30))
+
+    # 6.3 GB for the activations, and a quarter more.
+    assert not needs(gigabytes=8)
+    assert "49x480x720" not in caplog.text
+    with caplog.at_level("INFO"):
+        assert needs(gigabytes=7.5)
+    assert "encoding 49x480x720 takes 7.84 GB, 7.50 GB are free: the VAE encodes tiles; --no-use_tiling" in caplog.text
+    assert needs("--batch_size", "4", gigabytes=24)
+    assert not needs("--batch_size", "4", "--use_slicing", gigabytes=24)
+
+
+def test_a_folder_keeps_its_decision_on_tiles(model, small, tmp_path, capsys):
+    data = write_data(tmp_path / "data", small[:1])
+    folder = prepare(model, data, tmp_path / "out", "--use_tiling")
+    before = contents(folder)
+    prepare(model, data, folder)
+    assert json.loads(before[Path("prepared.json")])["tiling"] is True
+    assert contents(folder) == before
+    assert "tiling was True, is now False" in refuse(capsys, model, data, folder, "--no-use_tiling")
 
 
 def test_another_preparation_into_the_same_folder_is_refused_until_the_first_ends(model, prepared_small, capsys):

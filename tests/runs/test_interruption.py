@@ -1,6 +1,7 @@
 """A preparation that is killed at any moment and started again ends with the bytes of an uninterrupted one."""
 
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -50,6 +51,23 @@ def test_killed_ten_times_it_ends_with_the_bytes_of_an_uninterrupted_run(flags, 
     assert unfinished > 0
     finish(SCRIPT, argv, log, num_ranks)
     assert contents(killed) == contents(expected)
+
+
+def test_four_processes_of_which_two_are_killed_end_with_the_bytes_of_one(flags, tmp_path):
+    log, expected, shared = tmp_path / "log.txt", tmp_path / "expected", tmp_path / "shared"
+    finish(SCRIPT, [*flags, "--output_dir", str(expected)], log)
+    assert "\nencoded 10 clips: " in log.read_text()
+    # No launch: each counts as the only process of its own. Two are killed where they work on captions and clips.
+    stops = [Stop(signal.SIGKILL, 45, 0.0), Stop(signal.SIGKILL, 70, 0.0), None, None]
+    log = tmp_path / "log-of-four.txt"
+    processes = [start(SCRIPT, [*flags, "--output_dir", str(shared)], log, stop=stop)[0] for stop in stops]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2 + [0, 0], log.read_text()
+    assert contents(shared) == contents(expected)
+    said = log.read_text()
+    assert said.count("prepared 10 samples in") == 1
+    assert sum(map(int, re.findall(r"encoded (\d+) clips", said))) <= 10  # none twice, but for those that were killed
 
 
 def test_ctrl_c_in_the_middle_ends_in_one_line(flags, tmp_path):

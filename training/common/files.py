@@ -100,8 +100,8 @@ def refresh_names(folder: Path) -> None:
 
     An NFS client caches the names for up to a minute, unless it changes the folder itself.
     """
-    for below in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+    for below, _, _ in os.walk(folder):
         with suppress(FileNotFoundError):  # another process has removed it
-            name = below / f".{secrets.token_hex(8)}.refresh"
+            name = Path(below, f".{secrets.token_hex(8)}.refresh")
             name.touch()
             name.unlink()

@@ -36,6 +36,10 @@ class StoreError(UserError):
     """A file that a store does not hand out; the message names its URL, what happened and what to do."""
 
 
+class StoreFailure(str):
+    """The message of a `StoreError` among the reasons why clips cannot be read: no reason to give a clip up."""
+
+
 class FileState(NamedTuple):
     """What changes with a file in a store."""
 

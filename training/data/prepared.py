@@ -93,7 +93,7 @@ class PreparedSettings:
     encoders: Mapping[str, str | None]  # as from `fingerprint_encoders`
     dtype: str
     max_sequence_length: int
-    tiling: bool
+    tiling: bool | None  # None before it is decided
     model: str = ""  # where the encoders were, for messages
     flags: Mapping[str, Any] = field(default_factory=dict)  # that chose clips and frames in the last run
 

@@ -41,6 +41,7 @@ class ShardWriter:
     def __init__(self, folder: Path, staging: Path, groups: Sequence[Sequence[str]], per_shard: Sequence[int]):
         self.folder, self.staging = folder, on_this_machine(staging) / folder.name
         self._shards: dict[str, list[str]] = {}  # names by their digest
+        self._num_names = sum(map(len, groups))
         finished = finished_names(folder)
         for group, size in zip(groups, per_shard, strict=True):
             # Finished shards leave a list that is cut where it was cut before.
@@ -48,7 +49,7 @@ class ShardWriter:
             for start in range(0, len(names), size):
                 self._shards[_digest(names[start : start + size])] = names[start : start + size]
         self._shard_of = {name: digest for digest, names in self._shards.items() for name in names}
-        self._merging = threading.Lock()
+        self._merging = {digest: threading.Lock() for digest in self._shards}
         self._adopt()
 
     def _adopt(self) -> None:
@@ -65,22 +66,40 @@ class ShardWriter:
                         name, _, kind = key.rpartition(".")
                         if name in self._shard_of:
                             samples.setdefault(name, {})[kind] = tensor
-                except FileNotFoundError:  # another rank has moved it
+                except FileNotFoundError:  # another process has moved it
                     continue
                 self.write(samples)
             shutil.rmtree(folder, ignore_errors=True)
 
-    def todo(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
-        """Return this rank's batches that have not been written yet; its share does not depend on what has been."""
-        batches = []
+    def todo(self, batch_size: int) -> dict[str, list[list[str]]]:
+        """Return the batches that have not been written yet, in parts; their names do not depend on what has been."""
+        parts = {}
         for digest, names in self._shards.items():
             staged = {name for part in _tensor_files(self.staging / digest) for name in names_in(part)}
-            first = int(digest, 16) % world_size
-            for number, start in enumerate(range(0, len(names), batch_size)):
-                batch = [name for name in names[start : start + batch_size] if name not in staged]
-                if batch and (first + number) % world_size == rank:
-                    batches.append(batch)
-        return batches
+            for part, batches in cut_into_parts(digest, names, batch_size, self._num_names).items():
+                left = [rest for batch in batches if (rest := [name for name in batch if name not in staged])]
+                if left:
+                    parts[part] = left
+        return parts
+
+    def left(self, batches: Sequence[Sequence[str]], given_up: Container[str] = ()) -> list[Sequence[str]]:
+        """Return which batches of a part of `todo` are still not written, apart from names that are given up."""
+        digest = self._shard_of[batches[0][0]]
+        shard = self.folder / f"{digest}.safetensors"
+
+        def is_staged(batch: Sequence[str]) -> bool:
+            if self._part_file(digest, batch).exists():
+                return True
+            kept = [name for name in batch if name not in given_up]
+            return len(kept) < len(batch) and (not kept or self._part_file(digest, kept).exists())
+
+        if shard.exists():
+            return []
+        left = [batch for batch in batches if not is_staged(batch)]
+        return [] if shard.exists() else left  # a finished shard replaces its batches
+
+    def _part_file(self, digest: str, names: Sequence[str]) -> Path:
+        return self.staging / digest / f"{_digest(names)}-{len(names)}.safetensors"
 
     def write(self, samples: Mapping[str, Mapping[str, "torch.Tensor"]]) -> None:
         """Write the tensors of a batch, {name: {kind: tensor}}; the last batch of a shard also writes the shard."""
@@ -92,7 +111,7 @@ class ShardWriter:
                 for name in names
                 for kind, tensor in samples[name].items()
             }
-            with atomic_write(self.staging / digest / f"{_digest(names)}-{len(names)}.safetensors") as partial:
+            with atomic_write(self._part_file(digest, names)) as partial:
                 save_tensors(tensors, partial)
             self._merge_if_complete(digest)
 
@@ -108,7 +127,7 @@ class ShardWriter:
         from safetensors.torch import load_file
 
         shard, staging = self.folder / f"{digest}.safetensors", self.staging / digest
-        with self._merging:
+        with self._merging[digest]:
             parts = _tensor_files(staging)
             wanted = {name for name in self._shards[digest] if name not in given_up}
             # The counts in the file names save reading the headers before enough batches exist.
@@ -119,11 +138,18 @@ class ShardWriter:
                 with atomic_write(shard, staging=staging) as partial:
                     save_tensors({key: tensor for part in parts for key, tensor in load_file(part).items()}, partial)
                     flush(partial)
-            except FileNotFoundError:
-                # Another rank saw the same last batch, wrote the same shard and has already cleaned up.
+            except (FileNotFoundError, UserError):
+                # Another process saw the same last batch, wrote the same shard and has already cleaned up.
                 if not shard.exists():
                     raise
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def cut_into_parts(key: str, names: Sequence[str], batch_size: int, num_names: int) -> dict[str, list[Sequence[str]]]:
+    """Return names as batches, in parts small enough for many processes to share `num_names` names evenly."""
+    batches = [names[at : at + batch_size] for at in range(0, len(names), batch_size)]
+    size = max(1, min(16, num_names // (1024 * batch_size)))
+    return {f"{key}-{start}": batches[start : start + size] for start in range(0, len(batches), size)}
 
 
 def finished_names(folder: Path) -> dict[str, Path]:

@@ -4,8 +4,11 @@ They are the activations of `models.blocks`, listed in `block_tensors`. A unit i
 text and video, in the compute dtype.
 """
 
+from collections.abc import Mapping
 from math import prod
+from typing import Any
 
+from data.buckets import Bucket
 from memory.activations import count_kept
 from memory.facts import ModelFacts, Workload
 from memory.settings import MemorySettings
@@ -128,3 +131,25 @@ def decoding_bytes(facts: ModelFacts, workload: Workload) -> int:
     tile = min(height * 8, vae["sample_height"] // 2) * min(width * 8, vae["sample_width"] // 2)
     videos = 2 * prod(workload.sampled) * 3 * workload.compute_bytes  # the tiles and the joined video
     return videos + int(tensors * vae["block_out_channels"][1] * at_once * tile * workload.compute_bytes)
+
+
+def encoding_bytes(vae: Mapping[str, Any], size: Bucket, batch_size: int, itemsize: int) -> int:
+    """Return the peak of encoding videos without tiles and slicing, without weights.
+
+    It is in the encoder's first down block, at full size. The encoder takes eight frames at a time, and at first those
+    that remain too: about five tensors of that many frames, and the frames that convolutions add. From the second time
+    on, it also keeps what each layer needs of earlier frames. The library splits inputs of more than 2^30 numbers.
+
+    Args:
+        vae: its config.
+        itemsize: bytes of a number.
+    """
+    frames, height, width = size
+    pixels = batch_size * height * width * itemsize
+    tensors = 16 + 4.8 * min(frames, 8 + frames % 8)  # of the block's channels, a frame each
+    if frames >= 16:
+        tensors = max(tensors, 75)
+    channels = vae["block_out_channels"][0]
+    if channels * (8 + 2) * pixels / itemsize > 2**30:
+        tensors *= 1.2
+    return int((3 * frames + channels * tensors) * pixels)

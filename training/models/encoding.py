@@ -33,8 +33,8 @@ def encode_videos(vae: AutoencoderKLCogVideoX, videos: torch.Tensor) -> torch.Te
     Returns:
         `[B, 2C, F', H / 8, W / 8]`: mean and log-variance on the channel axis, unscaled, in the VAE's dtype.
     """
-    pixels = videos.to(vae.device).permute(0, 2, 1, 3, 4).to(torch.float32)
-    return _encode_pixels(vae, pixels.div_(127.5).sub_(1.0))
+    # Without a name here, the pixels in float32 are freed before the encoder runs.
+    return _encode_pixels(vae, videos.to(vae.device).permute(0, 2, 1, 3, 4).to(torch.float32).div_(127.5).sub_(1.0))
 
 
 @torch.no_grad()
@@ -70,4 +70,5 @@ def _encode_pixels(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.T
             )
     # The CPU's 3D convolutions are several times faster in this layout.
     layout = torch.channels_last_3d if vae.device.type == "cpu" else torch.contiguous_format
-    return vae.encode(pixels.to(vae.dtype, memory_format=layout)).latent_dist.parameters
+    pixels = pixels.to(vae.dtype, memory_format=layout)
+    return vae.encode(pixels).latent_dist.parameters

@@ -1,10 +1,11 @@
 """Encode the captions and clips of a preparation in batches, and write them in its layout."""
 
 import json
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from diffusers import AutoencoderKLCogVideoX
 
 from common.bars import tqdm
 from common.files import atomic_write
+from common.ranks import launch_rank
 from common.remote import on_this_machine
 from data.clips import BadClip, ClipSample
 from data.prepared import STAGING, read_empty_prompt, write_empty_prompt
@@ -24,24 +26,52 @@ from flags.settings import PreparationSettings
 from models.configs import CPU, DTYPES
 from models.encoding import encode_noised_image, encode_prompts, encode_videos
 from models.source import ModelSource
-from preparation.layouts import Layout, Sample
+from preparation.claims import Claims, SharedBatches
+from preparation.layouts import Batches, Layout, Sample
+from preparation.stages import run_stages
+
+
+logger = logging.getLogger(__name__)
+
+EMPTY_PROMPT = [[""]]  # no caption's key is empty
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is prepared, and this rank's place in the launch."""
+    """What is prepared, by this process and others that share the folder."""
 
     settings: PreparationSettings
     source: ModelSource
     layout: Layout
-    samples: Sequence[Sample]  # of all ranks
-    rank: int
-    num_ranks: int
+    samples: Sequence[Sample]
+    claims: Claims
     device: torch.device
 
-    def progress_bar(self, title: str, unit: str, batches: Sequence[Sequence[str]]) -> tqdm:
-        """Return a bar over the items of this rank's batches; only the first rank shows its own."""
-        return tqdm(total=sum(map(len, batches)), desc=title, unit=unit, delay=0, disable=self.rank != 0)
+    @cached_property
+    def captions(self) -> SharedBatches:
+        """The captions to embed, by their keys; EMPTY_PROMPT is the empty prompt's."""
+        layout = self.layout
+        if not self.settings.preparation.save_latents_and_embeddings:
+            return SharedBatches(self.claims, {}, layout.captions_left)
+        parts = layout.captions_to_do(self.settings.encoding.batch_size)
+
+        def left(batches: Batches) -> Batches:
+            if batches != EMPTY_PROMPT:
+                return layout.captions_left(batches)
+            return batches if read_empty_prompt(layout.folder) is None else []
+
+        return SharedBatches(self.claims, {"empty-prompt": EMPTY_PROMPT, **parts}, left)
+
+    @cached_property
+    def clips(self) -> SharedBatches:
+        """The clips to encode, by the names of their samples."""
+        parts = self.layout.clips_to_do(self.settings.encoding.batch_size)
+        broken = BrokenClips(self.layout.folder)
+        return SharedBatches(self.claims, parts, lambda batches: self.layout.clips_left(batches, broken))
+
+    def is_done(self) -> bool:
+        """Return whether all captions and clips are done, by whichever process."""
+        return self.captions.are_done() and self.clips.are_done()
 
 
 def clip_dataset(settings: PreparationSettings, clips: Sequence[ClipSample]) -> ClipDataset:
@@ -57,65 +87,83 @@ def clip_dataset(settings: PreparationSettings, clips: Sequence[ClipSample]) -> 
 
 
 def embed_captions(work: Preparation) -> None:
-    """Embed each caption of this rank's share once, unless it is done; rank 0 embeds the empty prompt too."""
-    layout, encoding = work.layout, work.settings.encoding
-    max_length = work.settings.preparation.max_sequence_length
-    batches = layout.captions_to_do(encoding.batch_size, work.rank, work.num_ranks)
-    needs_empty_prompt = work.rank == 0 and read_empty_prompt(layout.folder) is None
-    if not batches and not needs_empty_prompt:
+    """Embed the captions that are free, each once; the empty prompt, too, for captions that training drops."""
+    total, batches = len(work.captions), work.captions.take()
+    first = next(batches, None)
+    if first is None:
         return
-    captions = {sample.caption_key: sample.planned.clip.caption for sample in work.samples}
-    dtype = DTYPES[work.settings.model.dtype]
-    pipeline = work.source.load_text_pipeline(dtype, device=work.device, in_8bit=encoding.text_encoder_8bit)
-    if needs_empty_prompt:
-        # Replaces dropped captions in training, where no text encoder is loaded.
-        write_empty_prompt(layout.folder, encode_prompts(pipeline, [""], max_length)[0])
-    with work.progress_bar("Embedding captions", " captions", batches) as progress:
-        for keys in batches:
-            embeds = encode_prompts(pipeline, [captions[key] for key in keys], max_length)
-            layout.write_captions(dict(zip(keys, embeds, strict=True)))
-            progress.update(len(keys))
+    settings, folder = work.settings, work.layout.folder
+    captions = {sample.caption_key: sample.planned.clip.caption for sample in work.samples} | {"": ""}
+    in_8bit, max_length = settings.encoding.text_encoder_8bit, settings.preparation.max_sequence_length
+    pipeline = work.source.load_text_pipeline(DTYPES[settings.model.dtype], device=work.device, in_8bit=in_8bit)
+    done = 0
+
+    def embed(keys: Sequence[str]) -> tuple[Sequence[str], torch.Tensor]:
+        nonlocal done
+        embeds = encode_prompts(pipeline, [captions[key] for key in keys], max_length)
+        done += len(keys)
+        progress.update(done + work.captions.num_elsewhere - progress.n)
+        return keys, embeds.cpu()
+
+    def write(results: tuple[Sequence[str], torch.Tensor]) -> None:
+        keys, embeds = results
+        if keys in EMPTY_PROMPT:
+            write_empty_prompt(folder, embeds[0])
+        else:
+            work.layout.write_captions(dict(zip(keys, embeds, strict=True)))
+
+    with progress_bar("Embedding captions", " captions", total) as progress:
+        run_stages(chain([first], batches), embed, write, num_writers=settings.encoding.num_artifact_workers)
+        progress.update(done + work.captions.num_elsewhere - progress.n)
 
 
 def encode_clips(work: Preparation) -> None:
-    """Decode, encode and write this rank's share of the clips that are not done; the three overlap."""
-    settings, encoding, samples = work.settings, work.settings.encoding, work.samples
-    batches = work.layout.clips_to_do(encoding.batch_size, work.rank, work.num_ranks)
-    if not batches:
+    """Decode, encode and write the clips that are free; the three overlap."""
+    total, batches = len(work.clips), work.clips.take()
+    first = next(batches, None)
+    if first is None:
         return
+    settings, encoding, samples = work.settings, work.settings.encoding, work.samples
     index_of = {sample.name: index for index, sample in enumerate(samples)}
     broken = BrokenClips(work.layout.folder)
-    for names in batches:
-        broken.forget(names)
     vae = None
     if settings.preparation.save_latents_and_embeddings:
-        dtype, slicing, tiling = DTYPES[settings.model.dtype], encoding.use_slicing, encoding.use_tiling
+        dtype, slicing, tiling = DTYPES[settings.model.dtype], encoding.use_slicing, bool(encoding.use_tiling)
         vae = work.source.load_vae(dtype, slicing=slicing, tiling=tiling, device=work.device)
+
+    def draws() -> Iterator[list[Draw]]:
+        for names in chain([first], batches):
+            broken.forget(names)
+            yield [Draw(index_of[name], 0) for name in names]
+
+    done = 0
+
+    def encode(batch: Batch) -> tuple[dict, dict] | None:
+        nonlocal done
+        for draw, reason in batch.failed:
+            broken.add(samples[draw.index], reason)
+        names = [samples[draw.index].name for draw in batch.draws]
+        tensors = encode_batch(settings.preparation, vae, batch, names) if vae is not None and names else {}
+        done += len(names) + len(batch.failed)
+        progress.update(done + work.clips.num_elsewhere - progress.n)
+        return (tensors, dict(zip(names, batch.videos, strict=True))) if names else None
+
     loader = make_loader(
         clip_dataset(settings, [sample.planned for sample in samples]),
-        [[Draw(index_of[name], 0) for name in batch] for batch in batches],
+        draws(),
         num_workers=settings.loader.dataloader_num_workers,
         pin_memory=settings.loader.pin_memory,
     )
-    writing: deque[Future] = deque()
-    with (
-        work.progress_bar("Encoding clips", " clips", batches) as progress,
-        ThreadPoolExecutor(encoding.num_artifact_workers) as writers,
-    ):
-        for names, batch in zip(batches, loader, strict=True):
-            for draw, reason in batch.failed:
-                broken.add(samples[draw.index], reason)
-            decoded = [samples[draw.index].name for draw in batch.draws]
-            if decoded:
-                tensors = {} if vae is None else encode_batch(settings.preparation, vae, batch, decoded)
-                videos = dict(zip(decoded, batch.videos, strict=True))
-                writing.append(writers.submit(work.layout.write_clips, tensors, videos))
-            # Waiting for the oldest bounds the clips in memory, and raises a writer's error.
-            while len(writing) > 2 * encoding.num_artifact_workers:
-                writing.popleft().result()
-            progress.update(len(names))
-        for future in writing:
-            future.result()
+    with progress_bar("Encoding clips", " clips", total) as progress:
+        write, num_writers = work.layout.write_clips, encoding.num_artifact_workers
+        times = run_stages(loader, encode, lambda results: write(*results), num_writers=num_writers)
+        progress.update(done + work.clips.num_elsewhere - progress.n)
+    logger.info("encoded %d clips: %s", done, times)
+
+
+def progress_bar(title: str, unit: str, total: int) -> tqdm:
+    """Return a bar over the items of all processes; of the ranks of a launch, only the first shows it."""
+    return tqdm(total=total, desc=title, unit=unit, delay=0, disable=launch_rank() != 0)
 
 
 def encode_batch(
@@ -137,7 +185,7 @@ def encode_batch(
 
 
 class BrokenClips:
-    """Notes on clips that could be probed but not decoded, for the rank that finishes last."""
+    """Notes on clips that could be probed but not decoded, for all processes of a preparation."""
 
     def __init__(self, folder: Path):
         self.folder = on_this_machine(folder / STAGING) / "broken"
@@ -149,10 +197,13 @@ class BrokenClips:
         with atomic_write(self.folder / f"{sample.name}.json") as path:
             path.write_text(json.dumps(note), encoding="utf-8")
 
-    def forget(self, names: Sequence[str]) -> None:
-        """Drop the notes of an earlier run on samples that this rank tries again."""
-        for name in names:
+    def forget(self, names: Iterable[str] | None = None) -> None:
+        """Drop the notes on samples that are tried again; None for all."""
+        for name in self.read() if names is None else names:
             (self.folder / f"{name}.json").unlink(missing_ok=True)
+
+    def __contains__(self, name: object) -> bool:
+        return (self.folder / f"{name}.json").exists()
 
     def read(self) -> dict[str, BadClip]:
         """Return all notes by sample name."""

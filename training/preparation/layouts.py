@@ -1,7 +1,8 @@
 """Layouts of prepared samples on disk: shards, or one file per tensor like the original script.
 
-A layout knows what is done, shares out the rest in batches, writes each batch atomically, and lists the samples once
-all are done. `data/prepared.py` documents and reads the files.
+A layout knows what is done, divides the rest into batches, in parts for processes to share, writes each batch
+atomically, and lists the samples once all are done. Every process makes the same batches at any time, because the bits
+of a result depend on its batch. `data/prepared.py` documents and reads the files.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -18,12 +19,14 @@ from common.text_files import index_lines
 from data.buckets import Bucket
 from data.clips import ClipSample
 from data.prepared import FILES_INDEX, INDEX_FILE, LISTS, STAGING, sample_in_files, sample_in_shards
-from data.tensor_files import ShardWriter, finished_names, samples_per_shard
+from data.tensor_files import ShardWriter, cut_into_parts, finished_names, samples_per_shard
 from video.io import write_video
 
 
 _SUFFIXES = {"videos": ".mp4", "prompts": ".txt", "images": ".png"}
 
+Batches = Sequence[Sequence[str]]  # of names
+Parts = Mapping[str, Batches]
 Tensors = Mapping[str, torch.Tensor]  # by kind: video_latents, image_latents, prompt_embeds
 
 
@@ -69,13 +72,21 @@ class ShardLayout:
         size = samples_per_shard(embed_bytes, shard_bytes)
         self.captions = ShardWriter(folder / "prompt_embeds", folder / STAGING, [captions], [size])
 
-    def captions_to_do(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
-        """Return this rank's batches of caption keys that are not embedded."""
-        return self.captions.todo(batch_size, rank, world_size)
+    def captions_to_do(self, batch_size: int) -> Parts:
+        """Return batches of caption keys that are not embedded."""
+        return self.captions.todo(batch_size)
 
-    def clips_to_do(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
-        """Return this rank's batches of sample names, of one bucket each, that are not encoded."""
-        return self.latents.todo(batch_size, rank, world_size)
+    def clips_to_do(self, batch_size: int) -> Parts:
+        """Return batches of sample names, of one bucket each, that are not encoded."""
+        return self.latents.todo(batch_size)
+
+    def captions_left(self, batches: Batches) -> Batches:
+        """Return which batches of a part are not embedded."""
+        return self.captions.left(batches)
+
+    def clips_left(self, batches: Batches, given_up: Container[str]) -> Batches:
+        """Return which batches of a part are not encoded, apart from the samples in `given_up`."""
+        return self.latents.left(batches, given_up)
 
     def write_captions(self, embeds: Mapping[str, torch.Tensor]) -> None:
         """Write a batch of prompt embeddings by caption key."""
@@ -128,13 +139,25 @@ class FileLayout:
         for sample in samples:
             self._names_of.setdefault(sample.caption_key, []).append(sample.name)
 
-    def captions_to_do(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
-        """Return this rank's batches of caption keys that are not embedded."""
-        return _share([list(self._names_of)], batch_size, rank, world_size, self._is_embedded)
+    def captions_to_do(self, batch_size: int) -> Parts:
+        """Return batches of caption keys; those that are embedded already are among them."""
+        keys = list(self._names_of)
+        return cut_into_parts("captions", keys, batch_size, len(keys))
 
-    def clips_to_do(self, batch_size: int, rank: int, world_size: int) -> list[list[str]]:
-        """Return this rank's batches of sample names, of one bucket each, that are not encoded."""
-        return _share(_names_by_bucket(self.samples).values(), batch_size, rank, world_size, self._is_encoded)
+    def clips_to_do(self, batch_size: int) -> Parts:
+        """Return batches of sample names, of one bucket each; those that are encoded already are among them."""
+        parts: dict[str, Batches] = {}
+        for number, names in enumerate(_names_by_bucket(self.samples).values()):
+            parts |= cut_into_parts(f"clips-{number}", names, batch_size, len(self.samples))
+        return parts
+
+    def captions_left(self, batches: Batches) -> Batches:
+        """Return which batches of a part are not embedded."""
+        return [batch for batch in batches if not all(map(self._is_embedded, batch))]
+
+    def clips_left(self, batches: Batches, given_up: Container[str]) -> Batches:
+        """Return which batches of a part are not encoded, apart from the samples in `given_up`."""
+        return [batch for batch in batches if not all(self._is_encoded(name) or name in given_up for name in batch)]
 
     def write_captions(self, embeds: Mapping[str, torch.Tensor]) -> None:
         """Write a batch of prompt embeddings by caption key, once for every sample that has the caption."""
@@ -205,15 +228,6 @@ def _names_by_bucket(samples: Sequence[Sample]) -> dict[Bucket, list[str]]:
     for sample in samples:
         names.setdefault(sample.planned.bucket, {})[sample.name] = None
     return {bucket: list(names[bucket]) for bucket in sorted(names)}
-
-
-def _share(
-    groups: Sequence[Sequence[str]], batch_size: int, rank: int, world_size: int, is_done: Callable[[str], bool]
-) -> list[list[str]]:
-    """Return this rank's batches, shared out before skipping what is done, which changes while other ranks work."""
-    batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
-    # A partly done batch is repeated in full: the bits of a result depend on the batch.
-    return [batch for batch in batches[rank::world_size] if not all(map(is_done, batch))]
 
 
 def _write_text(folder: Path, name: str, text: str) -> None:

@@ -1,8 +1,8 @@
 """The steps of prepare_dataset.py: from clips and captions to latent moments and prompt embeddings on disk.
 
-The ranks of a launch share only the output folder; ranks on several machines meet once, at the start, to check that
-they share it and see the same clips. Each rank does its share of the batches, and the one that finds everything done
-writes the index: no rank waits for another, so that a slow one causes no time-out.
+Any number of processes prepare one folder together: the ranks of a launch, or processes that were started one by one.
+They share only the folder, in which each claims parts of the work; one that finds all of it done lists the samples.
+Ranks of a launch on several machines also meet at the start, to check that they see the same folder and clips.
 """
 
 import hashlib
@@ -10,14 +10,16 @@ import logging
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers.training_utils import free_memory
 
-from cli.schema import flag_values
+from cli.schema import flag_values, replace_flags
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write, refresh_names
@@ -26,24 +28,37 @@ from common.logs import log_without_tokens
 from common.ranks import launch_rank, launch_size, local_rank, num_machines
 from common.remote import RemotePath, on_this_machine, to_path
 from common.text_files import digest_lines
+from common.units import in_bytes
 from data.buckets import Bucket
 from data.clips import ClipSample
-from data.prepared import STAGING, PreparedSettings, caption_key, claim_folder, read_empty_prompt, write_settings
+from data.prepared import (
+    STAGING,
+    PreparedSettings,
+    caption_key,
+    claim_folder,
+    read_prepared_settings,
+    write_settings,
+)
 from diffusion.tasks import ImageToVideo, SizeFlags, TextToVideo
 from flags.data import PREPARED_FLAGS
 from flags.model import EncoderFlags
 from flags.settings import PreparationSettings
+from memory.activation_bytes import encoding_bytes
 from models.configs import CPU, DTYPES, ModelConfigs, precision_warning
 from models.fingerprints import fingerprint_encoders
 from models.source import ModelSource
 from parallel.preflight import check_preparation
 from planning.plan import RawData, describe_plan, report_skipped
+from preparation.claims import Claims, WorkIsOver
 from preparation.encode import BrokenClips, Preparation, embed_captions, encode_clips
 from preparation.layouts import FileLayout, Layout, Sample, ShardLayout
 
 
 logger = logging.getLogger(__name__)
 
+POLL_SECONDS = 5.0  # between looks at what other processes have done
+INDEX = "index"  # the part of the work that comes last: listing the samples
+MARGIN = 0.25  # beyond the activations: weights, workspaces of convolutions, fragmentation
 BUCKET_FLAGS = SizeFlags("--height_buckets, --width_buckets", "--frame_buckets, --max_num_frames")
 
 
@@ -53,12 +68,12 @@ def prepare(settings: PreparationSettings, data: RawData) -> None:
     Raises UserError if the folder holds other data, or another preparation writes to it, the model cannot be read, or
     clips cannot be decoded.
     """
-    rank, num_ranks, flags = launch_rank(), launch_size(), settings.preparation
-    log_without_tokens(logging.INFO if rank == 0 else logging.ERROR)
+    flags = settings.preparation
+    log_without_tokens(logging.INFO if launch_rank() == 0 else logging.ERROR)
     source = model_source(settings.model)
     configs = source.configs()
-    if rank == 0:
-        log_plan(settings, data, source, num_ranks)
+    if launch_rank() == 0:
+        log_plan(settings, data, source, launch_size())
     folder = to_path(flags.output_dir)
     samples = [name_sample(planned, settings) for planned in data.clips]
     names = [sample.name + sample.caption_key for sample in samples]
@@ -69,17 +84,49 @@ def prepare(settings: PreparationSettings, data: RawData) -> None:
         source.download("vae", "text_encoder", "tokenizer")
         warn_of_overflow(DTYPES[settings.model.dtype], source)
     wanted = settings_of(settings, source)
+    tiled = partial(with_tiling, wanted, folder, settings, configs, set(data.buckets))
     # Processes that write the same tensors may share the folder, such as the ranks, or an orphan of a killed launch.
-    with locked_folder(on_this_machine(folder), digest_lines([repr(wanted), *names])):
-        prepared = claim_folder(folder, wanted)
-        layout = make_layout(settings, folder, samples, configs)
-        device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else CPU
-        work = Preparation(settings, source, layout, samples, rank, num_ranks, device)
-        if flags.save_latents_and_embeddings:
-            embed_captions(work)
-            free_memory()
-        encode_clips(work)
-        finish(work, data, prepared)
+    # The bits of a tensor depend on how clips are batched.
+    encoding = settings.encoding
+    work_id = digest_lines([repr(wanted), f"{encoding.batch_size} {encoding.use_slicing}", *names])
+
+    def begin() -> None:
+        claim_folder(folder, tiled())
+        BrokenClips(folder).forget()  # those of an earlier run are tried again
+
+    here = on_this_machine(folder), on_this_machine(folder / STAGING)
+    with locked_folder(here[0], work_id, begin), Claims(here[1] / "claims") as claims:
+        prepared = claim_folder(folder, tiled())
+        settings = replace_flags(settings, use_tiling=prepared.tiling)
+        try:
+            while claims.is_elsewhere(INDEX):
+                time.sleep(POLL_SECONDS)
+            layout = make_layout(settings, folder, samples, configs)
+            device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else CPU
+            prepare_together(Preparation(settings, source, layout, samples, claims, device), data, prepared)
+        except WorkIsOver:
+            logger.info("another process has listed the samples of %s", folder)
+
+
+def prepare_together(work: Preparation, data: RawData, prepared: PreparedSettings) -> None:
+    """Do what no other living process does, until all is done, and list the samples if no other process does."""
+    do_free_work(work)
+    pause = 0.1
+    while not finish(work, data, prepared):
+        if pause == 0.1:
+            logger.info("waiting for other processes, to do what they leave if they die")
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_SECONDS)
+        refresh_names(work.layout.folder)  # to see what other machines have written
+        do_free_work(work)
+
+
+def do_free_work(work: Preparation) -> None:
+    """Embed and encode what belongs to no living process."""
+    embed_captions(work)
+    free_memory()
+    encode_clips(work)
+    free_memory()
 
 
 def check_store(folder: RemotePath) -> None:
@@ -134,6 +181,38 @@ def settings_of(settings: PreparationSettings, source: ModelSource) -> PreparedS
         model=source.fingerprint(),
         flags={name: flags[name] for name in PREPARED_FLAGS},
     )
+
+
+def with_tiling(
+    wanted: PreparedSettings,
+    folder: Path,
+    settings: PreparationSettings,
+    configs: ModelConfigs,
+    buckets: Collection[Bucket],
+) -> PreparedSettings:
+    """Return the settings with a decision on tiles: the flag's, or the folder's, or that of this GPU's free memory."""
+    if wanted.tiling is not None:
+        return wanted
+    tiling = read_prepared_settings(folder).get("tiling")
+    if tiling is None:
+        is_on_gpu = torch.cuda.is_available() and settings.preparation.save_latents_and_embeddings
+        tiling = is_on_gpu and needs_tiles(settings, configs, buckets, torch.cuda.mem_get_info(local_rank())[0])
+    return replace(wanted, tiling=tiling)
+
+
+def needs_tiles(
+    settings: PreparationSettings, configs: ModelConfigs, buckets: Collection[Bucket], free_bytes: int
+) -> bool:
+    """Return whether encoding full frames would not fit into the free memory of a GPU, and say so."""
+    batch_size = 1 if settings.encoding.use_slicing else settings.encoding.batch_size
+    itemsize = DTYPES[settings.model.dtype].itemsize
+    needed, largest = max((encoding_bytes(configs.vae, one, batch_size, itemsize), one) for one in buckets)
+    needed = int(needed * (1 + MARGIN))
+    if needed <= free_bytes:
+        return False
+    sizes = f"{in_bytes(needed, 1024)}, {in_bytes(free_bytes, 1024)} are free"
+    logger.info("encoding %s takes %s: the VAE encodes tiles; --no-use_tiling turns that off", largest, sizes)
+    return True
 
 
 def name_sample(planned: ClipSample, settings: PreparationSettings) -> Sample:
@@ -207,21 +286,19 @@ def tensor_bytes(settings: PreparationSettings, configs: ModelConfigs, clips: Se
     }
 
 
-def finish(work: Preparation, data: RawData, prepared: PreparedSettings) -> None:
-    """Write the index if all ranks are done, which only the last one finds.
+def finish(work: Preparation, data: RawData, prepared: PreparedSettings) -> bool:
+    """List the samples, in one process, when all are done; return whether they are listed.
 
     Raises UserError if clips did not decode, and --on_bad_clip is error.
     """
     settings, layout = work.settings, work.layout
-    has_tensors = settings.preparation.save_latents_and_embeddings
-    if num_machines() > 1:
-        refresh_names(layout.folder)  # to see what the last rank on another machine has just written
+    if not (work.is_done() and any(is_mine for _, is_mine in work.claims.take([INDEX]))):
+        return False
+    refresh_names(layout.folder)
     broken = BrokenClips(layout.folder).read()
     missing = {sample.name for sample in layout.missing(broken.keys())}
-    num_elsewhere = len(missing - broken.keys())
-    if num_elsewhere or (has_tensors and read_empty_prompt(layout.folder) is None):
-        logger.info("%d samples are with other ranks; the last one to finish lists them all", num_elsewhere)
-        return
+    if gone := missing - broken.keys():
+        raise UserError(f"{len(gone)} samples were removed from {layout.folder} while others were prepared; run again")
     bad = [*data.bad, *(broken[name] for name in sorted(missing))]
     if missing and settings.sources.on_bad_clip == "error":
         title = (
@@ -233,15 +310,13 @@ def finish(work: Preparation, data: RawData, prepared: PreparedSettings) -> None
     if not kept:
         raise UserError(listing("none of the clips can be used:", bad))
     report_skipped(bad, layout.folder)
-    try:
-        unlisted = layout.write_index(kept)
-        write_settings(layout.folder, prepared)
-    except FileNotFoundError:
-        # Another rank finished at the same time, listed the same samples and has removed the staging folder.
-        return
+    unlisted = layout.write_index(kept)
+    write_settings(layout.folder, prepared)
     shutil.rmtree(on_this_machine(layout.folder / STAGING), ignore_errors=True)
     if unlisted:
         logger.warning("%d samples that were prepared here earlier are no longer listed", unlisted)
+    has_tensors = settings.preparation.save_latents_and_embeddings
     flags = f"--data_root {shlex.quote(str(layout.folder))}" + (" --load_tensors" if has_tensors else "")
     # Not logged, because only the first rank logs.
     tqdm.write(f"prepared {len(kept)} samples in {layout.folder}; train on them with {flags}")
+    return True

@@ -205,7 +205,7 @@ def make_loader(
     dataset: Dataset, batches: Iterable[list[Draw]], *, num_workers: int, pin_memory: bool = False
 ) -> DataLoader:
     """Load batches in the given order, in `num_workers` processes (0 for this process)."""
-    if is_used():
+    if is_used() and not isinstance(batches, Iterator):  # which can be iterated over only once
         batches = ReadAhead(batches, dataset.files_of)
     return DataLoader(
         WatchedDataset(dataset, num_workers),

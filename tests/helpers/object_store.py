@@ -16,14 +16,16 @@ GONE = b"<Error><Code>ServiceUnavailable</Code><Message>Please try again</Messag
 
 
 class ObjectStore:
-    """The server. A fault applies to GET requests of keys that end with a name, as often as it is listed there."""
+    """The server. A fault applies to GET and PUT requests whose line ends with a text, as often as it is listed."""
 
     def __init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._application = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._serve, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self.faults: dict[str, list[str]] = {}  # by end of the key: "503", "cut" or "slow", the next one first
+        self.faults: dict[
+            str, list[str]
+        ] = {}  # by end of "GET /bucket/key": "503", "cut" or "slow", the next one first
         self.requests: list[str] = []  # "GET /bucket/key", in their order
         self.changed = threading.Condition()
         self.release = threading.Event()  # ends slow answers
@@ -51,12 +53,12 @@ class ObjectStore:
         self._server.shutdown()
 
     def _serve(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
-        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        request = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}"
         with self.changed:
-            self.requests.append(f"{method} {path}")
+            self.requests.append(request)
             self.changed.notify_all()
-        faults = next((one for end, one in self.faults.items() if path.endswith(end)), [])
-        fault = faults.pop(0) if faults and method in ("GET", "PUT") else ""
+        faults = next((one for end, one in self.faults.items() if request.endswith(end)), [])
+        fault = faults.pop(0) if faults and request.startswith(("GET", "PUT")) else ""
         if fault == "503":
             start_response("503 Service Unavailable", [("Content-Length", str(len(GONE)))])
             return [GONE]
@@ -79,7 +81,8 @@ class Bucket:
     """A bucket of the server, written and read without the code under test."""
 
     def __init__(self, store: ObjectStore, bucket):
-        self.store, self._bucket, self.url = store, bucket, f"s3://{bucket.name}"
+        self.store, self._bucket = store, bucket
+        self.name, self.url = bucket.name, f"s3://{bucket.name}"
 
     def put(self, key: str, content: bytes | str | Path) -> None:
         data = content.read_bytes() if isinstance(content, Path) else content

@@ -1,5 +1,7 @@
 """From clips in a bucket to prepared data in a bucket to batches of training, through a server that fails."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,7 @@ def test_clips_of_a_bucket_are_prepared_in_a_bucket_and_read_by_training_as_from
 def test_a_preparation_that_a_store_ended_continues_with_what_is_missing(model, demo_clips, bucket, capsys):
     url = f"{bucket.url}/prepared"
     bucket.store.faults["empty_prompt.safetensors"] = ["503"]  # tried again
-    bucket.store.faults["prepared.json"] = [""] + ["503"] * 4  # when everything else is there
+    bucket.store.faults[f"PUT /{bucket.name}/prepared/prepared.json"] = ["", *["503"] * 4]  # the last file of all
     assert f"{url}/prepared.json cannot be written after 4 tries" in refusal(capsys, model, demo_clips, url)
     bucket.store.faults.clear()
     shards = [key for key in bucket.listing() if key.endswith(".safetensors")]
@@ -86,6 +88,17 @@ def test_a_preparation_that_a_store_ended_continues_with_what_is_missing(model, 
     prepare(model, demo_clips, url)
     assert [key for key in bucket.listing() if key.endswith(".safetensors")] == shards
     assert len([one for one in bucket.store.requests if one.startswith("PUT") and one.endswith(".safetensors")]) == 1
+
+
+def test_an_outage_ends_a_preparation_even_if_bad_clips_are_skipped(model, clips, bucket, capsys, monkeypatch):
+    """The clips were checked in an earlier run, so they are fetched when they are encoded."""
+    settings = ["--on_bad_clip", "skip"]
+    prepare(model, clips, f"{bucket.url}/first", *settings, "--dry_run")
+    shutil.rmtree(default_cache_folder() / "fetched")
+    bucket.store.faults[".mp4"] = ["503"] * 999
+    told = refusal(capsys, model, clips, f"{bucket.url}/second", *settings)
+    assert re.search(r"error: .*\.mp4 cannot be fetched after 4 tries", told)
+    assert "second/index" not in " ".join(bucket.listing())
 
 
 def test_a_missing_shard_is_named_before_training_and_a_busy_store_during_it(model, on_disk, bucket):

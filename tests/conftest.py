@@ -5,9 +5,14 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 settings.register_profile("suite", deadline=None)  # a busy machine is not a failure
@@ -126,3 +131,14 @@ def bucket(object_store, monkeypatch, tmp_path) -> "Bucket":  # noqa: F821
     monkeypatch.setattr(stores, "_warned", set())
     monkeypatch.setattr(remote, "_room", 0)
     return object_store.bucket()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """Headless Chromium. Not for the session: while Playwright runs, nothing else can use asyncio in its process."""
+    from browser import CHROMIUM, start_chromium
+
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
+    with start_chromium() as browser:
+        yield browser

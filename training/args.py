@@ -22,6 +22,7 @@ from checks.training import (
     check_details,
     check_no_earlier_run,
     check_tracker,
+    settle_batches,
     settle_files,
     settle_validation,
     training_warnings,
@@ -75,7 +76,7 @@ def _check_training(settings: TrainingSettings) -> TrainingSettings:
     check_memory(settings)
     settings = settle_memory(settings)
     check_speed(settings)
-    settings = settle_context_parallel(settings)
+    settings = settle_batches(settle_context_parallel(settings))
     check_zero(settings)
     check_fsdp(settings)
     check_details(settings)

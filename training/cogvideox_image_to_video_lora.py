@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from args import parse_args
 from cli.schema import flag_values
 from common.errors import one_line_errors
-from common.startup import announce, prepare_imports
+from common.startup import announce, heavy_imports
 from planning.plan import plan_training_data
 
 
@@ -24,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = parse_args(argv, task="image-to-video", method="lora")
         announce("reading the data")
         data = plan_training_data(settings)
-        prepare_imports(flag_values(settings), owns_process=argv is None)
         # Importing torch and diffusers takes many seconds, so flags and clips are checked first.
-        from run.finetune import finetune
+        with heavy_imports(flag_values(settings), owns_process=argv is None):
+            from run.finetune import finetune
 
         finetune(settings, data)
 

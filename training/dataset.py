@@ -54,8 +54,48 @@ class Batch:
         """Pin the tensors; DataLoader calls this with `pin_memory=True`."""
         return self._map(torch.Tensor.pin_memory)
 
+    @property
+    def parts(self) -> list["Batch"]:
+        """The batch itself, as the only part of a batch of one bucket."""
+        return [self]
+
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         return replace(self, **{name: function(tensor) for name, tensor in self.tensors.items()})
+
+
+@dataclass
+class MixedBatch:
+    """Samples of several buckets, a batch for each bucket; the transformer computes them as one sequence."""
+
+    parts: list[Batch]
+
+    @property
+    def names(self) -> list[str]:
+        """The samples' names, part by part."""
+        return [name for part in self.parts for name in part.names]
+
+    @property
+    def draws(self) -> list[Draw]:
+        """The samples' draws, part by part."""
+        return [draw for part in self.parts for draw in part.draws]
+
+    @property
+    def failed(self) -> list[tuple[Draw, str]]:
+        """Undecodable clips with reasons."""
+        return [failure for part in self.parts for failure in part.failed]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of all parts, by part and field."""
+        return {f"{n}.{name}": value for n, part in enumerate(self.parts) for name, value in part.tensors.items()}
+
+    def to(self, device: torch.device) -> "MixedBatch":
+        """Move the tensors without waiting for the copies, which is safe from pinned memory."""
+        return MixedBatch([part.to(device) for part in self.parts])
+
+    def pin_memory(self) -> "MixedBatch":
+        """Pin the tensors; DataLoader calls this with `pin_memory=True`."""
+        return MixedBatch([part.pin_memory() for part in self.parts])
 
 
 @dataclass(eq=False)
@@ -180,8 +220,16 @@ class PreparedDataset(_Clips):
         )
 
 
-def collate(samples: Sequence[Batch]) -> Batch:
-    """Join batches of one bucket."""
+def collate(samples: Sequence[Batch]) -> Batch | MixedBatch:
+    """Join samples to a batch, or to a mixed one if they are of several buckets."""
+    by_bucket: dict[Bucket, list[Batch]] = {}
+    for sample in samples:
+        by_bucket.setdefault(sample.bucket, []).append(sample)
+    parts = [_join(of_bucket) for of_bucket in by_bucket.values()]
+    return parts[0] if len(parts) == 1 else MixedBatch(parts)
+
+
+def _join(samples: Sequence[Batch]) -> Batch:
     tensors = [sample.tensors for sample in samples if sample.names]
     return Batch(
         bucket=samples[0].bucket,
@@ -192,7 +240,7 @@ def collate(samples: Sequence[Batch]) -> Batch:
     )
 
 
-def without_failures(batches: Iterable[Batch]) -> Iterator[Batch]:
+def without_failures(batches: Iterable[Batch | MixedBatch]) -> Iterator[Batch | MixedBatch]:
     """Yield the batches; raise a UserError at the first clip that cannot be read."""
     for batch in batches:
         if batch.failed:
@@ -263,7 +311,7 @@ class DeviceCopies:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: Batch | MixedBatch) -> Batch | MixedBatch:
         """Return the batch on the device, ready for the computations that follow."""
         if self.stream is None:
             return batch.to(self.device)

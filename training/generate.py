@@ -12,17 +12,17 @@ from args import parse_generate_args
 from checks.generation import HOST_SAVINGS, sampling_memory_advice
 from cli.schema import flag_values
 from common.errors import one_line_errors
-from common.startup import prepare_imports
+from common.startup import heavy_imports
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the flags of `argv`, or of the command line if it is None."""
     with one_line_errors("finished videos are kept; run it again with --overwrite, or only the prompts that are left"):
         settings = parse_generate_args(argv)
-        prepare_imports(flag_values(settings), owns_process=argv is None)
         # Importing torch and diffusers takes many seconds, so flags and files are checked first.
-        from common.failures import explained_failures
-        from results.generation import generate
+        with heavy_imports(flag_values(settings), owns_process=argv is None):
+            from common.failures import explained_failures
+            from results.generation import generate
 
         with explained_failures(lambda: sampling_memory_advice(settings.memory), HOST_SAVINGS):
             generate(settings)

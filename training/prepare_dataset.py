@@ -8,7 +8,7 @@ or
       --height_buckets 480 --width_buckets 720 --dtype bf16 --save_latents_and_embeddings
 
 and on several GPUs with `torchrun --nproc_per_node=N` or `accelerate launch` instead of `python`. A second run does
-only what is missing. `--dry_run` only shows the samples that would be made, as a table and a picture.
+only what is missing. `--dry_run` only shows the samples that would be made, as a table, a picture and a page.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from args import parse_prepare_args
 from checks.preparation import preparation_memory_advice
 from cli.schema import flag_values
 from common.errors import UserError, one_line_errors
-from common.startup import announce, prepare_imports
+from common.startup import announce, heavy_imports
 from planning.plan import advise_early, check_bad_clips, plan_raw_clips
 
 
@@ -30,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not (settings.preparation.dry_run and data.clips):
             model = settings.model.model_id
             check_bad_clips(data, settings.sources.on_bad_clip, lambda: advise_early(data, settings, model))
-        prepare_imports(flag_values(settings), owns_process=argv is None)
         # Importing torch and diffusers takes many seconds, so flags and clips are checked first.
-        from common.failures import explained_failures
-        from preparation.dry_run import show_plan
-        from preparation.prepare import prepare
+        with heavy_imports(flag_values(settings), owns_process=argv is None):
+            from common.failures import explained_failures
+            from preparation.dry_run import show_plan
+            from preparation.prepare import prepare
 
         if settings.preparation.dry_run:
             show_plan(settings, data)

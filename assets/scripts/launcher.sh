@@ -112,17 +112,17 @@ count_gpus() {
   fi
 }
 
-# Print a number of the accelerate config: number_of NAME
-number_of() {
-  sed -n "s/^$1: *\([0-9]*\).*/\1/p" "$ACCELERATE_CONFIG"
+# Print a word or number of the accelerate config: in_config NAME
+in_config() {
+  sed -En "s/^$1: *[\"']?([[:alnum:]_]*).*/\1/p" "$ACCELERATE_CONFIG"
 }
 
 # Set ACCELERATE_CONFIG and CPU_THREADS if they are empty, and `launch`, the command that starts the script.
 choose_launch() {
-  local processes="" machines="" sharing chosen=single_gpu
+  local processes="" machines="" sharing precision on_cpu chosen=single_gpu
   if [[ -n "$ACCELERATE_CONFIG" ]]; then
     check_config
-    machines="$(number_of num_machines)"
+    machines="$(in_config num_machines)"
   fi
   machines="${NUM_MACHINES:-${machines:-1}}"
   count_gpus "$machines"
@@ -137,9 +137,17 @@ choose_launch() {
     processes="$((NUM_GPUS * machines))"
   fi
   if [[ -z "$CPU_THREADS" ]]; then
-    sharing="${processes:-$(number_of num_processes)}"
+    sharing="${processes:-$(in_config num_processes)}"
     CPU_THREADS="$(($(nproc) * machines / ${sharing:-1}))"
     CPU_THREADS="$((CPU_THREADS > 0 ? CPU_THREADS : 1))"
+  fi
+  if is_plain; then # accelerate would import torch first, and keep it in memory
+    precision="$(in_config mixed_precision)" on_cpu="$(in_config use_cpu)"
+    launch=(
+      env "ACCELERATE_USE_CPU=${on_cpu:-false}" "ACCELERATE_MIXED_PRECISION=${precision:-no}"
+      "OMP_NUM_THREADS=$CPU_THREADS" python "$root/$script"
+    )
+    return
   fi
   launch=(
     accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_process "$CPU_THREADS"
@@ -156,6 +164,15 @@ choose_launch() {
 
 starts_one_process() {
   grep -Eq "^distributed_type: *[\"']?NO\b" "$ACCELERATE_CONFIG"
+}
+
+# Whether accelerate would only set three variables and start the script: for one process, with nothing else in the file.
+is_plain() {
+  local quote="[\"']?" plain
+  plain="compute_environment: *LOCAL_MACHINE|mixed_precision: *$quote(no|fp16|bf16)$quote|use_cpu: *(true|false)"
+  plain+="|gpu_ids: *all|machine_rank: *0|num_(machines|processes): *1|(debug|enable_cpu_affinity): *false|tpu_[a-z_]+:.*"
+  plain+="|(distributed_type|downcast_bf16|main_training_function|rdzv_backend|same_network):.*"
+  starts_one_process && ! grep -Evq "^(($plain) *)?(#.*)?$" "$ACCELERATE_CONFIG"
 }
 
 # Refuse a file that does not exist; some come from the original toolkit.

@@ -1,6 +1,7 @@
 """The launchers: one name for a thing in all of them, the choice of GPUs, `--help`, and mistakes in settings."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from repository import ROOT
 LAUNCHERS = sorted(path.name for path in ROOT.glob("*.sh"))
 TRAIN, PREPARE = "bash train_text_to_video_lora.sh", "bash prepare_dataset.sh"
 INTERRUPTED = '#!/usr/bin/env bash\nkill -INT $$ && echo "$0" >> "$CALLS"\n'  # fails if it hears the signal
+SHOW_ENVIRONMENT = '#!/usr/bin/env bash\nenv | grep -E "^(ACCELERATE|OMP|KMP)_" | paste -sd " " >> "$CALLS"\n'
 SHOW_GPUS = '#!/usr/bin/env bash\nprintf "%q " "${CUDA_VISIBLE_DEVICES-all}" "$@" >> "$CALLS"\necho >> "$CALLS"\n'
 
 
@@ -66,25 +68,29 @@ def test_raw_clips_are_named_for_training_as_for_preparation(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "seen", "config", "processes"),
     [
-        ("", "all", "single_gpu", None),
-        ("GPU_IDS=1", "1", "single_gpu", "1"),
+        ("", "all", None, None),
+        ("GPU_IDS=1", "1", None, None),
+        ("NUM_MACHINES=1 NUM_GPUS=1", "all", None, None),
         ('GPU_IDS="0,1"', "0,1", "ddp", "2"),
         ('GPU_IDS="GPU-1a, MIG-b"', "GPU-1a,MIG-b", "ddp", "2"),
         ('GPU_IDS="0 3" ACCELERATE_CONFIG=accelerate_configs/zero2.yaml', "0,3", "zero2", "2"),
         ("NUM_GPUS=8", "all", "ddp", "8"),
         ("NUM_GPUS=8 NUM_MACHINES=3", "all", "ddp_2_machines", "24"),
-        ("CUDA_VISIBLE_DEVICES=5", "5", "single_gpu", None),
+        ("CUDA_VISIBLE_DEVICES=5", "5", None, None),
     ],
 )
 def test_the_gpus_that_are_named_are_used(tmp_path, settings, seen, config, processes):
     programs = PROGRAMS | dict.fromkeys(("accelerate", "torchrun", "python"), SHOW_GPUS)
     code = f"{settings} {TRAIN}\nMACHINE_RANK=0 MAIN_PROCESS_IP=a {settings} {PREPARE}"
     train, prepare = noted_calls(code, tmp_path, programs)
-    assert Path(value_of(train, "--config_file")).stem == config
-    assert (value_of(train, "--num_processes") if "--num_processes" in train else None) == processes
+    if config is None:
+        assert train[1].endswith(script_of(train))  # by python
+    else:
+        assert Path(value_of(train, "--config_file")).stem == config
+        assert value_of(train, "--num_processes") == processes
     assert [train[0], prepare[0]] == [seen, seen]
     on_several = "--standalone" in prepare or "--nnodes" in prepare
-    assert on_several == (processes not in (None, "1"))
+    assert on_several == (processes is not None)
 
 
 @pytest.mark.parametrize(
@@ -102,19 +108,60 @@ def test_the_gpus_that_are_named_are_used(tmp_path, settings, seen, config, proc
 )
 def test_the_processes_of_a_machine_share_its_cores(tmp_path, settings, threads):
     (tmp_path / "own.yaml").write_text("mixed_precision: bf16\n")
-    programs = PROGRAMS | {"nproc": "#!/bin/sh\necho 24\n"}
+    programs = PROGRAMS | {"nproc": "#!/bin/sh\necho 24\n", "python": SHOW_ENVIRONMENT}
     (call,) = noted_calls(f"MACHINE_RANK=0 MAIN_PROCESS_IP=a {settings} {TRAIN}", tmp_path, programs)
-    assert value_of(call, "--num_cpu_threads_per_process") == threads
+    if call[0] == "launch":
+        assert value_of(call, "--num_cpu_threads_per_process") == threads
+    else:
+        assert f"OMP_NUM_THREADS={threads}" in call
 
 
-def test_accelerate_leaves_the_visible_gpus_as_they_are_even_with_a_file_that_names_others(tmp_path, monkeypatch):
-    (tmp_path / "own.yaml").write_text(
-        (ROOT / "accelerate_configs/single_gpu.yaml").read_text().replace("gpu_ids: all", 'gpu_ids: "0"')
-    )
+def own_config(file: Path, text: str = "", **changed: str) -> str:
+    """Write the configuration of one GPU with more lines or other values; return the setting of the launchers."""
+    lines = (ROOT / "accelerate_configs/single_gpu.yaml").read_text() + text
+    for name, value in changed.items():
+        lines = re.sub(rf"^{name}:.*$", f"{name}: {value}", lines, flags=re.MULTILINE)
+    file.write_text(lines)
+    return f"ACCELERATE_CONFIG={file}"
+
+
+def told_by_accelerate(call: list[str]) -> dict[str, str]:
+    """Return the environment that `accelerate launch` with these arguments would start the script with."""
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(call))
+    return prepare_simple_launcher_cmd_env(arguments)[1]
+
+
+def test_one_process_starts_without_accelerate_but_is_told_the_same(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "OMP_", "KMP_"))]:
+        monkeypatch.delenv(name)
+    defaults = "debug: false\nenable_cpu_affinity: false\ntpu_env: []\ntpu_use_sudo: false\n"  # of `accelerate config`
+    settings = [
+        own_config(tmp_path / "gpu.yaml", defaults),
+        own_config(tmp_path / "cpu.yaml", use_cpu="true", mixed_precision="bf16"),
+        own_config(tmp_path / "half.yaml", mixed_precision="'fp16' # half"),
+    ]
+    code = "\n".join(f"CPU_THREADS=3 {setting} {TRAIN}" for setting in settings)
+    for told in noted_calls(code, tmp_path, PROGRAMS | {"python": SHOW_ENVIRONMENT}):
+        ours = dict(one.lower().split("=", 1) for one in told)
+        flags = ["--config_file", ours.pop("accelerate_config"), "--num_cpu_threads_per_process", "3", "script.py"]
+        theirs = {name.lower(): value.lower() for name, value in told_by_accelerate(flags).items()}
+        # The rest are defaults, and settings of another OpenMP than torch's.
+        seen = {name for name in theirs if name.startswith(("accelerate_", "omp_")) and "_dynamo_" not in name}
+        assert ours == {name: theirs[name] for name in seen}
+
+
+def test_a_file_with_another_setting_is_left_to_accelerate_which_leaves_the_visible_gpus_as_they_are(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    for call in noted_calls(f"{TRAIN}\nACCELERATE_CONFIG={tmp_path}/own.yaml {TRAIN}", tmp_path):
-        arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(call[1:]))
-        assert prepare_simple_launcher_cmd_env(arguments)[1]["CUDA_VISIBLE_DEVICES"] == "3"
+    settings = [
+        own_config(tmp_path / "dynamo.yaml", "dynamo_config:\n  dynamo_backend: INDUCTOR\n"),
+        own_config(tmp_path / "debug.yaml", "debug: true\n"),
+        own_config(tmp_path / "gpus.yaml", gpu_ids='"0"'),
+    ]
+    for call in noted_calls("\n".join(f"{setting} {TRAIN}" for setting in settings), tmp_path):
+        assert call[0] == "launch"
+        assert told_by_accelerate(call[1:])["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 @pytest.mark.parametrize(
@@ -180,17 +227,25 @@ def test_a_launcher_is_executable_starts_with_sh_and_keeps_its_line_ends(tmp_pat
 
 
 def test_only_the_script_hears_ctrl_c_if_accelerate_starts_one_process(tmp_path):
-    (call,) = noted_calls(
-        f"ACCELERATE_CONFIG=accelerate_configs/cpu.yaml {TRAIN}", tmp_path, PROGRAMS | {"accelerate": INTERRUPTED}
-    )
+    config = own_config(tmp_path / "own.yaml", "debug: true\n")
+    (call,) = noted_calls(f"{config} {TRAIN}", tmp_path, PROGRAMS | {"accelerate": INTERRUPTED})
     assert Path(call[0]).name == "accelerate"
 
 
 def test_ctrl_c_before_the_script_has_started_stops_accelerate(tmp_path):
     programs = PROGRAMS | {"accelerate": "#!/bin/sh\nkill -INT $PPID\nexec sleep 30\n"}
     with pytest.raises(subprocess.CalledProcessError) as error:
-        noted_calls(TRAIN, tmp_path, programs)
+        noted_calls(f"{own_config(tmp_path / 'own.yaml', 'debug: true')} {TRAIN}", tmp_path, programs)
     assert (error.value.returncode, error.value.stderr) == (130, b"interrupted\n")
+
+
+@pytest.mark.parametrize(("end", "code"), [("kill -INT $PPID; exit 75", 130), ("exit 75", 75)])
+def test_a_launcher_of_one_process_ends_like_it_and_starts_no_other_run(tmp_path, end, code):
+    programs = PROGRAMS | {"python": f"#!/bin/sh\necho >> $CALLS\n{end}\n"}
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        noted_calls(f"MAX_TRAIN_STEPS='1 2' {TRAIN}", tmp_path, programs)
+    assert (error.value.returncode, error.value.stderr) == (code, b"")
+    assert (tmp_path / "calls").read_text() == "\n"
 
 
 @pytest.mark.parametrize("command", [f"NUM_GPUS=2 {TRAIN}", f"NUM_GPUS=2 {PREPARE}"])

@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import subprocess
@@ -10,8 +11,13 @@ from diffusers import CogVideoXTransformer3DModel
 
 from args import parse_args, parse_prepare_args
 from cli.schema import flag_values
-from common.startup import configure_allocator, quiet_libraries, unused_libraries
+from common.startup import configure_allocator, heavy_imports, quiet_libraries, unused_libraries
 from repository import TRAINING
+
+
+# Of no flag: transformers and accelerate import them for what no script of ours does.
+NEVER_USED = {"scipy", "sklearn", "boto3"}
+OPTIONAL = {"bitsandbytes", "torchao", "deepspeed"} | NEVER_USED
 
 
 @pytest.fixture
@@ -40,14 +46,14 @@ def flags(tmp_path) -> list[str]:
 def test_a_library_is_left_out_unless_a_flag_needs_it(flags, more, used, monkeypatch):
     settings = flag_values(parse_args([*flags, *more], task="text-to-video", method="lora"))
     monkeypatch.setattr(os.path, "exists", lambda path: False)  # no GPU
-    assert set(unused_libraries(settings)) == {"bitsandbytes", "torchao", "deepspeed"} - used
+    assert set(unused_libraries(settings)) == OPTIONAL - used
 
 
 @pytest.mark.parametrize(("more", "used"), [([], {"bitsandbytes", "torchao"}), (["--gradient_checkpointing"], set())])
 def test_with_a_gpu_the_card_may_choose_any_of_them(flags, more, used, monkeypatch):
     settings = flag_values(parse_args([*flags, *more], task="text-to-video", method="lora"))
     monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/nvidiactl")
-    assert set(unused_libraries(settings)) == {"bitsandbytes", "torchao", "deepspeed"} - used
+    assert set(unused_libraries(settings)) == OPTIONAL - used
 
 
 def test_deepspeed_is_imported_where_accelerate_launches_it(flags, monkeypatch):
@@ -57,19 +63,35 @@ def test_deepspeed_is_imported_where_accelerate_launches_it(flags, monkeypatch):
 
 def test_a_preparation_leaves_them_out_too(flags):
     settings = parse_prepare_args(flags)
-    assert set(unused_libraries(flag_values(settings))) == {"bitsandbytes", "torchao", "deepspeed"}
+    assert set(unused_libraries(flag_values(settings))) == OPTIONAL
 
 
-def test_a_library_left_out_is_as_good_as_not_installed():
+def test_a_library_left_out_is_as_good_as_not_installed_and_collections_skip_those_imported():
     code = (
         "from common import startup\n"
         "from importlib.util import find_spec\n"  # by which libraries look for one another
         "print(find_spec('bitsandbytes') is None, find_spec('torchao') is None)\n"
-        "startup.prepare_imports({}, owns_process=True)\n"
+        "with startup.heavy_imports({}, owns_process=True): pass\n"
         "print(find_spec('bitsandbytes') is None, find_spec('torchao') is None)\n"
+        "import gc; print(gc.get_freeze_count() > len(gc.get_objects()))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=TRAINING, capture_output=True, text=True)
-    assert done.stdout == "False False\nTrue True\n", done.stderr
+    assert done.stdout == "False False\nTrue True\nTrue\n", done.stderr
+
+
+@pytest.mark.parametrize("was_collecting", [True, False])
+def test_no_garbage_is_collected_during_the_imports_even_if_one_fails(was_collecting):
+    frozen = gc.get_freeze_count()
+    try:
+        if not was_collecting:
+            gc.disable()
+        with pytest.raises(ImportError), heavy_imports({}, owns_process=False):
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == was_collecting
+    finally:
+        gc.enable()
+    assert gc.get_freeze_count() == frozen  # other code of this process may still make garbage of its objects
 
 
 READS, LOADS = "reading the data ...", "loading PyTorch and diffusers ..."

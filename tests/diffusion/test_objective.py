@@ -5,9 +5,10 @@ import torch
 from diffusers import CogVideoXPipeline
 
 from data.buckets import Bucket
-from dataset import Batch
+from dataset import Batch, MixedBatch
 from diffusion.objective import Objective
 from diffusion.timesteps import TimestepSampling
+from models.attention import set_attention
 from models.encoding import encode_videos
 from models.source import ModelSource
 from schedulers import alphas_cumprod
@@ -179,3 +180,24 @@ def test_timesteps_are_drawn_from_the_samples_part(tiny_models):
     first, second = calls[0]["timestep"].tolist()
     assert 900 <= first < 1000
     assert 0 <= second < 100
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixed_batch_has_the_losses_and_gradients_of_its_samples(tiny_models, kind):
+    source = ModelSource(str(tiny_models(kind)))
+    transformer = source.load_transformer(torch.float32)
+    set_attention(transformer)
+    objective = make_objective(source, transformer=transformer)
+    objective.caption_dropout, objective.empty_prompt = 0.5, torch.zeros(226, 64)
+    parts = [make_batch(5), make_batch(1, 6, 8)]
+    each = [objective(part, generators(4)[2 * number :][:2]) for number, part in enumerate(parts)]
+    torch.cat(each).sum().backward()
+    expected = {name: weight.grad for name, weight in transformer.named_parameters() if weight.grad is not None}
+    transformer.zero_grad()
+    mixed = objective(MixedBatch(parts), generators(4))
+    mixed.sum().backward()
+    torch.testing.assert_close(mixed, torch.cat(each), rtol=1e-5, atol=1e-6)
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, weight in transformer.named_parameters():
+        if name in expected:
+            assert (weight.grad - expected[name]).norm() < 1e-5 * largest, name

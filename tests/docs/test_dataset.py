@@ -154,7 +154,7 @@ TINY |= {"patch_size": 2, "patch_size_t": None}
 def test_the_plan_shown_is_the_demos(demo):
     model = SimpleNamespace(find_long_captions=lambda *_: (), find_unknown_captions=lambda *_: ())
     table = describe_plan(*demo(), model, SimpleNamespace(transformer=TINY), batch_size=1)
-    wrote = "wrote try/prepared/plan.csv and try/prepared/contact_sheet.png\n"
+    wrote = "wrote try/prepared/plan.csv and try/prepared/contact_sheet.png\nwrote try/prepared/report.html\n"
     assert block("output", "plan") == f"{table}\n{wrote}"
 
 

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from doc_pages import PROGRAMS, flags_of, marked_blocks, noted_calls, read_page, script_of, value_of
+from doc_pages import PROGRAMS, flags_of, marked_blocks, noted_calls, read_page, script_flags, script_of, value_of
 from repository import ROOT
 
 
@@ -38,7 +38,7 @@ def options(call: list[str], *names: str) -> list[str]:
 
 def test_the_number_of_gpus_reaches_the_launch(calls_of):
     second, prepare, eight = calls_of("gpus")
-    assert options(second, "num_processes") == ["1"] and options(eight, "num_processes") == ["8"]
+    assert script_flags(second) == second[1:] and options(eight, "num_processes") == ["8"]
     assert "--nproc_per_node=2" in prepare
     assert not {"--machine_rank", "--main_process_ip", "--main_process_port"} & {*second, *eight}
 

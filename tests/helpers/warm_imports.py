@@ -4,8 +4,10 @@ import gc
 import sys
 from importlib import import_module
 
+from common.startup import unused_libraries
 
-for name in ("bitsandbytes", "deepspeed", "torchao"):
+
+for name in unused_libraries({}):
     sys.modules[name] = None  # diffusers and accelerate would spend seconds on them
 for name in ("run.finetune", "preparation.prepare", "prepare_dataset"):
     import_module(name)

@@ -2,10 +2,11 @@
 
 from markupsafe import Markup
 
+from browser import visit
 from common.hub_token import HubToken
 from pages import parts
 from pages.page import Section, render_page, write_page
-from pages.parts import code, paragraph, table
+from pages.parts import code, figure, paragraph, table
 
 
 def test_text_of_any_place_is_escaped():
@@ -47,3 +48,12 @@ def test_templates_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parts.TEMPLATES.cache.clear()
     assert "<h1>Far away</h1>" in render_page("Far away", [])
+
+
+def test_a_video_in_a_page_plays(browser, demo_clips, tmp_path):
+    clip = sorted((demo_clips / "videos").iterdir())[0].read_bytes()
+    write_page(tmp_path / "page.html", render_page("A page", [Section("One", [figure([clip], title="A clip")])]))
+    with visit(browser, tmp_path / "page.html") as opened:
+        opened.page.locator("video").evaluate("video => video.play()")
+        opened.page.wait_for_function("document.querySelector('video').currentTime > 0")
+        assert opened.errors == []

@@ -5,6 +5,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from PIL import Image
 
 from pages.parts import data_uri, details, facts, figure, format_number, grid, paragraph, table, warnings
@@ -44,10 +45,10 @@ def test_a_picture_is_part_of_the_page():
 
 
 def test_videos_play_and_pictures_do_not():
-    video = figure(b"\0\0\0\x20ftypisom", "at <b> step 100")
-    assert '<video src="data:video/mp4;base64,' in video
+    video = figure([b"\0\0\0\x20ftypisom"] * 2, "at <b> step 100")
+    assert video.count('<video src="data:video/mp4;base64,') == 2
     assert "at &lt;b&gt; step 100" in video
-    assert "<img" in figure(np.zeros((2, 2, 3), dtype=np.uint8))
+    assert "<img" in figure([np.zeros((2, 2, 3), dtype=np.uint8)])
 
 
 def test_other_files_are_refused():
@@ -59,5 +60,9 @@ def test_parts_contain_parts():
     shown = details("3 clips", [grid([paragraph("one"), facts([("clips", 12345)])])])
     assert '<p class="text">one</p>' in shown
     assert "<dt>clips</dt><dd>12,345</dd>" in shown
-    assert warnings([]) == ""
+    assert warnings([]) == grid([Markup()]) == ""
     assert "<li>a &amp; b</li>" in warnings(["a & b"])
+
+
+def test_flags_stay_on_one_line():
+    assert paragraph("pass --fps <8>") == '<p class="text">pass <span class="flag">--fps</span> &lt;8&gt;</p>\n'

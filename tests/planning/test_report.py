@@ -32,7 +32,7 @@ def plan(infos, captions=None, repeats=1.0, **options):
 
 def table_of(planned, **options):
     usual = {"batch_size": 1, "tokens_of": lambda bucket: 226 + bucket.height, "model_fps": 8.0}
-    return plan_table(planned, **usual | options).splitlines()
+    return str(plan_table(planned, **usual | options)).splitlines()
 
 
 def notes(planned, **options):

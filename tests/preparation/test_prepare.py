@@ -8,7 +8,9 @@ import json
 import os
 import re
 import shutil
+from base64 import b64decode
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import av
@@ -35,6 +37,7 @@ from models.encoding import encode_noised_image, encode_prompts, encode_videos
 from models.source import ModelSource
 from planning.plan import plan_raw_clips
 from preparation.prepare import name_sample, needs_tiles, tensor_bytes, warn_of_overflow
+from preparation.report import REPORT_FILE
 from video.probe import VideoInfo, probe_video
 
 
@@ -109,7 +112,9 @@ def entries_of(folder: Path, index: str = "index.jsonl") -> list[dict]:
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return all files but the report, which shows the command."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != REPORT_FILE)
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def times_of(folder: Path) -> dict[Path, int]:
@@ -153,7 +158,7 @@ def prepared_small(small, prepared_once, tmp_path) -> tuple[Path, Path]:
 
 
 def test_the_folder_has_the_documented_files(prepared):
-    files = {"prepared.json", "index.jsonl", "empty_prompt.safetensors"}
+    files = {"prepared.json", "index.jsonl", "empty_prompt.safetensors", "report.html"}
     assert {path.name for path in prepared.iterdir()} == files | {"latents", "prompt_embeds"}
     # Five clips of five sizes: a shard for each; the captions are in one.
     assert len(list((prepared / "latents").glob("*.safetensors"))) == 5
@@ -295,12 +300,23 @@ def test_a_split_clip_becomes_several_samples(model, vae, small, tmp_path):
     assert torch.equal(moments, encode_videos(vae, torch.from_numpy(last)[None])[0])
 
 
+def test_the_report_shows_the_clips_as_the_model_sees_them(prepared, rows):
+    page = (prepared / "report.html").read_text(encoding="utf-8")
+    assert "5 samples are prepared" in page
+    pictures = re.findall(r'src="data:image/jpeg;base64,(.*?)"', page)
+    shown = [np.asarray(Image.open(BytesIO(b64decode(picture))), dtype=int) for picture in pictures]
+    truth = [frames_of(video)[place] for video, _ in rows for place in (0, FRAMES // 2, FRAMES - 1)]
+    assert len(shown) == len(truth)
+    for frame in truth:  # in the order of the buckets
+        assert min(np.abs(one - frame).mean() for one in shown if one.shape == frame.shape) < 3
+
+
 def test_layout_files_is_that_of_the_original_script(prepared_files, small):
     names = {path.stem for path in (prepared_files / "videos").iterdir()}
     assert len(names) == 2
     for kind, suffix in {**FILES, "images": ".png", "image_latents": ".pt"}.items():
         assert {path.name for path in (prepared_files / kind).iterdir()} == {name + suffix for name in names}
-    lists = {"prepared.json", "data.jsonl", "prompts.txt", "videos.txt", "empty_prompt.safetensors"}
+    lists = {"prepared.json", "data.jsonl", "prompts.txt", "videos.txt", "empty_prompt.safetensors", "report.html"}
     assert {path.name for path in prepared_files.iterdir()} == lists | {*FILES, "images", "image_latents"}
     for (_, caption), entry in zip(small, entries_of(prepared_files, "data.jsonl"), strict=True):
         assert (prepared_files / entry["prompt"]).read_text() == caption
@@ -325,7 +341,7 @@ def test_the_preview_shows_the_frames_of_the_bucket(prepared_files, small):
 def test_without_tensors_the_folder_is_a_data_set_of_raw_clips(model, small, tmp_path):
     data = write_data(tmp_path / "data", small)
     folder = prepare(model, data, tmp_path / "out", "--target_fps", "12", tensors=False)
-    written = {"prepared.json", "prompts.txt", "videos.txt", "videos", "prompts"}
+    written = {"prepared.json", "prompts.txt", "videos.txt", "videos", "prompts", "report.html"}
     assert {path.name for path in folder.iterdir()} == written
     clips, bad = read_clips(DataSource(folder), tmp_path / "cache")
     assert not bad
@@ -587,7 +603,7 @@ def test_sizes_that_the_model_cannot_be_trained_at_are_a_warning_in_the_plan(tin
 def test_a_dry_run_writes_only_the_plan(model, rows, tmp_path, capsys):
     data = write_data(tmp_path / "data", [*rows, (tmp_path / "missing.mp4", "not there")])
     assert "missing.mp4" in refuse(capsys, model, data, tmp_path / "out", "--dry_run")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.csv", "contact_sheet.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.csv", "contact_sheet.png", "report.html"}
     with open(tmp_path / "out" / "plan.csv", newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 6

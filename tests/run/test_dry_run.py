@@ -15,6 +15,7 @@ import prepare_dataset
 from common.folder_lock import locked_folder
 from data.buckets import Bucket
 from data.prepared import PreparedClip
+from data.token_budget import BatchSize
 from planning.plan import PreparedData
 from run.dry_run import largest_batch, trial_folder
 from tiny_runs import SIZE, run_flags
@@ -117,11 +118,12 @@ def samples(count: int, *size: int, repeats: float = 1.0) -> list[PreparedClip]:
     ],
 )
 def test_the_largest_batch_is_the_one_with_most_pixels(small, large, batch_size, num_ranks, expected):
-    largest = largest_batch(PreparedData([*small, *large], []), batch_size, num_ranks, accumulation=1)
+    data, limit = PreparedData([*small, *large], []), BatchSize(batch_size)
+    largest = largest_batch(data, limit, num_ranks, accumulation=1)
     frames, count = expected
     assert [clip.bucket.num_frames for clip in largest.clips] == [frames] * count
     assert set(largest.repeats) == {1}
-    assert len(largest_batch(PreparedData([*small, *large], []), batch_size, num_ranks, 2).clips) == 2 * count
+    assert len(largest_batch(data, limit, num_ranks, 2).clips) == 2 * count
 
 
 @pytest.mark.parametrize("output", ["out", "new/deep/out"])

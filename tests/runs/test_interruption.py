@@ -10,6 +10,7 @@ import pytest
 
 from common.errors import AGAIN
 from forked_ranks import Stop, finish, start
+from preparation.report import REPORT_FILE
 
 
 NUM_KILLS = 10
@@ -17,7 +18,9 @@ SCRIPT = "prepare_dataset"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return all files but the report, which shows the command with its folder."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != REPORT_FILE)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture

@@ -5,14 +5,17 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
 from PIL import Image
 
 import tiny_runs
+from clip_lists import write
 from data.buckets import Bucket
 from methods.lora import Lora
 from models.source import ModelSource
@@ -152,3 +155,39 @@ def test_full_fine_tuning_is_resumed_bit_for_bit(tiny_models, prepared, tmp_path
     shutil.copytree(whole / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
     parts = train("5b", "sft", model, data, tmp_path / "parts", *common, "--resume_from_checkpoint", "latest")
     assert_same_weights(weights_of(parts), weights_of(whole))
+
+
+def test_clips_of_several_sizes_share_batches_and_the_run_is_resumed(tiny_models, prepared_demo, tmp_path, capsys):
+    model = tiny_models("1.5-5b-i2v")
+    sizes = {"--height": "64", "--max_samples": "2"}  # of 298 and 258 tokens: two and one fill a batch
+    folders = [
+        prepared_demo(*chain(*(sizes | size).items()), "--save_image_latents", kind="1.5-5b-i2v")
+        for size in (
+            {"--width": "96", "--frame_buckets": "17", "--max_num_frames": "17"},
+            {"--width": "64", "--frame_buckets": "9", "--max_num_frames": "9"},
+        )
+    ]
+    mix = write(tmp_path / "mix.json", json.dumps([{"data_root": str(folder)} for folder in folders]))
+    flags = ["--pretrained_model_name_or_path", str(model), "--dataset_mix", str(mix), "--load_tensors", "--seed", "0"]
+    flags += [
+        "--allow_outside_paths",
+        "--max_tokens_per_batch",
+        "860",
+        "--gradient_checkpointing",
+        "--report_to",
+        "none",
+        "--rank",
+        "4",
+    ]
+    script = import_module("cogvideox_image_to_video_lora")
+
+    def run(name: str, *more: str) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        script.main([*flags, "--output_dir", str(tmp_path / name), *more])
+        return tmp_path / name
+
+    complete = run("complete", "--max_train_steps", "4")
+    assert "4 samples (frames x height x width): 2 x 17x64x96, 2 x 9x64x64" in capsys.readouterr().err
+    resumed = run("resumed", "--max_train_steps", "2", "--checkpointing_steps", "2")
+    run("resumed", "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    assert_same_weights(weights_of(complete), weights_of(resumed))

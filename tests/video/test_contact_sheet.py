@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample
-from preparation.dry_run import sample_for_sheet
+from preparation.report import sample_for_sheet
 from video import contact_sheet
 from video.contact_sheet import SheetRow, draw_contact_sheet
 from video.probe import VideoInfo

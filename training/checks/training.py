@@ -75,6 +75,23 @@ def _find_checkpoint(wanted: str | None, output_dir: str) -> str | None:
     raise UserError(f"--resume_from_checkpoint: no folder '{wanted}'; pass a checkpoint's folder, or latest")
 
 
+def settle_batches(settings: TrainingSettings) -> TrainingSettings:
+    """Return the checked settings with batches of one clip, as far as that matters, if a token budget fills them."""
+    training, speed = settings.training, settings.speed
+    if training.max_tokens_per_batch is None:
+        return settings
+    for is_set, flag, reason in (
+        ("train_batch_size" in settings.given, "--train_batch_size", "a budget replaces it"),
+        (speed.compile, "--compile", "it would compile every combination of sizes"),
+        (speed.context_parallel_size > 1, "--context_parallel_size", "it divides samples of one size"),
+        (settings.objective.stratified_timesteps, "--stratified_timesteps", "batches have no fixed number of clips"),
+        (settings.schedule.scale_lr, "--scale_lr", "batches have no fixed number of clips"),
+    ):
+        if is_set:
+            raise UserError(f"--max_tokens_per_batch: not with {flag}, because {reason}; omit one of them")
+    return replace(settings, training=replace(training, train_batch_size=1))
+
+
 def check_details(settings: TrainingSettings) -> None:
     """Check that the details of an option come with the option."""
     for name in ("logit_mean", "logit_std"):

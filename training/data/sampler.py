@@ -1,8 +1,8 @@
-"""Draw batches of one bucket: shuffled by seed and epoch, divided among ranks, resumable at any step."""
+"""Draw batches: shuffled by seed and epoch, divided among ranks, resumable at any step."""
 
 import random
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.buckets import Bucket, BucketColumn
+from data.token_budget import BatchSize, TokenBudget
 from video.frames import round_half_up
 
 
@@ -25,16 +26,17 @@ class Draw(NamedTuple):
 
 
 class BucketBatchSampler:
-    """A stream of batches of indices (`list[Draw]`), one bucket per batch, that can start at any step of any epoch.
+    """A stream of batches of indices (`list[Draw]`) that can start at any step of any epoch.
 
-    In each epoch every index comes once over all ranks, or as often as `repeats` says. The last batch of a bucket may
-    be smaller. All ranks get the same number of batches in every epoch; if the total is not divisible by the number of
-    ranks, the epoch's first batches come again at its end (`padding`).
+    In each epoch every index comes once over all ranks, or as often as `repeats` says. A batch has samples of one
+    bucket, fewer in the bucket's last one; or samples of several buckets, up to a number of tokens. All ranks get the
+    same number of batches in every epoch; if the total is not divisible by the number of ranks, the epoch's first
+    batches come again at its end (`padding`).
 
     Repeats of 2.3 mean twice in every epoch, and a third time in three of ten. Epochs are equally long, so the n
     samples of a bucket with equal repeats take turns: round(0.3 n) of them get the extra copy, the next ones in the
     next epoch. Below 1, at least one of the n comes, so that every sample is used. Copies of an index are in different
-    batches if the bucket has enough samples.
+    batches if the bucket has enough samples (with a `TokenBudget`, in nearly all cases).
 
     The order follows from (seed, epoch) on any machine and Python version: only `random.Random(str).random()` is used,
     which Python guarantees. It does not depend on `world_size`: at every step the ranks take the next `world_size`
@@ -44,7 +46,7 @@ class BucketBatchSampler:
 
     Args:
         buckets: sample i belongs to buckets[i].
-        batch_size: samples in a full batch, on one rank.
+        batch_size: samples in a full batch, on one rank; or what fills one.
         seed: seed of the order.
         repeats: sample i comes repeats[i] times per epoch, above 0; None for once each.
         rank, world_size: number of this process, from 0, and of all processes.
@@ -54,6 +56,7 @@ class BucketBatchSampler:
             None for one block.
 
     Attributes:
+        num_batches: batches of an epoch, over all ranks and without padding.
         first_batch, total_batches: part of the stream to iterate over, to be set before: batches of this rank to skip
             and the end, both counted over epochs from the start of the stream.
     """
@@ -61,7 +64,7 @@ class BucketBatchSampler:
     def __init__(
         self,
         buckets: Sequence[Bucket],
-        batch_size: int,
+        batch_size: int | BatchSize | TokenBudget,
         *,
         seed: int,
         repeats: Sequence[float] | None = None,
@@ -71,14 +74,16 @@ class BucketBatchSampler:
         seen_batches: int = 0,
         blocks: np.ndarray | None = None,
     ):
-        self.batch_size, self.seed = batch_size, seed
+        self.seed = seed
+        self.limit = BatchSize(batch_size) if isinstance(batch_size, int) else batch_size
         self.rank, self.world_size = rank, world_size
         self.first_epoch, self.seen_batches = first_epoch, seen_batches
         self.blocks = blocks
         self.first_batch = self.total_batches = 0
         times = np.ones(len(buckets)) if repeats is None else np.asarray(repeats, np.float64)
         self._groups = _group(BucketColumn.of(buckets), times, seed)
-        self._num_batches = sum(-(-samples // batch_size) for samples in self.samples_per_epoch.values())
+        self._pieces = self.limit.share_out(self.samples_per_epoch)
+        self.num_batches = self._pieces.num_batches
         # Two epochs, because batches are drawn ahead of training.
         self._planned = lru_cache(maxsize=2)(self._plan_epoch)
 
@@ -90,19 +95,34 @@ class BucketBatchSampler:
         }
 
     @property
+    def batches_of(self) -> dict[Bucket, int]:
+        """Batches of an epoch that have samples of each bucket, over all ranks and without padding."""
+        samples = self.samples_per_epoch
+        last = np.searchsorted(np.cumsum(self._pieces.sizes), np.cumsum(list(samples.values())))
+        return dict(zip(samples, np.diff(last, prepend=-1).tolist(), strict=True))
+
+    def largest_batch(self, cost: Callable[[Bucket], int]) -> dict[Bucket, int]:
+        """Return how many samples of each bucket are in the batch that costs the most."""
+        counts, pieces = self.batches_of, self._pieces
+        kinds = np.repeat(np.arange(len(counts)), list(counts.values()))
+        costs = np.array(list(map(cost, counts)))[kinds] * pieces.sizes
+        largest = np.flatnonzero(pieces.batches == np.bincount(pieces.batches, costs).argmax())
+        return {list(counts)[kinds[piece]]: int(pieces.sizes[piece]) for piece in largest}
+
+    @property
     def batches_per_epoch(self) -> int:
         """Batches that each rank gets in an epoch."""
-        return -(-self._num_batches // self.world_size)
+        return -(-self.num_batches // self.world_size)
 
     @property
     def batches_in_first_epoch(self) -> int:
         """Batches that each rank gets in the epoch that its stream starts in."""
-        return -(-(self._num_batches - self._seen_in(self.first_epoch)) // self.world_size)
+        return -(-(self.num_batches - self._seen_in(self.first_epoch)) // self.world_size)
 
     @property
     def padding(self) -> int:
         """Batches, over all ranks, that come a second time in each epoch."""
-        return self.batches_per_epoch * self.world_size - self._num_batches
+        return self.batches_per_epoch * self.world_size - self.num_batches
 
     def samples_between(self, first_batch: int, last_batch: int) -> int:
         """Count the samples of all ranks in their batches from `first_batch` up to, not including, `last_batch`."""
@@ -118,27 +138,32 @@ class BucketBatchSampler:
         if batch >= self.batches_in_first_epoch:
             epochs, place = divmod(batch - self.batches_in_first_epoch, self.batches_per_epoch)
             epoch += 1 + epochs
-        number = (self._seen_in(epoch) + place * self.world_size + rank) % self._num_batches
+        number = (self._seen_in(epoch) + place * self.world_size + rank) % self.num_batches
         return self._planned(epoch).draws(number)
 
     def _seen_in(self, epoch: int) -> int:
         # An epoch's padding may have been seen too.
-        return min(self.seen_batches, self._num_batches) if epoch == self.first_epoch else 0
+        return min(self.seen_batches, self.num_batches) if epoch == self.first_epoch else 0
 
     def _plan_epoch(self, epoch: int) -> "_Epoch":
         """Return the batches of an epoch in the order in which the ranks take them."""
         rng = random.Random(f"{self.seed}-{epoch}")
-        turns = self._turns(epoch)
-        orders = [_order(groups, epoch, self.batch_size, rng, turns) for groups in self._groups.values()]
-        sizes = np.concatenate([_batch_sizes(len(order), self.batch_size) for order in orders])
-        shuffled = _shuffled(np.arange(len(sizes)), rng)
-        if turns is not None:  # a batch belongs to the block of its last sample
-            of_batch = turns[np.concatenate(orders)[np.cumsum(sizes) - 1]]
-            shuffled = shuffled[np.argsort(of_batch[shuffled], kind="stable")]
-        ends = np.cumsum(sizes[shuffled])
-        # Each batch moves from its place among the unshuffled ones to its place among the shuffled ones.
-        moves = (np.cumsum(sizes) - sizes)[shuffled] - (ends - sizes[shuffled])
-        samples = np.concatenate(orders)[np.repeat(moves, sizes[shuffled]) + np.arange(ends[-1])]
+        most_of, turns = self.limit.most_of, self._turns(epoch)
+        orders = [_order(groups, epoch, most_of(bucket), rng, turns) for bucket, groups in self._groups.items()]
+        shuffled = _shuffled(np.arange(self.num_batches), rng)
+        if turns is not None:
+            latest = np.zeros(self.num_batches, np.int64)  # turn of a batch's samples
+            last_of_pieces = np.concatenate(orders)[np.cumsum(self._pieces.sizes) - 1]
+            np.maximum.at(latest, self._pieces.batches, turns[last_of_pieces])
+            shuffled = shuffled[np.argsort(latest[shuffled], kind="stable")]
+        places = np.argsort(shuffled)[self._pieces.batches]
+        shuffled = np.argsort(places, kind="stable")
+        sizes = self._pieces.sizes[shuffled]
+        # Each piece moves from its place among the unshuffled ones to its place among the shuffled ones.
+        starts = (np.cumsum(self._pieces.sizes) - self._pieces.sizes)[shuffled]
+        moves = starts - (np.cumsum(sizes) - sizes)
+        samples = np.concatenate(orders)[np.repeat(moves, sizes) + np.arange(sizes.sum())]
+        ends = np.cumsum(sizes)[np.append(np.diff(places[shuffled]) > 0, True)]
         repeated = any(group.whole + (group.extra > 0) > 1 for groups in self._groups.values() for group in groups)
         copies = _count_earlier(samples) if repeated else np.zeros(len(samples), np.int32)
         return _Epoch(epoch, samples, copies, ends)
@@ -219,10 +244,6 @@ def _random(count: int, rng: random.Random) -> np.ndarray:
 def _shuffled(items: np.ndarray, rng: random.Random) -> np.ndarray:
     # random.shuffle and numpy's generators may change between versions; random() may not.
     return items[np.argsort(_random(len(items), rng), kind="stable")]
-
-
-def _batch_sizes(num_samples: int, batch_size: int) -> np.ndarray:
-    return np.diff(np.append(np.arange(0, num_samples, batch_size), num_samples))
 
 
 def _count_earlier(items: np.ndarray) -> np.ndarray:

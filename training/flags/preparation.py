@@ -32,8 +32,8 @@ class PreparationFlags:
     shard_size_mb: PositiveInt = flag(1024, "Approximate size of a shard.", metavar="MIB")
     dry_run: bool = flag(
         False,
-        "Only check the clips and print the plan. Writes it clip by clip to plan.csv in --output_dir, and a picture "
-        "of some clips as the model will see them to contact_sheet.png.",
+        "Only check the clips and print the plan. Writes it clip by clip to plan.csv in --output_dir, a picture of "
+        "some clips as the model will see them to contact_sheet.png, and a page with both to report.html.",
     )
     target_fps: PositiveInt = flag(8, "Frame rate of previews of --layout files; --fps resamples.", metavar="RATE")
     max_sequence_length: PositiveInt = flag(226, "Length of embeddings in tokens; released models need the default.")

@@ -35,6 +35,12 @@ class TrainingFlags:
         shown="from the accelerate config",
     )
     train_batch_size: PositiveInt = flag(4, "Clips per device and micro-batch; lower it first if memory runs out.")
+    max_tokens_per_batch: PositiveInt | None = flag(
+        None,
+        "Instead of --train_batch_size clips of one size, fill each micro-batch with clips of any size up to so many "
+        "tokens, so that steps cost the same; the plan lists the tokens of each size.",
+        shown="none",
+    )
     num_train_epochs: PositiveInt = flag(1, "Passes over the dataset; --max_train_steps overrides it.")
     max_train_steps: PositiveInt | None = flag(None, "Optimizer steps of the run.", shown="by --num_train_epochs")
     gradient_accumulation_steps: PositiveInt = flag(1, "Micro-batches per step: a larger batch in the same memory.")

@@ -5,7 +5,7 @@ text and video, in the compute dtype.
 """
 
 from collections.abc import Mapping
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 from data.buckets import Bucket
@@ -24,7 +24,7 @@ def block_tensors(facts: ModelFacts, settings: MemorySettings, workload: Workloa
     Tensors of a few rows (modulations, gates) are omitted. LoRA: a frozen layer keeps no input, an adapter does. Full
     fine-tuning: every layer keeps its input, and so do gates.
     """
-    tokens = workload.batch_size * facts.count_tokens(workload.size)
+    tokens = ceil(workload.batch_size * facts.count_tokens(workload.size))
     compute = workload.compute_bytes
     unit = tokens * facts.dim * compute
     is_full = settings.method == "sft"
@@ -61,7 +61,7 @@ def kept_memory(facts: ModelFacts, settings: MemorySettings, workload: Workload)
     tensors = block_tensors(facts, settings, workload)
     block = sum(tensors.values())
     feed_forward = sum(tensors[name] for name in _FEED_FORWARD)
-    size = workload.batch_size * facts.count_tokens(workload.size) * facts.dim
+    size = ceil(workload.batch_size * facts.count_tokens(workload.size)) * facts.dim
     unit = size * workload.compute_bytes
     scope = settings.checkpoint_scope if settings.gradient_checkpointing else "none"
     every = settings.checkpoint_every
@@ -98,9 +98,10 @@ def _backward_extra(facts: ModelFacts, settings: MemorySettings, workload: Workl
 def batch_bytes(facts: ModelFacts, workload: Workload) -> int:
     """Return the bytes of moments, latents, noise and prediction, prompt embeddings and positions."""
     config = facts.configs.transformer
-    latents = workload.batch_size * prod(workload.size.latent_shape) * facts.configs.vae["latent_channels"]
+    batch_size = ceil(workload.batch_size)
+    latents = batch_size * prod(workload.size.latent_shape) * facts.configs.vae["latent_channels"]
     text_tokens = config["max_text_seq_length"]
-    embeds = workload.batch_size * text_tokens * config["text_embed_dim"] * workload.compute_bytes
+    embeds = batch_size * text_tokens * config["text_embed_dim"] * workload.compute_bytes
     num_bytes = 8 * 4 * latents + embeds  # about eight tensors of the latents' size in float32
     if config["use_rotary_positional_embeddings"]:
         num_bytes += 2 * (facts.count_tokens(workload.size) - text_tokens) * (facts.dim // facts.heads) * 4

@@ -137,7 +137,7 @@ def _checkpointed_block(
         options = {"is_first": store is not None and block is first_block, "keeps_attention": keeps_attention}
         if not omits_last:
             return _checkpoint(compute_block, inputs, store, **options)
-        return last_part(block, *_checkpoint(first_part, inputs, store, **options))
+        return last_part(block, _checkpoint(first_part, inputs, store, **options), image_rotary_emb)
 
     return checkpointed
 

@@ -64,7 +64,7 @@ class Workload:
     """The input of a step."""
 
     size: Bucket  # of the clips
-    batch_size: int
+    batch_size: float  # of such clips; a fraction where batches mix sizes
     mixed_precision: str = "bf16"  # no, fp16, bf16
     sampled: Bucket | None = None  # size of the validation videos; None for no validation
     is_guided: bool = True  # validation computes with and without the prompt

@@ -83,7 +83,7 @@ class RunFacts:
     model: str  # from `model_key`
     method: str
     size: Bucket  # of the largest batch's clips
-    batch_size: int
+    batch_size: float
     adapters: str  # from `adapter_key`; "" for full fine-tuning
     sampled: Bucket | None  # size of the validation videos; None without them
     mixed_precision: str  # no, fp16, bf16

@@ -19,6 +19,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from common.errors import UserError, first_line
 from models.blocks import layer_norm, use_blocks
+from models.packing import Packing, Rotary, accept_packed, packing_of
 from parallel.context import ContextParallel
 
 
@@ -56,7 +57,7 @@ class DispatchedAttention:
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: Rotary | Packing | None = None,
         text_length: int = 0,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Return the attention's output for the video, `[B, V, D]`, and for the text, `[B, T, D]`; or both joined.
@@ -66,7 +67,8 @@ class DispatchedAttention:
             hidden_states: of the video, or of text and video joined, `[B, T + V, D]`.
             encoder_hidden_states: of the text; None if joined.
             attention_mask: None; CogVideoX has none.
-            image_rotary_emb: cos and sin, each `[V, D / heads]`; None if the model has other positions.
+            image_rotary_emb: cos and sin, each `[V, D / heads]`; None if the model has other positions; a
+                `Packing` for packed samples, of which each attends to its own tokens.
             text_length: T, of joined states.
         """
         tokens = hidden_states
@@ -81,12 +83,19 @@ class DispatchedAttention:
             layer_norm(states, norm.weight, norm.bias, norm.eps)
             for states, norm in ((query, attn.norm_q), (key, attn.norm_k))
         )
+        packing = packing_of(image_rotary_emb)
+        if packing is not None:
+            image_rotary_emb, text_length = packing.rotary, 0
         if image_rotary_emb is not None:
             query, key = (self._rotate(states, image_rotary_emb, text_length) for states in (query, key))
         if self.context is not None:
             key, value = self.context.gather_keys(key, value, text_length)
-        attended = dispatch_attention_fn(query, key, value, attention_mask, backend=self.backend).flatten(2)
-        output = attn.to_out[1](attn.to_out[0](attended))
+        samples = [(query, key, value)]
+        if packing is not None:
+            samples = zip(*(states.split(packing.lengths, 1) for states in (query, key, value)), strict=True)
+        attended = [dispatch_attention_fn(*sample, attention_mask, backend=self.backend) for sample in samples]
+        joined = attended[0] if packing is None else torch.cat(attended, dim=1)
+        output = attn.to_out[1](attn.to_out[0](joined.flatten(2)))
         return output if encoder_hidden_states is None else (output[:, text_length:], output[:, :text_length])
 
     def _rotate(
@@ -117,6 +126,7 @@ def set_attention(
     """Have the transformer compute its blocks as `models.blocks` does, with an attention backend; native for None."""
     transformer.set_attn_processor(DispatchedAttention(backend or "native", context))
     use_blocks(transformer)
+    accept_packed(transformer)
     use_implementation(_IMPLEMENTATIONS.get(backend))
 
 

@@ -12,6 +12,8 @@ import torch
 from diffusers.models.normalization import CogVideoXLayerNormZero
 from torch import nn
 
+from models.packing import Packing, Rotary, packing_of
+
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -32,13 +34,16 @@ def forward(
     hidden_states: torch.Tensor,
     encoder_hidden_states: torch.Tensor,
     temb: torch.Tensor,
-    image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    image_rotary_emb: Rotary | Packing | None = None,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute a block: `[B, V, D]` of the video and `[B, T, D]` of the text."""
+    """Compute a block: `[B, V, D]` of the video and `[B, T, D]` of the text.
+
+    Packed samples are a batch of one, `temb` has their embeddings, and a `Packing` stands for the rotary embedding.
+    """
     inputs = hidden_states, encoder_hidden_states, temb, image_rotary_emb
     video, text, joined, gates = before_feed_forward(block, *inputs)
-    return add_gated(video, text, block.ff(joined), gates)
+    return add_gated(video, text, block.ff(joined), gates, packing_of(image_rotary_emb))
 
 
 def before_feed_forward(
@@ -46,7 +51,7 @@ def before_feed_forward(
     video: torch.Tensor,
     text: torch.Tensor,
     temb: torch.Tensor,
-    image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    image_rotary_emb: Rotary | Packing | None = None,
 ) -> Part:
     """Compute a block up to its feed-forward.
 
@@ -54,10 +59,11 @@ def before_feed_forward(
         video and text after the attention; both normed and joined, `[B, T + V, D]`; the gates of the feed-forward's
         output, `[B, 2, D]`.
     """
-    joined, gates = modulated_norm(block.norm1, video, text, temb)
+    packing = packing_of(image_rotary_emb)
+    joined, gates = modulated_norm(block.norm1, video, text, temb, packing)
     joined = block.attn1(joined, image_rotary_emb=image_rotary_emb, text_length=text.shape[1])
-    video, text = add_gated(video, text, joined, gates)
-    return video, text, *modulated_norm(block.norm2, video, text, temb)
+    video, text = add_gated(video, text, joined, gates, packing)
+    return video, text, *modulated_norm(block.norm2, video, text, temb, packing)
 
 
 def first_part(block: nn.Module, *inputs: Any) -> Part:
@@ -69,16 +75,21 @@ def first_part(block: nn.Module, *inputs: Any) -> Part:
 
 
 def last_part(
-    block: nn.Module, video: torch.Tensor, text: torch.Tensor, joined: torch.Tensor, gates: torch.Tensor
+    block: nn.Module, part: Part, image_rotary_emb: Rotary | Packing | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the rest of a block from what `first_part` returns."""
+    video, text, joined, gates = part
     for layer in block.ff.net[-2:]:  # linear, dropout
         joined = layer(joined)
-    return add_gated(video, text, joined, gates)
+    return add_gated(video, text, joined, gates, packing_of(image_rotary_emb))
 
 
 def modulated_norm(
-    norm: CogVideoXLayerNormZero, video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor
+    norm: CogVideoXLayerNormZero,
+    video: torch.Tensor,
+    text: torch.Tensor,
+    temb: torch.Tensor,
+    packing: Packing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Norm and modulate both; return them joined, `[B, T + V, D]`, and the gates of video and text, `[B, 2, D]`.
 
@@ -89,7 +100,10 @@ def modulated_norm(
     scale = 1 + scale.float()
     weights, biases = norm.norm.weight * scale, norm.norm.bias * scale + shift
     batch = len(video)
-    samples = zip(*([states] if batch == 1 else states.split(1) for states in (text, video)), strict=True)
+    if packing is not None:
+        samples = packing.split(text, video)
+    else:
+        samples = zip(*([states] if batch == 1 else states.split(1) for states in (text, video)), strict=True)
     parts = [
         layer_norm(states, weights[number, kind], biases[number, kind], norm.norm.eps)
         for number, both in enumerate(samples)
@@ -106,8 +120,20 @@ def layer_norm(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, e
 
 
 def add_gated(
-    video: torch.Tensor, text: torch.Tensor, joined: torch.Tensor, gates: torch.Tensor
+    video: torch.Tensor,
+    text: torch.Tensor,
+    joined: torch.Tensor,
+    gates: torch.Tensor,
+    packing: Packing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the gated output of a part to its inputs, `[B, V, D]` and `[B, T, D]`."""
+    if packing is not None:
+        inputs, outputs = packing.split(text, video), packing.split_joined(joined)
+        samples = [
+            add_gated(own_video, own_text, torch.cat(output, dim=1), gate)
+            for (own_text, own_video), output, gate in zip(inputs, outputs, gates.split(1), strict=True)
+        ]
+        videos, texts = zip(*samples, strict=True)
+        return torch.cat(videos, dim=1), torch.cat(texts, dim=1)
     of_text, of_video = joined.split([text.shape[1], video.shape[1]], dim=1)
     return torch.addcmul(video, gates[:, :1], of_video), torch.addcmul(text, gates[:, 1:], of_text)

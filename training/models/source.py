@@ -1,6 +1,6 @@
 """Load the components of a model from a folder or the hub, one at a time."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +170,10 @@ class ModelSource:
             return set()
         tokens = self._load_tokenizer()(long, verbose=False)["input_ids"]
         return {caption for caption, ids in zip(long, tokens, strict=True) if len(ids) > most_tokens}
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each caption, with the one that ends it, with the model's tokenizer."""
+        return list(map(len, self._load_tokenizer()(list(captions), verbose=False)["input_ids"])) if captions else []
 
     def find_unknown_captions(self, captions: Iterable[str]) -> set[str]:
         """Return the captions of which more than half of the characters are unknown to the model's tokenizer."""

@@ -23,7 +23,8 @@ class Bins:
 
     counts: Sequence[int]
     labels: Sequence[str]  # "2 to 4", "100 or more"; "30" for a single value
-    edges: Sequence[float] | None  # one more than bins; each bin includes its lower one. None: a bin is one value
+    edges: Sequence[float] | None = None  # one more than bins, each in the bin above. None: a bin is one value
+    is_open: bool = False  # the last bin has all numbers from its lower edge on
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class _Box:
     width: int = 360
     height: int = 210
     left: int = 44
-    right: int = 354
+    right: int = 344
     top: int = 34
     bottom: int = 170
 
@@ -48,7 +49,7 @@ class _Bar:
     count: int
 
 
-def histogram(values: Iterable[float], title: str, unit: str, noun: str = "clips") -> Markup:
+def histogram(values: Iterable[float], title: str, unit: str = "", noun: str = "clips") -> Markup:
     """Return a histogram with its range and median as text; nothing without finite numbers.
 
     Args:
@@ -60,7 +61,7 @@ def histogram(values: Iterable[float], title: str, unit: str, noun: str = "clips
     if not numbers:
         return Markup()
     bins, box = bin_numbers(numbers), _Box()
-    step = _round_step(max(bins.counts) / 4, is_whole=True)
+    step = _round_step(max(bins.counts) / 5, is_whole=True)
     rise = (box.bottom - box.top) / max(bins.counts)
     y_ticks = [(round(box.bottom - count * rise, 1), count) for count in range(0, max(bins.counts) + 1, int(step))]
     width = (box.right - box.left) / len(bins.counts)
@@ -69,14 +70,24 @@ def histogram(values: Iterable[float], title: str, unit: str, noun: str = "clips
         _Bar(*np.round((box.left + (i + 0.5) * width - wide / 2, box.bottom - n * rise, wide, n * rise), 1), label, n)
         for i, (n, label) in enumerate(zip(bins.counts, bins.labels, strict=True))
     ]
-    marks = [(i + 0.5, label) for i, label in enumerate(bins.labels)]
-    if bins.edges is not None:
-        marks = [(i, format_number(edge)) for i, edge in enumerate(bins.edges)]
-    shown = marks[:: math.ceil(len(marks) / _MOST_LABELS)] if bins.edges is not None else marks
-    x_ticks = [(round(box.left + place * width, 1), label) for place, label in shown]
+    x_ticks = [(round(box.left + place * width, 1), label) for place, label in _marks(bins)]
     low, middle, high = map(format_number, np.percentile(numbers, [0, 50, 100]))
-    spread = f"{low} {unit}" if low == high else f"{low} to {high} {unit}, median {middle}"
+    spread = f"{low if low == high else f'{low} to {high}'} {unit}".rstrip()
+    spread += "" if low == high else f", median {middle}"
     return MACROS.histogram(title, spread, unit, noun, box, bars, x_ticks, y_ticks, len(numbers))
+
+
+def _marks(bins: Bins) -> list[tuple[float, str]]:
+    """Return the labels below the axis, each with its place, in widths of a bin."""
+    if bins.edges is None:
+        return [(place + 0.5, label) for place, label in enumerate(bins.labels)]
+    step = math.ceil(len(bins.edges) / _MOST_LABELS)
+    marks = [(place, format_number(edge)) for place, edge in enumerate(bins.edges)][::step]
+    if bins.is_open:
+        middle = len(bins.counts) - 0.5  # of the last bin
+        marks = [(place, label) for place, label in marks if place <= middle - step]
+        marks.append((middle, f"\N{GREATER-THAN OR EQUAL TO} {format_number(bins.edges[-2])}"))
+    return marks
 
 
 def bin_numbers(values: Sequence[float]) -> Bins:
@@ -87,7 +98,7 @@ def bin_numbers(values: Sequence[float]) -> Bins:
     numbers = np.asarray(values, dtype=float)
     distinct, counts = np.unique(numbers, return_counts=True)
     if len(distinct) == 1 or len(distinct) <= min(_FEW_VALUES, len(numbers) // 2):
-        return Bins(counts.tolist(), list(map(format_number, distinct)), None)
+        return Bins(counts.tolist(), list(map(format_number, distinct)))
     low, usual, high = np.percentile(numbers, [0, 99, 100], method="lower")
     top = usual if high - low > _FAR * (usual - low) > 0 else high
     is_whole = bool((numbers == np.round(numbers)).all())
@@ -102,7 +113,7 @@ def bin_numbers(values: Sequence[float]) -> Bins:
     ]
     if top < high:
         labels[-1] = f"{format_number(edges[-2])} or more"
-    return Bins(counts.tolist(), labels, edges.tolist())
+    return Bins(counts.tolist(), labels, edges.tolist(), is_open=bool(top < high))
 
 
 def bar_chart(counts: Mapping[str, int], title: str) -> Markup:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 
@@ -30,6 +30,11 @@ def format_number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or value == round(value) else f"{value:.4g}"
 
 
+def keep_flags(text: str) -> Markup:
+    """Return the text with flags such as --fps on one line, which a browser would break after their hyphens."""
+    return Markup(re.sub(r"--\w+", r'<span class="flag">\g<0></span>', str(escape(text))))
+
+
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
     autoescape=True,
@@ -37,7 +42,7 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.filters["number"] = format_number
+TEMPLATES.filters |= {"number": format_number, "flags": keep_flags}
 MACROS: Any = TEMPLATES.get_template("parts.html").module
 
 
@@ -81,20 +86,21 @@ def table(
     return MACROS.table(header, shown, title, is_number, len(rows), complete)
 
 
-def figure(media: Media, caption: str = "", *, title: str = "", alt: str = "") -> Markup:
-    """Return a picture or a video, which is part of the page, with a title and a caption below it.
+def figure(media: Sequence[Media], caption: str = "", *, title: str = "", alt: str = "") -> Markup:
+    """Return pictures or videos side by side, which are part of the page, with a title and a caption below them.
 
     Args:
         media: frames and pictures become JPEG; files are kept.
-        alt: what the picture shows, for readers who do not see it.
+        alt: what they show, for readers who do not see it.
     """
-    uri = data_uri(media)
-    return MACROS.figure(uri, uri.startswith("data:video"), title, caption, alt)
+    uris = list(map(data_uri, media))
+    return MACROS.figure([(uri, uri.startswith("data:video")) for uri in uris], title, caption, alt)
 
 
 def grid(parts: Iterable[Markup]) -> Markup:
-    """Return parts side by side, in as many columns as there is room for."""
-    return MACROS.grid(list(parts))
+    """Return parts side by side, in as many columns as there is room for; nothing without content."""
+    shown = list(filter(None, parts))
+    return MACROS.grid(shown) if shown else Markup()
 
 
 def details(summary: str, parts: Iterable[Markup]) -> Markup:

@@ -21,10 +21,11 @@ from data.clips import BadClip, ClipSample, plan_clips
 from data.mix import read_mix, weights_to_repeats
 from data.prepared import PreparedClip, read_index, read_prepared_settings
 from data.sources import DataSource, read_clips
+from data.token_budget import BatchSize, TokenBudget
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
-from planning.report import plan_table
+from planning.report import PlanTable, plan_table
 from video.cache import FileCache
 from video.probe import probe_files
 
@@ -297,32 +298,44 @@ def describe_plan(
     model: Any,
     configs: Any,
     *,
-    batch_size: int,
+    batch_size: int | BatchSize | TokenBudget,
     num_ranks: int = 1,
 ) -> str:
     """Return the plan for a `ModelSource` and its `ModelConfigs` as a table; `batch_size` is that of one rank.
 
     Its last line has the flags that keep more clips, if there are any.
     """
-    tokens = configs.transformer["max_text_seq_length"]
-    tokens_of = partial(count_tokens, configs.transformer)
     if isinstance(data, PreparedData):
         return "\n".join(
-            f"{bucket}: {count} prepared samples of {tokens_of(bucket)} tokens"
+            f"{bucket}: {count} prepared samples of {count_tokens(configs.transformer, bucket)} tokens"
             for bucket, count in sorted(Counter(data.buckets).items())
         )
-    table = plan_table(
+    table = tabulate(data, settings, model, configs, batch_size=batch_size, num_ranks=num_ranks)
+    return "\n".join(filter(None, [str(table), advise(data, settings, configs.transformer)]))
+
+
+def tabulate(
+    data: RawData,
+    settings: TrainingSettings | PreparationSettings,
+    model: Any,
+    configs: Any,
+    *,
+    batch_size: int,
+    num_ranks: int = 1,
+) -> PlanTable:
+    """Return the plan of clips for a `ModelSource` and its `ModelConfigs`, without the recommended flags."""
+    tokens = configs.transformer["max_text_seq_length"]
+    return plan_table(
         data.clips,
         batch_size=batch_size,
         num_ranks=num_ranks,
-        tokens_of=tokens_of,
+        tokens_of=partial(count_tokens, configs.transformer),
         long_captions=model.find_long_captions(data.captions, tokens),
         unknown_captions=model.find_unknown_captions(data.captions),
         max_caption_tokens=tokens,
         model_fps=native_fps(configs.transformer),
         reshape_mode=settings.clips.video_reshape_mode,
     )
-    return "\n".join(filter(None, [table, advise(data, settings, configs.transformer)]))
 
 
 def report_skipped(bad: Sequence[BadClip], folder: Path) -> None:

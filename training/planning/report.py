@@ -4,6 +4,7 @@ import csv
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -12,6 +13,7 @@ from common.files import atomic_write
 from data.buckets import Bucket, cropped_share
 from data.clips import BadClip, Clip, ClipSample
 from data.sampler import BucketBatchSampler
+from data.token_budget import BatchSize, TokenBudget
 from planning.captions import is_refusal
 from video.io import SEEK_FROM
 
@@ -20,10 +22,26 @@ _FAR_RATE = 2  # factor from the model's frame rate at which samples teach anoth
 _EXAMPLES = 3
 
 
+@dataclass(frozen=True)
+class PlanTable:
+    """A plan in words: as text, for the terminal, or in parts, for a page."""
+
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()  # one for each bucket
+    epoch: str = "there are no samples"
+    notes: Sequence[str] = ()  # on unusual samples
+
+    def __str__(self) -> str:
+        rows = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows if row]
+        return "\n".join([*lines, self.epoch, *self.notes])
+
+
 def plan_table(
     planned: Sequence[ClipSample],
     *,
-    batch_size: int,
+    batch_size: int | BatchSize | TokenBudget,
     num_ranks: int = 1,
     tokens_of: Callable[[Bucket], int],
     long_captions: Collection[str] = (),
@@ -31,7 +49,7 @@ def plan_table(
     max_caption_tokens: int = 226,
     model_fps: float,
     reshape_mode: str = "center",
-) -> str:
+) -> PlanTable:
     """Return a table with one line per bucket, the length of an epoch, and notes on unusual samples.
 
     "upscaled" counts samples smaller than their bucket. "cropped" is the median share of the picture that center and
@@ -46,24 +64,27 @@ def plan_table(
         reshape_mode: "center", "random" or "none".
     """
     if not planned:
-        return "there are no samples"
+        return PlanTable()
     repeats = [sample.clip.repeats for sample in planned]
     sampler = BucketBatchSampler(
         [sample.bucket for sample in planned], batch_size, seed=0, repeats=repeats, world_size=num_ranks
     )
-    batches = {bucket: -(-count // batch_size) for bucket, count in sampler.samples_per_epoch.items()}
     ranks = f", {sampler.batches_per_epoch} on each of {num_ranks} ranks" if num_ranks > 1 else ""
-    lines = [
-        *_table(planned, batches, tokens_of, "squeezed" if reshape_mode == "none" else "cropped"),
+    off_aspect = "squeezed" if reshape_mode == "none" else "cropped"
+    return PlanTable(
+        ("bucket", "samples", "tokens", "upscaled", off_aspect, "clip frames", "unused", "batches"),
+        _rows(planned, sampler.batches_of, tokens_of),
         f"an epoch is {_number(sum(sampler.samples_per_epoch.values()), 'sample')} in "
-        f"{_number(sum(batches.values()), 'batch')} of up to {batch_size}{ranks}",
-        *_repeat_notes(planned),
-        *_sample_notes(planned),
-        *_decoding_notes(planned),
-        *_rate_notes(planned, model_fps),
-    ]
-    lines += _caption_notes(planned, long_captions, unknown_captions, max_caption_tokens)
-    return "\n".join([*lines, *_duplicate_notes(planned)])
+        f"{_number(sampler.num_batches, 'batch')} of up to {batch_size}{ranks}",
+        [
+            *_repeat_notes(planned),
+            *_sample_notes(planned),
+            *_decoding_notes(planned),
+            *_rate_notes(planned, model_fps),
+            *_caption_notes(planned, long_captions, unknown_captions, max_caption_tokens),
+            *_duplicate_notes(planned),
+        ],
+    )
 
 
 def write_plan(planned: Iterable[ClipSample], bad: Iterable[BadClip], path: Path) -> None:
@@ -83,18 +104,14 @@ def write_plan(planned: Iterable[ClipSample], bad: Iterable[BadClip], path: Path
         table.writerows({"source": clip.source, "video": clip.what, "reason": clip.reason} for clip in bad)
 
 
-def _table(
-    planned: Sequence[ClipSample],
-    batches: Mapping[Bucket, int],
-    tokens_of: Callable[[Bucket], int],
-    off_aspect: str,
-) -> list[str]:
+def _rows(
+    planned: Sequence[ClipSample], batches: Mapping[Bucket, int], tokens_of: Callable[[Bucket], int]
+) -> list[tuple[str, ...]]:
     samples_of: dict[Bucket, list[ClipSample]] = defaultdict(list)
     for sample in planned:
         samples_of[sample.bucket].append(sample)
     unused = _unused_shares(planned)
-    rows = [("bucket", "samples", "tokens", "upscaled", off_aspect, "clip frames", "unused", "batches")]
-    rows += [
+    return [
         (
             str(bucket),
             str(len(samples)),
@@ -107,8 +124,6 @@ def _table(
         )
         for bucket, samples in sorted(samples_of.items())
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 def _unused_shares(planned: Sequence[ClipSample]) -> dict[Bucket, float]:

@@ -48,10 +48,11 @@ from models.configs import CPU, DTYPES, ModelConfigs, precision_warning
 from models.fingerprints import fingerprint_encoders
 from models.source import ModelSource
 from parallel.preflight import check_preparation
-from planning.plan import RawData, describe_plan, report_skipped
+from planning.plan import SKIPPED_FILE, RawData, describe_plan, report_skipped
 from preparation.claims import Claims, WorkIsOver
 from preparation.encode import BrokenClips, Preparation, embed_captions, encode_clips
 from preparation.layouts import FileLayout, Layout, Sample, ShardLayout
+from preparation.report import write_report
 
 
 logger = logging.getLogger(__name__)
@@ -313,6 +314,7 @@ def finish(work: Preparation, data: RawData, prepared: PreparedSettings) -> bool
     unlisted = layout.write_index(kept)
     write_settings(layout.folder, prepared)
     shutil.rmtree(on_this_machine(layout.folder / STAGING), ignore_errors=True)
+    write_report(settings, RawData([sample.planned for sample in kept], bad), work.source, complete=SKIPPED_FILE)
     if unlisted:
         logger.warning("%d samples that were prepared here earlier are no longer listed", unlisted)
     has_tensors = settings.preparation.save_latents_and_embeddings

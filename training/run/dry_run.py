@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
+from math import prod
 from pathlib import Path
 
 from PIL import Image
@@ -26,6 +27,7 @@ from data.buckets import Bucket
 from data.clips import ClipSample
 from data.prepared import PreparedClip
 from data.sampler import BucketBatchSampler, Draw
+from data.token_budget import BatchSize, TokenBudget
 from dataset import make_loader
 from flags.settings import TrainingSettings
 from planning.plan import TrainingData
@@ -63,7 +65,7 @@ def trial_spec(recipe: Recipe, *, samples: bool) -> Iterator[RunSpec]:
     """
     settings, folder = recipe.settings, trial_folder(recipe.output_dir)
     accumulation = min(2, settings.training.gradient_accumulation_steps)
-    largest = largest_batch(recipe.data, settings.training.train_batch_size, launch_size(), accumulation)
+    largest = largest_batch(recipe.data, recipe.batch_limit, launch_size(), accumulation)
     try:
         trial = trial_settings(settings, folder, largest.buckets[0] if samples else None)
         yield replace(check_spec(replace(recipe, settings=trial)), data=largest)
@@ -164,16 +166,19 @@ def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | N
     return replace(trial, validation=replace(trial.validation, prompts=prompts, images=images))
 
 
-def largest_batch(data: TrainingData, batch_size: int, num_ranks: int, accumulation: int) -> TrainingData:
+def largest_batch(
+    data: TrainingData, batch_size: BatchSize | TokenBudget, num_ranks: int, accumulation: int
+) -> TrainingData:
     """Return the samples of the largest batch, in pixels, `accumulation` times for each rank.
 
     A bucket that has fewer samples in an epoch than a batch holds has smaller batches.
     """
     sampler = BucketBatchSampler(data.buckets, batch_size, seed=0, repeats=data.repeats)
-    sizes = {bucket: min(batch_size, samples) for bucket, samples in sampler.samples_per_epoch.items()}
-    largest = max(sizes, key=lambda bucket: sizes[bucket] * bucket.num_frames * bucket.height * bucket.width)
-    clips = [_once(clip) for clip, bucket in zip(data.clips, data.buckets, strict=True) if bucket == largest]
-    return replace(data, clips=list(islice(cycle(clips), sizes[largest] * num_ranks * accumulation)))
+    clips = []
+    for largest, count in sampler.largest_batch(cost=prod).items():
+        of_bucket = [_once(clip) for clip, bucket in zip(data.clips, data.buckets, strict=True) if bucket == largest]
+        clips += islice(cycle(of_bucket), count * num_ranks * accumulation)
+    return replace(data, clips=clips)
 
 
 def _once(sample: ClipSample | PreparedClip) -> ClipSample | PreparedClip:

@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 
-from dataset import Batch, DeviceCopies
+from dataset import Batch, DeviceCopies, MixedBatch
 from diffusion.randomness import derive_seed, sample_generators, seed_global
 from diffusion.timesteps import share_out
 from optimizers.build import can_step, clip_gradients, step_if_finite
@@ -54,7 +54,8 @@ def train(run: Run) -> int:
                             loss = loss * torch.where(step_loss.isfinite(), 1.0, torch.nan)
                             # accelerate divides by the accumulation steps, which `share` has done already.
                             accelerator.backward(loss * accumulation)
-                run.throughput.count(batch.bucket, len(batch.names))
+                for part_of_bucket in batch.parts:
+                    run.throughput.count(part_of_bucket.bucket, len(part_of_bucket.names))
             with phase("optimizer"):
                 max_norm = settings.optimizer.max_grad_norm
                 grad_norm = clip_gradients(accelerator, optimizer, trainable.parameters, max_norm)
@@ -72,7 +73,7 @@ def train(run: Run) -> int:
     return log.step
 
 
-def timestep_parts(run: Run, step: int, batches: Sequence[Batch]) -> Sequence[torch.Tensor | None]:
+def timestep_parts(run: Run, step: int, batches: Sequence[Batch | MixedBatch]) -> Sequence[torch.Tensor | None]:
     """Return the part of the timestep distribution for each sample, by batch; None for the full distribution."""
     settings = run.spec.settings
     if not settings.objective.stratified_timesteps:

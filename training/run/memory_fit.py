@@ -80,12 +80,12 @@ class RunMemory:
 def run_facts(recipe: Recipe) -> RunFacts:
     """Return the facts that memory depends on besides the memory settings."""
     method, configs = recipe.method, recipe.configs
-    is_lora = isinstance(method, Lora)
+    is_lora, largest = isinstance(method, Lora), max(recipe.data.buckets, key=prod)
     return RunFacts(
         model=model_key(configs.transformer),
         method=recipe.settings.method,
-        size=max(recipe.data.buckets, key=prod),
-        batch_size=recipe.settings.training.train_batch_size,
+        size=largest,
+        batch_size=recipe.batch_limit.worth_of(largest),
         adapters=adapter_key(method.rank, method.target_modules, use_dora=method.use_dora) if is_lora else "",
         sampled=recipe.sampled_size,
         mixed_precision=recipe.precision,
@@ -188,7 +188,7 @@ def training_memory_advice(recipe: Recipe) -> list[str]:
     """
     run, training = RunMemory(recipe), recipe.settings.training
     now = smallest = run.needed(run.current)
-    lines = [f"now: {training.train_batch_size} x {run.facts.size} takes {in_bytes(now.needed, 1024)} ({now.how})"]
+    lines = [f"now: {run.facts.batch_size:g} x {run.facts.size} takes {in_bytes(now.needed, 1024)} ({now.how})"]
     if training.train_batch_size > 1:
         alone = replace(recipe, settings=replace_flags(recipe.settings, train_batch_size=1))
         steps = training.gradient_accumulation_steps * training.train_batch_size

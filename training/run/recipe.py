@@ -1,13 +1,14 @@
 """The settings and data of a run, and what follows from them without loading weights."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from common.ranks import precision_of, uses_deepspeed
-from data.buckets import Bucket
+from data.buckets import Bucket, count_tokens
+from data.token_budget import BatchSize, TokenBudget
 from diffusion.tasks import ImageToVideo, TextToVideo
 from flags.settings import TrainingSettings
 from memory.accounting import checkpoint_bytes
@@ -64,6 +65,16 @@ class Recipe:
         num_bytes = checkpoint_bytes(self.model_facts, memory_settings_of(self.settings))
         # DeepSpeed writes the weights twice: the optimizer's and the module's.
         return num_bytes * 5 // 3 if uses_deepspeed() else num_bytes
+
+    @cached_property
+    def batch_limit(self) -> BatchSize | TokenBudget:
+        """What fills a micro-batch; raises UserError if not even one of some samples fits."""
+        training = self.settings.training
+        if training.max_tokens_per_batch is None:
+            return BatchSize(training.train_batch_size)
+        budget = TokenBudget(training.max_tokens_per_batch, partial(count_tokens, self.configs.transformer))
+        budget.check(set(self.data.buckets))
+        return budget
 
     @property
     def precision(self) -> str:

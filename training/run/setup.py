@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.run_folder import VALIDATION_FOLDER
 from common.signals import StopSignals
 from data.sampler import BucketBatchSampler
-from dataset import Batch, ClipDataset, PreparedDataset, make_loader, without_failures
+from dataset import Batch, ClipDataset, MixedBatch, PreparedDataset, make_loader, without_failures
 from diffusion.objective import Objective
 from diffusion.timesteps import TimestepSampling
 from memory.activations import omits_last_layer
@@ -53,7 +53,7 @@ class Run:
     total_steps: int
     schedule: StepSchedule
     sampler: BucketBatchSampler
-    batches: Iterator[Batch]  # this rank's, from `state.step` on
+    batches: Iterator[Batch | MixedBatch]  # this rank's, from `state.step` on
     inputs: EncodedInputs
     objective: Objective
     trainable: Trainable
@@ -248,7 +248,7 @@ def make_sampler(spec: RunSpec, start: ScheduleStart) -> tuple[BucketBatchSample
     """Return this rank's sampler of batches from a start on, and the batches of each step."""
     sampler = BucketBatchSampler(
         spec.data.buckets,
-        spec.settings.training.train_batch_size,
+        spec.batch_limit,
         seed=spec.state.seed,
         repeats=spec.data.repeats,
         rank=spec.data_rank % start.num_ranks,  # the run may have had fewer ranks
@@ -310,7 +310,7 @@ def make_dataset(
     )
 
 
-def load_batches(spec: RunSpec, prompts: PromptCache, sampler: BucketBatchSampler) -> Iterator[Batch]:
+def load_batches(spec: RunSpec, prompts: PromptCache, sampler: BucketBatchSampler) -> Iterator[Batch | MixedBatch]:
     """Load the batches that the sampler draws, from raw or prepared clips."""
     skips_failed, flags = spec.settings.sources.on_bad_clip == "skip", spec.settings.loader
     dataset = make_dataset(spec, spec.state.seed, prompts, replace_failed=skips_failed)

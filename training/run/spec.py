@@ -71,8 +71,8 @@ class RunSpec(Recipe):
     @property
     def samples_per_step(self) -> int:
         """The largest number of samples in an optimizer step, over all ranks."""
-        training = self.settings.training
-        return training.gradient_accumulation_steps * training.train_batch_size * self.num_data_ranks
+        most = max(map(self.batch_limit.most_of, set(self.data.buckets)))
+        return self.settings.training.gradient_accumulation_steps * most * self.num_data_ranks
 
     @property
     def learning_rate(self) -> float:
@@ -144,6 +144,7 @@ def lasting_settings(recipe: Recipe) -> dict[str, object]:
         "model": recipe.configs.kind,
         "training data": recipe.data.fingerprint,
         "--train_batch_size": settings.training.train_batch_size,
+        "--max_tokens_per_batch": settings.training.max_tokens_per_batch,
         "--optimizer": optimizer.optimizer,
         "--use_ema": settings.objective.use_ema,
         **{f"--{name}": getattr(optimizer, name) for name in (*OPTIMIZER_KINDS, *OPTIMIZER_NUMBERS)},
@@ -193,7 +194,7 @@ def log_data(recipe: Recipe, num_ranks: int) -> None:
     settings, data = recipe.settings, recipe.data
     if not isinstance(data, PreparedData):
         report_skipped(data.bad, recipe.output_dir)
-    sizes = {"batch_size": settings.training.train_batch_size, "num_ranks": num_ranks}
+    sizes = {"batch_size": recipe.batch_limit, "num_ranks": num_ranks}
     logger.info("%s", describe_plan(data, settings, recipe.source, recipe.configs, **sizes))
     if warning := missing_token(settings, data):
         logger.warning("warning: %s", warning)

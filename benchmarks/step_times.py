@@ -1,6 +1,6 @@
 """Run any training script that steps a torch optimizer, and append its speed and memory to a file as a line of JSON.
 
-    STARTED=$(date +%s.%N) accelerate launch benchmarks/step_times.py FILE NAME SCRIPT [FLAGS]
+    STARTED=$(date +%s.%N) python benchmarks/step_times.py FILE NAME SCRIPT [FLAGS]
 
 peers.md uses it to compare our scripts with others. STARTED is when the clock of the complete run started.
 """

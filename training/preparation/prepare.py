@@ -64,7 +64,7 @@ BUCKET_FLAGS = SizeFlags("--height_buckets, --width_buckets", "--frame_buckets, 
 
 
 def prepare(settings: PreparationSettings, data: RawData) -> None:
-    """Prepare the clips in `settings.preparation.output_dir`; called on every rank, each of which does its share.
+    """Prepare the clips in `settings.preparation.output_dir`, together with other processes that do the same.
 
     Raises UserError if the folder holds other data, or another preparation writes to it, the model cannot be read, or
     clips cannot be decoded.

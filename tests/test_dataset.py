@@ -187,31 +187,27 @@ def in_store(planned, bucket) -> list[ClipSample]:
     return [replace(one, clip=replace(one.clip, video=folder / one.clip.video.name)) for one in planned[:4]]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_clips_in_a_store_are_the_same_clips_and_each_is_fetched_once(planned, in_store, bucket, num_workers):
+def test_clips_in_a_store_are_the_same_clips_and_each_is_fetched_once(planned, in_store, bucket):
     draws = [[Draw(index, epoch)] for epoch in range(2) for index in range(4)]
     expected = [make_dataset(planned)[draw].videos for (draw,) in draws]
-    loader = make_loader(make_dataset(in_store), draws, num_workers=num_workers)
+    loader = make_loader(make_dataset(in_store), draws, num_workers=2)
     for batch, videos in zip(without_failures(loader), expected, strict=True):
         assert torch.equal(batch.videos, videos)
         assert batch.names[0].startswith("s3://")
     assert sorted(bucket.fetched()) == [f"videos/{one.clip.video.name}" for one in in_store]
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(
     ("fault", "told"), [("503", "cannot be fetched after 4 tries ("), ("missing", "cannot be decoded: does not exist")]
 )
-def test_training_stops_at_a_clip_that_its_store_does_not_hand_out_and_names_it(
-    in_store, bucket, num_workers, fault, told
-):
+def test_training_stops_at_a_clip_that_its_store_does_not_hand_out_and_names_it(in_store, bucket, fault, told):
     name = in_store[1].clip.video.name
     if fault == "missing":
         bucket.delete(f"videos/{name}")
     else:
         bucket.store.faults[name] = [fault] * 99
     dataset = make_dataset(in_store, replace_failed=fault == "503")  # an outage is no reason to replace a clip
-    loader = make_loader(dataset, [[Draw(index, 0)] for index in range(4)], num_workers=num_workers)
+    loader = make_loader(dataset, [[Draw(index, 0)] for index in range(4)], num_workers=1)
     with pytest.raises(UserError, match=r"^a clip cannot be read;") as raised:
         list(without_failures(loader))
     assert f"{bucket.url}/videos/{name}" in str(raised.value) and told in str(raised.value)

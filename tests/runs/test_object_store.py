@@ -18,8 +18,8 @@ from run.setup import make_dataset
 from tiny_runs import SIZE
 
 
-NUM_CLIPS = 3
-FLAGS = ["--save_latents_and_embeddings", "--max_samples", str(NUM_CLIPS), *SIZE]
+NUM_CLIPS = 2
+FLAGS = [*SIZE, "--max_samples", str(NUM_CLIPS)]
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,14 @@ def clips(bucket, demo_clips) -> str:
     return f"{bucket.url}/clips"
 
 
-@pytest.fixture(scope="module")
-def on_disk(model, demo_clips, tmp_path_factory) -> Path:
-    return prepare(model, demo_clips, tmp_path_factory.mktemp("prepared") / "out")
+@pytest.fixture
+def on_disk(prepared_demo) -> Path:
+    return prepared_demo(*FLAGS)
 
 
 def prepare(model: Path, clips: object, output: object, *flags: str):
     places = ["--model_id", str(model), "--data_root", str(clips), "--output_dir", str(output)]
-    prepare_dataset.main([*places, "--caption_column", "prompts.txt", *FLAGS, "--shard_size_mb", "1", *flags])
+    prepare_dataset.main([*places, *FLAGS, "--save_latents_and_embeddings", *flags])
     return output
 
 

@@ -66,7 +66,7 @@ class RemotePath(type(Path())):
         """Do nothing, as stores have no folders."""
 
     def list_files(self, *, remember: bool = False) -> list[str]:
-        """Return the sorted paths of all files below, relative to this one; `remember` their states for `state`."""
+        """Return the sorted paths of all files below, relative to this one; `remember` their states for `stat`."""
         try:
             files = dict(stores.list_files(str(self)))
         except FileNotFoundError:
@@ -81,18 +81,13 @@ class RemotePath(type(Path())):
             if "/" not in name and fnmatch.fnmatchcase(name, pattern):
                 yield self / name
 
-    def state(self) -> FileState | None:
-        """Return size and version, None without a file; a cached copy of another version is removed."""
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        """Return size, and as time the version, of the file; a cached copy of another version is removed."""
         state = _known_state(self)
         with suppress(OSError):
             cached = os.stat(_cached_file(self))
             if state is None or state != (cached.st_size, cached.st_mtime_ns):
                 _cached_file(self).unlink()
-        return state
-
-    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
-        """Return size, and as time the version, of the file."""
-        state = self.state()
         if state is None:
             raise FileNotFoundError(errno.ENOENT, "does not exist", str(self))
         return SimpleNamespace(st_size=state.size, st_mtime_ns=state.version)
@@ -101,7 +96,7 @@ class RemotePath(type(Path())):
         """Open the newest version for reading."""
         if set(mode) & set("wax+"):
             raise OSError(errno.EROFS, "is written with atomic_write", str(self))
-        self.state()
+        self.stat()
         with at_hand(self) as file:
             return file.open(mode, *arguments, **options)
 

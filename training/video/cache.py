@@ -95,11 +95,8 @@ def _state_of(path: Path) -> tuple[int, int] | None:
 
     In a store, the version replaces the time; None if the store names none.
     """
-    if isinstance(path, RemotePath):
-        state = path.state()
-        return None if state is None or state.version is None else (state.size, state.version)
     try:
-        status = os.stat(path)
+        status = path.stat()
     except (OSError, ValueError):  # ValueError: a path with a null character
         return None
-    return status.st_size, status.st_mtime_ns
+    return None if status.st_mtime_ns is None else (status.st_size, status.st_mtime_ns)

@@ -87,8 +87,9 @@ def as_loaded(transformer: CogVideoXTransformer3DModel) -> CogVideoXTransformer3
     """Remove what a run with a LoRA adds: adapters, forward passes, checkpoints, compiled functions."""
     torch._dynamo.reset()
     for module in transformer.modules():
-        for name in ("forward", "_original_forward"):  # the second is accelerate's
+        for name in ("forward", "_original_forward", "project"):  # the second is accelerate's
             module.__dict__.pop(name, None)
+    transformer._forward_pre_hooks.clear()
     if getattr(transformer, "peft_config", None):
         transformer.unload_lora()
     transformer.disable_gradient_checkpointing()

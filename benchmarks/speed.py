@@ -26,7 +26,8 @@ from torchao.optim import AdamW8bit
 
 from args import parse_args, parse_prepare_args
 from data.buckets import Bucket
-from data.prepared import PreparedClip, StoredTensor
+from data.index import PreparedClip
+from data.prepared import StoredTensor
 from data.sampler import BucketBatchSampler
 from data.tensor_files import ShardWriter
 from dataset import ClipDataset, PreparedDataset, make_loader

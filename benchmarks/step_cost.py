@@ -19,23 +19,34 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import Params4bit
 from diffusers import CogVideoXTransformer3DModel
 from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torchao.quantization import quantize_
 
 from data.buckets import Bucket
 from flags.optimizer import OptimizerFlags
 from make_full_size_model import full_size_configs
 from memory.activations import checkpoint_activations
+from memory.block_streaming import BlockStream, plain_parts, rebuilt, stream_blocks
 from memory.settings import GB
 from methods.full import FullFinetune
 from methods.lora import Lora
 from models.attention import set_attention
 from models.configs import ModelConfigs
+from models.quantization import compute_frozen, quantize_remaining, quantize_transformer
 from optimizers.build import make_optimizer
+
+
+@register_flop_formula(torch.ops.bitsandbytes.gemm_4bit)
+def count_gemm_4bit(rows: torch.Size, packed: torch.Size, weight: list[int], *_: Any, **__: Any) -> int:
+    """Return the operations of a product with a weight `[out, in]` in nf4."""
+    return 2 * rows.numel() * weight[0]
 
 
 SIZE = Bucket(49, 480, 720)
@@ -51,6 +62,8 @@ class StepRow:
     method: str = "lora"  # lora, sft
     scope: str = "none"  # of --checkpoint_scope; none without --gradient_checkpointing
     every: int = 1
+    base: str = "none"  # of --quantize_base
+    streams: bool = False  # --stream_blocks
     peer: str = ""  # diffusers, original factory; "" for our own step
 
 
@@ -63,6 +76,12 @@ ROWS = (
     StepRow("5b LoRA, every second block", scope="block", every=2),
     StepRow("5b LoRA, feed-forward", scope="feed-forward"),
     StepRow("5b LoRA, none"),
+    StepRow("5b LoRA, none, fp8 base", base="fp8"),
+    StepRow("5b LoRA, all-but-attention, fp8 base", scope="all-but-attention", base="fp8"),
+    StepRow("5b LoRA, all-but-attention, int8 base", scope="all-but-attention", base="int8"),
+    StepRow("5b LoRA, all-but-attention, nf4 base", scope="all-but-attention", base="nf4"),
+    StepRow("5b LoRA, all-but-attention, streamed", scope="all-but-attention", streams=True),
+    StepRow("5b LoRA, all-but-attention, streamed int8 base", scope="all-but-attention", base="int8", streams=True),
     StepRow("5b full, block", method="sft", scope="block"),
     StepRow("2b LoRA, block", model="2b", scope="block"),
     StepRow("2b full, block", model="2b", method="sft", scope="block"),
@@ -71,19 +90,20 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Card:
-    """Assumed rates of a card in bfloat16: what kernels reach, not the data sheet's peak."""
+    """Assumed rates of a card: what kernels reach, not the data sheet's peak; attention is in bfloat16."""
 
-    linear: float  # TFLOP/s
+    linear: float  # TFLOP/s in bfloat16
+    fp8: float | None  # TFLOP/s; None where there are no such products
     attention: float  # TFLOP/s of the forward pass
     attention_backward: float  # TFLOP/s
     traffic: float  # TB/s
 
 
 CARDS = {
-    "H200": Card(680, 430, 400, 4.0),
-    "A100": Card(250, 190, 160, 1.6),
-    "RTX 4090": Card(150, 140, 120, 0.9),
-    "RTX 3090": Card(62, 55, 45, 0.8),
+    "H200": Card(680, 1360, 430, 400, 4.0),
+    "A100": Card(250, None, 190, 160, 1.6),
+    "RTX 4090": Card(150, 300, 140, 120, 0.9),
+    "RTX 3090": Card(62, None, 55, 45, 0.8),
 }
 
 
@@ -91,7 +111,8 @@ CARDS = {
 class StepCost:
     """Counts of a step; linear in the number of blocks, so that costs can be added and scaled."""
 
-    flop: Counter[tuple[str, str]] = field(default_factory=Counter)  # (phase, "linear" or "attention") -> operations
+    # (phase, "linear", "fp8" or "attention") -> operations
+    flop: Counter[tuple[str, str]] = field(default_factory=Counter)
     traffic: float = 0.0  # bytes read and written outside matrix products
     operators: float = 0.0  # that launch at least one kernel
     waits: float = 0.0  # values read by the CPU, which waits for the GPU
@@ -111,9 +132,11 @@ class StepCost:
         """Return the TFLOP of one of PHASES."""
         return 1e-12 * sum(count for key, count in self.flop.items() if key[0] == phase)
 
-    def seconds(self, card: Card) -> float:
-        """Estimate the duration on a card: products and traffic one after another, nothing else."""
-        rates = {"linear": card.linear, "attention": card.attention}
+    def seconds(self, card: Card) -> float | None:
+        """Estimate the duration on a card: products and traffic one after another, nothing else; None without fp8."""
+        rates = {"linear": card.linear, "fp8": card.fp8, "attention": card.attention}
+        if card.fp8 is None and any(kind == "fp8" for _, kind in self.flop):
+            return None
         total = self.traffic / (1e12 * card.traffic)
         for (phase, kind), count in self.flop.items():
             rate = card.attention_backward if (phase, kind) == ("backward", "attention") else rates[kind]
@@ -137,11 +160,14 @@ class StepCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if any(map(is_traceable_wrapper_subclass, _tensors((args, kwargs)))):
+            return NotImplemented  # a quantized tensor then calls operators on its parts
         if function is torch.ops.aten._local_scalar_dense.default:
             self.cost.waits += self.phase != "optimizer"  # AdamW's own step counts are on the CPU
             return 1.0
         result = function(*args, **kwargs)
-        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        outputs = _tensors(result)
+        inputs = _tensors((args, {name: value for name, value in kwargs.items() if name != "out"}))
         self._allocate(outputs)
         if function in flop_registry or function._overloadpacket in flop_registry:
             self._count_product(function, args, kwargs, result)
@@ -154,7 +180,8 @@ class StepCounter(TorchDispatchMode):
 
     def _count_product(self, function: Any, args: tuple, kwargs: dict, result: Any) -> None:
         count = flop_registry[function._overloadpacket](*args, **kwargs, out_val=result)
-        kind = "attention" if "attention" in str(function) else "linear"
+        name = str(function)
+        kind = "attention" if "attention" in name else "fp8" if "scaled_mm" in name else "linear"
         # In the backward pass, only a checkpoint that computes again has hooks on what autograd saves.
         is_again = self.phase == "backward" and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         self.cost.flop["recomputed" if is_again else self.phase, kind] += count
@@ -207,12 +234,17 @@ def count_step(row: StepRow) -> StepCost:
 def count_layers(row: StepRow, configs: ModelConfigs, layers: int) -> tuple[StepCost, Counter[str]]:
     """Count a step with so many blocks; return the traffic by operator too."""
     configs = replace(configs, transformer=configs.transformer | {"num_layers": layers})
+    transformer, stream = build(row, configs), None
     with FakeTensorMode(allow_non_fake_inputs=True), gpu_like():
-        transformer = build(row, configs)
+        # The peers keep adapters in the precision of the base.
+        fake_model(transformer, torch.bfloat16, trained=torch.bfloat16 if row.peer else torch.float32)
+        if row.streams:
+            stream = stream_blocks(transformer, torch.device("cpu"), scope=row.scope, every=row.every)
         parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(row, parameters)
         inputs, target = fake_inputs(configs, SIZE, 1, torch.bfloat16), torch.empty(1)
-        resident = _tensors([list(transformer.parameters()), [list(s.values()) for s in optimizer.state.values()]])
+        weights = resident_weights(transformer, stream)
+        resident = [*weights, *_tensors([list(state.values()) for state in optimizer.state.values()])]
         with StepCounter([*resident, *_tensors(inputs), target]) as counter:
             loss = (transformer(**inputs)[0].float() - target).square().mean()
             counter.phase = "backward"
@@ -223,7 +255,7 @@ def count_layers(row: StepRow, configs: ModelConfigs, layers: int) -> tuple[Step
 
 
 def build(row: StepRow, configs: ModelConfigs) -> CogVideoXTransformer3DModel:
-    """Build a transformer of fake tensors as the row trains it."""
+    """Build a transformer without memory as the row trains it, except for streams."""
     method = Lora(64, 64) if row.method == "lora" else FullFinetune()
     if row.peer:
         with torch.device("meta"):
@@ -231,13 +263,29 @@ def build(row: StepRow, configs: ModelConfigs) -> CogVideoXTransformer3DModel:
             targets = ["to_k", "to_q", "to_v", "to_out.0"]
             transformer.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=targets))
         transformer.enable_gradient_checkpointing()
-    else:
-        transformer = on_meta(configs, method)
-        if row.scope != "none":
-            checkpoint_activations(transformer, row.scope, row.every)
-    # The peers keep adapters in the precision of the base.
-    fake_model(transformer, torch.bfloat16, trained=torch.bfloat16 if row.peer else torch.float32)
+        return transformer
+    transformer = on_meta(configs, method, row.base)
+    if row.scope != "none" and not row.streams:
+        checkpoint_activations(transformer, row.scope, row.every)
     return transformer
+
+
+def resident_weights(transformer: CogVideoXTransformer3DModel, stream: BlockStream | None) -> list[torch.Tensor]:
+    """Return the tensors with the weights on the device: of streamed blocks the slots."""
+    named = transformer.named_parameters()
+    kept = [weight for name, weight in named if not stream or weight.requires_grad or "blocks." not in name]
+    return [*(stream.slots if stream else ()), *(part for weight in kept for part in plain_parts(weight))]
+
+
+def quantize_blocks(transformer: CogVideoXTransformer3DModel, base: str) -> None:
+    """Quantize as loading does: int8, fp8 or nf4."""
+    transformer.transformer_blocks.to(torch.bfloat16)
+    if base == "nf4":
+        quantize_remaining(transformer, base, torch.bfloat16)
+    else:
+        config = quantize_transformer(base, torch.bfloat16, torch.device("cpu"))
+        quantize_(transformer.transformer_blocks, config.quant_type)
+    compute_frozen(transformer, in_fp8=base == "fp8")
 
 
 def build_optimizer(row: StepRow, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -302,22 +350,35 @@ def gpu_like() -> Iterator[None]:
         functional.scaled_dot_product_attention, functional.layer_norm = attend, norm
 
 
-def on_meta(configs: ModelConfigs, method: Lora | FullFinetune) -> CogVideoXTransformer3DModel:
+def on_meta(configs: ModelConfigs, method: Lora | FullFinetune, base: str = "none") -> CogVideoXTransformer3DModel:
     """Build a transformer without memory as a run does, made trainable by the method."""
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel.from_config(configs.transformer)
+        if base != "none":
+            quantize_blocks(transformer, base)
         method.attach(transformer)
         set_attention(transformer)
     return transformer.train()
 
 
 def fake_model(model: torch.nn.Module, dtype: torch.dtype, *, trained: torch.dtype = torch.float32) -> None:
-    """Replace the tensors of a model on the meta device by fake ones; `trained` is the dtype of trainable ones."""
+    """Replace the tensors of a model on the meta device by fake ones, in its CPU's memory; quantize nf4 weights.
+
+    Args:
+        dtype: of frozen weights that are not quantized.
+        trained: dtype of trainable ones.
+    """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             kind = trained if parameter.requires_grad else dtype
-            fake = torch.empty(parameter.shape, dtype=kind)
+            if is_traceable_wrapper_subclass(parameter):
+                fake = rebuilt(parameter, lambda part: torch.empty_like(part, device="cpu"))
+            else:
+                fake = torch.empty(parameter.shape, dtype=kind)
+            fake, state = quantize_4bit(fake, quant_type="nf4") if type(parameter) is Params4bit else (fake, None)
             module._parameters[name] = torch.nn.Parameter(fake, parameter.requires_grad)
+            if state is not None:
+                module._parameters[name].quant_state = state
         for name, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[name] = torch.empty(buffer.shape, dtype=dtype)
 
@@ -363,7 +424,7 @@ def table(rows: list[StepRow]) -> list[str]:
         phases = [cost.tflop(phase) for phase in PHASES]
         counts = (*phases, sum(phases), cost.traffic / 1e9, cost.operators, cost.waits)
         cells = [row.name, *(f"{count:,.0f}" for count in counts), f"{cost.peak / GB:.1f}"]
-        cells += [f"{cost.seconds(card):.1f}" for card in CARDS.values()]
+        cells += [f"{seconds:.1f}" if seconds else "" for seconds in map(cost.seconds, CARDS.values())]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

@@ -59,6 +59,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Forget what was compiled, before and after."""
+    import torch
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(optimize_ddp=torch._dynamo.config.optimize_ddp):
+        yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory) -> Path:
     """Keep the clip cache of the tests out of the user's."""

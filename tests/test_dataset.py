@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.remote import to_path
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample, plan_clips
-from data.prepared import PreparedClip, StoredTensor
+from data.read_index import read_index
 from data.sampler import BucketBatchSampler, Draw
 from dataset import (
     Batch,
@@ -28,6 +28,8 @@ from encoded_clips import all_frames
 from models.encoding import encode_prompts
 from models.prompts import PromptCache
 from models.source import ModelSource
+from original_folders import write_original_folder
+from prepared_folders import write_prepared
 from video.probe import probe_files
 
 
@@ -230,51 +232,48 @@ def test_captions_come_as_their_embeddings(planned, tiny_models, tmp_path):
     assert torch.equal(dataset[Draw(2, 0)].prompt_embeds, expected)
 
 
-def prepared_clip(folder: Path, name: str, moments: torch.Tensor, embeds: torch.Tensor) -> PreparedClip:
-    stored = [StoredTensor(folder / f"{name}-{kind}.pt") for kind in ("video_latents", "prompt_embeds")]
-    for place, tensor in zip(stored, (moments, embeds), strict=True):
-        torch.save(tensor, place.file)
-    return PreparedClip(name, Bucket(9, 64, 96), *stored)
+def tensors(moments: tuple[int, ...] = (32, 3, 8, 12), embeds: tuple[int, ...] = (226, 64)) -> dict[str, torch.Tensor]:
+    return {"video_latents": torch.randn(moments), "prompt_embeds": torch.randn(embeds)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prepared_clip_is_read_as_it_was_written(tmp_path, dtype):
-    written = {name: (torch.randn(32, 3, 8, 12).to(dtype), torch.randn(226, 64).to(dtype)) for name in "ab"}
-    dataset = PreparedDataset([prepared_clip(tmp_path, name, *tensors) for name, tensors in written.items()])
+    written = {name: {kind: tensor.to(dtype) for kind, tensor in tensors().items()} for name in "ab"}
+    dataset = PreparedDataset(write_prepared(tmp_path, written, Bucket(9, 64, 96)))
     assert len(dataset) == 2
     batch = dataset[Draw(1, 0)]
     assert (batch.names, batch.bucket, batch.videos) == (["b"], Bucket(9, 64, 96), None)
-    assert torch.equal(batch.video_moments, written["b"][0][None])
-    assert torch.equal(batch.prompt_embeds, written["b"][1][None])
+    assert torch.equal(batch.video_moments, written["b"]["video_latents"][None])
+    assert torch.equal(batch.prompt_embeds, written["b"]["prompt_embeds"][None])
 
 
 def test_a_damaged_tensor_is_named_without_advice_to_unpickle_it(tmp_path):
-    clip = prepared_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
-    clip.video_latents.file.write_bytes(b"damaged")
-    loader = make_loader(PreparedDataset([clip]), [[Draw(0, 0)]], num_workers=1)
-    with pytest.raises(UserError, match=r"a-video_latents\.pt cannot be read as a tensor") as caught:
+    index = read_index(write_original_folder(tmp_path, 1))
+    index[0].video_latents.file.write_bytes(b"damaged")
+    loader = make_loader(PreparedDataset(index), [[Draw(0, 0)]], num_workers=1)
+    with pytest.raises(UserError, match=r"video_latents/9f3c0\.pt cannot be read as a tensor") as caught:
         next(without_failures(loader))
     assert "weights_only=False" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("moments", "embeds"), [((16, 3, 8, 12), (226, 64)), ((32, 3, 8, 12), (226, 4096))])
 def test_tensors_of_another_model_are_refused_with_file_and_channels(tiny_models, tmp_path, moments, embeds):
-    clip = prepared_clip(tmp_path, "a", torch.zeros(moments), torch.zeros(embeds))
+    index = write_prepared(tmp_path, {"a": tensors(moments, embeds)}, Bucket(9, 64, 96))
     with pytest.raises(UserError, match=r"^--load_tensors: ") as caught:
-        check_prepared([clip], ModelSource(str(tiny_models("5b"))).configs())
+        check_prepared(index, ModelSource(str(tiny_models("5b"))).configs())
     message = str(caught.value)
-    assert str(clip.video_latents.file) in message
+    assert str(index[0].video_latents.file) in message
     assert f"have {moments[0]} and {embeds[1]} channels" in message
     assert "needs 32 and 64" in message
 
 
 def test_samples_without_image_latents_are_refused_only_for_an_image_to_video_model(tiny_models, tmp_path):
-    clip = prepared_clip(tmp_path, "a", torch.zeros(32, 3, 8, 12), torch.zeros(226, 64))
-    check_prepared([clip], ModelSource(str(tiny_models("5b"))).configs())
+    index = write_prepared(tmp_path, {"a": tensors()}, Bucket(9, 64, 96))
+    check_prepared(index, ModelSource(str(tiny_models("5b"))).configs())
     with pytest.raises(
         UserError, match=r"1 samples .*PREPARED=my-prepared bash prepare_dataset\.sh --save_image_latents"
     ):
-        check_prepared([clip], ModelSource(str(tiny_models("5b-i2v"))).configs())
+        check_prepared(index, ModelSource(str(tiny_models("5b-i2v"))).configs())
 
 
 def make_batch(name: str) -> Batch:

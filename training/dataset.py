@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,17 +13,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.errors import UserError, listing
 from common.failures import WatchedDataset
+from common.read_ahead import ReadAhead
 from common.remote import is_used
 from common.signals import outlive_signals
 from data.buckets import Bucket
 from data.clips import ClipSample
-from data.prepared import PreparedClip, read_tensor
-from data.read_ahead import ReadAhead
+from data.prepared import read_tensor
 from data.sampler import Draw
 from models.configs import ModelConfigs
 from models.prompts import PromptCache
 from video.io import read_frames, reshape_frames
 
+
+if TYPE_CHECKING:
+    from data.index import PreparedClip, PreparedIndex
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +106,7 @@ class MixedBatch:
 class _Clips(Dataset):
     """Clips that a draw reads as a batch of one."""
 
-    clips: Sequence[ClipSample] | Sequence[PreparedClip]
+    clips: "Sequence[ClipSample] | Sequence[PreparedClip]"
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -271,11 +275,10 @@ def _start_worker(number: int) -> None:
     outlive_signals()
 
 
-def check_prepared(clips: Sequence[PreparedClip], configs: ModelConfigs) -> None:
+def check_prepared(clips: "PreparedIndex", configs: ModelConfigs) -> None:
     """Check that a clip's tensors fit the model, and that no image latents are missing."""
     clip = clips[0]
-    without = [clip.name for clip in clips if clip.image_latents is None]
-    if without and configs.is_image_to_video:
+    if configs.is_image_to_video and (without := clips.without_images):
         title = (
             f"--load_tensors: {len(without)} samples were prepared without image latents, which image-to-video needs"
         )

@@ -20,7 +20,8 @@ from report import PAGE, draw_charts, fill_page, measured_cell, peak_parts, read
 
 from args import parse_args
 from data.buckets import Bucket
-from data.prepared import read_index, read_tensor
+from data.prepared import read_tensor
+from data.read_index import read_index
 from dataset import check_prepared
 from forward_pass import gradients, predict
 from make_full_size_model import full_size_configs

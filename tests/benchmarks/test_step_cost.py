@@ -14,6 +14,8 @@ PINNED = (
     "5b LoRA, original factory",
     "5b LoRA, block",
     "5b LoRA, all-but-attention",
+    "5b LoRA, all-but-attention, fp8 base",
+    "5b LoRA, all-but-attention, streamed int8 base",
     "5b full, block",
     "2b LoRA, block",
 )
@@ -29,11 +31,12 @@ def test_the_page_has_the_figures_of_the_code(name):
     rows = table_rows(read_page("assets/docs/training.md"))
     assert header in rows
     printed = next(cells for cells in rows if cells[0] == name)
-    assert list(map(number, printed[1:])) == pytest.approx(list(map(number, counted[1:])), rel=0.01), "make step-cost"
+    expected = pytest.approx(list(map(number, counted[1:])), rel=0.01, nan_ok=True)
+    assert list(map(number, printed[1:])) == expected, "make step-cost"
 
 
 def number(cell: str) -> float:
-    return float(cell.replace(",", ""))
+    return float(cell.replace(",", "") or "nan")  # no seconds for cards without fp8
 
 
 def test_operators_are_counted_as_by_hand():

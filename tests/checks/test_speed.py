@@ -28,8 +28,7 @@ OFFLOAD = "--gradient_checkpointing --offload_checkpoints"
     [
         ("--attention_backend sage", "no backward pass; use --validation_attention_backend sage"),
         ("--validation_attention_backend flash", "no video is sampled; add --validation_prompt"),
-        ("--compile --gradient_checkpointing --stream_blocks", "--stream_blocks"),
-        (f"--compile {OFFLOAD} --checkpoint_scope feed-forward", "use --checkpoint_scope block"),
+        (f"--compile {OFFLOAD} --checkpoint_scope feed-forward", "use --checkpoint_scope all-but"),
     ],
 )
 def test_kernels_and_compilation_that_cannot_work_are_refused(flags, capsys, others, reason):

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from common.errors import UserError
 from common.failures import explained_failures
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample
-from data.prepared import PreparedClip, StoredTensor
+from data.index import PreparedClip
+from data.prepared import StoredTensor
 from data.sampler import Draw
 from dataset import ClipDataset, PreparedDataset, make_loader, without_failures
 from video.probe import VideoInfo
@@ -58,6 +60,12 @@ def test_other_errors_are_raised_unchanged(error):
     with pytest.raises(type(error)) as caught, explained_failures(list):
         raise error
     assert caught.value is error
+
+
+def test_a_failed_compilation_names_the_flag_that_turns_it_off():
+    with pytest.raises(TorchDynamoException) as caught, explained_failures(list):
+        raise TorchDynamoException("cannot be traced")
+    assert "pass --no-compile" in caught.value.__notes__[0]
 
 
 @pytest.mark.gpu

@@ -1,20 +1,28 @@
 """The page on data sets matches the code: its files are written, its commands parsed, its clips read."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from common.errors import UserError
 from data.buckets import Bucket
 from data.clips import Clip
+from data.index import make_table, write_table
+from data.read_index import read_index
 from data.sources import read_clips
 from doc_pages import PARSERS, flags_of, noted_calls, read_page, script_of
 from flags.settings import PreparationSettings
 from make_demo_clips import make_demo_clips
 from planning.plan import RawData, advise, check_bad_clips, data_sources, describe_plan, plan_raw_clips
+from prepared_folders import write_prepared
 from repository import ROOT
 
 
@@ -51,7 +59,9 @@ class Workplace:
         self.flags: dict[str, list] = {}  # of each command's scripts, parsed
         self.clips: dict[str, list[Clip]] = {}
         make_demo_clips(folder / "try/clips")
-        for name in ("my-clips", "my-prepared", "try/model", "disney", "prepared"):
+        tensors = {"video_latents": torch.zeros(1), "prompt_embeds": torch.zeros(1)}
+        write_prepared(folder / "my-prepared", {"rabbit": tensors, "street": tensors}, Bucket(49, 480, 720))
+        for name in ("my-clips", "try/model", "disney", "prepared"):
             (folder / name).mkdir(parents=True)
         (folder / "try/model/model_index.json").touch()
 
@@ -106,7 +116,7 @@ def test_the_examples_are_read_as_the_clips_that_they_show(workplace, name):
 
 
 def test_every_command_is_parsed_and_every_other_block_with_a_marker_is_understood(workplace):
-    assert {kind for kind, _, _ in EXAMPLES} == {"file", "files", "python", "command", "output"}
+    assert {kind for kind, _, _ in EXAMPLES} == {"file", "files", "python", "command", "shell", "output"}
     assert workplace.flags.keys() == {name for kind, name, _ in EXAMPLES if kind == "command"}
     assert workplace.clips.keys() == CLIPS.keys()
 
@@ -124,6 +134,27 @@ def test_images_and_repeats_of_the_examples_are_read(workplace):
     folder = workplace.folder / "my-first-frames"
     assert {clip.image.parent for clip in workplace.clips["with first frames"]} == {folder}
     assert [clip.repeats for clip in workplace.clips["mix"]] == [2.5, 2.5, 1, 1]
+
+
+def test_an_index_of_some_samples_is_trained_on(workplace):
+    folder = workplace.folder / "my-prepared"
+    assert [clip.name for clip in read_index(folder)] == ["rabbit", "street"]
+    (workplace.folder / "index.arrow").replace(folder / "index.arrow")
+    assert [clip.name for clip in read_index(folder)] == ["rabbit"]
+
+
+def test_the_row_shown_is_that_of_its_command(tmp_path):
+    row = json.loads(block("output", "index"))
+    (tmp_path / "try/prepared").mkdir(parents=True)
+    write_table(
+        make_table([row, row | {"name": "clip-004", "clip": "clip-004.mp4"}]),
+        tmp_path / "try/prepared/index.arrow",
+        {},
+    )
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", "-c", block("shell", "index")]
+    shown = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    assert shown == block("output", "index")
 
 
 # The output of the page, from the demo's clips

@@ -11,6 +11,7 @@ import prepare_dataset
 from doc_pages import flags_of, marked_blocks, noted_calls, read_page, script_flags, table_rows, value_of
 from make_real_clips import make_real_clips
 from make_tiny_model import make_tiny_model
+from prepared_folders import rows_of
 from repository import ROOT
 
 
@@ -47,7 +48,7 @@ def test_clips_become_a_lora_that_is_sampled(reader, fresh_accelerator):
     for call in noted_calls(block("own clips"), reader, **TINY):
         prepare_dataset.main(script_flags(call))
     assert Path("my-prepared/plan.csv").read_text().count(",17x64x96,") == 4
-    assert Path("my-prepared/index.jsonl").read_text().count('"caption": "MY_STYLE ') == 4
+    assert [row["caption"].startswith("MY_STYLE ") for row in rows_of(Path("my-prepared"))] == [True] * 4
 
     rehearsal, train = noted_calls(block("train", ("STEPS=1500", "STEPS=2")), reader, **TINY)
     assert flags_of(rehearsal).dry_run

@@ -151,14 +151,6 @@ def test_a_pass_that_failed_does_not_disturb_the_next_step(transformer, expected
         assert_same(train_step(transformer), expected)
 
 
-def test_autograd_raises_for_blocks_that_are_not_computed_again(transformer):
-    stream_blocks(transformer, CPU)
-    transformer.disable_gradient_checkpointing()
-
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        train_step(transformer)
-
-
 def test_moving_the_model_leaves_the_blocks_where_they_are(transformer):
     stream_blocks(transformer, CPU)
     train_step(transformer)
@@ -194,17 +186,6 @@ def test_weights_of_an_unknown_kind_are_refused(transformer):
 
     with pytest.raises(UserError, match=r"--stream_blocks: weights of type Packed cannot be streamed; use"):
         stream_blocks(transformer, CPU)
-
-
-def test_blocks_may_be_compiled(model):
-    transformer = with_adapters(model, dropout=0.0)
-    expected = train_step(transformer)
-    stream = stream_blocks(transformer, CPU, CheckpointStore(HostStack(10_000)))
-    for block in transformer.transformer_blocks:
-        block.compile(backend="eager", fullgraph=True)
-
-    assert_close(train_step(transformer), expected, 1e-5)
-    assert stream.num_copies == 2 * 4 - 2
 
 
 @pytest.mark.usefixtures("one_process")

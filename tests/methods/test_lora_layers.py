@@ -4,9 +4,10 @@ from copy import deepcopy
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from torchao.quantization import Float8WeightOnlyConfig, quantize_
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
 from methods.lora_layers import use_layers
 from models.quantization import compute_frozen
@@ -73,6 +74,37 @@ def test_a_quantized_base_is_multiplied_as_without_a_lora(in_fp8):
     expected = results(model, torch.bfloat16)
     use_layers(model)
     assert max(errors(results(model, torch.bfloat16), expected).values()) < 0.01
+
+
+class Projections(nn.Module):
+    """A sum of an attention's queries, keys and values, computed at once or one after another."""
+
+    def __init__(self, *, at_once: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn, self.at_once = Attention(96, heads=2, dim_head=32, bias=True).requires_grad_(False), at_once
+        config = LoraConfig(r=8, lora_alpha=12, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+        inject_adapter_in_model(config, self)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        layers = self.attn.to_q, self.attn.to_k, self.attn.to_v
+        query, key, value = self.attn.project(inputs) if self.at_once else (layer(inputs) for layer in layers)
+        return query + 2 * key - value
+
+
+@pytest.mark.parametrize(("base", "bound"), [(None, 1e-6), ("int8", 0.01), ("fp8", 0.01)])
+def test_queries_keys_and_values_at_once_have_the_gradients_of_three_layers(base, bound):
+    at_once, apart = (Projections(at_once=kind) for kind in (True, False))
+    for model in (at_once, apart):
+        if base is not None:
+            config = {"int8": Int8WeightOnlyConfig(), "fp8": Float8WeightOnlyConfig()}[base]
+            quantize_(
+                model.bfloat16(), config, lambda layer, _: type(layer) is nn.Linear and not layer.weight.requires_grad
+            )
+            compute_frozen(model, in_fp8=base == "fp8")
+        use_layers(model)
+    dtype = torch.float32 if base is None else torch.bfloat16
+    assert max(errors(results(at_once, dtype), results(apart, dtype)).values()) < bound
 
 
 @pytest.mark.parametrize(

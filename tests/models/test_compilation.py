@@ -1,30 +1,27 @@
 """Blocks are compiled once per size and mode, and compute the same."""
 
-from collections.abc import Iterator
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from common.errors import UserError
 from forward_pass import predict
-from memory.activations import checkpoint_activations
+from memory.activations import CheckpointStore, checkpoint_activations
+from memory.block_streaming import stream_blocks
+from memory.pinned import HostStack
 from models.attention import set_attention
 from models.compilation import check_compiler, compile_blocks
-from tiny_steps import with_adapters
+from tiny_steps import assert_same, train_step, with_adapters
 
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(optimize_ddp=torch._dynamo.config.optimize_ddp):
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def losses(transformer, sizes: list[int], **options) -> list[float]:
@@ -61,9 +58,56 @@ def test_all_blocks_share_one_compilation_for_each_size_and_mode(tiny_models, sc
     assert list(compiled.state_dict()) == names
 
 
+INPUT_BYTES = 2 * (16 + 5 * 4 * 6) * 128 * 4  # text and video tokens of two samples, float32
+
+
+def compile_all(transformer, scope: str, *, streams: bool):
+    """Compile a transformer's blocks with their checkpoints; return store, stream, and the graphs, backward last."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    store, stream = CheckpointStore(HostStack(10_000)), None
+    if streams:
+        stream = stream_blocks(transformer, torch.device("cpu"), store, scope=scope)
+    else:
+        checkpoint_activations(transformer, scope, offload_to=store)
+    partition = min_cut_rematerialization_partition  # inductor's, which knows checkpoints
+    compile_blocks(transformer, 1, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=partition))
+    return store, stream, graphs
+
+
+@pytest.mark.parametrize(("scope", "streams", "attentions"), [("block", False, 2), ("all-but-attention", True, 1)])
+def test_checkpoints_in_compiled_blocks_are_offloaded_and_streamed(tiny_models, scope, streams, attentions):
+    # DoRA empties a cache in each forward pass, a side effect in a checkpoint.
+    transformer, freed = with_adapters(tiny_models("5b"), dropout=0.0, use_dora=not streams), []
+    set_attention(transformer)
+    expected = train_step(transformer)
+    store, stream, graphs = compile_all(transformer, scope, streams=streams)
+    for block in transformer.transformer_blocks[1:]:
+        block.register_forward_pre_hook(
+            lambda _, __, inputs: (
+                weakref.finalize(inputs["hidden_states"].untyped_storage(), freed.append, 0) and None
+            ),
+            with_kwargs=True,
+        )
+    transformer.proj_out.register_forward_pre_hook(lambda *_: freed.append("end"))
+
+    for _ in range(2):
+        assert_same(train_step(transformer), expected)
+    assert store.stack.used == 4 * INPUT_BYTES
+    assert freed[:3] == [0, 0, "end"]  # in the forward pass; the last block's inputs are still on the device
+    assert stream is None or stream.num_copies == 2 * 4 - 2 + 2 * 4 - 4
+    forward, backward = (" ".join(str(node.target) for node in graph.graph.nodes) for graph in graphs)
+    assert forward.count("dot_product") == 1
+    assert backward.count("dot_product") == attentions  # its gradient, and the attention itself
+
+
 def test_a_checkpoint_compiles_with_the_same_configuration_in_another_thread(tiny_models):
     transformer = with_adapters(tiny_models("5b"), dropout=0.0)
-    checkpoint_activations(transformer, "block", is_inside=False)
+    checkpoint_activations(transformer, "segment", 2)
     limits = []
 
     def backend(graph, inputs):

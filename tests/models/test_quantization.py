@@ -22,6 +22,7 @@ from models.quantization import (
     FrozenLinear,
     check_quantization,
     compute_frozen,
+    dequantize,
     describe_products,
     has_fp8_products,
     multiply_back,
@@ -117,6 +118,12 @@ def test_a_layer_and_its_gradient_are_those_of_the_dequantized_weight(source, qu
     outputs.square().sum().backward()
     expected = 2 * outputs.detach().double() @ weight
     torch.testing.assert_close(inputs.grad.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int8_is_dequantized_as_by_torchao(source, dtype):
+    weight = quantized_layer("int8", source, dtype).weight
+    assert torch.equal(dequantize(weight), weight.dequantize())
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])

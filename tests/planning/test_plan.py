@@ -1,23 +1,21 @@
 """From flags to a plan: which clips there are, which cannot be used, and what is said about it."""
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
+import torch
 
 import prepare_dataset
 from args import parse_args, parse_prepare_args
 from cli.schema import replace_flags
 from clip_lists import write_table
 from common.errors import UserError
-from common.text_files import index_lines
 from data.buckets import Bucket
 from data.clips import BadClip, Clip, ClipSample
-from data.prepared import PreparedClip, StoredTensor, sample_in_shards
 from encoded_clips import encode
 from flags.settings import TrainingSettings
 from planning.plan import (
@@ -31,6 +29,7 @@ from planning.plan import (
     report_skipped,
     validation_data_flags,
 )
+from prepared_folders import index_of, write_prepared
 from video.probe import VideoInfo
 
 
@@ -74,7 +73,7 @@ def write_mix(folder: Path, *entries: dict) -> Path:
 def test_every_listed_clip_is_planned_or_bad_with_its_reason(data):
     found = plan(data)
     assert found.captions == ["one", "two", "three"]
-    assert found.buckets == [Bucket(17, 64, 96)] * 3
+    assert list(found.buckets) == [Bucket(17, 64, 96)] * 3
     reasons = {clip.source: clip.reason for clip in found.bad}
     assert reasons.keys() == {"table.jsonl:4", "table.jsonl:5", "table.jsonl:6"}
     assert "does not exist" in reasons["table.jsonl:4"]
@@ -210,15 +209,30 @@ def test_weights_count_the_samples_that_can_be_used(data, tmp_path):
 
 
 def test_repeats_of_a_mix_multiply_those_of_prepared_samples(tmp_path):
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        files = folder / "latents/x.safetensors", folder / "prompt_embeds/y.safetensors"
-        for key, file in zip(("s.video_latents", "c.prompt_embeds"), files, strict=True):
-            file.parent.mkdir(parents=True)
-            save_file({key: np.zeros(1)}, file)
-        entry = sample_in_shards(folder, "s", *files, "c", Bucket(17, 64, 96), with_images=False)
-        (folder / "index.jsonl").write_text(index_lines([entry | {"repeats": 2.0}]))
-    mix = write_mix(tmp_path, {"data_root": "a", "repeats": 3}, {"data_root": "b"})
-    assert plan_training_data(training(tmp_path / "out", "--dataset_mix", mix, "--load_tensors")).repeats == [6, 2]
+    tensors = {"video_latents": torch.zeros(1), "prompt_embeds": torch.zeros(1)}
+    for folder, frames in (("a", 17), ("b", 9)):
+        write_prepared(
+            tmp_path / folder, {f"{folder}-1": tensors, f"{folder}-2": tensors}, Bucket(frames, 64, 96), repeats=2
+        )
+
+    def plan_mix(*entries: dict) -> PreparedData:
+        mix = write_mix(tmp_path, *entries)
+        return plan_training_data(training(tmp_path / "out", "--dataset_mix", mix, "--load_tensors"))
+
+    found = plan_mix({"data_root": "a", "repeats": 3}, {"data_root": "b"})
+    assert found.repeats.tolist() == [clip.repeats for clip in found.clips] == [6, 6, 2, 2]
+    assert [clip.name for clip in found.clips] == ["a-1", "a-2", "b-1", "b-2"]
+    assert [bucket.num_frames for bucket in found.buckets] == [17, 17, 9, 9]
+    assert plan_mix({"data_root": "a", "weight": 3}, {"data_root": "b", "weight": 1}).repeats.tolist() == [3, 3, 1, 1]
+
+
+def test_prepared_data_is_recognized_by_the_digest_of_earlier_versions(tmp_path):
+    """A checkpoint has it. It was taken of the `repr` of tuples."""
+    buckets = [Bucket(9, 64, 96), Bucket(17, 64, 96), Bucket(9, 64, 96)]
+    data = PreparedData(index_of(buckets, name=["a", "it's", "\u2603"], repeats=[1.0, 2.5, 1e-05]), [])
+    tuples = [(clip.name, clip.prompt_embeds.key, clip.bucket, clip.repeats) for clip in data.clips]
+    digest = hashlib.sha256("\n".join(map(repr, tuples)).encode()).hexdigest()
+    assert data.fingerprint == f"3 samples ({digest[:12]})"
 
 
 def hold_out(table: Path, data_root: Path, *flags: str, with_images: bool = False) -> RawData | None:
@@ -248,7 +262,7 @@ def test_paths_of_clips_held_out_start_from_their_table(held_out, demo_clips):
     found = hold_out(held_out, demo_clips, *flags)
     assert [planned.clip.video for planned in found.clips] == [held_out.parent / f"videos/{n}.mp4" for n in (0, 1)]
     assert found.captions == ["TOKEN clip 0", "TOKEN clip 1"]
-    assert found.buckets == [Bucket(17, 64, 96)] * 2
+    assert list(found.buckets) == [Bucket(17, 64, 96)] * 2
 
 
 def test_clips_that_are_trained_on_too_are_not_held_out(held_out, demo_clips):
@@ -292,7 +306,7 @@ def test_clips_held_out_are_cut_as_the_prepared_ones_were(held_out, tmp_path):
     folder = write_settings_of(tmp_path / "prepared", id_token="TOKEN", skip_frames_start=2, **size)
     # The launchers pass the length of validation videos as a frame bucket.
     found = hold_out(held_out, folder, "--load_tensors", *COLUMNS, "--frame_buckets", "17")
-    assert found.buckets == [Bucket(33, 96, 128)] * 2
+    assert list(found.buckets) == [Bucket(33, 96, 128)] * 2
     assert {planned.frame_indices[0] for planned in found.clips} == {2}
     assert found.captions == ["TOKEN clip 0", "TOKEN clip 1"]
 
@@ -315,8 +329,7 @@ def test_nothing_about_clips_held_out_is_random(held_out, demo_clips):
 
 
 def test_prepared_samples_are_counted_by_bucket():
-    stored = StoredTensor(Path("a.pt"))
-    clips = [PreparedClip("a", Bucket(frames, 64, 96), stored, stored) for frames in (17, 17, 49)]
+    clips = index_of([Bucket(frames, 64, 96) for frames in (17, 17, 49)])
     model = SimpleNamespace(transformer={"max_text_seq_length": 226, "patch_size": 2, "patch_size_t": None})
     first, second = describe_plan(PreparedData(clips, []), None, None, model, batch_size=1).splitlines()
     assert first == f"17x64x96: 2 prepared samples of {226 + 5 * 4 * 6} tokens"

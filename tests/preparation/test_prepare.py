@@ -27,7 +27,9 @@ from clip_lists import write_table
 from common.folder_lock import locked_folder
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample
-from data.prepared import PreparedClip, read_empty_prompt, read_index, read_tensor
+from data.index import PreparedClip
+from data.prepared import read_empty_prompt, read_tensor
+from data.read_index import read_index
 from data.sources import DataSource, read_clips
 from diffusion.latents import image_noise_scales
 from diffusion.randomness import step_generator
@@ -38,6 +40,7 @@ from models.source import ModelSource
 from planning.plan import plan_raw_clips
 from preparation.prepare import name_sample, needs_tiles, tensor_bytes, warn_of_overflow
 from preparation.report import REPORT_FILE
+from prepared_folders import rows_of
 from video.probe import VideoInfo, probe_video
 
 
@@ -107,8 +110,8 @@ def refuse(capsys, *arguments: object) -> str:
     return capsys.readouterr().err
 
 
-def entries_of(folder: Path, index: str = "index.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (folder / index).read_text().splitlines()]
+def entries_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -158,7 +161,7 @@ def prepared_small(small, prepared_once, tmp_path) -> tuple[Path, Path]:
 
 
 def test_the_folder_has_the_documented_files(prepared):
-    files = {"prepared.json", "index.jsonl", "empty_prompt.safetensors", "report.html"}
+    files = {"prepared.json", "index.arrow", "empty_prompt.safetensors", "report.html"}
     assert {path.name for path in prepared.iterdir()} == files | {"latents", "prompt_embeds"}
     # Five clips of five sizes: a shard for each; the captions are in one.
     assert len(list((prepared / "latents").glob("*.safetensors"))) == 5
@@ -166,13 +169,13 @@ def test_the_folder_has_the_documented_files(prepared):
 
 
 def test_the_index_lists_the_origin_of_each_sample_in_order(prepared, rows):
-    assert [clip.name for clip in read_index(prepared)] == [entry["name"] for entry in entries_of(prepared)]
-    for number, ((video, caption), entry) in enumerate(zip(rows, entries_of(prepared), strict=True), 1):
+    assert [clip.name for clip in read_index(prepared)] == [row["name"] for row in rows_of(prepared)]
+    for number, ((video, caption), row) in enumerate(zip(rows, rows_of(prepared), strict=True), 1):
         num_frames, height, width, _ = all_frames(video).shape
-        assert entry["name"].startswith(f"{video.stem}-")
-        assert (entry["clip"], entry["caption"], entry["source"]) == (str(video), caption, f"videos.txt:{number}")
-        assert entry["metadata"] == {"num_frames": FRAMES, "height": height, "width": width}
-        assert entry["frames"] == [0, num_frames - 1]
+        assert row["name"].startswith(f"{video.stem}-")
+        assert (row["clip"], row["caption"], row["source"]) == (str(video), caption, f"videos.txt:{number}")
+        assert (row["num_frames"], row["height"], row["width"]) == (FRAMES, height, width)
+        assert (row["first_frame"], row["last_frame"]) == (0, num_frames - 1)
 
 
 def test_the_latents_are_the_moments_of_the_clips(prepared, vae, rows):
@@ -246,7 +249,7 @@ def test_a_table_has_the_same_tensors_as_the_two_lists(model, small, prepared_sm
     before = times_of(folder)
     prepare(model, data, folder, "--dataset_file", str(table))
     assert times_of(folder) == before
-    assert [entry["source"] for entry in entries_of(folder)] == ["metadata.jsonl:1", "metadata.jsonl:2"]
+    assert [row["source"] for row in rows_of(folder)] == ["metadata.jsonl:1", "metadata.jsonl:2"]
 
 
 def test_identical_captions_are_embedded_once_and_identical_clips_encoded_once(model, small, tmp_path):
@@ -294,7 +297,9 @@ def test_a_split_clip_becomes_several_samples(model, vae, small, tmp_path):
     folder = prepare(model, data, tmp_path / "out", "--long_clips", "split")
     num_frames = len(all_frames(small[0][0]))
     starts = range(0, num_frames - FRAMES + 1, FRAMES)
-    assert [entry["frames"] for entry in entries_of(folder)] == [[at, at + FRAMES - 1] for at in starts]
+    assert [[row["first_frame"], row["last_frame"]] for row in rows_of(folder)] == [
+        [at, at + FRAMES - 1] for at in starts
+    ]
     last = all_frames(small[0][0])[starts[-1] : starts[-1] + FRAMES].transpose(0, 3, 1, 2).copy()
     moments = read_tensor(read_index(folder)[-1].video_latents)
     assert torch.equal(moments, encode_videos(vae, torch.from_numpy(last)[None])[0])
@@ -318,7 +323,7 @@ def test_layout_files_is_that_of_the_original_script(prepared_files, small):
         assert {path.name for path in (prepared_files / kind).iterdir()} == {name + suffix for name in names}
     lists = {"prepared.json", "data.jsonl", "prompts.txt", "videos.txt", "empty_prompt.safetensors", "report.html"}
     assert {path.name for path in prepared_files.iterdir()} == lists | {*FILES, "images", "image_latents"}
-    for (_, caption), entry in zip(small, entries_of(prepared_files, "data.jsonl"), strict=True):
+    for (_, caption), entry in zip(small, entries_of(prepared_files), strict=True):
         assert (prepared_files / entry["prompt"]).read_text() == caption
     assert read_tensor(read_index(prepared_files)[0].image_latents).shape == (32, 1, 12, 20)
 
@@ -329,7 +334,7 @@ def test_both_layouts_have_the_same_tensors(prepared_files, prepared_once):
 
 
 def test_the_preview_shows_the_frames_of_the_bucket(prepared_files, small):
-    entry = entries_of(prepared_files, "data.jsonl")[0]
+    entry = entries_of(prepared_files)[0]
     with av.open(prepared_files / entry["video"]) as container:
         assert container.streams.video[0].average_rate == 8
     shown, seen = all_frames(prepared_files / entry["video"]), frames_of(small[0][0])
@@ -382,7 +387,7 @@ def test_a_folder_without_an_empty_prompt_gets_one(model, prepared_small, monkey
 def test_files_that_a_killed_run_did_not_write_are_added(model, prepared_files, small, tmp_path, kind):
     data, folder = write_data(tmp_path / "data", small), Path(shutil.copytree(prepared_files, tmp_path / "out"))
     before, whole = times_of(folder), contents(folder)
-    lost, kept = entries_of(folder, "data.jsonl")
+    lost, kept = entries_of(folder)
     (folder / kind / f"{Path(lost['video']).stem}{FILES[kind]}").unlink()
     (folder / "data.jsonl").unlink()  # written last, so a killed run has none
     prepare(model, data, folder, "--save_image_latents", "--layout", "files")
@@ -445,10 +450,10 @@ def test_samples_keep_their_names_unless_their_pictures_are_corrected(tmp_path):
 
 def test_a_clip_removed_from_the_list_is_removed_from_the_index(model, small, prepared_small):
     data, folder = prepared_small
-    _, kept = entries_of(folder)
+    _, kept = rows_of(folder)
     write_data(data, small[1:])
     prepare(model, data, folder)
-    assert [entry["name"] for entry in entries_of(folder)] == [kept["name"]]
+    assert [row["name"] for row in rows_of(folder)] == [kept["name"]]
 
 
 @pytest.mark.parametrize(
@@ -497,13 +502,13 @@ def test_a_folder_keeps_its_decision_on_tiles(model, small, tmp_path, capsys):
 
 def test_another_preparation_into_the_same_folder_is_refused_until_the_first_ends(model, prepared_small, capsys):
     data, output = prepared_small
-    before = (output / "index.jsonl").read_bytes()
+    before = (output / "index.arrow").read_bytes()
     with locked_folder(output, "other clips"), pytest.raises(SystemExit, match="2"):
         prepare(model, data, output)
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.fullmatch(rf"error: --output_dir: process {os.getpid()} on .* is writing to '{output}'; .*", said)
     prepare(model, data, output)
-    assert (output / "index.jsonl").read_bytes() == before
+    assert (output / "index.arrow").read_bytes() == before
 
 
 def test_a_folder_prepared_with_another_vae_is_refused(tiny_models, prepared_small, tmp_path, capsys):
@@ -543,7 +548,7 @@ def test_broken_clips_are_listed_at_the_end_and_the_others_are_kept(model, with_
     error = refuse(capsys, model, data, folder, "--shard_size_mb", "1")
     assert str(broken) in error
     assert "--on_bad_clip skip" in error
-    assert not (folder / "index.jsonl").exists()
+    assert not (folder / "index.arrow").exists()
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -567,7 +572,7 @@ def test_nothing_is_prepared_if_every_clip_is_broken(model, with_broken, tmp_pat
     data = write_data(tmp_path / "broken-data", [(broken.rename(tmp_path / name), "a caption")])
     error = refuse(capsys, model, data, tmp_path / "out", "--on_bad_clip", "skip")
     assert "none of the clips can be used" in error
-    assert not (tmp_path / "out" / "index.jsonl").exists()
+    assert not (tmp_path / "out" / "index.arrow").exists()
 
 
 @pytest.mark.parametrize(("stored", "warns"), [(torch.bfloat16, True), (torch.float16, False)])

@@ -14,9 +14,10 @@ import cogvideox_text_to_video_sft
 import prepare_dataset
 from common.folder_lock import locked_folder
 from data.buckets import Bucket
-from data.prepared import PreparedClip
+from data.index import IndexedFolder, PreparedIndex
 from data.token_budget import BatchSize
 from planning.plan import PreparedData
+from prepared_folders import index_of
 from run.dry_run import largest_batch, trial_folder
 from tiny_runs import SIZE, run_flags
 
@@ -101,8 +102,9 @@ def test_a_dry_run_lists_unreadable_samples(tiny_models, demo_clips, tmp_path, c
     assert all(file.name in told for file in damaged)
 
 
-def samples(count: int, *size: int, repeats: float = 1.0) -> list[PreparedClip]:
-    return [PreparedClip(f"{size}-{n}", Bucket(*size), None, None, None, repeats) for n in range(count)]
+def samples(count: int, *size: int, repeats: float = 1.0) -> IndexedFolder:
+    (folder,) = index_of([Bucket(*size)] * count, repeats=[repeats] * count).folders
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -118,10 +120,11 @@ def samples(count: int, *size: int, repeats: float = 1.0) -> list[PreparedClip]:
     ],
 )
 def test_the_largest_batch_is_the_one_with_most_pixels(small, large, batch_size, num_ranks, expected):
-    data, limit = PreparedData([*small, *large], []), BatchSize(batch_size)
+    data, limit = PreparedData(PreparedIndex([small, large]), []), BatchSize(batch_size)
     largest = largest_batch(data, limit, num_ranks, accumulation=1)
     frames, count = expected
     assert [clip.bucket.num_frames for clip in largest.clips] == [frames] * count
+    assert [bucket.num_frames for bucket in largest.buckets] == [frames] * count
     assert set(largest.repeats) == {1}
     assert len(largest_batch(data, limit, num_ranks, 2).clips) == 2 * count
 

@@ -20,7 +20,7 @@ from data.buckets import Bucket
 from forked_ranks import call_on_ranks
 from memory.settings import GB, MemorySettings, memory_settings_of
 from planning.plan import plan_training_data
-from run.auto_fit import fit_into_memory
+from run.auto_fit import count_steps, fit_into_memory
 from run.memory_fit import (
     choose_by_budget,
     chosen_before,
@@ -30,6 +30,7 @@ from run.memory_fit import (
     usable_memory,
 )
 from run.recipe import Recipe
+from run.summary import describe_compilation
 from tiny_runs import run_flags
 
 
@@ -126,6 +127,50 @@ def test_a_run_on_the_cpu_beside_a_card_is_left_alone(make_run, with_card, monke
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     run = make_run("lora")
     assert fit_into_memory(run).settings == run.settings
+
+
+@pytest.fixture
+def compiles(make_run, with_card, monkeypatch):
+    """A function that tells whether a run with these flags compiles its blocks, and what its summary says of it."""
+    monkeypatch.setattr("models.compilation.has_triton", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+
+    def compiles(*flags: str, launch: str = "ACCELERATE_IS_PLAIN") -> tuple[bool, str]:
+        with_card(80 * GB)
+        recipe = make_run("lora", *flags)
+        monkeypatch.setenv(launch, "true")
+        settings = fit_into_memory(recipe).settings
+        rows = describe_compilation(settings, len(recipe.sizes), count_steps(recipe))
+        monkeypatch.delenv(launch)
+        return settings.speed.compile, rows.get("compiled", "")
+
+    return compiles
+
+
+def test_long_runs_on_a_card_compile_their_blocks(compiles):
+    because = "1,500 steps for 1 size on it saves time; --no-compile turns it off"
+    assert compiles("--max_train_steps", "1500") == (True, f"the blocks: from {because}")
+    # 16 clips in batches of 2, 8 steps an epoch
+    assert compiles("--num_train_epochs", "188")[0] and not compiles("--num_train_epochs", "187")[0]
+    assert compiles("--max_train_steps", "1499") == (False, "nothing: it saves time from 1,500 steps for 1 size on")
+    validation = ("--validation_prompt", "a circle", "--max_num_frames", "25")
+    assert compiles("--max_train_steps", "1500", *validation)[1].endswith("3,000 steps for 2 sizes on")
+
+
+def test_what_was_typed_or_cannot_be_compiled_is_not_compiled_unasked(compiles, monkeypatch):
+    long = ("--max_train_steps", "9999")
+    assert compiles(*long, "--no-compile") == (False, "")
+    assert compiles("--max_train_steps", "1", "--compile") == (True, "the blocks")
+    checkpoints = ("--gradient_checkpointing", "--offload_checkpoints", "--checkpoint_scope")
+    assert (
+        compiles(*long, *checkpoints, "all-but-attention")[0] and not compiles(*long, *checkpoints, "feed-forward")[0]
+    )
+    assert not compiles(*long, "--attention_backend", "flash-attn-3", "--mixed_precision", "bf16")[0]
+    assert compiles(*long)[0] and not compiles(*long, launch="ACCELERATE_USE_FSDP")[0]
+    assert compiles(*long, launch="ACCELERATE_USE_CPU") == (False, "")
+    assert not compiles(*long, "--train_batch_size", "1", "--max_tokens_per_batch", "999")[0]
+    monkeypatch.setattr("models.compilation.has_triton", lambda: False)
+    assert not compiles(*long)[0]
 
 
 def resumable(folder: Path, memory: dict) -> str:

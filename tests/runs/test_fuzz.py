@@ -38,16 +38,15 @@ from clip_lists import write, write_table
 from common.errors import UserError
 from common.text_files import index_lines
 from data.buckets import Bucket
+from data.index import write_index
 from data.prepared import (
     PreparedSettings,
     StoredTensor,
     check_encoders,
     claim_folder,
-    read_index,
     read_tensor,
-    sample_in_files,
-    sample_in_shards,
 )
+from data.read_index import read_index, row_in_shards, sample_in_files, sample_in_shards
 from encoded_clips import ENCODINGS, HEIGHT, WIDTH, encode, numbered_frame
 from make_real_clips import find_source_dir
 from planning.plan import RawData, plan_raw_clips
@@ -555,7 +554,7 @@ SHAPES = {"video_latents": (8, *SIZE), "image_latents": (2, 8, 1, *SIZE[1:]), "p
 SETTINGS = PreparedSettings("shards", {"vae": "a1", "text_encoder": "b2"}, "fp32", 226, False, "owner/name")
 
 
-def make_shards(folder: Path) -> list[Path]:
+def make_shards(folder: Path, *, older: bool = False) -> list[Path]:
     """Write two samples of one caption as preparation does by default; returns the files to damage."""
     import torch
     from safetensors.torch import save_file
@@ -570,7 +569,10 @@ def make_shards(folder: Path) -> list[Path]:
         sample_in_shards(folder, name, latents, embeds, "cc", BUCKET, with_images=True) | {"repeats": 1.5}
         for name in SAMPLES
     ]
-    return [write(folder / "index.jsonl", index_lines(entries)), folder / "prepared.json", latents, embeds]
+    if older:
+        return [write(folder / "index.jsonl", index_lines(entries))]
+    write_index(folder, map(row_in_shards, entries))
+    return [folder / "index.arrow", folder / "prepared.json", latents, embeds]
 
 
 def make_files(folder: Path, *, with_index: bool = True) -> list[Path]:
@@ -590,7 +592,12 @@ def make_files(folder: Path, *, with_index: bool = True) -> list[Path]:
 
 
 def make_preparations(folder: Path) -> dict[Path, list[Path]]:
-    makers = {"shards": make_shards, "files": make_files, "unindexed": partial(make_files, with_index=False)}
+    makers = {
+        "shards": make_shards,
+        "older": partial(make_shards, older=True),
+        "files": make_files,
+        "unindexed": partial(make_files, with_index=False),
+    }
     return {folder / name: make(folder / name) for name, make in makers.items()}
 
 
@@ -646,7 +653,7 @@ def check_damaged_preparations(folder: Path) -> None:
     for original, files in make_preparations(folder / "damaged").items():
         mutants = mutants_of(files, PIECES_OF_LISTS, 12)
         # The index of the original script may be damaged: its samples are also found by their files.
-        needed = ("read",) if original.name == "files" else ("read", "refused")
+        needed = {"files": ["read"], "older": ["refused"]}.get(original.name, ["read", "refused"])
         check_mutants(mutants, partial(check_damaged_copy, original), 1, *needed)
 
 
@@ -660,7 +667,7 @@ def with_another_value(entry: object, path: Sequence[int], value: object) -> obj
 @FUZZ
 @given(path=st.lists(st.integers(0, 20), min_size=1, max_size=2), value=JSON)
 def other_values_in_json_are_read_or_refused(folder: Path, path: Sequence[int], value: object) -> None:
-    for file in ("shards/index.jsonl", "files/data.jsonl", "shards/prepared.json"):
+    for file in ("older/index.jsonl", "files/data.jsonl", "shards/prepared.json"):
         text = (folder / file).read_text()
         first, *rest = text.split("\n", 1) if file.endswith(".jsonl") else [text]
         (folder / file).write_text("\n".join([json.dumps(with_another_value(json.loads(first), path, value)), *rest]))

@@ -50,7 +50,7 @@ def test_killed_ten_times_it_ends_with_the_bytes_of_an_uninterrupted_run(flags, 
         for process in ranks:
             process.kill()
             process.join()
-        unfinished += not (killed / "index.jsonl").exists()
+        unfinished += not (killed / "index.arrow").exists()
     assert unfinished > 0
     finish(SCRIPT, argv, log, num_ranks)
     assert contents(killed) == contents(expected)
@@ -79,7 +79,7 @@ def test_ctrl_c_in_the_middle_ends_in_one_line(flags, tmp_path):
     (process,) = start(SCRIPT, flags, log, stop=Stop(signal.SIGINT, 40, 0.0))
     process.join()
     assert process.exitcode == 128 + signal.SIGINT
-    assert (tmp_path / "out" / "prepared.json").exists() and not (tmp_path / "out" / "index.jsonl").exists()
+    assert (tmp_path / "out" / "prepared.json").exists() and not (tmp_path / "out" / "index.arrow").exists()
     said = log.read_text()
     assert said.endswith(f"\ninterrupted; {AGAIN}\n")
     assert "Traceback" not in said

@@ -14,7 +14,9 @@ import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
 import prepare_dataset
 from data.buckets import Bucket
-from data.prepared import PreparedClip, read_index, read_tensor
+from data.index import PreparedClip
+from data.prepared import read_tensor
+from data.read_index import read_index
 from data.sampler import Draw
 from dataset import Batch
 from diffusion.randomness import sample_generators

@@ -12,7 +12,8 @@ from PIL import Image
 
 import prepare_dataset
 from data.buckets import Bucket
-from data.prepared import read_index, read_tensor
+from data.prepared import read_tensor
+from data.read_index import read_index
 from dataset import Batch
 from diffusion.tasks import ImageToVideo, TextToVideo
 from models.encoding import encode_noised_image, encode_prompts

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.prepared import read_index
+from data.read_index import read_index
 from repository import ROOT
 
 

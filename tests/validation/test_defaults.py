@@ -1,6 +1,5 @@
 """Without flags, validation videos have prompts and a size from the data; prompts without the id token are named."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,11 @@ from common.errors import UserError
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample
 from data.prepared import PreparedSettings, write_settings
+from data.read_index import read_index
 from flags.settings import TrainingSettings
+from original_folders import write_original_folder
 from planning.plan import PreparedData, RawData
+from prepared_folders import index_of
 from validation.defaults import missing_token, with_data_defaults
 
 
@@ -31,8 +33,7 @@ def clips(*samples: tuple[tuple[int, int, int], str]) -> RawData:
 def prepared(folder: Path, *captions: str, id_token: str | None = None) -> PreparedData:
     flags = {"id_token": id_token}
     write_settings(folder, PreparedSettings("shards", {}, "fp32", 226, False, flags=flags))
-    (folder / "index.jsonl").write_text("".join(json.dumps({"caption": text}) + "\n" for text in captions))
-    return PreparedData([], [folder])
+    return PreparedData(index_of([Bucket(*WIDE)] * len(captions), folder, caption=captions), [folder])
 
 
 WIDE, TALL, LONG, STILL = (17, 64, 96), (17, 96, 64), (49, 64, 96), (1, 64, 96)
@@ -77,17 +78,14 @@ def test_held_out_clips_are_measured_without_videos_of_captions(parse, tmp_path)
     assert with_data_defaults(settings, clips((WIDE, "a"))).validation.prompts == ()
 
 
-def test_the_captions_of_prepared_data_are_read_from_its_folder(parse, tmp_path):
+def test_the_captions_of_prepared_data_are_those_of_its_index(parse, tmp_path):
     settings = parse("--validation_steps", "5", "--load_tensors")
-    assert with_data_defaults(settings, prepared(tmp_path, "one", "two", "three")).validation.prompts == (
-        "one",
-        "three",
-    )
-    (tmp_path / "index.jsonl").write_text("{}\n")  # the original script lists captions in another file
-    (tmp_path / "prompts.txt").write_text("four\nfive\n")
-    data = PreparedData([], [tmp_path])
-    assert with_data_defaults(settings, data).validation.prompts == ("four", "five")
-    (tmp_path / "prompts.txt").unlink()
+    for captions in (["one", "two", "three"], ["", "one", "three", "one"]):
+        prompts = with_data_defaults(settings, prepared(tmp_path, *captions)).validation.prompts
+        assert prompts == ("one", "three")
+    original = PreparedData(read_index(write_original_folder(tmp_path / "original", 3)), [tmp_path / "original"])
+    assert with_data_defaults(settings, original).validation.prompts == ("clip 0", "clip 2")
+    data = PreparedData(index_of([Bucket(*WIDE)]), [tmp_path])
     with pytest.raises(UserError, match=r"^--validation_prompt: the prepared data has no list of its captions"):
         with_data_defaults(settings, data)
 

@@ -20,14 +20,11 @@ def check_speed(settings: TrainingSettings) -> None:
         raise UserError("--attention_backend sage: has no backward pass; use --validation_attention_backend sage")
     if speed.validation_attention_backend and not settings.validation.has_videos:
         raise UserError("--validation_attention_backend: no video is sampled; add --validation_prompt or omit it")
-    scope = memory.checkpoint_scope
-    if speed.compile and memory.offload_checkpoints and scope in ("feed-forward", "all-but-attention"):
+    if speed.compile and memory.offload_checkpoints and memory.checkpoint_scope == "feed-forward":
         raise UserError(
-            f"--compile: --offload_checkpoints with scope {scope} needs checkpoints inside a block, which cannot be "
-            "compiled with it; use --checkpoint_scope block"
+            "--compile: the inputs of checkpoints inside a compiled block (--checkpoint_scope feed-forward) cannot be "
+            "offloaded; use --checkpoint_scope all-but-attention, or omit --offload_checkpoints"
         )
-    if speed.compile and memory.stream_blocks:
-        raise UserError("--compile: streamed blocks (--stream_blocks) cannot be compiled; omit one of them")
 
 
 def settle_context_parallel(settings: TrainingSettings) -> TrainingSettings:

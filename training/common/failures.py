@@ -53,6 +53,8 @@ def explained_failures(advise: Callable[[], list[str]], on_host: str = _ADVICE_O
             title = f"out of GPU memory ({reason}); what to change, the least costly first:"
             explanation = listing(title, advise())
         elif explanation is None:
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
+                error.add_note("compilation failed: pass --no-compile to train without compiled blocks")
             raise
         raise UserError(explanation) from error
 

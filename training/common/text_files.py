@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,4 +55,8 @@ def index_lines(entries: Iterable[Mapping[str, Any]]) -> str:
 
 def digest_lines(lines: Iterable[str]) -> str:
     """Return a short digest of lines, in their order."""
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()[:12]
+    digest, separator, lines = hashlib.sha256(), "", iter(lines)
+    while some := list(islice(lines, 10_000)):  # of a million, without all of them in memory
+        digest.update((separator + "\n".join(some)).encode(errors="surrogatepass"))
+        separator = "\n"
+    return digest.hexdigest()[:12]

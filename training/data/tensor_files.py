@@ -157,6 +157,11 @@ def finished_names(folder: Path) -> dict[str, Path]:
     return {name: path for path in _tensor_files(folder) for name in names_in(path)}
 
 
+def find_shard(folder: Path, name: str) -> Path | None:
+    """Return the finished shard of a folder that has a name; a damaged one is a `UserError`."""
+    return next((path for path in _tensor_files(folder) if name in names_in(path)), None)
+
+
 def _tensor_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("[!.]*.safetensors"))
 

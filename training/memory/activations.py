@@ -51,8 +51,6 @@ def checkpoint_activations(
     scope: str = "block",
     every: int = 1,
     offload_to: "CheckpointStore | None" = None,
-    *,
-    is_inside: bool = True,
 ) -> None:
     """Have the transformer compute activations again in the backward pass instead of keeping them.
 
@@ -66,62 +64,65 @@ def checkpoint_activations(
             "all-but-attention", keep the attention of one of so many blocks. Where memory allows blocks without
             checkpoint, the others keep their attention, which saves more arithmetic for its memory.
         offload_to: for the inputs of the checkpoints; None keeps them on the device.
-        is_inside: let checkpoints of blocks be parts of the blocks' forward passes, compiled with them. They then omit
-            the last layer of the feed-forward, if it is frozen. Not for blocks that are compiled and have a store, or
-            that must be called as modules again.
+
+    Checkpoints of blocks are parts of the blocks' forward passes and can be compiled with them.
     """
     blocks = transformer.transformer_blocks
+    if offload_to is not None:
+        transformer.register_forward_pre_hook(lambda *_: offload_to.clear())
     if scope == "feed-forward":
         for number in range(0, len(blocks), every):
-            _checkpoint_forward(blocks[number].ff, offload_to, is_first=number == 0)
+            _checkpoint_forward(blocks[number].ff, offload_to)
         return
-    keeps_some = scope == "all-but-attention" or (scope == "block" and every > 1 and is_inside)
-    keeps_attention = [keeps_some and number % every == 0 for number in range(len(blocks))]
-    is_checkpointed = [scope != "block" or number % every == 0 for number in range(len(blocks))]
-    if is_inside and scope != "segment" and uses_blocks(transformer):
-        forwards = [_checkpointed_block(transformer, offload_to, keeps_attention=keeps) for keeps in (False, True)]
-        for block, keeps, is_one in zip(blocks, keeps_attention, is_checkpointed, strict=True):
-            if is_one:
-                block.forward = MethodType(forwards[keeps], block)
+    if scope == "segment":
+        _checkpoint_segments(transformer, every, offload_to)
         return
+    keeps_some = scope == "all-but-attention" or every > 1
+    forwards = [_checkpointed_block(transformer, keeps_attention=keeps) for keeps in (False, True)]
+    for number, block in enumerate(blocks):
+        if scope == "all-but-attention" or number % every == 0:
+            block.forward = MethodType(forwards[keeps_some and number % every == 0], block)
+            if offload_to is not None:
+                keep_outside(block, offload_to)
+
+
+def _checkpoint_segments(
+    transformer: CogVideoXTransformer3DModel, length: int, store: "CheckpointStore | None"
+) -> None:
+    blocks = transformer.transformer_blocks
 
     def run_block(block: torch.nn.Module, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Replace a call of the block; the first one of a segment runs all of its blocks."""
         number = next(number for number, candidate in enumerate(blocks) if candidate is block)
-        if scope == "segment" and number % every > 0:
+        if number % length > 0:
             return inputs[:2]
-        if not is_checkpointed[number]:
-            return block(*inputs)
-        segment = blocks[number : number + every] if scope == "segment" else [block]
 
         def run_segment(hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *others: Any) -> tuple:
-            for member in segment:
+            for member in blocks[number : number + length]:
                 hidden_states, encoder_hidden_states = member(hidden_states, encoder_hidden_states, *others)
             return hidden_states, encoder_hidden_states
 
-        keeps = keeps_attention[number]
-        return _checkpoint(run_segment, inputs, offload_to, is_first=number == 0, keeps_attention=keeps)
+        return _checkpoint(run_segment, inputs, store)
 
     transformer.enable_gradient_checkpointing(run_block)
 
 
 def omits_last_layer(transformer: CogVideoXTransformer3DModel) -> bool:
-    """Return whether checkpoints of blocks omit the last layer of the feed-forward: they are inside, and it is frozen.
+    """Return whether checkpoints of blocks omit the last layer of the feed-forward: it is frozen, and ends the block.
 
     The backward pass of a frozen linear layer needs neither its input nor its output. Of a trained one it needs the
     input, the largest tensor of a block; if the gates are trained, it needs the output.
     """
     trained = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
-    is_inside = not transformer.gradient_checkpointing  # set by the library's kind of checkpoint
-    return is_inside and not any(part in name for name in trained for part in _NEED_LAST)
+    is_of_blocks = not transformer.gradient_checkpointing  # set for segments
+    return is_of_blocks and not any(part in name for name in trained for part in _NEED_LAST)
 
 
-def _checkpointed_block(
-    transformer: CogVideoXTransformer3DModel, store: "CheckpointStore | None", *, keeps_attention: bool
-) -> Callable:
+def _checkpointed_block(transformer: CogVideoXTransformer3DModel, *, keeps_attention: bool) -> Callable:
     """Return the forward pass of a block with a checkpoint inside it."""
-    omits_last = omits_last_layer(transformer)
-    first_block = transformer.transformer_blocks[0]
+    compute = compute_block if uses_blocks(transformer) else type(transformer.transformer_blocks[0]).forward
+    omits_last = compute is compute_block and omits_last_layer(transformer)
+    options = _KEEP_ATTENTION if keeps_attention else {}
 
     def checkpointed(
         block: torch.nn.Module,
@@ -133,43 +134,74 @@ def _checkpointed_block(
     ) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = block, hidden_states, encoder_hidden_states, temb, image_rotary_emb
         if not torch.is_grad_enabled():
-            return compute_block(*inputs)
-        options = {"is_first": store is not None and block is first_block, "keeps_attention": keeps_attention}
+            return compute(*inputs)
         if not omits_last:
-            return _checkpoint(compute_block, inputs, store, **options)
-        return last_part(block, _checkpoint(first_part, inputs, store, **options), image_rotary_emb)
+            return checkpoint(compute, *inputs, use_reentrant=False, **options)
+        part = checkpoint(first_part, *inputs, use_reentrant=False, **options)
+        return last_part(block, part, image_rotary_emb)
 
     return checkpointed
 
 
-def _checkpoint_forward(module: torch.nn.Module, store: "CheckpointStore | None", *, is_first: bool) -> None:
+def _checkpoint_forward(module: torch.nn.Module, store: "CheckpointStore | None") -> None:
     forward = module.forward
 
     def checkpointed(*inputs: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return forward(*inputs)
-        return _checkpoint(forward, inputs, store, is_first=is_first)
+        return _checkpoint(forward, inputs, store)
 
     module.forward = checkpointed
 
 
-def _checkpoint(
-    function: Callable,
-    inputs: tuple,
-    store: "CheckpointStore | None",
-    *,
-    is_first: bool,
-    keeps_attention: bool = False,
-) -> Any:
-    """Call the function now, as the first checkpoint of the pass or a later one, and again in the backward pass."""
-    options = _KEEP_ATTENTION if keeps_attention else {}
+def _checkpoint(function: Callable, inputs: tuple, store: "CheckpointStore | None") -> Any:
+    """Call the function now and again in the backward pass."""
     if store is None:
-        return checkpoint(function, *inputs, use_reentrant=False, **options)
-    if is_first:
-        store.clear()
+        return checkpoint(function, *inputs, use_reentrant=False)
     # The checkpoint saves its inputs under these hooks and hides from them what is saved inside it.
     with store.next_checkpoint():
-        return checkpoint(function, *inputs, use_reentrant=False, **options)
+        return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def keep_outside(block: torch.nn.Module, store: "CheckpointStore | None", stream: Any = None) -> None:
+    """Have a block that contains a checkpoint keep its inputs in the store, and its weights in the slot of a stream.
+
+    Compiled or not, autograd saves the block's inputs, its weights, and the results of its attention, which stay where
+    they are. The module's hooks surround its forward pass, which may be compiled before or after this call.
+
+    Args:
+        stream: a `BlockStream`, whose own hook comes first. What is saved then has it bring the block back.
+    """
+    contexts = []
+
+    def enter(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        tokens = [states.shape for states in (*args, *kwargs.values()) if getattr(states, "ndim", 0) == 3]
+        number = None if stream is None else stream.current
+        if store is not None:
+            store.next_checkpoint()
+
+        def pack(tensor: torch.Tensor) -> tuple[Any, bool]:
+            is_input = tensor.shape in tokens  # by shape, because compiled blocks may copy them
+            kept = store.pack(tensor) if store is not None and is_input else tensor
+            return kept, stream is not None and (is_input or stream.is_in_slot(tensor))
+
+        def unpack(packed: tuple[Any, bool]) -> torch.Tensor:
+            kept, is_streamed = packed
+            if is_streamed:
+                stream.bring_back(number)
+            return kept if isinstance(kept, torch.Tensor) else store.unpack(kept)
+
+        contexts.append(saved_tensors_hooks(pack, unpack))
+        contexts[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        while contexts:
+            contexts.pop().__exit__(None, None, None)
+
+    block.register_forward_pre_hook(enter, with_kwargs=True)
+    block.register_forward_hook(leave, always_call=True)
 
 
 def attention_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -237,9 +269,10 @@ class CheckpointStore:
         if self.checkpoints:
             self._drop(self.checkpoints[-1])  # it was copied during its function
         self.checkpoints.append(_Checkpoint())
-        return saved_tensors_hooks(self._pack, self._unpack)
+        return saved_tensors_hooks(self.pack, self.unpack)
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Kept:
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Kept:
+        """Copy a tensor of the current checkpoint to host memory."""
         # Token sequences are [B, T, D]; the time embedding, [B, D], is small and the same tensor for all blocks.
         if tensor.dim() < 3:
             return tensor
@@ -251,7 +284,8 @@ class CheckpointStore:
         self._copy(self.checkpoints[number], zip(host, _split_bytes(tensor, host), strict=True), tensor.device)
         return kept
 
-    def _unpack(self, packed: torch.Tensor | _Kept) -> torch.Tensor:
+    def unpack(self, packed: torch.Tensor | _Kept) -> torch.Tensor:
+        """Return a packed tensor, on the device again."""
         if isinstance(packed, torch.Tensor):
             return packed
         if packed.host is None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 from common.errors import UserError
-from memory.activations import CheckpointStore, checkpoint_activations
+from memory.activations import CheckpointStore, checkpoint_activations, keep_outside
 from memory.pinned import ALIGNMENT, host_buffers
 
 
@@ -36,15 +36,19 @@ def stream_blocks(
     The other arguments are those of `checkpoint_activations`; `scope` is "block", of every block, or
     "all-but-attention". Raises UserError if the weights are of a kind that cannot be streamed.
     """
-    checkpoint_activations(transformer, scope, every, offload_to, is_inside=False)
+    checkpoint_activations(transformer, scope, every)
     stream = BlockStream(transformer.transformer_blocks, device)
+    if offload_to is not None:
+        transformer.register_forward_pre_hook(lambda *_: offload_to.clear())
+    for block in transformer.transformer_blocks:
+        keep_outside(block, offload_to, stream)
     transformer.to(device)
     return stream
 
 
 def frozen_bytes(block: nn.Module) -> int:
     """Return the bytes of a block's frozen parameters with their alignment."""
-    return sum(_aligned(part) for _, _, parameter in _frozen(block) for part in _plain_parts(parameter))
+    return sum(_aligned(part) for _, _, parameter in _frozen(block) for part in plain_parts(parameter))
 
 
 class BlockStream:
@@ -56,8 +60,7 @@ class BlockStream:
     backward pass through n blocks need 2n - 4 copies, the first pass two more.
 
     Copies run on a separate stream. A copy into a slot starts after the computation so far, which includes the forward
-    or backward pass of the block that was in the slot: autograd finishes a block before the preceding one. If a block
-    were not computed again for its backward pass, autograd would raise, because the saved weights were overwritten.
+    or backward pass of the block that was in the slot: autograd finishes a block before the preceding one.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
@@ -73,7 +76,7 @@ class BlockStream:
         ]
         self.in_slots: list[int | None] = [None, None]  # numbers of the blocks, from the start of their copy on
         self._mounted: int | None = None
-        self._previous = -1
+        self.current = -1  # number of the block that runs
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._copying is not None:
             self._arrived = [torch.cuda.Event() for _ in self.slots]
@@ -85,7 +88,21 @@ class BlockStream:
     # One hook for all blocks, so that compiled blocks share their code.
     @torch.compiler.disable
     def _begin_block(self, block: nn.Module, inputs: tuple) -> None:
-        number = self._numbers[block]
+        self._bring(self._numbers[block])
+
+    def is_in_slot(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor is a weight, or a part of one, in a slot."""
+        storage = plain_parts(tensor)[0].untyped_storage()._cdata
+        return any(storage == slot.untyped_storage()._cdata for slot in self.slots)
+
+    def bring_back(self, number: int) -> None:
+        """Have a block in its slot again for its backward pass, before what it saved or computes again is used."""
+        if number != self.current:
+            with torch.enable_grad():  # not in sampling, which runs in one direction
+                self._bring(number)
+
+    def _bring(self, number: int) -> None:
+        """Have a block in its slot for the following computation, and the next one copied beside it."""
         if number not in self.in_slots:
             self._copy(number)
         if self._copying is not None:
@@ -95,7 +112,7 @@ class BlockStream:
         # The first block and the last of an odd number share a slot.
         if following not in self.in_slots and following % 2 != number % 2:
             self._copy(following)
-        self._previous = number
+        self.current = number
 
     def _following(self, number: int) -> int:
         """Return the number of the block that is expected after this one."""
@@ -104,7 +121,7 @@ class BlockStream:
             return 0 if number == last else number + 1
         if number in (0, last):
             return min(1, last) if number == 0 else last - 1
-        return number + 1 if number > self._previous else number - 1
+        return number + 1 if number > self.current else number - 1
 
     def _copy(self, number: int) -> None:
         """Copy a block's parameters to its slot after the computation so far."""
@@ -138,14 +155,14 @@ class _StreamedBlock:
         self._places = [(module, name) for module, name, _ in _frozen(block)]
         parameters = [parameter for _, _, parameter in _frozen(block)]
         for parameter in parameters:
-            if type(parameter) is not nn.Parameter and not is_traceable_wrapper_subclass(parameter):
+            if nn.Parameter in type(parameter).__mro__[1:] and not is_traceable_wrapper_subclass(parameter):
                 raise UserError(
                     f"--stream_blocks: weights of type {type(parameter).__name__} cannot be streamed; use "
                     "--quantize_base none, int8 or fp8"
                 )
         self.at_rest = _laid_out(parameters, host)
         for parameter, copy in zip(parameters, self.at_rest, strict=True):
-            for source, target in zip(_plain_parts(parameter), _plain_parts(copy), strict=True):
+            for source, target in zip(plain_parts(parameter), plain_parts(copy), strict=True):
                 target.copy_(source)
         self.in_slot = _laid_out(parameters, slot)
         self.set_parameters(self.at_rest)
@@ -184,12 +201,12 @@ def _keep_in_place(module: nn.Module, names: Sequence[str]) -> None:
     module._apply = apply_to_others
 
 
-def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return the tensors with the bytes: the integers, scales and so on of a quantized one, else itself."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor.detach()]
     names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in _plain_parts(getattr(tensor, name))]
+    return [part for name in names for part in plain_parts(getattr(tensor, name))]
 
 
 def _laid_out(parameters: Sequence[nn.Parameter], buffer: torch.Tensor) -> list[nn.Parameter]:
@@ -202,14 +219,14 @@ def _laid_out(parameters: Sequence[nn.Parameter], buffer: torch.Tensor) -> list[
         start += _aligned(part)
         return view.as_strided(part.size(), torch.empty_like(part, device="meta").stride())
 
-    return [nn.Parameter(_rebuilt(parameter, place), requires_grad=False) for parameter in parameters]
+    return [nn.Parameter(rebuilt(parameter, place), requires_grad=False) for parameter in parameters]
 
 
-def _rebuilt(tensor: torch.Tensor, place: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def rebuilt(tensor: torch.Tensor, place: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Return the same kind of tensor with each of its plain parts replaced by `place`."""
     if not is_traceable_wrapper_subclass(tensor):
         return place(tensor.detach())
-    return transform_subclass(tensor, lambda _, part: _rebuilt(part, place))
+    return transform_subclass(tensor, lambda _, part: rebuilt(part, place))
 
 
 def _aligned(part: torch.Tensor) -> int:

@@ -75,10 +75,12 @@ class DispatchedAttention:
         if encoder_hidden_states is not None:
             text_length = encoder_hidden_states.shape[1]
             tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        if hasattr(attn, "project"):  # all three at once
+            projections = attn.project(tokens)
+        else:
+            projections = [layer(tokens) for layer in (attn.to_q, attn.to_k, attn.to_v)]
         # [B, T + V, heads, D / heads]
-        query, key, value = (
-            project(tokens).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
+        query, key, value = (states.unflatten(2, (attn.heads, -1)) for states in projections)
         query, key = (
             layer_norm(states, norm.weight, norm.bias, norm.eps)
             for states, norm in ((query, attn.norm_q), (key, attn.norm_k))

@@ -11,6 +11,7 @@ Source: torchao https://arxiv.org/abs/2507.16099, NF4 and LoRA on it https://arx
 https://arxiv.org/abs/2209.05433.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -195,7 +196,8 @@ class _MultiplyFrozen(torch.autograd.Function):
         # Saved for autograd: streamed weights may have moved before a checkpoint computes this again.
         ctx.save_for_backward(weight)
         ctx.in_fp8 = in_fp8
-        return multiply(inputs.flatten(0, -2), weight, bias, in_fp8=in_fp8).unflatten(0, inputs.shape[:-1])
+        (output,) = multiply(inputs.flatten(0, -2), [weight], [bias], in_fp8=in_fp8)
+        return output.unflatten(0, inputs.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -204,22 +206,39 @@ class _MultiplyFrozen(torch.autograd.Function):
         return of_inputs.unflatten(0, gradient.shape[:-1]), None, None, None
 
 
-def multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, in_fp8: bool) -> torch.Tensor:
-    """Compute x W^T + b of rows `[N, in]` with a weight `[out, in]` that torchao quantized, in the rows' dtype.
+def dequantize(weight: torch.Tensor) -> torch.Tensor:
+    """Return torchao's values, of int8 in one pass over the memory."""
+    if weight.qdata.dtype != torch.int8:
+        return weight.dequantize()
+    return torch.mul(weight.qdata, weight.scale, out=torch.empty_like(weight.qdata, dtype=weight.dtype))
+
+
+def multiply(
+    rows: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], *, in_fp8: bool
+) -> list[torch.Tensor]:
+    """Compute x W^T + b of rows `[N, in]` with weights `[out, in]` that torchao quantized, in the rows' dtype.
 
     With `in_fp8` both matrices are in fp8, and sums in float32; otherwise the weight is dequantized.
     """
+    layers = list(zip(weights, biases, strict=True))
     if not in_fp8:
-        return torch.nn.functional.linear(rows, weight.dequantize(), bias)
-    columns = weight.qdata.t(), weight.scale.t()
-    bias = None if bias is None else bias.bfloat16()
-    return _multiply_scaled(_quantize_rows(rows), columns, bias, use_fast_accum=True).to(rows.dtype)
+        return [torch.nn.functional.linear(rows, dequantize(weight), bias) for weight, bias in layers]
+    quantized = _quantize_rows(rows)
+    return [
+        _multiply_scaled(
+            quantized,
+            (weight.qdata.t(), weight.scale.t()),
+            None if bias is None else bias.bfloat16(),
+            use_fast_accum=True,
+        ).to(rows.dtype)
+        for weight, bias in layers
+    ]
 
 
 def multiply_back(gradient: torch.Tensor, weight: torch.Tensor, *, in_fp8: bool) -> torch.Tensor:
     """Compute the gradient of the rows of `multiply`, g W of `[N, out]`, in the dtype of g."""
     if not in_fp8:
-        return gradient @ weight.dequantize()
+        return gradient @ dequantize(weight)
     # This product sums over the rows of the weight, so that their scales have to be in the other matrix.
     rows = _quantize_rows(gradient.bfloat16() * weight.scale.t().bfloat16())
     columns = weight.qdata.t().contiguous().t()  # the only order of the second matrix that all GPUs read

@@ -4,22 +4,21 @@ import csv
 import json
 import os
 import shlex
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write, path_of_script
 from common.remote import default_cache_folder, limit_cache, to_path
 from common.text_files import digest_lines
-from data.buckets import Bucket, count_tokens, make_buckets, native_fps
+from data.buckets import BucketColumn, count_tokens, make_buckets, native_fps
 from data.clips import BadClip, ClipSample, plan_clips
 from data.mix import read_mix, weights_to_repeats
-from data.prepared import PreparedClip, read_index, read_prepared_settings
+from data.prepared import read_prepared_settings
 from data.sources import DataSource, read_clips
 from data.token_budget import BatchSize, TokenBudget
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
@@ -29,6 +28,11 @@ from planning.report import PlanTable, plan_table
 from video.cache import FileCache
 from video.probe import probe_files
 
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from data.index import PreparedIndex
 
 SKIPPED_FILE = "skipped_clips.csv"
 
@@ -41,10 +45,12 @@ class RawData:
     bad: Sequence[BadClip] = ()
     held_out: "RawData | None" = None  # clips whose loss is measured, not trained on
 
-    @property
-    def buckets(self) -> list[Bucket]:
+    blocks = None  # each clip is a file of its own
+
+    @cached_property
+    def buckets(self) -> BucketColumn:
         """The bucket of each clip."""
-        return [planned.bucket for planned in self.clips]
+        return BucketColumn.of([planned.bucket for planned in self.clips])
 
     @property
     def repeats(self) -> list[float]:
@@ -59,59 +65,72 @@ class RawData:
     @cached_property
     def fingerprint(self) -> str:
         """A description that changes with the content of the samples, not with their paths."""
-        return _describe_samples(
-            [
-                (
-                    planned.info.content,
-                    planned.first_frame and planned.first_frame.content,
-                    planned.frame_indices,
-                    planned.bucket,
-                    planned.clip.caption,
-                    planned.clip.repeats,
-                )
-                for planned in self.clips
-            ]
+        facts = (
+            (
+                planned.info.content,
+                planned.first_frame and planned.first_frame.content,
+                planned.frame_indices,
+                planned.bucket,
+                planned.clip.caption,
+                planned.clip.repeats,
+            )
+            for planned in self.clips
         )
+        return _describe_samples(len(self.clips), map(repr, facts))
 
     @property
     def num_listed(self) -> int:
         """The number of listed clips, unusable ones included; a split clip counts once."""
         return len({id(planned.clip) for planned in self.clips}) + len(self.bad)
 
+    def take(self, samples: Sequence[int]) -> "RawData":
+        """Return only some samples, each of them once per epoch."""
+        taken = [self.clips[sample] for sample in samples]
+        return replace(self, clips=[replace(one, clip=replace(one.clip, repeats=1.0)) for one in taken])
+
 
 @dataclass(frozen=True)
 class PreparedData:
     """Prepared samples."""
 
-    clips: Sequence[PreparedClip]
+    clips: "PreparedIndex"
     folders: Sequence[Path]  # of the samples
     held_out: RawData | None = None  # clips whose loss is measured, not trained on
 
     captions = ()  # already embedded
 
     @cached_property
+    def blocks(self) -> "np.ndarray | None":
+        """Which samples are drawn together, `[N]`, so that few files of a store are needed at a time; None for any."""
+        from planning.blocks import blocks_of  # imports pyarrow
+
+        return blocks_of(self.clips)
+
+    @cached_property
     def fingerprint(self) -> str:
         """A description that changes with the content of the samples, not with their paths."""
-        return _describe_samples(
-            [(clip.name, clip.prompt_embeds.key, clip.bucket, clip.repeats) for clip in self.clips]
-        )
+        return _describe_samples(len(self.clips), self.clips.describe())
 
     @property
-    def buckets(self) -> list[Bucket]:
+    def buckets(self) -> BucketColumn:
         """The bucket of each sample."""
-        return [clip.bucket for clip in self.clips]
+        return self.clips.buckets
 
     @property
-    def repeats(self) -> list[float]:
-        """How often each sample is drawn in an epoch."""
-        return [clip.repeats for clip in self.clips]
+    def repeats(self) -> "np.ndarray":
+        """How often each sample is drawn in an epoch, `[N]`."""
+        return self.clips.repeats
+
+    def take(self, samples: Sequence[int]) -> "PreparedData":
+        """Return only some samples, each of them once per epoch."""
+        return replace(self, clips=self.clips.take(samples))
 
 
 TrainingData = RawData | PreparedData
 
 
-def _describe_samples(samples: Sequence[tuple]) -> str:
-    return f"{len(samples)} samples ({digest_lines(map(repr, samples))})"
+def _describe_samples(count: int, lines: Iterable[str]) -> str:
+    return f"{count} samples ({digest_lines(lines)})"
 
 
 def plan_training_data(settings: TrainingSettings) -> TrainingData:
@@ -274,15 +293,17 @@ def data_sources(flags: SourceFlags) -> list[DataSource]:
 
 
 def _read_prepared(sources: Sequence[DataSource]) -> PreparedData:
+    from data.index import PreparedIndex  # pyarrow takes tenths of a second to import
+    from data.read_index import read_index
+
     folders = _prepared_folders(sources)
     indexes = [read_index(source.data_root, allow_outside_paths=source.allow_outside_paths) for source in sources]
     weighted = weights_to_repeats(sources, list(map(len, indexes)))
-    clips = [
-        replace(clip, repeats=clip.repeats * source.repeats if repeats is None else repeats)
-        for source, repeats, index in zip(sources, weighted, indexes, strict=True)
-        for clip in index
+    joined = [
+        index.with_repeats(source.repeats, fixed)
+        for source, fixed, index in zip(sources, weighted, indexes, strict=True)
     ]
-    return PreparedData(clips, folders)
+    return PreparedData(PreparedIndex([folder for index in joined for folder in index.folders]), folders)
 
 
 def _prepared_folders(sources: Sequence[DataSource]) -> list[Path]:
@@ -308,7 +329,7 @@ def describe_plan(
     if isinstance(data, PreparedData):
         return "\n".join(
             f"{bucket}: {count} prepared samples of {count_tokens(configs.transformer, bucket)} tokens"
-            for bucket, count in sorted(Counter(data.buckets).items())
+            for bucket, count in data.buckets.counts.items()
         )
     table = tabulate(data, settings, model, configs, batch_size=batch_size, num_ranks=num_ranks)
     return "\n".join(filter(None, [str(table), advise(data, settings, configs.transformer)]))

@@ -18,7 +18,9 @@ from common.files import atomic_write
 from common.text_files import index_lines
 from data.buckets import Bucket
 from data.clips import ClipSample
-from data.prepared import FILES_INDEX, INDEX_FILE, LISTS, STAGING, sample_in_files, sample_in_shards
+from data.index import write_index
+from data.prepared import FILES_INDEX, LISTS, STAGING
+from data.read_index import row_in_shards, sample_in_files, sample_in_shards
 from data.tensor_files import ShardWriter, cut_into_parts, finished_names, samples_per_shard
 from video.io import write_video
 
@@ -119,7 +121,7 @@ class ShardLayout:
             | sample.origin()
             for sample in samples
         )
-        _write_text(self.folder, INDEX_FILE, index_lines(entries))
+        write_index(self.folder, map(row_in_shards, entries))
         return len(latents.keys() - {sample.name for sample in samples})
 
 

@@ -1,15 +1,22 @@
-"""Change a recipe so that the run fits into memory: by calculation, by trial, or as its checkpoint was trained."""
+"""Settings that the flags leave open: memory that fits, by calculation, by trial, or as before; compiled blocks."""
 
 import logging
+import math
+from dataclasses import replace
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import free_memory
 
+from checks.speed import check_speed
+from cli.schema import replace_flags
 from common.errors import UserError
 from common.logs import start_logging
+from common.ranks import launch_size, uses_deepspeed, uses_fsdp
+from data.sampler import BucketBatchSampler
+from models.compilation import check_compiler, earns_compilation
 from run.dry_run import trial_spec, try_out
-from run.memory_fit import choose_by_budget, choose_by_card, chosen_before, is_left_to_card, step_down
+from run.memory_fit import choose_by_budget, choose_by_card, chosen_before, has_card, is_left_to_card, step_down
 from run.recipe import Recipe
 
 
@@ -30,7 +37,35 @@ def fit_into_memory(recipe: Recipe) -> Recipe:
         recipe = recipe.with_memory(choose_by_budget(recipe))
     elif is_left_to_card(recipe.settings):
         recipe = recipe.with_memory(choose_by_card(recipe))
+    if earns_to_compile(recipe):
+        recipe = replace(recipe, settings=replace_flags(recipe.settings, compile=True))
     return fit_by_trial(recipe) if flags.auto_fit and chosen is None else recipe
+
+
+def earns_to_compile(recipe: Recipe) -> bool:
+    """Return whether blocks are compiled unasked: on a GPU, in a long run, where it works and is known to."""
+    settings = recipe.settings
+    is_divided = uses_deepspeed() or uses_fsdp() or settings.speed.context_parallel_size > 1
+    is_package = "flash-attn" in (settings.speed.attention_backend or "")
+    if "compile" in settings.given or not has_card() or is_divided or is_package:
+        return False
+    if settings.training.max_tokens_per_batch:  # every combination of sizes would be compiled
+        return False
+    try:
+        check_speed(replace_flags(settings, compile=True))
+        check_compiler(torch.device("cuda"))
+    except UserError:
+        return False
+    return earns_compilation(count_steps(recipe), len(recipe.sizes))
+
+
+def count_steps(recipe: Recipe) -> int:
+    """Return the steps of a run from its beginning."""
+    training, data = recipe.settings.training, recipe.data
+    limit, ranks = recipe.batch_limit, launch_size()
+    sampler = BucketBatchSampler(data.buckets, limit, seed=0, repeats=data.repeats, world_size=ranks)
+    per_epoch = math.ceil(sampler.batches_per_epoch / training.gradient_accumulation_steps)
+    return training.max_train_steps or training.num_train_epochs * per_epoch
 
 
 def fit_by_trial(recipe: Recipe) -> Recipe:

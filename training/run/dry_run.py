@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
 from math import prod
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from checkpoints.folder import load_checkpoint
@@ -24,8 +24,6 @@ from common.errors import UserError, listing
 from common.files import atomic_write, nearest_folder
 from common.ranks import launch_rank, launch_size
 from data.buckets import Bucket
-from data.clips import ClipSample
-from data.prepared import PreparedClip
 from data.sampler import BucketBatchSampler, Draw
 from data.token_budget import BatchSize, TokenBudget
 from dataset import make_loader
@@ -119,9 +117,11 @@ def read_every_sample(recipe: Recipe) -> None:
     """
     rank, settings = launch_rank(), recipe.settings
     dataset = make_dataset(recipe, settings.training.seed or 0, replace_failed=False)
-    draws = [[Draw(index, 0)] for index in range(rank, len(dataset), launch_size())]
-    loader = make_loader(dataset, draws, num_workers=settings.loader.dataloader_num_workers)
-    bar = tqdm(loader, desc="Reading every sample", unit=" samples", total=len(draws), delay=0, disable=rank > 0)
+    share = range(rank, len(dataset), launch_size())
+    loader = make_loader(
+        dataset, ([Draw(index, 0)] for index in share), num_workers=settings.loader.dataloader_num_workers
+    )
+    bar = tqdm(loader, desc="Reading every sample", unit=" samples", total=len(share), delay=0, disable=rank > 0)
     reasons = [reason for batch in bar for _, reason in batch.failed]
     if not reasons:
         return
@@ -174,14 +174,8 @@ def largest_batch(
     A bucket that has fewer samples in an epoch than a batch holds has smaller batches.
     """
     sampler = BucketBatchSampler(data.buckets, batch_size, seed=0, repeats=data.repeats)
-    clips = []
+    samples = []
     for largest, count in sampler.largest_batch(cost=prod).items():
-        of_bucket = [_once(clip) for clip, bucket in zip(data.clips, data.buckets, strict=True) if bucket == largest]
-        clips += islice(cycle(of_bucket), count * num_ranks * accumulation)
-    return replace(data, clips=clips)
-
-
-def _once(sample: ClipSample | PreparedClip) -> ClipSample | PreparedClip:
-    if isinstance(sample, PreparedClip):
-        return replace(sample, repeats=1.0)
-    return replace(sample, clip=replace(sample.clip, repeats=1.0))
+        of_bucket = np.flatnonzero(data.buckets.codes == data.buckets.kinds.index(largest))
+        samples += np.resize(of_bucket, count * num_ranks * accumulation).tolist()
+    return data.take(samples)

@@ -80,7 +80,7 @@ class RunMemory:
 def run_facts(recipe: Recipe) -> RunFacts:
     """Return the facts that memory depends on besides the memory settings."""
     method, configs = recipe.method, recipe.configs
-    is_lora, largest = isinstance(method, Lora), max(recipe.data.buckets, key=prod)
+    is_lora, largest = isinstance(method, Lora), max(recipe.data.buckets.counts, key=prod)
     return RunFacts(
         model=model_key(configs.transformer),
         method=recipe.settings.method,
@@ -92,10 +92,14 @@ def run_facts(recipe: Recipe) -> RunFacts:
     )
 
 
+def has_card() -> bool:
+    """Return whether the run is on a GPU."""
+    return torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
+
+
 def is_left_to_card(settings: TrainingSettings) -> bool:
     """Return whether the card decides on the memory settings: there is one, and no flag says what to compute again."""
-    has_card = torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
-    return has_card and not settings.given & CHECKPOINT_FLAGS
+    return has_card() and not settings.given & CHECKPOINT_FLAGS
 
 
 def is_chosen(settings: TrainingSettings) -> bool:

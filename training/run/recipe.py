@@ -73,7 +73,7 @@ class Recipe:
         if training.max_tokens_per_batch is None:
             return BatchSize(training.train_batch_size)
         budget = TokenBudget(training.max_tokens_per_batch, partial(count_tokens, self.configs.transformer))
-        budget.check(set(self.data.buckets))
+        budget.check(set(self.data.buckets.counts))
         return budget
 
     @property
@@ -95,7 +95,7 @@ class Recipe:
     @property
     def clip_sizes(self) -> set[Bucket]:
         """The sizes of all clips, held-out ones included."""
-        return {*self.data.buckets, *(self.data.held_out.buckets if self.data.held_out else [])}
+        return {*self.data.buckets.counts, *(self.data.held_out.buckets.counts if self.data.held_out else [])}
 
     @property
     def sizes(self) -> set[Bucket]:

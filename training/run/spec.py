@@ -71,7 +71,7 @@ class RunSpec(Recipe):
     @property
     def samples_per_step(self) -> int:
         """The largest number of samples in an optimizer step, over all ranks."""
-        most = max(map(self.batch_limit.most_of, set(self.data.buckets)))
+        most = max(map(self.batch_limit.most_of, self.data.buckets.counts))
         return self.settings.training.gradient_accumulation_steps * most * self.num_data_ranks
 
     @property
@@ -149,6 +149,7 @@ def lasting_settings(recipe: Recipe) -> dict[str, object]:
         "--use_ema": settings.objective.use_ema,
         **{f"--{name}": getattr(optimizer, name) for name in (*OPTIMIZER_KINDS, *OPTIMIZER_NUMBERS)},
         **({} if settings.training.seed is None else {"--seed": settings.training.seed}),
+        **({} if recipe.data.blocks is None else {"--cache_limit_gb": settings.sources.cache_limit_gb}),
         **recipe.task.settings,
         **recipe.method.settings,
         "DeepSpeed": describe_division(),

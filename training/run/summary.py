@@ -1,7 +1,6 @@
 """Describe a run before its first step, as a block of lines."""
 
 import shlex
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -16,10 +15,11 @@ from memory.ladder import Choice
 from memory.settings import describe_change, memory_settings_of
 from methods.full import FullFinetune
 from methods.lora import Lora
+from models.compilation import STEPS_TO_EARN, earns_compilation
 from models.configs import ModelConfigs
 from models.quantization import describe_products
 from parallel.deepspeed import count_weights
-from run.memory_fit import RunMemory, is_left_to_card, typed_memory
+from run.memory_fit import RunMemory, has_card, is_left_to_card, typed_memory
 from run.spec import RunSpec
 from tracking.loss_curve import METRICS_FILE, PICTURE_FILE
 
@@ -50,6 +50,7 @@ def describe_start(
         "devices": devices,
         "memory": describe_expected_memory(memory, accelerator.device, shares=accelerator.num_processes > 1)
         + describe_chosen(settings),
+        **describe_compilation(settings, len(spec.sizes), total_steps),
         "validation": describe_validation(spec),
         "output": settings.training.output_dir,
         "written": f"every {settings.checkpoints.checkpointing_steps} steps a checkpoint of "
@@ -86,7 +87,7 @@ def describe_method(method: Lora | FullFinetune) -> str:
 
 def describe_samples(spec: RunSpec) -> str:
     """Describe the numbers of samples by size, the most frequent sizes first."""
-    sizes = Counter(spec.data.buckets).most_common()
+    sizes = sorted(spec.data.buckets.counts.items(), key=lambda size: -size[1])
     listed = ", ".join(f"{count} x {size}" for size, count in sizes[:_MOST_SIZES])
     more = f" and {len(sizes) - _MOST_SIZES} more sizes" if len(sizes) > _MOST_SIZES else ""
     held_out = spec.data.held_out
@@ -126,6 +127,16 @@ def describe_chosen(settings: TrainingSettings) -> str:
         return ""
     flags = describe_change(memory_settings_of(settings), typed_memory(settings))
     return f"; for this card: {flags}" if flags else "; this card needs no savings"
+
+
+def describe_compilation(settings: TrainingSettings, num_sizes: int, total_steps: int) -> dict[str, str]:
+    """Return a row on what is compiled and why; none where nothing is, unasked, or on a CPU."""
+    needed = f"{STEPS_TO_EARN * num_sizes:,} steps for {num_sizes} size{'s' if num_sizes > 1 else ''}"
+    if settings.speed.compile:
+        why = "" if "compile" in settings.given else f": from {needed} on it saves time; --no-compile turns it off"
+        return {"compiled": f"the blocks{why}"}
+    is_short = has_card() and "compile" not in settings.given and not earns_compilation(total_steps, num_sizes)
+    return {"compiled": f"nothing: it saves time from {needed} on"} if is_short else {}
 
 
 def describe_validation(spec: RunSpec) -> str:

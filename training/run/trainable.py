@@ -98,14 +98,11 @@ def load_transformer(spec: RunSpec) -> CogVideoXTransformer3DModel:
     spec.method.attach(transformer)
     set_attention(transformer, speed.attention_backend, spec.context)
     store = CheckpointStore() if memory.offload_checkpoints else None
+    scope, every = memory.checkpoint_scope, memory.checkpoint_every
     if memory.stream_blocks:
-        scope, every = memory.checkpoint_scope, memory.checkpoint_every
         stream_blocks(transformer, accelerator.device, store, scope=scope, every=every)
     elif memory.gradient_checkpointing:
-        is_inside = not (speed.compile and memory.offload_checkpoints)  # a store cannot be compiled
-        checkpoint_activations(
-            transformer, memory.checkpoint_scope, memory.checkpoint_every, store, is_inside=is_inside
-        )
+        checkpoint_activations(transformer, scope, every, store)
     if spec.context is not None:
         spec.context.divide(transformer)
     if speed.compile:

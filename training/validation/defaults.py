@@ -1,12 +1,11 @@
 """What follows from the training data for the validation videos: their prompts, their size, and the id token."""
 
-from collections import Counter
 from dataclasses import replace
 
 from cli.schema import replace_flags
 from common.errors import UserError
 from data.buckets import Bucket
-from data.prepared import read_captions, read_prepared_settings
+from data.prepared import read_prepared_settings
 from flags.settings import TrainingSettings
 from planning.plan import PreparedData, TrainingData, data_sources
 
@@ -25,7 +24,7 @@ def choose_size(settings: TrainingSettings, data: TrainingData) -> Bucket:
     flags, given = settings.clips, settings.given
     typed = {"num_frames": flags.max_num_frames} if "max_num_frames" in given else {}
     typed |= {side: getattr(flags, side) for side in ("height", "width") if side in given}
-    counts = Counter(bucket for bucket in data.buckets if bucket.num_frames > 1)
+    counts = {bucket: count for bucket, count in data.buckets.counts.items() if bucket.num_frames > 1}
     if not counts:  # all are still images
         return Bucket(flags.max_num_frames, flags.height, flags.width)
     return min(counts, key=lambda bucket: (-counts[bucket], bucket))._replace(**typed)
@@ -33,14 +32,10 @@ def choose_size(settings: TrainingSettings, data: TrainingData) -> Bucket:
 
 def choose_captions(data: TrainingData) -> tuple[str, ...]:
     """Return the first and the last distinct caption; raise a UserError if prepared data has none on disk."""
-    if isinstance(data, PreparedData):
-        captions = [caption for folder in data.folders for caption in read_captions(folder)]
-    else:
-        captions = data.captions
-    distinct = list(dict.fromkeys(captions))
-    if not distinct:
+    distinct = data.clips.captions if isinstance(data, PreparedData) else list(dict.fromkeys(data.captions))
+    if not len(distinct):
         raise UserError("--validation_prompt: the prepared data has no list of its captions to sample; pass prompts")
-    return tuple(dict.fromkeys((distinct[0], distinct[-1])))
+    return tuple(dict.fromkeys((str(distinct[0]), str(distinct[-1]))))
 
 
 def missing_token(settings: TrainingSettings, data: TrainingData) -> str | None:

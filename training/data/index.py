@@ -1,0 +1,272 @@
+"""The index of a prepared folder: one row per sample, in an Arrow file that all processes map into memory.
+
+A sample becomes an object when it is read; buckets and repeats are arrays. `data.prepared` documents the folder.
+
+| column | content |
+|---|---|
+| name | of the sample, as in its tensors' names |
+| latents, prompt_embeds, image_latents | files of its tensors, below the folder; image latents may be null |
+| caption_key | the name of its prompt embedding in the shard; null if each tensor has a file of its own |
+| num_frames, height, width | its bucket |
+| repeats | times that it comes in an epoch |
+| caption, source, clip | its caption, where it was listed, and the file |
+| first_frame, last_frame | frame numbers in the file, from 0 |
+| extra | the other columns of its list, as JSON |
+"""
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import compute
+
+from common.errors import UserError, one_line
+from common.files import atomic_write
+from common.remote import at_hand
+from data.buckets import Bucket, BucketColumn
+from data.prepared import INDEX_FILE, OLDER_INDEX, STAGING, StoredTensor
+
+
+LARGEST_SIZE = 2**16 - 1  # of a bucket, in frames or pixels
+_TEXT, _FILE = pa.large_string(), pa.dictionary(pa.int32(), pa.large_string())
+TRAINED = pa.schema(  # the columns that training reads
+    [
+        ("name", _TEXT),
+        ("latents", _FILE),
+        ("prompt_embeds", _FILE),
+        ("image_latents", _FILE),
+        ("caption_key", _TEXT),
+        ("num_frames", pa.int32()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("repeats", pa.float64()),
+    ]
+)
+_ORIGIN = [("caption", _TEXT), ("source", _TEXT), ("clip", _TEXT)]
+_ORIGIN += [("first_frame", pa.int32()), ("last_frame", pa.int32()), ("extra", _TEXT)]
+_SCHEMA = pa.schema([*TRAINED, *_ORIGIN])
+_CAPTIONS = pa.schema([_SCHEMA.field("caption")])
+_DESCRIBED = pa.schema([_SCHEMA.field("name"), _SCHEMA.field("caption_key")])
+_ROWS_AT_ONCE = 2**14
+
+
+@dataclass(frozen=True)
+class PreparedClip:
+    """One sample of a prepared folder."""
+
+    name: str
+    bucket: Bucket
+    video_latents: StoredTensor  # [2C, F', H / 8, W / 8]
+    prompt_embeds: StoredTensor  # [226, D]
+    image_latents: StoredTensor | None = None  # [K, 2C, 1, H / 8, W / 8], or without K
+    repeats: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedFolder:
+    """The samples of one prepared folder. Pickled, it is the name of its file, which is mapped again."""
+
+    folder: Path
+    table: pa.Table  # the columns that training reads, each in one piece
+    file: Path | None = None  # that the table is mapped from; None for one in memory
+    times: float = 1.0  # factor of the samples' own repeats
+    fixed: float | None = None  # the repeats of every sample instead
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        table = self.table if self.file is None else None
+        return _restore, (self.folder, table, self.file, self.times, self.fixed)
+
+    def column(self, name: str) -> pa.Array:
+        """Return a column."""
+        return self.table.column(name).chunk(0)
+
+    def mapped_again(self, schema: pa.Schema) -> pa.Table:
+        """Return columns that are read once: their pages do not stay in this process."""
+        return self.table.select(schema.names) if self.file is None else map_table(self.file, schema)
+
+    def numbers(self, name: str) -> np.ndarray:
+        """Return a column of numbers, `[N]`, which is not copied."""
+        return np.from_dlpack(self.column(name))  # Array.to_numpy imports pandas, which takes half a second
+
+    def files(self, name: str) -> list[str]:
+        """Return the distinct files in a column of files."""
+        column = self.column(name)
+        return column.dictionary.take(column.indices.unique().drop_null()).to_pylist()
+
+    def rows_with(self, name: str, files: Sequence[str]) -> pa.Array:
+        """Return the numbers of the rows that have one of the files in a column of files."""
+        column = self.column(name)
+        is_one = compute.is_in(column.dictionary, pa.array(files, _TEXT))
+        return compute.indices_nonzero(is_one.take(column.indices))
+
+    @property
+    def repeats(self) -> np.ndarray:
+        """How often each sample comes in an epoch, `[N]`."""
+        own = self.numbers("repeats")
+        return (
+            np.full(len(own), self.fixed) if self.fixed is not None else own if self.times == 1 else own * self.times
+        )
+
+    def clip(self, row: int) -> PreparedClip:
+        """Return a sample."""
+        (facts,) = self.table.slice(row, 1).to_pylist()
+        name, key = facts["name"], facts["caption_key"]
+        bucket = Bucket(*(facts[side] for side in Bucket._fields))
+        shape, image = bucket.latent_shape, facts["image_latents"]
+        images = () if key is None else (None,)  # shards have several encodings of an image
+
+        def stored(file: str, tensor: str, *axes: int | None) -> StoredTensor:
+            return StoredTensor(self.folder / file, None if key is None else tensor, axes)
+
+        return PreparedClip(
+            name,
+            bucket,
+            stored(facts["latents"], f"{name}.video_latents", None, *shape),
+            stored(facts["prompt_embeds"], f"{key}.prompt_embeds", None, None),
+            None if image is None else stored(image, f"{name}.image_latents", *images, None, 1, *shape[1:]),
+            self.fixed if self.fixed is not None else facts["repeats"] * self.times,
+        )
+
+
+def _restore(folder: Path, table: pa.Table | None, file: Path, *repeats: float | None) -> IndexedFolder:
+    return IndexedFolder(folder, map_table(file, TRAINED) if table is None else table, file, *repeats)
+
+
+class PreparedIndex(Sequence[PreparedClip]):
+    """The samples of one or more prepared folders."""
+
+    def __init__(self, folders: Sequence[IndexedFolder]):
+        self.folders = tuple(folders)
+        self._ends = np.cumsum([folder.table.num_rows for folder in folders]).tolist()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PreparedIndex, (self.folders,)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> PreparedClip:
+        row = range(len(self))[index]
+        number = bisect_right(self._ends, row)
+        folder = self.folders[number]
+        return folder.clip(row - (self._ends[number] - folder.table.num_rows))
+
+    @cached_property
+    def buckets(self) -> BucketColumn:
+        """The bucket of each sample."""
+        frames, heights, widths = (self._join(side).astype(np.int64) for side in Bucket._fields)
+        kinds, codes = np.unique(frames << 32 | heights << 16 | widths, return_inverse=True)
+        return BucketColumn(
+            [Bucket(kind >> 32, kind >> 16 & LARGEST_SIZE, kind & LARGEST_SIZE) for kind in kinds.tolist()],
+            codes.astype(np.int32),
+        )
+
+    @cached_property
+    def repeats(self) -> np.ndarray:
+        """How often each sample comes in an epoch, `[N]`."""
+        return np.concatenate([folder.repeats for folder in self.folders])
+
+    @property
+    def without_images(self) -> list[str]:
+        """The names of the samples that have no image latents."""
+        folders = ((folder.column("name"), folder.column("image_latents")) for folder in self.folders)
+        return [name for names, images in folders for name in names.filter(images.is_null()).to_pylist()]
+
+    @property
+    def captions(self) -> pa.Array:
+        """The distinct captions, in their order."""
+        columns = [folder.mapped_again(_CAPTIONS).column("caption") for folder in self.folders]
+        captions = pa.chunked_array([chunk for column in columns for chunk in column.chunks]).unique()
+        return captions.filter(compute.greater(compute.binary_length(captions), 0))
+
+    def take(self, samples: Sequence[int]) -> "PreparedIndex":
+        """Return some of the samples, in memory, once per epoch each; those of a folder stay in their order."""
+        rows, folders, start = np.asarray(samples), [], 0
+        for folder, end in zip(self.folders, self._ends, strict=True):
+            own = rows[(rows >= start) & (rows < end)] - start
+            if len(own):
+                table = folder.table.take(own).combine_chunks()
+                folders.append(IndexedFolder(folder.folder, table, fixed=1.0))
+            start = end
+        return PreparedIndex(folders)
+
+    def with_repeats(self, times: float, fixed: float | None) -> "PreparedIndex":
+        """Return the samples with `times` their repeats, or with `fixed` ones."""
+        return PreparedIndex([replace(folder, times=times, fixed=fixed) for folder in self.folders])
+
+    def describe(self) -> Iterator[str]:
+        """Yield a line for each sample that changes with its content, not with its path.
+
+        Runs of earlier versions, whose checkpoints have a digest of the lines, wrote the `repr` of a tuple.
+        """
+        kinds, start = list(map(repr, self.buckets.kinds)), 0
+        for folder in self.folders:
+            for batch in folder.mapped_again(_DESCRIBED).to_batches(max_chunksize=_ROWS_AT_ONCE):
+                rows = slice(start, start + batch.num_rows)
+                numbers = (self.buckets.codes[rows].tolist(), self.repeats[rows].tolist())
+                facts = (*(column.to_pylist() for column in batch.columns), *numbers)
+                for name, key, kind, repeats in zip(*facts, strict=True):
+                    tensor = None if key is None else f"{key}.prompt_embeds"
+                    yield f"({name!r}, {tensor!r}, {kinds[kind]}, {repeats!r})"
+                start = rows.stop
+
+    def _join(self, name: str) -> np.ndarray:
+        return np.concatenate([folder.numbers(name) for folder in self.folders])
+
+
+def write_index(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the index of a folder whose tensors are in shards; that of an older version is removed."""
+    table = make_table(rows)
+    (folder / OLDER_INDEX).unlink(missing_ok=True)  # first, because it overrides the new one
+    files = {file for name in ("latents", "prompt_embeds") for file in table.column(name).unique().to_pylist()}
+    num_bytes = {file: (folder / file).stat().st_size for file in sorted(files)}
+    write_table(table, folder / INDEX_FILE, {"bytes": num_bytes}, staging=folder / STAGING)
+
+
+def make_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Return rows as columns, each in one piece."""
+    rows = iter(rows)
+    chunks = iter(lambda: list(islice(rows, _ROWS_AT_ONCE)), [])
+    table = pa.Table.from_batches([pa.RecordBatch.from_pylist(chunk, _SCHEMA) for chunk in chunks], _SCHEMA)
+    return table.unify_dictionaries().combine_chunks()
+
+
+def write_table(table: pa.Table, file: Path, notes: Mapping[str, Any], staging: Path | None = None) -> None:
+    """Write an index with notes for those who read it."""
+    schema = _SCHEMA.with_metadata({name: json.dumps(note) for name, note in notes.items()})
+    with atomic_write(file, staging) as partial, pa.ipc.new_file(str(partial), schema) as writer:
+        writer.write_table(table)
+
+
+def _open_table(file: Path, names: Sequence[str]) -> pa.Table:
+    with at_hand(file) as local:  # what is mapped stays, even if the cache removes the file
+        return pa.ipc.open_file(pa.memory_map(str(local))).read_all().select(names)
+
+
+def map_table(file: Path, schema: pa.Schema) -> pa.Table:
+    """Map columns of an index into memory; a damaged file is a UserError."""
+    try:
+        _open_table(file, schema.names).validate(full=True)  # offsets in a damaged file lead outside of it
+        table = _open_table(file, schema.names)  # again, so that the pages of all rows do not stay in this process
+        return table.cast(schema.with_metadata(table.schema.metadata)).combine_chunks()
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"--load_tensors: {file} cannot be read as an index ({one_line(error, 300)}); remove it and prepare the "
+            "data again"
+        ) from error
+
+
+def read_note(table: pa.Table, name: str) -> dict[str, Any]:
+    """Return a note that an index was written with; empty if it has none."""
+    with suppress(ValueError):
+        note = json.loads((table.schema.metadata or {}).get(name.encode(), b"{}"))
+        return note if isinstance(note, dict) else {}
+    return {}

@@ -28,6 +28,7 @@ BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 
 UNSET_DATA = """
     dataset_file dataset_name dataset_config_name dataset_mix max_samples image_column id_token random_flip fps
+    keep scores
     revision variant cache_dir
 """
 OFF_IN_TRAINING = """

@@ -598,3 +598,11 @@ def test_mistakes_in_flags_and_lists_are_one_line(tmp_path, monkeypatch, capsys,
 def test_a_data_set_without_a_folder_needs_a_name_for_the_table(capsys):
     error = refuse(["--dataset_name", "name/of-it", "--model", "x"], capsys)
     assert error.startswith("--output_file: required with --dataset_name but no --data_root")
+
+
+def test_only_clips_that_fulfil_the_condition_are_captioned(clips, server, capsys):
+    write_table(clips / "scores.csv", [{"video": name, "frames": str(count)} for name, count in LENGTHS.items()])
+    rows = caption(clips, server, "--keep", "frames >= 20")
+    assert captions_of(rows).keys() == LENGTHS.keys() - {"run.mkv"}
+    assert len(server.questions) == 2
+    assert "dropped by --keep: frames is 12" in capsys.readouterr().out

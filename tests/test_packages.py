@@ -42,6 +42,7 @@ COMMANDS = {
     "cogvideox_image_to_video_sft",
     "prepare_dataset",
     "caption_dataset",
+    "score_clips",
     "make_first_frames",
     "generate",
 }

@@ -17,6 +17,7 @@ from checks.fsdp import check_fsdp
 from checks.generation import settle_generation
 from checks.memory import check_memory, check_optimizer, settle_memory
 from checks.preparation import settle_preparation
+from checks.scores import check_scoring
 from checks.speed import check_speed, settle_context_parallel
 from checks.training import (
     check_details,
@@ -35,6 +36,7 @@ from flags.settings import (
     FirstFrameSettings,
     GenerationSettings,
     PreparationSettings,
+    ScoringSettings,
     TrainingSettings,
 )
 
@@ -157,12 +159,32 @@ def parse_caption_args(argv: Sequence[str] | None = None) -> CaptioningSettings:
     return replace(settings, captions=settle_prompt(settings.captions))
 
 
+def parse_score_args(argv: Sequence[str] | None = None) -> ScoringSettings:
+    """Read and check the flags of score_clips.py; see `parse_args`. Those on data mean the same."""
+    parser = FlagParser(
+        ScoringSettings,
+        required=(("data_root", "dataset_file", "dataset_name"),),
+        omit=("id_token", "dataset_mix", "keep", "scores"),
+        defaults={"caption_column": "caption"},
+        has_config=False,
+        usage="%(prog)s --data_root FOLDER [flags]",
+        description="Measure motion, sharpness, light, near-duplicates and more of every clip, for --keep of the "
+        "other scripts. Clips need no captions. Run again to continue a stopped run, or after adding clips.",
+    )
+    groups, _ = parser.read(argv)
+    settings = ScoringSettings(**groups)
+    with _reported(parser):
+        check_sources(settings.sources)
+        check_scoring(settings)
+    return settings
+
+
 def parse_first_frame_args(argv: Sequence[str] | None = None) -> FirstFrameSettings:
     """Read and check the flags of make_first_frames.py; see `parse_args`."""
     parser = FlagParser(
         FirstFrameSettings,
         required=(("data_root", "dataset_file", "dataset_name"), ("output_dir",)),
-        omit=("id_token", "dataset_mix", "skip_frames_end"),
+        omit=("id_token", "dataset_mix", "skip_frames_end", "keep", "scores"),
         defaults={"caption_column": "caption"},
         has_config=False,
         usage="%(prog)s --data_root FOLDER --output_dir FOLDER [flags]",

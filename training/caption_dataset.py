@@ -27,6 +27,8 @@ from common.remote import default_cache_folder
 from common.startup import announce
 from data.buckets import Bucket
 from data.clips import BadClip, Clip, ClipSample, plan_clips
+from data.keep import keep_clips
+from data.paths import listed_path
 from data.sources import DataSource, read_clips
 from flags.captions import CAPTIONS_FILE
 from flags.settings import CaptioningSettings
@@ -40,27 +42,12 @@ def plan_captions(source: DataSource, captions_file: Path, num_frames: int, skip
     cache = default_cache_folder()
     clips, bad = read_clips(source, cache / "media", captions_file=captions_file)
     infos = probe_files([clip.video for clip in clips], FileCache(cache))
+    kept, dropped, unscored = keep_clips(clips, infos, source)
     buckets = [Bucket(count, 16, 16) for count in range(1, num_frames + 1)]  # any number of frames; none is resized
     planned, unusable = plan_clips(
-        clips, infos, buckets, skip_start=skip_start, skip_end=skip_end, hold_last_frame=True
+        kept, infos, buckets, skip_start=skip_start, skip_end=skip_end, hold_last_frame=True
     )
-    return RawData(planned, [*bad, *unusable])
-
-
-def folder_of(source: DataSource) -> Path | None:
-    """Return the folder that relative paths of clips start from; None if there is none."""
-    if source.data_root is not None:
-        return source.data_root
-    if source.dataset_file is not None:
-        return source.dataset_file.parent
-    return Path(source.dataset_name) if os.path.isdir(source.dataset_name) else None
-
-
-def listed_path(file: Path, folder: Path | None) -> str:
-    """Return the path of a file for the table: relative to the folder if it is inside, otherwise absolute."""
-    if folder is not None and file.is_relative_to(folder):
-        return file.relative_to(folder).as_posix()
-    return str(file.absolute())
+    return RawData(planned, [*bad, *unscored, *unusable], dropped)
 
 
 def make_captioner(settings: CaptioningSettings, stopped: threading.Event) -> Captioner:
@@ -135,7 +122,7 @@ def ask_for_captions(
 def caption_dataset(settings: CaptioningSettings) -> None:
     """Write the table of captions; raises UserError if clips cannot be used or got no caption."""
     (source,) = data_sources(settings.sources)
-    folder = folder_of(source)
+    folder = source.folder
     table = CaptionFile(
         Path(settings.captions.output_file) if settings.captions.output_file else folder / CAPTIONS_FILE
     )
@@ -150,6 +137,8 @@ def caption_dataset(settings: CaptioningSettings) -> None:
     if data.bad:
         tqdm.write(listing(f"{len(data.bad)} of the clips cannot be used and are skipped:", data.bad))
 
+    if data.dropped:
+        tqdm.write(listing(f"{len(data.dropped)} of the clips are dropped by --keep:", data.dropped))
     earlier = table.captions()
     listed = [(listed_path(planned.clip.video, folder), planned) for planned in data.clips]
     kept = [own_caption(planned.clip) or earlier.get(path) for path, planned in listed]

@@ -139,6 +139,7 @@ def test_web_servers_are_only_read(tmp_path):
     finally:
         server.shutdown()
         server.server_close()
+    assert "web servers are only read" in error_of(send, tmp_path / "x", f"{url}/x")
     assert "http://host/out can only be read" in error_of(check_url, "--output_dir", "http://host/out", writable=True)
 
 

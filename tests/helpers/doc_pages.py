@@ -19,6 +19,7 @@ from args import (
     parse_first_frame_args,
     parse_generate_args,
     parse_prepare_args,
+    parse_score_args,
 )
 from cli.schema import flag_values
 from repository import ROOT
@@ -33,6 +34,7 @@ PARSERS = TRAINING_SCRIPTS | {
     "prepare_dataset.py": parse_prepare_args,
     "make_first_frames.py": parse_first_frame_args,
     "caption_dataset.py": parse_caption_args,
+    "score_clips.py": parse_score_args,
     "generate.py": parse_generate_args,
 }
 MARKED_BLOCK = r"<!-- tested: ([\w ]+) -->\n```(?:bash|python)\n(.*?)```"

@@ -193,6 +193,62 @@ def test_an_image_is_read_only_if_it_is_needed(data):
     assert "no-such.png" in bad.reason
 
 
+def write_scores(table: Path, *scores: float) -> Path:
+    """Write scores of the first clips in data/table.jsonl."""
+    videos = [json.loads(line)["video"] for line in (table.parent / "table.jsonl").read_text().splitlines()]
+    return write_table(table, [{"video": v, "motion": str(s)} for v, s in zip(videos, scores, strict=False)])
+
+
+def test_dropped_clips_are_counted_and_listed_but_stop_nothing(data, tmp_path):
+    write_scores(data / "scores.csv", 0.1, 2, 3)
+    found = plan(data, "--keep", "motion > 1", "--on_bad_clip", "skip")
+    assert found.captions == ["two", "three"]
+    (dropped,) = found.dropped
+    assert (dropped.source, dropped.reason) == ("table.jsonl:1", "dropped by --keep: motion is 0.1")
+    assert found.num_listed == 6
+    check_bad_clips(RawData(found.clips, dropped=found.dropped), "error")
+    report_skipped([], tmp_path, found.dropped)
+    with open(tmp_path / "skipped_clips.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file))[1] == [dropped.what, dropped.source, dropped.reason]
+
+
+def test_if_all_clips_are_dropped_their_scores_are_shown(data):
+    write_scores(data / "scores.csv", 0.1, 2, 3)
+    found = plan(data, "--keep", "motion > 5", "--max_samples", "3")
+    with pytest.raises(UserError, match=r"--keep drops all 3 clips; relax the condition:(\n.*motion is [\d.]+){3}$"):
+        check_bad_clips(found, "skip")
+
+
+def test_a_clip_without_scores_is_a_bad_clip(data):
+    write_scores(data / "scores.csv", 0.1, 2)
+    found = plan(data, "--keep", "motion < 1")
+    assert "has no scores" in {clip.source: clip.reason for clip in found.bad}["table.jsonl:3"]
+
+
+def test_each_data_set_of_a_mix_may_have_its_own_condition(data, tmp_path):
+    write_scores(data / "scores.csv", 0.1, 2, 3)
+    write_scores(data / "mine.csv", 5, 0, 0)
+    entry = {"dataset_file": "data/table.jsonl", "max_samples": 3}
+    mix = write_mix(tmp_path, {**entry, "keep": "motion > 1"}, {**entry, "scores": "data/mine.csv"}, entry)
+    found = plan_flags(tmp_path / "out", "--dataset_mix", mix, "--keep", "motion < 1", "--allow_outside_paths")
+    assert found.captions == ["two", "three", "two", "three", "one"]
+
+
+def test_held_out_clips_are_not_chosen_by_scores(data, tmp_path):
+    write_scores(data / "scores.csv", 0.1, 2, 3)
+    flags = ("--data_root", data, "--dataset_file", data / "table.jsonl", "--keep", "motion > 1")
+    settings = training(tmp_path / "out", *flags, "--validation_dataset_file", data / "table.jsonl")
+    assert validation_data_flags(settings)[0].keep is None
+
+
+def test_prepared_data_is_not_filtered_silently(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/prepared.json").write_text(json.dumps({"flags": {"keep": "motion > 1"}}))
+    mix = write_mix(tmp_path, {"data_root": "a", "keep": "motion > 2"})
+    with pytest.raises(UserError, match=r"a is prepared already; pass --keep to prepare_dataset\.py"):
+        plan_training_data(training(tmp_path / "out", "--dataset_mix", mix, "--load_tensors"))
+
+
 def test_the_data_sets_of_a_mix_are_joined_and_bad_clips_named_with_their_folder(data, demo_clips, tmp_path):
     mix = write_mix(tmp_path, {"data_root": str(demo_clips), "repeats": 2}, {"dataset_file": "data/table.jsonl"})
     found = plan_flags(tmp_path / "out", "--dataset_mix", mix, "--allow_outside_paths")

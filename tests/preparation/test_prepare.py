@@ -605,6 +605,22 @@ def test_sizes_that_the_model_cannot_be_trained_at_are_a_warning_in_the_plan(tin
     assert "warning: training will refuse these sizes: --height_buckets, --width_buckets: this CogVideoX 1.5" in said
 
 
+def test_clips_are_chosen_by_their_scores_in_a_dry_run_and_in_the_preparation(model, small, tmp_path, capsys):
+    data = write_data(tmp_path / "data", small)
+    write_table(data / "scores.csv", [{"video": str(video), "motion": str(n)} for n, (video, _) in enumerate(small)])
+    chosen = ("--keep", "motion>0")
+    prepare(model, data, tmp_path / "plan", "--dry_run", *chosen)
+    assert "1 of 2 clips are dropped by --keep" in capsys.readouterr().err
+    folder = prepare(model, data, tmp_path / "out", *chosen, tensors=False)
+    assert (folder / "prompts.txt").read_text().splitlines() == [small[1][1]]
+    for file in (tmp_path / "plan/plan.csv", folder / "skipped_clips.csv"):
+        assert f"{small[0][0]}" in file.read_text() and "dropped by --keep: motion is 0" in file.read_text()
+    assert json.loads((folder / "prepared.json").read_text())["flags"]["keep"] == "motion>0"
+    prepare(model, data, folder, tensors=False)  # now all of them
+    assert (folder / "prompts.txt").read_text().splitlines() == [caption for _, caption in small]
+    assert not (folder / "skipped_clips.csv").exists()
+
+
 def test_a_dry_run_writes_only_the_plan(model, rows, tmp_path, capsys):
     data = write_data(tmp_path / "data", [*rows, (tmp_path / "missing.mp4", "not there")])
     assert "missing.mp4" in refuse(capsys, model, data, tmp_path / "out", "--dry_run")

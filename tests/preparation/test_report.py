@@ -70,6 +70,15 @@ def bars_of(page: str, title: str) -> dict[str, int]:
     return {label: int(count.replace(",", "")) for label, count in bars}
 
 
+def test_clips_that_keep_dropped_are_counted_among_the_skipped_ones(source, flags):
+    dropped = [BadClip("b.mp4", "videos.txt:2", "dropped by --keep: motion is 0.1")]
+    data = RawData([sample(1, motion="2.5")], dropped=dropped)
+    page = render_report(parse_prepare_args(flags), data, source, (), complete="all.csv")
+    assert facts_of(page)["clips skipped"] == "1"
+    assert ": motion is 0.1</td>" in page
+    assert bars_of(page, "motion") == {"2.5": 1}
+
+
 def test_clips_are_counted_once_and_samples_each(render):
     split = sample(1)
     later = ClipSample(split.clip, INFO, Bucket(17, 64, 96), tuple(range(27, 44)), part=1)

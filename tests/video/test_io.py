@@ -57,6 +57,17 @@ def test_an_image_is_a_clip_of_one_frame(tmp_path):
         read_frames(tmp_path / "still.png", [0, 3])
 
 
+@pytest.mark.parametrize(("height", "width", "shape"), [(48, 80, (24, 40)), (96, 64, (40, 27)), (48, 24, (40, 20))])
+def test_frames_are_resized_to_a_longer_side_when_they_are_read(tmp_path, height, width, shape):
+    clip = encode(tmp_path / "clip.mp4", frames=3, height=height, width=width)
+    Image.fromarray(all_frames(clip)[2]).save(tmp_path / "still.png")
+    truth = [np.asarray(Image.fromarray(frame).resize(shape[::-1], Image.BILINEAR)) for frame in all_frames(clip)]
+    frames = read_frames(clip, [2, 0, 2], longer_side=40)
+    assert frames.shape == (3, *shape, 3)
+    assert np.abs(frames[1].astype(int) - truth[0]).mean() < 3
+    assert np.array_equal(read_frames(tmp_path / "still.png", [0], longer_side=40)[0], truth[2])
+
+
 def test_a_name_may_look_like_a_url_or_a_pattern(clip_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("take 2: rabbit.mp4", "rabbit %03d.mp4"):

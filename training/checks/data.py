@@ -89,6 +89,8 @@ def check_sources(sources: SourceFlags) -> None:
     for flag, value in (("--data_root", sources.data_root), ("--dataset_file", sources.dataset_file)):
         if value and is_url(value):
             check_url(flag, value)
+    if sources.scores and not (sources.keep or sources.dataset_mix):
+        raise UserError("--scores: no effect without --keep; omit it")
     if sources.dataset_mix and sources.data_root:
         raise UserError("--data_root: each entry of --dataset_mix names its own; omit one of them")
 

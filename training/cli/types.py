@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from cli.conditions import parse_condition
 from common.stores import is_url
 
 
@@ -78,6 +79,13 @@ def _table_file(text: str) -> str:
     return file
 
 
+def _condition(text: str) -> str:
+    try:
+        return parse_condition(text).text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
     """Return the parser of a value that is one of `names`, in upper or lower case."""
 
@@ -92,6 +100,7 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
 PositiveInt = Annotated[int, _whole_number(1)]
 Pixels = Annotated[int, _whole_number(1, metavar="PX")]
 NonNegativeInt = Annotated[int, _whole_number(0)]
+DuplicateBits = Annotated[int, _whole_number(0, 32)]  # 100,000 clips take 2 CPU seconds at 16, 40 at 32
 Seed = Annotated[int, _whole_number(0, 2**32 - 1)]  # up to the largest that NumPy takes
 DenoisingSteps = Annotated[int, _whole_number(1, 1000)]  # up to the timesteps of the noise schedule
 PositiveFloat = Annotated[float, _number(lambda value: value > 0, "a number above 0")]
@@ -100,6 +109,7 @@ FiniteFloat = Annotated[float, _number(lambda value: True, "a number")]
 Probability = Annotated[float, _number(lambda value: 0 <= value <= 1, "a number from 0 to 1", "P")]
 DecayRate = Annotated[float, _number(lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")]
 Text = Annotated[str, Value(_text, "TEXT")]
+Condition = Annotated[str, Value(_condition, "CONDITION")]
 Url = Annotated[str, Value(lambda text: text.rstrip("/"), "URL")]
 FilePath = Annotated[str, Value(path, "FILE")]
 FolderPath = Annotated[str, Value(path, "FOLDER")]

@@ -83,6 +83,12 @@ def outlive_signals() -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_SECONDS))
 
 
+def die_with_parent() -> None:
+    """End this worker process at once, silently, when its parent dies or Ctrl-C is pressed."""
+    _get_when_parent_dies(signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _get_when_parent_dies(number: signal.Signals) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

@@ -151,6 +151,8 @@ def read_start(url: str, length: int = _HEADER_BYTES) -> bytes:
 
 def send(file: Path, url: str) -> None:
     """Copy a local file to a store, where it appears when it is complete."""
+    if url.startswith("http"):  # fsspec would post it
+        raise StoreError(f"{url} cannot be written: web servers are only read; pass a place on this machine")
     try:
         _request(url, "written", lambda store, path: store.put_file(str(file), path))
     except FileNotFoundError as error:

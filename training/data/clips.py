@@ -21,6 +21,9 @@ class Clip:
     image: Path | None = None  # the first frame that image-to-video conditions on; None for the video's own
     repeats: float = 1.0  # times per epoch; 2.5 means twice in every epoch and a third time in half of them
     metadata: Mapping[str, str] = field(default_factory=dict)  # the table's other columns
+    # The part of the file that is the clip: its first frame, and the one after its last (None: up to the end).
+    start_frame: int = 0
+    end_frame: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,13 @@ from common.remote import RemotePath, fetch_all
 from common.text_files import read_utf8
 from data.media_cache import IMAGE_SUFFIXES, is_clip
 from data.rows import Row, Table
+from flags.scores import SCORES_FILE
 
 
 logger = logging.getLogger(__name__)
 
 _SIDE_NOTES = {"readme", "license", "licence", "copying", "notice", "changelog"}
-_SIDE_FILES = {".md", *TABLE_SUFFIXES, "thumbs.db", "desktop.ini"}  # suffixes and names
+_SIDE_FILES = {".md", ".html", *TABLE_SUFFIXES, "thumbs.db", "desktop.ini"}  # suffixes and names
 _EXAMPLES = 3
 _FEWEST_FRAMES = 5  # fewer numbered pictures may be anything
 
@@ -42,9 +43,9 @@ def read_folder(root: Path, captions_file: Path | None = None) -> Table:
         raise UserError(f"--data_root: {root} has no files; check the name, and that your credentials may list it")
     groups, unread = _group_files(root, files)
     suffixes = [set(map(_suffix, files)) for files in groups.values()]
+    ours = {(root / SCORES_FILE).resolve(), captions_file and captions_file.resolve()}
     tables = [file for file in files if "/" not in file and _suffix(file) in TABLE_SUFFIXES]
-    if captions_file is not None:
-        tables = [name for name in tables if (root / name).resolve() != captions_file.resolve()]
+    tables = [name for name in tables if (root / name).resolve() not in ours]
     if tables and not any(".txt" in kinds and len(kinds) > 1 for kinds in suffixes):
         raise UserError(
             f"{root} has no clips with captions beside them, but {', '.join(tables)}: pass "

@@ -16,7 +16,8 @@ from data.paths import expand_home, stays_inside
 from data.sources import DataSource
 
 
-_PATH_KEYS = ("data_root", "dataset_file", "dataset_name")  # they also say which data an entry reads
+_DATA_KEYS = ("data_root", "dataset_file", "dataset_name")  # they say which data an entry reads
+_PATH_KEYS = (*_DATA_KEYS, "scores")
 
 
 def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
@@ -57,7 +58,7 @@ def _check_entry(where: str, entry: object) -> None:
     for first, second in (("repeats", "weight"), ("dataset_file", "dataset_name")):
         if first in entry and second in entry:
             raise UserError(f"{where} has both {first!r} and {second!r}; omit one of them")
-    if not entry.keys() & set(_PATH_KEYS):
+    if not entry.keys() & set(_DATA_KEYS):
         raise UserError(f"{where} names no data: add data_root, dataset_file or dataset_name")
 
 
@@ -98,9 +99,9 @@ def _with_paths(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     urls = {key: to_path(values[key]) for key in _PATH_KEYS[:2] if is_url(values.get(key, ""))}
     for key, url in urls.items():
         check_url(f"--dataset_mix: {key}", str(url))
+    for key in values.keys() & {"data_root", "scores"}:
+        values[key] = folder / values[key]
     values |= urls
-    if "data_root" in values:
-        values["data_root"] = urls.get("data_root", folder / values["data_root"])
     if "dataset_file" in values and "dataset_file" not in urls:
         beside, below = (place / values["dataset_file"] for place in (folder, values.get("data_root", folder)))
         values["dataset_file"] = beside if os.path.isfile(beside) else below

@@ -32,6 +32,13 @@ def expand_home(path: str) -> str:
     return os.path.expanduser(path) if path.startswith("~/") else path
 
 
+def listed_path(file: Path, folder: Path | None) -> str:
+    """Return the path of a file for a table: relative to the folder if it is inside, otherwise absolute."""
+    if folder is not None and file.is_relative_to(folder):
+        return file.relative_to(folder).as_posix()
+    return str(file.absolute())
+
+
 def is_absolute_on_windows(path: str) -> bool:
     """Return whether a path starts with a drive or a share of Windows, and is not absolute on this system."""
     windows = PureWindowsPath(path)

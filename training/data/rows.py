@@ -1,5 +1,6 @@
 """The source of a list of clips, and the rows of values by column that every list is read into."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,18 @@ class DataSource:
     id_token: str | None = None  # added before every caption, with a space
     repeats: float = 1.0  # times that each clip comes in an epoch
     weight: float | None = None  # instead of repeats: share of an epoch's samples, relative to other data sets
+    keep: str | None = None  # a condition on scores, as for `data.keep`; None keeps all clips
+    scores: Path | None = None  # the table of scores; None: where score_clips.py writes it
     allow_outside_paths: bool = False  # listed paths may lead out of the named folders; only from the flags
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that relative paths of clips start from, and that tables about them are written to, if any."""
+        if self.data_root is not None:
+            return self.data_root
+        if self.dataset_file is not None:
+            return self.dataset_file.parent
+        return Path(self.dataset_name) if self.dataset_name and os.path.isdir(self.dataset_name) else None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cli.schema import flag
-from cli.types import FilePath, FolderPath, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Probability
+from cli.types import Condition, FilePath, FolderPath, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Probability
 from common.remote import DEFAULT_LIMIT_GB
 from video.frames import LONG_CLIPS
 
@@ -11,7 +11,7 @@ from video.frames import LONG_CLIPS
 DEFAULT_BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 # How raw clips become samples: fixed once they are prepared.
 PREPARED_FLAGS = ("id_token", "video_reshape_mode", "random_flip", "fps", "skip_frames_start", "skip_frames_end")
-PREPARED_FLAGS += ("long_clips", "hold_last_frame", "height_buckets", "width_buckets", "frame_buckets")
+PREPARED_FLAGS += ("long_clips", "hold_last_frame", "height_buckets", "width_buckets", "frame_buckets", "keep")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,16 @@ class SourceFlags:
         None,
         "Several data sets: a JSON list of objects with these flags as keys, and with repeats (passes over its clips "
         "per epoch) or weight (its share of an epoch).",
+    )
+    keep: Condition | None = flag(
+        None,
+        "Use only clips whose scores fulfil a condition, such as 'motion > 0.2 and sharpness > 40': comparisons of "
+        "columns and numbers, with and, or, not, parentheses and ranges (0.2 < motion < 5). The others are listed "
+        "with their scores.",
+        shown="all",
+    )
+    scores: FilePath | None = flag(
+        None, "The table for --keep.", shown="scores.csv where score_clips.py writes it for these data flags"
     )
     cache_limit_gb: PositiveFloat = flag(
         DEFAULT_LIMIT_GB,

@@ -10,6 +10,7 @@ from flags.memory import MemoryFlags
 from flags.model import EncoderFlags, ModelFlags, SampledModelFlags
 from flags.optimizer import OptimizerFlags
 from flags.preparation import EncodingFlags, FirstFrameFlags, PreparationFlags
+from flags.scores import ScoreFlags
 from flags.speed import SpeedFlags
 from flags.tracking import HubFlags, TrackingFlags
 from flags.training import (
@@ -73,6 +74,14 @@ class CaptioningSettings:
     model: CaptionModelFlags = group("model")
     frames: CaptionFrameFlags = group("what the model sees")
     captions: CaptionFlags = group("captions")
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """The settings of score_clips.py."""
+
+    sources: SourceFlags = group("data")
+    scores: ScoreFlags = group("scores")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from common.remote import default_cache_folder, limit_cache, to_path
 from common.text_files import digest_lines
 from data.buckets import BucketColumn, count_tokens, make_buckets, native_fps
 from data.clips import BadClip, ClipSample, plan_clips
+from data.keep import keep_clips
 from data.mix import read_mix, weights_to_repeats
 from data.prepared import read_prepared_settings
 from data.sources import DataSource, read_clips
@@ -43,6 +44,7 @@ class RawData:
 
     clips: Sequence[ClipSample]
     bad: Sequence[BadClip] = ()
+    dropped: Sequence[BadClip] = ()  # by --keep, which is no reason to stop
     held_out: "RawData | None" = None  # clips whose loss is measured, not trained on
 
     blocks = None  # each clip is a file of its own
@@ -80,8 +82,8 @@ class RawData:
 
     @property
     def num_listed(self) -> int:
-        """The number of listed clips, unusable ones included; a split clip counts once."""
-        return len({id(planned.clip) for planned in self.clips}) + len(self.bad)
+        """The number of listed clips, unusable and dropped ones included; a split clip counts once."""
+        return len({id(planned.clip) for planned in self.clips}) + len(self.bad) + len(self.dropped)
 
     def take(self, samples: Sequence[int]) -> "RawData":
         """Return only some samples, each of them once per epoch."""
@@ -163,10 +165,11 @@ def plan_raw_clips(flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bo
     files = [clip.video for clip in clips]
     files += [clip.image for clip in clips if with_images and clip.image is not None]
     infos = probe_files(files, FileCache(cache))
-    planned, bad = [], []
-    for of_source, unreadable in read:
+    planned, bad, dropped = [], [], []
+    for source, (of_source, unreadable) in zip(sources, read, strict=True):
+        kept, dropped_here, unscored = keep_clips(of_source, infos, source)
         usable, unusable = plan_clips(
-            of_source,
+            kept,
             infos,
             buckets,
             skip_start=flags.skip_frames_start,
@@ -177,8 +180,9 @@ def plan_raw_clips(flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bo
             with_images=with_images,
         )
         planned.append(usable)
-        bad += [*unreadable, *unusable]
-    return RawData(_weighted(sources, planned), bad)
+        bad += [*unreadable, *unscored, *unusable]
+        dropped += dropped_here
+    return RawData(_weighted(sources, planned), bad, dropped)
 
 
 def plan_validation_clips(settings: TrainingSettings, *, with_images: bool) -> RawData | None:
@@ -211,6 +215,7 @@ def validation_data_flags(settings: TrainingSettings) -> tuple[SourceFlags, Clip
         agreed = {name: one for name, one in known.items() if all(other.get(name) == one for other in others)}
         sources = replace(sources, **{name: value for name, value in agreed.items() if hasattr(sources, name)})
         clips = replace(clips, **{name: value for name, value in agreed.items() if hasattr(clips, name)})
+    sources = replace(sources, keep=None)  # a held-out clip is a choice already
     mode = "center" if clips.video_reshape_mode == "random" else clips.video_reshape_mode
     return sources, replace(clips, random_flip=None, video_reshape_mode=mode)
 
@@ -228,10 +233,12 @@ def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[ClipSamp
 
 
 def check_bad_clips(data: RawData, on_bad_clip: str, advise: Callable[[], str | None] = lambda: None) -> None:
-    """Refuse unusable clips, all listed with reasons; with "skip" only if no clip is usable.
+    """Refuse unusable clips, all listed with reasons; with "skip" only if no clip is usable. --keep must keep one.
 
     `advise` returns the line on the flags that keep more clips, if there are any.
     """
+    if data.dropped and not data.clips and not data.bad:
+        raise UserError(listing(f"--keep drops all {len(data.dropped)} clips; relax the condition:", data.dropped))
     if not data.bad or (data.clips and on_bad_clip == "skip"):
         return
     advice = "; fix or remove them, or skip them with --on_bad_clip skip" if data.clips else ""
@@ -287,6 +294,8 @@ def data_sources(flags: SourceFlags) -> list[DataSource]:
         caption_column=flags.caption_column,
         image_column=flags.image_column,
         id_token=flags.id_token,
+        keep=flags.keep,
+        scores=to_path(flags.scores) if flags.scores else None,
         allow_outside_paths=flags.allow_outside_paths,
     )
     return read_mix(Path(flags.dataset_mix), source) if flags.dataset_mix else [source]
@@ -310,6 +319,9 @@ def _prepared_folders(sources: Sequence[DataSource]) -> list[Path]:
     folders = [source.data_root for source in sources]
     if None in folders:
         raise UserError("--load_tensors: pass the prepared folder as --data_root (in every entry of --dataset_mix)")
+    for source in sources:
+        if source.keep not in (None, read_prepared_settings(source.data_root).get("flags", {}).get("keep")):
+            raise UserError(f"--keep: {source.data_root} is prepared already; pass --keep to prepare_dataset.py")
     return list(dict.fromkeys(folders))
 
 
@@ -332,7 +344,8 @@ def describe_plan(
             for bucket, count in data.buckets.counts.items()
         )
     table = tabulate(data, settings, model, configs, batch_size=batch_size, num_ranks=num_ranks)
-    return "\n".join(filter(None, [str(table), advise(data, settings, configs.transformer)]))
+    dropped = f"{len(data.dropped)} of {data.num_listed} clips are dropped by --keep" if data.dropped else None
+    return "\n".join(filter(None, [str(table), dropped, advise(data, settings, configs.transformer)]))
 
 
 def tabulate(
@@ -359,15 +372,21 @@ def tabulate(
     )
 
 
-def report_skipped(bad: Sequence[BadClip], folder: Path) -> None:
-    """Write the skipped clips to `skipped_clips.csv` in the output folder and say so; remove the file if none are."""
+def report_skipped(bad: Sequence[BadClip], folder: Path, dropped: Sequence[BadClip] = ()) -> None:
+    """Write the skipped clips to `skipped_clips.csv` in the output folder and say so; remove the file if none are.
+
+    Those that --keep dropped follow the unusable ones.
+    """
     path = folder / SKIPPED_FILE
-    if not bad:
+    if not bad and not dropped:
         path.unlink(missing_ok=True)
         return
     with atomic_write(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("clip", "source", "reason"))
-        table.writerows((clip.what, clip.source, clip.reason) for clip in bad)
+        table.writerows((clip.what, clip.source, clip.reason) for clip in (*bad, *dropped))
     # Not logged, because in a preparation only the first rank logs.
-    tqdm.write(f"{len(bad)} of the clips cannot be used and are skipped: see {path}")
+    if bad:
+        tqdm.write(f"{len(bad)} of the clips cannot be used and are skipped: see {path}")
+    if dropped:
+        tqdm.write(f"{len(dropped)} of the clips are dropped by --keep: see {path}")

@@ -27,11 +27,13 @@ def show_plan(settings: PreparationSettings, data: RawData) -> None:
     log_without_tokens(logging.INFO)
     if data.bad:
         logger.warning("%s", listing(f"{len(data.bad)} of the clips cannot be used:", data.bad, most=len(data.bad)))
+    if data.dropped:
+        logger.info("%s", listing(f"{len(data.dropped)} of the clips are dropped by --keep:", data.dropped))
     source = model_source(settings.model)
     log_plan(settings, data, source)
     folder = to_path(settings.preparation.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_plan(data.clips, data.bad, folder / "plan.csv")
+    write_plan(data.clips, [*data.bad, *data.dropped], folder / "plan.csv")
     rows = sheet_rows(settings, data.clips)
     draw_contact_sheet(rows, folder / "contact_sheet.png")
     if settings.preparation.save_latents_and_embeddings:

@@ -310,11 +310,12 @@ def finish(work: Preparation, data: RawData, prepared: PreparedSettings) -> bool
     kept = [sample for sample in work.samples if sample.name not in missing]
     if not kept:
         raise UserError(listing("none of the clips can be used:", bad))
-    report_skipped(bad, layout.folder)
+    report_skipped(bad, layout.folder, data.dropped)
     unlisted = layout.write_index(kept)
     write_settings(layout.folder, prepared)
     shutil.rmtree(on_this_machine(layout.folder / STAGING), ignore_errors=True)
-    write_report(settings, RawData([sample.planned for sample in kept], bad), work.source, complete=SKIPPED_FILE)
+    used = RawData([sample.planned for sample in kept], bad, data.dropped)
+    write_report(settings, used, work.source, complete=SKIPPED_FILE)
     if unlisted:
         logger.warning("%d samples that were prepared here earlier are no longer listed", unlisted)
     has_tensors = settings.preparation.save_latents_and_embeddings

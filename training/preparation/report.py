@@ -86,7 +86,7 @@ def render_report(
         Section("Clips", [grid(_clip_charts(data, source))]),
         Section("Scores and other columns", [grid(_column_charts(data.clips))]),
         Section("As the model sees them", [grid(map(_strip, shown))]),
-        Section("Skipped clips", _skipped(data.bad, complete)),
+        Section("Skipped clips", _skipped([*data.bad, *data.dropped], complete)),
         Section("Settings", _settings(settings)),
     ]
     does = "would be made" if settings.preparation.dry_run else "are prepared"
@@ -103,7 +103,7 @@ def _overview(data: RawData) -> Markup:
     used = _first_parts(data.clips)
     names = {(str(sample.clip.video), sample.clip.source) for sample in used}
     # A clip that is split may have samples that decode and others that do not.
-    num_skipped = len({(clip.what, clip.source) for clip in data.bad} - names)
+    num_skipped = len({(clip.what, clip.source) for clip in (*data.bad, *data.dropped)} - names)
     seconds = sum(_seconds(sample.info) for sample in used)
     return facts(
         [

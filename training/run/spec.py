@@ -194,7 +194,7 @@ def log_data(recipe: Recipe, num_ranks: int) -> None:
     """Log the buckets of the training data and list the clips skipped, before anything heavy is loaded."""
     settings, data = recipe.settings, recipe.data
     if not isinstance(data, PreparedData):
-        report_skipped(data.bad, recipe.output_dir)
+        report_skipped(data.bad, recipe.output_dir, data.dropped)
     sizes = {"batch_size": recipe.batch_limit, "num_ranks": num_ranks}
     logger.info("%s", describe_plan(data, settings, recipe.source, recipe.configs, **sizes))
     if warning := missing_token(settings, data):

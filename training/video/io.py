@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
+from PIL import Image
 
 from common.remote import at_hand
 from video.display import orientation, progressive, square_size, to_rgb, turned
@@ -24,14 +25,20 @@ from video.media import decode, open_video, packets_of, read_still_image, reason
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 
 # Before this frame, decoding everything is cheaper than looking for a keyframe.
 SEEK_FROM = 64
 
 
-def read_frames(path: Path, indices: Sequence[int], num_threads: int = 1, *, seekable: bool = False) -> np.ndarray:
+def read_frames(
+    path: Path,
+    indices: Sequence[int],
+    num_threads: int = 1,
+    *,
+    seekable: bool = False,
+    longer_side: int | None = None,
+) -> np.ndarray:
     """Decode frames by index in display order to uint8 [F, H, W, 3], RGB, as shown; or the picture of a still image.
 
     As shown: upright, deinterlaced, with square pixels, over white, in standard dynamic range (`video.display`).
@@ -45,13 +52,15 @@ def read_frames(path: Path, indices: Sequence[int], num_threads: int = 1, *, see
         indices: at least one frame number from 0, in any order; they may repeat.
         num_threads: decoder threads; 0 lets FFmpeg choose. With several DataLoader workers 1 is best.
         seekable: as the probe reports; False decodes everything before the frames.
+        longer_side: resize each frame to this in pixels, antialiased, when its colours are converted; so that many
+            frames of a large video take little memory. None for the size of the clip.
 
     Raises ValueError, which names the file, if the clip cannot be decoded, has fewer frames, or changes its size.
     """
     distinct, places = np.unique(np.asarray(indices, int), return_inverse=True)
     try:
         with at_hand(path) as file:
-            frames = _read_distinct(file, distinct.tolist(), num_threads, seekable)
+            frames = _read_distinct(file, distinct.tolist(), num_threads, seekable, longer_side)
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{path}: cannot be decoded: {reason_of(error)}") from error
     except ValueError as error:
@@ -59,24 +68,28 @@ def read_frames(path: Path, indices: Sequence[int], num_threads: int = 1, *, see
     return frames if np.array_equal(distinct, indices) else frames[places]
 
 
-def _read_distinct(path: Path, indices: list[int], num_threads: int, seekable: bool) -> np.ndarray:
+def _read_distinct(
+    path: Path, indices: list[int], num_threads: int, seekable: bool, longer_side: int | None
+) -> np.ndarray:
     image = read_still_image(path)
     if image is not None:
         if indices != [0]:
             raise ValueError(f"frame {indices[-1]} was asked for, but it is a still image")
-        return image.pixels[None]
+        return _resized(image.pixels, longer_side)[None]
     if seekable and indices[0] >= SEEK_FROM:
-        frames = _read_from_keyframe(path, indices, num_threads)
+        frames = _read_from_keyframe(path, indices, num_threads, longer_side)
         if frames is not None:
             return frames
     with open_video(path) as container:
         stream = video_stream(container, num_threads)
         first = max(indices[0] - 1, 0)  # an interlaced frame needs the one before
         frames = islice(decode(packets_of(container, stream), stream), first, None)
-        return _gather(enumerate(progressive(frames), first), indices, stream)
+        return _gather(enumerate(progressive(frames), first), indices, stream, longer_side)
 
 
-def _read_from_keyframe(path: Path, indices: list[int], num_threads: int) -> np.ndarray | None:
+def _read_from_keyframe(
+    path: Path, indices: list[int], num_threads: int, longer_side: int | None = None
+) -> np.ndarray | None:
     """Read frames by their time stamps, decoded from the last clean start before them; None if that fails."""
     try:
         with open_video(path) as container:
@@ -96,12 +109,15 @@ def _read_from_keyframe(path: Path, indices: list[int], num_threads: int) -> np.
                 return None
             surveyed = zip(chain([first], shown), time_stamps[start:], strict=False)
             as_surveyed = takewhile(lambda pair: pair[0].pts == pair[1], surveyed)
-            return _gather(enumerate(progressive(frame for frame, _ in as_surveyed), start), indices, stream)
+            frames = progressive(frame for frame, _ in as_surveyed)
+            return _gather(enumerate(frames, start), indices, stream, longer_side)
     except (av.FFmpegError, ValueError):
         return None
 
 
-def _gather(frames: Iterable[tuple[int, av.VideoFrame]], indices: list[int], stream: av.VideoStream) -> np.ndarray:
+def _gather(
+    frames: Iterable[tuple[int, av.VideoFrame]], indices: list[int], stream: av.VideoStream, longer_side: int | None
+) -> np.ndarray:
     """Collect the frames at `indices` in one array, as shown."""
     pixels, filled = None, 0
     reformatter = VideoReformatter()  # one for all frames: it keeps the conversion's tables
@@ -109,7 +125,8 @@ def _gather(frames: Iterable[tuple[int, av.VideoFrame]], indices: list[int], str
         if index != indices[filled]:
             continue
         if pixels is None:
-            stored, shown, placed = (frame.width, frame.height), square_size(frame, stream), orientation(frame)
+            stored, placed = (frame.width, frame.height), orientation(frame)
+            shown = _scaled_size(*square_size(frame, stream), longer_side)
             pixels = np.empty((len(indices), *shown, 3), np.uint8)
         if (frame.width, frame.height) != stored:
             raise ValueError(f"changes its size from {stored[0]}x{stored[1]} to {frame.width}x{frame.height}")
@@ -118,6 +135,19 @@ def _gather(frames: Iterable[tuple[int, av.VideoFrame]], indices: list[int], str
         if filled == len(indices):
             return turned(pixels, *placed)
     raise ValueError(f"frame {indices[filled]} was asked for, but the clip ends before it")
+
+
+def _scaled_size(height: int, width: int, longer_side: int | None) -> tuple[int, int]:
+    """Return height and width with this longer side; a side of very long pictures keeps 16 pixels."""
+    factor = longer_side / max(height, width) if longer_side else 1
+    return tuple(max(round(side * factor), min(side, 16)) for side in (height, width))
+
+
+def _resized(picture: np.ndarray, longer_side: int | None) -> np.ndarray:
+    height, width = _scaled_size(*picture.shape[:2], longer_side)
+    if (height, width) == picture.shape[:2]:
+        return picture
+    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _survey(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[list[int], list[int]]:
@@ -162,7 +192,7 @@ def _unit_headers(packet: bytes, length_size: int) -> Iterator[int]:
         at += length_size + int.from_bytes(packet[at : at + length_size], "big")
 
 
-def write_video(path: Path, frames: Sequence["Image.Image | np.ndarray"], fps: int | Fraction) -> None:
+def write_video(path: Path, frames: Sequence[Image.Image | np.ndarray], fps: int | Fraction) -> None:
     """Encode frames as H.264 in yuv420p, near lossless (crf 18), in mp4; raises OSError if that cannot be written.
 
     The frames are RGB, of one size with even sides: Pillow images, or uint8 [H, W, 3].

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from common.remote import default_cache_folder
 from video import cache as cache_module
-from video.cache import FileCache
+from video.cache import FileCache, default_cache_folder
 
 
 FACT = {"num_frames": 49}

@@ -38,7 +38,7 @@ def read_folder(root: Path, captions_file: Path | None = None) -> Table:
     instead. `captions_file` is a table that captions will be written to, possibly in the folder; clips then need no
     captions.
     """
-    files = sorted(_visible_files(root))
+    files = sorted(visible_files(root))
     if not files and isinstance(root, RemotePath):
         raise UserError(f"--data_root: {root} has no files; check the name, and that your credentials may list it")
     groups, unread = _group_files(root, files)
@@ -99,8 +99,8 @@ def _all_rows(
             yield from _rows(root, name, files, unread.get(name, ()), captions_needed)
 
 
-def _visible_files(root: Path) -> Iterator[str]:
-    """Yield files as paths below root. Each folder is read once, even if links form a cycle."""
+def visible_files(root: Path) -> Iterator[str]:
+    """Yield files as paths below root, without hidden ones. Each folder is read once, even if links form a cycle."""
     if isinstance(root, RemotePath):
         yield from _visible_in_store(root.list_files(remember=True))
         return

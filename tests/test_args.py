@@ -76,7 +76,7 @@ METHOD_DEFAULTS = {
     "lora": {
         **dict.fromkeys(("use_rslora", "use_dora", "stream_blocks"), False),
         "lora_target_modules": ("to_q", "to_k", "to_v", "to_out.0"),
-        **{"lora_dropout": 0.0, "lora_weights": None, "quantize_base": "none"},
+        **{"lora_dropout": 0.0, "lora_weights": None, "quantize_base": "none", "adapter": "lora", "lokr_factor": 8},
     },
     "sft": {"save_pipeline": False, "save_validation_weights": False, "weights_dtype": "fp32"},
 }
@@ -141,6 +141,12 @@ BAD_TRAINING_FLAGS = [
     ("--lora_dropout 1", "--lora_dropout", "not including, 1"),
     ("--lora_target_modules", "--lora_target_modules", "at least one"),
     ("--lora_target_modules to_q all-linear", "--lora_target_modules", "all-linear already includes the others"),
+    ("--adapter lokr --use_rslora", "--use_rslora", "not available for --adapter lokr"),
+    ("--adapter loha --use_dora", "--use_dora", "not available for --adapter loha"),
+    ("--adapter loha --lora_dropout 0.1", "--lora_dropout", "not available for --adapter loha"),
+    ("--adapter loha --lokr_factor 4", "--lokr_factor", "add --adapter lokr"),
+    ("--adapter loha --quantize_base int8", "--quantize_base int8", "not available for --adapter loha"),
+    ("--adapter lokr --memory_budget_gb 24", "--memory_budget_gb", "pass --gradient_checkpointing instead"),
     ("--lora_weights nowhere", "--lora_weights", "no file 'nowhere'"),
     ("--lora_weights clips", "--lora_weights", "no file 'clips/pytorch_lora_weights.safetensors'"),
     ("--lora_weights first.png", "--lora_weights", "'first.png' is not a .safetensors file"),

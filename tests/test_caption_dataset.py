@@ -333,6 +333,20 @@ def test_a_clip_listed_twice_is_captioned_once(clips, server, tmp_path):
     assert server.lengths_asked() == [12]
 
 
+def test_parts_of_a_file_get_captions_of_their_own(clips, server):
+    def parts(*frames: tuple[str, str]) -> list[dict]:
+        rows = [{"video": "fly.mp4", "start_frame": start, "end_frame": end} for start, end in frames]
+        return caption(clips, server, "--dataset_file", str(write_table(clips / "list.csv", rows)))
+
+    made = parts(("0", "10"), ("12", "25"))
+    assert [(row["start_frame"], row["end_frame"]) for row in made] == [("0", "10"), ("12", "25")]
+    assert sorted((question.numbers[0], question.numbers[-1]) for question in server.questions) == [(0, 9), (12, 24)]
+    server.questions.clear()
+    again = parts(("0", "10"), ("3", "30"))
+    assert [(question.numbers[0], question.numbers[-1]) for question in server.questions] == [(3, 29)]
+    assert [row["start_frame"] for row in again] == ["0", "3", "12"]  # the last one is of the earlier table
+
+
 def test_a_busy_server_gets_the_request_again_and_a_truncated_answer_ends_with_a_sentence(clips, server):
     server.answer = lambda question, before: refused(429) if before < 2 else said("Bars move. They are wh", "length")
     assert set(captions_of(caption(clips, server)).values()) == {"Bars move."}

@@ -44,7 +44,9 @@ COMMANDS = {
     "caption_dataset",
     "score_clips",
     "make_first_frames",
+    "split_scenes",
     "generate",
+    "convert_lora",
 }
 PARTS = {"args", "dataset"}  # the two parts that all commands share
 MOST_MODULES = 16

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from checks.captions import check_captioning, settle_prompt
+from checks.conversion import settle_conversion
 from checks.data import check_prepared_flags, check_sources, drop_long_buckets, settle_clips
 from checks.deepspeed import check_zero
 from checks.files import check_files
+from checks.footage import check_splitting
 from checks.fsdp import check_fsdp
 from checks.generation import settle_generation
 from checks.memory import check_memory, check_optimizer, settle_memory
@@ -33,10 +35,12 @@ from common.errors import UserError
 from common.ranks import launch_rank
 from flags.settings import (
     CaptioningSettings,
+    ConversionSettings,
     FirstFrameSettings,
     GenerationSettings,
     PreparationSettings,
     ScoringSettings,
+    SplittingSettings,
     TrainingSettings,
 )
 
@@ -45,7 +49,7 @@ TASKS = ("text-to-video", "image-to-video")
 METHODS = ("lora", "sft")
 DATA_FLAGS = ("data_root", "dataset_file", "dataset_name", "dataset_mix")  # one of them names the data
 _LORA_ONLY = ("lora_target_modules", "use_rslora", "use_dora", "lora_dropout", "lora_weights")
-_LORA_ONLY += ("quantize_base", "stream_blocks")
+_LORA_ONLY += ("adapter", "lokr_factor", "quantize_base", "stream_blocks")
 _SFT_ONLY = ("save_pipeline", "save_validation_weights", "weights_dtype")
 
 
@@ -158,6 +162,23 @@ def parse_caption_args(argv: Sequence[str] | None = None) -> CaptioningSettings:
     return replace(settings, captions=settle_prompt(settings.captions))
 
 
+def parse_split_args(argv: Sequence[str] | None = None) -> SplittingSettings:
+    """Read and check the flags of split_scenes.py; see `parse_args`."""
+    parser = FlagParser(
+        SplittingSettings,
+        required=(("data_root",), ("output_dir",)),
+        has_config=False,
+        usage="%(prog)s --data_root FOOTAGE --output_dir FOLDER [flags]",
+        description="Cut footage into clips of one scene each. Run again to continue a stopped run, or after adding "
+        "footage.",
+    )
+    groups, _ = parser.read(argv)
+    settings = SplittingSettings(**groups)
+    with _reported(parser):
+        check_splitting(settings)
+    return settings
+
+
 def parse_score_args(argv: Sequence[str] | None = None) -> ScoringSettings:
     """Read and check the flags of score_clips.py; see `parse_args`. Those on data mean the same."""
     parser = FlagParser(
@@ -208,6 +229,21 @@ def parse_generate_args(argv: Sequence[str] | None = None) -> GenerationSettings
     groups, given = parser.read(argv)
     with _reported(parser):
         return settle_generation(GenerationSettings(**groups), has_negative_prompt="negative_prompt" in given)
+
+
+def parse_convert_args(argv: Sequence[str] | None = None) -> ConversionSettings:
+    """Read and check the flags of convert_lora.py; see `parse_args`."""
+    parser = FlagParser(
+        ConversionSettings,
+        required=(("lora", "transformer"), ("output_file", "output_dir")),
+        has_config=False,
+        usage="%(prog)s (--lora FILE ... | --transformer FOLDER) (--output_file FILE | --output_dir FOLDER) [flags]",
+        description="Convert LoRAs: to the names of other tools, to another rank or precision, several into one, from "
+        "LoKr and LoHa, from full fine-tuning, or into the weights of the base model.",
+    )
+    groups, _ = parser.read(argv)
+    with _reported(parser):
+        return settle_conversion(ConversionSettings(**groups))
 
 
 @contextmanager

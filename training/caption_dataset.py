@@ -17,7 +17,7 @@ from pathlib import Path
 
 from args import parse_caption_args
 from captions.pool import Captioner, caption_clip, caption_clips
-from captions.table import AUTHOR_COLUMN, USER, Caption, CaptionFile, CaptionSettings
+from captions.table import AUTHOR_COLUMN, USER, Caption, CaptionFile, CaptionSettings, clip_key
 from captions.text import Questions
 from common.bars import tqdm
 from common.errors import UserError, listing, one_line_errors
@@ -88,7 +88,7 @@ def ask_for_captions(
 ) -> tuple[dict[str, Caption], list[BadClip]]:
     """Caption clips, except those that a stopped run has captioned with the same settings.
 
-    Takes the clips by their paths in the table, and returns the captions by path, and the clips that got none. A model
+    Takes the clips by their keys in the table, and returns the captions by key, and the clips that got none. A model
     that cannot be reached or loaded, or stops answering, is a UserError.
     """
     table.check_writable()
@@ -139,7 +139,7 @@ def caption_dataset(settings: CaptioningSettings) -> None:
     if data.dropped:
         tqdm.write(listing(f"{len(data.dropped)} of the clips are dropped by --keep:", data.dropped))
     earlier = table.captions()
-    listed = [(listed_path(planned.clip.video, folder), planned) for planned in data.clips]
+    listed = [(clip_key(caption_row(planned.clip, Caption("", USER), folder)), planned) for planned in data.clips]
     kept = [own_caption(planned.clip) or earlier.get(path) for path, planned in listed]
     wanted = dict(
         item for item, caption in zip(listed, kept, strict=True) if settings.captions.overwrite or caption is None

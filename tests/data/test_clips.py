@@ -2,6 +2,7 @@
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from video.probe import VideoInfo
 
 BUCKETS = make_buckets([9, 17], [32, 64], [32, 64])
 STILL = VideoInfo(1, 64, 64, 0.0, is_image=True)
+PART = Clip(Path("a.mp4"), "A cat.", "list.csv:2", start_frame=60, end_frame=80)
 
 
 def plan(infos, buckets=BUCKETS, **options):
@@ -67,6 +69,41 @@ def test_a_clip_without_a_sample_is_a_bad_clip_with_the_reason():
     assert missing == "0.mp4 (videos.txt:1): does not exist"
     assert short.startswith("1.mp4 (videos.txt:2): 8 usable frames (of 20)")
     assert still.startswith("2.mp4 (videos.txt:3): is a still image")
+
+
+def test_a_clip_may_be_a_part_of_a_file():
+    info = VideoInfo(100, 64, 64, 25.0, sha256="a")
+    (sample, whole), bad = plan_clips(
+        [PART, replace(PART, start_frame=0, end_frame=None)], {PART.video: info}, BUCKETS
+    )
+    assert bad == []
+    assert (sample.frame_indices[0], sample.frame_indices[-1], sample.bucket.num_frames) == (60, 79, 17)
+    assert sample.info.num_frames == 20
+    assert sample.shown_fps == pytest.approx(25 * 16 / 19)
+    assert (whole.info, whole.frame_indices[-1]) == (info, 99)
+    assert sample.info.content != info.content  # the part is another clip for whoever compares them
+
+
+def test_the_part_of_a_file_with_a_variable_rate_is_timed_by_its_own_frames():
+    times = (*range(0, 60 * 40_000, 40_000), *range(60 * 40_000, 60 * 40_000 + 40 * 100_000, 100_000))
+    info = VideoInfo(100, 64, 64, 15.625, frame_times=times)
+    part = replace(PART, end_frame=None)
+    (sample,), _ = plan_clips([part], {PART.video: info}, BUCKETS, fps=5.0, long_clips="first")
+    assert sample.frame_indices == tuple(range(60, 94, 2))
+    assert (sample.info.fps, sample.shown_fps) == (pytest.approx(10), pytest.approx(5))
+
+
+@pytest.mark.parametrize(
+    ("info", "reason"),
+    [
+        (VideoInfo(70, 64, 64, 25.0), "has 70 frames, not those from start_frame 60 to end_frame 80"),
+        (STILL, "is a still image, which has no start_frame and end_frame"),
+    ],
+)
+def test_a_part_that_a_file_does_not_have_is_a_bad_clip(info, reason):
+    samples, (bad,) = plan_clips([PART], {PART.video: info}, BUCKETS)
+    assert samples == []
+    assert bad.reason == reason
 
 
 sides = st.integers(16, 90)

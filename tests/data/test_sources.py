@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from unicodedata import normalize
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from clip_lists import bad, captions, error_of, good, read, touch, write, write_lists, write_table
@@ -265,6 +267,28 @@ def test_other_columns_with_single_values_of_the_user_are_metadata(tmp_path):
     bookkeeping = {"__key__": "a", "__url__": "clips.tar", "__index_level_0__": 7}
     file = write(tmp_path / "data.jsonl", json.dumps(row | bookkeeping))
     assert good(tmp_path, dataset_file=file)[0].metadata == {"n": "3", "ok": "True"}
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])
+def test_start_frame_and_end_frame_are_the_part_of_the_file(tmp_path, name):
+    numbers = [("10", "20"), ("", "20"), ("10", ""), ("", "")]
+    rows = [{"video": "a.mp4", "text": "A cat.", "start_frame": start, "end_frame": end} for start, end in numbers]
+    clips = good(tmp_path, dataset_file=write_table(tmp_path / name, rows))
+    assert [(clip.start_frame, clip.end_frame) for clip in clips] == [(10, 20), (0, 20), (10, None), (0, None)]
+    assert clips[0].metadata == {"start_frame": "10", "end_frame": "20"}  # for the tables that list them again
+
+
+def test_frame_numbers_of_tables_with_gaps_are_read(tmp_path):
+    table = pa.table({"video": ["a.mp4"] * 3, "text": ["A cat."] * 3, "start_frame": [5.0, float("nan"), None]})
+    pq.write_table(table, tmp_path / "list.parquet")
+    assert [clip.start_frame for clip in good(tmp_path, dataset_file=tmp_path / "list.parquet")] == [5, 0, 0]
+
+
+@pytest.mark.parametrize("value", ["-1", "2.5", "ten", "inf"])
+def test_what_is_no_frame_number_is_a_bad_clip(tmp_path, value):
+    row = {"video": "a.mp4", "text": "A cat.", "start_frame": value}
+    (reason,) = bad(tmp_path, dataset_file=write_table(tmp_path / "list.csv", [row]))
+    assert f"has '{value}' as its start_frame, which is not a frame number" in reason
 
 
 def test_reading_lists_imports_nothing_heavy():

@@ -8,8 +8,18 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 
+import convert_lora
 from common.run_folder import LORA_FILE
-from doc_pages import flags_of, help_flags, marked_blocks, named_flags, noted_calls, read_page, without_code
+from doc_pages import (
+    flags_of,
+    help_flags,
+    marked_blocks,
+    named_flags,
+    noted_calls,
+    read_page,
+    script_flags,
+    without_code,
+)
 from methods.lora import Lora
 from models.source import ModelSource
 
@@ -45,14 +55,22 @@ def test_the_commands_sample_the_videos_that_the_page_names(folder):
 
 
 def test_every_block_of_the_page_is_tested_here_or_with_the_readme():
-    assert BLOCKS.keys() == {"generate", "compare", "several", "merge", "check"}
+    assert BLOCKS.keys() == {"generate", "compare", "several", "convert", "extract", "check"}
 
 
 def test_the_flags_that_the_page_names_are_those_of_the_script():
-    assert named_flags(without_code(PAGE)) <= help_flags("generate.py") | {"--help"}
+    assert named_flags(without_code(PAGE)) <= help_flags("generate.py") | help_flags("convert_lora.py") | {"--help"}
 
 
-def test_the_merging_code_writes_weights_that_include_the_lora(folder, tiny_models):
+def test_the_commands_convert_what_the_page_says(folder):
+    first, second = noted_calls(BLOCKS["convert"], folder)
+    assert [scale for _, scale in flags_of(first).settings.loras] == [1.0, 0.6]
+    Path("both.safetensors").touch()
+    few = flags_of(second)
+    assert (few.settings.loras, few.rank, few.format) == ((("both.safetensors", 1.0),), 32, "videox-fun")
+
+
+def test_the_merging_command_writes_weights_that_include_the_lora(folder, tiny_models):
     model = tiny_models("5b")
     transformer = ModelSource(str(model)).load_transformer(torch.float32)
     lora = Lora(rank=4, alpha=2)
@@ -60,7 +78,9 @@ def test_the_merging_code_writes_weights_that_include_the_lora(folder, tiny_mode
     layer = transformer.transformer_blocks[0].attn1.to_q
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     lora.save(transformer, Path("outputs/my-lora"), torch.float32)
-    exec(BLOCKS["merge"].replace("THUDM/CogVideoX-5b", str(model)).replace("torch.bfloat16", "torch.float32"), {})
+    extract, merge = noted_calls(BLOCKS["extract"].replace("THUDM/CogVideoX-5b", str(model)), folder)
+    assert flags_of(extract).energy == 0.9
+    convert_lora.main(script_flags(merge))
 
     merged = CogVideoXTransformer3DModel.from_pretrained("outputs/merged", subfolder="transformer")
     added = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 2 / 4

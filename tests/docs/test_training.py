@@ -206,7 +206,7 @@ def test_the_code_for_full_fine_tuning_loads_the_weights(folder, tiny_models):
 @pytest.mark.parametrize("script", TRAINING_SCRIPTS)
 def test_the_flags_that_the_page_names_are_those_of_each_script(script):
     of_lora = {"--lora_target_modules", "--use_rslora", "--use_dora", "--lora_dropout", "--lora_alpha", "--rank"}
-    of_lora |= {"--lora_weights", "--quantize_base", "--stream_blocks"}
+    of_lora |= {"--lora_weights", "--quantize_base", "--stream_blocks", "--adapter", "--lokr_factor"}
     elsewhere = {"--quiet"} | help_flags("prepare_dataset.py")
     elsewhere |= (
         of_lora if script.endswith("_sft.py") else {"--save_pipeline", "--save_validation_weights", "--weights_dtype"}

@@ -16,10 +16,12 @@ from args import (
     TASKS,
     parse_args,
     parse_caption_args,
+    parse_convert_args,
     parse_first_frame_args,
     parse_generate_args,
     parse_prepare_args,
     parse_score_args,
+    parse_split_args,
 )
 from cli.schema import flag_values
 from repository import ROOT
@@ -36,6 +38,8 @@ PARSERS = TRAINING_SCRIPTS | {
     "caption_dataset.py": parse_caption_args,
     "score_clips.py": parse_score_args,
     "generate.py": parse_generate_args,
+    "split_scenes.py": parse_split_args,
+    "convert_lora.py": parse_convert_args,
 }
 MARKED_BLOCK = r"<!-- tested: ([\w ]+) -->\n```(?:bash|python)\n(.*?)```"
 # Programs that start our scripts note their arguments; those that need a network or a package index do nothing.

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import CogVideoXPipeline
 from peft import LoraConfig
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from forward_pass import load
 from methods.lora import LORA_FILE, Lora
+from methods.lora_mounting import check_loras, mount_loras
 from models.source import ModelSource
-from tuned_models import check_model, make_lora, only_configs, output, randomize, sampled_with
+from tuned_models import check_model, make_lora, only_configs, output, randomize, sampled_with, write_lora
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,6 +65,62 @@ def test_an_untrained_lora_has_no_effect_and_a_trained_one_samples_as_it_was_tra
     lora.save(transformer, tmp_path, torch.float32)
     torch.testing.assert_close(output(sampled_with(tiny_models(kind), tmp_path, kind)), trained, atol=1e-5, rtol=1e-5)
     assert (trained - untouched).norm() > 0.01 * untouched.norm()
+
+
+PRODUCTS = {
+    "lokr": {"adapter": "lokr"},
+    "lokr of all layers, other factor": {"adapter": "lokr", "lokr_factor": 4, "target_modules": ["all-linear"]},
+    "loha": {"adapter": "loha"},
+}
+
+
+@pytest.mark.parametrize("options", PRODUCTS.values(), ids=PRODUCTS)
+def test_a_lokr_or_loha_samples_by_the_printed_code_and_mounted_as_it_was_trained(tiny_models, tmp_path, options):
+    model = tiny_models("2b")
+    transformer, lora = load(model), make_lora(**options)
+    untouched = output(transformer)
+    lora.attach(transformer)
+    assert torch.equal(output(transformer), untouched)
+    file = lora.save(transformer, tmp_path, torch.float32)
+    with pytest.raises(UserError, match="has no effect"):
+        check_loras([(str(file), 1.0)], ModelSource(str(model)).configs())
+    randomize(transformer)
+    trained = output(transformer)
+    assert (trained - untouched).norm() > 0.01 * untouched.norm()
+    lora.save(transformer, tmp_path, torch.float32)
+    with pytest.raises(ValueError, match="LoRA"):  # why the printed code is needed
+        sampled_with(model, tmp_path)
+    code = "\n".join(lora.usage("CogVideoXPipeline", str(model), tmp_path)).replace("torch.bfloat16", "torch.float32")
+    names = {"torch": torch, "CogVideoXPipeline": CogVideoXPipeline}
+    exec(code.replace('.to("cuda")', ""), names)
+    assert torch.equal(output(names["pipe"].transformer), trained)
+    check_loras([(str(file), 1.0)], ModelSource(str(model)).configs())
+    pipeline = CogVideoXPipeline.from_pretrained(model, vae=None, text_encoder=None, tokenizer=None)
+    mount_loras(pipeline, [(str(file), 1.0)])
+    torch.testing.assert_close(output(pipeline.transformer), trained, atol=1e-5, rtol=1e-5)
+    resumed = load(model)
+    lora.attach(resumed)
+    lora.load(resumed, tmp_path)
+    assert torch.equal(output(resumed), trained)
+
+
+def test_a_lokr_is_refused_on_a_quantized_base_on_another_model_and_if_damaged(tiny_models, tmp_path):
+    file = write_lora(tiny_models("2b"), tmp_path, adapter="lokr")
+    configs = ModelSource(str(tiny_models("2b"))).configs()
+    with pytest.raises(UserError, match=r"^--quantize_base int8: .*convert_lora\.py"):
+        check_loras([(str(file), 1.0)], configs, quantize_base="int8")
+    weights = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    wider = {name: torch.cat([one, one], 1) if "w2_b" in name else one for name, one in weights.items()}
+    fewer = {name: one for name, one in weights.items() if "w1" not in name}
+    for changed, expected in ((wider, "another model"), (fewer, "damaged .*it lacks lokr_w1")):
+        save_file(changed, file, metadata)
+        with pytest.raises(UserError, match=f"^--lora: .*{expected}"):
+            check_loras([(str(file), 1.0)], configs)
+    save_file(weights, file)
+    with pytest.raises(UserError, match="metadata without alpha"):
+        check_loras([(str(file), 1.0)], configs)
 
 
 @pytest.mark.parametrize(("use_rslora", "scale"), [(False, 4 / 8), (True, 4 / 8**0.5)], ids=["lora", "rslora"])
@@ -115,7 +173,11 @@ def test_dora_starts_without_effect_on_a_half_precision_base(transformer):
 def test_a_resumed_lora_must_have_the_same_adapters():
     lora = Lora(rank=4, alpha=8, target_modules=["to_v", "to_q"], use_dora=True, dropout=0.1, start_from=Path("a"))
     settings = {"--rank": 4, "--lora_alpha": 8, "--lora_target_modules": "to_q to_v"}
-    assert json.loads(json.dumps(lora.settings)) == settings | {"--use_rslora": False, "--use_dora": True}
+    # False is what a checkpoint older than a flag was made with.
+    settings |= {"--use_rslora": False, "--use_dora": True, "--adapter": False, "--lokr_factor": False}
+    assert json.loads(json.dumps(lora.settings)) == settings
+    lokr = Lora(rank=4, alpha=8, adapter="lokr", lokr_factor=4).settings
+    assert (lokr["--adapter"], lokr["--lokr_factor"]) == ("lokr", 4)
 
 
 @pytest.mark.parametrize("name", ["to_z", "attn1", "proj", "transformer_blocks.9.attn1.to_q", ""])

@@ -15,6 +15,7 @@ from tuned_models import check_model, make_lora, only_configs, output, randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ADAPTERS = {"lora": {}, "dora": {"use_dora": True}}
+PRODUCTS = {"lokr": {"adapter": "lokr"}, "loha": {"adapter": "loha"}}
 
 
 def without_metadata(file: Path) -> Path:
@@ -22,7 +23,7 @@ def without_metadata(file: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize("options", (ADAPTERS | PRODUCTS).values(), ids=ADAPTERS | PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_adapters_start_with_exactly_the_values_of_the_file(model, transformer, tmp_path, dtype, options):
     file = write_lora(model, tmp_path / "first", dtype, **options)
@@ -64,6 +65,8 @@ MISMATCHES = {
     "--use_dora": {"use_dora": True},
     "no --use_dora": {},
     "--lora_target_modules ff.net.2 proj_out": {"target_modules": ["proj_out", "ff.net.2"]},
+    "--adapter lokr, --lokr_factor 4": {"adapter": "lokr", "lokr_factor": 4},
+    "--adapter loha, --rank 2, --lora_alpha 2.5": {"adapter": "loha", "rank": 2, "alpha": 2.5},
     "--lora_target_modules transformer_blocks.1.attn1.to_q": {"target_modules": ["transformer_blocks.1.attn1.to_q"]},
     "--rank 2, --lora_alpha 3, --use_rslora, --lora_target_modules attn1.to_q": SEVERAL,
 }

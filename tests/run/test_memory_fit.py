@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from data.buckets import Bucket
 from forked_ranks import call_on_ranks
 from memory.settings import GB, MemorySettings, memory_settings_of
 from planning.plan import plan_training_data
-from run.auto_fit import count_steps, fit_into_memory
+from run.auto_fit import count_steps, earns_to_compile, fit_into_memory
 from run.memory_fit import (
     choose_by_budget,
     chosen_before,
@@ -157,7 +157,7 @@ def test_long_runs_on_a_card_compile_their_blocks(compiles):
     assert compiles("--max_train_steps", "1500", *validation)[1].endswith("3,000 steps for 2 sizes on")
 
 
-def test_what_was_typed_or_cannot_be_compiled_is_not_compiled_unasked(compiles, monkeypatch):
+def test_what_was_typed_or_cannot_be_compiled_is_not_compiled_unasked(compiles, make_run, monkeypatch):
     long = ("--max_train_steps", "9999")
     assert compiles(*long, "--no-compile") == (False, "")
     assert compiles("--max_train_steps", "1", "--compile") == (True, "the blocks")
@@ -168,7 +168,9 @@ def test_what_was_typed_or_cannot_be_compiled_is_not_compiled_unasked(compiles, 
     assert not compiles(*long, "--attention_backend", "flash-attn-3", "--mixed_precision", "bf16")[0]
     assert compiles(*long)[0] and not compiles(*long, launch="ACCELERATE_USE_FSDP")[0]
     assert compiles(*long, launch="ACCELERATE_USE_CPU") == (False, "")
-    assert not compiles(*long, "--train_batch_size", "1", "--max_tokens_per_batch", "999")[0]
+    plain = make_run("lora", *long)
+    packed = replace(plain, settings=replace_flags(plain.settings, max_tokens_per_batch=9999))
+    assert earns_to_compile(plain) and not earns_to_compile(packed)
     monkeypatch.setattr("models.compilation.has_triton", lambda: False)
     assert not compiles(*long)[0]
 

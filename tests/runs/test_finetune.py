@@ -98,6 +98,19 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(train, tmp_path, a
     assert curve(stopped, "lr") == {step: curve(straight, "lr")[step] for step in (5, 6)}
 
 
+@pytest.mark.parametrize(("adapter", "zero_before"), [("lokr", "lokr_w1"), ("loha", "hada_w2_b")])
+def test_a_lokr_or_loha_learns_and_resumes_bit_for_bit(train, error_of, tmp_path, adapter, zero_before):
+    flags = ("--max_train_steps", "2", "--checkpointing_steps", "1", "--mixed_precision", "bf16", "--use_ema")
+    flags += ("--gradient_checkpointing", "--report_to", "none")
+    whole = train(tmp_path / "whole", *flags, "--adapter", adapter)
+    assert len([name for name in whole if zero_before in name]) == 4 * 4
+    assert all(weight.any() and weight.isfinite().all() for name, weight in whole.items() if zero_before in name)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "resumed" / "checkpoint-1")
+    flags += ("--resume_from_checkpoint", "latest")
+    assert f"--adapter was {adapter}, is now off" in error_of(tmp_path / "resumed", *flags)
+    assert_same_weights(train(tmp_path / "resumed", *flags, "--adapter", adapter), whole)
+
+
 def test_a_step_of_four_small_batches_is_a_step_of_the_big_one(train, tmp_path):
     one_step = ("--max_train_steps", "1", "--train_batch_size")  # of all the 16 samples
     big = train(tmp_path / "big", *one_step, "16")

@@ -48,6 +48,12 @@ class CaptionSettings:
         return digest_lines([json.dumps(asdict(self))])
 
 
+def clip_key(row: Mapping[str, object]) -> str:
+    """Return what tells a row's clip from others: its path, with its frames if it is a part of a file."""
+    part = [str(row.get(name) or "") for name in ("start_frame", "end_frame")]
+    return f"{row['video']}:{'-'.join(part)}" if any(part) else str(row["video"])
+
+
 class CaptionFile:
     """A JSONL table with one row per clip: `video`, `caption`, `captioned_by`, and the clip's other columns.
 
@@ -62,9 +68,9 @@ class CaptionFile:
         self._appended = self._recover()
 
     def captions(self) -> dict[str, Caption]:
-        """Return the captions of the table and of a stopped run that are not empty, by the clips' paths as listed."""
+        """Return the captions of the table and of a stopped run that are not empty, by the clips' keys."""
         filled = [row for row in self._rows if row["caption"].strip()]
-        found = {row["video"]: Caption(row["caption"], row.get(AUTHOR_COLUMN, USER)) for row in filled}
+        found = {clip_key(row): Caption(row["caption"], row.get(AUTHOR_COLUMN, USER)) for row in filled}
         return found | {video: caption for video, caption, _ in self._appended}
 
     def unfinished(self, settings: CaptionSettings) -> dict[str, Caption]:
@@ -102,12 +108,12 @@ class CaptionFile:
             folder: where the clips' relative paths start.
             finished: `rows` holds all captions asked for, so that the appended ones can be deleted.
         """
-        listed = {row["video"] for row in rows}
-        earlier = {row["video"]: row for row in self._rows}
+        listed = {clip_key(row) for row in rows}
+        earlier = {clip_key(row): row for row in self._rows}
         kept = [
-            earlier.get(video, {}) | {"video": video, "caption": caption.text, AUTHOR_COLUMN: caption.author}
-            for video, caption in self.captions().items()
-            if video not in listed and os.path.exists(os.path.join(folder or "", video))
+            {"video": key} | earlier.get(key, {}) | {"caption": caption.text, AUTHOR_COLUMN: caption.author}
+            for key, caption in self.captions().items()
+            if key not in listed and os.path.exists(os.path.join(folder or "", earlier.get(key, {}).get("video", key)))
         ]
         if rows or kept:
             with atomic_write(self.path) as partial:

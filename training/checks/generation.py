@@ -13,6 +13,7 @@ from checks.files import check_model, check_writable, find_images, find_lora, is
 from common.errors import UserError
 from common.files import slug
 from common.run_folder import LORA_FILE, TRANSFORMER_FOLDER, list_checkpoints
+from flags.conversion import ConvertedFlags
 from flags.generation import (
     BASE,
     COMPARED,
@@ -38,8 +39,8 @@ def settle_generation(settings: GenerationSettings, *, has_negative_prompt: bool
         raise UserError("--negative_prompt: no effect without guidance; raise --guidance_scale above 1")
     _check_memory(settings.memory)
     check_model(settings.model.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
-    loras = _find_loras(result)
-    result = replace(result, transformer=result.transformer and _find_transformer(result.transformer))
+    loras = find_loras(result)
+    result = replace(result, transformer=result.transformer and find_transformer(result.transformer))
     if result.compare and not loras and not result.transformer:
         raise UserError("--compare: there is nothing to compare the base model with; add --lora or --transformer")
     settings = replace(settings, content=content, result=result, loras=loras)
@@ -97,7 +98,7 @@ def _check_memory(memory: SamplingMemoryFlags) -> None:
         raise UserError(f"{flag}: not with --quantize_base; omit it, or use --enable_model_cpu_offload")
 
 
-def _find_loras(result: ResultFlags) -> tuple[tuple[str, float], ...]:
+def find_loras(result: ResultFlags | ConvertedFlags) -> tuple[tuple[str, float], ...]:
     """Return the file or hub id of each LoRA, with its scale."""
     if result.lora_scale and not result.lora:
         raise UserError("--lora_scale: there is no --lora; add it or omit the scale")
@@ -111,7 +112,7 @@ def _find_loras(result: ResultFlags) -> tuple[tuple[str, float], ...]:
     return tuple(zip(files, scales, strict=True))
 
 
-def _find_transformer(reference: str) -> str:
+def find_transformer(reference: str) -> str:
     """Return the folder that contains transformer/, which may be passed itself; a hub id as it is."""
     folder = Path(reference)
     if folder.name == TRANSFORMER_FOLDER and (folder / "config.json").is_file():

@@ -113,10 +113,17 @@ def check_memory(settings: TrainingSettings) -> None:
     if memory.quantize_base != "none":
         flag = f"--quantize_base {memory.quantize_base}"
         _check_launcher(flag, "quantized weights")
+        if settings.lora.adapter != "lora":
+            raise UserError(f"{flag}: not available for --adapter {settings.lora.adapter}; omit one of them")
         if memory.quantize_base == "nf4" and memory.stream_blocks:
             raise UserError(f"{flag}: bitsandbytes' weights cannot be streamed; use int8 or omit --stream_blocks")
     if memory.stream_blocks:
         _check_streaming(settings)
+    if memory.memory_budget_gb and settings.lora.adapter != "lora":
+        raise UserError(
+            f"--memory_budget_gb: the memory of --adapter {settings.lora.adapter} is not calculated; pass "
+            "--gradient_checkpointing instead"
+        )
     if memory.auto_fit and launch_size() > 1:
         raise UserError(
             "--auto_fit: a process out of memory would leave the others waiting; find the settings with one process "

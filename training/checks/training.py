@@ -102,6 +102,12 @@ def check_details(settings: TrainingSettings) -> None:
     modules = settings.lora.lora_target_modules
     if ALL_LINEAR in modules and len(modules) > 1:
         raise UserError(f"--lora_target_modules: {ALL_LINEAR} already includes the others; omit these")
+    adapter = settings.lora.adapter
+    for name in ("use_rslora", "use_dora", "lora_dropout"):
+        if getattr(settings.lora, name) and adapter != "lora":
+            raise UserError(f"--{name}: not available for --adapter {adapter}; omit one of them")
+    if "lokr_factor" in settings.given and adapter != "lokr":
+        raise UserError(f"--lokr_factor: no effect on --adapter {adapter}; add --adapter lokr or omit it")
     for name in ("hub_token", "hub_model_id"):
         if getattr(settings.hub, name) and not settings.hub.push_to_hub:
             raise UserError(f"--{name}: nothing would be uploaded; add --push_to_hub or omit it")

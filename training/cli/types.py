@@ -106,6 +106,7 @@ PositiveFloat = Annotated[float, _number(lambda value: value > 0, "a number abov
 NonNegativeFloat = Annotated[float, _number(lambda value: value >= 0, "a number of 0 or more")]
 FiniteFloat = Annotated[float, _number(lambda value: True, "a number")]
 Probability = Annotated[float, _number(lambda value: 0 <= value <= 1, "a number from 0 to 1", "P")]
+Share = Annotated[float, _number(lambda value: 0 < value <= 1, "a number above 0, up to 1", "P")]
 DecayRate = Annotated[float, _number(lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")]
 Text = Annotated[str, Value(_text, "TEXT")]
 Condition = Annotated[str, Value(_condition, "CONDITION")]

@@ -44,9 +44,9 @@ class ClipSample:
     """A sample: chosen frames of a clip, and their bucket."""
 
     clip: Clip
-    info: VideoInfo
+    info: VideoInfo  # of the clip, which may be a part of its file
     bucket: Bucket
-    frame_indices: tuple[int, ...]
+    frame_indices: tuple[int, ...]  # of the file
     part: int = 0  # index among the samples of a clip that is split
     first_frame: VideoInfo | None = None  # probe result of clip.image, for image-to-video
     num_held: int = 0  # frames at the end that repeat the last one to fill the bucket
@@ -55,7 +55,7 @@ class ClipSample:
     def shown_fps(self) -> float | None:
         """The frames per second of the chosen frames without held ones; None if unknown."""
         indices, info = self.frame_indices[: len(self.frame_indices) - self.num_held], self.info
-        first, last = indices[0], indices[-1]
+        first, last = (index - self.clip.start_frame for index in (indices[0], indices[-1]))
         if info.frame_times is not None:
             seconds = (info.frame_times[last] - info.frame_times[first]) / 1_000_000
         else:
@@ -118,6 +118,8 @@ def plan_clips(
             info = _found(infos[clip.video])
             has_image = with_images and clip.image is not None
             first_frame = _found(infos[clip.image], f"its image {clip.image}: ") if has_image else None
+            if clip.start_frame or clip.end_frame is not None:
+                info = info.part(clip.start_frame, clip.end_frame)
             readable = info
             # Only what the choice of frames depends on.
             timing = replace(info, height=0, width=0, rotation=0, seekable=False, sha256="", corrections=())
@@ -128,6 +130,8 @@ def plan_clips(
             continue
         for part, indices in enumerate(samples):
             bucket = bucket_of(len(indices), info.height, info.width)
+            if clip.start_frame:
+                indices = tuple(clip.start_frame + index for index in indices)
             planned.append(ClipSample(clip, info, bucket, indices, part, first_frame, num_held))
     return planned, bad
 

@@ -70,7 +70,7 @@ def _group_files(root: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]
     A name is the same whether or not an accent is a character of its own.
     """
     groups, unread = {}, {}
-    for file in sorted(_visible_files(root)):
+    for file in sorted(visible_files(root)):
         is_read = _suffix(file) == ".txt" or is_clip(root / file)
         if is_read or not _is_side_file(file):
             name = normalize("NFC", os.path.splitext(file)[0])
@@ -93,8 +93,8 @@ def _all_rows(
             yield from _rows(root, name, files, unread.get(name, ()), captions_needed)
 
 
-def _visible_files(root: Path) -> Iterator[str]:
-    """Yield files as paths below root. Each folder is read once, even if links form a cycle."""
+def visible_files(root: Path) -> Iterator[str]:
+    """Yield files as paths below root, without hidden ones. Each folder is read once, even if links form a cycle."""
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_report_folder):
         # An earlier preparation or dry run wrote a folder with one of these files.

@@ -149,7 +149,23 @@ def _clip_of(
         "".join((caption, str(video), str(image), *metadata, *metadata.values())).encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, and file names may be any bytes
         raise UnusableRow("has text that is not valid Unicode, which no list can hold") from error
-    return Clip(video, caption, row.source, image, source.repeats, metadata)
+    part = (_frame_number(values, "start_frame") or 0, _frame_number(values, "end_frame"))
+    return Clip(video, caption, row.source, image, source.repeats, metadata, *part)
+
+
+def _frame_number(values: Mapping[str, Any], name: str) -> int | None:
+    """Return the number in a column of frames, which any format of tables may hold; None if it is empty."""
+    value = values.get(name)
+    text = "" if value is None else str(value).strip()
+    if text.lower() in ("", "nan"):  # a gap in a column of numbers
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if number < 0 or not number.is_integer():
+        raise UnusableRow(f"has {one_line(text, 50)!r} as its {name}, which is not a frame number")
+    return int(number)
 
 
 def _metadata(values: Mapping[str, Any], used: Collection[str | None]) -> dict[str, str]:

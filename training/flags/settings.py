@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from cli.schema import group
 from flags.captions import CaptionFlags, CaptionFrameFlags, CaptionModelFlags
+from flags.conversion import BaseModelFlags, ConvertedFlags, ConvertedOutputFlags, ReductionFlags
 from flags.data import ClipFlags, LoaderFlags, PreparedFlags, SourceFlags
+from flags.footage import FootageFlags, SceneFlags
 from flags.generation import ContentFlags, OutputFlags, PlannedVideo, ResultFlags, SamplingFlags, SamplingMemoryFlags
 from flags.memory import MemoryFlags
 from flags.model import EncoderFlags, ModelFlags, SampledModelFlags
@@ -77,6 +79,14 @@ class CaptioningSettings:
 
 
 @dataclass(frozen=True)
+class SplittingSettings:
+    """The settings of split_scenes.py."""
+
+    footage: FootageFlags = group("footage")
+    scenes: SceneFlags = group("scenes")
+
+
+@dataclass(frozen=True)
 class ScoringSettings:
     """The settings of score_clips.py."""
 
@@ -105,3 +115,14 @@ class GenerationSettings:
     output: OutputFlags = group("output")
     loras: tuple[tuple[str, float], ...] = ()  # (file or hub id, scale)
     videos: tuple[PlannedVideo, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """The settings of convert_lora.py."""
+
+    source: ConvertedFlags = group("input")
+    model: BaseModelFlags = group("model")
+    reduction: ReductionFlags = group("rank")
+    output: ConvertedOutputFlags = group("output")
+    loras: tuple[tuple[str, float], ...] = ()  # (file, scale)

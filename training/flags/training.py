@@ -19,6 +19,8 @@ from cli.types import (
 
 LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 ALL_LINEAR = "all-linear"
+ADAPTERS = ("lora", "lokr", "loha")
+LOKR_FACTOR = 8
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -101,6 +103,15 @@ class ScheduleFlags:
 class LoraFlags:
     """The LoRA to train."""
 
+    adapter: str = flag(
+        "lora",
+        "Kind of adapter. lokr: Kronecker products, about 1/8 of the file; loha: products of two LoRAs, of a rank up "
+        "to rank^2 (use --rank 4 to 16). convert_lora.py turns both into a LoRA for other tools.",
+        choices=ADAPTERS,
+    )
+    lokr_factor: PositiveInt = flag(
+        LOKR_FACTOR, "Size of the small matrix of --adapter lokr: a higher factor makes smaller files."
+    )
     rank: PositiveInt = flag(64, "Rank of the LoRA matrices: a higher rank can learn more, and makes larger files.")
     lora_alpha: PositiveFloat = flag(64, "The LoRA's output is scaled by lora_alpha / rank; rank means 1.")
     lora_target_modules: tuple[str, ...] = flag(

@@ -1,4 +1,4 @@
-"""LoRA: train adapters on a frozen transformer, write them in the diffusers format."""
+"""LoRA, LoKr or LoHa: train adapters on a frozen transformer, write them in the diffusers format."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.integrations import dequantize_module_weight
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.errors import UserError
 from common.files import atomic_write
 from common.run_folder import LORA_FILE
-from flags.training import ALL_LINEAR, LORA_TARGET_MODULES, LoraFlags
+from flags.training import ALL_LINEAR, LOKR_FACTOR, LORA_TARGET_MODULES, LoraFlags
 from methods.lora_file import check_starting_lora, inside_block, load_lora, read_lora
 from methods.lora_layers import use_layers
 from models.configs import ModelConfigs
@@ -33,7 +33,7 @@ class Lora:
     """Low-rank adapters on some linear layers; the base model stays frozen.
 
     Source: https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, DoRA
-    https://arxiv.org/abs/2402.09353, all through peft.
+    https://arxiv.org/abs/2402.09353, LoKr and LoHa https://arxiv.org/abs/2309.14859, all through peft.
     """
 
     rank: int  # of the two factors
@@ -43,6 +43,8 @@ class Lora:
     use_dora: bool = False  # train the norms of the weights' rows too
     dropout: float = 0.0  # probability that an input of an adapter is dropped in training
     start_from: Path | None = None  # a LoRA file with the adapters' initial values
+    adapter: str = "lora"  # lora, lokr, loha; the last two without rsLoRA, DoRA and dropout
+    lokr_factor: int = LOKR_FACTOR  # size of the left matrix of a LoKr, as far as it divides the layer's
     quantize_base: str = "none"  # storage of the frozen blocks: int8, fp8, nf4
 
     @classmethod
@@ -56,6 +58,8 @@ class Lora:
             use_dora=flags.use_dora,
             dropout=flags.lora_dropout,
             start_from=Path(flags.lora_weights) if flags.lora_weights else None,
+            adapter=flags.adapter,
+            lokr_factor=flags.lokr_factor,
             quantize_base=quantize_base,
         )
 
@@ -76,6 +80,8 @@ class Lora:
             "--lora_target_modules": " ".join(sorted(self.target_modules)),
             "--use_rslora": self.use_rslora,
             "--use_dora": self.use_dora,
+            "--adapter": self.adapter != "lora" and self.adapter,
+            "--lokr_factor": self.adapter == "lokr" and self.lokr_factor,
         }
 
     def check_model(self, configs: ModelConfigs, source: ModelSource) -> None:
@@ -107,14 +113,22 @@ class Lora:
                 logger.warning(message, file.path, self.alpha)
 
     def _add_adapters(self, transformer: CogVideoXTransformer3DModel) -> None:
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            target_modules=_find_modules(transformer, self.target_modules),
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-            lora_dropout=self.dropout,
-        )
+        modules = _find_modules(transformer, self.target_modules)
+        if self.adapter == "lokr":
+            config = LoKrConfig(
+                r=self.rank, alpha=self.alpha, target_modules=modules, decompose_factor=self.lokr_factor
+            )
+        elif self.adapter == "loha":
+            config = LoHaConfig(r=self.rank, alpha=self.alpha, target_modules=modules)
+        else:
+            config = LoraConfig(
+                r=self.rank,
+                lora_alpha=self.alpha,
+                target_modules=modules,
+                use_rslora=self.use_rslora,
+                use_dora=self.use_dora,
+                lora_dropout=self.dropout,
+            )
         transformer.add_adapter(config)
 
     def weight_names(self, transformer: CogVideoXTransformer3DModel) -> list[str]:
@@ -129,8 +143,8 @@ class Lora:
         weights: Mapping[str, torch.Tensor] | None = None,
         source: ModelSource | None = None,
     ) -> Path:
-        """Write the LoRA in the diffusers format, with its config as metadata: `load_lora_weights(folder)` applies it
-        at the strength of the training.
+        """Write the adapters in the diffusers format, with their config as metadata: for a LoRA,
+        `load_lora_weights(folder)` applies it at the strength of the training.
 
         Args:
             weights: those of `weight_names`; None for the transformer's own.
@@ -158,9 +172,23 @@ class Lora:
 
         `model_changes` is code that changes the base model as the task did before training.
         """
-        return [
+        start = [
             f'pipe = {pipeline_class}.from_pretrained("{model_path}", dtype=torch.bfloat16).to("cuda")',
             *model_changes,
+        ]
+        if self.adapter != "lora":
+            config = {"lokr": "LoKrConfig", "loha": "LoHaConfig"}[self.adapter]
+            return [
+                f"from peft import {config}, set_peft_model_state_dict",
+                *start,
+                f"# load_lora_weights reads only LoRA; training/convert_lora.py makes one of a {self.adapter}",
+                f'parts = pipe.lora_state_dict("{folder}", return_lora_metadata=True)',
+                'weights, config = ({k.removeprefix("transformer."): v for k, v in part.items()} for part in parts)',
+                f"pipe.transformer.add_adapter({config}(**config))",
+                "set_peft_model_state_dict(pipe.transformer, weights)",
+            ]
+        return [
+            *start,
             f'pipe.load_lora_weights("{folder}")  # applies alpha / rank, which set_adapters would multiply again',
         ]
 

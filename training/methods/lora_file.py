@@ -1,8 +1,9 @@
-"""Read a LoRA file and check that it fits the model and the flags."""
+"""Read a file of adapters, LoRA, LoKr or LoHa, and check that it fits the model and the flags."""
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from safetensors import SafetensorError
 
 from common.errors import UserError, first_line
 from common.run_folder import LORA_FILE
+from flags.training import LOKR_FACTOR
+from methods.lora_factors import Factors, exact_factors
 from parallel.fsdp import shard_like
 
 
 _PREFIX = "transformer."  # of the names in a diffusers file
+PART = re.compile(r"\.(?=lora_|lokr_|hada_)")  # between the name of a layer and that of a weight of its adapter
+KINDS = {"lora": "lora", "lokr": "lokr", "hada": "loha"}  # the beginning of the weights' names -> the adapter
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,30 @@ class LoraFile:
     config: dict[str, Any]  # peft's, from the metadata; empty if the file has none
 
     @property
+    def kind(self) -> str:
+        """The adapter: lora, lokr or loha."""
+        return KINDS[PART.split(next(iter(self.weights)))[1][:4]]
+
+    @property
+    def alpha(self) -> float | None:
+        """The alpha of its training; None if the file does not say it."""
+        return self.config.get("lora_alpha" if self.kind == "lora" else "alpha")
+
+    @property
     def strength(self) -> float | None:
         """The strength of its training, alpha / rank, which diffusers applies; None if the file does not say it."""
         if "r" not in self.config:
             return None
-        return self.config["lora_alpha"] / self.config["r"] ** (0.5 if self.config.get("use_rslora") else 1)
+        return self.alpha / self.config["r"] ** (0.5 if self.config.get("use_rslora") else 1)
+
+    def factors(self, scale: float = 1.0) -> Iterator[tuple[str, Factors]]:
+        """Yield the layers and their exact factors, with a multiple of the strength of the training."""
+        layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        for name, weight in self.weights.items():
+            layer, part = PART.split(name)
+            layers[layer][part] = weight
+        for layer, weights in layers.items():
+            yield layer, exact_factors(self.kind, weights, scale * self.strength)
 
 
 def location(reference: Path | str, cache_dir: str | None = None) -> dict[str, Any]:
@@ -52,16 +76,19 @@ def read_lora(path: Path | str, cache_dir: str | None = None) -> LoraFile:
     Raises OSError if there is none, SafetensorError if it is damaged, ValueError if it is not of a transformer.
     """
     weights, config = CogVideoXPipeline.lora_state_dict(**location(path, cache_dir), return_lora_metadata=True)
-    foreign = [name for name in weights if not name.startswith(_PREFIX) or ".lora_" not in name]
+    foreign = [name for name in weights if not name.startswith(_PREFIX) or not PART.search(name)]
     if foreign or not weights:
         found = f"it holds {foreign[0]}" if foreign else "it is empty"
         raise ValueError(f"{path} is not a LoRA of a transformer in the diffusers format: {found}")
     if not isinstance(config, dict | None):
         raise ValueError(f"{path} has metadata that is not an object")
     config = {name.removeprefix(_PREFIX): value for name, value in (config or {}).items()}
-    if config and not isinstance(config.get("lora_alpha"), (int, float)):
-        raise ValueError(f"{path} has metadata without lora_alpha")
-    return LoraFile(path, {name.removeprefix(_PREFIX): weight for name, weight in weights.items()}, config)
+    file = LoraFile(path, {name.removeprefix(_PREFIX): weight for name, weight in weights.items()}, config)
+    if (config or file.kind != "lora") and not isinstance(file.alpha, int | float):
+        raise ValueError(f"{path} has metadata without {'lora_alpha' if file.kind == 'lora' else 'alpha'}")
+    if file.kind != "lora" and not isinstance(config.get("r"), int):
+        raise ValueError(f"{path} has metadata without r")
+    return file
 
 
 def load_lora(transformer: CogVideoXTransformer3DModel, file: LoraFile) -> None:
@@ -100,6 +127,9 @@ def read_fitting_lora(
     # Of a linear layer [out, in], of a convolution [out, in, height, width].
     layers = ((name, getattr(layer, "weight", None)) for name, layer in transformer.named_modules())
     shapes = {name: weight.shape for name, weight in layers if weight is not None}
+    if file.kind != "lora":
+        _check_products(file, shapes, flag)
+        return file
     for name, weight in file.weights.items():
         shape = shapes.get(name.split(".lora_")[0])
         side = slice(1, 2) if ".lora_A." in name else slice(1)  # lora_B is [out, rank], a magnitude of DoRA [out]
@@ -111,24 +141,46 @@ def read_fitting_lora(
     return file
 
 
+def _check_products(file: LoraFile, shapes: dict[str, torch.Size], flag: str) -> None:
+    """Check that the changes of a LoKr or LoHa have the shapes of the model's layers."""
+    on_meta = replace(file, weights={name: weight.to("meta") for name, weight in file.weights.items()})
+    try:
+        fits = all(shapes.get(layer) == (one.up.shape[0], one.down.shape[1]) for layer, one in on_meta.factors())
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise UserError(
+            f"{flag}: '{file.path}' is damaged ({first_line(error)}); save or download it again"
+        ) from error
+    if not fits:
+        raise UserError(
+            f"{flag}: '{file.path}' was trained on another model than --pretrained_model_name_or_path; pass that model"
+        )
+
+
 def _flags_needed(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> list[str]:
     """Return the flags that must change, as the user would type them."""
     ours = transformer.peft_config["default"]
-    needed = []
+    kind = ours.peft_type.value.lower()
+    needed = [] if file.kind == kind else [f"--adapter {file.kind}"]
     ranks = sorted({weight.shape[0] for name, weight in file.weights.items() if ".lora_A." in name})
+    ranks = ranks if file.kind == "lora" else [file.config["r"]]
     if len(ranks) != 1 or file.config.get("rank_pattern") or file.config.get("alpha_pattern"):
         raise UserError(f"--lora_weights: '{file.path}' has layers of different ranks or strengths; omit the flag")
     if ranks != [ours.r]:
         needed.append(f"--rank {ranks[0]}")
     # A file without metadata lacks these two.
-    alpha = file.config.get("lora_alpha", ours.lora_alpha)
-    has_rslora = file.config.get("use_rslora", ours.use_rslora)
+    our_alpha = ours.lora_alpha if kind == "lora" else ours.alpha
+    alpha = our_alpha if file.alpha is None else file.alpha
+    our_switches = {name: getattr(ours, name, False) for name in ("use_rslora", "use_dora")}
+    has_rslora = file.config.get("use_rslora", our_switches["use_rslora"] and file.kind == "lora")
     has_dora = any(".lora_magnitude_vector" in name for name in file.weights)
-    if alpha != ours.lora_alpha:
+    if alpha != our_alpha:
         needed.append(f"--lora_alpha {alpha:g}")
     for flag, theirs in (("use_rslora", has_rslora), ("use_dora", has_dora)):
-        if theirs != getattr(ours, flag):
+        if theirs != our_switches[flag]:
             needed.append(f"--{flag}" if theirs else f"no --{flag}")
+    factor = file.config.get("decompose_factor", LOKR_FACTOR)
+    if file.kind == "lokr" and factor != getattr(ours, "decompose_factor", LOKR_FACTOR):
+        needed.append(f"--lokr_factor {factor}")
     modules = _modules(file.weights)
     if modules != _modules(get_peft_model_state_dict(transformer)):
         # The names inside a block if all blocks have them, the full names otherwise.
@@ -139,7 +191,7 @@ def _flags_needed(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> l
 
 
 def _modules(names: Iterable[str]) -> set[str]:
-    return {name.split(".lora_")[0] for name in names}
+    return {PART.split(name)[0] for name in names}
 
 
 def inside_block(name: str) -> str:

@@ -59,7 +59,7 @@ def generate(settings: GenerationSettings) -> None:
     """
     start_logging()
     generation = settle(settings)
-    check_loras(settings.loras, generation.configs, settings.model.cache_dir)
+    check_loras(settings.loras, generation.configs, settings.model.cache_dir, settings.memory.quantize_base)
     dtype = str(generation.dtype).removeprefix("torch.")
     message = "videos: %d of %s (frames x height x width), in %s on %s"
     logger.info(message, len(settings.videos), generation.size, dtype, generation.device)

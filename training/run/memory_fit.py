@@ -81,12 +81,15 @@ def run_facts(recipe: Recipe) -> RunFacts:
     """Return the facts that memory depends on besides the memory settings."""
     method, configs = recipe.method, recipe.configs
     is_lora, largest = isinstance(method, Lora), max(recipe.data.buckets.counts, key=prod)
+    adapters = adapter_key(method.rank, method.target_modules, use_dora=method.use_dora) if is_lora else ""
+    if is_lora and method.adapter != "lora":
+        adapters = f"{method.adapter} {adapters}"
     return RunFacts(
         model=model_key(configs.transformer),
         method=recipe.settings.method,
         size=largest,
         batch_size=recipe.batch_limit.worth_of(largest),
-        adapters=adapter_key(method.rank, method.target_modules, use_dora=method.use_dora) if is_lora else "",
+        adapters=adapters,
         sampled=recipe.sampled_size,
         mixed_precision=recipe.precision,
     )
@@ -136,7 +139,8 @@ def choose_by_card(recipe: Recipe) -> MemorySettings:
     A resumed run keeps its precisions and states, and gradients are clipped as the flags say.
     """
     settings = recipe.settings
-    if uses_deepspeed() or uses_fsdp() or settings.speed.context_parallel_size > 1:  # what a rank takes is unknown
+    is_divided = uses_deepspeed() or uses_fsdp() or settings.speed.context_parallel_size > 1
+    if is_divided or settings.lora.adapter != "lora":  # what a rank, or a LoKr's product, takes is not calculated
         return replace(memory_settings_of(settings), gradient_checkpointing=True)
     run = RunMemory(recipe, LASTING if _resumed(settings) else ())
     free, host = usable_memory(settings)

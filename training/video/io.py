@@ -135,6 +135,28 @@ def _gather(
     raise ValueError(f"frame {indices[filled]} was asked for, but the clip ends before it")
 
 
+def stream_frames(path: Path, indices: Iterable[int], num_threads: int = 1) -> Iterator[np.ndarray]:
+    """Yield frames one after another, each uint8 [H, W, 3] as `read_frames` returns it: for more than memory holds.
+
+    The complete clip is decoded. `indices` ascend without repetition. Raises ValueError as `read_frames` does.
+    """
+    reformatter = VideoReformatter()
+    try:
+        with open_video(path) as container:
+            stream = video_stream(container, num_threads)
+            frames = enumerate(progressive(decode(packets_of(container, stream), stream)))
+            for wanted in indices:
+                frame = next((frame for index, frame in frames if index == wanted), None)
+                if frame is None:
+                    raise ValueError(f"frame {wanted} was asked for, but the clip ends before it")
+                pixels = to_rgb(frame, *square_size(frame, stream), reformatter)
+                yield turned(pixels[None], *orientation(frame))[0]
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"{path}: cannot be decoded: {reason_of(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _scaled_size(height: int, width: int, longer_side: int | None) -> tuple[int, int]:
     """Return height and width with this longer side; a side of very long pictures keeps 16 pixels."""
     factor = longer_side / max(height, width) if longer_side else 1
@@ -190,18 +212,37 @@ def _unit_headers(packet: bytes, length_size: int) -> Iterator[int]:
         at += length_size + int.from_bytes(packet[at : at + length_size], "big")
 
 
-def write_video(path: Path, frames: Sequence[Image.Image | np.ndarray], fps: int | Fraction) -> None:
+def write_video(
+    path: Path,
+    frames: Iterable[Image.Image | np.ndarray],
+    fps: int | Fraction,
+    *,
+    times: Sequence[int] | None = None,
+    num_threads: int = 0,
+) -> None:
     """Encode frames as H.264 in yuv420p, near lossless (crf 18), in mp4; raises OSError if that cannot be written.
 
-    The frames are RGB, of one size with even sides: Pillow images, or uint8 [H, W, 3].
+    Args:
+        frames: at least one. RGB, of one size with even sides: Pillow images, or uint8 [H, W, 3].
+        fps: frames per second.
+        times: when each frame is shown, in microseconds from 0; None for a constant rate.
+        num_threads: of the encoder; 0: FFmpeg chooses.
     """
+    frames = iter(frames)
+    first = np.asarray(next(frames))
     # As a Python file object: FFmpeg takes some names for URLs.
     with open(path, "wb") as file, av.open(file, "w", format="mp4") as container:
-        height, width, _ = np.asarray(frames[0]).shape
+        height, width, _ = first.shape
         stream = container.add_stream("libx264", rate=fps, width=width, height=height, pix_fmt="yuv420p")
         stream.options = {"crf": "18"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(frame), "rgb24")))
+        stream.codec_context.thread_count = num_threads
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1_000_000)
+        for index, pixels in enumerate(chain([first], frames)):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[index], Fraction(1, 1_000_000)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())  # flushes the encoder
 
 

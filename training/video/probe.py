@@ -41,7 +41,7 @@ class VideoInfo:
     frame_times: tuple[int, ...] | None = None
     seekable: bool = False  # time stamps identify the frames; for `read_frames`
     is_image: bool = False  # a still image: one frame, no rate
-    sha256: str = ""  # of the file's bytes
+    sha256: str = ""  # of the file's bytes; of these and the frames for a part of a file
     corrections: tuple[str, ...] = ()  # what `read_frames` does besides turning: constants of `video.display`
 
     @property
@@ -50,6 +50,23 @@ class VideoInfo:
         if not self.corrections:
             return self.sha256
         return hashlib.sha256(repr((self.sha256, self.corrections)).encode()).hexdigest()
+
+    def part(self, start: int, end: int | None) -> "VideoInfo":
+        """Return the properties of frames `start` to `end` - 1, or to the last one, as of a clip of their own.
+
+        Raises ValueError if the clip does not have them.
+        """
+        end = self.num_frames if end is None else end
+        if self.is_image:
+            raise ValueError("is a still image, which has no start_frame and end_frame")
+        if not 0 <= start < end <= self.num_frames:
+            raise ValueError(f"has {self.num_frames} frames, not those from start_frame {start} to end_frame {end}")
+        fps, times = self.fps, self.frame_times and self.frame_times[start:end]
+        if times:
+            times = tuple(time - times[0] for time in times)
+            fps = 1_000_000 * (len(times) - 1) / times[-1] if len(times) > 1 else fps
+        digest = hashlib.sha256(repr((self.sha256, start, end)).encode()).hexdigest()
+        return replace(self, num_frames=end - start, fps=fps, frame_times=times, sha256=digest)
 
 
 def probe_video(path: Path) -> VideoInfo:

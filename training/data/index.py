@@ -162,7 +162,8 @@ class PreparedIndex(Sequence[PreparedClip]):
     @cached_property
     def buckets(self) -> BucketColumn:
         """The bucket of each sample."""
-        frames, heights, widths = (self._join(side).astype(np.int64) for side in Bucket._fields)
+        columns = (_join([folder.numbers(side) for folder in self.folders]) for side in Bucket._fields)
+        frames, heights, widths = (column.astype(np.int64) for column in columns)
         kinds, codes = np.unique(frames << 32 | heights << 16 | widths, return_inverse=True)
         return BucketColumn(
             [Bucket(kind >> 32, kind >> 16 & LARGEST_SIZE, kind & LARGEST_SIZE) for kind in kinds.tolist()],
@@ -172,7 +173,7 @@ class PreparedIndex(Sequence[PreparedClip]):
     @cached_property
     def repeats(self) -> np.ndarray:
         """How often each sample comes in an epoch, `[N]`."""
-        return np.concatenate([folder.repeats for folder in self.folders])
+        return _join([folder.repeats for folder in self.folders])
 
     @property
     def without_images(self) -> list[str]:
@@ -218,8 +219,9 @@ class PreparedIndex(Sequence[PreparedClip]):
                     yield f"({name!r}, {tensor!r}, {kinds[kind]}, {repeats!r})"
                 start = rows.stop
 
-    def _join(self, name: str) -> np.ndarray:
-        return np.concatenate([folder.numbers(name) for folder in self.folders])
+
+def _join(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]  # not copied
 
 
 def write_index(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -267,11 +267,13 @@ def _check_rows(index: IndexedFolder) -> None:
         raise UserError(
             f"--load_tensors: {file} has no {' and no '.join(empty)} for some samples; prepare the data again"
         )
-    sizes, repeats = np.stack([index.numbers(side) for side in Bucket._fields]), index.repeats
-    fits = ((sizes >= 1) & (sizes <= LARGEST_SIZE)).all(axis=0) & (repeats > 0) & (repeats < np.inf)
+    sizes, repeats = [index.numbers(side) for side in Bucket._fields], index.repeats
+    fits = (repeats > 0) & (repeats < np.inf)
+    for side in sizes:
+        fits &= (side >= 1) & (side <= LARGEST_SIZE)
     if not fits.all():
         row = int(np.argmin(fits))
-        problem = _range_problem(Bucket(*sizes[:, row].tolist()), repeats[row].item())
+        problem = _range_problem(Bucket(*(side[row].item() for side in sizes)), repeats[row].item())
         raise UserError(f"--load_tensors: {file}: {_sample(index, row)}: {problem}; prepare the data again")
 
 

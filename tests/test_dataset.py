@@ -12,7 +12,6 @@ from common.errors import UserError
 from common.remote import to_path
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample, plan_clips
-from data.read_index import read_index
 from data.sampler import BucketBatchSampler, Draw
 from dataset import (
     Batch,
@@ -29,6 +28,7 @@ from models.encoding import encode_prompts
 from models.prompts import PromptCache
 from models.source import ModelSource
 from original_folders import write_original_folder
+from prepared.read_index import read_index
 from prepared_folders import write_prepared
 from video.probe import probe_files
 

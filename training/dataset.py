@@ -18,15 +18,15 @@ from common.remote import is_used
 from common.signals import outlive_signals
 from data.buckets import Bucket
 from data.clips import ClipSample
-from data.prepared import read_tensor
 from data.sampler import Draw
 from models.configs import ModelConfigs
 from models.prompts import PromptCache
+from prepared.folder import read_tensor
 from video.io import read_frames, reshape_frames
 
 
 if TYPE_CHECKING:
-    from data.index import PreparedClip, PreparedIndex
+    from prepared.index import PreparedClip, PreparedIndex
 
 logger = logging.getLogger(__name__)
 

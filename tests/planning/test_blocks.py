@@ -8,9 +8,9 @@ import numpy as np
 
 from common.remote import to_path
 from data.buckets import Bucket
-from data.index import IndexedFolder, PreparedIndex, make_table
 from data.sampler import BucketBatchSampler
 from planning.blocks import Files, blocks_of, plan_blocks
+from prepared.index import IndexedFolder, PreparedIndex, make_table
 
 
 BUCKET = Bucket(17, 64, 96)

@@ -7,9 +7,9 @@ from cli.schema import flag_values
 from common.errors import UserError
 from common.remote import to_path
 from common.stores import check_url, is_url
-from data.prepared import read_prepared_settings
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
 from flags.settings import TrainingSettings
+from prepared.folder import read_prepared_settings
 
 
 SIZE_STEP = 16  # the VAE compresses 8 times in space, the transformer's patches twice more

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from common.remote import RemotePath, cache_limit
-from data.index import PreparedIndex, read_note
+from prepared.index import PreparedIndex, read_note
 
 
 class Files(NamedTuple):

@@ -19,13 +19,13 @@ from data.buckets import BucketColumn, count_tokens, make_buckets, native_fps
 from data.clips import BadClip, ClipSample, plan_clips
 from data.keep import keep_clips
 from data.mix import read_mix, weights_to_repeats
-from data.prepared import read_prepared_settings
 from data.sources import DataSource, read_clips
 from data.token_budget import BatchSize, TokenBudget
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
 from planning.report import PlanTable, plan_table
+from prepared.folder import read_prepared_settings
 from video.cache import FileCache, default_cache_folder
 from video.probe import probe_files
 
@@ -33,7 +33,7 @@ from video.probe import probe_files
 if TYPE_CHECKING:
     import numpy as np
 
-    from data.index import PreparedIndex
+    from prepared.index import PreparedIndex
 
 SKIPPED_FILE = "skipped_clips.csv"
 
@@ -302,8 +302,8 @@ def data_sources(flags: SourceFlags) -> list[DataSource]:
 
 
 def _read_prepared(sources: Sequence[DataSource]) -> PreparedData:
-    from data.index import PreparedIndex  # pyarrow takes tenths of a second to import
-    from data.read_index import read_index
+    from prepared.index import PreparedIndex  # pyarrow takes tenths of a second to import
+    from prepared.read_index import read_index
 
     folders = _prepared_folders(sources)
     indexes = [read_index(source.data_root, allow_outside_paths=source.allow_outside_paths) for source in sources]

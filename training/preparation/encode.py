@@ -18,7 +18,6 @@ from common.ranks import launch_rank
 from common.remote import on_this_machine
 from common.stores import StoreFailure
 from data.clips import BadClip, ClipSample
-from data.prepared import STAGING, read_empty_prompt, write_empty_prompt
 from data.sampler import Draw
 from dataset import Batch, ClipDataset, make_loader
 from diffusion.latents import image_noise_scales
@@ -31,6 +30,7 @@ from models.source import ModelSource
 from preparation.claims import Claims, SharedBatches
 from preparation.layouts import Batches, Layout, Sample
 from preparation.stages import run_stages
+from prepared.folder import STAGING, read_empty_prompt, write_empty_prompt
 
 
 logger = logging.getLogger(__name__)

@@ -31,14 +31,6 @@ from common.text_files import digest_lines
 from common.units import in_bytes
 from data.buckets import Bucket
 from data.clips import ClipSample
-from data.prepared import (
-    STAGING,
-    PreparedSettings,
-    caption_key,
-    claim_folder,
-    read_prepared_settings,
-    write_settings,
-)
 from diffusion.tasks import ImageToVideo, SizeFlags, TextToVideo
 from flags.data import PREPARED_FLAGS
 from flags.model import EncoderFlags
@@ -53,6 +45,14 @@ from preparation.claims import Claims, WorkIsOver
 from preparation.encode import BrokenClips, Preparation, embed_captions, encode_clips
 from preparation.layouts import FileLayout, Layout, Sample, ShardLayout
 from preparation.report import write_report
+from prepared.folder import (
+    STAGING,
+    PreparedSettings,
+    caption_key,
+    claim_folder,
+    read_prepared_settings,
+    write_settings,
+)
 
 
 logger = logging.getLogger(__name__)

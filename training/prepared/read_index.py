@@ -21,7 +21,9 @@ from common.ranks import launch_rank
 from common.remote import RemotePath, forget_states, is_file
 from common.text_files import read_lines
 from data.buckets import Bucket
-from data.index import (
+from data.paths import stays_inside
+from prepared.folder import FILES_INDEX, INDEX_FILE, LISTS, OLDER_INDEX, SETTINGS_FILE, StoredTensor, read_tensor
+from prepared.index import (
     LARGEST_SIZE,
     TRAINED,
     IndexedFolder,
@@ -31,9 +33,7 @@ from data.index import (
     read_note,
     write_table,
 )
-from data.paths import stays_inside
-from data.prepared import FILES_INDEX, INDEX_FILE, LISTS, OLDER_INDEX, SETTINGS_FILE, StoredTensor, read_tensor
-from data.tensor_files import names_in
+from prepared.tensor_files import names_in
 
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 The default, tensors of many samples in a file (`--layout shards`):
 
     <folder>/prepared.json                       encoders, precision and flags of the preparation
-    <folder>/index.arrow                         a row per sample, as in `data.index`: shards, bucket, caption, source
+    <folder>/index.arrow                         a row per sample, as in `prepared.index`: shards, bucket, caption, source
     <folder>/latents/<digest>.safetensors        <name>.video_latents  [2C, F', H / 8, W / 8], the VAE's moments, and
                                                  <name>.image_latents  [K, 2C, 1, H / 8, W / 8] (image-to-video)
     <folder>/prompt_embeds/<digest>.safetensors  <caption's digest>.prompt_embeds  [226, D]
@@ -36,7 +36,7 @@ from common.errors import UserError, first_line
 from common.files import atomic_write
 from common.remote import RemotePath, at_hand
 from common.stores import StoreError
-from data.tensor_files import find_shard, save_tensors
+from prepared.tensor_files import find_shard, save_tensors
 
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """The index of a prepared folder: one row per sample, in an Arrow file that all processes map into memory.
 
-A sample becomes an object when it is read; buckets and repeats are arrays. `data.prepared` documents the folder.
+A sample becomes an object when it is read; buckets and repeats are arrays. `prepared.folder` documents the folder.
 
 | column | content |
 |---|---|
@@ -32,7 +32,7 @@ from common.errors import UserError, one_line
 from common.files import atomic_write
 from common.remote import at_hand
 from data.buckets import Bucket, BucketColumn
-from data.prepared import INDEX_FILE, OLDER_INDEX, STAGING, StoredTensor
+from prepared.folder import INDEX_FILE, OLDER_INDEX, STAGING, StoredTensor
 
 
 LARGEST_SIZE = 2**16 - 1  # of a bucket, in frames or pixels

@@ -1,4 +1,4 @@
-"""The index of a prepared folder is read, converted from older ones, and checked, as `prepared.read_index` documents."""
+"""An index is read, converted from older ones, and checked, as `prepared.read_index` documents."""
 
 import json
 import math

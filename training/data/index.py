@@ -30,6 +30,7 @@ from pyarrow import compute
 
 from common.errors import UserError, one_line
 from common.files import atomic_write
+from common.remote import at_hand
 from data.buckets import Bucket, BucketColumn
 from data.prepared import INDEX_FILE, OLDER_INDEX, STAGING, StoredTensor
 
@@ -248,7 +249,8 @@ def write_table(table: pa.Table, file: Path, notes: Mapping[str, Any], staging: 
 
 
 def _open_table(file: Path, names: Sequence[str]) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(file))).read_all().select(names)
+    with at_hand(file) as local:  # what is mapped stays, even if the cache removes the file
+        return pa.ipc.open_file(pa.memory_map(str(local))).read_all().select(names)
 
 
 def map_table(file: Path, schema: pa.Schema) -> pa.Table:

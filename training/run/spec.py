@@ -149,6 +149,7 @@ def lasting_settings(recipe: Recipe) -> dict[str, object]:
         "--use_ema": settings.objective.use_ema,
         **{f"--{name}": getattr(optimizer, name) for name in (*OPTIMIZER_KINDS, *OPTIMIZER_NUMBERS)},
         **({} if settings.training.seed is None else {"--seed": settings.training.seed}),
+        **({} if recipe.data.blocks is None else {"--cache_limit_gb": settings.sources.cache_limit_gb}),
         **recipe.task.settings,
         **recipe.method.settings,
         "DeepSpeed": describe_division(),

@@ -17,13 +17,13 @@ from common.remote import limit_cache, to_path
 from common.text_files import digest_lines
 from data.buckets import BucketColumn, count_tokens, make_buckets, native_fps
 from data.clips import BadClip, ClipSample, plan_clips
-from data.keep import keep_clips
 from data.mix import read_mix, weights_to_repeats
 from data.sources import DataSource, read_clips
 from data.token_budget import BatchSize, TokenBudget
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
+from planning.keep import keep_clips
 from planning.report import PlanTable, plan_table
 from prepared.folder import read_prepared_settings
 from video.cache import FileCache, default_cache_folder

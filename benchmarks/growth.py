@@ -20,11 +20,11 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 from data.buckets import Bucket
-from data.index import write_index
-from data.read_index import read_index, row_in_shards, sample_in_shards
 from data.sampler import BucketBatchSampler
 from dataset import PreparedDataset, make_loader
 from planning.plan import PreparedData
+from prepared.index import write_index
+from prepared.read_index import read_index, row_in_shards, sample_in_shards
 
 
 BUCKET = Bucket(9, 64, 96)

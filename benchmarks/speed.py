@@ -26,16 +26,16 @@ from torchao.optim import AdamW8bit
 
 from args import parse_args, parse_prepare_args
 from data.buckets import Bucket
-from data.index import PreparedClip
-from data.prepared import StoredTensor
 from data.sampler import BucketBatchSampler
-from data.tensor_files import ShardWriter
 from dataset import ClipDataset, PreparedDataset, make_loader
 from make_real_clips import make_real_clips
 from make_tiny_model import make_tiny_model
 from optimizers.compiled_adam import compiled_once
 from planning.plan import plan_raw_clips, plan_training_data
 from preparation.prepare import prepare
+from prepared.folder import StoredTensor
+from prepared.index import PreparedClip
+from prepared.tensor_files import ShardWriter
 from run.loop import train
 from run.recipe import Recipe
 from run.setup import set_up

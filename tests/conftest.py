@@ -120,6 +120,30 @@ def prepared_demo(tiny_models, demo_clips, tmp_path_factory) -> Callable[..., Pa
     return prepare
 
 
+@pytest.fixture(scope="session")
+def object_store() -> Iterator["ObjectStore"]:  # noqa: F821
+    """A real S3 server on this machine, which can be made to fail; see `bucket`."""
+    from object_store import ObjectStore
+
+    store = ObjectStore()
+    yield store
+    store.stop()
+
+
+@pytest.fixture
+def bucket(object_store, monkeypatch, tmp_path) -> "Bucket":  # noqa: F821
+    """An empty bucket of the object store, with an empty cache, and without pauses before another try."""
+    from common import remote, stores
+
+    for name, value in object_store.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COGVIDEOX_FACTORY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(stores, "PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr(remote, "_room", 0)
+    return object_store.bucket()
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
     """Headless Chromium. Not for the session: while Playwright runs, nothing else can use asyncio in its process."""

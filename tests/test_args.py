@@ -53,7 +53,7 @@ DATA_DEFAULTS = {
     **yaml.safe_load("""{
         dataset_split: train, on_bad_clip: error, video_column: video, dataloader_num_workers: 0, height: 480,
         width: 720, video_reshape_mode: center, max_num_frames: 49, skip_frames_start: 0, skip_frames_end: 0,
-        long_clips: spread
+        long_clips: spread, cache_limit_gb: 100.0
     }"""),
 }
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
+from common.remote import to_path
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample, plan_clips
-from data.read_index import read_index
 from data.sampler import BucketBatchSampler, Draw
 from dataset import (
     Batch,
@@ -28,6 +28,7 @@ from models.encoding import encode_prompts
 from models.prompts import PromptCache
 from models.source import ModelSource
 from original_folders import write_original_folder
+from prepared.read_index import read_index
 from prepared_folders import write_prepared
 from video.probe import probe_files
 
@@ -178,6 +179,40 @@ def test_batches_do_not_depend_on_the_number_of_workers(demo_clips):
     assert [batch.names for batch in in_process] == [batch.names for batch in in_workers]
     assert all(torch.equal(ours.videos, theirs.videos) for ours, theirs in zip(in_process, in_workers, strict=True))
     assert sorted(name for batch in in_process for name in batch.names) == sorted(2 * list(map(str, paths)))
+
+
+@pytest.fixture
+def in_store(planned, bucket) -> list[ClipSample]:
+    """Four of the clips, in a store."""
+    bucket.put_folder(planned[0].clip.video.parent, "videos")
+    folder = to_path(f"{bucket.url}/videos")
+    return [replace(one, clip=replace(one.clip, video=folder / one.clip.video.name)) for one in planned[:4]]
+
+
+def test_clips_in_a_store_are_the_same_clips_and_each_is_fetched_once(planned, in_store, bucket):
+    draws = [[Draw(index, epoch)] for epoch in range(2) for index in range(4)]
+    expected = [make_dataset(planned)[draw].videos for (draw,) in draws]
+    loader = make_loader(make_dataset(in_store), draws, num_workers=2)
+    for batch, videos in zip(without_failures(loader), expected, strict=True):
+        assert torch.equal(batch.videos, videos)
+        assert batch.names[0].startswith("s3://")
+    assert sorted(bucket.fetched()) == [f"videos/{one.clip.video.name}" for one in in_store]
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"), [("503", "cannot be fetched after 4 tries ("), ("missing", "cannot be decoded: does not exist")]
+)
+def test_training_stops_at_a_clip_that_its_store_does_not_hand_out_and_names_it(in_store, bucket, fault, told):
+    name = in_store[1].clip.video.name
+    if fault == "missing":
+        bucket.delete(f"videos/{name}")
+    else:
+        bucket.store.faults[name] = [fault] * 99
+    dataset = make_dataset(in_store, replace_failed=fault == "503")  # an outage is no reason to replace a clip
+    loader = make_loader(dataset, [[Draw(index, 0)] for index in range(4)], num_workers=1)
+    with pytest.raises(UserError, match=r"^a clip cannot be read;") as raised:
+        list(without_failures(loader))
+    assert f"{bucket.url}/videos/{name}" in str(raised.value) and told in str(raised.value)
 
 
 def test_loading_does_not_change_the_global_random_numbers(planned):

@@ -19,6 +19,7 @@ ORDER = (
     "cli",
     "flags",
     "data",
+    "prepared",
     "planning",
     "footage",
     "checks",

@@ -13,7 +13,7 @@ from checks.captions import check_captioning, settle_prompt
 from checks.conversion import settle_conversion
 from checks.data import check_prepared_flags, check_sources, drop_long_buckets, settle_clips
 from checks.deepspeed import check_zero
-from checks.files import check_files
+from checks.files import check_files, check_on_disk
 from checks.footage import check_splitting
 from checks.fsdp import check_fsdp
 from checks.generation import settle_generation
@@ -132,7 +132,8 @@ def parse_prepare_args(argv: Sequence[str] | None = None) -> PreparationSettings
         preparation = settle_preparation(
             settings.preparation, given, text_encoder_8bit=settings.encoding.text_encoder_8bit
         )
-        check_files(settings.model.model_id, settings.sources, preparation.output_dir, model_flag="--model_id")
+        output_dir = preparation.output_dir
+        check_files(settings.model.model_id, settings.sources, output_dir, model_flag="--model_id", is_to_store=True)
     clips, warnings = drop_long_buckets(clips)
     _warn(warnings)
     return replace(settings, clips=clips, preparation=preparation)
@@ -214,6 +215,7 @@ def parse_first_frame_args(argv: Sequence[str] | None = None) -> FirstFrameSetti
     settings = FirstFrameSettings(**groups)
     with _reported(parser):
         check_sources(settings.sources)
+        check_on_disk("--output_dir", settings.output.output_dir)
     return settings
 
 

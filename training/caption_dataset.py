@@ -26,11 +26,11 @@ from common.logs import log_without_tokens
 from common.startup import announce
 from data.buckets import Bucket
 from data.clips import BadClip, Clip, ClipSample, plan_clips
-from data.keep import keep_clips
 from data.paths import listed_path
 from data.sources import DataSource, read_clips
 from flags.captions import CAPTIONS_FILE
 from flags.settings import CaptioningSettings
+from planning.keep import keep_clips
 from planning.plan import RawData, check_bad_clips, data_sources
 from video.cache import FileCache, default_cache_folder
 from video.probe import probe_files

@@ -4,6 +4,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,18 +13,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.errors import UserError, listing
 from common.failures import WatchedDataset
+from common.read_ahead import ReadAhead
+from common.remote import is_used
 from common.signals import outlive_signals
 from data.buckets import Bucket
 from data.clips import ClipSample
-from data.prepared import read_tensor
 from data.sampler import Draw
 from models.configs import ModelConfigs
 from models.prompts import PromptCache
+from prepared.folder import read_tensor
 from video.io import read_frames, reshape_frames
 
 
 if TYPE_CHECKING:
-    from data.index import PreparedClip, PreparedIndex
+    from prepared.index import PreparedClip, PreparedIndex
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +154,11 @@ class ClipDataset(_Clips):
                     return replace(other, draws=[draw])
         return batch
 
+    def files_of(self, draw: Draw) -> list[Path]:
+        """Return the files that a draw reads."""
+        clip = self.clips[draw.index].clip
+        return [clip.video, *([clip.image] if self.with_images and clip.image else [])]
+
     def name_of(self, index: int) -> str:
         """Return a clip's name for messages: its file, and where it is listed."""
         clip = self.clips[index].clip
@@ -188,6 +196,11 @@ class PreparedDataset(_Clips):
     """Moments and embeddings written by `prepare_dataset.py`."""
 
     with_images: bool = field(default=False, kw_only=True)  # fill `image_moments`
+
+    def files_of(self, draw: Draw) -> list[Path]:
+        """Return the files that a draw reads."""
+        clip = self.clips[draw.index]
+        return [clip.video_latents.file, clip.prompt_embeds.file]
 
     def name_of(self, index: int) -> str:
         """Return a sample's name for messages, with the file of its latents."""
@@ -244,6 +257,8 @@ def make_loader(
     dataset: Dataset, batches: Iterable[list[Draw]], *, num_workers: int, pin_memory: bool = False
 ) -> DataLoader:
     """Load batches in the given order, in `num_workers` processes (0 for this process)."""
+    if is_used() and not isinstance(batches, Iterator):  # which can be iterated over only once
+        batches = ReadAhead(batches, dataset.files_of)
     return DataLoader(
         WatchedDataset(dataset, num_workers),
         batch_sampler=batches,

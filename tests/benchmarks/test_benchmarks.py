@@ -20,8 +20,6 @@ from report import PAGE, draw_charts, fill_page, measured_cell, peak_parts, read
 
 from args import parse_args
 from data.buckets import Bucket
-from data.prepared import read_tensor
-from data.read_index import read_index
 from dataset import check_prepared
 from forward_pass import gradients, predict
 from make_full_size_model import full_size_configs
@@ -29,6 +27,8 @@ from memory.activations import checkpoint_activations
 from methods.lora import Lora
 from models.attention import set_attention
 from models.compilation import compile_blocks
+from prepared.folder import read_tensor
+from prepared.read_index import read_index
 
 
 GB = 2**30

@@ -3,8 +3,8 @@
 import growth
 import torch
 
-from data.prepared import read_tensor
-from data.read_index import read_index
+from prepared.folder import read_tensor
+from prepared.read_index import read_index
 
 
 def test_samples_in_files_with_holes_are_read(tmp_path):

@@ -14,10 +14,10 @@ from common.errors import UserError
 from common.failures import explained_failures
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample
-from data.index import PreparedClip
-from data.prepared import StoredTensor
 from data.sampler import Draw
 from dataset import ClipDataset, PreparedDataset, make_loader, without_failures
+from prepared.folder import StoredTensor
+from prepared.index import PreparedClip
 from video.probe import VideoInfo
 
 

@@ -2,17 +2,25 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from unicodedata import normalize
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clip_files import write_mp4
 from clip_lists import bad, captions, error_of, good, read, touch, write, write_lists, write_table
+from common.remote import default_cache_folder, to_path
+from common.stores import StoreError
 from data.sources import DataSource, read_clips
+from object_store import Bucket
+from video.cache import FileCache
+from video.probe import probe_files
 
 
 def test_paths_that_lead_out_of_the_data_root_are_bad_clips_each_with_its_line(tmp_path):
@@ -186,7 +194,8 @@ def test_rows_without_a_value_or_with_a_url_are_bad_clips(tmp_path):
         "a.mp4 (data.csv:2): has no caption",
         f"b.mp4 (data.csv:3): {CUT.format(4)}",
         "unnamed clip (data.csv:4): has no path",
-        "https://host.example/a.mp4 (data.csv:5): is a URL; download the file and list its path",
+        "https://host.example/a.mp4 (data.csv:5): is a URL; download the file and list its path, or pass the URL of "
+        "its folder as --data_root",
     ]
 
 
@@ -296,3 +305,79 @@ def test_reading_lists_imports_nothing_heavy():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.fixture
+def clips_in_store(bucket, tmp_path) -> Bucket:
+    """Two clips with captions beside them, one of them in a subfolder, and an earlier preparation."""
+    for name in ("a b", "deep/c"):
+        write(tmp_path / "made" / f"{name}.txt", f"caption of {name}")
+        write_mp4(tmp_path / "made" / f"{name}.mp4", (np.full((64, 96, 3), 90, np.uint8) for _ in range(5)), 8)
+    touch(tmp_path / "made", ".hidden.mp4", "prepared/prepared.json", "prepared/x.mp4", "notes.md")
+    bucket.put_folder(tmp_path / "made", "clips")
+    return bucket
+
+
+def test_a_folder_in_a_store_is_read_like_one_on_disk(clips_in_store):
+    root = to_path(f"{clips_in_store.url}/clips")
+    clips = good(root)
+    assert [(str(clip.video), clip.caption) for clip in clips] == [
+        (f"{root}/a b.mp4", "caption of a b"),
+        (f"{root}/deep/c.mp4", "caption of deep/c"),
+    ]
+    assert clips_in_store.fetched(".mp4") == []
+    infos = probe_files([clip.video for clip in clips], FileCache(default_cache_folder()))
+    assert [info.num_frames for info in infos.values()] == [5, 5]
+    assert len(clips_in_store.fetched(".mp4")) == 2
+
+
+def test_clips_of_a_store_are_probed_once_even_if_the_cache_drops_them(clips_in_store):
+    (clip, _) = good(to_path(f"{clips_in_store.url}/clips"))
+    cache = FileCache(default_cache_folder())
+    first = probe_files([clip.video], cache)
+    shutil.rmtree(default_cache_folder() / "fetched")
+    assert probe_files([clip.video], cache) == first
+    assert len(clips_in_store.fetched(".mp4")) == 1
+
+
+def test_a_store_that_is_down_is_not_a_bad_clip_but_a_missing_file_is(clips_in_store):
+    clips = [clip.video for clip in good(to_path(f"{clips_in_store.url}/clips"))]
+    clips_in_store.delete("clips/a b.mp4")
+    assert probe_files(clips[:1]) == {clips[0]: "does not exist"}
+    clips_in_store.store.faults["c.mp4"] = ["503"] * 99
+    with pytest.raises(StoreError, match=r"c\.mp4 cannot be fetched after 4 tries"):
+        probe_files(clips)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_table_in_a_store_names_clips_beside_it_by_path_or_url(bucket, tmp_path, suffix):
+    names = ["a.mp4", "deep/b.mp4", f"{bucket.url}/data/c.mp4", f"{bucket.url}/other/d.mp4", "s3://other/data/e.mp4"]
+    table = write_table(tmp_path / f"list{suffix}", [{"video": name, "text": "A cat."} for name in names])
+    bucket.put(f"data/list{suffix}", table)
+    clips, bad_clips = read(None, dataset_file=to_path(f"{bucket.url}/data/list{suffix}"))
+    assert [str(clip.video) for clip in clips] == [
+        f"{bucket.url}/data/{name}" for name in ("a.mp4", "deep/b.mp4", "c.mp4")
+    ]
+    assert [clip.reason[:8] for clip in bad_clips] == ["is a URL"] * 2
+    assert not any("other" in request for request in bucket.store.requests)
+
+
+def test_a_list_on_disk_cannot_contact_a_server_that_was_not_typed(clips_in_store, tmp_path, monkeypatch):
+    url = f"{clips_in_store.url}/clips/a b.mp4"
+    listed = [url, url.replace("://", ":/"), f"zip://x::{url}"]
+    table = write_table(tmp_path / "list.jsonl", [{"video": name, "text": "A cat."} for name in listed])
+    clips_in_store.store.requests.clear()
+    monkeypatch.chdir(tmp_path)
+    for source in ({}, {"allow_outside_paths": True}):
+        clips, _ = read(None, dataset_file=Path("list.jsonl"), **source)
+        assert probe_files([clip.video for clip in clips]) == {clip.video: "does not exist" for clip in clips}
+    assert clips_in_store.store.requests == []
+    assert len(good(to_path(f"{clips_in_store.url}/clips"), dataset_file=table, max_samples=1)) == 1
+
+
+def test_text_files_in_a_store_list_clips(bucket):
+    bucket.put("data/videos.txt", "a.mp4\nb.mp4\n")
+    bucket.put("data/prompts.txt", "A cat.\nA dog.\n")
+    clips = good(to_path(f"{bucket.url}/data"))
+    assert [(clip.video.name, clip.caption) for clip in clips] == [("a.mp4", "A cat."), ("b.mp4", "A dog.")]
+    assert "/empty has no files" in error_of(to_path(f"{bucket.url}/empty"))

@@ -15,13 +15,13 @@ import torch
 from common.errors import UserError
 from data.buckets import Bucket
 from data.clips import Clip
-from data.index import make_table, write_table
-from data.read_index import read_index
 from data.sources import read_clips
 from doc_pages import PARSERS, flags_of, noted_calls, read_page, script_of
 from flags.settings import PreparationSettings
 from make_demo_clips import make_demo_clips
 from planning.plan import RawData, advise, check_bad_clips, data_sources, describe_plan, plan_raw_clips
+from prepared.index import make_table, write_table
+from prepared.read_index import read_index
 from prepared_folders import write_prepared
 from repository import ROOT
 

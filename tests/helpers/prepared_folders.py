@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from common.text_files import index_lines
 from data.buckets import Bucket
-from data.index import IndexedFolder, PreparedIndex, make_table, write_index
-from data.read_index import read_index, row_in_shards, sample_in_shards
+from prepared.index import IndexedFolder, PreparedIndex, make_table, write_index
+from prepared.read_index import read_index, row_in_shards, sample_in_shards
 
 
 def rows_of(folder: Path) -> list[dict]:

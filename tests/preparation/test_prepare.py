@@ -27,9 +27,6 @@ from clip_lists import write_table
 from common.folder_lock import locked_folder
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample
-from data.index import PreparedClip
-from data.prepared import read_empty_prompt, read_tensor
-from data.read_index import read_index
 from data.sources import DataSource, read_clips
 from diffusion.latents import image_noise_scales
 from diffusion.randomness import step_generator
@@ -40,6 +37,9 @@ from models.source import ModelSource
 from planning.plan import plan_raw_clips
 from preparation.prepare import name_sample, needs_tiles, tensor_bytes, warn_of_overflow
 from preparation.report import REPORT_FILE
+from prepared.folder import read_empty_prompt, read_tensor
+from prepared.index import PreparedClip
+from prepared.read_index import read_index
 from prepared_folders import rows_of
 from video.probe import VideoInfo, probe_video
 

@@ -14,9 +14,9 @@ import cogvideox_text_to_video_sft
 import prepare_dataset
 from common.folder_lock import locked_folder
 from data.buckets import Bucket
-from data.index import IndexedFolder, PreparedIndex
 from data.token_budget import BatchSize
 from planning.plan import PreparedData
+from prepared.index import IndexedFolder, PreparedIndex
 from prepared_folders import index_of
 from run.dry_run import largest_batch, trial_folder
 from tiny_runs import SIZE, run_flags

@@ -6,9 +6,9 @@ from PIL import Image
 
 from args import parse_args
 from common.errors import UserError
-from data.prepared import write_empty_prompt
 from models.source import ModelSource
 from planning.plan import PreparedData, RawData, plan_training_data
+from prepared.folder import write_empty_prompt
 from run.encoded_inputs import encode_inputs, find_prompt
 from run.recipe import Recipe
 from run.spec import check_spec

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
 from common.run_folder import LORA_FILE
-from data.read_index import read_index
 from forked_ranks import finish
+from prepared.read_index import read_index
 from repository import TRAINING
 from tiny_runs import SIZE, assert_same_weights, curve, short_run_flags, weights_of
 

@@ -38,18 +38,18 @@ from clip_lists import write, write_table
 from common.errors import UserError
 from common.text_files import index_lines
 from data.buckets import Bucket
-from data.index import write_index
-from data.prepared import (
+from encoded_clips import ENCODINGS, HEIGHT, WIDTH, encode, numbered_frame
+from make_real_clips import find_source_dir
+from planning.plan import RawData, plan_raw_clips
+from prepared.folder import (
     PreparedSettings,
     StoredTensor,
     check_encoders,
     claim_folder,
     read_tensor,
 )
-from data.read_index import read_index, row_in_shards, sample_in_files, sample_in_shards
-from encoded_clips import ENCODINGS, HEIGHT, WIDTH, encode, numbered_frame
-from make_real_clips import find_source_dir
-from planning.plan import RawData, plan_raw_clips
+from prepared.index import write_index
+from prepared.read_index import read_index, row_in_shards, sample_in_files, sample_in_shards
 from video.display import STRETCHED
 from video.frames import LONG_CLIPS, choose_samples
 from video.io import read_frames

@@ -14,13 +14,13 @@ import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
 import prepare_dataset
 from data.buckets import Bucket
-from data.index import PreparedClip
-from data.prepared import read_tensor
-from data.read_index import read_index
 from data.sampler import Draw
 from dataset import Batch
 from diffusion.randomness import sample_generators
 from models.source import ModelSource
+from prepared.folder import read_tensor
+from prepared.index import PreparedClip
+from prepared.read_index import read_index
 from tiny_runs import sample_latents
 from tiny_steps import make_objective
 

@@ -12,13 +12,13 @@ from PIL import Image
 
 import prepare_dataset
 from data.buckets import Bucket
-from data.prepared import read_tensor
-from data.read_index import read_index
 from dataset import Batch
 from diffusion.tasks import ImageToVideo, TextToVideo
 from models.encoding import encode_noised_image, encode_prompts
 from models.prompts import PromptCache
 from models.source import ModelSource
+from prepared.folder import read_tensor
+from prepared.read_index import read_index
 from schedulers import alphas_cumprod
 from tiny_runs import sample_latents
 from tiny_steps import make_objective

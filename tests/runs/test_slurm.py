@@ -14,7 +14,7 @@ import pytest
 from accelerate_env import environment_of
 from args import parse_args, parse_prepare_args
 from cli.schema import flag_values
-from data.read_index import read_index
+from prepared.read_index import read_index
 from repository import ROOT
 
 

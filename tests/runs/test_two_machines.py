@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.read_index import read_index
+from prepared.read_index import read_index
 from repository import ROOT
 
 

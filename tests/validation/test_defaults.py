@@ -8,11 +8,11 @@ from args import parse_args
 from common.errors import UserError
 from data.buckets import Bucket
 from data.clips import Clip, ClipSample
-from data.prepared import PreparedSettings, write_settings
-from data.read_index import read_index
 from flags.settings import TrainingSettings
 from original_folders import write_original_folder
 from planning.plan import PreparedData, RawData
+from prepared.folder import PreparedSettings, write_settings
+from prepared.read_index import read_index
 from prepared_folders import index_of
 from validation.defaults import missing_token, with_data_defaults
 

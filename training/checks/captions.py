@@ -6,7 +6,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from checks.data import check_sources
+from checks.files import check_on_disk
 from common.errors import UserError
+from common.stores import is_url
 from common.text_files import read_utf8
 from flags.captions import CaptionFlags
 from flags.settings import CaptioningSettings
@@ -30,8 +32,15 @@ def check_captioning(settings: CaptioningSettings, given: Collection[str]) -> No
         _check_address(model.endpoint)
     if captions.output_file is not None and Path(captions.output_file).suffix.lower() != ".jsonl":
         raise UserError(f"--output_file: {captions.output_file} must end in .jsonl")
-    if captions.output_file is None and sources.data_root is None and sources.dataset_file is None:
-        raise UserError("--output_file: required with --dataset_name but no --data_root")
+    check_on_disk("--output_file", captions.output_file or "")
+    if captions.output_file is None:
+        folder = sources.data_root or sources.dataset_file
+        if folder is None:
+            raise UserError("--output_file: required with --dataset_name but no --data_root")
+        if is_url(folder):
+            raise UserError(
+                f"--output_file: required, because {folder} is a URL; captions are written on this machine"
+            )
 
 
 def _check_address(endpoint: str) -> None:

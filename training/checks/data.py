@@ -2,13 +2,14 @@
 
 from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 
 from cli.schema import flag_values
 from common.errors import UserError
-from data.prepared import read_prepared_settings
+from common.remote import to_path
+from common.stores import check_url, is_url
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
 from flags.settings import TrainingSettings
+from prepared.folder import read_prepared_settings
 
 
 SIZE_STEP = 16  # the VAE compresses 8 times in space, the transformer's patches twice more
@@ -78,13 +79,16 @@ def drop_long_buckets(clips: ClipFlags) -> tuple[ClipFlags, list[str]]:
 
 
 def check_sources(sources: SourceFlags) -> None:
-    """Check that one flag names the data set, and that its details come with it."""
+    """Check that one flag names the data set, that its details come with it, and that URLs can be read."""
     named = [name for name in ("dataset_file", "dataset_name", "dataset_mix") if getattr(sources, name)]
     if len(named) > 1:
         raise UserError(f"--{named[1]}: --{named[0]} already names the data; omit one of them")
     for name in ("dataset_config_name", "dataset_streaming"):
         if getattr(sources, name) and not sources.dataset_name:
             raise UserError(f"--{name}: no effect without --dataset_name; omit it")
+    for flag, value in (("--data_root", sources.data_root), ("--dataset_file", sources.dataset_file)):
+        if value and is_url(value):
+            check_url(flag, value)
     if sources.scores and not (sources.keep or sources.dataset_mix):
         raise UserError("--scores: no effect without --keep; omit it")
     if sources.dataset_mix and sources.data_root:
@@ -96,13 +100,15 @@ def check_prepared_flags(settings: TrainingSettings) -> None:
     folder = settings.sources.data_root
     if not settings.prepared.load_tensors or not folder:
         return
-    made_with, values = read_prepared_settings(Path(folder)).get("flags", {}), flag_values(settings)
     # The launchers pass the length of validation videos as a frame bucket.
-    compared = made_with.keys() & settings.given - {"frame_buckets"}
+    compared = settings.given & set(PREPARED_FLAGS) - {"frame_buckets"}
+    if not compared:  # nothing to read, which takes a while from a store
+        return
+    made_with, values = read_prepared_settings(to_path(folder)).get("flags", {}), flag_values(settings)
     differing = [
         f"--{name} was {made_with[name]!r}, is now {values[name]!r}"
         for name in PREPARED_FLAGS
-        if name in compared and made_with[name] != values[name]
+        if name in compared & made_with.keys() and made_with[name] != values[name]
     ]
     if differing:
         raise UserError(

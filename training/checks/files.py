@@ -10,11 +10,17 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.run_folder import LORA_FILE
+from common.stores import check_url, is_url
 from flags.data import SourceFlags
 
 
 def check_files(
-    model: str, sources: SourceFlags, output_dir: str, model_flag: str = "--pretrained_model_name_or_path"
+    model: str,
+    sources: SourceFlags,
+    output_dir: str,
+    model_flag: str = "--pretrained_model_name_or_path",
+    *,
+    is_to_store: bool = False,
 ) -> None:
     """Check that the model and the data exist, and that the output folder can be written.
 
@@ -23,16 +29,25 @@ def check_files(
         sources: the flags that name the clips.
         output_dir: folder to write to; it need not exist yet.
         model_flag: the flag of `model`, for messages.
+        is_to_store: the output folder may be a URL.
     """
-    data_root, dataset_file = sources.data_root, sources.dataset_file
     check_model(model, model_flag)
-    if data_root is not None and not os.path.isdir(data_root):
+    check_data(sources)
+    if is_to_store and is_url(output_dir):
+        check_url("--output_dir", output_dir, writable=True)
+    else:
+        check_writable(output_dir)
+
+
+def check_data(sources: SourceFlags) -> None:
+    """Check that the folder and table of clips exist, if they are not URLs."""
+    data_root, dataset_file = sources.data_root, sources.dataset_file
+    if data_root is not None and not is_url(data_root) and not os.path.isdir(data_root):
         raise UserError(f"--data_root: no folder '{data_root}'; pass the folder of your clips")
-    if dataset_file is not None and not os.path.isfile(dataset_file):
+    if dataset_file is not None and not is_url(dataset_file) and not os.path.isfile(dataset_file):
         inside = os.path.join(data_root or "", dataset_file)
         advice = f"did you mean '{inside}'?" if os.path.isfile(inside) else "pass the path of a table of clips"
         raise UserError(f"--dataset_file: no file '{dataset_file}'; {advice}")
-    check_writable(output_dir)
 
 
 def check_model(model: str, flag: str) -> None:
@@ -49,12 +64,19 @@ def is_hub_id(reference: str) -> bool:
     return reference.count("/") == 1 and not reference.startswith(("/", ".", "~")) and not os.path.exists(reference)
 
 
+def check_on_disk(flag: str, place: str) -> None:
+    """Check that a result is not to be written to a URL."""
+    if is_url(place):
+        raise UserError(f"{flag}: {place} is a URL; pass a place on this machine, and copy the result later")
+
+
 def check_writable(output_dir: str, flag: str = "--output_dir") -> None:
     """Check that `output_dir`, which `flag` named, can be created and written.
 
     Processes of one launch run this at the same time, so it does not create the folder: it tries a nameless
     temporary file in the nearest folder that exists.
     """
+    check_on_disk(flag, output_dir)
     existing = Path(output_dir).absolute()
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent

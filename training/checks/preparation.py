@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from common.errors import UserError
+from common.stores import is_url
 from flags.preparation import EncodingFlags, PreparationFlags
 
 
@@ -20,6 +21,11 @@ def settle_preparation(
             if is_given:
                 raise UserError(f"{flag}: no effect without latents and embeddings; add --save_latents_and_embeddings")
     layout = preparation.layout or ("shards" if preparation.save_latents_and_embeddings else "files")
+    if layout == "files" and is_url(preparation.output_dir or ""):
+        raise UserError(
+            f"--output_dir: {preparation.output_dir} takes only shards (--save_latents_and_embeddings, not --layout "
+            "files); pass a folder, and copy it"
+        )
     num_latents = preparation.num_image_latents
     if layout == "files" and num_latents > 1:
         if "num_image_latents" in given:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from cli.conditions import parse_condition
+from common.stores import is_url
 
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -71,7 +72,7 @@ def path(text: str) -> str:
 
 def _table_file(text: str) -> str:
     file = path(text)
-    if not os.path.isfile(file):
+    if not is_url(file) and not os.path.isfile(file):
         raise argparse.ArgumentTypeError(f"no file '{file}'; pass the path of a table of clips")
     if os.path.splitext(file)[1].lower() not in TABLE_SUFFIXES:
         raise argparse.ArgumentTypeError(f"'{file}' is not a table; it must be one of {', '.join(TABLE_SUFFIXES)}")

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from common.errors import UserError, listing, one_line
+from common.stores import StoreError, StoreFailure
 
 
 _ADVICE_ON_HOST = (
@@ -97,6 +98,8 @@ class WatchedDataset(Dataset):
             self.notes[worker.id] = torch.tensor([os.getpid(), draw.index])
         try:
             return self.dataset[draw]
+        except StoreError as error:  # also as a value
+            return self.dataset.failed(draw, StoreFailure(f"{self.dataset.name_of(draw.index)}: {error}"))
         except Exception as error:
             name = self.dataset.name_of(draw.index)
             if exhausted_memory(error) == "host":

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from common import stores
 from common.errors import UserError
+from common.remote import RemotePath, on_this_machine
 
 
 @contextmanager
@@ -19,9 +21,9 @@ def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
     A killed process leaves at most a hidden `.partial` file, never a half-written `path`. The temporary name ends as
     `path` does, because many writers choose their format by the suffix. The file is not flushed to disk: that takes
     tenths of a second on some disks, and these files can be made again after a power cut. A full
-    disk or a missing permission is a UserError.
+    disk or a missing permission is a UserError. A file in a store is written on this machine, then sent.
     """
-    folder = staging or path.parent
+    folder = on_this_machine(staging or path.parent)
     # Random, because processes on other machines that write the same file can have the same process id.
     partial = folder / f".{secrets.token_hex(8)}.partial.{path.name}"
     try:
@@ -31,7 +33,10 @@ def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
         permissions = partial.stat().st_mode
         yield partial
         partial.chmod(permissions)  # safetensors makes files that only their owner can read
-        os.replace(partial, path)
+        if isinstance(path, RemotePath):
+            stores.send(partial, str(path))
+        else:
+            os.replace(partial, path)
     except FileNotFoundError:
         raise  # another process removed something, which callers may expect
     except OSError as error:

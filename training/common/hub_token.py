@@ -1,4 +1,4 @@
-"""Keep the token of the Hugging Face hub secret: it is neither printed nor written to files.
+"""Keep the token of the Hugging Face hub and the keys of object stores secret: none is printed or written to files.
 
 All output goes through `without_tokens`. Trackers get neither the flag nor a command line with it.
 """
@@ -13,6 +13,9 @@ TOOLKIT = Path(__file__).resolve().parents[1]  # all modules of ours
 HIDDEN = "(hidden)"
 
 _LOOKS_LIKE_ONE = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
+# Variables in which the libraries of object stores find secrets.
+_OF_STORES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN")
+_OF_STORES += ("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_CLIENT_SECRET")
 _SHORTEST = 8  # characters; anything shorter may be part of other words
 _known: set[str] = set()  # from flags
 
@@ -43,7 +46,7 @@ def without_tokens(text: str) -> str:
 
 def _found() -> list[str]:
     """Return the tokens that huggingface_hub would use, without importing it, which takes long."""
-    environment = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
+    environment = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", *_OF_STORES)]
     home = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
     )

@@ -1,1 +1,1 @@
-"""Lists of clips and how they become batches: sources, tables, buckets, sampler, prepared folders."""
+"""Lists of clips and how they become batches: sources, tables, buckets, sampler."""

@@ -16,6 +16,7 @@ import pyarrow as pa
 from pyarrow import compute, parquet
 
 from common.errors import UserError, one_line
+from common.remote import RemotePath
 from data.rows import Row, Table
 
 
@@ -25,7 +26,8 @@ _LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
 
 def read_parquet(file: Path) -> Table:
     """Read a Parquet file; a damaged one is a `UserError`, maybe only at its last row."""
-    opened = _call(str(file), parquet.ParquetFile, file, pre_buffer=False)
+    readable = file.open("rb") if isinstance(file, RemotePath) else file
+    opened = _call(str(file), parquet.ParquetFile, readable, pre_buffer=False)
     schema = opened.schema_arrow
     batches = opened.iter_batches(batch_size=_rows_at_once(schema))
     rows = _rows(str(file), batches, f"{file.name}:row", opened.metadata.num_rows)

@@ -8,12 +8,13 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
 from cli.types import TABLE_SUFFIXES
 from common.errors import UserError, one_line
 from common.ranks import launch_rank
+from common.remote import RemotePath, fetch_all
 from common.text_files import read_utf8
 from data.media_cache import IMAGE_SUFFIXES, is_clip
 from data.rows import Row, Table
@@ -37,20 +38,23 @@ def read_folder(root: Path, captions_file: Path | None = None) -> Table:
     instead. `captions_file` is a table that captions will be written to, possibly in the folder; clips then need no
     captions.
     """
-    groups, unread = _group_files(root)
+    files = sorted(visible_files(root))
+    if not files and isinstance(root, RemotePath):
+        raise UserError(f"--data_root: {root} has no files; check the name, and that your credentials may list it")
+    groups, unread = _group_files(root, files)
     suffixes = [set(map(_suffix, files)) for files in groups.values()]
     ours = {(root / SCORES_FILE).resolve(), captions_file and captions_file.resolve()}
-    names = sorted(name for name in os.listdir(root) if _suffix(name) in TABLE_SUFFIXES and name[0] != ".")
-    tables = [name for name in names if (root / name).resolve() not in ours]
+    tables = [file for file in files if "/" not in file and _suffix(file) in TABLE_SUFFIXES]
+    tables = [name for name in tables if (root / name).resolve() not in ours]
     if tables and not any(".txt" in kinds and len(kinds) > 1 for kinds in suffixes):
         raise UserError(
             f"{root} has no clips with captions beside them, but {', '.join(tables)}: pass "
             f"--dataset_file {root / tables[0]}"
         )
-    files = list(chain.from_iterable(unread.values()))
-    skipped = ", ".join(map(one_line, files[:_EXAMPLES]))
-    if len(files) > _EXAMPLES:
-        skipped += f" and {len(files) - _EXAMPLES} more"
+    unreadable = list(chain.from_iterable(unread.values()))
+    skipped = ", ".join(map(one_line, unreadable[:_EXAMPLES]))
+    if len(unreadable) > _EXAMPLES:
+        skipped += f" and {len(unreadable) - _EXAMPLES} more"
     if all(kinds == {".txt"} for kinds in suffixes):
         raise UserError(
             f"{root} has nothing that can be read as clips{f' ({skipped} cannot)' if unread else ''}. Put "
@@ -60,17 +64,19 @@ def read_folder(root: Path, captions_file: Path | None = None) -> Table:
         )
     if unread and launch_rank() == 0:
         logger.warning("warning: skipped in %s, because neither a readable clip nor a caption: %s", root, skipped)
+    if isinstance(root, RemotePath):
+        fetch_all(root / file for file in files if _suffix(file) == ".txt")
     rows = _all_rows(root, groups, unread, captions_needed=captions_file is None)
     return Table(str(root), ("video", "caption", "image"), rows, root)
 
 
-def _group_files(root: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def _group_files(root: Path, files: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Return clips, images and captions by their name without suffix, and likewise the files that are none of these.
 
     A name is the same whether or not an accent is a character of its own.
     """
     groups, unread = {}, {}
-    for file in sorted(visible_files(root)):
+    for file in files:
         is_read = _suffix(file) == ".txt" or is_clip(root / file)
         if is_read or not _is_side_file(file):
             name = normalize("NFC", os.path.splitext(file)[0])
@@ -95,6 +101,9 @@ def _all_rows(
 
 def visible_files(root: Path) -> Iterator[str]:
     """Yield files as paths below root, without hidden ones. Each folder is read once, even if links form a cycle."""
+    if isinstance(root, RemotePath):
+        yield from _visible_in_store(root.list_files(remember=True))
+        return
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_report_folder):
         # An earlier preparation or dry run wrote a folder with one of these files.
@@ -108,6 +117,14 @@ def visible_files(root: Path) -> Iterator[str]:
         for name in names:
             if name[0] != ".":
                 yield (Path(folder) / name).relative_to(root).as_posix()
+
+
+def _visible_in_store(files: Sequence[str]) -> Iterator[str]:
+    ours = {os.path.dirname(file) for file in files if os.path.basename(file) in ("prepared.json", "plan.csv")} - {""}
+    for file in files:
+        folders = {str(folder) for folder in PurePosixPath(file).parents}
+        if ours.isdisjoint(folders) and not any(part[0] == "." for part in file.split("/")):
+            yield file
 
 
 def _report_folder(error: OSError) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from common.errors import UserError, described, one_line
 from common.files import atomic_write
+from common.remote import listed_below
 from data.paths import expand_home, is_absolute_on_windows, spelled_on_disk, stays_inside
 from data.rows import UnusableRow
 from video.media import decode_still_image, open_video, reason_of, video_stream
@@ -31,6 +32,7 @@ FETCH_LIMIT = 4 * 2**30  # bytes per clip
 FETCH_TIMEOUT = 1800.0  # seconds per clip
 
 _DECODED_FPS = 8  # rate of decoded videos without an fps column: what CogVideoX 1.0 was trained at
+_URL_REFUSED = "is a URL; download the file and list its path, or pass the URL of its folder as --data_root"
 _ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # that fsspec can open
 
 
@@ -109,7 +111,10 @@ def _listed_file(text: str, folder: Path | None, within: Sequence[Path] | None) 
     if not path:
         raise UnusableRow("has no path")
     if "://" in path:
-        raise UnusableRow("is a URL; download the file and list its path")
+        found = listed_below(path, (folder, *(within or ())))
+        if found is None:
+            raise UnusableRow(_URL_REFUSED)
+        return found
     if is_absolute_on_windows(path):
         example = "/".join(PureWindowsPath(path).parts[1:][-2:])
         raise UnusableRow(f"is a path on Windows; write it relative to --data_root and with slashes, like {example}")
@@ -119,14 +124,16 @@ def _listed_file(text: str, folder: Path | None, within: Sequence[Path] | None) 
     if within is not None and not stays_inside(path, folder, within):
         where = f"outside of {folder}" if folder else "outside of the folders that were named (--data_root)"
         raise UnusableRow(f"lies {where}; move it there, or pass --allow_outside_paths if you trust this list")
-    return Path(path) if folder is None else folder / path
+    return Path(path) if folder is None or os.path.isabs(path) else folder / path
 
 
 def _fetch(url: str, folder: Path | None, cache: Path, within: Sequence[Path] | None) -> Path:
     """Copy a file on the hub or in an archive, cached by its link: the hub's links contain the revision.
 
-    No other server is contacted.
+    No other server is contacted, except that of a URL which the user named.
     """
+    if found := listed_below(url, (folder, *(within or ()))):
+        return found
     import fsspec
     from huggingface_hub import constants
 
@@ -134,7 +141,7 @@ def _fetch(url: str, folder: Path | None, cache: Path, within: Sequence[Path] | 
     if "://" not in outermost:
         url = "::".join([*inner, str(_listed_file(outermost, folder, within).absolute())])
     elif not outermost.startswith(("hf://", f"{constants.ENDPOINT}/")):  # those that `datasets` makes
-        raise UnusableRow("is a URL; download the file and list its path")
+        raise UnusableRow(_URL_REFUSED)
     if not all(link.partition("://")[0] in _ARCHIVES for link in inner):
         raise UnusableRow("is an unsupported kind of link; list the path of a file")
 

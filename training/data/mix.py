@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, described, listing
+from common.remote import to_path
+from common.stores import check_url, is_url
 from common.text_files import read_json
 from data.paths import expand_home, stays_inside
 from data.sources import DataSource
@@ -82,7 +84,7 @@ def _check_places(file: Path, entries: Sequence[Mapping[str, Any]]) -> None:
         for key in _PATH_KEYS
         if (value := entry.get(key)) is not None
         # The name of a data set on the hub looks like a relative path inside.
-        and not stays_inside(expand_home(value), folder, [folder])
+        and (is_url(value) or not stays_inside(expand_home(value), folder, [folder]))
     ]
     if outside:
         title = (
@@ -94,9 +96,13 @@ def _check_places(file: Path, entries: Sequence[Mapping[str, Any]]) -> None:
 
 def _with_paths(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     values = {key: expand_home(value) if key in _PATH_KEYS else value for key, value in entry.items()}
+    urls = {key: to_path(values[key]) for key in _PATH_KEYS[:2] if is_url(values.get(key, ""))}
+    for key, url in urls.items():
+        check_url(f"--dataset_mix: {key}", str(url))
     for key in values.keys() & {"data_root", "scores"}:
         values[key] = folder / values[key]
-    if "dataset_file" in values:
+    values |= urls
+    if "dataset_file" in values and "dataset_file" not in urls:
         beside, below = (place / values["dataset_file"] for place in (folder, values.get("data_root", folder)))
         values["dataset_file"] = beside if os.path.isfile(beside) else below
     if "dataset_name" in values and os.path.isdir(folder / values["dataset_name"]):

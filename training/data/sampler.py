@@ -52,6 +52,8 @@ class BucketBatchSampler:
         rank, world_size: number of this process, from 0, and of all processes.
         first_epoch: epoch that the stream starts in.
         seen_batches: batches of `first_epoch` to skip, over all ranks and with padding.
+        blocks: `[N]`, from 0: each epoch takes the samples of one block after the other, the blocks in random order;
+            None for one block.
 
     Attributes:
         num_batches: batches of an epoch, over all ranks and without padding.
@@ -70,11 +72,13 @@ class BucketBatchSampler:
         world_size: int = 1,
         first_epoch: int = 0,
         seen_batches: int = 0,
+        blocks: np.ndarray | None = None,
     ):
         self.seed = seed
         self.limit = BatchSize(batch_size) if isinstance(batch_size, int) else batch_size
         self.rank, self.world_size = rank, world_size
         self.first_epoch, self.seen_batches = first_epoch, seen_batches
+        self.blocks = blocks
         self.first_batch = self.total_batches = 0
         times = np.ones(len(buckets)) if repeats is None else np.asarray(repeats, np.float64)
         self._groups = _group(BucketColumn.of(buckets), times, seed)
@@ -144,19 +148,31 @@ class BucketBatchSampler:
     def _plan_epoch(self, epoch: int) -> "_Epoch":
         """Return the batches of an epoch in the order in which the ranks take them."""
         rng = random.Random(f"{self.seed}-{epoch}")
-        most_of = self.limit.most_of
-        orders = [_order(groups, epoch, most_of(bucket), rng) for bucket, groups in self._groups.items()]
-        places = np.argsort(_shuffled(np.arange(self.num_batches), rng))[self._pieces.batches]
+        most_of, turns = self.limit.most_of, self._turns(epoch)
+        orders = [_order(groups, epoch, most_of(bucket), rng, turns) for bucket, groups in self._groups.items()]
+        shuffled = _shuffled(np.arange(self.num_batches, dtype=np.int32), rng)
+        if turns is not None:
+            latest = np.zeros(self.num_batches, np.int32)  # turn of a batch's samples
+            last_of_pieces = np.concatenate(orders)[np.cumsum(self._pieces.sizes) - 1]
+            np.maximum.at(latest, self._pieces.batches, turns[last_of_pieces])
+            shuffled = shuffled[np.argsort(latest[shuffled], kind="stable")]
+        places = np.argsort(shuffled)[self._pieces.batches]
         shuffled = np.argsort(places, kind="stable")
         sizes = self._pieces.sizes[shuffled]
         # Each piece moves from its place among the unshuffled ones to its place among the shuffled ones.
-        starts = (np.cumsum(self._pieces.sizes) - self._pieces.sizes)[shuffled]
-        moves = starts - (np.cumsum(sizes) - sizes)
-        samples = np.concatenate(orders)[np.repeat(moves, sizes) + np.arange(sizes.sum())]
-        ends = np.cumsum(sizes)[np.append(np.diff(places[shuffled]) > 0, True)]
+        moves = _starts(self._pieces.sizes)[shuffled] - _starts(sizes)
+        samples = np.concatenate(orders)[np.repeat(moves, sizes) + np.arange(sizes.sum(), dtype=np.int32)]
+        ends = np.cumsum(sizes, dtype=np.int32)[np.append(np.diff(places[shuffled]) > 0, True)]
         repeated = any(group.whole + (group.extra > 0) > 1 for groups in self._groups.values() for group in groups)
         copies = _count_earlier(samples) if repeated else np.zeros(len(samples), np.int32)
         return _Epoch(epoch, samples, copies, ends)
+
+    def _turns(self, epoch: int) -> np.ndarray | None:
+        """Return when the block of each sample comes in an epoch, `[N]`; None without blocks."""
+        if self.blocks is None:
+            return None
+        rng = random.Random(f"{self.seed}-{epoch}-blocks")  # of its own, so that the draws of others stay
+        return np.argsort(_shuffled(np.arange(self.blocks.max() + 1), rng))[self.blocks]
 
 
 @dataclass(frozen=True)
@@ -184,17 +200,19 @@ class _Group:
 
     def counts(self, epoch: int) -> np.ndarray:
         """Return the copies of each index in this epoch, `[N]`."""
-        turns = (np.arange(len(self.indices)) - epoch * self.extra) % len(self.indices)
-        return self.whole + (turns < self.extra)
+        length = len(self.indices)
+        turns = (np.arange(length, dtype=np.int32) - epoch * self.extra % length) % length
+        return np.int32(self.whole) + (turns < self.extra)
 
 
 def _group(buckets: BucketColumn, repeats: np.ndarray, seed: int) -> dict[Bucket, list[_Group]]:
-    order = np.lexsort((repeats, buckets.codes))  # stable: samples of a group stay in their order
+    order = np.lexsort((repeats, buckets.codes)).astype(np.int32)  # stable: samples of a group stay in their order
     codes, times = buckets.codes[order], repeats[order]
-    starts = np.flatnonzero((np.diff(codes, prepend=-1) != 0) | (np.diff(times, prepend=0) != 0))
+    differs = (codes[1:] != codes[:-1]) | (times[1:] != times[:-1])
+    starts = np.flatnonzero(np.append(True, differs)[: len(codes)])
     rng = random.Random(f"{seed}-turns")
     groups = defaultdict(list)
-    for start, indices in zip(starts, np.split(order.astype(np.int32), starts[1:]), strict=False):
+    for start, indices in zip(starts, np.split(order, starts[1:]), strict=False):
         whole, fraction = divmod(Fraction(times[start].item()).limit_denominator(10_000), 1)
         extra = max(round_half_up(fraction * len(indices)), int(whole == 0))
         group = _Group(_shuffled(indices, rng) if extra else indices, whole, extra)
@@ -202,20 +220,27 @@ def _group(buckets: BucketColumn, repeats: np.ndarray, seed: int) -> dict[Bucket
     return groups
 
 
-def _order(groups: Sequence[_Group], epoch: int, batch_size: int, rng: random.Random) -> np.ndarray:
+def _order(
+    groups: Sequence[_Group], epoch: int, batch_size: int, rng: random.Random, turns: np.ndarray | None
+) -> np.ndarray:
     """Return the samples of a bucket in the order in which its batches take them, `[N]`.
 
     Copy k of n is in the k-th of n equal parts of the epoch, so that copies rarely meet in a batch, and frequent
-    samples share batches with others.
+    samples share batches with others. Samples of an earlier turn come first.
     """
     counts = np.concatenate([group.counts(epoch) for group in groups])
     samples = np.repeat(np.concatenate([group.indices for group in groups]), counts)
-    copies = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
+    copies = np.arange(len(samples), dtype=np.int32) - np.repeat(_starts(counts), counts)
     places = (copies + _random(len(samples), rng)) / np.repeat(counts, counts)
-    order = samples[np.lexsort((samples, places))]
+    order = samples[np.lexsort((samples, places) if turns is None else (samples, places, turns[samples]))]
     if counts.max() > 1:
         _part_copies(order, batch_size)
     return order
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    """Return where each part begins if parts of these sizes follow one another, `[N]`."""
+    return np.cumsum(sizes, dtype=np.int32) - sizes
 
 
 def _random(count: int, rng: random.Random) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, described, one_line
+from common.remote import RemotePath, is_file
 from data.clips import BadClip, Clip
 from data.folder import read_folder
 from data.media_cache import first_frame_file, media_file
@@ -69,7 +70,7 @@ def read_clips(
 def _open(source: DataSource, captions_file: Path | None) -> tuple[Table, DataSource]:
     """Return a source's list, and the source with the columns that the list has."""
     root = source.data_root
-    if root is not None and not os.path.isdir(root):
+    if root is not None and not isinstance(root, RemotePath) and not os.path.isdir(root):
         raise UserError(f"--data_root {root} is not a folder")
     if source.dataset_file is not None and source.dataset_name is not None:
         raise UserError("--dataset_file and --dataset_name are both set; omit one of them")
@@ -96,8 +97,10 @@ def _open(source: DataSource, captions_file: Path | None) -> tuple[Table, DataSo
 
 
 def _find_dataset_file(source: DataSource) -> Path:
+    if isinstance(source.dataset_file, RemotePath):
+        return source.dataset_file
     for folder in (Path(), source.data_root or Path()):
-        if os.path.isfile(folder / source.dataset_file):
+        if is_file(folder / source.dataset_file):
             return folder / source.dataset_file
     searched = f", neither here nor in {source.data_root}" if source.data_root else ""
     raise UserError(f"--dataset_file {source.dataset_file} does not exist{searched}")

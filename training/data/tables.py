@@ -11,6 +11,7 @@ from typing import Any
 
 from cli.types import TABLE_SUFFIXES
 from common.errors import UserError, described
+from common.remote import is_file
 from common.text_files import read_json, read_lines, read_utf8
 from data.media_cache import media_suffixes
 from data.rows import DataSource, Row, Table
@@ -37,21 +38,21 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
     prompts_file = _text_file(source.data_root, source.caption_column, "prompts.txt")
     images_file = _text_file(source.data_root, source.image_column or "images.txt", "images.txt")
     is_named = source.video_column.endswith(".txt") or source.caption_column.endswith(".txt")
-    if not is_named and not any(map(os.path.isfile, (videos_file, prompts_file))):
+    if not is_named and not any(map(is_file, (videos_file, prompts_file))):
         return None
     for file, flag, is_needed in (
         (videos_file, "--video_column", True),
         (prompts_file, "--caption_column", captions_needed or source.caption_column.endswith(".txt")),
         (images_file, "--image_column", source.image_column is not None),
     ):
-        if is_needed and not os.path.isfile(file):
+        if is_needed and not is_file(file):
             captioner = "; caption_dataset.py writes captions" if file == prompts_file else ""
             where = "below --data_root (or pass a --dataset_file)"
             raise UserError(f"{file} does not exist; {flag} names the file, {where}{captioner}")
     videos = read_lines(videos_file)
     # Blank lines at the end may be for videos without an image, or without a caption if none is needed.
     prompts, images = (
-        read_lines(file, at_least=0 if complete else len(videos)) if os.path.isfile(file) else [""] * len(videos)
+        read_lines(file, at_least=0 if complete else len(videos)) if is_file(file) else [""] * len(videos)
         for file, complete in ((prompts_file, captions_needed), (images_file, False))
     )
     for file, lines in ((prompts_file, prompts), (images_file, images)):
@@ -71,7 +72,7 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
 def _text_file(data_root: Path, column: str, default: str) -> Path:
     """Return the file that a column flag names, or the default one if the flag holds a table's column name."""
     named = data_root / column
-    return named if column.endswith(".txt") or os.path.isfile(named) else data_root / default
+    return named if column.endswith(".txt") or is_file(named) else data_root / default
 
 
 def read_table(file: Path, source: DataSource) -> Table:

@@ -13,8 +13,8 @@ from data.buckets import Bucket
 class Pieces:
     """The samples of one bucket in one batch, for every batch: sorted by bucket, then by batch."""
 
-    batches: np.ndarray  # [P], numbers from 0
-    sizes: np.ndarray  # [P], samples
+    batches: np.ndarray  # [P], int32: numbers from 0
+    sizes: np.ndarray  # [P], int32: samples
 
     @property
     def num_batches(self) -> int:
@@ -41,10 +41,9 @@ class BatchSize:
 
     def share_out(self, counts: Mapping[Bucket, int]) -> Pieces:
         """Share out so many samples of each bucket."""
-        sizes = np.concatenate(
-            [np.diff(np.append(np.arange(0, count, self.samples), count)) for count in counts.values()]
-        )
-        return Pieces(np.arange(len(sizes)), sizes)
+        ends = (np.append(np.arange(0, count, self.samples, np.int32), np.int32(count)) for count in counts.values())
+        sizes = np.concatenate([np.diff(of_bucket) for of_bucket in ends])
+        return Pieces(np.arange(len(sizes), dtype=np.int32), sizes)
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,11 @@ class TokenBudget:
                     room -= taken * self.tokens_of(bucket)
             times = min(left[bucket] // taken for bucket, taken in batch.items())  # equal batches at once
             for bucket, taken in batch.items():
-                found[bucket].append((np.arange(num_batches, num_batches + times), taken))
+                found[bucket].append((np.arange(num_batches, num_batches + times, dtype=np.int32), taken))
                 left[bucket] -= taken * times
             num_batches += times
         pieces = [piece for of_bucket in found.values() for piece in of_bucket]
-        sizes = [np.full(len(batches), size) for batches, size in pieces]
+        sizes = [np.full(len(batches), size, np.int32) for batches, size in pieces]
         return Pieces(np.concatenate([batches for batches, _ in pieces]), np.concatenate(sizes))
 
     def check(self, buckets: Iterable[Bucket]) -> None:

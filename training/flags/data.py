@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from cli.schema import flag
 from cli.types import Condition, FilePath, FolderPath, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Probability
+from common.remote import DEFAULT_LIMIT_GB
 from video.frames import LONG_CLIPS
 
 
@@ -19,14 +20,14 @@ class SourceFlags:
 
     data_root: FolderPath | None = flag(
         None,
-        "Folder of the clips; required unless another flag names the data. Two text files list them (see "
-        "--video_column), or each clip.mp4 has its caption in clip.txt.",
+        "Folder of the clips, or its URL (hf, s3, gs, az, https); required unless another flag names the data. Two "
+        "text files list them (see --video_column), or each clip.mp4 has its caption in clip.txt.",
         alias="instance_data_root",
     )
     dataset_file: FilePath | None = flag(
         None,
-        "Table with one row per clip: .csv, .tsv, .jsonl, .json or .parquet. Paths in it start from --data_root, or "
-        "else from its own folder.",
+        "Table with one row per clip, or its URL: .csv, .tsv, .jsonl, .json or .parquet. Paths in it start from "
+        "--data_root, or else from its own folder.",
     )
     video_column: str = flag("video", "Column of the clips' paths, or list of them in --data_root (else videos.txt).")
     caption_column: str = flag("text", "Column of the captions, or text file that lists them (else prompts.txt).")
@@ -69,6 +70,12 @@ class SourceFlags:
     )
     scores: FilePath | None = flag(
         None, "The table for --keep.", shown="scores.csv where score_clips.py writes it for these data flags"
+    )
+    cache_limit_gb: PositiveFloat = flag(
+        DEFAULT_LIMIT_GB,
+        "Disk for files fetched from URLs, in ~/.cache/cogvideox-factory or $COGVIDEOX_FACTORY_CACHE; those not used "
+        "for the longest time are removed first.",
+        metavar="GB",
     )
     skip_frames_start: NonNegativeInt = flag(0, "Frames to skip at a clip's start (titles); pass the same everywhere.")
     skip_frames_end: NonNegativeInt = flag(0, "Frames to skip at a clip's end; pass the same to every script.")

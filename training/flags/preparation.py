@@ -14,7 +14,9 @@ FIRST_FRAMES_FILE = "metadata.jsonl"
 class PreparationFlags:
     """What is prepared, and how it is stored."""
 
-    output_dir: FolderPath | None = flag(None, "Required. Folder of the prepared data, the --data_root of training.")
+    output_dir: FolderPath | None = flag(
+        None, "Required. Folder of the prepared data, or its URL (hf, s3, gs, az); the --data_root of training."
+    )
     save_latents_and_embeddings: bool = flag(False, "Write latents and embeddings, not only clips and captions.")
     save_image_latents: bool = flag(False, "Also write latents of first frames, for image-to-video training.")
     num_image_latents: PositiveInt = flag(

@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write, path_of_script
+from common.remote import limit_cache, to_path
 from common.text_files import digest_lines
 from data.buckets import BucketColumn, count_tokens, make_buckets, native_fps
 from data.clips import BadClip, ClipSample, plan_clips
-from data.keep import keep_clips
 from data.mix import read_mix, weights_to_repeats
-from data.prepared import read_prepared_settings
 from data.sources import DataSource, read_clips
 from data.token_budget import BatchSize, TokenBudget
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
+from planning.keep import keep_clips
 from planning.report import PlanTable, plan_table
+from prepared.folder import read_prepared_settings
 from video.cache import FileCache, default_cache_folder
 from video.probe import probe_files
 
@@ -32,7 +33,7 @@ from video.probe import probe_files
 if TYPE_CHECKING:
     import numpy as np
 
-    from data.index import PreparedIndex
+    from prepared.index import PreparedIndex
 
 SKIPPED_FILE = "skipped_clips.csv"
 
@@ -45,6 +46,8 @@ class RawData:
     bad: Sequence[BadClip] = ()
     dropped: Sequence[BadClip] = ()  # by --keep, which is no reason to stop
     held_out: "RawData | None" = None  # clips whose loss is measured, not trained on
+
+    blocks = None  # each clip is a file of its own
 
     @cached_property
     def buckets(self) -> BucketColumn:
@@ -97,6 +100,13 @@ class PreparedData:
     held_out: RawData | None = None  # clips whose loss is measured, not trained on
 
     captions = ()  # already embedded
+
+    @cached_property
+    def blocks(self) -> "np.ndarray | None":
+        """Which samples are drawn together, `[N]`, so that few files of a store are needed at a time; None for any."""
+        from planning.blocks import blocks_of  # imports pyarrow
+
+        return blocks_of(self.clips)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -270,10 +280,11 @@ def advise_early(data: RawData, settings: TrainingSettings | PreparationSettings
 
 
 def data_sources(flags: SourceFlags) -> list[DataSource]:
-    """Return the data sets that the flags name."""
+    """Return the data sets that the flags name, and set the size of the cache of those in stores."""
+    limit_cache(flags.cache_limit_gb)
     source = DataSource(
-        data_root=Path(flags.data_root) if flags.data_root else None,
-        dataset_file=Path(flags.dataset_file) if flags.dataset_file else None,
+        data_root=to_path(flags.data_root) if flags.data_root else None,
+        dataset_file=to_path(flags.dataset_file) if flags.dataset_file else None,
         dataset_name=flags.dataset_name,
         dataset_config_name=flags.dataset_config_name,
         dataset_split=flags.dataset_split,
@@ -284,15 +295,15 @@ def data_sources(flags: SourceFlags) -> list[DataSource]:
         image_column=flags.image_column,
         id_token=flags.id_token,
         keep=flags.keep,
-        scores=Path(flags.scores) if flags.scores else None,
+        scores=to_path(flags.scores) if flags.scores else None,
         allow_outside_paths=flags.allow_outside_paths,
     )
     return read_mix(Path(flags.dataset_mix), source) if flags.dataset_mix else [source]
 
 
 def _read_prepared(sources: Sequence[DataSource]) -> PreparedData:
-    from data.index import PreparedIndex  # pyarrow takes tenths of a second to import
-    from data.read_index import read_index
+    from prepared.index import PreparedIndex  # pyarrow takes tenths of a second to import
+    from prepared.read_index import read_index
 
     folders = _prepared_folders(sources)
     indexes = [read_index(source.data_root, allow_outside_paths=source.allow_outside_paths) for source in sources]

@@ -2,11 +2,12 @@
 
 import logging
 import shutil
-from pathlib import Path
 
 from common.errors import listing
 from common.logs import log_without_tokens
 from common.ranks import launch_rank
+from common.remote import to_path
+from common.stores import is_url
 from common.units import in_bytes
 from flags.settings import PreparationSettings
 from planning.plan import RawData
@@ -30,7 +31,7 @@ def show_plan(settings: PreparationSettings, data: RawData) -> None:
         logger.info("%s", listing(f"{len(data.dropped)} of the clips are dropped by --keep:", data.dropped))
     source = model_source(settings.model)
     log_plan(settings, data, source)
-    folder = Path(settings.preparation.output_dir)
+    folder = to_path(settings.preparation.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_plan(data.clips, [*data.bad, *data.dropped], folder / "plan.csv")
     rows = sheet_rows(settings, data.clips)
@@ -38,7 +39,7 @@ def show_plan(settings: PreparationSettings, data: RawData) -> None:
     if settings.preparation.save_latents_and_embeddings:
         sizes = tensor_bytes(settings, source.configs(), data.clips)
         parts = ", ".join(f"{kind} {in_bytes(size)}" for kind, size in sizes.items())
-        free = in_bytes(shutil.disk_usage(folder).free)
-        logger.info("the tensors take %s on disk: %s; %s are free", in_bytes(sum(sizes.values())), parts, free)
+        free = "" if is_url(str(folder)) else f"; {in_bytes(shutil.disk_usage(folder).free)} are free"
+        logger.info("the tensors take %s on disk: %s%s", in_bytes(sum(sizes.values())), parts, free)
     logger.info("wrote %s and %s", folder / "plan.csv", folder / "contact_sheet.png")
     write_report(settings, data, source, rows, complete="plan.csv")

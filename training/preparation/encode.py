@@ -12,10 +12,12 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from common.bars import tqdm
+from common.errors import UserError
 from common.files import atomic_write
 from common.ranks import launch_rank
+from common.remote import on_this_machine
+from common.stores import StoreFailure
 from data.clips import BadClip, ClipSample
-from data.prepared import STAGING, read_empty_prompt, write_empty_prompt
 from data.sampler import Draw
 from dataset import Batch, ClipDataset, make_loader
 from diffusion.latents import image_noise_scales
@@ -28,6 +30,7 @@ from models.source import ModelSource
 from preparation.claims import Claims, SharedBatches
 from preparation.layouts import Batches, Layout, Sample
 from preparation.stages import run_stages
+from prepared.folder import STAGING, read_empty_prompt, write_empty_prompt
 
 
 logger = logging.getLogger(__name__)
@@ -140,6 +143,8 @@ def encode_clips(work: Preparation) -> None:
     def encode(batch: Batch) -> tuple[dict, dict] | None:
         nonlocal done
         for draw, reason in batch.failed:
+            if isinstance(reason, StoreFailure):
+                raise UserError(reason)
             broken.add(samples[draw.index], reason)
         names = [samples[draw.index].name for draw in batch.draws]
         tensors = encode_batch(settings.preparation, vae, batch, names) if vae is not None and names else {}
@@ -187,7 +192,7 @@ class BrokenClips:
     """Notes on clips that could be probed but not decoded, for all processes of a preparation."""
 
     def __init__(self, folder: Path):
-        self.folder = folder / STAGING / "broken"
+        self.folder = on_this_machine(folder / STAGING) / "broken"
 
     def add(self, sample: Sample, reason: str) -> None:
         """Note a sample whose clip cannot be decoded."""

@@ -2,7 +2,7 @@
 
 A layout knows what is done, divides the rest into batches, in parts for processes to share, writes each batch
 atomically, and lists the samples once all are done. Every process makes the same batches at any time, because the bits
-of a result depend on its batch. `data/prepared.py` documents and reads the files.
+of a result depend on its batch. `prepared/folder.py` documents and reads the files.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -18,10 +18,10 @@ from common.files import atomic_write
 from common.text_files import index_lines
 from data.buckets import Bucket
 from data.clips import ClipSample
-from data.index import write_index
-from data.prepared import FILES_INDEX, LISTS, STAGING
-from data.read_index import row_in_shards, sample_in_files, sample_in_shards
-from data.tensor_files import ShardWriter, cut_into_parts, finished_names, samples_per_shard
+from prepared.folder import FILES_INDEX, LISTS, STAGING
+from prepared.index import write_index
+from prepared.read_index import row_in_shards, sample_in_files, sample_in_shards
+from prepared.tensor_files import ShardWriter, cut_into_parts, finished_names, samples_per_shard
 from video.io import write_video
 
 

@@ -22,22 +22,15 @@ from diffusers.training_utils import free_memory
 from cli.schema import flag_values, replace_flags
 from common.bars import tqdm
 from common.errors import UserError, listing
-from common.files import refresh_names
+from common.files import atomic_write, refresh_names
 from common.folder_lock import locked_folder
 from common.logs import log_without_tokens
-from common.ranks import launch_rank, launch_size, local_rank
+from common.ranks import launch_rank, launch_size, local_rank, num_machines
+from common.remote import RemotePath, on_this_machine, to_path
 from common.text_files import digest_lines
 from common.units import in_bytes
 from data.buckets import Bucket
 from data.clips import ClipSample
-from data.prepared import (
-    STAGING,
-    PreparedSettings,
-    caption_key,
-    claim_folder,
-    read_prepared_settings,
-    write_settings,
-)
 from diffusion.tasks import ImageToVideo, SizeFlags, TextToVideo
 from flags.data import PREPARED_FLAGS
 from flags.model import EncoderFlags
@@ -52,6 +45,14 @@ from preparation.claims import Claims, WorkIsOver
 from preparation.encode import BrokenClips, Preparation, embed_captions, encode_clips
 from preparation.layouts import FileLayout, Layout, Sample, ShardLayout
 from preparation.report import write_report
+from prepared.folder import (
+    STAGING,
+    PreparedSettings,
+    caption_key,
+    claim_folder,
+    read_prepared_settings,
+    write_settings,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -74,10 +75,12 @@ def prepare(settings: PreparationSettings, data: RawData) -> None:
     configs = source.configs()
     if launch_rank() == 0:
         log_plan(settings, data, source, launch_size())
-    folder = Path(flags.output_dir)
+    folder = to_path(flags.output_dir)
     samples = [name_sample(planned, settings) for planned in data.clips]
     names = [sample.name + sample.caption_key for sample in samples]
     check_preparation(flag_values(settings), folder, source.fingerprint(), names)
+    if isinstance(folder, RemotePath):
+        check_store(folder)
     if flags.save_latents_and_embeddings:
         source.download("vae", "text_encoder", "tokenizer")
         warn_of_overflow(DTYPES[settings.model.dtype], source)
@@ -92,7 +95,8 @@ def prepare(settings: PreparationSettings, data: RawData) -> None:
         claim_folder(folder, tiled())
         BrokenClips(folder).forget()  # those of an earlier run are tried again
 
-    with locked_folder(folder, work_id, begin), Claims(folder / STAGING / "claims") as claims:
+    here = on_this_machine(folder), on_this_machine(folder / STAGING)
+    with locked_folder(here[0], work_id, begin), Claims(here[1] / "claims") as claims:
         prepared = claim_folder(folder, tiled())
         settings = replace_flags(settings, use_tiling=prepared.tiling)
         try:
@@ -124,6 +128,20 @@ def do_free_work(work: Preparation) -> None:
     free_memory()
     encode_clips(work)
     free_memory()
+
+
+def check_store(folder: RemotePath) -> None:
+    """Check, before models are loaded, that one machine prepares and may write to a store."""
+    if num_machines() > 1:
+        raise UserError(
+            f"--output_dir: only one machine can prepare in {folder}, because unfinished work is on its disk; start "
+            "one, or prepare in a folder that all machines share and copy it"
+        )
+    if launch_rank() == 0:
+        trial = folder / ".writable"
+        with atomic_write(trial):
+            pass
+        trial.unlink()
 
 
 def model_source(model: EncoderFlags) -> ModelSource:
@@ -295,7 +313,7 @@ def finish(work: Preparation, data: RawData, prepared: PreparedSettings) -> bool
     report_skipped(bad, layout.folder, data.dropped)
     unlisted = layout.write_index(kept)
     write_settings(layout.folder, prepared)
-    shutil.rmtree(layout.folder / STAGING, ignore_errors=True)
+    shutil.rmtree(on_this_machine(layout.folder / STAGING), ignore_errors=True)
     used = RawData([sample.planned for sample in kept], bad, data.dropped)
     write_report(settings, used, work.source, complete=SKIPPED_FILE)
     if unlisted:

@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -19,6 +18,7 @@ from cli.schema import flag_values
 from common.bars import tqdm
 from common.errors import UserError
 from common.files import path_of_script
+from common.remote import to_path
 from data.buckets import Bucket
 from data.clips import BadClip, ClipSample
 from data.sampler import Draw
@@ -62,7 +62,7 @@ def write_report(
         shown: samples as the model sees them; None decodes some.
         complete: the file in the output folder that lists all skipped clips.
     """
-    path = Path(settings.preparation.output_dir) / REPORT_FILE
+    path = to_path(settings.preparation.output_dir) / REPORT_FILE
     try:
         rows = sheet_rows(settings, data.clips) if shown is None else shown
         write_page(path, render_report(settings, data, source, rows, complete=complete))
@@ -79,7 +79,7 @@ def render_report(
     configs = source.configs()
     plan = tabulate(data, settings, source, configs, batch_size=settings.encoding.batch_size)
     advice = advise(data, settings, configs.transformer)
-    folder = Path(settings.preparation.output_dir)
+    folder = to_path(settings.preparation.output_dir)
     sections = [
         Section("Overview", [_overview(data), warnings(plan.notes), *_recommendation(advice)]),
         Section("Buckets", [table(plan.header, plan.rows, "Frames x height x width of the samples")]),

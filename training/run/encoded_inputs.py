@@ -8,11 +8,11 @@ from diffusers.training_utils import free_memory
 from PIL import Image, ImageOps
 
 from common.errors import UserError
-from data.prepared import read_prompt
 from dataset import Batch
 from models.configs import ModelConfigs
 from models.prompts import PromptCache
 from planning.plan import PreparedData, TrainingData, validation_data_flags
+from prepared.folder import read_prompt
 from run.spec import RunSpec
 from validation.loss import encode_validation_set
 from video.images import load_validation_images

@@ -255,6 +255,7 @@ def make_sampler(spec: RunSpec, start: ScheduleStart) -> tuple[BucketBatchSample
         world_size=start.num_ranks,
         first_epoch=start.epoch,
         seen_batches=start.seen_batches,
+        blocks=spec.data.blocks,
     )
     return sampler, StepSchedule(start, sampler.batches_per_epoch, sampler.batches_in_first_epoch)
 

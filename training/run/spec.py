@@ -18,7 +18,6 @@ from checks.deepspeed import describe_division
 from cli.schema import flag_values
 from common.errors import UserError
 from common.ranks import launch_size, uses_fsdp
-from data.prepared import check_encoders
 from dataset import check_prepared
 from diffusion.tasks import SizeFlags
 from flags.optimizer import LOW_BITS
@@ -32,6 +31,7 @@ from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp
 from parallel.preflight import check_training
 from planning.plan import PreparedData, describe_plan, report_skipped
+from prepared.folder import check_encoders
 from run.launch import choose_seed, start_accelerator
 from run.memory_fit import is_chosen
 from run.recipe import Recipe
@@ -149,6 +149,7 @@ def lasting_settings(recipe: Recipe) -> dict[str, object]:
         "--use_ema": settings.objective.use_ema,
         **{f"--{name}": getattr(optimizer, name) for name in (*OPTIMIZER_KINDS, *OPTIMIZER_NUMBERS)},
         **({} if settings.training.seed is None else {"--seed": settings.training.seed}),
+        **({} if recipe.data.blocks is None else {"--cache_limit_gb": settings.sources.cache_limit_gb}),
         **recipe.task.settings,
         **recipe.method.settings,
         "DeepSpeed": describe_division(),

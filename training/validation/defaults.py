@@ -5,9 +5,9 @@ from dataclasses import replace
 from cli.schema import replace_flags
 from common.errors import UserError
 from data.buckets import Bucket
-from data.prepared import read_prepared_settings
 from flags.settings import TrainingSettings
 from planning.plan import PreparedData, TrainingData, data_sources
+from prepared.folder import read_prepared_settings
 
 
 def with_data_defaults(settings: TrainingSettings, data: TrainingData) -> TrainingSettings:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.remote import RemotePath
+from common.remote import default_cache_folder as default_cache_folder
 
 
 logger = logging.getLogger(__name__)
@@ -20,17 +21,6 @@ _TABLE = """CREATE TABLE IF NOT EXISTS facts (
 _GET = "SELECT value FROM facts WHERE kind = ? AND path = ? AND size = ? AND mtime_ns = ?"
 _PUT = "INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?)"
 _WAIT_SECONDS = 20.0  # for other processes, whose writes take milliseconds
-
-
-def default_cache_folder() -> Path:
-    """Return $COGVIDEOX_FACTORY_CACHE, else `cogvideox-factory` in $XDG_CACHE_HOME or ~/.cache."""
-    chosen = os.environ.get("COGVIDEOX_FACTORY_CACHE")
-    try:
-        if chosen:
-            return Path(chosen).expanduser().absolute()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "cogvideox-factory"
-    except RuntimeError as error:  # a user without a home, as in containers
-        raise UserError(f"there is no folder for caches ({error}): set COGVIDEOX_FACTORY_CACHE to one") from error
 
 
 class FileCache:
@@ -50,11 +40,11 @@ class FileCache:
         """Return a fact about a file: the stored one, else what `examine` returns, which is stored.
 
         Args:
-            path: the file; relative to the working directory.
+            path: the file, relative to the working directory or in a store.
             kind: the kind of fact, with a version number: "probe 1".
             examine: returns a value for JSON. Nothing is stored if it raises or the file changes meanwhile.
         """
-        state, name = _state_of(path), os.fsencode(os.path.abspath(path))  # bytes, because names need not be text
+        state, name = _state_of(path), os.fsencode(_name_of(path))  # bytes, because names need not be text
         rows = self._execute(_GET, (kind, name, *state)) if state else []
         try:
             if rows:
@@ -97,10 +87,17 @@ class FileCache:
         )
 
 
+def _name_of(path: Path) -> str:
+    return str(path) if isinstance(path, RemotePath) else os.path.abspath(path)
+
+
 def _state_of(path: Path) -> tuple[int, int] | None:
-    """Return size in bytes and modification time in nanoseconds; None if the file cannot be read."""
+    """Return size in bytes and modification time in nanoseconds; None if the file cannot be read.
+
+    In a store, the version replaces the time; None if the store names none.
+    """
     try:
-        status = os.stat(path)
+        status = path.stat()
     except (OSError, ValueError):  # ValueError: a path with a null character
         return None
-    return status.st_size, status.st_mtime_ns
+    return None if status.st_mtime_ns is None else (status.st_size, status.st_mtime_ns)

@@ -17,6 +17,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from common.remote import at_hand
 from video.display import orientation, progressive, square_size, to_rgb, turned
 from video.frames import round_half_up
 from video.media import decode, open_video, packets_of, read_still_image, reason_of, video_stream
@@ -58,7 +59,8 @@ def read_frames(
     """
     distinct, places = np.unique(np.asarray(indices, int), return_inverse=True)
     try:
-        frames = _read_distinct(path, distinct.tolist(), num_threads, seekable, longer_side)
+        with at_hand(path) as file:
+            frames = _read_distinct(file, distinct.tolist(), num_threads, seekable, longer_side)
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{path}: cannot be decoded: {reason_of(error)}") from error
     except ValueError as error:

@@ -13,6 +13,7 @@ import av
 
 from common.bars import tqdm
 from common.ranks import launch_rank, launch_size, local_size, machine_rank, num_machines
+from common.remote import at_hand, forget_states
 from video.cache import FileCache
 from video.display import corrections_of, has_alpha, opacity, orientation, square_size
 from video.media import decode, open_video, packets_of, read_still_image, reason_of, video_stream
@@ -81,25 +82,30 @@ def probe_video(path: Path) -> VideoInfo:
     Raises ValueError with a short reason without the file's name ("file is empty (0 bytes)", "has no video stream").
     """
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("is not a file")
-        if status.st_size == 0:
-            raise ValueError("file is empty (0 bytes)")
-        image = read_still_image(path)
-        if image is not None:
-            height, width, _ = image.pixels.shape
-            info = VideoInfo(1, height, width, 0.0, rotation=image.rotation, is_image=True)
-        else:
-            info = _probe_packets(path) or _probe_by_decoding(path)
-        with open(path, "rb") as file:
-            return replace(info, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        with at_hand(path) as file:
+            return _probe_file(file)
     except av.FFmpegError as error:
         raise ValueError(f"not a readable video: {reason_of(error)}") from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError("does not exist") from error
     except OSError as error:
         raise ValueError(f"cannot be read: {reason_of(error)}") from error
+
+
+def _probe_file(path: Path) -> VideoInfo:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("is not a file")
+    if status.st_size == 0:
+        raise ValueError("file is empty (0 bytes)")
+    image = read_still_image(path)
+    if image is not None:
+        height, width, _ = image.pixels.shape
+        info = VideoInfo(1, height, width, 0.0, rotation=image.rotation, is_image=True)
+    else:
+        info = _probe_packets(path) or _probe_by_decoding(path)
+    with open(path, "rb") as file:
+        return replace(info, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _probe_packets(path: Path) -> VideoInfo | None:
@@ -231,6 +237,7 @@ def probe_files(paths: Sequence[Path], cache: FileCache | None = None) -> dict[P
     finally:
         pool.terminate()  # Ctrl-C does not wait for the remaining clips
         pool.join()
+        forget_states()
     return {path: results[path] for path in order}
 
 

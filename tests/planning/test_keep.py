@@ -7,8 +7,8 @@ import pytest
 from clip_lists import write_table
 from common.errors import UserError
 from data.clips import Clip
-from data.keep import keep_clips
 from data.rows import DataSource
+from planning.keep import keep_clips
 from video.probe import VideoInfo
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from cli.conditions import Condition, parse_condition
 from common.errors import UserError, one_line
+from common.stores import is_url
 from data.clips import BadClip, Clip
 from data.rows import DataSource, Row
 from data.tables import read_table
@@ -112,7 +113,8 @@ def _table_of(source: DataSource) -> Path:
 
 def _key_of(row: Row, table: Path) -> ClipKey:
     start, end = (_number(row.values.get(name), f"{row.source}: its {name}") for name in ("start_frame", "end_frame"))
-    path = os.path.realpath(table.parent / str(row.values.get("video")))
+    video = str(row.values.get("video"))
+    path = os.path.realpath(video if is_url(video) else table.parent / video)
     return path, 0 if np.isnan(start) else int(start), None if np.isnan(end) else int(end)
 
 

@@ -8,20 +8,24 @@ number of times, end with the same bytes. The processes share only the folder.
 """
 
 import hashlib
+import json
 import shutil
 import threading
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common import stores
 from common.errors import UserError
 from common.files import atomic_write, flush
+from common.remote import RemotePath, on_this_machine
 
 
 if TYPE_CHECKING:
     import torch
 
 MOST_PER_SHARD = 4096
+_LONGEST_HEADER = 100_000_000  # bytes that safetensors allows
 
 
 class ShardWriter:
@@ -29,13 +33,13 @@ class ShardWriter:
 
     Args:
         folder: folder of the finished shards; a damaged one is a `UserError`.
-        staging: folder for unfinished ones, on the same file system.
+        staging: folder for unfinished ones, on the same file system; on this machine if `folder` is in a store.
         groups: names in their order; a shard has names of only one group. Names in finished shards are skipped.
         per_shard: names in a full shard, one number for each group.
     """
 
     def __init__(self, folder: Path, staging: Path, groups: Sequence[Sequence[str]], per_shard: Sequence[int]):
-        self.folder, self.staging = folder, staging / folder.name
+        self.folder, self.staging = folder, on_this_machine(staging) / folder.name
         self._shards: dict[str, list[str]] = {}  # names by their digest
         self._num_names = sum(map(len, groups))
         finished = finished_names(folder)
@@ -167,13 +171,25 @@ def names_in(path: Path) -> Iterator[str]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "numpy") as file:  # reads only the header; "pt" would import torch
-            keys = list(file.keys())
+        if isinstance(path, RemotePath):
+            keys = _keys_in_store(str(path))
+        else:
+            with safe_open(path, "numpy") as file:  # reads only the header; "pt" would import torch
+                keys = list(file.keys())
     except FileNotFoundError:
         keys = []
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and prepare the data again") from error
     return (key.rpartition(".")[0] for key in keys)
+
+
+def _keys_in_store(url: str) -> list[str]:
+    """Read the header of a safetensors file: its length in 8 bytes, and JSON with the tensors by name."""
+    start = stores.read_start(url)
+    length = 8 + int.from_bytes(start[:8], "little")
+    if len(start) < min(length, _LONGEST_HEADER):
+        start = stores.read_start(url, length)
+    return [key for key in json.loads(start[8:length]) if key != "__metadata__"]
 
 
 def save_tensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:

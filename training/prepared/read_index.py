@@ -18,9 +18,12 @@ import numpy as np
 
 from common.errors import UserError, listing
 from common.ranks import launch_rank
+from common.remote import RemotePath, forget_states, is_file
 from common.text_files import read_lines
 from data.buckets import Bucket
-from data.index import (
+from data.paths import stays_inside
+from prepared.folder import FILES_INDEX, INDEX_FILE, LISTS, OLDER_INDEX, SETTINGS_FILE, StoredTensor, read_tensor
+from prepared.index import (
     LARGEST_SIZE,
     TRAINED,
     IndexedFolder,
@@ -30,9 +33,7 @@ from data.index import (
     read_note,
     write_table,
 )
-from data.paths import stays_inside
-from data.prepared import FILES_INDEX, INDEX_FILE, LISTS, OLDER_INDEX, SETTINGS_FILE, StoredTensor, read_tensor
-from data.tensor_files import names_in
+from prepared.tensor_files import names_in
 
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ def _read_older(folder: Path) -> Iterator[Row]:
 
 
 def _read_rows(path: Path, to_row: Callable[[Entry], Row], *, skip_damaged: bool = False) -> Iterator[Row]:
-    with open(path, "rb") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -224,6 +225,8 @@ def read_index(folder: Path, *, allow_outside_paths: bool = False) -> PreparedIn
     Raises UserError if the preparation was not finished, files are missing, or the index leads out of the folder
     without `allow_outside_paths`.
     """
+    if isinstance(folder, RemotePath):
+        folder.list_files(remember=True)  # one request, for what is asked about the files below
     file, older = folder / INDEX_FILE, _older_state(folder)
     table = map_table(file, TRAINED) if file.is_file() else None
     is_older = bool(older) and (table is None or read_note(table, "older") != older)
@@ -245,7 +248,8 @@ def read_index(folder: Path, *, allow_outside_paths: bool = False) -> PreparedIn
     if not allow_outside_paths:
         _check_places(index)
     num_bytes = _check_files(index)
-    if is_older:
+    forget_states()
+    if is_older and not isinstance(folder, RemotePath):
         with suppress(UserError):  # the folder is only for reading: this process keeps the columns in its memory
             write_table(table, file, {"older": older, "bytes": num_bytes})
             index = IndexedFolder(folder, map_table(file, TRAINED), file)
@@ -263,11 +267,13 @@ def _check_rows(index: IndexedFolder) -> None:
         raise UserError(
             f"--load_tensors: {file} has no {' and no '.join(empty)} for some samples; prepare the data again"
         )
-    sizes, repeats = np.stack([index.numbers(side) for side in Bucket._fields]), index.repeats
-    fits = ((sizes >= 1) & (sizes <= LARGEST_SIZE)).all(axis=0) & (repeats > 0) & (repeats < np.inf)
+    sizes, repeats = [index.numbers(side) for side in Bucket._fields], index.repeats
+    fits = (repeats > 0) & (repeats < np.inf)
+    for side in sizes:
+        fits &= (side >= 1) & (side <= LARGEST_SIZE)
     if not fits.all():
         row = int(np.argmin(fits))
-        problem = _range_problem(Bucket(*sizes[:, row].tolist()), repeats[row].item())
+        problem = _range_problem(Bucket(*(side[row].item() for side in sizes)), repeats[row].item())
         raise UserError(f"--load_tensors: {file}: {_sample(index, row)}: {problem}; prepare the data again")
 
 
@@ -291,8 +297,8 @@ def _check_files(index: IndexedFolder) -> dict[str, int]:
     """Check that the tensors of all samples exist; return the bytes of each shard."""
     known, num_bytes, missing = read_note(index.table, "bytes"), {}, []
     if index.column("caption_key").null_count:
-        paths = [str(index.folder / file) for name in _FILES for file in index.files(name)]
-        missing = [path for path in paths if not os.path.isfile(path)]  # Path.is_file raises on a long name
+        paths = [index.folder / file for name in _FILES for file in index.files(name)]
+        missing = [str(path) for path in paths if not is_file(path)]
     else:
         for name, key, tensor in _IN_SHARDS:
             sizes = {file: _file_size(index.folder / file) for file in index.files(name)}
@@ -315,7 +321,7 @@ def _check_files(index: IndexedFolder) -> dict[str, int]:
 
 def _file_size(path: Path) -> int | None:
     try:
-        return os.path.getsize(path)
+        return path.stat().st_size
     except (OSError, ValueError):  # it is missing, or its name is too long or has a null character
         return None
 

@@ -1,4 +1,4 @@
-"""Prepared folders are claimed, written and read as `data.prepared` documents."""
+"""Prepared folders are claimed, written and read as `prepared.folder` documents."""
 
 import os
 import pickle
@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 
 from common.errors import UserError
-from data.prepared import (
+from prepared.folder import (
     PreparedSettings,
     StoredTensor,
     check_encoders,

@@ -1,4 +1,4 @@
-"""Tensors are written to shards as `data.tensor_files` documents, also after kills and by several ranks."""
+"""Tensors are written to shards as `prepared.tensor_files` documents, also after kills and by several ranks."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from data.tensor_files import (
+from prepared.tensor_files import (
     MOST_PER_SHARD,
     ShardWriter,
     cut_into_parts,

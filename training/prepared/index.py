@@ -1,6 +1,6 @@
 """The index of a prepared folder: one row per sample, in an Arrow file that all processes map into memory.
 
-A sample becomes an object when it is read; buckets and repeats are arrays. `data.prepared` documents the folder.
+A sample becomes an object when it is read; buckets and repeats are arrays. `prepared.folder` documents the folder.
 
 | column | content |
 |---|---|
@@ -30,8 +30,9 @@ from pyarrow import compute
 
 from common.errors import UserError, one_line
 from common.files import atomic_write
+from common.remote import at_hand
 from data.buckets import Bucket, BucketColumn
-from data.prepared import INDEX_FILE, OLDER_INDEX, STAGING, StoredTensor
+from prepared.folder import INDEX_FILE, OLDER_INDEX, STAGING, StoredTensor
 
 
 LARGEST_SIZE = 2**16 - 1  # of a bucket, in frames or pixels
@@ -161,7 +162,8 @@ class PreparedIndex(Sequence[PreparedClip]):
     @cached_property
     def buckets(self) -> BucketColumn:
         """The bucket of each sample."""
-        frames, heights, widths = (self._join(side).astype(np.int64) for side in Bucket._fields)
+        columns = (_join([folder.numbers(side) for folder in self.folders]) for side in Bucket._fields)
+        frames, heights, widths = (column.astype(np.int64) for column in columns)
         kinds, codes = np.unique(frames << 32 | heights << 16 | widths, return_inverse=True)
         return BucketColumn(
             [Bucket(kind >> 32, kind >> 16 & LARGEST_SIZE, kind & LARGEST_SIZE) for kind in kinds.tolist()],
@@ -171,7 +173,7 @@ class PreparedIndex(Sequence[PreparedClip]):
     @cached_property
     def repeats(self) -> np.ndarray:
         """How often each sample comes in an epoch, `[N]`."""
-        return np.concatenate([folder.repeats for folder in self.folders])
+        return _join([folder.repeats for folder in self.folders])
 
     @property
     def without_images(self) -> list[str]:
@@ -217,8 +219,9 @@ class PreparedIndex(Sequence[PreparedClip]):
                     yield f"({name!r}, {tensor!r}, {kinds[kind]}, {repeats!r})"
                 start = rows.stop
 
-    def _join(self, name: str) -> np.ndarray:
-        return np.concatenate([folder.numbers(name) for folder in self.folders])
+
+def _join(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]  # not copied
 
 
 def write_index(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -246,7 +249,8 @@ def write_table(table: pa.Table, file: Path, notes: Mapping[str, Any], staging: 
 
 
 def _open_table(file: Path, names: Sequence[str]) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(file))).read_all().select(names)
+    with at_hand(file) as local:  # what is mapped stays, even if the cache removes the file
+        return pa.ipc.open_file(pa.memory_map(str(local))).read_all().select(names)
 
 
 def map_table(file: Path, schema: pa.Schema) -> pa.Table:

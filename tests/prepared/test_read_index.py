@@ -1,4 +1,4 @@
-"""The index of a prepared folder is read, converted from older ones, and checked, as `data.read_index` documents."""
+"""An index is read, converted from older ones, and checked, as `prepared.read_index` documents."""
 
 import json
 import math
@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from common.errors import UserError
 from common.text_files import index_lines
 from data.buckets import Bucket
-from data.index import make_table, write_index
-from data.prepared import PreparedSettings, claim_folder, read_tensor
-from data.read_index import read_index, row_in_shards, sample_in_files, sample_in_shards
 from original_folders import write_original_folder
+from prepared.folder import PreparedSettings, claim_folder, read_tensor
+from prepared.index import make_table, write_index
+from prepared.read_index import read_index, row_in_shards, sample_in_files, sample_in_shards
 from prepared_folders import rows_of, write_prepared
 
 

@@ -1,4 +1,4 @@
-"""The columns of an index are mapped, joined and described as `data.index` documents."""
+"""The columns of an index are mapped, joined and described as `prepared.index` documents."""
 
 import pickle
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.buckets import Bucket
-from data.index import PreparedIndex
+from prepared.index import PreparedIndex
 from prepared_folders import index_of, rows_of, write_prepared
 
 

@@ -3,7 +3,7 @@
 The default, tensors of many samples in a file (`--layout shards`):
 
     <folder>/prepared.json                       encoders, precision and flags of the preparation
-    <folder>/index.arrow                         a row per sample, as in `data.index`: shards, bucket, caption, source
+    <folder>/index.arrow                         a row per sample (`prepared.index`): shards, bucket, caption, source
     <folder>/latents/<digest>.safetensors        <name>.video_latents  [2C, F', H / 8, W / 8], the VAE's moments, and
                                                  <name>.image_latents  [K, 2C, 1, H / 8, W / 8] (image-to-video)
     <folder>/prompt_embeds/<digest>.safetensors  <caption's digest>.prompt_embeds  [226, D]
@@ -34,7 +34,9 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError, first_line
 from common.files import atomic_write
-from data.tensor_files import find_shard, save_tensors
+from common.remote import RemotePath, at_hand
+from common.stores import StoreError
+from prepared.tensor_files import find_shard, save_tensors
 
 
 if TYPE_CHECKING:
@@ -89,10 +91,13 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
     import torch
 
     try:
-        if stored.key is None:
-            tensor = torch.load(stored.file, map_location="cpu", weights_only=True)
-        else:
-            tensor = _open_shard(stored.file).get_tensor(stored.key)
+        with at_hand(stored.file) as file:
+            if stored.key is None:
+                tensor = torch.load(file, map_location="cpu", weights_only=True)
+            else:
+                # A mapped file takes disk space even after it was removed from the cache.
+                open_shard = _open_shard.__wrapped__ if isinstance(stored.file, RemotePath) else _open_shard
+                tensor = open_shard(file).get_tensor(stored.key)
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"it holds a {type(tensor).__name__}")
         wanted = stored.shape or tensor.shape
@@ -101,6 +106,8 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
         ):
             raise ValueError(f"its shape is {list(tensor.shape)}")
         return tensor
+    except StoreError:
+        raise
     except Exception as error:
         # The first line, as torch then recommends a way of loading that may run code.
         raise ValueError(f"{stored.file} cannot be read as a tensor: {first_line(error)}") from error

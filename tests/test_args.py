@@ -618,7 +618,7 @@ def test_only_the_standard_library_is_imported():
         "import sys; from args import parse_args\n"
         "try: parse_args(['--help'], task='text-to-video', method='lora')\n"
         "except SystemExit: pass\n"
-        "ours = {'args', 'checks', 'cli', 'common', 'data', 'flags', 'video'}\n"
+        "ours = {'args', 'checks', 'cli', 'common', 'data', 'flags', 'prepared', 'video'}\n"
         "tops = {name.split('.')[0] for name in sys.modules}\n"
         "print(sorted(tops - sys.stdlib_module_names - ours - {'__main__'}), file=sys.stderr)"
     )

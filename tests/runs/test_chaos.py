@@ -72,8 +72,8 @@ def survive(flags, uninterrupted, tmp_path) -> Callable[..., list[list[int]]]:
         chance, codes = random.Random(int(number)), []
         for attempt in range(num_stops):
             delay = chance.uniform(0, 0.3) if attempt % 2 else 0.0
-            # A start takes about 20 events, a step and its save as many.
-            stop = Stop(number, 60 * (attempt + 1) // (num_stops + 1), delay)
+            # A start takes about 40 events, a step and its save half as many.
+            stop = Stop(number, 25 + 60 * (attempt + 1) // (num_stops + 1), delay)
             codes.append(run_until(stop, script, argv, log, num_ranks))
         finish(script, argv, log, num_ranks)
         expected = uninterrupted(script, num_ranks, num_steps)

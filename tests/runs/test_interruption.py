@@ -43,10 +43,10 @@ def test_killed_ten_times_it_ends_with_the_bytes_of_an_uninterrupted_run(flags, 
     chance = random.Random(num_ranks)
     unfinished = 0
     for number in range(NUM_KILLS):
-        ranks = start(SCRIPT, argv, log, num_ranks)
-        for process in ranks:
-            # The first is early for sure, so that something is left to do.
-            process.join(timeout=chance.uniform(0, duration / (8 if number == 0 else 2 * num_ranks)))
+        # The first kill is early for sure, so that something is left to do.
+        ranks = start(SCRIPT, argv, log, num_ranks, stop=None if number else Stop(signal.SIGKILL, 45, 0.0))
+        for process in ranks if number else ranks[:1]:
+            process.join(timeout=chance.uniform(0, duration / (2 * num_ranks)) if number else None)
         for process in ranks:
             process.kill()
             process.join()

@@ -187,7 +187,7 @@ def test_clips_of_several_sizes_share_batches_and_the_run_is_resumed(tiny_models
         return tmp_path / name
 
     complete = run("complete", "--max_train_steps", "4")
-    assert "4 samples (frames x height x width): 2 x 17x64x96, 2 x 9x64x64" in capsys.readouterr().err
+    assert "4 samples (frames x height x width): 2 x 9x64x64, 2 x 17x64x96" in capsys.readouterr().err
     resumed = run("resumed", "--max_train_steps", "2", "--checkpointing_steps", "2")
     run("resumed", "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
     assert_same_weights(weights_of(complete), weights_of(resumed))

@@ -196,6 +196,12 @@ def test_other_flags_in_the_same_folder_are_refused(films, out, capsys):
     assert expected in capsys.readouterr().err
 
 
+def test_flags_that_gave_no_clip_can_be_changed(films, tmp_path, capsys):
+    run(films, tmp_path / "out", "--min_seconds", "50", "--max_seconds", "100", code=2)
+    assert "lower --min_seconds" in capsys.readouterr().err
+    assert run(films, tmp_path / "out")
+
+
 def test_an_edited_table_is_not_replaced(films, out, capsys):
     table = out / "clips.csv"
     edited = table.read_text().splitlines(keepends=True)[:-1]
@@ -263,6 +269,7 @@ def test_a_film_that_does_not_decode_does_not_stop_the_others(films, tmp_path, c
         (["--data_root", "films", "--output_dir", "films/out"], "--output_dir: films/out is in --data_root"),
         (["--data_root", "films", "--output_dir", "out", "--max_seconds", "3"], "--max_seconds: 3 is less than twice"),
         (["--data_root", "films", "--output_dir", "out", "--list", "--crop_bars"], "--crop_bars: not possible with"),
+        (["--data_root", "films", "--output_dir", "films.txt/out"], "--output_dir: '"),
         (["--data_root", "films", "--output_dir", "out"], "--data_root: films has no videos"),
     ],
 )
@@ -270,6 +277,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "films").mkdir()
     (tmp_path / "films/notes.txt").touch()
+    (tmp_path / "films.txt").touch()
     with pytest.raises(SystemExit, match=r"^2$"):
         split_scenes.main(flags)
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")

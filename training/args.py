@@ -18,7 +18,7 @@ from checks.footage import check_splitting
 from checks.fsdp import check_fsdp
 from checks.generation import settle_generation
 from checks.memory import check_memory, check_optimizer, settle_memory
-from checks.preparation import settle_preparation
+from checks.preparation import check_place, settle_preparation
 from checks.scores import check_scoring
 from checks.speed import check_speed, settle_context_parallel
 from checks.training import (
@@ -133,6 +133,7 @@ def parse_prepare_args(argv: Sequence[str] | None = None) -> PreparationSettings
             settings.preparation, given, text_encoder_8bit=settings.encoding.text_encoder_8bit
         )
         output_dir = preparation.output_dir
+        check_place(settings.sources.data_root, output_dir)
         check_files(settings.model.model_id, settings.sources, output_dir, model_flag="--model_id", is_to_store=True)
     clips, warnings = drop_long_buckets(clips)
     _warn(warnings)

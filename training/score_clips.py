@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from args import parse_score_args
+from checks.files import check_writable
 from common.bars import tqdm
 from common.errors import UserError, listing, one_line_errors
 from common.files import path_of_script
 from common.logs import log_without_tokens
 from common.startup import announce
+from common.stores import is_url
 from data.buckets import Bucket
 from data.clips import BadClip, plan_clips
 from data.sources import DataSource, read_clips
@@ -54,6 +56,8 @@ def write_scores(settings: ScoringSettings) -> None:
     flags, skip = settings.scores, (settings.sources.skip_frames_start, settings.sources.skip_frames_end)
     table = Path(flags.output_file) if flags.output_file else source.folder / SCORES_FILE
     wanted = Measures(flags.text, Path(flags.aesthetic_model) if flags.aesthetic_model else None)
+    if not is_url(str(table)):
+        check_writable(str(table.parent), "--output_file")
     check_table(table)
     check_models(wanted.text, wanted.aesthetic_model)
     data, digests = plan_scores(source, table, skip)

@@ -211,13 +211,15 @@ train() {
     false) name_clips && HEIGHT="${HEIGHT:-480}" WIDTH="${WIDTH:-720}" ;; # without them, the script uses many sizes
     *) fail "LOAD_TENSORS=$LOAD_TENSORS: must be true or false" ;;
   esac
+  batch=(--train_batch_size "$TRAIN_BATCH_SIZE")
+  if [[ " $* " == *" --max_tokens_per_batch"* ]]; then batch=(); fi # fills batches itself
   common=(
     --pretrained_model_name_or_path "$MODEL_PATH"
     "${data[@]}" --caption_column "$CAPTION_COLUMN" --video_column "$VIDEO_COLUMN"
     ${HEIGHT:+--height "$HEIGHT"} ${WIDTH:+--width "$WIDTH"}
     ${NUM_FRAMES:+--frame_buckets "$NUM_FRAMES" --max_num_frames "$NUM_FRAMES"}
     --mixed_precision "$MIXED_PRECISION"
-    --train_batch_size "$TRAIN_BATCH_SIZE"
+    "${batch[@]}"
     --lr_warmup_steps "$LR_WARMUP_STEPS"
     --checkpointing_steps "$CHECKPOINTING_STEPS"
     --enable_slicing --enable_tiling

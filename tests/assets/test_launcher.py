@@ -57,6 +57,12 @@ def test_an_old_name_means_the_new_one(tmp_path, launcher, old, new):
     assert by_old == by_new
 
 
+def test_a_token_budget_replaces_the_batch_size(tmp_path):
+    usual, budget = noted_calls(f"{TRAIN}\n{TRAIN} --max_tokens_per_batch 9000", tmp_path)
+    assert value_of(usual, "--train_batch_size") == "1"
+    assert "--train_batch_size" not in budget and value_of(budget, "--max_tokens_per_batch") == "9000"
+
+
 def test_raw_clips_are_named_for_training_as_for_preparation(tmp_path):
     code = f"DATASET_FILE=a.csv CAPTION_COLUMN=words VIDEO_COLUMN=file LOAD_TENSORS=false {TRAIN}"
     (call,) = noted_calls(code, tmp_path)

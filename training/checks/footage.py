@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from checks.files import check_writable
 from common.errors import UserError
 from flags.settings import SplittingSettings
 
@@ -18,6 +19,7 @@ def check_splitting(settings: SplittingSettings) -> None:
             f"--output_dir: {folder} is in --data_root, where clips would become footage; pass a folder beside it, "
             f"such as {beside}"
         )
+    check_writable(settings.footage.output_dir)
     if scenes.max_seconds < 2 * scenes.min_seconds:
         raise UserError(
             f"--max_seconds: {scenes.max_seconds:g} is less than twice --min_seconds {scenes.min_seconds:g}, so that "

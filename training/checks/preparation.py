@@ -1,5 +1,6 @@
 """Checks of the flags of prepare_dataset.py beside those on clips, and advice when memory runs out."""
 
+import os
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -32,6 +33,12 @@ def settle_preparation(
             raise UserError("--num_image_latents: --layout files stores only one; omit it, or use shards")
         num_latents = 1
     return replace(preparation, layout=layout, num_image_latents=num_latents)
+
+
+def check_place(data_root: str | None, output_dir: str | None) -> None:
+    """Refuse the folder of the clips as that of the prepared data, which has lists and pages of the same names."""
+    if data_root and output_dir and os.path.realpath(data_root) == os.path.realpath(output_dir):
+        raise UserError(f"--output_dir: {output_dir} is the folder of the clips; pass another one, such as a new one")
 
 
 def preparation_memory_advice(encoding: EncodingFlags, dtype: str) -> list[str]:

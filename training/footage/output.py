@@ -37,6 +37,7 @@ class OutputFolder:
         self.folder, self.flags = folder, flags
         self._settings = asdict(flags) | {"threshold": flags.threshold or DETECTORS[flags.detector]}
         self._digests: list[str] = []
+        self._starts_again = False  # with other flags, because the earlier ones gave no clip
         file, table = folder / SETTINGS_FILE, folder / CLIPS_TABLE
         if file.exists():
             try:
@@ -46,7 +47,9 @@ class OutputFolder:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"--output_dir: {file} cannot be read ({error}); pass another folder") from error
             changed = [name for name, value in self._settings.items() if earlier.get(name) != value]
-            if changed:
+            scenes = [scene for record in self.records() for scene in record.scenes]
+            self._starts_again = bool(changed) and all(scene.skipped for scene in scenes)
+            if changed and not self._starts_again:
                 values = ", ".join(f"--{name} {earlier.get(name)}, not {self._settings[name]}" for name in changed)
                 raise UserError(
                     f"--output_dir: {folder} has clips made with {values}; pass the same flags, or another folder"
@@ -61,6 +64,9 @@ class OutputFolder:
         """Record the flags before the first clip is written, and remove what killed runs left."""
         for folder in (self.folder, *self.folder.glob("*/"), *self.folder.glob(f"{CLIPS}/*/")):
             remove_partials(folder)
+        if self._starts_again:
+            for record in (self.folder / RECORDS).glob("*.json"):
+                record.unlink()
         self._save()
 
     def _save(self) -> None:

@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,7 +153,25 @@ def _merge(
     for name in weights:
         shards[name.split(".")[1] if name.startswith("transformer_blocks.") else ""].append(name)
     shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
-    transformer = partial / TRANSFORMER_FOLDER
+    try:
+        size = _write_merged(partial / TRANSFORMER_FOLDER, weights, shards, files, scales, base, dtype, device)
+        replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    logger.info("wrote %s, %s", folder / TRANSFORMER_FOLDER, in_bytes(size))
+
+
+def _write_merged(
+    transformer: Path,
+    weights: Mapping[str, Path],
+    shards: Mapping[str, Sequence[str]],
+    files: Sequence[AdapterFile],
+    scales: Sequence[float],
+    base: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> int:
+    """Write the shards of the merged transformer and their index; return the bytes of the weights."""
     transformer.mkdir(parents=True)
     shutil.copyfile(base / "config.json", transformer / "config.json")
     places, size = {}, 0
@@ -166,8 +184,7 @@ def _merge(
         size += sum(weight.nbytes for weight in changed.values())
     index = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2)
     (transformer / "diffusion_pytorch_model.safetensors.index.json").write_text(f"{index}\n", encoding="utf-8")
-    replace_folder(partial, folder)
-    logger.info("wrote %s, %s", folder / TRANSFORMER_FOLDER, in_bytes(size))
+    return size
 
 
 def _changed(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
 
 import torch
@@ -31,7 +31,8 @@ def train(run: Run) -> int:
     interval, throughput, memory = settings.tracking.logging_steps, run.throughput, run.memory
     log = StepLog(accelerator, run.state.step, run.total_steps, interval, throughput, memory, run.guard)
     trainable.model.train()
-    with log, profiled(profile_folder, run.state.step) as end_of_step:
+    # Closed, because Python would wait for data workers at exit, which outlive the signal that ends them by minutes.
+    with closing(run.batches), log, profiled(profile_folder, run.state.step) as end_of_step:
         for step in range(run.state.step, run.total_steps):
             with phase("data"):
                 batches = list(islice(run.batches, run.batches_in(step)))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cli.conditions import Condition, parse_condition
+from cli.types import TABLE_SUFFIXES
 from common.errors import UserError, one_line
 from common.stores import is_url
 from data.clips import BadClip, Clip
@@ -79,7 +80,10 @@ def read_scores(table: Path, condition: Condition) -> Scores:
     The UserError names a column that does not exist, with the nearest and all others, or a cell that is no number.
     """
     if not table.is_file():
-        raise UserError(f"--keep: {table} does not exist; write it with score_clips.py, or pass another as --scores")
+        what = "is a folder" if table.is_dir() else "does not exist"
+        raise UserError(f"--keep: {table} {what}; write it with score_clips.py, or pass another as --scores")
+    if table.suffix.lower() not in TABLE_SUFFIXES:
+        raise UserError(f"--scores: {table} is not a table of score_clips.py, which ends in .csv")
     found = read_table(table, DataSource(None))
     if "video" not in found.names:
         raise UserError(f"--scores: {table} has no column 'video' with the paths of the clips")
@@ -87,10 +91,10 @@ def read_scores(table: Path, condition: Condition) -> Scores:
     for name, place in condition.names.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}? " if close else ""
+            hint = f"did you mean {close[0]}? It" if close else "it"
             raise UserError(
                 f'--keep: "{condition.text}" names {name!r} (character {place + 1}), which {table} does not have; '
-                f"{hint}It has {', '.join(map(one_line, known))}"
+                f"{hint} has {', '.join(map(one_line, known))}"
             )
     rows, digests, values = {}, [], {name: [] for name in condition.names}
     for number, row in enumerate(found.rows):

@@ -23,6 +23,7 @@ from common.bars import tqdm
 from common.errors import UserError, listing, one_line_errors
 from common.hub_token import HubToken
 from common.logs import log_without_tokens
+from common.remote import default_cache_folder
 from common.startup import announce
 from data.buckets import Bucket
 from data.clips import BadClip, Clip, ClipSample, plan_clips
@@ -32,7 +33,7 @@ from flags.captions import CAPTIONS_FILE
 from flags.settings import CaptioningSettings
 from planning.keep import keep_clips
 from planning.plan import RawData, check_bad_clips, data_sources
-from video.cache import FileCache, default_cache_folder
+from video.cache import FileCache
 from video.probe import probe_files
 
 

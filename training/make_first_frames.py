@@ -19,6 +19,7 @@ from common.bars import tqdm
 from common.errors import UserError, one_line_errors
 from common.files import atomic_write
 from common.logs import log_without_tokens
+from common.remote import default_cache_folder
 from common.startup import announce
 from common.text_files import index_lines
 from data.buckets import Bucket
@@ -27,7 +28,7 @@ from data.sources import DataSource, read_clips
 from flags.captions import CAPTIONS_FILE
 from flags.preparation import FIRST_FRAMES_FILE
 from planning.plan import RawData, check_bad_clips, data_sources, report_skipped
-from video.cache import FileCache, default_cache_folder
+from video.cache import FileCache
 from video.io import read_frames
 from video.probe import probe_files
 

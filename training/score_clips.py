@@ -18,6 +18,7 @@ from common.bars import tqdm
 from common.errors import UserError, listing, one_line_errors
 from common.files import path_of_script
 from common.logs import log_without_tokens
+from common.remote import default_cache_folder
 from common.startup import announce
 from common.stores import is_url
 from data.buckets import Bucket
@@ -26,7 +27,7 @@ from data.sources import DataSource, read_clips
 from flags.scores import SCORES_FILE
 from flags.settings import ScoringSettings
 from planning.plan import RawData, check_bad_clips, data_sources
-from video.cache import FileCache, default_cache_folder
+from video.cache import FileCache
 from video.probe import probe_files
 
 

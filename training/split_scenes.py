@@ -7,12 +7,11 @@ prepare_dataset.py. A run that was stopped or killed continues when it is starte
 """
 
 import logging
-import multiprocessing
 import os
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from args import parse_split_args
 from common.bars import tqdm
 from common.errors import UserError, listing, one_line_errors
 from common.logs import log_without_tokens
-from common.signals import die_with_parent
+from common.remote import default_cache_folder
 from common.startup import announce
 from data.buckets import Bucket
 from data.clips import BadClip, Clip, plan_clips
@@ -30,9 +29,10 @@ from data.media_cache import IMAGE_SUFFIXES, is_clip
 from flags.footage import CLIPS_TABLE
 from flags.settings import SplittingSettings
 from footage.output import SKIPPED_FILE, OutputFolder
+from footage.pool import worker_processes
 from footage.split import SHEETS, Film, Record, split_film
 from planning.plan import RawData, check_bad_clips, report_skipped
-from video.cache import FileCache, default_cache_folder
+from video.cache import FileCache
 from video.probe import probe_files
 
 
@@ -84,23 +84,20 @@ def _in_this_process(films: Sequence[Film], split: partial) -> Iterator[tuple[Fi
 
 
 def _in_processes(films: Sequence[Film], split: partial, num_workers: int) -> Iterator[tuple[Film, ValueError | None]]:
-    # Not forked: the probe's threads may hold locks.
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), die_with_parent)
     try:
-        # The longest first, so that no process works on one alone at the end.
-        jobs = {pool.submit(split, film): film for film in sorted(films, key=lambda film: -film.info.num_frames)}
-        for job in tqdm(as_completed(jobs), "Splitting", len(jobs), unit=" films", delay=0):
-            try:
-                job.result()
-                yield jobs[job], None
-            except ValueError as error:
-                yield jobs[job], error
+        with worker_processes(num_workers) as pool:
+            # The longest first, so that no process works on one alone at the end.
+            jobs = {pool.submit(split, film): film for film in sorted(films, key=lambda film: -film.info.num_frames)}
+            for job in tqdm(as_completed(jobs), "Splitting", len(jobs), unit=" films", delay=0):
+                try:
+                    job.result()
+                    yield jobs[job], None
+                except ValueError as error:
+                    yield jobs[job], error
     except BrokenProcessPool as error:
         raise UserError(
             "a process died, most likely because memory ran out; lower --num_workers. Finished films are kept"
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def summarize(records: Sequence[Record], num_clips: int) -> str:

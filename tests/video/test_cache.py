@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from common.remote import default_cache_folder
 from video import cache as cache_module
-from video.cache import FileCache, default_cache_folder
+from video.cache import FileCache
 
 
 FACT = {"num_frames": 49}

@@ -34,7 +34,7 @@ def plan_scenes(survey: Survey, info: VideoInfo, flags: SceneFlags) -> list[Scen
     """Return the clips and skipped scenes of a video, in order.
 
     The margin is dropped only at cuts, not at the beginning and end of the video. A scene is skipped if it is shorter
-    than `min_seconds` or black in all frames that were looked at. Longer ones than `max_seconds` become equal parts of
+    than `min_seconds` or black in all frames that were checked. Longer ones than `max_seconds` become equal parts of
     whole frames. Sides are even, as encoders need them: an odd row or column is dropped.
     """
     times = _start_times(info)

@@ -2,11 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ import numpy as np
 
 from common.bars import tqdm
 from common.errors import UserError, listing
-from common.signals import die_with_parent
+from common.remote import default_cache_folder
 from data.clips import ClipSample
 from footage import measures
 from footage.models import aesthetic, text_share
-from video.cache import FileCache, default_cache_folder
+from footage.pool import worker_processes
+from video.cache import FileCache
 from video.io import read_frames
 from video.probe import VideoInfo
 
@@ -86,13 +86,12 @@ def score_clips(
     show = partial(tqdm, desc="Scoring clips", total=len(samples), unit=" clips", delay=0)
     if num_workers == 1:
         return list(show(map(work, samples)))
-    # spawn, because a fork copies locks that the threads of libraries hold
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=die_with_parent)
     try:
-        futures = [pool.submit(work, sample) for sample in samples]
-        for _ in show(as_completed(futures)):
-            pass
-        return [future.result() for future in futures]
+        with worker_processes(num_workers) as pool:
+            futures = [pool.submit(work, sample) for sample in samples]
+            for _ in show(as_completed(futures)):
+                pass
+            return [future.result() for future in futures]
     except BrokenProcessPool as error:
         running = [
             sample.clip.video
@@ -102,8 +101,6 @@ def score_clips(
         title = "a process died while it scored one of these clips; finished ones are kept. If its decoder crashes"
         title += " on the clip, convert it or remove it; if memory ran out, lower --num_workers:"
         raise UserError(listing(title, running)) from error
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the clips that are queued
 
 
 def score_clip(sample: ClipSample, wanted: Measures, skip: tuple[int, int]) -> dict[str, Any] | str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write, path_of_script
-from common.remote import limit_cache, to_path
+from common.remote import default_cache_folder, limit_cache, to_path
 from common.text_files import digest_lines
 from data.buckets import BucketColumn, count_tokens, make_buckets, native_fps
 from data.clips import BadClip, ClipSample, plan_clips
@@ -26,7 +26,7 @@ from planning.advice import recommend
 from planning.keep import keep_clips
 from planning.report import PlanTable, plan_table
 from prepared.folder import read_prepared_settings
-from video.cache import FileCache, default_cache_folder
+from video.cache import FileCache
 from video.probe import probe_files
 
 

@@ -1,13 +1,13 @@
 """Settings that the flags leave open: memory that fits, by calculation, by trial, or as before; compiled blocks."""
 
 import logging
-import math
 from dataclasses import replace
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import free_memory
 
+from checkpoints.schedule import ScheduleStart, StepSchedule
 from checks.speed import check_speed
 from cli.schema import replace_flags
 from common.errors import UserError
@@ -62,10 +62,12 @@ def earns_to_compile(recipe: Recipe) -> bool:
 def count_steps(recipe: Recipe) -> int:
     """Return the steps of a run from its beginning."""
     training, data = recipe.settings.training, recipe.data
-    limit, ranks = recipe.batch_limit, launch_size()
-    sampler = BucketBatchSampler(data.buckets, limit, seed=0, repeats=data.repeats, world_size=ranks)
-    per_epoch = math.ceil(sampler.batches_per_epoch / training.gradient_accumulation_steps)
-    return training.max_train_steps or training.num_train_epochs * per_epoch
+    if training.max_train_steps:
+        return training.max_train_steps
+    limit, start = recipe.batch_limit, ScheduleStart(launch_size(), training.gradient_accumulation_steps)
+    sampler = BucketBatchSampler(data.buckets, limit, seed=0, repeats=data.repeats, world_size=start.num_ranks)
+    schedule = StepSchedule(start, sampler.batches_per_epoch, sampler.batches_in_first_epoch)
+    return schedule.end_of_epochs(training.num_train_epochs)
 
 
 def fit_by_trial(recipe: Recipe) -> Recipe:

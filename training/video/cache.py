@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from common.remote import RemotePath
-from common.remote import default_cache_folder as default_cache_folder
 
 
 logger = logging.getLogger(__name__)

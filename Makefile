@@ -26,7 +26,7 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements.txt requirements-dev.txt constraints.txt
+$(INSTALLED): requirements.txt requirements-app.txt requirements-dev.txt constraints.txt
 	@if command -v uv >/dev/null; then \
 	  set -ex; \
 	  uv venv --allow-existing --python $(PYTHON) $(VENV); \

@@ -24,6 +24,7 @@ class Clip:
     # The part of the file that is the clip: its first frame, and the one after its last (None: up to the end).
     start_frame: int = 0
     end_frame: int | None = None
+    regularization: bool = False  # what the model should keep doing, drawn in batches of its own
 
 
 @dataclass(frozen=True, slots=True)

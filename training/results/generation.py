@@ -16,7 +16,7 @@ from common.files import atomic_write
 from common.logs import start_logging
 from data.buckets import Bucket
 from diffusion.tasks import ImageToVideo, SizeFlags, TextToVideo
-from flags.generation import BASE, COMPARED, SHEET, PlannedVideo
+from flags.generation import BASE, COMPARED, DEFAULT_FOLDER, SHEET, PlannedVideo
 from flags.settings import GenerationSettings
 from methods.lora_mounting import check_loras, mount_loras
 from models.configs import CPU, DTYPES, ModelConfigs, precision_warning
@@ -58,6 +58,9 @@ def generate(settings: GenerationSettings) -> None:
     Raises UserError if model, training result, images and flags do not fit together, before weights are loaded.
     """
     start_logging()
+    if not settings.videos:
+        logger.info("all videos of %s are there already", settings.output.output_dir or DEFAULT_FOLDER)
+        return
     generation = settle(settings)
     check_loras(settings.loras, generation.configs, settings.model.cache_dir, settings.memory.quantize_base)
     dtype = str(generation.dtype).removeprefix("torch.")
@@ -65,6 +68,9 @@ def generate(settings: GenerationSettings) -> None:
     logger.info(message, len(settings.videos), generation.size, dtype, generation.device)
     embeds = embed_prompts(generation)
     for video, frames in sample_all(generation, embeds, tuned=True):
+        if settings.output.as_dataset:
+            with atomic_write(video.beside(".txt")) as partial:
+                partial.write_text(video.prompt, encoding="utf-8")
         write(frames, video.file, generation.fps)
     if settings.result.compare:
         free_memory()

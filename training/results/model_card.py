@@ -19,6 +19,7 @@ from validation.grid import GRID_FILE
 _OWN = ("pretrained_model_name_or_path", "data_root", "dataset_file", "dataset_name", "dataset_mix", "output_dir")
 _OWN += ("validation_dataset_file", "validation_images", "validation_prompt", "lora_weights", "logging_dir")
 _OWN += ("resume_from_checkpoint", "cache_dir", "tracker_name", "report_to")
+_OWN += ("regularization_data_root",)
 
 
 @dataclass(frozen=True)

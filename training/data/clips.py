@@ -1,6 +1,6 @@
 """Clips, and the choice of frames and bucket for each before anything is decoded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,6 +25,8 @@ class Clip:
     start_frame: int = 0
     end_frame: int | None = None
     regularization: bool = False  # what the model should keep doing, drawn in batches of its own
+    captions: tuple[str, ...] = ()  # all, if it has several: they take turns
+    caption_dropout: float | None = None  # probability of no caption; None: that of the flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class ClipSample:
     part: int = 0  # index among the samples of a clip that is split
     first_frame: VideoInfo | None = None  # probe result of clip.image, for image-to-video
     num_held: int = 0  # frames at the end that repeat the last one to fill the bucket
+    caption_number: int = 0  # of its clip's captions
 
     @property
     def shown_fps(self) -> float | None:
@@ -135,6 +138,21 @@ def plan_clips(
                 indices = tuple(clip.start_frame + index for index in indices)
             planned.append(ClipSample(clip, info, bucket, indices, part, first_frame, num_held))
     return planned, bad
+
+
+def with_each_caption(samples: Iterable[ClipSample]) -> Iterator[ClipSample]:
+    """Yield a sample for each caption of a clip that has several; together, they come as often as the clip."""
+    clips: dict[int, list[Clip]] = {}  # the samples of a clip still share it
+    for sample in samples:
+        clip, captions = sample.clip, sample.clip.captions
+        if not captions:
+            yield sample
+            continue
+        if id(clip) not in clips:
+            times = clip.repeats / len(captions)
+            clips[id(clip)] = [replace(clip, caption=caption, repeats=times) for caption in captions]
+        for number, with_caption in enumerate(clips[id(clip)]):
+            yield replace(sample, clip=with_caption, caption_number=number)
 
 
 def _found(info: VideoInfo | str, where: str = "") -> VideoInfo:

@@ -27,7 +27,7 @@ class CardFacts:
 
     base_model: str  # a hub id or a local folder
     task: str  # text-to-video, image-to-video
-    is_lora: bool
+    adapter: str | None  # LoRA, LoKr or LoHa; None after full fine-tuning
     usage: Callable[[str, str], str]  # repository and name of the base model -> code that loads the result
     settings: Mapping[str, object]  # flags that differ from the defaults
     prompts: list[str]  # of the validation videos
@@ -46,11 +46,17 @@ def write_card(folder: Path, repo_id: str, facts: CardFacts) -> None:
     ]
     data = ModelCardData(
         base_model=None if is_local else facts.base_model,
-        base_model_relation=None if is_local else "adapter" if facts.is_lora else "finetune",
+        base_model_relation=None if is_local else "adapter" if facts.adapter else "finetune",
         library_name="diffusers",
         license="other",
         pipeline_tag=facts.task,
-        tags=[facts.task, *(["lora"] if facts.is_lora else []), "diffusers", "diffusers-training", "cogvideox"],
+        tags=[
+            facts.task,
+            *([facts.adapter.lower()] if facts.adapter else []),
+            "diffusers",
+            "diffusers-training",
+            "cogvideox",
+        ],
         widget=[{"text": prompt, "output": {"url": url}} for prompt, url in samples] or None,
     )
     base = Path(facts.base_model).resolve().name if is_local else facts.base_model
@@ -59,7 +65,7 @@ def write_card(folder: Path, repo_id: str, facts: CardFacts) -> None:
 
 
 def _body(folder: Path, repo_id: str, base: str, facts: CardFacts, samples: list[tuple[str, str]]) -> str:
-    what = "A LoRA for" if facts.is_lora else "The transformer, fully fine-tuned from"
+    what = f"A {facts.adapter} for" if facts.adapter else "The transformer, fully fine-tuned from"
     parts = [f"# {repo_id}", f"{what} {base} ({facts.task}), made with CogVideoX Factory in {facts.last_step} steps."]
     if samples:
         links = [f"- [{_escaped(prompt)}]({url})" for prompt, url in samples]
@@ -81,7 +87,7 @@ def example(facts: CardFacts, base: str, repo_id: str) -> str:
     """Return code that samples a video with the result."""
     with_image = facts.task == "image-to-video"
     names = ["CogVideoXImageToVideoPipeline" if with_image else "CogVideoXPipeline"]
-    names += [] if facts.is_lora else ["CogVideoXTransformer3DModel"]
+    names += [] if facts.adapter else ["CogVideoXTransformer3DModel"]
     prompt = facts.prompts[0] if facts.prompts else "A panda plays a guitar"
     image = ['image = load_image("first-frame.png")'] if with_image else []
     size = ", ".join(f"{name}={value}" for name, value in facts.size._asdict().items())

@@ -82,8 +82,7 @@ def describe_method(method: Lora | FullFinetune) -> str:
     if not isinstance(method, Lora):
         return f"full fine-tuning, weights in {method.weights_dtype}"
     base = "" if method.quantize_base == "none" else f" on a base in {method.quantize_base}"
-    name = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}[method.adapter]
-    return f"{name} of rank {method.rank}, alpha {method.alpha:g}{base}"
+    return f"{method.title} of rank {method.rank}, alpha {method.alpha:g}{base}"
 
 
 def describe_samples(spec: RunSpec) -> str:

@@ -92,10 +92,8 @@ def write_scores(settings: ScoringSettings) -> None:
 
 def keep_command(settings: ScoringSettings, table: Path) -> str:
     """Return a command that prepares the clips of these flags that fulfil a condition."""
-    words, defaults = (
-        ["python", path_of_script("prepare_dataset.py")],
-        replace(SourceFlags(), caption_column="caption"),
-    )
+    words = ["python", path_of_script("prepare_dataset.py")]
+    defaults = replace(SourceFlags(), caption_column="caption")
     for name in _REPEATED:
         value = getattr(settings.sources, name)
         if value != getattr(defaults, name):

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from common.errors import UserError, first_line
 from common.files import atomic_write
 from common.logs import start_logging
+from common.ranks import local_rank
 from data.buckets import Bucket
 from diffusion.tasks import ImageToVideo, SizeFlags, TextToVideo
 from flags.generation import BASE, COMPARED, SHEET, PlannedVideo
@@ -22,7 +23,7 @@ from methods.lora_mounting import check_loras, mount_loras
 from models.configs import CPU, DTYPES, ModelConfigs, precision_warning
 from models.encoding import encode_prompts
 from models.quantization import check_quantization
-from models.sampling import Pipeline, sample_video
+from models.sampling import Pipeline, cached, sample_video
 from models.source import ModelSource
 from video.contact_sheet import SheetRow, draw_contact_sheet, shown_indices
 from video.images import load_validation_images
@@ -89,7 +90,7 @@ def settle(settings: GenerationSettings) -> Generation:
         # Cropped as in validation; the pipeline would distort images of another aspect ratio.
         loaded = load_validation_images(settings.content.image, "--image")
         images = [ImageOps.fit(one, (size.width, size.height)) for one in loaded]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else CPU
     if device == CPU and (memory.enable_model_cpu_offload or memory.enable_sequential_cpu_offload):
         logger.warning("warning: there is no GPU, nothing is offloaded from it")
     fps, dtype = settings.output.fps or configs.native_fps, choose_dtype(memory.dtype, source, device)
@@ -156,7 +157,8 @@ def choose_dtype(name: str, source: ModelSource, device: torch.device) -> torch.
 def embed_prompts(generation: Generation) -> dict[str, torch.Tensor]:
     """Embed all prompts, `[T, D]` each on the CPU, and free the text encoder."""
     settings = generation.settings
-    texts = [*settings.content.prompt, *([settings.content.negative_prompt] if generation.is_guided else [])]
+    prompts = [video.prompt for video in settings.videos]
+    texts = [*prompts, *([settings.content.negative_prompt] if generation.is_guided else [])]
     device, in_8bit = generation.device, settings.memory.text_encoder_8bit
     text_pipeline = generation.source.load_text_pipeline(generation.dtype, device=device, in_8bit=in_8bit)
     # One at a time as in validation, because the last digits may differ in a batch.
@@ -172,21 +174,22 @@ def sample_all(
     """Sample all videos one after another, with the tuned model or with the base model."""
     settings, guidance = generation.settings, generation.settings.guidance
     pipeline = load_pipeline(generation, tuned=tuned)
-    for number, video in enumerate(settings.videos, start=1):
-        title = "video" if tuned else "base model"
-        pipeline.set_progress_bar_config(desc=f"{title} {number} of {len(settings.videos)}")
-        frames = sample_video(
-            pipeline,
-            embeds[video.prompt],
-            embeds[settings.content.negative_prompt] if generation.is_guided else None,
-            None if generation.images is None else generation.images[video.number],
-            size=generation.size,
-            num_inference_steps=guidance.num_inference_steps,
-            guidance_scale=guidance.guidance_scale,
-            use_dynamic_cfg=guidance.use_dynamic_cfg,
-            seed=video.seed,
-        )
-        yield video, frames
+    with cached(pipeline, guidance.sampling_cache, is_guided=generation.is_guided):
+        for number, video in enumerate(settings.videos, start=1):
+            title = "video" if tuned else "base model"
+            pipeline.set_progress_bar_config(desc=f"{title} {number} of {len(settings.videos)}")
+            frames = sample_video(
+                pipeline,
+                embeds[video.prompt],
+                embeds[settings.content.negative_prompt] if generation.is_guided else None,
+                None if generation.images is None else generation.images[video.number],
+                size=generation.size,
+                num_inference_steps=guidance.num_inference_steps,
+                guidance_scale=guidance.guidance_scale,
+                use_dynamic_cfg=guidance.use_dynamic_cfg,
+                seed=video.seed,
+            )
+            yield video, frames
 
 
 def load_pipeline(generation: Generation, *, tuned: bool) -> Pipeline:
@@ -212,7 +215,7 @@ def load_pipeline(generation: Generation, *, tuned: bool) -> Pipeline:
             decoder_only=not generation.task.with_images,
         ),
         transformer=transformer.eval(),
-        scheduler=source.load_scheduler(),
+        scheduler=source.load_scheduler(settings.guidance.sampling_scheduler),
     )
     if tuned:
         mount_loras(pipeline, settings.loras, settings.model.cache_dir)

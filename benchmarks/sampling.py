@@ -44,7 +44,7 @@ class Way:
 
 
 CACHES = ("pab", "first-block", "faster")
-WAYS = [Way(steps=steps) for steps in (50, 30, 25, 20, 10)]
+WAYS = [Way(steps=steps) for steps in (50, 40, 30, 25, 20, 10)]
 WAYS += [Way(cache=cache) for cache in CACHES] + [Way(steps=25, cache="pab")]
 WAYS += [Way("dpm", steps) for steps in (50, 25, 20)] + [Way("dpm", cache=cache) for cache in CACHES[:2]]
 
@@ -65,7 +65,7 @@ class Sampled:
         return sum(blocks[place] * of_part[part] * self.calls[place, part] for place, part in PARTS)
 
 
-def sample(source: ModelSource, way: Way, embeds: Sequence[torch.Tensor], size: Bucket = SIZE) -> Sampled:
+def sample(source: ModelSource, way: Way, embeds: Sequence[torch.Tensor]) -> Sampled:
     """Sample a video for each prompt.
 
     Args:
@@ -77,7 +77,7 @@ def sample(source: ModelSource, way: Way, embeds: Sequence[torch.Tensor], size: 
     pipeline.set_progress_bar_config(disable=True)
     calls, passes = count_calls(transformer), []
     transformer.register_forward_pre_hook(lambda *_: passes.append(1))
-    options = {"size": size, "num_inference_steps": way.steps, "guidance_scale": GUIDANCE_SCALE}
+    options = {"size": SIZE, "num_inference_steps": way.steps, "guidance_scale": GUIDANCE_SCALE}
     with cached(pipeline, way.cache, is_guided=True):
         videos = [
             sample_video(pipeline, prompt, embeds[0], None, **options, use_dynamic_cfg=False, seed=number)

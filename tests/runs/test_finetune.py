@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
+import generate
 import tiny_runs
 from args import parse_generate_args
 from checkpoints.schedule import ScheduleStart
@@ -186,11 +188,17 @@ def test_raw_clips_train_without_preparation_and_are_validated(train, demo_clips
         assert all(all_frames(video).shape == (17, 64, 96, 3) for video in videos)
 
 
-def test_validation_does_not_change_what_is_trained(train, tmp_path):
+def test_validation_does_not_change_what_is_trained_and_samples_as_generate_does(train, tiny_models, tmp_path):
     flags = ["--max_train_steps", "2"]
     plain = train(tmp_path / "plain", *flags)
-    flags += ["--validation_prompt", "a red circle", "--validation_steps", "1", "--num_inference_steps", "1"]
+    sampling = ["--num_inference_steps", "2", "--sampling_scheduler", "ddim", "--sampling_cache", "pab"]
+    flags += ["--validation_prompt", "a red circle", "--validation_steps", "1", *sampling]
     assert_same_weights(train(tmp_path / "validated", *flags), plain)
+    video = tmp_path / "video.mp4"
+    sampling += ["--model_path", str(tiny_models("5b")), "--prompt", "a red circle", "--seed", "0"]
+    generate.main([*sampling, "--output_file", str(video)])
+    (validated,) = (tmp_path / "validated" / "validation" / "step-0").glob("*.mp4")
+    assert np.abs(all_frames(validated).astype(int) - all_frames(video)).mean() < 0.25
 
 
 def test_the_lora_of_every_validation_is_kept_and_can_be_sampled_and_trained_further(train, tmp_path, capsys):

@@ -48,6 +48,10 @@ class ValidationFlags:
         return bool(self.prompts) or self.uses_captions
 
 
+SAMPLING_CACHES = ("none", "first-block", "pab", "faster")  # models/sampling.py has their settings
+SCHEDULERS = ("model", "ddim", "dpm")
+
+
 @dataclass(frozen=True)
 class GuidanceFlags:
     """How a video is sampled; the same values make the same video in validation and in generate.py."""
@@ -57,3 +61,16 @@ class GuidanceFlags:
         6.0, "Strength of classifier-free guidance; higher follows the prompt more closely, 1 or less turns it off."
     )
     use_dynamic_cfg: bool = flag(False, "Increase the guidance over the denoising steps.")
+    sampling_scheduler: str = flag(
+        "model",
+        "Sampler: that of the model's files (the published ones name DDIM), ddim, or dpm, which the authors recommend "
+        "for 5b and 1.5. ddim needs fewer steps for the same video; dpm draws noise at each step.",
+        choices=SCHEDULERS,
+    )
+    sampling_cache: str = flag(
+        "none",
+        "Reuse results of earlier denoising steps: faster and less exact. pab (attention) changes least and saves "
+        "least, faster most of both; both take a tensor of each block in memory and no compiled blocks. first-block "
+        "skips the other blocks where the first one changes little.",
+        choices=SAMPLING_CACHES,
+    )

@@ -114,6 +114,7 @@ class Run:
             enable_model_cpu_offload=settings.validation.enable_model_cpu_offload,
             seed=spec.state.seed,
             fps=spec.video_fps,
+            sampling_cache=guidance.sampling_cache,
         )
         with temporary_attention(transformer, settings.speed.validation_attention_backend):
             return validate(
@@ -135,7 +136,7 @@ class Run:
             # Training from prepared data keeps no VAE loaded.
             vae=self.inputs.vae or spec.load_vae(CPU, decoder_only=spec.task.condition is None),
             transformer=self.trainable.transformer,
-            scheduler=spec.source.load_scheduler(),
+            scheduler=spec.source.load_scheduler(spec.settings.guidance.sampling_scheduler),
         )
 
     def _keep_weights(self, step: int) -> None:

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from accelerate.tracking import GeneralTracker
 
 from common.files import atomic_write
+from tracking.verdict import Points, smoothed
 
 
 if TYPE_CHECKING:
@@ -23,11 +23,8 @@ PICTURE_FILE = "loss.png"
 _SECONDS = 20.0  # at least, between two drawings; each takes some tenths of one
 _SIZE = (9.6, 4.8)  # of the picture, in 100 pixels
 _STEP, _MEAN, _VALIDATION = "#c3d6ee", "#1f5fb4", "#d2601a"
-_WINDOWS = 40  # that the running mean has, each of at most 100 steps
 _MANY = 200  # losses, from which on outliers would flatten the curve and may leave the picture
 _SHOWN = (1, 99)  # percentiles of many losses that are always inside the picture
-
-Points = Sequence[tuple[int, float]]  # (step, value), in the order of the steps
 
 
 class LossCurve(GeneralTracker):
@@ -101,14 +98,12 @@ def draw_losses(losses: Points, validation: Points = ()) -> "Figure":
     figure = Figure(_SIZE, layout="constrained")
     axes = figure.subplots()
     steps, values = (np.array(column) for column in zip(*losses, strict=True))
-    window = min(100, max(1, len(losses) // _WINDOWS))
-    # Of each value and the `window - 1` before it, or as many as exist.
-    sums, counts = np.convolve(values, np.ones(window))[: len(values)], np.arange(len(values)) + 1
+    window, means = smoothed(losses)
     if window > 1:
         axes.plot(steps, values, color=_STEP, linewidth=1, label="loss of a step")
     name = f"mean of {window} steps" if window > 1 else "loss"
     marker = "o" if len(losses) == 1 else None
-    axes.plot(steps, sums / np.minimum(counts, window), color=_MEAN, linewidth=2, marker=marker, label=name)
+    axes.plot(steps, means, color=_MEAN, linewidth=2, marker=marker, label=name)
     if validation:
         axes.plot(*zip(*validation, strict=True), color=_VALIDATION, linewidth=2, marker="o", label="validation loss")
     if len(losses) >= _MANY:

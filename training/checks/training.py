@@ -38,6 +38,13 @@ def settle_validation(settings: TrainingSettings) -> TrainingSettings:
     uses_captions = bool(asking) and not is_validated and settings.task == "text-to-video"
     if asking and not is_validated and not uses_captions:
         raise UserError(f"--{asking[0]}: nothing to validate; add --validation_prompt or --validation_dataset_file")
+    fraction = flags.validation_fraction
+    if flags.validation_dataset_file and fraction:
+        if "validation_fraction" in settings.given:
+            raise UserError(
+                "--validation_fraction: not with --validation_dataset_file, whose clips are held out; omit one of them"
+            )
+        fraction = 0.0
     if settings.task == "image-to-video":
         if len(images) != len(prompts):
             raise UserError(
@@ -46,8 +53,8 @@ def settle_validation(settings: TrainingSettings) -> TrainingSettings:
             )
         images = find_images("--validation_images", images)
     first = is_validated or uses_captions if flags.validate_first is None else flags.validate_first
-    settled = replace(flags, prompts=prompts, images=images, uses_captions=uses_captions, validate_first=first)
-    return replace(settings, validation=settled)
+    settled = {"uses_captions": uses_captions, "validate_first": first, "validation_fraction": fraction}
+    return replace(settings, validation=replace(flags, prompts=prompts, images=images, **settled))
 
 
 def _split(text: str | None, separator: str) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write, path_of_script
@@ -23,6 +25,14 @@ from data.token_budget import BatchSize, TokenBudget
 from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
+from planning.held_out import (
+    choose_clips,
+    clips_of_prepared,
+    count_trained,
+    fraction_to_hold_out,
+    rank_contents,
+    why_none,
+)
 from planning.keep import keep_clips
 from planning.report import PlanTable, plan_table
 from prepared.folder import read_prepared_settings
@@ -31,8 +41,6 @@ from video.probe import probe_files
 
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from prepared.index import PreparedIndex
 
 SKIPPED_FILE = "skipped_clips.csv"
@@ -46,6 +54,8 @@ class RawData:
     bad: Sequence[BadClip] = ()
     dropped: Sequence[BadClip] = ()  # by --keep, which is no reason to stop
     held_out: "RawData | None" = None  # clips whose loss is measured, not trained on
+    held_out_fraction: float = 0.0  # that was held out of the training data, if some is
+    held_out_note: str = ""  # which clips are held out of the training data, or why none is
 
     blocks = None  # each clip is a file of its own
 
@@ -97,16 +107,19 @@ class PreparedData:
 
     clips: "PreparedIndex"
     folders: Sequence[Path]  # of the samples
-    held_out: RawData | None = None  # clips whose loss is measured, not trained on
+    held_out: "TrainingData | None" = None  # clips whose loss is measured, not trained on
+    held_out_fraction: float = 0.0  # that was held out of the training data, if some is
+    held_out_note: str = ""  # which clips are held out of the training data, or why none is
 
     captions = ()  # already embedded
 
     @cached_property
-    def blocks(self) -> "np.ndarray | None":
+    def blocks(self) -> np.ndarray | None:
         """Which samples are drawn together, `[N]`, so that few files of a store are needed at a time; None for any."""
         from planning.blocks import blocks_of  # imports pyarrow
 
-        return blocks_of(self.clips)
+        blocks = blocks_of(self.clips)
+        return None if blocks is None else self.clips.without_omitted(blocks)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -119,7 +132,7 @@ class PreparedData:
         return self.clips.buckets
 
     @property
-    def repeats(self) -> "np.ndarray":
+    def repeats(self) -> np.ndarray:
         """How often each sample is drawn in an epoch, `[N]`."""
         return self.clips.repeats
 
@@ -152,7 +165,36 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
         if both:
             what = f"{len(both)} of its clips are trained on too; remove them from one of the two:"
             raise UserError(listing(f"--validation_dataset_file: {what}", both))
-    return replace(data, held_out=held_out)
+    return hold_out(data, settings) if held_out is None else replace(data, held_out=held_out)
+
+
+def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
+    """Hold out a fraction of the clips, with all their samples and copies; of each, one sample is measured."""
+    fraction, is_asked = fraction_to_hold_out(settings)
+    if not fraction:
+        return data
+    is_raw = isinstance(data, RawData)
+    if is_raw:
+        contents = [planned.info.sha256 or str(planned.clip.video) for planned in data.clips]
+        clips, ranks = np.unique(contents, return_inverse=True)[1], rank_contents(contents)
+    else:
+        clips, ranks = clips_of_prepared(data.clips)
+    num_clips, trained = int(clips.max()) + 1, count_trained(settings, float(np.sum(data.repeats)))
+    if reason := why_none(num_clips, trained, is_asked=is_asked):
+        return replace(data, held_out_note=f"no clip is held out for a validation loss: {reason}")
+    chosen = choose_clips(clips, ranks, fraction)
+    left = np.concatenate(chosen)
+    # Parts of a clip follow one another.
+    held_out = data.take([int(rows[0]) for rows in chosen])
+    names = [f"{one.clip.video.name} ({one.clip.source})" if is_raw else one.name for one in held_out.clips]
+    more = f" with {len(left)} samples" if len(left) > len(chosen) else ""
+    note = f"{len(chosen)} of {num_clips} clips{more} held out for the validation loss: {', '.join(names)}"
+    if is_raw:
+        gone = set(left.tolist())
+        clips = [planned for number, planned in enumerate(data.clips) if number not in gone]
+    else:
+        clips = data.clips.omit(left)
+    return replace(data, clips=clips, held_out=held_out, held_out_fraction=fraction, held_out_note=note)
 
 
 def plan_raw_clips(flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bool = False) -> RawData:
@@ -339,13 +381,16 @@ def describe_plan(
     Its last line has the flags that keep more clips, if there are any.
     """
     if isinstance(data, PreparedData):
-        return "\n".join(
+        lines = [
             f"{bucket}: {count} prepared samples of {count_tokens(configs.transformer, bucket)} tokens"
             for bucket, count in data.buckets.counts.items()
-        )
+        ]
+        return "\n".join(filter(None, [*lines, data.held_out_note]))
     table = tabulate(data, settings, model, configs, batch_size=batch_size, num_ranks=num_ranks)
     dropped = f"{len(data.dropped)} of {data.num_listed} clips are dropped by --keep" if data.dropped else None
-    return "\n".join(filter(None, [str(table), dropped, advise(data, settings, configs.transformer)]))
+    return "\n".join(
+        filter(None, [str(table), dropped, data.held_out_note, advise(data, settings, configs.transformer)])
+    )
 
 
 def tabulate(

@@ -30,6 +30,7 @@ from parallel.context import ContextParallel, start_context_parallel
 from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp
 from parallel.preflight import check_training
+from planning.held_out import FRACTION_FLAG
 from planning.plan import PreparedData, describe_plan, report_skipped
 from prepared.folder import check_encoders
 from run.launch import choose_seed, start_accelerator
@@ -143,6 +144,7 @@ def lasting_settings(recipe: Recipe) -> dict[str, object]:
     return {
         "model": recipe.configs.kind,
         "training data": recipe.data.fingerprint,
+        FRACTION_FLAG: recipe.data.held_out_fraction or False,
         "--train_batch_size": settings.training.train_batch_size,
         "--max_tokens_per_batch": settings.training.max_tokens_per_batch,
         "--optimizer": optimizer.optimizer,

@@ -15,7 +15,6 @@ _LEAST, _CERTAIN = 0.005, 0.3  # ... its least share of the loss, and the share 
 _FALL_NOISE = 3  # standard deviations of the noise that a fall must have; a needless warning is worse than none
 _ERRORS = 2  # standard errors that a change of the mean training loss must have
 _ENOUGH = 10  # training losses in a mean
-_WINDOWS = 40  # that the running mean has, each of at most 100 steps
 _TOO_FAST = "the learning rate is probably too high"
 
 
@@ -72,10 +71,13 @@ def judge(validation: Points, training: Points) -> Verdict | None:
     return Verdict("worse", f"{risen}: use the weights of about step {best_step}")
 
 
-def smoothed(losses: Points) -> tuple[int, np.ndarray]:
-    """Return the steps in a window, and the running mean of the losses (at least one): of each and those before it."""
+def smoothed(losses: Points, windows: int = 40) -> tuple[int, np.ndarray]:
+    """Return the steps in a window, and the running mean of the losses (at least one): of each and those before it.
+
+    The losses have at least so many windows, each of at most 4000 / windows steps.
+    """
     values = np.array([value for _, value in losses], float)
-    window = min(100, max(1, len(values) // _WINDOWS))
+    window = min(4000 // windows, max(1, len(values) // windows))
     # Of each value and the `window - 1` before it, or as many as exist.
     sums, counts = np.convolve(values, np.ones(window))[: len(values)], np.arange(len(values)) + 1
     return window, sums / np.minimum(counts, window)

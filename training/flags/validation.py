@@ -28,7 +28,7 @@ class ValidationFlags:
     validation_fraction: Probability = flag(
         0.05,
         "Share of the clips (at least one, at most 8) that is not trained on. Their loss under fixed noise is logged "
-        "before, during and after training, in at most 3%% of its work; if it rises while the training loss falls, "
+        "before, during and after training, in at most 3% of its work; if it rises while the training loss falls, "
         "the model overfits. With fewer than 10 clips or about 100 samples in the run, none is held out unless this "
         "is set; 0 turns it off.",
     )
@@ -37,7 +37,7 @@ class ValidationFlags:
         "Table of clips, as for --dataset_file, to hold out instead of a --validation_fraction; all are used. Paths "
         "start from the table's folder; columns, --id_token, sizes and frames are those of training (with "
         "--load_tensors, of the prepared data). The clips are encoded when training starts. Without a prompt, "
-        "--validation_steps and --validation_epochs set when their loss is measured.",
+        "their loss is also measured at --validation_steps and --validation_epochs.",
     )
     prompts: tuple[str, ...] = ()  # those of --validation_prompt, one by one, or captions
     uses_captions: bool = False  # captions of the training data are the prompts

@@ -10,7 +10,6 @@ from checkpoints.state import TrainerState, read_state
 from common.files import nearest_folder
 from common.units import in_bytes
 from data.buckets import count_tokens
-from flags.validation import ValidationFlags
 from run.loss_schedule import plan_losses
 from run.recipe import Recipe
 from run.setup import make_sampler, start_schedule
@@ -19,7 +18,6 @@ from run.summary import as_table
 from tracking.flops import count_forward_flops
 from tracking.progress import in_words
 from tracking.throughput import Speed, Throughput
-from validation.schedule import LossSchedule
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def plan_run(trial: RunSpec, recipe: Recipe, throughput: Throughput) -> Plan:
     checkpoints = math.ceil(last / every) - done // every if last > done else 0  # the last step has one, too
     validations = count_validations(recipe, schedule, done, last)
     losses = plan_losses(spec, sampler, schedule, last)
-    num_losses = count_losses(losses, schedule, validation, done, last) if losses else 0
+    num_losses = round(losses.count * (last - done) / last) if losses else 0
     starts_untrained = bool(validation.validate_first and done == 0)
     texts = {*data.captions, *validation.prompts, *(data.held_out.captions if data.held_out else ())}
     return Plan(
@@ -106,13 +104,6 @@ def count_validations(recipe: Recipe, schedule: StepSchedule, done: int, last: i
     between = range(done + 1, last)
     due = sum(schedule.is_due(step, flags.validation_steps, flags.validation_epochs) for step in between)
     return due + 1 + bool(flags.validate_first and done == 0)
-
-
-def count_losses(losses: LossSchedule, schedule: StepSchedule, flags: ValidationFlags, done: int, last: int) -> int:
-    """Return how often the loss of held-out clips is measured after `done` steps, or from the start if these are 0."""
-    by_flags = (flags.validation_steps, flags.validation_epochs) if losses.every is None else (None, None)
-    steps = range(done + (done > 0), last + 1)
-    return sum(losses.is_due(step, last) or schedule.is_due(step, *by_flags) for step in steps)
 
 
 def estimate_seconds(plan: Plan, recipe: Recipe, measured: Measured, num_processes: int) -> dict[str, float]:

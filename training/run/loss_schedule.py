@@ -34,7 +34,8 @@ def plan_losses(
     losses = schedule_losses(num_clips, most_passes, total_steps, num_ranks=num_ranks, num_passes=num_passes)
     losses = replace(losses, flops=math.ceil(len(losses.pairs) / num_ranks) * of_pass)
     when = flags.validation_steps, flags.validation_epochs
-    if flags.validation_dataset_file and not flags.prompts and any(when):
-        count = 2 + sum(schedule.is_due(step, *when) for step in range(1, total_steps))
-        return replace(losses, every=None, count=count, share=losses.share * count / losses.count)
-    return losses
+    if flags.prompts or not spec.is_validated or not any(when):
+        return losses
+    steps = range(1, total_steps)
+    count = losses.count + sum(schedule.is_due(s, *when) and not losses.is_due(s, total_steps) for s in steps)
+    return replace(losses, count=count, share=losses.share * count / losses.count)

@@ -86,7 +86,8 @@ class Run:
         """Return whether the loss of held-out clips is measured after `step` steps."""
         if self.losses is None:
             return False
-        return self.losses.is_due(step, self.total_steps) or (self.losses.every is None and self.samples(step))
+        keeps_weights = not self.spec.settings.validation.prompts and self.samples(step)
+        return self.losses.is_due(step, self.total_steps) or keeps_weights
 
     def samples(self, step: int) -> bool:
         """Return whether videos are sampled after `step` steps; without prompts, whether their weights are kept."""

@@ -1,5 +1,6 @@
 """Describe a run before its first step, as a block of lines."""
 
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -154,7 +155,8 @@ def describe_losses(losses: LossSchedule, num_clips: int, total_steps: int) -> s
     used, levels = len({clip for clip, _ in losses.pairs}), len({quantile for _, quantile in losses.pairs})
     clips = f"{num_clips} clip{'s' if num_clips > 1 else ''}"
     clips += f", {used} of them measured" if used < num_clips else ""
-    when = f"every {losses.every} steps" if losses.every and losses.every < total_steps else "with each validation"
+    is_regular = 2 < losses.count == 1 + math.ceil(total_steps / losses.every)
+    when = f"every {losses.every} steps" if is_regular else f"{losses.count} times"
     when = "before the first step and after the last one" if losses.count == 2 else when
     return f"{clips}; the loss at {levels} noise levels, {when}, takes {losses.share:.1%} of the run's work"
 

@@ -22,14 +22,14 @@ class LossSchedule:
     """The measurements of a run; all of them have the same passes."""
 
     pairs: Sequence[Pair]  # of a measurement, over all ranks
-    every: int | None  # steps between two; None: when the flags on validation say
-    count: int  # of the measurements from step 0 to the last one, if `every` says
+    every: int  # steps between two
+    count: int  # of the measurements from step 0 to the last one
     share: float  # of the run's forward and backward work that they take
     flops: float = 0  # operations of a measurement on each rank
 
     def is_due(self, step: int, total_steps: int) -> bool:
-        """Return whether the loss is measured after `step` steps by this schedule."""
-        return step in (0, total_steps) or (self.every is not None and step % self.every == 0)
+        """Return whether the loss is measured after `step` steps."""
+        return step == total_steps or step % self.every == 0
 
 
 def schedule_losses(

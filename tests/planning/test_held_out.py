@@ -10,7 +10,7 @@ from args import parse_args
 from data.buckets import Bucket
 from flags.settings import TrainingSettings
 from planning.held_out import choose_clips, clips_of_prepared, join_copies, rank_contents
-from planning.plan import PreparedData, RawData, hold_out, plan_training_data
+from planning.plan import PreparedData, RawData, hold_out, plan_training_data, report_held_out
 from prepared_folders import index_of
 from tiny_runs import SIZE
 
@@ -64,6 +64,13 @@ def test_copies_and_parts_of_a_clip_leave_training_together(few, tmp_path):
     assert len(left) == len(everything.clips) - len(data.clips) > 2 * 2
     names = ", ".join(f"{one.clip.video.name} ({one.clip.source})" for one in data.held_out.clips)
     assert data.held_out_note == f"2 of 12 clips with {len(left)} samples held out for the validation loss: {names}"
+
+
+def test_the_clips_are_listed_in_the_folder_of_the_run(demo_clips, tmp_path):
+    data = plan(demo_clips, tmp_path / "out", *LONG)
+    report_held_out(data, tmp_path)
+    (clip,) = data.held_out.clips
+    assert (tmp_path / "held_out_clips.csv").read_text() == f"clip,source\n{clip.clip.video},{clip.clip.source}\n"
 
 
 def test_a_new_clip_replaces_few():

@@ -182,6 +182,16 @@ def test_losses_are_computed_in_eval_mode_which_is_undone(was_training, fails):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_nothing_is_compiled_for_a_batch_of_one(fresh_compiler):
+    compiled = Mock(side_effect=lambda graph, inputs: graph.forward)
+    objective = StandIn()
+    objective.model = torch.compile(objective.model, backend=compiled, fullgraph=True)
+    clip_losses(objective, make_batches([1.0]), ALL, CPU)
+    assert not compiled.called
+    objective.model(torch.ones(1))
+    assert compiled.called
+
+
 @pytest.fixture(scope="module")
 def image_objective(tiny_models) -> Objective:
     source = ModelSource(str(tiny_models("1.5-5b-i2v")))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,10 +101,18 @@ def join_copies(clips: np.ndarray, contents: np.ndarray) -> np.ndarray:
             return np.unique(labels, return_inverse=True)[1]
 
 
-def rank_contents(contents: list[str]) -> np.ndarray:
+def rank_contents(contents: Sequence[str]) -> np.ndarray:
     """Return a number for each content, `[N]`, that looks random, but is the same in every run."""
     digests = (hashlib.sha256(content.encode(errors="surrogatepass")).digest()[:8] for content in contents)
     return np.fromiter((int.from_bytes(digest, "big") for digest in digests), np.uint64, len(contents))
+
+
+def clips_of_contents(contents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the clip of each sample, from 0, and a number for its content, each `[N]`."""
+    code_of: dict[str, int] = {}
+    codes = (code_of.setdefault(content, len(code_of)) for content in contents)
+    clips = np.fromiter(codes, np.int64, len(contents))
+    return clips, rank_contents(list(code_of))[clips]
 
 
 def clips_of_prepared(index: "PreparedIndex") -> tuple[np.ndarray, np.ndarray]:

@@ -27,10 +27,10 @@ from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
 from planning.held_out import (
     choose_clips,
+    clips_of_contents,
     clips_of_prepared,
     count_trained,
     fraction_to_hold_out,
-    rank_contents,
     why_none,
 )
 from planning.keep import keep_clips
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from prepared.index import PreparedIndex
 
 SKIPPED_FILE = "skipped_clips.csv"
+HELD_OUT_FILE = "held_out_clips.csv"
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,7 @@ def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
         return data
     is_raw = isinstance(data, RawData)
     if is_raw:
-        contents = [planned.info.sha256 or str(planned.clip.video) for planned in data.clips]
-        clips, ranks = np.unique(contents, return_inverse=True)[1], rank_contents(contents)
+        clips, ranks = clips_of_contents([planned.info.sha256 or str(planned.clip.video) for planned in data.clips])
     else:
         clips, ranks = clips_of_prepared(data.clips)
     num_clips, trained = int(clips.max()) + 1, count_trained(settings, float(np.sum(data.repeats)))
@@ -415,6 +415,19 @@ def tabulate(
         model_fps=native_fps(configs.transformer),
         reshape_mode=settings.clips.video_reshape_mode,
     )
+
+
+def report_held_out(data: TrainingData, folder: Path) -> None:
+    """Write the clips held out of the training data to `held_out_clips.csv` in the output folder, if there are any."""
+    if not data.held_out_fraction:
+        return
+    is_raw = isinstance(data, RawData)
+    clips = [(one.clip.video, one.clip.source) if is_raw else (one.name, "") for one in data.held_out.clips]
+    with (
+        atomic_write(folder / HELD_OUT_FILE) as partial,
+        open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        csv.writer(file, lineterminator="\n").writerows([("clip", "source"), *clips])
 
 
 def report_skipped(bad: Sequence[BadClip], folder: Path, dropped: Sequence[BadClip] = ()) -> None:

@@ -31,7 +31,7 @@ from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp
 from parallel.preflight import check_training
 from planning.held_out import FRACTION_FLAG
-from planning.plan import PreparedData, describe_plan, report_skipped
+from planning.plan import PreparedData, describe_plan, report_held_out, report_skipped
 from prepared.folder import check_encoders
 from run.launch import choose_seed, start_accelerator
 from run.memory_fit import is_chosen
@@ -195,6 +195,7 @@ def check_prepared_folders(recipe: Recipe) -> None:
 def log_data(recipe: Recipe, num_ranks: int) -> None:
     """Log the buckets of the training data and list the clips skipped, before anything heavy is loaded."""
     settings, data = recipe.settings, recipe.data
+    report_held_out(data, recipe.output_dir)
     if not isinstance(data, PreparedData):
         report_skipped(data.bad, recipe.output_dir, data.dropped)
     sizes = {"batch_size": recipe.batch_limit, "num_ranks": num_ranks}

@@ -9,7 +9,7 @@ import pytest
 from args import parse_args
 from data.buckets import Bucket
 from flags.settings import TrainingSettings
-from planning.held_out import choose_clips, clips_of_prepared, join_copies, rank_contents
+from planning.held_out import choose_clips, clips_of_prepared, find_candidates, join_copies, rank_contents
 from planning.plan import PreparedData, RawData, hold_out, plan_training_data, report_held_out
 from prepared_folders import index_of
 from tiny_runs import SIZE
@@ -76,7 +76,8 @@ def test_the_clips_are_listed_in_the_folder_of_the_run(demo_clips, tmp_path):
 def test_a_new_clip_replaces_few():
     ranks = rank_contents([f"content {number}" for number in range(1000)])
     before, after = (
-        {int(rows[0]) for rows in choose_clips(np.arange(count), ranks[:count], 0.05)} for count in (900, 1000)
+        {int(rows[0]) for rows in choose_clips(np.arange(count), ranks[:count], np.arange(count), 0.05)}
+        for count in (900, 1000)
     )
     assert len(before) == len(after) == 8  # at most
     assert len(before & after) >= 6
@@ -147,6 +148,11 @@ def test_prepared_samples_of_one_clip_leave_together(demo_clips, tmp_path):
     assert not kept_clips & gone_clips
     assert len(data.clips) == 31 - 8 * 2 - ("copy.mp4" in gone_clips)  # which has the digest of a part of 0.mp4
     assert data.blocks is None
+
+
+def test_clips_for_regularization_stay():
+    assert find_candidates(np.array([0, 0, 1, 2, 2]), np.array([False, False, False, False, True])).tolist() == [0, 1]
+    assert find_candidates(np.array([0, 0, 1]), None).tolist() == [0, 1]
 
 
 def test_clips_with_any_common_content_are_one():

@@ -1,6 +1,7 @@
 """The columns of an index are mapped, joined and described as `prepared.index` documents."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def joined(tmp_path) -> PreparedIndex:
         write_prepared(tmp_path / folder, {f"{folder}{n}": TENSORS for n in range(3)}, bucket, repeats=0.5)
         for folder, bucket in (("a", LONG), ("b", SMALL))
     )
-    return PreparedIndex([*first.folders, *second.with_repeats(3, None).folders])
+    return PreparedIndex([*first.folders, *second.with_facts(times=3).folders])
 
 
 def test_the_samples_of_several_folders_are_joined(joined):
@@ -52,6 +53,10 @@ def test_omitted_samples_are_nowhere(joined):
     assert [clip.name for clip in left.take([2, 0])] == ["a2", "b1"]
     assert left.without_omitted(np.arange(6)).tolist() == [2, 3, 4]
     assert list(pickle.loads(pickle.dumps(left))) == list(left)
+    first, second = left.folders
+    kept = PreparedIndex([replace(first, regularization=True), second], left.omitted)
+    assert kept.regularization.tolist() == [True, False, False]
+    assert [clip.name for clip in kept.without_regularization()] == ["b0", "b1"]
 
 
 def test_a_worker_maps_the_file_again(joined):

@@ -7,7 +7,7 @@ from cli.schema import flag_values
 from common.errors import UserError
 from common.remote import to_path
 from common.stores import check_url, is_url
-from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
+from flags.data import PREPARED_FLAGS, ClipFlags, ControlFlags, SourceFlags
 from flags.settings import TrainingSettings
 from prepared.folder import read_prepared_settings
 
@@ -95,6 +95,12 @@ def check_sources(sources: SourceFlags) -> None:
         raise UserError("--data_root: each entry of --dataset_mix names its own; omit one of them")
 
 
+def check_control(control: ControlFlags) -> None:
+    """Check that controls come from one place."""
+    if control.compute_control and control.control_column:
+        raise UserError("--control_column: not together with --compute_control; omit one of them")
+
+
 def check_prepared_flags(settings: TrainingSettings) -> None:
     """Check that flags on raw clips, passed with --load_tensors, are those that the data was prepared with."""
     folder = settings.sources.data_root
@@ -104,7 +110,9 @@ def check_prepared_flags(settings: TrainingSettings) -> None:
     compared = settings.given & set(PREPARED_FLAGS) - {"frame_buckets"}
     if not compared:  # nothing to read, which takes a while from a store
         return
-    made_with, values = read_prepared_settings(to_path(folder)).get("flags", {}), flag_values(settings)
+    # Folders of earlier versions were prepared without these.
+    made_with = {"caption_per_line": False, "shuffle_tags": None}
+    made_with, values = made_with | read_prepared_settings(to_path(folder)).get("flags", {}), flag_values(settings)
     differing = [
         f"--{name} was {made_with[name]!r}, is now {values[name]!r}"
         for name in PREPARED_FLAGS

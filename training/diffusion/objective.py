@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from dataset import Batch, MixedBatch
 from diffusion.latents import pad_latent_frames, sample_latents, sample_uniform, velocity_losses
 from diffusion.positions import rotary_embeddings
-from diffusion.tasks import ImageToVideo, TextToVideo
+from diffusion.task import Task
 from diffusion.timesteps import TimestepSampling
 from models.configs import ModelConfigs
 from models.encoding import encode_videos
@@ -34,7 +34,7 @@ class Noised(NamedTuple):
 class Objective:
     """CogVideoX's training objective on batches of any size; the defaults are as published."""
 
-    task: TextToVideo | ImageToVideo  # adds the conditioning
+    task: Task  # adds the conditioning
     model: torch.nn.Module  # the transformer as wrapped by accelerate, to call
     transformer: CogVideoXTransformer3DModel  # the module inside, for its config
     scheduler: NoiseScheduler  # the model's own noise schedule
@@ -42,7 +42,8 @@ class Objective:
     vae: AutoencoderKLCogVideoX | None  # encodes raw clips; None if all batches are prepared
     dtype: torch.dtype  # of the transformer's inputs
     timesteps: TimestepSampling = field(default_factory=TimestepSampling)
-    caption_dropout: float = 0.0  # probability that a sample is trained with the empty prompt
+    # Probability that a sample is trained with the empty prompt: of all, or `[N]`, by the index of its draw.
+    caption_dropout: float | torch.Tensor = 0.0
     empty_prompt: torch.Tensor | None = None  # [226, D], its embedding; needed for caption dropout
     _rotary_cache: dict = field(default_factory=dict, init=False, repr=False)
 
@@ -85,8 +86,11 @@ class Objective:
         drops_conditions: bool,
     ) -> Noised:
         embeds = batch.prompt_embeds
-        if self.caption_dropout and drops_conditions:
-            is_dropped = sample_uniform(generators) < self.caption_dropout
+        if self.empty_prompt is not None and drops_conditions:
+            chance = self.caption_dropout
+            if isinstance(chance, torch.Tensor):
+                chance = chance[[draw.index for draw in batch.draws]].to(embeds.device, non_blocking=True)
+            is_dropped = sample_uniform(generators) < chance
             embeds = torch.where(is_dropped[:, None, None], self.empty_prompt, embeds)
         moments = batch.video_moments
         if moments is None:

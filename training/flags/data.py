@@ -5,13 +5,24 @@ from dataclasses import dataclass
 from cli.schema import flag
 from cli.types import Condition, FilePath, FolderPath, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Probability
 from common.remote import DEFAULT_LIMIT_GB
+from video.controls import KINDS
 from video.frames import LONG_CLIPS
 
 
 DEFAULT_BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 # How raw clips become samples: fixed once they are prepared.
 PREPARED_FLAGS = ("id_token", "video_reshape_mode", "random_flip", "fps", "skip_frames_start", "skip_frames_end")
-PREPARED_FLAGS += ("long_clips", "hold_last_frame", "height_buckets", "width_buckets", "frame_buckets", "keep")
+PREPARED_FLAGS += (
+    "long_clips",
+    "hold_last_frame",
+    "height_buckets",
+    "width_buckets",
+    "frame_buckets",
+    "keep",
+    "compute_control",
+    "caption_per_line",
+    "shuffle_tags",
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,18 @@ class SourceFlags:
     )
     video_column: str = flag("video", "Column of the clips' paths, or list of them in --data_root (else videos.txt).")
     caption_column: str = flag("text", "Column of the captions, or text file that lists them (else prompts.txt).")
+    caption_per_line: bool = flag(
+        False,
+        "Each line of a caption is a caption of its own; they take turns from epoch to epoch. JSON, Parquet and data "
+        "sets may have lists of captions without it.",
+    )
+    shuffle_tags: PositiveInt | None = flag(
+        None,
+        "For captions of comma-separated tags: make N captions of each, with its tags in random order, which take "
+        "turns from epoch to epoch. --id_token stays in front.",
+        metavar="N",
+        shown="as written",
+    )
     image_column: str | None = flag(
         None,
         "Image-to-video: column or text file of first frames. Where empty, a clip's own first frame is used.",
@@ -82,6 +105,21 @@ class SourceFlags:
 
 
 @dataclass(frozen=True)
+class RegularizationFlags:
+    """Clips of what the model should keep doing."""
+
+    regularization_data_root: FolderPath | None = flag(
+        None,
+        "Folder of clips without the id token, of what the model should keep doing, such as videos of the base model "
+        "(generate.py --as_dataset). As many of them as of the training samples are trained on, in batches between "
+        "theirs. Like --data_root: raw, or prepared for --load_tensors.",
+    )
+    regularization_weight: PositiveFloat = flag(
+        1.0, "Factor of the loss of regularization samples; raise it to keep more, lower it to learn more."
+    )
+
+
+@dataclass(frozen=True)
 class ClipFlags:
     """How a clip becomes a sample: its size, its frames, its augmentation."""
 
@@ -128,6 +166,25 @@ class ClipFlags:
     hold_last_frame: bool = flag(False, "Repeat the last frame of clips too short for all buckets, else bad clips.")
     random_flip: Probability | None = flag(
         None, "Probability of mirroring all frames of a clip. Not with text in clips or left and right in captions."
+    )
+
+
+@dataclass(frozen=True)
+class ControlFlags:
+    """The control videos of clips, for control-to-video."""
+
+    control_column: str | None = flag(
+        None,
+        "Column or text file of control clips (edges, depth, poses, another video): each has the frames, the size and "
+        "the rate of its clip, and is cut, cropped and flipped like it.",
+        shown="control, or controls.txt; in a folder of clips, a.control.mp4 beside a.mp4",
+    )
+    compute_control: str | None = flag(
+        None,
+        "Compute controls from the clips instead: edges, grey values, blurred, or a mosaic of 12 tiles on the shorter "
+        "side. Depth and poses need another model: pass your own control clips.",
+        choices=tuple(KINDS),
+        shown="controls are listed",
     )
 
 

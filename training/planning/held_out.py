@@ -75,17 +75,30 @@ def why_none(num_clips: int, trained: float, *, is_asked: bool) -> str | None:
     return None
 
 
-def choose_clips(clips: np.ndarray, ranks: np.ndarray, fraction: float) -> list[np.ndarray]:
+def find_candidates(clips: np.ndarray, regularization: np.ndarray | None) -> np.ndarray:
+    """Return the clips that may be held out: those without a sample for regularization.
+
+    Args:
+        clips: the clip of each sample, from 0, `[N]`.
+        regularization: whether a sample is for regularization, `[N]`; None if none of them is.
+    """
+    everything = np.unique(clips)
+    return everything if regularization is None else np.setdiff1d(everything, clips[regularization])
+
+
+def choose_clips(clips: np.ndarray, ranks: np.ndarray, candidates: np.ndarray, fraction: float) -> list[np.ndarray]:
     """Return the samples of each clip to hold out: those of the lowest rank, so that new clips replace few.
 
     Args:
         clips: the clip of each sample, from 0, `[N]`.
         ranks: a number for the content of each sample, uniformly distributed, `[N]`.
+        candidates: clips to choose from.
     """
     lowest = np.full(clips.max() + 1, np.iinfo(ranks.dtype).max, ranks.dtype)
     np.minimum.at(lowest, clips, ranks)
-    count = min(_MOST_CLIPS, max(1, round(fraction * len(lowest))), len(lowest) - 1)
-    return [np.flatnonzero(clips == clip) for clip in np.argsort(lowest, kind="stable")[:count]]
+    count = min(_MOST_CLIPS, max(1, round(fraction * len(candidates))), len(candidates) - 1)
+    chosen = candidates[np.argsort(lowest[candidates], kind="stable")[:count]]
+    return [np.flatnonzero(clips == clip) for clip in chosen]
 
 
 def join_copies(clips: np.ndarray, contents: np.ndarray) -> np.ndarray:

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from diffusers.training_utils import free_memory
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from common.errors import UserError
 from dataset import Batch
 from models.configs import ModelConfigs
 from models.prompts import PromptCache
-from planning.plan import PreparedData, TrainingData, validation_data_flags
+from planning.plan import PreparedData, TrainingData, caption_dropouts, validation_data_flags
 from prepared.folder import read_prompt
 from run.spec import RunSpec
 from validation.loss import encode_validation_set, read_validation_set
-from video.images import load_validation_images
+from validation.videos import Conditions
+from video.images import load_controls, load_validation_images
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class EncodedInputs:
 
     prompts: PromptCache  # of all captions and prompts
     empty_prompt: torch.Tensor | None  # [226, D], for caption dropout
-    images: list[Image.Image] | None  # first frames of the validation videos; None for text-to-video
+    conditions: Conditions | None  # of the validation videos; None for text-to-video
     vae: AutoencoderKLCogVideoX | None  # stays loaded to encode raw clips; None for prepared data
     held_out: list[Batch]  # this rank's share of the clips whose loss is measured, on the CPU
 
@@ -36,11 +37,9 @@ def encode_inputs(spec: RunSpec, held_out: Collection[int] = ()) -> EncodedInput
     `held_out` are the indices of the held-out clips that this rank measures.
     """
     settings, accelerator, data = spec.settings, spec.accelerator, spec.data
-    images = load_validation_images(settings.validation.images) if spec.task.with_images else None
-    if images is not None and settings.clips.video_reshape_mode != "none":
-        # Cropped like clips; the pipeline would distort images of another aspect ratio.
-        images = [ImageOps.fit(image, (settings.clips.width, settings.clips.height)) for image in images]
-    drops_captions = settings.objective.caption_dropout > 0
+    conditions = load_conditions(spec)
+    dropouts = caption_dropouts(data, settings.objective.caption_dropout)
+    drops_captions = settings.objective.caption_dropout > 0 if dropouts is None else bool(dropouts.any())
     empty_prompt = find_prompt(data, spec.configs, "") if drops_captions else None
     cache, in_8bit = spec.output_dir / "prompt_embeds", settings.memory.text_encoder_8bit
     prompts = PromptCache(cache, spec.source, spec.dtype, in_8bit=in_8bit)
@@ -61,15 +60,16 @@ def encode_inputs(spec: RunSpec, held_out: Collection[int] = ()) -> EncodedInput
         empty_prompt = prompts.load("")
     vae = None if isinstance(data, PreparedData) else spec.load_vae(accelerator.device)
     batches = _encode_held_out(spec, held_out, prompts, vae) if held_out else []
-    return EncodedInputs(prompts, empty_prompt, images, vae, batches)
+    return EncodedInputs(prompts, empty_prompt, conditions, vae, batches)
 
 
 def _encode_held_out(
     spec: RunSpec, share: Collection[int], prompts: PromptCache, vae: AutoencoderKLCogVideoX | None
 ) -> list[Batch]:
-    clips, with_images = spec.data.held_out.clips, spec.task.with_images
+    clips, with_images = spec.data.held_out.clips, spec.task.condition == "image"
     if isinstance(spec.data.held_out, PreparedData):
-        return read_validation_set(clips, share, with_images=with_images)
+        with_controls = spec.task.condition == "control"
+        return read_validation_set(clips, share, with_images=with_images, with_controls=with_controls)
     is_fraction, sources = spec.data.held_out_fraction > 0, spec.settings.sources
     batches = encode_validation_set(
         clips,
@@ -78,11 +78,27 @@ def _encode_held_out(
         prompts,
         reshape_mode=validation_data_flags(spec.settings)[1].video_reshape_mode,
         with_images=with_images,
+        control=spec.controls,
         replace_failed=is_fraction and sources.on_bad_clip == "skip",
         shows_progress=spec.accelerator.is_main_process,
     )
     free_memory()
     return batches
+
+
+def load_conditions(spec: RunSpec) -> Conditions | None:
+    """Load the first frames or controls of the validation videos, cropped like clips."""
+    clips, flags = spec.settings.clips, spec.settings.validation
+    if spec.task.condition == "control" and flags.controls:
+        how = {"reshape_mode": clips.video_reshape_mode, "fps": clips.fps, "long_clips": clips.long_clips}
+        return load_controls(flags.controls, spec.sampled_size, spec.task.kind, **how)
+    if spec.task.condition != "image":
+        return None
+    images = load_validation_images(flags.images)
+    if clips.video_reshape_mode == "none":
+        return images
+    # The pipeline would distort images of another aspect ratio.
+    return [ImageOps.fit(image, (clips.width, clips.height)) for image in images]
 
 
 def find_prompt(data: TrainingData, configs: ModelConfigs, prompt: str) -> torch.Tensor | None:

@@ -27,7 +27,7 @@ from models.prompts import PromptCache
 from models.sampling import Pipeline
 from parallel.deepspeed import gathered
 from parallel.sharding import gather_weights
-from planning.plan import PreparedData
+from planning.plan import PreparedData, caption_dropouts
 from run.encoded_inputs import EncodedInputs, encode_inputs
 from run.loss_schedule import plan_losses
 from run.recipe import Recipe
@@ -73,8 +73,8 @@ class Run:
         """Return the number of batches of each rank in the step after `step` steps."""
         return self.schedule.batches_before(step + 1) - self.schedule.batches_before(step)
 
-    def samples_in(self, step: int) -> int:
-        """Return the number of samples of all ranks in the step after `step` steps."""
+    def samples_in(self, step: int) -> tuple[int, int]:
+        """Return the samples of all ranks in the step after `step` steps: to train on, and for regularization."""
         before = self.schedule.batches_before
         return self.sampler.samples_between(before(step), before(step + 1))
 
@@ -136,7 +136,7 @@ class Run:
         settings, guidance = spec.settings, spec.settings.guidance
         sampling = ValidationSettings(
             prompts=settings.validation.prompts,
-            images=self.inputs.images,
+            conditions=self.inputs.conditions,
             dtype=spec.dtype,
             num_videos=settings.validation.num_validation_videos,
             height=settings.clips.height,
@@ -167,7 +167,7 @@ class Run:
             tokenizer=None,
             text_encoder=None,
             # Training from prepared data keeps no VAE loaded.
-            vae=self.inputs.vae or spec.load_vae(CPU, decoder_only=not spec.task.with_images),
+            vae=self.inputs.vae or spec.load_vae(CPU, decoder_only=spec.task.condition is None),
             transformer=self.trainable.transformer,
             scheduler=spec.source.load_scheduler(),
         )
@@ -285,11 +285,10 @@ def start_schedule(spec: RunSpec) -> ScheduleStart:
 
 def make_sampler(spec: RunSpec, start: ScheduleStart) -> tuple[BucketBatchSampler, StepSchedule]:
     """Return this rank's sampler of batches from a start on, and the batches of each step."""
-    sampler = BucketBatchSampler(
-        spec.data.buckets,
+    sampler = BucketBatchSampler.of(
+        spec.data,
         spec.batch_limit,
         seed=spec.state.seed,
-        repeats=spec.data.repeats,
         rank=spec.data_rank % start.num_ranks,  # the run may have had fewer ranks
         world_size=start.num_ranks,
         first_epoch=start.epoch,
@@ -315,6 +314,7 @@ def make_throughput(spec: RunSpec, transformer: CogVideoXTransformer3DModel) -> 
 def make_objective(spec: RunSpec, inputs: EncodedInputs, trainable: Trainable) -> Objective:
     """Return the objective that the flags describe."""
     flags, empty_prompt = spec.settings.objective, inputs.empty_prompt
+    dropouts = caption_dropouts(spec.data, flags.caption_dropout)
     return Objective(
         task=spec.task,
         model=trainable.model,
@@ -324,7 +324,7 @@ def make_objective(spec: RunSpec, inputs: EncodedInputs, trainable: Trainable) -
         vae=inputs.vae,
         dtype=spec.dtype,
         timesteps=TimestepSampling(flags.timestep_sampling, flags.logit_mean, flags.logit_std, flags.snr_gamma),
-        caption_dropout=flags.caption_dropout,
+        caption_dropout=flags.caption_dropout if dropouts is None else torch.from_numpy(dropouts),
         empty_prompt=None if empty_prompt is None else empty_prompt.to(spec.accelerator.device),
     )
 
@@ -332,10 +332,11 @@ def make_objective(spec: RunSpec, inputs: EncodedInputs, trainable: Trainable) -
 def make_dataset(
     recipe: Recipe, seed: int, prompts: PromptCache | None = None, *, replace_failed: bool
 ) -> ClipDataset | PreparedDataset:
-    """Return the training samples, raw or prepared, with images if the task needs them."""
-    data, flags, with_images = recipe.data, recipe.settings.clips, recipe.task.with_images
+    """Return the training samples, raw or prepared, with the images or controls that the task needs."""
+    data, flags, with_images = recipe.data, recipe.settings.clips, recipe.task.condition == "image"
     if isinstance(data, PreparedData):
-        return PreparedDataset(data.clips, with_images=with_images)
+        with_controls = recipe.task.condition == "control"
+        return PreparedDataset(data.clips, with_images=with_images, with_controls=with_controls)
     return ClipDataset(
         data.clips,
         reshape_mode=flags.video_reshape_mode,
@@ -343,6 +344,7 @@ def make_dataset(
         seed=seed,
         prompts=prompts,
         with_images=with_images,
+        control=recipe.controls,
         replace_failed=replace_failed,
     )
 

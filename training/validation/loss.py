@@ -47,6 +47,7 @@ def encode_validation_set(
     *,
     reshape_mode: str,
     with_images: bool,
+    control: str | None = None,
     replace_failed: bool = False,
     shows_progress: bool = True,
 ) -> list[Batch]:
@@ -59,6 +60,7 @@ def encode_validation_set(
         reshape_mode: how a clip gets its bucket's size, as in `reshape_frames`; not random.
         with_images: also encode the first frames for image-to-video, under fixed noise.
         replace_failed: use another clip of the same size instead of one that does not decode, if there is one.
+        control: also encode the controls, as in `ClipDataset`.
     """
     dataset = ClipDataset(
         clips,
@@ -67,6 +69,7 @@ def encode_validation_set(
         seed=0,
         prompts=prompts,
         with_images=with_images,
+        control=control,
         replace_failed=replace_failed,
     )
     batches, failed = [], []
@@ -82,9 +85,11 @@ def encode_validation_set(
     return batches
 
 
-def read_validation_set(clips: "PreparedIndex", share: Collection[int], *, with_images: bool) -> list[Batch]:
+def read_validation_set(
+    clips: "PreparedIndex", share: Collection[int], *, with_images: bool, with_controls: bool = False
+) -> list[Batch]:
     """Read a rank's share of prepared clips, each as a batch of one; clips that cannot be read are a UserError."""
-    dataset = PreparedDataset(clips, with_images=with_images)
+    dataset = PreparedDataset(clips, with_images=with_images, with_controls=with_controls)
     return list(without_failures(dataset[Draw(index, 0)] for index in share))
 
 
@@ -94,7 +99,10 @@ def _encode(sample: Batch, vae: AutoencoderKLCogVideoX) -> Batch:
         generator = step_generator(torch.device("cpu"), NOISE_SEED, "image", *sample.names)
         image_moments = encode_noised_image(vae, sample.images[0], image_noise_scales(1, generator), generator).cpu()
     moments = encode_videos(vae, sample.videos).cpu()
-    return replace(sample, videos=None, images=None, video_moments=moments, image_moments=image_moments)
+    encoded = replace(sample, videos=None, images=None, video_moments=moments, image_moments=image_moments)
+    if sample.controls is None:
+        return encoded
+    return replace(encoded, controls=None, control_moments=encode_videos(vae, sample.controls).cpu())
 
 
 def validate_loss(

@@ -119,6 +119,8 @@ BAD_TRAINING_FLAGS = [
     ("--fps inf", "--fps", "above 0"),
     ("--logit_mean 1", "--logit_mean", "add --timestep_sampling logit_normal"),
     ("--ema_decay 0.9", "--ema_decay", "add --use_ema"),
+    ("--regularization_weight 2", "--regularization_weight", "no effect without --regularization_data_root"),
+    ("--regularization_data_root nowhere", "--regularization_data_root", "no folder 'nowhere'"),
     ("--checkpoint_every 2", "--checkpoint_every", "add --gradient_checkpointing"),
     ("--stream_blocks", "--stream_blocks", "pass --gradient_checkpointing"),
     ("--stream_blocks --quantize_base nf4", "--quantize_base nf4", "omit --stream_blocks"),

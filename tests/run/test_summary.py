@@ -105,6 +105,11 @@ def test_the_best_step_is_named_with_the_nearest_weights(tmp_path):
     )
 
 
+def test_the_summary_counts_regularization_samples_apart(summarize, demo_clips):
+    kept = ("--regularization_data_root", str(demo_clips), "--regularization_weight", "0.5", "--max_samples", "3")
+    assert summarize(*kept)["data"].endswith(": 3 x 17x64x96; 3 for regularization, as many in an epoch, loss x 0.5")
+
+
 def test_the_summary_of_a_resumed_run_has_the_steps_left(summarize):
     assert summarize("--validation_prompt", "a", done=12)["steps"].startswith("13 to 30, ")
     finished = summarize("--validation_prompt", "a", done=30)

@@ -65,7 +65,7 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
     **dict.fromkeys(UNSET_IN_TRAINING.split(), None),
     **yaml.safe_load("""{
         caption_column: text, validation_prompt_separator: ":::", num_validation_videos: 1, num_inference_steps: 50,
-        sampling_scheduler: model, sampling_cache: none,
+        validation_fraction: 0.05, sampling_scheduler: model, sampling_cache: none,
         guidance_scale: 6.0, rank: 64, lora_alpha: 64, train_batch_size: 4, num_train_epochs: 1,
         checkpointing_steps: 500, max_bad_steps: 10, gradient_accumulation_steps: 1, learning_rate: 0.0001,
         lr_scheduler: constant, lr_warmup_steps: 500, lr_num_cycles: 1, lr_power: 1.0, noised_image_dropout: 0.05,

@@ -10,6 +10,7 @@ from common.errors import UserError
 from data.buckets import Bucket, largest_sides
 from dataset import Batch
 from models.configs import ModelConfigs
+from models.source import NoiseScheduler
 
 
 class SizeFlags(NamedTuple):
@@ -32,6 +33,7 @@ class Task(Protocol):
 
     name: str  # "text-to-video"
     pipeline_class: type[DiffusionPipeline]
+    scheduler_class: type[NoiseScheduler] | None  # that the pipeline needs, if not any
     condition: str | None  # what samples and sampled videos have besides captions: "image", "control"
 
     @property

@@ -80,8 +80,10 @@ class ModelSource:
         except (OSError, KeyError):
             return ""
 
-    def load_scheduler(self) -> NoiseScheduler:
-        """Load the noise scheduler, of the class that the model's config names."""
+    def load_scheduler(self, scheduler_class: type[NoiseScheduler] | None = None) -> NoiseScheduler:
+        """Load the noise scheduler, of the class that the model's config names or of another one."""
+        if scheduler_class is not None:
+            return scheduler_class.from_pretrained(self.path, subfolder="scheduler", **self._where)
         name = CogVideoXDPMScheduler.load_config(self.path, subfolder="scheduler", **self._where)["_class_name"]
         scheduler_class = CogVideoXDDIMScheduler if name == "CogVideoXDDIMScheduler" else CogVideoXDPMScheduler
         return scheduler_class.from_pretrained(self.path, subfolder="scheduler", **self._where)

@@ -261,7 +261,7 @@ def load_pipeline(generation: Generation, *, tuned: bool) -> Pipeline:
             decoder_only=generation.task.condition is None,
         ),
         transformer=transformer.eval(),
-        scheduler=source.load_scheduler(),
+        scheduler=source.load_scheduler(generation.task.scheduler_class),
     )
     if tuned:
         mount_loras(pipeline, settings.loras, settings.model.cache_dir)

@@ -135,7 +135,7 @@ class Run:
             # Training from prepared data keeps no VAE loaded.
             vae=self.inputs.vae or spec.load_vae(CPU, decoder_only=spec.task.condition is None),
             transformer=self.trainable.transformer,
-            scheduler=spec.source.load_scheduler(),
+            scheduler=spec.source.load_scheduler(spec.task.scheduler_class),
         )
 
     def _keep_weights(self, step: int) -> None:

@@ -13,7 +13,7 @@ from checks.captions import check_captioning, settle_prompt
 from checks.conversion import settle_conversion
 from checks.data import check_control, check_prepared_flags, check_sources, drop_long_buckets, settle_clips
 from checks.deepspeed import check_zero
-from checks.files import check_files, check_on_disk
+from checks.files import check_data_folder, check_files, check_on_disk
 from checks.footage import check_splitting
 from checks.fsdp import check_fsdp
 from checks.generation import settle_generation
@@ -50,6 +50,7 @@ METHODS = ("lora", "sft")
 DATA_FLAGS = ("data_root", "dataset_file", "dataset_name", "dataset_mix")  # one of them names the data
 _LORA_ONLY = ("lora_target_modules", "use_rslora", "use_dora", "lora_dropout", "lora_weights")
 _LORA_ONLY += ("adapter", "lokr_factor", "quantize_base", "stream_blocks")
+_CAPTION_FLAGS = ("caption_per_line", "shuffle_tags")  # no effect on scripts that do not read captions
 _CONTROL_ONLY = ("control_column", "compute_control", "validation_controls")
 _IMAGE_ONLY = ("image_column", "noised_image_dropout", "ignore_learned_positional_embeddings", "validation_images")
 _SFT_ONLY = ("save_pipeline", "save_validation_weights", "weights_dtype")
@@ -91,6 +92,7 @@ def _check_training(settings: TrainingSettings) -> TrainingSettings:
     check_details(settings)
     check_tracker(settings.tracking.report_to)
     check_files(settings.model.pretrained_model_name_or_path, settings.sources, settings.training.output_dir)
+    check_data_folder("--regularization_data_root", settings.regularization.regularization_data_root)
     settings = settle_files(settings)
     check_prepared_flags(settings)
     if not settings.training.dry_run:
@@ -153,7 +155,7 @@ def parse_caption_args(argv: Sequence[str] | None = None) -> CaptioningSettings:
     parser = FlagParser(
         CaptioningSettings,
         required=(("data_root", "dataset_file", "dataset_name"), ("endpoint", "model")),
-        omit=("id_token", "dataset_mix"),
+        omit=("id_token", "dataset_mix", *_CAPTION_FLAGS),
         defaults={"caption_column": "caption"},
         has_config=False,
         usage="%(prog)s --data_root FOLDER (--endpoint URL | --model NAME) [flags]",
@@ -190,7 +192,7 @@ def parse_score_args(argv: Sequence[str] | None = None) -> ScoringSettings:
     parser = FlagParser(
         ScoringSettings,
         required=(("data_root", "dataset_file", "dataset_name"),),
-        omit=("id_token", "dataset_mix", "keep", "scores"),
+        omit=("id_token", "dataset_mix", "keep", "scores", *_CAPTION_FLAGS),
         defaults={"caption_column": "caption"},
         has_config=False,
         usage="%(prog)s --data_root FOLDER [flags]",
@@ -210,7 +212,7 @@ def parse_first_frame_args(argv: Sequence[str] | None = None) -> FirstFrameSetti
     parser = FlagParser(
         FirstFrameSettings,
         required=(("data_root", "dataset_file", "dataset_name"), ("output_dir",)),
-        omit=("id_token", "dataset_mix", "skip_frames_end", "keep", "scores"),
+        omit=("id_token", "dataset_mix", "skip_frames_end", "keep", "scores", *_CAPTION_FLAGS),
         defaults={"caption_column": "caption"},
         has_config=False,
         usage="%(prog)s --data_root FOLDER --output_dir FOLDER [flags]",

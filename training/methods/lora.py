@@ -181,6 +181,11 @@ class Lora:
         """Load what `save` wrote into a transformer with the same adapters; raise a ValueError if it has others."""
         load_lora(transformer, read_lora(folder / LORA_FILE))
 
+    @property
+    def title(self) -> str:
+        """The usual spelling of the adapter's name."""
+        return {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}[self.adapter]
+
     def usage(
         self, pipeline_class: str, model_path: str, folder: Path | str, model_changes: Sequence[str] = ()
     ) -> list[str]:
@@ -193,7 +198,7 @@ class Lora:
             *model_changes,
         ]
         if self.adapter != "lora":
-            config = {"lokr": "LoKrConfig", "loha": "LoHaConfig"}[self.adapter]
+            config = f"{self.title}Config"
             return [
                 f"from peft import {config}, set_peft_model_state_dict",
                 *start,

@@ -4,11 +4,14 @@ import csv
 import json
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from common.bars import tqdm
 from common.errors import UserError, listing
@@ -16,23 +19,22 @@ from common.files import atomic_write, path_of_script
 from common.remote import default_cache_folder, limit_cache, to_path
 from common.text_files import digest_lines
 from data.buckets import BucketColumn, count_tokens, make_buckets, native_fps
-from data.clips import BadClip, ClipSample, plan_clips
+from data.clips import BadClip, ClipSample, plan_clips, with_each_caption
 from data.mix import read_mix, weights_to_repeats
+from data.sampler import BucketBatchSampler
 from data.sources import DataSource, read_clips
 from data.token_budget import BatchSize, TokenBudget
 from flags.data import PREPARED_FLAGS, ClipFlags, ControlFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
 from planning.keep import keep_clips
-from planning.report import PlanTable, plan_table
+from planning.report import PlanTable, plan_table, regularization_note
 from prepared.folder import read_prepared_settings
 from video.cache import FileCache
 from video.probe import probe_files
 
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from prepared.index import PreparedIndex
 
 SKIPPED_FILE = "skipped_clips.csv"
@@ -59,6 +61,23 @@ class RawData:
         """How often each clip is drawn in an epoch."""
         return [planned.clip.repeats for planned in self.clips]
 
+    @cached_property
+    def regularization(self) -> np.ndarray | None:
+        """Which samples are for regularization, `[N]`; None if none of them is."""
+        flags = np.array([planned.clip.regularization for planned in self.clips], bool)
+        return flags if flags.any() else None
+
+    @property
+    def num_captions(self) -> np.ndarray | None:
+        """How many samples next to each other are the captions of one clip, `[N]`; None for one each."""
+        counts = np.array([len(planned.clip.captions) or 1 for planned in self.clips], np.int32)
+        return counts if (counts > 1).any() else None
+
+    @property
+    def own_dropouts(self) -> list[float | None]:
+        """The probability of no caption of each sample; None: that of the flag."""
+        return [planned.clip.caption_dropout for planned in self.clips]
+
     @property
     def captions(self) -> list[str]:
         """The captions to embed."""
@@ -76,6 +95,7 @@ class RawData:
                 planned.clip.caption,
                 planned.clip.repeats,
                 *([planned.control.content] if planned.control else []),
+                *(("regularization",) if planned.clip.regularization else ()),
             )
             for planned in self.clips
         )
@@ -84,12 +104,21 @@ class RawData:
     @property
     def num_listed(self) -> int:
         """The number of listed clips, unusable and dropped ones included; a split clip counts once."""
-        return len({id(planned.clip) for planned in self.clips}) + len(self.bad) + len(self.dropped)
+        listed = {id(planned.clip) for planned in self.clips if planned.caption_number == 0}
+        return len(listed) + len(self.bad) + len(self.dropped)
+
+    @property
+    def trained(self) -> "RawData":
+        """The data without the samples for regularization."""
+        if self.regularization is None:
+            return self
+        return replace(self, clips=[planned for planned in self.clips if not planned.clip.regularization])
 
     def take(self, samples: Sequence[int]) -> "RawData":
-        """Return only some samples, each of them once per epoch."""
+        """Return only some samples, to train on each of them once per epoch."""
+        plain = {"repeats": 1.0, "regularization": False, "captions": ()}
         taken = [self.clips[sample] for sample in samples]
-        return replace(self, clips=[replace(one, clip=replace(one.clip, repeats=1.0)) for one in taken])
+        return replace(self, clips=[replace(one, clip=replace(one.clip, **plain)) for one in taken])
 
 
 @dataclass(frozen=True)
@@ -103,7 +132,7 @@ class PreparedData:
     captions = ()  # already embedded
 
     @cached_property
-    def blocks(self) -> "np.ndarray | None":
+    def blocks(self) -> np.ndarray | None:
         """Which samples are drawn together, `[N]`, so that few files of a store are needed at a time; None for any."""
         from planning.blocks import blocks_of  # imports pyarrow
 
@@ -120,16 +149,51 @@ class PreparedData:
         return self.clips.buckets
 
     @property
-    def repeats(self) -> "np.ndarray":
+    def repeats(self) -> np.ndarray:
         """How often each sample is drawn in an epoch, `[N]`."""
         return self.clips.repeats
 
+    @property
+    def regularization(self) -> np.ndarray | None:
+        """Which samples are for regularization, `[N]`; None if none of them is."""
+        return self.clips.regularization
+
+    @property
+    def num_captions(self) -> np.ndarray | None:
+        """How many samples next to each other are the captions of one clip, `[N]`; None for one each."""
+        return self.clips.num_captions
+
+    @property
+    def own_dropouts(self) -> list[float | None]:
+        """The probability of no caption of each sample; None: that of the flag."""
+        folders = self.clips.folders
+        if all(folder.caption_dropout is None for folder in folders):  # most data, which may have a million samples
+            return []
+        return [folder.caption_dropout for folder in folders for _ in range(folder.table.num_rows)]
+
+    @property
+    def trained(self) -> "PreparedData":
+        """The data without the samples for regularization."""
+        if self.regularization is None:
+            return self
+        folders = [folder for folder in self.clips.folders if not folder.regularization]
+        places = list(dict.fromkeys(folder.folder for folder in folders))
+        return replace(self, clips=type(self.clips)(folders), folders=places)
+
     def take(self, samples: Sequence[int]) -> "PreparedData":
-        """Return only some samples, each of them once per epoch."""
+        """Return only some samples, to train on each of them once per epoch."""
         return replace(self, clips=self.clips.take(samples))
 
 
 TrainingData = RawData | PreparedData
+
+
+def caption_dropouts(data: TrainingData, default: float) -> np.ndarray | None:
+    """Return the probability of no caption of each sample, `[N]`; None if it is the default for all."""
+    own = data.own_dropouts
+    if all(one is None for one in own):
+        return None
+    return np.array([default if one is None else one for one in own], np.float32)
 
 
 def _describe_samples(count: int, lines: Iterable[str]) -> str:
@@ -139,12 +203,14 @@ def _describe_samples(count: int, lines: Iterable[str]) -> str:
 def plan_training_data(settings: TrainingSettings) -> TrainingData:
     """Find the training and held-out clips of the flags; a UserError lists all that are missing or unusable."""
     sources, with_images, control = settings.sources, settings.task == "image-to-video", control_flags(settings)
+    extra = regularization_sources(settings, control)
     if settings.prepared.load_tensors:
-        data = _read_prepared(data_sources(sources))
+        data = _read_prepared([*data_sources(sources), *extra])
     else:
-        data = plan_raw_clips(sources, settings.clips, with_images=with_images, control=control)
+        data = plan_raw_clips(sources, settings.clips, extra, with_images=with_images, control=control)
         model = settings.model.pretrained_model_name_or_path
         check_bad_clips(data, sources.on_bad_clip, lambda: advise_early(data, settings, model))
+    _check_kinds(data, [*data_sources(sources), *extra])
     held_out = plan_validation_clips(settings, with_images=with_images, control=control)
     if isinstance(data, RawData) and held_out is not None:
         # The loss of clips that are also trained on would not show overfitting.
@@ -170,14 +236,30 @@ def control_flags(settings: TrainingSettings) -> ControlFlags | None:
     return replace(settings.control, compute_control=kinds.pop() if len(kinds) == 1 else None)
 
 
+def _check_kinds(data: TrainingData, sources: Sequence[DataSource]) -> None:
+    """Refuse data without a usable clip to train on, or for the regularization that was asked for."""
+    is_missing = data.regularization is None and any(source.regularization for source in sources)
+    if is_missing or (data.regularization is not None and data.regularization.all()):
+        kind = "for regularization (--regularization_data_root)" if is_missing else "to train on"
+        raise UserError(f"no clip {kind} can be used; add some, or fix those that are skipped")
+
+
 def plan_raw_clips(
-    flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bool = False, control: ControlFlags | None = None
+    flags: SourceFlags,
+    clip_flags: ClipFlags,
+    extra: Sequence[DataSource] = (),
+    *,
+    with_images: bool = False,
+    control: ControlFlags | None = None,
 ) -> RawData:
-    """List the clips, probe them, and assign them to buckets; `with_images` and with `control` with theirs."""
+    """List the clips, probe them, and assign them to buckets; `with_images` and with `control` with theirs.
+
+    Those of `extra` sources come last.
+    """
     cache = default_cache_folder()
     buckets = make_buckets(clip_flags.frame_buckets, clip_flags.height_buckets, clip_flags.width_buckets)
-    sources = data_sources(flags, control)
-    read = [read_clips(source, cache / "media", name_folder=bool(flags.dataset_mix)) for source in sources]
+    sources = [*data_sources(flags, control), *extra]
+    read = [read_clips(source, cache / "media", name_folder=bool(flags.dataset_mix or extra)) for source in sources]
     clips = [clip for of_source, _ in read for clip in of_source]
     files = [clip.video for clip in clips]
     files += [clip.image for clip in clips if with_images and clip.image is not None]
@@ -216,7 +298,7 @@ def plan_validation_clips(
     if data.bad:
         what = f"{len(data.bad)} of {data.num_listed} clips cannot be used; fix or remove them:"
         raise UserError(listing(f"--validation_dataset_file: {what}", data.bad, most=len(data.bad)))
-    return RawData([planned for planned in data.clips if planned.part == 0])
+    return RawData([planned for planned in data.clips if planned.part == planned.caption_number == 0])
 
 
 def validation_data_flags(settings: TrainingSettings) -> tuple[SourceFlags, ClipFlags]:
@@ -241,14 +323,17 @@ def validation_data_flags(settings: TrainingSettings) -> tuple[SourceFlags, Clip
 
 
 def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[ClipSample]]) -> list[ClipSample]:
-    """Join the samples of all data sets, with weights as repeats: weights count samples, not listed clips."""
+    """Join the samples of all data sets, one for each caption, with weights as repeats.
+
+    Weights count samples, not listed clips or captions.
+    """
     joined = []
     for repeats, samples in zip(weights_to_repeats(sources, list(map(len, planned))), planned, strict=True):
         if repeats is not None:
             # The samples of a clip still share it.
             clips = {id(sample.clip): replace(sample.clip, repeats=repeats) for sample in samples}
             samples = [replace(sample, clip=clips[id(sample.clip)]) for sample in samples]
-        joined += samples
+        joined += with_each_caption(samples)
     return joined
 
 
@@ -273,7 +358,7 @@ def check_bad_clips(data: RawData, on_bad_clip: str, advise: Callable[[], str | 
 def advise(data: RawData, settings: TrainingSettings | PreparationSettings, config: Mapping[str, Any]) -> str | None:
     """Return a line with the flags that keep more clips of the data, for a transformer of this config."""
     ignores = isinstance(settings, TrainingSettings) and settings.image.ignore_learned_positional_embeddings
-    infos = [sample.info for sample in data.clips if sample.part == 0]
+    infos = [sample.info for sample in data.clips if sample.part == sample.caption_number == 0]
     return recommend(
         [*infos, *(clip.info for clip in data.bad if clip.info)],
         settings.clips,
@@ -316,6 +401,8 @@ def data_sources(flags: SourceFlags, control: ControlFlags | None = None) -> lis
         max_samples=flags.max_samples,
         video_column=flags.video_column,
         caption_column=flags.caption_column,
+        caption_per_line=flags.caption_per_line,
+        shuffle_tags=flags.shuffle_tags,
         image_column=flags.image_column,
         control_column=(control.control_column or "control") if lists_controls else None,
         id_token=flags.id_token,
@@ -326,6 +413,20 @@ def data_sources(flags: SourceFlags, control: ControlFlags | None = None) -> lis
     return read_mix(Path(flags.dataset_mix), source) if flags.dataset_mix else [source]
 
 
+def regularization_sources(settings: TrainingSettings, control: ControlFlags | None = None) -> list[DataSource]:
+    """Return the data set of --regularization_data_root, if there is one.
+
+    Only flags on the clips themselves apply to it, as its folder is another one.
+    """
+    root, flags = settings.regularization.regularization_data_root, settings.sources
+    if root is None:
+        return []
+    column = "control" if control is not None and control.compute_control is None else None
+    names = ("max_samples", "allow_outside_paths", "caption_per_line", "shuffle_tags")
+    facts = {name: getattr(flags, name) for name in names}
+    return [DataSource(to_path(root), control_column=column, regularization=True, **facts)]
+
+
 def _read_prepared(sources: Sequence[DataSource]) -> PreparedData:
     from prepared.index import PreparedIndex  # pyarrow takes tenths of a second to import
     from prepared.read_index import read_index
@@ -334,7 +435,12 @@ def _read_prepared(sources: Sequence[DataSource]) -> PreparedData:
     indexes = [read_index(source.data_root, allow_outside_paths=source.allow_outside_paths) for source in sources]
     weighted = weights_to_repeats(sources, list(map(len, indexes)))
     joined = [
-        index.with_repeats(source.repeats, fixed)
+        index.with_facts(
+            times=source.repeats,
+            fixed=fixed,
+            regularization=source.regularization,
+            caption_dropout=source.caption_dropout,
+        )
         for source, fixed, index in zip(sources, weighted, indexes, strict=True)
     ]
     return PreparedData(PreparedIndex([folder for index in joined for folder in index.folders]), folders)
@@ -345,8 +451,14 @@ def _prepared_folders(sources: Sequence[DataSource]) -> list[Path]:
     if None in folders:
         raise UserError("--load_tensors: pass the prepared folder as --data_root (in every entry of --dataset_mix)")
     for source in sources:
-        if source.keep not in (None, read_prepared_settings(source.data_root).get("flags", {}).get("keep")):
+        made_with = read_prepared_settings(source.data_root).get("flags", {})
+        if source.keep not in (None, made_with.get("keep")):
             raise UserError(f"--keep: {source.data_root} is prepared already; pass --keep to prepare_dataset.py")
+        if source.regularization and made_with.get("id_token"):
+            raise UserError(
+                f"--regularization_data_root: {source.data_root} was prepared with --id_token "
+                f"{made_with['id_token']}, which its captions must not have; prepare it without"
+            )
     return list(dict.fromkeys(folders))
 
 
@@ -364,13 +476,32 @@ def describe_plan(
     Its last line has the flags that keep more clips, if there are any.
     """
     if isinstance(data, PreparedData):
-        return "\n".join(
+        lines = [
             f"{bucket}: {count} prepared samples of {count_tokens(configs.transformer, bucket)} tokens"
             for bucket, count in data.buckets.counts.items()
-        )
+        ]
+        if data.num_captions is not None:
+            several = int((data.num_captions > 1).sum())
+            lines.append(f"{several} of these are the captions of clips that have several: they take turns")
+        if data.regularization is not None:
+            sampler = BucketBatchSampler.of(data, batch_size, seed=0)
+            lines.append(regularization_note(sampler, int(data.regularization.sum())))
+        return "\n".join(filter(None, [*lines, _dropout_note(data, settings)]))
     table = tabulate(data, settings, model, configs, batch_size=batch_size, num_ranks=num_ranks)
     dropped = f"{len(data.dropped)} of {data.num_listed} clips are dropped by --keep" if data.dropped else None
-    return "\n".join(filter(None, [str(table), dropped, advise(data, settings, configs.transformer)]))
+    notes = [dropped, _dropout_note(data, settings), advise(data, settings, configs.transformer)]
+    return "\n".join(filter(None, [str(table), *notes]))
+
+
+def _dropout_note(data: TrainingData, settings: TrainingSettings | PreparationSettings) -> str | None:
+    """Return a line on data sets that drop captions otherwise than the flag says; None if none does."""
+    if not isinstance(settings, TrainingSettings):
+        return None
+    dropouts = caption_dropouts(data, settings.objective.caption_dropout)
+    if dropouts is None:
+        return None
+    counts = Counter(dropouts.tolist())
+    return f"captions are dropped from {', '.join(f'{p:.3g} of {counts[p]} samples' for p in sorted(counts))}"
 
 
 def tabulate(
@@ -394,6 +525,7 @@ def tabulate(
         max_caption_tokens=tokens,
         model_fps=native_fps(configs.transformer),
         reshape_mode=settings.clips.video_reshape_mode,
+        id_token=settings.sources.id_token,
     )
 
 

@@ -177,9 +177,9 @@ def _read_rows(path: Path, to_row: Callable[[Entry], Row], *, skip_damaged: bool
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 if skip_damaged:
                     continue
+                problem = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise UserError(
-                    f"{path}:{number}: not a prepared clip ({type(error).__name__}: {error}); "
-                    "run prepare_dataset.sh again"
+                    f"{path}:{number}: not a prepared clip ({problem}); run prepare_dataset.sh again"
                 ) from error
             yield row
 
@@ -322,8 +322,10 @@ def _check_files(index: IndexedFolder) -> dict[str, int]:
                     wanted[file].add(one)
             for file, names in wanted.items():
                 path = index.folder / file
-                found = set() if sizes[file] is None else set(names_in(path))
-                missing += [f"{path} ({one}.{tensor})" for one in names - found]
+                if sizes[file] is None:
+                    missing.append(str(path))
+                else:
+                    missing += [f"{path} ({one}.{tensor})" for one in names.difference(names_in(path))]
             num_bytes |= sizes
     if missing:
         raise UserError(_missing_files(index.folder, sorted(missing)))

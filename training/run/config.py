@@ -140,7 +140,7 @@ def card_facts(spec: RunSpec, total_steps: int) -> CardFacts:
     return CardFacts(
         base_model=settings.model.pretrained_model_name_or_path,
         task=spec.task.name,
-        is_lora=isinstance(spec.method, Lora),
+        adapter=spec.method.title if isinstance(spec.method, Lora) else None,
         usage=spec.usage,
         settings=repeated,
         prompts=settings.validation.prompts,

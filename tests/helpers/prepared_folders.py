@@ -51,7 +51,15 @@ def write_prepared(
         # Copies, because safetensors refuses tensors that share memory.
         save_file({key: tensor.clone() for key, tensor in tensors.items()}, file)
     entries = [
-        sample_in_shards(folder, name, *files, f"caption of {name}", bucket, with_images="image_latents" in tensors)
+        sample_in_shards(
+            folder,
+            name,
+            *files,
+            f"caption of {name}",
+            bucket,
+            with_images="image_latents" in tensors,
+            with_controls="control_latents" in tensors,
+        )
         | {"caption": f"a {name}"}
         | entry
         for name, tensors in samples.items()

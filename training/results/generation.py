@@ -20,7 +20,7 @@ from common.ranks import local_rank
 from data.buckets import Bucket
 from diffusion.control_to_video import ControlToVideo
 from diffusion.image_to_video import ImageToVideo
-from diffusion.task import SizeFlags, Task
+from diffusion.task import SizeFlags, Task, choose_scheduler
 from diffusion.text_to_video import TextToVideo
 from flags.generation import BASE, COMPARED, DEFAULT_FOLDER, SHEET, PlannedVideo
 from flags.settings import GenerationSettings
@@ -99,6 +99,7 @@ def settle(settings: GenerationSettings) -> Generation:
     task = choose_task(settings, configs)
     configs = task.model_configs(configs)
     task.check_model(configs, [size], SizeFlags("--height, --width", "--num_frames"))
+    choose_scheduler(task, settings.guidance.sampling_scheduler)
     check_quantization(memory.quantize_base)
     conditions = None
     if task.condition == "image":
@@ -270,7 +271,7 @@ def load_pipeline(generation: Generation, *, tuned: bool) -> Pipeline:
             decoder_only=generation.task.condition is None,
         ),
         transformer=transformer.eval(),
-        scheduler=source.load_scheduler(settings.guidance.sampling_scheduler),
+        scheduler=source.load_scheduler(choose_scheduler(generation.task, settings.guidance.sampling_scheduler)),
     )
     if tuned:
         mount_loras(pipeline, settings.loras, settings.model.cache_dir)

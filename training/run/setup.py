@@ -19,6 +19,7 @@ from common.signals import StopSignals
 from data.sampler import BucketBatchSampler
 from dataset import Batch, ClipDataset, MixedBatch, PreparedDataset, make_loader, without_failures
 from diffusion.objective import Objective
+from diffusion.task import choose_scheduler
 from diffusion.timesteps import TimestepSampling
 from memory.activations import omits_last_layer
 from models.attention import temporary_attention
@@ -170,7 +171,9 @@ class Run:
             # Training from prepared data keeps no VAE loaded.
             vae=self.inputs.vae or spec.load_vae(CPU, decoder_only=spec.task.condition is None),
             transformer=self.trainable.transformer,
-            scheduler=spec.source.load_scheduler(spec.settings.guidance.sampling_scheduler),
+            scheduler=spec.source.load_scheduler(
+                choose_scheduler(spec.task, spec.settings.guidance.sampling_scheduler)
+            ),
         )
 
     def _keep_weights(self, step: int) -> None:

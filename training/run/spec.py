@@ -19,7 +19,7 @@ from cli.schema import flag_values
 from common.errors import UserError
 from common.ranks import launch_size, uses_fsdp
 from dataset import check_prepared
-from diffusion.task import SizeFlags
+from diffusion.task import SizeFlags, choose_scheduler
 from flags.optimizer import LOW_BITS
 from memory.settings import memory_settings_of
 from models.attention import check_attention
@@ -106,6 +106,7 @@ def check_spec(recipe: Recipe) -> RunSpec:
     recipe.task.check_model(recipe.configs, recipe.clip_sizes)
     if recipe.sampled_size:
         recipe.task.check_model(recipe.configs, [recipe.sampled_size], SAMPLED_SIZES)
+        choose_scheduler(recipe.task, recipe.settings.guidance.sampling_scheduler)
     recipe.method.check_model(recipe.configs, recipe.source)
     if isinstance(data, PreparedData):
         check_prepared(data.clips, recipe.configs)

@@ -1,11 +1,14 @@
 """The gate lets only the app's page and its user through, and sends only files that are meant to be shown."""
 
+import os
+
 import pytest
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from common.errors import UserError
 from studio import gate
 from studio.gate import Gate, file_response, is_loopback
 
@@ -84,3 +87,23 @@ def test_addresses_of_this_machine_need_no_token(host):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "", "localhost.evil.example", "127.0.0.1.evil.example"])
 def test_all_other_addresses_need_one(host):
     assert not is_loopback(host)
+
+
+def test_the_token_is_that_of_the_environment_and_runs_do_not_inherit_it(monkeypatch):
+    monkeypatch.setenv(gate.TOKEN_VARIABLE, TOKEN)
+    assert gate.choose_token("127.0.0.1") == TOKEN
+    assert gate.TOKEN_VARIABLE not in os.environ
+    assert gate.choose_token("127.0.0.1") is None
+    monkeypatch.setenv(gate.TOKEN_VARIABLE, "short")
+    with pytest.raises(UserError, match="too short"):
+        gate.choose_token("0.0.0.0")
+
+
+def test_a_new_token_is_printed_in_a_terminal_and_not_to_a_log(monkeypatch, capsys):
+    with pytest.raises(UserError, match=gate.TOKEN_VARIABLE):
+        gate.choose_token("0.0.0.0")
+    monkeypatch.setattr(gate.sys.stderr, "isatty", lambda: True)
+    first, second = gate.choose_token("0.0.0.0"), gate.choose_token("0.0.0.0")
+    assert capsys.readouterr().err == f"token: {first}\ntoken: {second}\n"
+    assert len({first, second}) == 2
+    assert min(len(first), len(second)) >= 32

@@ -2,7 +2,9 @@
 
 import hmac
 import ipaddress
+import os
 import secrets
+import sys
 from html import escape
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
@@ -17,8 +19,10 @@ from common.errors import UserError
 from studio.places import inside
 
 
+TOKEN_VARIABLE = "COGVIDEOX_FACTORY_APP_TOKEN"
 SENT_SUFFIXES = {".mp4", ".m4v", ".mov", ".webm", ".gif", ".png", ".jpg", ".jpeg", ".webp", ".html", ".safetensors"}
 
+_SHORTEST_TOKEN = 16  # characters
 _COOKIE = "cogvideox_app"
 _LONGEST_FORM = 4096  # bytes
 # No file of the user's can run a script or load anything, wherever it is opened.
@@ -37,6 +41,26 @@ _LOGIN = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="
 <title>CogVideoX Factory</title><style>:root{{color-scheme:light dark}}body{{font:1rem system-ui;margin:3rem}}</style>
 <form method="post" action="login"><label>Token, as the app printed it: <input name="token" type="password" autofocus>
 </label> <button>Open</button> {message}</form>"""
+
+
+def choose_token(host: str) -> str | None:
+    """Return the token to ask for: of the environment, from which it is removed, or a new one, which is printed.
+
+    None if the app is reached only from this machine and no token is set. A UserError if a new one would be printed
+    to a file.
+    """
+    token = os.environ.pop(TOKEN_VARIABLE, "").strip()  # runs do not inherit it
+    if 0 < len(token) < _SHORTEST_TOKEN:
+        raise UserError(f"${TOKEN_VARIABLE}: too short to be safe; use {_SHORTEST_TOKEN} characters or more")
+    if token or is_loopback(host):
+        return token or None
+    if not sys.stderr.isatty():
+        raise UserError(
+            f"--host {host}: set a token in ${TOKEN_VARIABLE}, as printing one here would write it to a log"
+        )
+    token = secrets.token_urlsafe(24)
+    print(f"token: {token}", file=sys.stderr)
+    return token
 
 
 class Gate:

@@ -112,7 +112,8 @@ def _job(actions: Actions) -> dict[str, Any]:
     """Add what is shown of the latest job, and return the event that updates it."""
     state = gr.HTML()
     stop = gr.Button("Stop: save and end", variant="stop", interactive=False)
-    log = gr.Textbox(label="Log", lines=14, max_lines=14, interactive=False, autoscroll=True, buttons=["copy"])
+    look = {"lines": 14, "max_lines": 14, "interactive": False, "autoscroll": True, "buttons": ["copy"]}
+    log = gr.Textbox(label="Log", elem_id="log", **look)
     result, seen = gr.HTML(), gr.State([])
     stop.click(actions.stop, **_QUIET)
     return {"fn": actions.look, "inputs": seen, "outputs": [state, log, result, stop, seen], **_QUIET}

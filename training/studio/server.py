@@ -1,7 +1,5 @@
 """The server of the app: its page behind the gate, and what happens when it is closed."""
 
-import os
-import secrets
 import socket
 import sys
 from contextlib import suppress
@@ -13,13 +11,9 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from common.errors import UserError
-from studio.gate import Gate, file_response, is_loopback
+from studio.gate import Gate, choose_token, file_response, is_loopback
 from studio.jobs import Jobs
 from studio.page import CSS, THEME, build_page
-
-
-TOKEN_VARIABLE = "COGVIDEOX_FACTORY_APP_TOKEN"
-_SHORTEST_TOKEN = 16  # characters
 
 
 def make_server(root: Path, jobs: Jobs, token: str | None, *, is_local: bool) -> FastAPI:
@@ -36,26 +30,6 @@ def make_server(root: Path, jobs: Jobs, token: str | None, *, is_local: bool) ->
     )
     app.add_middleware(Gate, token=token, is_local=is_local)
     return app
-
-
-def choose_token(host: str) -> str | None:
-    """Return the token to ask for: of the environment, from which it is removed, or a new one, which is printed.
-
-    None if the app is reached only from this machine and no token is set. A UserError if a new one would be printed
-    to a file.
-    """
-    token = os.environ.pop(TOKEN_VARIABLE, "").strip()  # runs do not inherit it
-    if 0 < len(token) < _SHORTEST_TOKEN:
-        raise UserError(f"${TOKEN_VARIABLE}: too short to be safe; use {_SHORTEST_TOKEN} characters or more")
-    if token or is_loopback(host):
-        return token or None
-    if not sys.stderr.isatty():
-        raise UserError(
-            f"--host {host}: set a token in ${TOKEN_VARIABLE}, as printing one here would write it to a log"
-        )
-    token = secrets.token_urlsafe(24)
-    print(f"token: {token}", file=sys.stderr)
-    return token
 
 
 def serve(root: Path, host: str, port: int) -> None:

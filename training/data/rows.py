@@ -21,9 +21,11 @@ class DataSource:
     video_column: str = "video"  # the column of paths or media, or the text file of paths
     caption_column: str = "caption"
     image_column: str | None = None  # None: "image", "images" or images.txt if it exists
+    control_column: str | None = None  # None reads no controls
     id_token: str | None = None  # added before every caption, with a space
     repeats: float = 1.0  # times that each clip comes in an epoch
     weight: float | None = None  # instead of repeats: share of an epoch's samples, relative to other data sets
+    regularization: bool = False  # what the model should keep doing: without id token, in batches of their own
     keep: str | None = None  # a condition on scores, as for `planning.keep`; None keeps all clips
     scores: Path | None = None  # the table of scores; None: where score_clips.py writes it
     allow_outside_paths: bool = False  # listed paths may lead out of the named folders; only from the flags

@@ -5,7 +5,8 @@ A sample becomes an object when it is read; buckets and repeats are arrays. `pre
 | column | content |
 |---|---|
 | name | of the sample, as in its tensors' names |
-| latents, prompt_embeds, image_latents | files of its tensors, below the folder; image latents may be null |
+| latents, prompt_embeds | files of its tensors, below the folder |
+| image_latents, control_latents | likewise; may be null, and older indexes have no column of controls |
 | caption_key | the name of its prompt embedding in the shard; null if each tensor has a file of its own |
 | num_frames, height, width | its bucket |
 | repeats | times that it comes in an epoch |
@@ -48,6 +49,7 @@ TRAINED = pa.schema(  # the columns that training reads
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("repeats", pa.float64()),
+        ("control_latents", _FILE),
     ]
 )
 _ORIGIN = [("caption", _TEXT), ("source", _TEXT), ("clip", _TEXT)]
@@ -68,6 +70,7 @@ class PreparedClip:
     prompt_embeds: StoredTensor  # [226, D]
     image_latents: StoredTensor | None = None  # [K, 2C, 1, H / 8, W / 8], or without K
     repeats: float = 1.0
+    control_latents: StoredTensor | None = None  # [2C, F', H / 8, W / 8]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +82,11 @@ class IndexedFolder:
     file: Path | None = None  # that the table is mapped from; None for one in memory
     times: float = 1.0  # factor of the samples' own repeats
     fixed: float | None = None  # the repeats of every sample instead
+    regularization: bool = False  # the samples are what the model should keep doing
 
     def __reduce__(self) -> tuple[Any, ...]:
         table = self.table if self.file is None else None
-        return _restore, (self.folder, table, self.file, self.times, self.fixed)
+        return _restore, (self.folder, table, self.file, self.times, self.fixed, self.regularization)
 
     def column(self, name: str) -> pa.Array:
         """Return a column."""
@@ -120,7 +124,7 @@ class IndexedFolder:
         (facts,) = self.table.slice(row, 1).to_pylist()
         name, key = facts["name"], facts["caption_key"]
         bucket = Bucket(*(facts[side] for side in Bucket._fields))
-        shape, image = bucket.latent_shape, facts["image_latents"]
+        shape, image, control = bucket.latent_shape, facts["image_latents"], facts["control_latents"]
         images = () if key is None else (None,)  # shards have several encodings of an image
 
         def stored(file: str, tensor: str, *axes: int | None) -> StoredTensor:
@@ -133,11 +137,12 @@ class IndexedFolder:
             stored(facts["prompt_embeds"], f"{key}.prompt_embeds", None, None),
             None if image is None else stored(image, f"{name}.image_latents", *images, None, 1, *shape[1:]),
             self.fixed if self.fixed is not None else facts["repeats"] * self.times,
+            None if control is None else stored(control, f"{name}.control_latents", None, *shape),
         )
 
 
-def _restore(folder: Path, table: pa.Table | None, file: Path, *repeats: float | None) -> IndexedFolder:
-    return IndexedFolder(folder, map_table(file, TRAINED) if table is None else table, file, *repeats)
+def _restore(folder: Path, table: pa.Table | None, file: Path, *facts: float | None) -> IndexedFolder:
+    return IndexedFolder(folder, map_table(file, TRAINED) if table is None else table, file, *facts)
 
 
 class PreparedIndex(Sequence[PreparedClip]):
@@ -175,11 +180,16 @@ class PreparedIndex(Sequence[PreparedClip]):
         """How often each sample comes in an epoch, `[N]`."""
         return _join([folder.repeats for folder in self.folders])
 
-    @property
-    def without_images(self) -> list[str]:
-        """The names of the samples that have no image latents."""
-        folders = ((folder.column("name"), folder.column("image_latents")) for folder in self.folders)
-        return [name for names, images in folders for name in names.filter(images.is_null()).to_pylist()]
+    def without(self, tensor: str) -> list[str]:
+        """Return the names of the samples that have no "image_latents" or "control_latents"."""
+        folders = ((folder.column("name"), folder.column(tensor)) for folder in self.folders)
+        return [name for names, files in folders for name in names.filter(files.is_null()).to_pylist()]
+
+    @cached_property
+    def regularization(self) -> np.ndarray | None:
+        """Which samples are for regularization, `[N]`; None if none of them is."""
+        of_folders = [np.full(folder.table.num_rows, folder.regularization) for folder in self.folders]
+        return _join(of_folders) if any(folder.regularization for folder in self.folders) else None
 
     @property
     def captions(self) -> pa.Array:
@@ -199,9 +209,10 @@ class PreparedIndex(Sequence[PreparedClip]):
             start = end
         return PreparedIndex(folders)
 
-    def with_repeats(self, times: float, fixed: float | None) -> "PreparedIndex":
-        """Return the samples with `times` their repeats, or with `fixed` ones."""
-        return PreparedIndex([replace(folder, times=times, fixed=fixed) for folder in self.folders])
+    def with_repeats(self, times: float, fixed: float | None, *, regularization: bool = False) -> "PreparedIndex":
+        """Return the samples with `times` their repeats, or with `fixed` ones, to train on or for regularization."""
+        facts = {"times": times, "fixed": fixed, "regularization": regularization}
+        return PreparedIndex([replace(folder, **facts) for folder in self.folders])
 
     def describe(self) -> Iterator[str]:
         """Yield a line for each sample that changes with its content, not with its path.
@@ -216,7 +227,8 @@ class PreparedIndex(Sequence[PreparedClip]):
                 facts = (*(column.to_pylist() for column in batch.columns), *numbers)
                 for name, key, kind, repeats in zip(*facts, strict=True):
                     tensor = None if key is None else f"{key}.prompt_embeds"
-                    yield f"({name!r}, {tensor!r}, {kinds[kind]}, {repeats!r})"
+                    line = f"({name!r}, {tensor!r}, {kinds[kind]}, {repeats!r})"
+                    yield f"{line} for regularization" if folder.regularization else line
                 start = rows.stop
 
 
@@ -250,7 +262,10 @@ def write_table(table: pa.Table, file: Path, notes: Mapping[str, Any], staging: 
 
 def _open_table(file: Path, names: Sequence[str]) -> pa.Table:
     with at_hand(file) as local:  # what is mapped stays, even if the cache removes the file
-        return pa.ipc.open_file(pa.memory_map(str(local))).read_all().select(names)
+        table = pa.ipc.open_file(pa.memory_map(str(local))).read_all()
+    for name in {"control_latents"}.difference(table.column_names):  # of an older version
+        table = table.append_column(TRAINED.field(name), pa.nulls(table.num_rows, TRAINED.field(name).type))
+    return table.select(names)
 
 
 def map_table(file: Path, schema: pa.Schema) -> pa.Table:

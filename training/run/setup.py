@@ -68,8 +68,8 @@ class Run:
         """Return the number of batches of each rank in the step after `step` steps."""
         return self.schedule.batches_before(step + 1) - self.schedule.batches_before(step)
 
-    def samples_in(self, step: int) -> int:
-        """Return the number of samples of all ranks in the step after `step` steps."""
+    def samples_in(self, step: int) -> tuple[int, int]:
+        """Return the samples of all ranks in the step after `step` steps: to train on, and for regularization."""
         before = self.schedule.batches_before
         return self.sampler.samples_between(before(step), before(step + 1))
 
@@ -102,7 +102,7 @@ class Run:
         settings, guidance = spec.settings, spec.settings.guidance
         sampling = ValidationSettings(
             prompts=settings.validation.prompts,
-            images=self.inputs.images,
+            conditions=self.inputs.conditions,
             dtype=spec.dtype,
             num_videos=settings.validation.num_validation_videos,
             height=settings.clips.height,
@@ -133,7 +133,7 @@ class Run:
             tokenizer=None,
             text_encoder=None,
             # Training from prepared data keeps no VAE loaded.
-            vae=self.inputs.vae or spec.load_vae(CPU, decoder_only=not spec.task.with_images),
+            vae=self.inputs.vae or spec.load_vae(CPU, decoder_only=spec.task.condition is None),
             transformer=self.trainable.transformer,
             scheduler=spec.source.load_scheduler(),
         )
@@ -251,6 +251,7 @@ def make_sampler(spec: RunSpec, start: ScheduleStart) -> tuple[BucketBatchSample
         spec.batch_limit,
         seed=spec.state.seed,
         repeats=spec.data.repeats,
+        regularization=spec.data.regularization,
         rank=spec.data_rank % start.num_ranks,  # the run may have had fewer ranks
         world_size=start.num_ranks,
         first_epoch=start.epoch,
@@ -296,10 +297,11 @@ def make_objective(spec: RunSpec, inputs: EncodedInputs, trainable: Trainable) -
 def make_dataset(
     recipe: Recipe, seed: int, prompts: PromptCache | None = None, *, replace_failed: bool
 ) -> ClipDataset | PreparedDataset:
-    """Return the training samples, raw or prepared, with images if the task needs them."""
-    data, flags, with_images = recipe.data, recipe.settings.clips, recipe.task.with_images
+    """Return the training samples, raw or prepared, with the images or controls that the task needs."""
+    data, flags, with_images = recipe.data, recipe.settings.clips, recipe.task.condition == "image"
     if isinstance(data, PreparedData):
-        return PreparedDataset(data.clips, with_images=with_images)
+        with_controls = recipe.task.condition == "control"
+        return PreparedDataset(data.clips, with_images=with_images, with_controls=with_controls)
     return ClipDataset(
         data.clips,
         reshape_mode=flags.video_reshape_mode,
@@ -307,6 +309,7 @@ def make_dataset(
         seed=seed,
         prompts=prompts,
         with_images=with_images,
+        control=recipe.controls,
         replace_failed=replace_failed,
     )
 

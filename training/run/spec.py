@@ -19,7 +19,7 @@ from cli.schema import flag_values
 from common.errors import UserError
 from common.ranks import launch_size, uses_fsdp
 from dataset import check_prepared
-from diffusion.tasks import SizeFlags
+from diffusion.task import SizeFlags
 from flags.optimizer import LOW_BITS
 from memory.settings import memory_settings_of
 from models.attention import check_attention
@@ -150,6 +150,9 @@ def lasting_settings(recipe: Recipe) -> dict[str, object]:
         **{f"--{name}": getattr(optimizer, name) for name in (*OPTIMIZER_KINDS, *OPTIMIZER_NUMBERS)},
         **({} if settings.training.seed is None else {"--seed": settings.training.seed}),
         **({} if recipe.data.blocks is None else {"--cache_limit_gb": settings.sources.cache_limit_gb}),
+        "--regularization_weight": (
+            None if recipe.data.regularization is None else settings.regularization.regularization_weight
+        ),
         **recipe.task.settings,
         **recipe.method.settings,
         "DeepSpeed": describe_division(),

@@ -69,12 +69,12 @@ def describe_model(configs: ModelConfigs) -> str:
     """Describe the kind of a CogVideoX model."""
     transformer = configs.transformer
     family = "CogVideoX 1.5" if transformer.get("patch_size_t") else "CogVideoX"
-    task = "image-to-video" if configs.is_image_to_video else "text-to-video"
+    task = "control" if configs.is_control else "image" if configs.is_image_to_video else "text"
     positions = "rotary" if transformer["use_rotary_positional_embeddings"] else "sinusoidal"
     if transformer.get("use_learned_positional_embeddings"):
         positions = "learned"
     blocks = f"{transformer['num_layers']} blocks"
-    return f"{family} {task}, {blocks}, {positions} positions, made for {configs.native_size}"
+    return f"{family} {task}-to-video, {blocks}, {positions} positions, made for {configs.native_size}"
 
 
 def describe_method(method: Lora | FullFinetune) -> str:
@@ -82,18 +82,22 @@ def describe_method(method: Lora | FullFinetune) -> str:
     if not isinstance(method, Lora):
         return f"full fine-tuning, weights in {method.weights_dtype}"
     base = "" if method.quantize_base == "none" else f" on a base in {method.quantize_base}"
-    name = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}[method.adapter]
-    return f"{name} of rank {method.rank}, alpha {method.alpha:g}{base}"
+    return f"{method.title} of rank {method.rank}, alpha {method.alpha:g}{base}"
 
 
 def describe_samples(spec: RunSpec) -> str:
     """Describe the numbers of samples by size, the most frequent sizes first."""
-    sizes = sorted(spec.data.buckets.counts.items(), key=lambda size: -size[1])
+    trained, all_samples = spec.data.trained, len(spec.data.clips)
+    sizes = sorted(trained.buckets.counts.items(), key=lambda size: -size[1])
     listed = ", ".join(f"{count} x {size}" for size, count in sizes[:_MOST_SIZES])
     more = f" and {len(sizes) - _MOST_SIZES} more sizes" if len(sizes) > _MOST_SIZES else ""
     held_out = spec.data.held_out
     kept = f"; {len(held_out.clips)} held out for the validation loss" if held_out else ""
-    return f"{len(spec.data.clips)} samples (frames x height x width): {listed}{more}{kept}"
+    regularization = ""
+    if apart := all_samples - len(trained.clips):
+        weight = spec.settings.regularization.regularization_weight
+        regularization = f"; {apart} for regularization, as many in an epoch, loss x {weight:g}"
+    return f"{len(trained.clips)} samples (frames x height x width): {listed}{more}{regularization}{kept}"
 
 
 def describe_steps(spec: RunSpec, schedule: StepSchedule, total_steps: int, padding: int) -> str:
@@ -163,6 +167,8 @@ def describe_kept_weights(spec: RunSpec) -> str | None:
     flags |= {"--lora" if settings.method == "lora" else "--transformer": folder}
     flags |= {"--prompt": settings.validation.prompts[0] if size else "YOUR PROMPT"}
     flags |= {"--image": settings.validation.images[0]} if settings.validation.images else {}
+    flags |= {"--control": settings.validation.controls[0]} if settings.validation.controls else {}
+    flags |= {"--compute_control": spec.task.kind} if settings.validation.controls and spec.task.kind else {}
     flags |= {"--height": size.height, "--width": size.width, "--num_frames": size.num_frames} if size else {}
     ignores_positions = settings.method == "lora" and settings.image.ignore_learned_positional_embeddings
     switches = ["--ignore_learned_positional_embeddings"] if ignores_positions else []

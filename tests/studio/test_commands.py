@@ -69,6 +69,7 @@ def test_prompts_are_lines_and_no_shell_reads_them(form, tmp_path):
         ("--logging_dir /tmp", "--logging_dir: /tmp is not inside"),
         ("--dataset_name /etc", "--dataset_name: /etc is not inside"),
         ("--cache_dir ~", "is not inside"),
+        ("--validation_images a.png:::../b.png", "--validation_images: "),
         ("--hub_token=hf_secret", "log in with `hf auth login`"),
         ("--allow_outside_paths", "in a shell"),
         ("--config /etc/passwd", "add its flags themselves"),

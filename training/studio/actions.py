@@ -20,7 +20,6 @@ from studio.commands import (
     check_command,
     prepare_command,
     sample_command,
-    samples_folder,
     shown,
     train_command,
 )
@@ -58,7 +57,7 @@ class Actions:
     # Clips
 
     @_told
-    def show_clips(self, *form: Any) -> tuple[list[list[Any]], list[Captioned], None, Markup, Markup, str]:
+    def show_clips(self, *form: Any) -> tuple[list[Any], list[Captioned], None, Markup, Markup, str]:
         """Read the clips: the rows of the table, the clips, none chosen, the bad rows, no video, no caption."""
         settings = check_command(prepare_command(_form(form)), self.root)
         clips, bad = [], []
@@ -73,25 +72,27 @@ class Actions:
     @_told
     def choose_clip(
         self, clips: list[Captioned], chosen: int | None, caption: str, event: gr.SelectData
-    ) -> tuple[list[list[Any]], list[Captioned], int, Markup, str]:
+    ) -> tuple[Any, Any, int, Markup, str]:
         """Save the caption that was edited, if it was, and show another clip."""
-        rows = self.save(clips, chosen, caption) if _is_edited(clips, chosen, caption) else gr.skip()
+        saved = self.save(clips, chosen, caption) if _is_edited(clips, chosen, caption) else (gr.skip(), gr.skip())
         number = int(event.row_value[0])
         clip = clips[number - 1]
-        return rows, clips, number, _media(self.root, clip.video), clip.text
+        return *saved, number, _media(self.root, clip.video), clip.text
 
     @_told
-    def save(self, clips: list[Captioned], chosen: int | None, caption: str) -> list[list[Any]]:
-        """Save the caption of the chosen clip, and return the rows of the table."""
+    def save(
+        self, clips: list[Captioned], chosen: int | None, caption: str
+    ) -> tuple[list[list[Any]], list[Captioned]]:
+        """Save the caption of the chosen clip, and return the rows of the table and the clips."""
         if chosen is None:
             raise UserError("choose a clip first")
         if _is_edited(clips, chosen, caption):
             backups = self.root / STATE_FOLDER / "captions"
             clips[chosen - 1] = save_caption(clips[chosen - 1], caption, self.root, backups)
             gr.Info("Saved; the former file is kept.", duration=3)
-        return self._rows(clips)
+        return self._rows(clips), clips
 
-    def _rows(self, clips: list[Captioned]) -> list[list[Any]]:
+    def _rows(self, clips: list[Captioned]) -> list[Any]:
         return [[number, _name(self.root, clip.video), clip.text] for number, clip in enumerate(clips, 1)]
 
     # Runs
@@ -108,11 +109,11 @@ class Actions:
         """Start a job: plan shows what the model would see of the clips, try trains two steps, train trains."""
         form = _form(values)
         prepare, *others = self._commands(kind, form)
-        check_command(prepare, self.root)
+        result = check_command(prepare, self.root).preparation.output_dir
         inside(self.root, form.prepared).mkdir(parents=True, exist_ok=True)  # training requires that it exists
         for command in others:
-            check_command(command, self.root)
-        self.jobs.start(kind, [prepare, *others], form.prepared if kind == "plan" else form.output, values)
+            result = check_command(command, self.root).training.output_dir
+        self.jobs.start(kind, [prepare, *others], result, values)
         return gr.Tabs(selected="run")
 
     def _commands(self, kind: str, form: Form) -> list[list[str]]:
@@ -133,8 +134,8 @@ class Actions:
     def sample(self, model: str, run: str | None, *values: Any) -> gr.Tabs:
         """Sample videos."""
         command, before = sample_command(model, run, *values), self.jobs.latest()
-        check_command(command, self.root)
-        self.jobs.start("sample", [command], samples_folder(run, model), before.form if before else ())
+        videos = check_command(command, self.root).videos
+        self.jobs.start("sample", [command], str(videos[0].file.parent), before.form if before else ())
         return gr.Tabs(selected="run")
 
     # The job

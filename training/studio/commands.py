@@ -95,15 +95,10 @@ def train_command(form: Form, *more: str) -> Command:
 def sample_command(model: str, run: str, prompts: str, steps: int, guidance: float, seed: int, more: str) -> Command:
     """Return the command that samples a video for each line of `prompts`, of the base model if `run` is empty."""
     flags = {"pretrained_model_name_or_path": model, "lora": run, "num_inference_steps": steps}
-    flags |= {"guidance_scale": guidance, "seed": seed, "output_dir": samples_folder(run, model)}
+    flags |= {"guidance_scale": guidance, "seed": seed, "output_dir": f"samples/{slug(run or model)}"}
     lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
     words = ["--prompt", *lines] if len(lines) > 1 else _words({"prompt": "".join(lines)})
     return [*_script("generate.py"), *_words(flags), *words, *_split(more)]
-
-
-def samples_folder(run: str, model: str) -> str:
-    """Return the folder of the videos of a run."""
-    return f"samples/{slug(run or Path(model).name) or 'base'}"
 
 
 def shown(commands: Sequence[Command], root: Path) -> str:
@@ -122,12 +117,14 @@ def check_command(command: Command, root: Path) -> Any:
             raise UserError(f"{name}: not in the app: {REFUSED[name]}")
     script = Path(command[1]).stem
     settings = _parse(_parser_of(script), command[2:])
-    images = getattr(getattr(settings, "validation", None), "images", ())  # one by one
-    for name, value in [*path_values(settings), *(("validation_images", image) for image in images)]:
-        try:
-            inside(root, value)
-        except UserError as error:
-            raise UserError(f"--{name}: {error}") from None
+    # Several images in one value, and one value of any other flag.
+    separator = getattr(getattr(settings, "validation", None), "validation_prompt_separator", "\0")
+    for name, value in path_values(settings):
+        for path in value.split(separator):
+            try:
+                inside(root, path.strip())
+            except UserError as error:
+                raise UserError(f"--{name}: {error}") from None
     return settings
 
 

@@ -80,7 +80,7 @@ def _captions(actions: Actions, data: gr.Dropdown, show: gr.Button) -> list[Any]
             save = gr.Button("Save caption")
     editor = [clips, chosen, caption]
     table.select(actions.choose_clip, editor, [table, clips, chosen, player, caption], **_QUIET)
-    save.click(actions.save, editor, table, **_QUIET)
+    save.click(actions.save, editor, [table, clips], **_QUIET)
     return [table, clips, chosen, note, player, caption]
 
 

@@ -26,7 +26,7 @@ def make_server(root: Path, jobs: Jobs, token: str | None, *, is_local: bool) ->
 
     page = build_page(root, jobs)
     gr.mount_gradio_app(
-        app, page, path="/", theme=THEME, css=CSS, footer_links=[], show_error=False, ssr_mode=False, pwa=False
+        app, page, path="/", theme=THEME, css=CSS, footer_links=[], max_file_size=1, ssr_mode=False, pwa=False
     )
     app.add_middleware(Gate, token=token, is_local=is_local)
     return app

@@ -151,7 +151,8 @@ class Actions:
                 "when this page or the app is closed.</p>"
             ).format(job.kind, job.state, job.result, place)
         result, is_running = self._result(job) if job else Markup(), bool(job and job.is_running)
-        current = [str(state), job.log() if job else "", str(result), is_running]
+        log = Markup("<pre>{}</pre>").format(job.log()) if job else Markup()
+        current = [str(state), str(log), str(result), is_running]
         stop = gr.Button(interactive=is_running)
         values, before = [*current[:3], stop], seen or [None] * 4
         changed = [gr.skip() if old == new else value for value, new, old in zip(values, current, before, strict=True)]

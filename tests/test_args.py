@@ -28,7 +28,7 @@ BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 
 UNSET_DATA = """
     dataset_file dataset_name dataset_config_name dataset_mix max_samples image_column id_token random_flip fps
-    keep scores
+    keep scores shuffle_tags
     revision variant cache_dir
 """
 OFF_IN_TRAINING = """
@@ -48,7 +48,9 @@ OFF_IN_PREPARATION = "save_image_latents dry_run save_latents_and_embeddings use
 
 DATA_DEFAULTS = {
     **dict.fromkeys(UNSET_DATA.split(), None),
-    **dict.fromkeys(("dataset_streaming", "allow_outside_paths", "pin_memory", "hold_last_frame"), False),
+    **dict.fromkeys(
+        ("dataset_streaming", "allow_outside_paths", "pin_memory", "hold_last_frame", "caption_per_line"), False
+    ),
     **dict.fromkeys(("height_buckets", "width_buckets"), BUCKETS),
     "frame_buckets": (49,),
     **yaml.safe_load("""{

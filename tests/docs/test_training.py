@@ -190,7 +190,7 @@ def test_the_command_that_repeats_a_run_reads_what_that_run_wrote(folder):
 
 def test_every_block_of_the_page_is_tested():
     tested = {"recipes", "sweep", "script", "dry run", "all weights", "memory", "config", "repeat"}
-    tested |= {"best step", "continue", "validation set"}
+    tested |= {"best step", "continue", "validation set", "docker"}  # the last: test_dockerfile.py
     assert BLOCKS.keys() == tested
 
 

@@ -21,7 +21,7 @@ def joined(tmp_path) -> PreparedIndex:
         write_prepared(tmp_path / folder, {f"{folder}{n}": TENSORS for n in range(3)}, bucket, repeats=0.5)
         for folder, bucket in (("a", LONG), ("b", SMALL))
     )
-    return PreparedIndex([*first.folders, *second.with_repeats(3, None).folders])
+    return PreparedIndex([*first.folders, *second.with_facts(times=3).folders])
 
 
 def test_the_samples_of_several_folders_are_joined(joined):

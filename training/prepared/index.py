@@ -83,10 +83,12 @@ class IndexedFolder:
     times: float = 1.0  # factor of the samples' own repeats
     fixed: float | None = None  # the repeats of every sample instead
     regularization: bool = False  # the samples are what the model should keep doing
+    caption_dropout: float | None = None  # probability of no caption; None: that of the flag
 
     def __reduce__(self) -> tuple[Any, ...]:
         table = self.table if self.file is None else None
-        return _restore, (self.folder, table, self.file, self.times, self.fixed, self.regularization)
+        facts = (self.times, self.fixed, self.regularization, self.caption_dropout)
+        return _restore, (self.folder, table, self.file, *facts)
 
     def column(self, name: str) -> pa.Array:
         """Return a column."""
@@ -191,6 +193,15 @@ class PreparedIndex(Sequence[PreparedClip]):
         of_folders = [np.full(folder.table.num_rows, folder.regularization) for folder in self.folders]
         return _join(of_folders) if any(folder.regularization for folder in self.folders) else None
 
+    @cached_property
+    def num_captions(self) -> np.ndarray | None:
+        """How many samples next to each other are of one clip with several captions, `[N]`; None for one each."""
+        if not (self.repeats % 1).any():  # they come less often than once
+            return None
+        runs = [_runs(folder.column("name")) for folder in self.folders]
+        counts = np.concatenate([np.repeat(of_folder, of_folder) for of_folder in runs])
+        return counts if (counts > 1).any() else None
+
     @property
     def captions(self) -> pa.Array:
         """The distinct captions, in their order."""
@@ -209,9 +220,8 @@ class PreparedIndex(Sequence[PreparedClip]):
             start = end
         return PreparedIndex(folders)
 
-    def with_repeats(self, times: float, fixed: float | None, *, regularization: bool = False) -> "PreparedIndex":
-        """Return the samples with `times` their repeats, or with `fixed` ones, to train on or for regularization."""
-        facts = {"times": times, "fixed": fixed, "regularization": regularization}
+    def with_facts(self, **facts: float | bool | None) -> "PreparedIndex":
+        """Return the samples with other facts of their folders, such as the repeats."""
         return PreparedIndex([replace(folder, **facts) for folder in self.folders])
 
     def describe(self) -> Iterator[str]:
@@ -230,6 +240,13 @@ class PreparedIndex(Sequence[PreparedClip]):
                     line = f"({name!r}, {tensor!r}, {kinds[kind]}, {repeats!r})"
                     yield f"{line} for regularization" if folder.regularization else line
                 start = rows.stop
+
+
+def _runs(column: pa.Array) -> np.ndarray:
+    """Return how often each value comes in a row."""
+    differs = compute.not_equal(column[1:], column[:-1]).cast(pa.int8())
+    starts = np.flatnonzero(np.append(1, np.from_dlpack(differs)))
+    return np.diff(np.append(starts, len(column)))
 
 
 def _join(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -11,7 +11,7 @@ from common.errors import UserError
 from dataset import Batch
 from models.configs import ModelConfigs
 from models.prompts import PromptCache
-from planning.plan import PreparedData, TrainingData, validation_data_flags
+from planning.plan import PreparedData, TrainingData, caption_dropouts, validation_data_flags
 from prepared.folder import read_prompt
 from run.spec import RunSpec
 from validation.loss import encode_validation_set
@@ -34,7 +34,8 @@ def encode_inputs(spec: RunSpec) -> EncodedInputs:
     """Load text encoder and VAE one after the other, encode, and free them; called on every rank."""
     settings, accelerator, data = spec.settings, spec.accelerator, spec.data
     conditions = load_conditions(spec)
-    drops_captions = settings.objective.caption_dropout > 0
+    dropouts = caption_dropouts(data, settings.objective.caption_dropout)
+    drops_captions = settings.objective.caption_dropout > 0 if dropouts is None else bool(dropouts.any())
     empty_prompt = find_prompt(data, spec.configs, "") if drops_captions else None
     cache, in_8bit = spec.output_dir / "prompt_embeds", settings.memory.text_encoder_8bit
     prompts = PromptCache(cache, spec.source, spec.dtype, in_8bit=in_8bit)

@@ -27,7 +27,7 @@ from models.prompts import PromptCache
 from models.sampling import Pipeline
 from parallel.deepspeed import gathered
 from parallel.sharding import gather_weights
-from planning.plan import PreparedData
+from planning.plan import PreparedData, caption_dropouts
 from run.encoded_inputs import EncodedInputs, encode_inputs
 from run.recipe import Recipe
 from run.spec import RunSpec
@@ -246,12 +246,10 @@ def start_schedule(spec: RunSpec) -> ScheduleStart:
 
 def make_sampler(spec: RunSpec, start: ScheduleStart) -> tuple[BucketBatchSampler, StepSchedule]:
     """Return this rank's sampler of batches from a start on, and the batches of each step."""
-    sampler = BucketBatchSampler(
-        spec.data.buckets,
+    sampler = BucketBatchSampler.of(
+        spec.data,
         spec.batch_limit,
         seed=spec.state.seed,
-        repeats=spec.data.repeats,
-        regularization=spec.data.regularization,
         rank=spec.data_rank % start.num_ranks,  # the run may have had fewer ranks
         world_size=start.num_ranks,
         first_epoch=start.epoch,
@@ -280,6 +278,7 @@ def make_throughput(spec: RunSpec, transformer: CogVideoXTransformer3DModel) -> 
 def make_objective(spec: RunSpec, inputs: EncodedInputs, trainable: Trainable) -> Objective:
     """Return the objective that the flags describe."""
     flags, empty_prompt = spec.settings.objective, inputs.empty_prompt
+    dropouts = caption_dropouts(spec.data, flags.caption_dropout)
     return Objective(
         task=spec.task,
         model=trainable.model,
@@ -289,7 +288,7 @@ def make_objective(spec: RunSpec, inputs: EncodedInputs, trainable: Trainable) -
         vae=inputs.vae,
         dtype=spec.dtype,
         timesteps=TimestepSampling(flags.timestep_sampling, flags.logit_mean, flags.logit_std, flags.snr_gamma),
-        caption_dropout=flags.caption_dropout,
+        caption_dropout=flags.caption_dropout if dropouts is None else torch.from_numpy(dropouts),
         empty_prompt=None if empty_prompt is None else empty_prompt.to(spec.accelerator.device),
     )
 

@@ -97,7 +97,8 @@ def describe_samples(spec: RunSpec) -> str:
     if apart := all_samples - len(trained.clips):
         weight = spec.settings.regularization.regularization_weight
         regularization = f"; {apart} for regularization, as many in an epoch, loss x {weight:g}"
-    return f"{len(trained.clips)} samples (frames x height x width): {listed}{more}{regularization}{kept}"
+    noun = "samples" if trained.num_captions is None else "samples, one for each caption"
+    return f"{len(trained.clips)} {noun} (frames x height x width): {listed}{more}{regularization}{kept}"
 
 
 def describe_steps(spec: RunSpec, schedule: StepSchedule, total_steps: int, padding: int) -> str:

@@ -12,12 +12,12 @@ from studio.captions import read_captions, save_caption
 CSV = b'\xef\xbb\xbfvideo;note;caption\r\n a.mp4;"x;y";"first, ""one"""\r\n\r\n'
 CSV += b'b.mp4;  z ;"of two\r\nlines"\r\nc.mp4;;third'
 TABLES = {
-    "table.csv": (CSV, CSV.replace(b'"of two\r\nlines"', b'"new; ""text"""').replace(b"  z ", b"z ")),
+    "table.csv": (CSV, CSV.replace(b'"of two\r\nlines"', b'"new; ""te\nxt"""').replace(b"  z ", b"z ")),
     "table.jsonl": (
         b'{"video": "a.mp4", "caption": "first"}\n'
         b'{ "caption":"second", "video":"b.mp4", "captioned_by":"m", "n":1}\r\n',
         b'{"video": "a.mp4", "caption": "first"}\n'
-        b'{"caption": "new; \\"text\\"", "video": "b.mp4", "captioned_by": "user", "n": 1}\r\n',
+        b'{"caption": "new; \\"te\\nxt\\"", "video": "b.mp4", "captioned_by": "user", "n": 1}\r\n',
     ),
 }
 
@@ -29,7 +29,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def change(folder, source, text='new; "text"', number=1):
+def change(folder, source, text='new; "te\nxt"', number=1):
     clips, bad = read_captions(source, folder / ".cache")
     assert bad == []
     saved = save_caption(clips[number], text, folder, folder / ".kept")

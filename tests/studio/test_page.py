@@ -79,7 +79,7 @@ def fill_settings(page, clips="clips"):
 
 def finish_job(page, kind):
     page.get_by_text(re.compile(f"{kind}: (?!running)")).wait_for()
-    assert page.get_by_text(f"{kind}: finished").is_visible(), page.locator("#log").inner_text()
+    assert page.get_by_text(f"{kind}: finished").is_visible(), page.locator(".log").inner_text()
 
 
 def test_captions_are_shown_and_changed_as_text_and_mistakes_are_said_as_in_a_shell(root, page):
@@ -141,7 +141,7 @@ def endless_job(root):
 
 def test_a_running_job_is_found_and_stopped(endless_job, page):
     page.get_by_text("train: running").wait_for()
-    assert page.locator("#log").inner_text().endswith("<b>begun</b>")
+    assert page.locator(".log").inner_text().endswith("<b>begun</b>")
     press(page, "Stop: save and end")
     page.get_by_text("train: stopped").wait_for()
 

@@ -66,7 +66,7 @@ class Actions:
             clips, bad = clips + more, bad + unusable
         note = f"{len(clips)} clips"
         if bad:
-            note = listing(f"{note}, and {len(bad)} rows that cannot be used:", bad)
+            note = listing(f"{note}, and {len(bad)} rows that cannot be changed here:", bad)
         return self._rows(clips), clips, None, Markup('<p class="lines">{}</p>').format(note), Markup(), ""
 
     @_told
@@ -151,7 +151,7 @@ class Actions:
                 "when this page or the app is closed.</p>"
             ).format(job.kind, job.state, job.result, place)
         result, is_running = self._result(job) if job else Markup(), bool(job and job.is_running)
-        log = Markup("<pre>{}</pre>").format(job.log()) if job else Markup()
+        log = Markup('<div class="log"><pre>{}</pre></div>').format(job.log()) if job else Markup()
         current = [str(state), str(log), str(result), is_running]
         stop = gr.Button(interactive=is_running)
         values, before = [*current[:3], stop], seen or [None] * 4

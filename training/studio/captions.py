@@ -39,7 +39,7 @@ _saving = threading.Lock()
 
 def read_captions(source: DataSource, media_cache: Path) -> tuple[list[Captioned], list[BadClip]]:
     """Return the clips of a source, which need no captions, and the rows that cannot be used."""
-    plain = replace(source, id_token=None)
+    plain = replace(source, id_token=None, caption_per_line=False, shuffle_tags=None)  # as the file has them
     clips, bad = read_clips(plain, media_cache, captions_file=media_cache / "none")
     return [Captioned(clip.video, clip.caption, *_place(plain, clip.source, clip.video)) for clip in clips], bad
 
@@ -63,7 +63,8 @@ def save_caption(clip: Captioned, text: str, root: Path, backups: Path) -> Capti
     Raises UserError if the caption is not what it was when `clip` was read, the file is outside `root` or it is of a
     format that cannot be changed.
     """
-    text = text.strip() if clip.row is None and clip.column is None else " ".join(text.split())
+    is_line = clip.row is not None and clip.column is None
+    text = " ".join(text.split()) if is_line else text.strip()
     file = inside(root, clip.file.absolute())
     with _saving:
         former = file.read_bytes() if file.exists() else None

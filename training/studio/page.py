@@ -18,8 +18,9 @@ CSS = """
 video { width: 100% }
 video, img.picture { max-width: 100%; max-height: 24rem; border-radius: 6px; background: #0002 }
 iframe.report { width: 100%; height: 75vh; border: 1px solid #8886; border-radius: 6px }
-#log { display: flex; flex-direction: column-reverse; max-height: 20rem; overflow: auto } /* stays at its end */
-#log pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; line-height: 1.35 }
+.log { display: flex; flex-direction: column-reverse; max-height: 20rem; overflow: auto } /* opens at its end */
+.log { border: 1px solid #8886; border-radius: 6px; padding: .6rem }
+.log pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; line-height: 1.35 }
 .videos { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
 .videos figure { margin: 0 }
 .videos figcaption, .lines, code { overflow-wrap: anywhere; white-space: pre-wrap }
@@ -114,7 +115,7 @@ def _job(actions: Actions) -> dict[str, Any]:
     """Add what is shown of the latest job, and return the event that updates it."""
     state = gr.HTML()
     stop = gr.Button("Stop: save and end", variant="stop", interactive=False)
-    log, result, seen = gr.HTML(elem_id="log"), gr.HTML(), gr.State([])
+    log, result, seen = gr.HTML(), gr.HTML(), gr.State([])
     stop.click(actions.stop, **_QUIET)
     return {"fn": actions.look, "inputs": seen, "outputs": [state, log, result, stop, seen], **_QUIET}
 

@@ -134,7 +134,7 @@ def with_image(planned: ClipSample, image: Path | None) -> ClipSample:
 
 def image_of(planned: ClipSample, mode: str = "center", random_flip: float | None = None) -> tuple[Batch, np.ndarray]:
     batch = make_dataset([planned], reshape_mode=mode, random_flip=random_flip, with_images=True)[Draw(0, 0)]
-    return batch, batch.images[0].numpy()
+    return batch, batch.images[0, 0].numpy()
 
 
 @pytest.mark.parametrize("part", [0, 1])

@@ -15,7 +15,7 @@ from data.buckets import Bucket
 from dataset import Batch
 from diffusion.image_to_video import ImageToVideo
 from diffusion.text_to_video import TextToVideo
-from models.encoding import encode_noised_image, encode_prompts
+from models.encoding import encode_noised_images, encode_prompts
 from models.prompts import PromptCache
 from models.source import ModelSource
 from prepared.folder import read_tensor
@@ -48,7 +48,7 @@ class Kind:
         self.objective = make_objective(source, transformer, task=self.task)
 
     def sample(self, size: Bucket, image: Image.Image | None = None, **options) -> torch.Tensor:
-        return sample_latents(self.pipeline, size, **({"image": image} if self.task.with_images else {}), **options)
+        return sample_latents(self.pipeline, size, **({"image": image} if self.task.condition else {}), **options)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_training_and_sampling_pass_the_same_inputs_to_the_transformer(make_kind
         ["a"],
         size,
         video_moments=torch.randn(1, 32, *size.latent_shape),
-        image_moments=encode_noised_image(kind.pipeline.vae, pixels, torch.zeros(1), torch.Generator()),
+        image_moments=encode_noised_images(kind.pipeline.vae, pixels[None], torch.zeros(1), torch.Generator()),
         prompt_embeds=encode_prompts(kind.pipeline, ["a red circle"]),
     )
     timesteps = torch.tensor([999])
@@ -108,7 +108,7 @@ def test_training_and_sampling_pass_the_same_inputs_to_the_transformer(make_kind
         torch.testing.assert_close(trained[key], sampled[key], rtol=0, atol=0)
     # The VAE computes in another memory layout in training.
     torch.testing.assert_close(trained["hidden_states"], sampled["hidden_states"], rtol=1e-5, atol=1e-5)
-    if kind.task.with_images:
+    if kind.task.condition:
         condition = trained["hidden_states"][:, :, 16:]
         assert condition[:, 1:].abs().max() == 0 < condition[:, 0].abs().min()
     assert kind.objective.transformer.state_dict().keys() == kind.pipeline.transformer.state_dict().keys()

@@ -48,6 +48,7 @@ COMMANDS = {
     "split_scenes",
     "generate",
     "convert_lora",
+    "compare_runs",
 }
 PARTS = {"args", "dataset"}  # the two parts that all commands share
 MOST_MODULES = 16

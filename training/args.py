@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from checks.captions import check_captioning, settle_prompt
+from checks.comparison import settle_comparison
 from checks.conversion import settle_conversion
 from checks.data import check_prepared_flags, check_sources, drop_long_buckets, settle_clips
 from checks.deepspeed import check_zero
@@ -35,6 +36,7 @@ from common.errors import UserError
 from common.ranks import launch_rank
 from flags.settings import (
     CaptioningSettings,
+    ComparisonSettings,
     ConversionSettings,
     FirstFrameSettings,
     GenerationSettings,
@@ -247,6 +249,20 @@ def parse_convert_args(argv: Sequence[str] | None = None) -> ConversionSettings:
     groups, _ = parser.read(argv)
     with _reported(parser):
         return settle_conversion(ConversionSettings(**groups))
+
+
+def parse_compare_args(argv: Sequence[str] | None = None) -> ComparisonSettings:
+    """Read and check the flags of compare_runs.py; see `parse_args`."""
+    parser = FlagParser(
+        ComparisonSettings,
+        required=(),
+        has_config=False,
+        usage="%(prog)s RUN [RUN ...] [--output_file FILE]",
+        description="Show runs on one page: which learned, their curves, the settings that differ, their last videos.",
+    )
+    groups, _ = parser.read(argv)
+    with _reported(parser):
+        return settle_comparison(ComparisonSettings(**groups))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from flags.optimizer import OptimizerFlags
 from flags.preparation import EncodingFlags, FirstFrameFlags, PreparationFlags
 from flags.scores import ScoreFlags
 from flags.speed import SpeedFlags
-from flags.tracking import HubFlags, TrackingFlags
+from flags.tracking import ComparisonFlags, HubFlags, TrackingFlags
 from flags.training import (
     CheckpointFlags,
     FullFlags,
@@ -126,3 +126,10 @@ class ConversionSettings:
     reduction: ReductionFlags = group("rank")
     output: ConvertedOutputFlags = group("output")
     loras: tuple[tuple[str, float], ...] = ()  # (file, scale)
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """The settings of compare_runs.py."""
+
+    comparison: ComparisonFlags = group("page")

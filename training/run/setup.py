@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,8 +31,9 @@ from parallel.sharding import gather_weights
 from planning.plan import PreparedData
 from run.encoded_inputs import EncodedInputs, encode_inputs
 from run.recipe import Recipe
+from run.report import make_report
 from run.spec import RunSpec
-from run.summary import describe_start
+from run.summary import as_table, start_rows
 from run.trainable import Trainable, make_trainable, resume
 from tracking.bad_steps import StepGuard
 from tracking.peak_memory import PeakMemory
@@ -63,6 +65,7 @@ class Run:
     result_dtype: torch.dtype
     signals: StopSignals
     memory: PeakMemory
+    report: AbstractContextManager  # writes what happens in it to the run's folder
 
     def batches_in(self, step: int) -> int:
         """Return the number of batches of each rank in the step after `step` steps."""
@@ -207,7 +210,8 @@ def set_up(spec: RunSpec) -> Run:
     project, logging_dir = settings.tracking.tracker_name, spec.output_dir / settings.tracking.logging_dir
     start_trackers(accelerator, project, logging_dir, flag_values(settings), resumed_at=resumed_at)
     keep_losses(accelerator, spec.output_dir, resumed_at=resumed_at)
-    logger.info("%s", describe_start(spec, trainable.transformer, schedule, total_steps, sampler.padding))
+    summary = start_rows(spec, trainable.transformer, schedule, total_steps, sampler.padding)
+    logger.info("%s", as_table(summary))
     limit = settings.checkpoints.checkpoints_total_limit
     return Run(
         spec=spec,
@@ -226,6 +230,7 @@ def set_up(spec: RunSpec) -> Run:
         result_dtype=spec.method.result_dtype(spec.dtype, spec.source),
         signals=StopSignals(),
         memory=memory,
+        report=make_report(spec, total_steps, summary),
     )
 
 

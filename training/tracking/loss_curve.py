@@ -11,13 +11,13 @@ import numpy as np
 from accelerate.tracking import GeneralTracker
 
 from common.files import atomic_write
+from common.run_folder import METRICS_FILE
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-METRICS_FILE = "metrics.jsonl"
 PICTURE_FILE = "loss.png"
 
 _SECONDS = 20.0  # at least, between two drawings; each takes some tenths of one

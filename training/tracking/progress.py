@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from common.bars import tqdm
+from common.units import in_words
 from tracking.bad_steps import Step, StepGuard
 from tracking.peak_memory import PeakMemory
 from tracking.throughput import Speed, Throughput
@@ -136,16 +137,3 @@ class StepLog:
         if count >= 10:  # the loss of a single step depends more on its timestep than on the model
             first, last = fmean(self.losses[:count]), fmean(self.losses[-count:])
             logger.info("mean loss: %.4f over the first %d steps, %.4f over the last %d", first, count, last, count)
-
-
-def in_words(seconds: float) -> str:
-    """Format a duration: "40 s", "12 min", "2 h 10 min", "3 d 4 h"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours = round(seconds / 3600)
-    if hours >= 48:
-        return f"{hours // 24} d {hours % 24} h"
-    return f"{minutes // 60} h {minutes % 60} min"

@@ -73,10 +73,5 @@ VALIDATION_EPOCHS="${VALIDATION_EPOCHS:-10}"
 # The settings end here.
 name=cogvideox-i2v-lora name_end="__rank-$LORA_RANK"
 flags=(--rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA")
-if [[ -n "$VALIDATION_IMAGES" ]]; then
-  flags+=(--validation_prompt "$VALIDATION_PROMPT" --validation_epochs "$VALIDATION_EPOCHS")
-  flags+=(--validation_images "$VALIDATION_IMAGES")
-else
-  echo "VALIDATION_IMAGES is empty: no videos are sampled"
-fi
+validate_with VALIDATION_IMAGES
 train "$@"

@@ -77,10 +77,5 @@ if leaves_memory_open "$@" && [[ "$OPTIMIZER_FLAGS" == --use_8bit ]]; then # the
 fi
 # shellcheck disable=SC2206 # OPTIMIZER_FLAGS must split at spaces
 flags=($OPTIMIZER_FLAGS)
-if [[ -n "$VALIDATION_IMAGES" ]]; then
-  flags+=(--validation_prompt "$VALIDATION_PROMPT" --validation_epochs "$VALIDATION_EPOCHS")
-  flags+=(--validation_images "$VALIDATION_IMAGES")
-else
-  echo "VALIDATION_IMAGES is empty: no videos are sampled"
-fi
+validate_with VALIDATION_IMAGES
 train "$@"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import generate
 from clip_lists import write
 from common.run_folder import LORA_FILE
-from diffusion.tasks import ImageToVideo
+from diffusion.image_to_video import ImageToVideo
 from methods.full import FullFinetune
 from methods.lora import Lora
 from methods.lora_mounting import check_loras

@@ -41,6 +41,8 @@ COMMANDS = {
     "cogvideox_text_to_video_sft",
     "cogvideox_image_to_video_lora",
     "cogvideox_image_to_video_sft",
+    "cogvideox_control_to_video_lora",
+    "cogvideox_control_to_video_sft",
     "prepare_dataset",
     "caption_dataset",
     "score_clips",

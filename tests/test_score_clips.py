@@ -98,6 +98,12 @@ def test_every_clip_has_its_scores(clips, capsys):
     assert f"prepare_dataset.py --data_root {clips} --keep 'motion > 0.2" in capsys.readouterr().out
 
 
+def test_the_printed_command_reads_the_same_clips():
+    flags = ["--dataset_file", "films.csv", "--caption_column", "words", "--allow_outside_paths"]
+    command = score_clips.keep_command(parse_score_args(flags), Path("scores.csv"))
+    assert f"prepare_dataset.py {' '.join(flags)} --keep" in command
+
+
 def test_clips_that_did_not_change_are_not_measured_again(clips):
     first = score(clips)
     damaged = clips / "photo.mp4"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from checks.captions import check_captioning, settle_prompt
 from checks.comparison import settle_comparison
 from checks.conversion import settle_conversion
-from checks.data import check_prepared_flags, check_sources, drop_long_buckets, settle_clips
+from checks.data import check_control, check_prepared_flags, check_sources, drop_long_buckets, settle_clips
 from checks.deepspeed import check_zero
 from checks.files import check_files, check_on_disk
 from checks.footage import check_splitting
@@ -47,11 +47,13 @@ from flags.settings import (
 )
 
 
-TASKS = ("text-to-video", "image-to-video")
+TASKS = ("text-to-video", "image-to-video", "control-to-video")
 METHODS = ("lora", "sft")
 DATA_FLAGS = ("data_root", "dataset_file", "dataset_name", "dataset_mix")  # one of them names the data
 _LORA_ONLY = ("lora_target_modules", "use_rslora", "use_dora", "lora_dropout", "lora_weights")
 _LORA_ONLY += ("adapter", "lokr_factor", "quantize_base", "stream_blocks")
+_CONTROL_ONLY = ("control_column", "compute_control", "validation_controls")
+_IMAGE_ONLY = ("image_column", "noised_image_dropout", "ignore_learned_positional_embeddings", "validation_images")
 _SFT_ONLY = ("save_pipeline", "save_validation_weights", "weights_dtype")
 
 
@@ -60,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
 
     Args:
         argv: the flags; those of the running process when None.
-        task: "text-to-video" or "image-to-video".
+        task: one of TASKS.
         method: "lora" or "sft".
 
     Raises:
@@ -80,6 +82,7 @@ def parse_args(argv: Sequence[str] | None = None, *, task: str, method: str) -> 
 def _check_training(settings: TrainingSettings) -> TrainingSettings:
     settings = settle_validation(replace(settings, clips=settle_clips(settings.clips, settings.given)))
     check_sources(settings.sources)
+    check_control(settings.control)
     check_optimizer(settings)
     check_memory(settings)
     settings = settle_memory(settings)
@@ -98,11 +101,11 @@ def _check_training(settings: TrainingSettings) -> TrainingSettings:
 
 
 def _training_parser(task: str, method: str) -> FlagParser:
-    is_lora = method == "lora"
+    is_lora, is_control = method == "lora", task == "control-to-video"
     return FlagParser(
         TrainingSettings,
         required=(("pretrained_model_name_or_path",), DATA_FLAGS),
-        omit=_SFT_ONLY if is_lora else _LORA_ONLY,
+        omit=(*(_SFT_ONLY if is_lora else _LORA_ONLY), *(_IMAGE_ONLY if is_control else _CONTROL_ONLY)),
         defaults={"output_dir": f"cogvideox-{method}", "tracker_name": f"cogvideox-{method}"},
         # Both of its flags are accepted with a warning, because launchers of both methods share them.
         titles={} if is_lora else {"lora": "lora (no effect on full fine-tuning)"},
@@ -131,6 +134,7 @@ def parse_prepare_args(argv: Sequence[str] | None = None) -> PreparationSettings
     with _reported(parser):
         clips = settle_clips(settings.clips, given)
         check_sources(settings.sources)
+        check_control(settings.control)
         preparation = settle_preparation(
             settings.preparation, given, text_encoder_8bit=settings.encoding.text_encoder_8bit
         )

@@ -22,6 +22,7 @@ from data.sampler import Draw
 from models.configs import ModelConfigs
 from models.prompts import PromptCache
 from prepared.folder import read_tensor
+from video.controls import compute_control
 from video.io import read_frames, reshape_frames
 
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from prepared.index import PreparedClip, PreparedIndex
 
 logger = logging.getLogger(__name__)
+
+LISTED = "listed"  # controls are clips, and not computed
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Batch:
     images: torch.Tensor | None = None  # [B, 3, H, W], uint8: first frames for image-to-video
     video_moments: torch.Tensor | None = None  # [B, 2C, F', H / 8, W / 8], unscaled
     image_moments: torch.Tensor | None = None  # [B, 2C, 1, H / 8, W / 8], of the noised image
+    controls: torch.Tensor | None = None  # [B, F, 3, H, W], uint8: what control-to-video follows
+    control_moments: torch.Tensor | None = None  # [B, 2C, F', H / 8, W / 8], unscaled
     prompt_embeds: torch.Tensor | None = None  # [B, 226, D]
     draws: list[Draw] = field(default_factory=list)
     failed: list[tuple[Draw, str]] = field(default_factory=list)  # undecodable clips with reasons; not in `draws`
@@ -137,6 +142,7 @@ class ClipDataset(_Clips):
     seed: int
     prompts: PromptCache | None = None  # the captions' embeddings; None omits `prompt_embeds`
     with_images: bool = False  # fill `images`, from the clip's own image or its first frame
+    control: str | None = None  # fill `controls`: LISTED for the clips' own, or a kind of `video.controls`
     replace_failed: bool = False  # replace an undecodable clip, so that batches keep their size on every rank
     decode_threads: int = 1  # for each clip; 0 lets the decoder choose
 
@@ -157,7 +163,8 @@ class ClipDataset(_Clips):
     def files_of(self, draw: Draw) -> list[Path]:
         """Return the files that a draw reads."""
         clip = self.clips[draw.index].clip
-        return [clip.video, *([clip.image] if self.with_images and clip.image else [])]
+        controls = [clip.control] if self.control == LISTED else []
+        return [clip.video, *([clip.image] if self.with_images and clip.image else []), *controls]
 
     def name_of(self, index: int) -> str:
         """Return a clip's name for messages: its file, and where it is listed."""
@@ -180,8 +187,18 @@ class ClipDataset(_Clips):
             names=[str(clip.video)],
             videos=video[None],
             images=image,
+            controls=None if self.control is None else self._control(video, planned, draw.epoch)[None],
             prompt_embeds=None if self.prompts is None else self.prompts.load(clip.caption)[None],
         )
+
+    def _control(self, video: torch.Tensor, planned: ClipSample, epoch: int) -> torch.Tensor:
+        """Return the control of a clip's shaped frames, `[F, 3, H, W]`: the same frames, cropped and flipped alike."""
+        if self.control != LISTED:
+            computed = compute_control(video.permute(0, 2, 3, 1).numpy(), self.control)
+            return torch.from_numpy(computed).permute(0, 3, 1, 2)
+        file, seekable = planned.clip.control, planned.control.seekable
+        frames = read_frames(file, planned.frame_indices, self.decode_threads, seekable=seekable)
+        return self._shape(frames, planned, epoch)
 
     def _shape(self, frames: np.ndarray, planned: ClipSample, epoch: int) -> torch.Tensor:
         """Resize `[F, H, W, 3]` to `[F, 3, H, W]` in the bucket's size; clip and image get the same crop and flip."""
@@ -196,6 +213,7 @@ class PreparedDataset(_Clips):
     """Moments and embeddings written by `prepare_dataset.py`."""
 
     with_images: bool = field(default=False, kw_only=True)  # fill `image_moments`
+    with_controls: bool = field(default=False, kw_only=True)  # fill `control_moments`
 
     def files_of(self, draw: Draw) -> list[Path]:
         """Return the files that a draw reads."""
@@ -220,6 +238,7 @@ class PreparedDataset(_Clips):
             names=[clip.name],
             video_moments=read_tensor(clip.video_latents)[None],
             image_moments=image_moments[None] if self.with_images else None,
+            control_moments=read_tensor(clip.control_latents)[None] if self.with_controls else None,
             prompt_embeds=read_tensor(clip.prompt_embeds)[None],
         )
 
@@ -276,14 +295,14 @@ def _start_worker(number: int) -> None:
 
 
 def check_prepared(clips: "PreparedIndex", configs: ModelConfigs) -> None:
-    """Check that a clip's tensors fit the model, and that no image latents are missing."""
+    """Check that a clip's tensors fit the model, and that no latents of images or controls are missing."""
     clip = clips[0]
-    if configs.is_image_to_video and (without := clips.without_images):
-        title = (
-            f"--load_tensors: {len(without)} samples were prepared without image latents, which image-to-video needs"
-        )
-        command = "MODEL_PATH=... CLIPS=my-clips PREPARED=my-prepared bash prepare_dataset.sh --save_image_latents"
-        raise UserError(listing(f"{title}; prepare the clips again, into a new folder: {command}", without))
+    condition = "image" if configs.is_image_to_video else "control"
+    if configs.takes_condition and (without := clips.without(f"{condition}_latents")):
+        what = f"{len(without)} samples were prepared without {condition} latents, which {condition}-to-video needs"
+        command = "MODEL_PATH=... CLIPS=my-clips PREPARED=my-prepared bash prepare_dataset.sh"
+        again = f"prepare the clips again, into a new folder: {command} --save_{condition}_latents"
+        raise UserError(listing(f"--load_tensors: {what}; {again}", without))
     try:
         channels = read_tensor(clip.video_latents).shape[0]
         length, text_dim = read_tensor(clip.prompt_embeds).shape

@@ -26,7 +26,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         settings = parse_prepare_args(argv)
         announce("reading the data")
-        data = plan_raw_clips(settings.sources, settings.clips, with_images=settings.preparation.save_image_latents)
+        flags = settings.preparation
+        data = plan_raw_clips(
+            settings.sources,
+            settings.clips,
+            with_images=flags.save_image_latents,
+            control=settings.control if flags.save_control_latents else None,
+        )
         if not (settings.preparation.dry_run and data.clips):
             model = settings.model.model_id
             check_bad_clips(data, settings.sources.on_bad_clip, lambda: advise_early(data, settings, model))

@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from args import parse_score_args
@@ -24,11 +25,17 @@ from common.stores import is_url
 from data.buckets import Bucket
 from data.clips import BadClip, plan_clips
 from data.sources import DataSource, read_clips
+from flags.data import SourceFlags
 from flags.scores import SCORES_FILE
 from flags.settings import ScoringSettings
 from planning.plan import RawData, check_bad_clips, data_sources
 from video.cache import FileCache
 from video.probe import probe_files
+
+
+# Flags on the clips that the printed command has too.
+_REPEATED = ("data_root", "dataset_file", "dataset_name", "dataset_config_name", "dataset_split")
+_REPEATED += ("video_column", "caption_column", "allow_outside_paths")
 
 
 def plan_scores(source: DataSource, table: Path, skip: tuple[int, int]) -> tuple[RawData, dict[Path, str]]:
@@ -85,10 +92,12 @@ def write_scores(settings: ScoringSettings) -> None:
 
 def keep_command(settings: ScoringSettings, table: Path) -> str:
     """Return a command that prepares the clips of these flags that fulfil a condition."""
-    sources = settings.sources
     words = ["python", path_of_script("prepare_dataset.py")]
-    for name in ("data_root", "dataset_file", "dataset_name"):
-        words += [f"--{name}", getattr(sources, name)] if getattr(sources, name) else []
+    defaults = replace(SourceFlags(), caption_column="caption")
+    for name in _REPEATED:
+        value = getattr(settings.sources, name)
+        if value != getattr(defaults, name):
+            words += [f"--{name}", *([] if value is True else [str(value)])]
     words += ["--scores", str(table)] if settings.scores.output_file else []
     return f"{shlex.join(words)} --keep 'motion > 0.2 and duplicate == 0' ..."
 

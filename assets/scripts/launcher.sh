@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What the launchers share. Each sets `root` (the repository) and `script` (what it starts), and sources this file above
-# its settings; the four that train call `train` below them.
+# its settings; those that train call `train` below them.
 launcher="$(realpath "${BASH_SOURCE[1]}")"
 
 fail() {
@@ -192,6 +192,15 @@ check_config() {
 # Whether flags leave the precision of the optimizer's states to the toolkit.
 leaves_memory_open() {
   [[ " $* " == *" --memory_budget_gb"* || " $* " == *" --auto_fit "* ]]
+}
+
+# Add the flags of validation videos, if the setting NAME has what each needs besides its prompt: validate_with NAME
+validate_with() {
+  if [[ -n "${!1}" ]]; then
+    flags+=(--validation_prompt "$VALIDATION_PROMPT" --validation_epochs "$VALIDATION_EPOCHS" "--${1,,}" "${!1}")
+  else
+    echo "$1 is empty: no videos are sampled"
+  fi
 }
 
 # Train once for each combination of the sweep. Set before: `name` and `name_end`, the first and last part of the output

@@ -9,9 +9,10 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
+from diffusion.image_to_video import ImageToVideo
 from diffusion.objective import Objective
 from diffusion.positions import rotary_embeddings
-from diffusion.tasks import ImageToVideo, TextToVideo
+from diffusion.text_to_video import TextToVideo
 from methods.lora import Lora
 from models.source import ModelSource
 

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import T5EncoderModel
 
 from common.errors import UserError
-from diffusion.tasks import ImageToVideo
+from diffusion.image_to_video import ImageToVideo
 from methods.full import FullFinetune
 from methods.pipeline_folder import find_components, write_pipeline
 from models.source import ModelSource

@@ -86,6 +86,11 @@ def test_clips_without_valid_scores_are_named(folder):
     assert keep(folder, "motion > 0", "a.mp4")[2] == [reason]
 
 
+def test_two_rows_for_a_clip_are_refused(folder):
+    write_table(folder / "scores.csv", [*ROWS, {**ROWS[0], "motion": "9"}])
+    assert error_of(folder, "motion > 1", "a.mp4").endswith(f"a second row for {folder}/a.mp4; remove one of them")
+
+
 def test_a_clip_that_cannot_be_read_is_bad_for_that_reason_only(folder):
     clip = Clip(folder / "c.mp4", "caption", "list:1")
     source = DataSource(folder, keep="motion > 5")

@@ -31,7 +31,7 @@ PROMPTS = ["a red circle moves over a blue background", "a {{ curly }} square: 5
 FACTS = CardFacts(
     base_model="THUDM/CogVideoX-5b",
     task="text-to-video",
-    is_lora=True,
+    adapter="LoRA",
     usage=lambda repo_id, model: "\n".join(Lora(8, 8).usage("CogVideoXPipeline", model, repo_id)),
     settings={"rank": 8, "learning_rate": 1e-4, "data_root": "/home/me/clips", "output_dir": "/home/me/out"},
     prompts=PROMPTS,
@@ -92,11 +92,18 @@ def test_the_code_on_the_card_loads_the_result_from_the_hub(hub, tmp_path):
     def usage(repo_id: str, model: str) -> str:
         return "\n".join(FullFinetune(save_pipeline=True).usage("CogVideoXImageToVideoPipeline", model, repo_id))
 
-    tuned = code_of(push(tmp_path, task="image-to-video", is_lora=False, usage=usage))
+    tuned = code_of(push(tmp_path, task="image-to-video", adapter=None, usage=usage))
     compile(tuned, "card", "exec")
     assert 'from_pretrained("owner/circles", subfolder="transformer"' in tuned
     assert "import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel" in tuned
     assert "pipe(image=image, prompt=" in tuned
+
+
+@pytest.mark.parametrize("adapter", ["LoRA", "LoKr"])
+def test_the_card_names_the_adapter(hub, tmp_path, adapter):
+    card = push(tmp_path, adapter=adapter)
+    assert f"A {adapter} for THUDM/CogVideoX-5b" in card
+    assert f"- {adapter.lower()}\n" in card
 
 
 def test_the_card_shows_the_last_videos_and_the_pictures(hub, tmp_path):

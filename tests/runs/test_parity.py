@@ -13,7 +13,8 @@ from PIL import Image
 import prepare_dataset
 from data.buckets import Bucket
 from dataset import Batch
-from diffusion.tasks import ImageToVideo, TextToVideo
+from diffusion.image_to_video import ImageToVideo
+from diffusion.text_to_video import TextToVideo
 from models.encoding import encode_noised_image, encode_prompts
 from models.prompts import PromptCache
 from models.source import ModelSource

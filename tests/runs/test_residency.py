@@ -9,7 +9,8 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXEnco
 from PIL import Image
 from transformers import T5EncoderModel
 
-from diffusion.tasks import ImageToVideo, TextToVideo
+from diffusion.image_to_video import ImageToVideo
+from diffusion.text_to_video import TextToVideo
 from run.loop import train
 from tiny_runs import set_up_run
 

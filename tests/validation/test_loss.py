@@ -17,8 +17,8 @@ from data.buckets import Bucket
 from data.clips import Clip, ClipSample, plan_clips
 from data.sampler import Draw
 from dataset import Batch, ClipDataset
+from diffusion.image_to_video import ImageToVideo
 from diffusion.objective import Objective
-from diffusion.tasks import ImageToVideo
 from models.encoding import encode_noised_image, encode_videos
 from models.prompts import PromptCache
 from models.source import ModelSource

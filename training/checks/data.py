@@ -7,7 +7,7 @@ from cli.schema import flag_values
 from common.errors import UserError
 from common.remote import to_path
 from common.stores import check_url, is_url
-from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
+from flags.data import PREPARED_FLAGS, ClipFlags, ControlFlags, SourceFlags
 from flags.settings import TrainingSettings
 from prepared.folder import read_prepared_settings
 
@@ -93,6 +93,12 @@ def check_sources(sources: SourceFlags) -> None:
         raise UserError("--scores: no effect without --keep; omit it")
     if sources.dataset_mix and sources.data_root:
         raise UserError("--data_root: each entry of --dataset_mix names its own; omit one of them")
+
+
+def check_control(control: ControlFlags) -> None:
+    """Check that controls come from one place."""
+    if control.compute_control and control.control_column:
+        raise UserError("--control_column: not together with --compute_control; omit one of them")
 
 
 def check_prepared_flags(settings: TrainingSettings) -> None:

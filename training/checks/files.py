@@ -100,6 +100,15 @@ def find_images(flag: str, images: Sequence[str]) -> tuple[str, ...]:
     return images
 
 
+def find_videos(flag: str, videos: Sequence[str]) -> tuple[str, ...]:
+    """Return the videos with ~ expanded; each exists."""
+    videos = tuple(map(os.path.expanduser, videos))
+    for video in videos:
+        if not os.path.isfile(video):
+            raise UserError(f"{flag}: no file '{video}'; pass the path of a video")
+    return videos
+
+
 def find_lora(flag: str, reference: str) -> str:
     """Return the file of a LoRA, from its path or the folder that contains it."""
     file = Path(reference)

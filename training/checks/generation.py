@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from checks.data import check_frame_count, check_size
-from checks.files import check_model, check_writable, find_images, find_lora, is_hub_id
+from checks.files import check_model, check_writable, find_images, find_lora, find_videos, is_hub_id
 from common.errors import UserError
 from common.files import slug
 from common.run_folder import LORA_FILE, TRANSFORMER_FOLDER, list_checkpoints
@@ -60,7 +60,12 @@ def _settle_content(content: ContentFlags) -> ContentFlags:
     images = find_images("--image", content.image)
     if images and len(images) != len(prompts):
         raise UserError(f"--image: {len(images)} for {len(prompts)} prompts; pass one for each prompt")
-    return replace(content, prompt=prompts, image=images)
+    controls = find_videos("--control", content.control)
+    if controls and len(controls) != len(prompts):
+        raise UserError(f"--control: {len(controls)} for {len(prompts)} prompts; pass one for each prompt")
+    if content.compute_control and not controls:
+        raise UserError("--compute_control: there is no clip to compute a control from; add --control")
+    return replace(content, prompt=prompts, image=images, control=controls)
 
 
 def _read_prompts(file: str) -> tuple[str, ...]:

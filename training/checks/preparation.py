@@ -16,17 +16,23 @@ def settle_preparation(
     if not preparation.save_latents_and_embeddings:
         for flag, is_given in (
             ("--save_image_latents", preparation.save_image_latents),
+            ("--save_control_latents", preparation.save_control_latents),
             ("--text_encoder_8bit", text_encoder_8bit),
             ("--layout shards", preparation.layout == "shards"),
         ):
             if is_given:
                 raise UserError(f"{flag}: no effect without latents and embeddings; add --save_latents_and_embeddings")
+    for name in ("control_column", "compute_control"):
+        if name in given and not preparation.save_control_latents:
+            raise UserError(f"--{name}: no effect without latents of controls; add --save_control_latents")
     layout = preparation.layout or ("shards" if preparation.save_latents_and_embeddings else "files")
     if layout == "files" and is_url(preparation.output_dir or ""):
         raise UserError(
             f"--output_dir: {preparation.output_dir} takes only shards (--save_latents_and_embeddings, not --layout "
             "files); pass a folder, and copy it"
         )
+    if layout == "files" and preparation.save_control_latents:
+        raise UserError("--save_control_latents: --layout files has no place for them; use shards")
     num_latents = preparation.num_image_latents
     if layout == "files" and num_latents > 1:
         if "num_image_latents" in given:

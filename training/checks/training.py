@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from checks.files import find_images, find_lora
+from checks.files import find_images, find_lora, find_videos
 from cli.schema import flag_values
 from common.errors import UserError
 from common.run_folder import CONFIG_FILE, holds_other_config, list_checkpoints, list_results
@@ -27,7 +27,8 @@ def settle_validation(settings: TrainingSettings) -> TrainingSettings:
     separator = flags.validation_prompt_separator
     if not separator:
         raise UserError("--validation_prompt_separator: the value is empty; pass the text between two prompts")
-    prompts, images = _split(flags.validation_prompt, separator), _split(flags.validation_images, separator)
+    texts = (flags.validation_prompt, flags.validation_images, flags.validation_controls)
+    prompts, images, controls = (_split(text, separator) for text in texts)
     if "" in prompts:
         raise UserError(
             f"--validation_prompt: prompt {prompts.index('') + 1} of {len(prompts)} is empty; prompts are separated "
@@ -38,15 +39,24 @@ def settle_validation(settings: TrainingSettings) -> TrainingSettings:
     uses_captions = bool(asking) and not is_validated and settings.task == "text-to-video"
     if asking and not is_validated and not uses_captions:
         raise UserError(f"--{asking[0]}: nothing to validate; add --validation_prompt or --validation_dataset_file")
-    if settings.task == "image-to-video":
-        if len(images) != len(prompts):
+    for task, what, given in (("image-to-video", "image", images), ("control-to-video", "control", controls)):
+        if settings.task == task and len(given) != len(prompts):
             raise UserError(
-                f"--validation_images: {len(images)} for {len(prompts)} in --validation_prompt; pass one image per "
+                f"--validation_{what}s: {len(given)} for {len(prompts)} in --validation_prompt; pass one {what} per "
                 f"prompt, separated by '{separator}'"
             )
+    if settings.task == "image-to-video":
         images = find_images("--validation_images", images)
+    controls = find_videos("--validation_controls", controls)
     first = is_validated or uses_captions if flags.validate_first is None else flags.validate_first
-    settled = replace(flags, prompts=prompts, images=images, uses_captions=uses_captions, validate_first=first)
+    settled = replace(
+        flags,
+        prompts=prompts,
+        images=images,
+        controls=controls,
+        uses_captions=uses_captions,
+        validate_first=first,
+    )
     return replace(settings, validation=settled)
 
 

@@ -121,7 +121,7 @@ class FlagParser(argparse.ArgumentParser):
         self.epilog = f"--help GROUP shows one group: {', '.join(self._group_names())}"
 
     def _group_names(self) -> list[str]:
-        return [title.split(" (")[0] for title in self.headings]
+        return [title.split(" (")[0] for title, heading in self.headings.items() if heading._group_actions]
 
     def help_on(self, name: str) -> str:
         """Return the help on the flags of one group, by its name or a beginning of it; "" for all."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from math import isclose
 from pathlib import Path
 
 from data.buckets import Bucket, assign_bucket
@@ -24,6 +25,7 @@ class Clip:
     # The part of the file that is the clip: its first frame, and the one after its last (None: up to the end).
     start_frame: int = 0
     end_frame: int | None = None
+    control: Path | None = None  # the video that control-to-video follows, if it is not computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class ClipSample:
     part: int = 0  # index among the samples of a clip that is split
     first_frame: VideoInfo | None = None  # probe result of clip.image, for image-to-video
     num_held: int = 0  # frames at the end that repeat the last one to fill the bucket
+    control: VideoInfo | None = None  # probe result of clip.control
 
     @property
     def shown_fps(self) -> float | None:
@@ -78,8 +81,8 @@ def plan_clips(
     """Choose frames and bucket of every clip, or say why it cannot be used; both in the order of `clips`.
 
     Args:
-        infos: probe results of every video, and of every image if `with_images`, as from `probe_files`; a str is the
-            reason why a file cannot be used.
+        infos: probe results of every video and control, and of every image if `with_images`, as from `probe_files`; a
+            str is the reason why a file cannot be used.
         buckets: as from `make_buckets`.
         skip_start, skip_end: frames to skip at either end of each video.
         fps: frames per second to sample at; None keeps all frames of a clip.
@@ -118,6 +121,7 @@ def plan_clips(
             info = _found(infos[clip.video])
             has_image = with_images and clip.image is not None
             first_frame = _found(infos[clip.image], f"its image {clip.image}: ") if has_image else None
+            control = _fitting_control(clip.control, infos, info) if clip.control else None
             if clip.start_frame or clip.end_frame is not None:
                 info = info.part(clip.start_frame, clip.end_frame)
             readable = info
@@ -132,8 +136,26 @@ def plan_clips(
             bucket = bucket_of(len(indices), info.height, info.width)
             if clip.start_frame:
                 indices = tuple(clip.start_frame + index for index in indices)
-            planned.append(ClipSample(clip, info, bucket, indices, part, first_frame, num_held))
+            planned.append(ClipSample(clip, info, bucket, indices, part, first_frame, num_held, control))
     return planned, bad
+
+
+def _fitting_control(file: Path, infos: Mapping[Path, VideoInfo | str], clip: VideoInfo) -> VideoInfo:
+    """Return the probe result of a control that has the frames, the size and the rate of its clip."""
+    where = f"its control {file}: "
+    control = _found(infos[file], where)
+    for what, own, wanted, fits in (
+        ("frames", control.num_frames, clip.num_frames, control.num_frames == clip.num_frames),
+        ("pixels", *(f"{one.height}x{one.width}" for one in (control, clip)), _size(control) == _size(clip)),
+        ("frames per second", f"{control.fps:g}", f"{clip.fps:g}", isclose(control.fps, clip.fps, rel_tol=0.01)),
+    ):
+        if not fits:
+            raise ValueError(f"{where}has {own} {what}, its clip {wanted}; export it again with those of the clip")
+    return control
+
+
+def _size(info: VideoInfo) -> tuple[int, int]:
+    return info.height, info.width
 
 
 def _found(info: VideoInfo | str, where: str = "") -> VideoInfo:

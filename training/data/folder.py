@@ -7,6 +7,7 @@ import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
@@ -30,9 +31,10 @@ _FEWEST_FRAMES = 5  # fewer numbered pictures may be anything
 
 
 def read_folder(root: Path, captions_file: Path | None = None) -> Table:
-    """Read the videos and still images in a folder and its subfolders, sorted by path: video, caption and image.
+    """Read the videos and still images in a folder and its subfolders, sorted by path.
 
-    `b.png` beside `b.mp4` is that video's first frame. Hidden files, tables and the like are ignored; a warning names
+    The columns are video, caption, image and control. `b.png` beside `b.mp4` is that video's first frame,
+    `b.control.mp4` its control. Hidden files, tables and the like are ignored; a warning names
     other files that cannot be read. Every .txt file needs a clip, except one named like a readme or licence at the top
     level. Numbered frames without captions are one unusable row. Without clips, the UserError says what to pass
     instead. `captions_file` is a table that captions will be written to, possibly in the folder; clips then need no
@@ -67,7 +69,7 @@ def read_folder(root: Path, captions_file: Path | None = None) -> Table:
     if isinstance(root, RemotePath):
         fetch_all(root / file for file in files if _suffix(file) == ".txt")
     rows = _all_rows(root, groups, unread, captions_needed=captions_file is None)
-    return Table(str(root), ("video", "caption", "image"), rows, root)
+    return Table(str(root), ("video", "caption", "image", "control"), rows, root)
 
 
 def _group_files(root: Path, files: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -87,6 +89,7 @@ def _group_files(root: Path, files: Iterable[str]) -> tuple[dict[str, list[str]]
 def _all_rows(
     root: Path, groups: dict[str, list[str]], unread: Mapping[str, list[str]], *, captions_needed: bool
 ) -> Iterator[Row]:
+    controls = {name: groups.pop(f"{name}.control") for name in _with_controls(groups)}
     alone = [files[0] for files in groups.values() if len(files) == 1] if captions_needed else []
     frames = find_frames(alone)
     of_frames = {file for series in frames for file in series}
@@ -96,7 +99,19 @@ def _all_rows(
         yield Row(str(root), {"video": series[0]}, describe_frames(root, series))
     for name, files in groups.items():
         if files[0] not in of_frames:
-            yield from _rows(root, name, files, unread.get(name, ()), captions_needed)
+            for row in _rows(root, name, files, unread.get(name, ()), captions_needed):
+                own = controls.get(name, [None])
+                problem = f"has several controls beside it: {', '.join(own)}" if len(own) > 1 else None
+                yield replace(row, values={**row.values, "control": own[0]}, problem=row.problem or problem)
+
+
+def _with_controls(groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the names of clips that have a control beside them, which has no caption of its own."""
+    return [
+        name
+        for name in groups
+        if (own := groups.get(f"{name}.control")) and not any(_suffix(file) == ".txt" for file in own)
+    ]
 
 
 def visible_files(root: Path) -> Iterator[str]:

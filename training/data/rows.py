@@ -21,6 +21,7 @@ class DataSource:
     video_column: str = "video"  # the column of paths or media, or the text file of paths
     caption_column: str = "caption"
     image_column: str | None = None  # None: "image", "images" or images.txt if it exists
+    control_column: str | None = None  # None reads no controls
     id_token: str | None = None  # added before every caption, with a space
     repeats: float = 1.0  # times that each clip comes in an epoch
     weight: float | None = None  # instead of repeats: share of an epoch's samples, relative to other data sets

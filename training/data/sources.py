@@ -93,6 +93,7 @@ def _open(source: DataSource, captions_file: Path | None) -> tuple[Table, DataSo
             "folder of clips, b.png beside b.mp4 is its first frame"
         )
     columns = {"video_column": "video", "caption_column": "caption", "image_column": "image"}
+    columns |= {"control_column": "control"} if source.control_column else {}
     return table or read_folder(root, captions_file), replace(source, **columns)
 
 
@@ -111,6 +112,8 @@ def _with_columns(source: DataSource, table: Table, caption_needed: bool) -> Dat
     wanted = {source.video_column: "--video_column", source.caption_column: "--caption_column"}
     if source.image_column is not None:
         wanted[source.image_column] = "--image_column"
+    if source.control_column is not None:
+        wanted[source.control_column] = "--control_column, or compute controls with --compute_control"
     if not caption_needed and source.caption_column == DataSource.caption_column:  # a column that was named must exist
         wanted.pop(source.caption_column)
     for column, flag in wanted.items():
@@ -145,15 +148,37 @@ def _clip_of(
         raise UnusableRow("has no caption")
     else:
         caption = ""
-    metadata = _metadata(values, {source.video_column, source.caption_column, source.image_column, ""})
+    metadata = _metadata(
+        values, {source.video_column, source.caption_column, source.image_column, source.control_column, ""}
+    )
     try:
         video = media_file(values.get(source.video_column), folder, media_cache, values.get("fps"), within=within)
         image = first_frame_file(values.get(source.image_column), folder, media_cache, within=within)
-        "".join((caption, str(video), str(image), *metadata, *metadata.values())).encode()
+        control = _control_file(values, source, folder, media_cache, within)
+        "".join((caption, str(video), str(image), str(control), *metadata, *metadata.values())).encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, and file names may be any bytes
         raise UnusableRow("has text that is not valid Unicode, which no list can hold") from error
     part = (_frame_number(values, "start_frame") or 0, _frame_number(values, "end_frame"))
-    return Clip(video, caption, row.source, image, source.repeats, metadata, *part)
+    return Clip(video, caption, row.source, image, source.repeats, metadata, *part, control)
+
+
+def _control_file(
+    values: Mapping[str, Any],
+    source: DataSource,
+    folder: Path | None,
+    media_cache: Path,
+    within: Sequence[Path] | None,
+) -> Path | None:
+    """Find the control like the clip; None if no controls are read."""
+    if source.control_column is None:
+        return None
+    value = values.get(source.control_column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise UnusableRow("has no control clip")
+    try:
+        return media_file(value, folder, media_cache, values.get("fps"), within=within)
+    except UnusableRow as problem:
+        raise UnusableRow(f"its control {problem}") from problem
 
 
 def _frame_number(values: Mapping[str, Any], name: str) -> int | None:

@@ -21,7 +21,9 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | None:
-    """Read videos.txt, prompts.txt and images.txt if it exists: line n of one belongs to line n of the others.
+    """Read videos.txt, prompts.txt, images.txt if it exists, and controls.txt if controls are read.
+
+    Line n of one belongs to line n of the others.
 
     Raises UserError if a file is missing, not UTF-8, or of another length.
 
@@ -31,12 +33,13 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
         captions_needed: require prompts.txt, with a line for each video.
 
     Returns:
-        Columns video, caption and image; None if no column names a file and neither videos.txt nor prompts.txt exists.
-        An empty line in images.txt is for a video without an image.
+        Columns video, caption, image and control; None if no column names a file, and neither videos.txt nor
+        prompts.txt exists. An empty line in images.txt is for a video without an image.
     """
     videos_file = _text_file(source.data_root, source.video_column, "videos.txt")
     prompts_file = _text_file(source.data_root, source.caption_column, "prompts.txt")
     images_file = _text_file(source.data_root, source.image_column or "images.txt", "images.txt")
+    controls_file = _text_file(source.data_root, source.control_column or "controls.txt", "controls.txt")
     is_named = source.video_column.endswith(".txt") or source.caption_column.endswith(".txt")
     if not is_named and not any(map(is_file, (videos_file, prompts_file))):
         return None
@@ -44,27 +47,35 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
         (videos_file, "--video_column", True),
         (prompts_file, "--caption_column", captions_needed or source.caption_column.endswith(".txt")),
         (images_file, "--image_column", source.image_column is not None),
+        (controls_file, "--control_column", source.control_column is not None),
     ):
         if is_needed and not is_file(file):
-            captioner = "; caption_dataset.py writes captions" if file == prompts_file else ""
+            scripts = {prompts_file: "caption_dataset.py writes captions"}
+            scripts[controls_file] = "--compute_control computes controls"
             where = "below --data_root (or pass a --dataset_file)"
-            raise UserError(f"{file} does not exist; {flag} names the file, {where}{captioner}")
+            more = f"; {scripts[file]}" if file in scripts else ""
+            raise UserError(f"{file} does not exist; {flag} names the file, {where}{more}")
     videos = read_lines(videos_file)
     # Blank lines at the end may be for videos without an image, or without a caption if none is needed.
-    prompts, images = (
-        read_lines(file, at_least=0 if complete else len(videos)) if is_file(file) else [""] * len(videos)
-        for file, complete in ((prompts_file, captions_needed), (images_file, False))
+    reads_controls = source.control_column is not None
+    prompts, images, controls = (
+        read_lines(file, at_least=0 if complete else len(videos)) if is_read else [""] * len(videos)
+        for file, complete, is_read in (
+            (prompts_file, captions_needed, is_file(prompts_file)),
+            (images_file, False, is_file(images_file)),
+            (controls_file, False, reads_controls),
+        )
     )
-    for file, lines in ((prompts_file, prompts), (images_file, images)):
+    for file, lines in ((prompts_file, prompts), (images_file, images), (controls_file, controls)):
         if len(lines) != len(videos):
             raise UserError(
                 f"{videos_file} has {len(videos)} lines and {file} has {len(lines)}; line n of one belongs to line n "
                 "of the other, so no caption may have line breaks"
             )
-    names = ("video", "caption", "image")
+    names = ("video", "caption", "image", "control")
     rows = (
         Row(f"{videos_file.name}:{number}", dict(zip(names, lines, strict=True)))
-        for number, lines in enumerate(zip(videos, prompts, images, strict=True), 1)
+        for number, lines in enumerate(zip(videos, prompts, images, controls, strict=True), 1)
     )
     return Table(str(videos_file), names, rows, source.data_root)
 

@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from dataset import Batch, MixedBatch
 from diffusion.latents import pad_latent_frames, sample_latents, sample_uniform, velocity_losses
 from diffusion.positions import rotary_embeddings
-from diffusion.tasks import ImageToVideo, TextToVideo
+from diffusion.task import Task
 from diffusion.timesteps import TimestepSampling
 from models.configs import ModelConfigs
 from models.encoding import encode_videos
@@ -34,7 +34,7 @@ class Noised(NamedTuple):
 class Objective:
     """CogVideoX's training objective on batches of any size; the defaults are as published."""
 
-    task: TextToVideo | ImageToVideo  # adds the conditioning
+    task: Task  # adds the conditioning
     model: torch.nn.Module  # the transformer as wrapped by accelerate, to call
     transformer: CogVideoXTransformer3DModel  # the module inside, for its config
     scheduler: NoiseScheduler  # the model's own noise schedule

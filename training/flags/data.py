@@ -5,13 +5,22 @@ from dataclasses import dataclass
 from cli.schema import flag
 from cli.types import Condition, FilePath, FolderPath, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Probability
 from common.remote import DEFAULT_LIMIT_GB
+from video.controls import KINDS
 from video.frames import LONG_CLIPS
 
 
 DEFAULT_BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 # How raw clips become samples: fixed once they are prepared.
 PREPARED_FLAGS = ("id_token", "video_reshape_mode", "random_flip", "fps", "skip_frames_start", "skip_frames_end")
-PREPARED_FLAGS += ("long_clips", "hold_last_frame", "height_buckets", "width_buckets", "frame_buckets", "keep")
+PREPARED_FLAGS += (
+    "long_clips",
+    "hold_last_frame",
+    "height_buckets",
+    "width_buckets",
+    "frame_buckets",
+    "keep",
+    "compute_control",
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,25 @@ class ClipFlags:
     hold_last_frame: bool = flag(False, "Repeat the last frame of clips too short for all buckets, else bad clips.")
     random_flip: Probability | None = flag(
         None, "Probability of mirroring all frames of a clip. Not with text in clips or left and right in captions."
+    )
+
+
+@dataclass(frozen=True)
+class ControlFlags:
+    """The control videos of clips, for control-to-video."""
+
+    control_column: str | None = flag(
+        None,
+        "Column or text file of control clips (edges, depth, poses, another video): each has the frames, the size and "
+        "the rate of its clip, and is cut, cropped and flipped like it.",
+        shown="control, or controls.txt; in a folder of clips, a.control.mp4 beside a.mp4",
+    )
+    compute_control: str | None = flag(
+        None,
+        "Compute controls from the clips instead: edges, grey values, blurred, or a mosaic of 12 tiles on the shorter "
+        "side. Depth and poses need another model: pass your own control clips.",
+        choices=tuple(KINDS),
+        shown="controls are listed",
     )
 
 

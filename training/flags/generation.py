@@ -7,6 +7,7 @@ from cli.schema import flag
 from cli.types import AnyPath, FilePath, FiniteFloat, FolderPath, NonNegativeInt, PositiveInt, Text
 from common.run_folder import LORA_FILE
 from flags.memory import QUANTIZATIONS, text_encoder_flag
+from video.controls import KINDS
 
 
 DEFAULT_FOLDER = "generated"
@@ -61,6 +62,16 @@ class ContentFlags:
     negative_prompt: Text = flag("", "What the videos should not show.", shown="the empty prompt, as in training")
     image: tuple[str, ...] = flag(
         (), "Image-to-video: a first frame per prompt, path or http(s) URL; cropped to its aspect.", metavar="PATH"
+    )
+    control: tuple[FilePath, ...] = flag(
+        (),
+        "Control-to-video: a control clip per prompt; frames are taken evenly, and cropped to the video's aspect.",
+    )
+    compute_control: str | None = flag(
+        None,
+        "Compute the control from the clips of --control, as the model was trained.",
+        choices=tuple(KINDS),
+        shown="they are controls",
     )
 
 

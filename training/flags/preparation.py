@@ -22,6 +22,9 @@ class PreparationFlags:
     num_image_latents: PositiveInt = flag(
         4, "With --save_image_latents, encode first frames K times with other noise; each step picks one.", metavar="K"
     )
+    save_control_latents: bool = flag(
+        False, "Also write latents of controls, for control-to-video training; see --control_column."
+    )
     layout: str | None = flag(
         None,
         "shards: safetensors files of --shard_size_mb. files: one file per clip and tensor, and a preview of each, as "

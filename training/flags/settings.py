@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from cli.schema import group
 from flags.captions import CaptionFlags, CaptionFrameFlags, CaptionModelFlags
 from flags.conversion import BaseModelFlags, ConvertedFlags, ConvertedOutputFlags, ReductionFlags
-from flags.data import ClipFlags, LoaderFlags, PreparedFlags, SourceFlags
+from flags.data import ClipFlags, ControlFlags, LoaderFlags, PreparedFlags, SourceFlags
 from flags.footage import FootageFlags, SceneFlags
 from flags.generation import ContentFlags, OutputFlags, PlannedVideo, ResultFlags, SamplingFlags, SamplingMemoryFlags
 from flags.memory import MemoryFlags
@@ -31,12 +31,13 @@ from flags.validation import GuidanceFlags, ValidationFlags
 class TrainingSettings:
     """A training script's settings."""
 
-    task: str  # text-to-video, image-to-video
+    task: str  # text-to-video, image-to-video, control-to-video
     method: str  # lora, sft
     given: frozenset[str]  # names of the flags that the user typed or put into the file of --config
     model: ModelFlags = group("model")
     sources: SourceFlags = group("data")
     clips: ClipFlags = group("data")
+    control: ControlFlags = group("data")
     loader: LoaderFlags = group("data")
     prepared: PreparedFlags = group("data")
     validation: ValidationFlags = group("validation")
@@ -63,6 +64,7 @@ class PreparationSettings:
     model: EncoderFlags = group("model")
     sources: SourceFlags = group("data")
     clips: ClipFlags = group("data")
+    control: ControlFlags = group("data")
     loader: LoaderFlags = group("data")
     preparation: PreparationFlags = group("preparation")
     encoding: EncodingFlags = group("memory and speed")

@@ -17,7 +17,12 @@ class ValidationFlags:
         "--validation_dataset_file",
     )
     validation_images: str | None = flag(None, "Image-to-video: a first frame (path, URL) a prompt.", metavar="PATHS")
-    validation_prompt_separator: str = flag(":::", "Text between two prompts or two images.", metavar="TEXT")
+    validation_controls: str | None = flag(
+        None,
+        "Control-to-video: a control clip a prompt; with --compute_control, a clip that its control is computed from.",
+        metavar="PATHS",
+    )
+    validation_prompt_separator: str = flag(":::", "Text between two prompts, images or controls.", metavar="TEXT")
     num_validation_videos: PositiveInt = flag(1, "Videos per prompt, of different noise; each costs a full sampling.")
     validation_steps: PositiveInt | None = flag(None, "Validate every N steps.", shown="only once, when training ends")
     validation_epochs: PositiveInt | None = flag(None, "Validate every N epochs.", shown="only when training ends")
@@ -35,6 +40,7 @@ class ValidationFlags:
     prompts: tuple[str, ...] = ()  # those of --validation_prompt, one by one, or captions
     uses_captions: bool = False  # captions of the training data are the prompts
     images: tuple[str, ...] = ()  # those of --validation_images, one by one
+    controls: tuple[str, ...] = ()  # those of --validation_controls, one by one
 
     @property
     def has_videos(self) -> bool:

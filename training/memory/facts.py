@@ -83,7 +83,7 @@ def model_facts(configs: ModelConfigs, method: Lora | FullFinetune) -> ModelFact
         vae = AutoencoderKLCogVideoX.from_config(configs.vae)
         (replace(method, start_from=None) if isinstance(method, Lora) else method).attach(transformer)
     config = transformer.config
-    sampling_vae = vae if configs.is_image_to_video else vae.decoder  # the part that validation loads
+    sampling_vae = vae if configs.takes_condition else vae.decoder  # the part that validation loads
     return ModelFacts(
         configs=configs,
         parameters=tuple(_parameter_facts(transformer)),

@@ -28,6 +28,7 @@ class FullFinetune:
     save_pipeline: bool = False  # write a complete pipeline at the end, not only the transformer
     weights_dtype: str = "fp32"  # of the trained weights; bf16 needs stochastic rounding
     max_shard_size: str = "10GB"  # of the transformer's files
+    pipeline_class: str = ""  # that samples the result, if it is not that of the base model
 
     def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
         """Return the dtype to load the transformer in: that of the trained weights."""
@@ -78,7 +79,9 @@ class FullFinetune:
         weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
         save_torch_state_dict(weights, partial, filename_pattern=_WEIGHTS, max_shard_size=self.max_shard_size)
         replace_folder(partial, result)
-        return write_pipeline(source, result, folder / PIPELINE_FOLDER) if source and self.save_pipeline else result
+        if not (source and self.save_pipeline):
+            return result
+        return write_pipeline(source, result, folder / PIPELINE_FOLDER, self.pipeline_class)
 
     def load(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
         """Load what `save` wrote; raise a ValueError if the files belong to another transformer."""

@@ -27,6 +27,8 @@ from models.source import ModelSource
 
 logger = logging.getLogger(__name__)
 
+PATCHES = "patch_embed.proj"
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -46,6 +48,7 @@ class Lora:
     adapter: str = "lora"  # lora, lokr, loha; the last two without rsLoRA, DoRA and dropout
     lokr_factor: int = LOKR_FACTOR  # size of the left matrix of a LoKr, as far as it divides the layer's
     quantize_base: str = "none"  # storage of the frozen blocks: int8, fp8, nf4
+    new_inputs: int = 0  # last inputs of the patch embedding, which the task added with zero weights
 
     @classmethod
     def from_flags(cls, flags: LoraFlags, quantize_base: str) -> "Lora":
@@ -88,6 +91,12 @@ class Lora:
         """Refuse missing target modules, a LoRA to start from that does not fit, and a quantization that cannot run
         here, with a UserError; load no weights of the model."""
         check_quantization(self.quantize_base)
+        if self.new_inputs and (self.adapter != "lora" or self.use_dora):
+            flag = "--use_dora" if self.use_dora else f"--adapter {self.adapter}"
+            raise UserError(
+                f"{flag}: the weights of the control's inputs are learned from zero, as a plain LoRA on the patch "
+                "embedding; omit the flag, or start from a control model"
+            )
         with torch.device("meta"):
             transformer = CogVideoXTransformer3DModel.from_config(configs.transformer)
             self._add_adapters(transformer)
@@ -102,6 +111,8 @@ class Lora:
         cast_training_params(transformer, dtype=torch.float32)
         if self.use_dora:
             _set_magnitudes(transformer)
+        if self.new_inputs:
+            _select_inputs(transformer.patch_embed.proj.lora_A["default"].weight.data)
         _keep_frozen_from_ddp(transformer)
         use_layers(transformer)
         if self.start_from is not None:
@@ -113,7 +124,11 @@ class Lora:
                 logger.warning(message, file.path, self.alpha)
 
     def _add_adapters(self, transformer: CogVideoXTransformer3DModel) -> None:
-        modules = _find_modules(transformer, self.target_modules)
+        modules, patterns = _find_modules(transformer, self.target_modules), {}
+        if self.new_inputs:  # of this rank, factors can be any weights of these inputs, at the strength of a weight
+            modules = list(dict.fromkeys([*modules, PATCHES]))
+            alpha = self.new_inputs**0.5 if self.use_rslora else self.new_inputs
+            patterns = {"rank_pattern": {PATCHES: self.new_inputs}, "alpha_pattern": {PATCHES: alpha}}
         if self.adapter == "lokr":
             config = LoKrConfig(
                 r=self.rank, alpha=self.alpha, target_modules=modules, decompose_factor=self.lokr_factor
@@ -128,6 +143,7 @@ class Lora:
                 use_rslora=self.use_rslora,
                 use_dora=self.use_dora,
                 lora_dropout=self.dropout,
+                **patterns,
             )
         transformer.add_adapter(config)
 
@@ -165,6 +181,11 @@ class Lora:
         """Load what `save` wrote into a transformer with the same adapters; raise a ValueError if it has others."""
         load_lora(transformer, read_lora(folder / LORA_FILE))
 
+    @property
+    def title(self) -> str:
+        """The usual spelling of the adapter's name."""
+        return {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}[self.adapter]
+
     def usage(
         self, pipeline_class: str, model_path: str, folder: Path | str, model_changes: Sequence[str] = ()
     ) -> list[str]:
@@ -177,7 +198,7 @@ class Lora:
             *model_changes,
         ]
         if self.adapter != "lora":
-            config = {"lokr": "LoKrConfig", "loha": "LoHaConfig"}[self.adapter]
+            config = f"{self.title}Config"
             return [
                 f"from peft import {config}, set_peft_model_state_dict",
                 *start,
@@ -213,6 +234,12 @@ def _find_modules(transformer: CogVideoXTransformer3DModel, names: Sequence[str]
             f"{', '.join(in_blocks)} in every block, and {', '.join(outside)}"
         )
     return list(names)
+
+
+def _select_inputs(down: torch.Tensor) -> None:
+    """Have the first factor `[rank, inputs...]` select its last inputs, so that the second one is their weights."""
+    rank = down.shape[0]
+    down.view(rank, -1).copy_(torch.eye(rank, down[0].numel()).roll(down[0].numel() - rank, dims=1))
 
 
 def _keep_frozen_from_ddp(transformer: CogVideoXTransformer3DModel) -> None:

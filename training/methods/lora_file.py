@@ -48,7 +48,10 @@ class LoraFile:
         """The strength of its training, alpha / rank, which diffusers applies; None if the file does not say it."""
         if "r" not in self.config:
             return None
-        return self.alpha / self.config["r"] ** (0.5 if self.config.get("use_rslora") else 1)
+        return self.alpha / self._divisor(self.config["r"])
+
+    def _divisor(self, rank: int) -> float:
+        return rank ** (0.5 if self.config.get("use_rslora") else 1)
 
     def factors(self, scale: float = 1.0) -> Iterator[tuple[str, Factors]]:
         """Yield the layers and their exact factors, with a multiple of the strength of the training."""
@@ -57,7 +60,9 @@ class LoraFile:
             layer, part = PART.split(name)
             layers[layer][part] = weight
         for layer, weights in layers.items():
-            yield layer, exact_factors(self.kind, weights, scale * self.strength)
+            rank, alpha = (self.config.get(f"{name}_pattern", {}).get(layer) for name in ("rank", "alpha"))
+            own = self.strength if rank is None else (alpha or self.alpha) / self._divisor(rank)
+            yield layer, exact_factors(self.kind, weights, scale * own)
 
 
 def location(reference: Path | str, cache_dir: str | None = None) -> dict[str, Any]:
@@ -161,9 +166,14 @@ def _flags_needed(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> l
     ours = transformer.peft_config["default"]
     kind = ours.peft_type.value.lower()
     needed = [] if file.kind == kind else [f"--adapter {file.kind}"]
-    ranks = sorted({weight.shape[0] for name, weight in file.weights.items() if ".lora_A." in name})
+    own = ours.rank_pattern  # of layers whose ranks no flag sets
+    weights = {
+        name: one for name, one in file.weights.items() if ".lora_A." in name and PART.split(name)[0] not in own
+    }
+    ranks = sorted({weight.shape[0] for weight in weights.values()})
     ranks = ranks if file.kind == "lora" else [file.config["r"]]
-    if len(ranks) != 1 or file.config.get("rank_pattern") or file.config.get("alpha_pattern"):
+    patterns = (file.config.get("rank_pattern") or {}, file.config.get("alpha_pattern") or {})
+    if len(ranks) != 1 or (file.config and patterns != (own, ours.alpha_pattern)):
         raise UserError(f"--lora_weights: '{file.path}' has layers of different ranks or strengths; omit the flag")
     if ranks != [ours.r]:
         needed.append(f"--rank {ranks[0]}")

@@ -34,12 +34,13 @@ def find_components(source: ModelSource) -> dict[Path, str]:
     return files
 
 
-def write_pipeline(source: ModelSource, transformer: Path, folder: Path) -> Path:
+def write_pipeline(source: ModelSource, transformer: Path, folder: Path, pipeline_class: str = "") -> Path:
     """Write a folder for the pipeline's `from_pretrained`, complete or not at all; replace an earlier one.
 
     Args:
         source: of the other components, which are copied, not loaded.
         transformer: folder of the tuned one, as `save_pretrained` writes it.
+        pipeline_class: the name of another class than that of the source.
     """
     files = find_components(source)
     partial = folder.with_name(f".partial.{folder.name}")
@@ -53,6 +54,9 @@ def write_pipeline(source: ModelSource, transformer: Path, folder: Path) -> Path
                 shards = {name: _without_variant(shard, source.variant) for name, shard in index["weight_map"].items()}
                 text = json.dumps(index | {"weight_map": shards}, indent=2) + "\n"
                 (partial / target).write_text(text, encoding="utf-8")
+            elif target == _INDEX and pipeline_class:
+                index = json.loads(file.read_text(encoding="utf-8")) | {"_class_name": pipeline_class}
+                (partial / target).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             else:
                 shutil.copyfile(file, partial / target)  # follows the symbolic links of a hub cache
         replace_folder(partial, folder)

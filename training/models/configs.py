@@ -23,11 +23,28 @@ class ModelConfigs:
     transformer: dict[str, Any]
     vae: dict[str, Any]
     scheduler: dict[str, Any]
+    pipeline: str = ""  # the class in model_index.json, of a model that takes more than the noisy latents
+
+    @property
+    def takes_condition(self) -> bool:
+        """Whether the transformer takes other latents next to the video latents."""
+        return self.transformer["in_channels"] != self.vae["latent_channels"]
+
+    @property
+    def is_control(self) -> bool:
+        """Whether these are the latents of a control video, which take as many channels as those of an image."""
+        return self.takes_condition and "Control" in self.pipeline
 
     @property
     def is_image_to_video(self) -> bool:
-        """Whether the transformer takes image latents next to the video latents."""
-        return self.transformer["in_channels"] != self.vae["latent_channels"]
+        """Whether these are the latents of an image."""
+        return self.takes_condition and not self.is_control
+
+    @property
+    def patch_inputs(self) -> int:
+        """The inputs of the patch embedding."""
+        patch = self.transformer["patch_size"] ** 2 * (self.transformer["patch_size_t"] or 1)
+        return self.transformer["in_channels"] * patch
 
     @property
     def image_scaling_factor(self) -> float:

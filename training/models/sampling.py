@@ -1,20 +1,22 @@
 """Sample one video, for validation and for the finished model."""
 
+from collections.abc import Sequence
+
 import torch
-from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+from diffusers import CogVideoXFunControlPipeline, CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 
 from data.buckets import Bucket
 
 
-Pipeline = CogVideoXPipeline | CogVideoXImageToVideoPipeline
+Pipeline = CogVideoXPipeline | CogVideoXImageToVideoPipeline | CogVideoXFunControlPipeline
 
 
 def sample_video(
     pipeline: Pipeline,
     prompt_embeds: torch.Tensor,
     negative_prompt_embeds: torch.Tensor | None,
-    image: Image.Image | None,
+    condition: Image.Image | Sequence[Image.Image] | None,
     *,
     size: Bucket,
     num_inference_steps: int,
@@ -28,19 +30,24 @@ def sample_video(
         pipeline: set up on its device; it needs no text encoder.
         prompt_embeds: `[T, D]`, on any device. The pipeline draws its noise in their dtype.
         negative_prompt_embeds: `[T, D]`; None if `guidance_scale` is 1 or less.
-        image: the first frame; None for text-to-video.
+        condition: the first frame, or the frames of the control, which are as many and as large as those of the video;
+            None for text-to-video.
         seed: of a generator on the pipeline's device.
     """
     device, num_frames = pipeline._execution_device, size.num_frames
     negative = None if negative_prompt_embeds is None else negative_prompt_embeds[None].to(device)
+    # The VAE decodes 4, 12, 20, ... frames to three fewer; there are no such controls.
+    options = {"num_frames": num_frames + 1 if num_frames % 8 == 4 else num_frames}
+    if isinstance(pipeline, CogVideoXFunControlPipeline):
+        options = {"control_video": list(condition)}
+    elif condition is not None:
+        options["image"] = condition
     frames = pipeline(
-        **({} if image is None else {"image": image}),
+        **options,
         prompt_embeds=prompt_embeds[None].to(device),
         negative_prompt_embeds=negative,
         height=size.height,
         width=size.width,
-        # The VAE decodes 4, 12, 20, ... frames to three fewer.
-        num_frames=num_frames + 1 if num_frames % 8 == 4 else num_frames,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         use_dynamic_cfg=use_dynamic_cfg,

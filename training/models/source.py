@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from socket import gaierror
@@ -70,7 +70,15 @@ class ModelSource:
                     f"where a {network.__name__} is needed"
                 )
             configs[component] = with_defaults(network, configs[component])
-        return ModelConfigs(**configs)
+        found = ModelConfigs(**configs)
+        return replace(found, pipeline=self._pipeline_class()) if found.takes_condition else found
+
+    def _pipeline_class(self) -> str:
+        """Return the name of the pipeline's class, or "" if the model has no model_index.json."""
+        try:
+            return CogVideoXPipeline.load_config(self.path, **self._where)["_class_name"]
+        except (OSError, KeyError):
+            return ""
 
     def load_scheduler(self) -> NoiseScheduler:
         """Load the noise scheduler, of the class that the model's config names."""

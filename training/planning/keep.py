@@ -77,7 +77,8 @@ def keep_clips(
 def read_scores(table: Path, condition: Condition) -> Scores:
     """Read the columns that a condition names, by the clips' paths, which are relative to the table's folder.
 
-    The UserError names a column that does not exist, with the nearest and all others, or a cell that is no number.
+    The UserError names a column that does not exist, with the nearest and all others, a cell that is no number,
+    or a second row for a clip.
     """
     if not table.is_file():
         what = "is a folder" if table.is_dir() else "does not exist"
@@ -100,7 +101,10 @@ def read_scores(table: Path, condition: Condition) -> Scores:
     for number, row in enumerate(found.rows):
         if row.problem is not None:
             raise UserError(f"--scores: {row.source}: {row.problem}")
-        rows[_key_of(row, table)] = number
+        key = _key_of(row, table)
+        if key in rows:
+            raise UserError(f"--scores: {row.source}: a second row for {key[0]}; remove one of them")
+        rows[key] = number
         digests.append(str(row.values.get("sha256") or ""))
         for name, column in values.items():
             column.append(_number(row.values.get(name), f"{row.source}: its {name}"))

@@ -20,7 +20,7 @@ from data.clips import BadClip, ClipSample, plan_clips
 from data.mix import read_mix, weights_to_repeats
 from data.sources import DataSource, read_clips
 from data.token_budget import BatchSize, TokenBudget
-from flags.data import PREPARED_FLAGS, ClipFlags, SourceFlags
+from flags.data import PREPARED_FLAGS, ClipFlags, ControlFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
 from planning.keep import keep_clips
@@ -75,6 +75,7 @@ class RawData:
                 planned.bucket,
                 planned.clip.caption,
                 planned.clip.repeats,
+                *([planned.control.content] if planned.control else []),
             )
             for planned in self.clips
         )
@@ -137,14 +138,14 @@ def _describe_samples(count: int, lines: Iterable[str]) -> str:
 
 def plan_training_data(settings: TrainingSettings) -> TrainingData:
     """Find the training and held-out clips of the flags; a UserError lists all that are missing or unusable."""
-    sources, with_images = settings.sources, settings.task == "image-to-video"
+    sources, with_images, control = settings.sources, settings.task == "image-to-video", control_flags(settings)
     if settings.prepared.load_tensors:
         data = _read_prepared(data_sources(sources))
     else:
-        data = plan_raw_clips(sources, settings.clips, with_images=with_images)
+        data = plan_raw_clips(sources, settings.clips, with_images=with_images, control=control)
         model = settings.model.pretrained_model_name_or_path
         check_bad_clips(data, sources.on_bad_clip, lambda: advise_early(data, settings, model))
-    held_out = plan_validation_clips(settings, with_images=with_images)
+    held_out = plan_validation_clips(settings, with_images=with_images, control=control)
     if isinstance(data, RawData) and held_out is not None:
         # The loss of clips that are also trained on would not show overfitting.
         trained = {planned.info.sha256 for planned in data.clips}
@@ -155,15 +156,32 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
     return replace(data, held_out=held_out)
 
 
-def plan_raw_clips(flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bool = False) -> RawData:
-    """List the clips, probe them (`with_images`, also their images), and assign them to buckets."""
+def control_flags(settings: TrainingSettings) -> ControlFlags | None:
+    """Return how clips get their controls; computed ones as in the preparation, if the clips are prepared.
+
+    None for other tasks.
+    """
+    if settings.task != "control-to-video":
+        return None
+    if not settings.prepared.load_tensors:
+        return settings.control
+    folders = _prepared_folders(data_sources(settings.sources))
+    kinds = {read_prepared_settings(folder).get("flags", {}).get("compute_control") for folder in folders}
+    return replace(settings.control, compute_control=kinds.pop() if len(kinds) == 1 else None)
+
+
+def plan_raw_clips(
+    flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bool = False, control: ControlFlags | None = None
+) -> RawData:
+    """List the clips, probe them, and assign them to buckets; `with_images` and with `control` with theirs."""
     cache = default_cache_folder()
     buckets = make_buckets(clip_flags.frame_buckets, clip_flags.height_buckets, clip_flags.width_buckets)
-    sources = data_sources(flags)
+    sources = data_sources(flags, control)
     read = [read_clips(source, cache / "media", name_folder=bool(flags.dataset_mix)) for source in sources]
     clips = [clip for of_source, _ in read for clip in of_source]
     files = [clip.video for clip in clips]
     files += [clip.image for clip in clips if with_images and clip.image is not None]
+    files += [clip.control for clip in clips if clip.control is not None]
     infos = probe_files(files, FileCache(cache))
     planned, bad, dropped = [], [], []
     for source, (of_source, unreadable) in zip(sources, read, strict=True):
@@ -185,14 +203,16 @@ def plan_raw_clips(flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bo
     return RawData(_weighted(sources, planned), bad, dropped)
 
 
-def plan_validation_clips(settings: TrainingSettings, *, with_images: bool) -> RawData | None:
+def plan_validation_clips(
+    settings: TrainingSettings, *, with_images: bool, control: ControlFlags | None = None
+) -> RawData | None:
     """Plan the held-out clips of --validation_dataset_file; None without it. A UserError lists all unusable ones.
 
     They are cut and resized like the training clips, but each has one sample: a split clip its first part.
     """
     if settings.validation.validation_dataset_file is None:
         return None
-    data = plan_raw_clips(*validation_data_flags(settings), with_images=with_images)
+    data = plan_raw_clips(*validation_data_flags(settings), with_images=with_images, control=control)
     if data.bad:
         what = f"{len(data.bad)} of {data.num_listed} clips cannot be used; fix or remove them:"
         raise UserError(listing(f"--validation_dataset_file: {what}", data.bad, most=len(data.bad)))
@@ -279,8 +299,12 @@ def advise_early(data: RawData, settings: TrainingSettings | PreparationSettings
         return None
 
 
-def data_sources(flags: SourceFlags) -> list[DataSource]:
-    """Return the data sets that the flags name, and set the size of the cache of those in stores."""
+def data_sources(flags: SourceFlags, control: ControlFlags | None = None) -> list[DataSource]:
+    """Return the data sets that the flags name, and set the size of the cache of those in stores.
+
+    With `control`, they list controls, unless these are computed.
+    """
+    lists_controls = control is not None and control.compute_control is None
     limit_cache(flags.cache_limit_gb)
     source = DataSource(
         data_root=to_path(flags.data_root) if flags.data_root else None,
@@ -293,6 +317,7 @@ def data_sources(flags: SourceFlags) -> list[DataSource]:
         video_column=flags.video_column,
         caption_column=flags.caption_column,
         image_column=flags.image_column,
+        control_column=(control.control_column or "control") if lists_controls else None,
         id_token=flags.id_token,
         keep=flags.keep,
         scores=to_path(flags.scores) if flags.scores else None,

@@ -19,7 +19,7 @@ from common.remote import on_this_machine
 from common.stores import StoreFailure
 from data.clips import BadClip, ClipSample
 from data.sampler import Draw
-from dataset import Batch, ClipDataset, make_loader
+from dataset import LISTED, Batch, ClipDataset, make_loader
 from diffusion.latents import image_noise_scales
 from diffusion.randomness import step_generator
 from flags.preparation import PreparationFlags
@@ -84,6 +84,7 @@ def clip_dataset(settings: PreparationSettings, clips: Sequence[ClipSample]) -> 
         random_flip=settings.clips.random_flip,
         seed=settings.preparation.seed,
         with_images=settings.preparation.save_image_latents,
+        control=(settings.control.compute_control or LISTED) if settings.preparation.save_control_latents else None,
         decode_threads=settings.encoding.num_decode_threads,
     )
 
@@ -173,7 +174,8 @@ def progress_bar(title: str, unit: str, total: int) -> tqdm:
 def encode_batch(
     flags: PreparationFlags, vae: AutoencoderKLCogVideoX, batch: Batch, names: Sequence[str]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Encode a batch to moments, by name: `video_latents` `[2C, F', h, w]`, maybe `image_latents` `[K, 2C, 1, h, w]`.
+    """Encode a batch to moments, by name: `video_latents` `[2C, F', h, w]`, maybe `image_latents` `[K, 2C, 1, h, w]`
+    and `control_latents` `[2C, F', h, w]`.
 
     The image of an image-to-video sample is encoded K times, under noise of different strength: the objective needs
     fresh noise on the pixels at every step, but training must not need the VAE. Each step picks one of the K.
@@ -185,6 +187,10 @@ def encode_batch(
             generator = step_generator(CPU, flags.seed, name)
             scales = image_noise_scales(flags.num_image_latents, generator)
             tensors[name]["image_latents"] = encode_noised_image(vae, image, scales, generator).cpu()
+    if flags.save_control_latents:
+        moments = encode_videos(vae, batch.controls).cpu()
+        for name, control in zip(names, moments, strict=True):
+            tensors[name]["control_latents"] = control
     return tensors
 
 

@@ -31,7 +31,10 @@ from common.text_files import digest_lines
 from common.units import in_bytes
 from data.buckets import Bucket
 from data.clips import ClipSample
-from diffusion.tasks import ImageToVideo, SizeFlags, TextToVideo
+from diffusion.control_to_video import ControlToVideo
+from diffusion.image_to_video import ImageToVideo
+from diffusion.task import SizeFlags
+from diffusion.text_to_video import TextToVideo
 from flags.data import PREPARED_FLAGS
 from flags.model import EncoderFlags
 from flags.settings import PreparationSettings
@@ -163,7 +166,10 @@ def log_plan(settings: PreparationSettings, data: RawData, source: ModelSource, 
     configs = source.configs()
     logger.info("%s", describe_plan(data, settings, source, configs, **sizes))
     task = ImageToVideo(0, False) if configs.is_image_to_video else TextToVideo()
+    if settings.preparation.save_control_latents:
+        task = ControlToVideo()
     try:
+        configs = task.model_configs(configs)
         task.check_model(configs, {sample.bucket for sample in data.clips}, BUCKET_FLAGS)
     except UserError as error:
         logger.warning("warning: training will refuse these sizes: %s", error)
@@ -229,6 +235,8 @@ def name_sample(planned: ClipSample, settings: PreparationSettings) -> Sample:
     if settings.preparation.save_image_latents:
         image = planned.first_frame.content if planned.first_frame and planned.part == 0 else None
         facts += [image, settings.preparation.num_image_latents, settings.preparation.seed]
+    if settings.preparation.save_control_latents:
+        facts.append(settings.control.compute_control or planned.control.content)
     if settings.preparation.layout == "files":
         facts.append(caption_key(clip.caption))
     # For file names and lists: not hidden, on one line, and within 255 bytes.
@@ -258,14 +266,17 @@ def make_layout(
         embed_bytes=embed_bytes(settings, configs),
         shard_bytes=flags.shard_size_mb * 2**20,
         with_images=flags.save_image_latents,
+        with_controls=flags.save_control_latents,
     )
 
 
 def latent_bytes(settings: PreparationSettings, configs: ModelConfigs, bucket: Bucket) -> int:
-    """Return the bytes of a sample's latents, with those of its image."""
+    """Return the bytes of a sample's latents, with those of its image and its control."""
     flags, (frames, height, width) = settings.preparation, bucket.latent_shape
     if flags.save_image_latents:
         frames += flags.num_image_latents if flags.layout == "shards" else 1
+    if flags.save_control_latents:
+        frames += bucket.latent_shape[0]
     return 2 * configs.vae["latent_channels"] * frames * height * width * DTYPES[settings.model.dtype].itemsize
 
 

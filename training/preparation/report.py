@@ -236,6 +236,9 @@ def sheet_rows(settings: PreparationSettings, clips: Sequence[ClipSample]) -> li
             title = f"{planned.bucket} · {planned.clip.video.name}"
             title += f" · part {planned.part + 1}" if planned.part else ""
             rows.append(SheetRow([frames[place].copy() for place in places], title, planned.clip.caption))
+            if batch.controls is not None:
+                control = batch.controls[0].permute(0, 2, 3, 1).numpy()
+                rows.append(SheetRow([control[place].copy() for place in places], "its control", ""))
     return rows
 
 

@@ -5,7 +5,8 @@ A sample becomes an object when it is read; buckets and repeats are arrays. `pre
 | column | content |
 |---|---|
 | name | of the sample, as in its tensors' names |
-| latents, prompt_embeds, image_latents | files of its tensors, below the folder; image latents may be null |
+| latents, prompt_embeds | files of its tensors, below the folder |
+| image_latents, control_latents | likewise; may be null, and older indexes have no column of controls |
 | caption_key | the name of its prompt embedding in the shard; null if each tensor has a file of its own |
 | num_frames, height, width | its bucket |
 | repeats | times that it comes in an epoch |
@@ -48,6 +49,7 @@ TRAINED = pa.schema(  # the columns that training reads
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("repeats", pa.float64()),
+        ("control_latents", _FILE),
     ]
 )
 _ORIGIN = [("caption", _TEXT), ("source", _TEXT), ("clip", _TEXT)]
@@ -69,6 +71,7 @@ class PreparedClip:
     prompt_embeds: StoredTensor  # [226, D]
     image_latents: StoredTensor | None = None  # [K, 2C, 1, H / 8, W / 8], or without K
     repeats: float = 1.0
+    control_latents: StoredTensor | None = None  # [2C, F', H / 8, W / 8]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +124,7 @@ class IndexedFolder:
         (facts,) = self.table.slice(row, 1).to_pylist()
         name, key = facts["name"], facts["caption_key"]
         bucket = Bucket(*(facts[side] for side in Bucket._fields))
-        shape, image = bucket.latent_shape, facts["image_latents"]
+        shape, image, control = bucket.latent_shape, facts["image_latents"], facts["control_latents"]
         images = () if key is None else (None,)  # shards have several encodings of an image
 
         def stored(file: str, tensor: str, *axes: int | None) -> StoredTensor:
@@ -134,6 +137,7 @@ class IndexedFolder:
             stored(facts["prompt_embeds"], f"{key}.prompt_embeds", None, None),
             None if image is None else stored(image, f"{name}.image_latents", *images, None, 1, *shape[1:]),
             self.fixed if self.fixed is not None else facts["repeats"] * self.times,
+            None if control is None else stored(control, f"{name}.control_latents", None, *shape),
         )
 
 
@@ -176,11 +180,10 @@ class PreparedIndex(Sequence[PreparedClip]):
         """How often each sample comes in an epoch, `[N]`."""
         return _join([folder.repeats for folder in self.folders])
 
-    @property
-    def without_images(self) -> list[str]:
-        """The names of the samples that have no image latents."""
-        folders = ((folder.column("name"), folder.column("image_latents")) for folder in self.folders)
-        return [name for names, images in folders for name in names.filter(images.is_null()).to_pylist()]
+    def without(self, tensor: str) -> list[str]:
+        """Return the names of the samples that have no "image_latents" or "control_latents"."""
+        folders = ((folder.column("name"), folder.column(tensor)) for folder in self.folders)
+        return [name for names, files in folders for name in names.filter(files.is_null()).to_pylist()]
 
     @property
     def captions(self) -> pa.Array:
@@ -260,7 +263,10 @@ def write_table(table: pa.Table, file: Path, notes: Mapping[str, Any], staging: 
 
 def _open_table(file: Path, names: Sequence[str]) -> pa.Table:
     with at_hand(file) as local:  # what is mapped stays, even if the cache removes the file
-        return pa.ipc.open_file(pa.memory_map(str(local))).read_all().select(names)
+        table = pa.ipc.open_file(pa.memory_map(str(local))).read_all()
+    for name in {"control_latents"}.difference(table.column_names):  # of an older version
+        table = table.append_column(TRAINED.field(name), pa.nulls(table.num_rows, TRAINED.field(name).type))
+    return table.select(names)
 
 
 def map_table(file: Path, schema: pa.Schema) -> pa.Table:

@@ -38,7 +38,7 @@ from prepared.tensor_files import names_in
 
 logger = logging.getLogger(__name__)
 
-_FILES = ("latents", "prompt_embeds", "image_latents")
+_FILES = ("latents", "prompt_embeds", "image_latents", "control_latents")
 _IN_SHARDS = (("latents", "name", "video_latents"), ("prompt_embeds", "caption_key", "prompt_embeds"))
 _ORIGINAL_FILES = (FILES_INDEX, *LISTS, "video_latents", "image_latents")  # what its samples are found by
 
@@ -47,7 +47,15 @@ Row = dict[str, Any]
 
 
 def sample_in_shards(
-    folder: Path, name: str, latents: Path, embeds: Path, caption_key: str, bucket: Bucket, *, with_images: bool
+    folder: Path,
+    name: str,
+    latents: Path,
+    embeds: Path,
+    caption_key: str,
+    bucket: Bucket,
+    *,
+    with_images: bool,
+    with_controls: bool = False,
 ) -> dict[str, Any]:
     """Return the entry of a sample whose tensors are in these two shards."""
     return {
@@ -56,6 +64,7 @@ def sample_in_shards(
         "prompt_embeds": embeds.relative_to(folder).as_posix(),
         "caption_key": caption_key,
         "with_image": with_images,
+        "with_control": with_controls,
         "metadata": bucket._asdict(),
     }
 
@@ -82,6 +91,7 @@ def row_in_shards(entry: Entry) -> Row:
         "prompt_embeds": _text(entry["prompt_embeds"]),
         "image_latents": latents if entry["with_image"] else None,
         "caption_key": _text(entry["caption_key"]),
+        "control_latents": latents if entry.get("with_control") else None,
         **_facts(entry),
     }
 
@@ -95,6 +105,7 @@ def row_in_files(entry: Entry) -> Row:
         "prompt_embeds": _text(entry["prompt_embed"]),
         "image_latents": _text(image) if image else None,
         "caption_key": None,
+        "control_latents": None,
         **_facts(entry),
     }
 
@@ -166,9 +177,9 @@ def _read_rows(path: Path, to_row: Callable[[Entry], Row], *, skip_damaged: bool
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 if skip_damaged:
                     continue
+                problem = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise UserError(
-                    f"{path}:{number}: not a prepared clip ({type(error).__name__}: {error}); "
-                    "run prepare_dataset.sh again"
+                    f"{path}:{number}: not a prepared clip ({problem}); run prepare_dataset.sh again"
                 ) from error
             yield row
 
@@ -259,7 +270,7 @@ def read_index(folder: Path, *, allow_outside_paths: bool = False) -> PreparedIn
 def _check_rows(index: IndexedFolder) -> None:
     """Check that all samples have the values that training needs, in their ranges."""
     file, keys = index.folder / INDEX_FILE, index.column("caption_key")
-    values = [name for name in TRAINED.names if name not in ("image_latents", "caption_key")]
+    values = [name for name in TRAINED.names if name not in ("image_latents", "control_latents", "caption_key")]
     empty = [name for name in values if index.column(name).null_count]
     empty += ["caption_key"] if keys.null_count not in (0, len(keys)) else []
     empty += [name for name in _FILES if None in index.files(name)]
@@ -311,8 +322,10 @@ def _check_files(index: IndexedFolder) -> dict[str, int]:
                     wanted[file].add(one)
             for file, names in wanted.items():
                 path = index.folder / file
-                found = set() if sizes[file] is None else set(names_in(path))
-                missing += [f"{path} ({one}.{tensor})" for one in names - found]
+                if sizes[file] is None:
+                    missing.append(str(path))
+                else:
+                    missing += [f"{path} ({one}.{tensor})" for one in names.difference(names_in(path))]
             num_bytes |= sizes
     if missing:
         raise UserError(_missing_files(index.folder, sorted(missing)))

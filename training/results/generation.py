@@ -1,7 +1,8 @@
 """Sample the videos of generate.py: load the text encoder, then transformer and VAE, never all at once."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +11,20 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.training_utils import free_memory
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 
 from common.errors import UserError, first_line
 from common.files import atomic_write
 from common.logs import start_logging
 from data.buckets import Bucket
-from diffusion.tasks import ImageToVideo, SizeFlags, TextToVideo
+from diffusion.control_to_video import ControlToVideo
+from diffusion.image_to_video import ImageToVideo
+from diffusion.task import SizeFlags, Task
+from diffusion.text_to_video import TextToVideo
 from flags.generation import BASE, COMPARED, SHEET, PlannedVideo
 from flags.settings import GenerationSettings
+from methods.lora import PATCHES
+from methods.lora_file import read_lora
 from methods.lora_mounting import check_loras, mount_loras
 from models.configs import CPU, DTYPES, ModelConfigs, precision_warning
 from models.encoding import encode_prompts
@@ -25,7 +32,7 @@ from models.quantization import check_quantization
 from models.sampling import Pipeline, sample_video
 from models.source import ModelSource
 from video.contact_sheet import SheetRow, draw_contact_sheet, shown_indices
-from video.images import load_validation_images
+from video.images import load_controls, load_validation_images
 from video.io import read_frames, write_video
 
 
@@ -38,13 +45,14 @@ class Generation:
 
     settings: GenerationSettings
     source: ModelSource  # the base model
-    configs: ModelConfigs  # of the base model
-    task: TextToVideo | ImageToVideo
+    configs: ModelConfigs  # of the base model, with the inputs that the task adds
+    task: Task
     size: Bucket
     fps: int
     device: torch.device
     dtype: torch.dtype
-    images: list[Image.Image] | None  # one for each prompt, of the videos' size; None for text-to-video
+    # First frames or the frames of controls for each prompt, of the videos' size; None for text-to-video
+    conditions: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None
 
     @property
     def is_guided(self) -> bool:
@@ -82,24 +90,35 @@ def settle(settings: GenerationSettings) -> Generation:
     flags = (sampling.num_frames, sampling.height, sampling.width)
     size = Bucket(*(given or default for given, default in zip(flags, native, strict=True)))
     task = choose_task(settings, configs)
+    configs = task.model_configs(configs)
     task.check_model(configs, [size], SizeFlags("--height, --width", "--num_frames"))
     check_quantization(memory.quantize_base)
-    images = None
-    if task.with_images:
+    conditions = None
+    if task.condition == "image":
         # Cropped as in validation; the pipeline would distort images of another aspect ratio.
         loaded = load_validation_images(settings.content.image, "--image")
-        images = [ImageOps.fit(one, (size.width, size.height)) for one in loaded]
+        conditions = [ImageOps.fit(one, (size.width, size.height)) for one in loaded]
+    elif task.condition == "control":
+        conditions = load_controls(settings.content.control, size, settings.content.compute_control, "--control")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == CPU and (memory.enable_model_cpu_offload or memory.enable_sequential_cpu_offload):
         logger.warning("warning: there is no GPU, nothing is offloaded from it")
     fps, dtype = settings.output.fps or configs.native_fps, choose_dtype(memory.dtype, source, device)
-    return Generation(settings, source, configs, task, size, fps, device, dtype, images)
+    return Generation(settings, source, configs, task, size, fps, device, dtype, conditions)
 
 
-def choose_task(settings: GenerationSettings, configs: ModelConfigs) -> TextToVideo | ImageToVideo:
+def choose_task(settings: GenerationSettings, configs: ModelConfigs) -> Task:
     """Return the task of the model's config; raise a UserError if flags or tuned transformer are for another one."""
     ignores_positions = settings.result.ignore_learned_positional_embeddings
     has_positions = configs.transformer["use_learned_positional_embeddings"]
+    if settings.content.control:
+        if settings.content.image:
+            raise UserError(
+                "--image: not together with --control, which no released model takes too; omit one of them"
+            )
+        return choose_control(settings, configs)
+    if trained := (configs.is_control and "the base model") or find_control_result(settings, configs):
+        raise UserError(f"--control: {trained} was trained with controls; pass a control clip for each prompt")
     if settings.result.transformer is not None:
         tuned = read_tuned_config(settings.result.transformer, settings.model.cache_dir, configs)
         ignores_positions |= has_positions and not tuned["use_learned_positional_embeddings"]
@@ -115,6 +134,36 @@ def choose_task(settings: GenerationSettings, configs: ModelConfigs) -> TextToVi
     if ignores_positions:
         raise UserError("--ignore_learned_positional_embeddings: this model has no learned positions; omit the flag")
     return TextToVideo()
+
+
+def choose_control(settings: GenerationSettings, configs: ModelConfigs) -> ControlToVideo:
+    """Return the task of a model or a result of training that takes a control; raise a UserError if there is none."""
+    task, transformer = ControlToVideo(widens=not configs.takes_condition), settings.result.transformer
+    if transformer is not None:
+        read_tuned_config(transformer, settings.model.cache_dir, task.model_configs(configs))
+    elif task.widens and not find_control_result(settings, configs):
+        raise UserError(
+            "--control: nothing here takes a control: neither the model nor a --lora or --transformer; omit it, or "
+            "pass the result of cogvideox_control_to_video_lora.py or cogvideox_control_to_video_sft.py"
+        )
+    return task
+
+
+def find_control_result(settings: GenerationSettings, configs: ModelConfigs) -> str | None:
+    """Return the result, for a text-to-video model, that has weights for the inputs of a control; None without one."""
+    cache_dir, transformer, channels = settings.model.cache_dir, settings.result.transformer, "in_channels"
+    if configs.takes_condition:
+        return None
+    with suppress(OSError, SafetensorError, ValueError):  # reported when results are checked
+        for lora, _ in settings.loras:
+            down = read_lora(lora, cache_dir).weights.get(f"{PATCHES}.lora_A.weight")
+            if down is not None and down[0].numel() == 2 * configs.patch_inputs:
+                return f"'{lora}'"
+        if transformer is not None:
+            where = {"subfolder": "transformer", "cache_dir": cache_dir}
+            config = CogVideoXTransformer3DModel.load_config(transformer, **where)
+            return f"'{transformer}'" if config.get(channels) == 2 * configs.transformer[channels] else None
+    return None
 
 
 def read_tuned_config(transformer: str, cache_dir: str | None, base: ModelConfigs) -> dict[str, object]:
@@ -179,7 +228,7 @@ def sample_all(
             pipeline,
             embeds[video.prompt],
             embeds[settings.content.negative_prompt] if generation.is_guided else None,
-            None if generation.images is None else generation.images[video.number],
+            None if generation.conditions is None else generation.conditions[video.number],
             size=generation.size,
             num_inference_steps=guidance.num_inference_steps,
             guidance_scale=guidance.guidance_scale,
@@ -209,7 +258,7 @@ def load_pipeline(generation: Generation, *, tuned: bool) -> Pipeline:
             slicing=False,  # videos are decoded one at a time
             tiling=memory.enable_tiling,
             device=resting,
-            decoder_only=not generation.task.with_images,
+            decoder_only=generation.task.condition is None,
         ),
         transformer=transformer.eval(),
         scheduler=source.load_scheduler(),
@@ -238,9 +287,13 @@ def compare(video: PlannedVideo, generation: Generation) -> None:
     with atomic_write(video.beside(COMPARED)) as partial:
         write_video(partial, list(np.concatenate([base, tuned], axis=2)), generation.fps)
     indices = shown_indices(size.num_frames)
-    start = [] if generation.images is None else [np.asarray(generation.images[video.number])]
+    condition = None if generation.conditions is None else generation.conditions[video.number]
+    start = [np.asarray(condition)] if isinstance(condition, Image.Image) else []
     columns = [*(["start image"] if start else []), *(f"frame {index + 1}" for index in indices)]
-    rows = [
+    rows = []
+    if condition is not None and not start:
+        rows.append(SheetRow([np.asarray(condition[index]) for index in indices], "control", video.prompt))
+    rows += [
         SheetRow([*start, *frames[indices]], title, video.prompt)
         for frames, title in ((base, f"base model · seed {video.seed}"), (tuned, f"tuned · seed {video.seed}"))
     ]

@@ -17,8 +17,26 @@ from validation.grid import GRID_FILE
 
 # Flags that name local paths, or that the card shows elsewhere.
 _OWN = ("pretrained_model_name_or_path", "data_root", "dataset_file", "dataset_name", "dataset_mix", "output_dir")
-_OWN += ("validation_dataset_file", "validation_images", "validation_prompt", "lora_weights", "logging_dir")
-_OWN += ("resume_from_checkpoint", "cache_dir", "tracker_name", "report_to")
+_OWN += ("validation_dataset_file", "validation_images", "validation_controls", "validation_prompt", "lora_weights")
+_OWN += ("logging_dir", "resume_from_checkpoint", "cache_dir", "tracker_name", "report_to")
+
+
+# Of a task: the pipeline, what loads its condition, the argument for it, the line that loads it.
+_CONDITIONS = {
+    "text-to-video": ("CogVideoXPipeline", "", "", []),
+    "image-to-video": (
+        "CogVideoXImageToVideoPipeline",
+        "load_image",
+        "image=image, ",
+        ['image = load_image("first-frame.png")'],
+    ),
+    "control-to-video": (
+        "CogVideoXFunControlPipeline",
+        "load_video",
+        "control_video=control, ",
+        ['control = load_video("control.mp4")  # as many frames as the video'],
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -26,8 +44,8 @@ class CardFacts:
     """Facts of a run for its card."""
 
     base_model: str  # a hub id or a local folder
-    task: str  # text-to-video, image-to-video
-    is_lora: bool
+    task: str  # text-to-video, image-to-video, control-to-video
+    adapter: str | None  # LoRA, LoKr or LoHa; None after full fine-tuning
     usage: Callable[[str, str], str]  # repository and name of the base model -> code that loads the result
     settings: Mapping[str, object]  # flags that differ from the defaults
     prompts: list[str]  # of the validation videos
@@ -44,13 +62,14 @@ def write_card(folder: Path, repo_id: str, facts: CardFacts) -> None:
         for video in sorted((folder / "validation" / f"step-{facts.last_step}").glob("*.mp4"))
         if (prompt := _prompt_of(video, facts.prompts)) is not None
     ]
+    adapter_tags = [facts.adapter.lower()] if facts.adapter else []
     data = ModelCardData(
         base_model=None if is_local else facts.base_model,
-        base_model_relation=None if is_local else "adapter" if facts.is_lora else "finetune",
+        base_model_relation=None if is_local else "adapter" if facts.adapter else "finetune",
         library_name="diffusers",
         license="other",
-        pipeline_tag=facts.task,
-        tags=[facts.task, *(["lora"] if facts.is_lora else []), "diffusers", "diffusers-training", "cogvideox"],
+        pipeline_tag=facts.task.replace("control", "video"),  # the hub's name
+        tags=[facts.task, *adapter_tags, "diffusers", "diffusers-training", "cogvideox"],
         widget=[{"text": prompt, "output": {"url": url}} for prompt, url in samples] or None,
     )
     base = Path(facts.base_model).resolve().name if is_local else facts.base_model
@@ -59,7 +78,7 @@ def write_card(folder: Path, repo_id: str, facts: CardFacts) -> None:
 
 
 def _body(folder: Path, repo_id: str, base: str, facts: CardFacts, samples: list[tuple[str, str]]) -> str:
-    what = "A LoRA for" if facts.is_lora else "The transformer, fully fine-tuned from"
+    what = f"A {facts.adapter} for" if facts.adapter else "The transformer, fully fine-tuned from"
     parts = [f"# {repo_id}", f"{what} {base} ({facts.task}), made with CogVideoX Factory in {facts.last_step} steps."]
     if samples:
         links = [f"- [{_escaped(prompt)}]({url})" for prompt, url in samples]
@@ -79,21 +98,23 @@ def _body(folder: Path, repo_id: str, base: str, facts: CardFacts, samples: list
 
 def example(facts: CardFacts, base: str, repo_id: str) -> str:
     """Return code that samples a video with the result."""
-    with_image = facts.task == "image-to-video"
-    names = ["CogVideoXImageToVideoPipeline" if with_image else "CogVideoXPipeline"]
-    names += [] if facts.is_lora else ["CogVideoXTransformer3DModel"]
+    pipeline, loader, argument, condition = _CONDITIONS[facts.task]
+    names = [pipeline]
+    names += [] if facts.adapter else ["CogVideoXTransformer3DModel"]
     prompt = facts.prompts[0] if facts.prompts else "A panda plays a guitar"
-    image = ['image = load_image("first-frame.png")'] if with_image else []
-    size = ", ".join(f"{name}={value}" for name, value in facts.size._asdict().items())
+    sizes = facts.size._asdict()
+    if facts.task == "control-to-video":
+        sizes.pop("num_frames")  # those of the control
+    size = ", ".join(f"{name}={value}" for name, value in sizes.items())
     return "\n".join(
         [
             "import torch",
             f"from diffusers import {', '.join(names)}",
-            f"from diffusers.utils import export_to_video{', load_image' if with_image else ''}",
+            f"from diffusers.utils import export_to_video{loader and f', {loader}'}",
             "",
             facts.usage(repo_id, base),
-            *image,
-            f"video = pipe({'image=image, ' if with_image else ''}prompt={prompt!r}, {size}).frames[0]",
+            *condition,
+            f"video = pipe({argument}prompt={prompt!r}, {size}).frames[0]",
             f'export_to_video(video, "video.mp4", fps={facts.fps})',
         ]
     )

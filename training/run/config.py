@@ -76,7 +76,9 @@ def split_flags(settings: TrainingSettings, seed: int) -> tuple[dict[str, object
         "seed": seed,
         "mixed_precision": precision_of(settings.training.mixed_precision),
         "validation_images": settings.validation.validation_prompt_separator.join(settings.validation.images),
+        "validation_controls": settings.validation.validation_prompt_separator.join(settings.validation.controls),
     }
+    values = {name: value for name, value in values.items() if name in names}
     given = {*settings.given, *chosen, "seed", "mixed_precision"}.difference(_NEVER_REPEATED)
     return (
         {name: value for name, value in values.items() if name in given},
@@ -139,7 +141,7 @@ def card_facts(spec: RunSpec, total_steps: int) -> CardFacts:
     return CardFacts(
         base_model=settings.model.pretrained_model_name_or_path,
         task=spec.task.name,
-        is_lora=isinstance(spec.method, Lora),
+        adapter=spec.method.title if isinstance(spec.method, Lora) else None,
         usage=spec.usage,
         settings=repeated,
         prompts=settings.validation.prompts,

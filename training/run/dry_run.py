@@ -35,6 +35,7 @@ from run.recipe import Recipe
 from run.setup import make_dataset, set_up
 from run.spec import RunSpec, check_spec
 from tracking.peak_memory import PeakMemory
+from video.io import write_video
 
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,8 @@ def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | N
 
     If the run validates nothing, the video has the size `sampled`; with None, there is none.
     """
-    prompts, images, size_flags = settings.validation.prompts[:1], settings.validation.images[:1], {}
+    flags, size_flags = settings.validation, {}
+    prompts, images, controls = (one[:1] for one in (flags.prompts, flags.images, flags.controls))
     if sampled and not prompts:
         prompts = ("a trial",)
         size_flags = {"max_num_frames": sampled.num_frames, "height": sampled.height, "width": sampled.width}
@@ -149,6 +151,11 @@ def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | N
             images = (str(folder / "start.png"),)
             with atomic_write(Path(images[0])) as partial:  # by every rank, while others read it
                 Image.new("RGB", (sampled.width, sampled.height), "gray").save(partial)
+        elif settings.task == "control-to-video":
+            controls = (str(folder / "control.mp4"),)
+            with atomic_write(Path(controls[0])) as partial:
+                gray = Image.new("RGB", (sampled.width, sampled.height), "gray")
+                write_video(partial, [gray] * sampled.num_frames, round(settings.clips.fps or 8))
     trial = replace_flags(
         settings,
         **size_flags,
@@ -163,7 +170,7 @@ def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | N
         num_inference_steps=2,
         report_to="none",
     )
-    return replace(trial, validation=replace(trial.validation, prompts=prompts, images=images))
+    return replace(trial, validation=replace(trial.validation, prompts=prompts, images=images, controls=controls))
 
 
 def largest_batch(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from diffusers.training_utils import free_memory
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from common.errors import UserError
 from dataset import Batch
@@ -15,7 +15,8 @@ from planning.plan import PreparedData, TrainingData, validation_data_flags
 from prepared.folder import read_prompt
 from run.spec import RunSpec
 from validation.loss import encode_validation_set
-from video.images import load_validation_images
+from validation.videos import Conditions
+from video.images import load_controls, load_validation_images
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class EncodedInputs:
 
     prompts: PromptCache  # of all captions and prompts
     empty_prompt: torch.Tensor | None  # [226, D], for caption dropout
-    images: list[Image.Image] | None  # first frames of the validation videos; None for text-to-video
+    conditions: Conditions | None  # of the validation videos; None for text-to-video
     vae: AutoencoderKLCogVideoX | None  # stays loaded to encode raw clips; None for prepared data
     held_out: list[Batch]  # this rank's share of the clips whose loss is measured, on the CPU
 
@@ -32,10 +33,7 @@ class EncodedInputs:
 def encode_inputs(spec: RunSpec) -> EncodedInputs:
     """Load text encoder and VAE one after the other, encode, and free them; called on every rank."""
     settings, accelerator, data = spec.settings, spec.accelerator, spec.data
-    images = load_validation_images(settings.validation.images) if spec.task.with_images else None
-    if images is not None and settings.clips.video_reshape_mode != "none":
-        # Cropped like clips; the pipeline would distort images of another aspect ratio.
-        images = [ImageOps.fit(image, (settings.clips.width, settings.clips.height)) for image in images]
+    conditions = load_conditions(spec)
     drops_captions = settings.objective.caption_dropout > 0
     empty_prompt = find_prompt(data, spec.configs, "") if drops_captions else None
     cache, in_8bit = spec.output_dir / "prompt_embeds", settings.memory.text_encoder_8bit
@@ -63,12 +61,28 @@ def encode_inputs(spec: RunSpec) -> EncodedInputs:
             vae or spec.load_vae(accelerator.device),
             prompts,
             reshape_mode=validation_data_flags(settings)[1].video_reshape_mode,
-            with_images=spec.task.with_images,
+            with_images=spec.task.condition == "image",
+            control=spec.controls,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
         free_memory()
-    return EncodedInputs(prompts, empty_prompt, images, vae, held_out)
+    return EncodedInputs(prompts, empty_prompt, conditions, vae, held_out)
+
+
+def load_conditions(spec: RunSpec) -> Conditions | None:
+    """Load the first frames or controls of the validation videos, cropped like clips."""
+    clips, flags = spec.settings.clips, spec.settings.validation
+    if spec.task.condition == "control" and flags.controls:
+        how = {"reshape_mode": clips.video_reshape_mode, "fps": clips.fps, "long_clips": clips.long_clips}
+        return load_controls(flags.controls, spec.sampled_size, spec.task.kind, **how)
+    if spec.task.condition != "image":
+        return None
+    images = load_validation_images(flags.images)
+    if clips.video_reshape_mode == "none":
+        return images
+    # The pipeline would distort images of another aspect ratio.
+    return [ImageOps.fit(image, (clips.width, clips.height)) for image in images]
 
 
 def find_prompt(data: TrainingData, configs: ModelConfigs, prompt: str) -> torch.Tensor | None:

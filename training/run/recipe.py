@@ -9,7 +9,11 @@ import torch
 from common.ranks import precision_of, uses_deepspeed
 from data.buckets import Bucket, count_tokens
 from data.token_budget import BatchSize, TokenBudget
-from diffusion.tasks import ImageToVideo, TextToVideo
+from dataset import LISTED
+from diffusion.control_to_video import ControlToVideo
+from diffusion.image_to_video import ImageToVideo
+from diffusion.task import Task
+from diffusion.text_to_video import TextToVideo
 from flags.settings import TrainingSettings
 from memory.accounting import checkpoint_bytes
 from memory.facts import ModelFacts, model_facts
@@ -18,7 +22,7 @@ from methods.full import FullFinetune
 from methods.lora import Lora
 from models.configs import DTYPES, ModelConfigs
 from models.source import ModelSource
-from planning.plan import TrainingData
+from planning.plan import TrainingData, control_flags
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,12 @@ class Recipe:
     data: TrainingData
 
     @cached_property
-    def task(self) -> TextToVideo | ImageToVideo:
+    def task(self) -> Task:
         """The task of the script."""
         if self.settings.task == "text-to-video":
             return TextToVideo()
+        if self.settings.task == "control-to-video":
+            return ControlToVideo(control_flags(self.settings).compute_control, not self.base_configs.takes_condition)
         flags = self.settings.image
         return ImageToVideo(flags.noised_image_dropout, flags.ignore_learned_positional_embeddings)
 
@@ -40,8 +46,11 @@ class Recipe:
     def method(self) -> Lora | FullFinetune:
         """The method of the script."""
         if self.settings.method == "lora":
-            return Lora.from_flags(self.settings.lora, self.settings.memory.quantize_base)
-        return FullFinetune(self.settings.full.save_pipeline, self.settings.memory.weights_dtype)
+            lora = Lora.from_flags(self.settings.lora, self.settings.memory.quantize_base)
+            return replace(lora, new_inputs=self.configs.patch_inputs - self.base_configs.patch_inputs)
+        is_widened = self.configs is not self.base_configs
+        name = self.task.pipeline_class.__name__ if is_widened else ""
+        return FullFinetune(self.settings.full.save_pipeline, self.settings.memory.weights_dtype, pipeline_class=name)
 
     @cached_property
     def source(self) -> ModelSource:
@@ -50,9 +59,14 @@ class Recipe:
         return ModelSource(model.pretrained_model_name_or_path, model.revision, model.variant, model.cache_dir)
 
     @cached_property
-    def configs(self) -> ModelConfigs:
+    def base_configs(self) -> ModelConfigs:
         """The configs of the base model; raises UserError if they cannot be read."""
         return self.source.configs()
+
+    @cached_property
+    def configs(self) -> ModelConfigs:
+        """The configs of the model to train; raises UserError if the base model is of another task."""
+        return self.task.model_configs(self.base_configs)
 
     @cached_property
     def model_facts(self) -> ModelFacts:
@@ -75,6 +89,11 @@ class Recipe:
         budget = TokenBudget(training.max_tokens_per_batch, partial(count_tokens, self.configs.transformer))
         budget.check(set(self.data.buckets.counts))
         return budget
+
+    @property
+    def controls(self) -> str | None:
+        """The controls of the clips, as for `ClipDataset`."""
+        return (self.task.kind or LISTED) if isinstance(self.task, ControlToVideo) else None
 
     @property
     def precision(self) -> str:

@@ -105,7 +105,7 @@ class Run:
         settings, guidance = spec.settings, spec.settings.guidance
         sampling = ValidationSettings(
             prompts=settings.validation.prompts,
-            images=self.inputs.images,
+            conditions=self.inputs.conditions,
             dtype=spec.dtype,
             num_videos=settings.validation.num_validation_videos,
             height=settings.clips.height,
@@ -136,7 +136,7 @@ class Run:
             tokenizer=None,
             text_encoder=None,
             # Training from prepared data keeps no VAE loaded.
-            vae=self.inputs.vae or spec.load_vae(CPU, decoder_only=not spec.task.with_images),
+            vae=self.inputs.vae or spec.load_vae(CPU, decoder_only=spec.task.condition is None),
             transformer=self.trainable.transformer,
             scheduler=spec.source.load_scheduler(),
         )
@@ -301,10 +301,11 @@ def make_objective(spec: RunSpec, inputs: EncodedInputs, trainable: Trainable) -
 def make_dataset(
     recipe: Recipe, seed: int, prompts: PromptCache | None = None, *, replace_failed: bool
 ) -> ClipDataset | PreparedDataset:
-    """Return the training samples, raw or prepared, with images if the task needs them."""
-    data, flags, with_images = recipe.data, recipe.settings.clips, recipe.task.with_images
+    """Return the training samples, raw or prepared, with the images or controls that the task needs."""
+    data, flags, with_images = recipe.data, recipe.settings.clips, recipe.task.condition == "image"
     if isinstance(data, PreparedData):
-        return PreparedDataset(data.clips, with_images=with_images)
+        with_controls = recipe.task.condition == "control"
+        return PreparedDataset(data.clips, with_images=with_images, with_controls=with_controls)
     return ClipDataset(
         data.clips,
         reshape_mode=flags.video_reshape_mode,
@@ -312,6 +313,7 @@ def make_dataset(
         seed=seed,
         prompts=prompts,
         with_images=with_images,
+        control=recipe.controls,
         replace_failed=replace_failed,
     )
 

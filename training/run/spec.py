@@ -19,7 +19,7 @@ from cli.schema import flag_values
 from common.errors import UserError
 from common.ranks import launch_size, uses_fsdp
 from dataset import check_prepared
-from diffusion.tasks import SizeFlags
+from diffusion.task import SizeFlags
 from flags.optimizer import LOW_BITS
 from memory.settings import memory_settings_of
 from models.attention import check_attention

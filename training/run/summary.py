@@ -69,12 +69,12 @@ def describe_model(configs: ModelConfigs) -> str:
     """Describe the kind of a CogVideoX model."""
     transformer = configs.transformer
     family = "CogVideoX 1.5" if transformer.get("patch_size_t") else "CogVideoX"
-    task = "image-to-video" if configs.is_image_to_video else "text-to-video"
+    task = "control" if configs.is_control else "image" if configs.is_image_to_video else "text"
     positions = "rotary" if transformer["use_rotary_positional_embeddings"] else "sinusoidal"
     if transformer.get("use_learned_positional_embeddings"):
         positions = "learned"
     blocks = f"{transformer['num_layers']} blocks"
-    return f"{family} {task}, {blocks}, {positions} positions, made for {configs.native_size}"
+    return f"{family} {task}-to-video, {blocks}, {positions} positions, made for {configs.native_size}"
 
 
 def describe_method(method: Lora | FullFinetune) -> str:
@@ -82,8 +82,7 @@ def describe_method(method: Lora | FullFinetune) -> str:
     if not isinstance(method, Lora):
         return f"full fine-tuning, weights in {method.weights_dtype}"
     base = "" if method.quantize_base == "none" else f" on a base in {method.quantize_base}"
-    name = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}[method.adapter]
-    return f"{name} of rank {method.rank}, alpha {method.alpha:g}{base}"
+    return f"{method.title} of rank {method.rank}, alpha {method.alpha:g}{base}"
 
 
 def describe_samples(spec: RunSpec) -> str:
@@ -170,6 +169,8 @@ def sample_command(spec: RunSpec, folder: Path) -> list[str]:
     flags |= {"--lora" if settings.method == "lora" else "--transformer": folder}
     flags |= {"--prompt": settings.validation.prompts[0] if size else "YOUR PROMPT"}
     flags |= {"--image": settings.validation.images[0]} if settings.validation.images else {}
+    flags |= {"--control": settings.validation.controls[0]} if settings.validation.controls else {}
+    flags |= {"--compute_control": spec.task.kind} if settings.validation.controls and spec.task.kind else {}
     flags |= {"--height": size.height, "--width": size.width, "--num_frames": size.num_frames} if size else {}
     ignores_positions = settings.method == "lora" and settings.image.ignore_learned_positional_embeddings
     switches = ["--ignore_learned_positional_embeddings"] if ignores_positions else []

@@ -41,6 +41,7 @@ def encode_validation_set(
     *,
     reshape_mode: str,
     with_images: bool,
+    control: str | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> list[Batch]:
@@ -54,10 +55,10 @@ def encode_validation_set(
         vae: on the device to use.
         reshape_mode: how a clip gets its bucket's size, as in `reshape_frames`; not random.
         with_images: also encode the first frames for image-to-video, under fixed noise.
+        control: also encode the controls, as in `ClipDataset`.
     """
-    dataset = ClipDataset(
-        clips, reshape_mode=reshape_mode, random_flip=None, seed=0, prompts=prompts, with_images=with_images
-    )
+    conditions = {"with_images": with_images, "control": control}
+    dataset = ClipDataset(clips, reshape_mode=reshape_mode, random_flip=None, seed=0, prompts=prompts, **conditions)
     batches, failed = [], []
     rounds = math.ceil(len(clips) / world_size)
     share = [number % len(clips) for number in range(rank, rounds * world_size, world_size)]
@@ -79,7 +80,10 @@ def _encode(sample: Batch, vae: AutoencoderKLCogVideoX) -> Batch:
         generator = step_generator(torch.device("cpu"), NOISE_SEED, "image", *sample.names)
         image_moments = encode_noised_image(vae, sample.images[0], image_noise_scales(1, generator), generator).cpu()
     moments = encode_videos(vae, sample.videos).cpu()
-    return replace(sample, videos=None, images=None, video_moments=moments, image_moments=image_moments)
+    encoded = replace(sample, videos=None, images=None, video_moments=moments, image_moments=image_moments)
+    if sample.controls is None:
+        return encoded
+    return replace(encoded, controls=None, control_moments=encode_videos(vae, sample.controls).cpu())
 
 
 def validate_loss(

@@ -32,6 +32,9 @@ from video.io import read_frames, write_video
 
 logger = logging.getLogger(__name__)
 
+# First frames, or the frames of controls.
+Conditions = Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
+
 _SHOWN_SIZE = 360, 240  # largest width and height, in pixels
 
 
@@ -40,7 +43,7 @@ class ValidationSettings:
     """Settings of the videos to sample at each validation. The fixed seed makes validations comparable."""
 
     prompts: list[str]
-    images: list[Image.Image] | None  # first frames, one for each prompt; None for text-to-video
+    conditions: Conditions | None  # one for each prompt; None for text-to-video
     dtype: torch.dtype  # of the pipeline's computation
     num_videos: int  # per prompt
     height: int
@@ -211,7 +214,7 @@ def _sample(pipeline: Pipeline, settings: ValidationSettings, prompts: PromptCac
         pipeline,
         prompts.load(settings.prompts[prompt]).to(settings.dtype),
         prompts.load("").to(settings.dtype) if settings.guidance_scale > 1 else None,
-        None if settings.images is None else settings.images[prompt],
+        None if settings.conditions is None else settings.conditions[prompt],
         size=Bucket(settings.num_frames, settings.height, settings.width),
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
@@ -238,15 +241,19 @@ def _draw_sheet(
     """Draw a row for each video, below its row from before training; None, with a warning, if it fails."""
     indices = shown_indices(settings.num_frames)
     columns = [f"frame {index + 1}" for index in indices]
-    if settings.images is not None:
+    has_images = settings.conditions is not None and isinstance(settings.conditions[0], Image.Image)
+    if has_images:
         columns.insert(0, "start image")
     rows = []
     path = folder / f"step-{step}" / "contact_sheet.png"
     try:
         for video in videos:
-            start = []
-            if settings.images is not None:
-                start.append(np.asarray(settings.images[video.number // settings.num_videos]))
+            start, prompt = [], video.number // settings.num_videos
+            if has_images:
+                start.append(np.asarray(settings.conditions[prompt]))
+            elif settings.conditions is not None and video.number % settings.num_videos == 0:
+                control = [np.asarray(settings.conditions[prompt][index]) for index in indices]
+                rows.append(SheetRow(control, "control", video.prompt))
             before = folder / "step-0" / video.file.name
             if step > 0 and before.is_file():
                 rows.append(SheetRow([*start, *read_frames(before, indices)], "before training", ""))

@@ -1,14 +1,21 @@
-"""Load the first frames of validation videos from disk or the web, before any model."""
+"""Load first frames of validation videos from disk or the web, and their controls from disk, before any model."""
 
 import asyncio
+import random
 from collections.abc import Sequence
 from io import BytesIO
+from pathlib import Path
 
 import httpx
+import torch
 from PIL import Image
 
 from common.errors import UserError, listing
+from video.controls import compute_control
+from video.frames import choose_samples
+from video.io import read_frames, reshape_frames
 from video.media import decode_still_image, read_still_image, reason_of
+from video.probe import probe_video
 
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds for an image, redirects included
@@ -47,6 +54,44 @@ def _load(reference: str) -> Image.Image:
     if still is None:
         raise ValueError("not a still image in PNG, JPEG, WebP, BMP, TIFF or GIF")
     return Image.fromarray(still.pixels)
+
+
+def load_controls(
+    files: Sequence[str],
+    size: tuple[int, int, int],
+    kind: str | None,
+    flag: str = "--validation_controls",
+    *,
+    reshape_mode: str = "center",
+    fps: float | None = None,
+    long_clips: str = "spread",
+) -> list[list[Image.Image]]:
+    """Read a control for each video to sample, cut and cropped like the control of a clip.
+
+    The UserError names the flag and every clip that cannot be read or is too short, with the reason.
+
+    Args:
+        size: frames, height and width of the videos.
+        kind: compute the controls from the clips, as `compute_control` does; None if these are controls.
+        reshape_mode, fps, long_clips: as of clips; a random crop is the middle.
+    """
+    (num_frames, height, width), mode = size, "center" if reshape_mode == "random" else reshape_mode
+    controls: dict[str, list[Image.Image]] = {}
+    problems = []
+    for file in dict.fromkeys(files):
+        try:
+            info = probe_video(Path(file))
+            indices = choose_samples(info, [num_frames], fps=fps, long_clips=long_clips)[0]
+            frames = torch.from_numpy(read_frames(Path(file), indices, seekable=info.seekable)).permute(0, 3, 1, 2)
+            shaped = reshape_frames(frames, height, width, mode, random.Random(0)).permute(0, 2, 3, 1).numpy()
+        except ValueError as error:
+            problems.append(f"'{file}': {reason_of(error).removeprefix(f'{file}: ')}")
+            continue
+        controls[file] = list(map(Image.fromarray, compute_control(shaped, kind) if kind else shaped.copy()))
+    if problems:
+        title = f"{flag}: {len(problems)} of {len(set(files))} cannot be used for videos of {num_frames} frames:"
+        raise UserError(listing(title, problems, most=len(problems)))
+    return [controls[file] for file in files]
 
 
 async def _download(url: str) -> BytesIO:

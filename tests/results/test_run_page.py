@@ -3,11 +3,14 @@
 import re
 from base64 import b64decode
 from pathlib import Path
+from shutil import copy
 
 import numpy as np
 import pytest
 
 from browser import PLAYS, visit
+from common.run_folder import STRENGTHS_FOLDER
+from doc_pages import noted_calls, value_of
 from drawn_runs import CAPTION, PROMPT, noted, write_run
 from results import run_videos
 from results.run_page import choose_steps, render_run, write_run_page
@@ -78,8 +81,23 @@ def test_commands_are_those_of_the_run_with_the_present_name_of_its_folder(tmp_p
     commands = [re.sub(r"<[^>]*>", "", command).replace("&#34;", '"') for command in commands]
     assert f"python train.py --config '{folder}/config.yaml' --output_dir '{folder}'" in commands[0]
     assert f"--lora '{folder}' --prompt" in commands[1] and commands[1].endswith(" --compare")
-    assert f"--lora '{folder}/validation/step-20'" in commands[2]
-    assert commands[3] == f"hf '{folder}'"
+    *sampled, shown = noted_calls(commands[2], tmp_path)
+    places = [(value_of(call, "--lora_scale"), value_of(call, "--output_file")) for call in sampled]
+    assert places == [(scale, f"{folder}/validation/strengths/{scale}.mp4") for scale in ("0.5", "1", "1.5")]
+    assert shown[1:] == [str(folder)]
+    assert f"--lora '{folder}/validation/step-20'" in commands[3]
+    assert commands[4] == f"hf '{folder}'"
+
+
+def test_strengths_that_were_sampled_are_beside_the_base_model(tmp_path):
+    folder = write_run(tmp_path, facts={}, video_steps=(0, 40))
+    (video,) = folder.glob("validation/step-40/*.mp4")
+    (folder / STRENGTHS_FOLDER).mkdir()
+    for name in ("1.5", "0.5", "mine"):
+        copy(video, folder / STRENGTHS_FOLDER / f"{name}.mp4")
+    row = page_of(folder).split("at several strengths of the LoRA</h3>")[1]
+    names = ["base model", "strength 0.5", "strength 1.5"]
+    assert re.findall(r"<figcaption><strong>(.*?)</strong>", row)[:3] == names and "mine" not in row
 
 
 def test_few_steps_are_shown_with_the_first_the_last_and_the_best():

@@ -159,7 +159,7 @@ def line_chart(curves: Sequence[Curve], title: str, x_name: str = "", y_name: st
     (left, right), (low, high) = _ranges(curves)
     x_ticks, y_ticks = _ticks(left, right, is_whole=True), _ticks(low, high)
     longest = max(len(format_number(value)) for value in y_ticks)
-    box = _Box(400, 250, left=14 + 6 * longest, right=388, top=26, bottom=206)
+    box = _Box(400, 250, left=14 + 7 * longest, right=388, top=26, bottom=206)
 
     def place(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         x, y = np.array(points, float).T

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from common.errors import one_line
 from common.files import path_of_script
-from common.run_folder import CONFIG_FILE, NOTES_FILE, REPORT_FILE, VALIDATION_FOLDER
+from common.run_folder import CONFIG_FILE, NOTES_FILE, REPORT_FILE, STRENGTHS_FOLDER, VALIDATION_FOLDER
 from common.units import in_words
 from pages.charts import Curve, line_chart
 from pages.page import Section, render_page, write_page
@@ -32,6 +32,7 @@ from tracking.verdict import smoothed
 _MOST_COLUMNS = 6  # validations of a prompt
 _MOST_WARNINGS = 5  # at the top; the others are in a list
 _RECENT = 3  # validations: a best one before them is not a chance
+_WINDOWS = 20  # of the running mean
 STEPS = "optimizer steps"
 _VERDICTS = {
     "learning": ("good", "It learned."),
@@ -77,10 +78,9 @@ def describe_verdict(record: RunRecord) -> tuple[str, str, str]:
         return "bad", "It did not learn: the training diverged.", f"It ended after {skipped} skipped steps."
     if record.verdict is not None:
         kind, title = _VERDICTS[record.verdict.kind]
-        sentence = record.verdict.sentence
-        best, recent = record.best[0], record.curve("validation_loss")[-_RECENT:]
-        if record.verdict.kind == "learning" and best < recent[0][0]:
-            kind, title = "unsure", f"It learned up to step {best:,}, and no more since."
+        sentence, recent = record.verdict.sentence, record.curve("validation_loss")[-_RECENT:]
+        if record.verdict.kind == "learning" and record.best[0] < recent[0][0]:
+            kind, title = "unsure", f"It learned up to step {record.best[0]:,}, and no more since."
         return kind, title, f"{sentence[:1].upper()}{sentence[1:]}."
     count = min(50, len(losses) // 2)
     if count < 10:
@@ -132,7 +132,7 @@ def loss_curves(record: RunRecord, names: tuple[str, str], colours: tuple[int, i
     validation, losses = record.curve("validation_loss"), record.curve("loss")
     curves = [Curve(names[0], validation, has_dots=True, colour=colours[0])]
     if losses:
-        _, means = smoothed(losses)
+        _, means = smoothed(losses, _WINDOWS)
         mean = list(zip((step for step, _ in losses), means.tolist(), strict=True))
         curves += [Curve(names[1], mean, is_thin=bool(validation), colour=colours[1])]
     return curves
@@ -186,6 +186,12 @@ def _videos(record: RunRecord, page_folder: Path) -> list[Markup]:
             )
             for step in choose_steps(list(files), best)
         ]
+    if rows and record.strengths:
+        title = f"{next(iter(rows))}, at several strengths of the LoRA"
+        base = [ShownVideo("base model", files[0]) for files in list(record.videos.values())[:1] if 0 in files]
+        rows[title] = base + [
+            ShownVideo(f"strength {strength:g}", file) for strength, file in record.strengths.items()
+        ]
     note = "The same noise at each step; the training clip is the one whose caption is nearest to the prompt."
     return [paragraph(note), *video_rows(rows, page_folder)] if rows else []
 
@@ -206,9 +212,17 @@ def _commands(record: RunRecord) -> Iterator[Markup]:
         flags = ["--config", record.folder / CONFIG_FILE, "--output_dir", record.folder]
         yield code(shlex.join([*start, *map(str, flags), "--resume_from_checkpoint", "latest"]))
     best = record.best[0] if record.best else record.step
+    again = shlex.join(["python", path_of_script("compare_runs.py"), str(record.folder)])
     if (sample := record.facts.get("sample")) and record.results:
-        yield paragraph("Sample with the result, beside the base model:")
+        yield paragraph("Sample with the result, as in validation, and compare it with the base model:")
         yield code(_command(record, [*sample, "--compare"]))
+        if "--lora" in sample:
+            file = f"{shlex.quote(str(record.folder / STRENGTHS_FOLDER))}/$strength.mp4"
+            yield paragraph("Sample it at several strengths, and show them on this page:")
+            yield code(
+                f"for strength in 0.5 1 1.5; do\n  {_command(record, sample)} --lora_scale $strength \\\n"
+                f"    --output_file {file} --overwrite\ndone\n{again}"
+            )
         if best != record.step and has_lora(record, best):
             yield paragraph(f"Sample with the weights of step {best:,}, whose validation loss is the lowest:")
             yield code(_command(record, sample, record.folder / VALIDATION_FOLDER / f"step-{best}"))
@@ -216,7 +230,7 @@ def _commands(record: RunRecord) -> Iterator[Markup]:
         yield paragraph("Publish it, without checkpoints and without what names folders of this machine:")
         yield code(_command(record, publish))
     yield paragraph("Make this page again from the files in the folder:")
-    yield code(shlex.join(["python", path_of_script("compare_runs.py"), str(record.folder)]))
+    yield code(again)
 
 
 def _command(record: RunRecord, words: Sequence[str], folder: Path | None = None) -> str:

@@ -22,14 +22,13 @@ from common.run_folder import (
     METRICS_FILE,
     NOTES_FILE,
     RESULTS,
+    STRENGTHS_FOLDER,
     VALIDATION_FOLDER,
-    list_checkpoints,
 )
 from tracking.verdict import Points, Verdict, best_point, judge
 
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
-BETTER_LOSS = 0.01  # share by which the last training losses must be lower to say that something was learned
 _RECENT = 20  # intervals whose speed tells the time left
 
 Row = Mapping[str, Any]
@@ -44,7 +43,7 @@ class RunRecord:
     metrics: Sequence[Row]  # of METRICS_FILE, in the order of steps
     notes: Sequence[Row]  # of NOTES_FILE: {"time", "step"} and "state", "skipped" or "warning"
     videos: Mapping[str, Mapping[int, Path]]  # name of a validation video -> step -> file
-    checkpoints: Sequence[int]  # steps
+    strengths: Mapping[float, Path]  # scale of the LoRA -> a video of the first prompt
     results: Sequence[str]  # names of the trained weights in the folder
     updated: datetime  # when the run logged last
 
@@ -129,7 +128,7 @@ def read_run(folder: Path) -> RunRecord:
         metrics,
         [note for note in read_rows(folder / NOTES_FILE) if _is_time(note.get("time"))],
         _list_videos(folder / VALIDATION_FOLDER, last),
-        [step for step, _ in list_checkpoints(folder)],
+        _list_strengths(folder / STRENGTHS_FOLDER),
         [path.name for name in RESULTS[:3] for path in folder.glob(name)],
         datetime.fromtimestamp(updated).astimezone(),
     )
@@ -161,6 +160,11 @@ def _list_videos(folder: Path, last_step: int) -> dict[str, dict[int, Path]]:
         if step <= last_step:
             videos.setdefault(path.stem, {})[step] = path
     return dict(sorted(videos.items()))
+
+
+def _list_strengths(folder: Path) -> dict[float, Path]:
+    files = (file for file in folder.glob("*.mp4") if re.fullmatch(r"\d+(\.\d+)?", file.stem))
+    return dict(sorted((float(file.stem), file) for file in files))
 
 
 def _read_config(folder: Path) -> Row:

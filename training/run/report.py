@@ -6,7 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class RunReport(GeneralTracker):
         describe: returns the facts of the run.
         trackers: those of the run, which this one joins.
         started: the step that the run starts after; above 0, the notes of an earlier start are continued.
+        is_main: only the report of the main process does anything.
     """
 
     name = "run_report"
@@ -52,16 +53,21 @@ class RunReport(GeneralTracker):
     tracker = None
 
     def __init__(
-        self, folder: Path, describe: Callable[[], Mapping[str, Any]], trackers: list[GeneralTracker], started: int
+        self,
+        folder: Path,
+        describe: Callable[[], Mapping[str, Any]],
+        trackers: list[GeneralTracker],
+        started: int,
+        *,
+        is_main: bool = True,
     ):
         super().__init__()
-        self.folder, self.describe, self.trackers = folder, describe, trackers
+        self.folder, self.describe, self.trackers, self.is_main = folder, describe, trackers, is_main
         self.started, self.notes = started, NoteHandler(folder / NOTES_FILE, started)
         self.next_at, self.has_failed = 0.0, False
 
     def __enter__(self) -> "RunReport":
         self._attempt(self._start)
-        self.trackers.append(self)
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
@@ -93,6 +99,7 @@ class RunReport(GeneralTracker):
             partial.write_text("".join(f"{json.dumps(note)}\n" for note in kept), encoding="utf-8")
         self.notes.write({"state": RUNNING})
         logging.getLogger().addHandler(self.notes)
+        self.trackers.append(self)
         facts = json.dumps(self.describe(), ensure_ascii=False, default=str)
         with atomic_write(self.folder / FACTS_FILE) as partial:
             partial.write_text(f"{without_tokens(facts)}\n", encoding="utf-8", errors="backslashreplace")
@@ -100,7 +107,8 @@ class RunReport(GeneralTracker):
     def _attempt(self, function: Callable[[], object]) -> None:
         """Call a function; its first failure is a warning, because a page must not end a run."""
         try:
-            function()
+            if self.is_main:
+                function()
         except Exception as error:
             if not self.has_failed:
                 self.has_failed = True
@@ -130,19 +138,18 @@ class NoteHandler(logging.Handler):
             file.write(f"{line}\n")
 
 
-def make_report(spec: RunSpec, total_steps: int, summary: Mapping[str, str]) -> AbstractContextManager:
-    """Return the report of a run on the main process; on all others, a `with` statement that does nothing.
+def make_report(spec: RunSpec, total_steps: int, summary: Mapping[str, str]) -> RunReport:
+    """Return the report of a run.
 
     Args:
         summary: what the run trains on what, as from `start_rows`.
     """
-    if not spec.accelerator.is_main_process:
-        return nullcontext()
 
     def describe() -> dict[str, Any]:
         return describe_run(spec, total_steps, summary)
 
-    return RunReport(spec.output_dir, describe, spec.accelerator.trackers, spec.state.step)
+    is_main = spec.accelerator.is_main_process
+    return RunReport(spec.output_dir, describe, spec.accelerator.trackers, spec.state.step, is_main=is_main)
 
 
 def describe_run(spec: RunSpec, total_steps: int, summary: Mapping[str, str]) -> dict[str, Any]:

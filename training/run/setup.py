@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from parallel.sharding import gather_weights
 from planning.plan import PreparedData
 from run.encoded_inputs import EncodedInputs, encode_inputs
 from run.recipe import Recipe
-from run.report import make_report
+from run.report import RunReport, make_report
 from run.spec import RunSpec
 from run.summary import as_table, start_rows
 from run.trainable import Trainable, make_trainable, resume
@@ -65,7 +64,7 @@ class Run:
     result_dtype: torch.dtype
     signals: StopSignals
     memory: PeakMemory
-    report: AbstractContextManager  # writes what happens in it to the run's folder
+    report: RunReport  # writes what happens to the run's folder
 
     def batches_in(self, step: int) -> int:
         """Return the number of batches of each rank in the step after `step` steps."""
@@ -119,7 +118,7 @@ class Run:
             fps=spec.video_fps,
         )
         with temporary_attention(transformer, settings.speed.validation_attention_backend):
-            return validate(
+            failures = validate(
                 spec.accelerator,
                 spec.coordinator,
                 self._make_pipeline,
@@ -129,6 +128,8 @@ class Run:
                 step,
                 lambda: self.signals.received is not None,
             )
+        self.report.update()
+        return failures
 
     def _make_pipeline(self) -> Pipeline:
         spec = self.spec

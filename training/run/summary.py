@@ -163,7 +163,7 @@ def describe_kept_weights(spec: RunSpec) -> str | None:
 
 
 def sample_command(spec: RunSpec, folder: Path) -> list[str]:
-    """Return the words of a command that samples a validation video with the weights in a folder."""
+    """Return the words of a command that samples the first validation video with the weights in a folder."""
     settings, size = spec.settings, spec.sampled_size
     flags: dict[str, object] = {"--model_path": settings.model.pretrained_model_name_or_path}
     flags |= {"--lora" if settings.method == "lora" else "--transformer": folder}
@@ -171,9 +171,14 @@ def sample_command(spec: RunSpec, folder: Path) -> list[str]:
     flags |= {"--image": settings.validation.images[0]} if settings.validation.images else {}
     flags |= {"--control": settings.validation.controls[0]} if settings.validation.controls else {}
     flags |= {"--compute_control": spec.task.kind} if settings.validation.controls and spec.task.kind else {}
-    flags |= {"--height": size.height, "--width": size.width, "--num_frames": size.num_frames} if size else {}
+    if size:
+        flags |= {"--height": size.height, "--width": size.width, "--num_frames": size.num_frames}
+        guidance = settings.guidance
+        flags |= {"--seed": spec.state.seed, "--num_inference_steps": guidance.num_inference_steps}
+        flags["--guidance_scale"] = f"{guidance.guidance_scale:g}"
     ignores_positions = settings.method == "lora" and settings.image.ignore_learned_positional_embeddings
     switches = ["--ignore_learned_positional_embeddings"] if ignores_positions else []
+    switches += ["--use_dynamic_cfg"] if settings.guidance.use_dynamic_cfg else []
     script = path_of_script("generate.py")
     return ["python", script, *switches, *(str(word) for flag in flags.items() for word in flag)]
 

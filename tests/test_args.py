@@ -41,6 +41,7 @@ OFF_IN_TRAINING = """
 UNSET_IN_TRAINING = """
     validation_prompt validation_dataset_file validation_images validation_epochs validation_steps seed
     mixed_precision max_train_steps checkpoints_total_limit checkpoint_minutes resume_from_checkpoint snr_gamma
+    regularization_data_root
     max_tokens_per_batch beta3 memory_budget_gb attention_backend validation_attention_backend hub_token hub_model_id
 """
 OFF_IN_PREPARATION = "save_image_latents dry_run save_latents_and_embeddings use_slicing text_encoder_8bit"
@@ -68,7 +69,7 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
         caption_dropout: 0.0, timestep_sampling: uniform, logit_mean: 0.0, logit_std: 1.0, ema_decay: 0.9999,
         optimizer: adam, beta1: 0.9, beta2: 0.95, weight_decay: 0.0001, epsilon: 0.00000001, max_grad_norm: 1.0,
         checkpoint_scope: block, checkpoint_every: 1, context_parallel_size: 1, logging_dir: logs, logging_steps: 10,
-        nccl_timeout: 600, report_to: tensorboard
+        nccl_timeout: 600, report_to: tensorboard, regularization_weight: 1.0
     }"""),
 }
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import generate
 from clip_lists import write
 from common.run_folder import LORA_FILE
+from data.sources import DataSource, read_clips
 from diffusion.image_to_video import ImageToVideo
 from methods.full import FullFinetune
 from methods.lora import Lora
@@ -330,3 +331,22 @@ def test_a_size_that_the_model_cannot_sample_is_refused(tiny_models, tmp_path, c
     assert message.startswith("error: --num_frames: CogVideoX 1.5 takes 1, 8k or 8k+1 frames, not 12")
     message = error_of(capsys, model, tmp_path / "a.mp4", "--height", 256)
     assert message.startswith("error: --height, --width: this CogVideoX 1.5 model has positions for up to 64x96")
+
+
+def test_a_data_set_of_the_base_model_can_be_trained_on_and_is_continued(base, tmp_path, capsys):
+    folder = tmp_path / "kept"
+    prompts = write(tmp_path / "prompts.txt", "a red circle\na blue square\n")
+    argv = ["--model_path", base, "--prompts_file", prompts, "--as_dataset", "--output_dir", folder]
+    argv += ["--num_inference_steps", 1, *(f"--{name}={value}" for name, value in SIZE.items())]
+    generate.main(list(map(str, argv)))
+    clips, bad = read_clips(DataSource(folder), tmp_path / "cache")
+    assert ([clip.caption for clip in clips], bad) == (["a red circle", "a blue square"], [])
+    made = {clip.video: clip.video.stat().st_mtime_ns for clip in clips}
+    first, second = made
+    content = first.read_bytes()
+    first.unlink()
+    for _ in range(2):  # the second time, nothing is left
+        generate.main(list(map(str, argv)))
+    assert first.read_bytes() == content
+    assert second.stat().st_mtime_ns == made[second]
+    assert f"all videos of {folder} are there already" in capsys.readouterr().err

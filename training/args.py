@@ -14,7 +14,7 @@ from checks.comparison import settle_comparison
 from checks.conversion import settle_conversion
 from checks.data import check_control, check_prepared_flags, check_sources, drop_long_buckets, settle_clips
 from checks.deepspeed import check_zero
-from checks.files import check_files, check_on_disk
+from checks.files import check_data_folder, check_files, check_on_disk
 from checks.footage import check_splitting
 from checks.fsdp import check_fsdp
 from checks.generation import settle_generation
@@ -93,6 +93,7 @@ def _check_training(settings: TrainingSettings) -> TrainingSettings:
     check_details(settings)
     check_tracker(settings.tracking.report_to)
     check_files(settings.model.pretrained_model_name_or_path, settings.sources, settings.training.output_dir)
+    check_data_folder("--regularization_data_root", settings.regularization.regularization_data_root)
     settings = settle_files(settings)
     check_prepared_flags(settings)
     if not settings.training.dry_run:

@@ -152,8 +152,10 @@ class ClipDataset(_Clips):
         if not (batch.failed and self.replace_failed):
             return batch
         logger.warning("warning: a clip that does not decode is replaced by another one: %s", batch.failed[0][1])
+        failed = self.clips[draw.index].clip
         for index in [*range(draw.index + 1, len(self)), *range(draw.index)]:
-            if self.clips[index].bucket == batch.bucket:
+            planned = self.clips[index]
+            if planned.bucket == batch.bucket and planned.clip.regularization == failed.regularization:
                 other = super().__getitem__(Draw(index, draw.epoch))
                 if not other.failed:
                     # With the noise of the failed clip, as this one also has a draw of its own.

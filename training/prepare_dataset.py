@@ -33,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             with_images=flags.save_image_latents,
             control=settings.control if flags.save_control_latents else None,
         )
+        if data.regularization is not None:
+            raise UserError(
+                "--dataset_mix: entries for regularization get a folder of their own; prepare them without "
+                '"regularization": true, and pass the folder to training as --regularization_data_root'
+            )
         if not (settings.preparation.dry_run and data.clips):
             model = settings.model.model_id
             check_bad_clips(data, settings.sources.on_bad_clip, lambda: advise_early(data, settings, model))

@@ -111,4 +111,4 @@ def test_the_samples_between_two_batches_are_those_of_all_ranks(count, ranks, fi
     for sampler in of_ranks:
         sampler.first_batch, sampler.total_batches = first, first + length
         drawn += sum(map(len, sampler))
-    assert {sampler.samples_between(first, first + length) for sampler in of_ranks} == {drawn}
+    assert {sampler.samples_between(first, first + length) for sampler in of_ranks} == {(drawn, 0)}

@@ -93,6 +93,9 @@ SEQUENTIAL = "--enable_sequential_cpu_offload"
         ("--transformer lora", "--transformer", "pass it as --lora"),
         ("--transformer ./nowhere", "--transformer", "no folder './nowhere'"),
         ("--compare", "--compare", "nothing to compare"),
+        ("--as_dataset --overwrite", "--as_dataset", "not with --overwrite"),
+        ("--as_dataset --output_file a.mp4", "--as_dataset", "not with --output_file"),
+        ("--as_dataset --lora lora --compare", "--as_dataset", "not with --compare"),
         (f"--enable_model_cpu_offload {SEQUENTIAL}", SEQUENTIAL, "omit one of them"),
         (f"{SEQUENTIAL} --quantize_base int8", SEQUENTIAL, "not with --q"),
         ("--output_dir there", "--output_dir", "there/00-a-cat-seed-42.mp4 already exists"),
@@ -135,3 +138,19 @@ def test_a_gpu_that_is_too_small_is_told_what_is_left_to_save():
     assert "--enable_model_cpu_offload" in sampling_memory_advice(parse().memory)
     saving = parse("--enable_sequential_cpu_offload", "--text_encoder_8bit").memory
     assert sampling_memory_advice(saving) == ["smaller --height and --width, or fewer --num_frames"]
+
+
+def test_captions_of_a_data_set_are_prompts_each_once():
+    Path("table.csv").write_text("file,text\na.mp4,a cat\nb.mp4,a dog\nc.mp4,a cat\nd.mp4,\n")
+    Path("clips").mkdir()
+    for name in ("a", "b"):
+        Path(f"clips/{name}.mp4").touch()
+        Path(f"clips/{name}.txt").write_text(f"a {name}\n")
+    assert parse("--prompts_file", "table.csv", prompt=False).content.prompt == ("a cat", "a dog")
+    assert parse("--prompts_file", "clips", prompt=False).content.prompt == ("a a", "a b")
+
+
+def test_a_data_set_keeps_the_videos_that_are_there():
+    left = parse("--as_dataset", "--output_dir", "there", "--num_videos", 2).videos
+    assert [video.file.name for video in left] == ["00-a-cat-seed-43.mp4"]
+    assert parse("--as_dataset", "--output_dir", "there").videos == ()

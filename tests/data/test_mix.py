@@ -95,6 +95,8 @@ A_NUMBER = "it must be a number from 0.000001 to 1000000"
         ({"data_root": "a", "max_samples": 2.5}, ": 'max_samples' is 2.5; it must be a whole number above 0"),
         ({"data_root": "a", "dataset_streaming": "y"}, ": 'dataset_streaming' is \"y\"; it must be true or false"),
         ({"data_root": "a", "id_token": None}, ": 'id_token' is null; it must be text"),
+        ({"data_root": "a", "regularization": 1}, ": 'regularization' is 1; it must be true or false"),
+        ({"data_root": "a", "regularization": True, "id_token": "X"}, " has both 'regularization' and 'id_token'"),
         ({"data_root": "a", "weight": 1, "repeats": 1}, " has both 'repeats' and 'weight'"),
         ({"dataset_file": "a.csv", "dataset_name": "b"}, " has both 'dataset_file' and 'dataset_name'"),
         ({"repeats": 2}, " names no data"),
@@ -111,6 +113,7 @@ def test_a_mistake_in_a_mix_is_named_with_its_entry_and_key(tmp_path, entry, mes
         ("[]", "lists no data sets"),
         ("{}", "names no data"),
         ("[1", "not valid JSON"),
+        ('[{"data_root": "z", "regularization": true}]', "all entries are regularization"),
         ('[{"data_root": "z"}, {"data_root": "a", "weight": 1}]', "entry 1 has no weight; either all"),
     ],
 )
@@ -134,3 +137,15 @@ def test_weights_are_the_shares_of_an_epoch_and_every_sample_comes_at_least_once
     total = sum(count * times for count, times in zip(counts, repeats, strict=True))
     for count, weight, times in zip(counts, weights, repeats, strict=True):
         assert count * times / total == pytest.approx(weight / sum(weights))
+
+
+def test_entries_for_regularization_come_last_without_the_id_token(tmp_path):
+    entries = [{"data_root": "kept", "regularization": True, "weight": 2}, {"data_root": "a"}]
+    entries.append({"data_root": "b", "regularization": False})
+    first, second, kept = mix(tmp_path, entries)
+    assert [first.data_root.name, second.data_root.name, kept.data_root.name] == ["a", "b", "kept"]
+    assert [source.regularization for source in (first, second, kept)] == [False, False, True]
+    assert [source.id_token for source in (first, second, kept)] == ["X", "X", None]
+    # Their weights are relative to one another.
+    others = [replace(kept, weight=8.0), replace(first, weight=1.0)]
+    assert weights_to_repeats([kept, *others], [1, 2, 5]) == [1, 2, 1]

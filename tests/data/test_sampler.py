@@ -246,3 +246,46 @@ def test_buckets_are_mixed_over_the_epoch_and_frequent_samples_with_the_others()
     often = [sum(index < 100 for index in batch) for batch in indices(sampler, 0)]
     assert len(often) == 100
     assert sum(0 < number < 8 for number in often) > 95
+
+
+@given(repeated_samples, repeated_samples, batch_sizes, worlds, seeds, st.integers(0, 5))
+def test_regularization_has_batches_of_its_own_and_as_many_samples(samples, kept, size, world, seed, epoch):
+    buckets, repeats = zip(*samples, *kept, strict=True)
+    is_kept = np.arange(len(buckets)) >= len(samples)
+    options = {"seed": seed, "repeats": repeats, "regularization": is_kept}
+    ranks = every_rank(buckets, size, world, **options)
+    steps = zip(*(indices(sampler, epoch) for sampler in ranks), strict=True)
+    drawn = [batch for step in steps for batch in step][: ranks[0].num_batches]
+    assert drawn == indices(BucketBatchSampler(buckets, size, **options), epoch)  # on any number of ranks
+
+    kinds = [{bool(is_kept[index]) for index in batch} for batch in drawn]
+    assert all(len(kind) == 1 for kind in kinds)
+    trained, regular = ([b for b, kind in zip(drawn, kinds, strict=True) if kind == {of}] for of in (False, True))
+    assert len({buckets[index] for batch in regular for index in batch}) == len({bucket for bucket, _ in kept})
+    # Each of its groups, of a bucket and repeats, is rounded to samples, and has at least one.
+    total = sum(map(len, trained))
+    assert total - len(set(kept)) <= sum(map(len, regular)) <= total + len(set(kept))
+    # What is trained on comes in the order that it has without regularization.
+    own = BucketBatchSampler(buckets[: len(samples)], size, seed=seed, repeats=repeats[: len(samples)])
+    assert trained == indices(own, epoch)
+    # Evenly spaced: no part of the epoch has more than its share, to a batch.
+    share = len(regular) / len(drawn)
+    assert all(abs(sum(k == {True} for k in kinds[:end]) - share * end) <= 1 for end in range(len(drawn)))
+
+
+def test_as_many_batches_of_both_kinds_alternate_and_the_regularization_takes_turns():
+    is_kept = np.arange(4 + 10) >= 4
+    sampler = BucketBatchSampler([SMALL] * 14, 2, seed=0, regularization=is_kept)
+    epochs = [indices(sampler, epoch) for epoch in range(5)]
+    assert {tuple(bool(is_kept[batch[0]]) for batch in batches) for batches in epochs} == {(False, True) * 2}
+    assert sampler.samples_between(0, 3) == (4, 2)
+    drawn = Counter(index for batches in epochs for batch in batches for index in batch if index >= 4)
+    assert drawn == dict.fromkeys(range(4, 14), 2)
+
+
+@given(repeated_samples, repeated_samples, batch_sizes, seeds, st.integers(0, 40), st.integers(0, 40))
+def test_a_resumed_stream_with_regularization_is_the_rest_of_it(samples, kept, size, seed, first, total):
+    buckets, repeats = zip(*samples, *kept, strict=True)
+    options = {"seed": seed, "repeats": repeats, "regularization": np.arange(len(buckets)) >= len(samples)}
+    full = stream(BucketBatchSampler(buckets, size, **options), 0, total)
+    assert stream(BucketBatchSampler(buckets, size, **options), first, total) == full[first:]

@@ -62,9 +62,19 @@ def test_epochs_have_equally_many_batches_and_samples_in_other_ones():
 def test_the_largest_batch_is_known():
     sampler = BucketBatchSampler([LARGE] * 2 + [MEDIUM] + [SMALL] * 12, BUDGET, seed=0)
     assert sampler.largest_batch(cost=prod) == {LARGE: 1, MEDIUM: 1, SMALL: 1}
-    assert sampler.batches_of == {SMALL: 3, MEDIUM: 1, LARGE: 2}
+    (training,) = sampler.kinds
+    assert training.batches_of == {SMALL: 3, MEDIUM: 1, LARGE: 2}
 
 
 def test_a_sample_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match=r"--max_tokens_per_batch 50: too few .*\n.*49x64x64: 60 tokens"):
         TokenBudget(50, BUDGET.tokens_of).check({SMALL, LARGE})
+
+
+def test_a_budget_is_not_shared_with_regularization():
+    is_kept = np.arange(20) >= 10
+    sampler = BucketBatchSampler([SMALL, LARGE] * 10, BUDGET, seed=0, regularization=is_kept)
+    sampler.total_batches = 2 * sampler.batches_per_epoch
+    drawn = list(sampler)
+    assert {len({bool(is_kept[draw.index]) for draw in batch}) for batch in drawn} == {1}
+    assert max(len({draw.index % 2 for draw in batch}) for batch in drawn) == 2  # of several sizes

@@ -61,7 +61,7 @@ class Workplace:
         make_demo_clips(folder / "try/clips")
         tensors = {"video_latents": torch.zeros(1), "prompt_embeds": torch.zeros(1)}
         write_prepared(folder / "my-prepared", {"rabbit": tensors, "street": tensors}, Bucket(49, 480, 720))
-        for name in ("my-clips", "try/model", "disney", "prepared"):
+        for name in ("my-clips", "try/model", "disney", "prepared", "try/kept", "my-kept", "my-kept-prepared"):
             (folder / name).mkdir(parents=True)
         (folder / "try/model/model_index.json").touch()
 

@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import json
+import pickle
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +31,7 @@ from planning.plan import (
     report_skipped,
     validation_data_flags,
 )
+from planning.report import plan_table
 from prepared_folders import index_of, write_prepared
 from video.probe import VideoInfo
 
@@ -390,3 +393,78 @@ def test_prepared_samples_are_counted_by_bucket():
     first, second = describe_plan(PreparedData(clips, []), None, None, model, batch_size=1).splitlines()
     assert first == f"17x64x96: 2 prepared samples of {226 + 5 * 4 * 6} tokens"
     assert second == f"49x64x96: 1 prepared samples of {226 + 13 * 4 * 6} tokens"
+
+
+@pytest.fixture
+def kept(demo_clips, tmp_path) -> Path:
+    """A folder of two clips without the id token."""
+    (tmp_path / "kept").mkdir()
+    for number, path in enumerate(sorted((demo_clips / "videos").iterdir())[-2:]):
+        (tmp_path / f"kept/{number}.mp4").symlink_to(path)
+        (tmp_path / f"kept/{number}.txt").write_text(f"kept {number}")
+    return tmp_path / "kept"
+
+
+def plan_with_kept(data: Path, kept: Path, *flags: object) -> RawData:
+    places = ["--data_root", data, "--dataset_file", data / "table.jsonl", "--regularization_data_root", kept]
+    flags = [*places, *SIZE, "--caption_column", "caption", "--on_bad_clip", "skip", "--allow_outside_paths", *flags]
+    return plan_training_data(training(data.parent / "out", *flags))
+
+
+def test_regularization_clips_follow_without_the_id_token_and_are_planned_apart(data, kept):
+    found = plan_with_kept(data, kept, "--id_token", "BW")
+    assert found.captions == ["BW one", "BW two", "BW three", "kept 0", "kept 1"]
+    assert found.regularization.tolist() == [False, False, False, True, True]
+    assert found.trained.captions == found.captions[:3]
+    rows = table_of(found, id_token="BW")
+    assert [row.split()[:2] for row in rows[1:3]] == [["17x64x96", "3"], ["17x64x96", "regularization"]]
+    assert rows[3] == "an epoch is 6 samples in 4 batches of up to 2"
+    assert rows[4] == "3 samples of an epoch are regularization, from 2, in 2 batches of their own"
+    assert not any("for regularization with" in row for row in rows)
+    (kept / "1.txt").write_text("BW kept")
+    lines = table_of(plan_with_kept(data, kept, "--id_token", "BW"), id_token="BW")
+    assert any(line.startswith("1 caption for regularization with BW in it") for line in lines)
+
+
+def table_of(found: RawData, **options) -> list[str]:
+    facts = {"batch_size": 2, "tokens_of": lambda bucket: 300, "model_fps": 8.0}
+    return str(plan_table(found.clips, **facts, **options)).splitlines()
+
+
+def test_a_run_with_regularization_is_another_run(data, kept):
+    with_kept = plan_with_kept(data, kept)
+    trained = [replace(one, clip=replace(one.clip, regularization=False)) for one in with_kept.clips]
+    assert RawData(trained).fingerprint != with_kept.fingerprint == RawData(with_kept.clips).fingerprint
+
+
+def test_a_kind_of_which_no_clip_can_be_used_is_refused(data, kept, tmp_path):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "a.mp4").write_bytes(bytes(100))
+    (bad / "a.txt").write_text("a")
+    with pytest.raises(UserError, match=r"no clip for regularization \(--regularization_data_root\) can be used"):
+        plan_with_kept(data, bad)
+    write_table(data / "table.jsonl", [{"video": "missing.mp4", "caption": "a"}])
+    with pytest.raises(UserError, match="no clip to train on can be used"):
+        plan_with_kept(data, kept)
+
+
+def test_prepared_regularization_is_joined_unless_it_has_an_id_token(tmp_path):
+    tensors = {"video_latents": torch.zeros(1), "prompt_embeds": torch.zeros(1)}
+    for name in ("a", "b"):
+        write_prepared(tmp_path / name, {f"{name}-1": tensors, f"{name}-2": tensors}, Bucket(17, 64, 96))
+    flags = ["--data_root", tmp_path / "a", "--regularization_data_root", tmp_path / "b", "--load_tensors"]
+    settings = training(tmp_path / "out", *flags)
+    found = plan_training_data(settings)
+    assert found.regularization.tolist() == pickle.loads(pickle.dumps(found.clips)).regularization.tolist()
+    assert found.regularization.tolist() == [False, False, True, True]
+    assert [clip.name for clip in found.trained.clips] == ["a-1", "a-2"]
+    assert found.trained.folders == [tmp_path / "a"]
+    apart = [replace(folder, regularization=False) for folder in found.clips.folders]
+    assert replace(found, clips=type(found.clips)(apart)).fingerprint != found.fingerprint
+    configs = SimpleNamespace(transformer={"max_text_seq_length": 226, "patch_size": 2, "patch_size_t": None})
+    plan_text = describe_plan(found, settings, None, configs, batch_size=1)
+    assert plan_text.endswith("2 samples of an epoch are regularization, from 2, in 2 batches of their own")
+    (tmp_path / "b/prepared.json").write_text(json.dumps({"flags": {"id_token": "BW"}}))
+    with pytest.raises(UserError, match=r"--regularization_data_root: .*b was prepared with --id_token BW"):
+        plan_training_data(settings)

@@ -11,7 +11,7 @@ from forward_pass import COGVIDEOX_5B
 from parallel.coordinator import Coordinator
 from tracking.bad_steps import StepGuard
 from tracking.peak_memory import PeakMemory
-from tracking.progress import StepLog, in_words
+from tracking.progress import KeptPart, StepLog, in_words
 from tracking.throughput import Throughput
 
 
@@ -94,3 +94,17 @@ def test_the_bar_fits_120_columns_and_a_resumed_one_counts_only_its_own_steps(ma
 )
 def test_durations_are_formatted_for_people(seconds, words):
     assert in_words(seconds) == words
+
+
+def test_the_loss_of_regularization_is_logged_apart_and_without_its_weight(make_log):
+    """Two samples of each kind of losses 1 and 3, and steps of one kind, with a weight of 0.5."""
+    log, curves = make_log(first_step=0, total_steps=3, interval=3), Curves()
+    log.accelerator.trackers = [curves]
+    with log.throughput.phase("forward"):
+        log.throughput.count(Bucket(49, 480, 720), samples=3)
+    for total, apart, share in ((1.25, 0.75, 0.5), (1.5, 1.5, 1.0), (1.0, 0.0, 0.0)):
+        log.add(torch.tensor(total), torch.tensor(1.0), 0.1, kept=KeptPart(torch.tensor(apart), share, 0.5))
+    losses = [{name: values[name] for name in values if name.endswith("loss")} for values in curves.logged.values()]
+    assert losses == [{"loss": 1.0, "regularization_loss": 3.0}, {"regularization_loss": 3.0}, {"loss": 1.0}]
+    assert "loss=1.0000, regularization_loss=3.0000, lr" in log.bar.postfix
+    assert log.losses == [1.0, 1.0]

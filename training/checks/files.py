@@ -39,11 +39,16 @@ def check_files(
         check_writable(output_dir)
 
 
+def check_data_folder(flag: str, folder: str | None) -> None:
+    """Check that a folder of clips exists, if it is not a URL."""
+    if folder is not None and not is_url(folder) and not os.path.isdir(folder):
+        raise UserError(f"{flag}: no folder '{folder}'; pass the folder of your clips")
+
+
 def check_data(sources: SourceFlags) -> None:
     """Check that the folder and table of clips exist, if they are not URLs."""
     data_root, dataset_file = sources.data_root, sources.dataset_file
-    if data_root is not None and not is_url(data_root) and not os.path.isdir(data_root):
-        raise UserError(f"--data_root: no folder '{data_root}'; pass the folder of your clips")
+    check_data_folder("--data_root", data_root)
     if dataset_file is not None and not is_url(dataset_file) and not os.path.isfile(dataset_file):
         inside = os.path.join(data_root or "", dataset_file)
         advice = f"did you mean '{inside}'?" if os.path.isfile(inside) else "pass the path of a table of clips"

@@ -4,13 +4,15 @@ Each raises `UserError` with one line that names the flag and what to do.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 from checks.data import check_frame_count, check_size
 from checks.files import check_model, check_writable, find_images, find_lora, find_videos, is_hub_id
-from common.errors import UserError
+from cli.types import TABLE_SUFFIXES
+from common.errors import UserError, one_line
 from common.files import slug
 from common.run_folder import LORA_FILE, TRANSFORMER_FOLDER, list_checkpoints
 from flags.conversion import ConvertedFlags
@@ -69,15 +71,33 @@ def _settle_content(content: ContentFlags) -> ContentFlags:
 
 
 def _read_prompts(file: str) -> tuple[str, ...]:
-    from common.text_files import read_lines
-
     try:
-        prompts = tuple(line for line in read_lines(Path(file)) if line)
+        prompts = _read_lines_or_captions(Path(file))
     except UserError as error:
         raise UserError(f"--prompts_file: {error}") from error
     if not prompts:
         raise UserError(f"--prompts_file: '{file}' is empty; write a prompt on each line")
     return prompts
+
+
+def _read_lines_or_captions(place: Path) -> tuple[str, ...]:
+    """Return the lines of a text file; of a folder of clips or a table, the captions, each once."""
+    from common.remote import default_cache_folder
+    from common.text_files import read_lines
+    from data.sources import DataSource, read_clips
+    from data.tables import read_table
+
+    if place.is_dir():
+        clips, _ = read_clips(DataSource(place), default_cache_folder() / "media")
+        return tuple(dict.fromkeys(clip.caption for clip in clips))
+    if place.suffix.lower() not in TABLE_SUFFIXES:
+        return tuple(line for line in read_lines(place) if line)
+    table = read_table(place, DataSource(None))
+    column = next((name for name in ("caption", "text") if name in table.names), None)
+    if column is None:
+        raise UserError(f"{place} has no column caption or text, but {', '.join(map(one_line, table.names))}")
+    captions = (str(row.values.get(column) or "").strip() for row in table.rows)
+    return tuple(dict.fromkeys(filter(None, captions)))
 
 
 def _check_sampling(sampling: SamplingFlags) -> None:
@@ -161,12 +181,27 @@ def _plan_videos(settings: GenerationSettings) -> tuple[PlannedVideo, ...]:
         files += [video.beside(ending) for video in videos for ending in (BASE, COMPARED, SHEET)]
     flag = "--output_file" if output.output_file else "--output_dir"
     there = [file for file in files if os.path.lexists(file)]
+    if output.as_dataset:
+        return _plan_dataset(settings, videos)
     if there and not output.overwrite:
         raise UserError(f"{flag}: {there[0]} already exists; choose another place, or add --overwrite")
     if folders := [file for file in there if file.is_dir()]:
         raise UserError(f"{flag}: {folders[0]} is a folder, which a video cannot overwrite; choose another place")
     check_writable(str(videos[0].file.parent), flag)
     return tuple(videos)
+
+
+def _plan_dataset(settings: GenerationSettings, videos: Sequence[PlannedVideo]) -> tuple[PlannedVideo, ...]:
+    """Return the videos of a data set that are still to be sampled."""
+    for is_set, flag, reason in (
+        (settings.output.output_file, "--output_file", "a data set is a folder"),
+        (settings.output.overwrite, "--overwrite", "existing videos are kept"),
+        (settings.result.compare, "--compare", "the pairs would become clips"),
+    ):
+        if is_set:
+            raise UserError(f"--as_dataset: not with {flag}, because {reason}; omit one of them")
+    check_writable(str(videos[0].file.parent), "--output_dir")
+    return tuple(video for video in videos if not video.file.exists())
 
 
 def _name(number: int, prompt: str, seed: int) -> str:

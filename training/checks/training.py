@@ -118,6 +118,11 @@ def check_details(settings: TrainingSettings) -> None:
             raise UserError(f"--{name}: not available for --adapter {adapter}; omit one of them")
     if "lokr_factor" in settings.given and adapter != "lokr":
         raise UserError(f"--lokr_factor: no effect on --adapter {adapter}; add --adapter lokr or omit it")
+    flags = settings.regularization
+    if "regularization_weight" in settings.given and not (
+        flags.regularization_data_root or settings.sources.dataset_mix
+    ):
+        raise UserError("--regularization_weight: no effect without --regularization_data_root; add it or omit this")
     for name in ("hub_token", "hub_model_id"):
         if getattr(settings.hub, name) and not settings.hub.push_to_hub:
             raise UserError(f"--{name}: nothing would be uploaded; add --push_to_hub or omit it")

@@ -26,6 +26,7 @@ class Clip:
     start_frame: int = 0
     end_frame: int | None = None
     control: Path | None = None  # the video that control-to-video follows, if it is not computed
+    regularization: bool = False  # what the model should keep doing, drawn in batches of its own
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ _PATH_KEYS = (*_DATA_KEYS, "scores")
 def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
     """Read the data sets of a --dataset_mix file, one per entry, with absolute paths; a bad entry is a `UserError`.
 
+    Those for regularization come last, and have no id token.
+
     Args:
         file: JSON, an array of objects whose keys are fields of `DataSource`. Relative paths start from the file's own
             folder, ~/ is the home folder. A `dataset_file` may also be in its `data_root`. Paths must stay below the
@@ -36,13 +38,29 @@ def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
         _check_entry(f"--dataset_mix {file}, entry {number}", entry)
     if not defaults.allow_outside_paths:
         _check_places(file, entries)
-    weighted = ["weight" in entry for entry in entries]
-    if len(set(weighted)) == 2:
-        number = weighted.index(False) + 1
-        raise UserError(f"--dataset_mix {file}, entry {number} has no weight; either all entries have one, or none")
+    training, regularization = partition(entries)
+    for of_kind in (training, regularization):
+        without = [entry for entry in of_kind if "weight" not in entry]
+        if 0 < len(without) < len(of_kind):
+            number = entries.index(without[0]) + 1
+            raise UserError(
+                f"--dataset_mix {file}, entry {number} has no weight; either all entries have one, or none"
+            )
+    if not training:
+        raise UserError(f"--dataset_mix {file}: all entries are regularization; add the clips to train on")
     no_data = {"data_root": None, "dataset_file": None, "dataset_name": None, "dataset_config_name": None}
     blank = replace(defaults, **no_data, repeats=1.0, weight=None)
-    return [replace(blank, **_with_paths(entry, file.parent.absolute())) for entry in entries]
+    folder = file.parent.absolute()
+    sources = [replace(blank, **_with_paths(entry, folder)) for entry in training]
+    return sources + [replace(blank, id_token=None, **_with_paths(entry, folder)) for entry in regularization]
+
+
+def partition(entries: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Return the entries to train on, and those for regularization."""
+    kinds: tuple[list, list] = ([], [])
+    for entry in entries:
+        kinds[entry.get("regularization", False)].append(entry)
+    return kinds
 
 
 def _check_entry(where: str, entry: object) -> None:
@@ -55,8 +73,8 @@ def _check_entry(where: str, entry: object) -> None:
             hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(known)}"
             raise UserError(f"{where}: unknown key {key!r}; {hint}")
         _check_value(where, key, value)
-    for first, second in (("repeats", "weight"), ("dataset_file", "dataset_name")):
-        if first in entry and second in entry:
+    for first, second in (("repeats", "weight"), ("dataset_file", "dataset_name"), ("regularization", "id_token")):
+        if entry.get(first) and second in entry:
             raise UserError(f"{where} has both {first!r} and {second!r}; omit one of them")
     if not entry.keys() & set(_DATA_KEYS):
         raise UserError(f"{where} names no data: add data_root, dataset_file or dataset_name")
@@ -64,7 +82,7 @@ def _check_entry(where: str, entry: object) -> None:
 
 def _check_value(where: str, key: str, value: object) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if key == "dataset_streaming":
+    if key in ("dataset_streaming", "regularization"):
         fits, expected = isinstance(value, bool), "true or false"
     elif key == "max_samples":
         fits, expected = is_number and isinstance(value, int) and value > 0, "a whole number above 0"
@@ -115,9 +133,14 @@ def weights_to_repeats(sources: Sequence[DataSource], num_samples: Sequence[int]
 
     A weight is a share of an epoch's samples, relative to the sum of all weights. The n samples of a data set of
     weight w repeat w / n times, scaled so that the least repeated data set comes exactly once per epoch.
-    `num_samples` are the usable ones of each; `sources` all have a weight, or none.
+    `num_samples` are the usable ones of each; `sources` all have a weight, or none. Data sets for regularization are
+    apart: they are scaled only to one another, because the sampler scales their repeats.
     """
     counted = zip(sources, num_samples, strict=True)
     densities = [source.weight / count if source.weight and count else None for source, count in counted]
-    least = min(filter(None, densities), default=None)
-    return [density and density / least for density in densities]
+    kinds = [source.regularization for source in sources]
+    least = {
+        kind: min((density for density, of in zip(densities, kinds, strict=True) if density and of == kind), default=0)
+        for kind in kinds
+    }
+    return [density and density / least[kind] for density, kind in zip(densities, kinds, strict=True)]

@@ -25,6 +25,7 @@ class DataSource:
     id_token: str | None = None  # added before every caption, with a space
     repeats: float = 1.0  # times that each clip comes in an epoch
     weight: float | None = None  # instead of repeats: share of an epoch's samples, relative to other data sets
+    regularization: bool = False  # what the model should keep doing: without id token, in batches of their own
     keep: str | None = None  # a condition on scores, as for `planning.keep`; None keeps all clips
     scores: Path | None = None  # the table of scores; None: where score_clips.py writes it
     allow_outside_paths: bool = False  # listed paths may lead out of the named folders; only from the flags

@@ -159,7 +159,7 @@ def _clip_of(
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, and file names may be any bytes
         raise UnusableRow("has text that is not valid Unicode, which no list can hold") from error
     part = (_frame_number(values, "start_frame") or 0, _frame_number(values, "end_frame"))
-    return Clip(video, caption, row.source, image, source.repeats, metadata, *part, control)
+    return Clip(video, caption, row.source, image, source.repeats, metadata, *part, control, source.regularization)
 
 
 def _control_file(

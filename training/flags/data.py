@@ -91,6 +91,21 @@ class SourceFlags:
 
 
 @dataclass(frozen=True)
+class RegularizationFlags:
+    """Clips of what the model should keep doing."""
+
+    regularization_data_root: FolderPath | None = flag(
+        None,
+        "Folder of clips without the id token, of what the model should keep doing, such as videos of the base model "
+        "(generate.py --as_dataset). As many of them as of the training samples are trained on, in batches between "
+        "theirs. Like --data_root: raw, or prepared for --load_tensors.",
+    )
+    regularization_weight: PositiveFloat = flag(
+        1.0, "Factor of the loss of regularization samples; raise it to keep more, lower it to learn more."
+    )
+
+
+@dataclass(frozen=True)
 class ClipFlags:
     """How a clip becomes a sample: its size, its frames, its augmentation."""
 

@@ -58,7 +58,11 @@ class ContentFlags:
     """Prompts and first frames of the videos."""
 
     prompt: tuple[Text, ...] | None = flag(None, "One or more prompts; this or --prompts_file is required.")
-    prompts_file: FilePath | None = flag(None, "Text file with one prompt per line.")
+    prompts_file: AnyPath | None = flag(
+        None,
+        "Text file with one prompt per line; or a folder of clips or a table (column caption or text), whose captions "
+        "are the prompts, each once.",
+    )
     negative_prompt: Text = flag("", "What the videos should not show.", shown="the empty prompt, as in training")
     image: tuple[str, ...] = flag(
         (), "Image-to-video: a first frame per prompt, path or http(s) URL; cropped to its aspect.", metavar="PATH"
@@ -116,4 +120,9 @@ class OutputFlags:
     )
     output_file: FilePath | None = flag(None, "File of the only video, instead of --output_dir.")
     overwrite: bool = flag(False, "Overwrite existing files.", shown="an error before anything is sampled")
+    as_dataset: bool = flag(
+        False,
+        "Write each prompt into a .txt file beside its video: the folder is then a data set, such as one for "
+        "--regularization_data_root. Existing videos are kept, so that a stopped command can be repeated.",
+    )
     fps: PositiveInt | None = flag(None, "Frame rate of files.", shown="the model's own: 8, or 16 for CogVideoX 1.5")

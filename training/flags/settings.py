@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from cli.schema import group
 from flags.captions import CaptionFlags, CaptionFrameFlags, CaptionModelFlags
 from flags.conversion import BaseModelFlags, ConvertedFlags, ConvertedOutputFlags, ReductionFlags
-from flags.data import ClipFlags, ControlFlags, LoaderFlags, PreparedFlags, SourceFlags
+from flags.data import ClipFlags, ControlFlags, LoaderFlags, PreparedFlags, RegularizationFlags, SourceFlags
 from flags.footage import FootageFlags, SceneFlags
 from flags.generation import ContentFlags, OutputFlags, PlannedVideo, ResultFlags, SamplingFlags, SamplingMemoryFlags
 from flags.memory import MemoryFlags
@@ -40,6 +40,7 @@ class TrainingSettings:
     control: ControlFlags = group("data")
     loader: LoaderFlags = group("data")
     prepared: PreparedFlags = group("data")
+    regularization: RegularizationFlags = group("data")
     validation: ValidationFlags = group("validation")
     guidance: GuidanceFlags = group("validation")
     training: TrainingFlags = group("training")

@@ -10,6 +10,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write, path_of_script
@@ -18,21 +20,20 @@ from common.text_files import digest_lines
 from data.buckets import BucketColumn, count_tokens, make_buckets, native_fps
 from data.clips import BadClip, ClipSample, plan_clips
 from data.mix import read_mix, weights_to_repeats
+from data.sampler import BucketBatchSampler
 from data.sources import DataSource, read_clips
 from data.token_budget import BatchSize, TokenBudget
 from flags.data import PREPARED_FLAGS, ClipFlags, ControlFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
 from planning.keep import keep_clips
-from planning.report import PlanTable, plan_table
+from planning.report import PlanTable, plan_table, regularization_note
 from prepared.folder import read_prepared_settings
 from video.cache import FileCache
 from video.probe import probe_files
 
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from prepared.index import PreparedIndex
 
 SKIPPED_FILE = "skipped_clips.csv"
@@ -59,6 +60,12 @@ class RawData:
         """How often each clip is drawn in an epoch."""
         return [planned.clip.repeats for planned in self.clips]
 
+    @cached_property
+    def regularization(self) -> np.ndarray | None:
+        """Which samples are for regularization, `[N]`; None if none of them is."""
+        flags = np.array([planned.clip.regularization for planned in self.clips], bool)
+        return flags if flags.any() else None
+
     @property
     def captions(self) -> list[str]:
         """The captions to embed."""
@@ -76,6 +83,7 @@ class RawData:
                 planned.clip.caption,
                 planned.clip.repeats,
                 *([planned.control.content] if planned.control else []),
+                *(("regularization",) if planned.clip.regularization else ()),
             )
             for planned in self.clips
         )
@@ -86,10 +94,17 @@ class RawData:
         """The number of listed clips, unusable and dropped ones included; a split clip counts once."""
         return len({id(planned.clip) for planned in self.clips}) + len(self.bad) + len(self.dropped)
 
+    @property
+    def trained(self) -> "RawData":
+        """The data without the samples for regularization."""
+        if self.regularization is None:
+            return self
+        return replace(self, clips=[planned for planned in self.clips if not planned.clip.regularization])
+
     def take(self, samples: Sequence[int]) -> "RawData":
-        """Return only some samples, each of them once per epoch."""
-        taken = [self.clips[sample] for sample in samples]
-        return replace(self, clips=[replace(one, clip=replace(one.clip, repeats=1.0)) for one in taken])
+        """Return only some samples, to train on each of them once per epoch."""
+        taken, plain = [self.clips[sample] for sample in samples], {"repeats": 1.0, "regularization": False}
+        return replace(self, clips=[replace(one, clip=replace(one.clip, **plain)) for one in taken])
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,7 @@ class PreparedData:
     captions = ()  # already embedded
 
     @cached_property
-    def blocks(self) -> "np.ndarray | None":
+    def blocks(self) -> np.ndarray | None:
         """Which samples are drawn together, `[N]`, so that few files of a store are needed at a time; None for any."""
         from planning.blocks import blocks_of  # imports pyarrow
 
@@ -120,12 +135,26 @@ class PreparedData:
         return self.clips.buckets
 
     @property
-    def repeats(self) -> "np.ndarray":
+    def repeats(self) -> np.ndarray:
         """How often each sample is drawn in an epoch, `[N]`."""
         return self.clips.repeats
 
+    @property
+    def regularization(self) -> np.ndarray | None:
+        """Which samples are for regularization, `[N]`; None if none of them is."""
+        return self.clips.regularization
+
+    @property
+    def trained(self) -> "PreparedData":
+        """The data without the samples for regularization."""
+        if self.regularization is None:
+            return self
+        folders = [folder for folder in self.clips.folders if not folder.regularization]
+        places = list(dict.fromkeys(folder.folder for folder in folders))
+        return replace(self, clips=type(self.clips)(folders), folders=places)
+
     def take(self, samples: Sequence[int]) -> "PreparedData":
-        """Return only some samples, each of them once per epoch."""
+        """Return only some samples, to train on each of them once per epoch."""
         return replace(self, clips=self.clips.take(samples))
 
 
@@ -139,12 +168,14 @@ def _describe_samples(count: int, lines: Iterable[str]) -> str:
 def plan_training_data(settings: TrainingSettings) -> TrainingData:
     """Find the training and held-out clips of the flags; a UserError lists all that are missing or unusable."""
     sources, with_images, control = settings.sources, settings.task == "image-to-video", control_flags(settings)
+    extra = regularization_sources(settings, control)
     if settings.prepared.load_tensors:
-        data = _read_prepared(data_sources(sources))
+        data = _read_prepared([*data_sources(sources), *extra])
     else:
-        data = plan_raw_clips(sources, settings.clips, with_images=with_images, control=control)
+        data = plan_raw_clips(sources, settings.clips, extra, with_images=with_images, control=control)
         model = settings.model.pretrained_model_name_or_path
         check_bad_clips(data, sources.on_bad_clip, lambda: advise_early(data, settings, model))
+    _check_kinds(data, [*data_sources(sources), *extra])
     held_out = plan_validation_clips(settings, with_images=with_images, control=control)
     if isinstance(data, RawData) and held_out is not None:
         # The loss of clips that are also trained on would not show overfitting.
@@ -170,14 +201,30 @@ def control_flags(settings: TrainingSettings) -> ControlFlags | None:
     return replace(settings.control, compute_control=kinds.pop() if len(kinds) == 1 else None)
 
 
+def _check_kinds(data: TrainingData, sources: Sequence[DataSource]) -> None:
+    """Refuse data without a usable clip to train on, or for the regularization that was asked for."""
+    is_missing = data.regularization is None and any(source.regularization for source in sources)
+    if is_missing or (data.regularization is not None and data.regularization.all()):
+        kind = "for regularization (--regularization_data_root)" if is_missing else "to train on"
+        raise UserError(f"no clip {kind} can be used; add some, or fix those that are skipped")
+
+
 def plan_raw_clips(
-    flags: SourceFlags, clip_flags: ClipFlags, *, with_images: bool = False, control: ControlFlags | None = None
+    flags: SourceFlags,
+    clip_flags: ClipFlags,
+    extra: Sequence[DataSource] = (),
+    *,
+    with_images: bool = False,
+    control: ControlFlags | None = None,
 ) -> RawData:
-    """List the clips, probe them, and assign them to buckets; `with_images` and with `control` with theirs."""
+    """List the clips, probe them, and assign them to buckets; `with_images` and with `control` with theirs.
+
+    Those of `extra` sources come last.
+    """
     cache = default_cache_folder()
     buckets = make_buckets(clip_flags.frame_buckets, clip_flags.height_buckets, clip_flags.width_buckets)
-    sources = data_sources(flags, control)
-    read = [read_clips(source, cache / "media", name_folder=bool(flags.dataset_mix)) for source in sources]
+    sources = [*data_sources(flags, control), *extra]
+    read = [read_clips(source, cache / "media", name_folder=bool(flags.dataset_mix or extra)) for source in sources]
     clips = [clip for of_source, _ in read for clip in of_source]
     files = [clip.video for clip in clips]
     files += [clip.image for clip in clips if with_images and clip.image is not None]
@@ -326,6 +373,25 @@ def data_sources(flags: SourceFlags, control: ControlFlags | None = None) -> lis
     return read_mix(Path(flags.dataset_mix), source) if flags.dataset_mix else [source]
 
 
+def regularization_sources(settings: TrainingSettings, control: ControlFlags | None = None) -> list[DataSource]:
+    """Return the data set of --regularization_data_root, if there is one.
+
+    Only flags on the clips themselves apply to it, as its folder is another one.
+    """
+    root, flags = settings.regularization.regularization_data_root, settings.sources
+    if root is None:
+        return []
+    return [
+        DataSource(
+            to_path(root),
+            control_column="control" if control is not None and control.compute_control is None else None,
+            max_samples=flags.max_samples,
+            regularization=True,
+            allow_outside_paths=flags.allow_outside_paths,
+        )
+    ]
+
+
 def _read_prepared(sources: Sequence[DataSource]) -> PreparedData:
     from prepared.index import PreparedIndex  # pyarrow takes tenths of a second to import
     from prepared.read_index import read_index
@@ -334,7 +400,7 @@ def _read_prepared(sources: Sequence[DataSource]) -> PreparedData:
     indexes = [read_index(source.data_root, allow_outside_paths=source.allow_outside_paths) for source in sources]
     weighted = weights_to_repeats(sources, list(map(len, indexes)))
     joined = [
-        index.with_repeats(source.repeats, fixed)
+        index.with_repeats(source.repeats, fixed, regularization=source.regularization)
         for source, fixed, index in zip(sources, weighted, indexes, strict=True)
     ]
     return PreparedData(PreparedIndex([folder for index in joined for folder in index.folders]), folders)
@@ -345,8 +411,14 @@ def _prepared_folders(sources: Sequence[DataSource]) -> list[Path]:
     if None in folders:
         raise UserError("--load_tensors: pass the prepared folder as --data_root (in every entry of --dataset_mix)")
     for source in sources:
-        if source.keep not in (None, read_prepared_settings(source.data_root).get("flags", {}).get("keep")):
+        made_with = read_prepared_settings(source.data_root).get("flags", {})
+        if source.keep not in (None, made_with.get("keep")):
             raise UserError(f"--keep: {source.data_root} is prepared already; pass --keep to prepare_dataset.py")
+        if source.regularization and made_with.get("id_token"):
+            raise UserError(
+                f"--regularization_data_root: {source.data_root} was prepared with --id_token "
+                f"{made_with['id_token']}, which its captions must not have; prepare it without"
+            )
     return list(dict.fromkeys(folders))
 
 
@@ -364,10 +436,16 @@ def describe_plan(
     Its last line has the flags that keep more clips, if there are any.
     """
     if isinstance(data, PreparedData):
-        return "\n".join(
+        lines = [
             f"{bucket}: {count} prepared samples of {count_tokens(configs.transformer, bucket)} tokens"
             for bucket, count in data.buckets.counts.items()
-        )
+        ]
+        if data.regularization is not None:
+            sampler = BucketBatchSampler(
+                data.buckets, batch_size, seed=0, repeats=data.repeats, regularization=data.regularization
+            )
+            lines.append(regularization_note(sampler, int(data.regularization.sum())))
+        return "\n".join(lines)
     table = tabulate(data, settings, model, configs, batch_size=batch_size, num_ranks=num_ranks)
     dropped = f"{len(data.dropped)} of {data.num_listed} clips are dropped by --keep" if data.dropped else None
     return "\n".join(filter(None, [str(table), dropped, advise(data, settings, configs.transformer)]))
@@ -394,6 +472,7 @@ def tabulate(
         max_caption_tokens=tokens,
         model_fps=native_fps(configs.transformer),
         reshape_mode=settings.clips.video_reshape_mode,
+        id_token=settings.sources.id_token,
     )
 
 

@@ -3,15 +3,18 @@
 import csv
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 from common.files import atomic_write
 from data.buckets import Bucket, cropped_share
 from data.clips import BadClip, Clip, ClipSample
+from data.epochs import Kind
 from data.sampler import BucketBatchSampler
 from data.token_budget import BatchSize, TokenBudget
 from planning.captions import is_refusal
@@ -49,6 +52,7 @@ def plan_table(
     max_caption_tokens: int = 226,
     model_fps: float,
     reshape_mode: str = "center",
+    id_token: str | None = None,
 ) -> PlanTable:
     """Return a table with one line per bucket, the length of an epoch, and notes on unusual samples.
 
@@ -62,27 +66,36 @@ def plan_table(
         long_captions: captions beyond `max_caption_tokens`.
         unknown_captions: captions that the model's tokenizer cannot read.
         reshape_mode: "center", "random" or "none".
+        id_token: what captions of regularization samples must not have.
     """
     if not planned:
         return PlanTable()
     repeats = [sample.clip.repeats for sample in planned]
+    is_apart = np.array([sample.clip.regularization for sample in planned])
+    trained = [sample for sample in planned if not sample.clip.regularization]
     sampler = BucketBatchSampler(
-        [sample.bucket for sample in planned], batch_size, seed=0, repeats=repeats, world_size=num_ranks
+        [sample.bucket for sample in planned],
+        batch_size,
+        seed=0,
+        repeats=repeats,
+        regularization=is_apart if is_apart.any() else None,
+        world_size=num_ranks,
     )
     ranks = f", {sampler.batches_per_epoch} on each of {num_ranks} ranks" if num_ranks > 1 else ""
     off_aspect = "squeezed" if reshape_mode == "none" else "cropped"
     return PlanTable(
         ("bucket", "samples", "tokens", "upscaled", off_aspect, "clip frames", "unused", "batches"),
-        _rows(planned, sampler.batches_of, tokens_of),
+        _rows(planned, sampler.kinds, tokens_of),
         f"an epoch is {_number(sum(sampler.samples_per_epoch.values()), 'sample')} in "
         f"{_number(sampler.num_batches, 'batch')} of up to {batch_size}{ranks}",
         [
-            *_repeat_notes(planned),
+            *([regularization_note(sampler, int(is_apart.sum()))] if is_apart.any() else ()),
+            *_repeat_notes(trained),
             *_sample_notes(planned),
             *_decoding_notes(planned),
             *_rate_notes(planned, model_fps),
-            *_caption_notes(planned, long_captions, unknown_captions, max_caption_tokens),
-            *_duplicate_notes(planned),
+            *_caption_notes(planned, long_captions, unknown_captions, max_caption_tokens, id_token),
+            *_duplicate_notes(trained),
         ],
     )
 
@@ -104,25 +117,34 @@ def write_plan(planned: Iterable[ClipSample], bad: Iterable[BadClip], path: Path
         table.writerows({"source": clip.source, "video": clip.what, "reason": clip.reason} for clip in bad)
 
 
+def regularization_note(sampler: BucketBatchSampler, num_samples: int) -> str:
+    """Return a line on the regularization samples of an epoch."""
+    kind = sampler.kinds[-1]
+    return (
+        f"{_number(sum(kind.samples_per_epoch.values()), 'sample')} of an epoch are regularization, from "
+        f"{num_samples}, in {_number(kind.num_batches, 'batch')} of their own"
+    )
+
+
 def _rows(
-    planned: Sequence[ClipSample], batches: Mapping[Bucket, int], tokens_of: Callable[[Bucket], int]
+    planned: Sequence[ClipSample], kinds: Sequence[Kind], tokens_of: Callable[[Bucket], int]
 ) -> list[tuple[str, ...]]:
-    samples_of: dict[Bucket, list[ClipSample]] = defaultdict(list)
+    samples_of: dict[tuple[bool, Bucket], list[ClipSample]] = defaultdict(list)
     for sample in planned:
-        samples_of[sample.bucket].append(sample)
-    unused = _unused_shares(planned)
+        samples_of[sample.clip.regularization, sample.bucket].append(sample)
+    unused, batches = _unused_shares(planned), [kind.batches_of for kind in kinds]
     return [
         (
-            str(bucket),
+            f"{bucket} regularization" if is_apart else str(bucket),
             str(len(samples)),
             str(tokens_of(bucket)),
             str(sum(_upscaling(sample) > 1 for sample in samples)),
             f"{median(map(_off_aspect, samples)):.0%}",
             f"{median(sample.info.num_frames for sample in samples):g}",
             f"{unused[bucket]:.0%}",
-            str(batches[bucket]),
+            str(batches[is_apart][bucket]),
         )
-        for bucket, samples in sorted(samples_of.items())
+        for (is_apart, bucket), samples in sorted(samples_of.items())
     ]
 
 
@@ -203,7 +225,11 @@ def _rate_notes(planned: Sequence[ClipSample], model_fps: float) -> Iterator[str
 
 
 def _caption_notes(
-    planned: Sequence[ClipSample], long_captions: Collection[str], unknown_captions: Collection[str], tokens: int
+    planned: Sequence[ClipSample],
+    long_captions: Collection[str],
+    unknown_captions: Collection[str],
+    tokens: int,
+    id_token: str | None,
 ) -> Iterator[str]:
     """Name captions that are cut, are not learned, or say nothing about their clip."""
     samples = [sample for sample in planned if sample.part == 0]
@@ -212,20 +238,27 @@ def _caption_notes(
     for sample in samples:
         videos_of[sample.clip.caption].add(sample.info.sha256 or sample.clip.video)
 
-    def is_shared(caption: str) -> bool:
-        return bool(caption.strip()) and len(videos_of[caption]) > 1
+    def is_shared(clip: Clip) -> bool:
+        return bool(clip.caption.strip()) and not clip.regularization and len(videos_of[clip.caption]) > 1
+
+    def has_token(clip: Clip) -> bool:
+        return clip.regularization and bool(id_token) and id_token in clip.caption
 
     for is_named, what in (
-        (long_captions.__contains__, f"longer than {tokens} tokens: the rest is cut off"),
+        (lambda clip: clip.caption in long_captions, f"longer than {tokens} tokens: the rest is cut off"),
         (
-            unknown_captions.__contains__,
+            lambda clip: clip.caption in unknown_captions,
             "mostly in a script that the model's tokenizer lacks, so that nothing is learned from the text; write in "
             "English",
         ),
-        (is_refusal, "in which a model refuses to answer; delete them and caption the clips again"),
+        (has_token, f"for regularization with {id_token} in it, which unlearns it; remove it"),
+        (
+            lambda clip: is_refusal(clip.caption),
+            "in which a model refuses to answer; delete them and caption the clips again",
+        ),
         (is_shared, "used for several clips, so that the text does not tell them apart"),
     ):
-        named = [clip for clip in clips if is_named(clip.caption)]
+        named = list(filter(is_named, clips))
         if named:
             more = f" and {len(named) - _EXAMPLES} more" if len(named) > _EXAMPLES else ""
             yield f"{_number(len(named), 'caption')} {what}: {', '.join(map(_name, named[:_EXAMPLES]))}{more}"

@@ -83,10 +83,11 @@ class IndexedFolder:
     file: Path | None = None  # that the table is mapped from; None for one in memory
     times: float = 1.0  # factor of the samples' own repeats
     fixed: float | None = None  # the repeats of every sample instead
+    regularization: bool = False  # the samples are what the model should keep doing
 
     def __reduce__(self) -> tuple[Any, ...]:
         table = self.table if self.file is None else None
-        return _restore, (self.folder, table, self.file, self.times, self.fixed)
+        return _restore, (self.folder, table, self.file, self.times, self.fixed, self.regularization)
 
     def column(self, name: str) -> pa.Array:
         """Return a column."""
@@ -141,8 +142,8 @@ class IndexedFolder:
         )
 
 
-def _restore(folder: Path, table: pa.Table | None, file: Path, *repeats: float | None) -> IndexedFolder:
-    return IndexedFolder(folder, map_table(file, TRAINED) if table is None else table, file, *repeats)
+def _restore(folder: Path, table: pa.Table | None, file: Path, *facts: float | None) -> IndexedFolder:
+    return IndexedFolder(folder, map_table(file, TRAINED) if table is None else table, file, *facts)
 
 
 class PreparedIndex(Sequence[PreparedClip]):
@@ -185,6 +186,12 @@ class PreparedIndex(Sequence[PreparedClip]):
         folders = ((folder.column("name"), folder.column(tensor)) for folder in self.folders)
         return [name for names, files in folders for name in names.filter(files.is_null()).to_pylist()]
 
+    @cached_property
+    def regularization(self) -> np.ndarray | None:
+        """Which samples are for regularization, `[N]`; None if none of them is."""
+        of_folders = [np.full(folder.table.num_rows, folder.regularization) for folder in self.folders]
+        return _join(of_folders) if any(folder.regularization for folder in self.folders) else None
+
     @property
     def captions(self) -> pa.Array:
         """The distinct captions, in their order."""
@@ -212,9 +219,10 @@ class PreparedIndex(Sequence[PreparedClip]):
             start = end
         return PreparedIndex(folders)
 
-    def with_repeats(self, times: float, fixed: float | None) -> "PreparedIndex":
-        """Return the samples with `times` their repeats, or with `fixed` ones."""
-        return PreparedIndex([replace(folder, times=times, fixed=fixed) for folder in self.folders])
+    def with_repeats(self, times: float, fixed: float | None, *, regularization: bool = False) -> "PreparedIndex":
+        """Return the samples with `times` their repeats, or with `fixed` ones, to train on or for regularization."""
+        facts = {"times": times, "fixed": fixed, "regularization": regularization}
+        return PreparedIndex([replace(folder, **facts) for folder in self.folders])
 
     def describe(self) -> Iterator[str]:
         """Yield a line for each sample that changes with its content, not with its path.
@@ -229,7 +237,8 @@ class PreparedIndex(Sequence[PreparedClip]):
                 facts = (*(column.to_pylist() for column in batch.columns), *numbers)
                 for name, key, kind, repeats in zip(*facts, strict=True):
                     tensor = None if key is None else f"{key}.prompt_embeds"
-                    yield f"({name!r}, {tensor!r}, {kinds[kind]}, {repeats!r})"
+                    line = f"({name!r}, {tensor!r}, {kinds[kind]}, {repeats!r})"
+                    yield f"{line} for regularization" if folder.regularization else line
                 start = rows.stop
 
 

@@ -21,7 +21,7 @@ from diffusion.control_to_video import ControlToVideo
 from diffusion.image_to_video import ImageToVideo
 from diffusion.task import SizeFlags, Task
 from diffusion.text_to_video import TextToVideo
-from flags.generation import BASE, COMPARED, SHEET, PlannedVideo
+from flags.generation import BASE, COMPARED, DEFAULT_FOLDER, SHEET, PlannedVideo
 from flags.settings import GenerationSettings
 from methods.lora import PATCHES
 from methods.lora_file import read_lora
@@ -66,6 +66,9 @@ def generate(settings: GenerationSettings) -> None:
     Raises UserError if model, training result, images and flags do not fit together, before weights are loaded.
     """
     start_logging()
+    if not settings.videos:
+        logger.info("all videos of %s are there already", settings.output.output_dir or DEFAULT_FOLDER)
+        return
     generation = settle(settings)
     check_loras(settings.loras, generation.configs, settings.model.cache_dir, settings.memory.quantize_base)
     dtype = str(generation.dtype).removeprefix("torch.")
@@ -73,6 +76,9 @@ def generate(settings: GenerationSettings) -> None:
     logger.info(message, len(settings.videos), generation.size, dtype, generation.device)
     embeds = embed_prompts(generation)
     for video, frames in sample_all(generation, embeds, tuned=True):
+        if settings.output.as_dataset:
+            with atomic_write(video.beside(".txt")) as partial:
+                partial.write_text(video.prompt, encoding="utf-8")
         write(frames, video.file, generation.fps)
     if settings.result.compare:
         free_memory()

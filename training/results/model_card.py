@@ -18,8 +18,7 @@ from validation.grid import GRID_FILE
 # Flags that name local paths, or that the card shows elsewhere.
 _OWN = ("pretrained_model_name_or_path", "data_root", "dataset_file", "dataset_name", "dataset_mix", "output_dir")
 _OWN += ("validation_dataset_file", "validation_images", "validation_controls", "validation_prompt", "lora_weights")
-_OWN += ("logging_dir", "resume_from_checkpoint", "cache_dir", "tracker_name", "report_to")
-
+_OWN += ("logging_dir", "resume_from_checkpoint", "cache_dir", "tracker_name", "report_to", "regularization_data_root")
 
 # Of a task: the pipeline, what loads its condition, the argument for it, the line that loads it.
 _CONDITIONS = {

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,9 @@ def _settings(differing: Mapping[str, Sequence[Any]], names: Sequence[str]) -> M
 def _charts(records: Sequence[RunRecord], names: Sequence[str]) -> list[Markup]:
     validation, training, speeds = [], [], []
     for colour, (record, name) in enumerate(zip(records, names, strict=True)):
-        one, *others = loss_curves(record, (name, name), (colour, colour))
+        one, mean = loss_curves(record, (name, name), (colour, colour))
         validation.append(one)
-        training += [Curve(name, curve.points, colour=colour) for curve in others]
+        training.append(replace(mean, is_thin=False))
         speeds.append(Curve(name, record.curve("throughput/samples_per_second"), colour=colour))
     return [
         line_chart(validation, "Validation loss", STEPS, "loss"),

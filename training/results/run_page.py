@@ -26,7 +26,7 @@ from pages.parts import (
 )
 from results.run_record import FAILED, FINISHED, RUNNING, STOPPED, RunRecord, has_lora, read_run
 from results.run_videos import ShownVideo, describe_video, target_video, video_rows
-from tracking.verdict import smoothed
+from tracking.verdict import Points, smoothed
 
 
 _MOST_COLUMNS = 6  # validations of a prompt
@@ -129,18 +129,22 @@ def loss_curves(record: RunRecord, names: tuple[str, str], colours: tuple[int, i
         names: of the curves.
         colours: of the curves.
     """
-    validation, losses = record.curve("validation_loss"), record.curve("loss")
-    curves = [Curve(names[0], validation, has_dots=True, colour=colours[0])]
-    if losses:
-        _, means = smoothed(losses, _WINDOWS)
-        mean = list(zip((step for step, _ in losses), means.tolist(), strict=True))
-        curves += [Curve(names[1], mean, is_thin=bool(validation), colour=colours[1])]
-    return curves
+    validation = record.curve("validation_loss")
+    mean = Curve(names[1], running_mean(record.curve("loss")), is_thin=bool(validation), colour=colours[1])
+    return [Curve(names[0], validation, has_dots=True, colour=colours[0]), mean]
+
+
+def running_mean(losses: Points) -> Points:
+    """Return the running mean of losses, over a twentieth of the run."""
+    if not losses:
+        return []
+    return [(step, mean) for (step, _), mean in zip(losses, smoothed(losses, _WINDOWS)[1].tolist(), strict=True)]
 
 
 def _losses(record: RunRecord) -> list[Markup]:
     names = ("validation loss, held-out clips", "training loss, running mean")
-    charts = [line_chart(loss_curves(record, names, (0, 1)), "Loss", STEPS, "loss")]
+    kept = Curve("regularization loss", running_mean(record.curve("regularization_loss")), is_thin=True, colour=2)
+    charts = [line_chart([*loss_curves(record, names, (0, 1)), kept], "Loss", STEPS, "loss")]
     bands = [(name.rsplit("=", 1)[1], record.curve(name)) for name in record.names("validation_loss/t=")]
     chosen = [bands[round(place * (len(bands) - 1) / 2)] for place in range(3)] if len(bands) > 2 else bands
     of_bands = [Curve(f"timestep {name}", points, has_dots=True) for name, points in chosen]

@@ -180,7 +180,9 @@ def largest_batch(
 
     A bucket that has fewer samples in an epoch than a batch holds has smaller batches.
     """
-    sampler = BucketBatchSampler(data.buckets, batch_size, seed=0, repeats=data.repeats)
+    sampler = BucketBatchSampler(
+        data.buckets, batch_size, seed=0, repeats=data.repeats, regularization=data.regularization
+    )
     samples = []
     for largest, count in sampler.largest_batch(cost=prod).items():
         of_bucket = np.flatnonzero(data.buckets.codes == data.buckets.kinds.index(largest))

@@ -13,7 +13,7 @@ from diffusion.timesteps import share_out
 from optimizers.build import can_step, clip_gradients, step_if_finite
 from parallel.fsdp import is_fsdp
 from run.setup import Run
-from tracking.progress import StepLog
+from tracking.progress import KeptPart, StepLog
 from tracking.traces import PROFILE_FOLDER, profiled
 
 
@@ -29,6 +29,7 @@ def train(run: Run) -> int:
     profile_folder = spec.output_dir / PROFILE_FOLDER if settings.speed.profile and coordinator.is_main else None
     to_device, clock = DeviceCopies(device), CheckpointClock(settings.checkpoints.checkpoint_minutes)
     interval, throughput, memory = settings.tracking.logging_steps, run.throughput, run.memory
+    weight = settings.regularization.regularization_weight
     log = StepLog(accelerator, run.state.step, run.total_steps, interval, throughput, memory, run.guard)
     trainable.model.train()
     # Closed, because Python would wait for data workers at exit, which outlive the signal that ends them by minutes.
@@ -39,16 +40,20 @@ def train(run: Run) -> int:
             parts = timestep_parts(run, step, batches)
             # LoRA dropout draws from the global generator, which must depend only on the step and the rank's data.
             seed_global(device, derive_seed(seed, step, spec.data_rank))
-            share = spec.num_data_ranks / run.samples_in(step)  # the average over ranks is the mean over all samples
-            step_loss = torch.zeros((), device=device)
+            num_trained, num_kept = run.samples_in(step)  # those kept are for regularization
+            share = spec.num_data_ranks / (num_trained + num_kept)  # the average over ranks is the mean over samples
+            step_loss, kept_loss = torch.zeros((), device=device), torch.zeros((), device=device)
             for batch, part in zip(batches, parts, strict=True):
+                is_kept = run.sampler.is_regularization(batch.draws)
                 with gradient_exchange(run, is_last=batch is batches[-1]):
                     with phase("data"):
                         batch = to_device(batch)
                     with phase("forward"):
                         generators = sample_generators(device, seed, batch.draws)
-                        loss = run.objective(batch, generators, part).sum() * share
+                        loss = run.objective(batch, generators, part).sum() * (share * weight if is_kept else share)
                     step_loss += loss.detach()
+                    if is_kept:
+                        kept_loss += loss.detach()
                     with phase("backward"):
                         if can_step(optimizer, step_loss):
                             # A loss that is not finite on one rank must make the gradients of all ranks NaN.
@@ -64,7 +69,8 @@ def train(run: Run) -> int:
                 step_if_finite(accelerator, optimizer, grad_norm)
                 optimizer.zero_grad(set_to_none=True)
                 rate = trainable.end_step(accelerator)
-            log.add(step_loss, grad_norm, rate, [name for batch in batches for name in batch.names])
+            kept = KeptPart(kept_loss, num_kept / (num_trained + num_kept), weight)
+            log.add(step_loss, grad_norm, rate, [name for batch in batches for name in batch.names], kept)
             end_of_step()
             # After the last step, the caller saves and validates.
             if step + 1 == run.total_steps or save_and_validate(run, step + 1, log, clock):

@@ -70,8 +70,8 @@ class Run:
         """Return the number of batches of each rank in the step after `step` steps."""
         return self.schedule.batches_before(step + 1) - self.schedule.batches_before(step)
 
-    def samples_in(self, step: int) -> int:
-        """Return the number of samples of all ranks in the step after `step` steps."""
+    def samples_in(self, step: int) -> tuple[int, int]:
+        """Return the samples of all ranks in the step after `step` steps: to train on, and for regularization."""
         before = self.schedule.batches_before
         return self.sampler.samples_between(before(step), before(step + 1))
 
@@ -257,6 +257,7 @@ def make_sampler(spec: RunSpec, start: ScheduleStart) -> tuple[BucketBatchSample
         spec.batch_limit,
         seed=spec.state.seed,
         repeats=spec.data.repeats,
+        regularization=spec.data.regularization,
         rank=spec.data_rank % start.num_ranks,  # the run may have had fewer ranks
         world_size=start.num_ranks,
         first_epoch=start.epoch,

@@ -150,6 +150,9 @@ def lasting_settings(recipe: Recipe) -> dict[str, object]:
         **{f"--{name}": getattr(optimizer, name) for name in (*OPTIMIZER_KINDS, *OPTIMIZER_NUMBERS)},
         **({} if settings.training.seed is None else {"--seed": settings.training.seed}),
         **({} if recipe.data.blocks is None else {"--cache_limit_gb": settings.sources.cache_limit_gb}),
+        "--regularization_weight": (
+            None if recipe.data.regularization is None else settings.regularization.regularization_weight
+        ),
         **recipe.task.settings,
         **recipe.method.settings,
         "DeepSpeed": describe_division(),

@@ -87,12 +87,17 @@ def describe_method(method: Lora | FullFinetune) -> str:
 
 def describe_samples(spec: RunSpec) -> str:
     """Describe the numbers of samples by size, the most frequent sizes first."""
-    sizes = sorted(spec.data.buckets.counts.items(), key=lambda size: -size[1])
+    trained, all_samples = spec.data.trained, len(spec.data.clips)
+    sizes = sorted(trained.buckets.counts.items(), key=lambda size: -size[1])
     listed = ", ".join(f"{count} x {size}" for size, count in sizes[:_MOST_SIZES])
     more = f" and {len(sizes) - _MOST_SIZES} more sizes" if len(sizes) > _MOST_SIZES else ""
     held_out = spec.data.held_out
     kept = f"; {len(held_out.clips)} held out for the validation loss" if held_out else ""
-    return f"{len(spec.data.clips)} samples (frames x height x width): {listed}{more}{kept}"
+    regularization = ""
+    if apart := all_samples - len(trained.clips):
+        weight = spec.settings.regularization.regularization_weight
+        regularization = f"; {apart} for regularization, as many in an epoch, loss x {weight:g}"
+    return f"{len(trained.clips)} samples (frames x height x width): {listed}{more}{regularization}{kept}"
 
 
 def describe_steps(spec: RunSpec, schedule: StepSchedule, total_steps: int, padding: int) -> str:

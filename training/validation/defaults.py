@@ -12,6 +12,7 @@ from prepared.folder import read_prepared_settings
 
 def with_data_defaults(settings: TrainingSettings, data: TrainingData) -> TrainingSettings:
     """Return the settings with the size and, if the flags want captions, the prompts of the validation videos."""
+    data = data.trained
     size = choose_size(settings, data)
     settings = replace_flags(settings, max_num_frames=size.num_frames, height=size.height, width=size.width)
     if not settings.validation.uses_captions:
@@ -41,10 +42,10 @@ def choose_captions(data: TrainingData) -> tuple[str, ...]:
 def missing_token(settings: TrainingSettings, data: TrainingData) -> str | None:
     """Return a warning about prompts without the id token, if all captions begin with one."""
     if isinstance(data, PreparedData):
-        recorded = (read_prepared_settings(folder).get("flags", {}) for folder in data.folders)
+        recorded = (read_prepared_settings(folder).get("flags", {}) for folder in data.trained.folders)
         tokens = [flags.get("id_token") or settings.sources.id_token for flags in recorded]
     else:
-        tokens = [source.id_token for source in data_sources(settings.sources)]
+        tokens = [source.id_token for source in data_sources(settings.sources) if not source.regularization]
     prompts = settings.validation.prompts
     without = [prompt for prompt in prompts if not any(token in prompt for token in tokens if token)]
     if not without or not all(tokens):

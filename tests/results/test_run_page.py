@@ -30,7 +30,7 @@ DIVERGED = {0: 1.0, 10: 3.0, 20: 3.5, 30: 3.6, 40: 3.7, 50: 3.8}
     ("validation", "losses", "kind", "title"),
     [
         (LEARNED, np.linspace(1, 0.7, 50), "good", "It learned."),
-        (OVERFITTED, np.linspace(1, 0.3, 50), "bad", "It learned, then overfitted."),
+        (OVERFITTED, np.linspace(1, 0.3, 50), "bad", "It learned up to step 15, then overfitted."),
         (
             LEARNED | {60: 0.74, 70: 0.74, 80: 0.74},
             [1.0] * 50,
@@ -38,6 +38,8 @@ DIVERGED = {0: 1.0, 10: 3.0, 20: 3.5, 30: 3.6, 40: 3.7, 50: 3.8}
             "It learned up to step 50, and no more since.",
         ),
         (DIVERGED, np.linspace(1, 4, 50), "bad", "It did not learn: the training diverged."),
+        (OVERFITTED, [1.0] * 50, "bad", "It learned up to step 15, then got worse."),
+        ({0: float("nan")}, [1.0] * 50, "bad", "It did not learn: the training diverged."),
         ({}, np.linspace(1, 0.3, 50), "unsure", "Whether it learned is unknown."),
         ({0: 1.0}, [1.0], "unsure", "It is too early to say."),
     ],

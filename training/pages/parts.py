@@ -1,5 +1,6 @@
 """Parts of a page: text, facts, tables, pictures and videos, as HTML in which the text of callers is escaped."""
 
+import math
 import re
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,8 @@ _MEDIA_TYPES = {  # by the beginning of a file, without the 4 bytes of length th
 
 def format_number(value: float) -> str:
     """Format a number with at most four digits, or all digits of its whole part: "0.1235", "29.97", "1,234,567"."""
+    if not math.isfinite(value):
+        return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 or value == round(value) else f"{value:.4g}"
 
 

@@ -37,9 +37,9 @@ STEPS = "optimizer steps"
 _VERDICTS = {
     "learning": ("good", "It learned."),
     "unchanged": ("unsure", "It has hardly learned yet."),
-    "overfitting": ("bad", "It learned, then overfitted."),
+    "overfitting": ("bad", "It {learned}overfitted."),
     "diverging": ("bad", "It did not learn: the training diverged."),
-    "worse": ("bad", "It got worse."),
+    "worse": ("bad", "It {learned}got worse."),
 }
 
 
@@ -78,9 +78,11 @@ def describe_verdict(record: RunRecord) -> tuple[str, str, str]:
         return "bad", "It did not learn: the training diverged.", f"It ended after {skipped} skipped steps."
     if record.verdict is not None:
         kind, title = _VERDICTS[record.verdict.kind]
-        sentence, recent = record.verdict.sentence, record.curve("validation_loss")[-_RECENT:]
-        if record.verdict.kind == "learning" and record.best[0] < recent[0][0]:
-            kind, title = "unsure", f"It learned up to step {record.best[0]:,}, and no more since."
+        sentence, points = record.verdict.sentence, record.curve("validation_loss")
+        best, (first, _) = record.best[0] if record.best else 0, points[0]
+        if record.verdict.kind == "learning" and best < points[-_RECENT:][0][0]:
+            kind, title = "unsure", f"It learned up to step {best:,}, and no more since."
+        title = title.format(learned=f"learned up to step {best:,}, then " if best > first else "")
         return kind, title, f"{sentence[:1].upper()}{sentence[1:]}."
     count = min(50, len(losses) // 2)
     if count < 10:

@@ -98,5 +98,12 @@ def test_any_range_has_ticks(values):
     assert len(re.findall('text-anchor="end"', svg)) >= 2
 
 
+def test_higher_values_than_the_axis_are_drawn_at_its_end():
+    curves = [Curve("usual", [(0, 1.0), (9, 0.0)]), Curve("diverged", [(0, 1.0), (9, 90.0)])]
+    usual, diverged = points_of(line_chart(curves, "Loss", most=1.0))
+    assert usual[0][1] == diverged[0][1] < usual[1][1] - 100
+    assert diverged[1][1] == 26
+
+
 def test_nothing_is_drawn_without_points():
     assert line_chart([Curve("loss", [(0, float("inf"))]), Curve("none", [])], "Loss") == ""

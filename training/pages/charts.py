@@ -146,17 +146,26 @@ def bar_chart(counts: Mapping[str, int], title: str) -> Markup:
     return MACROS.bar_chart(title, bars) if bars else Markup()
 
 
-def line_chart(curves: Sequence[Curve], title: str, x_name: str = "", y_name: str = "", note: str = "") -> Markup:
+def line_chart(
+    curves: Sequence[Curve],
+    title: str,
+    x_name: str = "",
+    y_name: str = "",
+    note: str = "",
+    *,
+    most: float = math.inf,
+) -> Markup:
     """Return curves over each other with labelled axes and a legend; nothing without finite points.
 
     Args:
         note: beside the title, what the curves say.
+        most: the end of the vertical axis, at which higher values are drawn.
     """
     curves = [replace(curve, points=_finite(curve.points), colour=_colour(curve, i)) for i, curve in enumerate(curves)]
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return Markup()
-    (left, right), (low, high) = _ranges(curves)
+    (left, right), (low, high) = _ranges(curves, most)
     x_ticks, y_ticks = _ticks(left, right, is_whole=True), _ticks(low, high)
     longest = max(len(format_number(value)) for value in y_ticks)
     box = _Box(400, 250, left=14 + 7 * longest, right=388, top=26, bottom=206)
@@ -189,7 +198,7 @@ def _colour(curve: Curve, place: int) -> int:
     return place if curve.colour is None else curve.colour
 
 
-def _ranges(curves: Sequence[Curve]) -> tuple[tuple[float, float], tuple[float, float]]:
+def _ranges(curves: Sequence[Curve], most: float) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return the range of each axis; outliers of long thin curves may be outside of the second one."""
     xs = [x for curve in curves for x, _ in curve.points]
     ys: list[float] = []
@@ -197,7 +206,7 @@ def _ranges(curves: Sequence[Curve]) -> tuple[tuple[float, float], tuple[float, 
         values = [y for _, y in curve.points]
         is_noisy = curve.is_thin and len(values) >= _MANY
         ys += np.percentile(values, [2, 98]).tolist() if is_noisy else values
-    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    left, right, low, high = min(xs), max(xs), min(ys), max(min(max(ys), most), min(ys))
     margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
     bottom = 0.0 if 0 <= low < margin else low - margin
     return (left, right if right > left else left + 1), (bottom, high + margin)

@@ -1,9 +1,11 @@
 """The page of several runs: their curves over each other, the settings that differ, their last videos side by side."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from markupsafe import Markup
@@ -94,10 +96,15 @@ def _charts(records: Sequence[RunRecord], names: Sequence[str]) -> list[Markup]:
         training.append(replace(mean, is_thin=False))
         speeds.append(Curve(name, record.curve("throughput/samples_per_second"), colour=colour))
     return [
-        line_chart(validation, "Validation loss", STEPS, "loss"),
-        line_chart(training, "Training loss, running mean", STEPS, "loss"),
+        line_chart(validation, "Validation loss", STEPS, "loss", most=_usual(validation)),
+        line_chart(training, "Training loss, running mean", STEPS, "loss", most=_usual(training)),
         line_chart(speeds, "Throughput", STEPS, "samples a second"),
     ]
+
+
+def _usual(curves: Sequence[Curve]) -> float:
+    """Return twice the median of the highest losses: a run that diverged must not flatten the others' curves."""
+    return 2 * median([max(loss for _, loss in curve.points) for curve in curves if curve.points] or [math.inf])
 
 
 def _videos(records: Sequence[RunRecord], names: Sequence[str], page_folder: Path) -> list[Markup]:

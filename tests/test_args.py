@@ -28,7 +28,7 @@ BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 
 UNSET_DATA = """
     dataset_file dataset_name dataset_config_name dataset_mix max_samples image_column id_token random_flip fps
-    keep scores
+    keep scores shuffle_tags
     revision variant cache_dir
 """
 OFF_IN_TRAINING = """
@@ -48,7 +48,9 @@ OFF_IN_PREPARATION = "save_image_latents dry_run save_latents_and_embeddings use
 
 DATA_DEFAULTS = {
     **dict.fromkeys(UNSET_DATA.split(), None),
-    **dict.fromkeys(("dataset_streaming", "allow_outside_paths", "pin_memory", "hold_last_frame"), False),
+    **dict.fromkeys(
+        ("dataset_streaming", "allow_outside_paths", "pin_memory", "hold_last_frame", "caption_per_line"), False
+    ),
     **dict.fromkeys(("height_buckets", "width_buckets"), BUCKETS),
     "frame_buckets": (49,),
     **yaml.safe_load("""{
@@ -63,6 +65,7 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
     **dict.fromkeys(UNSET_IN_TRAINING.split(), None),
     **yaml.safe_load("""{
         caption_column: text, validation_prompt_separator: ":::", num_validation_videos: 1, num_inference_steps: 50,
+        validation_fraction: 0.05, sampling_scheduler: model, sampling_cache: none,
         guidance_scale: 6.0, rank: 64, lora_alpha: 64, train_batch_size: 4, num_train_epochs: 1,
         checkpointing_steps: 500, max_bad_steps: 10, gradient_accumulation_steps: 1, learning_rate: 0.0001,
         lr_scheduler: constant, lr_warmup_steps: 500, lr_num_cycles: 1, lr_power: 1.0, noised_image_dropout: 0.05,
@@ -116,6 +119,8 @@ BAD_TRAINING_FLAGS = [
     ("--fps inf", "--fps", "above 0"),
     ("--logit_mean 1", "--logit_mean", "add --timestep_sampling logit_normal"),
     ("--ema_decay 0.9", "--ema_decay", "add --use_ema"),
+    ("--regularization_weight 2", "--regularization_weight", "no effect without --regularization_data_root"),
+    ("--regularization_data_root nowhere", "--regularization_data_root", "no folder 'nowhere'"),
     ("--checkpoint_every 2", "--checkpoint_every", "add --gradient_checkpointing"),
     ("--stream_blocks", "--stream_blocks", "pass --gradient_checkpointing"),
     ("--stream_blocks --quantize_base nf4", "--quantize_base nf4", "omit --stream_blocks"),

@@ -52,6 +52,7 @@ METHODS = ("lora", "sft")
 DATA_FLAGS = ("data_root", "dataset_file", "dataset_name", "dataset_mix")  # one of them names the data
 _LORA_ONLY = ("lora_target_modules", "use_rslora", "use_dora", "lora_dropout", "lora_weights")
 _LORA_ONLY += ("adapter", "lokr_factor", "quantize_base", "stream_blocks")
+_CAPTION_FLAGS = ("caption_per_line", "shuffle_tags")  # no effect on scripts that do not read captions
 _CONTROL_ONLY = ("control_column", "compute_control", "validation_controls")
 _IMAGE_ONLY = ("image_column", "noised_image_dropout", "ignore_learned_positional_embeddings", "validation_images")
 _SFT_ONLY = ("save_pipeline", "save_validation_weights", "weights_dtype")
@@ -156,7 +157,7 @@ def parse_caption_args(argv: Sequence[str] | None = None) -> CaptioningSettings:
     parser = FlagParser(
         CaptioningSettings,
         required=(("data_root", "dataset_file", "dataset_name"), ("endpoint", "model")),
-        omit=("id_token", "dataset_mix"),
+        omit=("id_token", "dataset_mix", *_CAPTION_FLAGS),
         defaults={"caption_column": "caption"},
         has_config=False,
         usage="%(prog)s --data_root FOLDER (--endpoint URL | --model NAME) [flags]",
@@ -193,7 +194,7 @@ def parse_score_args(argv: Sequence[str] | None = None) -> ScoringSettings:
     parser = FlagParser(
         ScoringSettings,
         required=(("data_root", "dataset_file", "dataset_name"),),
-        omit=("id_token", "dataset_mix", "keep", "scores"),
+        omit=("id_token", "dataset_mix", "keep", "scores", *_CAPTION_FLAGS),
         defaults={"caption_column": "caption"},
         has_config=False,
         usage="%(prog)s --data_root FOLDER [flags]",
@@ -213,7 +214,7 @@ def parse_first_frame_args(argv: Sequence[str] | None = None) -> FirstFrameSetti
     parser = FlagParser(
         FirstFrameSettings,
         required=(("data_root", "dataset_file", "dataset_name"), ("output_dir",)),
-        omit=("id_token", "dataset_mix", "skip_frames_end", "keep", "scores"),
+        omit=("id_token", "dataset_mix", "skip_frames_end", "keep", "scores", *_CAPTION_FLAGS),
         defaults={"caption_column": "caption"},
         has_config=False,
         usage="%(prog)s --data_root FOLDER --output_dir FOLDER [flags]",

@@ -97,6 +97,8 @@ A_NUMBER = "it must be a number from 0.000001 to 1000000"
         ({"data_root": "a", "id_token": None}, ": 'id_token' is null; it must be text"),
         ({"data_root": "a", "regularization": 1}, ": 'regularization' is 1; it must be true or false"),
         ({"data_root": "a", "regularization": True, "id_token": "X"}, " has both 'regularization' and 'id_token'"),
+        ({"data_root": "a", "caption_dropout": 2}, ": 'caption_dropout' is 2; it must be a number from 0 to 1"),
+        ({"data_root": "a", "shuffle_tags": 0}, ": 'shuffle_tags' is 0; it must be a whole number above 0"),
         ({"data_root": "a", "weight": 1, "repeats": 1}, " has both 'repeats' and 'weight'"),
         ({"dataset_file": "a.csv", "dataset_name": "b"}, " has both 'dataset_file' and 'dataset_name'"),
         ({"repeats": 2}, " names no data"),

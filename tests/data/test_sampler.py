@@ -289,3 +289,20 @@ def test_a_resumed_stream_with_regularization_is_the_rest_of_it(samples, kept, s
     options = {"seed": seed, "repeats": repeats, "regularization": np.arange(len(buckets)) >= len(samples)}
     full = stream(BucketBatchSampler(buckets, size, **options), 0, total)
     assert stream(BucketBatchSampler(buckets, size, **options), first, total) == full[first:]
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=12), batch_sizes, seeds, st.integers(0, 5))
+def test_each_epoch_takes_one_caption_of_every_clip_and_all_of_them_in_turn(counts, size, seed, first_epoch):
+    clip_of = np.repeat(np.arange(len(counts)), counts)
+    num_captions = np.repeat(counts, counts)
+    options = {"seed": seed, "repeats": 1 / num_captions, "num_captions": num_captions}
+    sampler = BucketBatchSampler([SMALL] * len(clip_of), size, **options)
+    drawn = [list(itertools.chain(*indices(sampler, first_epoch + epoch))) for epoch in range(12)]
+    assert {tuple(sorted(clip_of[epoch])) for epoch in drawn} == {tuple(range(len(counts)))}
+    # 12 epochs are whole turns of 1, 2, 3 and 4 captions.
+    assert Counter(itertools.chain(*drawn)) == {index: 12 // number for index, number in enumerate(num_captions)}
+
+
+def test_the_captions_of_an_epoch_are_not_all_the_first_ones():
+    sampler = BucketBatchSampler([SMALL] * 40, 1, seed=0, repeats=[0.5] * 40, num_captions=np.full(40, 2))
+    assert 4 < sum(index % 2 for (index,) in indices(sampler, 0)) < 16

@@ -17,6 +17,7 @@ from clip_files import write_mp4
 from clip_lists import bad, captions, error_of, good, read, touch, write, write_lists, write_table
 from common.remote import default_cache_folder, to_path
 from common.stores import StoreError
+from data.clips import Clip
 from data.sources import DataSource, read_clips
 from object_store import Bucket
 from video.cache import FileCache
@@ -381,3 +382,44 @@ def test_text_files_in_a_store_list_clips(bucket):
     clips = good(to_path(f"{bucket.url}/data"))
     assert [(clip.video.name, clip.caption) for clip in clips] == [("a.mp4", "A cat."), ("b.mp4", "A dog.")]
     assert "/empty has no files" in error_of(to_path(f"{bucket.url}/empty"))
+
+
+def all_captions(clip: Clip) -> list[str]:
+    return list(clip.captions) or [clip.caption]
+
+
+def test_a_list_of_captions_or_each_line_is_a_caption_of_its_own(tmp_path):
+    rows = [{"video": "a.mp4", "text": ["A cat.", " ", "A cat.", "A pet."]}, {"video": "b.mp4", "text": "One.\nTwo."}]
+    for name, write_rows in (("a.json", lambda f: f.write_text(json.dumps(rows))), ("a.jsonl", None)):
+        file = tmp_path / name
+        (write_rows or (lambda f: f.write_text("".join(json.dumps(row) + "\n" for row in rows))))(file)
+        assert list(map(all_captions, good(None, dataset_file=file))) == [["A cat.", "A pet."], ["One.\nTwo."]]
+    options = {"dataset_file": tmp_path / "a.jsonl", "caption_per_line": True, "id_token": "X"}
+    assert list(map(all_captions, good(None, **options))) == [["X A cat.", "X A pet."], ["X One.", "X Two."]]
+    pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "a.parquet")
+    assert list(map(all_captions, good(None, dataset_file=tmp_path / "a.parquet"))) == [["A cat.", "A pet."]]
+    touch(tmp_path, "folder/c.mp4")
+    write(tmp_path / "folder/c.txt", "One.\n\nTwo.\n")
+    assert list(map(all_captions, good(tmp_path / "folder", caption_per_line=True))) == [["One.", "Two."]]
+
+
+def test_captions_that_a_table_of_captions_cannot_keep_are_refused(tmp_path):
+    write(tmp_path / "a.jsonl", json.dumps({"video": "a.mp4", "text": ["A cat.", "A pet."]}))
+    source = DataSource(None, tmp_path / "a.jsonl", caption_column="text")
+    _, (refused,) = read_clips(source, tmp_path, captions_file=tmp_path / "out.jsonl")
+    assert "has several captions" in refused.reason
+    write(tmp_path / "b.jsonl", json.dumps({"video": "a.mp4", "text": ["A cat.", 5]}))
+    assert "its caption is int 5, not text" in bad(None, dataset_file=tmp_path / "b.jsonl")[0]
+
+
+def test_tags_come_in_several_orders_behind_the_id_token(tmp_path):
+    write_lists(tmp_path, videos="a.mp4\nb.mp4", prompts="red, round, small, fast\nA cat.")
+    tagged, plain = good(tmp_path, shuffle_tags=5, id_token="X")
+    assert tagged.captions[0] == "X red, round, small, fast"
+    assert len(set(tagged.captions)) == 5
+    assert {tuple(sorted(caption.removeprefix("X ").split(", "))) for caption in tagged.captions} == {
+        ("fast", "red", "round", "small")
+    }
+    assert (plain.caption, plain.captions) == ("X A cat.", ())
+    again, _ = good(tmp_path, shuffle_tags=5, id_token="X")
+    assert again.captions == tagged.captions

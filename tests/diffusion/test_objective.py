@@ -1,10 +1,13 @@
 """The loss of a batch equals the published formula, computed in float64 from the same random draws."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
 from data.buckets import Bucket
+from data.sampler import Draw
 from dataset import Batch, MixedBatch
 from diffusion.objective import Objective
 from diffusion.timesteps import TimestepSampling
@@ -201,3 +204,12 @@ def test_a_mixed_batch_has_the_losses_and_gradients_of_its_samples(tiny_models, 
     for name, weight in transformer.named_parameters():
         if name in expected:
             assert (weight.grad - expected[name]).norm() < 1e-5 * largest, name
+
+
+def test_captions_are_dropped_by_the_chance_of_each_sample(tiny_models):
+    objective, calls = recorded_objective(tiny_models)
+    objective.empty_prompt, objective.caption_dropout = torch.full((226, 64), 7.0), torch.tensor([1.0, 0.0, 1.0])
+    batch = replace(make_batch(), draws=[Draw(1, 0), Draw(2, 0)])
+    losses_of(objective, batch)
+    (call,) = calls
+    assert torch.equal(call["encoder_hidden_states"], torch.stack([batch.prompt_embeds[0], objective.empty_prompt]))

@@ -37,7 +37,7 @@ READ_BY_LIBRARY = ("A rabbit yawns", "A cyclist waits")
 RETOLD = [(video, caption) for (video, _), caption in zip(LISTED, READ_BY_LIBRARY, strict=True)]
 # The clips that each command reads; the other commands read clips on the hub, or prepared data.
 CLIPS = {
-    **dict.fromkeys(("pair", "csv", "tsv", "jsonl", "json", "parquet", "images"), LISTED),
+    **dict.fromkeys(("pair", "csv", "tsv", "jsonl", "json", "parquet", "several", "images"), LISTED),
     "folder": [("my-folder/night/street.mp4", STREET), ("my-folder/rabbit.mp4", RABBIT)],
     "local data set": list(zip(("my-dataset/rabbit.mp4", "my-dataset/street.mp4"), READ_BY_LIBRARY, strict=True)),
     **dict.fromkeys(("saved", "with first frames"), RETOLD),

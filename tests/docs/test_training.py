@@ -201,7 +201,7 @@ def test_the_runs_of_a_sweep_are_compared(folder):
 
 def test_every_block_of_the_page_is_tested():
     tested = {"recipes", "sweep", "script", "dry run", "all weights", "memory", "config", "repeat"}
-    tested |= {"best step", "continue", "validation set", "compare"}
+    tested |= {"best step", "continue", "validation set", "compare", "docker"}  # the last: test_dockerfile.py
     assert BLOCKS.keys() == tested
 
 

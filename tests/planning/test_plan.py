@@ -23,6 +23,7 @@ from flags.settings import TrainingSettings
 from planning.plan import (
     PreparedData,
     RawData,
+    caption_dropouts,
     check_bad_clips,
     describe_plan,
     plan_raw_clips,
@@ -468,3 +469,52 @@ def test_prepared_regularization_is_joined_unless_it_has_an_id_token(tmp_path):
     (tmp_path / "b/prepared.json").write_text(json.dumps({"flags": {"id_token": "BW"}}))
     with pytest.raises(UserError, match=r"--regularization_data_root: .*b was prepared with --id_token BW"):
         plan_training_data(settings)
+
+
+def test_a_clip_with_several_captions_is_a_sample_for_each_that_come_as_often_as_the_clip(data):
+    rows = [json.loads(line) for line in (data / "table.jsonl").read_text().splitlines()[:3]]
+    rows[0]["caption"] = ["one", "uno", "eins"]
+    (data / "several.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = plan(data, table="several.jsonl")
+    assert found.captions == ["one", "uno", "eins", "two", "three"]
+    assert found.repeats == [1 / 3] * 3 + [1, 1]
+    assert found.num_captions.tolist() == [3, 3, 3, 1, 1]
+    assert found.num_listed == 3
+    lines = table_of(found)
+    assert lines[1].split()[:2] == ["17x64x96", "3"]
+    assert lines[2] == "an epoch is 3 samples in 2 batches of up to 2"
+    assert lines[3] == "1 clip with 3 captions, which take turns from epoch to epoch"
+    assert not any("several captions" in line or "times" in line for line in lines)
+    split = plan(data, "--long_clips", "split", "--frame_buckets", "5", table="several.jsonl")
+    first = [(planned.part, planned.caption_number) for planned in split.clips if planned.clip.captions]
+    assert first == [(part, caption) for part in range(len(first) // 3) for caption in range(3)]
+
+
+def test_prepared_captions_of_a_clip_are_found_by_its_name():
+    buckets = [Bucket(17, 64, 96)] * 6
+    index = index_of(buckets, name=[*"aabccc"], repeats=[0.5, 0.5, 1.0, *[1 / 3] * 3])
+    assert PreparedData(index, []).num_captions.tolist() == [2, 2, 1, 3, 3, 3]
+    assert PreparedData(index_of(buckets, name=[*"aabccc"], repeats=[1.0] * 6), []).num_captions is None
+
+
+def test_data_sets_of_a_mix_may_drop_captions_more_or_less_often(data, tmp_path):
+    tensors = {"video_latents": torch.zeros(1), "prompt_embeds": torch.zeros(1)}
+    write_prepared(tmp_path / "a", {"a-1": tensors}, Bucket(17, 64, 96))
+    write_prepared(tmp_path / "b", {"b-1": tensors, "b-2": tensors}, Bucket(17, 64, 96))
+    entry = {"dataset_file": "data/table.jsonl", "caption_column": "caption", "max_samples": 1}
+    configs = SimpleNamespace(transformer={"max_text_seq_length": 226, "patch_size": 2, "patch_size_t": None})
+    for flags, entries in (
+        (["--load_tensors"], [{"data_root": "a"}, {"data_root": "b", "caption_dropout": 0.5}]),
+        ([], [entry, entry | {"caption_dropout": 0.5, "max_samples": 2}]),
+    ):
+        mix = write_mix(tmp_path, *entries)
+        flags = ["--dataset_mix", mix, *SIZE, "--allow_outside_paths", "--caption_dropout", "0.1", *flags]
+        settings = training(tmp_path / "out", *flags)
+        found = plan_training_data(settings)
+        assert caption_dropouts(found, 0.1).tolist() == pytest.approx([0.1, 0.5, 0.5])
+        if isinstance(found, PreparedData):
+            assert describe_plan(found, settings, None, configs, batch_size=1).endswith(
+                "captions are dropped from 0.1 of 1 samples, 0.5 of 2 samples"
+            )
+    write_mix(tmp_path, entry)
+    assert caption_dropouts(plan_training_data(settings), 0.1) is None

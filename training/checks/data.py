@@ -110,7 +110,9 @@ def check_prepared_flags(settings: TrainingSettings) -> None:
     compared = settings.given & set(PREPARED_FLAGS) - {"frame_buckets"}
     if not compared:  # nothing to read, which takes a while from a store
         return
-    made_with, values = read_prepared_settings(to_path(folder)).get("flags", {}), flag_values(settings)
+    # Folders of earlier versions were prepared without these.
+    made_with = {"caption_per_line": False, "shuffle_tags": None}
+    made_with, values = made_with | read_prepared_settings(to_path(folder)).get("flags", {}), flag_values(settings)
     differing = [
         f"--{name} was {made_with[name]!r}, is now {values[name]!r}"
         for name in PREPARED_FLAGS

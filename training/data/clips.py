@@ -1,6 +1,6 @@
 """Clips, and the choice of frames and bucket for each before anything is decoded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from math import isclose
@@ -27,6 +27,8 @@ class Clip:
     end_frame: int | None = None
     control: Path | None = None  # the video that control-to-video follows, if it is not computed
     regularization: bool = False  # what the model should keep doing, drawn in batches of its own
+    captions: tuple[str, ...] = ()  # all, if it has several: they take turns
+    caption_dropout: float | None = None  # probability of no caption; None: that of the flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class ClipSample:
     first_frame: VideoInfo | None = None  # probe result of clip.image, for image-to-video
     num_held: int = 0  # frames at the end that repeat the last one to fill the bucket
     control: VideoInfo | None = None  # probe result of clip.control
+    caption_number: int = 0  # of its clip's captions
 
     @property
     def shown_fps(self) -> float | None:
@@ -139,6 +142,21 @@ def plan_clips(
                 indices = tuple(clip.start_frame + index for index in indices)
             planned.append(ClipSample(clip, info, bucket, indices, part, first_frame, num_held, control))
     return planned, bad
+
+
+def with_each_caption(samples: Iterable[ClipSample]) -> Iterator[ClipSample]:
+    """Yield a sample for each caption of a clip that has several; together, they come as often as the clip."""
+    clips: dict[int, list[Clip]] = {}  # the samples of a clip still share it
+    for sample in samples:
+        clip, captions = sample.clip, sample.clip.captions
+        if not captions:
+            yield sample
+            continue
+        if id(clip) not in clips:
+            times = clip.repeats / len(captions)
+            clips[id(clip)] = [replace(clip, caption=caption, repeats=times) for caption in captions]
+        for number, with_caption in enumerate(clips[id(clip)]):
+            yield replace(sample, clip=with_caption, caption_number=number)
 
 
 def _fitting_control(file: Path, infos: Mapping[Path, VideoInfo | str], clip: VideoInfo) -> VideoInfo:

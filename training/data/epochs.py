@@ -98,34 +98,48 @@ def make_kinds(
     buckets: BucketColumn,
     repeats: np.ndarray,
     regularization: np.ndarray | None,
+    num_captions: np.ndarray | None,
     limit: BatchSize | TokenBudget,
     seed: int,
 ) -> list[Kind]:
     """Return the samples to train on, then those for regularization, as `data.sampler` documents."""
     trained = np.ones(len(buckets), bool) if regularization is None else ~regularization
-    kinds = [Kind(_group(buckets, repeats, np.flatnonzero(trained), f"{seed}"), limit, f"{seed}")]
+    captions = np.ones(len(buckets), np.int32) if num_captions is None else num_captions
+    kinds = [Kind(_group(buckets, repeats, captions, np.flatnonzero(trained), f"{seed}"), limit, f"{seed}")]
     if regularization is not None:
         num_trained = sum(kinds[0].samples_per_epoch.values())
         times = repeats * (num_trained / repeats[regularization].sum())
         own = f"{seed}-regularization"
-        kinds.append(Kind(_group(buckets, times, np.flatnonzero(regularization), own), limit, own))
+        kinds.append(Kind(_group(buckets, times, captions, np.flatnonzero(regularization), own), limit, own))
     return kinds
 
 
-def _group(buckets: BucketColumn, repeats: np.ndarray, rows: np.ndarray, seed: str) -> dict[Bucket, list[Group]]:
-    order = np.lexsort((repeats[rows], buckets.codes[rows]))  # stable: samples of a group stay in their order
+def _group(
+    buckets: BucketColumn, repeats: np.ndarray, captions: np.ndarray, rows: np.ndarray, seed: str
+) -> dict[Bucket, list[Group]]:
+    # Stable: samples of a group stay in their order.
+    order = np.lexsort((captions[rows], repeats[rows], buckets.codes[rows]))
     order = rows[order].astype(np.int32)
-    codes, times = buckets.codes[order], repeats[order]
-    differs = (codes[1:] != codes[:-1]) | (times[1:] != times[:-1])
+    codes, times, captions = buckets.codes[order], repeats[order], captions[order]
+    differs = (codes[1:] != codes[:-1]) | (times[1:] != times[:-1]) | (captions[1:] != captions[:-1])
     starts = np.flatnonzero(np.append(True, differs)[: len(codes)])
     rng = random.Random(f"{seed}-turns")
     groups = defaultdict(list)
     for start, indices in zip(starts, np.split(order, starts[1:]), strict=False):
         whole, fraction = divmod(Fraction(times[start].item()).limit_denominator(10_000), 1)
         extra = max(round_half_up(fraction * len(indices)), int(whole == 0))
-        group = Group(shuffled(indices, rng) if extra else indices, whole, extra)
+        group = Group(_in_turns(indices, int(captions[start]), rng) if extra else indices, whole, extra)
         groups[buckets.kinds[codes[start]]].append(group)
     return groups
+
+
+def _in_turns(indices: np.ndarray, num_captions: int, rng: random.Random) -> np.ndarray:
+    """Shuffle samples, so that of the captions of a clip, which are next to each other, one comes in each turn."""
+    if num_captions == 1 or len(indices) % num_captions:  # the index of a stranger
+        return shuffled(indices, rng)
+    clips = shuffled(indices.reshape(-1, num_captions), rng)
+    first = (num_captions * _random(len(clips), rng)).astype(np.int64)
+    return np.take_along_axis(clips, (first[:, None] + np.arange(num_captions)) % num_captions, 1).T.reshape(-1)
 
 
 def _order(

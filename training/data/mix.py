@@ -82,10 +82,12 @@ def _check_entry(where: str, entry: object) -> None:
 
 def _check_value(where: str, key: str, value: object) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if key in ("dataset_streaming", "regularization"):
+    if key in ("dataset_streaming", "regularization", "caption_per_line"):
         fits, expected = isinstance(value, bool), "true or false"
-    elif key == "max_samples":
+    elif key in ("max_samples", "shuffle_tags"):
         fits, expected = is_number and isinstance(value, int) and value > 0, "a whole number above 0"
+    elif key == "caption_dropout":
+        fits, expected = is_number and 0 <= value <= 1, "a number from 0 to 1"
     elif key in ("repeats", "weight"):
         fits, expected = is_number and 1e-6 <= value <= 1e6, "a number from 0.000001 to 1000000"
     else:

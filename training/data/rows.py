@@ -22,6 +22,9 @@ class DataSource:
     caption_column: str = "caption"
     image_column: str | None = None  # None: "image", "images" or images.txt if it exists
     control_column: str | None = None  # None reads no controls
+    caption_per_line: bool = False  # each line of a caption is a caption of its own
+    shuffle_tags: int | None = None  # orders of a caption's comma-separated tags
+    caption_dropout: float | None = None  # probability of no caption; None: that of the flag
     id_token: str | None = None  # added before every caption, with a space
     repeats: float = 1.0  # times that each clip comes in an epoch
     weight: float | None = None  # instead of repeats: share of an epoch's samples, relative to other data sets

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,6 +52,8 @@ class BucketBatchSampler:
         seed: seed of the order.
         repeats: sample i comes repeats[i] times per epoch, above 0; None for once each.
         regularization: `[N]`, bool: which samples are for regularization, not all; None for none of them.
+        num_captions: `[N]`: how many samples next to each other are the captions of one clip. With repeats of 1 / n,
+            each epoch takes another of the n; None for one each.
         rank, world_size: number of this process, from 0, and of all processes.
         first_epoch: epoch that the stream starts in.
         seen_batches: batches of `first_epoch` to skip, over all ranks and with padding.
@@ -72,6 +74,7 @@ class BucketBatchSampler:
         seed: int,
         repeats: Sequence[float] | None = None,
         regularization: np.ndarray | None = None,
+        num_captions: np.ndarray | None = None,
         rank: int = 0,
         world_size: int = 1,
         first_epoch: int = 0,
@@ -86,10 +89,16 @@ class BucketBatchSampler:
         self.first_batch = self.total_batches = 0
         times = np.ones(len(buckets)) if repeats is None else np.asarray(repeats, np.float64)
         self._regularization = regularization
-        self.kinds = make_kinds(BucketColumn.of(buckets), times, regularization, self.limit, seed)
+        self.kinds = make_kinds(BucketColumn.of(buckets), times, regularization, num_captions, self.limit, seed)
         self.num_batches = sum(kind.num_batches for kind in self.kinds)
         # Two epochs, because batches are drawn ahead of training.
         self._planned = lru_cache(maxsize=2)(self._plan_epoch)
+
+    @classmethod
+    def of(cls, data: Any, limit: BatchSize | TokenBudget | int, **options: Any) -> "BucketBatchSampler":
+        """Return the sampler of `planning.plan.TrainingData`, with the other arguments of the constructor."""
+        facts = {name: getattr(data, name) for name in ("repeats", "regularization", "num_captions")}
+        return cls(data.buckets, limit, **facts, **options)
 
     @property
     def samples_per_epoch(self) -> dict[Bucket, int]:

@@ -5,6 +5,7 @@ silently. The probe checks whether the listed files exist and what is in them.
 """
 
 import os
+import random
 import sys
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
@@ -138,16 +139,11 @@ def _clip_of(
     if row.problem is not None:
         raise UnusableRow(row.problem)
     values = row.values
-    caption = values.get(source.caption_column)
-    if not isinstance(caption, str | None):
-        raise UnusableRow(f"its caption is {described(caption)}, not text")
-    caption = (caption or "").strip()
-    if not all(unicodedata.category(character) in _INVISIBLE for character in caption):
-        caption = f"{(source.id_token or '').strip()} {caption}".strip()
-    elif caption_needed:
+    captions = _captions(values.get(source.caption_column), source)
+    if caption_needed and not captions:
         raise UnusableRow("has no caption")
-    else:
-        caption = ""
+    if not caption_needed and len(captions) > 1:
+        raise UnusableRow("has several captions, and the table to write takes one for each clip")
     metadata = _metadata(
         values, {source.video_column, source.caption_column, source.image_column, source.control_column, ""}
     )
@@ -155,11 +151,35 @@ def _clip_of(
         video = media_file(values.get(source.video_column), folder, media_cache, values.get("fps"), within=within)
         image = first_frame_file(values.get(source.image_column), folder, media_cache, within=within)
         control = _control_file(values, source, folder, media_cache, within)
-        "".join((caption, str(video), str(image), str(control), *metadata, *metadata.values())).encode()
+        "".join((*captions, str(video), str(image), str(control), *metadata, *metadata.values())).encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, and file names may be any bytes
         raise UnusableRow("has text that is not valid Unicode, which no list can hold") from error
     part = (_frame_number(values, "start_frame") or 0, _frame_number(values, "end_frame"))
-    return Clip(video, caption, row.source, image, source.repeats, metadata, *part, control, source.regularization)
+    several = tuple(captions) if len(captions) > 1 else ()
+    facts = (control, source.regularization, several, source.caption_dropout)
+    return Clip(video, captions[0] if captions else "", row.source, image, source.repeats, metadata, *part, *facts)
+
+
+def _captions(value: object, source: DataSource) -> list[str]:
+    """Return the distinct captions in a cell, with the id token; none if there is no visible text."""
+    texts = value if isinstance(value, list) else [value]
+    if unfit := [text for text in texts if not isinstance(text, str | None)]:
+        raise UnusableRow(f"its caption is {described(unfit[0])}, not text")
+    texts = [text.strip() for text in texts if text]
+    if source.caption_per_line:
+        texts = [line.strip() for text in texts for line in text.splitlines()]
+    visible = [text for text in texts if any(unicodedata.category(character) not in _INVISIBLE for character in text)]
+    orders = [order for text in visible for order in _orders(text, source.shuffle_tags or 1)]
+    return list(dict.fromkeys(f"{(source.id_token or '').strip()} {order}".strip() for order in orders))
+
+
+def _orders(caption: str, count: int) -> list[str]:
+    """Return a caption, and other random orders of its comma-separated tags, always the same."""
+    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+    chance = random.Random(caption.encode(errors="surrogatepass"))  # text that is not valid Unicode is refused later
+    # random.shuffle may change between versions of Python; random() may not.
+    others = (sorted(tags, key=lambda _: chance.random()) for _ in range(count - 1))
+    return [caption, *map(", ".join, others)]
 
 
 def _control_file(

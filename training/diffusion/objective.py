@@ -42,7 +42,8 @@ class Objective:
     vae: AutoencoderKLCogVideoX | None  # encodes raw clips; None if all batches are prepared
     dtype: torch.dtype  # of the transformer's inputs
     timesteps: TimestepSampling = field(default_factory=TimestepSampling)
-    caption_dropout: float = 0.0  # probability that a sample is trained with the empty prompt
+    # Probability that a sample is trained with the empty prompt: of all, or `[N]`, by the index of its draw.
+    caption_dropout: float | torch.Tensor = 0.0
     empty_prompt: torch.Tensor | None = None  # [226, D], its embedding; needed for caption dropout
     _rotary_cache: dict = field(default_factory=dict, init=False, repr=False)
 
@@ -85,8 +86,11 @@ class Objective:
         drops_conditions: bool,
     ) -> Noised:
         embeds = batch.prompt_embeds
-        if self.caption_dropout and drops_conditions:
-            is_dropped = sample_uniform(generators) < self.caption_dropout
+        if self.empty_prompt is not None and drops_conditions:
+            chance = self.caption_dropout
+            if isinstance(chance, torch.Tensor):
+                chance = chance[[draw.index for draw in batch.draws]].to(embeds.device, non_blocking=True)
+            is_dropped = sample_uniform(generators) < chance
             embeds = torch.where(is_dropped[:, None, None], self.empty_prompt, embeds)
         moments = batch.video_moments
         if moments is None:

@@ -20,6 +20,8 @@ PREPARED_FLAGS += (
     "frame_buckets",
     "keep",
     "compute_control",
+    "caption_per_line",
+    "shuffle_tags",
 )
 
 
@@ -40,6 +42,18 @@ class SourceFlags:
     )
     video_column: str = flag("video", "Column of the clips' paths, or list of them in --data_root (else videos.txt).")
     caption_column: str = flag("text", "Column of the captions, or text file that lists them (else prompts.txt).")
+    caption_per_line: bool = flag(
+        False,
+        "Each line of a caption is a caption of its own; they take turns from epoch to epoch. JSON, Parquet and data "
+        "sets may have lists of captions without it.",
+    )
+    shuffle_tags: PositiveInt | None = flag(
+        None,
+        "For captions of comma-separated tags: make N captions of each, with its tags in random order, which take "
+        "turns from epoch to epoch. --id_token stays in front.",
+        metavar="N",
+        shown="as written",
+    )
     image_column: str | None = flag(
         None,
         "Image-to-video: column or text file of first frames. Where empty, a clip's own first frame is used.",

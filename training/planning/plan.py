@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -18,7 +19,7 @@ from common.files import atomic_write, path_of_script
 from common.remote import default_cache_folder, limit_cache, to_path
 from common.text_files import digest_lines
 from data.buckets import BucketColumn, count_tokens, make_buckets, native_fps
-from data.clips import BadClip, ClipSample, plan_clips
+from data.clips import BadClip, ClipSample, plan_clips, with_each_caption
 from data.mix import read_mix, weights_to_repeats
 from data.sampler import BucketBatchSampler
 from data.sources import DataSource, read_clips
@@ -26,6 +27,15 @@ from data.token_budget import BatchSize, TokenBudget
 from flags.data import PREPARED_FLAGS, ClipFlags, ControlFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
+from planning.held_out import (
+    choose_clips,
+    clips_of_contents,
+    clips_of_prepared,
+    count_trained,
+    find_candidates,
+    fraction_to_hold_out,
+    why_none,
+)
 from planning.keep import keep_clips
 from planning.report import PlanTable, plan_table, regularization_note
 from prepared.folder import read_prepared_settings
@@ -37,6 +47,7 @@ if TYPE_CHECKING:
     from prepared.index import PreparedIndex
 
 SKIPPED_FILE = "skipped_clips.csv"
+HELD_OUT_FILE = "held_out_clips.csv"
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ class RawData:
     bad: Sequence[BadClip] = ()
     dropped: Sequence[BadClip] = ()  # by --keep, which is no reason to stop
     held_out: "RawData | None" = None  # clips whose loss is measured, not trained on
+    held_out_fraction: float = 0.0  # that was held out of the training data, if some is
+    held_out_note: str = ""  # which clips are held out of the training data, or why none is
 
     blocks = None  # each clip is a file of its own
 
@@ -65,6 +78,17 @@ class RawData:
         """Which samples are for regularization, `[N]`; None if none of them is."""
         flags = np.array([planned.clip.regularization for planned in self.clips], bool)
         return flags if flags.any() else None
+
+    @property
+    def num_captions(self) -> np.ndarray | None:
+        """How many samples next to each other are the captions of one clip, `[N]`; None for one each."""
+        counts = np.array([len(planned.clip.captions) or 1 for planned in self.clips], np.int32)
+        return counts if (counts > 1).any() else None
+
+    @property
+    def own_dropouts(self) -> list[float | None]:
+        """The probability of no caption of each sample; None: that of the flag."""
+        return [planned.clip.caption_dropout for planned in self.clips]
 
     @property
     def captions(self) -> list[str]:
@@ -92,7 +116,8 @@ class RawData:
     @property
     def num_listed(self) -> int:
         """The number of listed clips, unusable and dropped ones included; a split clip counts once."""
-        return len({id(planned.clip) for planned in self.clips}) + len(self.bad) + len(self.dropped)
+        listed = {id(planned.clip) for planned in self.clips if planned.caption_number == 0}
+        return len(listed) + len(self.bad) + len(self.dropped)
 
     @property
     def trained(self) -> "RawData":
@@ -103,7 +128,8 @@ class RawData:
 
     def take(self, samples: Sequence[int]) -> "RawData":
         """Return only some samples, to train on each of them once per epoch."""
-        taken, plain = [self.clips[sample] for sample in samples], {"repeats": 1.0, "regularization": False}
+        plain = {"repeats": 1.0, "regularization": False, "captions": ()}
+        taken = [self.clips[sample] for sample in samples]
         return replace(self, clips=[replace(one, clip=replace(one.clip, **plain)) for one in taken])
 
 
@@ -113,7 +139,9 @@ class PreparedData:
 
     clips: "PreparedIndex"
     folders: Sequence[Path]  # of the samples
-    held_out: RawData | None = None  # clips whose loss is measured, not trained on
+    held_out: "TrainingData | None" = None  # clips whose loss is measured, not trained on
+    held_out_fraction: float = 0.0  # that was held out of the training data, if some is
+    held_out_note: str = ""  # which clips are held out of the training data, or why none is
 
     captions = ()  # already embedded
 
@@ -122,7 +150,8 @@ class PreparedData:
         """Which samples are drawn together, `[N]`, so that few files of a store are needed at a time; None for any."""
         from planning.blocks import blocks_of  # imports pyarrow
 
-        return blocks_of(self.clips)
+        blocks = blocks_of(self.clips)
+        return None if blocks is None else self.clips.without_omitted(blocks)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -145,13 +174,26 @@ class PreparedData:
         return self.clips.regularization
 
     @property
+    def num_captions(self) -> np.ndarray | None:
+        """How many samples next to each other are the captions of one clip, `[N]`; None for one each."""
+        return self.clips.num_captions
+
+    @property
+    def own_dropouts(self) -> list[float | None]:
+        """The probability of no caption of each sample; None: that of the flag."""
+        folders = self.clips.folders
+        if all(folder.caption_dropout is None for folder in folders):  # most data, which may have a million samples
+            return []
+        own = np.array([folder.caption_dropout for folder in folders], object)
+        return self.clips.without_omitted(np.repeat(own, [folder.table.num_rows for folder in folders])).tolist()
+
+    @property
     def trained(self) -> "PreparedData":
         """The data without the samples for regularization."""
         if self.regularization is None:
             return self
-        folders = [folder for folder in self.clips.folders if not folder.regularization]
-        places = list(dict.fromkeys(folder.folder for folder in folders))
-        return replace(self, clips=type(self.clips)(folders), folders=places)
+        clips = self.clips.without_regularization()
+        return replace(self, clips=clips, folders=list(dict.fromkeys(folder.folder for folder in clips.folders)))
 
     def take(self, samples: Sequence[int]) -> "PreparedData":
         """Return only some samples, to train on each of them once per epoch."""
@@ -159,6 +201,14 @@ class PreparedData:
 
 
 TrainingData = RawData | PreparedData
+
+
+def caption_dropouts(data: TrainingData, default: float) -> np.ndarray | None:
+    """Return the probability of no caption of each sample, `[N]`; None if it is the default for all."""
+    own = data.own_dropouts
+    if all(one is None for one in own):
+        return None
+    return np.array([default if one is None else one for one in own], np.float32)
 
 
 def _describe_samples(count: int, lines: Iterable[str]) -> str:
@@ -184,7 +234,36 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
         if both:
             what = f"{len(both)} of its clips are trained on too; remove them from one of the two:"
             raise UserError(listing(f"--validation_dataset_file: {what}", both))
-    return replace(data, held_out=held_out)
+    return hold_out(data, settings) if held_out is None else replace(data, held_out=held_out)
+
+
+def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
+    """Hold out a fraction of the clips, with all their samples and copies; of each, one sample is measured."""
+    fraction, is_asked = fraction_to_hold_out(settings)
+    if not fraction:
+        return data
+    is_raw = isinstance(data, RawData)
+    if is_raw:
+        clips, ranks = clips_of_contents([planned.info.sha256 or str(planned.clip.video) for planned in data.clips])
+    else:
+        clips, ranks = clips_of_prepared(data.clips)
+    candidates = find_candidates(clips, data.regularization)
+    num_clips, trained = len(candidates), count_trained(settings, float(np.sum(data.repeats)))
+    if reason := why_none(num_clips, trained, is_asked=is_asked):
+        return replace(data, held_out_note=f"no clip is held out for a validation loss: {reason}")
+    chosen = choose_clips(clips, ranks, candidates, fraction)
+    left = np.concatenate(chosen)
+    # Parts of a clip follow one another.
+    held_out = data.take([int(rows[0]) for rows in chosen])
+    names = [f"{one.clip.video.name} ({one.clip.source})" if is_raw else one.name for one in held_out.clips]
+    more = f" with {len(left)} samples" if len(left) > len(chosen) else ""
+    note = f"{len(chosen)} of {num_clips} clips{more} held out for the validation loss: {', '.join(names)}"
+    if is_raw:
+        gone = set(left.tolist())
+        clips = [planned for number, planned in enumerate(data.clips) if number not in gone]
+    else:
+        clips = data.clips.omit(left)
+    return replace(data, clips=clips, held_out=held_out, held_out_fraction=fraction, held_out_note=note)
 
 
 def control_flags(settings: TrainingSettings) -> ControlFlags | None:
@@ -263,7 +342,7 @@ def plan_validation_clips(
     if data.bad:
         what = f"{len(data.bad)} of {data.num_listed} clips cannot be used; fix or remove them:"
         raise UserError(listing(f"--validation_dataset_file: {what}", data.bad, most=len(data.bad)))
-    return RawData([planned for planned in data.clips if planned.part == 0])
+    return RawData([planned for planned in data.clips if planned.part == planned.caption_number == 0])
 
 
 def validation_data_flags(settings: TrainingSettings) -> tuple[SourceFlags, ClipFlags]:
@@ -288,14 +367,17 @@ def validation_data_flags(settings: TrainingSettings) -> tuple[SourceFlags, Clip
 
 
 def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[ClipSample]]) -> list[ClipSample]:
-    """Join the samples of all data sets, with weights as repeats: weights count samples, not listed clips."""
+    """Join the samples of all data sets, one for each caption, with weights as repeats.
+
+    Weights count samples, not listed clips or captions.
+    """
     joined = []
     for repeats, samples in zip(weights_to_repeats(sources, list(map(len, planned))), planned, strict=True):
         if repeats is not None:
             # The samples of a clip still share it.
             clips = {id(sample.clip): replace(sample.clip, repeats=repeats) for sample in samples}
             samples = [replace(sample, clip=clips[id(sample.clip)]) for sample in samples]
-        joined += samples
+        joined += with_each_caption(samples)
     return joined
 
 
@@ -320,7 +402,7 @@ def check_bad_clips(data: RawData, on_bad_clip: str, advise: Callable[[], str | 
 def advise(data: RawData, settings: TrainingSettings | PreparationSettings, config: Mapping[str, Any]) -> str | None:
     """Return a line with the flags that keep more clips of the data, for a transformer of this config."""
     ignores = isinstance(settings, TrainingSettings) and settings.image.ignore_learned_positional_embeddings
-    infos = [sample.info for sample in data.clips if sample.part == 0]
+    infos = [sample.info for sample in data.clips if sample.part == sample.caption_number == 0]
     return recommend(
         [*infos, *(clip.info for clip in data.bad if clip.info)],
         settings.clips,
@@ -363,6 +445,8 @@ def data_sources(flags: SourceFlags, control: ControlFlags | None = None) -> lis
         max_samples=flags.max_samples,
         video_column=flags.video_column,
         caption_column=flags.caption_column,
+        caption_per_line=flags.caption_per_line,
+        shuffle_tags=flags.shuffle_tags,
         image_column=flags.image_column,
         control_column=(control.control_column or "control") if lists_controls else None,
         id_token=flags.id_token,
@@ -381,15 +465,10 @@ def regularization_sources(settings: TrainingSettings, control: ControlFlags | N
     root, flags = settings.regularization.regularization_data_root, settings.sources
     if root is None:
         return []
-    return [
-        DataSource(
-            to_path(root),
-            control_column="control" if control is not None and control.compute_control is None else None,
-            max_samples=flags.max_samples,
-            regularization=True,
-            allow_outside_paths=flags.allow_outside_paths,
-        )
-    ]
+    column = "control" if control is not None and control.compute_control is None else None
+    names = ("max_samples", "allow_outside_paths", "caption_per_line", "shuffle_tags")
+    facts = {name: getattr(flags, name) for name in names}
+    return [DataSource(to_path(root), control_column=column, regularization=True, **facts)]
 
 
 def _read_prepared(sources: Sequence[DataSource]) -> PreparedData:
@@ -400,7 +479,12 @@ def _read_prepared(sources: Sequence[DataSource]) -> PreparedData:
     indexes = [read_index(source.data_root, allow_outside_paths=source.allow_outside_paths) for source in sources]
     weighted = weights_to_repeats(sources, list(map(len, indexes)))
     joined = [
-        index.with_repeats(source.repeats, fixed, regularization=source.regularization)
+        index.with_facts(
+            times=source.repeats,
+            fixed=fixed,
+            regularization=source.regularization,
+            caption_dropout=source.caption_dropout,
+        )
         for source, fixed, index in zip(sources, weighted, indexes, strict=True)
     ]
     return PreparedData(PreparedIndex([folder for index in joined for folder in index.folders]), folders)
@@ -440,15 +524,29 @@ def describe_plan(
             f"{bucket}: {count} prepared samples of {count_tokens(configs.transformer, bucket)} tokens"
             for bucket, count in data.buckets.counts.items()
         ]
+        lines += [data.held_out_note] if data.held_out_note else []
+        if data.num_captions is not None:
+            several = int((data.num_captions > 1).sum())
+            lines.append(f"{several} of these are the captions of clips that have several: they take turns")
         if data.regularization is not None:
-            sampler = BucketBatchSampler(
-                data.buckets, batch_size, seed=0, repeats=data.repeats, regularization=data.regularization
-            )
+            sampler = BucketBatchSampler.of(data, batch_size, seed=0)
             lines.append(regularization_note(sampler, int(data.regularization.sum())))
-        return "\n".join(lines)
+        return "\n".join(filter(None, [*lines, _dropout_note(data, settings)]))
     table = tabulate(data, settings, model, configs, batch_size=batch_size, num_ranks=num_ranks)
     dropped = f"{len(data.dropped)} of {data.num_listed} clips are dropped by --keep" if data.dropped else None
-    return "\n".join(filter(None, [str(table), dropped, advise(data, settings, configs.transformer)]))
+    notes = [dropped, _dropout_note(data, settings), data.held_out_note]
+    return "\n".join(filter(None, [str(table), *notes, advise(data, settings, configs.transformer)]))
+
+
+def _dropout_note(data: TrainingData, settings: TrainingSettings | PreparationSettings) -> str | None:
+    """Return a line on data sets that drop captions otherwise than the flag says; None if none does."""
+    if not isinstance(settings, TrainingSettings):
+        return None
+    dropouts = caption_dropouts(data, settings.objective.caption_dropout)
+    if dropouts is None:
+        return None
+    counts = Counter(dropouts.tolist())
+    return f"captions are dropped from {', '.join(f'{p:.3g} of {counts[p]} samples' for p in sorted(counts))}"
 
 
 def tabulate(
@@ -474,6 +572,19 @@ def tabulate(
         reshape_mode=settings.clips.video_reshape_mode,
         id_token=settings.sources.id_token,
     )
+
+
+def report_held_out(data: TrainingData, folder: Path) -> None:
+    """Write the clips held out of the training data to `held_out_clips.csv` in the output folder, if there are any."""
+    if not data.held_out_fraction:
+        return
+    is_raw = isinstance(data, RawData)
+    clips = [(one.clip.video, one.clip.source) if is_raw else (one.name, "") for one in data.held_out.clips]
+    with (
+        atomic_write(folder / HELD_OUT_FILE) as partial,
+        open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        csv.writer(file, lineterminator="\n").writerows([("clip", "source"), *clips])
 
 
 def report_skipped(bad: Sequence[BadClip], folder: Path, dropped: Sequence[BadClip] = ()) -> None:

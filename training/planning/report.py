@@ -72,28 +72,31 @@ def plan_table(
         return PlanTable()
     repeats = [sample.clip.repeats for sample in planned]
     is_apart = np.array([sample.clip.regularization for sample in planned])
-    trained = [sample for sample in planned if not sample.clip.regularization]
+    num_captions = np.array([len(sample.clip.captions) or 1 for sample in planned])
+    first = [sample for sample in planned if sample.caption_number == 0]
+    trained = [sample for sample in first if not sample.clip.regularization]
     sampler = BucketBatchSampler(
         [sample.bucket for sample in planned],
         batch_size,
         seed=0,
         repeats=repeats,
         regularization=is_apart if is_apart.any() else None,
+        num_captions=num_captions,
         world_size=num_ranks,
     )
     ranks = f", {sampler.batches_per_epoch} on each of {num_ranks} ranks" if num_ranks > 1 else ""
     off_aspect = "squeezed" if reshape_mode == "none" else "cropped"
     return PlanTable(
         ("bucket", "samples", "tokens", "upscaled", off_aspect, "clip frames", "unused", "batches"),
-        _rows(planned, sampler.kinds, tokens_of),
+        _rows(first, sampler.kinds, tokens_of),
         f"an epoch is {_number(sum(sampler.samples_per_epoch.values()), 'sample')} in "
         f"{_number(sampler.num_batches, 'batch')} of up to {batch_size}{ranks}",
         [
-            *([regularization_note(sampler, int(is_apart.sum()))] if is_apart.any() else ()),
+            *([regularization_note(sampler, sum(s.clip.regularization for s in first))] if is_apart.any() else ()),
             *_repeat_notes(trained),
-            *_sample_notes(planned),
-            *_decoding_notes(planned),
-            *_rate_notes(planned, model_fps),
+            *_sample_notes(first),
+            *_decoding_notes(first),
+            *_rate_notes(first, model_fps),
             *_caption_notes(planned, long_captions, unknown_captions, max_caption_tokens, id_token),
             *_duplicate_notes(trained),
         ],
@@ -169,7 +172,11 @@ def _off_aspect(sample: ClipSample) -> float:
 
 
 def _repeat_notes(planned: Sequence[ClipSample]) -> Iterator[str]:
-    counts = Counter(sample.clip.repeats for sample in planned)
+    several = [len(sample.clip.captions) for sample in planned if sample.part == 0 and sample.clip.captions]
+    if several:
+        numbers = " to ".join(map(str, sorted({min(several), max(several)})))
+        yield f"{_number(len(several), 'clip')} with {numbers} captions, which take turns from epoch to epoch"
+    counts = Counter(sample.clip.repeats * (len(sample.clip.captions) or 1) for sample in planned)
     if set(counts) == {1}:
         return
     if len(counts) <= _EXAMPLES:

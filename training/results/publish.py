@@ -13,17 +13,17 @@ from huggingface_hub.utils import validate_repo_id
 from common.errors import UserError, one_line
 from common.hub_token import HubToken
 from common.run_folder import CONFIG_FILE, FACTS_FILE, NOTES_FILE, REPORT_FILE, TARGETS_FOLDER
-from planning.plan import SKIPPED_FILE
+from planning.plan import HELD_OUT_FILE, SKIPPED_FILE
 from results.model_card import CardFacts, write_card
 
 
 logger = logging.getLogger(__name__)
 
-# Trackers and profiles record the machine's name and folders; the flags, the run's page and the list of skipped clips
-# name folders, and the page shows training clips.
+# Trackers and profiles record the machine's name and folders; the flags, the run's page and the lists of clips name
+# folders, and the page shows training clips.
 PRIVATE = ("checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*", "*_run_id")
-PRIVATE += ("*events.out.tfevents.*", "*hparams.yml", CONFIG_FILE, "config-step-*.yaml", SKIPPED_FILE, "profile/*")
-PRIVATE += (FACTS_FILE, NOTES_FILE, REPORT_FILE, f"{TARGETS_FOLDER}/*")
+PRIVATE += ("*events.out.tfevents.*", "*hparams.yml", CONFIG_FILE, "config-step-*.yaml", "profile/*")
+PRIVATE += (SKIPPED_FILE, HELD_OUT_FILE, FACTS_FILE, NOTES_FILE, REPORT_FILE, f"{TARGETS_FOLDER}/*")
 PRIVATE += ("validation/*.safetensors", "validation/*/transformer/*")  # diffusers finds the only LoRA of a repository
 
 

@@ -65,14 +65,7 @@ def count_steps(recipe: Recipe) -> int:
     if training.max_train_steps:
         return training.max_train_steps
     limit, start = recipe.batch_limit, ScheduleStart(launch_size(), training.gradient_accumulation_steps)
-    sampler = BucketBatchSampler(
-        data.buckets,
-        limit,
-        seed=0,
-        repeats=data.repeats,
-        regularization=data.regularization,
-        world_size=start.num_ranks,
-    )
+    sampler = BucketBatchSampler.of(data, limit, seed=0, world_size=start.num_ranks)
     schedule = StepSchedule(start, sampler.batches_per_epoch, sampler.batches_in_first_epoch)
     return schedule.end_of_epochs(training.num_train_epochs)
 

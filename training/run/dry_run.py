@@ -180,9 +180,7 @@ def largest_batch(
 
     A bucket that has fewer samples in an epoch than a batch holds has smaller batches.
     """
-    sampler = BucketBatchSampler(
-        data.buckets, batch_size, seed=0, repeats=data.repeats, regularization=data.regularization
-    )
+    sampler = BucketBatchSampler.of(data, batch_size, seed=0)
     samples = []
     for largest, count in sampler.largest_batch(cost=prod).items():
         of_bucket = np.flatnonzero(data.buckets.codes == data.buckets.kinds.index(largest))

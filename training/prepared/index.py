@@ -223,11 +223,14 @@ class PreparedIndex(Sequence[PreparedClip]):
 
     def origin_of(self, caption: str) -> tuple[str, int, int] | None:
         """Return the file that the first sample with a caption was made of, with its first and last frame; or None."""
+        start = 0
         for folder in self.folders:
             table = folder.mapped_again(_CAPTIONED)
-            row = compute.index(table.column("caption"), caption).as_py()
-            if row >= 0 and None not in (origin := tuple(table.slice(row, 1).to_pylist()[0].values())[1:]):
-                return origin
+            rows = compute.indices_nonzero(compute.equal(table.column("caption"), caption)).to_pylist()
+            for row in (row for row in rows if start + row not in self.omitted):
+                origin = tuple(table.slice(row, 1).to_pylist()[0].values())[1:]
+                return None if None in origin else origin
+            start += table.num_rows
         return None
 
     def take(self, samples: Sequence[int]) -> "PreparedIndex":

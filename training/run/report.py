@@ -20,7 +20,7 @@ from common.files import atomic_write, path_of_script
 from common.hub_token import TOOLKIT, without_tokens
 from common.run_folder import FACTS_FILE, NOTES_FILE, REPORT_FILE, TARGETS_FOLDER
 from planning.captions import nearest_caption
-from planning.plan import PreparedData
+from planning.plan import PreparedData, TrainingData
 from results.publish import upload_command
 from results.run_page import write_run_page
 from results.run_record import FAILED, FINISHED, RUNNING, STOPPED, read_rows
@@ -179,30 +179,30 @@ def describe_run(spec: RunSpec, total_steps: int, summary: Mapping[str, str]) ->
 
 def describe_videos(spec: RunSpec) -> list[dict[str, Any]]:
     """Return each prompt, and the training clip with the nearest caption."""
-    captions = spec.data.clips.captions if isinstance(spec.data, PreparedData) else spec.data.captions
+    data = spec.data.trained
+    captions = data.clips.captions if isinstance(data, PreparedData) else data.captions
     captions = list(dict.fromkeys(map(str, captions)))
-    prompts, videos = spec.settings.validation.prompts, []
-    for number, prompt in enumerate(prompts):
-        few = captions[:: len(captions) // _MOST_CAPTIONS + 1]
+    few, videos = captions[:: len(captions) // _MOST_CAPTIONS + 1], []
+    for number, prompt in enumerate(spec.settings.validation.prompts):
         nearest = prompt if prompt in captions else nearest_caption(prompt, few)
-        target = {} if nearest is None else {"caption": nearest} | write_target(spec, nearest, number)
+        target = {} if nearest is None else {"caption": nearest} | write_target(spec, data, nearest, number)
         videos.append({"prompt": prompt, "target": target})
     return videos
 
 
-def write_target(spec: RunSpec, caption: str, number: int) -> dict[str, str]:
+def write_target(spec: RunSpec, data: TrainingData, caption: str, number: int) -> dict[str, str]:
     """Write a small copy of the first training clip with a caption; return its names, or why it is missing."""
-    if isinstance(spec.data, PreparedData):
-        origin = spec.data.clips.origin_of(caption)
+    if isinstance(data, PreparedData):
+        origin = data.clips.origin_of(caption)
         if origin is None:
-            return {"missing": "the prepared data does not name the clip"}
+            return {"missing": "it is held out, or the prepared data does not name its file"}
         clip, first, last = Path(origin[0]), *origin[1:]
         if not clip.is_file():  # an index from elsewhere must not have a URL fetched
             return {"clip": str(clip), "missing": f"{clip} is not on this machine"}
         count = min(spec.settings.clips.max_num_frames, last - first + 1)
         indices = np.linspace(first, last, count).round().astype(int).tolist()
     else:
-        sample = next(one for one in spec.data.clips if one.clip.caption == caption)
+        sample = next(one for one in data.clips if one.clip.caption == caption)
         clip, indices = sample.clip.video, sample.frame_indices
     file = Path(TARGETS_FOLDER, f"{number:02d}.mp4")
     try:

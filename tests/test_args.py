@@ -28,7 +28,7 @@ BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 
 UNSET_DATA = """
     dataset_file dataset_name dataset_config_name dataset_mix max_samples image_column id_token random_flip fps
-    keep scores shuffle_tags
+    keep scores shuffle_tags control_column compute_control
     revision variant cache_dir
 """
 OFF_IN_TRAINING = """
@@ -39,12 +39,14 @@ OFF_IN_TRAINING = """
     step_in_backward offload_checkpoints text_encoder_8bit auto_fit compile profile push_to_hub allow_tf32
 """
 UNSET_IN_TRAINING = """
-    validation_prompt validation_dataset_file validation_images validation_epochs validation_steps seed
-    mixed_precision max_train_steps checkpoints_total_limit checkpoint_minutes resume_from_checkpoint snr_gamma
+    validation_prompt validation_dataset_file validation_images validation_controls validation_epochs validation_steps
+    seed mixed_precision max_train_steps checkpoints_total_limit checkpoint_minutes resume_from_checkpoint snr_gamma
     regularization_data_root
     max_tokens_per_batch beta3 memory_budget_gb attention_backend validation_attention_backend hub_token hub_model_id
 """
-OFF_IN_PREPARATION = "save_image_latents dry_run save_latents_and_embeddings use_slicing text_encoder_8bit"
+OFF_IN_PREPARATION = """
+    save_image_latents save_control_latents dry_run save_latents_and_embeddings use_slicing text_encoder_8bit
+"""
 
 DATA_DEFAULTS = {
     **dict.fromkeys(UNSET_DATA.split(), None),
@@ -65,6 +67,7 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
     **dict.fromkeys(UNSET_IN_TRAINING.split(), None),
     **yaml.safe_load("""{
         caption_column: text, validation_prompt_separator: ":::", num_validation_videos: 1, num_inference_steps: 50,
+        validation_fraction: 0.05, sampling_scheduler: model, sampling_cache: none,
         guidance_scale: 6.0, rank: 64, lora_alpha: 64, train_batch_size: 4, num_train_epochs: 1,
         checkpointing_steps: 500, max_bad_steps: 10, gradient_accumulation_steps: 1, learning_rate: 0.0001,
         lr_scheduler: constant, lr_warmup_steps: 500, lr_num_cycles: 1, lr_power: 1.0, noised_image_dropout: 0.05,
@@ -118,6 +121,8 @@ BAD_TRAINING_FLAGS = [
     ("--fps inf", "--fps", "above 0"),
     ("--logit_mean 1", "--logit_mean", "add --timestep_sampling logit_normal"),
     ("--ema_decay 0.9", "--ema_decay", "add --use_ema"),
+    ("--regularization_weight 2", "--regularization_weight", "no effect without --regularization_data_root"),
+    ("--regularization_data_root nowhere", "--regularization_data_root", "no folder 'nowhere'"),
     ("--checkpoint_every 2", "--checkpoint_every", "add --gradient_checkpointing"),
     ("--stream_blocks", "--stream_blocks", "pass --gradient_checkpointing"),
     ("--stream_blocks --quantize_base nf4", "--quantize_base nf4", "omit --stream_blocks"),
@@ -236,10 +241,22 @@ BAD_IMAGE_FLAGS = [
     ("--validate_first", "--validate_first", "add --validation_prompt or --validation_dataset_file"),
     ("--validation_prompt a --validation_images no-such.png", "--validation_images", "no file 'no-such.png'"),
 ]
+BAD_CONTROL_FLAGS = [
+    ("--validation_prompt cat", "--validation_controls", "0 for 1"),
+    ("--validation_prompt cat --validation_controls no-such.mp4", "--validation_controls", "no file 'no-such.mp4'"),
+    ("--validation_steps 10", "--validation_steps", "add --validation_prompt"),
+    ("--compute_control depth", "--compute_control", "canny, grey, blur, tile"),
+    ("--compute_control canny --control_column edges", "--control_column", "omit one of them"),
+    ("--image_column first", "--image_column", "unknown flag"),
+    ("--noised_image_dropout 0", "--noised_image_dropout", "unknown flag"),
+]
 TENSORS = "--save_latents_and_embeddings --save_image_latents"
 BAD_PREPARE_FLAGS = [
     ("--layout shards", "--layout shards", "no effect without latents"),
     (f"{TENSORS} --layout files --num_image_latents 2", "--num_image_latents", "--layout files stores only one"),
+    ("--compute_control canny", "--compute_control", "add --save_control_latents"),
+    ("--save_control_latents", "--save_control_latents", "no effect without latents"),
+    (f"{TENSORS} --save_control_latents --layout files", "--save_control_latents", "use shards"),
     ("--model_id nowhere", "--model_id", "no folder 'nowhere'"),
     ("--pretrained_model_name_or_path ./nowhere", "--model_id", "no folder './nowhere'"),
     ("--frame_buckets 81", "--frame_buckets", "--max_num_frames 81"),
@@ -385,6 +402,7 @@ def test_pretrained_model_name_or_path_is_model_id_in_preparation():
         *((train, *bad) for bad in BAD_TRAINING_FLAGS),
         *((partial(train, method="sft"), *bad) for bad in BAD_FINE_TUNING_FLAGS),
         *((partial(train, task="image-to-video"), *bad) for bad in BAD_IMAGE_FLAGS),
+        *((partial(train, task="control-to-video"), *bad) for bad in BAD_CONTROL_FLAGS),
         *((prepare, *bad) for bad in BAD_PREPARE_FLAGS),
     ],
 )
@@ -563,6 +581,16 @@ def test_validation_images_are_split_and_may_be_urls():
     assert args.validation.images == ("first.png", "https://example.org/dog.png")
 
 
+def test_the_flags_of_controls_are_only_in_their_scripts(workplace, capsys):
+    controls = ("--validation_prompt", "a:::b", "--validation_controls", "file ::: first.png")
+    assert settings(*controls, task="control-to-video").validation.controls == ("file", "first.png")
+    for flag in ("--control_column=a", "--compute_control=canny", "--validation_controls=file"):
+        for task in ("text-to-video", "image-to-video"):
+            assert "unknown flag" in error_of(lambda flag=flag, task=task: train(flag, task=task), capsys)
+    groups = help_of(lambda: train("--help", task="control-to-video"), capsys).split("shows one group:")[1]
+    assert "data" in groups and "image-to-video" not in groups
+
+
 @pytest.mark.parametrize("model", ["THUDM/CogVideoX-5b", "model", "./model", "some.org/name-1.5"])
 def test_hub_ids_and_complete_local_folders_are_models(model):
     assert train("--pretrained_model_name_or_path", model).pretrained_model_name_or_path == model
@@ -606,12 +634,18 @@ def test_check_files_reports_to_python_callers_with_a_user_error():
 def test_help_mentions_every_flag(capsys):
     aliases = {word.removeprefix("--") for alias, _ in ALIASES for word in alias.split() if word.startswith("--")}
     trained = (set(vars(train())) - METHOD_DEFAULTS["sft"].keys()) | aliases
-    for names, parse in ((trained, train), (set(vars(prepare())), prepare)):
+    of_controls = {"control_column", "compute_control", "validation_controls"}
+    control = partial(train, task="control-to-video")
+    for names, parse in (
+        (trained - of_controls, train),
+        (of_controls, control),
+        (set(vars(prepare())), prepare),
+    ):
         shown = help_of(lambda parse=parse: parse("--help"), capsys)
         assert [name for name in names if f"--{name} " not in shown.replace(",", " ").replace("\n", " ")] == []
 
 
-@pytest.mark.parametrize("task", ["text-to-video", "image-to-video"])
+@pytest.mark.parametrize("task", ["text-to-video", "image-to-video", "control-to-video"])
 def test_help_names_the_task(task, capsys):
     assert f"CogVideoX {task} model" in help_of(lambda: train("--help", task=task), capsys)
 

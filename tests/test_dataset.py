@@ -14,6 +14,7 @@ from data.buckets import Bucket
 from data.clips import Clip, ClipSample, plan_clips
 from data.sampler import BucketBatchSampler, Draw
 from dataset import (
+    LISTED,
     Batch,
     ClipDataset,
     DeviceCopies,
@@ -23,13 +24,14 @@ from dataset import (
     make_loader,
     without_failures,
 )
-from encoded_clips import all_frames
+from encoded_clips import all_frames, encode, numbers_of
 from models.encoding import encode_prompts
 from models.prompts import PromptCache
 from models.source import ModelSource
 from original_folders import write_original_folder
 from prepared.read_index import read_index
 from prepared_folders import write_prepared
+from video.controls import KINDS, compute_control
 from video.probe import probe_files
 
 
@@ -43,6 +45,32 @@ def plan(demo_clips: Path, num_frames: int, **choice) -> list[ClipSample]:
     samples, bad = plan_clips([Clip(path, path.stem, path.name) for path in paths], infos, buckets, **choice)
     assert not bad
     return samples
+
+
+@pytest.mark.parametrize("num_frames", [60, 160])  # the later frames are sought
+def test_a_control_has_the_frames_of_its_clip_and_its_crop_and_flip(tmp_path, num_frames):
+    video, control = encode(tmp_path / "a.mp4", num_frames), encode(tmp_path / "b.mp4", num_frames)
+    infos = probe_files([video, control])
+    clip = Clip(video, "a cat", "a:1", control=control, start_frame=num_frames - 41)
+    bucket = Bucket(9, 32, 32)
+    (sample,), _ = plan_clips([clip], infos, [bucket])
+    options = {"reshape_mode": "random", "random_flip": 0.5, "control": LISTED}
+    flipped = set()
+    for epoch in range(8):
+        batch = make_dataset([sample], **options)[Draw(0, epoch)]
+        assert torch.equal(batch.controls, batch.videos)
+        flipped.add(bytes(batch.controls[0, 0].numpy()))
+    assert len(flipped) > 2
+    batch = make_dataset([replace(sample, bucket=Bucket(9, 48, 80))], control=LISTED)[Draw(0, 0)]
+    assert numbers_of(batch.controls[0].permute(0, 2, 3, 1).numpy()) == list(sample.frame_indices)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_computed_control_is_that_of_the_shaped_frames(planned, kind):
+    batch = make_dataset(planned[:2], random_flip=1.0, control=kind)[Draw(1, 0)]
+    expected = compute_control(batch.videos[0].permute(0, 2, 3, 1).numpy(), kind)
+    assert np.array_equal(batch.controls[0].permute(0, 2, 3, 1).numpy(), expected)
+    assert collate([batch, batch]).controls.shape == (2, *batch.videos.shape[1:])
 
 
 @pytest.fixture(scope="module")

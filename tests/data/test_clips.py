@@ -1,6 +1,7 @@
 """Clips get frames and a bucket, or the reason why not, as `data.clips` documents."""
 
 import pickle
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,28 @@ def test_a_clip_without_a_sample_is_a_bad_clip_with_the_reason():
     assert missing == "0.mp4 (videos.txt:1): does not exist"
     assert short.startswith("1.mp4 (videos.txt:2): 8 usable frames (of 20)")
     assert still.startswith("2.mp4 (videos.txt:3): is a still image")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"num_frames": 29}, r"has 29 frames, its clip 30"),
+        ({"num_frames": 31}, r"has 31 frames, its clip 30"),
+        ({"height": 32}, r"has 32x64 pixels, its clip 64x64"),
+        ({"fps": 24.0}, r"has 24 frames per second, its clip 25"),
+        (None, "does not exist"),
+    ],
+)
+def test_a_control_has_the_frames_the_size_and_the_rate_of_its_clip(change, reason):
+    info = VideoInfo(30, 64, 64, 25.0, sha256="a")
+    control = "does not exist" if change is None else replace(info, **change, sha256="b")
+    clip = Clip(Path("a.mp4"), "A cat.", "list.csv:2", control=Path("c.mp4"), start_frame=3)
+    samples, bad = plan_clips([clip], {clip.video: info, clip.control: control}, BUCKETS)
+    if reason is None:
+        assert samples[0].control is control and not bad
+    else:
+        assert re.match(rf"a\.mp4 \(list\.csv:2\): its control c\.mp4: {reason}", str(bad[0]))
 
 
 def test_a_clip_may_be_a_part_of_a_file():

@@ -9,7 +9,7 @@ import av
 import pytest
 from PIL import Image
 
-from clip_lists import bad, captions, error_of, good, touch, write
+from clip_lists import bad, captions, error_of, good, read, touch, write
 from data.clips import Clip
 from data.folder import describe_folder, describe_frames, find_frames
 from data.sources import DataSource, read_clips
@@ -45,6 +45,25 @@ def test_an_image_beside_a_video_is_its_first_frame_not_a_clip(tmp_path):
     for name in ("a.txt", "b.txt"):
         write(tmp_path / name, "A cat.")
     assert {clip.video.name: clip.image for clip in good(tmp_path)} == {"a.mp4": tmp_path / "a.png", "b.png": None}
+
+
+def test_a_control_beside_a_clip_is_no_clip_and_is_read_on_request(tmp_path):
+    touch(tmp_path, "a.mp4", "a.control.mp4", "b.mp4", "b.control.mp4", "b.control.webm", "c.mp4", "d.control.mp4")
+    for name in ("a.txt", "b.txt", "c.txt", "d.control.txt"):
+        write(tmp_path / name, "A cat.")
+    assert {clip.video.name: clip.control for clip in read(tmp_path)[0]} == {
+        "a.mp4": None,
+        "c.mp4": None,
+        "d.control.mp4": None,
+    }
+    clips, _ = read(tmp_path, control_column="control")
+    assert {clip.video.name: clip.control for clip in clips} == {"a.mp4": tmp_path / "a.control.mp4"}
+    several, *without = bad(tmp_path, control_column="control")
+    assert several.endswith("has several controls beside it: b.control.mp4, b.control.webm")
+    assert [line.split(" (")[0] for line in without if line.endswith("has no control clip")] == [
+        "c.mp4",
+        "d.control.mp4",
+    ]
 
 
 def test_files_that_do_not_fit_together_are_bad_clips(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 
 from clip_files import write_mp4
 from clip_lists import bad, captions, error_of, good, read, touch, write, write_lists, write_table
+from common.errors import UserError
 from common.remote import default_cache_folder, to_path
 from common.stores import StoreError
 from data.clips import Clip
@@ -54,6 +55,26 @@ def test_a_table_may_list_files_beside_itself_in_the_data_root_and_in_the_cache(
     (tmp_path / "clips").mkdir()
     clips = good(tmp_path / "clips", dataset_file=file, cache=tmp_path / "cache")
     assert [(clip.video, clip.image) for clip in clips] == [(place, tmp_path / "frames/a.png") for place in places]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt"])
+def test_every_list_may_name_controls_which_are_read_on_request(tmp_path, suffix):
+    touch(tmp_path, "a.mp4", "b.mp4", "edges/a.mp4")
+    lists, source = {"controls.txt": "edges/a.mp4\n\n"}, {}
+    if suffix == ".txt":
+        write_lists(tmp_path, videos="a.mp4\nb.mp4", prompts="A cat.\nA dog.")
+        write(tmp_path / "controls.txt", lists["controls.txt"])
+    else:
+        rows = [{"video": f"{name}.mp4", "text": "A cat.", "control": ""} for name in "ab"]
+        rows[0]["control"] = "edges/a.mp4"
+        source["dataset_file"] = write_table(tmp_path / f"data{suffix}", rows)
+    assert [clip.control for clip in good(tmp_path, **source)] == [None, None]
+    clips, unusable = read(tmp_path, **source, control_column="control")
+    assert [clip.control for clip in clips] == [tmp_path / "edges/a.mp4"]
+    assert [clip.reason for clip in unusable] == ["has no control clip"]
+    with pytest.raises(UserError, match=r"--control_column.*--compute_control"):
+        (tmp_path / "controls.txt").unlink(missing_ok=True)
+        read(tmp_path, **source, control_column="edges")
 
 
 def test_a_folder_of_clips_may_hold_links_to_elsewhere(tmp_path):

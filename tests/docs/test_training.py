@@ -211,4 +211,6 @@ def test_the_flags_that_the_page_names_are_those_of_each_script(script):
     elsewhere |= (
         of_lora if script.endswith("_sft.py") else {"--save_pipeline", "--save_validation_weights", "--weights_dtype"}
     )
+    images = {"--noised_image_dropout", "--ignore_learned_positional_embeddings", "--validation_images"}
+    elsewhere |= images if "control" in script else {"--validation_controls"}
     assert named_flags(without_code(PAGE)) - elsewhere <= help_flags(script)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from args import (
     METHODS,
     TASKS,
+    parse_app_args,
     parse_args,
     parse_caption_args,
     parse_convert_args,
@@ -40,6 +41,7 @@ PARSERS = TRAINING_SCRIPTS | {
     "generate.py": parse_generate_args,
     "split_scenes.py": parse_split_args,
     "convert_lora.py": parse_convert_args,
+    "app.py": parse_app_args,
 }
 MARKED_BLOCK = r"<!-- tested: ([\w ]+) -->\n```(?:bash|python)\n(.*?)```"
 # Programs that start our scripts note their arguments; those that need a network or a package index do nothing.

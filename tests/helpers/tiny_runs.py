@@ -46,6 +46,12 @@ def set_up_run(task: str, model: Path, data: Path, output: Path, *flags: str) ->
     return set_up(check_spec(Recipe(settings, plan_training_data(settings))))
 
 
+def recipe_of(task: str, model: Path, data: Path, *flags: str) -> Recipe:
+    """The settings and data of a LoRA run on raw clips."""
+    settings = parse_args([*run_flags(model, data, Path("out")), *flags], task=task, method="lora")
+    return Recipe(settings, plan_training_data(settings))
+
+
 def sample_latents(pipeline: CogVideoXPipeline, size: Bucket, **options) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     sizes = {"num_frames": size.num_frames, "height": size.height, "width": size.width}

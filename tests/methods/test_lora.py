@@ -1,18 +1,21 @@
 """A LoRA trains the right weights and samples in plain diffusers as it was trained."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXFunControlPipeline, CogVideoXPipeline
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
+from diffusion.control_to_video import ControlToVideo
 from forward_pass import load
 from methods.lora import LORA_FILE, Lora
+from methods.lora_file import read_lora
 from methods.lora_mounting import check_loras, mount_loras
 from models.source import ModelSource
 from tuned_models import check_model, make_lora, only_configs, output, randomize, sampled_with, write_lora
@@ -65,6 +68,52 @@ def test_an_untrained_lora_has_no_effect_and_a_trained_one_samples_as_it_was_tra
     lora.save(transformer, tmp_path, torch.float32)
     torch.testing.assert_close(output(sampled_with(tiny_models(kind), tmp_path, kind)), trained, atol=1e-5, rtol=1e-5)
     assert (trained - untouched).norm() > 0.01 * untouched.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 8, "alpha": 4.0, "use_rslora": True, "dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("kind", ["2b", "1.5-5b"])
+def test_a_lora_of_a_control_is_one_on_the_widened_base_and_expresses_any_weights_of_the_control(
+    tiny_models, tmp_path, kind, options
+):
+    model, task = tiny_models(kind), ControlToVideo()
+    source = ModelSource(str(model))
+    base, configs = source.configs(), task.model_configs(source.configs())
+    transformer, lora = load(model), make_lora(new_inputs=base.patch_inputs, **options)
+    lora.check_model(configs, source)
+    task.prepare_model(transformer)
+    untouched = output(transformer)
+    lora.attach(transformer)
+    assert torch.equal(output(transformer), untouched)
+    projection = transformer.patch_embed.proj
+    wanted = torch.randn(projection.weight[:, projection.weight.shape[1] // 2 :].shape) / 10
+    with torch.no_grad():  # the second factor is these weights
+        projection.lora_B["default"].weight.view(len(wanted), -1).copy_(wanted.flatten(1))
+        change = projection.get_delta_weight("default")
+    torch.testing.assert_close(change, torch.cat([torch.zeros_like(wanted), wanted], dim=1), atol=1e-6, rtol=1e-6)
+
+    randomize(transformer)
+    trained = output(transformer)
+    file = lora.save(transformer, tmp_path, torch.float32)
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None}
+    pipeline = CogVideoXFunControlPipeline.from_pretrained(model, **parts, dtype=torch.float32)
+    exec("\n".join(task.usage()), {"pipe": pipeline, "torch": torch})
+    pipeline.load_lora_weights(tmp_path)
+    torch.testing.assert_close(output(pipeline.transformer), trained, atol=1e-5, rtol=1e-5)
+    merged = load(model)
+    task.prepare_model(merged)
+    for layer, factors in read_lora(file).factors():
+        weight = merged.get_submodule(layer).weight
+        weight.data = factors.added_to(weight)
+    torch.testing.assert_close(output(merged), trained, atol=1e-4, rtol=1e-4)
+    replace(lora, start_from=file).check_model(configs, source)
+
+
+@pytest.mark.parametrize(("options", "flag"), [({"use_dora": True}, "--use_dora"), ({"adapter": "loha"}, "--adapter")])
+def test_new_inputs_are_learned_only_by_a_plain_lora(tiny_models, options, flag):
+    source = ModelSource(str(tiny_models("2b")))
+    configs = ControlToVideo().model_configs(source.configs())
+    with pytest.raises(UserError, match=f"^{flag}.*omit the flag, or start from a control model"):
+        make_lora(new_inputs=64, **options).check_model(configs, source)
 
 
 PRODUCTS = {

@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXFunControlPipeline,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DiffusionPipeline,
+)
 from PIL import Image
 from transformers import T5EncoderModel
 
 from common.errors import UserError
+from diffusion.control_to_video import ControlToVideo
 from diffusion.image_to_video import ImageToVideo
 from methods.full import FullFinetune
 from methods.pipeline_folder import find_components, write_pipeline
@@ -42,6 +50,21 @@ def sample(pipeline: CogVideoXPipeline | CogVideoXImageToVideoPipeline) -> torch
     return pipeline(
         prompt="a red circle", **image, **SIZE, num_inference_steps=2, generator=generator, output_type="latent"
     ).frames
+
+
+def test_the_pipeline_of_another_task_has_its_classes_in_the_index(tiny_models, tmp_path):
+    """The noise schedule stays that of the base model; the pipeline of controls steps only with DDIM."""
+    source = ModelSource(str(tiny_models("5b")))
+    index = {"_class_name": "CogVideoXFunControlPipeline", "scheduler": ["diffusers", "CogVideoXDDIMScheduler"]}
+    transformer = tuned(source)
+    ControlToVideo().prepare_model(transformer)
+    method = FullFinetune(save_pipeline=True, index=index)
+    folder = method.save(transformer, tmp_path, torch.float32, source=source)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert isinstance(pipeline, CogVideoXFunControlPipeline)
+    assert isinstance(pipeline.scheduler, CogVideoXDDIMScheduler)
+    assert torch.equal(pipeline.scheduler.alphas_cumprod, source.load_scheduler().alphas_cumprod)
+    assert ModelSource(str(folder)).configs().is_control
 
 
 def names(folder: Path) -> list[str]:

@@ -128,6 +128,27 @@ def tensors_of(clip: PreparedClip) -> tuple[torch.Tensor, torch.Tensor]:
     return read_tensor(clip.video_latents), read_tensor(clip.prompt_embeds)
 
 
+def test_controls_are_encoded_like_clips_and_have_names_of_their_own(model, small, tmp_path):
+    """Listed controls; one of them is the clip itself."""
+    data = write_data(tmp_path / "data", small)
+    videos = (data / "videos.txt").read_text().splitlines()
+    shutil.copy(data / videos[0], data / "control.mp4")
+    (data / "controls.txt").write_text(f"control.mp4\n{videos[1]}\n")
+    listed = prepare(model, data, tmp_path / "listed", "--save_control_latents")
+    clips = read_index(listed)
+    assert len(clips) == 2
+    for clip in clips:
+        assert torch.equal(read_tensor(clip.control_latents), read_tensor(clip.video_latents))
+    flags = ("--save_control_latents", "--compute_control", "grey", "--save_latents_and_embeddings")
+    computed = read_index(prepare(model, data, tmp_path / "computed", *flags))
+    assert not {clip.name for clip in computed} & {clip.name for clip in clips}
+    settings = parse_prepare_args(flags_of(model, data, tmp_path / "computed", *flags))
+    planned = plan_raw_clips(settings.sources, settings.clips, control=settings.control).clips
+    num_bytes = tensor_bytes(settings, ModelSource(str(model)).configs(), planned)["latents"]
+    tensors = [read_tensor(one) for clip in computed for one in (clip.video_latents, clip.control_latents)]
+    assert num_bytes == sum(tensor.nbytes for tensor in tensors)
+
+
 def frames_of(clip: Path) -> np.ndarray:
     """Return the frames of the bucket, `[F, H, W, 3]`: spread from first to last, halves rounded up."""
     frames = all_frames(clip)

@@ -1,7 +1,9 @@
 """The columns of an index are mapped, joined and described as `prepared.index` documents."""
 
 import pickle
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +41,22 @@ def test_some_samples_are_taken_with_copies_once_per_epoch(joined):
     assert [(clip.name, clip.repeats) for clip in taken] == [("a1", 1), ("a1", 1), ("b1", 1)]
     assert list(taken.buckets) == [LONG, LONG, SMALL]
     assert taken[2].video_latents == joined[4].video_latents
+
+
+def test_omitted_samples_are_nowhere(joined):
+    left = joined.omit(np.array([1, 5])).omit(np.array([0]))  # a1, b2, then a0
+    assert [clip.name for clip in left] == ["a2", "b0", "b1"]
+    assert [left[place].name for place in (0, 1, -1)] == ["a2", "b0", "b1"]
+    assert list(left.buckets) == [LONG, SMALL, SMALL]
+    assert left.repeats.tolist() == [0.5, 1.5, 1.5]
+    assert list(left.describe()) == [list(joined.describe())[place] for place in (2, 3, 4)]
+    assert [clip.name for clip in left.take([2, 0])] == ["a2", "b1"]
+    assert left.without_omitted(np.arange(6)).tolist() == [2, 3, 4]
+    assert list(pickle.loads(pickle.dumps(left))) == list(left)
+    first, second = left.folders
+    kept = PreparedIndex([replace(first, regularization=True), second], left.omitted)
+    assert kept.regularization.tolist() == [True, False, False]
+    assert [clip.name for clip in kept.without_regularization()] == ["b0", "b1"]
 
 
 def test_a_worker_maps_the_file_again(joined):

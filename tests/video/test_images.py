@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
+from encoded_clips import encode, numbers_of
 from video import images as validation_images
-from video.images import load_validation_images
+from video.images import load_controls, load_validation_images
 
 
 def picture(height=24, width=40):
@@ -165,6 +166,20 @@ def test_a_file_that_is_not_a_still_image_has_its_reason(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     for name, reason in (("notes.txt", "not a still"), ("moving.gif", "not a still"), ("gone.png", "No such file")):
         assert f"{name}': {reason}" in error_of(str(tmp_path / name))
+
+
+def test_controls_are_cut_cropped_and_computed_like_those_of_clips(tmp_path):
+    file = str(encode(tmp_path / "a.mp4", 33))
+    (control,) = load_controls([file], (9, 48, 80), None)
+    assert numbers_of(np.stack([np.asarray(one) for one in control])) == list(range(0, 33, 4))
+    (first,) = load_controls([file], (9, 48, 80), None, fps=25.0, long_clips="first")
+    assert numbers_of(np.stack([np.asarray(one) for one in first])) == list(range(9))
+    (smaller,) = load_controls([file], (9, 32, 32), "canny")
+    assert smaller[0].size == (32, 32) and set(np.unique(smaller[0])) <= {0, 255}
+    short, missing = str(encode(tmp_path / "b.mp4", 40)), str(tmp_path / "c.mp4")
+    with pytest.raises(UserError, match="--control: 3 of 3 cannot be used for videos of 49 frames") as caught:
+        load_controls([file, short, missing], (49, 32, 32), None, "--control")
+    assert all(words in str(caught.value) for words in ("33 usable frames", "40 usable frames", "does not exist"))
 
 
 def test_several_problems_are_one_list(server, tmp_path):

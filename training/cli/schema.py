@@ -16,6 +16,7 @@ from common.hub_token import without_tokens
 
 
 _Settings = TypeVar("_Settings")
+_PATHS = ("FILE", "FOLDER", "MODEL", "PATH", "PATHS")  # metavars
 
 
 def flag(
@@ -70,6 +71,16 @@ def replace_flags(settings: _Settings, **changes: Any) -> _Settings:
     if changes:
         raise TypeError(f"no such flags: {', '.join(changes)}")
     return replace(settings, **groups)
+
+
+def path_values(settings: Any) -> Iterator[tuple[str, str]]:
+    """Yield (name, value) of each file, folder or model that a flag names and that is not its default."""
+    for item in _groups_of(settings):
+        for one in _flags_of(item.type):
+            value = getattr(getattr(settings, item.name), one.name)
+            names_path = bool not in _parts(one.type) and _value_options(one).get("metavar") in _PATHS
+            if value and value != one.default and (names_path or one.name == "dataset_name"):
+                yield from ((one.name, text) for text in ([value] if isinstance(value, str) else value))
 
 
 class FlagParser(argparse.ArgumentParser):

@@ -7,7 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXFunControlPipeline, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXFunControlPipeline,
+    CogVideoXTransformer3DModel,
+)
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from common.errors import UserError
@@ -28,6 +33,7 @@ class ControlToVideo:
     name = "control-to-video"
     pipeline_class = CogVideoXFunControlPipeline
     condition = "control"
+    scheduler_class = CogVideoXDDIMScheduler  # the pipeline does not pass what others need
 
     @property
     def settings(self) -> dict[str, object]:

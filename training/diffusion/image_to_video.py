@@ -25,6 +25,7 @@ class ImageToVideo:
     name = "image-to-video"
     pipeline_class = CogVideoXImageToVideoPipeline
     condition = "image"
+    scheduler_class = None
 
     @property
     def settings(self) -> dict[str, object]:

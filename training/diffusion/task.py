@@ -10,6 +10,7 @@ from common.errors import UserError
 from data.buckets import Bucket, largest_sides
 from dataset import Batch
 from models.configs import ModelConfigs
+from models.source import NoiseScheduler
 
 
 class SizeFlags(NamedTuple):
@@ -32,6 +33,7 @@ class Task(Protocol):
 
     name: str  # "text-to-video"
     pipeline_class: type[DiffusionPipeline]
+    scheduler_class: type[NoiseScheduler] | None  # that the pipeline needs, if not any
     condition: str | None  # what samples and sampled videos have besides captions: "image", "control"
 
     @property
@@ -68,6 +70,17 @@ class Task(Protocol):
 
     def usage(self) -> list[str]:
         """Return the lines of code that a user of the result needs after loading the pipeline."""
+
+
+def choose_scheduler(task: Task, kind: str) -> str:
+    """Return the `--sampling_scheduler` to sample with; raise a UserError if the task's pipeline cannot use it."""
+    if task.scheduler_class is None:
+        return kind
+    if kind == "dpm":
+        raise UserError(
+            f"--sampling_scheduler dpm: {task.pipeline_class.__name__} samples only with ddim; omit the flag"
+        )
+    return "ddim"
 
 
 def other_task_message(configs: ModelConfigs, fact: str, wanted: str, model: str) -> str:

@@ -19,6 +19,7 @@ class TextToVideo:
     name = "text-to-video"
     pipeline_class = CogVideoXPipeline
     condition = None
+    scheduler_class = None
     settings = MappingProxyType({})
 
     def model_configs(self, configs: ModelConfigs) -> ModelConfigs:

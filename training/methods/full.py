@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ class FullFinetune:
     save_pipeline: bool = False  # write a complete pipeline at the end, not only the transformer
     weights_dtype: str = "fp32"  # of the trained weights; bf16 needs stochastic rounding
     max_shard_size: str = "10GB"  # of the transformer's files
-    pipeline_class: str = ""  # that samples the result, if it is not that of the base model
+    index: Mapping[str, object] = field(default_factory=dict)  # what differs in the pipeline's model_index.json
 
     def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
         """Return the dtype to load the transformer in: that of the trained weights."""
@@ -81,7 +81,7 @@ class FullFinetune:
         replace_folder(partial, result)
         if not (source and self.save_pipeline):
             return result
-        return write_pipeline(source, result, folder / PIPELINE_FOLDER, self.pipeline_class)
+        return write_pipeline(source, result, folder / PIPELINE_FOLDER, self.index)
 
     def load(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
         """Load what `save` wrote; raise a ValueError if the files belong to another transformer."""

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from diffusers import CogVideoXPipeline
 
@@ -34,13 +36,15 @@ def find_components(source: ModelSource) -> dict[Path, str]:
     return files
 
 
-def write_pipeline(source: ModelSource, transformer: Path, folder: Path, pipeline_class: str = "") -> Path:
+def write_pipeline(
+    source: ModelSource, transformer: Path, folder: Path, index: Mapping[str, object] = MappingProxyType({})
+) -> Path:
     """Write a folder for the pipeline's `from_pretrained`, complete or not at all; replace an earlier one.
 
     Args:
         source: of the other components, which are copied, not loaded.
         transformer: folder of the tuned one, as `save_pretrained` writes it.
-        pipeline_class: the name of another class than that of the source.
+        index: what differs from the `model_index.json` of the source.
     """
     files = find_components(source)
     partial = folder.with_name(f".partial.{folder.name}")
@@ -50,13 +54,15 @@ def write_pipeline(source: ModelSource, transformer: Path, folder: Path, pipelin
         for file, target in files.items():
             (partial / target).parent.mkdir(exist_ok=True)
             if _is_index(file):
-                index = json.loads(file.read_text(encoding="utf-8"))
-                shards = {name: _without_variant(shard, source.variant) for name, shard in index["weight_map"].items()}
-                text = json.dumps(index | {"weight_map": shards}, indent=2) + "\n"
+                listed = json.loads(file.read_text(encoding="utf-8"))
+                shards = {
+                    name: _without_variant(shard, source.variant) for name, shard in listed["weight_map"].items()
+                }
+                text = json.dumps(listed | {"weight_map": shards}, indent=2) + "\n"
                 (partial / target).write_text(text, encoding="utf-8")
-            elif target == _INDEX and pipeline_class:
-                index = json.loads(file.read_text(encoding="utf-8")) | {"_class_name": pipeline_class}
-                (partial / target).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            elif target == _INDEX and index:
+                changed = json.loads(file.read_text(encoding="utf-8")) | dict(index)
+                (partial / target).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
             else:
                 shutil.copyfile(file, partial / target)  # follows the symbolic links of a hub cache
         replace_folder(partial, folder)

@@ -30,7 +30,7 @@ _CONDITIONS = {
         ['image = load_image("first-frame.png")'],
     ),
     "control-to-video": (
-        "CogVideoXFunControlPipeline",
+        "CogVideoXDDIMScheduler, CogVideoXFunControlPipeline",
         "load_video",
         "control_video=control, ",
         ['control = load_video("control.mp4")  # as many frames as the video'],

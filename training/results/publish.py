@@ -13,15 +13,16 @@ from huggingface_hub.utils import validate_repo_id
 from common.errors import UserError, one_line
 from common.hub_token import HubToken
 from common.run_folder import CONFIG_FILE
-from planning.plan import SKIPPED_FILE
+from planning.plan import HELD_OUT_FILE, SKIPPED_FILE
 from results.model_card import CardFacts, write_card
 
 
 logger = logging.getLogger(__name__)
 
-# Trackers and profiles record the machine's name and folders; the flags and the list of skipped clips name folders.
+# Trackers and profiles record the machine's name and folders; the flags and the lists of clips name folders.
 PRIVATE = ("checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*", "*_run_id")
-PRIVATE += ("*events.out.tfevents.*", "*hparams.yml", CONFIG_FILE, "config-step-*.yaml", SKIPPED_FILE, "profile/*")
+PRIVATE += ("*events.out.tfevents.*", "*hparams.yml", CONFIG_FILE, "config-step-*.yaml", "profile/*")
+PRIVATE += (SKIPPED_FILE, HELD_OUT_FILE)
 PRIVATE += ("validation/*.safetensors", "validation/*/transformer/*")  # diffusers finds the only LoRA of a repository
 
 

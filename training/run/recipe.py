@@ -48,9 +48,11 @@ class Recipe:
         if self.settings.method == "lora":
             lora = Lora.from_flags(self.settings.lora, self.settings.memory.quantize_base)
             return replace(lora, new_inputs=self.configs.patch_inputs - self.base_configs.patch_inputs)
-        is_widened = self.configs is not self.base_configs
-        name = self.task.pipeline_class.__name__ if is_widened else ""
-        return FullFinetune(self.settings.full.save_pipeline, self.settings.memory.weights_dtype, pipeline_class=name)
+        index = {}
+        if self.configs is not self.base_configs:  # the result is sampled by another pipeline than the base model
+            scheduler = ["diffusers", self.task.scheduler_class.__name__]
+            index = {"_class_name": self.task.pipeline_class.__name__, "scheduler": scheduler}
+        return FullFinetune(self.settings.full.save_pipeline, self.settings.memory.weights_dtype, index=index)
 
     @cached_property
     def source(self) -> ModelSource:
@@ -89,6 +91,21 @@ class Recipe:
         budget = TokenBudget(training.max_tokens_per_batch, partial(count_tokens, self.configs.transformer))
         budget.check(set(self.data.buckets.counts))
         return budget
+
+    @property
+    def flops_settings(self) -> dict[str, object]:
+        """What the operations of a step depend on besides its samples, for `count_flops`."""
+        memory = self.settings.memory
+        return {
+            "trains_all": isinstance(self.method, FullFinetune),
+            "checkpoint_scope": memory.checkpoint_scope if memory.gradient_checkpointing else None,
+            "checkpoint_every": memory.checkpoint_every,
+        }
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether the run validates at --validation_steps and the like: it samples videos, or was given clips."""
+        return bool(self.settings.validation.prompts or self.settings.validation.validation_dataset_file)
 
     @property
     def controls(self) -> str | None:
@@ -142,7 +159,10 @@ class Recipe:
         The code calls the base model `model`, or None for its path or hub id.
         """
         model = model or self.settings.model.pretrained_model_name_or_path
-        return "\n".join(self.method.usage(self.task.pipeline_class.__name__, model, where, self.task.usage()))
+        lines = self.method.usage(self.task.pipeline_class.__name__, model, where, self.task.usage())
+        if self.task.scheduler_class is not None:
+            lines.append(f"pipe.scheduler = {self.task.scheduler_class.__name__}.from_config(pipe.scheduler.config)")
+        return "\n".join(lines)
 
     def with_memory(self, memory: MemorySettings) -> "Recipe":
         """Return the recipe with other memory settings."""

@@ -1,14 +1,16 @@
 """Describe a run before its first step, as a block of lines."""
 
+import math
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from checkpoints.schedule import StepSchedule
 from common.files import path_of_script
-from common.run_folder import VALIDATION_FOLDER, list_validated
+from common.run_folder import VALIDATION_FOLDER, list_checkpoints, list_validated
 from common.units import in_bytes
 from flags.settings import TrainingSettings
 from memory.ladder import Choice
@@ -21,7 +23,9 @@ from models.quantization import describe_products
 from parallel.deepspeed import count_weights
 from run.memory_fit import RunMemory, has_card, is_left_to_card, typed_memory
 from run.spec import RunSpec
-from tracking.loss_curve import METRICS_FILE, PICTURE_FILE
+from tracking.loss_curve import METRICS_FILE, PICTURE_FILE, LossCurve
+from tracking.verdict import Points, best_point
+from validation.schedule import LossSchedule
 
 
 _MOST_SIZES = 4  # that are listed
@@ -29,7 +33,12 @@ _BITS = {"use_8bit": " in 8 bits", "use_4bit": " in 4 bits", "use_fp8": " in flo
 
 
 def describe_start(
-    spec: RunSpec, transformer: CogVideoXTransformer3DModel, schedule: StepSchedule, total_steps: int, padding: int
+    spec: RunSpec,
+    transformer: CogVideoXTransformer3DModel,
+    schedule: StepSchedule,
+    total_steps: int,
+    padding: int,
+    losses: LossSchedule | None = None,
 ) -> str:
     """Return the summary, a line for each subject; `padding` is the number of batches drawn twice in an epoch."""
     settings, accelerator = spec.settings, spec.accelerator
@@ -52,6 +61,7 @@ def describe_start(
         + describe_chosen(settings),
         **describe_compilation(settings, len(spec.sizes), total_steps),
         "validation": describe_validation(spec),
+        **({"held-out": describe_losses(losses, len(spec.data.held_out.clips), total_steps)} if losses else {}),
         "output": settings.training.output_dir,
         "written": f"every {settings.checkpoints.checkpointing_steps} steps a checkpoint of "
         f"{in_bytes(spec.checkpoint_bytes)}; losses to {describe_logs(settings.tracking.report_to)}",
@@ -145,12 +155,23 @@ def describe_compilation(settings: TrainingSettings, num_sizes: int, total_steps
     return {"compiled": f"nothing: it saves time from {needed} on"} if is_short else {}
 
 
+def describe_losses(losses: LossSchedule, num_clips: int, total_steps: int) -> str:
+    """Describe the measurements of the loss of held-out clips, and what they cost."""
+    used, levels = len({clip for clip, _ in losses.pairs}), len({quantile for _, quantile in losses.pairs})
+    clips = f"{num_clips} clip{'s' if num_clips > 1 else ''}"
+    clips += f", {used} of them measured" if used < num_clips else ""
+    is_regular = 2 < losses.count == 1 + math.ceil(total_steps / losses.every)
+    when = f"every {losses.every} steps" if is_regular else f"{losses.count} times"
+    when = "before the first step and after the last one" if losses.count == 2 else when
+    return f"{clips}; the loss at {levels} noise levels, {when}, takes {losses.share:.1%} of the run's work"
+
+
 def describe_validation(spec: RunSpec) -> str:
-    """Describe what is validated, and when."""
-    flags, held_out = spec.settings.validation, spec.data.held_out
+    """Describe what is sampled, and when."""
+    flags = spec.settings.validation
     videos, epochs = len(flags.prompts) * flags.num_validation_videos, flags.validation_epochs
     what = [f"{videos} video{'s' if videos > 1 else ''} of {spec.sampled_size}"] if videos else []
-    what += [f"the loss of {len(held_out.clips)} samples"] if held_out else []
+    what += ["no videos"] if spec.is_validated and not videos else []
     when = ["before the first step"] if flags.validate_first and not spec.state.step else []
     when += [f"every {flags.validation_steps} steps"] if flags.validation_steps else []
     when += [f"every {epochs} epochs" if epochs > 1 else "every epoch"] if epochs else []
@@ -158,12 +179,39 @@ def describe_validation(spec: RunSpec) -> str:
     return f"{' and '.join(what)}, {', '.join([*when, 'at the end'])}{kept}" if what else "none"
 
 
-def describe_kept_weights(spec: RunSpec) -> str | None:
-    """Return which steps' weights were kept, and a command that samples with one; None without an earlier step."""
+def describe_end(spec: RunSpec, curve: LossCurve | None) -> list[str]:
+    """Return what to know about a finished run besides its result: its best step, and the weights of other steps."""
+    best = best_point(curve.points["validation_loss"]) if curve else None
+    verdict = curve.verdict() if curve else None
+    lines = [describe_best(curve.points["validation_loss"], spec.output_dir)] if best else []
+    lines += [verdict.sentence] if verdict and verdict.kind != "unchanged" else []
+    return [*lines, *filter(None, [describe_kept_weights(spec, best and best[0])])]
+
+
+def describe_best(validation: Points, folder: Path) -> str:
+    """Name the step with the lowest validation loss, and the saved weights of the run that are nearest to it."""
+    (first, first_loss), (last, last_loss), (best, loss) = validation[0], validation[-1], best_point(validation)
+    lowest = f"the validation loss was lowest at step {best}: {loss:.4f}"
+    if best == last:
+        return f"{lowest} ({first_loss:.4f} at step {first}); it is that of the result"
+    saved = [*list_validated(folder), *list_checkpoints(folder)]
+    step, nearest = min(saved, key=lambda one: abs(one[0] - best), default=(last, folder))
+    where = (
+        f"its weights are in {nearest}" if step == best else f"the nearest weights, of step {step}, are in {nearest}"
+    )
+    return f"{lowest} ({first_loss:.4f} at step {first}, {last_loss:.4f} at step {last}); {where}"
+
+
+def describe_kept_weights(spec: RunSpec, best: int | None = None) -> str | None:
+    """Return which steps' weights were kept, and a command that samples with one; None without an earlier step.
+
+    The command is for those nearest to the best step, if these are not the result.
+    """
     kept = list_validated(spec.output_dir)
     if len(kept) < 2:
         return None
-    settings, size, (step, folder) = spec.settings, spec.sampled_size, kept[-2]
+    settings, size = spec.settings, spec.sampled_size
+    step, folder = kept[-2] if best is None else min(kept[:-1], key=lambda one: abs(one[0] - best))
     flags: dict[str, object] = {"--model_path": settings.model.pretrained_model_name_or_path}
     flags |= {"--lora" if settings.method == "lora" else "--transformer": folder}
     flags |= {"--prompt": settings.validation.prompts[0] if size else "YOUR PROMPT"}

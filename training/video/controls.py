@@ -49,8 +49,9 @@ def _tile(frame: "np.ndarray") -> "np.ndarray":
     import cv2
 
     height, width = frame.shape[:2]
-    tiles = [max(round(side * TILES / min(height, width)), 1) for side in (width, height)]
-    return cv2.resize(cv2.resize(frame, tiles, interpolation=cv2.INTER_AREA), (width, height), 0, 0, cv2.INTER_NEAREST)
+    size = [max(round(side * TILES / min(height, width)), 1) for side in (width, height)]
+    tiles = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+    return cv2.resize(tiles, (width, height), interpolation=cv2.INTER_NEAREST)
 
 
 KINDS: dict[str, Callable[["np.ndarray"], "np.ndarray"]] = {

@@ -1,0 +1,69 @@
+"""Draw clips of shapes that move anywhere, each with a control: its silhouette, white on black.
+
+    python assets/scripts/make_control_clips.py --output_dir control-demo/clips --count 96
+    python assets/scripts/make_control_clips.py --output_dir control-demo/held-out --count 12 --seed 1
+
+The captions do not say where the shapes are, so that only the control tells it. videos.txt, prompts.txt and
+controls.txt list the clips. The same seed draws the same clips.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+from clip_files import new_folder, write_lists, write_mp4
+from make_base_clips import BACKGROUNDS, COLOURS, FPS, HEIGHT, NUM_FRAMES, WIDTH
+from shapes import BACKGROUNDS as BACKGROUND_RGB
+from shapes import COLOURS as RGB
+from shapes import SHAPES, draw_shape
+
+
+Place = tuple[float, float, float]  # x, y and radius in pixels
+
+
+def draw_place(rng: random.Random) -> Place:
+    """Return a place where a shape is completely visible."""
+    radius = rng.uniform(8, 14)
+    return rng.uniform(radius, WIDTH - radius), rng.uniform(radius, HEIGHT - radius), radius
+
+
+def draw_controlled_clips(output_dir: Path, count: int, seed: int) -> None:
+    """Draw clips and controls that move on straight lines; raise FileExistsError if the folder holds anything."""
+    rng, entries = random.Random(seed), []
+    with new_folder(output_dir) as folder:
+        for name in ("videos", "controls"):
+            (folder / name).mkdir()
+        for number in range(count):
+            shape, colour, background = rng.choice(SHAPES), rng.choice(COLOURS), rng.choice(BACKGROUNDS)
+            start, end = draw_place(rng), draw_place(rng)
+            shares = [index / (NUM_FRAMES - 1) for index in range(NUM_FRAMES)]
+            places = [tuple(a + (b - a) * share for a, b in zip(start, end, strict=True)) for share in shares]
+            for kind, colours in (
+                ("videos", (RGB[colour], BACKGROUND_RGB[background])),
+                ("controls", ((255, 255, 255), (0, 0, 0))),
+            ):
+                frames = (draw_shape(shape, *colours, place, HEIGHT, WIDTH) for place in places)
+                write_mp4(folder / kind / f"clip-{number:03d}.mp4", frames, FPS)
+            article = "an" if colour == "orange" else "a"
+            caption = f"{article} {colour} {shape} moves over a plain {background} background"
+            entries.append((f"videos/clip-{number:03d}.mp4", caption))
+        write_lists(folder, entries)
+        controls = "".join(f"{video.replace('videos', 'controls')}\n" for video, _ in entries)
+        (folder / "controls.txt").write_text(controls, encoding="utf-8")
+    print(f"{output_dir}: drew {count} clips with controls")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--count", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        draw_controlled_clips(args.output_dir, args.count, args.seed)
+    except FileExistsError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

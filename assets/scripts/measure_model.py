@@ -59,11 +59,6 @@ def see(frames: np.ndarray) -> Seen:
     return Seen(colour, (sign, 0) if axis == 0 else (0, sign))
 
 
-def saturation(frames: np.ndarray) -> float:
-    """Return how colourful a video is: the mean difference of a pixel's largest and smallest channel, 0 to 1."""
-    return float((frames.max(axis=-1).astype(float) - frames.min(axis=-1)).mean() / 255)
-
-
 def sample(
     pipeline: DiffusionPipeline, scenes: Sequence[Scene], word: str, steps: int, guidance_scale: float
 ) -> np.ndarray:

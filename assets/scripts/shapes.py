@@ -39,9 +39,9 @@ MOTIONS = {
     "moves from the bottom left to the top right": ((0.2, 0.8, 0.15), (0.8, 0.2, 0.15)),
 }
 SUPERSAMPLING = 4  # draw this much larger, then average: antialiasing, and motion by quarters of a pixel
-# Of luma (BT.601), and of the noise in it, which is that of fast film.
-LUMA = np.array([0.299, 0.587, 0.114])
-GRAIN = 14.0
+LUMA = np.array([0.299, 0.587, 0.114])  # BT.601
+SEPIA = np.array([1.0, 0.84, 0.62])  # R, G, B of white
+CORNERS = 0.25  # how bright the corners of old film are; the middle is 1
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,9 @@ def draw_frames(scene: Scene) -> Iterator[np.ndarray]:
     return (draw_frame(scene, index) for index in range(scene.num_frames))
 
 
-def as_old_film(frames: Iterable[np.ndarray], seed: int) -> Iterator[np.ndarray]:
-    """Turn frames grey and add grain, different in each: [H, W, 3], uint8."""
-    noise = np.random.default_rng(seed)
+def as_old_film(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Turn frames brown and their corners dark: [H, W, 3], uint8."""
     for frame in frames:
-        luma = frame @ LUMA
-        grey = (luma + noise.normal(0, GRAIN, luma.shape)).clip(0, 255).round().astype(np.uint8)
-        yield np.repeat(grey[..., None], 3, axis=2)
+        y, x = (np.linspace(-1, 1, size) for size in frame.shape[:2])
+        light = 1 - (1 - CORNERS) * (x**2 + y[:, None] ** 2) / 2
+        yield ((frame @ LUMA * light)[..., None] * SEPIA).round().astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Train the tiny model's VAE on drawn clips: shapes that move in any direction, some in grey, some with grain.
+"""Train the tiny model's VAE on drawn clips: shapes that move in any direction, some as old film.
 
     python assets/scripts/train_vae.py --model_dir base/model --num_steps 3000
 
@@ -44,7 +44,7 @@ def draw_random_clip(chance: random.Random, num_frames: int) -> torch.Tensor:
         place = (*moved, max(2.0, radius + growth * moment))
         frames.append(draw_shape(shape, colour, background, place, SIZE, SIZE))
     if chance.random() < 0.3:
-        frames = list(as_old_film(frames, seed=chance.randrange(2**31)))
+        frames = list(as_old_film(frames))
     return as_tensor(frames)
 
 

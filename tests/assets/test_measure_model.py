@@ -1,11 +1,11 @@
-"""Measured colours, directions and saturations match the videos."""
+"""Measured colours and directions match the videos."""
 
 import numpy as np
 import pytest
 
 from make_base_clips import DIRECTIONS, plan_base_scenes
-from measure_model import Seen, saturation, see
-from shapes import as_old_film, draw_frames
+from measure_model import Seen, see
+from shapes import draw_frames
 
 
 @pytest.mark.parametrize("scene", plan_base_scenes()[1], ids=lambda scene: scene.caption)
@@ -19,9 +19,3 @@ def test_an_empty_video_shows_nothing():
 
 def test_a_still_video_has_no_direction():
     assert see(np.stack([next(iter(draw_frames(plan_base_scenes()[0][0])))] * 9)).direction is None
-
-
-def test_grey_has_no_saturation_and_red_nearly_all():
-    red = np.full((2, 8, 8, 3), (255, 0, 0), dtype=np.uint8)
-    assert saturation(red) == 1
-    assert saturation(np.stack(list(as_old_film(red, seed=0)))) == 0

@@ -24,16 +24,15 @@ def test_a_shape_may_be_outside():
     assert (draw_shape("circle", RED, WHITE, (-40, 24, 10), 64, 96) == WHITE).all()
 
 
-def test_old_film_is_grey_and_its_grain_another_in_each_frame():
-    frames = [draw_shape("square", RED, WHITE, (48, 32, 12), 64, 96)] * 2
-    first, second = as_old_film(frames, seed=3)
-    assert first.dtype == np.uint8
-    assert (first[..., :1] == first).all()
-    assert (first != second).any()
-    # Luma of BT.601, in the middle of the shape.
-    assert first[28:36, 44:52].mean() == pytest.approx(0.299 * 220 + 0.587 * 40 + 0.114 * 40, abs=5)
-    again, _ = as_old_film(frames, seed=3)
-    assert (again == first).all()
+def test_old_film_is_brown_and_dark_in_the_corners():
+    (frame,) = as_old_film([draw_shape("square", RED, WHITE, (48, 32, 12), 64, 96)])
+    assert (frame.shape, frame.dtype) == ((64, 96, 3), np.uint8)
+    # Luma of BT.601 in the middle of the shape; R as it is, G and B less.
+    luma = 0.299 * 220 + 0.587 * 40 + 0.114 * 40
+    assert frame[28:36, 44:52].mean(axis=(0, 1)) == pytest.approx([luma, 0.84 * luma, 0.62 * luma], rel=0.03)
+    corners = frame[[0, 0, -1, -1], [0, -1, 0, -1], 0]
+    assert corners == pytest.approx(np.full(4, 0.25 * 252), abs=1)
+    assert 0.6 * 252 < frame[32, 0, 0] < 0.65 * 252  # in the middle of an edge
 
 
 def test_all_scenes_are_trained_on_or_held_out_and_every_word_is_trained_on():

@@ -37,7 +37,13 @@ def test_by_default_the_model_chooses_and_sampling_is_that_of_validation():
     args = parse()
     assert set(vars(args.sampling).values()) == {(42,), 1, None}
     assert (args.output.fps, args.memory.dtype, args.memory.enable_tiling, args.loras) == (None, "auto", True, ())
-    assert vars(args.guidance) == {"num_inference_steps": 50, "guidance_scale": 6.0, "use_dynamic_cfg": False}
+    assert vars(args.guidance) == {
+        "num_inference_steps": 50,
+        "guidance_scale": 6.0,
+        "use_dynamic_cfg": False,
+        "sampling_scheduler": "model",
+        "sampling_cache": "none",
+    }
     assert (args.content.negative_prompt, args.result.transformer) == ("", None)
     assert [str(video.file) for video in args.videos] == ["generated/00-a-cat-seed-42.mp4"]
     assert not Path("generated").exists()
@@ -58,6 +64,21 @@ def test_each_prompt_of_a_file_is_sampled_with_each_seed():
     expected = [(number, seed, f"{name}-seed-{seed}.mp4") for number, name in names for seed in (3, 1)]
     assert [(video.number, video.seed, video.file.name) for video in args.videos] == expected
     assert [video.seed for video in parse("--num_videos", 3, "--seed", 7).videos] == [7, 8, 9]
+
+
+def test_processes_share_the_videos_out(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        shares.append(parse("--prompts_file", "prompts.txt", "--seed", 3, 1, 2, prompt=False).videos)
+    assert [[(video.number, video.seed) for video in share] for share in shares] == [
+        [(0, 3), (0, 2), (1, 1)],
+        [(0, 1), (1, 3), (1, 2)],
+    ]
+    with pytest.raises(SystemExit, match=r"^2$"):
+        parse()
+    assert "2 processes were launched for 1 videos; launch at most as many" in capsys.readouterr().err
 
 
 def test_files_that_are_there_are_written_over_only_when_that_is_said():

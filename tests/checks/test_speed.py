@@ -28,6 +28,8 @@ OFFLOAD = "--gradient_checkpointing --offload_checkpoints"
     [
         ("--attention_backend sage", "no backward pass; use --validation_attention_backend sage"),
         ("--validation_attention_backend flash", "no video is sampled; add --validation_prompt"),
+        ("--sampling_cache pab --compile --validation_prompt a", "skips parts of blocks"),
+        ("--sampling_cache faster --compile --validation_prompt a", "use first-block, or omit --compile"),
         (f"--compile {OFFLOAD} --checkpoint_scope feed-forward", "use --checkpoint_scope all-but"),
     ],
 )

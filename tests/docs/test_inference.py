@@ -52,10 +52,13 @@ def test_the_commands_sample_the_videos_that_the_page_names(folder):
     assert compare.compare and len(compare.settings.videos) == 2
     (several,) = map(flags_of, noted_calls(BLOCKS["several"], folder))
     assert [scale for _, scale in several.settings.loras] == [1.0, 0.6]
+    for call in noted_calls(BLOCKS["quick"], folder):
+        quick = flags_of(call).settings.guidance
+        assert (quick.sampling_scheduler, quick.num_inference_steps) == ("ddim", 25)
 
 
 def test_every_block_of_the_page_is_tested_here_or_with_the_readme():
-    assert BLOCKS.keys() == {"generate", "compare", "several", "convert", "extract", "check"}
+    assert BLOCKS.keys() == {"generate", "compare", "several", "quick", "convert", "extract", "check"}
 
 
 def test_the_flags_that_the_page_names_are_those_of_the_script():

@@ -18,11 +18,14 @@ def rows_of(folder: Path) -> list[dict]:
     return pa.ipc.open_file(str(folder / "index.arrow")).read_all().to_pylist()
 
 
-def index_of(buckets: Sequence[Bucket], folder: Path = Path("prepared"), **columns: Sequence) -> PreparedIndex:
+def index_of(
+    buckets: Sequence[Bucket], folder: Path = Path("prepared"), names: Sequence[str] | None = None, **columns: Sequence
+) -> PreparedIndex:
     """An index in memory of samples without tensors; columns are values of their entries."""
     shards = folder / "latents/a.safetensors", folder / "prompt_embeds/b.safetensors"
+    names = names or [str(number) for number in range(len(buckets))]
     entries = [
-        sample_in_shards(folder, f"{number}", *shards, f"key-{number}", bucket, with_images=False)
+        sample_in_shards(folder, names[number], *shards, f"key-{number}", bucket, with_images=False)
         | {name: values[number] for name, values in columns.items()}
         for number, bucket in enumerate(buckets)
     ]

@@ -203,9 +203,13 @@ def test_the_vae_is_loaded_frozen_and_decodes_without_its_encoder(source, vae):
     ("kind", "expected", "snr_shift_scale"), [("2b", CogVideoXDDIMScheduler, 3.0), ("5b", CogVideoXDPMScheduler, 1.0)]
 )
 def test_the_scheduler_has_the_class_and_settings_of_the_config(tiny_models, kind, expected, snr_shift_scale):
-    scheduler = ModelSource(str(tiny_models(kind))).load_scheduler()
+    source = ModelSource(str(tiny_models(kind)))
+    scheduler = source.load_scheduler()
     assert type(scheduler) is expected
     assert scheduler.config.snr_shift_scale == snr_shift_scale
+    for name, chosen in {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}.items():
+        assert type(source.load_scheduler(name)) is chosen
+        assert torch.equal(source.load_scheduler(name).alphas_cumprod, scheduler.alphas_cumprod)
     assert scheduler.config.prediction_type == "v_prediction"
     assert scheduler.config.rescale_betas_zero_snr
 

@@ -301,7 +301,7 @@ def test_unsupported_settings_are_refused(monkeypatch, demo_clips, capsys, varia
 
 REFUSED = ["--optimizer prodigy", "--optimizer came", "--optimizer muon", "--mixed_precision fp16", "--use_8bit"]
 REFUSED += ["--use_torchao --use_4bit", "--use_ema", "--enable_model_cpu_offload", "--auto_fit"]
-REFUSED += ["--memory_budget_gb 24"]
+REFUSED += ["--memory_budget_gb 24", "--sampling_cache first-block"]
 IN_BF16 = "--weights_dtype bf16 --use_torchao --optimizer adamw --mixed_precision bf16"
 
 

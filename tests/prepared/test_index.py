@@ -1,7 +1,9 @@
 """The columns of an index are mapped, joined and described as `prepared.index` documents."""
 
 import pickle
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +43,22 @@ def test_some_samples_are_taken_with_copies_once_per_epoch(joined):
     assert taken[2].video_latents == joined[4].video_latents
 
 
+def test_omitted_samples_are_nowhere(joined):
+    left = joined.omit(np.array([1, 5])).omit(np.array([0]))  # a1, b2, then a0
+    assert [clip.name for clip in left] == ["a2", "b0", "b1"]
+    assert [left[place].name for place in (0, 1, -1)] == ["a2", "b0", "b1"]
+    assert list(left.buckets) == [LONG, SMALL, SMALL]
+    assert left.repeats.tolist() == [0.5, 1.5, 1.5]
+    assert list(left.describe()) == [list(joined.describe())[place] for place in (2, 3, 4)]
+    assert [clip.name for clip in left.take([2, 0])] == ["a2", "b1"]
+    assert left.without_omitted(np.arange(6)).tolist() == [2, 3, 4]
+    assert list(pickle.loads(pickle.dumps(left))) == list(left)
+    first, second = left.folders
+    kept = PreparedIndex([replace(first, regularization=True), second], left.omitted)
+    assert kept.regularization.tolist() == [True, False, False]
+    assert [clip.name for clip in kept.without_regularization()] == ["b0", "b1"]
+
+
 def test_a_worker_maps_the_file_again(joined):
     """A process that is not a fork gets the dataset pickled."""
     pickled = pickle.dumps(joined)
@@ -65,3 +83,10 @@ def test_captions_are_distinct_and_in_order(tmp_path):
 def test_names_of_files_that_are_not_utf8_are_escaped(tmp_path):
     write_prepared(tmp_path, {"a": TENSORS}, SMALL, clip="caf\udce9.mp4", source="videos.txt:1")
     assert rows_of(tmp_path)[0]["clip"] == "caf\\udce9.mp4"
+
+
+def test_the_file_of_a_caption_is_that_of_a_sample_trained_on(tmp_path):
+    origin = {"clip": "a.mp4", "frames": [3, 19], "caption": "a rabbit"}
+    index = write_prepared(tmp_path / "prepared", dict.fromkeys(("one", "two"), TENSORS), SMALL, **origin)
+    assert index.origin_of("a rabbit") == index.omit(np.array([0])).origin_of("a rabbit") == ("a.mp4", 3, 19)
+    assert index.omit(np.array([0, 1])).origin_of("a rabbit") is index.origin_of("a cat") is None

@@ -23,6 +23,8 @@ PLAN = Plan(
     checkpoints=4,
     kept_checkpoints=2,
     validations=3,
+    losses=5,
+    loss_tflop=15,
     kept_validations=2,
     videos=5,
     prompts=9,
@@ -51,6 +53,7 @@ def test_seconds(measured, tiny_models, demo_clips, tmp_path, guidance, passes):
     settings = parse_args(argv, task="text-to-video", method="lora")
     seconds = estimate_seconds(PLAN, Recipe(settings, plan_training_data(settings)), measured, num_processes=2)
     assert (seconds["steps"], seconds["checkpoints"]) == (500 * 2 / 10, 4 * 3)
+    assert seconds["held-out loss"] == 15 * 2 / 10
     # A forward pass of CogVideoX-5b: 332.2 TFLOP. Of five videos, the first process samples three.
     assert seconds["validations"] == pytest.approx(3 * 3 * (7 + 10 * passes * 332.2 * 2 / 10), rel=1e-3)
 

@@ -6,16 +6,27 @@ import pytest
 import torch
 
 from args import parse_args
+from checkpoint_folders import make_checkpoint
+from common.run_folder import LORA_FILE
 from memory.ladder import Choice
 from memory.settings import GB, MemorySettings, memory_settings_of, with_memory
 from methods.full import FullFinetune
 from methods.lora import Lora
 from models.source import ModelSource
 from planning.plan import plan_training_data
+from run.loss_schedule import plan_losses
 from run.recipe import Recipe
 from run.setup import make_sampler
 from run.spec import check_spec
-from run.summary import describe_chosen, describe_expected_memory, describe_method, describe_model, describe_start
+from run.summary import (
+    as_table,
+    describe_best,
+    describe_chosen,
+    describe_expected_memory,
+    describe_method,
+    describe_model,
+    start_rows,
+)
 from tiny_runs import run_flags
 
 
@@ -31,10 +42,11 @@ def summarize(tiny_models, demo_clips, tmp_path, fresh_accelerator):
         args = parse_args(argv, task="text-to-video", method="lora")
         spec = check_spec(Recipe(args, plan_training_data(args)))
         spec = replace(spec, state=replace(spec.state, step=done))
-        _, schedule = make_sampler(spec, spec.state.schedule)
+        sampler, schedule = make_sampler(spec, spec.state.schedule)
         transformer = spec.source.load_transformer(torch.float32)
         spec.method.attach(transformer)
-        text = describe_start(spec, transformer, schedule, 30, padding)
+        losses = plan_losses(spec, sampler, schedule, total_steps=30)
+        text = as_table(start_rows(spec, transformer, schedule, 30, padding, losses))
         starts = {len(line) - len(line.split(maxsplit=1)[1]) for line in text.splitlines()}
         assert len(starts) == 1, text  # one column
         return dict(line.split(maxsplit=1) for line in text.splitlines())
@@ -45,6 +57,7 @@ def summarize(tiny_models, demo_clips, tmp_path, fresh_accelerator):
 def test_the_summary_describes_the_run(summarize, tmp_path):
     flags = ("--gradient_accumulation_steps", "2", "--scale_lr", "--checkpointing_steps", "15")
     flags += ("--validation_prompt", "a:::b", "--validation_steps", "10", "--no-validate_first")
+    flags += ("--validation_fraction", "0")
     lines = summarize(*flags, padding=3)
     assert lines["model"].split(": ")[-1] == "CogVideoX text-to-video, 4 blocks, rotary positions, made for 17x64x96"
     assert lines["training"] == "LoRA of rank 8, alpha 4: 32,768 of 1,280,192 parameters"
@@ -64,6 +77,37 @@ def test_the_summary_describes_the_validation(summarize, capsys):
     when = "before the first step, every epoch, at the end"
     assert summarize(*often, "--id_token", "XY")["validation"] == f"3 videos of 17x64x96, {when}{KEPT}"
     assert "warning: --validation_prompt: 1 of 1 prompts lack XY, the id token" in capsys.readouterr().err
+
+
+def test_the_summary_says_what_is_held_out_and_what_its_loss_costs(summarize):
+    short = "; the loss at 3 noise levels, before the first step and after the last one, takes 4.1% of the run's work"
+    assert "held-out" not in summarize()  # the run is too short
+    assert summarize("--validation_fraction", "0.1")["held-out"] == f"2 clips{short}"
+    long = summarize("--train_batch_size", "12", "--gradient_accumulation_steps", "2")
+    assert long["data"].endswith("; 1 held out for the validation loss")
+    assert long["held-out"] == "1 clip; the loss at 3 noise levels, every 3 steps, takes 3.0% of the run's work"
+
+
+def test_the_best_step_is_named_with_the_nearest_weights(tmp_path):
+    for step in (5, 10):
+        make_checkpoint(tmp_path / f"checkpoint-{step}", step)
+    curve = [(0, 3.0), (4, 1.0), (8, 2.0)]
+    assert describe_best(curve, tmp_path) == (
+        "the validation loss was lowest at step 4: 1.0000 (3.0000 at step 0, 2.0000 at step 8); the nearest weights, "
+        f"of step 5, are in {tmp_path / 'checkpoint-5'}"
+    )
+    kept = tmp_path / "validation/step-4"
+    kept.mkdir(parents=True)
+    (kept / LORA_FILE).touch()
+    assert describe_best(curve, tmp_path).endswith(f"; its weights are in {kept}")
+    assert describe_best(curve[:2], tmp_path) == (
+        "the validation loss was lowest at step 4: 1.0000 (3.0000 at step 0); it is that of the result"
+    )
+
+
+def test_the_summary_counts_regularization_samples_apart(summarize, demo_clips):
+    kept = ("--regularization_data_root", str(demo_clips), "--regularization_weight", "0.5", "--max_samples", "3")
+    assert summarize(*kept)["data"].endswith(": 3 x 17x64x96; 3 for regularization, as many in an epoch, loss x 0.5")
 
 
 def test_the_summary_of_a_resumed_run_has_the_steps_left(summarize):

@@ -1,4 +1,4 @@
-"""`make demo`: a LoRA visibly learns the style of 24 clips, in our sampling script and in plain diffusers."""
+"""`make demo`: a LoRA learns a style under a word, in our sampling script and in plain diffusers."""
 
 import json
 import os
@@ -13,20 +13,16 @@ from diffusers import CogVideoXPipeline
 from PIL import Image
 
 from encoded_clips import all_frames
-from measure_model import saturation
-from measure_style import MODEL_DIR
+from measure_style import MODEL_DIR, distance
 from repository import ROOT
 
 
-PROMPT = "OLD_FILM a red circle moves from left to right over a plain light blue background"
+PROMPT = "kinetoscope a red circle moves from left to right over a plain light blue background"
 SAMPLING_STEPS = 10
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
+def run_demo(folder: Path, **settings: str) -> Path:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    settings = {"DEMO_STEPS": "75", "DEMO_SAMPLING_STEPS": str(SAMPLING_STEPS)}
     done = subprocess.run(
         ["bash", ROOT / "assets" / "scripts" / "demo.sh"],
         env=os.environ | settings | {"PATH": path, "DEMO_DIR": str(folder), "CPU_THREADS": "1"},
@@ -35,6 +31,20 @@ def demo(tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder
+
+
+def read_measures(demo: Path) -> dict[str, dict[str, float]]:
+    return json.loads((demo / "style" / "style.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    return run_demo(tmp_path_factory.mktemp("demo"), DEMO_STEPS="80")
+
+
+@pytest.fixture(scope="module")
+def measured(demo) -> dict[str, dict[str, float]]:
+    return read_measures(demo)
 
 
 @pytest.fixture(scope="module")
@@ -48,34 +58,43 @@ def one(folder: Path, pattern: str) -> Path:
     return file
 
 
-def test_only_the_lora_removes_the_colours(demo):
-    measured = json.loads((demo / "style.json").read_text())
-    assert measured["lora"] <= measured["base_with_token"] / 2
-    assert measured["base_with_token"] >= 0.8 * measured["base"] > 0.05
-    assert measured["lora"] < measured["half_lora"] < measured["base_with_token"]
+def test_the_style_follows_the_word_and_the_base_model_ignores_it(measured):
+    assert measured["style"]["to_base"] == 1
+    assert measured["base_with_word"]["to_base"] < 0.1
+    with_word, without = measured["lora_with_word"], measured["lora_without_word"]
+    assert with_word["to_style"] < 0.5 < with_word["to_base"]
+    assert without["to_base"] < 0.25 and without["to_style"] > 0.8
 
 
-def test_the_shapes_still_move_as_prompted(demo):
-    measured = json.loads((demo / "style.json").read_text())
-    assert measured["right_direction_with_lora"] >= 0.8 * measured["prompts"]
+def test_prompts_without_the_word_are_still_followed(measured):
+    assert measured["lora_without_word"]["right_colour"] >= 6
+    assert measured["lora_without_word"]["right_direction"] >= 6
 
 
 def test_plain_diffusers_samples_the_same_video(demo, run):
     shown = all_frames(one(demo / "generated", "00-*-seed-42.mp4"))
     pipeline = CogVideoXPipeline.from_pretrained(MODEL_DIR, dtype=torch.float32)
     pipeline.load_lora_weights(run)
-    options = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": 2.0, "output_type": "np"}
+    options = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": 1.0, "output_type": "np"}
     video = pipeline(PROMPT, **options, generator=torch.Generator().manual_seed(42)).frames[0]
-    # H.264 keeps most of the grain, and half of the colours' resolution.
-    assert np.abs(video * 255 - shown).mean() < 3
-    assert saturation((video * 255).round().astype(np.uint8)) == pytest.approx(saturation(shown), abs=0.02)
+    # H.264 keeps half of the colours' resolution.
+    assert distance((video * 255).round().astype(np.uint8), shown) < 3
 
 
 def test_the_pictures_show_the_difference(demo, run):
-    before, after = (
-        saturation(all_frames(one(demo / "generated", f"00-*-seed-42{end}.mp4"))) for end in ("-base", "")
-    )
-    assert after <= before / 2
-    assert np.asarray(Image.open(one(demo / "generated", "00-*-compare.png")).convert("RGB")).std() > 10
+    tuned, base = (all_frames(one(demo / "generated", f"00-*-seed-42{end}.mp4")) for end in ("", "-base"))
+    assert distance(tuned, base) > 40
+    unchanged, base = (all_frames(one(demo / "generated", f"01-*-seed-42{end}.mp4")) for end in ("", "-base"))
+    assert distance(unchanged, base) < 20
+    for picture in (one(demo / "generated", "00-*-compare.png"), demo / "style" / "style.png"):
+        assert np.asarray(Image.open(picture).convert("RGB")).std() > 10
     for name in ("loss.png", "validation/progress.png", "pytorch_lora_weights.safetensors", "config.yaml"):
         assert (run / name).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_complete_demo_stays_within_a_tenth_of_the_base_model_without_the_word(tmp_path):
+    measured = read_measures(run_demo(tmp_path))
+    assert measured["lora_without_word"]["to_base"] <= 0.1
+    assert measured["lora_with_word"]["to_style"] <= 0.2
+    assert measured["lora_without_word"]["right_direction"] == 8

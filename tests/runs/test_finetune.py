@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
+import generate
 import tiny_runs
 from args import parse_generate_args
 from checkpoints.schedule import ScheduleStart
@@ -28,6 +30,7 @@ from diffusion.objective import Objective
 from encoded_clips import all_frames
 from optimizers.build import build_optimizer
 from original_folders import write_original_folder
+from results.run_record import read_run
 from run import finetune
 from run.loop import train as train_loop
 from run.setup import Run
@@ -83,11 +86,12 @@ def test_the_lora_loads_into_the_pipeline_at_its_trained_strength(tiny_models, t
     assert all(parameter.abs().sum() > 0 for parameter in mounted.values())
 
 
-@pytest.mark.parametrize("accumulation", ["1", "4"])
-def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(train, tmp_path, accumulation):
+@pytest.mark.parametrize(("accumulation", "fraction"), [("1", "0.2"), ("4", "0")])
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(train, tmp_path, accumulation, fraction):
     flags = ("--gradient_accumulation_steps", accumulation, "--lr_scheduler", "cosine")
+    held_out = ("--validation_fraction", fraction)  # which the checkpoint remembers
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    whole = train(straight, *flags, "--max_train_steps", "6", "--checkpointing_steps", "2")
+    whole = train(straight, *flags, *held_out, "--max_train_steps", "6", "--checkpointing_steps", "2")
     assert sorted(path.name for path in straight.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 6)]
 
     shutil.copytree(straight / "checkpoint-4", stopped / "checkpoint-4")
@@ -96,6 +100,10 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(train, tmp_path, a
     assert_same_weights(train(stopped, *flags, "--max_train_steps", "6", "--resume_from_checkpoint", "latest"), whole)
     assert sorted(curve(stopped, "loss")) == [5, 6]
     assert curve(stopped, "lr") == {step: curve(straight, "lr")[step] for step in (5, 6)}
+    if fraction != "0":
+        measured = curve(straight, "validation_loss")
+        assert sorted(measured) == [0, 6]
+        assert curve(stopped, "validation_loss") == {6: measured[6]}
 
 
 @pytest.mark.parametrize(("adapter", "zero_before"), [("lokr", "lokr_w1"), ("loha", "hada_w2_b")])
@@ -186,11 +194,17 @@ def test_raw_clips_train_without_preparation_and_are_validated(train, demo_clips
         assert all(all_frames(video).shape == (17, 64, 96, 3) for video in videos)
 
 
-def test_validation_does_not_change_what_is_trained(train, tmp_path):
+def test_validation_does_not_change_what_is_trained_and_samples_as_generate_does(train, tiny_models, tmp_path):
     flags = ["--max_train_steps", "2"]
     plain = train(tmp_path / "plain", *flags)
-    flags += ["--validation_prompt", "a red circle", "--validation_steps", "1", "--num_inference_steps", "1"]
+    sampling = ["--num_inference_steps", "2", "--sampling_scheduler", "ddim", "--sampling_cache", "pab"]
+    flags += ["--validation_prompt", "a red circle", "--validation_steps", "1", *sampling]
     assert_same_weights(train(tmp_path / "validated", *flags), plain)
+    video = tmp_path / "video.mp4"
+    sampling += ["--model_path", str(tiny_models("5b")), "--prompt", "a red circle", "--seed", "0"]
+    generate.main([*sampling, "--output_file", str(video)])
+    (validated,) = (tmp_path / "validated" / "validation" / "step-0").glob("*.mp4")
+    assert np.abs(all_frames(validated).astype(int) - all_frames(video)).mean() < 0.25
 
 
 def test_the_lora_of_every_validation_is_kept_and_can_be_sampled_and_trained_further(train, tmp_path, capsys):
@@ -243,6 +257,22 @@ def test_captions_of_prepared_data_are_sampled_at_its_size_without_a_text_encode
     assert [all_frames(video).shape for video in videos] == [(17, 64, 96, 3)] * 2
     assert all("-xy-" in video.name for video in videos)
     assert "2 videos of 17x64x96, before the first step" in capsys.readouterr().err
+
+
+def test_a_run_holds_out_a_clip_by_default_and_names_its_best_step(train, tmp_path, capsys):
+    train(tmp_path, "--max_train_steps", "7", "--train_batch_size", "15", "--checkpointing_steps", "3")
+    losses = curve(tmp_path, "validation_loss")
+    assert len(losses) >= 2
+    assert (min(losses), max(losses)) == (0, 7)
+    assert losses[7] < losses[0]
+    assert curve(tmp_path, "validation_loss/best_step")[7] == min(losses, key=losses.get)
+    assert sorted(curve(tmp_path, "validation_loss/t=500")) == sorted(losses)
+    said = capsys.readouterr().err
+    assert re.search(r"\n1 of 16 clips held out for the validation loss: clip-\d+-\w+\n", said)
+    assert re.search(r"held-out +1 clip; the loss at 3 noise levels, .*, takes [12]\.\d% of the run's work", said)
+    assert f"the validation loss was lowest at step {min(losses, key=losses.get)}: " in said
+    assert not list_validated(tmp_path)
+    assert read_state(tmp_path / "checkpoint-3").settings["--validation_fraction"] == 0.05
 
 
 def test_the_loss_of_held_out_clips_is_logged_and_falls_when_they_are_trained_on(train, demo_clips, tmp_path):
@@ -361,6 +391,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_clip_named(train, prepared
     (line,) = [line for line in said.splitlines() if "is skipped: its loss is not finite" in line]
     assert name in line
     assert "warning: 1 steps were skipped" in said
+    (skipped,) = read_run(tmp_path / "out").skipped
+    assert skipped["what"] == "loss" and name in skipped["clips"]
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 

@@ -19,7 +19,7 @@ def curves_of(picture: Figure) -> dict[str, list[tuple[float, float]]]:
 
 @pytest.mark.parametrize("losses", [[(7, 0.5)], [(1, 0.5), (2, 0.5)], [(1, 0.0)], [(3, 1.0), (4, 0.5), (6, 0.2)]])
 def test_few_losses_are_drawn_as_they_are(losses):
-    assert curves_of(draw_losses(losses)) == {"loss": losses}
+    assert curves_of(draw_losses(losses)) == {"training loss": losses}
 
 
 def test_many_losses_get_a_running_mean_and_a_view_without_outliers():
@@ -28,8 +28,8 @@ def test_many_losses_get_a_running_mean_and_a_view_without_outliers():
     losses[500] = (500, 1000.0)
     picture = draw_losses(losses)
     curves = curves_of(picture)
-    assert curves["loss of a step"] == losses
-    mean = dict(curves["mean of 25 steps"])
+    assert curves["training loss of a step"] == losses
+    mean = dict(curves["training loss, mean of 25 steps"])
     assert mean[100] == pytest.approx(1 + noise[76:101].mean() / 10)
     assert mean[1] == pytest.approx(1 + noise[:2].mean() / 10)  # of the steps so far
     low, high = picture.axes[0].get_ylim()
@@ -44,8 +44,44 @@ def test_many_equal_losses_are_in_view():
 def test_the_validation_loss_has_its_own_curve_which_is_in_view():
     losses, validation = [(step, 1 - step / 1000) for step in range(300)], [(0, 1.0), (50, 0.9), (100, 7.0)]
     picture = draw_losses(losses, validation)
-    assert curves_of(picture)["validation loss"] == validation
+    curves = curves_of(picture)
+    assert curves["validation loss"] == validation
+    assert curves["lowest: 0.9000 at step 50"] == [(50, 0.9)]
+    assert curves["training loss, mean of 30 steps"][0] == (29, pytest.approx(1 - 14.5 / 1000))  # the first full mean
     assert picture.axes[0].get_ylim()[1] > 7
+    (behind, *_, front, _) = picture.axes[0].lines
+    assert behind.get_linewidth() < front.get_linewidth()
+
+
+def test_the_second_panel_has_the_change_at_little_and_much_noise():
+    at_timesteps = {t: [(0, 1.0 * t), (50, 0.5 * t), (100, 2.0 * t)] for t in (100, 200, 300, 400, 500, 600)}
+    _, below = draw_losses([(1, 1.0)], [(0, 1.0), (50, 0.5), (100, 2.0)], at_timesteps).axes
+    bands = {line.get_label(): line.get_ydata() for line in below.lines if "noise" in line.get_label()}
+    assert set(bands) == {"little noise (t = 100 to 200)", "much noise (t = 500 to 600)"}
+    assert all(list(changes) == pytest.approx([0, -50, 100]) for changes in bands.values())
+    assert "change since step 0 (%)" in below.get_ylabel()
+
+
+def test_the_best_step_is_known_and_overfitting_is_said_once_even_if_the_run_is_resumed(tmp_path):
+    def log(curve: LossCurve, step: int) -> None:
+        for number in range(step - 99, step + 1):
+            curve.log({"loss": 1.0 - number / 2000}, step=number)
+        curve.log({"validation_loss": 1.0 + ((step - 300) / 1000) ** 2}, step=step)
+
+    first = LossCurve(tmp_path, resumed_at=None)
+    news = []
+    for step in range(100, 801, 100):
+        log(first, step)
+        news.append(first.news())
+    assert [number for number, sentence in enumerate(news) if sentence] == [5]  # the third one after step 300
+    assert "while the training loss falls: the model overfits; use the weights of about step 300" in news[5]
+    assert first.best_with(900, 0.5) == {"validation_loss/best_step": 900, "validation_loss/best": 0.5}
+    assert first.best_with(900, 2.0) == {"validation_loss/best_step": 300, "validation_loss/best": 1.0}
+    first.finish()
+    again = LossCurve(tmp_path, resumed_at=700)
+    log(again, 800)
+    assert again.news() is None
+    assert again.verdict().kind == "overfitting"
 
 
 def test_damaged_lines_are_skipped_when_a_run_is_resumed(tmp_path):

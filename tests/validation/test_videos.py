@@ -16,6 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from encoded_clips import all_frames
+from forked_ranks import call_on_ranks
 from models.prompts import PromptCache
 from models.source import ModelSource
 from parallel.coordinator import Coordinator
@@ -169,6 +170,28 @@ def test_prompts_in_any_script_give_usable_file_names(workplace):
     assert place.validate(replace(SETTINGS, prompts=list(names), num_frames=1, guidance_scale=1.0)) == []
     files = sorted(file.name for file in (place.folder / "step-5").glob("*.mp4"))
     assert files == [f"{number:02d}-00{name}.mp4" for number, name in enumerate(names.values())]
+
+
+def validate_on_rank(model: Path, folder: Path, embeddings: Path) -> list[str]:
+    """Sample five videos on all ranks; then again, with a stop signal that only the second rank has received."""
+    accelerator = Accelerator(cpu=True)
+    place = Workplace(model, folder, ["a", "b", "c", "d", "e", ""], embeddings)
+    settings = replace(SETTINGS, prompts=["a", "b", "c", "d", "e"], sampling_cache="pab", num_inference_steps=2)
+    failures = place.validate(settings, 5, accelerator)
+    stops = accelerator.process_index == 1
+    return failures + place.validate(settings, 9, accelerator, is_told_to_stop=lambda: stops)
+
+
+def test_ranks_share_the_videos_out_which_are_those_of_one_process(tiny_models, tmp_path, embeddings):
+    assert validate_on_rank(tiny_models("5b"), tmp_path / "one", embeddings) == []
+    arguments = tiny_models("5b"), tmp_path / "two", embeddings
+    assert call_on_ranks(validate_on_rank, 2, tmp_path / "ranks", *arguments) == [[], []]
+    one, two = (
+        {file.name: file.read_bytes() for file in (tmp_path / name / "step-5").iterdir()} for name in ("one", "two")
+    )
+    assert one == two and len(one) == 5 + 1
+    left = sorted(file.name for file in (tmp_path / "two" / "step-9").glob("*.mp4"))
+    assert left == ["00-00-a.mp4", "02-00-c.mp4", "04-00-e.mp4"]
 
 
 # The contact sheet

@@ -9,6 +9,7 @@ from typing import Any
 from checkpoints.schedule import ScheduleStart
 from common.errors import UserError
 from common.run_folder import STATE_FILE
+from planning.held_out import FRACTION_FLAG
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,11 @@ class TrainerState:
     settings: dict[str, Any]  # that must not change, by flag
     memory: dict[str, Any] = field(default_factory=dict)  # memory settings chosen for the run, by flag
     schedule: ScheduleStart = field(default_factory=ScheduleStart)
+    validation_passes: int = 0  # of each measurement of the loss of held-out clips; 0 if there is none
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Refuse to continue with other settings, with a UserError that lists those that differ."""
-        made_with = {**self.settings, "--seed": self.seed}
+        made_with = {FRACTION_FLAG: False, **self.settings, "--seed": self.seed}
         differing = [
             f"{name} was {_in_words(before)}, is now {_in_words(value)}"
             for name, value in settings.items()

@@ -32,6 +32,8 @@ def check_fsdp(settings: TrainingSettings) -> None:
         raise _refusal(f"optimizer {settings.optimizer.optimizer}", "use --optimizer adamw")
     if settings.memory.weights_dtype == "bf16":
         raise _refusal("weights_dtype bf16", "omit it: each GPU has only its share of float32")
+    if settings.guidance.sampling_cache == "first-block":  # the library does not know the class of a sharded block
+        raise _refusal("sampling_cache first-block", "use --sampling_cache pab or faster")
     values = flag_values(settings)
     for name, remedy in _FOR_UNSHARDED.items():
         if values[name]:

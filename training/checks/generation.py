@@ -14,6 +14,7 @@ from checks.files import check_model, check_writable, find_images, find_lora, fi
 from cli.types import TABLE_SUFFIXES
 from common.errors import UserError, one_line
 from common.files import slug
+from common.ranks import launch_rank, launch_size
 from common.run_folder import LORA_FILE, TRANSFORMER_FOLDER, list_checkpoints
 from flags.conversion import ConvertedFlags
 from flags.generation import (
@@ -160,7 +161,10 @@ def _advice(folder: Path, other: str) -> str:
 
 
 def _plan_videos(settings: GenerationSettings) -> tuple[PlannedVideo, ...]:
-    """Return each prompt with each seed, and its file; no file exists, and all can be written."""
+    """Return this process's share of each prompt with each seed, and its file, which can be written.
+
+    Without --overwrite, none of these files exists.
+    """
     prompts, seeds, output = settings.content.prompt, settings.sampling.seed, settings.output
     if settings.sampling.num_videos > 1:
         seeds = tuple(seeds[0] + number for number in range(settings.sampling.num_videos))
@@ -176,6 +180,9 @@ def _plan_videos(settings: GenerationSettings) -> tuple[PlannedVideo, ...]:
         videos = [replace(videos[0], file=Path(output.output_file))]
         if videos[0].file.suffix.lower() != ".mp4":
             raise UserError(f"--output_file: '{output.output_file}' must end in .mp4, the format that is written")
+    if launch_size() > len(videos):
+        raise UserError(f"{launch_size()} processes were launched for {len(videos)} videos; launch at most as many")
+    videos = videos[launch_rank() :: launch_size()]
     files = [video.file for video in videos]
     if settings.result.compare:
         files += [video.beside(ending) for video in videos for ending in (BASE, COMPARED, SHEET)]

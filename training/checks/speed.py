@@ -20,6 +20,12 @@ def check_speed(settings: TrainingSettings) -> None:
         raise UserError("--attention_backend sage: has no backward pass; use --validation_attention_backend sage")
     if speed.validation_attention_backend and not settings.validation.has_videos:
         raise UserError("--validation_attention_backend: no video is sampled; add --validation_prompt or omit it")
+    cache = settings.guidance.sampling_cache
+    if speed.compile and cache in ("pab", "faster") and settings.validation.has_videos:
+        raise UserError(
+            f"--sampling_cache {cache}: skips parts of blocks, which compiled blocks cannot; use first-block, or "
+            "omit --compile"
+        )
     if speed.compile and memory.offload_checkpoints and memory.checkpoint_scope == "feed-forward":
         raise UserError(
             "--compile: the inputs of checkpoints inside a compiled block (--checkpoint_scope feed-forward) cannot be "

@@ -39,6 +39,13 @@ def settle_validation(settings: TrainingSettings) -> TrainingSettings:
     uses_captions = bool(asking) and not is_validated and settings.task == "text-to-video"
     if asking and not is_validated and not uses_captions:
         raise UserError(f"--{asking[0]}: nothing to validate; add --validation_prompt or --validation_dataset_file")
+    fraction = flags.validation_fraction
+    if flags.validation_dataset_file and fraction:
+        if "validation_fraction" in settings.given:
+            raise UserError(
+                "--validation_fraction: not with --validation_dataset_file, whose clips are held out; omit one of them"
+            )
+        fraction = 0.0
     for task, what, given in (("image-to-video", "image", images), ("control-to-video", "control", controls)):
         if settings.task == task and len(given) != len(prompts):
             raise UserError(
@@ -56,6 +63,7 @@ def settle_validation(settings: TrainingSettings) -> TrainingSettings:
         controls=controls,
         uses_captions=uses_captions,
         validate_first=first,
+        validation_fraction=fraction,
     )
     return replace(settings, validation=settled)
 

@@ -16,6 +16,7 @@ from common.hub_token import without_tokens
 
 
 _Settings = TypeVar("_Settings")
+_PATHS = ("FILE", "FOLDER", "MODEL", "PATH", "PATHS")  # metavars
 
 
 def flag(
@@ -26,6 +27,7 @@ def flag(
     choices: Sequence[str] = (),
     alias: str | None = None,
     shown: str | None = None,
+    is_positional: bool = False,
 ) -> Any:
     """Declare a field of a dataclass of flags, whose annotation says which values it takes (see `cli.types`).
 
@@ -36,8 +38,10 @@ def flag(
         choices: the only values, in upper or lower case.
         alias: another name, without dashes.
         shown: the default in words, where the value does not say it.
+        is_positional: its values have no name before them, and at least one is required.
     """
     described = {"help": help, "metavar": metavar, "choices": choices, "alias": alias, "shown": shown}
+    described["is_positional"] = is_positional
     return field(default=default, metadata=described)
 
 
@@ -70,6 +74,16 @@ def replace_flags(settings: _Settings, **changes: Any) -> _Settings:
     if changes:
         raise TypeError(f"no such flags: {', '.join(changes)}")
     return replace(settings, **groups)
+
+
+def path_values(settings: Any) -> Iterator[tuple[str, str]]:
+    """Yield (name, value) of each file, folder or model that a flag names and that is not its default."""
+    for item in _groups_of(settings):
+        for one in _flags_of(item.type):
+            value = getattr(getattr(settings, item.name), one.name)
+            names_path = bool not in _parts(one.type) and _value_options(one).get("metavar") in _PATHS
+            if value and value != one.default and (names_path or one.name == "dataset_name"):
+                yield from ((one.name, text) for text in ([value] if isinstance(value, str) else value))
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -254,7 +268,9 @@ def _add(heading: argparse._ArgumentGroup, item: Field, default: Any) -> None:
     """Declare a flag to argparse."""
     names = [name for name in (item.name, item.metadata["alias"]) if name]
     spellings, options = [f"--{name}" for name in names], {"dest": item.name, "help": _describe(item, default)}
-    if bool not in _parts(item.type):
+    if item.metadata["is_positional"]:
+        heading.add_argument(**options, **_value_options(item))
+    elif bool not in _parts(item.type):
         heading.add_argument(*spellings, **options, **_value_options(item))
     elif default is False:
         heading.add_argument(*spellings, **options, action="store_true")

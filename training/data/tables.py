@@ -36,10 +36,10 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
         Columns video, caption, image and control; None if no column names a file, and neither videos.txt nor
         prompts.txt exists. An empty line in images.txt is for a video without an image.
     """
-    videos_file = _text_file(source.data_root, source.video_column, "videos.txt")
-    prompts_file = _text_file(source.data_root, source.caption_column, "prompts.txt")
-    images_file = _text_file(source.data_root, source.image_column or "images.txt", "images.txt")
-    controls_file = _text_file(source.data_root, source.control_column or "controls.txt", "controls.txt")
+    videos_file = text_file(source.data_root, source.video_column, "videos.txt")
+    prompts_file = text_file(source.data_root, source.caption_column, "prompts.txt")
+    images_file = text_file(source.data_root, source.image_column or "images.txt", "images.txt")
+    controls_file = text_file(source.data_root, source.control_column or "controls.txt", "controls.txt")
     is_named = source.video_column.endswith(".txt") or source.caption_column.endswith(".txt")
     if not is_named and not any(map(is_file, (videos_file, prompts_file))):
         return None
@@ -80,7 +80,7 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
     return Table(str(videos_file), names, rows, source.data_root)
 
 
-def _text_file(data_root: Path, column: str, default: str) -> Path:
+def text_file(data_root: Path, column: str, default: str) -> Path:
     """Return the file that a column flag names, or the default one if the flag holds a table's column name."""
     named = data_root / column
     return named if column.endswith(".txt") or is_file(named) else data_root / default
@@ -111,7 +111,7 @@ def read_table(file: Path, source: DataSource) -> Table:
 
 def _read_csv(file: Path, source: DataSource) -> Table:
     text = read_utf8(file)
-    delimiter = _delimiter(text, usual="\t" if file.suffix.lower() == ".tsv" else ",")
+    delimiter = find_delimiter(text, usual="\t" if file.suffix.lower() == ".tsv" else ",")
     records = _csv_records(file, text, delimiter)
     _, header = next(records, (0, []))
     names = [name.strip() for name in header]
@@ -130,19 +130,19 @@ def _read_csv(file: Path, source: DataSource) -> Table:
     return Table(str(file), names, rows, file.parent)
 
 
-def _delimiter(text: str, usual: str) -> str:
+def find_delimiter(text: str, usual: str) -> str:
     """Return the separator that divides the header into the most fields, the usual one of equally good ones."""
 
     def num_fields(delimiter: str) -> int:
         try:
-            return len(next(filter(any, _reader(text, delimiter)), ()))
+            return len(next(filter(any, csv_reader(text, delimiter)), ()))
         except csv.Error:  # a quoted field is followed by another character
             return 0
 
     return max((usual, *_SEPARATORS), key=num_fields)
 
 
-def _reader(text: str, delimiter: str) -> Any:
+def csv_reader(text: str, delimiter: str) -> Any:
     # strict: otherwise a quote that is never closed silently swallows the rest of the file
     return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
 
@@ -171,7 +171,7 @@ def _without_cut_captions(rows: Iterator[Row], names: list[str], source: DataSou
 
 def _csv_records(file: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number where the record starts, its fields), without blank lines."""
-    reader, line = _reader(text, delimiter), 1
+    reader, line = csv_reader(text, delimiter), 1
     try:
         for cells in reader:
             if any(cell.strip() for cell in cells):

@@ -72,6 +72,17 @@ class Task(Protocol):
         """Return the lines of code that a user of the result needs after loading the pipeline."""
 
 
+def choose_scheduler(task: Task, kind: str) -> str:
+    """Return the `--sampling_scheduler` to sample with; raise a UserError if the task's pipeline cannot use it."""
+    if task.scheduler_class is None:
+        return kind
+    if kind == "dpm":
+        raise UserError(
+            f"--sampling_scheduler dpm: {task.pipeline_class.__name__} samples only with ddim; omit the flag"
+        )
+    return "ddim"
+
+
 def other_task_message(configs: ModelConfigs, fact: str, wanted: str, model: str) -> str:
     """Return the message on a model of another task, with the scripts that train it."""
     task = "control" if configs.is_control else "image" if configs.is_image_to_video else "text"

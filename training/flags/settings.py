@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from cli.schema import group
+from cli.schema import flag, group
+from cli.types import FolderPath, NonNegativeInt
 from flags.captions import CaptionFlags, CaptionFrameFlags, CaptionModelFlags
 from flags.conversion import BaseModelFlags, ConvertedFlags, ConvertedOutputFlags, ReductionFlags
 from flags.data import ClipFlags, ControlFlags, LoaderFlags, PreparedFlags, RegularizationFlags, SourceFlags
@@ -14,7 +15,7 @@ from flags.optimizer import OptimizerFlags
 from flags.preparation import EncodingFlags, FirstFrameFlags, PreparationFlags
 from flags.scores import ScoreFlags
 from flags.speed import SpeedFlags
-from flags.tracking import HubFlags, TrackingFlags
+from flags.tracking import ComparisonFlags, HubFlags, TrackingFlags
 from flags.training import (
     CheckpointFlags,
     FullFlags,
@@ -129,3 +130,31 @@ class ConversionSettings:
     reduction: ReductionFlags = group("rank")
     output: ConvertedOutputFlags = group("output")
     loras: tuple[tuple[str, float], ...] = ()  # (file, scale)
+
+
+@dataclass(frozen=True)
+class AppFlags:
+    """The app in a browser."""
+
+    root: FolderPath = flag(".", "Folder of clips, models and results; the app reads and writes only below it.")
+    host: str = flag(
+        "127.0.0.1",
+        "Address to listen on. Any other than that of this machine needs a token, which is generated and printed, or "
+        "taken from $COGVIDEOX_FACTORY_APP_TOKEN.",
+        metavar="ADDRESS",
+    )
+    port: NonNegativeInt = flag(7860, "Port to listen on; 0 takes a free one.")
+
+
+@dataclass(frozen=True)
+class AppSettings:
+    """The settings of app.py."""
+
+    app: AppFlags = group("app")
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """The settings of compare_runs.py."""
+
+    comparison: ComparisonFlags = group("page")

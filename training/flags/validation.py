@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cli.schema import flag
-from cli.types import DenoisingSteps, NonNegativeFloat, PositiveInt, TableFile, Text
+from cli.types import DenoisingSteps, NonNegativeFloat, PositiveInt, Probability, TableFile, Text
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,19 @@ class ValidationFlags:
         None, "Also validate before the first step, to find errors early.", shown="on if anything is validated"
     )
     enable_model_cpu_offload: bool = flag(False, "In validation, keep networks on the CPU except while they run.")
+    validation_fraction: Probability = flag(
+        0.05,
+        "Share of the clips (at least one, at most 8) that is not trained on. Their loss under fixed noise is logged "
+        "before, during and after training, in at most 3% of its work; if it rises while the training loss falls, "
+        "the model overfits. With fewer than 10 clips or about 100 samples in the run, none is held out unless this "
+        "is set; 0 turns it off.",
+    )
     validation_dataset_file: TableFile | None = flag(
         None,
-        "Table of held-out clips, as for --dataset_file. Their loss at nine fixed noise levels is logged at each "
-        "validation; if it rises while the training loss falls, the model overfits. Paths start from the table's "
-        "folder; columns, --id_token, sizes and frames are those of training (with --load_tensors, of the prepared "
-        "data). The clips are encoded when training starts.",
+        "Table of clips, as for --dataset_file, to hold out instead of a --validation_fraction; all are used. Paths "
+        "start from the table's folder; columns, --id_token, sizes and frames are those of training (with "
+        "--load_tensors, of the prepared data). The clips are encoded when training starts. Without a prompt, "
+        "their loss is also measured at --validation_steps and --validation_epochs.",
     )
     prompts: tuple[str, ...] = ()  # those of --validation_prompt, one by one, or captions
     uses_captions: bool = False  # captions of the training data are the prompts
@@ -48,6 +55,10 @@ class ValidationFlags:
         return bool(self.prompts) or self.uses_captions
 
 
+SAMPLING_CACHES = ("none", "first-block", "pab", "faster")  # models/sampling.py has their settings
+SCHEDULERS = ("model", "ddim", "dpm")
+
+
 @dataclass(frozen=True)
 class GuidanceFlags:
     """How a video is sampled; the same values make the same video in validation and in generate.py."""
@@ -57,3 +68,16 @@ class GuidanceFlags:
         6.0, "Strength of classifier-free guidance; higher follows the prompt more closely, 1 or less turns it off."
     )
     use_dynamic_cfg: bool = flag(False, "Increase the guidance over the denoising steps.")
+    sampling_scheduler: str = flag(
+        "model",
+        "Sampler: that of the model's files (the published ones name DDIM), ddim, or dpm, which the authors recommend "
+        "for 5b and 1.5. ddim needs fewer steps for the same video; dpm draws noise at each step.",
+        choices=SCHEDULERS,
+    )
+    sampling_cache: str = flag(
+        "none",
+        "Reuse results of earlier denoising steps: faster and less exact. pab (attention) changes least and saves "
+        "least, faster most of both; both take a tensor of each block in memory and no compiled blocks. first-block "
+        "skips the other blocks where the first one changes little.",
+        choices=SAMPLING_CACHES,
+    )

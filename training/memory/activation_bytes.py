@@ -112,10 +112,13 @@ def sampling_bytes(facts: ModelFacts, workload: Workload) -> int:
     """Return the peak of a denoising step, which keeps nothing for a backward pass.
 
     It is in the feed-forward: the input of the block, the sum after its attention, the input of the feed-forward, and
-    the input and the output of its activation.
+    the input and the output of its activation. PAB keeps the attention's output of each block, FasterCache the last
+    two, the first-block cache three outputs of blocks.
     """
     tokens = (2 if workload.is_guided else 1) * facts.count_tokens(workload.sampled)
-    return (3 + 2 * 4) * tokens * facts.dim * workload.compute_bytes
+    blocks = facts.num_blocks
+    cached = {"none": 0, "first-block": 3, "pab": blocks, "faster": 2 * blocks}[workload.sampling_cache]
+    return (3 + 2 * 4 + cached) * tokens * facts.dim * workload.compute_bytes
 
 
 def decoding_bytes(facts: ModelFacts, workload: Workload) -> int:

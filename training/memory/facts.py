@@ -68,6 +68,7 @@ class Workload:
     mixed_precision: str = "bf16"  # no, fp16, bf16
     sampled: Bucket | None = None  # size of the validation videos; None for no validation
     is_guided: bool = True  # validation computes with and without the prompt
+    sampling_cache: str = "none"  # of validation
     is_replicated: bool = False  # DistributedDataParallel keeps all gradients in the buckets that it exchanges
 
     @property

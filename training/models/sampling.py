@@ -1,9 +1,18 @@
-"""Sample one video, for validation and for the finished model."""
+"""Sample one video, for validation and for the finished model, perhaps with a cache over the denoising steps."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from diffusers import CogVideoXFunControlPipeline, CogVideoXImageToVideoPipeline, CogVideoXPipeline
+from diffusers import (
+    CogVideoXFunControlPipeline,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
+)
 from PIL import Image
 
 from data.buckets import Bucket
@@ -57,3 +66,51 @@ def sample_video(
     # The first of an even number of latent frames is decoded to four frames, but holds one frame of a 4k+1 clip.
     surplus = len(frames) - num_frames
     return frames[min(surplus, 3) :][:num_frames]
+
+
+@contextmanager
+def cached(pipeline: Pipeline, kind: str, *, is_guided: bool) -> Iterator[None]:
+    """Have the transformer reuse results of earlier denoising steps within the block; the pipeline forgets them
+    after each video. Afterwards the transformer is as before.
+
+    Args:
+        kind: "first-block", "pab", "faster", or "none", which changes nothing.
+        is_guided: each call of the transformer computes a sample without the prompt and one with it.
+    """
+    if kind == "none":
+        yield
+        return
+    transformer = pipeline.transformer
+    forwards = {module: vars(module).get("forward") for module in transformer.modules()}
+    try:
+        transformer.enable_cache(_cache_config(pipeline, kind, is_guided))
+        yield
+    finally:
+        if transformer.is_cache_enabled:
+            transformer.disable_cache()
+        # The library leaves its registries, and a forward pass of each module that it wrapped: compiled blocks and
+        # checkpoints would see other modules than before.
+        for module, forward in forwards.items():
+            vars(module).pop("_diffusers_hook", None)
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+def _cache_config(
+    pipeline: Pipeline, kind: str, is_guided: bool
+) -> FirstBlockCacheConfig | PyramidAttentionBroadcastConfig | FasterCacheConfig:
+    """Return the library's own settings; for FasterCache, those of its example for CogVideoX."""
+    if kind == "first-block":
+        return FirstBlockCacheConfig()
+    timestep = {"current_timestep_callback": lambda: pipeline.current_timestep}
+    if kind == "pab":
+        return PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, **timestep)
+    logging.getLogger("diffusers.hooks.faster_cache").setLevel(logging.ERROR)  # it warns of itself at each use
+    return FasterCacheConfig(
+        low_frequency_weight_update_timestep_range=(99, 641),
+        attention_weight_callback=lambda _: 0.3,
+        tensor_format="BFCHW",
+        is_guidance_distilled=not is_guided,  # there is no sample without the prompt to skip
+        **timestep,
+    )

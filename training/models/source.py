@@ -80,12 +80,12 @@ class ModelSource:
         except (OSError, KeyError):
             return ""
 
-    def load_scheduler(self, scheduler_class: type[NoiseScheduler] | None = None) -> NoiseScheduler:
-        """Load the noise scheduler, of the class that the model's config names or of another one."""
-        if scheduler_class is not None:
-            return scheduler_class.from_pretrained(self.path, subfolder="scheduler", **self._where)
-        name = CogVideoXDPMScheduler.load_config(self.path, subfolder="scheduler", **self._where)["_class_name"]
-        scheduler_class = CogVideoXDDIMScheduler if name == "CogVideoXDDIMScheduler" else CogVideoXDPMScheduler
+    def load_scheduler(self, kind: str = "model") -> NoiseScheduler:
+        """Load the noise scheduler: "ddim", "dpm", or for "model" of the class that the model's config names."""
+        if kind == "model":
+            name = CogVideoXDPMScheduler.load_config(self.path, subfolder="scheduler", **self._where)["_class_name"]
+            kind = "ddim" if name == "CogVideoXDDIMScheduler" else "dpm"
+        scheduler_class = CogVideoXDDIMScheduler if kind == "ddim" else CogVideoXDPMScheduler
         return scheduler_class.from_pretrained(self.path, subfolder="scheduler", **self._where)
 
     def load_transformer(

@@ -27,6 +27,15 @@ from data.token_budget import BatchSize, TokenBudget
 from flags.data import PREPARED_FLAGS, ClipFlags, ControlFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
+from planning.held_out import (
+    choose_clips,
+    clips_of_contents,
+    clips_of_prepared,
+    count_trained,
+    find_candidates,
+    fraction_to_hold_out,
+    why_none,
+)
 from planning.keep import keep_clips
 from planning.report import PlanTable, plan_table, regularization_note
 from prepared.folder import read_prepared_settings
@@ -38,6 +47,7 @@ if TYPE_CHECKING:
     from prepared.index import PreparedIndex
 
 SKIPPED_FILE = "skipped_clips.csv"
+HELD_OUT_FILE = "held_out_clips.csv"
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,8 @@ class RawData:
     bad: Sequence[BadClip] = ()
     dropped: Sequence[BadClip] = ()  # by --keep, which is no reason to stop
     held_out: "RawData | None" = None  # clips whose loss is measured, not trained on
+    held_out_fraction: float = 0.0  # that was held out of the training data, if some is
+    held_out_note: str = ""  # which clips are held out of the training data, or why none is
 
     blocks = None  # each clip is a file of its own
 
@@ -127,7 +139,9 @@ class PreparedData:
 
     clips: "PreparedIndex"
     folders: Sequence[Path]  # of the samples
-    held_out: RawData | None = None  # clips whose loss is measured, not trained on
+    held_out: "TrainingData | None" = None  # clips whose loss is measured, not trained on
+    held_out_fraction: float = 0.0  # that was held out of the training data, if some is
+    held_out_note: str = ""  # which clips are held out of the training data, or why none is
 
     captions = ()  # already embedded
 
@@ -136,7 +150,8 @@ class PreparedData:
         """Which samples are drawn together, `[N]`, so that few files of a store are needed at a time; None for any."""
         from planning.blocks import blocks_of  # imports pyarrow
 
-        return blocks_of(self.clips)
+        blocks = blocks_of(self.clips)
+        return None if blocks is None else self.clips.without_omitted(blocks)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -169,16 +184,16 @@ class PreparedData:
         folders = self.clips.folders
         if all(folder.caption_dropout is None for folder in folders):  # most data, which may have a million samples
             return []
-        return [folder.caption_dropout for folder in folders for _ in range(folder.table.num_rows)]
+        own = np.array([folder.caption_dropout for folder in folders], object)
+        return self.clips.without_omitted(np.repeat(own, [folder.table.num_rows for folder in folders])).tolist()
 
     @property
     def trained(self) -> "PreparedData":
         """The data without the samples for regularization."""
         if self.regularization is None:
             return self
-        folders = [folder for folder in self.clips.folders if not folder.regularization]
-        places = list(dict.fromkeys(folder.folder for folder in folders))
-        return replace(self, clips=type(self.clips)(folders), folders=places)
+        clips = self.clips.without_regularization()
+        return replace(self, clips=clips, folders=list(dict.fromkeys(folder.folder for folder in clips.folders)))
 
     def take(self, samples: Sequence[int]) -> "PreparedData":
         """Return only some samples, to train on each of them once per epoch."""
@@ -219,7 +234,36 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
         if both:
             what = f"{len(both)} of its clips are trained on too; remove them from one of the two:"
             raise UserError(listing(f"--validation_dataset_file: {what}", both))
-    return replace(data, held_out=held_out)
+    return hold_out(data, settings) if held_out is None else replace(data, held_out=held_out)
+
+
+def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
+    """Hold out a fraction of the clips, with all their samples and copies; of each, one sample is measured."""
+    fraction, is_asked = fraction_to_hold_out(settings)
+    if not fraction:
+        return data
+    is_raw = isinstance(data, RawData)
+    if is_raw:
+        clips, ranks = clips_of_contents([planned.info.sha256 or str(planned.clip.video) for planned in data.clips])
+    else:
+        clips, ranks = clips_of_prepared(data.clips)
+    candidates = find_candidates(clips, data.regularization)
+    num_clips, trained = len(candidates), count_trained(settings, float(np.sum(data.repeats)))
+    if reason := why_none(num_clips, trained, is_asked=is_asked):
+        return replace(data, held_out_note=f"no clip is held out for a validation loss: {reason}")
+    chosen = choose_clips(clips, ranks, candidates, fraction)
+    left = np.concatenate(chosen)
+    # Parts of a clip follow one another.
+    held_out = data.take([int(rows[0]) for rows in chosen])
+    names = [f"{one.clip.video.name} ({one.clip.source})" if is_raw else one.name for one in held_out.clips]
+    more = f" with {len(left)} samples" if len(left) > len(chosen) else ""
+    note = f"{len(chosen)} of {num_clips} clips{more} held out for the validation loss: {', '.join(names)}"
+    if is_raw:
+        gone = set(left.tolist())
+        clips = [planned for number, planned in enumerate(data.clips) if number not in gone]
+    else:
+        clips = data.clips.omit(left)
+    return replace(data, clips=clips, held_out=held_out, held_out_fraction=fraction, held_out_note=note)
 
 
 def control_flags(settings: TrainingSettings) -> ControlFlags | None:
@@ -480,6 +524,7 @@ def describe_plan(
             f"{bucket}: {count} prepared samples of {count_tokens(configs.transformer, bucket)} tokens"
             for bucket, count in data.buckets.counts.items()
         ]
+        lines += [data.held_out_note] if data.held_out_note else []
         if data.num_captions is not None:
             several = int((data.num_captions > 1).sum())
             lines.append(f"{several} of these are the captions of clips that have several: they take turns")
@@ -489,8 +534,8 @@ def describe_plan(
         return "\n".join(filter(None, [*lines, _dropout_note(data, settings)]))
     table = tabulate(data, settings, model, configs, batch_size=batch_size, num_ranks=num_ranks)
     dropped = f"{len(data.dropped)} of {data.num_listed} clips are dropped by --keep" if data.dropped else None
-    notes = [dropped, _dropout_note(data, settings), advise(data, settings, configs.transformer)]
-    return "\n".join(filter(None, [str(table), *notes]))
+    notes = [dropped, _dropout_note(data, settings), data.held_out_note]
+    return "\n".join(filter(None, [str(table), *notes, advise(data, settings, configs.transformer)]))
 
 
 def _dropout_note(data: TrainingData, settings: TrainingSettings | PreparationSettings) -> str | None:
@@ -527,6 +572,19 @@ def tabulate(
         reshape_mode=settings.clips.video_reshape_mode,
         id_token=settings.sources.id_token,
     )
+
+
+def report_held_out(data: TrainingData, folder: Path) -> None:
+    """Write the clips held out of the training data to `held_out_clips.csv` in the output folder, if there are any."""
+    if not data.held_out_fraction:
+        return
+    is_raw = isinstance(data, RawData)
+    clips = [(one.clip.video, one.clip.source) if is_raw else (one.name, "") for one in data.held_out.clips]
+    with (
+        atomic_write(folder / HELD_OUT_FILE) as partial,
+        open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        csv.writer(file, lineterminator="\n").writerows([("clip", "source"), *clips])
 
 
 def report_skipped(bad: Sequence[BadClip], folder: Path, dropped: Sequence[BadClip] = ()) -> None:

@@ -56,6 +56,8 @@ _ORIGIN = [("caption", _TEXT), ("source", _TEXT), ("clip", _TEXT)]
 _ORIGIN += [("first_frame", pa.int32()), ("last_frame", pa.int32()), ("extra", _TEXT)]
 _SCHEMA = pa.schema([*TRAINED, *_ORIGIN])
 _CAPTIONS = pa.schema([_SCHEMA.field("caption")])
+_CAPTIONED = pa.schema([_SCHEMA.field(name) for name in ("caption", "clip", "first_frame", "last_frame")])
+IDENTITY = pa.schema([_SCHEMA.field(name) for name in ("name", "source", "clip")])
 _DESCRIBED = pa.schema([_SCHEMA.field("name"), _SCHEMA.field("caption_key")])
 _ROWS_AT_ONCE = 2**14
 
@@ -148,20 +150,24 @@ def _restore(folder: Path, table: pa.Table | None, file: Path, *facts: float | N
 
 
 class PreparedIndex(Sequence[PreparedClip]):
-    """The samples of one or more prepared folders."""
+    """The samples of one or more prepared folders, except those of the row numbers `without` over all folders."""
 
-    def __init__(self, folders: Sequence[IndexedFolder]):
-        self.folders = tuple(folders)
+    def __init__(self, folders: Sequence[IndexedFolder], without: Sequence[int] = ()):
+        self.folders, self.omitted = tuple(folders), np.unique(np.asarray(without, np.int64))
         self._ends = np.cumsum([folder.table.num_rows for folder in folders]).tolist()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PreparedIndex, (self.folders,)
+        return PreparedIndex, (self.folders, self.omitted)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] - len(self.omitted)
+
+    def rows(self, samples: np.ndarray) -> np.ndarray:
+        """Return the row numbers of samples over all folders."""
+        return samples + np.searchsorted(self.omitted - np.arange(len(self.omitted)), samples, side="right")
 
     def __getitem__(self, index: int) -> PreparedClip:
-        row = range(len(self))[index]
+        row = int(self.rows(np.asarray(range(len(self))[index])))
         number = bisect_right(self._ends, row)
         folder = self.folders[number]
         return folder.clip(row - (self._ends[number] - folder.table.num_rows))
@@ -171,7 +177,8 @@ class PreparedIndex(Sequence[PreparedClip]):
         """The bucket of each sample."""
         columns = (_join([folder.numbers(side) for folder in self.folders]) for side in Bucket._fields)
         frames, heights, widths = (column.astype(np.int64) for column in columns)
-        kinds, codes = np.unique(frames << 32 | heights << 16 | widths, return_inverse=True)
+        sizes = self.without_omitted(frames << 32 | heights << 16 | widths)
+        kinds, codes = np.unique(sizes, return_inverse=True)
         return BucketColumn(
             [Bucket(kind >> 32, kind >> 16 & LARGEST_SIZE, kind & LARGEST_SIZE) for kind in kinds.tolist()],
             codes.astype(np.int32),
@@ -180,7 +187,11 @@ class PreparedIndex(Sequence[PreparedClip]):
     @cached_property
     def repeats(self) -> np.ndarray:
         """How often each sample comes in an epoch, `[N]`."""
-        return _join([folder.repeats for folder in self.folders])
+        return self.without_omitted(_join([folder.repeats for folder in self.folders]))
+
+    def without_omitted(self, rows: np.ndarray) -> np.ndarray:
+        """Return the values of the samples among those of all rows."""
+        return np.delete(rows, self.omitted) if len(self.omitted) else rows  # not copied
 
     def without(self, tensor: str) -> list[str]:
         """Return the names of the samples that have no "image_latents" or "control_latents"."""
@@ -191,7 +202,8 @@ class PreparedIndex(Sequence[PreparedClip]):
     def regularization(self) -> np.ndarray | None:
         """Which samples are for regularization, `[N]`; None if none of them is."""
         of_folders = [np.full(folder.table.num_rows, folder.regularization) for folder in self.folders]
-        return _join(of_folders) if any(folder.regularization for folder in self.folders) else None
+        is_any = any(folder.regularization for folder in self.folders)
+        return self.without_omitted(_join(of_folders)) if is_any else None
 
     @cached_property
     def num_captions(self) -> np.ndarray | None:
@@ -199,7 +211,7 @@ class PreparedIndex(Sequence[PreparedClip]):
         if not (self.repeats % 1).any():  # they come less often than once
             return None
         runs = [_runs(folder.column("name")) for folder in self.folders]
-        counts = np.concatenate([np.repeat(of_folder, of_folder) for of_folder in runs])
+        counts = self.without_omitted(np.concatenate([np.repeat(of_folder, of_folder) for of_folder in runs]))
         return counts if (counts > 1).any() else None
 
     @property
@@ -209,9 +221,21 @@ class PreparedIndex(Sequence[PreparedClip]):
         captions = pa.chunked_array([chunk for column in columns for chunk in column.chunks]).unique()
         return captions.filter(compute.greater(compute.binary_length(captions), 0))
 
+    def origin_of(self, caption: str) -> tuple[str, int, int] | None:
+        """Return the file that the first sample with a caption was made of, with its first and last frame; or None."""
+        start = 0
+        for folder in self.folders:
+            table = folder.mapped_again(_CAPTIONED)
+            rows = compute.indices_nonzero(compute.equal(table.column("caption"), caption)).to_pylist()
+            for row in (row for row in rows if start + row not in self.omitted):
+                origin = tuple(table.slice(row, 1).to_pylist()[0].values())[1:]
+                return None if None in origin else origin
+            start += table.num_rows
+        return None
+
     def take(self, samples: Sequence[int]) -> "PreparedIndex":
         """Return some of the samples, in memory, once per epoch each; those of a folder stay in their order."""
-        rows, folders, start = np.asarray(samples), [], 0
+        rows, folders, start = self.rows(np.asarray(samples)), [], 0
         for folder, end in zip(self.folders, self._ends, strict=True):
             own = rows[(rows >= start) & (rows < end)] - start
             if len(own):
@@ -220,26 +244,39 @@ class PreparedIndex(Sequence[PreparedClip]):
             start = end
         return PreparedIndex(folders)
 
+    def omit(self, samples: np.ndarray) -> "PreparedIndex":
+        """Return all other samples, which are still those of the mapped files."""
+        return PreparedIndex(self.folders, [*self.omitted.tolist(), *self.rows(samples).tolist()])
+
     def with_facts(self, **facts: float | bool | None) -> "PreparedIndex":
         """Return the samples with other facts of their folders, such as the repeats."""
-        return PreparedIndex([replace(folder, **facts) for folder in self.folders])
+        return PreparedIndex([replace(folder, **facts) for folder in self.folders], self.omitted)
+
+    def without_regularization(self) -> "PreparedIndex":
+        """Return the samples of the folders that are not for regularization."""
+        kept = [not folder.regularization for folder in self.folders]
+        of_folders = np.repeat(kept, [folder.table.num_rows for folder in self.folders])
+        omitted = (np.cumsum(of_folders) - 1)[self.omitted[of_folders[self.omitted]]]
+        return PreparedIndex([folder for folder in self.folders if not folder.regularization], omitted)
 
     def describe(self) -> Iterator[str]:
         """Yield a line for each sample that changes with its content, not with its path.
 
         Runs of earlier versions, whose checkpoints have a digest of the lines, wrote the `repr` of a tuple.
         """
-        kinds, start = list(map(repr, self.buckets.kinds)), 0
+        kinds, row, sample = list(map(repr, self.buckets.kinds)), 0, 0
         for folder in self.folders:
             for batch in folder.mapped_again(_DESCRIBED).to_batches(max_chunksize=_ROWS_AT_ONCE):
-                rows = slice(start, start + batch.num_rows)
-                numbers = (self.buckets.codes[rows].tolist(), self.repeats[rows].tolist())
-                facts = (*(column.to_pylist() for column in batch.columns), *numbers)
+                omitted = self.omitted[(self.omitted >= row) & (self.omitted < row + batch.num_rows)] - row
+                kept = np.delete(np.arange(batch.num_rows), omitted)
+                samples = slice(sample, sample + len(kept))
+                numbers = (self.buckets.codes[samples].tolist(), self.repeats[samples].tolist())
+                facts = (*(column.take(pa.array(kept)).to_pylist() for column in batch.columns), *numbers)
                 for name, key, kind, repeats in zip(*facts, strict=True):
                     tensor = None if key is None else f"{key}.prompt_embeds"
                     line = f"({name!r}, {tensor!r}, {kinds[kind]}, {repeats!r})"
                     yield f"{line} for regularization" if folder.regularization else line
-                start = rows.stop
+                row, sample = row + batch.num_rows, samples.stop
 
 
 def _runs(column: pa.Array) -> np.ndarray:

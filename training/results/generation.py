@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from common.errors import UserError, first_line
 from common.files import atomic_write
 from common.logs import start_logging
+from common.ranks import local_rank
 from data.buckets import Bucket
 from diffusion.control_to_video import ControlToVideo
 from diffusion.image_to_video import ImageToVideo
-from diffusion.task import SizeFlags, Task
+from diffusion.task import SizeFlags, Task, choose_scheduler
 from diffusion.text_to_video import TextToVideo
 from flags.generation import BASE, COMPARED, DEFAULT_FOLDER, SHEET, PlannedVideo
 from flags.settings import GenerationSettings
@@ -29,7 +30,7 @@ from methods.lora_mounting import check_loras, mount_loras
 from models.configs import CPU, DTYPES, ModelConfigs, precision_warning
 from models.encoding import encode_prompts
 from models.quantization import check_quantization
-from models.sampling import Pipeline, sample_video
+from models.sampling import Pipeline, cached, sample_video
 from models.source import ModelSource
 from video.contact_sheet import SheetRow, draw_contact_sheet, shown_indices
 from video.images import load_controls, load_validation_images
@@ -98,6 +99,7 @@ def settle(settings: GenerationSettings) -> Generation:
     task = choose_task(settings, configs)
     configs = task.model_configs(configs)
     task.check_model(configs, [size], SizeFlags("--height, --width", "--num_frames"))
+    choose_scheduler(task, settings.guidance.sampling_scheduler)
     check_quantization(memory.quantize_base)
     conditions = None
     if task.condition == "image":
@@ -106,7 +108,7 @@ def settle(settings: GenerationSettings) -> Generation:
         conditions = [ImageOps.fit(one, (size.width, size.height)) for one in loaded]
     elif task.condition == "control":
         conditions = load_controls(settings.content.control, size, settings.content.compute_control, "--control")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else CPU
     if device == CPU and (memory.enable_model_cpu_offload or memory.enable_sequential_cpu_offload):
         logger.warning("warning: there is no GPU, nothing is offloaded from it")
     fps, dtype = settings.output.fps or configs.native_fps, choose_dtype(memory.dtype, source, device)
@@ -211,7 +213,8 @@ def choose_dtype(name: str, source: ModelSource, device: torch.device) -> torch.
 def embed_prompts(generation: Generation) -> dict[str, torch.Tensor]:
     """Embed all prompts, `[T, D]` each on the CPU, and free the text encoder."""
     settings = generation.settings
-    texts = [*settings.content.prompt, *([settings.content.negative_prompt] if generation.is_guided else [])]
+    prompts = [video.prompt for video in settings.videos]
+    texts = [*prompts, *([settings.content.negative_prompt] if generation.is_guided else [])]
     device, in_8bit = generation.device, settings.memory.text_encoder_8bit
     text_pipeline = generation.source.load_text_pipeline(generation.dtype, device=device, in_8bit=in_8bit)
     # One at a time as in validation, because the last digits may differ in a batch.
@@ -227,21 +230,22 @@ def sample_all(
     """Sample all videos one after another, with the tuned model or with the base model."""
     settings, guidance = generation.settings, generation.settings.guidance
     pipeline = load_pipeline(generation, tuned=tuned)
-    for number, video in enumerate(settings.videos, start=1):
-        title = "video" if tuned else "base model"
-        pipeline.set_progress_bar_config(desc=f"{title} {number} of {len(settings.videos)}")
-        frames = sample_video(
-            pipeline,
-            embeds[video.prompt],
-            embeds[settings.content.negative_prompt] if generation.is_guided else None,
-            None if generation.conditions is None else generation.conditions[video.number],
-            size=generation.size,
-            num_inference_steps=guidance.num_inference_steps,
-            guidance_scale=guidance.guidance_scale,
-            use_dynamic_cfg=guidance.use_dynamic_cfg,
-            seed=video.seed,
-        )
-        yield video, frames
+    with cached(pipeline, guidance.sampling_cache, is_guided=generation.is_guided):
+        for number, video in enumerate(settings.videos, start=1):
+            title = "video" if tuned else "base model"
+            pipeline.set_progress_bar_config(desc=f"{title} {number} of {len(settings.videos)}")
+            frames = sample_video(
+                pipeline,
+                embeds[video.prompt],
+                embeds[settings.content.negative_prompt] if generation.is_guided else None,
+                None if generation.conditions is None else generation.conditions[video.number],
+                size=generation.size,
+                num_inference_steps=guidance.num_inference_steps,
+                guidance_scale=guidance.guidance_scale,
+                use_dynamic_cfg=guidance.use_dynamic_cfg,
+                seed=video.seed,
+            )
+            yield video, frames
 
 
 def load_pipeline(generation: Generation, *, tuned: bool) -> Pipeline:
@@ -267,7 +271,7 @@ def load_pipeline(generation: Generation, *, tuned: bool) -> Pipeline:
             decoder_only=generation.task.condition is None,
         ),
         transformer=transformer.eval(),
-        scheduler=source.load_scheduler(generation.task.scheduler_class),
+        scheduler=source.load_scheduler(choose_scheduler(generation.task, settings.guidance.sampling_scheduler)),
     )
     if tuned:
         mount_loras(pipeline, settings.loras, settings.model.cache_dir)

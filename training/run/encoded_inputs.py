@@ -1,5 +1,6 @@
 """Encode prompts, images and held-out clips before the transformer is loaded, with one encoder in memory at a time."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from models.prompts import PromptCache
 from planning.plan import PreparedData, TrainingData, caption_dropouts, validation_data_flags
 from prepared.folder import read_prompt
 from run.spec import RunSpec
-from validation.loss import encode_validation_set
+from validation.loss import encode_validation_set, read_validation_set
 from validation.videos import Conditions
 from video.images import load_controls, load_validation_images
 
@@ -30,8 +31,11 @@ class EncodedInputs:
     held_out: list[Batch]  # this rank's share of the clips whose loss is measured, on the CPU
 
 
-def encode_inputs(spec: RunSpec) -> EncodedInputs:
-    """Load text encoder and VAE one after the other, encode, and free them; called on every rank."""
+def encode_inputs(spec: RunSpec, held_out: Collection[int] = ()) -> EncodedInputs:
+    """Load text encoder and VAE one after the other, encode, and free them; called on every rank.
+
+    `held_out` are the indices of the held-out clips that this rank measures.
+    """
     settings, accelerator, data = spec.settings, spec.accelerator, spec.data
     conditions = load_conditions(spec)
     dropouts = caption_dropouts(data, settings.objective.caption_dropout)
@@ -55,20 +59,31 @@ def encode_inputs(spec: RunSpec) -> EncodedInputs:
     if drops_captions and empty_prompt is None:
         empty_prompt = prompts.load("")
     vae = None if isinstance(data, PreparedData) else spec.load_vae(accelerator.device)
-    held_out = []
-    if data.held_out is not None:
-        held_out = encode_validation_set(
-            data.held_out.clips,
-            vae or spec.load_vae(accelerator.device),
-            prompts,
-            reshape_mode=validation_data_flags(settings)[1].video_reshape_mode,
-            with_images=spec.task.condition == "image",
-            control=spec.controls,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
-        free_memory()
-    return EncodedInputs(prompts, empty_prompt, conditions, vae, held_out)
+    batches = _encode_held_out(spec, held_out, prompts, vae) if held_out else []
+    return EncodedInputs(prompts, empty_prompt, conditions, vae, batches)
+
+
+def _encode_held_out(
+    spec: RunSpec, share: Collection[int], prompts: PromptCache, vae: AutoencoderKLCogVideoX | None
+) -> list[Batch]:
+    clips, with_images = spec.data.held_out.clips, spec.task.condition == "image"
+    if isinstance(spec.data.held_out, PreparedData):
+        with_controls = spec.task.condition == "control"
+        return read_validation_set(clips, share, with_images=with_images, with_controls=with_controls)
+    is_fraction, sources = spec.data.held_out_fraction > 0, spec.settings.sources
+    batches = encode_validation_set(
+        clips,
+        share,
+        vae or spec.load_vae(spec.accelerator.device),
+        prompts,
+        reshape_mode=validation_data_flags(spec.settings)[1].video_reshape_mode,
+        with_images=with_images,
+        control=spec.controls,
+        replace_failed=is_fraction and sources.on_bad_clip == "skip",
+        shows_progress=spec.accelerator.is_main_process,
+    )
+    free_memory()
+    return batches
 
 
 def load_conditions(spec: RunSpec) -> Conditions | None:

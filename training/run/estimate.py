@@ -8,14 +8,14 @@ from checkpoints.resume import newest_checkpoint
 from checkpoints.schedule import ScheduleStart, StepSchedule
 from checkpoints.state import TrainerState, read_state
 from common.files import nearest_folder
-from common.units import in_bytes
+from common.units import in_bytes, in_words
 from data.buckets import count_tokens
+from run.loss_schedule import plan_losses
 from run.recipe import Recipe
 from run.setup import make_sampler, start_schedule
 from run.spec import RunSpec
 from run.summary import as_table
 from tracking.flops import count_forward_flops
-from tracking.progress import in_words
 from tracking.throughput import Speed, Throughput
 
 
@@ -45,6 +45,8 @@ class Plan:
     checkpoints: int
     kept_checkpoints: int
     validations: int
+    losses: int  # measurements of the loss of held-out clips
+    loss_tflop: float  # of these, on one device
     kept_validations: int  # whose weights are kept
     videos: int  # of each validation
     prompts: int  # that are embedded
@@ -63,6 +65,8 @@ def plan_run(trial: RunSpec, recipe: Recipe, throughput: Throughput) -> Plan:
     every, limit = settings.checkpoints.checkpointing_steps, settings.checkpoints.checkpoints_total_limit
     checkpoints = math.ceil(last / every) - done // every if last > done else 0  # the last step has one, too
     validations = count_validations(recipe, schedule, done, last)
+    losses = plan_losses(spec, sampler, schedule, last)
+    num_losses = round(losses.count * (last - done) / last) if losses else 0
     starts_untrained = bool(validation.validate_first and done == 0)
     texts = {*data.captions, *validation.prompts, *(data.held_out.captions if data.held_out else ())}
     return Plan(
@@ -74,6 +78,8 @@ def plan_run(trial: RunSpec, recipe: Recipe, throughput: Throughput) -> Plan:
         checkpoints=checkpoints,
         kept_checkpoints=min(checkpoints, limit or checkpoints),
         validations=validations,
+        losses=num_losses,
+        loss_tflop=num_losses * losses.flops / 1e12 if losses else 0,
         kept_validations=max(0, validations - starts_untrained) if spec.keeps_validated else 0,
         videos=len(validation.prompts) * validation.num_validation_videos,
         prompts=len(texts),
@@ -92,7 +98,7 @@ def first_state(trial: RunSpec, recipe: Recipe) -> TrainerState:
 def count_validations(recipe: Recipe, schedule: StepSchedule, done: int, last: int) -> int:
     """Return how often the run validates after `done` steps, the last step included."""
     flags = recipe.settings.validation
-    if not flags.prompts and not recipe.data.held_out:
+    if not recipe.is_validated:
         return 0
     between = range(done + 1, last)
     due = sum(schedule.is_due(step, flags.validation_steps, flags.validation_epochs) for step in between)
@@ -110,6 +116,7 @@ def estimate_seconds(plan: Plan, recipe: Recipe, measured: Measured, num_process
         video += more_passes * flop / 1e12 * seconds_per_tflop
     return {
         "steps": plan.tflop * seconds_per_tflop,
+        "held-out loss": plan.loss_tflop * seconds_per_tflop,
         "validations": plan.validations * max(1, math.ceil(plan.videos / num_processes)) * video,
         "checkpoints": plan.checkpoints * measured.checkpoint_seconds,
     }
@@ -139,6 +146,7 @@ def describe_run(trial: RunSpec, recipe: Recipe, measured: Measured) -> str:
         "steps": f"{plan.first} to {plan.last}: {plan.epochs:.4g} epochs, {plan.batches} batches on each rank",
         "checkpoints": f"{plan.checkpoints}, {plan.kept_checkpoints} of them kept",
         "validations": f"{plan.validations}, of {plan.videos} videos" if plan.validations else "none",
+        **({"held-out loss": f"measured {plan.losses} times"} if plan.losses else {}),
         "time": f"about {in_words(sum(seconds.values()))}: {parts}",
         "disk": f"about {in_bytes(needed)}: {files}; {in_bytes(free)} are free",
     }

@@ -19,7 +19,7 @@ from run.memory_fit import training_memory_advice
 from run.recipe import Recipe
 from run.setup import Run, set_up
 from run.spec import check_spec
-from run.summary import describe_kept_weights
+from run.summary import describe_end
 from validation.defaults import with_data_defaults
 
 
@@ -47,11 +47,18 @@ def finetune(settings: TrainingSettings, data: TrainingData) -> None:
 
 
 def train_and_save(recipe: Recipe) -> None:
-    """Set up, train, save, validate and upload."""
-    spec, settings = check_spec(recipe), recipe.settings
+    """Set up and train, and have the run's page say how it ends."""
+    spec = check_spec(recipe)
     run = set_up(spec)
     spec.coordinator.from_main(lambda: write_config(spec))
-    if settings.validation.validate_first and run.state.step == 0:
+    with run.report:
+        train_to_the_end(run)
+
+
+def train_to_the_end(run: Run) -> None:
+    """Train, save, validate and upload."""
+    spec, settings = run.spec, run.spec.settings
+    if run.state.step == 0 and (run.measures_loss(0) or run.samples(0)):
         run.validate(0)
     with run.signals:
         with run.memory.phase("training"):
@@ -65,8 +72,8 @@ def train_and_save(recipe: Recipe) -> None:
             run.save_checkpoint(run.total_steps)
         logger.info("saved %s; to use it:\n\n%s\n", run.save_result(), spec.usage(spec.output_dir))
         run.validate(run.total_steps)
-        if kept := describe_kept_weights(spec):
-            logger.info("%s", kept)
+        for line in describe_end(spec, run.curve):
+            logger.info("%s", line)
     logger.info("%s", run.memory.describe())
     spec.accelerator.end_training()  # finishes the loss curve
     if settings.hub.push_to_hub and spec.accelerator.is_main_process:

@@ -124,7 +124,7 @@ class CheckpointClock:
 def save_and_validate(run: Run, done: int, log: StepLog, clock: CheckpointClock) -> bool:
     """Save and validate after a step if due; return whether a signal must stop the run. Called on every rank."""
     settings, coordinator = run.spec.settings, run.spec.coordinator
-    checkpoints, validation = settings.checkpoints, settings.validation
+    checkpoints = settings.checkpoints
     stops, saves = coordinator.ask(run.signals.received is not None, clock.is_late() and coordinator.is_main)
     if stops or saves or clock.is_overdue or done % checkpoints.checkpointing_steps == 0:
         log.flush()  # so that a run killed later has logged all steps
@@ -133,7 +133,7 @@ def save_and_validate(run: Run, done: int, log: StepLog, clock: CheckpointClock)
         if not clock.is_overdue:
             run.save_checkpoint(done)
             clock.restart()
-    if not stops and run.schedule.is_due(done, validation.validation_steps, validation.validation_epochs):
+    if not stops and (run.measures_loss(done) or run.samples(done)):
         log.flush()  # trackers need the steps in order
         run.validate(done)
     return stops

@@ -53,11 +53,17 @@ class RunMemory:
     def __init__(self, recipe: Recipe, kept: Collection[str] = ()):
         settings = recipe.settings
         self.current, self.given = memory_settings_of(settings), settings.given.union(kept)
-        self.facts, self.measured = run_facts(recipe), read_measured()
-        facts, is_guided = self.facts, settings.guidance.guidance_scale > 1
+        facts, guidance = run_facts(recipe), settings.guidance
+        self.facts, self.measured = facts, read_measured() if guidance.sampling_cache == "none" else []
         is_replicated = launch_size() > 1 and not (uses_deepspeed() or uses_fsdp())
         workload = Workload(
-            facts.size, facts.batch_size, facts.mixed_precision, facts.sampled, is_guided, is_replicated
+            facts.size,
+            facts.batch_size,
+            facts.mixed_precision,
+            facts.sampled,
+            guidance.guidance_scale > 1,
+            guidance.sampling_cache,
+            is_replicated,
         )
         self.account = cache(partial(account, recipe.model_facts, workload=workload))
         self.is_usable = usable_filter(settings, mixed_precision=recipe.precision, has_gpu=torch.cuda.is_available())

@@ -93,6 +93,21 @@ class Recipe:
         return budget
 
     @property
+    def flops_settings(self) -> dict[str, object]:
+        """What the operations of a step depend on besides its samples, for `count_flops`."""
+        memory = self.settings.memory
+        return {
+            "trains_all": isinstance(self.method, FullFinetune),
+            "checkpoint_scope": memory.checkpoint_scope if memory.gradient_checkpointing else None,
+            "checkpoint_every": memory.checkpoint_every,
+        }
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether the run validates at --validation_steps and the like: it samples videos, or was given clips."""
+        return bool(self.settings.validation.prompts or self.settings.validation.validation_dataset_file)
+
+    @property
     def controls(self) -> str | None:
         """The controls of the clips, as for `ClipDataset`."""
         return (self.task.kind or LISTED) if isinstance(self.task, ControlToVideo) else None

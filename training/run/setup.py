@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from common.signals import StopSignals
 from data.sampler import BucketBatchSampler
 from dataset import Batch, ClipDataset, MixedBatch, PreparedDataset, make_loader, without_failures
 from diffusion.objective import Objective
+from diffusion.task import choose_scheduler
 from diffusion.timesteps import TimestepSampling
 from memory.activations import omits_last_layer
-from methods.full import FullFinetune
 from models.attention import temporary_attention
 from models.configs import CPU
 from models.prompts import PromptCache
@@ -29,15 +30,19 @@ from parallel.deepspeed import gathered
 from parallel.sharding import gather_weights
 from planning.plan import PreparedData, caption_dropouts
 from run.encoded_inputs import EncodedInputs, encode_inputs
+from run.loss_schedule import plan_losses
 from run.recipe import Recipe
+from run.report import RunReport, make_report
 from run.spec import RunSpec
-from run.summary import describe_start
+from run.summary import as_table, start_rows
 from run.trainable import Trainable, make_trainable, resume
 from tracking.bad_steps import StepGuard
+from tracking.loss_curve import LossCurve
 from tracking.peak_memory import PeakMemory
 from tracking.throughput import Throughput
 from tracking.trackers import keep_losses, start_trackers
 from validation.loss import validate_loss
+from validation.schedule import LossSchedule, share_pairs
 from validation.videos import ValidationSettings, validate
 
 
@@ -59,10 +64,13 @@ class Run:
     trainable: Trainable
     throughput: Throughput
     guard: StepGuard
+    losses: LossSchedule | None  # of held-out clips; None if there are none
+    curve: LossCurve | None  # on the main process
     checkpoints: CheckpointFolder
     result_dtype: torch.dtype
     signals: StopSignals
     memory: PeakMemory
+    report: RunReport  # writes what happens to the run's folder
 
     def batches_in(self, step: int) -> int:
         """Return the number of batches of each rank in the step after `step` steps."""
@@ -77,25 +85,54 @@ class Run:
         """Save the training state after `step` steps; called on every rank."""
         self.checkpoints.save(replace(self.state, step=step), self.spec.checkpoint_bytes)
 
+    def measures_loss(self, step: int) -> bool:
+        """Return whether the loss of held-out clips is measured after `step` steps."""
+        if self.losses is None:
+            return False
+        keeps_weights = not self.spec.settings.validation.prompts and self.samples(step)
+        return self.losses.is_due(step, self.total_steps) or keeps_weights
+
+    def samples(self, step: int) -> bool:
+        """Return whether videos are sampled after `step` steps; without prompts, whether their weights are kept."""
+        flags = self.spec.settings.validation
+        if not self.spec.is_validated:
+            return False
+        if step in (0, self.total_steps):
+            return step > 0 or bool(flags.validate_first)
+        return self.schedule.is_due(step, flags.validation_steps, flags.validation_epochs)
+
     def validate(self, step: int) -> list[str]:
-        """Measure the loss of the held-out clips and sample the videos, if there are any; called on every rank.
+        """Measure the loss of the held-out clips and sample the videos, whichever is due; called on every rank.
 
         The weights are kept beside the videos, if the run keeps them. Returns the reasons of failures, which do not
         end the run.
         """
-        spec, failures, prompts = self.spec, [], self.spec.settings.validation.prompts
-        if not self.inputs.held_out and not prompts:
+        spec, failures = self.spec, []
+        measures, samples = self.measures_loss(step), self.samples(step)
+        if not measures and not samples:
             return failures
-        phase = self.memory.phase("validation", f" at step {step}")
+        phase = self.memory.phase("validation", f" at step {step}") if samples else nullcontext()
         with phase, self.trainable.averaged(), spec.undivided():
-            if step > 0 and spec.keeps_validated:
+            if step > 0 and samples and spec.keeps_validated:
                 self._keep_weights(step)
             with gathered(spec.accelerator, self.trainable.model):
-                if self.inputs.held_out:
-                    # With the unwrapped model, so that a rank that fails leaves no other waiting in a forward pass.
-                    objective = replace(self.objective, model=self.trainable.transformer)
-                    failures = validate_loss(objective, self.inputs.held_out, spec.accelerator, spec.coordinator, step)
-                return failures + self._sample_videos(step) if prompts else failures
+                if measures:
+                    failures = self._measure_loss(step)
+                prompts = spec.settings.validation.prompts
+                return failures + self._sample_videos(step) if samples and prompts else failures
+
+    def _measure_loss(self, step: int) -> list[str]:
+        accelerator = self.spec.accelerator
+        return validate_loss(
+            # With the unwrapped model, so that a rank that fails leaves no other waiting in a forward pass.
+            replace(self.objective, model=self.trainable.transformer),
+            self.inputs.held_out,
+            share_pairs(self.losses.pairs, accelerator.process_index, accelerator.num_processes),
+            accelerator,
+            self.spec.coordinator,
+            step,
+            self.curve,
+        )
 
     def _sample_videos(self, step: int) -> list[str]:
         spec, transformer = self.spec, self.trainable.transformer
@@ -114,9 +151,10 @@ class Run:
             enable_model_cpu_offload=settings.validation.enable_model_cpu_offload,
             seed=spec.state.seed,
             fps=spec.video_fps,
+            sampling_cache=guidance.sampling_cache,
         )
         with temporary_attention(transformer, settings.speed.validation_attention_backend):
-            return validate(
+            failures = validate(
                 spec.accelerator,
                 spec.coordinator,
                 self._make_pipeline,
@@ -126,6 +164,8 @@ class Run:
                 step,
                 lambda: self.signals.received is not None,
             )
+        self.report.update()
+        return failures
 
     def _make_pipeline(self) -> Pipeline:
         spec = self.spec
@@ -135,7 +175,9 @@ class Run:
             # Training from prepared data keeps no VAE loaded.
             vae=self.inputs.vae or spec.load_vae(CPU, decoder_only=spec.task.condition is None),
             transformer=self.trainable.transformer,
-            scheduler=spec.source.load_scheduler(spec.task.scheduler_class),
+            scheduler=spec.source.load_scheduler(
+                choose_scheduler(spec.task, spec.settings.guidance.sampling_scheduler)
+            ),
         )
 
     def _keep_weights(self, step: int) -> None:
@@ -199,15 +241,19 @@ def set_up(spec: RunSpec) -> Run:
     sampler.first_batch = schedule.batches_before(state.step)
     sampler.total_batches = schedule.batches_before(total_steps)
 
-    inputs = encode_inputs(spec)
+    losses = plan_losses(spec, sampler, schedule, total_steps)
+    state = replace(state, validation_passes=len(losses.pairs) if losses else 0)
+    ranks = (accelerator.process_index, accelerator.num_processes)
+    inputs = encode_inputs(spec, share_pairs(losses.pairs, *ranks) if losses else ())
     trainable = make_trainable(spec, total_steps)
     if spec.resumed:
         resume(spec, trainable)
     resumed_at = state.step if spec.resumed else None
     project, logging_dir = settings.tracking.tracker_name, spec.output_dir / settings.tracking.logging_dir
     start_trackers(accelerator, project, logging_dir, flag_values(settings), resumed_at=resumed_at)
-    keep_losses(accelerator, spec.output_dir, resumed_at=resumed_at)
-    logger.info("%s", describe_start(spec, trainable.transformer, schedule, total_steps, sampler.padding))
+    curve = keep_losses(accelerator, spec.output_dir, resumed_at=resumed_at)
+    summary = start_rows(spec, trainable.transformer, schedule, total_steps, sampler.padding, losses)
+    logger.info("%s", as_table(summary))
     limit = settings.checkpoints.checkpoints_total_limit
     return Run(
         spec=spec,
@@ -221,11 +267,14 @@ def set_up(spec: RunSpec) -> Run:
         trainable=trainable,
         throughput=make_throughput(spec, trainable.transformer),
         guard=StepGuard(spec.coordinator, settings.checkpoints.max_bad_steps, spec.output_dir),
+        losses=losses,
+        curve=curve,
         checkpoints=CheckpointFolder(spec.output_dir, accelerator, spec.coordinator, limit),
         # Read from the model's files now, so that a failure does not come after the training.
         result_dtype=spec.method.result_dtype(spec.dtype, spec.source),
         signals=StopSignals(),
         memory=memory,
+        report=make_report(spec, total_steps, summary),
     )
 
 
@@ -261,15 +310,12 @@ def make_sampler(spec: RunSpec, start: ScheduleStart) -> tuple[BucketBatchSample
 
 def make_throughput(spec: RunSpec, transformer: CogVideoXTransformer3DModel) -> Throughput:
     """Return the counter and timer of the steps."""
-    memory = spec.settings.memory
     return Throughput(
         spec.configs.transformer,
         spec.accelerator.device,
         spec.num_data_ranks,
         spec.dtype,
-        trains_all=isinstance(spec.method, FullFinetune),
-        checkpoint_scope=memory.checkpoint_scope if memory.gradient_checkpointing else None,
-        checkpoint_every=memory.checkpoint_every,
+        **spec.flops_settings,
         recomputes_last=not omits_last_layer(transformer),
         devices_per_sample=spec.settings.speed.context_parallel_size,
     )

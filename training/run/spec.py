@@ -19,7 +19,7 @@ from cli.schema import flag_values
 from common.errors import UserError
 from common.ranks import launch_size, uses_fsdp
 from dataset import check_prepared
-from diffusion.task import SizeFlags
+from diffusion.task import SizeFlags, choose_scheduler
 from flags.optimizer import LOW_BITS
 from memory.settings import memory_settings_of
 from models.attention import check_attention
@@ -30,7 +30,8 @@ from parallel.context import ContextParallel, start_context_parallel
 from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp
 from parallel.preflight import check_training
-from planning.plan import PreparedData, describe_plan, report_skipped
+from planning.held_out import FRACTION_FLAG
+from planning.plan import PreparedData, describe_plan, report_held_out, report_skipped
 from prepared.folder import check_encoders
 from run.launch import choose_seed, start_accelerator
 from run.memory_fit import is_chosen
@@ -105,6 +106,7 @@ def check_spec(recipe: Recipe) -> RunSpec:
     recipe.task.check_model(recipe.configs, recipe.clip_sizes)
     if recipe.sampled_size:
         recipe.task.check_model(recipe.configs, [recipe.sampled_size], SAMPLED_SIZES)
+        choose_scheduler(recipe.task, recipe.settings.guidance.sampling_scheduler)
     recipe.method.check_model(recipe.configs, recipe.source)
     if isinstance(data, PreparedData):
         check_prepared(data.clips, recipe.configs)
@@ -143,6 +145,7 @@ def lasting_settings(recipe: Recipe) -> dict[str, object]:
     return {
         "model": recipe.configs.kind,
         "training data": recipe.data.fingerprint,
+        FRACTION_FLAG: recipe.data.held_out_fraction or False,
         "--train_batch_size": settings.training.train_batch_size,
         "--max_tokens_per_batch": settings.training.max_tokens_per_batch,
         "--optimizer": optimizer.optimizer,
@@ -196,6 +199,7 @@ def check_prepared_folders(recipe: Recipe) -> None:
 def log_data(recipe: Recipe, num_ranks: int) -> None:
     """Log the buckets of the training data and list the clips skipped, before anything heavy is loaded."""
     settings, data = recipe.settings, recipe.data
+    report_held_out(data, recipe.output_dir)
     if not isinstance(data, PreparedData):
         report_skipped(data.bad, recipe.output_dir, data.dropped)
     sizes = {"batch_size": recipe.batch_limit, "num_ranks": num_ranks}

@@ -1,14 +1,16 @@
 """Describe a run before its first step, as a block of lines."""
 
+import math
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from checkpoints.schedule import StepSchedule
 from common.files import path_of_script
-from common.run_folder import VALIDATION_FOLDER, list_validated
+from common.run_folder import VALIDATION_FOLDER, list_checkpoints, list_validated
 from common.units import in_bytes
 from flags.settings import TrainingSettings
 from memory.ladder import Choice
@@ -21,17 +23,24 @@ from models.quantization import describe_products
 from parallel.deepspeed import count_weights
 from run.memory_fit import RunMemory, has_card, is_left_to_card, typed_memory
 from run.spec import RunSpec
-from tracking.loss_curve import METRICS_FILE, PICTURE_FILE
+from tracking.loss_curve import METRICS_FILE, PICTURE_FILE, LossCurve
+from tracking.verdict import Points, best_point
+from validation.schedule import LossSchedule
 
 
 _MOST_SIZES = 4  # that are listed
 _BITS = {"use_8bit": " in 8 bits", "use_4bit": " in 4 bits", "use_fp8": " in float8"}
 
 
-def describe_start(
-    spec: RunSpec, transformer: CogVideoXTransformer3DModel, schedule: StepSchedule, total_steps: int, padding: int
-) -> str:
-    """Return the summary, a line for each subject; `padding` is the number of batches drawn twice in an epoch."""
+def start_rows(
+    spec: RunSpec,
+    transformer: CogVideoXTransformer3DModel,
+    schedule: StepSchedule,
+    total_steps: int,
+    padding: int,
+    losses: LossSchedule | None = None,
+) -> dict[str, str]:
+    """Return the summary, a text for each subject; `padding` is the number of batches drawn twice in an epoch."""
     settings, accelerator = spec.settings, spec.accelerator
     trainable, total = count_weights(transformer)
     name = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
@@ -40,7 +49,7 @@ def describe_start(
         devices += f"; {settings.speed.context_parallel_size} ranks at a time divide the tokens of a sample"
     run_memory = RunMemory(spec)
     memory = run_memory.needed(run_memory.current)
-    rows = {
+    return {
         "model": f"{settings.model.pretrained_model_name_or_path}: {describe_model(spec.configs)}",
         "training": f"{describe_method(spec.method)}{describe_products(transformer)}: {trainable:,} of {total:,} "
         "parameters",
@@ -52,11 +61,11 @@ def describe_start(
         + describe_chosen(settings),
         **describe_compilation(settings, len(spec.sizes), total_steps),
         "validation": describe_validation(spec),
+        **({"held-out": describe_losses(losses, len(spec.data.held_out.clips), total_steps)} if losses else {}),
         "output": settings.training.output_dir,
         "written": f"every {settings.checkpoints.checkpointing_steps} steps a checkpoint of "
         f"{in_bytes(spec.checkpoint_bytes)}; losses to {describe_logs(settings.tracking.report_to)}",
     }
-    return as_table(rows)
 
 
 def as_table(rows: Mapping[str, str]) -> str:
@@ -145,12 +154,23 @@ def describe_compilation(settings: TrainingSettings, num_sizes: int, total_steps
     return {"compiled": f"nothing: it saves time from {needed} on"} if is_short else {}
 
 
+def describe_losses(losses: LossSchedule, num_clips: int, total_steps: int) -> str:
+    """Describe the measurements of the loss of held-out clips, and what they cost."""
+    used, levels = len({clip for clip, _ in losses.pairs}), len({quantile for _, quantile in losses.pairs})
+    clips = f"{num_clips} clip{'s' if num_clips > 1 else ''}"
+    clips += f", {used} of them measured" if used < num_clips else ""
+    is_regular = 2 < losses.count == 1 + math.ceil(total_steps / losses.every)
+    when = f"every {losses.every} steps" if is_regular else f"{losses.count} times"
+    when = "before the first step and after the last one" if losses.count == 2 else when
+    return f"{clips}; the loss at {levels} noise levels, {when}, takes {losses.share:.1%} of the run's work"
+
+
 def describe_validation(spec: RunSpec) -> str:
-    """Describe what is validated, and when."""
-    flags, held_out = spec.settings.validation, spec.data.held_out
+    """Describe what is sampled, and when."""
+    flags = spec.settings.validation
     videos, epochs = len(flags.prompts) * flags.num_validation_videos, flags.validation_epochs
     what = [f"{videos} video{'s' if videos > 1 else ''} of {spec.sampled_size}"] if videos else []
-    what += [f"the loss of {len(held_out.clips)} samples"] if held_out else []
+    what += ["no videos"] if spec.is_validated and not videos else []
     when = ["before the first step"] if flags.validate_first and not spec.state.step else []
     when += [f"every {flags.validation_steps} steps"] if flags.validation_steps else []
     when += [f"every {epochs} epochs" if epochs > 1 else "every epoch"] if epochs else []
@@ -158,28 +178,63 @@ def describe_validation(spec: RunSpec) -> str:
     return f"{' and '.join(what)}, {', '.join([*when, 'at the end'])}{kept}" if what else "none"
 
 
-def describe_kept_weights(spec: RunSpec) -> str | None:
-    """Return which steps' weights were kept, and a command that samples with one; None without an earlier step."""
+def describe_end(spec: RunSpec, curve: LossCurve | None) -> list[str]:
+    """Return what to know about a finished run besides its result: its best step, and the weights of other steps."""
+    best = best_point(curve.points["validation_loss"]) if curve else None
+    verdict = curve.verdict() if curve else None
+    lines = [describe_best(curve.points["validation_loss"], spec.output_dir)] if best else []
+    lines += [verdict.sentence] if verdict and verdict.kind != "unchanged" else []
+    return [*lines, *filter(None, [describe_kept_weights(spec, best and best[0])])]
+
+
+def describe_best(validation: Points, folder: Path) -> str:
+    """Name the step with the lowest validation loss, and the saved weights of the run that are nearest to it."""
+    (first, first_loss), (last, last_loss), (best, loss) = validation[0], validation[-1], best_point(validation)
+    lowest = f"the validation loss was lowest at step {best}: {loss:.4f}"
+    if best == last:
+        return f"{lowest} ({first_loss:.4f} at step {first}); it is that of the result"
+    saved = [*list_validated(folder), *list_checkpoints(folder)]
+    step, nearest = min(saved, key=lambda one: abs(one[0] - best), default=(last, folder))
+    where = (
+        f"its weights are in {nearest}" if step == best else f"the nearest weights, of step {step}, are in {nearest}"
+    )
+    return f"{lowest} ({first_loss:.4f} at step {first}, {last_loss:.4f} at step {last}); {where}"
+
+
+def describe_kept_weights(spec: RunSpec, best: int | None = None) -> str | None:
+    """Return which steps' weights were kept, and a command that samples with one; None without an earlier step.
+
+    The command is for those nearest to the best step, if these are not the result.
+    """
     kept = list_validated(spec.output_dir)
     if len(kept) < 2:
         return None
-    settings, size, (step, folder) = spec.settings, spec.sampled_size, kept[-2]
+    step, folder = kept[-2] if best is None else min(kept[:-1], key=lambda one: abs(one[0] - best))
+    steps, command = ", ".join(str(step) for step, _ in kept), shlex.join(sample_command(spec, folder))
+    return f"the weights of steps {steps} are in {folder.parent}; to sample with those of step {step}:\n\n{command}\n"
+
+
+def sample_command(spec: RunSpec, folder: Path) -> list[str]:
+    """Return the words of a command that samples the first validation video with the weights in a folder."""
+    settings, size = spec.settings, spec.sampled_size
     flags: dict[str, object] = {"--model_path": settings.model.pretrained_model_name_or_path}
     flags |= {"--lora" if settings.method == "lora" else "--transformer": folder}
     flags |= {"--prompt": settings.validation.prompts[0] if size else "YOUR PROMPT"}
     flags |= {"--image": settings.validation.images[0]} if settings.validation.images else {}
     flags |= {"--control": settings.validation.controls[0]} if settings.validation.controls else {}
     flags |= {"--compute_control": spec.task.kind} if settings.validation.controls and spec.task.kind else {}
-    flags |= {"--height": size.height, "--width": size.width, "--num_frames": size.num_frames} if size else {}
+    if size:
+        flags |= {"--height": size.height, "--width": size.width, "--num_frames": size.num_frames}
+        guidance = settings.guidance
+        flags |= {"--seed": spec.state.seed, "--num_inference_steps": guidance.num_inference_steps}
+        flags["--guidance_scale"] = f"{guidance.guidance_scale:g}"
+        passed = [name for name in ("sampling_scheduler", "sampling_cache") if name in settings.given]
+        flags |= {f"--{name}": getattr(guidance, name) for name in passed}
     ignores_positions = settings.method == "lora" and settings.image.ignore_learned_positional_embeddings
     switches = ["--ignore_learned_positional_embeddings"] if ignores_positions else []
+    switches += ["--use_dynamic_cfg"] if settings.guidance.use_dynamic_cfg else []
     script = path_of_script("generate.py")
-    command = ["python", script, *switches, *(str(word) for flag in flags.items() for word in flag)]
-    steps = ", ".join(str(step) for step, _ in kept)
-    return (
-        f"the weights of steps {steps} are in {folder.parent}; to sample with those of step {step}:\n\n"
-        f"{shlex.join(command)}\n"
-    )
+    return ["python", script, *switches, *(str(word) for flag in flags.items() for word in flag)]
 
 
 def describe_logs(report_to: str) -> str:

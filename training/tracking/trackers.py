@@ -93,14 +93,20 @@ def start_trackers(
             accelerator.trackers[-1].store_init_configuration(plain_settings(flags))
 
 
-def keep_losses(accelerator: Accelerator, folder: Path, *, resumed_at: int | None) -> None:
-    """Have the main process write the logged values to the run's folder and draw the losses, besides any trackers."""
+def keep_losses(accelerator: Accelerator, folder: Path, *, resumed_at: int | None) -> LossCurve | None:
+    """Have the main process write the logged values to the run's folder and draw the losses, besides any trackers.
+
+    Returns the losses, on the main process.
+    """
     if not accelerator.is_main_process:
-        return
+        return None
     try:
-        accelerator.trackers.append(SteadyTracker(LossCurve(folder, resumed_at)))
+        curve = LossCurve(folder, resumed_at)
     except (OSError, UserError) as error:
         logger.warning("warning: there will be no loss curve (%s)", _described(error))
+        return None
+    accelerator.trackers.append(SteadyTracker(curve))
+    return curve
 
 
 def plain_settings(flags: Mapping[str, Any]) -> dict[str, Any]:

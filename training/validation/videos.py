@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.files import atomic_write, slug
 from data.buckets import Bucket
 from models.prompts import PromptCache
-from models.sampling import Pipeline, sample_video
+from models.sampling import Pipeline, cached, sample_video
 from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp
 from parallel.lockstep import OutOfStep, lockstep
@@ -55,6 +55,7 @@ class ValidationSettings:
     enable_model_cpu_offload: bool
     seed: int
     fps: int  # of the written files
+    sampling_cache: str = "none"  # as in `cached`
 
 
 def validate(
@@ -123,7 +124,8 @@ def _sample_share(
         with lockstep(accelerator, coordinator) as watch:
             pipeline = make_pipeline()
             watch(pipeline.transformer)
-            with _sampling(accelerator, pipeline, settings.enable_model_cpu_offload):
+            cache = cached(pipeline, settings.sampling_cache, is_guided=settings.guidance_scale > 1)
+            with cache, _sampling(accelerator, pipeline, settings.enable_model_cpu_offload):
                 for number in range(accelerator.process_index, last, num_ranks):
                     # With a sharded network no rank may stop before the others.
                     if is_told_to_stop() and not is_fsdp(accelerator):

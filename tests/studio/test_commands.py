@@ -1,0 +1,82 @@
+"""The commands of the app are those of a shell, with the errors of the command line."""
+
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from common.errors import UserError
+from studio.commands import Form, check_command, prepare_command, sample_command, shown, train_command
+
+
+@pytest.fixture
+def form(tmp_path, monkeypatch):
+    for folder in ("clips", "model"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "model/model_index.json").touch()
+    monkeypatch.chdir(tmp_path)
+    form = Form("model", "clips", "text-to-video", "-TOKEN x", 64, 96, 17, "fp16", "24 GB", 10, 1e-4, "out", "", "")
+    (tmp_path / form.prepared).mkdir(parents=True)
+    return form
+
+
+def test_the_form_becomes_flags_that_the_scripts_understand(form, tmp_path):
+    prepared = check_command(prepare_command(form), tmp_path)
+    trained = check_command(train_command(form), tmp_path)
+    assert (prepared.sources.data_root, prepared.sources.id_token) == ("clips", "-TOKEN x")
+    assert (prepared.clips.height_buckets, prepared.clips.frame_buckets) == ((64,), (17,))
+    assert prepared.model.dtype == "fp16"
+    assert prepared.preparation.output_dir == trained.sources.data_root
+    assert (trained.training.max_train_steps, trained.schedule.learning_rate) == (10, 1e-4)
+    assert (trained.memory.memory_budget_gb, trained.training.mixed_precision) == (24.0, "fp16")
+
+
+def test_a_table_and_first_frames_are_passed_as_such(form, tmp_path):
+    (tmp_path / "table.csv").write_text("video,caption\n")
+    settings = check_command(prepare_command(replace(form, clips="table.csv", task="image-to-video")), tmp_path)
+    assert (settings.sources.data_root, settings.sources.dataset_file) == (None, "table.csv")
+    assert settings.preparation.save_image_latents
+    assert train_command(replace(form, task="image-to-video"))[1].endswith("cogvideox_image_to_video_lora.py")
+
+
+def test_an_unfinished_run_is_resumed(form, tmp_path):
+    (tmp_path / "out/checkpoint-5").mkdir(parents=True)
+    (tmp_path / "out/checkpoint-5/manifest.json").touch()
+    assert check_command(train_command(form), tmp_path).checkpoints.resume_from_checkpoint == "latest"
+    (tmp_path / "out/pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(UserError, match="already holds a run"):
+        check_command(train_command(form), tmp_path)
+
+
+def test_prompts_are_lines_and_no_shell_reads_them(form, tmp_path):
+    hostile = '"; touch $(x) `y` <script>'
+    settings = check_command(sample_command("model", "", f"{hostile}\n\n two ", 5, 6.0, 1, "--num_frames 9"), tmp_path)
+    assert (settings.content.prompt, settings.sampling.num_frames) == ((hostile, "two"), 9)
+    command = sample_command("model", "", "-one", 5, 6.0, 1, "")
+    assert check_command(command, tmp_path).content.prompt == ("-one",)
+    assert shlex.split(shown([command], tmp_path)) == ["cd", str(tmp_path), *command]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--rnak 4", "did you mean --rank"),
+        ("--rank four", "--rank: 'four' is not a whole number"),
+        ("--validation_prompt 'a", "No closing quotation"),
+        ("--help", "run the command in a shell"),
+        ("--output_dir ../elsewhere", "--output_dir: ../elsewhere is not inside"),
+        ("--lora_weights /etc/x.safetensors", "--lora_weights: no file"),
+        ("--logging_dir /tmp", "--logging_dir: /tmp is not inside"),
+        ("--dataset_name /etc", "--dataset_name: /etc is not inside"),
+        ("--cache_dir ~", "is not inside"),
+        ("--validation_images a.png:::../b.png", "--validation_images: "),
+        ("--hub_token=hf_secret", "log in with `hf auth login`"),
+        ("--allow_outside_paths", "in a shell"),
+        ("--config /etc/passwd", "add its flags themselves"),
+    ],
+)
+def test_more_flags_are_checked_as_on_the_command_line_and_stay_inside_the_root(form, tmp_path, flags, message):
+    with pytest.raises(UserError) as caught:
+        check_command(train_command(replace(form, train_flags=flags)), tmp_path)
+    assert message in str(caught.value)
+    assert "secret" not in str(caught.value)

@@ -1,0 +1,157 @@
+"""Which clips of the training data are held out (`--validation_fraction`), chosen by their content."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.ranks import launch_size
+from common.run_folder import STATE_FILE, list_checkpoints
+from flags.settings import TrainingSettings
+
+
+if TYPE_CHECKING:
+    from prepared.index import PreparedIndex
+
+SHARE = 0.03  # of the forward and backward work of a run that the loss of held-out clips takes at most
+FEWEST_PASSES = 3  # forward passes of a measurement: few, middle and much noise
+FRACTION_FLAG = "--validation_fraction"
+
+_MOST_CLIPS = 8  # more would cost data, and passes that other steps can use
+_FEWEST_CLIPS = 10  # of which one is held out if nobody asked for it
+_FEWEST_ASKED = 2  # if the flag is set
+
+
+def fraction_to_hold_out(settings: TrainingSettings) -> tuple[float, bool]:
+    """Return the fraction of the clips to hold out, and whether it was asked for: by the flag, or by the run so far.
+
+    A resumed run goes on as it began; checkpoints of older versions are of runs that held out nothing.
+    """
+    fraction, resumed = settings.validation.validation_fraction, settings.checkpoints.resume_from_checkpoint
+    if resumed is None or "validation_fraction" in settings.given or settings.validation.validation_dataset_file:
+        return fraction, "validation_fraction" in settings.given
+    checkpoints = list_checkpoints(Path(settings.training.output_dir))
+    folder = Path(resumed) if resumed != "latest" else checkpoints[-1][1] if checkpoints else None
+    if folder is None:
+        return fraction, False
+    try:
+        before = json.loads((folder / STATE_FILE).read_bytes())["settings"].get(FRACTION_FLAG)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # refused when it is read
+        return 0.0, False
+    return float(before or 0), True
+
+
+def fewest_samples(num_ranks: int) -> int:
+    """Return how many samples a run must train on for two measurements to take at most `SHARE` of its work.
+
+    A training step on a sample takes at least as much as two forward passes.
+    """
+    return math.ceil(2 * math.ceil(FEWEST_PASSES / num_ranks) * num_ranks / (2 * SHARE))
+
+
+def count_trained(settings: TrainingSettings, samples_per_epoch: float) -> float:
+    """Return about how many samples a run trains on, over all ranks."""
+    training = settings.training
+    if training.max_train_steps is None:
+        return training.num_train_epochs * samples_per_epoch
+    num_ranks = launch_size() // settings.speed.context_parallel_size
+    batch = training.train_batch_size * training.gradient_accumulation_steps * num_ranks
+    return training.max_train_steps * batch
+
+
+def why_none(num_clips: int, trained: float, *, is_asked: bool) -> str | None:
+    """Return why no clip is held out, or None if some are; `trained` as from `count_trained`."""
+    fewest = _FEWEST_ASKED if is_asked else _FEWEST_CLIPS
+    if num_clips < fewest:
+        hint = "" if is_asked or num_clips < _FEWEST_ASKED else f" ({FRACTION_FLAG} 0.1 holds out one)"
+        return f"there are fewer than {fewest} different clips{hint}"
+    needed = fewest_samples(launch_size())
+    if not is_asked and trained < needed:
+        return f"a run of fewer than {needed} samples is too short to measure their loss"
+    return None
+
+
+def find_candidates(clips: np.ndarray, regularization: np.ndarray | None) -> np.ndarray:
+    """Return the clips that may be held out: those without a sample for regularization.
+
+    Args:
+        clips: the clip of each sample, from 0, `[N]`.
+        regularization: whether a sample is for regularization, `[N]`; None if none of them is.
+    """
+    everything = np.unique(clips)
+    return everything if regularization is None else np.setdiff1d(everything, clips[regularization])
+
+
+def choose_clips(clips: np.ndarray, ranks: np.ndarray, candidates: np.ndarray, fraction: float) -> list[np.ndarray]:
+    """Return the samples of each clip to hold out: those of the lowest rank, so that new clips replace few.
+
+    Args:
+        clips: the clip of each sample, from 0, `[N]`.
+        ranks: a number for the content of each sample, uniformly distributed, `[N]`.
+        candidates: clips to choose from.
+    """
+    lowest = np.full(clips.max() + 1, np.iinfo(ranks.dtype).max, ranks.dtype)
+    np.minimum.at(lowest, clips, ranks)
+    count = min(_MOST_CLIPS, max(1, round(fraction * len(candidates))), len(candidates) - 1)
+    chosen = candidates[np.argsort(lowest[candidates], kind="stable")[:count]]
+    return [np.flatnonzero(clips == clip) for clip in chosen]
+
+
+def join_copies(clips: np.ndarray, contents: np.ndarray) -> np.ndarray:
+    """Return the clip of each sample, from 0, `[N]`, with all clips that share any content as one."""
+    labels = clips
+    while True:
+        before = labels
+        for codes in (contents, clips):
+            lowest = np.full(codes.max() + 1, len(labels))
+            np.minimum.at(lowest, codes, labels)
+            labels = lowest[codes]
+        if (labels == before).all():
+            return np.unique(labels, return_inverse=True)[1]
+
+
+def rank_contents(contents: Sequence[str]) -> np.ndarray:
+    """Return a number for each content, `[N]`, that looks random, but is the same in every run."""
+    digests = (hashlib.sha256(content.encode(errors="surrogatepass")).digest()[:8] for content in contents)
+    return np.fromiter((int.from_bytes(digest, "big") for digest in digests), np.uint64, len(contents))
+
+
+def clips_of_contents(contents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the clip of each sample, from 0, and a number for its content, each `[N]`."""
+    code_of: dict[str, int] = {}
+    codes = (code_of.setdefault(content, len(code_of)) for content in contents)
+    clips = np.fromiter(codes, np.int64, len(contents))
+    return clips, rank_contents(list(code_of))[clips]
+
+
+def clips_of_prepared(index: "PreparedIndex") -> tuple[np.ndarray, np.ndarray]:
+    """Return the clip of each prepared sample, from 0, and a number for its content, each `[N]`.
+
+    Samples are of one clip if they were listed in one place, or if their tensors are of the same frames: preparation
+    ends a name with a digest of these.
+    """
+    import pyarrow as pa
+    from pyarrow import compute
+
+    from prepared.index import IDENTITY
+
+    table = pa.concat_tables([folder.mapped_again(IDENTITY).select(IDENTITY.names) for folder in index.folders])
+    listed = compute.binary_join_element_wise(table["clip"], table["source"], pa.scalar("\n", pa.large_string()))
+    digests = compute.replace_substring_regex(table["name"], r"^.*-([0-9a-f]{16})$", r"\1")
+    (clips, _), (contents, names) = (
+        (np.from_dlpack(encoded.indices).astype(np.int64), encoded.dictionary)
+        for encoded in map(_encoded, (compute.coalesce(listed, table["name"]), digests))
+    )
+    ranks = np.concatenate(
+        [rank_contents(names[start : start + 2**14].to_pylist()) for start in range(0, len(names), 2**14)]
+    )
+    return join_copies(clips, contents), ranks[contents]
+
+
+def _encoded(column: "pa.ChunkedArray") -> "pa.DictionaryArray":  # noqa: F821
+    encoded = column.combine_chunks().dictionary_encode()
+    return encoded.combine_chunks() if hasattr(encoded, "chunks") else encoded

@@ -1,0 +1,232 @@
+"""What the buttons of the page do; each method takes and returns the values of components."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import gradio as gr
+from markupsafe import Markup, escape
+
+from common.errors import UserError, listing
+from common.remote import default_cache_folder
+from common.run_folder import LORA_FILE
+from planning.plan import data_sources
+from studio.captions import Captioned, read_captions, save_caption
+from studio.commands import (
+    Form,
+    check_command,
+    prepare_command,
+    sample_command,
+    shown,
+    train_command,
+)
+from studio.jobs import Job, Jobs
+from studio.places import STATE_FOLDER, inside, list_data, list_models, list_runs, list_videos
+
+
+HUB_MODELS = ["THUDM/CogVideoX-2b", "THUDM/CogVideoX-5b", "THUDM/CogVideoX-5b-I2V"]
+HUB_MODELS += ["THUDM/CogVideoX1.5-5B", "THUDM/CogVideoX1.5-5B-I2V"]
+_PLAYED = {".mp4", ".m4v", ".mov", ".webm"}  # by browsers, mostly
+_REPORT, _CURVE = "report.html", "loss.png"
+
+
+def _told(action: Callable) -> Callable:
+    """Show a UserError of an action as a message of the page, as text."""
+
+    @functools.wraps(action)
+    def act(*values: Any) -> Any:
+        try:
+            return action(*values)
+        except UserError as error:
+            text = Markup("<br>").join(str(error).splitlines())
+            raise gr.Error(text, duration=None, title="", print_exception=False) from None
+
+    return act
+
+
+class Actions:
+    """The actions on the data, the models and the jobs in `root`, which is the current folder."""
+
+    def __init__(self, root: Path, jobs: Jobs):
+        self.root = root
+        self.jobs = jobs
+
+    # Clips
+
+    @_told
+    def show_clips(self, *form: Any) -> tuple[list[Any], list[Captioned], None, Markup, Markup, str]:
+        """Read the clips: the rows of the table, the clips, none chosen, the bad rows, no video, no caption."""
+        settings = check_command(prepare_command(_form(form)), self.root)
+        clips, bad = [], []
+        for source in data_sources(settings.sources):
+            more, unusable = read_captions(source, default_cache_folder() / "media")
+            clips, bad = clips + more, bad + unusable
+        note = f"{len(clips)} clips"
+        if bad:
+            note = listing(f"{note}, and {len(bad)} rows that cannot be changed here:", bad)
+        return self._rows(clips), clips, None, Markup('<p class="lines">{}</p>').format(note), Markup(), ""
+
+    @_told
+    def choose_clip(
+        self, clips: list[Captioned], chosen: int | None, caption: str, event: gr.SelectData
+    ) -> tuple[Any, Any, int, Markup, str]:
+        """Save the caption that was edited, if it was, and show another clip."""
+        saved = self.save(clips, chosen, caption) if _is_edited(clips, chosen, caption) else (gr.skip(), gr.skip())
+        number = int(event.row_value[0])
+        clip = clips[number - 1]
+        return *saved, number, _media(self.root, clip.video), clip.text
+
+    @_told
+    def save(
+        self, clips: list[Captioned], chosen: int | None, caption: str
+    ) -> tuple[list[list[Any]], list[Captioned]]:
+        """Save the caption of the chosen clip, and return the rows of the table and the clips."""
+        if chosen is None:
+            raise UserError("choose a clip first")
+        if _is_edited(clips, chosen, caption):
+            backups = self.root / STATE_FOLDER / "captions"
+            clips[chosen - 1] = save_caption(clips[chosen - 1], caption, self.root, backups)
+            gr.Info("Saved; the former file is kept.", duration=3)
+        return self._rows(clips), clips
+
+    def _rows(self, clips: list[Captioned]) -> list[Any]:
+        return [[number, _name(self.root, clip.video), clip.text] for number, clip in enumerate(clips, 1)]
+
+    # Runs
+
+    def preview(self, *form: Any) -> str:
+        """Return the commands of a training, or why there are none."""
+        try:
+            return shown(self._commands("train", _form(form)), self.root)
+        except UserError as error:
+            return f"# {error}"
+
+    @_told
+    def start(self, kind: str, *values: Any) -> gr.Tabs:
+        """Start a job: plan shows what the model would see of the clips, try trains two steps, train trains."""
+        form = _form(values)
+        prepare, *others = self._commands(kind, form)
+        result = check_command(prepare, self.root).preparation.output_dir
+        inside(self.root, form.prepared).mkdir(parents=True, exist_ok=True)  # training requires that it exists
+        for command in others:
+            result = check_command(command, self.root).training.output_dir
+        self.jobs.start(kind, [prepare, *others], result, values)
+        return gr.Tabs(selected="run")
+
+    def _commands(self, kind: str, form: Form) -> list[list[str]]:
+        if kind == "plan":
+            return [prepare_command(form, "--dry_run")]
+        return [prepare_command(form), train_command(form, *["--dry_run"] * (kind == "try"))]
+
+    # Samples
+
+    def preview_sample(self, *values: Any) -> str:
+        """Return the command that samples, or why there is none."""
+        try:
+            return shown([sample_command(*values)], self.root)
+        except UserError as error:
+            return f"# {error}"
+
+    @_told
+    def sample(self, model: str, run: str | None, *values: Any) -> gr.Tabs:
+        """Sample videos."""
+        command, before = sample_command(model, run, *values), self.jobs.latest()
+        videos = check_command(command, self.root).videos
+        self.jobs.start("sample", [command], str(videos[0].file.parent), before.form if before else ())
+        return gr.Tabs(selected="run")
+
+    # The job
+
+    def look(self, seen: list[Any]) -> list[Any]:
+        """Return state, log, result and stop button of the latest job, as far as they changed, and all of them."""
+        job = self.jobs.latest()
+        state = Markup("<p>Nothing was started yet.</p>")
+        if job is not None:
+            place = job.folder.relative_to(self.root)
+            state = Markup(
+                "<p><b>{}</b>: {}</p><p>Result in <code>{}</code>, log in <code>{}/log.txt</code>. A job continues "
+                "when this page or the app is closed.</p>"
+            ).format(job.kind, job.state, job.result, place)
+        result, is_running = self._result(job) if job else Markup(), bool(job and job.is_running)
+        log = Markup('<div class="log"><pre>{}</pre></div>').format(job.log()) if job else Markup()
+        current = [str(state), str(log), str(result), is_running]
+        stop = gr.Button(interactive=is_running)
+        values, before = [*current[:3], stop], seen or [None] * 4
+        changed = [gr.skip() if old == new else value for value, new, old in zip(values, current, before, strict=True)]
+        return [*changed, current]
+
+    def stop(self) -> None:
+        """Let the job save and end; pressed again, it ends at once."""
+        self.jobs.stop()
+        gr.Info("The run saves and ends. Press again to end it at once.", duration=5)
+
+    def _result(self, job: Job) -> Markup:
+        folder = self.root / job.result
+        parts = []
+        if (folder / LORA_FILE).is_file():
+            link = '<p><a href="{}" download>Download the LoRA</a></p>'
+            parts.append(Markup(link).format(_address(self.root, folder / LORA_FILE)))
+        if (folder / _REPORT).is_file():
+            link = Markup('<p><a href="{0}" target="_blank">Open the report</a></p>')
+            frame = Markup('<iframe class="report" sandbox title="Report" src="{0}"></iframe>')
+            parts.append((link + frame).format(_address(self.root, folder / _REPORT)))
+        elif (folder / _CURVE).is_file():
+            parts.append(_media(self.root, folder / _CURVE))
+        figures = [
+            Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(_media(self.root, video), video.name)
+            for video in list_videos(folder)
+        ]
+        return Markup("{}<div class='videos'>{}</div>").format(Markup().join(parts), Markup().join(figures))
+
+    # At the start
+
+    def restore(self) -> list[Any]:
+        """Return the tab, the settings of the latest job, and what can be chosen."""
+        job = self.jobs.latest()
+        tab = gr.Tabs(selected="run") if job and job.is_running else gr.skip()
+        form = list(job.form) if job and len(job.form) == len(fields(Form)) else [gr.skip()] * len(fields(Form))
+        for index, choices in enumerate(([*list_models(self.root), *HUB_MODELS], list_data(self.root))):
+            value = {} if isinstance(form[index], dict) else {"value": form[index]}
+            form[index] = gr.Dropdown(choices=choices, **value)
+        return [tab, self.runs(), *form]
+
+    def runs(self) -> gr.Dropdown:
+        """Return the runs to sample from."""
+        return gr.Dropdown(choices=list_runs(self.root))
+
+
+def _form(values: tuple[Any, ...]) -> Form:
+    for item, value in zip(fields(Form), values, strict=True):
+        if value in (None, "") and item.name not in ("id_token", "prepare_flags", "train_flags"):
+            raise UserError(f"{item.name.replace('_', ' ')} is empty; choose or type one")
+    return Form(*values)
+
+
+def _is_edited(clips: list[Captioned], chosen: int | None, caption: str) -> bool:
+    return chosen is not None and caption.strip() != clips[chosen - 1].text.strip()
+
+
+def _name(root: Path, file: Path) -> str:
+    file = file.absolute()
+    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+
+
+def _address(root: Path, file: Path) -> str:
+    return f"file/{quote(_name(root, file))}?{file.stat().st_mtime_ns}"
+
+
+def _media(root: Path, file: Path) -> Markup:
+    """Return a picture, or a video to play, if the page may show the file."""
+    try:
+        inside(root, file.absolute())
+        address, suffix = _address(root, file), file.suffix.lower()
+    except (UserError, OSError):
+        return Markup("<p>{} is not inside the root, and not shown.</p>").format(file.name)
+    if suffix in (".png", ".jpg", ".jpeg", ".webp", ".gif"):
+        return Markup('<img class="picture" alt="{}" src="{}">').format(file.name, address)
+    if suffix in _PLAYED:
+        return Markup('<video controls loop muted preload="metadata" src="{}"></video>').format(address)
+    return Markup("<p>Browsers do not play {} files; Plan shows how the model sees it.</p>").format(escape(suffix))

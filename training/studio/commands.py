@@ -1,0 +1,166 @@
+"""The commands of the app's buttons: those that a shell would run, checked by the scripts' own parsers."""
+
+import io
+import shlex
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from args import parse_args, parse_generate_args, parse_prepare_args
+from cli.schema import path_values
+from common.errors import UserError
+from common.files import path_of_script, slug
+from common.run_folder import LORA_FILE, list_checkpoints
+from studio.places import inside
+
+
+TASKS = ("text-to-video", "image-to-video")
+BY_CARD = "fit the card"
+MEMORY = (BY_CARD, "12 GB", "16 GB", "24 GB", "40 GB", "80 GB")
+PRECISIONS = {"bf16": "bf16", "fp16": "fp16", "no": "fp32"}  # of training; of the prepared data
+USUAL_FLAGS = "--train_batch_size 1 --seed 42"
+# They would lead out of the root or show a secret.
+REFUSED = {
+    "--config": "add its flags themselves",
+    "--allow_outside_paths": "use this flag in a shell",
+    "--hub_token": "every user of the machine can read it there; log in with `hf auth login`",
+}
+
+Command = list[str]
+_parsing = threading.Lock()  # the parsers report on sys.stderr, which all threads share
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the page asks for a run, in its order."""
+
+    model: str  # folder or hub id
+    clips: str  # folder or table, below the root
+    task: str
+    id_token: str
+    height: int
+    width: int
+    frames: int
+    precision: str  # of PRECISIONS
+    memory: str  # of MEMORY
+    steps: int
+    learning_rate: float
+    output: str  # folder of the run
+    prepare_flags: str  # more flags, as they are typed in a shell
+    train_flags: str
+
+    @property
+    def prepared(self) -> str:
+        """The folder of the prepared data, which runs with the same clips, model and sizes share."""
+        clips, model = (slug(Path(one).name) or "all" for one in (self.clips, self.model))
+        images = "-images" if self.task == "image-to-video" else ""
+        return f"prepared/{clips}-{model}-{self.frames}x{self.height}x{self.width}-{self.precision}{images}"
+
+
+def prepare_command(form: Form, *more: str) -> Command:
+    """Return the command that encodes the clips."""
+    is_table = Path(form.clips).is_file()
+    sizes = {"height_buckets": form.height, "width_buckets": form.width}
+    sizes |= {"frame_buckets": form.frames, "max_num_frames": form.frames}
+    flags = {"model_id": form.model, "dataset_file" if is_table else "data_root": form.clips}
+    flags |= {"id_token": form.id_token, "output_dir": form.prepared, **sizes, "dtype": PRECISIONS[form.precision]}
+    images = ["--save_image_latents"] if form.task == "image-to-video" else []
+    fixed = ["--use_slicing", "--save_latents_and_embeddings", *images]
+    return [*_script("prepare_dataset.py"), *_words(flags), *fixed, *_split(form.prepare_flags), *more]
+
+
+def train_command(form: Form, *more: str) -> Command:
+    """Return the command that trains a LoRA on the prepared data; an unfinished run is resumed."""
+    output = Path(form.output)
+    resumes = form.output and list_checkpoints(output) and not (output / LORA_FILE).exists()
+    flags = {
+        "pretrained_model_name_or_path": form.model,
+        "data_root": form.prepared,
+        "mixed_precision": form.precision,
+        "memory_budget_gb": "" if form.memory == BY_CARD else form.memory.removesuffix(" GB"),
+        "max_train_steps": form.steps,
+        "learning_rate": form.learning_rate,
+        "output_dir": form.output,
+        "resume_from_checkpoint": "latest" if resumes else "",
+    }
+    script = f"cogvideox_{form.task.replace('-', '_')}_lora.py"
+    return [*_script(script), *_words(flags), "--load_tensors", *_split(form.train_flags), *more]
+
+
+def sample_command(model: str, run: str, prompts: str, steps: int, guidance: float, seed: int, more: str) -> Command:
+    """Return the command that samples a video for each line of `prompts`, of the base model if `run` is empty."""
+    flags = {"pretrained_model_name_or_path": model, "lora": run, "num_inference_steps": steps}
+    flags |= {"guidance_scale": guidance, "seed": seed, "output_dir": f"samples/{slug(run or model)}"}
+    lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
+    words = ["--prompt", *lines] if len(lines) > 1 else _words({"prompt": "".join(lines)})
+    return [*_script("generate.py"), *_words(flags), *words, *_split(more)]
+
+
+def shown(commands: Sequence[Command], root: Path) -> str:
+    """Return commands to paste into a shell, which does the same as the app."""
+    return "\n".join([shlex.join(["cd", str(root)]), *map(shlex.join, commands)])
+
+
+def check_command(command: Command, root: Path) -> Any:
+    """Return the settings of a command, whose paths start from the current folder.
+
+    Raises UserError with the message of the script's own parser, or if a path leads out of `root`.
+    """
+    for word in command:
+        name = word.split("=")[0]
+        if name in REFUSED:
+            raise UserError(f"{name}: not in the app: {REFUSED[name]}")
+    script = Path(command[1]).stem
+    settings = _parse(_parser_of(script), command[2:])
+    # Several images in one value, and one value of any other flag.
+    separator = getattr(getattr(settings, "validation", None), "validation_prompt_separator", "\0")
+    for name, value in path_values(settings):
+        for path in value.split(separator):
+            try:
+                inside(root, path.strip())
+            except UserError as error:
+                raise UserError(f"--{name}: {error}") from None
+    return settings
+
+
+def _parser_of(script: str) -> Callable[[Sequence[str]], Any]:
+    if script == "prepare_dataset":
+        return parse_prepare_args
+    if script == "generate":
+        return parse_generate_args
+    task = script.removeprefix("cogvideox_").removesuffix("_lora").replace("_", "-")
+    return partial(parse_args, task=task, method="lora")
+
+
+def _parse(parser: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:
+    with _parsing, redirect_stderr(io.StringIO()) as said:
+        try:
+            return parser(flags)
+        except SystemExit:
+            lines = said.getvalue().strip().splitlines() or ["--help: not in the app; run the command in a shell"]
+            raise UserError(lines[-1].removeprefix("error: ")) from None
+
+
+def _script(name: str) -> Command:
+    return [sys.executable, path_of_script(name)]
+
+
+def _words(flags: dict[str, object]) -> Command:
+    """Return flags as words, without those whose value is empty; a value may begin with a hyphen."""
+    words = []
+    for name, value in flags.items():
+        text = f"{value:g}" if isinstance(value, float) else str("" if value is None else value).strip()
+        words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text] if text else []
+    return words
+
+
+def _split(flags: str) -> Command:
+    try:
+        return shlex.split(flags)
+    except ValueError as error:
+        raise UserError(f"more flags: {error}; quote values as in a shell") from None

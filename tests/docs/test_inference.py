@@ -39,7 +39,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     (tmp_path / "outputs" / "my-model" / "transformer").mkdir(parents=True)
     (tmp_path / "outputs" / "my-model" / "transformer" / "config.json").touch()
     (tmp_path / "held-out.txt").write_text("a cat\na dog\n")
-    for name in ("rabbit.png", "yawn.png", "rabbit.mp4"):
+    for name in ("rabbit.png", "yawn.png", "fox.mp4"):
         Image.new("RGB", (16, 16)).save(tmp_path / name, format="PNG")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -64,7 +64,7 @@ def test_the_commands_sample_the_videos_that_the_page_names(folder):
 def test_given_frames_are_passed_as_the_page_says(folder):
     ends, context = map(flags_of, noted_calls(BLOCKS["given frames"], folder))
     assert (ends.image, ends.last_image, ends.condition_frames) == (("rabbit.png",), ("yawn.png",), None)
-    assert (context.video, context.condition_frames) == (("rabbit.mp4",), "first:3")
+    assert (context.video, context.condition_frames) == (("fox.mp4",), "first:3")
     (folder / "outputs/my-ends-lora/config.yaml").write_text(f"# {CONFIG_TITLE}\ncondition_frames: first,last\n")
     with pytest.raises(UserError) as error:
         choose_condition_frames(replace(ends.settings, content=replace(ends.settings.content, last_image=())))

@@ -42,7 +42,15 @@ BLOCKS = marked_blocks(PAGE)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    for name in ("my-prepared", "prepared-2b", "prepared-i2v", "prepared-1.5", "my-clips", "held-out"):
+    for name in (
+        "my-prepared",
+        "prepared-2b",
+        "prepared-i2v",
+        "prepared-ends",
+        "prepared-1.5",
+        "my-clips",
+        "held-out",
+    ):
         (tmp_path / name).mkdir()
     (tmp_path / "held-out" / "metadata.csv").write_text("video,text\n")
     (tmp_path / "outputs/my-lora/validation/step-1000").mkdir(parents=True)
@@ -241,7 +249,7 @@ def test_the_code_for_full_fine_tuning_loads_the_weights(folder, tiny_models):
 def test_the_flags_that_the_page_names_are_those_of_each_script(script):
     of_lora = {"--lora_target_modules", "--use_rslora", "--use_dora", "--lora_dropout", "--lora_alpha", "--rank"}
     of_lora |= {"--lora_weights", "--quantize_base", "--stream_blocks", "--adapter", "--lokr_factor"}
-    elsewhere = {"--quiet", "--lora_scale"} | help_flags("prepare_dataset.py")
+    elsewhere = {"--image", "--last_image", "--video", "--quiet", "--lora_scale"} | help_flags("prepare_dataset.py")
     elsewhere |= (
         of_lora if script.endswith("_sft.py") else {"--save_pipeline", "--save_validation_weights", "--weights_dtype"}
     )

@@ -180,17 +180,19 @@ def choose_condition_frames(settings: GenerationSettings) -> str:
 def find_trained_frames(settings: GenerationSettings) -> tuple[str, str] | None:
     """Return the condition frames of a result's training, and the result; None for one outside of its run's folder.
 
-    They are in the `config.yaml` of a run, whose checkpoints and validations are folders in it.
+    They are in the `config.yaml` of a run, whose checkpoints and validations are folders in it. A LoRA trained
+    on first frames goes together with one for others.
     """
-    results = [*(lora for lora, _ in settings.loras), settings.result.transformer]
+    results, found = [*(lora for lora, _ in settings.loras), settings.result.transformer], []
     for result in (Path(one) for one in results if one and Path(one).exists()):  # not a hub id
         for folder in (result, *list(result.parents)[:3]):
-            with suppress(OSError, ValueError, yaml.YAMLError):
+            with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # the user may have changed the file
                 text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
                 if text.startswith(f"# {CONFIG_TITLE}"):
-                    flags = yaml.safe_load(text) or {}
-                    return parse_condition_frames(flags.get("condition_frames", FIRST)), str(result)
-    return None
+                    value = (yaml.safe_load(text) or {}).get("condition_frames", FIRST)
+                    found.append((parse_condition_frames(value), str(result)))
+                    break
+    return next((one for one in found if one[0] != FIRST), found[0] if found else None)
 
 
 def choose_control(settings: GenerationSettings, configs: ModelConfigs) -> ControlToVideo:

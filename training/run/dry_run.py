@@ -149,7 +149,7 @@ def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | N
         prompts = ("a trial",)
         size_flags = {"max_num_frames": sampled.num_frames, "height": sampled.height, "width": sampled.width}
         if settings.task == "image-to-video":
-            images = (_write_given_frames(settings.image.condition_frames, folder, sampled),)
+            images = (write_given_frames(settings.image.condition_frames, folder, sampled),)
         elif settings.task == "control-to-video":
             controls = (str(folder / "control.mp4"),)
             with atomic_write(Path(controls[0])) as partial:
@@ -172,7 +172,7 @@ def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | N
     return replace(trial, validation=replace(trial.validation, prompts=prompts, images=images, controls=controls))
 
 
-def _write_given_frames(condition: str, folder: Path, size: Bucket) -> str:
+def write_given_frames(condition: str, folder: Path, size: Bucket) -> str:
     """Write what a video is sampled from, in gray, and return its value for --validation_images."""
     gray = Image.new("RGB", (size.width, size.height), "gray")
     file = folder / ("start.mp4" if is_context(condition) else "start.png")

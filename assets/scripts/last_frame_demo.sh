@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 DEMO_DIR="${DEMO_DIR:-last-frame-demo}"
-DEMO_STEPS="${DEMO_STEPS:-400}"                  # of training
+DEMO_STEPS="${DEMO_STEPS:-600}"                  # of training
 DEMO_SAMPLING_STEPS="${DEMO_SAMPLING_STEPS:-20}" # of each video
 DEMO_VIDEOS="${DEMO_VIDEOS:-12}"                 # to measure, of clips that were not trained on
 model=assets/models/tiny-cogvideox-i2v
@@ -22,11 +22,11 @@ CLIPS="$DEMO_DIR/clips" DTYPE=fp32 HEIGHT_BUCKETS=64 WIDTH_BUCKETS=96 FRAME_BUCK
 OUTPUT_ROOT="$DEMO_DIR/outputs" ACCELERATE_CONFIG=accelerate_configs/cpu.yaml MIXED_PRECISION=no \
   CPU_THREADS="${CPU_THREADS:-2}" HEIGHT=64 WIDTH=96 NUM_FRAMES=17 LEARNING_RATES=1e-3 LR_SCHEDULES=constant \
   MAX_TRAIN_STEPS="$DEMO_STEPS" TRAIN_BATCH_SIZE=4 CHECKPOINTING_STEPS="$DEMO_STEPS" \
-  bash train_image_to_video_lora.sh --condition_frames first,last
+  bash train_image_to_video_sft.sh --condition_frames first,last
 
 ends="$DEMO_DIR/held-out/ends"
 python training/generate.py --pretrained_model_name_or_path "$model" \
-  --lora "$(echo "$DEMO_DIR"/outputs/cogvideox-i2v-lora__*)" --prompts_file "$DEMO_DIR/held-out/prompts.txt" \
+  --transformer "$(echo "$DEMO_DIR"/outputs/cogvideox-i2v-sft__*)" --prompts_file "$DEMO_DIR/held-out/prompts.txt" \
   --image "$ends"/*-first.png --last_image "$ends"/*-last.png --compare \
   --num_inference_steps "$DEMO_SAMPLING_STEPS" --guidance_scale 2 --output_dir "$DEMO_DIR/generated"
 python assets/scripts/measure_control.py --videos "$DEMO_DIR/generated" --controls "$DEMO_DIR/held-out/videos" \

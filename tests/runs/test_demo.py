@@ -63,7 +63,7 @@ def test_the_style_follows_the_word_and_the_base_model_ignores_it(measured):
     assert measured["base_with_word"]["to_base"] < 0.1
     with_word, without = measured["lora_with_word"], measured["lora_without_word"]
     assert with_word["to_style"] < 0.5 < with_word["to_base"]
-    assert without["to_base"] < 0.25 and without["to_style"] > 0.8
+    assert without["to_base"] < 0.4 and without["to_style"] > 0.8  # after a third of the demo's steps
 
 
 def test_prompts_are_still_followed(measured):

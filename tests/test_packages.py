@@ -52,6 +52,7 @@ COMMANDS = {
     "generate",
     "convert_lora",
     "app",
+    "compare_runs",
 }
 PARTS = {"args", "dataset"}  # the two parts that all commands share
 MOST_MODULES = 16

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from checks.captions import check_captioning, settle_prompt
+from checks.comparison import settle_comparison
 from checks.conversion import settle_conversion
 from checks.data import check_control, check_prepared_flags, check_sources, drop_long_buckets, settle_clips
 from checks.deepspeed import check_zero
@@ -37,6 +38,7 @@ from common.ranks import launch_rank
 from flags.settings import (
     AppSettings,
     CaptioningSettings,
+    ComparisonSettings,
     ConversionSettings,
     FirstFrameSettings,
     GenerationSettings,
@@ -272,6 +274,20 @@ def parse_app_args(argv: Sequence[str] | None = None) -> AppSettings:
             raise UserError(f"--root: no folder '{settings.app.root}'; pass the folder that your clips are in")
         check_writable(settings.app.root, "--root")
     return settings
+
+
+def parse_compare_args(argv: Sequence[str] | None = None) -> ComparisonSettings:
+    """Read and check the flags of compare_runs.py; see `parse_args`."""
+    parser = FlagParser(
+        ComparisonSettings,
+        required=(),
+        has_config=False,
+        usage="%(prog)s RUN [RUN ...] [--output_file FILE]",
+        description="Show runs on one page: which learned, their curves, the settings that differ, their last videos.",
+    )
+    groups, _ = parser.read(argv)
+    with _reported(parser):
+        return settle_comparison(ComparisonSettings(**groups))
 
 
 @contextmanager

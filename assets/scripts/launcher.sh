@@ -206,7 +206,7 @@ validate_with() {
 # Train once for each combination of the sweep. Set before: `name` and `name_end`, the first and last part of the output
 # folder's name, and `flags`, those that only this launcher passes.
 train() {
-  local learning_rate lr_schedule optimizer steps output_dir common result=pytorch_lora_weights.safetensors
+  local learning_rate lr_schedule optimizer steps output_dir common runs=() result=pytorch_lora_weights.safetensors
   choose_launch
   if [[ -n "$CONTINUE" ]]; then
     continue_run "$@"
@@ -253,6 +253,7 @@ train() {
             --max_train_steps "$steps" --output_dir "$output_dir"
           )
           echo "=== $output_dir"
+          runs+=("$output_dir")
           if [[ -e "$output_dir/$result" ]]; then
             echo "has a finished run: skipped (to train it longer, set CONTINUE to this folder; to train again, set" \
               "another OUTPUT_ROOT)"
@@ -265,6 +266,10 @@ train() {
       done
     done
   done
+  if ((${#runs[@]} > 1)) && [[ -f "${runs[0]}/metrics.jsonl" ]]; then # not after --dry_run
+    printf 'to compare the %d runs on one page:\npython %q' "${#runs[@]}" "$root/training/compare_runs.py"
+    printf ' %q' "${runs[@]}" && echo
+  fi
 }
 
 # Train the run in the folder CONTINUE up to MAX_TRAIN_STEPS, with its own flags.

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -268,3 +269,14 @@ def test_a_linked_launcher_works_from_another_folder(tmp_path):
     (tmp_path / "bin" / "prepare").symlink_to(ROOT / "prepare_dataset.sh")
     by_link, by_name = noted_calls(f"bin/prepare\n{PREPARE}", tmp_path)
     assert by_link == by_name
+
+
+def test_a_sweep_ends_with_the_command_that_compares_its_runs(tmp_path):
+    logged = '#!/usr/bin/env bash\nmkdir -p "${@: -1}" && touch "${@: -1}/metrics.jsonl"\n'
+    start = f"{TRAIN} | tail -n 1 > last.txt"
+    for rates, runs in (("1e-4", 1), ("1e-4 3e-4", 2)):
+        sweep = {"LEARNING_RATES": rates, "OUTPUT_ROOT": "my runs", "PREPARED": "done"}
+        noted_calls(start, tmp_path, PROGRAMS | dict.fromkeys(("accelerate", "python"), logged), **sweep)
+        words = shlex.split((tmp_path / "last.txt").read_text())
+        assert (words[:2] == ["python", str(ROOT / "training/compare_runs.py")]) == (runs > 1)
+    assert words[2:] == sorted(f"my runs/{path.name}" for path in (tmp_path / "my runs").iterdir())

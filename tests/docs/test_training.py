@@ -1,6 +1,7 @@
 """The page on training matches the code: its commands are launched and their flags parsed, its code runs."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import cogvideox_text_to_video_lora as train_script
 from args import parse_args
 from cli.schema import flag_values
 from common.run_folder import LORA_FILE
+from compare_runs import compare_runs
 from doc_pages import (
     PARSERS,
     TRAINING_SCRIPTS,
@@ -27,6 +29,7 @@ from doc_pages import (
     value_of,
     without_code,
 )
+from drawn_runs import write_run
 from repository import ROOT
 from run.config import render_config, split_flags
 from tiny_runs import assert_same_weights, weights_of
@@ -188,9 +191,17 @@ def test_the_command_that_repeats_a_run_reads_what_that_run_wrote(folder):
     assert (again.seed, again.data_root, again.output_dir) == (7, "my-prepared", "outputs/again")
 
 
+def test_the_runs_of_a_sweep_are_compared(folder):
+    for name in ("a", "b"):
+        write_run(folder / "outputs" / name)
+    shutil.rmtree(folder / "outputs/my-lora")
+    (call,) = noted_calls(BLOCKS["compare"], folder)
+    assert compare_runs(flags_of(call).settings) == Path("outputs/comparison.html")
+
+
 def test_every_block_of_the_page_is_tested():
     tested = {"recipes", "sweep", "script", "dry run", "all weights", "memory", "config", "repeat"}
-    tested |= {"best step", "continue", "validation set", "docker"}  # the last: test_dockerfile.py
+    tested |= {"best step", "continue", "validation set", "compare", "docker"}  # the last: test_dockerfile.py
     assert BLOCKS.keys() == tested
 
 
@@ -207,7 +218,7 @@ def test_the_code_for_full_fine_tuning_loads_the_weights(folder, tiny_models):
 def test_the_flags_that_the_page_names_are_those_of_each_script(script):
     of_lora = {"--lora_target_modules", "--use_rslora", "--use_dora", "--lora_dropout", "--lora_alpha", "--rank"}
     of_lora |= {"--lora_weights", "--quantize_base", "--stream_blocks", "--adapter", "--lokr_factor"}
-    elsewhere = {"--quiet"} | help_flags("prepare_dataset.py")
+    elsewhere = {"--quiet", "--lora_scale"} | help_flags("prepare_dataset.py")
     elsewhere |= (
         of_lora if script.endswith("_sft.py") else {"--save_pipeline", "--save_validation_weights", "--weights_dtype"}
     )

@@ -9,6 +9,10 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, sync_playwright
 
 
+# Waits until a video plays by itself; a page that allows no script has Playwright's other ways to wait refused.
+PLAYS = (
+    "video => new Promise(resolve => video.addEventListener('timeupdate', () => video.currentTime > 0 && resolve()))"
+)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

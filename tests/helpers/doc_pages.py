@@ -17,6 +17,7 @@ from args import (
     parse_app_args,
     parse_args,
     parse_caption_args,
+    parse_compare_args,
     parse_convert_args,
     parse_first_frame_args,
     parse_generate_args,
@@ -42,6 +43,7 @@ PARSERS = TRAINING_SCRIPTS | {
     "split_scenes.py": parse_split_args,
     "convert_lora.py": parse_convert_args,
     "app.py": parse_app_args,
+    "compare_runs.py": parse_compare_args,
 }
 MARKED_BLOCK = r"<!-- tested: ([\w ]+) -->\n```(?:bash|python)\n(.*?)```"
 # Programs that start our scripts note their arguments; those that need a network or a package index do nothing.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pages.charts import bar_chart, bin_numbers, histogram
+from pages.charts import Curve, bar_chart, bin_numbers, histogram, line_chart
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32) | st.integers(0, 300), min_size=1, max_size=200))
@@ -59,3 +59,51 @@ def test_a_bar_chart_compares_categories():
     assert re.findall(r"width: ([\d.]+)%", chart) == ["100.0", "25.0"]
     assert "no &lt;caption&gt;" in chart
     assert bar_chart({}, "Reasons") == ""
+
+
+def points_of(svg: str) -> list[list[tuple[float, float]]]:
+    paths = re.findall(r'<path class="line[^"]*" d="M([^"]*)"/>(?!</svg>)', svg)
+    return [[tuple(map(float, pair.split(","))) for pair in path.split()] for path in paths]
+
+
+def test_curves_are_drawn_to_scale_with_labelled_axes():
+    one = Curve("<loss>", [(0, 1.0), (50, 0.5), (75, float("nan")), (100, 0.0)], has_dots=True)
+    svg = line_chart([one, Curve("thin", [(0, 0.2), (100, 0.2)], is_thin=True)], "Loss", "steps", "loss")
+    thin, drawn = points_of(svg)  # the thin one is behind
+    assert len({y for _, y in thin}) == 1
+    (x0, y0), (x1, y1), (x2, y2) = drawn
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y1 - y0 == pytest.approx(y2 - y1, abs=0.2)
+    assert y0 < y1 < y2  # downwards
+    assert "<title>&lt;loss&gt;, steps 50: 0.5</title>" in svg
+    assert re.findall(r"</svg>([^<]*)</li>", svg) == ["&lt;loss&gt;", "thin"]
+    assert re.findall(r'text-anchor="middle">(.*?)<', svg) == ["0", "20", "40", "60", "80", "100", "steps"]
+
+
+def test_outliers_of_long_thin_curves_do_not_flatten_the_others():
+    noisy = [(step, 1e6 if step == 7 else 1.0 + step % 2) for step in range(200)]
+    (line,) = points_of(line_chart([Curve("loss", noisy, is_thin=True)], "Loss"))
+    heights = sorted(y for _, y in line)
+    assert heights[-1] - heights[len(heights) // 4] > 100  # most of the picture
+    assert heights[0] >= 26
+
+
+def test_long_curves_are_thinned_out_and_end_where_they_end():
+    (line,) = points_of(line_chart([Curve("loss", [(step, step) for step in range(10_007)])], "Loss"))
+    assert len(line) <= 402 and line[-1][0] == 388
+
+
+@pytest.mark.parametrize("values", [[5.0], [0.0, 0.0], [-1e-9, 1e-9], [1e9, 2e9]])
+def test_any_range_has_ticks(values):
+    svg = line_chart([Curve("loss", list(enumerate(values)))], "Loss")
+    assert len(re.findall('text-anchor="end"', svg)) >= 2
+
+
+def test_higher_values_than_the_axis_are_drawn_at_its_end():
+    curves = [Curve("usual", [(0, 1.0), (9, 0.0)]), Curve("diverged", [(0, 1.0), (9, 90.0)])]
+    usual, diverged = points_of(line_chart(curves, "Loss", most=1.0))
+    assert usual[0][1] == diverged[0][1] < usual[1][1] - 100
+    assert diverged[1][1] == 26
+
+
+def test_nothing_is_drawn_without_points():
+    assert line_chart([Curve("loss", [(0, float("inf"))]), Curve("none", [])], "Loss") == ""

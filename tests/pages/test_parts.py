@@ -12,7 +12,8 @@ from pages.parts import data_uri, details, facts, figure, format_number, grid, p
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(7, "7"), (7.0, "7"), (0.123456, "0.1235"), (29.97003, "29.97"), (1234567.8, "1,234,568")]
+    ("number", "text"),
+    [(7, "7"), (7.0, "7"), (0.123456, "0.1235"), (29.97003, "29.97"), (1234567.8, "1,234,568"), (float("nan"), "nan")],
 )
 def test_numbers_are_short(number, text):
     assert format_number(number) == text

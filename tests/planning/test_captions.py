@@ -1,8 +1,8 @@
-"""Refusals of models are told from captions."""
+"""Refusals of models are told from captions, and captions are compared."""
 
 import pytest
 
-from planning.captions import is_refusal
+from planning.captions import is_refusal, nearest_caption
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,11 @@ def test_a_refusal_is_found_by_how_it_starts(caption):
 )
 def test_a_caption_is_not_a_refusal(caption):
     assert not is_refusal(caption)
+
+
+def test_the_nearest_caption_shares_rare_words():
+    fillers = [f"film grain, a {animal}" for animal in ("dog", "cow", "pig", "hen", "fox", "owl", "elk", "ant", "bee")]
+    captions = [*fillers, "film grain, a cat runs in rain at night"]
+    assert nearest_caption("Film grain: the Cat", captions) == captions[-1]  # the others share as many words of fewer
+    assert nearest_caption("a bee, film grain", captions) == "film grain, a bee"
+    assert nearest_caption("nothing here", captions) is nearest_caption("anything", []) is None

@@ -83,3 +83,10 @@ def test_captions_are_distinct_and_in_order(tmp_path):
 def test_names_of_files_that_are_not_utf8_are_escaped(tmp_path):
     write_prepared(tmp_path, {"a": TENSORS}, SMALL, clip="caf\udce9.mp4", source="videos.txt:1")
     assert rows_of(tmp_path)[0]["clip"] == "caf\\udce9.mp4"
+
+
+def test_the_file_of_a_caption_is_that_of_a_sample_trained_on(tmp_path):
+    origin = {"clip": "a.mp4", "frames": [3, 19], "caption": "a rabbit"}
+    index = write_prepared(tmp_path / "prepared", dict.fromkeys(("one", "two"), TENSORS), SMALL, **origin)
+    assert index.origin_of("a rabbit") == index.omit(np.array([0])).origin_of("a rabbit") == ("a.mp4", 3, 19)
+    assert index.omit(np.array([0, 1])).origin_of("a rabbit") is index.origin_of("a cat") is None

@@ -159,6 +159,7 @@ def test_checkpoints_caches_partial_files_and_records_of_trackers_are_not_upload
         "logs/wandb/offline-run-1/run-1.wandb",
         "logs/wandb/offline-run-1/files/wandb-metadata.json",  # with the command line, the machine's name and folders
         *("logs/wandb_run_id", "logs/comet_ml_run_id", "logs/trackio_run_id"),
+        *("report.html", "run_facts.json", "run_notes.jsonl", "validation/targets/00.mp4"),  # folders, training clips
     ]
     assert kept_by(hub, [*published, *private]) == published
 

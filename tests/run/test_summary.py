@@ -19,12 +19,13 @@ from run.recipe import Recipe
 from run.setup import make_sampler
 from run.spec import check_spec
 from run.summary import (
+    as_table,
     describe_best,
     describe_chosen,
     describe_expected_memory,
     describe_method,
     describe_model,
-    describe_start,
+    start_rows,
 )
 from tiny_runs import run_flags
 
@@ -44,9 +45,8 @@ def summarize(tiny_models, demo_clips, tmp_path, fresh_accelerator):
         sampler, schedule = make_sampler(spec, spec.state.schedule)
         transformer = spec.source.load_transformer(torch.float32)
         spec.method.attach(transformer)
-        text = describe_start(
-            spec, transformer, schedule, 30, padding, plan_losses(spec, sampler, schedule, total_steps=30)
-        )
+        losses = plan_losses(spec, sampler, schedule, total_steps=30)
+        text = as_table(start_rows(spec, transformer, schedule, 30, padding, losses))
         starts = {len(line) - len(line.split(maxsplit=1)[1]) for line in text.splitlines()}
         assert len(starts) == 1, text  # one column
         return dict(line.split(maxsplit=1) for line in text.splitlines())

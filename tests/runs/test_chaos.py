@@ -153,5 +153,6 @@ def test_a_save_that_fails_half_way_leaves_nothing_of_it(flags, tmp_path):
     assert "checkpoint-3 cannot be written: " in error
     assert error.endswith("checkpoint-2 is complete: make room and continue with --resume_from_checkpoint latest")
     others = ["config-step-2.yaml", "config.yaml", "loss.png", "metrics.jsonl"]
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-1", "checkpoint-2", *others, LORA_FILE]
+    pages = ["report.html", "run_facts.json", "run_notes.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-1", "checkpoint-2", *others, LORA_FILE, *pages]
     finish(LORA, argv, log)

@@ -30,6 +30,7 @@ from diffusion.objective import Objective
 from encoded_clips import all_frames
 from optimizers.build import build_optimizer
 from original_folders import write_original_folder
+from results.run_record import read_run
 from run import finetune
 from run.loop import train as train_loop
 from run.setup import Run
@@ -390,6 +391,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_clip_named(train, prepared
     (line,) = [line for line in said.splitlines() if "is skipped: its loss is not finite" in line]
     assert name in line
     assert "warning: 1 steps were skipped" in said
+    (skipped,) = read_run(tmp_path / "out").skipped
+    assert skipped["what"] == "loss" and name in skipped["clips"]
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 

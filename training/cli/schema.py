@@ -27,6 +27,7 @@ def flag(
     choices: Sequence[str] = (),
     alias: str | None = None,
     shown: str | None = None,
+    is_positional: bool = False,
 ) -> Any:
     """Declare a field of a dataclass of flags, whose annotation says which values it takes (see `cli.types`).
 
@@ -37,8 +38,10 @@ def flag(
         choices: the only values, in upper or lower case.
         alias: another name, without dashes.
         shown: the default in words, where the value does not say it.
+        is_positional: its values have no name before them, and at least one is required.
     """
     described = {"help": help, "metavar": metavar, "choices": choices, "alias": alias, "shown": shown}
+    described["is_positional"] = is_positional
     return field(default=default, metadata=described)
 
 
@@ -265,7 +268,9 @@ def _add(heading: argparse._ArgumentGroup, item: Field, default: Any) -> None:
     """Declare a flag to argparse."""
     names = [name for name in (item.name, item.metadata["alias"]) if name]
     spellings, options = [f"--{name}" for name in names], {"dest": item.name, "help": _describe(item, default)}
-    if bool not in _parts(item.type):
+    if item.metadata["is_positional"]:
+        heading.add_argument(**options, **_value_options(item))
+    elif bool not in _parts(item.type):
         heading.add_argument(*spellings, **options, **_value_options(item))
     elif default is False:
         heading.add_argument(*spellings, **options, action="store_true")

@@ -8,10 +8,16 @@ MANIFEST = "manifest.json"  # the last file written of each checkpoint
 STATE_FILE = "trainer_state.json"
 CONFIG_FILE = "config.yaml"
 CONFIG_TITLE = "The flags of a run as it was started"  # the file begins with "# " and this
+METRICS_FILE = "metrics.jsonl"  # what was logged, a line for each step
+FACTS_FILE = "run_facts.json"  # what a run is, written when it starts
+NOTES_FILE = "run_notes.jsonl"  # its warnings and skipped steps, when it started, and how it ended
+REPORT_FILE = "report.html"  # shows all of it
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDER = "transformer"
 PIPELINE_FOLDER = "pipeline"
 VALIDATION_FOLDER = "validation"  # with a folder step-N for each validation
+TARGETS_FOLDER = f"{VALIDATION_FOLDER}/targets"  # for each prompt the training clip with the nearest caption
+STRENGTHS_FOLDER = f"{VALIDATION_FOLDER}/strengths"  # videos that the user samples with the LoRA, named by its scale
 RESULTS = (LORA_FILE, TRANSFORMER_FOLDER, PIPELINE_FOLDER, "checkpoint-[0-9]*")
 
 

@@ -15,7 +15,7 @@ from flags.optimizer import OptimizerFlags
 from flags.preparation import EncodingFlags, FirstFrameFlags, PreparationFlags
 from flags.scores import ScoreFlags
 from flags.speed import SpeedFlags
-from flags.tracking import HubFlags, TrackingFlags
+from flags.tracking import ComparisonFlags, HubFlags, TrackingFlags
 from flags.training import (
     CheckpointFlags,
     FullFlags,
@@ -151,3 +151,10 @@ class AppSettings:
     """The settings of app.py."""
 
     app: AppFlags = group("app")
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """The settings of compare_runs.py."""
+
+    comparison: ComparisonFlags = group("page")

@@ -1,10 +1,10 @@
-"""The flags on experiment trackers and the hub."""
+"""The flags on experiment trackers and the hub, and those of compare_runs.py."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 from cli.schema import flag
-from cli.types import FolderPath, PositiveInt, Value
+from cli.types import FilePath, FolderPath, PositiveInt, Value
 from common.hub_token import HubToken
 
 
@@ -48,3 +48,15 @@ class HubFlags:
         shown="these",
     )
     hub_model_id: str | None = flag(None, "Repository to push to.", metavar="ORG/NAME", shown="name of --output_dir")
+
+
+@dataclass(frozen=True)
+class ComparisonFlags:
+    """The runs to compare, and the page."""
+
+    runs: tuple[FolderPath, ...] = flag(
+        (), "Output folders of runs; of one run, its own page is made again.", metavar="RUN", is_positional=True
+    )
+    output_file: FilePath | None = flag(
+        None, "Page to write.", shown="comparison.html in the folder of the runs; for one run, its report.html"
+    )

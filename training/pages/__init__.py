@@ -1,1 +1,1 @@
-"""The parts of an HTML page: escaped tables, pictures, histograms. Imports nothing heavy."""
+"""The parts of an HTML page: escaped tables, pictures, videos, charts. Imports nothing heavy."""

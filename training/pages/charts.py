@@ -1,8 +1,8 @@
-"""Charts of a page: histograms as SVG, and bars of categories."""
+"""Charts of a page: histograms and curves as SVG, and bars of categories."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup
@@ -15,6 +15,10 @@ _MOST_BINS, _LEAST_BINS = 24, 5
 _MOST_LABELS = 7  # below the axis
 _WIDEST = 60  # bar, in the units of the SVG
 _FAR = 3  # times the range of 99% of the numbers, from which on the largest share the last bin
+_MOST_POINTS, _MOST_DOTS = 400, 60  # of a curve
+_MANY = 50  # points of a thin curve, from which on outliers may leave the chart
+_TICKS = 5  # along an axis, about
+_COLOURS = 6  # that a page has for curves; later curves are dashed
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,25 @@ class _Bar:
     height: float
     label: str
     count: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A series of a line chart."""
+
+    name: str
+    points: Sequence[tuple[float, float]]  # (x, y) in the order of x; those that are not finite are skipped
+    is_thin: bool = False  # noisy: drawn faintly behind the others
+    has_dots: bool = False  # each point is marked, and says its values
+    colour: int | None = None  # that several charts share; by default its place among the curves
+
+
+@dataclass(frozen=True)
+class _Line:
+    curve: Curve
+    colour: int
+    path: str
+    dots: Sequence[tuple[float, float, str]]  # x, y, what it says
 
 
 def histogram(values: Iterable[float], title: str, unit: str = "", noun: str = "clips") -> Markup:
@@ -121,6 +144,77 @@ def bar_chart(counts: Mapping[str, int], title: str) -> Markup:
     most = max(counts.values(), default=0)
     bars = [(name, count, round(100 * count / most, 1)) for name, count in counts.items()] if most else []
     return MACROS.bar_chart(title, bars) if bars else Markup()
+
+
+def line_chart(
+    curves: Sequence[Curve],
+    title: str,
+    x_name: str = "",
+    y_name: str = "",
+    note: str = "",
+    *,
+    most: float = math.inf,
+) -> Markup:
+    """Return curves over each other with labelled axes and a legend; nothing without finite points.
+
+    Args:
+        note: beside the title, what the curves say.
+        most: the end of the vertical axis, at which higher values are drawn.
+    """
+    curves = [replace(curve, points=_finite(curve.points), colour=_colour(curve, i)) for i, curve in enumerate(curves)]
+    curves = [curve for curve in curves if curve.points]
+    if not curves:
+        return Markup()
+    (left, right), (low, high) = _ranges(curves, most)
+    x_ticks, y_ticks = _ticks(left, right, is_whole=True), _ticks(low, high)
+    longest = max(len(format_number(value)) for value in y_ticks)
+    box = _Box(400, 250, left=14 + 7 * longest, right=388, top=26, bottom=206)
+
+    def place(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        x, y = np.array(points, float).T
+        x = box.left + (x - left) / (right - left) * (box.right - box.left)
+        y = box.bottom - (np.clip(y, low, high) - low) / (high - low) * (box.bottom - box.top)
+        return list(zip(x.round(1).tolist(), y.round(1).tolist(), strict=True))
+
+    lines = []
+    for curve in curves:
+        shown = curve.points[:: math.ceil(len(curve.points) / _MOST_POINTS)]
+        shown = shown if shown[-1] == curve.points[-1] else [*shown, curve.points[-1]]
+        dots = shown if (curve.has_dots and len(shown) <= _MOST_DOTS) or len(shown) == 1 else []
+        told = [f"{curve.name}, {x_name} {format_number(x)}: {format_number(y)}" for x, y in dots]
+        marked = [(*at, text) for at, text in zip(place(dots), told, strict=True)] if dots else []
+        path = "M" + " ".join(f"{x:g},{y:g}" for x, y in place(shown))
+        lines.append(_Line(curve, curve.colour % _COLOURS, path, marked))
+    x_marks = [(place([(x, low)])[0][0], x) for x in x_ticks]
+    y_marks = [(place([(left, y)])[0][1], y) for y in y_ticks]
+    return MACROS.line_chart(title, note, lines, box, x_marks, y_marks, x_name, y_name, _COLOURS)
+
+
+def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+
+
+def _colour(curve: Curve, place: int) -> int:
+    return place if curve.colour is None else curve.colour
+
+
+def _ranges(curves: Sequence[Curve], most: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the range of each axis; outliers of long thin curves may be outside of the second one."""
+    xs = [x for curve in curves for x, _ in curve.points]
+    ys: list[float] = []
+    for curve in curves:
+        values = [y for _, y in curve.points]
+        is_noisy = curve.is_thin and len(values) >= _MANY
+        ys += np.percentile(values, [2, 98]).tolist() if is_noisy else values
+    left, right, low, high = min(xs), max(xs), min(ys), max(min(max(ys), most), min(ys))
+    margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+    bottom = 0.0 if 0 <= low < margin else low - margin
+    return (left, right if right > left else left + 1), (bottom, high + margin)
+
+
+def _ticks(low: float, high: float, *, is_whole: bool = False) -> list[float]:
+    step = _round_step((high - low) / _TICKS, is_whole=is_whole)
+    return [round(count * step, 12) for count in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _round_step(least: float, *, is_whole: bool) -> float:

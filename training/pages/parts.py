@@ -1,8 +1,10 @@
 """Parts of a page: text, facts, tables, pictures and videos, as HTML in which the text of callers is escaped."""
 
+import math
 import re
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ _MEDIA_TYPES = {  # by the beginning of a file, without the 4 bytes of length th
 
 def format_number(value: float) -> str:
     """Format a number with at most four digits, or all digits of its whole part: "0.1235", "29.97", "1,234,567"."""
+    if not math.isfinite(value):
+        return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 or value == round(value) else f"{value:.4g}"
 
 
@@ -97,10 +101,41 @@ def figure(media: Sequence[Media], caption: str = "", *, title: str = "", alt: s
     return MACROS.figure([(uri, uri.startswith("data:video")) for uri in uris], title, caption, alt)
 
 
-def grid(parts: Iterable[Markup]) -> Markup:
-    """Return parts side by side, in as many columns as there is room for; nothing without content."""
+def grid(parts: Iterable[Markup], *, is_wide: bool = False) -> Markup:
+    """Return parts side by side, in as many columns as there is room for; nothing without content.
+
+    Args:
+        is_wide: for fewer columns, of charts with several curves.
+    """
     shown = list(filter(None, parts))
-    return MACROS.grid(shown) if shown else Markup()
+    return MACROS.grid(shown, is_wide) if shown else Markup()
+
+
+def progress(share: float, text: str) -> Markup:
+    """Return a bar that is filled from 0 to 1, with a text beside it."""
+    return MACROS.progress(share, text)
+
+
+def verdict(kind: str, title: str, text: str) -> Markup:
+    """Return a paragraph that says at once how something is; kind: "good", "bad" or "unsure"."""
+    return MACROS.verdict(kind, title, text)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A video in a row of videos."""
+
+    name: str  # "step 100"
+    media: bytes | None  # MP4 or WebM; None if the page does not contain it
+    link: str = ""  # to the complete file, relative to the page
+    note: str = ""  # below the video
+    absent: str = "not in this page"  # instead of the video
+
+
+def reel(title: str, cells: Sequence[Cell]) -> Markup:
+    """Return a row of videos that play in a loop, without sound, and scrolls by itself where it is too wide."""
+    shown = [asdict(cell) | {"uri": cell.media and data_uri(cell.media)} for cell in cells]
+    return MACROS.reel(title, shown) if shown else Markup()
 
 
 def details(summary: str, parts: Iterable[Markup]) -> Markup:

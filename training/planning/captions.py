@@ -1,6 +1,9 @@
 """What a caption's text alone tells."""
 
+import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 
 
 # Only at the start: later in a caption, "I cannot" may be said by somebody in the clip.
@@ -13,3 +16,20 @@ _REFUSAL = re.compile(rf"\W*(?:{_APOLOGY})?(?:{_INABILITY}|{_MODEL})")
 def is_refusal(caption: str) -> bool:
     """Return whether a caption starts as a model's refusal does: "I'm sorry, but I can't", "As an AI model"."""
     return _REFUSAL.match(caption[:200].lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")) is not None
+
+
+def nearest_caption(prompt: str, captions: Sequence[str]) -> str | None:
+    """Return the caption that shares most words with a prompt, where rare words weigh more; None if none shares any.
+
+    The measure is the weighted Jaccard index of the sets of words, with the inverse document frequency as weights.
+    """
+    words = [frozenset(re.findall(r"\w+", text.lower())) for text in captions]
+    counts = Counter(word for one in words for word in one)
+    weigh = {word: math.log(1 + len(words) / count) for word, count in counts.items()}
+    wanted = frozenset(re.findall(r"\w+", prompt.lower()))
+
+    def weight(some: frozenset[str]) -> float:
+        return math.fsum(weigh.get(word, math.log(1 + len(words))) for word in some)
+
+    shared = [weight(wanted & one) / weight(wanted | one) if wanted & one else 0.0 for one in words]
+    return captions[shared.index(max(shared))] if any(shared) else None

@@ -56,6 +56,7 @@ _ORIGIN = [("caption", _TEXT), ("source", _TEXT), ("clip", _TEXT)]
 _ORIGIN += [("first_frame", pa.int32()), ("last_frame", pa.int32()), ("extra", _TEXT)]
 _SCHEMA = pa.schema([*TRAINED, *_ORIGIN])
 _CAPTIONS = pa.schema([_SCHEMA.field("caption")])
+_CAPTIONED = pa.schema([_SCHEMA.field(name) for name in ("caption", "clip", "first_frame", "last_frame")])
 IDENTITY = pa.schema([_SCHEMA.field(name) for name in ("name", "source", "clip")])
 _DESCRIBED = pa.schema([_SCHEMA.field("name"), _SCHEMA.field("caption_key")])
 _ROWS_AT_ONCE = 2**14
@@ -219,6 +220,18 @@ class PreparedIndex(Sequence[PreparedClip]):
         columns = [folder.mapped_again(_CAPTIONS).column("caption") for folder in self.folders]
         captions = pa.chunked_array([chunk for column in columns for chunk in column.chunks]).unique()
         return captions.filter(compute.greater(compute.binary_length(captions), 0))
+
+    def origin_of(self, caption: str) -> tuple[str, int, int] | None:
+        """Return the file that the first sample with a caption was made of, with its first and last frame; or None."""
+        start = 0
+        for folder in self.folders:
+            table = folder.mapped_again(_CAPTIONED)
+            rows = compute.indices_nonzero(compute.equal(table.column("caption"), caption)).to_pylist()
+            for row in (row for row in rows if start + row not in self.omitted):
+                origin = tuple(table.slice(row, 1).to_pylist()[0].values())[1:]
+                return None if None in origin else origin
+            start += table.num_rows
+        return None
 
     def take(self, samples: Sequence[int]) -> "PreparedIndex":
         """Return some of the samples, in memory, once per epoch each; those of a folder stay in their order."""

@@ -1,1 +1,1 @@
-"""After the run: sampling, the model card, the hub."""
+"""After the run: sampling, converting, the page of a run, the model card, the hub."""

@@ -12,17 +12,18 @@ from huggingface_hub.utils import validate_repo_id
 
 from common.errors import UserError, one_line
 from common.hub_token import HubToken
-from common.run_folder import CONFIG_FILE
+from common.run_folder import CONFIG_FILE, FACTS_FILE, NOTES_FILE, REPORT_FILE, TARGETS_FOLDER
 from planning.plan import HELD_OUT_FILE, SKIPPED_FILE
 from results.model_card import CardFacts, write_card
 
 
 logger = logging.getLogger(__name__)
 
-# Trackers and profiles record the machine's name and folders; the flags and the lists of clips name folders.
+# Trackers and profiles record the machine's name and folders; the flags, the run's page and the lists of clips name
+# folders, and the page shows training clips.
 PRIVATE = ("checkpoint-*", "prompt_embeds/*", "pipeline/*", ".*", "*wandb/*", "*_run_id")
 PRIVATE += ("*events.out.tfevents.*", "*hparams.yml", CONFIG_FILE, "config-step-*.yaml", "profile/*")
-PRIVATE += (SKIPPED_FILE, HELD_OUT_FILE)
+PRIVATE += (SKIPPED_FILE, HELD_OUT_FILE, FACTS_FILE, NOTES_FILE, REPORT_FILE, f"{TARGETS_FOLDER}/*")
 PRIVATE += ("validation/*.safetensors", "validation/*/transformer/*")  # diffusers finds the only LoRA of a repository
 
 
@@ -83,9 +84,14 @@ def push_to_hub(output_dir: Path, repo_id: str | None, token: HubToken | None, f
             ignore_patterns=list(PRIVATE),
         )
     except Exception as error:  # the result is on disk: a failed upload must not end the run with a traceback
-        command = ["hf", "upload", wanted, str(output_dir), ".", *(w for one in PRIVATE for w in ("--exclude", one))]
         problem = f"{type(error).__name__}: {one_line(error, 300)}"
         message = "error: the result was not uploaded (%s); it is complete in %s. Upload it later:\n%s"
-        logger.error(message, problem, output_dir, shlex.join(command))
+        logger.error(message, problem, output_dir, shlex.join(upload_command(wanted, output_dir)))
     else:
         logger.info("uploaded to %s", made)
+
+
+def upload_command(repo_id: str, output_dir: Path) -> list[str]:
+    """Return the words of the command that uploads the result in a run's folder."""
+    excluded = (word for pattern in PRIVATE for word in ("--exclude", pattern))
+    return ["hf", "upload", repo_id, str(output_dir), ".", *excluded]

@@ -106,11 +106,12 @@ def _describe_start(spec: RunSpec, continues: bool) -> list[str]:
         f"  {script} --config THIS_FILE --output_dir ANOTHER_FOLDER{resumed}",
         f"launched on {accelerator.num_processes} x {accelerator.device.type} "
         f"({accelerator.distributed_type.value}), Python {platform.python_version()},",
-        ", ".join(f"{package} {found}" for package in RECORDED_PACKAGES if (found := _version_of(package))),
+        ", ".join(f"{package} {found}" for package in RECORDED_PACKAGES if (found := version_of(package))),
     ]
 
 
-def _version_of(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -8,7 +8,7 @@ from checkpoints.resume import newest_checkpoint
 from checkpoints.schedule import ScheduleStart, StepSchedule
 from checkpoints.state import TrainerState, read_state
 from common.files import nearest_folder
-from common.units import in_bytes
+from common.units import in_bytes, in_words
 from data.buckets import count_tokens
 from run.loss_schedule import plan_losses
 from run.recipe import Recipe
@@ -16,7 +16,6 @@ from run.setup import make_sampler, start_schedule
 from run.spec import RunSpec
 from run.summary import as_table
 from tracking.flops import count_forward_flops
-from tracking.progress import in_words
 from tracking.throughput import Speed, Throughput
 
 

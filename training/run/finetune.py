@@ -47,10 +47,17 @@ def finetune(settings: TrainingSettings, data: TrainingData) -> None:
 
 
 def train_and_save(recipe: Recipe) -> None:
-    """Set up, train, save, validate and upload."""
-    spec, settings = check_spec(recipe), recipe.settings
+    """Set up and train, and have the run's page say how it ends."""
+    spec = check_spec(recipe)
     run = set_up(spec)
     spec.coordinator.from_main(lambda: write_config(spec))
+    with run.report:
+        train_to_the_end(run)
+
+
+def train_to_the_end(run: Run) -> None:
+    """Train, save, validate and upload."""
+    spec, settings = run.spec, run.spec.settings
     if run.state.step == 0 and (run.measures_loss(0) or run.samples(0)):
         run.validate(0)
     with run.signals:

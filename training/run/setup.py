@@ -32,8 +32,9 @@ from planning.plan import PreparedData, caption_dropouts
 from run.encoded_inputs import EncodedInputs, encode_inputs
 from run.loss_schedule import plan_losses
 from run.recipe import Recipe
+from run.report import RunReport, make_report
 from run.spec import RunSpec
-from run.summary import describe_start
+from run.summary import as_table, start_rows
 from run.trainable import Trainable, make_trainable, resume
 from tracking.bad_steps import StepGuard
 from tracking.loss_curve import LossCurve
@@ -69,6 +70,7 @@ class Run:
     result_dtype: torch.dtype
     signals: StopSignals
     memory: PeakMemory
+    report: RunReport  # writes what happens to the run's folder
 
     def batches_in(self, step: int) -> int:
         """Return the number of batches of each rank in the step after `step` steps."""
@@ -152,7 +154,7 @@ class Run:
             sampling_cache=guidance.sampling_cache,
         )
         with temporary_attention(transformer, settings.speed.validation_attention_backend):
-            return validate(
+            failures = validate(
                 spec.accelerator,
                 spec.coordinator,
                 self._make_pipeline,
@@ -162,6 +164,8 @@ class Run:
                 step,
                 lambda: self.signals.received is not None,
             )
+        self.report.update()
+        return failures
 
     def _make_pipeline(self) -> Pipeline:
         spec = self.spec
@@ -248,7 +252,8 @@ def set_up(spec: RunSpec) -> Run:
     project, logging_dir = settings.tracking.tracker_name, spec.output_dir / settings.tracking.logging_dir
     start_trackers(accelerator, project, logging_dir, flag_values(settings), resumed_at=resumed_at)
     curve = keep_losses(accelerator, spec.output_dir, resumed_at=resumed_at)
-    logger.info("%s", describe_start(spec, trainable.transformer, schedule, total_steps, sampler.padding, losses))
+    summary = start_rows(spec, trainable.transformer, schedule, total_steps, sampler.padding, losses)
+    logger.info("%s", as_table(summary))
     limit = settings.checkpoints.checkpoints_total_limit
     return Run(
         spec=spec,
@@ -269,6 +274,7 @@ def set_up(spec: RunSpec) -> Run:
         result_dtype=spec.method.result_dtype(spec.dtype, spec.source),
         signals=StopSignals(),
         memory=memory,
+        report=make_report(spec, total_steps, summary),
     )
 
 

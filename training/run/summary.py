@@ -32,15 +32,15 @@ _MOST_SIZES = 4  # that are listed
 _BITS = {"use_8bit": " in 8 bits", "use_4bit": " in 4 bits", "use_fp8": " in float8"}
 
 
-def describe_start(
+def start_rows(
     spec: RunSpec,
     transformer: CogVideoXTransformer3DModel,
     schedule: StepSchedule,
     total_steps: int,
     padding: int,
     losses: LossSchedule | None = None,
-) -> str:
-    """Return the summary, a line for each subject; `padding` is the number of batches drawn twice in an epoch."""
+) -> dict[str, str]:
+    """Return the summary, a text for each subject; `padding` is the number of batches drawn twice in an epoch."""
     settings, accelerator = spec.settings, spec.accelerator
     trainable, total = count_weights(transformer)
     name = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
@@ -49,7 +49,7 @@ def describe_start(
         devices += f"; {settings.speed.context_parallel_size} ranks at a time divide the tokens of a sample"
     run_memory = RunMemory(spec)
     memory = run_memory.needed(run_memory.current)
-    rows = {
+    return {
         "model": f"{settings.model.pretrained_model_name_or_path}: {describe_model(spec.configs)}",
         "training": f"{describe_method(spec.method)}{describe_products(transformer)}: {trainable:,} of {total:,} "
         "parameters",
@@ -66,7 +66,6 @@ def describe_start(
         "written": f"every {settings.checkpoints.checkpointing_steps} steps a checkpoint of "
         f"{in_bytes(spec.checkpoint_bytes)}; losses to {describe_logs(settings.tracking.report_to)}",
     }
-    return as_table(rows)
 
 
 def as_table(rows: Mapping[str, str]) -> str:
@@ -210,24 +209,32 @@ def describe_kept_weights(spec: RunSpec, best: int | None = None) -> str | None:
     kept = list_validated(spec.output_dir)
     if len(kept) < 2:
         return None
-    settings, size = spec.settings, spec.sampled_size
     step, folder = kept[-2] if best is None else min(kept[:-1], key=lambda one: abs(one[0] - best))
+    steps, command = ", ".join(str(step) for step, _ in kept), shlex.join(sample_command(spec, folder))
+    return f"the weights of steps {steps} are in {folder.parent}; to sample with those of step {step}:\n\n{command}\n"
+
+
+def sample_command(spec: RunSpec, folder: Path) -> list[str]:
+    """Return the words of a command that samples the first validation video with the weights in a folder."""
+    settings, size = spec.settings, spec.sampled_size
     flags: dict[str, object] = {"--model_path": settings.model.pretrained_model_name_or_path}
     flags |= {"--lora" if settings.method == "lora" else "--transformer": folder}
     flags |= {"--prompt": settings.validation.prompts[0] if size else "YOUR PROMPT"}
     flags |= {"--image": settings.validation.images[0]} if settings.validation.images else {}
     flags |= {"--control": settings.validation.controls[0]} if settings.validation.controls else {}
     flags |= {"--compute_control": spec.task.kind} if settings.validation.controls and spec.task.kind else {}
-    flags |= {"--height": size.height, "--width": size.width, "--num_frames": size.num_frames} if size else {}
+    if size:
+        flags |= {"--height": size.height, "--width": size.width, "--num_frames": size.num_frames}
+        guidance = settings.guidance
+        flags |= {"--seed": spec.state.seed, "--num_inference_steps": guidance.num_inference_steps}
+        flags["--guidance_scale"] = f"{guidance.guidance_scale:g}"
+        passed = [name for name in ("sampling_scheduler", "sampling_cache") if name in settings.given]
+        flags |= {f"--{name}": getattr(guidance, name) for name in passed}
     ignores_positions = settings.method == "lora" and settings.image.ignore_learned_positional_embeddings
     switches = ["--ignore_learned_positional_embeddings"] if ignores_positions else []
+    switches += ["--use_dynamic_cfg"] if settings.guidance.use_dynamic_cfg else []
     script = path_of_script("generate.py")
-    command = ["python", script, *switches, *(str(word) for flag in flags.items() for word in flag)]
-    steps = ", ".join(str(step) for step, _ in kept)
-    return (
-        f"the weights of steps {steps} are in {folder.parent}; to sample with those of step {step}:\n\n"
-        f"{shlex.join(command)}\n"
-    )
+    return ["python", script, *switches, *(str(word) for flag in flags.items() for word in flag)]
 
 
 def describe_logs(report_to: str) -> str:

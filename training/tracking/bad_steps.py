@@ -76,7 +76,9 @@ class StepGuard:
         self._in_a_row += 1
         what = "gradient" if math.isfinite(step.loss) else "loss"
         clips = self._clips_of(step)
-        logger.warning("warning: step %d is skipped: its %s is not finite; it trained on %s", step.number, what, clips)
+        message = "warning: step %d is skipped: its %s is not finite; it trained on %s"
+        noted = {"skipped": step.number, "what": what, "clips": clips}  # for the run's page
+        logger.warning(message, step.number, what, clips, extra={"noted": noted})
         if self._in_a_row >= self.max_bad_steps:
             raise self.failure(f"--max_bad_steps: {self._in_a_row} steps in a row had no finite loss and gradient")
 

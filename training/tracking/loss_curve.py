@@ -13,6 +13,7 @@ import numpy as np
 from accelerate.tracking import GeneralTracker
 
 from common.files import atomic_write
+from common.run_folder import METRICS_FILE
 from tracking.verdict import Points, Verdict, best_point, judge, smoothed
 
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-METRICS_FILE = "metrics.jsonl"
 PICTURE_FILE = "loss.png"
 VALIDATION = "validation_loss"
 

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from common.bars import tqdm
+from common.units import in_words
 from tracking.bad_steps import Step, StepGuard
 from tracking.peak_memory import PeakMemory
 from tracking.throughput import Speed, Throughput
@@ -160,16 +161,3 @@ def _by_kind(loss: float, kept: KeptPart) -> dict[str, float]:
     """Return the mean losses of the samples trained on and of those for regularization, of the kinds in a step."""
     losses = {"loss": (loss - kept.loss) / (1 - kept.share)} if kept.share < 1 else {}
     return losses | ({"regularization_loss": kept.loss / (kept.share * kept.weight)} if kept.share > 0 else {})
-
-
-def in_words(seconds: float) -> str:
-    """Format a duration: "40 s", "12 min", "2 h 10 min", "3 d 4 h"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours = round(seconds / 3600)
-    if hours >= 48:
-        return f"{hours // 24} d {hours % 24} h"
-    return f"{minutes // 60} h {minutes % 60} min"

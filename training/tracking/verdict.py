@@ -13,6 +13,7 @@ _LAST = 3  # validations that must all be worse: one bad point is no trend
 _NOISE = 6  # standard deviations of the noise that a rise must have, ...
 _LEAST, _CERTAIN = 0.005, 0.3  # ... its least share of the loss, and the share that no noise explains
 _FALL_NOISE = 3  # standard deviations of the noise that a fall must have; a needless warning is worse than none
+_RUINED = 2  # times the first loss: no overfitting makes a model so much worse
 _ERRORS = 2  # standard errors that a change of the mean training loss must have
 _ENOUGH = 10  # training losses in a mean
 _TOO_FAST = "the learning rate is probably too high"
@@ -60,6 +61,8 @@ def judge(validation: Points, training: Points) -> Verdict | None:
             return Verdict("learning", f"the validation loss fell {change}: the model learns what the clips share")
         return Verdict("unchanged", f"the validation loss hardly changed, {change}")
     risen = f"the validation loss has risen from {best:.4f} at step {best_step} to {values[-_LAST:].mean():.4f}"
+    if values[-_LAST:].mean() > _RUINED * first:  # also if the training loss falls again, far above where it began
+        return Verdict("diverging", f"{risen}, over {_RUINED} times that of step {first_step}: {_TOO_FAST}")
     trend = _trend(_finite(training), best_step)
     if trend < 0:
         advice = f"the model overfits; use the weights of about step {best_step}, or train on more clips"

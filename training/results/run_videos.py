@@ -1,0 +1,84 @@
+"""The videos of runs as rows of a page, of which no more are part of the page than it may weigh."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from markupsafe import Markup
+
+from common.files import slug
+from pages.parts import Cell, reel
+from results.run_record import RunRecord
+from video.preview import preview
+
+
+MOST_BYTES = 12_000_000  # of the videos in a page, which becomes a third larger: 16 MB
+_MOST_CAPTION = 300  # characters
+
+
+@dataclass(frozen=True)
+class ShownVideo:
+    """A video in a row."""
+
+    name: str  # "step 100"
+    file: Path | None
+    note: str = ""
+    missing: str = ""  # why there is no file
+
+
+def video_rows(rows: Mapping[str, Sequence[ShownVideo]], page_folder: Path) -> list[Markup]:
+    """Return a row for each title; its last video comes first into the page, then its first two, then later ones."""
+    orders = map(_by_importance, rows.values())
+    embedded = embed(one.file for one in chain(*zip_longest(*orders)) if one and one.file)
+
+    def cell(one: ShownVideo) -> Cell:
+        return Cell(one.name, embedded.get(one.file), link_to(one.file, page_folder), one.note, one.missing)
+
+    return [reel(title, list(map(cell, row))) for title, row in rows.items()]
+
+
+def _by_importance(row: Sequence[ShownVideo]) -> list[ShownVideo]:
+    return [row[-1], *row[:2], *row[-2:1:-1]]
+
+
+def embed(files: Iterable[Path]) -> dict[Path, bytes]:
+    """Return previews of files, in their order as long as there is room in the page."""
+    taken: dict[Path, bytes] = {}
+    left = MOST_BYTES
+    for file in files:
+        with suppress(ValueError, OSError):  # a file that is damaged or was removed
+            shown = preview(file)
+            if len(shown) <= left and file not in taken:
+                taken[file] = shown
+                left -= len(shown)
+    return taken
+
+
+def link_to(file: Path | None, page_folder: Path) -> str:
+    """Return the link to a file from a page in a folder."""
+    return "" if file is None else quote(Path(os.path.relpath(file, page_folder)).as_posix())
+
+
+def describe_video(record: RunRecord, name: str) -> tuple[str, Mapping[str, Any]]:
+    """Return the prompt of a validation video, by its name NUMBER-VIDEO-SLUG, and the clip that it aims at."""
+    match, videos = re.fullmatch(r"(\d+)-(\d+)-?(.*)", name), record.facts.get("videos", [])
+    if match is None or int(match[1]) >= len(videos) or slug(videos[int(match[1])]["prompt"]) != match[3]:
+        return name, {}  # of an earlier prompt
+    video = videos[int(match[1])]
+    return video["prompt"] + (f" (video {int(match[2]) + 1})" if int(match[2]) else ""), video["target"]
+
+
+def target_video(record: RunRecord, name: str) -> list[ShownVideo]:
+    """Return the training clip that a validation video aims at, if there is any."""
+    prompt, target = describe_video(record, name)
+    if not target:
+        return []
+    note = "same caption" if target["caption"] == prompt else target["caption"][:_MOST_CAPTION]
+    file = record.folder / target["file"] if "file" in target else None
+    return [ShownVideo("training clip", file, note, target.get("missing", ""))]

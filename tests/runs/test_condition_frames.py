@@ -15,6 +15,8 @@ import tiny_runs
 from args import parse_generate_args
 from common.errors import UserError
 from data.buckets import Bucket
+from prepared.folder import read_tensor
+from prepared.read_index import read_index
 from results.generation import embed_prompts, sample_all, settle
 from results.model_card import CardFacts, example
 from run.dry_run import write_given_frames
@@ -99,6 +101,16 @@ def test_a_tuned_model_continues_the_end_of_a_video_alike_by_the_printed_code_an
     code = tiny_runs.recipe_of("image-to-video", model, demo_clips, *frames, method="sft").usage(context_run)
     theirs = sampled_by_printed_code(code, load_video(str(place / "clip.mp4"))[-5:])
     assert np.abs(ours - theirs).max() <= 1
+
+
+def test_prepared_latents_are_those_of_the_given_frames_alone(prepared_demo):
+    frames = ("--condition_frames", "first:2")
+    folder = prepared_demo(*SIZE, "--max_samples", "2", "--save_image_latents", *frames, kind="1.5-5b-i2v")
+    for clip in read_index(folder):
+        image, video = read_tensor(clip.image_latents), read_tensor(clip.video_latents)
+        assert image.shape == (4, 32, 2, 8, 12)
+        # The tiny VAE keeps mean colours; the noise is weak.
+        assert (image[0, :16] - video[:16, :2]).abs().mean() < 0.3 * (video[:16, :2] - video[:16, 3:]).abs().mean()
 
 
 def test_the_model_card_loads_what_a_result_is_sampled_from():

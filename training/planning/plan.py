@@ -357,14 +357,14 @@ def _refuse_images(clips: Sequence[Clip], condition: str) -> None:
 
 
 def _without_short(samples: Sequence[ClipSample], condition: str) -> tuple[list[ClipSample], list[BadClip]]:
-    """Return the samples that are longer than their given frames, and the clips of others."""
-    fewest, kept, short = fewest_frames(condition), [], {}
+    """Return the samples that are longer than their given frames, and the clips without one."""
+    fewest = fewest_frames(condition)
+    kept = [sample for sample in samples if sample.bucket.num_frames >= fewest]
+    clips, short = {id(sample.clip) for sample in kept}, {}
     for sample in samples:
-        if sample.bucket.num_frames >= fewest:
-            kept.append(sample)
-            continue
-        reason = f"gives {sample.bucket.num_frames} frames; --condition_frames {condition} needs {fewest} or more"
-        short[id(sample.clip)] = BadClip(str(sample.clip.video), sample.clip.source, reason, sample.info)
+        if id(sample.clip) not in clips:
+            reason = f"gives {sample.bucket.num_frames} frames; --condition_frames {condition} needs {fewest} or more"
+            short[id(sample.clip)] = BadClip(str(sample.clip.video), sample.clip.source, reason, sample.info)
     return kept, list(short.values())
 
 

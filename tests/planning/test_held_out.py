@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from args import parse_args
+from cli.schema import replace_flags
 from data.buckets import Bucket
 from flags.settings import TrainingSettings
 from planning.held_out import choose_clips, clips_of_prepared, find_candidates, join_copies, rank_contents
@@ -95,7 +96,7 @@ def test_a_new_clip_replaces_few():
         ([1] * 10, ("--max_train_steps", "24"), 0, "a run of fewer than 100 samples is too short"),
         ([1] * 10, ("--max_train_steps", "25"), 1, "1 of 10 clips held out"),
         ([1] * 10, ("--validation_fraction", "0"), 0, ""),
-        ([1] * 10, ("--validation_fraction", "1"), 8, "8 of 10 clips held out"),
+        ([1] * 10, ("--validation_fraction", "1"), 8, "would be more, but at most 8 are held out, and never all"),
     ],
 )
 def test_how_many_are_held_out_depends_on_the_data_and_the_run(few, tmp_path, counts, flags, held_out, note):
@@ -103,6 +104,14 @@ def test_how_many_are_held_out_depends_on_the_data_and_the_run(few, tmp_path, co
     assert len(data.held_out.clips if data.held_out else ()) == held_out
     assert note in data.held_out_note
     assert bool(data.held_out_note) == bool(note)
+
+
+@pytest.mark.parametrize(("steps", "held_out"), [("19", 0), ("20", 1)])
+def test_a_step_of_a_token_budget_counts_with_all_its_samples(few, tmp_path, tiny_models, steps, held_out):
+    budget = ("--max_tokens_per_batch", str(5 * 346), "--max_train_steps", steps)  # five samples in a batch
+    arguments = settings(few([1] * 10), tmp_path / "out", "--allow_outside_paths", *budget)
+    data = plan_training_data(replace_flags(arguments, pretrained_model_name_or_path=str(tiny_models("5b"))))
+    assert len(data.held_out.clips if data.held_out else ()) == held_out
 
 
 def test_a_table_of_clips_replaces_the_fraction(demo_clips, tmp_path):

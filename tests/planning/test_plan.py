@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import pickle
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ from planning.plan import (
     validation_data_flags,
 )
 from planning.report import plan_table
+from preparation.prepare import name_sample
 from prepared_folders import index_of, write_prepared
 from video.probe import VideoInfo
 
@@ -378,6 +380,31 @@ def test_clips_that_are_trained_on_too_are_not_held_out(held_out, demo_clips):
     with pytest.raises(UserError, match="--validation_dataset_file: 1 of its clips are trained on too") as caught:
         plan_training_data(settings)
     assert "1.mp4" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "clip", "frames", "is_refused"),
+    [
+        ("renamed", "held-out/videos/1.mp4", [0, 64], True),
+        ("renamed", "held-out/videos/1.mp4", [900, 916], False),  # another scene of the file
+        (None, "moved.mp4", [0, 64], True),  # the same content
+        ("renamed", "elsewhere/1.mp4", [0, 64], False),
+    ],
+)
+def test_clips_that_prepared_samples_were_made_of_are_not_held_out(
+    held_out, monkeypatch, name, clip, frames, is_refused
+):
+    monkeypatch.chdir(held_out.parent.parent)
+    _, planned = hold_out(held_out, held_out.parent, *SIZE, *COLUMNS).clips
+    places = ["--model_id", "org/name", "--data_root", "held-out", "--output_dir", "out"]
+    prepare = parse_prepare_args([*places, *SIZE, "--save_latents_and_embeddings"])
+    tensors = {"video_latents": torch.zeros(1), "prompt_embeds": torch.zeros(1)}
+    names = {name or name_sample(planned, prepare).name: tensors}
+    write_prepared(Path("prepared"), names, planned.bucket, clip=clip, frames=frames)
+    flags = ["--load_tensors", "--data_root", "prepared", *SIZE, *COLUMNS, "--validation_dataset_file", held_out]
+    refusal = pytest.raises(UserError, match=r"1 of its clips are trained on too.*\n  .*1\.mp4$")
+    with refusal if is_refused else nullcontext():
+        assert len(plan_training_data(training("out", *flags)).held_out.clips) == 2
 
 
 def test_of_a_clip_that_is_split_the_first_part_is_held_out(held_out, demo_clips):

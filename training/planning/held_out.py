@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,17 +12,21 @@ import numpy as np
 
 from common.ranks import launch_size
 from common.run_folder import STATE_FILE, list_checkpoints
+from data.clips import ClipSample
 from flags.settings import TrainingSettings
+from prepared.folder import sample_digest
 
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from prepared.index import PreparedIndex
 
 SHARE = 0.03  # of the forward and backward work of a run that the loss of held-out clips takes at most
 FEWEST_PASSES = 3  # forward passes of a measurement: few, middle and much noise
 FRACTION_FLAG = "--validation_fraction"
+MOST_CLIPS = 8  # more would cost data, and passes that other steps can use
 
-_MOST_CLIPS = 8  # more would cost data, and passes that other steps can use
 _FEWEST_CLIPS = 10  # of which one is held out if nobody asked for it
 _FEWEST_ASKED = 2  # if the flag is set
 
@@ -53,14 +58,13 @@ def fewest_samples(num_ranks: int) -> int:
     return math.ceil(2 * math.ceil(FEWEST_PASSES / num_ranks) * num_ranks / (2 * SHARE))
 
 
-def count_trained(settings: TrainingSettings, samples_per_epoch: float) -> float:
-    """Return about how many samples a run trains on, over all ranks."""
+def count_trained(settings: TrainingSettings, samples_per_epoch: float, samples_per_batch: float) -> float:
+    """Return about how many samples a run trains on, over all ranks; a batch is that of one rank."""
     training = settings.training
     if training.max_train_steps is None:
         return training.num_train_epochs * samples_per_epoch
     num_ranks = launch_size() // settings.speed.context_parallel_size
-    batch = training.train_batch_size * training.gradient_accumulation_steps * num_ranks
-    return training.max_train_steps * batch
+    return training.max_train_steps * samples_per_batch * training.gradient_accumulation_steps * num_ranks
 
 
 def why_none(num_clips: int, trained: float, *, is_asked: bool) -> str | None:
@@ -96,7 +100,7 @@ def choose_clips(clips: np.ndarray, ranks: np.ndarray, candidates: np.ndarray, f
     """
     lowest = np.full(clips.max() + 1, np.iinfo(ranks.dtype).max, ranks.dtype)
     np.minimum.at(lowest, clips, ranks)
-    count = min(_MOST_CLIPS, max(1, round(fraction * len(candidates))), len(candidates) - 1)
+    count = min(MOST_CLIPS, max(1, round(fraction * len(candidates))), len(candidates) - 1)
     chosen = candidates[np.argsort(lowest[candidates], kind="stable")[:count]]
     return [np.flatnonzero(clips == clip) for clip in chosen]
 
@@ -152,6 +156,34 @@ def clips_of_prepared(index: "PreparedIndex") -> tuple[np.ndarray, np.ndarray]:
     return join_copies(clips, contents), ranks[contents]
 
 
-def _encoded(column: "pa.ChunkedArray") -> "pa.DictionaryArray":  # noqa: F821
+def _encoded(column: "pa.ChunkedArray") -> "pa.DictionaryArray":
     encoded = column.combine_chunks().dictionary_encode()
     return encoded.combine_chunks() if hasattr(encoded, "chunks") else encoded
+
+
+def find_prepared(samples: Sequence[ClipSample], index: "PreparedIndex", reshape_mode: str) -> list[str]:
+    """Return the clips of samples that prepared ones were made of: of common frames of a file, or of the same content.
+
+    Only names of samples without random crops, images or controls tell that the content is the same.
+    """
+    import pyarrow as pa
+    from pyarrow import compute
+
+    from prepared.index import ORIGIN
+
+    text = pa.large_string()
+    digests = [sample_digest((one.info.content, one.bucket, one.frame_indices, reshape_mode)) for one in samples]
+    stems, found = pa.array([one.clip.video.name for one in samples], text), []
+    for table in (folder.mapped_again(ORIGIN) for folder in index.folders):
+        has_digest = compute.is_in(compute.utf8_slice_codeunits(table["name"], -16), pa.array(digests, text))
+        has_name = compute.is_in(compute.replace_substring_regex(table["clip"], r"^.*/", ""), stems)
+        found += table.filter(compute.or_(has_digest, has_name)).to_pylist()
+    known = {row["name"][-16:] for row in found}
+    parts = [(os.path.realpath(row["clip"]), row["first_frame"], row["last_frame"]) for row in found if row["clip"]]
+
+    def is_known(one: ClipSample, digest: str) -> bool:
+        place, first, last = os.path.realpath(one.clip.video), one.frame_indices[0], one.frame_indices[-1]
+        of_file = [part for path, *part in parts if path == place]
+        return digest in known or any(None in part or (part[0] <= last and first <= part[1]) for part in of_file)
+
+    return [str(one.clip.video) for one, digest in zip(samples, digests, strict=True) if is_known(one, digest)]

@@ -28,11 +28,14 @@ from flags.data import PREPARED_FLAGS, ClipFlags, ControlFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
 from planning.held_out import (
+    FRACTION_FLAG,
+    MOST_CLIPS,
     choose_clips,
     clips_of_contents,
     clips_of_prepared,
     count_trained,
     find_candidates,
+    find_prepared,
     fraction_to_hold_out,
     why_none,
 )
@@ -232,10 +235,13 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
         check_bad_clips(data, sources.on_bad_clip, lambda: advise_early(data, settings, model))
     _check_kinds(data, [*data_sources(sources), *extra])
     held_out = plan_validation_clips(settings, with_images=with_images, control=control)
-    if isinstance(data, RawData) and held_out is not None:
+    if held_out is not None:
         # The loss of clips that are also trained on would not show overfitting.
-        trained = {planned.info.sha256 for planned in data.clips}
-        both = [str(planned.clip.video) for planned in held_out.clips if planned.info.sha256 in trained]
+        if isinstance(data, RawData):
+            trained = {planned.info.sha256 for planned in data.clips}
+            both = [str(planned.clip.video) for planned in held_out.clips if planned.info.sha256 in trained]
+        else:
+            both = find_prepared(held_out.clips, data.clips, validation_data_flags(settings)[1].video_reshape_mode)
         if both:
             what = f"{len(both)} of its clips are trained on too; remove them from one of the two:"
             raise UserError(listing(f"--validation_dataset_file: {what}", both))
@@ -253,7 +259,10 @@ def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
     else:
         clips, ranks = clips_of_prepared(data.clips)
     candidates = find_candidates(clips, data.regularization)
-    num_clips, trained = len(candidates), count_trained(settings, float(np.sum(data.repeats)))
+    num_clips, trained = (
+        len(candidates),
+        count_trained(settings, float(np.sum(data.repeats)), _samples_per_batch(data, settings)),
+    )
     if reason := why_none(num_clips, trained, is_asked=is_asked):
         return replace(data, held_out_note=f"no clip is held out for a validation loss: {reason}")
     chosen = choose_clips(clips, ranks, candidates, fraction)
@@ -263,12 +272,27 @@ def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
     names = [f"{one.clip.video.name} ({one.clip.source})" if is_raw else one.name for one in held_out.clips]
     more = f" with {len(left)} samples" if len(left) > len(chosen) else ""
     note = f"{len(chosen)} of {num_clips} clips{more} held out for the validation loss: {', '.join(names)}"
+    if round(fraction * num_clips) > len(chosen):
+        note += f" ({FRACTION_FLAG} {fraction:g} would be more, but at most {MOST_CLIPS} are held out, and never all)"
     if is_raw:
         gone = set(left.tolist())
         clips = [planned for number, planned in enumerate(data.clips) if number not in gone]
     else:
         clips = data.clips.omit(left)
     return replace(data, clips=clips, held_out=held_out, held_out_fraction=fraction, held_out_note=note)
+
+
+def _samples_per_batch(data: TrainingData, settings: TrainingSettings) -> float:
+    """Return how many samples a batch has on average, as far as that is known before the model is read."""
+    tokens = settings.training.max_tokens_per_batch
+    if tokens is None:
+        return settings.training.train_batch_size
+    try:
+        config = {"patch_size_t": None, **_read_config(settings, settings.model.pretrained_model_name_or_path)}
+        sampler = BucketBatchSampler.of(data, TokenBudget(tokens, partial(count_tokens, config)), seed=0)
+        return sum(sampler.samples_per_epoch.values()) / sampler.num_batches
+    except (OSError, ValueError, KeyError):  # an error of its own
+        return 1
 
 
 def _check_condition_frames(wanted: str, folders: Iterable[Path]) -> None:
@@ -461,15 +485,20 @@ def advise(data: RawData, settings: TrainingSettings | PreparationSettings, conf
 def advise_early(data: RawData, settings: TrainingSettings | PreparationSettings, model: str) -> str | None:
     """Do the same before torch is imported; None if the config of the model cannot be read, an error of its own."""
     try:
-        file = Path(model) / "transformer/config.json"
-        if not os.path.isdir(model):
-            from huggingface_hub import hf_hub_download
-
-            where = {"revision": settings.model.revision, "cache_dir": settings.model.cache_dir}
-            file = Path(hf_hub_download(model, "transformer/config.json", **where))
-        return advise(data, settings, json.loads(file.read_text(encoding="utf-8")))
+        return advise(data, settings, _read_config(settings, model))
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _read_config(settings: TrainingSettings | PreparationSettings, model: str) -> dict[str, Any]:
+    """Return the config of the model's transformer, without an import of torch."""
+    file = Path(model) / "transformer/config.json"
+    if not os.path.isdir(model):
+        from huggingface_hub import hf_hub_download
+
+        where = {"revision": settings.model.revision, "cache_dir": settings.model.cache_dir}
+        file = Path(hf_hub_download(model, "transformer/config.json", **where))
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def data_sources(flags: SourceFlags, control: ControlFlags | None = None) -> list[DataSource]:

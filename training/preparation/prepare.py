@@ -5,7 +5,6 @@ They share only the folder, in which each claims parts of the work; one that fin
 Ranks of a launch on several machines also meet at the start, to check that they see the same folder and clips.
 """
 
-import hashlib
 import logging
 import re
 import shlex
@@ -54,6 +53,7 @@ from prepared.folder import (
     caption_key,
     claim_folder,
     read_prepared_settings,
+    sample_digest,
     write_settings,
 )
 from video.condition_frames import FIRST, num_condition_latents
@@ -246,9 +246,7 @@ def name_sample(planned: ClipSample, settings: PreparationSettings) -> Sample:
         facts.append(caption_key(clip.caption))
     # For file names and lists: not hidden, on one line, and within 255 bytes.
     stem = re.sub(r"[^\w.-]+", "_", clip.video.stem).lstrip(".").encode()[:100].decode(errors="ignore")
-    return Sample(
-        f"{stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}", caption_key(clip.caption), planned
-    )
+    return Sample(f"{stem}-{sample_digest(facts)}", caption_key(clip.caption), planned)
 
 
 def make_layout(

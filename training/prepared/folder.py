@@ -27,7 +27,7 @@ they lack `prepared.json` and `empty_prompt.safetensors`, and their `data.jsonl`
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -138,6 +138,11 @@ def _open_shard(file: Path) -> Any:
     from safetensors import safe_open
 
     return safe_open(file, "pt")
+
+
+def sample_digest(facts: Sequence[object]) -> str:
+    """Return the end of a sample's name, from all that its latents depend on."""
+    return hashlib.sha256(repr(list(facts)).encode()).hexdigest()[:16]
 
 
 def caption_key(caption: str) -> str:

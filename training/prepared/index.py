@@ -58,6 +58,7 @@ _SCHEMA = pa.schema([*TRAINED, *_ORIGIN])
 _CAPTIONS = pa.schema([_SCHEMA.field("caption")])
 _CAPTIONED = pa.schema([_SCHEMA.field(name) for name in ("caption", "clip", "first_frame", "last_frame")])
 IDENTITY = pa.schema([_SCHEMA.field(name) for name in ("name", "source", "clip")])
+ORIGIN = pa.schema([_SCHEMA.field(name) for name in ("name", "clip", "first_frame", "last_frame")])
 _DESCRIBED = pa.schema([_SCHEMA.field("name"), _SCHEMA.field("caption_key")])
 _ROWS_AT_ONCE = 2**14
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,8 +29,18 @@ def test_the_data_workers_end_with_the_last_step(tiny_models, prepared_demo, tmp
     assert [child.name for child in multiprocessing.active_children() if "SpawnPool" not in child.name] == []
 
 
-def test_a_step_weights_the_losses_of_regularization_and_logs_them_apart(tiny_models, prepared_demo, tmp_path):
-    data, kept = (prepared_demo(*SIZE, "--max_samples", count, "--save_image_latents") for count in ("2", "3"))
+@pytest.fixture(scope="module")
+def two_sets(prepared_demo, demo_clips, tmp_path_factory) -> tuple[Path, Path]:
+    """Two prepared clips to train on, and three others for regularization."""
+    header, *rows = (demo_clips / "metadata.csv").read_text().splitlines()
+    table = tmp_path_factory.mktemp("kept") / "kept.csv"
+    table.write_text("\n".join([header, *rows[-3:]]))
+    others = ("--dataset_file", str(table))
+    return tuple(prepared_demo(*SIZE, "--save_image_latents", *more) for more in (("--max_samples", "2"), others))
+
+
+def test_a_step_weights_the_losses_of_regularization_and_logs_them_apart(tiny_models, two_sets, tmp_path):
+    data, kept = two_sets
     flags = ["--max_train_steps", "1", "--rank", "4", "--gradient_accumulation_steps", "2", "--report_to", "none"]
     flags += ["--regularization_data_root", str(kept), "--regularization_weight", "0.25", "--max_grad_norm", "1e9"]
     run = set_up_run("text-to-video", tiny_models("5b"), data, tmp_path / "out", *flags)
@@ -49,8 +60,8 @@ def test_a_step_weights_the_losses_of_regularization_and_logs_them_apart(tiny_mo
     assert logged["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-def test_a_run_with_regularization_resumes_bit_for_bit(tiny_models, prepared_demo, tmp_path):
-    data, kept = (prepared_demo(*SIZE, "--max_samples", count, "--save_image_latents") for count in ("2", "3"))
+def test_a_run_with_regularization_resumes_bit_for_bit(tiny_models, two_sets, tmp_path):
+    data, kept = two_sets
     flags = ["--load_tensors", "--regularization_data_root", str(kept), "--rank", "4", "--report_to", "none"]
     flags += ["--checkpointing_steps", "3"]
     runs = {name: tmp_path / name for name in ("straight", "resumed")}

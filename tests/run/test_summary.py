@@ -105,8 +105,12 @@ def test_the_best_step_is_named_with_the_nearest_weights(tmp_path):
     )
 
 
-def test_the_summary_counts_regularization_samples_apart(summarize, demo_clips):
-    kept = ("--regularization_data_root", str(demo_clips), "--regularization_weight", "0.5", "--max_samples", "3")
+def test_the_summary_counts_regularization_samples_apart(summarize, demo_clips, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\n" * 3)
+    last = sorted((demo_clips / "videos").iterdir())[-3:]
+    (tmp_path / "videos.txt").write_text("\n".join(map(str, last)))
+    kept = ("--regularization_data_root", str(tmp_path), "--allow_outside_paths")
+    kept += ("--regularization_weight", "0.5", "--max_samples", "3")
     assert summarize(*kept)["data"].endswith(": 3 x 17x64x96; 3 for regularization, as many in an epoch, loss x 0.5")
 
 

@@ -254,10 +254,7 @@ def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
     if not fraction:
         return data
     is_raw = isinstance(data, RawData)
-    if is_raw:
-        clips, ranks = clips_of_contents([planned.info.sha256 or str(planned.clip.video) for planned in data.clips])
-    else:
-        clips, ranks = clips_of_prepared(data.clips)
+    clips, ranks = _clips_of(data)
     candidates = find_candidates(clips, data.regularization)
     num_clips, trained = (
         len(candidates),
@@ -269,7 +266,7 @@ def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
     left = np.concatenate(chosen)
     # Parts of a clip follow one another.
     held_out = data.take([int(rows[0]) for rows in chosen])
-    names = [f"{one.clip.video.name} ({one.clip.source})" if is_raw else one.name for one in held_out.clips]
+    names = _names_of(held_out)
     more = f" with {len(left)} samples" if len(left) > len(chosen) else ""
     note = f"{len(chosen)} of {num_clips} clips{more} held out for the validation loss: {', '.join(names)}"
     if round(fraction * num_clips) > len(chosen):
@@ -280,6 +277,18 @@ def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
     else:
         clips = data.clips.omit(left)
     return replace(data, clips=clips, held_out=held_out, held_out_fraction=fraction, held_out_note=note)
+
+
+def _clips_of(data: TrainingData) -> tuple[np.ndarray, np.ndarray]:
+    """Return the clip of each sample, from 0, and a number for its content, each `[N]`."""
+    if isinstance(data, RawData):
+        return clips_of_contents([planned.info.sha256 or str(planned.clip.video) for planned in data.clips])
+    return clips_of_prepared(data.clips)
+
+
+def _names_of(data: TrainingData) -> list[str]:
+    is_raw = isinstance(data, RawData)
+    return [f"{one.clip.video.name} ({one.clip.source})" if is_raw else one.name for one in data.clips]
 
 
 def _samples_per_batch(data: TrainingData, settings: TrainingSettings) -> float:
@@ -321,11 +330,20 @@ def control_flags(settings: TrainingSettings) -> ControlFlags | None:
 
 
 def _check_kinds(data: TrainingData, sources: Sequence[DataSource]) -> None:
-    """Refuse data without a usable clip to train on, or for the regularization that was asked for."""
+    """Refuse data without a usable clip to train on, or for the regularization that was asked for; or one for both."""
     is_missing = data.regularization is None and any(source.regularization for source in sources)
     if is_missing or (data.regularization is not None and data.regularization.all()):
         kind = "for regularization (--regularization_data_root)" if is_missing else "to train on"
         raise UserError(f"no clip {kind} can be used; add some, or fix those that are skipped")
+    if data.regularization is not None:
+        clips, _ = _clips_of(data)
+        kept, trained = (np.unique(clips[of_kind]) for of_kind in (data.regularization, ~data.regularization))
+        both = np.intersect1d(kept, trained)
+        if len(both):
+            names = _names_of(data.take([int(np.argmax(clips == clip)) for clip in both[:20]]))
+            what = "are also those to train on; remove them from one of the two"
+            title = f"{len(both)} of the clips for regularization (--regularization_data_root) {what}, among them:"
+            raise UserError(listing(title, names))
 
 
 def plan_raw_clips(

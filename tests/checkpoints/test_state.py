@@ -79,3 +79,14 @@ def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path, content):
     with pytest.raises(UserError, match=r"^--resume_from_checkpoint: .* is not a complete checkpoint") as caught:
         read_state(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"), [(1.0, None, "was on, is now off"), (None, 2.0, "was off, is now on")]
+)
+def test_regularization_that_comes_or_goes_names_the_flag_of_its_clips(before, now, words):
+    state = TrainerState(1, 0, {"--regularization_weight": before})
+    with pytest.raises(UserError, match=rf"settings: regularization \(--regularization_data_root\) {words};"):
+        state.check_settings({"--regularization_weight": now})
+    with pytest.raises(UserError, match=r"--regularization_weight was 1\.0, is now 2\.0"):
+        TrainerState(1, 0, {"--regularization_weight": 1.0}).check_settings({"--regularization_weight": 2.0})

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import pickle
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -520,6 +521,28 @@ def test_a_kind_of_which_no_clip_can_be_used_is_refused(data, kept, tmp_path):
     write_table(data / "table.jsonl", [{"video": "missing.mp4", "caption": "a"}])
     with pytest.raises(UserError, match="no clip to train on can be used"):
         plan_with_kept(data, kept)
+
+
+def test_errors_on_clips_for_regularization_name_their_flag(data, kept, tmp_path):
+    def error(*flags: object) -> str:
+        with pytest.raises(UserError) as caught:
+            plan_with_kept(data, *flags)
+        assert "--regularization_data_root" in str(caught.value)
+        assert not re.search("--(data_root|dataset_file|dataset_name|caption_column)", str(caught.value))
+        return str(caught.value)
+
+    (tmp_path / "empty").mkdir()
+    assert "nothing that can be read as clips" in error(tmp_path / "empty")
+    (kept / "videos.txt").write_text("0.mp4")
+    assert "prompts.txt does not exist; caption_dataset.py writes captions" in error(kept)
+    table = write_table(tmp_path / "table/table.csv", [{"video": "0.mp4", "caption": "a"}])
+    assert error(table.parent).endswith(f'list {table} in a --dataset_mix, with "regularization": true')
+    write_prepared(
+        tmp_path / "a", {"a": {"video_latents": torch.zeros(1), "prompt_embeds": torch.zeros(1)}}, Bucket(17, 64, 96)
+    )
+    flags = ["--load_tensors", "--data_root", tmp_path / "a", "--regularization_data_root", kept]
+    with pytest.raises(UserError, match=r"pass its --output_dir as --regularization_data_root$"):
+        plan_training_data(training(tmp_path / "out", *flags))
 
 
 def test_clips_to_train_on_are_not_for_regularization_too(data, kept, tmp_path):

@@ -27,7 +27,7 @@ class TrainerState:
         """Refuse to continue with other settings, with a UserError that lists those that differ."""
         made_with = {FRACTION_FLAG: False, **self.settings, "--seed": self.seed}
         differing = [
-            f"{name} was {_in_words(before)}, is now {_in_words(value)}"
+            _difference(name, before, value)
             for name, value in settings.items()
             # Checkpoints older than a switch were made without it.
             if (before := made_with.get(name, False if value is False else None)) != value
@@ -37,6 +37,12 @@ class TrainerState:
                 f"--resume_from_checkpoint: the checkpoint is of a run with other settings: {'; '.join(differing)}; "
                 "pass them as they were, or start again in another --output_dir"
             )
+
+
+def _difference(name: str, before: object, value: object) -> str:
+    if name == "--regularization_weight" and None in (before, value):  # there are no such clips
+        name, before, value = "regularization (--regularization_data_root)", before is not None, value is not None
+    return f"{name} was {_in_words(before)}, is now {_in_words(value)}"
 
 
 def _in_words(value: object) -> object:

@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -224,7 +226,7 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
     sources, with_images, control = settings.sources, settings.task == "image-to-video", control_flags(settings)
     extra = regularization_sources(settings, control)
     if settings.prepared.load_tensors:
-        data = _read_prepared([*data_sources(sources), *extra])
+        data = _read_prepared([*data_sources(sources), *extra], extra)
         if with_images:
             _check_condition_frames(settings.image.condition_frames, data.folders)
     else:
@@ -256,10 +258,8 @@ def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
     is_raw = isinstance(data, RawData)
     clips, ranks = _clips_of(data)
     candidates = find_candidates(clips, data.regularization)
-    num_clips, trained = (
-        len(candidates),
-        count_trained(settings, float(np.sum(data.repeats)), _samples_per_batch(data, settings)),
-    )
+    num_clips, num_samples = len(candidates), float(np.sum(data.repeats))
+    trained = count_trained(settings, num_samples, _samples_per_batch(data, settings))
     if reason := why_none(num_clips, trained, is_asked=is_asked):
         return replace(data, held_out_note=f"no clip is held out for a validation loss: {reason}")
     chosen = choose_clips(clips, ranks, candidates, fraction)
@@ -362,7 +362,10 @@ def plan_raw_clips(
     cache = default_cache_folder()
     buckets = make_buckets(clip_flags.frame_buckets, clip_flags.height_buckets, clip_flags.width_buckets)
     sources = [*data_sources(flags, control), *extra]
-    read = [read_clips(source, cache / "media", name_folder=bool(flags.dataset_mix or extra)) for source in sources]
+    read = []
+    for source in sources:
+        with _naming_own_flag(source in extra):
+            read.append(read_clips(source, cache / "media", name_folder=bool(flags.dataset_mix or extra)))
     clips = [clip for of_source, _ in read for clip in of_source]
     files = [clip.video for clip in clips]
     files += [clip.image for clip in clips if with_images and clip.image is not None]
@@ -562,12 +565,41 @@ def regularization_sources(settings: TrainingSettings, control: ControlFlags | N
     return [DataSource(to_path(root), control_column=column, regularization=True, **facts)]
 
 
-def _read_prepared(sources: Sequence[DataSource]) -> PreparedData:
+# What errors on a list of clips advise, and what applies to --regularization_data_root instead.
+_ADVICE_ON_EXTRA = {
+    r"; --\w+ names the file, below --data_root \(or pass a --dataset_file\)": "",
+    ", or omit --load_tensors": "",
+    ", or a data set with --dataset_name": "",
+    "pass a table with --dataset_file": 'list a table in a --dataset_mix, with "regularization": true',
+    "pass --dataset_file (.*)": r'list \1 in a --dataset_mix, with "regularization": true',
+    "--data_root": "--regularization_data_root",
+}
+
+
+@contextmanager
+def _naming_own_flag(is_extra: bool) -> Iterator[None]:
+    """Let the errors on extra clips name --regularization_data_root instead of the flags of other clips."""
+    try:
+        yield
+    except UserError as error:
+        if not is_extra:
+            raise
+        text = str(error)
+        for advice, own in _ADVICE_ON_EXTRA.items():
+            text = re.sub(advice, own, text)
+        flag = "" if "--regularization_data_root" in text else "--regularization_data_root: "
+        raise UserError(flag + text) from error
+
+
+def _read_prepared(sources: Sequence[DataSource], extra: Sequence[DataSource]) -> PreparedData:
     from prepared.index import PreparedIndex  # pyarrow takes tenths of a second to import
     from prepared.read_index import read_index
 
     folders = _prepared_folders(sources)
-    indexes = [read_index(source.data_root, allow_outside_paths=source.allow_outside_paths) for source in sources]
+    indexes = []
+    for source in sources:
+        with _naming_own_flag(source in extra):
+            indexes.append(read_index(source.data_root, allow_outside_paths=source.allow_outside_paths))
     weighted = weights_to_repeats(sources, list(map(len, indexes)))
     joined = [
         index.with_facts(

@@ -104,6 +104,12 @@ def test_the_id_token_is_added_before_every_caption(tmp_path, token, caption):
     assert captions(good(tmp_path, id_token=token)) == [caption]
 
 
+@pytest.mark.parametrize("caption", ["X", "X cat.", "X, a cat.", "X. A cat.", "X-cat."])
+def test_the_id_token_is_not_added_to_a_caption_that_begins_with_it(tmp_path, caption):
+    write_lists(tmp_path, videos="a.mp4\nb.mp4", prompts=f"{caption}\nXY {caption}")
+    assert captions(good(tmp_path, id_token="X")) == [caption, f"X XY {caption}"]
+
+
 def test_the_folder_of_the_list_is_named_on_request(tmp_path):
     touch(tmp_path / "folder", "a.mp4", "sub/b.mp4")
     write(tmp_path / "folder/sub/b.txt", "A dog.")
@@ -444,3 +450,7 @@ def test_tags_come_in_several_orders_behind_the_id_token(tmp_path):
     assert (plain.caption, plain.captions) == ("X A cat.", ())
     again, _ = good(tmp_path, shuffle_tags=5, id_token="X")
     assert again.captions == tagged.captions
+    write_lists(tmp_path, prompts="X, red, round, small, fast\nA cat.")
+    begun, _ = good(tmp_path, shuffle_tags=5, id_token="X")
+    assert begun.captions[0] == "X, red, round, small, fast"
+    assert all(caption.startswith("X ") and caption.count("X") == 1 for caption in begun.captions[1:])

@@ -601,6 +601,25 @@ def test_a_clip_with_several_captions_is_a_sample_for_each_that_come_as_often_as
     assert first == [(part, caption) for part in range(len(first) // 3) for caption in range(3)]
 
 
+def test_tags_to_shuffle_that_a_clip_does_not_have_are_noted(data, tmp_path):
+    configs = SimpleNamespace(transformer={"max_text_seq_length": 226, "patch_size": 2, "patch_size_t": None})
+    configs.transformer |= {"sample_frames": 49, "sample_height": 8, "sample_width": 12}
+    model = SimpleNamespace(find_long_captions=lambda *_: (), find_unknown_captions=lambda *_: ())
+    rows = [json.loads(line) for line in (data / "table.jsonl").read_text().splitlines()[:3]]
+
+    def notes(captions: list[str], *more: str) -> list[str]:
+        write_table(data / "tags.jsonl", [row | {"caption": text} for row, text in zip(rows, captions, strict=True)])
+        flags = ["--data_root", data, "--dataset_file", data / "tags.jsonl", *SIZE, "--caption_column", "caption"]
+        settings = training(tmp_path / "out", *flags, "--validation_fraction", "0", *more)
+        text = describe_plan(plan_training_data(settings), settings, model, configs, batch_size=1)
+        return [line for line in text.splitlines() if "--shuffle_tags" in line]
+
+    without = "--shuffle_tags has no effect on {} of 3 clips, whose captions are not tags with commas"
+    assert notes(["one", "two", "three"], "--shuffle_tags", "3") == [without.format(3)]
+    assert notes(["red, round", "a,", "x"], "--shuffle_tags", "3") == [without.format(2)]
+    assert notes(["a, b", "c, d", "e, f"], "--shuffle_tags", "3") == notes(["one", "two", "three"]) == []
+
+
 def test_prepared_captions_of_a_clip_are_found_by_its_name():
     buckets = [Bucket(17, 64, 96)] * 6
     index = index_of(buckets, name=[*"aabccc"], repeats=[0.5, 0.5, 1.0, *[1 / 3] * 3])

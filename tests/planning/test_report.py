@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.buckets import make_buckets
-from data.clips import BadClip, Clip, plan_clips
+from data.clips import BadClip, Clip, plan_clips, with_each_caption
 from planning.report import plan_table, write_plan
 from repository import TRAINING
 from video.probe import VideoInfo
@@ -125,14 +125,19 @@ def test_captions_of_several_clips_and_refusals_are_counted_and_named():
     refusals, shared = notes(planned)
     assert refusals.startswith("1 caption in which a model refuses to answer")
     assert refusals.endswith(": 3.mp4 (videos.txt:4)")
-    assert shared.startswith("2 captions used for several clips")
+    assert shared.startswith("1 caption used for several clips")
     assert shared.endswith(": 0.mp4 (videos.txt:1), 2.mp4 (videos.txt:3)")
+    first, other = plan([VIDEO] * 2)
+    several = [replace(one, clip=replace(one.clip, captions=("A cat.", "A pet."))) for one in (first, other)]
+    (shared,) = [note for note in notes(list(with_each_caption(several))) if "used for several" in note]
+    assert shared.startswith("2 captions used for several clips")
+    assert shared.endswith(": 0.mp4 (videos.txt:1), 1.mp4 (videos.txt:2)")
 
 
 def test_captions_that_the_tokenizer_cannot_read_are_counted_and_named():
     planned = plan([VIDEO] * 6, captions=["A cat.", "猫", "狗", "鸟", "鱼", "鱼"])
     note, _ = notes(planned, unknown_captions={"猫", "狗", "鸟", "鱼"})
-    assert note.startswith("5 captions mostly in a script that the model's tokenizer lacks")
+    assert note.startswith("4 captions mostly in a script that the model's tokenizer lacks")
     assert note.endswith(": 1.mp4 (videos.txt:2), 2.mp4 (videos.txt:3), 3.mp4 (videos.txt:4) and 2 more")
 
 

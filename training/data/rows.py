@@ -25,7 +25,7 @@ class DataSource:
     caption_per_line: bool = False  # each line of a caption is a caption of its own
     shuffle_tags: int | None = None  # orders of a caption's comma-separated tags
     caption_dropout: float | None = None  # probability of no caption; None: that of the flag
-    id_token: str | None = None  # added before every caption, with a space
+    id_token: str | None = None  # added with a space before every caption that does not begin with it
     repeats: float = 1.0  # times that each clip comes in an epoch
     weight: float | None = None  # instead of repeats: share of an epoch's samples, relative to other data sets
     regularization: bool = False  # what the model should keep doing: without id token, in batches of their own

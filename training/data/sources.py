@@ -6,6 +6,7 @@ silently. The probe checks whether the listed files exist and what is in them.
 
 import os
 import random
+import re
 import sys
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
@@ -169,17 +170,23 @@ def _captions(value: object, source: DataSource) -> list[str]:
     if source.caption_per_line:
         texts = [line.strip() for text in texts for line in text.splitlines()]
     visible = [text for text in texts if any(unicodedata.category(character) not in _INVISIBLE for character in text)]
-    orders = [order for text in visible for order in _orders(text, source.shuffle_tags or 1)]
-    return list(dict.fromkeys(f"{(source.id_token or '').strip()} {order}".strip() for order in orders))
+    token = (source.id_token or "").strip()
+    return list(dict.fromkeys(order for text in visible for order in _orders(text, token, source.shuffle_tags or 1)))
 
 
-def _orders(caption: str, count: int) -> list[str]:
-    """Return a caption, and other random orders of its comma-separated tags, always the same."""
-    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+def _orders(caption: str, token: str, count: int) -> list[str]:
+    """Return a caption, and other random orders of its comma-separated tags, always the same.
+
+    Each begins with the token, which is not added to a caption that does already.
+    """
+    has_token = bool(token) and re.match(rf"{re.escape(token)}(?!\w)", caption) is not None
+    rest = caption[len(token) :].lstrip(" ,.:;-") if has_token else caption
+    tags = [tag.strip() for tag in rest.split(",") if tag.strip()]
     chance = random.Random(caption.encode(errors="surrogatepass"))  # text that is not valid Unicode is refused later
     # random.shuffle may change between versions of Python; random() may not.
-    others = (sorted(tags, key=lambda _: chance.random()) for _ in range(count - 1))
-    return [caption, *map(", ".join, others)]
+    others = [", ".join(sorted(tags, key=lambda _: chance.random())) for _ in range(count - 1)]
+    first = caption if has_token else f"{token} {caption}"
+    return [first.strip(), *(f"{token} {order}".strip() for order in others)]
 
 
 def _control_file(

@@ -78,7 +78,9 @@ class SourceFlags:
     dataset_streaming: bool = flag(False, "Read --dataset_name row by row: --max_samples then limits the download.")
     max_samples: PositiveInt | None = flag(None, "Use only the first N rows of the data set, to try it.", shown="all")
     id_token: str | None = flag(
-        None, "Rare trigger word to prepend to every caption; start your prompts with it later.", metavar="WORD"
+        None,
+        "Rare trigger word to prepend to every caption that does not begin with it; start your prompts with it later.",
+        metavar="WORD",
     )
     dataset_mix: FilePath | None = flag(
         None,

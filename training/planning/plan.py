@@ -657,8 +657,18 @@ def describe_plan(
         return "\n".join(filter(None, [*lines, _dropout_note(data, settings)]))
     table = tabulate(data, settings, model, configs, batch_size=batch_size, num_ranks=num_ranks)
     dropped = f"{len(data.dropped)} of {data.num_listed} clips are dropped by --keep" if data.dropped else None
-    notes = [dropped, _dropout_note(data, settings), data.held_out_note]
+    notes = [dropped, _tags_note(data, settings.sources), _dropout_note(data, settings), data.held_out_note]
     return "\n".join(filter(None, [str(table), *notes, advise(data, settings, configs.transformer)]))
+
+
+def _tags_note(data: RawData, flags: SourceFlags) -> str | None:
+    """Return a line on clips without tags to shuffle, if that was asked for and there are any."""
+    clips = [one.clip for one in data.clips if flags.shuffle_tags and one.part == one.caption_number == 0]
+    captions = (clip.captions or (clip.caption,) for clip in clips)
+    without = sum(not any(len(caption.strip(" ,").split(",")) > 1 for caption in one) for one in captions)
+    if not without:
+        return None
+    return f"--shuffle_tags has no effect on {without} of {len(clips)} clips, whose captions are not tags with commas"
 
 
 def _dropout_note(data: TrainingData, settings: TrainingSettings | PreparationSettings) -> str | None:

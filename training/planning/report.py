@@ -267,8 +267,10 @@ def _caption_notes(
     ):
         named = list(filter(is_named, clips))
         if named:
-            more = f" and {len(named) - _EXAMPLES} more" if len(named) > _EXAMPLES else ""
-            yield f"{_number(len(named), 'caption')} {what}: {', '.join(map(_name, named[:_EXAMPLES]))}{more}"
+            names = list(dict.fromkeys(map(_name, named)))  # a clip may have several of these captions
+            more = f" and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
+            count = len({clip.caption for clip in named})
+            yield f"{_number(count, 'caption')} {what}: {', '.join(names[:_EXAMPLES])}{more}"
 
 
 def _duplicate_notes(planned: Sequence[ClipSample]) -> Iterator[str]:

@@ -79,7 +79,7 @@ class SourceFlags:
     max_samples: PositiveInt | None = flag(None, "Use only the first N rows of the data set, to try it.", shown="all")
     id_token: str | None = flag(
         None,
-        "Rare trigger word to prepend to every caption that does not begin with it; start your prompts with it later.",
+        "Rare trigger word to prepend to every caption that does not begin with it; start prompts with it later.",
         metavar="WORD",
     )
     dataset_mix: FilePath | None = flag(

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             settings.clips,
             with_images=flags.save_image_latents,
             control=settings.control if flags.save_control_latents else None,
+            masks=settings.masks,
         )
         if data.regularization is not None:
             raise UserError(

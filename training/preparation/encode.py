@@ -85,6 +85,7 @@ def clip_dataset(settings: PreparationSettings, clips: Sequence[ClipSample]) -> 
         seed=settings.preparation.seed,
         with_images=settings.preparation.save_image_latents,
         control=(settings.control.compute_control or LISTED) if settings.preparation.save_control_latents else None,
+        with_masks=settings.masks.use_masks,
         decode_threads=settings.encoding.num_decode_threads,
     )
 
@@ -175,7 +176,7 @@ def encode_batch(
     flags: PreparationFlags, vae: AutoencoderKLCogVideoX, batch: Batch, names: Sequence[str]
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Encode a batch to moments, by name: `video_latents` `[2C, F', h, w]`, maybe `image_latents` `[K, 2C, 1, h, w]`
-    and `control_latents` `[2C, F', h, w]`.
+    `control_latents` `[2C, F', h, w]` and `mask` `[F', h, w]`.
 
     The image of an image-to-video sample is encoded K times, under noise of different strength: the objective needs
     fresh noise on the pixels at every step, but training must not need the VAE. Each step picks one of the K.
@@ -191,6 +192,9 @@ def encode_batch(
         moments = encode_videos(vae, batch.controls).cpu()
         for name, control in zip(names, moments, strict=True):
             tensors[name]["control_latents"] = control
+    if batch.masks is not None:
+        for name, mask in zip(names, batch.masks, strict=True):
+            tensors[name]["mask"] = mask
     return tensors
 
 

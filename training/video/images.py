@@ -7,15 +7,16 @@ from io import BytesIO
 from pathlib import Path
 
 import httpx
+import numpy as np
 import torch
 from PIL import Image
 
 from common.errors import UserError, listing
-from video.controls import compute_control
+from video.controls import INPAINT, check_companion, compute_control, find_mask
 from video.frames import choose_samples
 from video.io import read_frames, reshape_frames
 from video.media import decode_still_image, read_still_image, reason_of
-from video.probe import probe_video
+from video.probe import VideoInfo, probe_video
 
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds for an image, redirects included
@@ -72,7 +73,8 @@ def load_controls(
 
     Args:
         size: frames, height and width of the videos.
-        kind: compute the controls from the clips, as `compute_control` does; None if these are controls.
+        kind: compute the controls from the clips, as `compute_control` does; None if these are controls. INPAINT
+            takes the mask beside each clip.
         reshape_mode, fps, long_clips: as of clips; a random crop is the middle.
     """
     (num_frames, height, width), mode = size, "center" if reshape_mode == "random" else reshape_mode
@@ -82,16 +84,25 @@ def load_controls(
         try:
             info = probe_video(Path(file))
             indices = choose_samples(info, [num_frames], fps=fps, long_clips=long_clips)[0]
-            frames = torch.from_numpy(read_frames(Path(file), indices, seekable=info.seekable)).permute(0, 3, 1, 2)
-            shaped = reshape_frames(frames, height, width, mode, random.Random(0)).permute(0, 2, 3, 1).numpy()
+            shaped, masks = _shaped(Path(file), info, indices, (height, width), mode), None
+            if kind == INPAINT:
+                mask = find_mask(Path(file))
+                own = probe_video(mask)
+                check_companion(own, info, f"its mask {mask}: ", may_be_still=True)
+                masks = _shaped(mask, own, indices if own.num_frames > 1 else [0] * num_frames, (height, width), mode)
         except ValueError as error:
             problems.append(f"'{file}': {reason_of(error).removeprefix(f'{file}: ')}")
             continue
-        controls[file] = list(map(Image.fromarray, compute_control(shaped, kind) if kind else shaped.copy()))
+        controls[file] = list(map(Image.fromarray, compute_control(shaped, kind, masks) if kind else shaped.copy()))
     if problems:
         title = f"{flag}: {len(problems)} of {len(set(files))} cannot be used for videos of {num_frames} frames:"
         raise UserError(listing(title, problems, most=len(problems)))
     return [controls[file] for file in files]
+
+
+def _shaped(file: Path, info: VideoInfo, indices: Sequence[int], size: tuple[int, int], mode: str) -> np.ndarray:
+    frames = torch.from_numpy(read_frames(file, indices, seekable=info.seekable)).permute(0, 3, 1, 2)
+    return reshape_frames(frames, *size, mode, random.Random(0)).permute(0, 2, 3, 1).numpy()
 
 
 async def _download(url: str) -> BytesIO:

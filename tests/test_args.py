@@ -73,7 +73,7 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
         checkpointing_steps: 500, max_bad_steps: 10, gradient_accumulation_steps: 1, learning_rate: 0.0001,
         lr_scheduler: constant, lr_warmup_steps: 500, lr_num_cycles: 1, lr_power: 1.0, noised_image_dropout: 0.05,
         caption_dropout: 0.0, timestep_sampling: uniform, logit_mean: 0.0, logit_std: 1.0, ema_decay: 0.9999,
-        mask_background_weight: 0.1,
+        mask_background_weight: 0.0,
         optimizer: adam, beta1: 0.9, beta2: 0.95, weight_decay: 0.0001, epsilon: 0.00000001, max_grad_norm: 1.0,
         checkpoint_scope: block, checkpoint_every: 1, context_parallel_size: 1, logging_dir: logs, logging_steps: 10,
         nccl_timeout: 600, report_to: tensorboard, regularization_weight: 1.0
@@ -200,7 +200,7 @@ BAD_TRAINING_FLAGS = [
     ("--prodigy_decouple", "--prodigy_decouple", "--optimizer prodigy"),
     ("--prodigy_use_bias_correction", "--prodigy_use_bias_correction", "--optimizer prodigy"),
     ("--prodigy_safeguard_warmup --optimizer came", "--prodigy_safeguard_warmup", "--optimizer prodigy"),
-    ("--mask_background_weight 0", "--mask_background_weight", "add --use_masks"),
+    ("--mask_background_weight 0.1", "--mask_background_weight", "add --use_masks"),
     ("--hub_token secret", "--hub_token", "add --push_to_hub"),
     ("--hub_model_id me/mine", "--hub_model_id", "add --push_to_hub"),
     ("--validation_prompt cat:::", "--validation_prompt", "prompt 2 of 2 is empty"),

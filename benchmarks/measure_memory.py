@@ -46,8 +46,10 @@ from make_full_size_model import full_size_configs
 from memory.accounting import account
 from memory.facts import Workload, model_facts
 from memory.settings import memory_settings_of
+from methods.full import FullFinetune
+from methods.lora import Lora
 from models.source import ModelSource
-from planning.plan import RawData, plan_training_data
+from planning.plan import plan_training_data
 from run.loop import train
 from run.memory_fit import choose_by_budget, run_facts
 from run.recipe import Recipe
@@ -243,8 +245,11 @@ def calculate_row(row: Row) -> dict[str, int]:
         args = parse_args(flags, task="text-to-video", method=row.method)
     configs, size = full_size_configs(row.model), Bucket(*row.size)
     workload = Workload(size, row.batch_size, "bf16", size if row.is_sampled else None)
-    facts = model_facts(configs, Recipe(args, RawData([])).method)
-    result = account(facts, memory_settings_of(args), workload)
+    if row.method == "lora":
+        method = Lora.from_flags(args.lora, args.memory.quantize_base)
+    else:
+        method = FullFinetune(weights_dtype=args.memory.weights_dtype)
+    result = account(model_facts(configs, method), memory_settings_of(args), workload)
     return {**asdict(result), "training": result.training, "validation": result.validation}
 
 

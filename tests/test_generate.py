@@ -144,7 +144,14 @@ def test_a_lora_samples_the_video_of_the_validation(base, lora, lora_video, tmp_
     prompts.embed(["a red circle", ""], torch.device("cpu"))
     vae = source.load_vae(torch.float32, slicing=False, tiling=False)
     settings = ValidationSettings(
-        **{"prompts": ["a red circle"], "images": None, "dtype": torch.float32, "num_videos": 1, "seed": 42, "fps": 8},
+        **{
+            "prompts": ["a red circle"],
+            "conditions": None,
+            "dtype": torch.float32,
+            "num_videos": 1,
+            "seed": 42,
+            "fps": 8,
+        },
         **SIZE | STEPS | {"use_dynamic_cfg": False, "enable_model_cpu_offload": False},
     )
 

@@ -15,7 +15,7 @@ scene="a red circle moves from left to right over a plain light blue background"
 # Small models need no guidance.
 sampling=(--num_inference_steps "$DEMO_SAMPLING_STEPS" --guidance_scale 1)
 # Noise decides the style early, and the model has to learn to read a word before the caption.
-training=(--timestep_sampling logit_normal --logit_mean 1.5 --lora_target_modules to_q to_k to_v to_out.0 text_proj)
+training=(--timestep_sampling logit_normal --logit_mean 1 --lora_target_modules to_q to_k to_v to_out.0 text_proj)
 export MODEL_PATH="$model" PREPARED="$DEMO_DIR/prepared"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TQDM_DELAY=2 # seconds before a progress bar appears

@@ -27,7 +27,7 @@ def test_first_frames_are_cropped_like_clips(tiny_models, demo_clips, tmp_path, 
     argv = run_flags(tiny_models("5b-i2v"), demo_clips, tmp_path, *flags, "--video_reshape_mode", mode)
     args = parse_args(argv, task="image-to-video", method="lora")
     inputs = encode_inputs(check_spec(Recipe(args, plan_training_data(args))))
-    (image,) = inputs.images
+    (image,) = inputs.conditions
     if mode == "center":
         assert image.size == (96, 64)
     assert image.getpixel((0, 0)) == left

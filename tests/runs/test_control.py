@@ -85,6 +85,16 @@ def test_the_contact_sheet_shows_the_control_above_its_video_and_the_loss_of_hel
     assert "validation_loss" in (lora_run / "metrics.jsonl").read_text()
 
 
+def test_the_accounting_counts_the_inputs_of_the_control_and_their_adapter(tiny_models, demo_clips, lora_run):
+    recipe = tiny_runs.recipe_of(
+        "control-to-video", tiny_models("5b"), demo_clips, "--compute_control=blur", "--rank=4"
+    )
+    counted = sum(parameter.numel for parameter in recipe.model_facts.trainable)
+    assert counted == sum(weight.numel() for weight in weights_of(lora_run).values())
+    assert (128, 32, 2, 2) in {parameter.shape for parameter in recipe.model_facts.parameters}
+    assert (64, 32, 2, 2) in {parameter.shape for parameter in recipe.model_facts.trainable}
+
+
 def test_a_resumed_run_ends_with_the_same_weights_and_keeps_its_controls(
     tiny_models, demo_clips, lora_run, tmp_path, capsys
 ):

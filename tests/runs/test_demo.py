@@ -63,12 +63,13 @@ def test_the_style_follows_the_word_and_the_base_model_ignores_it(measured):
     assert measured["base_with_word"]["to_base"] < 0.1
     with_word, without = measured["lora_with_word"], measured["lora_without_word"]
     assert with_word["to_style"] < 0.5 < with_word["to_base"]
-    assert without["to_base"] < 0.25 and without["to_style"] > 0.8
+    assert without["to_base"] < 0.4 and without["to_style"] > 0.8  # after a third of the demo's steps
 
 
-def test_prompts_without_the_word_are_still_followed(measured):
+def test_prompts_are_still_followed(measured):
     assert measured["lora_without_word"]["right_colour"] >= 6
-    assert measured["lora_without_word"]["right_direction"] >= 6
+    assert measured["lora_without_word"]["right_direction"] >= 7
+    assert measured["lora_with_word"]["right_direction"] >= 6
 
 
 def test_plain_diffusers_samples_the_same_video(demo, run):
@@ -97,4 +98,4 @@ def test_the_complete_demo_stays_within_a_tenth_of_the_base_model_without_the_wo
     measured = read_measures(run_demo(tmp_path))
     assert measured["lora_without_word"]["to_base"] <= 0.1
     assert measured["lora_with_word"]["to_style"] <= 0.2
-    assert measured["lora_without_word"]["right_direction"] == 8
+    assert measured["lora_without_word"]["right_direction"] == measured["lora_with_word"]["right_direction"] == 8

@@ -48,7 +48,9 @@ class Kind:
         self.objective = make_objective(source, transformer, task=self.task)
 
     def sample(self, size: Bucket, image: Image.Image | None = None, **options) -> torch.Tensor:
-        return sample_latents(self.pipeline, size, **({"image": image} if self.task.with_images else {}), **options)
+        return sample_latents(
+            self.pipeline, size, **({"image": image} if self.task.condition == "image" else {}), **options
+        )
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def test_training_and_sampling_pass_the_same_inputs_to_the_transformer(make_kind
         torch.testing.assert_close(trained[key], sampled[key], rtol=0, atol=0)
     # The VAE computes in another memory layout in training.
     torch.testing.assert_close(trained["hidden_states"], sampled["hidden_states"], rtol=1e-5, atol=1e-5)
-    if kind.task.with_images:
+    if kind.task.condition == "image":
         condition = trained["hidden_states"][:, :, 16:]
         assert condition[:, 1:].abs().max() == 0 < condition[:, 0].abs().min()
     assert kind.objective.transformer.state_dict().keys() == kind.pipeline.transformer.state_dict().keys()

@@ -39,7 +39,7 @@ def test_with_prepared_data_only_the_transformer_is_in_memory_and_the_decoder_wh
 ):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (96, 64), "gray").save("start.png")
-    images = ["--save_image_latents"] if task.with_images else []
+    images = ["--save_image_latents"] if task.condition == "image" else []
     prepared = prepared_demo(*SIZE, "--max_samples", "2", *images, kind=kind)
     while_sampling: list[list[str]] = []
     decode = task.pipeline_class.decode_latents

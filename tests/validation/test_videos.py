@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 RED, BLUE = (220, 10, 10), (10, 10, 220)
 OPTIONS = {"num_videos": 1, "height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 1, "seed": 3}
 OPTIONS |= {"guidance_scale": 6.0, "use_dynamic_cfg": False, "enable_model_cpu_offload": False, "fps": 8}
-SETTINGS = ValidationSettings(prompts=["a red circle"], images=None, dtype=torch.float32, **OPTIONS)
+SETTINGS = ValidationSettings(prompts=["a red circle"], conditions=None, dtype=torch.float32, **OPTIONS)
 
 
 class Workplace:
@@ -114,7 +114,7 @@ LENGTHS = [("2b", 17), ("5b-i2v", 17), ("1.5-5b-i2v", 17), *product(["1.5-5b"], 
 def test_a_video_has_the_size_and_the_frames_asked_for(workplace, kind, num_frames):
     place = workplace(kind)
     images = [Image.new("RGB", (50, 50), RED)] if kind.endswith("i2v") else None
-    settings = replace(SETTINGS, images=images, height=64, width=96, num_frames=num_frames, guidance_scale=1.0)
+    settings = replace(SETTINGS, conditions=images, height=64, width=96, num_frames=num_frames, guidance_scale=1.0)
     assert place.validate(settings) == []
     assert [video.shape for video in place.videos()] == [(num_frames, 64, 96, 3)]
 
@@ -148,7 +148,7 @@ def test_each_video_begins_with_the_image_of_its_own_prompt(workplace):
     place = workplace("1.5-5b-i2v", "a red circle", "a blue square")
     calls = place.record_calls()
     images = [Image.new("RGB", (96, 64), color) for color in (RED, BLUE)]
-    settings = replace(SETTINGS, prompts=["a red circle", "a blue square"], images=images, num_videos=2)
+    settings = replace(SETTINGS, prompts=["a red circle", "a blue square"], conditions=images, num_videos=2)
     assert place.validate(settings) == []
     assert [options["image"].getpixel((0, 0)) for options, _ in calls] == [RED, RED, BLUE, BLUE]
     for (options, _), prompt in zip(calls, np.repeat(settings.prompts, 2), strict=True):
@@ -236,7 +236,7 @@ def test_the_base_models_video_is_above_each_later_one(workplace):
 def test_the_start_image_is_left_of_its_video(workplace):
     place = workplace("1.5-5b-i2v", "a", "b")
     images = [Image.new("RGB", (96, 64), RED), Image.new("RGB", (64, 64), BLUE)]
-    place.validate(replace(SETTINGS, prompts=["a", "b"], images=images))
+    place.validate(replace(SETTINGS, prompts=["a", "b"], conditions=images))
     sheet = sheet_of(place, 5)
     assert sheet.shape[1] == 20 + 6 * 226 + 20 + 462 + 20
     assert (cell(sheet, 0, 0) == RED).all()

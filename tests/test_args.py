@@ -72,6 +72,7 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
         guidance_scale: 6.0, rank: 64, lora_alpha: 64, train_batch_size: 4, num_train_epochs: 1,
         checkpointing_steps: 500, max_bad_steps: 10, gradient_accumulation_steps: 1, learning_rate: 0.0001,
         lr_scheduler: constant, lr_warmup_steps: 500, lr_num_cycles: 1, lr_power: 1.0, noised_image_dropout: 0.05,
+        condition_frames: first,
         caption_dropout: 0.0, timestep_sampling: uniform, logit_mean: 0.0, logit_std: 1.0, ema_decay: 0.9999,
         mask_background_weight: 0.0,
         optimizer: adam, beta1: 0.9, beta2: 0.95, weight_decay: 0.0001, epsilon: 0.00000001, max_grad_norm: 1.0,
@@ -94,7 +95,7 @@ PREPARE_DEFAULTS = DATA_DEFAULTS | {
     **yaml.safe_load("""{
         model_id: THUDM/CogVideoX-2b, caption_column: caption, num_image_latents: 1, layout: files,
         shard_size_mb: 1024, max_sequence_length: 226, target_fps: 8, batch_size: 1, num_decode_threads: 0,
-        dtype: fp32, seed: 42, num_artifact_workers: 4, use_tiling: null
+        dtype: fp32, seed: 42, num_artifact_workers: 4, use_tiling: null, condition_frames: first
     }"""),
 }
 
@@ -235,6 +236,7 @@ BAD_FINE_TUNING_FLAGS = [
     (f"{ROUNDED} --mixed_precision no", "--weights_dtype bf16", "use --mixed_precision bf16"),
     (f"{ROUNDED} --use_ema", "--use_ema", "bf16 would round away"),
 ]
+ENDS, CONTEXT = (f"--validation_prompt a --condition_frames {frames}" for frames in ("first,last", "first:2"))
 BAD_IMAGE_FLAGS = [
     ("--validation_prompt cat", "--validation_images", "0 for 1"),
     ("--validation_prompt a:::b --validation_images first.png", "--validation_images", "1 for 2"),
@@ -243,8 +245,13 @@ BAD_IMAGE_FLAGS = [
     ("--validation_epochs 1", "--validation_epochs", "add --validation_prompt"),
     ("--validate_first", "--validate_first", "add --validation_prompt or --validation_dataset_file"),
     ("--validation_prompt a --validation_images no-such.png", "--validation_images", "no file 'no-such.png'"),
+    ("--condition_frames last", "--condition_frames", "first, first,last and first:K"),
+    (f"{ENDS} --validation_images first.png", "--validation_images", "'first.png' is not two images"),
+    (f"{ENDS} --validation_images first.png,no.png", "--validation_images", "no file 'no.png'"),
+    (f"{CONTEXT} --validation_images no.mp4", "--validation_images", "pass the path of a video"),
 ]
 BAD_CONTROL_FLAGS = [
+    ("--condition_frames first", "--condition_frames", "unknown flag"),
     ("--validation_prompt cat", "--validation_controls", "0 for 1"),
     ("--validation_prompt cat --validation_controls no-such.mp4", "--validation_controls", "no file 'no-such.mp4'"),
     ("--validation_steps 10", "--validation_steps", "add --validation_prompt"),
@@ -262,6 +269,8 @@ BAD_PREPARE_FLAGS = [
     ("--use_masks", "--use_masks", "no effect without latents"),
     (f"{TENSORS} --use_masks --layout files", "--use_masks", "use shards"),
     (f"{TENSORS} --mask_column cut", "--mask_column", "add --use_masks"),
+    ("--condition_frames first:2", "--condition_frames", "add --save_image_latents"),
+    (f"{TENSORS} --condition_frames first:2 --layout files", "--condition_frames first:2", "use shards"),
     ("--save_control_latents", "--save_control_latents", "no effect without latents"),
     (f"{TENSORS} --save_control_latents --layout files", "--save_control_latents", "use shards"),
     ("--model_id nowhere", "--model_id", "no folder 'nowhere'"),
@@ -482,6 +491,7 @@ USELESS = "has no effect on text-to-video training"
         ("--use_torchao", "--use_torchao has no effect .*"),
         ("--noised_image_dropout 0.05", f"--noised_image_dropout {USELESS}"),
         ("--ignore_learned_positional_embeddings", f"--ignore_learned_positional_embeddings {USELESS}"),
+        ("--condition_frames first:2", f"--condition_frames {USELESS}"),
         ("--validation_images no-such.png", f"--validation_images {USELESS}"),
         ("--lr_scheduler cosine --max_train_steps 5", "--lr_warmup_steps 500 is all of the run's 5 steps: .*"),
         ("--load_tensors --text_encoder_8bit", "--text_encoder_8bit has no effect: .*"),
@@ -586,6 +596,18 @@ def test_validation_images_are_split_and_may_be_urls():
     images = ("--validation_images", "first.png ::: https://example.org/dog.png")
     args = settings("--validation_prompt", "a cat:::a dog", *images, task="image-to-video")
     assert args.validation.images == ("first.png", "https://example.org/dog.png")
+
+
+def test_validation_images_are_what_the_condition_frames_need():
+    prompts = ("--validation_prompt", "a cat:::a dog", "--validation_images")
+
+    def found(condition: str, images: str) -> tuple[str, ...]:
+        flags = ("--condition_frames", condition, *prompts, images)
+        return settings(*flags, task="image-to-video").validation.images
+
+    pairs = found("first,last", "first.png , http://x/b.png ::: http://x/a.png,first.png")
+    assert pairs == ("first.png,http://x/b.png", "http://x/a.png,first.png")
+    assert found("first:3", "file:::first.png") == ("file", "first.png")
 
 
 def test_the_flags_of_controls_are_only_in_their_scripts(workplace, capsys):

@@ -131,6 +131,26 @@ def test_a_clip_has_exactly_the_planned_frames(demo_clips, choice):
         assert np.array_equal(batch.videos[0].numpy(), expected)
 
 
+@pytest.mark.parametrize("condition", ["first,last", "first:2"])
+def test_given_frames_are_cropped_and_flipped_like_the_clip(planned, condition):
+    dataset = make_dataset(
+        planned, random_flip=0.5, reshape_mode="random", with_images=True, condition_frames=condition
+    )
+    for index in range(len(planned)):
+        batch = dataset[Draw(index, 0)]
+        given = [0, batch.bucket.num_frames - 1] if condition == "first,last" else [0, 1, 2, 3, 4]
+        assert torch.equal(batch.images, batch.videos[:, given])
+
+
+def test_an_image_of_the_users_own_replaces_the_first_frame_and_not_the_last(planned, tmp_path):
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "red.png")
+    red = replace(planned[0], clip=replace(planned[0].clip, image=tmp_path / "red.png"))
+    batch = make_dataset([red], with_images=True, condition_frames="first,last")[Draw(0, 0)]
+    first, last = batch.images[0]
+    assert (first.float().mean(dim=(1, 2)) - torch.tensor([255.0, 0, 0])).abs().max() < 5
+    assert torch.equal(last, batch.videos[0, -1])
+
+
 def test_a_flipped_clip_is_mirrored_in_every_frame(planned):
     plain, flipped = (make_dataset(planned, random_flip=flip)[Draw(0, 0)].videos for flip in (None, 1.0))
     assert np.array_equal(flipped.numpy(), plain.numpy()[..., ::-1])
@@ -165,7 +185,7 @@ def with_image(planned: ClipSample, image: Path | None) -> ClipSample:
 
 def image_of(planned: ClipSample, mode: str = "center", random_flip: float | None = None) -> tuple[Batch, np.ndarray]:
     batch = make_dataset([planned], reshape_mode=mode, random_flip=random_flip, with_images=True)[Draw(0, 0)]
-    return batch, batch.images[0].numpy()
+    return batch, batch.images[0, 0].numpy()
 
 
 @pytest.mark.parametrize("part", [0, 1])

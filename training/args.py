@@ -64,6 +64,7 @@ _LORA_ONLY += ("adapter", "lokr_factor", "quantize_base", "stream_blocks")
 _CAPTION_FLAGS = ("caption_per_line", "shuffle_tags")  # no effect on scripts that do not read captions
 _CONTROL_ONLY = ("control_column", "compute_control", "validation_controls")
 _IMAGE_ONLY = ("image_column", "noised_image_dropout", "ignore_learned_positional_embeddings", "validation_images")
+_IMAGE_ONLY += ("condition_frames",)
 _SFT_ONLY = ("save_pipeline", "save_validation_weights", "weights_dtype")
 
 

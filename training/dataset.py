@@ -23,6 +23,7 @@ from models.configs import ModelConfigs
 from models.encoding import encode_mask
 from models.prompts import PromptCache
 from prepared.folder import read_tensor
+from video.condition_frames import FIRST, given_frames
 from video.controls import INPAINT, compute_control
 from video.io import read_frames, reshape_frames
 from video.probe import VideoInfo
@@ -43,9 +44,9 @@ class Batch:
     names: list[str]
     bucket: Bucket
     videos: torch.Tensor | None = None  # [B, F, 3, H, W], uint8
-    images: torch.Tensor | None = None  # [B, 3, H, W], uint8: first frames for image-to-video
+    images: torch.Tensor | None = None  # [B, N, 3, H, W], uint8: given frames for image-to-video
     video_moments: torch.Tensor | None = None  # [B, 2C, F', H / 8, W / 8], unscaled
-    image_moments: torch.Tensor | None = None  # [B, 2C, 1, H / 8, W / 8], of the noised image
+    image_moments: torch.Tensor | None = None  # [B, 2C, M, H / 8, W / 8], of the noised images
     controls: torch.Tensor | None = None  # [B, F, 3, H, W], uint8: what control-to-video follows
     control_moments: torch.Tensor | None = None  # [B, 2C, F', H / 8, W / 8], unscaled
     masks: torch.Tensor | None = None  # [B, F', H / 8, W / 8], float16, in [0, 1]: where the loss counts
@@ -144,7 +145,8 @@ class ClipDataset(_Clips):
     random_flip: float | None  # probability that a clip is mirrored left to right, drawn once per clip and epoch
     seed: int
     prompts: PromptCache | None = None  # the captions' embeddings; None omits `prompt_embeds`
-    with_images: bool = False  # fill `images`, from the clip's own image or its first frame
+    with_images: bool = False  # fill `images`, from the clip's own image and its frames
+    condition_frames: str = FIRST  # which of its frames, as in `video.condition_frames`
     control: str | None = None  # fill `controls`: LISTED for the clips' own, or a kind of `video.controls`
     with_masks: bool = False  # fill `masks`
     replace_failed: bool = False  # replace an undecodable clip, so that batches keep their size on every rank
@@ -184,19 +186,20 @@ class ClipDataset(_Clips):
         clip = planned.clip
         frames = read_frames(clip.video, planned.frame_indices, self.decode_threads, seekable=planned.info.seekable)
         video = self._shape(frames, planned, draw.epoch)
-        image, mask = None, None
+        images, mask = None, None
         if (self.with_masks or self.control == INPAINT) and planned.mask is not None:
             mask = self._companion(clip.mask, planned.mask, planned, draw.epoch)
         if self.with_images:
+            images = video[given_frames(self.condition_frames, len(video))]
             # The image of a split clip belongs to its first part.
-            own = clip.image is None or planned.part > 0
-            image = video[:1] if own else self._shape(read_frames(clip.image, [0]), planned, draw.epoch)
+            if clip.image is not None and planned.part == 0:
+                images[:1] = self._shape(read_frames(clip.image, [0]), planned, draw.epoch)
         return Batch(
             bucket=planned.bucket,
             draws=[draw],
             names=[str(clip.video)],
             videos=video[None],
-            images=image,
+            images=None if images is None else images[None],
             controls=None if self.control is None else self._control(video, mask, planned, draw.epoch)[None],
             masks=_latent_mask(mask, planned.bucket)[None] if self.with_masks else None,
             prompt_embeds=None if self.prompts is None else self.prompts.load(clip.caption)[None],

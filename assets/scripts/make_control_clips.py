@@ -1,15 +1,17 @@
-"""Draw clips of shapes that move anywhere, each with a control: its silhouette, white on black.
+"""Draw clips of shapes that move anywhere, each with a control (its silhouette, white on black) and both its ends.
 
     python assets/scripts/make_control_clips.py --output_dir control-demo/clips --count 96
     python assets/scripts/make_control_clips.py --output_dir control-demo/held-out --count 12 --seed 1
 
 The captions do not say where the shapes are, so that only the control tells it. videos.txt, prompts.txt and
-controls.txt list the clips. The same seed draws the same clips.
+controls.txt list the clips; ends/ has their first and last frames. The same seed draws the same clips.
 """
 
 import argparse
 import random
 from pathlib import Path
+
+from PIL import Image
 
 from clip_files import new_folder, write_lists, write_mp4
 from make_base_clips import BACKGROUNDS, COLOURS, FPS, HEIGHT, NUM_FRAMES, WIDTH
@@ -31,7 +33,7 @@ def draw_controlled_clips(output_dir: Path, count: int, seed: int) -> None:
     """Draw clips and controls that move on straight lines; raise FileExistsError if the folder holds anything."""
     rng, entries = random.Random(seed), []
     with new_folder(output_dir) as folder:
-        for name in ("videos", "controls"):
+        for name in ("videos", "controls", "ends"):
             (folder / name).mkdir()
         for number in range(count):
             shape, colour, background = rng.choice(SHAPES), rng.choice(COLOURS), rng.choice(BACKGROUNDS)
@@ -42,7 +44,10 @@ def draw_controlled_clips(output_dir: Path, count: int, seed: int) -> None:
                 ("videos", (RGB[colour], BACKGROUND_RGB[background])),
                 ("controls", ((255, 255, 255), (0, 0, 0))),
             ):
-                frames = (draw_shape(shape, *colours, place, HEIGHT, WIDTH) for place in places)
+                frames = [draw_shape(shape, *colours, place, HEIGHT, WIDTH) for place in places]
+                if kind == "videos":
+                    for name, frame in (("first", frames[0]), ("last", frames[-1])):
+                        Image.fromarray(frame).save(folder / f"ends/clip-{number:03d}-{name}.png")
                 write_mp4(folder / kind / f"clip-{number:03d}.mp4", frames, FPS)
             article = "an" if colour == "orange" else "a"
             caption = f"{article} {colour} {shape} moves over a plain {background} background"

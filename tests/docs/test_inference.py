@@ -1,5 +1,6 @@
 """The page on using the result matches the code: its commands are parsed, its code runs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 
 import convert_lora
-from common.run_folder import LORA_FILE
+from common.errors import UserError
+from common.run_folder import CONFIG_TITLE, LORA_FILE
 from doc_pages import (
     flags_of,
     help_flags,
@@ -22,6 +24,7 @@ from doc_pages import (
 )
 from methods.lora import Lora
 from models.source import ModelSource
+from results.generation import choose_condition_frames
 
 
 PAGE = read_page("assets/docs/inference.md")
@@ -30,13 +33,14 @@ BLOCKS = marked_blocks(PAGE)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    for name in ("my-lora", "style", "motion"):
+    for name in ("my-lora", "my-ends-lora", "style", "motion"):
         (tmp_path / "outputs" / name).mkdir(parents=True)
         (tmp_path / "outputs" / name / LORA_FILE).touch()
     (tmp_path / "outputs" / "my-model" / "transformer").mkdir(parents=True)
     (tmp_path / "outputs" / "my-model" / "transformer" / "config.json").touch()
     (tmp_path / "held-out.txt").write_text("a cat\na dog\n")
-    Image.new("RGB", (16, 16)).save(tmp_path / "rabbit.png")
+    for name in ("rabbit.png", "yawn.png", "fox.mp4"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name, format="PNG")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -57,8 +61,18 @@ def test_the_commands_sample_the_videos_that_the_page_names(folder):
         assert (quick.sampling_scheduler, quick.num_inference_steps) == ("ddim", 25)
 
 
+def test_given_frames_are_passed_as_the_page_says(folder):
+    ends, context = map(flags_of, noted_calls(BLOCKS["given frames"], folder))
+    assert (ends.image, ends.last_image, ends.condition_frames) == (("rabbit.png",), ("yawn.png",), None)
+    assert (context.video, context.condition_frames) == (("fox.mp4",), "first:3")
+    (folder / "outputs/my-ends-lora/config.yaml").write_text(f"# {CONFIG_TITLE}\ncondition_frames: first,last\n")
+    with pytest.raises(UserError) as error:
+        choose_condition_frames(replace(ends.settings, content=replace(ends.settings.content, last_image=())))
+    assert f"error: {error.value}\n" in PAGE
+
+
 def test_every_block_of_the_page_is_tested_here_or_with_the_readme():
-    assert BLOCKS.keys() == {"generate", "compare", "several", "quick", "convert", "extract", "check"}
+    assert BLOCKS.keys() == {"given frames", "generate", "compare", "several", "quick", "convert", "extract", "check"}
 
 
 def test_the_flags_that_the_page_names_are_those_of_the_script():

@@ -33,6 +33,7 @@ from drawn_runs import write_run
 from repository import ROOT
 from run.config import render_config, split_flags
 from tiny_runs import assert_same_weights, weights_of
+from video.condition_frames import fewest_frames
 
 
 PAGE = read_page("assets/docs/training.md")
@@ -41,12 +42,21 @@ BLOCKS = marked_blocks(PAGE)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    for name in ("my-prepared", "prepared-2b", "prepared-i2v", "prepared-1.5", "my-clips", "held-out"):
+    for name in (
+        "my-prepared",
+        "prepared-2b",
+        "prepared-i2v",
+        "prepared-ends",
+        "prepared-1.5",
+        "my-clips",
+        "held-out",
+    ):
         (tmp_path / name).mkdir()
     (tmp_path / "held-out" / "metadata.csv").write_text("video,text\n")
     (tmp_path / "outputs/my-lora/validation/step-1000").mkdir(parents=True)
     (tmp_path / "outputs/my-lora/validation/step-1000" / LORA_FILE).touch()
-    Image.new("RGB", (16, 16)).save(tmp_path / "rabbit.png")
+    for name in ("rabbit.png", "yawn.png"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -84,6 +94,19 @@ def test_each_recipe_prepares_and_trains_with_flags_that_are_accepted(folder):
 def test_a_command_passes_its_flag(folder, block, flag, value):
     (call,) = noted_calls(BLOCKS[block], folder)
     assert getattr(flags_of(call), flag) == value
+
+
+def test_the_frames_that_the_page_prepares_are_those_that_it_trains_on(folder):
+    prepare, train = map(flags_of, noted_calls(BLOCKS["given frames"], folder))
+    assert prepare.condition_frames == train.condition_frames == "first,last"
+    assert (train.data_root, train.load_tensors, prepare.save_image_latents) == (prepare.output_dir, True, True)
+    assert train.settings.validation.images == ("rabbit.png,yawn.png",)
+    assert (ROOT / BLOCKS["last frame"].split()[1]).is_file()
+    rows = table_rows(PAGE.split("### Last frames")[1].split("##")[0])
+    shortest = {
+        row[0].split("`")[1]: int(row[3].replace("4K+1", "13").split()[0]) for row in rows if "`first" in row[0]
+    }
+    assert shortest == {value: fewest_frames(value.replace("K", "3")) for value in ("first", "first,last", "first:K")}
 
 
 def test_the_sweep_launches_one_run_for_each_combination(folder):
@@ -201,7 +224,15 @@ def test_the_runs_of_a_sweep_are_compared(folder):
 
 def test_every_block_of_the_page_is_tested():
     tested = {"recipes", "sweep", "script", "dry run", "all weights", "memory", "config", "repeat"}
-    tested |= {"best step", "continue", "validation set", "compare", "docker"}  # the last: test_dockerfile.py
+    tested |= {
+        "best step",
+        "continue",
+        "validation set",
+        "compare",
+        "docker",
+        "given frames",
+        "last frame",
+    }  # the last: test_dockerfile.py
     assert BLOCKS.keys() == tested
 
 
@@ -218,10 +249,11 @@ def test_the_code_for_full_fine_tuning_loads_the_weights(folder, tiny_models):
 def test_the_flags_that_the_page_names_are_those_of_each_script(script):
     of_lora = {"--lora_target_modules", "--use_rslora", "--use_dora", "--lora_dropout", "--lora_alpha", "--rank"}
     of_lora |= {"--lora_weights", "--quantize_base", "--stream_blocks", "--adapter", "--lokr_factor"}
-    elsewhere = {"--quiet", "--lora_scale"} | help_flags("prepare_dataset.py")
+    elsewhere = {"--image", "--last_image", "--video", "--quiet", "--lora_scale"} | help_flags("prepare_dataset.py")
     elsewhere |= (
         of_lora if script.endswith("_sft.py") else {"--save_pipeline", "--save_validation_weights", "--weights_dtype"}
     )
     images = {"--noised_image_dropout", "--ignore_learned_positional_embeddings", "--validation_images"}
+    images.add("--condition_frames")
     elsewhere |= images if "control" in script else {"--validation_controls"}
     assert named_flags(without_code(PAGE)) - elsewhere <= help_flags(script)

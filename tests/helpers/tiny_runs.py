@@ -46,9 +46,9 @@ def set_up_run(task: str, model: Path, data: Path, output: Path, *flags: str) ->
     return set_up(check_spec(Recipe(settings, plan_training_data(settings))))
 
 
-def recipe_of(task: str, model: Path, data: Path, *flags: str) -> Recipe:
-    """The settings and data of a LoRA run on raw clips."""
-    settings = parse_args([*run_flags(model, data, Path("out")), *flags], task=task, method="lora")
+def recipe_of(task: str, model: Path, data: Path, *flags: str, method: str = "lora") -> Recipe:
+    """The settings and data of a run on raw clips."""
+    settings = parse_args([*run_flags(model, data, Path("out")), *flags], task=task, method=method)
     return Recipe(settings, plan_training_data(settings))
 
 

@@ -24,7 +24,7 @@ from common.errors import UserError
 from data.buckets import Bucket, count_tokens
 from diffusion.latents import pad_latent_frames
 from models.configs import precision_warning
-from models.encoding import encode_noised_image, encode_prompts, encode_videos
+from models.encoding import encode_noised_images, encode_prompts, encode_videos
 from models.source import ModelSource
 
 
@@ -281,7 +281,7 @@ def test_an_image_is_encoded_as_a_video_of_one_frame_with_noise_of_the_requested
     pixels = video[0, 0].double() / 127.5 - 1 + 0.25 * noise[1].double()
     with torch.no_grad():
         expected = vae.encode(pixels.float()[None, :, None]).latent_dist.parameters
-    encoded = encode_noised_image(vae, video[0, 0], torch.tensor([0, 0.25]), torch.Generator().manual_seed(3))
+    encoded = encode_noised_images(vae, video[0, :1], torch.tensor([0, 0.25]), torch.Generator().manual_seed(3))
     assert torch.equal(encoded[:1], encode_videos(vae, video))
     torch.testing.assert_close(encoded[1:], expected, atol=1e-4, rtol=1e-4)
 

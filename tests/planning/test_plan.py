@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import prepare_dataset
 from args import parse_args, parse_prepare_args
@@ -64,9 +65,9 @@ def plan(data: Path, *flags: str, table: str = "table.jsonl", **options: bool) -
     return plan_flags(data.parent / "out", "--data_root", data, "--dataset_file", data / table, *flags, **options)
 
 
-def training(output: Path, *flags: object) -> TrainingSettings:
+def training(output: Path, *flags: object, task: str = "text-to-video") -> TrainingSettings:
     places = ["--pretrained_model_name_or_path", "org/name", "--output_dir", str(output)]
-    return parse_args([*places, *map(str, flags)], task="text-to-video", method="lora")
+    return parse_args([*places, *map(str, flags)], task=task, method="lora")
 
 
 def write_mix(folder: Path, *entries: dict) -> Path:
@@ -195,6 +196,50 @@ def test_an_image_is_read_only_if_it_is_needed(data):
     assert len(plan(data, table="images.jsonl").clips) == 1
     (bad,) = plan(data, table="images.jsonl", with_images=True).bad
     assert "no-such.png" in bad.reason
+
+
+def test_clips_without_a_frame_beside_those_that_are_given_are_refused(data):
+    encode(data / "short.mp4", frames=10)
+    encode(data / "long.mp4", frames=27)  # a part of 17 frames and one of 9
+    write_table(data / "given.jsonl", [{"video": f"{name}.mp4", "caption": name} for name in ("short", "long")])
+
+    def planned(*flags: str, **options: object) -> RawData:
+        flags = ("--frame_buckets", "9", "17", "--max_num_frames", "17", *flags)
+        return plan(data, *flags, table="given.jsonl", condition_frames="first:3", **options)
+
+    found = planned(with_images=True)
+    assert found.captions == ["long"]
+    assert [one.reason for one in found.bad] == ["gives 9 frames; --condition_frames first:3 needs 13 or more"]
+    found = planned("--long_clips", "split", "--skip_frames_end", "1", with_images=True)
+    assert [one.clip.video.stem for one in found.clips] == ["long"] and len(found.bad) == 1
+    assert len(planned().clips) == 2
+
+
+def test_the_beginning_of_a_video_cannot_be_an_image_of_the_users_own(data):
+    video = json.loads((data / "table.jsonl").read_text().splitlines()[0])["video"]
+    Image.new("RGB", (96, 64)).save(data / "own.png")
+    write_table(data / "images.jsonl", [{"video": video, "caption": "one", "image": "own.png"}])
+    assert plan(data, table="images.jsonl", with_images=True, condition_frames="first,last").clips[0].first_frame
+    with pytest.raises(UserError, match=r"(?s)--condition_frames first:2: .* 1 clips have an image.*own\.png"):
+        plan(data, table="images.jsonl", with_images=True, condition_frames="first:2")
+
+
+def test_prepared_data_has_the_condition_frames_of_the_run(tmp_path):
+    tensors = {"video_latents": torch.zeros(32, 5, 8, 12), "image_latents": torch.zeros(1, 32, 1, 8, 12)}
+    tensors["prompt_embeds"] = torch.zeros(226, 64)
+    write_prepared(tmp_path / "a", {"a-1": tensors}, Bucket(17, 64, 96))
+    flags = ["--data_root", tmp_path / "a", "--load_tensors"]
+
+    def read(*more: str) -> object:
+        return plan_training_data(training(tmp_path / "out", *flags, *more, task="image-to-video"))
+
+    read()  # older folders have first frames
+    with pytest.raises(UserError, match=r"--condition_frames: .*a was prepared with first, not first:2; pass --con"):
+        read("--condition_frames", "first:2")
+    (tmp_path / "a/prepared.json").write_text(json.dumps({"flags": {"condition_frames": "first,last"}}))
+    read("--condition_frames", "first,last")
+    with pytest.raises(UserError, match=r"was prepared with first,last, not first; .*--save_image_latents"):
+        read()
 
 
 def write_scores(table: Path, *scores: float) -> Path:

@@ -32,7 +32,7 @@ from diffusion.latents import image_noise_scales
 from diffusion.randomness import step_generator
 from encoded_clips import all_frames
 from make_full_size_model import full_size_configs
-from models.encoding import encode_noised_image, encode_prompts, encode_videos
+from models.encoding import encode_noised_images, encode_prompts, encode_videos
 from models.source import ModelSource
 from planning.plan import plan_raw_clips
 from preparation.prepare import name_sample, needs_tiles, tensor_bytes, warn_of_overflow
@@ -226,7 +226,7 @@ def noised_latents(vae: AutoencoderKLCogVideoX, name: str, image: np.ndarray, co
     """The latents `[count, 2C, 1, h, w]` of an image `[H, W, 3]` under the noise of a sample."""
     generator = step_generator(torch.device("cpu"), 42, name)
     scales = image_noise_scales(count, generator)
-    return encode_noised_image(vae, torch.from_numpy(image.transpose(2, 0, 1).copy()), scales, generator)
+    return encode_noised_images(vae, torch.from_numpy(image.transpose(2, 0, 1).copy())[None], scales, generator)
 
 
 def test_the_first_frame_is_encoded_under_noise_of_several_strengths(prepared, vae, rows):

@@ -15,7 +15,7 @@ from data.buckets import Bucket
 from dataset import Batch
 from diffusion.image_to_video import ImageToVideo
 from diffusion.text_to_video import TextToVideo
-from models.encoding import encode_noised_image, encode_prompts
+from models.encoding import encode_noised_images, encode_prompts
 from models.prompts import PromptCache
 from models.source import ModelSource
 from prepared.folder import read_tensor
@@ -85,7 +85,7 @@ def test_training_and_sampling_pass_the_same_inputs_to_the_transformer(make_kind
         ["a"],
         size,
         video_moments=torch.randn(1, 32, *size.latent_shape),
-        image_moments=encode_noised_image(kind.pipeline.vae, pixels, torch.zeros(1), torch.Generator()),
+        image_moments=encode_noised_images(kind.pipeline.vae, pixels[None], torch.zeros(1), torch.Generator()),
         prompt_embeds=encode_prompts(kind.pipeline, ["a red circle"]),
     )
     timesteps = torch.tensor([999])

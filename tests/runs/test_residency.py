@@ -4,7 +4,12 @@ import gc
 
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXEncoder3D
 from PIL import Image
 from transformers import T5EncoderModel
@@ -42,14 +47,15 @@ def test_with_prepared_data_only_the_transformer_is_in_memory_and_the_decoder_wh
     images = ["--save_image_latents"] if task.condition == "image" else []
     prepared = prepared_demo(*SIZE, "--max_samples", "2", *images, kind=kind)
     while_sampling: list[list[str]] = []
-    decode = task.pipeline_class.decode_latents
+    pipeline_class = CogVideoXImageToVideoPipeline if task is ImageToVideo else CogVideoXPipeline
+    decode = pipeline_class.decode_latents
 
     def decode_and_look(pipeline: CogVideoXPipeline, latents: torch.Tensor) -> torch.Tensor:
         assert pipeline.vae.use_tiling and pipeline.vae.use_slicing
         while_sampling.append(alive())
         return decode(pipeline, latents)
 
-    monkeypatch.setattr(task.pipeline_class, "decode_latents", decode_and_look)
+    monkeypatch.setattr(pipeline_class, "decode_latents", decode_and_look)
     # The prompts are embedded when this returns.
     flags = [*flags, *SIZE, "--max_train_steps", "1", "--validation_prompt", "a", "--num_inference_steps", "1"]
     run = set_up_run(task.name, tiny_models(kind), prepared, tmp_path / "out", *flags)

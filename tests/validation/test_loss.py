@@ -19,7 +19,7 @@ from data.sampler import Draw
 from dataset import Batch, ClipDataset
 from diffusion.image_to_video import ImageToVideo
 from diffusion.objective import Objective
-from models.encoding import encode_noised_image, encode_videos
+from models.encoding import encode_noised_images, encode_videos
 from models.prompts import PromptCache
 from models.source import ModelSource
 from parallel.coordinator import Coordinator
@@ -88,7 +88,7 @@ def test_the_image_is_the_first_frame_under_fixed_noise(encoders, held_out):
     assert torch.equal(batch.image_moments, encoders.encode(held_out[1::-1], with_images=True)[1].image_moments)
     # Neither clean nor further off than by noise that is five standard deviations stronger than usual.
     clean, strongest = (
-        encode_noised_image(encoders.vae, frames_of(held_out[0])[0, 0], scale, torch.Generator().manual_seed(1))
+        encode_noised_images(encoders.vae, frames_of(held_out[0])[0, :1], scale, torch.Generator().manual_seed(1))
         for scale in (torch.zeros(1), torch.full((1,), math.exp(-3 + 0.5 * 5)))
     )
     assert 0 < (batch.image_moments - clean)[:, :16].abs().mean() < (strongest - clean)[:, :16].abs().mean()

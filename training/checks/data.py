@@ -115,8 +115,8 @@ def check_prepared_flags(settings: TrainingSettings) -> None:
     folder = settings.sources.data_root
     if not settings.prepared.load_tensors or not folder:
         return
-    # The launchers pass the length of validation videos as a frame bucket.
-    compared = settings.given & set(PREPARED_FLAGS) - {"frame_buckets"}
+    # The launchers pass the length of validation videos as a frame bucket; the plan compares condition frames.
+    compared = settings.given & set(PREPARED_FLAGS) - {"frame_buckets", "condition_frames"}
     if not compared:  # nothing to read, which takes a while from a store
         return
     # Folders of earlier versions were prepared without these.

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.run_folder import LORA_FILE
 from common.stores import check_url, is_url
 from flags.data import SourceFlags
+from video.condition_frames import ENDS, is_context, split_files
 
 
 def check_files(
@@ -103,6 +104,19 @@ def find_images(flag: str, images: Sequence[str]) -> tuple[str, ...]:
         if not image.lower().startswith(("http://", "https://")) and not os.path.isfile(image):
             raise UserError(f"{flag}: no file '{image}'; pass a path or an http(s) URL")
     return images
+
+
+def find_given_frames(flag: str, given: Sequence[str], condition: str) -> tuple[str, ...]:
+    """Return the images, pairs of images or videos that --condition_frames asks for, likewise."""
+    if is_context(condition):
+        return find_videos(flag, given)
+    if condition != ENDS:
+        return find_images(flag, given)
+    pairs = [split_files(condition, one) for one in given]
+    for one, pair in zip(given, pairs, strict=True):
+        if len(pair) != 2:
+            raise UserError(f"{flag}: '{one}' is not two images; for --condition_frames {ENDS} pass FIRST,LAST")
+    return tuple(",".join(find_images(flag, pair)) for pair in pairs)
 
 
 def find_videos(flag: str, videos: Sequence[str]) -> tuple[str, ...]:

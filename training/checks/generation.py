@@ -60,15 +60,14 @@ def _settle_content(content: ContentFlags) -> ContentFlags:
         if content.prompt:
             raise UserError("--prompts_file: not together with --prompt; omit one of them")
         prompts = _read_prompts(content.prompts_file)
-    images = find_images("--image", content.image)
-    if images and len(images) != len(prompts):
-        raise UserError(f"--image: {len(images)} for {len(prompts)} prompts; pass one for each prompt")
-    controls = find_videos("--control", content.control)
-    if controls and len(controls) != len(prompts):
-        raise UserError(f"--control: {len(controls)} for {len(prompts)} prompts; pass one for each prompt")
-    if content.compute_control and not controls:
+    files = {name: find_images(f"--{name}", getattr(content, name)) for name in ("image", "last_image")}
+    files |= {name: find_videos(f"--{name}", getattr(content, name)) for name in ("video", "control")}
+    for name, found in files.items():
+        if found and len(found) != len(prompts):
+            raise UserError(f"--{name}: {len(found)} for {len(prompts)} prompts; pass one for each prompt")
+    if content.compute_control and not files["control"]:
         raise UserError("--compute_control: there is no clip to compute a control from; add --control")
-    return replace(content, prompt=prompts, image=images, control=controls)
+    return replace(content, prompt=prompts, **files)
 
 
 def _read_prompts(file: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from common.errors import UserError
 from common.stores import is_url
 from flags.preparation import EncodingFlags, PreparationFlags
+from video.condition_frames import FIRST
 
 
 def settle_preparation(
@@ -26,6 +27,9 @@ def settle_preparation(
     for name in ("control_column", "compute_control"):
         if name in given and not preparation.save_control_latents:
             raise UserError(f"--{name}: no effect without latents of controls; add --save_control_latents")
+    frames = preparation.condition_frames
+    if frames != FIRST and not preparation.save_image_latents:
+        raise UserError("--condition_frames: no effect without latents of images; add --save_image_latents")
     layout = preparation.layout or ("shards" if preparation.save_latents_and_embeddings else "files")
     if layout == "files" and is_url(preparation.output_dir or ""):
         raise UserError(
@@ -38,6 +42,8 @@ def settle_preparation(
     ):
         if layout == "files" and is_given:
             raise UserError(f"{flag}: --layout files has no place for them; use shards")
+    if layout == "files" and frames != FIRST:
+        raise UserError(f"--condition_frames {frames}: --layout files stores only first frames; use shards")
     num_latents = preparation.num_image_latents
     if layout == "files" and num_latents > 1:
         if "num_image_latents" in given:

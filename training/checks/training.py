@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from checks.files import find_images, find_lora, find_videos
+from checks.files import find_given_frames, find_lora, find_videos
 from cli.schema import flag_values
 from common.errors import UserError
 from common.run_folder import CONFIG_FILE, holds_other_config, list_checkpoints, list_results
@@ -53,7 +53,7 @@ def settle_validation(settings: TrainingSettings) -> TrainingSettings:
                 f"prompt, separated by '{separator}'"
             )
     if settings.task == "image-to-video":
-        images = find_images("--validation_images", images)
+        images = find_given_frames("--validation_images", images, settings.image.condition_frames)
     controls = find_videos("--validation_controls", controls)
     first = is_validated or uses_captions if flags.validate_first is None else flags.validate_first
     settled = replace(
@@ -178,6 +178,7 @@ def training_warnings(settings: TrainingSettings) -> list[str]:
     lines = []
     if settings.task == "text-to-video":
         without_effect = {"noised_image_dropout", "ignore_learned_positional_embeddings", "validation_images"}
+        without_effect.add("condition_frames")
         lines += [f"--{name} has no effect on text-to-video training" for name in sorted(without_effect & given)]
     if settings.method == "sft":
         lines += [f"--{name} has no effect on full fine-tuning" for name in ("rank", "lora_alpha") if name in given]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from cli.conditions import parse_condition
 from common.stores import is_url
+from video.condition_frames import parse_condition_frames
 
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -79,6 +80,13 @@ def _table_file(text: str) -> str:
     return file
 
 
+def _condition_frames(text: str) -> str:
+    try:
+        return parse_condition_frames(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _condition(text: str) -> str:
     try:
         return parse_condition(text).text
@@ -110,6 +118,7 @@ Probability = Annotated[float, _number(lambda value: 0 <= value <= 1, "a number 
 Share = Annotated[float, _number(lambda value: 0 < value <= 1, "a number above 0, up to 1", "P")]
 DecayRate = Annotated[float, _number(lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")]
 Text = Annotated[str, Value(_text, "TEXT")]
+ConditionFrames = Annotated[str, Value(_condition_frames, "FRAMES")]
 Condition = Annotated[str, Value(_condition, "CONDITION")]
 Url = Annotated[str, Value(lambda text: text.rstrip("/"), "URL")]
 FilePath = Annotated[str, Value(path, "FILE")]

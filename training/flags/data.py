@@ -20,6 +20,7 @@ PREPARED_FLAGS += (
     "frame_buckets",
     "keep",
     "compute_control",
+    "condition_frames",
     "caption_per_line",
     "shuffle_tags",
 )

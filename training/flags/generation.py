@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli.schema import flag
-from cli.types import AnyPath, FilePath, FiniteFloat, FolderPath, NonNegativeInt, PositiveInt, Text
+from cli.types import AnyPath, ConditionFrames, FilePath, FiniteFloat, FolderPath, NonNegativeInt, PositiveInt, Text
 from common.run_folder import LORA_FILE
 from flags.memory import QUANTIZATIONS, text_encoder_flag
 from video.controls import KINDS
@@ -66,6 +66,17 @@ class ContentFlags:
     negative_prompt: Text = flag("", "What the videos should not show.", shown="the empty prompt, as in training")
     image: tuple[str, ...] = flag(
         (), "Image-to-video: a first frame per prompt, path or http(s) URL; cropped to its aspect.", metavar="PATH"
+    )
+    last_image: tuple[str, ...] = flag(
+        (), "Also a last frame per prompt, for a model trained with --condition_frames first,last.", metavar="PATH"
+    )
+    video: tuple[FilePath, ...] = flag(
+        (), "Instead a video per prompt, whose end is continued, for a model trained with --condition_frames first:K."
+    )
+    condition_frames: ConditionFrames | None = flag(
+        None,
+        "The given frames, as in training.",
+        shown="those of training, if the result is in its run's folder; else first, or first,last with --last_image",
     )
     control: tuple[FilePath, ...] = flag(
         (),

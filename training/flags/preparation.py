@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cli.schema import flag
-from cli.types import FolderPath, NonNegativeInt, PositiveInt
+from cli.types import ConditionFrames, FolderPath, NonNegativeInt, PositiveInt
 from flags.memory import text_encoder_flag
 
 
@@ -19,6 +19,9 @@ class PreparationFlags:
     )
     save_latents_and_embeddings: bool = flag(False, "Write latents and embeddings, not only clips and captions.")
     save_image_latents: bool = flag(False, "Also write latents of first frames, for image-to-video training.")
+    condition_frames: ConditionFrames = flag(
+        "first", "With --save_image_latents, the frames to encode for it, as --condition_frames of training."
+    )
     num_image_latents: PositiveInt = flag(
         4, "With --save_image_latents, encode first frames K times with other noise; each step picks one.", metavar="K"
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from cli.schema import flag
 from cli.types import (
     AnyPath,
+    ConditionFrames,
     DecayRate,
     FiniteFloat,
     FolderPath,
@@ -138,7 +139,12 @@ class LoraFlags:
 class ImageFlags:
     """Image-to-video training."""
 
-    noised_image_dropout: Probability = flag(0.05, "Probability of no first frame, so that it is not just copied.")
+    noised_image_dropout: Probability = flag(0.05, "Probability of no image, so that it is not just copied.")
+    condition_frames: ConditionFrames = flag(
+        "first",
+        "The frames that a video is made from. first,last: also its last one. first:K: its first 4K-3, of K latent "
+        "frames, to continue a video.",
+    )
     ignore_learned_positional_embeddings: bool = flag(
         False,
         "Drop the learned positional embeddings of CogVideoX-5b-I2V, which fit only 49 x 480 x 720. Needed to train "

@@ -16,7 +16,12 @@ class ValidationFlags:
         shown="text-to-video: two captions of the training data, if another flag asks for validation and there is no "
         "--validation_dataset_file",
     )
-    validation_images: str | None = flag(None, "Image-to-video: a first frame (path, URL) a prompt.", metavar="PATHS")
+    validation_images: str | None = flag(
+        None,
+        "Image-to-video: a first frame (path, URL) a prompt. With --condition_frames first,last: FIRST,LAST; with "
+        "first:K: a video whose end is continued.",
+        metavar="PATHS",
+    )
     validation_controls: str | None = flag(
         None,
         "Control-to-video: a control clip a prompt; with --compute_control, a clip that its control is computed from.",

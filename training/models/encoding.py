@@ -1,4 +1,4 @@
-"""Encode prompts to embeddings, videos and first frames to latent moments, as the pipelines do."""
+"""Encode prompts to embeddings, videos and given frames to latent moments, as the pipelines do."""
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
@@ -38,23 +38,28 @@ def encode_videos(vae: AutoencoderKLCogVideoX, videos: torch.Tensor) -> torch.Te
 
 
 @torch.no_grad()
-def encode_noised_image(
-    vae: AutoencoderKLCogVideoX, image: torch.Tensor, scales: torch.Tensor, generator: torch.Generator
+def encode_noised_images(
+    vae: AutoencoderKLCogVideoX, images: torch.Tensor, scales: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Encode an image with noise of several strengths to the moments of the VAE's posterior.
+    """Encode the given frames of a video with noise of several strengths to the moments of the VAE's posterior.
 
     Args:
-        image: `[3, H, W]`, uint8 on any device.
+        images: `[N, 3, H, W]`, uint8 on any device; 1 and 2 are encoded as images, 4k + 1 together as a video.
         scales: `[K]`, the noise's standard deviations, for pixels in [-1, 1].
         generator: of the noise; one on the CPU draws the same noise for every device.
 
     Returns:
-        `[K, 2C, 1, H / 8, W / 8]`, as from `encode_videos`.
+        `[K, 2C, F', H / 8, W / 8]`, as from `encode_videos`.
     """
-    pixels = image.to(generator.device, torch.float32).div(127.5).sub(1.0)
-    noise = torch.randn(len(scales), *image.shape, generator=generator, device=generator.device)
-    noised = pixels + scales.view(-1, 1, 1, 1) * noise
-    return torch.cat([_encode_pixels(vae, one[None, :, None].to(vae.device)) for one in noised])
+    pixels = images.to(generator.device, torch.float32).div(127.5).sub(1.0)
+    noise = torch.randn(len(scales), *images.shape, generator=generator, device=generator.device)
+    noised = (pixels + scales.view(-1, 1, 1, 1, 1) * noise).transpose(1, 2)  # [K, 3, N, H, W]
+    videos = noised.split(1, dim=2) if len(images) == 2 else [noised]
+
+    def encode(video: torch.Tensor) -> torch.Tensor:
+        return torch.cat([_encode_pixels(vae, one[None].to(vae.device)) for one in video])
+
+    return torch.cat(list(map(encode, videos)), dim=2)
 
 
 def encode_mask(frames: torch.Tensor) -> torch.Tensor:

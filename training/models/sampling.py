@@ -39,8 +39,8 @@ def sample_video(
         pipeline: set up on its device; it needs no text encoder.
         prompt_embeds: `[T, D]`, on any device. The pipeline draws its noise in their dtype.
         negative_prompt_embeds: `[T, D]`; None if `guidance_scale` is 1 or less.
-        condition: the first frame, or the frames of the control, which are as many and as large as those of the video;
-            None for text-to-video.
+        condition: the first frame, or given frames as for `ConditionFramesPipeline`; or the frames of the control,
+            which are as many and as large as those of the video; None for text-to-video.
         seed: of a generator on the pipeline's device.
     """
     device, num_frames = pipeline._execution_device, size.num_frames

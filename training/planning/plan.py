@@ -19,7 +19,7 @@ from common.files import atomic_write, path_of_script
 from common.remote import default_cache_folder, limit_cache, to_path
 from common.text_files import digest_lines
 from data.buckets import BucketColumn, count_tokens, make_buckets, native_fps
-from data.clips import BadClip, ClipSample, plan_clips, with_each_caption
+from data.clips import BadClip, Clip, ClipSample, plan_clips, with_each_caption
 from data.mix import read_mix, weights_to_repeats
 from data.sampler import BucketBatchSampler
 from data.sources import DataSource, read_clips
@@ -40,6 +40,7 @@ from planning.keep import keep_clips
 from planning.report import PlanTable, plan_table, regularization_note
 from prepared.folder import read_prepared_settings
 from video.cache import FileCache
+from video.condition_frames import FIRST, fewest_frames, is_context
 from video.controls import INPAINT
 from video.probe import probe_files
 
@@ -223,10 +224,17 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
     extra = regularization_sources(settings, control)
     if settings.prepared.load_tensors:
         data = _read_prepared([*data_sources(sources), *extra])
+        if with_images:
+            _check_condition_frames(settings.image.condition_frames, data.folders)
     else:
-        data = plan_raw_clips(
-            sources, settings.clips, extra, with_images=with_images, control=control, masks=settings.masks
-        )
+        frames = settings.image.condition_frames
+        condition = {
+            "with_images": with_images,
+            "condition_frames": frames,
+            "control": control,
+            "masks": settings.masks,
+        }
+        data = plan_raw_clips(sources, settings.clips, extra, **condition)
         model = settings.model.pretrained_model_name_or_path
         check_bad_clips(data, sources.on_bad_clip, lambda: advise_early(data, settings, model))
     _check_kinds(data, [*data_sources(sources), *extra])
@@ -270,6 +278,17 @@ def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
     return replace(data, clips=clips, held_out=held_out, held_out_fraction=fraction, held_out_note=note)
 
 
+def _check_condition_frames(wanted: str, folders: Iterable[Path]) -> None:
+    """Refuse folders that were prepared with other condition frames; older ones have first frames."""
+    for folder in folders:
+        made_with = read_prepared_settings(folder).get("flags", {}).get("condition_frames", FIRST)
+        if made_with != wanted:
+            raise UserError(
+                f"--condition_frames: {folder} was prepared with {made_with}, not {wanted}; pass --condition_frames "
+                f"{made_with}, or prepare the clips with --save_image_latents --condition_frames {wanted}"
+            )
+
+
 def control_flags(settings: TrainingSettings) -> ControlFlags | None:
     """Return how clips get their controls; computed ones as in the preparation, if the clips are prepared.
 
@@ -298,12 +317,14 @@ def plan_raw_clips(
     extra: Sequence[DataSource] = (),
     *,
     with_images: bool = False,
+    condition_frames: str = FIRST,
     control: ControlFlags | None = None,
     masks: MaskFlags | None = None,
 ) -> RawData:
     """List the clips, probe them, and assign them to buckets; `with_images` and with `control` with theirs.
 
-    Those of `extra` sources come last. Masks are read for the loss and for controls, which need one for every clip.
+    Those of `extra` sources come last. With images, samples have more frames than `condition_frames` gives. Masks are
+    read for the loss and for controls, which need one for every clip.
     """
     cache = default_cache_folder()
     buckets = make_buckets(clip_flags.frame_buckets, clip_flags.height_buckets, clip_flags.width_buckets)
@@ -317,6 +338,8 @@ def plan_raw_clips(
     planned, bad, dropped = [], [], []
     for source, (of_source, unreadable) in zip(sources, read, strict=True):
         kept, dropped_here, unscored = keep_clips(of_source, infos, source)
+        if with_images and is_context(condition_frames):
+            _refuse_images(of_source, condition_frames)
         usable, unusable = plan_clips(
             kept,
             infos,
@@ -329,8 +352,9 @@ def plan_raw_clips(
             with_images=with_images,
             needs_masks=_fills_masks(control),
         )
+        usable, short = _without_short(usable, condition_frames if with_images else FIRST)
         planned.append(usable)
-        bad += [*unreadable, *unscored, *unusable]
+        bad += [*unreadable, *unscored, *unusable, *short]
         dropped += dropped_here
     uses_masks = masks is not None and masks.use_masks
     if uses_masks and any(planned) and not any(sample.mask for of_source in planned for sample in of_source):
@@ -339,6 +363,25 @@ def plan_raw_clips(
             "beside a.mp4, name them in the list (--mask_column), or omit the flag"
         )
     return RawData(_weighted(sources, planned), bad, dropped)
+
+
+def _refuse_images(clips: Sequence[Clip], condition: str) -> None:
+    """Refuse images of the user's as the beginning of a video."""
+    if with_image := [f"{clip.image} ({clip.source})" for clip in clips if clip.image is not None]:
+        what = f"the given frames are the clip's own, but {len(with_image)} clips have an image; remove the images:"
+        raise UserError(listing(f"--condition_frames {condition}: {what}", with_image))
+
+
+def _without_short(samples: Sequence[ClipSample], condition: str) -> tuple[list[ClipSample], list[BadClip]]:
+    """Return the samples that are longer than their given frames, and the clips without one."""
+    fewest = fewest_frames(condition)
+    kept = [sample for sample in samples if sample.bucket.num_frames >= fewest]
+    clips, short = {id(sample.clip) for sample in kept}, {}
+    for sample in samples:
+        if id(sample.clip) not in clips:
+            reason = f"gives {sample.bucket.num_frames} frames; --condition_frames {condition} needs {fewest} or more"
+            short[id(sample.clip)] = BadClip(str(sample.clip.video), sample.clip.source, reason, sample.info)
+    return kept, list(short.values())
 
 
 def plan_validation_clips(
@@ -351,7 +394,13 @@ def plan_validation_clips(
     if settings.validation.validation_dataset_file is None:
         return None
     masks = replace(settings.masks, use_masks=False)  # the loss of validation is that of all pixels
-    data = plan_raw_clips(*validation_data_flags(settings), with_images=with_images, control=control, masks=masks)
+    data = plan_raw_clips(
+        *validation_data_flags(settings),
+        with_images=with_images,
+        condition_frames=settings.image.condition_frames,
+        control=control,
+        masks=masks,
+    )
     if data.bad:
         what = f"{len(data.bad)} of {data.num_listed} clips cannot be used; fix or remove them:"
         raise UserError(listing(f"--validation_dataset_file: {what}", data.bad, most=len(data.bad)))

@@ -25,7 +25,7 @@ from diffusion.randomness import step_generator
 from flags.preparation import PreparationFlags
 from flags.settings import PreparationSettings
 from models.configs import CPU, DTYPES
-from models.encoding import encode_noised_image, encode_prompts, encode_videos
+from models.encoding import encode_noised_images, encode_prompts, encode_videos
 from models.source import ModelSource
 from preparation.claims import Claims, SharedBatches
 from preparation.layouts import Batches, Layout, Sample
@@ -84,6 +84,7 @@ def clip_dataset(settings: PreparationSettings, clips: Sequence[ClipSample]) -> 
         random_flip=settings.clips.random_flip,
         seed=settings.preparation.seed,
         with_images=settings.preparation.save_image_latents,
+        condition_frames=settings.preparation.condition_frames,
         control=(settings.control.compute_control or LISTED) if settings.preparation.save_control_latents else None,
         with_masks=settings.masks.use_masks,
         decode_threads=settings.encoding.num_decode_threads,
@@ -175,19 +176,19 @@ def progress_bar(title: str, unit: str, total: int) -> tqdm:
 def encode_batch(
     flags: PreparationFlags, vae: AutoencoderKLCogVideoX, batch: Batch, names: Sequence[str]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Encode a batch to moments, by name: `video_latents` `[2C, F', h, w]`, maybe `image_latents` `[K, 2C, 1, h, w]`
+    """Encode a batch to moments, by name: `video_latents` `[2C, F', h, w]`, maybe `image_latents` `[K, 2C, M, h, w]`,
     `control_latents` `[2C, F', h, w]` and `mask` `[F', h, w]`.
 
-    The image of an image-to-video sample is encoded K times, under noise of different strength: the objective needs
+    The images of an image-to-video sample are encoded K times, under noise of different strength: the objective needs
     fresh noise on the pixels at every step, but training must not need the VAE. Each step picks one of the K.
     """
     moments = encode_videos(vae, batch.videos).cpu()
     tensors = {name: {"video_latents": moments[position]} for position, name in enumerate(names)}
     if flags.save_image_latents:
-        for name, image in zip(names, batch.images, strict=True):
+        for name, images in zip(names, batch.images, strict=True):
             generator = step_generator(CPU, flags.seed, name)
             scales = image_noise_scales(flags.num_image_latents, generator)
-            tensors[name]["image_latents"] = encode_noised_image(vae, image, scales, generator).cpu()
+            tensors[name]["image_latents"] = encode_noised_images(vae, images, scales, generator).cpu()
     if flags.save_control_latents:
         moments = encode_videos(vae, batch.controls).cpu()
         for name, control in zip(names, moments, strict=True):

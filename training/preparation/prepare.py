@@ -57,6 +57,7 @@ from prepared.folder import (
     read_prepared_settings,
     write_settings,
 )
+from video.condition_frames import FIRST, num_condition_latents
 from video.controls import INPAINT
 
 
@@ -167,7 +168,9 @@ def log_plan(settings: PreparationSettings, data: RawData, source: ModelSource, 
     sizes = {"batch_size": settings.encoding.batch_size, "num_ranks": num_ranks}
     configs = source.configs()
     logger.info("%s", describe_plan(data, settings, source, configs, **sizes))
-    task = ImageToVideo(0, False) if configs.is_image_to_video else TextToVideo()
+    task = TextToVideo()
+    if configs.is_image_to_video:
+        task = ImageToVideo(0, False, settings.preparation.condition_frames)
     if settings.preparation.save_control_latents:
         task = ControlToVideo()
     try:
@@ -237,6 +240,8 @@ def name_sample(planned: ClipSample, settings: PreparationSettings) -> Sample:
     if settings.preparation.save_image_latents:
         image = planned.first_frame.content if planned.first_frame and planned.part == 0 else None
         facts += [image, settings.preparation.num_image_latents, settings.preparation.seed]
+        frames = settings.preparation.condition_frames
+        facts += [] if frames == FIRST else [frames]
     if settings.preparation.save_control_latents:
         facts.append(settings.control.compute_control or planned.control.content)
     if settings.masks.use_masks or settings.control.compute_control == INPAINT:
@@ -279,7 +284,7 @@ def latent_bytes(settings: PreparationSettings, configs: ModelConfigs, bucket: B
     """Return the bytes of a sample's latents, with those of its image and its control, and its mask."""
     flags, (frames, height, width) = settings.preparation, bucket.latent_shape
     if flags.save_image_latents:
-        frames += flags.num_image_latents if flags.layout == "shards" else 1
+        frames += flags.num_image_latents * num_condition_latents(flags.condition_frames)
     if flags.save_control_latents:
         frames += bucket.latent_shape[0]
     masks = 2 * prod(bucket.latent_shape) if settings.masks.use_masks else 0

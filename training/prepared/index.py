@@ -72,7 +72,7 @@ class PreparedClip:
     bucket: Bucket
     video_latents: StoredTensor  # [2C, F', H / 8, W / 8]
     prompt_embeds: StoredTensor  # [226, D]
-    image_latents: StoredTensor | None = None  # [K, 2C, 1, H / 8, W / 8], or without K
+    image_latents: StoredTensor | None = None  # [K, 2C, M, H / 8, W / 8], or without K
     repeats: float = 1.0
     control_latents: StoredTensor | None = None  # [2C, F', H / 8, W / 8]
     mask: StoredTensor | None = None  # [F', H / 8, W / 8]
@@ -142,7 +142,7 @@ class IndexedFolder:
             bucket,
             stored(facts["latents"], f"{name}.video_latents", None, *shape),
             stored(facts["prompt_embeds"], f"{key}.prompt_embeds", None, None),
-            None if image is None else stored(image, f"{name}.image_latents", *images, None, 1, *shape[1:]),
+            None if image is None else stored(image, f"{name}.image_latents", *images, None, None, *shape[1:]),
             self.fixed if self.fixed is not None else facts["repeats"] * self.times,
             None if control is None else stored(control, f"{name}.control_latents", None, *shape),
             None if mask is None else stored(mask, f"{name}.mask", *shape),

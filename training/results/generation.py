@@ -8,21 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.training_utils import free_memory
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 
 from common.errors import UserError, first_line
 from common.files import atomic_write
 from common.logs import start_logging
 from common.ranks import local_rank
+from common.run_folder import CONFIG_FILE, CONFIG_TITLE
 from data.buckets import Bucket
 from diffusion.control_to_video import ControlToVideo
 from diffusion.image_to_video import ImageToVideo
 from diffusion.task import SizeFlags, Task, choose_scheduler
 from diffusion.text_to_video import TextToVideo
-from flags.generation import BASE, COMPARED, DEFAULT_FOLDER, SHEET, PlannedVideo
+from flags.generation import BASE, COMPARED, DEFAULT_FOLDER, SHEET, ContentFlags, PlannedVideo
 from flags.settings import GenerationSettings
 from methods.lora import PATCHES
 from methods.lora_file import read_lora
@@ -32,12 +34,16 @@ from models.encoding import encode_prompts
 from models.quantization import check_quantization
 from models.sampling import Pipeline, cached, sample_video
 from models.source import ModelSource
-from video.contact_sheet import SheetRow, draw_contact_sheet, shown_indices
-from video.images import load_controls, load_validation_images
+from video.condition_frames import ENDS, FIRST, parse_condition_frames
+from video.contact_sheet import SheetRow, draw_contact_sheet, shown_condition, shown_indices
+from video.images import load_controls, load_given_frames
 from video.io import read_frames, write_video
 
 
 logger = logging.getLogger(__name__)
+
+_GIVEN = {FIRST: ("image",), ENDS: ("image", "last_image")}  # flags of the files; for others, --video
+_A_FILE = {"image": "an image", "last_image": "a last image", "video": "a video to continue"}
 
 
 @dataclass(frozen=True)
@@ -103,9 +109,10 @@ def settle(settings: GenerationSettings) -> Generation:
     check_quantization(memory.quantize_base)
     conditions = None
     if task.condition == "image":
-        # Cropped as in validation; the pipeline would distort images of another aspect ratio.
-        loaded = load_validation_images(settings.content.image, "--image")
-        conditions = [ImageOps.fit(one, (size.width, size.height)) for one in loaded]
+        names = _GIVEN.get(task.condition_frames, ("video",))
+        files = list(zip(*(getattr(settings.content, name) for name in names), strict=True))
+        flag = ", ".join(f"--{name}" for name in names)
+        conditions = load_given_frames(files, task.condition_frames, size.height, size.width, flag=flag)
     elif task.condition == "control":
         conditions = load_controls(settings.content.control, size, settings.content.compute_control, "--control")
     device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else CPU
@@ -120,9 +127,9 @@ def choose_task(settings: GenerationSettings, configs: ModelConfigs) -> Task:
     ignores_positions = settings.result.ignore_learned_positional_embeddings
     has_positions = configs.transformer["use_learned_positional_embeddings"]
     if settings.content.control:
-        if settings.content.image:
+        if given := given_frames_flags(settings.content):
             raise UserError(
-                "--image: not together with --control, which no released model takes too; omit one of them"
+                f"--{given[0]}: not together with --control, which no released model takes too; omit one of them"
             )
         return choose_control(settings, configs)
     if trained := (configs.is_control and "the base model") or find_control_result(settings, configs):
@@ -131,17 +138,61 @@ def choose_task(settings: GenerationSettings, configs: ModelConfigs) -> Task:
         tuned = read_tuned_config(settings.result.transformer, settings.model.cache_dir, configs)
         ignores_positions |= has_positions and not tuned["use_learned_positional_embeddings"]
     if configs.is_image_to_video:
-        if not settings.content.image:
-            raise UserError("--image: this is an image-to-video model; pass an image for each prompt")
-        return ImageToVideo(0.0, ignores_positions)
-    if settings.content.image:
+        return ImageToVideo(0.0, ignores_positions, choose_condition_frames(settings))
+    if given := given_frames_flags(settings.content):
         raise UserError(
-            "--image: this is a text-to-video model, which takes none; omit it, or pass an image-to-video model such "
-            "as THUDM/CogVideoX-5b-I2V"
+            f"--{given[0]}: this is a text-to-video model, which takes none; omit it, or pass an image-to-video model "
+            "such as THUDM/CogVideoX-5b-I2V"
         )
     if ignores_positions:
         raise UserError("--ignore_learned_positional_embeddings: this model has no learned positions; omit the flag")
     return TextToVideo()
+
+
+def given_frames_flags(content: ContentFlags) -> list[str]:
+    """Return the names of the flags that were passed among those of given frames."""
+    return [name for name in ("image", "last_image", "video", "condition_frames") if getattr(content, name)]
+
+
+def choose_condition_frames(settings: GenerationSettings) -> str:
+    """Return the frames to sample from: those of the flag, of the training, or of the files that were passed.
+
+    Raises a UserError if other files were passed.
+    """
+    content, trained = settings.content, find_trained_frames(settings)
+    condition = content.condition_frames or (trained[0] if trained else ENDS if content.last_image else FIRST)
+    if content.video and not (content.condition_frames or trained):
+        raise UserError("--video: pass as many of its frames as in training: --condition_frames first:K")
+    needed, passed = _GIVEN.get(condition, ("video",)), set(given_frames_flags(content)) - {"condition_frames"}
+    what = "this is an image-to-video model"
+    if content.condition_frames:
+        what = f"--condition_frames {condition} was passed"
+    elif trained:
+        what = f"'{trained[1]}' was trained with --condition_frames {condition}"
+    for name in needed:
+        if name not in passed:
+            raise UserError(f"--{name}: {what}; pass {_A_FILE[name]} for each prompt")
+    for name in sorted(passed.difference(needed)):
+        raise UserError(f"--{name}: {what}, which needs none; omit it, or pass other --condition_frames")
+    return condition
+
+
+def find_trained_frames(settings: GenerationSettings) -> tuple[str, str] | None:
+    """Return the condition frames of a result's training, and the result; None for one outside of its run's folder.
+
+    They are in the `config.yaml` of a run, whose checkpoints and validations are folders in it. A LoRA trained
+    on first frames goes together with one for others.
+    """
+    results, found = [*(lora for lora, _ in settings.loras), settings.result.transformer], []
+    for result in (Path(one) for one in results if one and Path(one).exists()):  # not a hub id
+        for folder in (result, *list(result.parents)[:3]):
+            with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # the user may have changed the file
+                text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+                if text.startswith(f"# {CONFIG_TITLE}"):
+                    value = (yaml.safe_load(text) or {}).get("condition_frames", FIRST)
+                    found.append((parse_condition_frames(value), str(result)))
+                    break
+    return next((one for one in found if one[0] != FIRST), found[0] if found else None)
 
 
 def choose_control(settings: GenerationSettings, configs: ModelConfigs) -> ControlToVideo:
@@ -298,8 +349,8 @@ def compare(video: PlannedVideo, generation: Generation) -> None:
         write_video(partial, list(np.concatenate([base, tuned], axis=2)), generation.fps)
     indices = shown_indices(size.num_frames)
     condition = None if generation.conditions is None else generation.conditions[video.number]
-    start = [np.asarray(condition)] if isinstance(condition, Image.Image) else []
-    columns = [*(["start image"] if start else []), *(f"frame {index + 1}" for index in indices)]
+    titles, start = shown_condition(condition, size.num_frames)
+    columns = [*titles, *(f"frame {index + 1}" for index in indices)]
     rows = []
     if condition is not None and not start:
         rows.append(SheetRow([np.asarray(condition[index]) for index in indices], "control", video.prompt))

@@ -13,6 +13,7 @@ from common.hub_token import without_tokens
 from data.buckets import Bucket
 from tracking.loss_curve import PICTURE_FILE
 from validation.grid import GRID_FILE
+from video.condition_frames import ENDS, FIRST, given_frames, is_context
 
 
 # Flags that name local paths, or that the card shows elsewhere.
@@ -98,6 +99,12 @@ def _body(folder: Path, repo_id: str, base: str, facts: CardFacts, samples: list
 def example(facts: CardFacts, base: str, repo_id: str) -> str:
     """Return code that samples a video with the result."""
     pipeline, loader, argument, condition = _CONDITIONS[facts.task]
+    frames = facts.settings.get("condition_frames", FIRST)
+    if frames == ENDS:
+        condition = ['image = [load_image("first-frame.png"), load_image("last-frame.png")]']
+    elif is_context(frames):
+        loader, num_given = "load_video", len(given_frames(frames, 0))
+        condition = [f'image = load_video("clip.mp4")[-{num_given}:]  # the end of the video to continue']
     names = [pipeline]
     names += [] if facts.adapter else ["CogVideoXTransformer3DModel"]
     prompt = facts.prompts[0] if facts.prompts else "A panda plays a guitar"

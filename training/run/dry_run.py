@@ -35,6 +35,7 @@ from run.recipe import Recipe
 from run.setup import make_dataset, set_up
 from run.spec import RunSpec, check_spec
 from tracking.peak_memory import PeakMemory
+from video.condition_frames import ENDS, given_frames, is_context
 from video.io import write_video
 
 
@@ -148,9 +149,7 @@ def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | N
         prompts = ("a trial",)
         size_flags = {"max_num_frames": sampled.num_frames, "height": sampled.height, "width": sampled.width}
         if settings.task == "image-to-video":
-            images = (str(folder / "start.png"),)
-            with atomic_write(Path(images[0])) as partial:  # by every rank, while others read it
-                Image.new("RGB", (sampled.width, sampled.height), "gray").save(partial)
+            images = (write_given_frames(settings.image.condition_frames, folder, sampled),)
         elif settings.task == "control-to-video":
             controls = (str(folder / "control.mp4"),)
             with atomic_write(Path(controls[0])) as partial:
@@ -173,6 +172,18 @@ def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | N
         report_to="none",
     )
     return replace(trial, validation=replace(trial.validation, prompts=prompts, images=images, controls=controls))
+
+
+def write_given_frames(condition: str, folder: Path, size: Bucket) -> str:
+    """Write what a video is sampled from, in gray, and return its value for --validation_images."""
+    gray = Image.new("RGB", (size.width, size.height), "gray")
+    file = folder / ("start.mp4" if is_context(condition) else "start.png")
+    with atomic_write(file) as partial:  # by every rank, while others read it
+        if is_context(condition):
+            write_video(partial, [gray] * len(given_frames(condition, size.num_frames)), 8)
+        else:
+            gray.save(partial)
+    return f"{file},{file}" if condition == ENDS else str(file)
 
 
 def largest_batch(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from diffusers.training_utils import free_memory
-from PIL import ImageOps
 
 from common.errors import UserError
 from dataset import Batch
@@ -17,7 +16,8 @@ from prepared.folder import read_prompt
 from run.spec import RunSpec
 from validation.loss import encode_validation_set, read_validation_set
 from validation.videos import Conditions
-from video.images import load_controls, load_validation_images
+from video.condition_frames import split_files
+from video.images import load_controls, load_given_frames
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def _encode_held_out(
         prompts,
         reshape_mode=validation_data_flags(spec.settings)[1].video_reshape_mode,
         with_images=with_images,
+        condition_frames=spec.settings.image.condition_frames,
         control=spec.controls,
         replace_failed=is_fraction and sources.on_bad_clip == "skip",
         shows_progress=spec.accelerator.is_main_process,
@@ -94,11 +95,10 @@ def load_conditions(spec: RunSpec) -> Conditions | None:
         return load_controls(flags.controls, spec.sampled_size, spec.task.kind, **how)
     if spec.task.condition != "image":
         return None
-    images = load_validation_images(flags.images)
-    if clips.video_reshape_mode == "none":
-        return images
-    # The pipeline would distort images of another aspect ratio.
-    return [ImageOps.fit(image, (clips.width, clips.height)) for image in images]
+    condition = spec.settings.image.condition_frames
+    files = [split_files(condition, one) for one in flags.images]
+    where = {"flag": "--validation_images", "reshape_mode": clips.video_reshape_mode, "fps": clips.fps}
+    return load_given_frames(files, condition, clips.height, clips.width, **where)
 
 
 def find_prompt(data: TrainingData, configs: ModelConfigs, prompt: str) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """The settings and data of a run, and what follows from them without loading weights."""
 
+import inspect
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -40,7 +41,8 @@ class Recipe:
         if self.settings.task == "control-to-video":
             return ControlToVideo(control_flags(self.settings).compute_control, not self.base_configs.takes_condition)
         flags = self.settings.image
-        return ImageToVideo(flags.noised_image_dropout, flags.ignore_learned_positional_embeddings)
+        ignores_positions = flags.ignore_learned_positional_embeddings
+        return ImageToVideo(flags.noised_image_dropout, ignores_positions, flags.condition_frames)
 
     @cached_property
     def method(self) -> Lora | FullFinetune:
@@ -159,7 +161,14 @@ class Recipe:
         The code calls the base model `model`, or None for its path or hub id.
         """
         model = model or self.settings.model.pretrained_model_name_or_path
-        lines = self.method.usage(self.task.pipeline_class.__name__, model, where, self.task.usage())
+        pipeline = self.task.pipeline_class
+        if is_ours := not pipeline.__module__.startswith("diffusers."):
+            pipeline = pipeline.__base__
+        lines = self.method.usage(pipeline.__name__, model, where, self.task.usage())
+        if is_ours:  # the library has no pipeline for the result: users need the code of ours
+            code = inspect.getsource(inspect.getmodule(self.task.pipeline_class)).partition("\n\n")[2]
+            lines = [*code.strip().split("\n"), "", "", *lines]
+            lines += [f"pipe = {self.task.pipeline_class.__name__}(**pipe.components)"]
         if self.task.scheduler_class is not None:
             lines.append(f"pipe.scheduler = {self.task.scheduler_class.__name__}.from_config(pipe.scheduler.config)")
         return "\n".join(lines)

@@ -357,6 +357,7 @@ def make_dataset(
         seed=seed,
         prompts=prompts,
         with_images=with_images,
+        condition_frames=recipe.settings.image.condition_frames,
         control=recipe.controls,
         with_masks=with_masks,
         replace_failed=replace_failed,

@@ -26,6 +26,7 @@ from run.spec import RunSpec
 from tracking.loss_curve import METRICS_FILE, PICTURE_FILE, LossCurve
 from tracking.verdict import Points, best_point
 from validation.schedule import LossSchedule
+from video.condition_frames import is_context, split_files
 
 
 _MOST_SIZES = 4  # that are listed
@@ -220,7 +221,10 @@ def sample_command(spec: RunSpec, folder: Path) -> list[str]:
     flags: dict[str, object] = {"--model_path": settings.model.pretrained_model_name_or_path}
     flags |= {"--lora" if settings.method == "lora" else "--transformer": folder}
     flags |= {"--prompt": settings.validation.prompts[0] if size else "YOUR PROMPT"}
-    flags |= {"--image": settings.validation.images[0]} if settings.validation.images else {}
+    condition = settings.image.condition_frames
+    names = ["--video"] if is_context(condition) else ["--image", "--last_image"]
+    for images in settings.validation.images[:1]:
+        flags |= zip(names, split_files(condition, images), strict=False)
     flags |= {"--control": settings.validation.controls[0]} if settings.validation.controls else {}
     flags |= {"--compute_control": spec.task.kind} if settings.validation.controls and spec.task.kind else {}
     if size:

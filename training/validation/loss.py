@@ -23,12 +23,13 @@ from dataset import Batch, ClipDataset, PreparedDataset, without_failures
 from diffusion.latents import image_noise_scales
 from diffusion.objective import Objective
 from diffusion.randomness import step_generator
-from models.encoding import encode_noised_image, encode_videos
+from models.encoding import encode_noised_images, encode_videos
 from models.prompts import PromptCache
 from parallel.coordinator import Coordinator
 from parallel.lockstep import OutOfStep, lockstep
 from tracking.loss_curve import LossCurve
 from validation.schedule import QUANTILES, Pair
+from video.condition_frames import FIRST
 
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def encode_validation_set(
     *,
     reshape_mode: str,
     with_images: bool,
+    condition_frames: str = FIRST,
     control: str | None = None,
     replace_failed: bool = False,
     shows_progress: bool = True,
@@ -58,7 +60,8 @@ def encode_validation_set(
         share: indices of clips.
         vae: on the device to use.
         reshape_mode: how a clip gets its bucket's size, as in `reshape_frames`; not random.
-        with_images: also encode the first frames for image-to-video, under fixed noise.
+        with_images: also encode the given frames for image-to-video, under fixed noise.
+        condition_frames: which these are, as in `ClipDataset`.
         replace_failed: use another clip of the same size instead of one that does not decode, if there is one.
         control: also encode the controls, as in `ClipDataset`.
     """
@@ -69,6 +72,7 @@ def encode_validation_set(
         seed=0,
         prompts=prompts,
         with_images=with_images,
+        condition_frames=condition_frames,
         control=control,
         replace_failed=replace_failed,
     )
@@ -97,7 +101,7 @@ def _encode(sample: Batch, vae: AutoencoderKLCogVideoX) -> Batch:
     image_moments = None
     if sample.images is not None:
         generator = step_generator(torch.device("cpu"), NOISE_SEED, "image", *sample.names)
-        image_moments = encode_noised_image(vae, sample.images[0], image_noise_scales(1, generator), generator).cpu()
+        image_moments = encode_noised_images(vae, sample.images[0], image_noise_scales(1, generator), generator).cpu()
     moments = encode_videos(vae, sample.videos).cpu()
     encoded = replace(sample, videos=None, images=None, video_moments=moments, image_moments=image_moments)
     if sample.controls is None:

@@ -26,13 +26,13 @@ from parallel.fsdp import is_fsdp
 from parallel.lockstep import OutOfStep, lockstep
 from validation.grid import draw_grid
 from validation.trackers import ValidationVideo, log_videos
-from video.contact_sheet import SheetRow, draw_contact_sheet, shown_indices
+from video.contact_sheet import SheetRow, draw_contact_sheet, shown_condition, shown_indices
 from video.io import read_frames, write_video
 
 
 logger = logging.getLogger(__name__)
 
-# First frames, or the frames of controls.
+# First frames, other given frames, or the frames of controls.
 Conditions = Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
 
 _SHOWN_SIZE = 360, 240  # largest width and height, in pixels
@@ -242,18 +242,16 @@ def _draw_sheet(
 ) -> Path | None:
     """Draw a row for each video, below its row from before training; None, with a warning, if it fails."""
     indices = shown_indices(settings.num_frames)
-    columns = [f"frame {index + 1}" for index in indices]
-    has_images = settings.conditions is not None and isinstance(settings.conditions[0], Image.Image)
-    if has_images:
-        columns.insert(0, "start image")
+    conditions = settings.conditions or [None] * len(settings.prompts)
+    titles, _ = shown_condition(conditions[0], settings.num_frames)
+    columns = [*titles, *(f"frame {index + 1}" for index in indices)]
     rows = []
     path = folder / f"step-{step}" / "contact_sheet.png"
     try:
         for video in videos:
-            start, prompt = [], video.number // settings.num_videos
-            if has_images:
-                start.append(np.asarray(settings.conditions[prompt]))
-            elif settings.conditions is not None and video.number % settings.num_videos == 0:
+            prompt = video.number // settings.num_videos
+            _, start = shown_condition(conditions[prompt], settings.num_frames)
+            if not start and settings.conditions is not None and video.number % settings.num_videos == 0:
                 control = [np.asarray(settings.conditions[prompt][index]) for index in indices]
                 rows.append(SheetRow(control, "control", video.prompt))
             before = folder / "step-0" / video.file.name

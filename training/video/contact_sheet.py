@@ -66,6 +66,17 @@ def draw_contact_sheet(
     return sheet
 
 
+def shown_condition(
+    condition: Image.Image | Sequence[Image.Image] | None, num_frames: int
+) -> tuple[list[str], list[np.ndarray]]:
+    """Return the titles and pictures of the frames that a video was made from; none for a control's."""
+    if isinstance(condition, Image.Image):
+        return ["start image"], [np.asarray(condition)]
+    if condition is None or len(condition) >= num_frames:
+        return [], []
+    return ["first given", "last given"], [np.asarray(condition[0]), np.asarray(condition[-1])]
+
+
 def shown_indices(num_frames: int) -> list[int]:
     """Return up to five frame numbers, spread evenly from the first frame to the last."""
     spread = np.linspace(0, num_frames - 1, _SHOWN_FRAMES).round().astype(int)

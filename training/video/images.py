@@ -2,18 +2,20 @@
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
 import httpx
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.errors import UserError, listing
+from video.condition_frames import FIRST, given_frames, is_context
 from video.controls import INPAINT, check_companion, compute_control, find_mask
-from video.frames import choose_samples
+from video.frames import choose_samples, usable_frames
 from video.io import read_frames, reshape_frames
 from video.media import decode_still_image, read_still_image, reason_of
 from video.probe import VideoInfo, probe_video
@@ -57,6 +59,44 @@ def _load(reference: str) -> Image.Image:
     return Image.fromarray(still.pixels)
 
 
+def load_given_frames(
+    files: Sequence[Sequence[str]],
+    condition: str,
+    height: int,
+    width: int,
+    *,
+    flag: str,
+    reshape_mode: str = "center",
+    fps: float | None = None,
+) -> list[Image.Image] | list[list[Image.Image]]:
+    """Read what videos are sampled from: images, pairs of images, or the ends of videos that they continue.
+
+    The UserError names the flag and every file that cannot be used, with the reason.
+
+    Args:
+        files: those of each video to sample: one or two images, or a video.
+        condition: as in `condition_frames`.
+        reshape_mode: images are cropped to the size in the middle, or with "none" left alone.
+        fps: frames per second of the videos' frames; None for the videos' own.
+    """
+    if not is_context(condition):
+        # The pipeline would distort images of another aspect ratio.
+        loaded = iter(load_validation_images([one for group in files for one in group], flag))
+        fitted = [image if reshape_mode == "none" else ImageOps.fit(image, (width, height)) for image in loaded]
+        return fitted if condition == FIRST else list(map(list, zip(fitted[::2], fitted[1::2], strict=True)))
+    num_frames = len(given_frames(condition, 0))
+
+    def choose(info: VideoInfo) -> Sequence[int]:
+        usable = usable_frames(info, 0, 0, fps)
+        if len(usable) < num_frames:
+            raise ValueError(f"has {len(usable)} frames")
+        return usable[-num_frames:]
+
+    title = f"{flag}: %s cannot be continued, for which --condition_frames {condition} takes {num_frames} frames:"
+    videos = _load_videos([one for (one,) in files], choose, height, width, reshape_mode, title)
+    return [list(map(Image.fromarray, frames)) for frames in videos]
+
+
 def load_controls(
     files: Sequence[str],
     size: tuple[int, int, int],
@@ -77,27 +117,47 @@ def load_controls(
             takes the mask beside each clip.
         reshape_mode, fps, long_clips: as of clips; a random crop is the middle.
     """
-    (num_frames, height, width), mode = size, "center" if reshape_mode == "random" else reshape_mode
-    controls: dict[str, list[Image.Image]] = {}
+    num_frames, height, width = size
+    choose = partial(choose_samples, frame_counts=[num_frames], fps=fps, long_clips=long_clips)
+    title = f"{flag}: %s cannot be used for videos of {num_frames} frames:"
+    videos = _load_videos(files, lambda info: choose(info)[0], height, width, reshape_mode, title, kind)
+    return [list(map(Image.fromarray, one)) for one in videos]
+
+
+def _load_videos(
+    files: Sequence[str],
+    choose: Callable[[VideoInfo], Sequence[int]],
+    height: int,
+    width: int,
+    reshape_mode: str,
+    title: str,
+    kind: str | None = None,
+) -> list[np.ndarray]:
+    """Read the chosen frames of videos, `[F, H, W, 3]` each, or controls of them.
+
+    `title` begins the UserError, with %s for the number.
+    """
+    mode = "center" if reshape_mode == "random" else reshape_mode
+    videos: dict[str, np.ndarray] = {}
     problems = []
     for file in dict.fromkeys(files):
         try:
             info = probe_video(Path(file))
-            indices = choose_samples(info, [num_frames], fps=fps, long_clips=long_clips)[0]
+            indices = choose(info)
             shaped, masks = _shaped(Path(file), info, indices, (height, width), mode), None
             if kind == INPAINT:
                 mask = find_mask(Path(file))
                 own = probe_video(mask)
                 check_companion(own, info, f"its mask {mask}: ", may_be_still=True)
-                masks = _shaped(mask, own, indices if own.num_frames > 1 else [0] * num_frames, (height, width), mode)
+                masks = _shaped(
+                    mask, own, indices if own.num_frames > 1 else [0] * len(indices), (height, width), mode
+                )
+            videos[file] = compute_control(shaped, kind, masks) if kind else shaped.copy()
         except ValueError as error:
             problems.append(f"'{file}': {reason_of(error).removeprefix(f'{file}: ')}")
-            continue
-        controls[file] = list(map(Image.fromarray, compute_control(shaped, kind, masks) if kind else shaped.copy()))
     if problems:
-        title = f"{flag}: {len(problems)} of {len(set(files))} cannot be used for videos of {num_frames} frames:"
-        raise UserError(listing(title, problems, most=len(problems)))
-    return [controls[file] for file in files]
+        raise UserError(listing(title % f"{len(problems)} of {len(set(files))}", problems, most=len(problems)))
+    return [videos[file] for file in files]
 
 
 def _shaped(file: Path, info: VideoInfo, indices: Sequence[int], size: tuple[int, int], mode: str) -> np.ndarray:

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Teach the tiny model to end at a given last frame, on a CPU, with the launchers of real runs, and measure how well.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+DEMO_DIR="${DEMO_DIR:-last-frame-demo}"
+DEMO_STEPS="${DEMO_STEPS:-600}"                  # of training
+DEMO_SAMPLING_STEPS="${DEMO_SAMPLING_STEPS:-20}" # of each video
+DEMO_VIDEOS="${DEMO_VIDEOS:-12}"                 # to measure, of clips that were not trained on
+model=assets/models/tiny-cogvideox-i2v
+export MODEL_PATH="$model" PREPARED="$DEMO_DIR/prepared"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export TQDM_DELAY=2 # seconds before a progress bar appears
+
+rm -rf "$DEMO_DIR"
+python assets/scripts/make_control_clips.py --output_dir "$DEMO_DIR/clips"
+python assets/scripts/make_control_clips.py --output_dir "$DEMO_DIR/held-out" --count "$DEMO_VIDEOS" --seed 1
+
+CLIPS="$DEMO_DIR/clips" DTYPE=fp32 HEIGHT_BUCKETS=64 WIDTH_BUCKETS=96 FRAME_BUCKETS=17 MAX_NUM_FRAMES=17 \
+  bash prepare_dataset.sh --save_image_latents --condition_frames first,last
+
+OUTPUT_ROOT="$DEMO_DIR/outputs" ACCELERATE_CONFIG=accelerate_configs/cpu.yaml MIXED_PRECISION=no \
+  CPU_THREADS="${CPU_THREADS:-2}" HEIGHT=64 WIDTH=96 NUM_FRAMES=17 LEARNING_RATES=1e-3 LR_SCHEDULES=constant \
+  MAX_TRAIN_STEPS="$DEMO_STEPS" TRAIN_BATCH_SIZE=4 CHECKPOINTING_STEPS="$DEMO_STEPS" \
+  bash train_image_to_video_sft.sh --condition_frames first,last
+
+ends="$DEMO_DIR/held-out/ends"
+python training/generate.py --pretrained_model_name_or_path "$model" \
+  --transformer "$(echo "$DEMO_DIR"/outputs/cogvideox-i2v-sft__*)" --prompts_file "$DEMO_DIR/held-out/prompts.txt" \
+  --image "$ends"/*-first.png --last_image "$ends"/*-last.png --compare \
+  --num_inference_steps "$DEMO_SAMPLING_STEPS" --guidance_scale 2 --output_dir "$DEMO_DIR/generated"
+python assets/scripts/measure_control.py --videos "$DEMO_DIR/generated" --controls "$DEMO_DIR/held-out/videos" \
+  --last_frame --output_file "$DEMO_DIR/last-frame.json"

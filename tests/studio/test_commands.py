@@ -70,6 +70,7 @@ def test_prompts_are_lines_and_no_shell_reads_them(form, tmp_path):
         ("--dataset_name /etc", "--dataset_name: /etc is not inside"),
         ("--cache_dir ~", "is not inside"),
         ("--validation_images a.png:::../b.png", "--validation_images: "),
+        ("--validation_prompt_separator / --output_dir /tmp/x", "--output_dir: /tmp/x is not inside"),
         ("--hub_token=hf_secret", "log in with `hf auth login`"),
         ("--allow_outside_paths", "in a shell"),
         ("--config /etc/passwd", "add its flags themselves"),
@@ -80,3 +81,12 @@ def test_more_flags_are_checked_as_on_the_command_line_and_stay_inside_the_root(
         check_command(train_command(replace(form, train_flags=flags)), tmp_path)
     assert message in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_both_images_of_a_pair_stay_inside_the_root(form, tmp_path):
+    (tmp_path / "first.png").touch()
+    flags = "--condition_frames first,last --validation_prompt a --validation_images first.png,/etc/passwd"
+    form = replace(form, task="image-to-video", train_flags=flags)
+    (tmp_path / form.prepared).mkdir()
+    with pytest.raises(UserError, match="--validation_images: /etc/passwd is not inside"):
+        check_command(train_command(form), tmp_path)

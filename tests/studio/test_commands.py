@@ -83,6 +83,17 @@ def test_more_flags_are_checked_as_on_the_command_line_and_stay_inside_the_root(
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("column", ["video", "caption", "image", "control"])
+def test_lists_that_columns_name_stay_inside_the_root(form, tmp_path, column):
+    (tmp_path / "clips/list.txt").touch()
+    (tmp_path / "clips/link.txt").symlink_to("/etc/passwd")
+    flags = ["--save_control_latents"] * (column == "control") + [f"--{column}_column"]
+    check_command(prepare_command(form, *flags, "list.txt"), tmp_path)
+    for path in ("/etc/passwd", "../list.txt", "link.txt"):
+        with pytest.raises(UserError, match=f"--{column}_column: .*{path} is not inside"):
+            check_command(prepare_command(form, *flags, path), tmp_path)
+
+
 def test_both_images_of_a_pair_stay_inside_the_root(form, tmp_path):
     (tmp_path / "first.png").touch()
     flags = "--condition_frames first,last --validation_prompt a --validation_images first.png,/etc/passwd"

@@ -1,6 +1,7 @@
 """The commands of the app's buttons: those that a shell would run, checked by the scripts' own parsers."""
 
 import io
+import os
 import shlex
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from args import parse_args, parse_generate_args, parse_prepare_args
-from cli.schema import path_values
+from cli.schema import flag_values, path_values
 from common.errors import UserError
 from common.files import path_of_script, slug
 from common.run_folder import LORA_FILE, list_checkpoints
@@ -129,12 +130,15 @@ def check_command(command: Command, root: Path) -> Any:
 
 
 def _paths(settings: Any) -> Iterator[tuple[str, str]]:
-    """Yield (name, path) of each file and folder that a flag names; some flags name several in one value."""
+    """Yield (name, path) of each file and folder that a flag names; some name several, and columns may be files."""
     yield from ((name, path) for name, path in path_values(settings) if name not in _LISTS)
     if isinstance(settings, TrainingSettings):
         condition, validation = settings.image.condition_frames, settings.validation
         yield from (("validation_images", path) for one in validation.images for path in split_files(condition, one))
         yield from (("validation_controls", path) for path in validation.controls)
+    flags = flag_values(settings)
+    columns = {name: value for name, value in flags.items() if name.endswith("_column") and value}
+    yield from ((name, os.path.join(flags["data_root"] or "", value)) for name, value in columns.items())
 
 
 def _parser_of(script: str) -> Callable[[Sequence[str]], Any]:

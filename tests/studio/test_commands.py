@@ -52,8 +52,10 @@ def test_prompts_are_lines_and_no_shell_reads_them(form, tmp_path):
     hostile = '"; touch $(x) `y` <script>'
     settings = check_command(sample_command("model", "", f"{hostile}\n\n two ", 5, 6.0, 1, "--num_frames 9"), tmp_path)
     assert (settings.content.prompt, settings.sampling.num_frames) == ((hostile, "two"), 9)
-    command = sample_command("model", "", "-one", 5, 6.0, 1, "")
-    assert check_command(command, tmp_path).content.prompt == ("-one",)
+    for prompts in (("-one",), ("--a b", "--seed=3", "-4", "--config", "--")):
+        command = sample_command("model", "", "\n".join(prompts), 5, 6.0, 1, "")
+        settings = check_command(command, tmp_path)
+        assert (settings.content.prompt, settings.sampling.seed) == (prompts, (1,))
     assert shlex.split(shown([command], tmp_path)) == ["cd", str(tmp_path), *command]
 
 

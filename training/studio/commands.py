@@ -101,8 +101,9 @@ def sample_command(model: str, run: str, prompts: str, steps: int, guidance: flo
     flags = {"pretrained_model_name_or_path": model, "lora": run, "num_inference_steps": steps}
     flags |= {"guidance_scale": guidance, "seed": seed, "output_dir": f"samples/{slug(run or model)}"}
     lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
-    words = ["--prompt", *lines] if len(lines) > 1 else _words({"prompt": "".join(lines)})
-    return [*_script("generate.py"), *_words(flags), *words, *_split(more)]
+    # A space before a hyphen makes it no flag; generate.py removes it.
+    words = [f" {line}" if line.startswith("-") else line for line in lines]
+    return [*_script("generate.py"), *_words(flags), *(["--prompt", *words] if words else []), *_split(more)]
 
 
 def shown(commands: Sequence[Command], root: Path) -> str:

@@ -203,6 +203,7 @@ BAD_TRAINING_FLAGS = [
     ("--prodigy_safeguard_warmup --optimizer came", "--prodigy_safeguard_warmup", "--optimizer prodigy"),
     ("--mask_background_weight 0.1", "--mask_background_weight", "add --use_masks"),
     ("--hub_token secret", "--hub_token", "add --push_to_hub"),
+    *((f"--tracker_name {name}", "--tracker_name", "pass a name without / and") for name in ("../x", "a\\b", "..")),
     ("--hub_model_id me/mine", "--hub_model_id", "add --push_to_hub"),
     ("--validation_prompt cat:::", "--validation_prompt", "prompt 2 of 2 is empty"),
     ("--validation_prompt cat --validation_prompt_separator=", "--validation_prompt_separator", "empty"),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cli.schema import flag, group
-from cli.types import FolderPath, NonNegativeInt
+from cli.types import FolderPath, Port
 from flags.captions import CaptionFlags, CaptionFrameFlags, CaptionModelFlags
 from flags.conversion import BaseModelFlags, ConvertedFlags, ConvertedOutputFlags, ReductionFlags
 from flags.data import ClipFlags, ControlFlags, LoaderFlags, MaskFlags, PreparedFlags, RegularizationFlags, SourceFlags
@@ -145,7 +145,7 @@ class AppFlags:
         "taken from $COGVIDEOX_FACTORY_APP_TOKEN.",
         metavar="ADDRESS",
     )
-    port: NonNegativeInt = flag(7860, "Port to listen on; 0 takes a free one.")
+    port: Port = flag(7860, "Port to listen on; 0 takes a free one.")
 
 
 @dataclass(frozen=True)

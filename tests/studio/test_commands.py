@@ -85,11 +85,12 @@ def test_more_flags_are_checked_as_on_the_command_line_and_stay_inside_the_root(
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("column", ["video", "caption", "image", "control"])
+@pytest.mark.parametrize("column", ["video", "caption", "image", "control", "mask"])
 def test_lists_that_columns_name_stay_inside_the_root(form, tmp_path, column):
     (tmp_path / "clips/list.txt").touch()
     (tmp_path / "clips/link.txt").symlink_to("/etc/passwd")
-    flags = ["--save_control_latents"] * (column == "control") + [f"--{column}_column"]
+    needed = {"control": ["--save_control_latents"], "mask": ["--use_masks"]}.get(column, [])
+    flags = [*needed, f"--{column}_column"]
     check_command(prepare_command(form, *flags, "list.txt"), tmp_path)
     for path in ("/etc/passwd", "../list.txt", "link.txt"):
         with pytest.raises(UserError, match=f"--{column}_column: .*{path} is not inside"):

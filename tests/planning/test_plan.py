@@ -550,14 +550,14 @@ def test_clips_to_train_on_are_not_for_regularization_too(data, kept, tmp_path):
     (kept / "2.mp4").symlink_to(both)
     (kept / "2.txt").write_text("again")
     message = r"^1 of the clips for regularization \(--regularization_data_root\) are also those to train on"
-    with pytest.raises(UserError, match=rf"{message}(.|\n)*\n  {both.name} \(.*table\.jsonl:2\)$"):
+    with pytest.raises(UserError, match=rf"{message}(.|\n)*\n  2\.mp4 \(.*2\.txt\)$"):
         plan_with_kept(data, kept)
     tensors = {"video_latents": torch.zeros(1), "prompt_embeds": torch.zeros(1)}
-    for folder, names in (("a", ["cat-0123456789abcdef", "dog"]), ("b", ["0-0123456789abcdef", "cow"])):
+    for folder, names in (("a", ["cat-0123456789abcdef", "dog"]), ("b", ["0-0123456789abcdef", "dog"])):
         write_prepared(tmp_path / folder, dict.fromkeys(names, tensors), Bucket(17, 64, 96))
     for other, count in (("b", 1), ("a", 2)):
         flags = ["--data_root", tmp_path / "a", "--regularization_data_root", tmp_path / other, "--load_tensors"]
-        with pytest.raises(UserError, match=rf"^{count} of the clips(.|\n)*\n  cat-0123456789abcdef"):
+        with pytest.raises(UserError, match=rf"^{count} of the clips(.|\n)*\n  (cat|0)-0123456789abcdef"):
             plan_training_data(training(tmp_path / "out", *flags))
 
 

@@ -286,10 +286,21 @@ def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
     return replace(data, clips=clips, held_out=held_out, held_out_fraction=fraction, held_out_note=note)
 
 
+def _contents_of(data: TrainingData) -> list[str]:
+    """Return what each sample is made of: the digest of its file, or that in its name if that has one."""
+    if isinstance(data, RawData):
+        return [planned.info.sha256 or str(planned.clip.video) for planned in data.clips]
+    contents = []
+    for folder in data.clips.folders:
+        place, names = os.path.realpath(folder.folder), folder.column("name").to_pylist()
+        contents += [name[-17:] if re.search(r"-[0-9a-f]{16}$", name) else f"{place}/{name}" for name in names]
+    return contents
+
+
 def _clips_of(data: TrainingData) -> tuple[np.ndarray, np.ndarray]:
     """Return the clip of each sample, from 0, and a number for its content, each `[N]`."""
     if isinstance(data, RawData):
-        return clips_of_contents([planned.info.sha256 or str(planned.clip.video) for planned in data.clips])
+        return clips_of_contents(_contents_of(data))
     return clips_of_prepared(data.clips)
 
 
@@ -343,11 +354,12 @@ def _check_kinds(data: TrainingData, sources: Sequence[DataSource]) -> None:
         kind = "for regularization (--regularization_data_root)" if is_missing else "to train on"
         raise UserError(f"no clip {kind} can be used; add some, or fix those that are skipped")
     if data.regularization is not None:
-        clips, _ = _clips_of(data)
-        kept, trained = (np.unique(clips[of_kind]) for of_kind in (data.regularization, ~data.regularization))
-        both = np.intersect1d(kept, trained)
-        if len(both):
-            names = _names_of(data.take([int(np.argmax(clips == clip)) for clip in both[:20]]))
+        contents = _contents_of(data)
+        trained = {contents[sample] for sample in np.flatnonzero(~data.regularization)}
+        both = {contents[sample]: int(sample) for sample in np.flatnonzero(data.regularization)}
+        both = [sample for content, sample in both.items() if content in trained]
+        if both:
+            names = _names_of(data.take(both[:20]))
             what = "are also those to train on; remove them from one of the two"
             title = f"{len(both)} of the clips for regularization (--regularization_data_root) {what}, among them:"
             raise UserError(listing(title, names))

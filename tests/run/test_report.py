@@ -9,9 +9,11 @@ import cogvideox_text_to_video_lora
 from common.errors import UserError
 from common.run_folder import FACTS_FILE, LORA_FILE, NOTES_FILE, REPORT_FILE
 from drawn_runs import noted, write_rows, write_run
+from planning.held_out import FEWEST_PASSES
 from results.run_record import read_rows, read_run
 from run.report import RunReport
 from tiny_runs import SIZE, train
+from validation.schedule import QUANTILES
 from video.io import read_frames
 
 
@@ -34,18 +36,22 @@ def page(folder):
 def test_a_trained_run_has_a_page_with_its_data_versions_and_the_clip_that_it_aims_at(
     tiny_models, prepared_demo, demo_clips, tmp_path, fresh_accelerator
 ):
-    prompt = (demo_clips / "prompts.txt").read_text().splitlines()[3]
+    prompt = (demo_clips / "prompts.txt").read_text().splitlines()[4]
     flags = ["--load_tensors", "--rank", "4", "--max_train_steps", "2", "--report_to", "none", "--no-validate_first"]
-    flags += ["--validation_prompt", f"{prompt} slowly", "--num_inference_steps", "1"]
+    flags += ["--validation_prompt", f"{prompt} slowly", "--num_inference_steps", "1", "--validation_fraction", "0.1"]
     train(cogvideox_text_to_video_lora, tiny_models("5b"), prepared_demo(*SIZE), tmp_path, *flags)
     record = read_run(tmp_path)
     assert record.state["state"] == "finished" and record.total_steps == record.step == 2
     (video,) = record.facts["videos"]
-    assert video["target"]["caption"] == prompt and video["target"]["clip"].endswith("clip-003.mp4")
+    assert video["target"]["caption"] == prompt and video["target"]["clip"].endswith("clip-004.mp4")
     assert len(read_frames(tmp_path / video["target"]["file"], range(17))) == 17
     assert re.fullmatch(r"[0-9a-f]{12}(, with changes)?", record.facts["revision"])
+    assert record.facts["measured"]["clips"].startswith("2 samples (") and record.facts["measured"]["task"]["name"]
+    levels = [level for levels in record.facts["measured"]["noise levels"].values() for level in levels]
+    assert len(levels) == FEWEST_PASSES and set(levels) < set(QUANTILES)
+    assert str(tiny_models("5b")) in record.facts["measured"]["base model"]
     assert record.flags["frame_buckets"] == [17] and record.flags["rank"] == 4
-    assert "It is too early to say." in page(tmp_path) and page(tmp_path).count("<video") == 2
+    assert "It has hardly learned yet." in page(tmp_path) and page(tmp_path).count("<video") == 2
     assert f"{tmp_path}/config.yaml --output_dir {tmp_path} " in re.sub(r"</?span[^>]*>", "", page(tmp_path))
     assert (tmp_path / "validation" / "step-2" / LORA_FILE).is_file()
 

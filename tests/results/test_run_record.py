@@ -38,6 +38,12 @@ def test_time_left_and_time_spent(tmp_path):
     assert record.state["state"] == "finished"
 
 
+def test_the_time_of_a_killed_run_ends_with_its_last_news(tmp_path):
+    notes = [noted(state="running"), noted(3, 5, warning="news"), noted(2, 30, state="running")]
+    record = read_run(write_run(tmp_path, notes=[*notes, noted(40, 32, state="finished")]))
+    assert record.seconds == (5 + 2) * 60
+
+
 def test_videos_after_the_last_step_are_of_before_the_run_was_resumed(tmp_path):
     record = read_run(write_run(tmp_path, facts={}, video_steps=(0, 40, 60)))
     assert [sorted(files) for files in record.videos.values()] == [[0, 40]]

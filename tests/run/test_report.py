@@ -1,13 +1,15 @@
 """A run keeps its page up to date and says how it ended; nothing of that can end it."""
 
 import logging
+import os
 import re
+from datetime import datetime
 
 import pytest
 
 import cogvideox_text_to_video_lora
 from common.errors import UserError
-from common.run_folder import FACTS_FILE, LORA_FILE, NOTES_FILE, REPORT_FILE
+from common.run_folder import FACTS_FILE, LORA_FILE, METRICS_FILE, NOTES_FILE, REPORT_FILE
 from drawn_runs import noted, write_rows, write_run
 from planning.held_out import FEWEST_PASSES
 from results.run_record import read_rows, read_run
@@ -90,11 +92,17 @@ def test_the_page_is_rewritten_when_it_is_old_and_names_warnings_with_their_step
 
 
 def test_a_resumed_run_continues_the_notes_up_to_its_checkpoint(report, tmp_path):
-    write_rows(tmp_path / NOTES_FILE, [noted(5, skipped=5), noted(15, skipped=15)])
+    notes = [noted(state="running"), noted(5, skipped=5), noted(15, skipped=15)]
+    write_rows(tmp_path / NOTES_FILE, [*notes, noted(17, 4, state="failed", why="no"), noted(10, 6, state="running")])
+    killed = datetime.fromisoformat(noted(minute=9)["time"]).timestamp()
+    for name in (NOTES_FILE, METRICS_FILE):
+        os.utime(tmp_path / name, (killed, killed))
     with report(started=10):
         pass
     notes = list(read_rows(tmp_path / NOTES_FILE))
-    assert [note.get("skipped") or note["state"] for note in notes] == [5, "running", "finished"]
+    told = [note.get("skipped") or note.get("state") for note in notes]
+    assert told == ["running", 5, "failed", "running", None, "running", "finished"]
+    assert (4 + 3) * 60 <= read_run(tmp_path).seconds < (4 + 3) * 60 + 30
 
 
 def test_a_page_that_cannot_be_written_is_one_warning(report, tmp_path, caplog):

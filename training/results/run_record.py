@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ from tracking.verdict import Points, Verdict, best_point, judge
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 _RECENT = 20  # intervals whose speed tells the time left
+_SILENT, _SHORTEST = (
+    10,
+    600.0,
+)  # a run is silent after so many intervals between logged steps, at least so many seconds
+_UNKNOWN = 360.0  # seconds of an interval before any is logged: the first one can take long
 
 Row = Mapping[str, Any]
 
@@ -45,7 +51,7 @@ class RunRecord:
     videos: Mapping[str, Mapping[int, Path]]  # name of a validation video -> step -> file
     strengths: Mapping[float, Path]  # scale of the LoRA -> a video of the first prompt
     results: Sequence[str]  # names of the trained weights in the folder
-    updated: datetime  # when the run logged last
+    updated: datetime  # when the run had its last news
 
     @cached_property
     def flags(self) -> Row:
@@ -102,15 +108,27 @@ class RunRecord:
         return median(speeds) * (self.total_steps - self.step) if speeds and self.total_steps else None
 
     @property
+    def was_killed(self) -> bool:
+        """Whether the run did not end but is silent for so long that it was probably killed."""
+        points = self.curve("throughput/step_seconds")
+        steps = [0, *(step for step, _ in points)]
+        longest = max((one * (step - before) for before, (step, one) in zip(steps, points, strict=False)), default=0)
+        limit = max(_SILENT * (longest or _UNKNOWN), _SHORTEST)
+        return self.state["state"] == RUNNING and time.time() - self.updated.timestamp() > limit
+
+    @property
     def seconds(self) -> float:
-        """The seconds from each start to its end, or to what was logged last."""
-        total, started = 0.0, None
+        """The seconds from each start to its end, or to the last news."""
+        total, started, news = 0.0, None, None
         for note in [*self.notes, {"state": STOPPED, "time": self.updated.isoformat()}]:
-            if note.get("state") == RUNNING:
-                started = datetime.fromisoformat(note["time"])
-            elif "state" in note and started is not None:
-                total += (datetime.fromisoformat(note["time"]) - started).total_seconds()
+            at = datetime.fromisoformat(note["time"])
+            if "state" in note and started is not None:
+                # A run that starts again without having ended was killed after its last news.
+                total += ((news if note["state"] == RUNNING else at) - started).total_seconds()
                 started = None
+            if note.get("state") == RUNNING:
+                started = at
+            news = at
         return max(total, 0.0)
 
 
@@ -120,7 +138,6 @@ def read_run(folder: Path) -> RunRecord:
     facts = next(read_rows(folder / FACTS_FILE), {})
     if not metrics and not facts:
         raise UserError(f"{folder} is not the folder of a run: it has no {METRICS_FILE}; pass the --output_dir of one")
-    updated = max(file.stat().st_mtime for name in (METRICS_FILE, FACTS_FILE) if (file := folder / name).is_file())
     last = max((row["step"] for row in metrics), default=0)
     return RunRecord(
         folder,
@@ -130,8 +147,16 @@ def read_run(folder: Path) -> RunRecord:
         _list_videos(folder / VALIDATION_FOLDER, last),
         _list_strengths(folder / STRENGTHS_FOLDER),
         [path.name for name in RESULTS[:3] for path in folder.glob(name)],
-        datetime.fromtimestamp(updated).astimezone(),
+        last_news(folder),
     )
+
+
+def last_news(folder: Path) -> datetime:
+    """Return when a run last wrote what it is, a metric, a note or a validation video."""
+    files = [folder / name for name in (METRICS_FILE, FACTS_FILE, NOTES_FILE)]
+    files += folder.glob(f"{VALIDATION_FOLDER}/step-*/*.mp4")
+    written = max((file.stat().st_mtime for file in files if file.is_file()), default=0)
+    return datetime.fromtimestamp(written).astimezone()
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:

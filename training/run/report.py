@@ -23,7 +23,7 @@ from planning.captions import nearest_caption
 from planning.plan import PreparedData, TrainingData
 from results.publish import upload_command
 from results.run_page import write_run_page
-from results.run_record import FAILED, FINISHED, RUNNING, STOPPED, read_rows
+from results.run_record import FAILED, FINISHED, RUNNING, STOPPED, last_news, read_rows
 from run.config import RECORDED_PACKAGES, version_of
 from run.spec import RunSpec
 from run.summary import sample_command
@@ -95,7 +95,10 @@ class RunReport(GeneralTracker):
 
     def _start(self) -> None:
         kept = list(read_rows(self.folder / NOTES_FILE)) if self.started else []
-        kept = [note for note in kept if note.get("step", 0) <= self.started]
+        # Without what is trained again; how it ended is kept for the time of the run.
+        kept = [note for note in kept if note.get("step", 0) <= self.started or "state" in note]
+        news = last_news(self.folder).isoformat(timespec="seconds")
+        kept += [{"time": news, "step": self.started}] if kept else []  # tells when a killed run ended
         with atomic_write(self.folder / NOTES_FILE) as partial:
             partial.write_text("".join(f"{json.dumps(note)}\n" for note in kept), encoding="utf-8")
         self.notes.write({"state": RUNNING})

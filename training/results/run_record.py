@@ -31,10 +31,7 @@ from tracking.verdict import Points, Verdict, best_point, judge
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 _RECENT = 20  # intervals whose speed tells the time left
-_SILENT, _SHORTEST = (
-    10,
-    600.0,
-)  # a run is silent after so many intervals between logged steps, at least so many seconds
+_SILENT, _SHORTEST = 10, 600.0  # intervals between logged steps, and least seconds, without news of a killed run
 _UNKNOWN = 360.0  # seconds of an interval before any is logged: the first one can take long
 
 Row = Mapping[str, Any]

@@ -7,9 +7,11 @@ import sys
 import pytest
 
 from common.errors import UserError
-from common.run_folder import METRICS_FILE, NOTES_FILE
-from drawn_runs import noted, write_run
+from common.run_folder import FACTS_FILE, METRICS_FILE, NOTES_FILE
+from drawn_runs import noted, write_rows, write_run
 from repository import TRAINING
+from results.run_comparison import render_comparison
+from results.run_page import render_run
 from results.run_record import read_run
 
 
@@ -28,6 +30,18 @@ def test_damaged_lines_are_skipped(tmp_path):
             file.write(b'[1]\n{"step": "x"}\n{"time": 7, "warning": "no"}\n{"time": "2026-01-02T03:04:05", "w\n\xff\n')
     record = read_run(tmp_path)
     assert record.curve("loss") == [(1, 0.5)] and record.notes == []
+
+
+def test_facts_of_wrong_types_are_ignored(tmp_path):
+    facts = {"summary": [1], "flags": 5, "videos": 3, "total_steps": "x", "given": 1, "versions": [], "start": [1]}
+    facts |= {"sample": {}, "publish": [None], "output_dir": 7, "measured": "x", "revision": []}
+    write_run(tmp_path, facts=facts, notes=[noted(state="running")], video_steps=(0, 40))
+    record = read_run(tmp_path)
+    assert record.facts == {}
+    assert "40 of 40 steps" in render_run(record, tmp_path) and render_comparison([record] * 2, tmp_path)
+    for videos in ([3], [{"prompt": 1, "target": {}}], [{"prompt": "a"}], [{"prompt": "a", "target": {"caption": 1}}]):
+        write_rows(tmp_path / FACTS_FILE, [{"videos": videos, "summary": {"data": 1}, "total_steps": 50}])
+        assert read_run(tmp_path).facts == {"total_steps": 50}
 
 
 def test_time_left_and_time_spent(tmp_path):

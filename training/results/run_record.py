@@ -130,9 +130,9 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read a run's folder; a UserError if it has no metrics. Damaged lines and files are skipped."""
+    """Read a run's folder; a UserError if it has no metrics. Damaged lines, files and facts are skipped."""
     metrics = [row for row in read_rows(folder / METRICS_FILE) if isinstance(row.get("step"), int)]
-    facts = next(read_rows(folder / FACTS_FILE), {})
+    facts = {name: fact for name, fact in next(read_rows(folder / FACTS_FILE), {}).items() if _is_fact(name, fact)}
     if not metrics and not facts:
         raise UserError(f"{folder} is not the folder of a run: it has no {METRICS_FILE}; pass the --output_dir of one")
     last = max((row["step"] for row in metrics), default=0)
@@ -162,6 +162,29 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
         with suppress(ValueError):
             if isinstance(row := json.loads(line), dict):
                 yield row
+
+
+def _is_fact(name: str, value: object) -> bool:
+    """Return whether a fact has the type that pages need: a run may be newer, or its file was edited."""
+    if name == "videos":
+        return isinstance(value, list) and all(
+            isinstance(video, dict) and isinstance(video.get("prompt"), str) and _is_target(video.get("target"))
+            for video in value
+        )
+    if name in ("summary", "versions"):
+        return _is_texts(value)
+    if name in ("given", "start", "sample", "publish"):
+        return isinstance(value, list) and all(isinstance(word, str) for word in value)
+    types = {"flags": dict, "measured": dict, "total_steps": int, "output_dir": str, "revision": str}
+    return isinstance(value, types.get(name, object))
+
+
+def _is_target(value: object) -> bool:
+    return _is_texts(value) and (not value or "caption" in value)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def _number(value: object) -> float:

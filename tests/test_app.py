@@ -20,3 +20,9 @@ def test_a_root_that_is_none_is_refused(capsys, tmp_path):
     with pytest.raises(SystemExit):
         app.main(["--root", str(tmp_path / "none")])
     assert "--root: no folder" in capsys.readouterr().err
+
+
+def test_a_port_that_does_not_exist_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        app.main(["--port", "65536", "--root", "none"])
+    assert "--port: 65536 is too large; pass a whole number up to 65535" in capsys.readouterr().err

@@ -28,7 +28,7 @@ BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 
 UNSET_DATA = """
     dataset_file dataset_name dataset_config_name dataset_mix max_samples image_column id_token random_flip fps
-    keep scores shuffle_tags control_column compute_control
+    keep scores shuffle_tags control_column compute_control mask_column
     revision variant cache_dir
 """
 OFF_IN_TRAINING = """
@@ -51,7 +51,8 @@ OFF_IN_PREPARATION = """
 DATA_DEFAULTS = {
     **dict.fromkeys(UNSET_DATA.split(), None),
     **dict.fromkeys(
-        ("dataset_streaming", "allow_outside_paths", "pin_memory", "hold_last_frame", "caption_per_line"), False
+        ("dataset_streaming", "allow_outside_paths", "pin_memory", "hold_last_frame", "caption_per_line", "use_masks"),
+        False,
     ),
     **dict.fromkeys(("height_buckets", "width_buckets"), BUCKETS),
     "frame_buckets": (49,),
@@ -73,6 +74,7 @@ TRAINING_DEFAULTS = DATA_DEFAULTS | {
         lr_scheduler: constant, lr_warmup_steps: 500, lr_num_cycles: 1, lr_power: 1.0, noised_image_dropout: 0.05,
         condition_frames: first,
         caption_dropout: 0.0, timestep_sampling: uniform, logit_mean: 0.0, logit_std: 1.0, ema_decay: 0.9999,
+        mask_background_weight: 0.0,
         optimizer: adam, beta1: 0.9, beta2: 0.95, weight_decay: 0.0001, epsilon: 0.00000001, max_grad_norm: 1.0,
         checkpoint_scope: block, checkpoint_every: 1, context_parallel_size: 1, logging_dir: logs, logging_steps: 10,
         nccl_timeout: 600, report_to: tensorboard, regularization_weight: 1.0
@@ -199,7 +201,9 @@ BAD_TRAINING_FLAGS = [
     ("--prodigy_decouple", "--prodigy_decouple", "--optimizer prodigy"),
     ("--prodigy_use_bias_correction", "--prodigy_use_bias_correction", "--optimizer prodigy"),
     ("--prodigy_safeguard_warmup --optimizer came", "--prodigy_safeguard_warmup", "--optimizer prodigy"),
+    ("--mask_background_weight 0.1", "--mask_background_weight", "add --use_masks"),
     ("--hub_token secret", "--hub_token", "add --push_to_hub"),
+    *((f"--tracker_name {name}", "--tracker_name", "pass a name without / and") for name in ("../x", "a\\b", "..")),
     ("--hub_model_id me/mine", "--hub_model_id", "add --push_to_hub"),
     ("--validation_prompt cat:::", "--validation_prompt", "prompt 2 of 2 is empty"),
     ("--validation_prompt cat --validation_prompt_separator=", "--validation_prompt_separator", "empty"),
@@ -252,8 +256,9 @@ BAD_CONTROL_FLAGS = [
     ("--validation_prompt cat", "--validation_controls", "0 for 1"),
     ("--validation_prompt cat --validation_controls no-such.mp4", "--validation_controls", "no file 'no-such.mp4'"),
     ("--validation_steps 10", "--validation_steps", "add --validation_prompt"),
-    ("--compute_control depth", "--compute_control", "canny, grey, blur, tile"),
+    ("--compute_control depth", "--compute_control", "canny, grey, blur, tile, inpaint"),
     ("--compute_control canny --control_column edges", "--control_column", "omit one of them"),
+    ("--compute_control canny --mask_column cut", "--mask_column", "add --use_masks or --compute_control inpaint"),
     ("--image_column first", "--image_column", "unknown flag"),
     ("--noised_image_dropout 0", "--noised_image_dropout", "unknown flag"),
 ]
@@ -262,6 +267,9 @@ BAD_PREPARE_FLAGS = [
     ("--layout shards", "--layout shards", "no effect without latents"),
     (f"{TENSORS} --layout files --num_image_latents 2", "--num_image_latents", "--layout files stores only one"),
     ("--compute_control canny", "--compute_control", "add --save_control_latents"),
+    ("--use_masks", "--use_masks", "no effect without latents"),
+    (f"{TENSORS} --use_masks --layout files", "--use_masks", "use shards"),
+    (f"{TENSORS} --mask_column cut", "--mask_column", "add --use_masks"),
     ("--condition_frames first:2", "--condition_frames", "add --save_image_latents"),
     (f"{TENSORS} --condition_frames first:2 --layout files", "--condition_frames first:2", "use shards"),
     ("--save_control_latents", "--save_control_latents", "no effect without latents"),

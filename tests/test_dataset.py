@@ -25,13 +25,13 @@ from dataset import (
     without_failures,
 )
 from encoded_clips import all_frames, encode, numbers_of
-from models.encoding import encode_prompts
+from models.encoding import encode_mask, encode_prompts
 from models.prompts import PromptCache
 from models.source import ModelSource
 from original_folders import write_original_folder
 from prepared.read_index import read_index
 from prepared_folders import write_prepared
-from video.controls import KINDS, compute_control
+from video.controls import HIDDEN, INPAINT, KINDS, compute_control
 from video.probe import probe_files
 
 
@@ -65,12 +65,43 @@ def test_a_control_has_the_frames_of_its_clip_and_its_crop_and_flip(tmp_path, nu
     assert numbers_of(batch.controls[0].permute(0, 2, 3, 1).numpy()) == list(sample.frame_indices)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != INPAINT])
 def test_a_computed_control_is_that_of_the_shaped_frames(planned, kind):
     batch = make_dataset(planned[:2], random_flip=1.0, control=kind)[Draw(1, 0)]
     expected = compute_control(batch.videos[0].permute(0, 2, 3, 1).numpy(), kind)
     assert np.array_equal(batch.controls[0].permute(0, 2, 3, 1).numpy(), expected)
     assert collate([batch, batch]).controls.shape == (2, *batch.videos.shape[1:])
+
+
+def test_a_mask_has_the_frames_the_crop_and_the_flip_of_its_clip(tmp_path):
+    """The mask is the clip itself."""
+    video, mask = encode(tmp_path / "a.mp4"), encode(tmp_path / "b.mp4")
+    clip = Clip(video, "a cat", "a:1", mask=mask, start_frame=19)
+    (sample,), _ = plan_clips([clip], probe_files([video, mask]), [Bucket(9, 32, 32)])
+    options = {"reshape_mode": "random", "random_flip": 0.5, "control": INPAINT, "with_masks": True}
+    dataset = make_dataset([sample], **options)
+    assert dataset.files_of(Draw(0, 0)) == [video, mask]
+    seen = set()
+    for epoch in range(8):
+        batch = dataset[Draw(0, epoch)]
+        assert torch.equal(batch.masks[0], encode_mask(batch.videos[0]))
+        is_white = batch.videos.float().mean(dim=2, keepdim=True) >= HIDDEN
+        assert torch.equal(batch.controls, torch.where(is_white, HIDDEN, batch.videos))
+        seen.add(bytes(batch.masks.numpy()))
+    assert len(seen) > 2
+
+
+def test_a_still_masks_every_frame_and_a_clip_without_a_mask_counts_everywhere(tmp_path):
+    video, still = encode(tmp_path / "a.mp4"), tmp_path / "a.mask.png"
+    pixels = np.zeros((48, 80), np.uint8)
+    pixels[:, :40] = 255
+    Image.fromarray(pixels).save(still)
+    clips = [Clip(video, "a cat", "a:1", mask=mask) for mask in (still, None)]
+    samples, _ = plan_clips(clips, probe_files([video, still]), [Bucket(9, 48, 80)])
+    batch = collate([make_dataset(samples, with_masks=True)[Draw(index, 0)] for index in (0, 1)])
+    expected = torch.ones(2, 3, 6, 10)
+    expected[0, :, :, 5:] = 0
+    assert torch.equal(batch.masks, expected.half())
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,14 @@ from dataclasses import replace
 from checks.captions import check_captioning, settle_prompt
 from checks.comparison import settle_comparison
 from checks.conversion import settle_conversion
-from checks.data import check_control, check_prepared_flags, check_sources, drop_long_buckets, settle_clips
+from checks.data import (
+    check_control,
+    check_masks,
+    check_prepared_flags,
+    check_sources,
+    drop_long_buckets,
+    settle_clips,
+)
 from checks.deepspeed import check_zero
 from checks.files import check_data_folder, check_files, check_on_disk, check_writable
 from checks.footage import check_splitting
@@ -87,6 +94,7 @@ def _check_training(settings: TrainingSettings) -> TrainingSettings:
     settings = settle_validation(replace(settings, clips=settle_clips(settings.clips, settings.given)))
     check_sources(settings.sources)
     check_control(settings.control)
+    check_masks(settings.masks, settings.control, settings.given)
     check_optimizer(settings)
     check_memory(settings)
     settings = settle_memory(settings)
@@ -140,8 +148,12 @@ def parse_prepare_args(argv: Sequence[str] | None = None) -> PreparationSettings
         clips = settle_clips(settings.clips, given)
         check_sources(settings.sources)
         check_control(settings.control)
+        check_masks(settings.masks, settings.control, given)
         preparation = settle_preparation(
-            settings.preparation, given, text_encoder_8bit=settings.encoding.text_encoder_8bit
+            settings.preparation,
+            given,
+            use_masks=settings.masks.use_masks,
+            text_encoder_8bit=settings.encoding.text_encoder_8bit,
         )
         output_dir = preparation.output_dir
         check_place(settings.sources.data_root, output_dir)

@@ -20,11 +20,13 @@ from data.buckets import Bucket
 from data.clips import ClipSample
 from data.sampler import Draw
 from models.configs import ModelConfigs
+from models.encoding import encode_mask
 from models.prompts import PromptCache
 from prepared.folder import read_tensor
 from video.condition_frames import FIRST, given_frames
-from video.controls import compute_control
+from video.controls import INPAINT, compute_control
 from video.io import read_frames, reshape_frames
+from video.probe import VideoInfo
 
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class Batch:
     image_moments: torch.Tensor | None = None  # [B, 2C, M, H / 8, W / 8], of the noised images
     controls: torch.Tensor | None = None  # [B, F, 3, H, W], uint8: what control-to-video follows
     control_moments: torch.Tensor | None = None  # [B, 2C, F', H / 8, W / 8], unscaled
+    masks: torch.Tensor | None = None  # [B, F', H / 8, W / 8], float16, in [0, 1]: where the loss counts
     prompt_embeds: torch.Tensor | None = None  # [B, 226, D]
     draws: list[Draw] = field(default_factory=list)
     failed: list[tuple[Draw, str]] = field(default_factory=list)  # undecodable clips with reasons; not in `draws`
@@ -145,6 +148,7 @@ class ClipDataset(_Clips):
     with_images: bool = False  # fill `images`, from the clip's own image and its frames
     condition_frames: str = FIRST  # which of its frames, as in `video.condition_frames`
     control: str | None = None  # fill `controls`: LISTED for the clips' own, or a kind of `video.controls`
+    with_masks: bool = False  # fill `masks`
     replace_failed: bool = False  # replace an undecodable clip, so that batches keep their size on every rank
     decode_threads: int = 1  # for each clip; 0 lets the decoder choose
 
@@ -167,8 +171,10 @@ class ClipDataset(_Clips):
     def files_of(self, draw: Draw) -> list[Path]:
         """Return the files that a draw reads."""
         clip = self.clips[draw.index].clip
-        controls = [clip.control] if self.control == LISTED else []
-        return [clip.video, *([clip.image] if self.with_images and clip.image else []), *controls]
+        others = [clip.image] if self.with_images else []
+        others += [clip.control] if self.control == LISTED else []
+        others += [clip.mask] if self.with_masks or self.control == INPAINT else []
+        return [clip.video, *(file for file in others if file is not None)]
 
     def name_of(self, index: int) -> str:
         """Return a clip's name for messages: its file, and where it is listed."""
@@ -180,7 +186,9 @@ class ClipDataset(_Clips):
         clip = planned.clip
         frames = read_frames(clip.video, planned.frame_indices, self.decode_threads, seekable=planned.info.seekable)
         video = self._shape(frames, planned, draw.epoch)
-        images = None
+        images, mask = None, None
+        if (self.with_masks or self.control == INPAINT) and planned.mask is not None:
+            mask = self._companion(clip.mask, planned.mask, planned, draw.epoch)
         if self.with_images:
             images = video[given_frames(self.condition_frames, len(video))]
             # The image of a split clip belongs to its first part.
@@ -192,18 +200,26 @@ class ClipDataset(_Clips):
             names=[str(clip.video)],
             videos=video[None],
             images=None if images is None else images[None],
-            controls=None if self.control is None else self._control(video, planned, draw.epoch)[None],
+            controls=None if self.control is None else self._control(video, mask, planned, draw.epoch)[None],
+            masks=_latent_mask(mask, planned.bucket)[None] if self.with_masks else None,
             prompt_embeds=None if self.prompts is None else self.prompts.load(clip.caption)[None],
         )
 
-    def _control(self, video: torch.Tensor, planned: ClipSample, epoch: int) -> torch.Tensor:
+    def _control(
+        self, video: torch.Tensor, mask: torch.Tensor | None, planned: ClipSample, epoch: int
+    ) -> torch.Tensor:
         """Return the control of a clip's shaped frames, `[F, 3, H, W]`: the same frames, cropped and flipped alike."""
         if self.control != LISTED:
-            computed = compute_control(video.permute(0, 2, 3, 1).numpy(), self.control)
+            masks = None if mask is None else mask.permute(0, 2, 3, 1).numpy()
+            computed = compute_control(video.permute(0, 2, 3, 1).numpy(), self.control, masks)
             return torch.from_numpy(computed).permute(0, 3, 1, 2)
-        file, seekable = planned.clip.control, planned.control.seekable
-        frames = read_frames(file, planned.frame_indices, self.decode_threads, seekable=seekable)
-        return self._shape(frames, planned, epoch)
+        return self._companion(planned.clip.control, planned.control, planned, epoch)
+
+    def _companion(self, file: Path, info: VideoInfo, planned: ClipSample, epoch: int) -> torch.Tensor:
+        """Return the frames of a control or a mask that belong to those of a clip, `[F, 3, H, W]`; a still to all."""
+        indices = planned.frame_indices if info.num_frames > 1 else [0]
+        frames = read_frames(file, indices, self.decode_threads, seekable=info.seekable)
+        return self._shape(frames, planned, epoch).expand(len(planned.frame_indices), -1, -1, -1)
 
     def _shape(self, frames: np.ndarray, planned: ClipSample, epoch: int) -> torch.Tensor:
         """Resize `[F, H, W, 3]` to `[F, 3, H, W]` in the bucket's size; clip and image get the same crop and flip."""
@@ -219,6 +235,7 @@ class PreparedDataset(_Clips):
 
     with_images: bool = field(default=False, kw_only=True)  # fill `image_moments`
     with_controls: bool = field(default=False, kw_only=True)  # fill `control_moments`
+    with_masks: bool = field(default=False, kw_only=True)  # fill `masks`
 
     def files_of(self, draw: Draw) -> list[Path]:
         """Return the files that a draw reads."""
@@ -244,8 +261,17 @@ class PreparedDataset(_Clips):
             video_moments=read_tensor(clip.video_latents)[None],
             image_moments=image_moments[None] if self.with_images else None,
             control_moments=read_tensor(clip.control_latents)[None] if self.with_controls else None,
+            masks=self._mask(clip)[None] if self.with_masks else None,
             prompt_embeds=read_tensor(clip.prompt_embeds)[None],
         )
+
+    def _mask(self, clip: "PreparedClip") -> torch.Tensor:
+        return _latent_mask(None, clip.bucket) if clip.mask is None else read_tensor(clip.mask)
+
+
+def _latent_mask(frames: torch.Tensor | None, bucket: Bucket) -> torch.Tensor:
+    """Return a mask at the size of the latents, `[F', H / 8, W / 8]`; without frames, the loss counts everywhere."""
+    return torch.ones(bucket.latent_shape, dtype=torch.float16) if frames is None else encode_mask(frames)
 
 
 def collate(samples: Sequence[Batch]) -> Batch | MixedBatch:
@@ -299,8 +325,8 @@ def _start_worker(number: int) -> None:
     outlive_signals()
 
 
-def check_prepared(clips: "PreparedIndex", configs: ModelConfigs) -> None:
-    """Check that a clip's tensors fit the model, and that no latents of images or controls are missing."""
+def check_prepared(clips: "PreparedIndex", configs: ModelConfigs, *, with_masks: bool = False) -> None:
+    """Check that a clip's tensors fit the model, and that no image latents, control latents or masks are missing."""
     clip = clips[0]
     condition = "image" if configs.is_image_to_video else "control"
     if configs.takes_condition and (without := clips.without(f"{condition}_latents")):
@@ -308,6 +334,12 @@ def check_prepared(clips: "PreparedIndex", configs: ModelConfigs) -> None:
         command = "MODEL_PATH=... CLIPS=my-clips PREPARED=my-prepared bash prepare_dataset.sh"
         again = f"prepare the clips again, into a new folder: {command} --save_{condition}_latents"
         raise UserError(listing(f"--load_tensors: {what}; {again}", without))
+    trained = clips if clips.regularization is None else clips.without_regularization()
+    if with_masks and (without := trained.without("mask")):
+        title = (
+            f"--use_masks: {len(without)} samples were prepared without masks; prepare the clips again, into a new "
+        )
+        raise UserError(listing(f"{title}folder, with --use_masks:", without))
     try:
         channels = read_tensor(clip.video_latents).shape[0]
         length, text_dim = read_tensor(clip.prompt_embeds).shape

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with_images=flags.save_image_latents,
             condition_frames=flags.condition_frames,
             control=settings.control if flags.save_control_latents else None,
+            masks=settings.masks,
         )
         if data.regularization is not None:
             raise UserError(

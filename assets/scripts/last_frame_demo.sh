@@ -12,7 +12,8 @@ export MODEL_PATH="$model" PREPARED="$DEMO_DIR/prepared"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TQDM_DELAY=2 # seconds before a progress bar appears
 
-rm -rf "$DEMO_DIR"
+# Only what an earlier demo wrote is replaced.
+rm -rf "$DEMO_DIR"/{clips,held-out,prepared,outputs,generated}
 python assets/scripts/make_control_clips.py --output_dir "$DEMO_DIR/clips"
 python assets/scripts/make_control_clips.py --output_dir "$DEMO_DIR/held-out" --count "$DEMO_VIDEOS" --seed 1
 

@@ -57,7 +57,7 @@ def commands(folder: Path, variables: str) -> list[SimpleNamespace]:
     lora.parent.mkdir(parents=True)
     lora.touch()
     for name in ("CLIPS", "PREPARED"):
-        (folder / names["settings"][name]).mkdir()
+        (folder / os.environ[name]).mkdir()
     code = [*(CODE[name].split("\n", 1)[1] for name in ("plan", "preparation")), f"{training} $TRAINING", of_sampling]
     return [flags_of(call) for call in noted_calls("\n".join(code), folder)]
 
@@ -69,6 +69,16 @@ def folder(tmp_path, monkeypatch) -> Path:
     noted_calls(":", tmp_path)  # makes it look like the repository
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_clips_of_the_environment_stay_where_they_were_when_a_cell_runs_again(folder, monkeypatch):
+    monkeypatch.setenv("NOTEBOOK_CLIPS", "mine")
+    names = {}
+    for cell in ("variables", "setup", "setup", "settings"):
+        exec(CODE[cell], names)
+        if cell == "setup":
+            names["os"].chdir(ROOT)
+    assert os.environ["CLIPS"] == str(folder / "mine")
 
 
 @pytest.mark.parametrize(

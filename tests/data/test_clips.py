@@ -94,6 +94,23 @@ def test_a_control_has_the_frames_the_size_and_the_rate_of_its_clip(change, reas
         assert re.match(rf"a\.mp4 \(list\.csv:2\): its control c\.mp4: {reason}", str(bad[0]))
 
 
+def test_a_mask_fits_its_clip_or_is_a_still_of_its_size():
+    info, still = VideoInfo(30, 64, 64, 25.0, sha256="a"), VideoInfo(1, 64, 64, 0.0, is_image=True)
+    clip = Clip(Path("a.mp4"), "A cat.", "list.csv:2", mask=Path("m.mp4"))
+
+    def plan(mask: VideoInfo | None, **options) -> tuple:
+        named = clip if mask else replace(clip, mask=None)
+        return plan_clips([named], {clip.video: info, clip.mask: mask}, BUCKETS, **options)
+
+    assert [plan(mask)[0][0].mask for mask in (info, still, None)] == [info, still, None]
+    for mask, reason in (
+        (replace(info, num_frames=29), "its mask m.mp4: has 29 frames, its clip 30"),
+        (replace(still, width=32), "its mask m.mp4: has 64x32 pixels, its clip 64x64"),
+    ):
+        assert reason in plan(mask)[1][0].reason
+    assert plan(None, needs_masks=True)[1][0].reason == "has no mask"
+
+
 def test_a_clip_may_be_a_part_of_a_file():
     info = VideoInfo(100, 64, 64, 25.0, sha256="a")
     (sample, whole), bad = plan_clips(

@@ -47,6 +47,17 @@ def test_an_image_beside_a_video_is_its_first_frame_not_a_clip(tmp_path):
     assert {clip.video.name: clip.image for clip in good(tmp_path)} == {"a.mp4": tmp_path / "a.png", "b.png": None}
 
 
+def test_a_mask_beside_a_clip_is_no_clip_is_read_on_request_and_may_be_missing(tmp_path):
+    touch(tmp_path, "a.mp4", "a.mask.png", "a.control.mp4", "b.mp4", "b.mask.mp4", "c.mp4", "d.mp4", "d.mask.mp4")
+    touch(tmp_path, "d.mask.png")
+    for name in "abcd":
+        write(tmp_path / f"{name}.txt", "A cat.")
+    assert [clip.mask for clip in read(tmp_path)[0]] == [None] * 3
+    clips, _ = read(tmp_path, mask_column="mask")
+    assert [clip.mask for clip in clips] == [tmp_path / "a.mask.png", tmp_path / "b.mask.mp4", None]
+    assert "has several masks beside it: d.mask.mp4, d.mask.png" in bad(tmp_path)[0]
+
+
 def test_a_control_beside_a_clip_is_no_clip_and_is_read_on_request(tmp_path):
     touch(tmp_path, "a.mp4", "a.control.mp4", "b.mp4", "b.control.mp4", "b.control.webm", "c.mp4", "d.control.mp4")
     for name in ("a.txt", "b.txt", "c.txt", "d.control.txt"):

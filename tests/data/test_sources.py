@@ -77,6 +77,25 @@ def test_every_list_may_name_controls_which_are_read_on_request(tmp_path, suffix
         read(tmp_path, **source, control_column="edges")
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt"])
+def test_every_list_may_name_masks_of_some_clips_which_are_read_on_request(tmp_path, suffix):
+    touch(tmp_path, "a.mp4", "b.mp4", "cut/a.png")
+    source = {}
+    if suffix == ".txt":
+        write_lists(tmp_path, videos="a.mp4\nb.mp4", prompts="A cat.\nA dog.", masks="cut/a.png\n\n")
+    else:
+        rows = [
+            {"video": f"{name}.mp4", "text": "A cat.", "mask": mask} for name, mask in (("a", "cut/a.png"), ("b", " "))
+        ]
+        source["dataset_file"] = write_table(tmp_path / f"data{suffix}", rows)
+    assert [clip.mask for clip in good(tmp_path, **source)] == [None, None]
+    clips = good(tmp_path, **source, mask_column="mask")
+    assert [(clip.mask, dict(clip.metadata)) for clip in clips] == [(tmp_path / "cut/a.png", {}), (None, {})]
+    with pytest.raises(UserError, match="--mask_column"):
+        (tmp_path / "masks.txt").unlink(missing_ok=True)
+        read(tmp_path, **source, mask_column="cut")
+
+
 def test_a_folder_of_clips_may_hold_links_to_elsewhere(tmp_path):
     """The folder's owner made them; only listed paths are not trusted."""
     touch(tmp_path / "elsewhere", "a.mp4")

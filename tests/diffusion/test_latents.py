@@ -7,7 +7,7 @@ import torch
 from diffusers import CogVideoXPipeline
 
 from data.sampler import Draw
-from diffusion.latents import image_noise_scales, sample_latents, sample_uniform, velocity_losses
+from diffusion.latents import image_noise_scales, mask_weights, sample_latents, sample_uniform, velocity_losses
 from diffusion.positions import rotary_embeddings
 from diffusion.randomness import sample_generators, step_generator
 from schedulers import alphas_cumprod, make_scheduler
@@ -30,6 +30,19 @@ def test_the_loss_is_the_published_weighted_one_computed_in_float64(snr_shift_sc
             z0_hat = math.sqrt(ac) * zt - math.sqrt(1 - ac) * v
             total += (z0_hat - z0) ** 2 / (1 - ac)
         assert loss == pytest.approx(total / latents[sample].numel(), rel=1e-5)
+
+
+def test_the_weights_of_a_mask_have_the_mean_one_and_those_of_a_white_mask_are_one():
+    masks = torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = mask_weights(masks.half(), 0.25)
+    expected = [[0.25 + 0.75 * value for value in mask.flatten().tolist()] for mask in masks]
+    for sample, values in enumerate(expected):
+        mean = sum(values) / len(values)
+        assert weights[sample].flatten().tolist() == pytest.approx([value / mean for value in values], rel=2e-3)
+    assert weights.mean(dim=(1, 2, 3)).tolist() == pytest.approx([1, 1], rel=1e-6)
+    for background in (0.0, 0.1, 0.3):
+        assert torch.equal(mask_weights(torch.ones(2, 13, 60, 90).half(), background), torch.ones(2, 13, 60, 90))
+    assert torch.equal(mask_weights(torch.zeros(1, 3, 4, 6), 0.0), torch.zeros(1, 3, 4, 6))  # and not NaN
 
 
 def test_latents_decode_in_the_pipelines_own_scale_and_layout(tiny_models):

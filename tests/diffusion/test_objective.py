@@ -94,6 +94,48 @@ def test_the_loss_is_the_published_one(tiny_models, kind, frames):
     assert losses.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["5b", "1.5-5b"])  # the latter's latents are padded in front
+def test_a_white_mask_changes_no_bit_and_another_one_weights_the_errors_of_each_position(tiny_models, kind):
+    objective, errors = make_objective(ModelSource(str(tiny_models(kind)))), []
+    batch = make_batch()
+    plain, objective.mask_background = losses_of(objective, batch), 0.1
+    white = replace(batch, masks=torch.ones(2, 5, 8, 12, dtype=torch.float16))
+    assert torch.equal(losses_of(objective, white), plain)
+
+    masks = torch.rand(2, 5, 8, 12, generator=torch.Generator().manual_seed(1)).half()
+    latents, noise, acs, _ = draw(batch.video_moments, kind)
+    predict = objective.model
+
+    def recorded(**inputs) -> tuple[torch.Tensor]:
+        (velocity,) = predict(**inputs)
+        ac = torch.tensor(acs, dtype=torch.float64).reshape(-1, 1, 1, 1, 1)
+        errors.append((velocity.double() - (ac.sqrt() * noise - (1 - ac).sqrt() * latents)) ** 2)
+        return (velocity,)
+
+    objective.model = recorded
+    losses = losses_of(objective, replace(batch, masks=masks))
+    weights = 0.1 + 0.9 * masks.double()
+    if kind == "1.5-5b":
+        weights = torch.cat([weights[:, :1], weights], dim=1)
+    expected = (errors[0].mean(dim=2) * weights).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
+    assert losses.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_without_a_background_weight_the_gradient_comes_only_from_white(tiny_models):
+    objective, outputs = make_objective(ModelSource(str(tiny_models("5b")))), []
+
+    def predict(**inputs) -> tuple[torch.Tensor]:
+        outputs.append(torch.zeros_like(inputs["hidden_states"], requires_grad=True))
+        return (outputs[0],)
+
+    objective.model, objective.mask_background = predict, 0.0
+    masks = torch.zeros(2, 5, 8, 12)
+    masks[0, 1:3, 2:5, 3:9] = masks[1, :, :4] = 1
+    objective(replace(make_batch(), masks=masks), generators(2)).sum().backward()
+    assert torch.equal((outputs[0].grad != 0).all(dim=2), masks.bool())
+    assert torch.equal((outputs[0].grad != 0).any(dim=2), masks.bool())
+
+
 def test_raw_and_prepared_clips_have_the_same_loss(tiny_models):
     source = ModelSource(str(tiny_models("5b")))
     vae = source.load_vae(torch.float32, slicing=False, tiling=False)

@@ -8,7 +8,7 @@ from diffusion.control_to_video import ControlToVideo
 from doc_pages import flags_of, marked_blocks, noted_calls, read_page, table_rows
 from methods.lora import Lora
 from repository import ROOT, TRAINING
-from video.controls import BLUR, KINDS, TILES
+from video.controls import BLUR, INPAINT, KINDS, TILES
 
 
 PAGE = read_page("assets/docs/control.md")
@@ -25,12 +25,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_each_command_of_the_way_goes_on_from_the_one_before(folder):
-    prepare, train, sample = map(flags_of, noted_calls(BLOCKS["way"], folder))
+@pytest.mark.parametrize(("block", "kind"), [("way", "canny"), ("inpaint", INPAINT)])
+def test_each_command_of_the_way_goes_on_from_the_one_before(folder, block, kind):
+    prepare, train, sample = map(flags_of, noted_calls(BLOCKS[block], folder))
     assert prepare.save_control_latents and prepare.save_latents_and_embeddings
     assert (train.data_root, train.load_tensors) == (prepare.output_dir, True)
     assert train.settings.validation.controls == ("rabbit.mp4",)
-    assert sample.compute_control == prepare.compute_control == "canny"
+    assert sample.compute_control == prepare.compute_control == kind
+    assert train.use_masks == prepare.use_masks == (kind == INPAINT)
     assert (sample.pretrained_model_name_or_path, sample.control) == (
         train.pretrained_model_name_or_path,
         ("fox.mp4",),
@@ -55,9 +57,9 @@ def test_the_messages_of_the_page_are_in_the_code():
     code = "".join(file.read_text(encoding="utf-8") for file in TRAINING.rglob("*.py"))
     code = re.sub(r'"\s*f?"', "", code)
     messages = re.findall(r"^\| `([^`]+)` \|", PAGE.split("## Messages")[1], flags=re.MULTILINE)
-    assert len(messages) == 5
+    assert len(messages) == 6
     assert [message for message in messages if message not in code] == []
 
 
 def test_every_block_of_the_page_is_tested_here():
-    assert BLOCKS.keys() == {"way", "code", "try"}
+    assert BLOCKS.keys() == {"way", "inpaint", "code", "try"}

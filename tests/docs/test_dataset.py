@@ -18,6 +18,7 @@ from data.clips import Clip
 from data.sources import read_clips
 from doc_pages import PARSERS, flags_of, noted_calls, read_page, script_of
 from flags.settings import PreparationSettings
+from make_control_clips import draw_controlled_clips
 from make_demo_clips import make_demo_clips
 from planning.plan import RawData, advise, check_bad_clips, data_sources, describe_plan, plan_raw_clips
 from prepared.index import make_table, write_table
@@ -59,6 +60,7 @@ class Workplace:
         self.flags: dict[str, list] = {}  # of each command's scripts, parsed
         self.clips: dict[str, list[Clip]] = {}
         make_demo_clips(folder / "try/clips")
+        draw_controlled_clips(folder / "try/masked", count=4, seed=0)
         tensors = {"video_latents": torch.zeros(1), "prompt_embeds": torch.zeros(1)}
         write_prepared(folder / "my-prepared", {"rabbit": tensors, "street": tensors}, Bucket(49, 480, 720))
         for name in ("my-clips", "try/model", "disney", "prepared", "try/kept", "my-kept", "my-kept-prepared"):
@@ -187,6 +189,17 @@ def test_the_plan_shown_is_the_demos(demo):
     table = describe_plan(*demo(), model, SimpleNamespace(transformer=TINY), batch_size=1)
     wrote = "wrote try/prepared/plan.csv and try/prepared/contact_sheet.png\nwrote try/prepared/report.html\n"
     assert block("output", "plan") == f"{table}\n{wrote}"
+
+
+def test_the_masks_of_the_example_are_read_and_their_plan_is_the_one_shown(workplace, demo):
+    (settings,) = (flags.settings for flags in workplace.flags["masks, tried"])
+    data = plan_raw_clips(settings.sources, settings.clips, masks=settings.masks)
+    assert [planned.mask is not None for planned in data.clips] == [True] * 3 + [False]
+    model = SimpleNamespace(find_long_captions=lambda *_: (), find_unknown_captions=lambda *_: ())
+    table = describe_plan(data, settings, model, SimpleNamespace(transformer=TINY), batch_size=1)
+    assert block("output", "masks") == f"{table}\n"
+    prepare, train = workplace.flags["masks"]
+    assert (prepare.use_masks, train.use_masks, train.data_root) == (True, True, prepare.output_dir)
 
 
 def test_the_bad_clips_shown_are_the_demos(demo):

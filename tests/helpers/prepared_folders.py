@@ -59,6 +59,7 @@ def write_prepared(
             bucket,
             with_images="image_latents" in tensors,
             with_controls="control_latents" in tensors,
+            with_masks="mask" in tensors,
         )
         | {"caption": f"a {name}"}
         | entry

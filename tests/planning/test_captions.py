@@ -40,3 +40,10 @@ def test_the_nearest_caption_shares_rare_words():
     assert nearest_caption("Film grain: the Cat", captions) == captions[-1]  # the others share as many words of fewer
     assert nearest_caption("a bee, film grain", captions) == "film grain, a bee"
     assert nearest_caption("nothing here", captions) is nearest_caption("anything", []) is None
+
+
+def test_the_nearest_caption_has_the_id_token_of_the_prompt():
+    scenes = ["a yellow circle rises over a blue lake", *(f"a square falls {how}" for how in ("fast", "far", "off"))]
+    captions = ["a blue circle rises over a blue lake", *scenes[1:], *(f"kinetoscope {scene}" for scene in scenes)]
+    assert nearest_caption("kinetoscope a red circle rises over a blue lake", captions) == captions[4]
+    assert nearest_caption("a red circle rises over a blue lake", captions) == captions[0]

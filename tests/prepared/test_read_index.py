@@ -23,6 +23,7 @@ SETTINGS = PreparedSettings("files", {}, "fp32", 226, False)
 TENSORS = {"video_latents": torch.zeros(32, 3, 8, 12), "prompt_embeds": torch.zeros(226, 64)}
 ORIGINAL_IMAGE = {"image_latents": torch.ones(32, 1, 8, 12)}
 IMAGES = {"image_latents": torch.ones(2, 32, 1, 8, 12)}
+CONTROLS = {"control_latents": torch.ones(32, 3, 8, 12), "mask": torch.ones(3, 8, 12)}
 
 
 def write_clip(folder, name, **images):
@@ -34,7 +35,7 @@ def write_clip(folder, name, **images):
 
 
 @pytest.mark.parametrize("older", [False, True])
-@pytest.mark.parametrize("images", [{}, IMAGES, IMAGES | {"control_latents": torch.ones(32, 3, 8, 12)}])
+@pytest.mark.parametrize("images", [{}, IMAGES, IMAGES | CONTROLS])
 def test_samples_in_shards_are_read_back(tmp_path, images, older):
     samples = {
         name: {kind: torch.randn(one.shape) for kind, one in (TENSORS | images).items()} for name in ("a", "b.c")
@@ -42,19 +43,20 @@ def test_samples_in_shards_are_read_back(tmp_path, images, older):
     clips = write_prepared(tmp_path, samples, BUCKET, older=older, repeats=1.5)
     assert [(clip.name, clip.bucket, clip.repeats) for clip in clips] == [("a", BUCKET, 1.5), ("b.c", BUCKET, 1.5)]
     assert (clips[-1].image_latents is not None) == bool(images)
-    assert (clips[-1].control_latents is not None) == ("control_latents" in images)
+    for kind in CONTROLS:
+        assert (getattr(clips[-1], kind) is not None) == (kind in images)
     for kind, tensor in samples["b.c"].items():
         assert torch.equal(read_tensor(getattr(clips[1], kind)), tensor)
 
 
-def test_an_index_from_before_there_were_controls_is_read(tmp_path):
+def test_an_index_from_before_there_were_controls_and_masks_is_read(tmp_path):
     write_prepared(tmp_path, dict.fromkeys("ab", TENSORS | IMAGES), BUCKET)
-    table = pa.ipc.open_file(str(tmp_path / "index.arrow")).read_all().drop_columns("control_latents")
+    table = pa.ipc.open_file(str(tmp_path / "index.arrow")).read_all().drop_columns(list(CONTROLS))
     with pa.ipc.new_file(str(tmp_path / "index.arrow"), table.schema) as writer:
         writer.write_table(table)
     clips = read_index(tmp_path)
-    assert clips[1].control_latents is None and clips[1].image_latents is not None
-    assert (clips.without("control_latents"), clips.without("image_latents")) == (["a", "b"], [])
+    assert clips[1].control_latents is clips[1].mask is None and clips[1].image_latents is not None
+    assert [clips.without(kind) for kind in (*CONTROLS, "image_latents")] == [["a", "b"], ["a", "b"], []]
 
 
 @pytest.mark.parametrize("older", [False, True])

@@ -75,6 +75,16 @@ def test_a_caption_beside_its_clip_is_written_even_if_there_was_none(folder):
     assert backups(folder) == [b"first\n", b"one\ntwo\n"]
 
 
+@pytest.mark.parametrize("name", ["table.csv", "table.jsonl", "table.json"])
+def test_a_table_without_the_column_of_captions_says_which_it_has(folder, name):
+    row = json.dumps({"video": "a.mp4", "text": "first"})
+    (folder / name).write_text({"table.csv": "video,text\na.mp4,first\n", "table.json": f"[{row}]"}.get(name, row))
+    with pytest.raises(UserError, match="no column 'caption', but video, text; pass --caption_column text"):
+        read_captions(DataSource(None, folder / name), folder / ".cache")
+    clips, _ = read_captions(DataSource(None, folder / name, caption_column="text"), folder / ".cache")
+    assert [clip.text for clip in clips] == ["first"]
+
+
 @pytest.mark.parametrize("other", [b"a.mp4,other\n", b"", b"video,caption\nx.mp4,x\na.mp4,first\n"])
 def test_a_file_that_changed_since_it_was_read_is_left_alone(folder, other):
     table = folder / "table.csv"

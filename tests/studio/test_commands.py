@@ -52,8 +52,10 @@ def test_prompts_are_lines_and_no_shell_reads_them(form, tmp_path):
     hostile = '"; touch $(x) `y` <script>'
     settings = check_command(sample_command("model", "", f"{hostile}\n\n two ", 5, 6.0, 1, "--num_frames 9"), tmp_path)
     assert (settings.content.prompt, settings.sampling.num_frames) == ((hostile, "two"), 9)
-    command = sample_command("model", "", "-one", 5, 6.0, 1, "")
-    assert check_command(command, tmp_path).content.prompt == ("-one",)
+    for prompts in (("-one",), ("--a b", "--seed=3", "-4", "--config", "--")):
+        command = sample_command("model", "", "\n".join(prompts), 5, 6.0, 1, "")
+        settings = check_command(command, tmp_path)
+        assert (settings.content.prompt, settings.sampling.seed) == (prompts, (1,))
     assert shlex.split(shown([command], tmp_path)) == ["cd", str(tmp_path), *command]
 
 
@@ -70,6 +72,7 @@ def test_prompts_are_lines_and_no_shell_reads_them(form, tmp_path):
         ("--dataset_name /etc", "--dataset_name: /etc is not inside"),
         ("--cache_dir ~", "is not inside"),
         ("--validation_images a.png:::../b.png", "--validation_images: "),
+        ("--validation_prompt_separator / --output_dir /tmp/x", "--output_dir: /tmp/x is not inside"),
         ("--hub_token=hf_secret", "log in with `hf auth login`"),
         ("--allow_outside_paths", "in a shell"),
         ("--config /etc/passwd", "add its flags themselves"),
@@ -80,3 +83,24 @@ def test_more_flags_are_checked_as_on_the_command_line_and_stay_inside_the_root(
         check_command(train_command(replace(form, train_flags=flags)), tmp_path)
     assert message in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["video", "caption", "image", "control", "mask"])
+def test_lists_that_columns_name_stay_inside_the_root(form, tmp_path, column):
+    (tmp_path / "clips/list.txt").touch()
+    (tmp_path / "clips/link.txt").symlink_to("/etc/passwd")
+    needed = {"control": ["--save_control_latents"], "mask": ["--use_masks"]}.get(column, [])
+    flags = [*needed, f"--{column}_column"]
+    check_command(prepare_command(form, *flags, "list.txt"), tmp_path)
+    for path in ("/etc/passwd", "../list.txt", "link.txt"):
+        with pytest.raises(UserError, match=f"--{column}_column: .*{path} is not inside"):
+            check_command(prepare_command(form, *flags, path), tmp_path)
+
+
+def test_both_images_of_a_pair_stay_inside_the_root(form, tmp_path):
+    (tmp_path / "first.png").touch()
+    flags = "--condition_frames first,last --validation_prompt a --validation_images first.png,/etc/passwd"
+    form = replace(form, task="image-to-video", train_flags=flags)
+    (tmp_path / form.prepared).mkdir()
+    with pytest.raises(UserError, match="--validation_images: /etc/passwd is not inside"):
+        check_command(train_command(form), tmp_path)

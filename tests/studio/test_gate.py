@@ -33,12 +33,19 @@ def client_of(token=None, *, root=None, is_local=True, host="localhost:7860"):
         ("localhost:7860", "http://evil.example", 403),
         ("localhost:7860", "http://localhost:8000", 403),
         ("localhost:7860", "null", 403),  # a page in a sandbox
+        ("localhost:7860", "http://[", 403),
     ],
 )
 def test_without_a_token_only_the_page_of_this_machine_is_answered(host, origin, code):
     answer = client_of(host=host).get("/", headers={"Origin": origin} if origin else {})
     assert answer.status_code == code
     assert answer.headers["content-security-policy"].startswith("default-src 'self'")
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_malformed_host_is_refused(is_local):
+    client = client_of(None if is_local else TOKEN, is_local=is_local)
+    assert client.get("/", headers={"Host": "["}).status_code == 403
 
 
 def test_the_token_opens_the_page_once_it_is_typed(monkeypatch):

@@ -102,3 +102,11 @@ def test_a_runner_that_is_killed_leaves_the_job_running_as_long_as_its_command(j
     jobs.stop()
     assert finished(jobs).log().endswith("saved\n")
     assert json.loads((jobs.latest().folder / "job.json").read_text())["kind"] == "train"
+
+
+@pytest.mark.parametrize("target", ["..", ".cogvideox-app", None])
+def test_a_state_folder_that_is_a_link_out_of_the_root_or_a_file_is_refused(tmp_path, target):
+    state = tmp_path / ".cogvideox-app"
+    state.symlink_to(target) if target else state.touch()
+    with pytest.raises(UserError, match="app is not a folder inside the root; move it away"):
+        Jobs(tmp_path)

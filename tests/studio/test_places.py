@@ -1,9 +1,11 @@
 """The app stays inside its root."""
 
+import os
+
 import pytest
 
 from common.errors import UserError
-from studio.places import inside, list_data, list_runs
+from studio.places import inside, list_data, list_runs, list_videos
 
 
 @pytest.fixture
@@ -40,3 +42,13 @@ def test_data_sets_and_runs_are_listed_without_results_and_hidden_or_linked_fold
         (root / file).touch()
     assert list_data(root) == ["clips", "lists", "table.csv"]
     assert list_runs(root) == ["run"]
+
+
+def test_files_that_vanish_while_they_are_listed_are_left_out(root, monkeypatch):
+    for age, name in enumerate("ab"):
+        (root / f"{name}.mp4").touch()
+        os.utime(root / f"{name}.mp4", (100 - age, 100 - age))
+    (root / "gone.mp4").symlink_to("nowhere")
+    assert list_videos(root) == [root / "a.mp4", root / "b.mp4"]
+    monkeypatch.setattr(os, "walk", lambda root: [(root / "gone", [], ["pytorch_lora_weights.safetensors"])])
+    assert list_runs(root) == []

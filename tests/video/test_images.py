@@ -13,6 +13,7 @@ from PIL import Image
 from common.errors import UserError
 from encoded_clips import encode, numbers_of
 from video import images as validation_images
+from video.controls import HIDDEN, INPAINT
 from video.images import load_controls, load_validation_images
 
 
@@ -180,6 +181,23 @@ def test_controls_are_cut_cropped_and_computed_like_those_of_clips(tmp_path):
     with pytest.raises(UserError, match="--control: 3 of 3 cannot be used for videos of 49 frames") as caught:
         load_controls([file, short, missing], (49, 32, 32), None, "--control")
     assert all(words in str(caught.value) for words in ("33 usable frames", "40 usable frames", "does not exist"))
+
+
+def test_inpainting_controls_are_grey_where_the_mask_beside_the_clip_is_white(tmp_path):
+    file = str(encode(tmp_path / "a.mp4", 33))
+    with pytest.raises(UserError, match=r"has no mask beside it; add a\.mask\.mp4 or a\.mask\.png, or omit"):
+        load_controls([file], (9, 32, 32), INPAINT)
+    mask = np.zeros((48, 80), np.uint8)
+    mask[:, :40] = 255
+    Image.fromarray(mask).save(tmp_path / "a.mask.png")
+    (plain,), (control,) = (load_controls([file], (9, 48, 48), kind) for kind in (None, INPAINT))
+    for frame, before in zip(control, plain, strict=True):
+        assert (np.asarray(frame)[:, :24] == HIDDEN).all()  # the middle of the clip is kept, where the mask's edge is
+        assert np.array_equal(np.asarray(frame)[:, 24:], np.asarray(before)[:, 24:])
+    encode(tmp_path / "a.mask.mp4", 32)
+    (tmp_path / "a.mask.png").unlink()
+    with pytest.raises(UserError, match=r"its mask .*a\.mask\.mp4: has 32 frames, its clip 33"):
+        load_controls([file], (9, 48, 48), INPAINT)
 
 
 def test_several_problems_are_one_list(server, tmp_path):

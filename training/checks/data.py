@@ -7,9 +7,10 @@ from cli.schema import flag_values
 from common.errors import UserError
 from common.remote import to_path
 from common.stores import check_url, is_url
-from flags.data import PREPARED_FLAGS, ClipFlags, ControlFlags, SourceFlags
+from flags.data import PREPARED_FLAGS, ClipFlags, ControlFlags, MaskFlags, SourceFlags
 from flags.settings import TrainingSettings
 from prepared.folder import read_prepared_settings
+from video.controls import INPAINT
 
 
 SIZE_STEP = 16  # the VAE compresses 8 times in space, the transformer's patches twice more
@@ -99,6 +100,14 @@ def check_control(control: ControlFlags) -> None:
     """Check that controls come from one place."""
     if control.compute_control and control.control_column:
         raise UserError("--control_column: not together with --compute_control; omit one of them")
+
+
+def check_masks(masks: MaskFlags, control: ControlFlags, given: Collection[str]) -> None:
+    """Check that what is set about masks has an effect."""
+    if masks.mask_column and not masks.use_masks and control.compute_control != INPAINT:
+        raise UserError(f"--mask_column: no effect without masks; add --use_masks or --compute_control {INPAINT}")
+    if "mask_background_weight" in given and not masks.use_masks:
+        raise UserError("--mask_background_weight: no effect without masks; add --use_masks")
 
 
 def check_prepared_flags(settings: TrainingSettings) -> None:

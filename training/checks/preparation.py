@@ -11,13 +11,14 @@ from video.condition_frames import FIRST
 
 
 def settle_preparation(
-    preparation: PreparationFlags, given: Collection[str], *, text_encoder_8bit: bool
+    preparation: PreparationFlags, given: Collection[str], *, use_masks: bool, text_encoder_8bit: bool
 ) -> PreparationFlags:
     """Return the checked flags with the layout, and the number of image latents that it can store."""
     if not preparation.save_latents_and_embeddings:
         for flag, is_given in (
             ("--save_image_latents", preparation.save_image_latents),
             ("--save_control_latents", preparation.save_control_latents),
+            ("--use_masks", use_masks),
             ("--text_encoder_8bit", text_encoder_8bit),
             ("--layout shards", preparation.layout == "shards"),
         ):
@@ -35,8 +36,12 @@ def settle_preparation(
             f"--output_dir: {preparation.output_dir} takes only shards (--save_latents_and_embeddings, not --layout "
             "files); pass a folder, and copy it"
         )
-    if layout == "files" and preparation.save_control_latents:
-        raise UserError("--save_control_latents: --layout files has no place for them; use shards")
+    for flag, is_given in (
+        ("--save_control_latents", preparation.save_control_latents),
+        ("--use_masks", use_masks),
+    ):
+        if layout == "files" and is_given:
+            raise UserError(f"{flag}: --layout files has no place for them; use shards")
     if layout == "files" and frames != FIRST:
         raise UserError(f"--condition_frames {frames}: --layout files stores only first frames; use shards")
     num_latents = preparation.num_image_latents

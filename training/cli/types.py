@@ -71,6 +71,12 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def _file_name(text: str) -> str:
+    if "/" in text or "\\" in text or text == "..":
+        raise argparse.ArgumentTypeError(f"'{text}' would be another folder; pass a name without / and \\")
+    return text
+
+
 def _table_file(text: str) -> str:
     file = path(text)
     if not is_url(file) and not os.path.isfile(file):
@@ -109,6 +115,7 @@ PositiveInt = Annotated[int, _whole_number(1)]
 Pixels = Annotated[int, _whole_number(1, metavar="PX")]
 NonNegativeInt = Annotated[int, _whole_number(0)]
 DuplicateBits = Annotated[int, _whole_number(0, 32)]  # 100,000 clips take 2 CPU seconds at 16, 40 at 32
+Port = Annotated[int, _whole_number(0, 65535)]
 Seed = Annotated[int, _whole_number(0, 2**32 - 1)]  # up to the largest that NumPy takes
 DenoisingSteps = Annotated[int, _whole_number(1, 1000)]  # up to the timesteps of the noise schedule
 PositiveFloat = Annotated[float, _number(lambda value: value > 0, "a number above 0")]
@@ -122,6 +129,7 @@ ConditionFrames = Annotated[str, Value(_condition_frames, "FRAMES")]
 Condition = Annotated[str, Value(_condition, "CONDITION")]
 Url = Annotated[str, Value(lambda text: text.rstrip("/"), "URL")]
 FilePath = Annotated[str, Value(path, "FILE")]
+FileName = Annotated[str, Value(_file_name, "NAME")]  # of a file or folder, without where it is
 FolderPath = Annotated[str, Value(path, "FOLDER")]
 ModelPath = Annotated[str, Value(path, "MODEL")]  # or a hub id
 AnyPath = Annotated[str, Value(path, "PATH")]

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from math import isclose
 from pathlib import Path
 
 from data.buckets import Bucket, assign_bucket
 from data.folder import describe_folder
+from video.controls import check_companion
 from video.frames import choose_samples
 from video.probe import VideoInfo
 
@@ -29,6 +29,7 @@ class Clip:
     regularization: bool = False  # what the model should keep doing, drawn in batches of its own
     captions: tuple[str, ...] = ()  # all, if it has several: they take turns
     caption_dropout: float | None = None  # probability of no caption; None: that of the flag
+    mask: Path | None = None  # a video or a still image, white where the loss counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class ClipSample:
     num_held: int = 0  # frames at the end that repeat the last one to fill the bucket
     control: VideoInfo | None = None  # probe result of clip.control
     caption_number: int = 0  # of its clip's captions
+    mask: VideoInfo | None = None  # probe result of clip.mask
 
     @property
     def shown_fps(self) -> float | None:
@@ -81,18 +83,20 @@ def plan_clips(
     long_clips: str = "spread",
     hold_last_frame: bool = False,
     with_images: bool = False,
+    needs_masks: bool = False,
 ) -> tuple[list[ClipSample], list[BadClip]]:
     """Choose frames and bucket of every clip, or say why it cannot be used; both in the order of `clips`.
 
     Args:
-        infos: probe results of every video and control, and of every image if `with_images`, as from `probe_files`; a
-            str is the reason why a file cannot be used.
+        infos: probe results of every video, control and mask, and of every image if `with_images`, as from
+            `probe_files`; a str is the reason why a file cannot be used.
         buckets: as from `make_buckets`.
         skip_start, skip_end: frames to skip at either end of each video.
         fps: frames per second to sample at; None keeps all frames of a clip.
         long_clips: one of `frames.LONG_CLIPS`.
         hold_last_frame: repeat the last frame of videos that are too short.
         with_images: require the images that clips name; otherwise images are not read.
+        needs_masks: require a mask for every clip.
     """
     choose = partial(choose_samples, skip_start=skip_start, skip_end=skip_end, fps=fps, long_clips=long_clips)
     frame_counts = sorted({bucket.num_frames for bucket in buckets})
@@ -125,7 +129,10 @@ def plan_clips(
             info = _found(infos[clip.video])
             has_image = with_images and clip.image is not None
             first_frame = _found(infos[clip.image], f"its image {clip.image}: ") if has_image else None
-            control = _fitting_control(clip.control, infos, info) if clip.control else None
+            control = _companion("control", clip.control, infos, info)
+            mask = _companion("mask", clip.mask, infos, info)
+            if needs_masks and mask is None:
+                raise ValueError("has no mask")
             if clip.start_frame or clip.end_frame is not None:
                 info = info.part(clip.start_frame, clip.end_frame)
             readable = info
@@ -140,7 +147,7 @@ def plan_clips(
             bucket = bucket_of(len(indices), info.height, info.width)
             if clip.start_frame:
                 indices = tuple(clip.start_frame + index for index in indices)
-            planned.append(ClipSample(clip, info, bucket, indices, part, first_frame, num_held, control))
+            planned.append(ClipSample(clip, info, bucket, indices, part, first_frame, num_held, control, mask=mask))
     return planned, bad
 
 
@@ -159,22 +166,16 @@ def with_each_caption(samples: Iterable[ClipSample]) -> Iterator[ClipSample]:
             yield replace(sample, clip=with_caption, caption_number=number)
 
 
-def _fitting_control(file: Path, infos: Mapping[Path, VideoInfo | str], clip: VideoInfo) -> VideoInfo:
-    """Return the probe result of a control that has the frames, the size and the rate of its clip."""
-    where = f"its control {file}: "
-    control = _found(infos[file], where)
-    for what, own, wanted, fits in (
-        ("frames", control.num_frames, clip.num_frames, control.num_frames == clip.num_frames),
-        ("pixels", *(f"{one.height}x{one.width}" for one in (control, clip)), _size(control) == _size(clip)),
-        ("frames per second", f"{control.fps:g}", f"{clip.fps:g}", isclose(control.fps, clip.fps, rel_tol=0.01)),
-    ):
-        if not fits:
-            raise ValueError(f"{where}has {own} {what}, its clip {wanted}; export it again with those of the clip")
-    return control
-
-
-def _size(info: VideoInfo) -> tuple[int, int]:
-    return info.height, info.width
+def _companion(
+    kind: str, file: Path | None, infos: Mapping[Path, VideoInfo | str], clip: VideoInfo
+) -> VideoInfo | None:
+    """Return the probe result of a control or a mask that fits its clip; None without one."""
+    if file is None:
+        return None
+    where = f"its {kind} {file}: "
+    own = _found(infos[file], where)
+    check_companion(own, clip, where, may_be_still=kind == "mask")
+    return own
 
 
 def _found(info: VideoInfo | str, where: str = "") -> VideoInfo:

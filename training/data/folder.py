@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _SIDE_NOTES = {"readme", "license", "licence", "copying", "notice", "changelog"}
 _SIDE_FILES = {".md", ".html", *TABLE_SUFFIXES, "thumbs.db", "desktop.ini"}  # suffixes and names
+COMPANIONS = ("control", "mask")  # columns of clips that belong to a clip frame by frame
 _EXAMPLES = 3
 _FEWEST_FRAMES = 5  # fewer numbered pictures may be anything
 
@@ -33,12 +34,12 @@ _FEWEST_FRAMES = 5  # fewer numbered pictures may be anything
 def read_folder(root: Path, captions_file: Path | None = None) -> Table:
     """Read the videos and still images in a folder and its subfolders, sorted by path.
 
-    The columns are video, caption, image and control. `b.png` beside `b.mp4` is that video's first frame,
-    `b.control.mp4` its control. Hidden files, tables and the like are ignored; a warning names
-    other files that cannot be read. Every .txt file needs a clip, except one named like a readme or licence at the top
-    level. Numbered frames without captions are one unusable row. Without clips, the UserError says what to pass
-    instead. `captions_file` is a table that captions will be written to, possibly in the folder; clips then need no
-    captions.
+    The columns are video, caption, image, control and mask. `b.png` beside `b.mp4` is that video's first frame,
+    `b.control.mp4` its control, `b.mask.mp4` or `b.mask.png` its mask. Hidden files, tables and the like are ignored;
+    a warning names other files that cannot be read. Every .txt file needs a clip, except one named like a readme or
+    licence at the top level. Numbered frames without captions are one unusable row. Without clips, the UserError says
+    what to pass instead. `captions_file` is a table that captions will be written to, possibly in the folder; clips
+    then need no captions.
     """
     files = sorted(visible_files(root))
     if not files and isinstance(root, RemotePath):
@@ -69,7 +70,7 @@ def read_folder(root: Path, captions_file: Path | None = None) -> Table:
     if isinstance(root, RemotePath):
         fetch_all(root / file for file in files if _suffix(file) == ".txt")
     rows = _all_rows(root, groups, unread, captions_needed=captions_file is None)
-    return Table(str(root), ("video", "caption", "image", "control"), rows, root)
+    return Table(str(root), ("video", "caption", "image", *COMPANIONS), rows, root)
 
 
 def _group_files(root: Path, files: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -89,7 +90,9 @@ def _group_files(root: Path, files: Iterable[str]) -> tuple[dict[str, list[str]]
 def _all_rows(
     root: Path, groups: dict[str, list[str]], unread: Mapping[str, list[str]], *, captions_needed: bool
 ) -> Iterator[Row]:
-    controls = {name: groups.pop(f"{name}.control") for name in _with_controls(groups)}
+    companions = {
+        name: {kind: groups.pop(f"{name}.{kind}") for kind in kinds} for name, kinds in _companions(groups).items()
+    }
     alone = [files[0] for files in groups.values() if len(files) == 1] if captions_needed else []
     frames = find_frames(alone)
     of_frames = {file for series in frames for file in series}
@@ -100,18 +103,21 @@ def _all_rows(
     for name, files in groups.items():
         if files[0] not in of_frames:
             for row in _rows(root, name, files, unread.get(name, ()), captions_needed):
-                own = controls.get(name, [None])
-                problem = f"has several controls beside it: {', '.join(own)}" if len(own) > 1 else None
-                yield replace(row, values={**row.values, "control": own[0]}, problem=row.problem or problem)
+                own = companions.get(name, {})
+                several = [kind for kind in own if len(own[kind]) > 1]
+                problem = f"has several {several[0]}s beside it: {', '.join(own[several[0]])}" if several else None
+                first = {kind: own.get(kind, [None])[0] for kind in COMPANIONS}
+                yield replace(row, values={**row.values, **first}, problem=row.problem or problem)
 
 
-def _with_controls(groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the names of clips that have a control beside them, which has no caption of its own."""
-    return [
-        name
-        for name in groups
-        if (own := groups.get(f"{name}.control")) and not any(_suffix(file) == ".txt" for file in own)
-    ]
+def _companions(groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return what each clip has beside it, by its name: a control, a mask, which have no caption of their own."""
+
+    def is_there(name: str) -> bool:
+        own = groups.get(name)
+        return bool(own) and not any(_suffix(file) == ".txt" for file in own)
+
+    return {name: [kind for kind in COMPANIONS if is_there(f"{name}.{kind}")] for name in groups}
 
 
 def visible_files(root: Path) -> Iterator[str]:

@@ -22,6 +22,7 @@ class DataSource:
     caption_column: str = "caption"
     image_column: str | None = None  # None: "image", "images" or images.txt if it exists
     control_column: str | None = None  # None reads no controls
+    mask_column: str | None = None  # None reads no masks
     caption_per_line: bool = False  # each line of a caption is a caption of its own
     shuffle_tags: int | None = None  # orders of a caption's comma-separated tags
     caption_dropout: float | None = None  # probability of no caption; None: that of the flag

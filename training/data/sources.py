@@ -19,7 +19,7 @@ import numpy as np
 from common.errors import UserError, described, one_line
 from common.remote import RemotePath, is_file
 from data.clips import BadClip, Clip
-from data.folder import read_folder
+from data.folder import COMPANIONS, read_folder
 from data.media_cache import first_frame_file, media_file
 from data.rows import DataSource, Row, Table, UnusableRow
 from data.tables import read_table, read_text_files
@@ -94,7 +94,7 @@ def _open(source: DataSource, captions_file: Path | None) -> tuple[Table, DataSo
             "folder of clips, b.png beside b.mp4 is its first frame"
         )
     columns = {"video_column": "video", "caption_column": "caption", "image_column": "image"}
-    columns |= {"control_column": "control"} if source.control_column else {}
+    columns |= {f"{kind}_column": kind for kind in COMPANIONS if getattr(source, f"{kind}_column")}
     return table or read_folder(root, captions_file), replace(source, **columns)
 
 
@@ -115,6 +115,8 @@ def _with_columns(source: DataSource, table: Table, caption_needed: bool) -> Dat
         wanted[source.image_column] = "--image_column"
     if source.control_column is not None:
         wanted[source.control_column] = "--control_column, or compute controls with --compute_control"
+    if source.mask_column is not None:
+        wanted[source.mask_column] = "--mask_column"
     if not caption_needed and source.caption_column == DataSource.caption_column:  # a column that was named must exist
         wanted.pop(source.caption_column)
     for column, flag in wanted.items():
@@ -144,19 +146,18 @@ def _clip_of(
         raise UnusableRow("has no caption")
     if not caption_needed and len(captions) > 1:
         raise UnusableRow("has several captions, and the table to write takes one for each clip")
-    metadata = _metadata(
-        values, {source.video_column, source.caption_column, source.image_column, source.control_column, ""}
-    )
+    columns = (source.video_column, source.caption_column, source.image_column)
+    metadata = _metadata(values, {*columns, source.control_column, source.mask_column, ""})
     try:
         video = media_file(values.get(source.video_column), folder, media_cache, values.get("fps"), within=within)
         image = first_frame_file(values.get(source.image_column), folder, media_cache, within=within)
-        control = _control_file(values, source, folder, media_cache, within)
-        "".join((*captions, str(video), str(image), str(control), *metadata, *metadata.values())).encode()
+        control, mask = (_companion(kind, values, source, folder, media_cache, within) for kind in COMPANIONS)
+        "".join((*captions, str(video), str(image), str(control), str(mask), *metadata, *metadata.values())).encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, and file names may be any bytes
         raise UnusableRow("has text that is not valid Unicode, which no list can hold") from error
     part = (_frame_number(values, "start_frame") or 0, _frame_number(values, "end_frame"))
     several = tuple(captions) if len(captions) > 1 else ()
-    facts = (control, source.regularization, several, source.caption_dropout)
+    facts = (control, source.regularization, several, source.caption_dropout, mask)
     return Clip(video, captions[0] if captions else "", row.source, image, source.repeats, metadata, *part, *facts)
 
 
@@ -182,23 +183,25 @@ def _orders(caption: str, count: int) -> list[str]:
     return [caption, *map(", ".join, others)]
 
 
-def _control_file(
+def _companion(
+    kind: str,
     values: Mapping[str, Any],
     source: DataSource,
     folder: Path | None,
     media_cache: Path,
     within: Sequence[Path] | None,
 ) -> Path | None:
-    """Find the control like the clip; None if no controls are read."""
-    if source.control_column is None:
-        return None
-    value = values.get(source.control_column)
+    """Find the control or the mask like the clip; None if none are read. A clip may have no mask."""
+    column = getattr(source, f"{kind}_column")
+    value = values.get(column) if column is not None else None
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise UnusableRow("has no control clip")
+        if kind == "control" and column is not None:
+            raise UnusableRow("has no control clip")
+        return None
     try:
         return media_file(value, folder, media_cache, values.get("fps"), within=within)
     except UnusableRow as problem:
-        raise UnusableRow(f"its control {problem}") from problem
+        raise UnusableRow(f"its {kind} {problem}") from problem
 
 
 def _frame_number(values: Mapping[str, Any], name: str) -> int | None:

@@ -21,7 +21,7 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | None:
-    """Read videos.txt, prompts.txt, images.txt if it exists, and controls.txt if controls are read.
+    """Read videos.txt, prompts.txt, images.txt if it exists, and controls.txt and masks.txt if these are read.
 
     Line n of one belongs to line n of the others.
 
@@ -33,13 +33,14 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
         captions_needed: require prompts.txt, with a line for each video.
 
     Returns:
-        Columns video, caption, image and control; None if no column names a file, and neither videos.txt nor
+        Columns video, caption, image, control and mask; None if no column names a file, and neither videos.txt nor
         prompts.txt exists. An empty line in images.txt is for a video without an image.
     """
     videos_file = text_file(source.data_root, source.video_column, "videos.txt")
     prompts_file = text_file(source.data_root, source.caption_column, "prompts.txt")
     images_file = text_file(source.data_root, source.image_column or "images.txt", "images.txt")
     controls_file = text_file(source.data_root, source.control_column or "controls.txt", "controls.txt")
+    masks_file = text_file(source.data_root, source.mask_column or "masks.txt", "masks.txt")
     is_named = source.video_column.endswith(".txt") or source.caption_column.endswith(".txt")
     if not is_named and not any(map(is_file, (videos_file, prompts_file))):
         return None
@@ -48,6 +49,7 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
         (prompts_file, "--caption_column", captions_needed or source.caption_column.endswith(".txt")),
         (images_file, "--image_column", source.image_column is not None),
         (controls_file, "--control_column", source.control_column is not None),
+        (masks_file, "--mask_column", source.mask_column is not None),
     ):
         if is_needed and not is_file(file):
             scripts = {prompts_file: "caption_dataset.py writes captions"}
@@ -56,26 +58,26 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
             more = f"; {scripts[file]}" if file in scripts else ""
             raise UserError(f"{file} does not exist; {flag} names the file, {where}{more}")
     videos = read_lines(videos_file)
-    # Blank lines at the end may be for videos without an image, or without a caption if none is needed.
-    reads_controls = source.control_column is not None
-    prompts, images, controls = (
+    # Blank lines at the end may be for videos without an image or a mask, or without a caption if none is needed.
+    prompts, *others = (
         read_lines(file, at_least=0 if complete else len(videos)) if is_read else [""] * len(videos)
         for file, complete, is_read in (
             (prompts_file, captions_needed, is_file(prompts_file)),
             (images_file, False, is_file(images_file)),
-            (controls_file, False, reads_controls),
+            (controls_file, False, source.control_column is not None),
+            (masks_file, False, source.mask_column is not None),
         )
     )
-    for file, lines in ((prompts_file, prompts), (images_file, images), (controls_file, controls)):
+    for file, lines in zip((prompts_file, images_file, controls_file, masks_file), (prompts, *others), strict=True):
         if len(lines) != len(videos):
             raise UserError(
                 f"{videos_file} has {len(videos)} lines and {file} has {len(lines)}; line n of one belongs to line n "
                 "of the other, so no caption may have line breaks"
             )
-    names = ("video", "caption", "image", "control")
+    names = ("video", "caption", "image", "control", "mask")
     rows = (
         Row(f"{videos_file.name}:{number}", dict(zip(names, lines, strict=True)))
-        for number, lines in enumerate(zip(videos, prompts, images, controls, strict=True), 1)
+        for number, lines in enumerate(zip(videos, prompts, *others, strict=True), 1)
     )
     return Table(str(videos_file), names, rows, source.data_root)
 

@@ -51,8 +51,23 @@ def sample_uniform(generators: Sequence[torch.Generator]) -> torch.Tensor:
     return torch.cat([torch.rand(1, generator=g, device=g.device, dtype=torch.float64) for g in generators])
 
 
-def velocity_losses(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def mask_weights(masks: torch.Tensor, background: float) -> torch.Tensor:
+    """Return the weight of each latent position, float32, with the mean 1 over a sample's.
+
+    White has the weight 1 and black `background`, before each sample's weights are divided by their mean. A sample
+    whose weights are all 0 keeps them.
+
+    Args:
+        masks: `[B, F, H, W]` in [0, 1].
+    """
+    weights = masks.float() + background * (1 - masks.float())
+    return weights / weights.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-9)
+
+
+def velocity_losses(velocity: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Mean squared error of each sample's predicted velocity `[B, F, C, H, W]`, in float32. Returns `[B]`.
+
+    With `weights`, `[B, F, H, W]`, each position's squared error is multiplied by its weight.
 
     With `z0_hat = sqrt(ac) zt - sqrt(1 - ac) v`, CogVideoX's published loss `mean((z0_hat - z0)^2) / (1 - ac)` is in
     exact arithmetic `mean((v - v_target)^2)` with `v_target = sqrt(ac) noise - sqrt(1 - ac) z0`, which
@@ -60,4 +75,5 @@ def velocity_losses(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 
     Source: v-prediction, https://arxiv.org/abs/2202.00512; the loss of CogVideoX, https://arxiv.org/abs/2408.06072.
     """
-    return torch.nn.functional.mse_loss(velocity.float(), target.float(), reduction="none").mean(dim=(1, 2, 3, 4))
+    errors = torch.nn.functional.mse_loss(velocity.float(), target.float(), reduction="none")
+    return (errors if weights is None else errors * weights[:, :, None]).mean(dim=(1, 2, 3, 4))

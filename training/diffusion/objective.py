@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from dataset import Batch, MixedBatch
-from diffusion.latents import pad_latent_frames, sample_latents, sample_uniform, velocity_losses
+from diffusion.latents import mask_weights, pad_latent_frames, sample_latents, sample_uniform, velocity_losses
 from diffusion.positions import rotary_embeddings
 from diffusion.task import Task
 from diffusion.timesteps import TimestepSampling
@@ -28,6 +28,7 @@ class Noised(NamedTuple):
     prompt_embeds: torch.Tensor  # [B, 226, D]
     rotary: tuple[torch.Tensor, torch.Tensor] | None
     target: torch.Tensor  # velocity, [B, F, C, H, W]
+    weights: torch.Tensor | None  # of each position in the loss, [B, F, H, W]; None for equal ones
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Objective:
     # Probability that a sample is trained with the empty prompt: of all, or `[N]`, by the index of its draw.
     caption_dropout: float | torch.Tensor = 0.0
     empty_prompt: torch.Tensor | None = None  # [226, D], its embedding; needed for caption dropout
+    mask_background: float = 1.0  # weight of black in the batches' masks, relative to white
     _rotary_cache: dict = field(default_factory=dict, init=False, repr=False)
 
     def __call__(
@@ -75,7 +77,7 @@ class Objective:
             for part, times, of_part in _by_part(batch, timesteps, generators)
         ]
         predicted = zip(self._predict(noised, timesteps), noised, strict=True)
-        return torch.cat([velocity_losses(velocity, part.target) for velocity, part in predicted])
+        return torch.cat([velocity_losses(velocity, part.target, part.weights) for velocity, part in predicted])
 
     def _noise(
         self,
@@ -104,7 +106,11 @@ class Objective:
         )
         inputs = {name: tensor.to(self.dtype) for name, tensor in inputs.items()}
         target = self.scheduler.get_velocity(latents, noise, timesteps)
-        return Noised(inputs, embeds.to(self.dtype), self._rotary_embeddings(latents), target)
+        weights = None
+        if batch.masks is not None:
+            masks = pad_latent_frames(batch.masks, self.transformer.config.patch_size_t)
+            weights = mask_weights(masks, self.mask_background)
+        return Noised(inputs, embeds.to(self.dtype), self._rotary_embeddings(latents), target, weights)
 
     def _predict(self, noised: Sequence[Noised], timesteps: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the predicted velocities `[B, F, C, H, W]` of each bucket, from one pass over all samples."""

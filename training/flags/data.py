@@ -182,10 +182,28 @@ class ControlFlags:
     )
     compute_control: str | None = flag(
         None,
-        "Compute controls from the clips instead: edges, grey values, blurred, or a mosaic of 12 tiles on the shorter "
-        "side. Depth and poses need another model: pass your own control clips.",
+        "Compute controls from the clips instead: edges, grey values, blurred, a mosaic of 12 tiles on the shorter "
+        "side, or grey where the mask is white (inpaint). Depth and poses need another model: pass your own clips.",
         choices=tuple(KINDS),
         shown="controls are listed",
+    )
+
+
+@dataclass(frozen=True)
+class MaskFlags:
+    """The masks of clips."""
+
+    use_masks: bool = flag(
+        False,
+        "Weight the loss by masks, white where it counts fully (training) and black where "
+        "--mask_background_weight applies; prepare_dataset.py writes them at the size of the latents. Clips without "
+        "a mask count fully everywhere.",
+    )
+    mask_column: str | None = flag(
+        None,
+        "With --use_masks or --compute_control inpaint: column or text file of masks. A mask is a video with the "
+        "frames, the size and the rate of its clip, or a still image of its size.",
+        shown="mask, or masks.txt; in a folder of clips, a.mask.mp4 or a.mask.png beside a.mp4",
     )
 
 

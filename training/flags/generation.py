@@ -84,7 +84,8 @@ class ContentFlags:
     )
     compute_control: str | None = flag(
         None,
-        "Compute the control from the clips of --control, as the model was trained.",
+        "Compute the control from the clips of --control, as the model was trained; inpaint takes a.mask.mp4 or "
+        "a.mask.png beside a.mp4.",
         choices=tuple(KINDS),
         shown="they are controls",
     )

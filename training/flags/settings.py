@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from cli.schema import flag, group
-from cli.types import FolderPath, NonNegativeInt
+from cli.types import FolderPath, Port
 from flags.captions import CaptionFlags, CaptionFrameFlags, CaptionModelFlags
 from flags.conversion import BaseModelFlags, ConvertedFlags, ConvertedOutputFlags, ReductionFlags
-from flags.data import ClipFlags, ControlFlags, LoaderFlags, PreparedFlags, RegularizationFlags, SourceFlags
+from flags.data import ClipFlags, ControlFlags, LoaderFlags, MaskFlags, PreparedFlags, RegularizationFlags, SourceFlags
 from flags.footage import FootageFlags, SceneFlags
 from flags.generation import ContentFlags, OutputFlags, PlannedVideo, ResultFlags, SamplingFlags, SamplingMemoryFlags
 from flags.memory import MemoryFlags
@@ -39,6 +39,7 @@ class TrainingSettings:
     sources: SourceFlags = group("data")
     clips: ClipFlags = group("data")
     control: ControlFlags = group("data")
+    masks: MaskFlags = group("data")
     loader: LoaderFlags = group("data")
     prepared: PreparedFlags = group("data")
     regularization: RegularizationFlags = group("data")
@@ -67,6 +68,7 @@ class PreparationSettings:
     sources: SourceFlags = group("data")
     clips: ClipFlags = group("data")
     control: ControlFlags = group("data")
+    masks: MaskFlags = group("data")
     loader: LoaderFlags = group("data")
     preparation: PreparationFlags = group("preparation")
     encoding: EncodingFlags = group("memory and speed")
@@ -143,7 +145,7 @@ class AppFlags:
         "taken from $COGVIDEOX_FACTORY_APP_TOKEN.",
         metavar="ADDRESS",
     )
-    port: NonNegativeInt = flag(7860, "Port to listen on; 0 takes a free one.")
+    port: Port = flag(7860, "Port to listen on; 0 takes a free one.")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from cli.schema import flag
-from cli.types import FilePath, FolderPath, PositiveInt, Value
+from cli.types import FileName, FilePath, FolderPath, PositiveInt, Value
 from common.hub_token import HubToken
 
 
@@ -27,7 +27,7 @@ class TrackingFlags:
         "never ends a run. A resumed run continues the tracker's run.",
         choices=(*TRACKERS, "all", "none"),
     )
-    tracker_name: str = flag("cogvideox-lora", "Project name in the tracker.")
+    tracker_name: FileName = flag("cogvideox-lora", "Project name in the tracker.")
     logging_dir: FolderPath = flag("logs", "Folder of the tracker's files, inside --output_dir.")
     logging_steps: PositiveInt = flag(
         10, "Fetch and log the losses of all steps every N optimizer steps; 1 makes the device wait."

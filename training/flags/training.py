@@ -82,6 +82,9 @@ class ObjectiveFlags:
     logit_std: PositiveFloat = flag(1.0, "Standard deviation of --timestep_sampling logit_normal.")
     stratified_timesteps: bool = flag(False, "Spread a step's timesteps over samples and ranks: a steadier loss.")
     snr_gamma: PositiveFloat | None = flag(None, "Weight the loss by min-SNR with this gamma (often 5).", shown="off")
+    mask_background_weight: Probability = flag(
+        0.0, "With --use_masks, the weight of black, relative to white; raise it a little if surroundings dissolve."
+    )
     use_ema: bool = flag(False, "Validate and save a running average of the weights; it needs as much memory.")
     ema_decay: DecayRate = flag(0.9999, "Decay of --use_ema, lower in the first steps. Short runs: 0.99 to 0.999.")
 

@@ -62,6 +62,20 @@ def encode_noised_images(
     return torch.cat(list(map(encode, videos)), dim=2)
 
 
+def encode_mask(frames: torch.Tensor) -> torch.Tensor:
+    """Average a mask over the pixels of each latent, in time as the VAE groups frames: 4k + 1 are 1, 4, 4, ...
+
+    Args:
+        frames: `[F, 3, H, W]`, uint8; F = 4k or 4k + 1.
+
+    Returns:
+        `[F', H / 8, W / 8]`, float16, in [0, 1]; exactly 1 where all pixels are white.
+    """
+    mask = torch.nn.functional.avg_pool2d(frames.float().mean(dim=1, keepdim=True) / 255, 8)[:, 0]
+    first, groups = mask[: len(mask) % 4], mask[len(mask) % 4 :]
+    return torch.cat([first, groups.reshape(-1, 4, *mask.shape[1:]).mean(dim=1)]).half()
+
+
 def _encode_pixels(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
     """`[B, 3, F, H, W]` in [-1, 1] -> moments."""
     height, width = pixels.shape[-2:]

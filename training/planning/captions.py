@@ -21,7 +21,9 @@ def is_refusal(caption: str) -> bool:
 def nearest_caption(prompt: str, captions: Sequence[str]) -> str | None:
     """Return the caption that shares most words with a prompt, where rare words weigh more; None if none shares any.
 
-    The measure is the weighted Jaccard index of the sets of words, with the inverse document frequency as weights.
+    The measure is Tversky's index of the sets of words, with inverse document frequencies as weights. Words that only
+    the caption has count half, because a caption without the prompt's id token is farther off than one with more.
+    Source: https://doi.org/10.1037/0033-295X.84.4.327.
     """
     words = [frozenset(re.findall(r"\w+", text.lower())) for text in captions]
     counts = Counter(word for one in words for word in one)
@@ -31,5 +33,7 @@ def nearest_caption(prompt: str, captions: Sequence[str]) -> str | None:
     def weight(some: frozenset[str]) -> float:
         return math.fsum(weigh.get(word, math.log(1 + len(words))) for word in some)
 
-    shared = [weight(wanted & one) / weight(wanted | one) if wanted & one else 0.0 for one in words]
+    shared = [
+        weight(wanted & one) / (weight(wanted) + weight(one - wanted) / 2) if wanted & one else 0.0 for one in words
+    ]
     return captions[shared.index(max(shared))] if any(shared) else None

@@ -24,7 +24,7 @@ from data.mix import read_mix, weights_to_repeats
 from data.sampler import BucketBatchSampler
 from data.sources import DataSource, read_clips
 from data.token_budget import BatchSize, TokenBudget
-from flags.data import PREPARED_FLAGS, ClipFlags, ControlFlags, SourceFlags
+from flags.data import PREPARED_FLAGS, ClipFlags, ControlFlags, MaskFlags, SourceFlags
 from flags.settings import PreparationSettings, TrainingSettings
 from planning.advice import recommend
 from planning.held_out import (
@@ -41,6 +41,7 @@ from planning.report import PlanTable, plan_table, regularization_note
 from prepared.folder import read_prepared_settings
 from video.cache import FileCache
 from video.condition_frames import FIRST, fewest_frames, is_context
+from video.controls import INPAINT
 from video.probe import probe_files
 
 
@@ -108,6 +109,7 @@ class RawData:
                 planned.clip.caption,
                 planned.clip.repeats,
                 *([planned.control.content] if planned.control else []),
+                *(["mask", planned.mask.content] if planned.mask else []),
                 *(("regularization",) if planned.clip.regularization else ()),
             )
             for planned in self.clips
@@ -226,7 +228,12 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
             _check_condition_frames(settings.image.condition_frames, data.folders)
     else:
         frames = settings.image.condition_frames
-        condition = {"with_images": with_images, "condition_frames": frames, "control": control}
+        condition = {
+            "with_images": with_images,
+            "condition_frames": frames,
+            "control": control,
+            "masks": settings.masks,
+        }
         data = plan_raw_clips(sources, settings.clips, extra, **condition)
         model = settings.model.pretrained_model_name_or_path
         check_bad_clips(data, sources.on_bad_clip, lambda: advise_early(data, settings, model))
@@ -312,19 +319,21 @@ def plan_raw_clips(
     with_images: bool = False,
     condition_frames: str = FIRST,
     control: ControlFlags | None = None,
+    masks: MaskFlags | None = None,
 ) -> RawData:
     """List the clips, probe them, and assign them to buckets; `with_images` and with `control` with theirs.
 
-    Those of `extra` sources come last. With images, samples have more frames than `condition_frames` gives.
+    Those of `extra` sources come last. With images, samples have more frames than `condition_frames` gives. Masks are
+    read for the loss and for controls, which need one for every clip.
     """
     cache = default_cache_folder()
     buckets = make_buckets(clip_flags.frame_buckets, clip_flags.height_buckets, clip_flags.width_buckets)
-    sources = [*data_sources(flags, control), *extra]
+    sources = [*data_sources(flags, control, masks), *extra]
     read = [read_clips(source, cache / "media", name_folder=bool(flags.dataset_mix or extra)) for source in sources]
     clips = [clip for of_source, _ in read for clip in of_source]
     files = [clip.video for clip in clips]
     files += [clip.image for clip in clips if with_images and clip.image is not None]
-    files += [clip.control for clip in clips if clip.control is not None]
+    files += [file for clip in clips for file in (clip.control, clip.mask) if file is not None]
     infos = probe_files(files, FileCache(cache))
     planned, bad, dropped = [], [], []
     for source, (of_source, unreadable) in zip(sources, read, strict=True):
@@ -341,11 +350,18 @@ def plan_raw_clips(
             long_clips=clip_flags.long_clips,
             hold_last_frame=clip_flags.hold_last_frame,
             with_images=with_images,
+            needs_masks=_fills_masks(control),
         )
         usable, short = _without_short(usable, condition_frames if with_images else FIRST)
         planned.append(usable)
         bad += [*unreadable, *unscored, *unusable, *short]
         dropped += dropped_here
+    uses_masks = masks is not None and masks.use_masks
+    if uses_masks and any(planned) and not any(sample.mask for of_source in planned for sample in of_source):
+        raise UserError(
+            f"--use_masks: none of the {sum(map(len, planned))} samples has a mask; add a.mask.mp4 or a.mask.png "
+            "beside a.mp4, name them in the list (--mask_column), or omit the flag"
+        )
     return RawData(_weighted(sources, planned), bad, dropped)
 
 
@@ -377,11 +393,13 @@ def plan_validation_clips(
     """
     if settings.validation.validation_dataset_file is None:
         return None
+    masks = replace(settings.masks, use_masks=False)  # the loss of validation is that of all pixels
     data = plan_raw_clips(
         *validation_data_flags(settings),
         with_images=with_images,
         condition_frames=settings.image.condition_frames,
         control=control,
+        masks=masks,
     )
     if data.bad:
         what = f"{len(data.bad)} of {data.num_listed} clips cannot be used; fix or remove them:"
@@ -472,11 +490,18 @@ def advise_early(data: RawData, settings: TrainingSettings | PreparationSettings
         return None
 
 
-def data_sources(flags: SourceFlags, control: ControlFlags | None = None) -> list[DataSource]:
+def _fills_masks(control: ControlFlags | None) -> bool:
+    return control is not None and control.compute_control == INPAINT
+
+
+def data_sources(
+    flags: SourceFlags, control: ControlFlags | None = None, masks: MaskFlags | None = None
+) -> list[DataSource]:
     """Return the data sets that the flags name, and set the size of the cache of those in stores.
 
     With `control`, they list controls, unless these are computed.
     """
+    lists_masks = masks is not None and (masks.use_masks or _fills_masks(control))
     lists_controls = control is not None and control.compute_control is None
     limit_cache(flags.cache_limit_gb)
     source = DataSource(
@@ -493,6 +518,7 @@ def data_sources(flags: SourceFlags, control: ControlFlags | None = None) -> lis
         shuffle_tags=flags.shuffle_tags,
         image_column=flags.image_column,
         control_column=(control.control_column or "control") if lists_controls else None,
+        mask_column=(masks.mask_column or "mask") if lists_masks else None,
         id_token=flags.id_token,
         keep=flags.keep,
         scores=to_path(flags.scores) if flags.scores else None,
@@ -510,9 +536,10 @@ def regularization_sources(settings: TrainingSettings, control: ControlFlags | N
     if root is None:
         return []
     column = "control" if control is not None and control.compute_control is None else None
+    mask = "mask" if _fills_masks(control) else None  # the loss of regularization counts everywhere
     names = ("max_samples", "allow_outside_paths", "caption_per_line", "shuffle_tags")
     facts = {name: getattr(flags, name) for name in names}
-    return [DataSource(to_path(root), control_column=column, regularization=True, **facts)]
+    return [DataSource(to_path(root), control_column=column, mask_column=mask, regularization=True, **facts)]
 
 
 def _read_prepared(sources: Sequence[DataSource]) -> PreparedData:
@@ -578,8 +605,15 @@ def describe_plan(
         return "\n".join(filter(None, [*lines, _dropout_note(data, settings)]))
     table = tabulate(data, settings, model, configs, batch_size=batch_size, num_ranks=num_ranks)
     dropped = f"{len(data.dropped)} of {data.num_listed} clips are dropped by --keep" if data.dropped else None
-    notes = [dropped, _dropout_note(data, settings), data.held_out_note]
+    notes = [dropped, _mask_note(data, settings), _dropout_note(data, settings), data.held_out_note]
     return "\n".join(filter(None, [str(table), *notes, advise(data, settings, configs.transformer)]))
+
+
+def _mask_note(data: RawData, settings: TrainingSettings | PreparationSettings) -> str | None:
+    """Return a line on samples whose loss is not weighted, if others are."""
+    clips = data.trained.clips if settings.masks.use_masks else ()
+    without = sum(planned.mask is None for planned in clips)
+    return f"{without} of {len(clips)} samples have no mask: they count fully everywhere" if without else None
 
 
 def _dropout_note(data: TrainingData, settings: TrainingSettings | PreparationSettings) -> str | None:

@@ -86,6 +86,7 @@ def clip_dataset(settings: PreparationSettings, clips: Sequence[ClipSample]) -> 
         with_images=settings.preparation.save_image_latents,
         condition_frames=settings.preparation.condition_frames,
         control=(settings.control.compute_control or LISTED) if settings.preparation.save_control_latents else None,
+        with_masks=settings.masks.use_masks,
         decode_threads=settings.encoding.num_decode_threads,
     )
 
@@ -175,8 +176,8 @@ def progress_bar(title: str, unit: str, total: int) -> tqdm:
 def encode_batch(
     flags: PreparationFlags, vae: AutoencoderKLCogVideoX, batch: Batch, names: Sequence[str]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Encode a batch to moments, by name: `video_latents` `[2C, F', h, w]`, maybe `image_latents` `[K, 2C, M, h, w]`
-    and `control_latents` `[2C, F', h, w]`.
+    """Encode a batch to moments, by name: `video_latents` `[2C, F', h, w]`, maybe `image_latents` `[K, 2C, M, h, w]`,
+    `control_latents` `[2C, F', h, w]` and `mask` `[F', h, w]`.
 
     The images of an image-to-video sample are encoded K times, under noise of different strength: the objective needs
     fresh noise on the pixels at every step, but training must not need the VAE. Each step picks one of the K.
@@ -192,6 +193,9 @@ def encode_batch(
         moments = encode_videos(vae, batch.controls).cpu()
         for name, control in zip(names, moments, strict=True):
             tensors[name]["control_latents"] = control
+    if batch.masks is not None:
+        for name, mask in zip(names, batch.masks, strict=True):
+            tensors[name]["mask"] = mask
     return tensors
 
 

@@ -29,7 +29,7 @@ _SUFFIXES = {"videos": ".mp4", "prompts": ".txt", "images": ".png"}
 
 Batches = Sequence[Sequence[str]]  # of names
 Parts = Mapping[str, Batches]
-Tensors = Mapping[str, torch.Tensor]  # by kind: video_latents, image_latents, control_latents, prompt_embeds
+Tensors = Mapping[str, torch.Tensor]  # by kind: video_latents, image_latents, control_latents, mask, prompt_embeds
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,10 @@ class ShardLayout:
         shard_bytes: int,
         with_images: bool,
         with_controls: bool = False,
+        with_masks: bool = False,
     ):
-        self.folder, self.samples, self.with_images = folder, samples, with_images
-        self.with_controls = with_controls
+        self.folder, self.samples = folder, samples
+        self.kinds = {"with_images": with_images, "with_controls": with_controls, "with_masks": with_masks}
         groups = _names_by_bucket(samples)
         sizes = [samples_per_shard(latent_bytes(bucket), shard_bytes) for bucket in groups]
         self.latents = ShardWriter(folder / "latents", folder / STAGING, list(groups.values()), sizes)
@@ -118,8 +119,7 @@ class ShardLayout:
                 captions[sample.caption_key],
                 sample.caption_key,
                 sample.planned.bucket,
-                with_images=self.with_images,
-                with_controls=self.with_controls,
+                **self.kinds,
             )
             | sample.origin()
             for sample in samples

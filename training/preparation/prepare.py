@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -57,6 +58,7 @@ from prepared.folder import (
     write_settings,
 )
 from video.condition_frames import FIRST, num_condition_latents
+from video.controls import INPAINT
 
 
 logger = logging.getLogger(__name__)
@@ -242,6 +244,8 @@ def name_sample(planned: ClipSample, settings: PreparationSettings) -> Sample:
         facts += [] if frames == FIRST else [frames]
     if settings.preparation.save_control_latents:
         facts.append(settings.control.compute_control or planned.control.content)
+    if settings.masks.use_masks or settings.control.compute_control == INPAINT:
+        facts.append(("mask", planned.mask and planned.mask.content))
     if settings.preparation.layout == "files":
         facts.append(caption_key(clip.caption))
     # For file names and lists: not hidden, on one line, and within 255 bytes.
@@ -272,17 +276,19 @@ def make_layout(
         shard_bytes=flags.shard_size_mb * 2**20,
         with_images=flags.save_image_latents,
         with_controls=flags.save_control_latents,
+        with_masks=settings.masks.use_masks,
     )
 
 
 def latent_bytes(settings: PreparationSettings, configs: ModelConfigs, bucket: Bucket) -> int:
-    """Return the bytes of a sample's latents, with those of its image and its control."""
+    """Return the bytes of a sample's latents, with those of its image and its control, and its mask."""
     flags, (frames, height, width) = settings.preparation, bucket.latent_shape
     if flags.save_image_latents:
         frames += flags.num_image_latents * num_condition_latents(flags.condition_frames)
     if flags.save_control_latents:
         frames += bucket.latent_shape[0]
-    return 2 * configs.vae["latent_channels"] * frames * height * width * DTYPES[settings.model.dtype].itemsize
+    masks = 2 * prod(bucket.latent_shape) if settings.masks.use_masks else 0
+    return 2 * configs.vae["latent_channels"] * frames * height * width * DTYPES[settings.model.dtype].itemsize + masks
 
 
 def embed_bytes(settings: PreparationSettings, configs: ModelConfigs) -> int:

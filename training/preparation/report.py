@@ -239,6 +239,11 @@ def sheet_rows(settings: PreparationSettings, clips: Sequence[ClipSample]) -> li
             if batch.controls is not None:
                 control = batch.controls[0].permute(0, 2, 3, 1).numpy()
                 rows.append(SheetRow([control[place].copy() for place in places], "its control", ""))
+            if batch.masks is not None:
+                masks = batch.masks[0].float().numpy().repeat(8, axis=1).repeat(8, axis=2)[..., None]
+                of_place = {place: masks[(place + 3 * (len(frames) % 4)) // 4] for place in places}  # 4k + 1: 1, 4, 4
+                shown = [(frames[place] * mask).astype(frames.dtype) for place, mask in of_place.items()]
+                rows.append(SheetRow(shown, "its loss counts where it is not black", ""))
     return rows
 
 

@@ -6,7 +6,8 @@ The default, tensors of many samples in a file (`--layout shards`):
     <folder>/index.arrow                         a row per sample (`prepared.index`): shards, bucket, caption, source
     <folder>/latents/<digest>.safetensors        <name>.video_latents  [2C, F', H / 8, W / 8], the VAE's moments, and
                                                  <name>.image_latents  [K, 2C, M, H / 8, W / 8] (image-to-video),
-                                                 <name>.control_latents  [2C, F', H / 8, W / 8] (control-to-video)
+                                                 <name>.control_latents  [2C, F', H / 8, W / 8] (control-to-video),
+                                                 <name>.mask  [F', H / 8, W / 8] (--use_masks)
     <folder>/prompt_embeds/<digest>.safetensors  <caption's digest>.prompt_embeds  [226, D]
     <folder>/empty_prompt.safetensors            prompt_embeds  [226, D], of the empty prompt: for caption dropout
 

@@ -6,7 +6,7 @@ A sample becomes an object when it is read; buckets and repeats are arrays. `pre
 |---|---|
 | name | of the sample, as in its tensors' names |
 | latents, prompt_embeds | files of its tensors, below the folder |
-| image_latents, control_latents | likewise; may be null, and older indexes have no column of controls |
+| image_latents, control_latents, mask | likewise; may be null, and older indexes lack the last two |
 | caption_key | the name of its prompt embedding in the shard; null if each tensor has a file of its own |
 | num_frames, height, width | its bucket |
 | repeats | times that it comes in an epoch |
@@ -50,6 +50,7 @@ TRAINED = pa.schema(  # the columns that training reads
         ("width", pa.int32()),
         ("repeats", pa.float64()),
         ("control_latents", _FILE),
+        ("mask", _FILE),
     ]
 )
 _ORIGIN = [("caption", _TEXT), ("source", _TEXT), ("clip", _TEXT)]
@@ -59,6 +60,7 @@ _CAPTIONS = pa.schema([_SCHEMA.field("caption")])
 _CAPTIONED = pa.schema([_SCHEMA.field(name) for name in ("caption", "clip", "first_frame", "last_frame")])
 IDENTITY = pa.schema([_SCHEMA.field(name) for name in ("name", "source", "clip")])
 _DESCRIBED = pa.schema([_SCHEMA.field("name"), _SCHEMA.field("caption_key")])
+OPTIONAL = ("image_latents", "control_latents", "mask")
 _ROWS_AT_ONCE = 2**14
 
 
@@ -73,6 +75,7 @@ class PreparedClip:
     image_latents: StoredTensor | None = None  # [K, 2C, M, H / 8, W / 8], or without K
     repeats: float = 1.0
     control_latents: StoredTensor | None = None  # [2C, F', H / 8, W / 8]
+    mask: StoredTensor | None = None  # [F', H / 8, W / 8]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +131,7 @@ class IndexedFolder:
         (facts,) = self.table.slice(row, 1).to_pylist()
         name, key = facts["name"], facts["caption_key"]
         bucket = Bucket(*(facts[side] for side in Bucket._fields))
-        shape, image, control = bucket.latent_shape, facts["image_latents"], facts["control_latents"]
+        shape, image, control, mask = bucket.latent_shape, *(facts[name] for name in OPTIONAL)
         images = () if key is None else (None,)  # shards have several encodings of an image
 
         def stored(file: str, tensor: str, *axes: int | None) -> StoredTensor:
@@ -142,6 +145,7 @@ class IndexedFolder:
             None if image is None else stored(image, f"{name}.image_latents", *images, None, None, *shape[1:]),
             self.fixed if self.fixed is not None else facts["repeats"] * self.times,
             None if control is None else stored(control, f"{name}.control_latents", None, *shape),
+            None if mask is None else stored(mask, f"{name}.mask", *shape),
         )
 
 
@@ -194,7 +198,7 @@ class PreparedIndex(Sequence[PreparedClip]):
         return np.delete(rows, self.omitted) if len(self.omitted) else rows  # not copied
 
     def without(self, tensor: str) -> list[str]:
-        """Return the names of the samples that have no "image_latents" or "control_latents"."""
+        """Return the names of the samples that have no "image_latents", "control_latents" or "mask"."""
         folders = ((folder.column("name"), folder.column(tensor)) for folder in self.folders)
         return [name for names, files in folders for name in names.filter(files.is_null()).to_pylist()]
 
@@ -317,7 +321,7 @@ def write_table(table: pa.Table, file: Path, notes: Mapping[str, Any], staging: 
 def _open_table(file: Path, names: Sequence[str]) -> pa.Table:
     with at_hand(file) as local:  # what is mapped stays, even if the cache removes the file
         table = pa.ipc.open_file(pa.memory_map(str(local))).read_all()
-    for name in {"control_latents"}.difference(table.column_names):  # of an older version
+    for name in [one for one in OPTIONAL[1:] if one not in table.column_names]:  # of an older version
         table = table.append_column(TRAINED.field(name), pa.nulls(table.num_rows, TRAINED.field(name).type))
     return table.select(names)
 

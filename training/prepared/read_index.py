@@ -25,6 +25,7 @@ from data.paths import stays_inside
 from prepared.folder import FILES_INDEX, INDEX_FILE, LISTS, OLDER_INDEX, SETTINGS_FILE, StoredTensor, read_tensor
 from prepared.index import (
     LARGEST_SIZE,
+    OPTIONAL,
     TRAINED,
     IndexedFolder,
     PreparedIndex,
@@ -38,7 +39,7 @@ from prepared.tensor_files import names_in
 
 logger = logging.getLogger(__name__)
 
-_FILES = ("latents", "prompt_embeds", "image_latents", "control_latents")
+_FILES = ("latents", "prompt_embeds", "image_latents", "control_latents", "mask")
 _IN_SHARDS = (("latents", "name", "video_latents"), ("prompt_embeds", "caption_key", "prompt_embeds"))
 _ORIGINAL_FILES = (FILES_INDEX, *LISTS, "video_latents", "image_latents")  # what its samples are found by
 
@@ -56,6 +57,7 @@ def sample_in_shards(
     *,
     with_images: bool,
     with_controls: bool = False,
+    with_masks: bool = False,
 ) -> dict[str, Any]:
     """Return the entry of a sample whose tensors are in these two shards."""
     return {
@@ -65,6 +67,7 @@ def sample_in_shards(
         "caption_key": caption_key,
         "with_image": with_images,
         "with_control": with_controls,
+        "with_mask": with_masks,
         "metadata": bucket._asdict(),
     }
 
@@ -92,6 +95,7 @@ def row_in_shards(entry: Entry) -> Row:
         "image_latents": latents if entry["with_image"] else None,
         "caption_key": _text(entry["caption_key"]),
         "control_latents": latents if entry.get("with_control") else None,
+        "mask": latents if entry.get("with_mask") else None,
         **_facts(entry),
     }
 
@@ -106,6 +110,7 @@ def row_in_files(entry: Entry) -> Row:
         "image_latents": _text(image) if image else None,
         "caption_key": None,
         "control_latents": None,
+        "mask": None,
         **_facts(entry),
     }
 
@@ -270,7 +275,7 @@ def read_index(folder: Path, *, allow_outside_paths: bool = False) -> PreparedIn
 def _check_rows(index: IndexedFolder) -> None:
     """Check that all samples have the values that training needs, in their ranges."""
     file, keys = index.folder / INDEX_FILE, index.column("caption_key")
-    values = [name for name in TRAINED.names if name not in ("image_latents", "control_latents", "caption_key")]
+    values = [name for name in TRAINED.names if name not in (*OPTIONAL, "caption_key")]
     empty = [name for name in values if index.column(name).null_count]
     empty += ["caption_key"] if keys.null_count not in (0, len(keys)) else []
     empty += [name for name in _FILES if None in index.files(name)]

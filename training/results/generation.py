@@ -198,13 +198,13 @@ def find_trained_frames(settings: GenerationSettings) -> tuple[str, str] | None:
 def choose_control(settings: GenerationSettings, configs: ModelConfigs) -> ControlToVideo:
     """Return the task of a model or a result of training that takes a control; raise a UserError if there is none."""
     task, transformer = ControlToVideo(widens=not configs.takes_condition), settings.result.transformer
-    if transformer is not None:
-        read_tuned_config(transformer, settings.model.cache_dir, task.model_configs(configs))
-    elif task.widens and not find_control_result(settings, configs):
+    if task.widens and not find_control_result(settings, configs):
         raise UserError(
             "--control: nothing here takes a control: neither the model nor a --lora or --transformer; omit it, or "
             "pass the result of cogvideox_control_to_video_lora.py or cogvideox_control_to_video_sft.py"
         )
+    if transformer is not None:
+        read_tuned_config(transformer, settings.model.cache_dir, task.model_configs(configs))
     return task
 
 

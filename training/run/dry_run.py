@@ -155,6 +155,8 @@ def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | N
             with atomic_write(Path(controls[0])) as partial:
                 gray = Image.new("RGB", (sampled.width, sampled.height), "gray")
                 write_video(partial, [gray] * sampled.num_frames, round(settings.clips.fps or 8))
+            with atomic_write(folder / "control.mask.png") as partial:  # for --compute_control inpaint
+                gray.save(partial)
     trial = replace_flags(
         settings,
         **size_flags,

@@ -333,6 +333,7 @@ def make_objective(spec: RunSpec, inputs: EncodedInputs, trainable: Trainable) -
         configs=spec.configs,
         vae=inputs.vae,
         dtype=spec.dtype,
+        mask_background=flags.mask_background_weight,
         timesteps=TimestepSampling(flags.timestep_sampling, flags.logit_mean, flags.logit_std, flags.snr_gamma),
         caption_dropout=flags.caption_dropout if dropouts is None else torch.from_numpy(dropouts),
         empty_prompt=None if empty_prompt is None else empty_prompt.to(spec.accelerator.device),
@@ -342,11 +343,13 @@ def make_objective(spec: RunSpec, inputs: EncodedInputs, trainable: Trainable) -
 def make_dataset(
     recipe: Recipe, seed: int, prompts: PromptCache | None = None, *, replace_failed: bool
 ) -> ClipDataset | PreparedDataset:
-    """Return the training samples, raw or prepared, with the images or controls that the task needs."""
+    """Return the training samples, raw or prepared, with the images or controls that the task needs, and masks."""
+    with_masks = recipe.settings.masks.use_masks
     data, flags, with_images = recipe.data, recipe.settings.clips, recipe.task.condition == "image"
     if isinstance(data, PreparedData):
         with_controls = recipe.task.condition == "control"
-        return PreparedDataset(data.clips, with_images=with_images, with_controls=with_controls)
+        kinds = {"with_images": with_images, "with_controls": with_controls, "with_masks": with_masks}
+        return PreparedDataset(data.clips, **kinds)
     return ClipDataset(
         data.clips,
         reshape_mode=flags.video_reshape_mode,
@@ -356,6 +359,7 @@ def make_dataset(
         with_images=with_images,
         condition_frames=recipe.settings.image.condition_frames,
         control=recipe.controls,
+        with_masks=with_masks,
         replace_failed=replace_failed,
     )
 

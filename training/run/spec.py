@@ -109,7 +109,7 @@ def check_spec(recipe: Recipe) -> RunSpec:
         choose_scheduler(recipe.task, recipe.settings.guidance.sampling_scheduler)
     recipe.method.check_model(recipe.configs, recipe.source)
     if isinstance(data, PreparedData):
-        check_prepared(data.clips, recipe.configs)
+        check_prepared(data.clips, recipe.configs, with_masks=settings.masks.use_masks)
     accelerator = start_accelerator(settings.training, settings.tracking, allow_tf32=settings.speed.allow_tf32)
     coordinator = Coordinator()
     num_ranks = accelerator.num_processes // settings.speed.context_parallel_size
@@ -156,6 +156,7 @@ def lasting_settings(recipe: Recipe) -> dict[str, object]:
         "--regularization_weight": (
             None if recipe.data.regularization is None else settings.regularization.regularization_weight
         ),
+        "--mask_background_weight": settings.objective.mask_background_weight if settings.masks.use_masks else None,
         **recipe.task.settings,
         **recipe.method.settings,
         "DeepSpeed": describe_division(),

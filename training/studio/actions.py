@@ -134,8 +134,10 @@ class Actions:
     def sample(self, model: str, run: str | None, *values: Any) -> gr.Tabs:
         """Sample videos."""
         command, before = sample_command(model, run, *values), self.jobs.latest()
-        videos = check_command(command, self.root).videos
-        self.jobs.start("sample", [command], str(videos[0].file.parent), before.form if before else ())
+        settings = check_command(command, self.root)
+        if not settings.videos:
+            raise UserError(f"all videos of {settings.output.output_dir} are there already")
+        self.jobs.start("sample", [command], str(settings.videos[0].file.parent), before.form if before else ())
         return gr.Tabs(selected="run")
 
     # The job

@@ -13,13 +13,13 @@ from datetime import datetime
 from pathlib import Path
 
 from captions.table import AUTHOR_COLUMN, USER
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import atomic_write
 from common.text_files import read_utf8
 from data.clips import BadClip
-from data.rows import DataSource
+from data.rows import DataSource, Table
 from data.sources import read_clips
-from data.tables import csv_reader, find_delimiter, text_file
+from data.tables import csv_reader, find_delimiter, read_table, text_file
 from studio.places import inside
 
 
@@ -38,10 +38,24 @@ _saving = threading.Lock()
 
 
 def read_captions(source: DataSource, media_cache: Path) -> tuple[list[Captioned], list[BadClip]]:
-    """Return the clips of a source, which need no captions, and the rows that cannot be used."""
+    """Return the clips of a source, which need no captions, and the rows that cannot be used.
+
+    Raises UserError for a table without the column of captions: they may be in another one.
+    """
+    if source.dataset_file is not None:
+        _check_column(read_table(source.dataset_file, source), source.caption_column)
     plain = replace(source, id_token=None, caption_per_line=False, shuffle_tags=None)  # as the file has them
     clips, bad = read_clips(plain, media_cache, captions_file=media_cache / "none")
     return [Captioned(clip.video, clip.caption, *_place(plain, clip.source, clip.video)) for clip in clips], bad
+
+
+def _check_column(table: Table, column: str) -> None:
+    if table.names and column not in table.names:
+        there = ", ".join(map(one_line, table.names))
+        likely = next((name for name in ("text", "caption", "prompt") if name in table.names), None)
+        flag = f"pass --caption_column {likely or 'NAME'} among the flags of prepare_dataset.py"
+        advice = flag if likely else f"add it to the table, or {flag}"
+        raise UserError(f"{table.where} has no column {column!r}, but {there}; {advice}")
 
 
 def _place(source: DataSource, listed: str, video: Path) -> tuple[Path, int | None, str | None]:
@@ -117,8 +131,6 @@ def _changed_csv(clip: Captioned, before: str, text: str) -> tuple[str, str]:
         first = reader.line_num + 1
     else:
         raise LookupError(clip.row)
-    if clip.column not in names:
-        raise UserError(f"{clip.file} has no column {clip.column!r} for captions; add it to the table")
     column, lines = names.index(clip.column), list(io.StringIO(before, newline=""))
     found, cells[column] = cells[column], text
     row = io.StringIO(newline="")

@@ -1,10 +1,11 @@
 """The commands of the app's buttons: those that a shell would run, checked by the scripts' own parsers."""
 
 import io
+import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from args import parse_args, parse_generate_args, parse_prepare_args
-from cli.schema import path_values
+from cli.schema import flag_values, path_values
 from common.errors import UserError
 from common.files import path_of_script, slug
 from common.run_folder import LORA_FILE, list_checkpoints
+from flags.settings import TrainingSettings
 from studio.places import inside
+from video.condition_frames import split_files
 
 
 TASKS = ("text-to-video", "image-to-video")
@@ -30,6 +33,7 @@ REFUSED = {
     "--allow_outside_paths": "use this flag in a shell",
     "--hub_token": "every user of the machine can read it there; log in with `hf auth login`",
 }
+_LISTS = ("validation_images", "validation_controls")
 
 Command = list[str]
 _parsing = threading.Lock()  # the parsers report on sys.stderr, which all threads share
@@ -97,8 +101,9 @@ def sample_command(model: str, run: str, prompts: str, steps: int, guidance: flo
     flags = {"pretrained_model_name_or_path": model, "lora": run, "num_inference_steps": steps}
     flags |= {"guidance_scale": guidance, "seed": seed, "output_dir": f"samples/{slug(run or model)}"}
     lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
-    words = ["--prompt", *lines] if len(lines) > 1 else _words({"prompt": "".join(lines)})
-    return [*_script("generate.py"), *_words(flags), *words, *_split(more)]
+    # A space before a hyphen makes it no flag; generate.py removes it.
+    words = [f" {line}" if line.startswith("-") else line for line in lines]
+    return [*_script("generate.py"), *_words(flags), *(["--prompt", *words] if words else []), *_split(more)]
 
 
 def shown(commands: Sequence[Command], root: Path) -> str:
@@ -117,15 +122,24 @@ def check_command(command: Command, root: Path) -> Any:
             raise UserError(f"{name}: not in the app: {REFUSED[name]}")
     script = Path(command[1]).stem
     settings = _parse(_parser_of(script), command[2:])
-    # Several images in one value, and one value of any other flag.
-    separator = getattr(getattr(settings, "validation", None), "validation_prompt_separator", "\0")
-    for name, value in path_values(settings):
-        for path in value.split(separator):
-            try:
-                inside(root, path.strip())
-            except UserError as error:
-                raise UserError(f"--{name}: {error}") from None
+    for name, path in _paths(settings):
+        try:
+            inside(root, path)
+        except UserError as error:
+            raise UserError(f"--{name}: {error}") from None
     return settings
+
+
+def _paths(settings: Any) -> Iterator[tuple[str, str]]:
+    """Yield (name, path) of each file and folder that a flag names; some name several, and columns may be files."""
+    yield from ((name, path) for name, path in path_values(settings) if name not in _LISTS)
+    if isinstance(settings, TrainingSettings):
+        condition, validation = settings.image.condition_frames, settings.validation
+        yield from (("validation_images", path) for one in validation.images for path in split_files(condition, one))
+        yield from (("validation_controls", path) for path in validation.controls)
+    flags = flag_values(settings)
+    columns = {name: value for name, value in flags.items() if name.endswith("_column") and value}
+    yield from ((name, os.path.join(flags["data_root"] or "", value)) for name, value in columns.items())
 
 
 def _parser_of(script: str) -> Callable[[Sequence[str]], Any]:

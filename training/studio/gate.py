@@ -98,9 +98,13 @@ class Gate:
 
     async def _refusal(self, request: Request) -> Response | None:
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        if self.is_local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        try:
+            name, place = urlsplit(f"//{host}").hostname, urlsplit(origin or "").netloc
+        except ValueError:
+            return PlainTextResponse("malformed Host or Origin", 403)
+        if self.is_local and not is_loopback(name or ""):
             return PlainTextResponse("this app answers only to the name of this machine", 403)
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and place != host:
             return PlainTextResponse("another page may not use this app", 403)
         if self.token is None:
             return None

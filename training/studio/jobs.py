@@ -69,11 +69,17 @@ class Job:
 
 
 class Jobs:
-    """The jobs of a root, of this app and of earlier ones."""
+    """The jobs of a root, of this app and of earlier ones.
+
+    Raises UserError if their folder is a file, or a link that leads out of the root.
+    """
 
     def __init__(self, root: Path):
         self.root = root
         self.folder = root / STATE_FOLDER
+        is_fit = self.folder.is_dir() and self.folder.resolve().is_relative_to(root.resolve())
+        if os.path.lexists(self.folder) and not is_fit:
+            raise UserError(f"{self.folder} is not a folder inside the root; move it away")
         self._lock = threading.Lock()
 
     def latest(self) -> Job | None:

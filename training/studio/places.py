@@ -1,7 +1,8 @@
 """The folders and files that the app shows: all of them inside the root that it was started with."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -56,13 +57,21 @@ def list_models(root: Path) -> list[str]:
 
 def list_runs(root: Path) -> list[str]:
     """Return the folders of finished runs and of checkpoints below `root`, as paths from there, the newest first."""
-    found = [folder for folder, names in _folders(root) if "pytorch_lora_weights.safetensors" in names]
-    return [str(folder.relative_to(root)) for folder in sorted(found, key=os.path.getmtime, reverse=True)]
+    found = (folder for folder, names in _folders(root) if "pytorch_lora_weights.safetensors" in names)
+    return [str(folder.relative_to(root)) for folder in _newest_first(found)]
 
 
 def list_videos(folder: Path, most: int = 24) -> list[Path]:
     """Return the MP4 files directly in a folder, the newest first."""
-    return sorted(folder.glob("*.mp4"), key=os.path.getmtime, reverse=True)[:most]
+    return _newest_first(folder.glob("*.mp4"))[:most]
+
+
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
+    dated = []
+    for path in paths:
+        with suppress(OSError):  # a link to nothing, or removed since it was listed
+            dated.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(dated, reverse=True)]
 
 
 def _folders(root: Path) -> Iterator[tuple[Path, set[str]]]:

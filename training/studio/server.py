@@ -34,7 +34,7 @@ def make_server(root: Path, jobs: Jobs, token: str | None, *, is_local: bool) ->
 
 def serve(root: Path, host: str, port: int) -> None:
     """Serve the app until Ctrl-C, then say what happens to a run; a UserError if the address cannot be used."""
-    token, jobs = choose_token(host), Jobs(root)
+    jobs, token = Jobs(root), choose_token(host)
     server = make_server(root, jobs, token, is_local=is_loopback(host))
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

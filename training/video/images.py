@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from common.errors import UserError, listing
 from video.condition_frames import FIRST, given_frames, is_context
-from video.controls import compute_control
+from video.controls import INPAINT, check_companion, compute_control, find_mask
 from video.frames import choose_samples, usable_frames
 from video.io import read_frames, reshape_frames
 from video.media import decode_still_image, read_still_image, reason_of
@@ -113,14 +113,15 @@ def load_controls(
 
     Args:
         size: frames, height and width of the videos.
-        kind: compute the controls from the clips, as `compute_control` does; None if these are controls.
+        kind: compute the controls from the clips, as `compute_control` does; None if these are controls. INPAINT
+            takes the mask beside each clip.
         reshape_mode, fps, long_clips: as of clips; a random crop is the middle.
     """
     num_frames, height, width = size
     choose = partial(choose_samples, frame_counts=[num_frames], fps=fps, long_clips=long_clips)
     title = f"{flag}: %s cannot be used for videos of {num_frames} frames:"
-    videos = _load_videos(files, lambda info: choose(info)[0], height, width, reshape_mode, title)
-    return [list(map(Image.fromarray, compute_control(one, kind) if kind else one)) for one in videos]
+    videos = _load_videos(files, lambda info: choose(info)[0], height, width, reshape_mode, title, kind)
+    return [list(map(Image.fromarray, one)) for one in videos]
 
 
 def _load_videos(
@@ -130,23 +131,38 @@ def _load_videos(
     width: int,
     reshape_mode: str,
     title: str,
+    kind: str | None = None,
 ) -> list[np.ndarray]:
-    """Read the chosen frames of videos, `[F, H, W, 3]` each; `title` begins the UserError, with %s for the number."""
+    """Read the chosen frames of videos, `[F, H, W, 3]` each, or controls of them.
+
+    `title` begins the UserError, with %s for the number.
+    """
     mode = "center" if reshape_mode == "random" else reshape_mode
     videos: dict[str, np.ndarray] = {}
     problems = []
     for file in dict.fromkeys(files):
         try:
             info = probe_video(Path(file))
-            frames = read_frames(Path(file), choose(info), seekable=info.seekable)
-            shaped = torch.from_numpy(frames).permute(0, 3, 1, 2)
-            shaped = reshape_frames(shaped, height, width, mode, random.Random(0)).permute(0, 2, 3, 1)
-            videos[file] = shaped.numpy().copy()
+            indices = choose(info)
+            shaped, masks = _shaped(Path(file), info, indices, (height, width), mode), None
+            if kind == INPAINT:
+                mask = find_mask(Path(file))
+                own = probe_video(mask)
+                check_companion(own, info, f"its mask {mask}: ", may_be_still=True)
+                masks = _shaped(
+                    mask, own, indices if own.num_frames > 1 else [0] * len(indices), (height, width), mode
+                )
+            videos[file] = compute_control(shaped, kind, masks) if kind else shaped.copy()
         except ValueError as error:
             problems.append(f"'{file}': {reason_of(error).removeprefix(f'{file}: ')}")
     if problems:
         raise UserError(listing(title % f"{len(problems)} of {len(set(files))}", problems, most=len(problems)))
     return [videos[file] for file in files]
+
+
+def _shaped(file: Path, info: VideoInfo, indices: Sequence[int], size: tuple[int, int], mode: str) -> np.ndarray:
+    frames = torch.from_numpy(read_frames(file, indices, seekable=info.seekable)).permute(0, 3, 1, 2)
+    return reshape_frames(frames, *size, mode, random.Random(0)).permute(0, 2, 3, 1).numpy()
 
 
 async def _download(url: str) -> BytesIO:

@@ -1,5 +1,7 @@
 """The script that writes pages of runs from their folders."""
 
+import os
+
 import pytest
 
 from compare_runs import main
@@ -14,6 +16,15 @@ def test_one_run_gets_its_own_page_and_several_one_beside_them(tmp_path, capsys)
     titles = [file.read_text(encoding="utf-8").split("<h1>")[1][:7] for file in sorted(tmp_path.rglob("*.html"))]
     assert titles == ["2 runs:", "Run: on", "2 runs:"]
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {tmp_path / 'pages' / 'mine.html'}"
+
+
+def test_names_of_folders_need_not_be_utf_8(tmp_path, capsys):
+    one, other = (write_run(tmp_path / os.fsdecode(name), facts={}, video_steps=(40,)) for name in (b"\xff", b"b"))
+    main([str(one)])
+    assert capsys.readouterr().out == f"wrote {tmp_path}/\\udcff/report.html\n"
+    main([str(one), str(other), "--output_file", str(tmp_path / "all.html")])
+    page = (tmp_path / "all.html").read_text(encoding="utf-8")
+    assert 'href="%FF/report.html"' in page and 'href="%FF/validation/step-40/' in page
 
 
 @pytest.mark.parametrize(

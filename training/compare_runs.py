@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from args import parse_compare_args
-from common.errors import one_line_errors
+from common.errors import one_line, one_line_errors
 from flags.settings import ComparisonSettings
 
 
@@ -29,7 +29,7 @@ def compare_runs(settings: ComparisonSettings) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script with the flags of `argv`, or of the command line if it is None."""
     with one_line_errors("run the same command again"):
-        print(f"wrote {compare_runs(parse_compare_args(argv))}")
+        print(f"wrote {one_line(compare_runs(parse_compare_args(argv)))}")
 
 
 if __name__ == "__main__":

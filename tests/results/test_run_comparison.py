@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from browser import PLAYS, visit
 from drawn_runs import PROMPT, write_run
 from results.run_comparison import differing_settings, name_runs, render_comparison
@@ -35,13 +37,34 @@ def test_runs_that_settings_do_not_tell_apart_are_named_by_their_folders(tmp_pat
     assert name_runs(records, differing_settings(records)) == ["run-0", "run-1"]
 
 
-def test_the_run_with_the_lowest_loss_is_named_unless_the_held_out_clips_differ(tmp_path):
-    records = compared(tmp_path, {"held_out": "a"})
-    records += [read_run(write_run(tmp_path / "better", {0: 1.0, 20: 0.4, 40: 0.3}, facts={"held_out": "a"}))]
-    assert "Lowest validation loss: better</strong> 0.3000 at step 40." in render_comparison(records, tmp_path)
-    records += compared(tmp_path / "other", {"held_out": "b"})
+MEASURED = {"clips": "2 samples (ab)", "noise levels": {"0": [0.5], "1": [0.8]}, "base model": "5b"}
+
+
+def test_the_run_with_the_lowest_loss_is_named(tmp_path):
+    records = compared(tmp_path, {"measured": MEASURED})
+    records += [read_run(write_run(tmp_path / "better", {0: 1.0, 20: 0.4, 40: 0.3}, facts={"measured": MEASURED}))]
+    records += [read_run(write_run(tmp_path / "without", {}, facts={"measured": None}))]
     page = render_comparison(records, tmp_path)
-    assert "not validated on the same clips" in page and "Lowest validation loss" not in page
+    assert "Lowest validation loss: better</strong> 0.3000 at step 40." in page and "not comparable" not in page
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ({"measured": MEASURED | {"noise levels": {"0": [0.2, 0.5], "1": [0.8]}}}, "differs in noise levels"),
+        ({"measured": MEASURED | {"base model": "2b", "clips": "2 samples (cd)"}}, "differs in clips, base model"),
+        ({"held_out": "of an earlier version"}, "was not recorded for all runs"),
+    ],
+)
+def test_losses_that_were_not_measured_alike_are_not_ranked(tmp_path, facts, why):
+    page = render_comparison(compared(tmp_path, {"measured": MEASURED}, facts), tmp_path)
+    assert "validation losses are not comparable: what they measure" in page and why in page
+    assert "Lowest validation loss" not in page
+
+
+def test_losses_of_earlier_versions_are_not_ranked(tmp_path):
+    page = render_comparison(compared(tmp_path, {}, {}), tmp_path)
+    assert "not comparable" in page and "Lowest validation loss" not in page
 
 
 def test_the_last_videos_play_side_by_side_in_a_browser(browser, tmp_path):

@@ -1,7 +1,10 @@
 """The page of a run says what happened, plays its videos, and nothing in it can act."""
 
+import os
 import re
+import time
 from base64 import b64decode
+from datetime import datetime
 from pathlib import Path
 from shutil import copy
 
@@ -70,6 +73,17 @@ def test_skipped_steps_and_warnings_are_listed_with_their_clips_and_the_reason_o
 def test_progress_and_time_left(tmp_path, state, said):
     page = page_of(write_run(tmp_path, notes=[noted(state="running"), noted(state=state)], facts={}))
     assert f'<progress max="1" value="0.4" aria-label="{said}">' in page
+
+
+@pytest.mark.parametrize("minutes", [19, 21])  # the longest interval between logged steps is 2
+def test_a_run_without_news_was_probably_killed(tmp_path, minutes):
+    write_run(tmp_path, notes=[noted(state="running")], facts={"start": ["python", "train.py"]}, video_steps=(40,))
+    news = time.time() - 60 * minutes
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        os.utime(file, (news, news))
+    page, since = page_of(tmp_path), f"{datetime.fromtimestamp(news):%Y-%m-%d %H:%M}"
+    killed = f"40 of 100 steps; no news since {since}: it was probably killed; the command below continues it"
+    assert (f'aria-label="{killed}"' in page, " left without" not in page) == (minutes > 20, minutes > 20)
 
 
 def test_commands_are_those_of_the_run_with_the_present_name_of_its_folder(tmp_path):

@@ -1,17 +1,21 @@
 """A run keeps its page up to date and says how it ended; nothing of that can end it."""
 
 import logging
+import os
 import re
+from datetime import datetime
 
 import pytest
 
 import cogvideox_text_to_video_lora
 from common.errors import UserError
-from common.run_folder import FACTS_FILE, LORA_FILE, NOTES_FILE, REPORT_FILE
+from common.run_folder import FACTS_FILE, LORA_FILE, METRICS_FILE, NOTES_FILE, REPORT_FILE
 from drawn_runs import noted, write_rows, write_run
+from planning.held_out import FEWEST_PASSES
 from results.run_record import read_rows, read_run
 from run.report import RunReport
 from tiny_runs import SIZE, train
+from validation.schedule import QUANTILES
 from video.io import read_frames
 
 
@@ -34,18 +38,22 @@ def page(folder):
 def test_a_trained_run_has_a_page_with_its_data_versions_and_the_clip_that_it_aims_at(
     tiny_models, prepared_demo, demo_clips, tmp_path, fresh_accelerator
 ):
-    prompt = (demo_clips / "prompts.txt").read_text().splitlines()[3]
+    prompt = (demo_clips / "prompts.txt").read_text().splitlines()[4]
     flags = ["--load_tensors", "--rank", "4", "--max_train_steps", "2", "--report_to", "none", "--no-validate_first"]
-    flags += ["--validation_prompt", f"{prompt} slowly", "--num_inference_steps", "1"]
+    flags += ["--validation_prompt", f"{prompt} slowly", "--num_inference_steps", "1", "--validation_fraction", "0.1"]
     train(cogvideox_text_to_video_lora, tiny_models("5b"), prepared_demo(*SIZE), tmp_path, *flags)
     record = read_run(tmp_path)
     assert record.state["state"] == "finished" and record.total_steps == record.step == 2
     (video,) = record.facts["videos"]
-    assert video["target"]["caption"] == prompt and video["target"]["clip"].endswith("clip-003.mp4")
+    assert video["target"]["caption"] == prompt and video["target"]["clip"].endswith("clip-004.mp4")
     assert len(read_frames(tmp_path / video["target"]["file"], range(17))) == 17
     assert re.fullmatch(r"[0-9a-f]{12}(, with changes)?", record.facts["revision"])
+    assert record.facts["measured"]["clips"].startswith("2 samples (") and record.facts["measured"]["task"]["name"]
+    levels = [level for levels in record.facts["measured"]["noise levels"].values() for level in levels]
+    assert len(levels) == FEWEST_PASSES and set(levels) < set(QUANTILES)
+    assert str(tiny_models("5b")) in record.facts["measured"]["base model"]
     assert record.flags["frame_buckets"] == [17] and record.flags["rank"] == 4
-    assert "It is too early to say." in page(tmp_path) and page(tmp_path).count("<video") == 2
+    assert "It has hardly learned yet." in page(tmp_path) and page(tmp_path).count("<video") == 2
     assert f"{tmp_path}/config.yaml --output_dir {tmp_path} " in re.sub(r"</?span[^>]*>", "", page(tmp_path))
     assert (tmp_path / "validation" / "step-2" / LORA_FILE).is_file()
 
@@ -84,11 +92,17 @@ def test_the_page_is_rewritten_when_it_is_old_and_names_warnings_with_their_step
 
 
 def test_a_resumed_run_continues_the_notes_up_to_its_checkpoint(report, tmp_path):
-    write_rows(tmp_path / NOTES_FILE, [noted(5, skipped=5), noted(15, skipped=15)])
+    notes = [noted(state="running"), noted(5, skipped=5), noted(15, skipped=15)]
+    write_rows(tmp_path / NOTES_FILE, [*notes, noted(17, 4, state="failed", why="no"), noted(10, 6, state="running")])
+    killed = datetime.fromisoformat(noted(minute=9)["time"]).timestamp()
+    for name in (NOTES_FILE, METRICS_FILE):
+        os.utime(tmp_path / name, (killed, killed))
     with report(started=10):
         pass
     notes = list(read_rows(tmp_path / NOTES_FILE))
-    assert [note.get("skipped") or note["state"] for note in notes] == [5, "running", "finished"]
+    told = [note.get("skipped") or note.get("state") for note in notes]
+    assert told == ["running", 5, "failed", "running", None, "running", "finished"]
+    assert (4 + 3) * 60 <= read_run(tmp_path).seconds < (4 + 3) * 60 + 30
 
 
 def test_a_page_that_cannot_be_written_is_one_warning(report, tmp_path, caplog):

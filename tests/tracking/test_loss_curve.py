@@ -1,6 +1,7 @@
 """The losses as a picture and as numbers; both continue when a run is resumed."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,9 @@ def test_the_log_continues_after_the_step_that_was_resumed(tmp_path):
     with open(tmp_path / METRICS_FILE, "a") as file:
         file.write('{"step": 1, "lo')  # by a process that was killed
 
+    os.utime(tmp_path / METRICS_FILE, (7, 7))
     again = LossCurve(tmp_path, resumed_at=2)
+    assert (tmp_path / METRICS_FILE).stat().st_mtime == 7  # still the time of the last news
     again.log({"loss": float("nan")}, step=3)
     again.log({"loss": 0.25}, step=4)
     again.finish()

@@ -73,14 +73,24 @@ def _result(records: Sequence[RunRecord], names: Sequence[str], page_folder: Pat
         rows.append([*row, *(speeds or [None]), len(record.skipped)])
     header = ("run", "what it shows", "best step", "its validation loss", "last validation loss", "steps", "time")
     parts = [table([*header, "samples/s", "skipped steps"], rows, "Runs")]
-    held_out = {record.facts.get("held_out") for record in records}
-    if len(ranked) > 1 and len(held_out) == 1:
+    differing = _differently_measured([record for *_, record in ranked])
+    if len(ranked) > 1 and not differing:
         best, step, name, record = min(ranked, key=lambda one: one[0])
         kind, title, _ = describe_verdict(record)
         parts.insert(0, verdict(kind, f"Lowest validation loss: {name}", f"{best:.4f} at step {step:,}. {title}"))
-    elif len(held_out) > 1:
-        parts.insert(0, warnings(["The runs were not validated on the same clips: their losses cannot be compared."]))
+    elif len(ranked) > 1:
+        parts.insert(0, warnings([f"The runs' validation losses are not comparable: what they measure {differing}."]))
     return parts
+
+
+def _differently_measured(records: Sequence[RunRecord]) -> str:
+    """Return why the validation losses of runs are not comparable; "" if they are."""
+    measured = [record.facts.get("measured") for record in records]
+    if not all(measured):
+        return "was not recorded for all runs, as in earlier versions"
+    names = dict.fromkeys(name for one in measured for name in one)
+    differing = [name for name in names if any(one.get(name) != measured[0].get(name) for one in measured)]
+    return f"differs in {', '.join(differing)}" if differing else ""
 
 
 def _settings(differing: Mapping[str, Sequence[Any]], names: Sequence[str]) -> Markup:

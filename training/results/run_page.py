@@ -33,6 +33,7 @@ _MOST_COLUMNS = 6  # validations of a prompt
 _MOST_WARNINGS = 5  # at the top; the others are in a list
 _RECENT = 3  # validations: a best one before them is not a chance
 _WINDOWS = 20  # of the running mean
+_KILLED = "killed"  # a state that no run can note
 STEPS = "optimizer steps"
 _VERDICTS = {
     "learning": ("good", "It learned."),
@@ -93,11 +94,13 @@ def describe_verdict(record: RunRecord) -> tuple[str, str, str]:
 
 
 def _result(record: RunRecord) -> list[Markup]:
-    state, (best_step, best) = record.state["state"], record.best or (None, None)
+    state = _KILLED if record.was_killed else record.state["state"]
+    (best_step, best), news = record.best or (None, None), f"{record.updated:%Y-%m-%d %H:%M}"
     total, shown = record.total_steps or record.step, f"{record.step:,} of {record.total_steps or record.step:,} steps"
     left = record.seconds_left
     how = {
         RUNNING: f"{shown}" + (f", about {in_words(left)} left without validations" if left else ""),
+        _KILLED: f"{shown}; no news since {news}: it was probably killed; the command below continues it",
         FINISHED: f"finished: {shown}",
         STOPPED: f"stopped after {shown}; it can be continued",
         FAILED: f"failed after {shown}",
@@ -110,7 +113,7 @@ def _result(record: RunRecord) -> list[Markup]:
         ("training so far" if state == RUNNING else "time", in_words(record.seconds) if record.seconds else None),
         ("skipped steps", len(record.skipped)),
         ("warnings", len(record.warnings)),
-        ("last logged", f"{record.updated:%Y-%m-%d %H:%M}"),
+        ("last logged", news),
     ]
     first = [note["warning"] for note in record.warnings[:_MOST_WARNINGS]]
     more = len(record.warnings) - len(first)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from tracking.verdict import Points, Verdict, best_point, judge
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 _RECENT = 20  # intervals whose speed tells the time left
+_SILENT, _SHORTEST = 10, 600.0  # intervals between logged steps, and least seconds, without news of a killed run
+_UNKNOWN = 360.0  # seconds of an interval before any is logged: the first one can take long
 
 Row = Mapping[str, Any]
 
@@ -45,7 +48,7 @@ class RunRecord:
     videos: Mapping[str, Mapping[int, Path]]  # name of a validation video -> step -> file
     strengths: Mapping[float, Path]  # scale of the LoRA -> a video of the first prompt
     results: Sequence[str]  # names of the trained weights in the folder
-    updated: datetime  # when the run logged last
+    updated: datetime  # when the run had its last news
 
     @cached_property
     def flags(self) -> Row:
@@ -102,25 +105,36 @@ class RunRecord:
         return median(speeds) * (self.total_steps - self.step) if speeds and self.total_steps else None
 
     @property
+    def was_killed(self) -> bool:
+        """Whether the run did not end but is silent for so long that it was probably killed."""
+        points = self.curve("throughput/step_seconds")
+        steps = [0, *(step for step, _ in points)]
+        longest = max((one * (step - before) for before, (step, one) in zip(steps, points, strict=False)), default=0)
+        limit = max(_SILENT * (longest or _UNKNOWN), _SHORTEST)
+        return self.state["state"] == RUNNING and time.time() - self.updated.timestamp() > limit
+
+    @property
     def seconds(self) -> float:
-        """The seconds from each start to its end, or to what was logged last."""
-        total, started = 0.0, None
+        """The seconds from each start to its end, or to the last news."""
+        total, started, news = 0.0, None, None
         for note in [*self.notes, {"state": STOPPED, "time": self.updated.isoformat()}]:
-            if note.get("state") == RUNNING:
-                started = datetime.fromisoformat(note["time"])
-            elif "state" in note and started is not None:
-                total += (datetime.fromisoformat(note["time"]) - started).total_seconds()
+            at = datetime.fromisoformat(note["time"])
+            if "state" in note and started is not None:
+                # A run that starts again without having ended was killed after its last news.
+                total += ((news if note["state"] == RUNNING else at) - started).total_seconds()
                 started = None
+            if note.get("state") == RUNNING:
+                started = at
+            news = at
         return max(total, 0.0)
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read a run's folder; a UserError if it has no metrics. Damaged lines and files are skipped."""
+    """Read a run's folder; a UserError if it has no metrics. Damaged lines, files and facts are skipped."""
     metrics = [row for row in read_rows(folder / METRICS_FILE) if isinstance(row.get("step"), int)]
-    facts = next(read_rows(folder / FACTS_FILE), {})
+    facts = {name: fact for name, fact in next(read_rows(folder / FACTS_FILE), {}).items() if _is_fact(name, fact)}
     if not metrics and not facts:
         raise UserError(f"{folder} is not the folder of a run: it has no {METRICS_FILE}; pass the --output_dir of one")
-    updated = max(file.stat().st_mtime for name in (METRICS_FILE, FACTS_FILE) if (file := folder / name).is_file())
     last = max((row["step"] for row in metrics), default=0)
     return RunRecord(
         folder,
@@ -130,8 +144,16 @@ def read_run(folder: Path) -> RunRecord:
         _list_videos(folder / VALIDATION_FOLDER, last),
         _list_strengths(folder / STRENGTHS_FOLDER),
         [path.name for name in RESULTS[:3] for path in folder.glob(name)],
-        datetime.fromtimestamp(updated).astimezone(),
+        last_news(folder),
     )
+
+
+def last_news(folder: Path) -> datetime:
+    """Return when a run last wrote what it is, a metric, a note or a validation video."""
+    files = [folder / name for name in (METRICS_FILE, FACTS_FILE, NOTES_FILE)]
+    files += folder.glob(f"{VALIDATION_FOLDER}/step-*/*.mp4")
+    written = max((file.stat().st_mtime for file in files if file.is_file()), default=0)
+    return datetime.fromtimestamp(written).astimezone()
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -140,6 +162,29 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
         with suppress(ValueError):
             if isinstance(row := json.loads(line), dict):
                 yield row
+
+
+def _is_fact(name: str, value: object) -> bool:
+    """Return whether a fact has the type that pages need: a run may be newer, or its file was edited."""
+    if name == "videos":
+        return isinstance(value, list) and all(
+            isinstance(video, dict) and isinstance(video.get("prompt"), str) and _is_target(video.get("target"))
+            for video in value
+        )
+    if name in ("summary", "versions"):
+        return _is_texts(value)
+    if name in ("given", "start", "sample", "publish"):
+        return isinstance(value, list) and all(isinstance(word, str) for word in value)
+    types = {"flags": dict, "measured": dict, "total_steps": int, "output_dir": str, "revision": str}
+    return isinstance(value, types.get(name, object))
+
+
+def _is_target(value: object) -> bool:
+    return _is_texts(value) and (not value or "caption" in value)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def _number(value: object) -> float:

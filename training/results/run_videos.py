@@ -62,7 +62,7 @@ def embed(files: Iterable[Path]) -> dict[Path, bytes]:
 
 def link_to(file: Path | None, page_folder: Path) -> str:
     """Return the link to a file from a page in a folder."""
-    return "" if file is None else quote(Path(os.path.relpath(file, page_folder)).as_posix())
+    return "" if file is None else quote(os.fsencode(Path(os.path.relpath(file, page_folder)).as_posix()))
 
 
 def describe_video(record: RunRecord, name: str) -> tuple[str, Mapping[str, Any]]:

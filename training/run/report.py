@@ -23,10 +23,11 @@ from planning.captions import nearest_caption
 from planning.plan import PreparedData, TrainingData
 from results.publish import upload_command
 from results.run_page import write_run_page
-from results.run_record import FAILED, FINISHED, RUNNING, STOPPED, read_rows
+from results.run_record import FAILED, FINISHED, RUNNING, STOPPED, last_news, read_rows
 from run.config import RECORDED_PACKAGES, version_of
 from run.spec import RunSpec
 from run.summary import sample_command
+from validation.schedule import QUANTILES, LossSchedule, share_pairs
 from video.io import read_frames
 from video.preview import LONGER_SIDE, write_preview
 
@@ -94,7 +95,10 @@ class RunReport(GeneralTracker):
 
     def _start(self) -> None:
         kept = list(read_rows(self.folder / NOTES_FILE)) if self.started else []
-        kept = [note for note in kept if note.get("step", 0) <= self.started]
+        # Without what is trained again; how it ended is kept for the time of the run.
+        kept = [note for note in kept if note.get("step", 0) <= self.started or "state" in note]
+        news = last_news(self.folder).isoformat(timespec="seconds")
+        kept += [{"time": news, "step": self.started}] if kept else []  # tells when a killed run ended
         with atomic_write(self.folder / NOTES_FILE) as partial:
             partial.write_text("".join(f"{json.dumps(note)}\n" for note in kept), encoding="utf-8")
         self.notes.write({"state": RUNNING})
@@ -138,15 +142,16 @@ class NoteHandler(logging.Handler):
             file.write(f"{line}\n")
 
 
-def make_report(spec: RunSpec, total_steps: int, summary: Mapping[str, str]) -> RunReport:
+def make_report(spec: RunSpec, total_steps: int, summary: Mapping[str, str], losses: LossSchedule | None) -> RunReport:
     """Return the report of a run.
 
     Args:
         summary: what the run trains on what, as from `start_rows`.
+        losses: when and on what the validation loss is measured; None if no clip is held out.
     """
 
     def describe() -> dict[str, Any]:
-        return describe_run(spec, total_steps, summary)
+        return describe_run(spec, total_steps, summary) | {"measured": describe_measured(spec, losses)}
 
     is_main = spec.accelerator.is_main_process
     return RunReport(spec.output_dir, describe, spec.accelerator.trackers, spec.state.step, is_main=is_main)
@@ -173,7 +178,20 @@ def describe_run(spec: RunSpec, total_steps: int, summary: Mapping[str, str]) ->
         "start": [*launch, path_of_script(script)],
         "sample": sample_command(spec, spec.output_dir),
         "publish": upload_command(spec.output_dir.resolve().name, spec.output_dir),
-        "held_out": spec.data.held_out.fingerprint if spec.data.held_out else None,
+    }
+
+
+def describe_measured(spec: RunSpec, losses: LossSchedule | None) -> dict[str, Any] | None:
+    """Return what the validation losses depend on besides the weights: runs that share it can be compared."""
+    if losses is None:
+        return None
+    numbers = share_pairs(losses.pairs, 0, 1)
+    return {
+        "clips": spec.data.held_out.fingerprint,
+        "noise levels": {clip: sorted(QUANTILES[number] for number in numbers[clip]) for clip in sorted(numbers)},
+        "base model": f"{spec.source.fingerprint()} {spec.configs.kind}",
+        "task": {"name": spec.task.name} | dict(spec.task.settings),
+        "reshape mode": spec.settings.clips.video_reshape_mode,
     }
 
 

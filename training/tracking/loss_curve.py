@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import time
 from collections import defaultdict
@@ -52,12 +53,15 @@ class LossCurve(GeneralTracker):
         self.folder = folder
         self.points: dict[str, list[tuple[int, float]]] = {"loss": [], VALIDATION: []}
         self.at_timesteps: dict[int, list[tuple[int, float]]] = defaultdict(list)  # validation losses
-        kept = _read_metrics(folder / METRICS_FILE, resumed_at) if resumed_at is not None else []
-        with atomic_write(folder / METRICS_FILE) as partial:
+        file = folder / METRICS_FILE
+        kept = _read_metrics(file, resumed_at) if resumed_at is not None else []
+        with atomic_write(file) as partial:
             partial.write_text("".join(f"{json.dumps(values)}\n" for values in kept), encoding="utf-8")
+            if kept:  # the time of a run that was killed ends with its last value
+                os.utime(partial, (time.time(), file.stat().st_mtime))
         for values in kept:
             self._remember(values)
-        self.file = open(folder / METRICS_FILE, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self.file = open(file, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self.drawn_at = time.monotonic()
         self.said = {self._bad_kind()}  # before the run was resumed
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from data.buckets import Bucket
 from data.sampler import BucketBatchSampler
 from dataset import PreparedDataset, make_loader
-from planning.plan import PreparedData
+from planning.samples import PreparedData
 from prepared.index import write_index
 from prepared.read_index import read_index, row_in_shards, sample_in_shards
 

@@ -32,7 +32,8 @@ from data.sources import DataSource, read_clips
 from flags.captions import CAPTIONS_FILE
 from flags.settings import CaptioningSettings
 from planning.keep import keep_clips
-from planning.plan import RawData, check_bad_clips, data_sources
+from planning.plan import check_bad_clips, data_sources
+from planning.samples import RawData
 from video.cache import FileCache
 from video.probe import probe_files
 

@@ -27,7 +27,9 @@ from data.clips import BadClip, ClipSample, plan_clips
 from data.sources import DataSource, read_clips
 from flags.captions import CAPTIONS_FILE
 from flags.preparation import FIRST_FRAMES_FILE
-from planning.plan import RawData, check_bad_clips, data_sources, report_skipped
+from planning.describe import report_skipped
+from planning.plan import check_bad_clips, data_sources
+from planning.samples import RawData
 from video.cache import FileCache
 from video.io import read_frames
 from video.probe import probe_files

@@ -18,7 +18,8 @@ from checks.preparation import preparation_memory_advice
 from cli.schema import flag_values
 from common.errors import UserError, one_line_errors
 from common.startup import announce, heavy_imports
-from planning.plan import advise_early, check_bad_clips, plan_raw_clips
+from planning.describe import advise_early
+from planning.plan import check_bad_clips, plan_raw_clips
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -28,7 +28,8 @@ from data.sources import DataSource, read_clips
 from flags.data import SourceFlags
 from flags.scores import SCORES_FILE
 from flags.settings import ScoringSettings
-from planning.plan import RawData, check_bad_clips, data_sources
+from planning.plan import check_bad_clips, data_sources
+from planning.samples import RawData
 from video.cache import FileCache
 from video.probe import probe_files
 

@@ -31,7 +31,9 @@ from flags.settings import SplittingSettings
 from footage.output import SKIPPED_FILE, OutputFolder
 from footage.pool import worker_processes
 from footage.split import SHEETS, Film, Record, split_film
-from planning.plan import RawData, check_bad_clips, report_skipped
+from planning.describe import report_skipped
+from planning.plan import check_bad_clips
+from planning.samples import RawData
 from video.cache import FileCache
 from video.probe import probe_files
 

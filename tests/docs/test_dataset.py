@@ -20,7 +20,9 @@ from doc_pages import PARSERS, flags_of, noted_calls, read_page, script_of
 from flags.settings import PreparationSettings
 from make_control_clips import draw_controlled_clips
 from make_demo_clips import make_demo_clips
-from planning.plan import RawData, advise, check_bad_clips, data_sources, describe_plan, plan_raw_clips
+from planning.describe import advise, describe_plan
+from planning.plan import check_bad_clips, data_sources, plan_raw_clips
+from planning.samples import RawData
 from prepared.index import make_table, write_table
 from prepared.read_index import read_index
 from prepared_folders import write_prepared

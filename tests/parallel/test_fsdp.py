@@ -30,7 +30,7 @@ from common.errors import UserError
 from parallel.coordinator import Coordinator
 from parallel.fsdp import load_optimizer, save_optimizer
 from parallel.lockstep import OutOfStep, lockstep
-from planning.plan import RawData
+from planning.samples import RawData
 from repository import ROOT, TRAINING
 from run.recipe import Recipe
 from run.spec import check_device

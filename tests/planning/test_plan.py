@@ -23,19 +23,16 @@ from data.buckets import Bucket
 from data.clips import BadClip, Clip, ClipSample
 from encoded_clips import encode
 from flags.settings import TrainingSettings
+from planning.describe import describe_plan, report_skipped
 from planning.plan import (
-    PreparedData,
-    RawData,
-    caption_dropouts,
     check_bad_clips,
-    describe_plan,
     plan_raw_clips,
     plan_training_data,
     plan_validation_clips,
-    report_skipped,
     validation_data_flags,
 )
 from planning.report import plan_table
+from planning.samples import PreparedData, RawData, caption_dropouts
 from preparation.prepare import name_sample
 from prepared_folders import index_of, write_prepared
 from video.probe import VideoInfo

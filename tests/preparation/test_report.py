@@ -15,7 +15,7 @@ from cli.schema import flag_values
 from data.buckets import Bucket
 from data.clips import BadClip, Clip, ClipSample
 from models.source import ModelSource
-from planning.plan import RawData
+from planning.samples import RawData
 from preparation.report import render_report, write_report
 from video.contact_sheet import SheetRow
 from video.probe import VideoInfo

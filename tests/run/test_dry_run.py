@@ -15,7 +15,7 @@ import prepare_dataset
 from common.folder_lock import locked_folder
 from data.buckets import Bucket
 from data.token_budget import BatchSize
-from planning.plan import PreparedData
+from planning.samples import PreparedData
 from prepared.index import IndexedFolder, PreparedIndex
 from prepared_folders import index_of
 from run.dry_run import largest_batch, trial_folder

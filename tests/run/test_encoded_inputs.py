@@ -7,7 +7,8 @@ from PIL import Image
 from args import parse_args
 from common.errors import UserError
 from models.source import ModelSource
-from planning.plan import PreparedData, RawData, plan_training_data
+from planning.plan import plan_training_data
+from planning.samples import PreparedData, RawData
 from prepared.folder import write_empty_prompt
 from run.encoded_inputs import encode_inputs, find_prompt
 from run.recipe import Recipe

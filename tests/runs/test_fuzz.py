@@ -40,7 +40,8 @@ from common.text_files import index_lines
 from data.buckets import Bucket
 from encoded_clips import ENCODINGS, HEIGHT, WIDTH, encode, numbered_frame
 from make_real_clips import find_source_dir
-from planning.plan import RawData, plan_raw_clips
+from planning.plan import plan_raw_clips
+from planning.samples import RawData
 from prepared.folder import (
     PreparedSettings,
     StoredTensor,

@@ -14,7 +14,8 @@ from args import parse_args, parse_prepare_args
 from common.errors import UserError
 from data.sampler import Draw
 from models.source import ModelSource
-from planning.plan import describe_plan, plan_raw_clips, plan_training_data
+from planning.describe import describe_plan
+from planning.plan import plan_raw_clips, plan_training_data
 from preparation.prepare import name_sample, tensor_bytes
 from preparation.report import sheet_rows
 from prepared.folder import read_tensor

@@ -10,7 +10,7 @@ from data.buckets import Bucket
 from data.clips import Clip, ClipSample
 from flags.settings import TrainingSettings
 from original_folders import write_original_folder
-from planning.plan import PreparedData, RawData
+from planning.samples import PreparedData, RawData
 from prepared.folder import PreparedSettings, write_settings
 from prepared.read_index import read_index
 from prepared_folders import index_of

@@ -96,7 +96,7 @@ class BucketBatchSampler:
 
     @classmethod
     def of(cls, data: Any, limit: BatchSize | TokenBudget | int, **options: Any) -> "BucketBatchSampler":
-        """Return the sampler of `planning.plan.TrainingData`, with the other arguments of the constructor."""
+        """Return the sampler of `planning.samples.TrainingData`, with the other arguments of the constructor."""
         facts = {name: getattr(data, name) for name in ("repeats", "regularization", "num_captions")}
         return cls(data.buckets, limit, **facts, **options)
 

@@ -1,34 +1,28 @@
 """Plan the samples of a run from flags and files, before anything heavy is imported or any model is loaded."""
 
-import csv
-import json
 import os
 import re
 import shlex
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.bars import tqdm
 from common.errors import UserError, listing
-from common.files import atomic_write, path_of_script
+from common.files import path_of_script
 from common.remote import default_cache_folder, limit_cache, to_path
-from common.text_files import digest_lines
-from data.buckets import BucketColumn, count_tokens, make_buckets, native_fps
+from data.buckets import count_tokens, make_buckets
 from data.clips import BadClip, Clip, ClipSample, plan_clips, with_each_caption
 from data.mix import read_mix, weights_to_repeats
 from data.sampler import BucketBatchSampler
 from data.sources import DataSource, read_clips
-from data.token_budget import BatchSize, TokenBudget
+from data.token_budget import TokenBudget
 from flags.data import PREPARED_FLAGS, ClipFlags, ControlFlags, MaskFlags, SourceFlags
-from flags.settings import PreparationSettings, TrainingSettings
-from planning.advice import recommend
+from flags.settings import TrainingSettings
+from planning.describe import advise_early, read_config
 from planning.held_out import (
     FRACTION_FLAG,
     MOST_CLIPS,
@@ -42,185 +36,12 @@ from planning.held_out import (
     why_none,
 )
 from planning.keep import keep_clips
-from planning.report import PlanTable, plan_table, regularization_note
+from planning.samples import PreparedData, RawData, TrainingData
 from prepared.folder import read_prepared_settings
 from video.cache import FileCache
 from video.condition_frames import FIRST, fewest_frames, is_context
 from video.controls import INPAINT
 from video.probe import probe_files
-
-
-if TYPE_CHECKING:
-    from prepared.index import PreparedIndex
-
-SKIPPED_FILE = "skipped_clips.csv"
-HELD_OUT_FILE = "held_out_clips.csv"
-
-
-@dataclass(frozen=True)
-class RawData:
-    """Clips to decode, and clips that cannot be used."""
-
-    clips: Sequence[ClipSample]
-    bad: Sequence[BadClip] = ()
-    dropped: Sequence[BadClip] = ()  # by --keep, which is no reason to stop
-    held_out: "RawData | None" = None  # clips whose loss is measured, not trained on
-    held_out_fraction: float = 0.0  # that was held out of the training data, if some is
-    held_out_note: str = ""  # which clips are held out of the training data, or why none is
-
-    blocks = None  # each clip is a file of its own
-
-    @cached_property
-    def buckets(self) -> BucketColumn:
-        """The bucket of each clip."""
-        return BucketColumn.of([planned.bucket for planned in self.clips])
-
-    @property
-    def repeats(self) -> list[float]:
-        """How often each clip is drawn in an epoch."""
-        return [planned.clip.repeats for planned in self.clips]
-
-    @cached_property
-    def regularization(self) -> np.ndarray | None:
-        """Which samples are for regularization, `[N]`; None if none of them is."""
-        flags = np.array([planned.clip.regularization for planned in self.clips], bool)
-        return flags if flags.any() else None
-
-    @property
-    def num_captions(self) -> np.ndarray | None:
-        """How many samples next to each other are the captions of one clip, `[N]`; None for one each."""
-        counts = np.array([len(planned.clip.captions) or 1 for planned in self.clips], np.int32)
-        return counts if (counts > 1).any() else None
-
-    @property
-    def own_dropouts(self) -> list[float | None]:
-        """The probability of no caption of each sample; None: that of the flag."""
-        return [planned.clip.caption_dropout for planned in self.clips]
-
-    @property
-    def captions(self) -> list[str]:
-        """The captions to embed."""
-        return [planned.clip.caption for planned in self.clips]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A description that changes with the content of the samples, not with their paths."""
-        facts = (
-            (
-                planned.info.content,
-                planned.first_frame and planned.first_frame.content,
-                planned.frame_indices,
-                planned.bucket,
-                planned.clip.caption,
-                planned.clip.repeats,
-                *([planned.control.content] if planned.control else []),
-                *(["mask", planned.mask.content] if planned.mask else []),
-                *(("regularization",) if planned.clip.regularization else ()),
-            )
-            for planned in self.clips
-        )
-        return _describe_samples(len(self.clips), map(repr, facts))
-
-    @property
-    def num_listed(self) -> int:
-        """The number of listed clips, unusable and dropped ones included; a split clip counts once."""
-        listed = {id(planned.clip) for planned in self.clips if planned.caption_number == 0}
-        return len(listed) + len(self.bad) + len(self.dropped)
-
-    @property
-    def trained(self) -> "RawData":
-        """The data without the samples for regularization."""
-        if self.regularization is None:
-            return self
-        return replace(self, clips=[planned for planned in self.clips if not planned.clip.regularization])
-
-    def take(self, samples: Sequence[int]) -> "RawData":
-        """Return only some samples, to train on each of them once per epoch."""
-        plain = {"repeats": 1.0, "regularization": False, "captions": ()}
-        taken = [self.clips[sample] for sample in samples]
-        return replace(self, clips=[replace(one, clip=replace(one.clip, **plain)) for one in taken])
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """Prepared samples."""
-
-    clips: "PreparedIndex"
-    folders: Sequence[Path]  # of the samples
-    held_out: "TrainingData | None" = None  # clips whose loss is measured, not trained on
-    held_out_fraction: float = 0.0  # that was held out of the training data, if some is
-    held_out_note: str = ""  # which clips are held out of the training data, or why none is
-
-    captions = ()  # already embedded
-
-    @cached_property
-    def blocks(self) -> np.ndarray | None:
-        """Which samples are drawn together, `[N]`, so that few files of a store are needed at a time; None for any."""
-        from planning.blocks import blocks_of  # imports pyarrow
-
-        blocks = blocks_of(self.clips)
-        return None if blocks is None else self.clips.without_omitted(blocks)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A description that changes with the content of the samples, not with their paths."""
-        return _describe_samples(len(self.clips), self.clips.describe())
-
-    @property
-    def buckets(self) -> BucketColumn:
-        """The bucket of each sample."""
-        return self.clips.buckets
-
-    @property
-    def repeats(self) -> np.ndarray:
-        """How often each sample is drawn in an epoch, `[N]`."""
-        return self.clips.repeats
-
-    @property
-    def regularization(self) -> np.ndarray | None:
-        """Which samples are for regularization, `[N]`; None if none of them is."""
-        return self.clips.regularization
-
-    @property
-    def num_captions(self) -> np.ndarray | None:
-        """How many samples next to each other are the captions of one clip, `[N]`; None for one each."""
-        return self.clips.num_captions
-
-    @property
-    def own_dropouts(self) -> list[float | None]:
-        """The probability of no caption of each sample; None: that of the flag."""
-        folders = self.clips.folders
-        if all(folder.caption_dropout is None for folder in folders):  # most data, which may have a million samples
-            return []
-        own = np.array([folder.caption_dropout for folder in folders], object)
-        return self.clips.without_omitted(np.repeat(own, [folder.table.num_rows for folder in folders])).tolist()
-
-    @property
-    def trained(self) -> "PreparedData":
-        """The data without the samples for regularization."""
-        if self.regularization is None:
-            return self
-        clips = self.clips.without_regularization()
-        return replace(self, clips=clips, folders=list(dict.fromkeys(folder.folder for folder in clips.folders)))
-
-    def take(self, samples: Sequence[int]) -> "PreparedData":
-        """Return only some samples, to train on each of them once per epoch."""
-        return replace(self, clips=self.clips.take(samples))
-
-
-TrainingData = RawData | PreparedData
-
-
-def caption_dropouts(data: TrainingData, default: float) -> np.ndarray | None:
-    """Return the probability of no caption of each sample, `[N]`; None if it is the default for all."""
-    own = data.own_dropouts
-    if all(one is None for one in own):
-        return None
-    return np.array([default if one is None else one for one in own], np.float32)
-
-
-def _describe_samples(count: int, lines: Iterable[str]) -> str:
-    return f"{count} samples ({digest_lines(lines)})"
 
 
 def plan_training_data(settings: TrainingSettings) -> TrainingData:
@@ -315,7 +136,7 @@ def _samples_per_batch(data: TrainingData, settings: TrainingSettings) -> float:
     if tokens is None:
         return settings.training.train_batch_size
     try:
-        config = {"patch_size_t": None, **_read_config(settings, settings.model.pretrained_model_name_or_path)}
+        config = {"patch_size_t": None, **read_config(settings, settings.model.pretrained_model_name_or_path)}
         sampler = BucketBatchSampler.of(data, TokenBudget(tokens, partial(count_tokens, config)), seed=0)
         return sum(sampler.samples_per_epoch.values()) / sampler.num_batches
     except (OSError, ValueError, KeyError):  # an error of its own
@@ -518,40 +339,6 @@ def check_bad_clips(data: RawData, on_bad_clip: str, advise: Callable[[], str | 
     raise UserError("\n".join(filter(None, [listing(title, data.bad, most=len(data.bad)), flags])))
 
 
-def advise(data: RawData, settings: TrainingSettings | PreparationSettings, config: Mapping[str, Any]) -> str | None:
-    """Return a line with the flags that keep more clips of the data, for a transformer of this config."""
-    ignores = isinstance(settings, TrainingSettings) and settings.image.ignore_learned_positional_embeddings
-    infos = [sample.info for sample in data.clips if sample.part == sample.caption_number == 0]
-    return recommend(
-        [*infos, *(clip.info for clip in data.bad if clip.info)],
-        settings.clips,
-        config,
-        skip_start=settings.sources.skip_frames_start,
-        skip_end=settings.sources.skip_frames_end,
-        is_fixed=bool(config.get("use_learned_positional_embeddings")) and not ignores,
-        given=settings.given,
-    )
-
-
-def advise_early(data: RawData, settings: TrainingSettings | PreparationSettings, model: str) -> str | None:
-    """Do the same before torch is imported; None if the config of the model cannot be read, an error of its own."""
-    try:
-        return advise(data, settings, _read_config(settings, model))
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _read_config(settings: TrainingSettings | PreparationSettings, model: str) -> dict[str, Any]:
-    """Return the config of the model's transformer, without an import of torch."""
-    file = Path(model) / "transformer/config.json"
-    if not os.path.isdir(model):
-        from huggingface_hub import hf_hub_download
-
-        where = {"revision": settings.model.revision, "cache_dir": settings.model.cache_dir}
-        file = Path(hf_hub_download(model, "transformer/config.json", **where))
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def _fills_masks(control: ControlFlags | None) -> bool:
     return control is not None and control.compute_control == INPAINT
 
@@ -604,7 +391,6 @@ def regularization_sources(settings: TrainingSettings, control: ControlFlags | N
     return [DataSource(to_path(root), control_column=column, mask_column=mask, regularization=True, **facts)]
 
 
-# What errors on a list of clips advise, and what applies to --regularization_data_root instead.
 _ADVICE_ON_EXTRA = {
     r"; --\w+ names the file, below --data_root \(or pass a --dataset_file\)": "",
     ", or omit --load_tensors": "",
@@ -666,127 +452,3 @@ def _prepared_folders(sources: Sequence[DataSource]) -> list[Path]:
                 f"{made_with['id_token']}, which its captions must not have; prepare it without"
             )
     return list(dict.fromkeys(folders))
-
-
-def describe_plan(
-    data: TrainingData,
-    settings: TrainingSettings | PreparationSettings,
-    model: Any,
-    configs: Any,
-    *,
-    batch_size: int | BatchSize | TokenBudget,
-    num_ranks: int = 1,
-) -> str:
-    """Return the plan for a `ModelSource` and its `ModelConfigs` as a table; `batch_size` is that of one rank.
-
-    Its last line has the flags that keep more clips, if there are any.
-    """
-    if isinstance(data, PreparedData):
-        lines = [
-            f"{bucket}: {count} prepared samples of {count_tokens(configs.transformer, bucket)} tokens"
-            for bucket, count in data.buckets.counts.items()
-        ]
-        lines += [data.held_out_note] if data.held_out_note else []
-        if data.num_captions is not None:
-            several = int((data.num_captions > 1).sum())
-            lines.append(f"{several} of these are the captions of clips that have several: they take turns")
-        if data.regularization is not None:
-            sampler = BucketBatchSampler.of(data, batch_size, seed=0)
-            lines.append(regularization_note(sampler, int(data.regularization.sum())))
-        return "\n".join(filter(None, [*lines, _dropout_note(data, settings)]))
-    table = tabulate(data, settings, model, configs, batch_size=batch_size, num_ranks=num_ranks)
-    dropped = f"{len(data.dropped)} of {data.num_listed} clips are dropped by --keep" if data.dropped else None
-    notes = [
-        dropped,
-        _tags_note(data, settings.sources),
-        _mask_note(data, settings),
-        _dropout_note(data, settings),
-        data.held_out_note,
-    ]
-    return "\n".join(filter(None, [str(table), *notes, advise(data, settings, configs.transformer)]))
-
-
-def _tags_note(data: RawData, flags: SourceFlags) -> str | None:
-    """Return a line on clips without tags to shuffle, if that was asked for and there are any."""
-    clips = [one.clip for one in data.clips if flags.shuffle_tags and one.part == one.caption_number == 0]
-    captions = (clip.captions or (clip.caption,) for clip in clips)
-    without = sum(not any(len(caption.strip(" ,").split(",")) > 1 for caption in one) for one in captions)
-    if not without:
-        return None
-    return f"--shuffle_tags has no effect on {without} of {len(clips)} clips, whose captions are not tags with commas"
-
-
-def _mask_note(data: RawData, settings: TrainingSettings | PreparationSettings) -> str | None:
-    """Return a line on samples whose loss is not weighted, if others are."""
-    clips = data.trained.clips if settings.masks.use_masks else ()
-    without = sum(planned.mask is None for planned in clips)
-    return f"{without} of {len(clips)} samples have no mask: they count fully everywhere" if without else None
-
-
-def _dropout_note(data: TrainingData, settings: TrainingSettings | PreparationSettings) -> str | None:
-    """Return a line on data sets that drop captions otherwise than the flag says; None if none does."""
-    if not isinstance(settings, TrainingSettings):
-        return None
-    dropouts = caption_dropouts(data, settings.objective.caption_dropout)
-    if dropouts is None:
-        return None
-    counts = Counter(dropouts.tolist())
-    return f"captions are dropped from {', '.join(f'{p:.3g} of {counts[p]} samples' for p in sorted(counts))}"
-
-
-def tabulate(
-    data: RawData,
-    settings: TrainingSettings | PreparationSettings,
-    model: Any,
-    configs: Any,
-    *,
-    batch_size: int,
-    num_ranks: int = 1,
-) -> PlanTable:
-    """Return the plan of clips for a `ModelSource` and its `ModelConfigs`, without the recommended flags."""
-    tokens = configs.transformer["max_text_seq_length"]
-    return plan_table(
-        data.clips,
-        batch_size=batch_size,
-        num_ranks=num_ranks,
-        tokens_of=partial(count_tokens, configs.transformer),
-        long_captions=model.find_long_captions(data.captions, tokens),
-        unknown_captions=model.find_unknown_captions(data.captions),
-        max_caption_tokens=tokens,
-        model_fps=native_fps(configs.transformer),
-        reshape_mode=settings.clips.video_reshape_mode,
-        id_token=settings.sources.id_token,
-    )
-
-
-def report_held_out(data: TrainingData, folder: Path) -> None:
-    """Write the clips held out of the training data to `held_out_clips.csv` in the output folder, if there are any."""
-    if not data.held_out_fraction:
-        return
-    is_raw = isinstance(data, RawData)
-    clips = [(one.clip.video, one.clip.source) if is_raw else (one.name, "") for one in data.held_out.clips]
-    with (
-        atomic_write(folder / HELD_OUT_FILE) as partial,
-        open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        csv.writer(file, lineterminator="\n").writerows([("clip", "source"), *clips])
-
-
-def report_skipped(bad: Sequence[BadClip], folder: Path, dropped: Sequence[BadClip] = ()) -> None:
-    """Write the skipped clips to `skipped_clips.csv` in the output folder and say so; remove the file if none are.
-
-    Those that --keep dropped follow the unusable ones.
-    """
-    path = folder / SKIPPED_FILE
-    if not bad and not dropped:
-        path.unlink(missing_ok=True)
-        return
-    with atomic_write(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(("clip", "source", "reason"))
-        table.writerows((clip.what, clip.source, clip.reason) for clip in (*bad, *dropped))
-    # Not logged, because in a preparation only the first rank logs.
-    if bad:
-        tqdm.write(f"{len(bad)} of the clips cannot be used and are skipped: see {path}")
-    if dropped:
-        tqdm.write(f"{len(dropped)} of the clips are dropped by --keep: see {path}")

@@ -10,8 +10,8 @@ from common.remote import to_path
 from common.stores import is_url
 from common.units import in_bytes
 from flags.settings import PreparationSettings
-from planning.plan import RawData
 from planning.report import write_plan
+from planning.samples import RawData
 from preparation.prepare import log_plan, model_source, tensor_bytes
 from preparation.report import sheet_rows, write_report
 from video.contact_sheet import draw_contact_sheet

@@ -43,7 +43,8 @@ from models.configs import CPU, DTYPES, ModelConfigs, precision_warning
 from models.fingerprints import fingerprint_encoders
 from models.source import ModelSource
 from parallel.preflight import check_preparation
-from planning.plan import SKIPPED_FILE, RawData, describe_plan, report_skipped
+from planning.describe import SKIPPED_FILE, describe_plan, report_skipped
+from planning.samples import RawData
 from preparation.claims import Claims, WorkIsOver
 from preparation.encode import BrokenClips, Preparation, embed_captions, encode_clips
 from preparation.layouts import FileLayout, Layout, Sample, ShardLayout

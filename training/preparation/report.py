@@ -27,7 +27,8 @@ from models.source import ModelSource
 from pages.charts import bar_chart, histogram
 from pages.page import Section, render_page, write_page
 from pages.parts import code, details, facts, figure, grid, paragraph, table, warnings
-from planning.plan import RawData, advise, tabulate
+from planning.describe import advise, tabulate
+from planning.samples import RawData
 from preparation.encode import clip_dataset
 from video.contact_sheet import SheetRow
 from video.probe import VideoInfo

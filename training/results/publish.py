@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from common.errors import UserError, one_line
 from common.hub_token import HubToken
 from common.run_folder import CONFIG_FILE, FACTS_FILE, NOTES_FILE, REPORT_FILE, TARGETS_FOLDER
-from planning.plan import HELD_OUT_FILE, SKIPPED_FILE
+from planning.describe import HELD_OUT_FILE, SKIPPED_FILE
 from results.model_card import CardFacts, write_card
 
 

@@ -28,7 +28,7 @@ from data.sampler import BucketBatchSampler, Draw
 from data.token_budget import BatchSize, TokenBudget
 from dataset import make_loader
 from flags.settings import TrainingSettings
-from planning.plan import TrainingData
+from planning.samples import TrainingData
 from run.estimate import Measured, describe_run
 from run.loop import train
 from run.recipe import Recipe

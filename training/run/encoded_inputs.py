@@ -11,7 +11,8 @@ from common.errors import UserError
 from dataset import Batch
 from models.configs import ModelConfigs
 from models.prompts import PromptCache
-from planning.plan import PreparedData, TrainingData, caption_dropouts, validation_data_flags
+from planning.plan import validation_data_flags
+from planning.samples import PreparedData, TrainingData, caption_dropouts
 from prepared.folder import read_prompt
 from run.spec import RunSpec
 from validation.loss import encode_validation_set, read_validation_set

@@ -9,7 +9,7 @@ from common.folder_lock import locked_folder
 from common.ranks import launch_rank
 from common.signals import STOPPED_EXIT_CODE
 from flags.settings import TrainingSettings
-from planning.plan import TrainingData
+from planning.samples import TrainingData
 from results.publish import check_access, push_to_hub
 from run.auto_fit import fit_into_memory
 from run.config import card_facts, write_config

@@ -23,7 +23,8 @@ from methods.full import FullFinetune
 from methods.lora import Lora
 from models.configs import DTYPES, ModelConfigs
 from models.source import ModelSource
-from planning.plan import TrainingData, control_flags
+from planning.plan import control_flags
+from planning.samples import TrainingData
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from common.files import atomic_write, path_of_script
 from common.hub_token import TOOLKIT, without_tokens
 from common.run_folder import FACTS_FILE, NOTES_FILE, REPORT_FILE, TARGETS_FOLDER
 from planning.captions import nearest_caption
-from planning.plan import PreparedData, TrainingData
+from planning.samples import PreparedData, TrainingData
 from results.publish import upload_command
 from results.run_page import write_run_page
 from results.run_record import FAILED, FINISHED, RUNNING, STOPPED, last_news, read_rows

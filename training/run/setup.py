@@ -28,7 +28,7 @@ from models.prompts import PromptCache
 from models.sampling import Pipeline
 from parallel.deepspeed import gathered
 from parallel.sharding import gather_weights
-from planning.plan import PreparedData, caption_dropouts
+from planning.samples import PreparedData, caption_dropouts
 from run.encoded_inputs import EncodedInputs, encode_inputs
 from run.loss_schedule import plan_losses
 from run.recipe import Recipe

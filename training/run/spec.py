@@ -30,8 +30,9 @@ from parallel.context import ContextParallel, start_context_parallel
 from parallel.coordinator import Coordinator
 from parallel.fsdp import is_fsdp
 from parallel.preflight import check_training
+from planning.describe import describe_plan, report_held_out, report_skipped
 from planning.held_out import FRACTION_FLAG
-from planning.plan import PreparedData, describe_plan, report_held_out, report_skipped
+from planning.samples import PreparedData
 from prepared.folder import check_encoders
 from run.launch import choose_seed, start_accelerator
 from run.memory_fit import is_chosen

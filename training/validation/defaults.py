@@ -6,7 +6,8 @@ from cli.schema import replace_flags
 from common.errors import UserError
 from data.buckets import Bucket
 from flags.settings import TrainingSettings
-from planning.plan import PreparedData, TrainingData, data_sources
+from planning.plan import data_sources
+from planning.samples import PreparedData, TrainingData
 from prepared.folder import read_prepared_settings
 
 

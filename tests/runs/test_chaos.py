@@ -20,7 +20,7 @@ from tiny_runs import SIZE, assert_same_weights, short_run_flags, weights_of
 LORA, SFT = "cogvideox_text_to_video_lora", "cogvideox_text_to_video_sft"
 # Script, number of ranks, steps that it trains, and how often it is stopped.
 CASES = [
-    (LORA, 1, 16, 8),
+    (LORA, 1, 16, 4),
     pytest.param(LORA, 1, 48, 20, marks=pytest.mark.slow),
     pytest.param(LORA, 2, 48, 20, marks=pytest.mark.slow),
     pytest.param(SFT, 1, 48, 20, marks=pytest.mark.slow),

@@ -33,7 +33,8 @@ def flags(tiny_models, demo_clips) -> list[str]:
     return [*flags, "--save_image_latents", "--num_image_latents", "2"]
 
 
-@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_killed_ten_times_it_ends_with_the_bytes_of_an_uninterrupted_run(flags, tmp_path, num_ranks):
     log, expected, killed = tmp_path / "log.txt", tmp_path / "expected", tmp_path / "killed"
     begin = time.monotonic()

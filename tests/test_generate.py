@@ -109,11 +109,11 @@ def read_video(file: Path) -> np.ndarray:
 
 
 def same(file: bytes, other: bytes) -> bool:
-    """Return whether two files have the same frames, apart from what rounding in another order changes."""
+    """Return whether two files have the same frames, apart from what rounding changes, which coding amplifies."""
     with NamedTemporaryFile() as one, NamedTemporaryFile() as two:
         one.write(file), two.write(other), one.flush(), two.flush()
         frames, others = (read_video(Path(written.name)).astype(int) for written in (one, two))
-    return frames.shape == others.shape and np.abs(frames - others).mean() < 0.25
+    return frames.shape == others.shape and np.abs(frames - others).mean() < 1
 
 
 def error_of(capsys, *arguments, **options) -> str:

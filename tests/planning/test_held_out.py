@@ -11,8 +11,8 @@ from cli.schema import replace_flags
 from data.buckets import Bucket
 from flags.settings import TrainingSettings
 from planning.describe import report_held_out
-from planning.held_out import choose_clips, clips_of_prepared, find_candidates, join_copies, rank_contents
-from planning.plan import hold_out, plan_training_data
+from planning.held_out import choose_clips, clips_of_prepared, find_candidates, hold_out, join_copies, rank_contents
+from planning.plan import plan_training_data
 from planning.samples import PreparedData, RawData
 from prepared_folders import index_of
 from tiny_runs import SIZE

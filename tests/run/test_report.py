@@ -10,9 +10,10 @@ import pytest
 import cogvideox_text_to_video_lora
 from common.errors import UserError
 from common.run_folder import FACTS_FILE, LORA_FILE, METRICS_FILE, NOTES_FILE, REPORT_FILE
+from common.text_files import read_rows
 from drawn_runs import noted, write_rows, write_run
 from planning.held_out import FEWEST_PASSES
-from results.run_record import read_rows, read_run
+from results.run_record import read_run
 from run.report import RunReport
 from tiny_runs import SIZE, train
 from validation.schedule import QUANTILES

@@ -9,6 +9,7 @@ STATE_FILE = "trainer_state.json"
 CONFIG_FILE = "config.yaml"
 CONFIG_TITLE = "The flags of a run as it was started"  # the file begins with "# " and this
 METRICS_FILE = "metrics.jsonl"  # what was logged, a line for each step
+PICTURE_FILE = "loss.png"  # the curves of its losses
 FACTS_FILE = "run_facts.json"  # what a run is, written when it starts
 NOTES_FILE = "run_notes.jsonl"  # its warnings and skipped steps, when it started, and how it ended
 REPORT_FILE = "report.html"  # shows all of it

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ def _parsed(text: str, file: Path, first_line: int = 1) -> Any:
         raise UserError(f"{place} is not valid JSON: {error.msg} at character {error.colno}; {advice}") from error
     except (ValueError, RecursionError) as error:  # very long numbers, very deep nesting
         raise UserError(f"{file}:{first_line} is not valid JSON: {error}; {advice}") from error
+
+
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects in a file of JSON lines; lines that a killed process or an editor has damaged are skipped."""
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        with suppress(ValueError):
+            if isinstance(row := json.loads(line), dict):
+                yield row
 
 
 def index_lines(entries: Iterable[Mapping[str, Any]]) -> str:

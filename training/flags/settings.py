@@ -28,6 +28,11 @@ from flags.training import (
 from flags.validation import GuidanceFlags, ValidationFlags
 
 
+def training_script(task: str, method: str) -> str:
+    """Return the file name of the script that trains a task ("text-to-video") by a method ("lora", "sft")."""
+    return f"cogvideox_{task.replace('-', '_')}_{method}.py"
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """A training script's settings."""

@@ -4,7 +4,10 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +15,13 @@ import numpy as np
 
 from common.ranks import launch_size
 from common.run_folder import STATE_FILE, list_checkpoints
+from data.buckets import count_tokens
 from data.clips import ClipSample
+from data.sampler import BucketBatchSampler
+from data.token_budget import TokenBudget
 from flags.settings import TrainingSettings
+from planning.describe import read_config
+from planning.samples import RawData, TrainingData
 from prepared.folder import sample_digest
 
 
@@ -29,6 +37,71 @@ MOST_CLIPS = 8  # more would cost data, and passes that other steps can use
 
 _FEWEST_CLIPS = 10  # of which one is held out if nobody asked for it
 _FEWEST_ASKED = 2  # if the flag is set
+
+
+def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
+    """Hold out a fraction of the clips, with all their samples and copies; of each, one sample is measured."""
+    fraction, is_asked = fraction_to_hold_out(settings)
+    if not fraction:
+        return data
+    is_raw = isinstance(data, RawData)
+    clips, ranks = _clips_of(data)
+    candidates = find_candidates(clips, data.regularization)
+    num_clips, num_samples = len(candidates), float(np.sum(data.repeats))
+    trained = count_trained(settings, num_samples, _samples_per_batch(data, settings))
+    if reason := why_none(num_clips, trained, is_asked=is_asked):
+        return replace(data, held_out_note=f"no clip is held out for a validation loss: {reason}")
+    chosen = choose_clips(clips, ranks, candidates, fraction)
+    left = np.concatenate(chosen)
+    # Parts of a clip follow one another.
+    held_out = data.take([int(rows[0]) for rows in chosen])
+    names = names_of(held_out)
+    more = f" with {len(left)} samples" if len(left) > len(chosen) else ""
+    note = f"{len(chosen)} of {num_clips} clips{more} held out for the validation loss: {', '.join(names)}"
+    if round(fraction * num_clips) > len(chosen):
+        note += f" ({FRACTION_FLAG} {fraction:g} would be more, but at most {MOST_CLIPS} are held out, and never all)"
+    if is_raw:
+        gone = set(left.tolist())
+        clips = [planned for number, planned in enumerate(data.clips) if number not in gone]
+    else:
+        clips = data.clips.omit(left)
+    return replace(data, clips=clips, held_out=held_out, held_out_fraction=fraction, held_out_note=note)
+
+
+def contents_of(data: TrainingData) -> list[str]:
+    """Return what each sample is made of: the digest of its file, or that in its name if that has one."""
+    if isinstance(data, RawData):
+        return [planned.info.sha256 or str(planned.clip.video) for planned in data.clips]
+    contents = []
+    for folder in data.clips.folders:
+        place, names = os.path.realpath(folder.folder), folder.column("name").to_pylist()
+        contents += [name[-17:] if re.search(r"-[0-9a-f]{16}$", name) else f"{place}/{name}" for name in names]
+    return contents
+
+
+def _clips_of(data: TrainingData) -> tuple[np.ndarray, np.ndarray]:
+    """Return the clip of each sample, from 0, and a number for its content, each `[N]`."""
+    if isinstance(data, RawData):
+        return clips_of_contents(contents_of(data))
+    return clips_of_prepared(data.clips)
+
+
+def names_of(data: TrainingData) -> list[str]:
+    is_raw = isinstance(data, RawData)
+    return [f"{one.clip.video.name} ({one.clip.source})" if is_raw else one.name for one in data.clips]
+
+
+def _samples_per_batch(data: TrainingData, settings: TrainingSettings) -> float:
+    """Return how many samples a batch has on average, as far as that is known before the model is read."""
+    tokens = settings.training.max_tokens_per_batch
+    if tokens is None:
+        return settings.training.train_batch_size
+    try:
+        config = {"patch_size_t": None, **read_config(settings, settings.model.pretrained_model_name_or_path)}
+        sampler = BucketBatchSampler.of(data, TokenBudget(tokens, partial(count_tokens, config)), seed=0)
+        return sum(sampler.samples_per_epoch.values()) / sampler.num_batches
+    except (OSError, ValueError, KeyError):  # an error of its own
+        return 1
 
 
 def fraction_to_hold_out(settings: TrainingSettings) -> tuple[float, bool]:

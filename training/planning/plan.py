@@ -1,12 +1,10 @@
 """Plan the samples of a run from flags and files, before anything heavy is imported or any model is loaded."""
 
-import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +12,14 @@ import numpy as np
 from common.errors import UserError, listing
 from common.files import path_of_script
 from common.remote import default_cache_folder, limit_cache, to_path
-from data.buckets import count_tokens, make_buckets
+from data.buckets import make_buckets
 from data.clips import BadClip, Clip, ClipSample, plan_clips, with_each_caption
 from data.mix import read_mix, weights_to_repeats
-from data.sampler import BucketBatchSampler
 from data.sources import DataSource, read_clips
-from data.token_budget import TokenBudget
 from flags.data import PREPARED_FLAGS, ClipFlags, ControlFlags, MaskFlags, SourceFlags
 from flags.settings import TrainingSettings
-from planning.describe import advise_early, read_config
-from planning.held_out import (
-    FRACTION_FLAG,
-    MOST_CLIPS,
-    choose_clips,
-    clips_of_contents,
-    clips_of_prepared,
-    count_trained,
-    find_candidates,
-    find_prepared,
-    fraction_to_hold_out,
-    why_none,
-)
+from planning.describe import advise_early
+from planning.held_out import contents_of, find_prepared, hold_out, names_of
 from planning.keep import keep_clips
 from planning.samples import PreparedData, RawData, TrainingData
 from prepared.folder import read_prepared_settings
@@ -53,14 +38,15 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
         if with_images:
             _check_condition_frames(settings.image.condition_frames, data.folders)
     else:
-        frames = settings.image.condition_frames
-        condition = {
-            "with_images": with_images,
-            "condition_frames": frames,
-            "control": control,
-            "masks": settings.masks,
-        }
-        data = plan_raw_clips(sources, settings.clips, extra, **condition)
+        data = plan_raw_clips(
+            sources,
+            settings.clips,
+            extra,
+            with_images=with_images,
+            condition_frames=settings.image.condition_frames,
+            control=control,
+            masks=settings.masks,
+        )
         model = settings.model.pretrained_model_name_or_path
         check_bad_clips(data, sources.on_bad_clip, lambda: advise_early(data, settings, model))
     _check_kinds(data, [*data_sources(sources), *extra])
@@ -76,71 +62,6 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
             what = f"{len(both)} of its clips are trained on too; remove them from one of the two:"
             raise UserError(listing(f"--validation_dataset_file: {what}", both))
     return hold_out(data, settings) if held_out is None else replace(data, held_out=held_out)
-
-
-def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
-    """Hold out a fraction of the clips, with all their samples and copies; of each, one sample is measured."""
-    fraction, is_asked = fraction_to_hold_out(settings)
-    if not fraction:
-        return data
-    is_raw = isinstance(data, RawData)
-    clips, ranks = _clips_of(data)
-    candidates = find_candidates(clips, data.regularization)
-    num_clips, num_samples = len(candidates), float(np.sum(data.repeats))
-    trained = count_trained(settings, num_samples, _samples_per_batch(data, settings))
-    if reason := why_none(num_clips, trained, is_asked=is_asked):
-        return replace(data, held_out_note=f"no clip is held out for a validation loss: {reason}")
-    chosen = choose_clips(clips, ranks, candidates, fraction)
-    left = np.concatenate(chosen)
-    # Parts of a clip follow one another.
-    held_out = data.take([int(rows[0]) for rows in chosen])
-    names = _names_of(held_out)
-    more = f" with {len(left)} samples" if len(left) > len(chosen) else ""
-    note = f"{len(chosen)} of {num_clips} clips{more} held out for the validation loss: {', '.join(names)}"
-    if round(fraction * num_clips) > len(chosen):
-        note += f" ({FRACTION_FLAG} {fraction:g} would be more, but at most {MOST_CLIPS} are held out, and never all)"
-    if is_raw:
-        gone = set(left.tolist())
-        clips = [planned for number, planned in enumerate(data.clips) if number not in gone]
-    else:
-        clips = data.clips.omit(left)
-    return replace(data, clips=clips, held_out=held_out, held_out_fraction=fraction, held_out_note=note)
-
-
-def _contents_of(data: TrainingData) -> list[str]:
-    """Return what each sample is made of: the digest of its file, or that in its name if that has one."""
-    if isinstance(data, RawData):
-        return [planned.info.sha256 or str(planned.clip.video) for planned in data.clips]
-    contents = []
-    for folder in data.clips.folders:
-        place, names = os.path.realpath(folder.folder), folder.column("name").to_pylist()
-        contents += [name[-17:] if re.search(r"-[0-9a-f]{16}$", name) else f"{place}/{name}" for name in names]
-    return contents
-
-
-def _clips_of(data: TrainingData) -> tuple[np.ndarray, np.ndarray]:
-    """Return the clip of each sample, from 0, and a number for its content, each `[N]`."""
-    if isinstance(data, RawData):
-        return clips_of_contents(_contents_of(data))
-    return clips_of_prepared(data.clips)
-
-
-def _names_of(data: TrainingData) -> list[str]:
-    is_raw = isinstance(data, RawData)
-    return [f"{one.clip.video.name} ({one.clip.source})" if is_raw else one.name for one in data.clips]
-
-
-def _samples_per_batch(data: TrainingData, settings: TrainingSettings) -> float:
-    """Return how many samples a batch has on average, as far as that is known before the model is read."""
-    tokens = settings.training.max_tokens_per_batch
-    if tokens is None:
-        return settings.training.train_batch_size
-    try:
-        config = {"patch_size_t": None, **read_config(settings, settings.model.pretrained_model_name_or_path)}
-        sampler = BucketBatchSampler.of(data, TokenBudget(tokens, partial(count_tokens, config)), seed=0)
-        return sum(sampler.samples_per_epoch.values()) / sampler.num_batches
-    except (OSError, ValueError, KeyError):  # an error of its own
-        return 1
 
 
 def _check_condition_frames(wanted: str, folders: Iterable[Path]) -> None:
@@ -175,12 +96,12 @@ def _check_kinds(data: TrainingData, sources: Sequence[DataSource]) -> None:
         kind = "for regularization (--regularization_data_root)" if is_missing else "to train on"
         raise UserError(f"no clip {kind} can be used; add some, or fix those that are skipped")
     if data.regularization is not None:
-        contents = _contents_of(data)
+        contents = contents_of(data)
         trained = {contents[sample] for sample in np.flatnonzero(~data.regularization)}
         both = {contents[sample]: int(sample) for sample in np.flatnonzero(data.regularization)}
         both = [sample for content, sample in both.items() if content in trained]
         if both:
-            names = _names_of(data.take(both[:20]))
+            names = names_of(data.take(both[:20]))
             what = "are also those to train on; remove them from one of the two"
             title = f"{len(both)} of the clips for regularization (--regularization_data_root) {what}, among them:"
             raise UserError(listing(title, names))

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from common.files import slug
 from common.hub_token import without_tokens
+from common.run_folder import PICTURE_FILE
 from data.buckets import Bucket
-from tracking.loss_curve import PICTURE_FILE
 from validation.grid import GRID_FILE
 from video.condition_frames import ENDS, FIRST, given_frames, is_context
 

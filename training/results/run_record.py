@@ -1,10 +1,9 @@
 """Read what a run left in its folder, while it trains or years later; imports no torch."""
 
-import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,6 +25,7 @@ from common.run_folder import (
     STRENGTHS_FOLDER,
     VALIDATION_FOLDER,
 )
+from common.text_files import read_rows
 from tracking.verdict import Points, Verdict, best_point, judge
 
 
@@ -53,7 +53,7 @@ class RunRecord:
     @cached_property
     def flags(self) -> Row:
         """The values of all flags; of an earlier version's run only those that were passed."""
-        return self.facts.get("flags") or _read_config(self.folder)
+        return self.facts.get("flags") or read_flags(self.folder / CONFIG_FILE) or {}
 
     @property
     def step(self) -> int:
@@ -156,14 +156,6 @@ def last_news(folder: Path) -> datetime:
     return datetime.fromtimestamp(written).astimezone()
 
 
-def read_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects in a file of JSON lines; lines that a killed process or an editor has damaged are skipped."""
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
-        with suppress(ValueError):
-            if isinstance(row := json.loads(line), dict):
-                yield row
-
-
 def _is_fact(name: str, value: object) -> bool:
     """Return whether a fact has the type that pages need: a run may be newer, or its file was edited."""
     if name == "videos":
@@ -212,12 +204,13 @@ def _list_strengths(folder: Path) -> dict[float, Path]:
     return dict(sorted((float(file.stem), file) for file in files))
 
 
-def _read_config(folder: Path) -> Row:
+def read_flags(file: Path) -> dict[str, Any] | None:
+    """Return the flags of a config file of a run; None if it is missing, or changed into something else."""
     try:
-        flags = yaml.safe_load((folder / CONFIG_FILE).read_bytes())
+        flags = yaml.safe_load(file.read_bytes())
     except (OSError, yaml.YAMLError):
-        return {}
-    return flags if isinstance(flags, dict) else {}
+        return None
+    return flags if isinstance(flags, dict) else None
 
 
 def has_lora(record: RunRecord, step: int) -> bool:

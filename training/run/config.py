@@ -4,6 +4,7 @@ import logging
 import platform
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,10 +18,11 @@ from common.hub_token import without_tokens
 from common.ranks import precision_of
 from common.run_folder import CONFIG_FILE, CONFIG_TITLE
 from data.buckets import Bucket
-from flags.settings import TrainingSettings
+from flags.settings import TrainingSettings, training_script
 from memory.settings import MemorySettings, differences, memory_settings_of
 from methods.lora import Lora
 from results.model_card import CardFacts
+from results.run_record import read_flags
 from run.spec import RunSpec
 
 
@@ -50,7 +52,7 @@ def write_config(spec: RunSpec) -> Path | None:
     file = folder / (f"config-step-{spec.state.step}.yaml" if continues else CONFIG_FILE)
     before = _latest_config(folder) if continues else None
     if before is not None:
-        old, new = _read_flags(before), yaml.safe_load(text)
+        old, new = read_flags(before), yaml.safe_load(text)
         if old is None:
             logger.warning("warning: %s is not a list of flags any more; they are noted in %s", before, file.name)
         else:
@@ -99,23 +101,24 @@ def _dump(flags: dict[str, object]) -> str:
 
 
 def _describe_start(spec: RunSpec, continues: bool) -> list[str]:
-    script, accelerator = f"cogvideox_{spec.task.name.replace('-', '_')}_{spec.settings.method}.py", spec.accelerator
+    script, accelerator = training_script(spec.task.name, spec.settings.method), spec.accelerator
     resumed = f" --resume_from_checkpoint {spec.resumed}" if continues else ""  # otherwise it is among the flags
     return [
         f"{CONFIG_TITLE} on {datetime.now():%Y-%m-%d, %H:%M}, at step {spec.state.step}. To repeat it:",
         f"  {script} --config THIS_FILE --output_dir ANOTHER_FOLDER{resumed}",
         f"launched on {accelerator.num_processes} x {accelerator.device.type} "
         f"({accelerator.distributed_type.value}), Python {platform.python_version()},",
-        ", ".join(f"{package} {found}" for package in RECORDED_PACKAGES if (found := version_of(package))),
+        ", ".join(f"{package} {found}" for package, found in recorded_versions().items()),
     ]
 
 
-def version_of(package: str) -> str | None:
-    """Return the version of a package, or None if it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def recorded_versions() -> dict[str, str]:
+    """Return the versions of the packages that results depend on, without those that are not installed."""
+    found = {}
+    for package in RECORDED_PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _latest_config(folder: Path) -> Path | None:
@@ -123,15 +126,6 @@ def _latest_config(folder: Path) -> Path | None:
     later = [(int(match.group(1)), path) for match, path in found if match]
     first = folder / CONFIG_FILE
     return max(later)[1] if later else first if first.is_file() else None
-
-
-def _read_flags(file: Path) -> dict[str, object] | None:
-    """Return the flags of a file that a run wrote; None if someone changed it into something else."""
-    try:
-        flags = yaml.safe_load(file.read_bytes())
-    except (OSError, yaml.YAMLError):
-        return None
-    return flags if isinstance(flags, dict) else None
 
 
 def card_facts(spec: RunSpec, total_steps: int) -> CardFacts:

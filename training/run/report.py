@@ -19,12 +19,14 @@ from common.errors import first_line, one_line
 from common.files import atomic_write, path_of_script
 from common.hub_token import TOOLKIT, without_tokens
 from common.run_folder import FACTS_FILE, NOTES_FILE, REPORT_FILE, TARGETS_FOLDER
+from common.text_files import read_rows
+from flags.settings import training_script
 from planning.captions import nearest_caption
 from planning.samples import PreparedData, TrainingData
 from results.publish import upload_command
 from results.run_page import write_run_page
-from results.run_record import FAILED, FINISHED, RUNNING, STOPPED, last_news, read_rows
-from run.config import RECORDED_PACKAGES, version_of
+from results.run_record import FAILED, FINISHED, RUNNING, STOPPED, last_news
+from run.config import recorded_versions
 from run.spec import RunSpec
 from run.summary import sample_command
 from validation.schedule import QUANTILES, LossSchedule, share_pairs
@@ -160,7 +162,6 @@ def make_report(spec: RunSpec, total_steps: int, summary: Mapping[str, str], los
 def describe_run(spec: RunSpec, total_steps: int, summary: Mapping[str, str]) -> dict[str, Any]:
     """Return the facts of a run that its page needs, as JSON takes them; write the clips that its videos aim at."""
     settings = spec.settings
-    script = f"cogvideox_{spec.task.name.replace('-', '_')}_{settings.method}.py"
     launch = ["accelerate", "launch", "--config_file", "CONFIG"] if spec.accelerator.num_processes > 1 else ["python"]
     return {
         "task": spec.task.name,
@@ -171,11 +172,10 @@ def describe_run(spec: RunSpec, total_steps: int, summary: Mapping[str, str]) ->
         | {"seed": spec.state.seed},
         "given": sorted(settings.given),
         "revision": read_revision(),
-        "versions": {"Python": platform.python_version()}
-        | {package: found for package in RECORDED_PACKAGES if (found := version_of(package))},
+        "versions": {"Python": platform.python_version()} | recorded_versions(),
         "output_dir": str(spec.output_dir),
         "videos": describe_videos(spec),
-        "start": [*launch, path_of_script(script)],
+        "start": [*launch, path_of_script(training_script(spec.task.name, settings.method))],
         "sample": sample_command(spec, spec.output_dir),
         "publish": upload_command(spec.output_dir.resolve().name, spec.output_dir),
     }

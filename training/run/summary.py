@@ -10,7 +10,7 @@ from diffusers import CogVideoXTransformer3DModel
 
 from checkpoints.schedule import StepSchedule
 from common.files import path_of_script
-from common.run_folder import VALIDATION_FOLDER, list_checkpoints, list_validated
+from common.run_folder import METRICS_FILE, PICTURE_FILE, VALIDATION_FOLDER, list_checkpoints, list_validated
 from common.units import in_bytes
 from flags.settings import TrainingSettings
 from memory.ladder import Choice
@@ -23,7 +23,7 @@ from models.quantization import describe_products
 from parallel.deepspeed import count_weights
 from run.memory_fit import RunMemory, has_card, is_left_to_card, typed_memory
 from run.spec import RunSpec
-from tracking.loss_curve import METRICS_FILE, PICTURE_FILE, LossCurve
+from tracking.loss_curve import LossCurve
 from tracking.verdict import Points, best_point
 from validation.schedule import LossSchedule
 from video.condition_frames import is_context, split_files

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from common.errors import UserError, listing
 from common.remote import default_cache_folder
-from common.run_folder import LORA_FILE
+from common.run_folder import LORA_FILE, PICTURE_FILE, REPORT_FILE
 from planning.plan import data_sources
 from studio.captions import Captioned, read_captions, save_caption
 from studio.commands import (
@@ -30,7 +30,6 @@ from studio.places import STATE_FOLDER, inside, list_data, list_models, list_run
 HUB_MODELS = ["THUDM/CogVideoX-2b", "THUDM/CogVideoX-5b", "THUDM/CogVideoX-5b-I2V"]
 HUB_MODELS += ["THUDM/CogVideoX1.5-5B", "THUDM/CogVideoX1.5-5B-I2V"]
 _PLAYED = {".mp4", ".m4v", ".mov", ".webm"}  # by browsers, mostly
-_REPORT, _CURVE = "report.html", "loss.png"
 
 
 def _told(action: Callable) -> Callable:
@@ -171,12 +170,12 @@ class Actions:
         if (folder / LORA_FILE).is_file():
             link = '<p><a href="{}" download>Download the LoRA</a></p>'
             parts.append(Markup(link).format(_address(self.root, folder / LORA_FILE)))
-        if (folder / _REPORT).is_file():
+        if (folder / REPORT_FILE).is_file():
             link = Markup('<p><a href="{0}" target="_blank">Open the report</a></p>')
             frame = Markup('<iframe class="report" sandbox title="Report" src="{0}"></iframe>')
-            parts.append((link + frame).format(_address(self.root, folder / _REPORT)))
-        elif (folder / _CURVE).is_file():
-            parts.append(_media(self.root, folder / _CURVE))
+            parts.append((link + frame).format(_address(self.root, folder / REPORT_FILE)))
+        elif (folder / PICTURE_FILE).is_file():
+            parts.append(_media(self.root, folder / PICTURE_FILE))
         figures = [
             Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(_media(self.root, video), video.name)
             for video in list_videos(folder)

@@ -17,7 +17,7 @@ from cli.schema import flag_values, path_values
 from common.errors import UserError
 from common.files import path_of_script, slug
 from common.run_folder import LORA_FILE, list_checkpoints
-from flags.settings import TrainingSettings
+from flags.settings import TrainingSettings, training_script
 from studio.places import inside
 from video.condition_frames import split_files
 
@@ -92,8 +92,8 @@ def train_command(form: Form, *more: str) -> Command:
         "output_dir": form.output,
         "resume_from_checkpoint": "latest" if resumes else "",
     }
-    script = f"cogvideox_{form.task.replace('-', '_')}_lora.py"
-    return [*_script(script), *_words(flags), "--load_tensors", *_split(form.train_flags), *more]
+    script = _script(training_script(form.task, "lora"))
+    return [*script, *_words(flags), "--load_tensors", *_split(form.train_flags), *more]
 
 
 def sample_command(model: str, run: str, prompts: str, steps: int, guidance: float, seed: int, more: str) -> Command:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from cli.types import TABLE_SUFFIXES
 from common.errors import UserError
-from common.run_folder import list_results
+from common.run_folder import LORA_FILE, list_results
 from data.media_cache import VIDEO_SUFFIXES
 from flags.scores import SCORES_FILE
+from planning.describe import SKIPPED_FILE
 
 
 STATE_FOLDER = ".cogvideox-app"  # in the root: logs of jobs, and former versions of captions
 _MOST_FOLDERS = 5000  # that are searched, as a root may be a home folder
-_NO_CLIPS = {SCORES_FILE, "plan.csv", "skipped_clips.csv", "manifest.json", "model_index.json", "config.json"}
+_NO_CLIPS = {SCORES_FILE, "plan.csv", SKIPPED_FILE, "manifest.json", "model_index.json", "config.json"}
 
 
 def inside(root: Path, path: str | Path) -> Path:
@@ -57,7 +58,7 @@ def list_models(root: Path) -> list[str]:
 
 def list_runs(root: Path) -> list[str]:
     """Return the folders of finished runs and of checkpoints below `root`, as paths from there, the newest first."""
-    found = (folder for folder, names in _folders(root) if "pytorch_lora_weights.safetensors" in names)
+    found = (folder for folder, names in _folders(root) if LORA_FILE in names)
     return [str(folder.relative_to(root)) for folder in _newest_first(found)]
 
 

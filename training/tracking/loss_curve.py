@@ -14,7 +14,8 @@ import numpy as np
 from accelerate.tracking import GeneralTracker
 
 from common.files import atomic_write
-from common.run_folder import METRICS_FILE
+from common.run_folder import METRICS_FILE, PICTURE_FILE
+from common.text_files import read_rows
 from tracking.verdict import Points, Verdict, best_point, judge, smoothed
 
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-PICTURE_FILE = "loss.png"
 VALIDATION = "validation_loss"
 
 _SECONDS = 20.0  # at least, between two drawings; each takes some tenths of one
@@ -118,16 +118,8 @@ class LossCurve(GeneralTracker):
 
 
 def _read_metrics(file: Path, last_step: int) -> list[dict[str, Any]]:
-    """Return what was logged up to a step; lines that a killed process or an editor has damaged are skipped."""
-    metrics = []
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict) and isinstance(values.get("step"), int) and values["step"] <= last_step:
-            metrics.append(values)
-    return metrics
+    """Return what was logged up to a step."""
+    return [row for row in read_rows(file) if isinstance(row.get("step"), int) and row["step"] <= last_step]
 
 
 def draw_losses(losses: Points, validation: Points = (), at_timesteps: Mapping[int, Points] | None = None) -> "Figure":

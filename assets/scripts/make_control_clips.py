@@ -1,16 +1,18 @@
-"""Draw clips of shapes that move anywhere, each with a control (its silhouette, white on black) and both its ends.
+"""Draw clips of shapes that move anywhere, each with a control (its silhouette, white on black), a mask and its ends.
 
     python assets/scripts/make_control_clips.py --output_dir control-demo/clips --count 96
     python assets/scripts/make_control_clips.py --output_dir control-demo/held-out --count 12 --seed 1
 
-The captions do not say where the shapes are, so that only the control tells it. videos.txt, prompts.txt and
-controls.txt list the clips; ends/ has their first and last frames. The same seed draws the same clips.
+The captions do not say where the shapes are, so that only the control tells it. videos.txt, prompts.txt, controls.txt
+and masks.txt list the clips; ends/ has their first and last frames, and starts/ the first ones of --start_frames. The
+masks are white on one side of the middle of the shape's way. The same seed draws the same clips.
 """
 
 import argparse
 import random
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from clip_files import new_folder, write_lists, write_mp4
@@ -29,11 +31,19 @@ def draw_place(rng: random.Random) -> Place:
     return rng.uniform(radius, WIDTH - radius), rng.uniform(radius, HEIGHT - radius), radius
 
 
-def draw_controlled_clips(output_dir: Path, count: int, seed: int) -> None:
+def draw_mask(start: Place, end: Place, *, of_end: bool) -> Image.Image:
+    """Return a mask that is white from the middle of a way on, or before it, along its longer direction."""
+    axis = max((0, 1), key=lambda axis: abs(end[axis] - start[axis]))
+    position = np.indices((HEIGHT, WIDTH))[1 - axis]
+    is_later = (position > (start[axis] + end[axis]) / 2) == (end[axis] > start[axis])
+    return Image.fromarray((is_later == of_end).astype(np.uint8) * 255)
+
+
+def draw_controlled_clips(output_dir: Path, count: int, seed: int, start_frames: int = 0) -> None:
     """Draw clips and controls that move on straight lines; raise FileExistsError if the folder holds anything."""
     rng, entries = random.Random(seed), []
     with new_folder(output_dir) as folder:
-        for name in ("videos", "controls", "ends"):
+        for name in ("videos", "controls", "ends", *(["starts"] if start_frames else [])):
             (folder / name).mkdir()
         for number in range(count):
             shape, colour, background = rng.choice(SHAPES), rng.choice(COLOURS), rng.choice(BACKGROUNDS)
@@ -48,13 +58,17 @@ def draw_controlled_clips(output_dir: Path, count: int, seed: int) -> None:
                 if kind == "videos":
                     for name, frame in (("first", frames[0]), ("last", frames[-1])):
                         Image.fromarray(frame).save(folder / f"ends/clip-{number:03d}-{name}.png")
+                    if start_frames:
+                        write_mp4(folder / f"starts/clip-{number:03d}.mp4", frames[:start_frames], FPS)
                 write_mp4(folder / kind / f"clip-{number:03d}.mp4", frames, FPS)
+            draw_mask(start, end, of_end=number % 2 == 0).save(folder / f"videos/clip-{number:03d}.mask.png")
             article = "an" if colour == "orange" else "a"
             caption = f"{article} {colour} {shape} moves over a plain {background} background"
             entries.append((f"videos/clip-{number:03d}.mp4", caption))
         write_lists(folder, entries)
-        controls = "".join(f"{video.replace('videos', 'controls')}\n" for video, _ in entries)
-        (folder / "controls.txt").write_text(controls, encoding="utf-8")
+        for name, old, new in (("controls", "videos", "controls"), ("masks", ".mp4", ".mask.png")):
+            lines = "".join(f"{video.replace(old, new)}\n" for video, _ in entries)
+            (folder / f"{name}.txt").write_text(lines, encoding="utf-8")
     print(f"{output_dir}: drew {count} clips with controls")
 
 
@@ -63,9 +77,10 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="the folder to make")
     parser.add_argument("--count", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start_frames", type=int, default=0, help="also write the first frames of each clip")
     args = parser.parse_args()
     try:
-        draw_controlled_clips(args.output_dir, args.count, args.seed)
+        draw_controlled_clips(args.output_dir, args.count, args.seed, args.start_frames)
     except FileExistsError as error:
         parser.error(str(error))
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Teach the tiny model to end at a given last frame, on a CPU, with the launchers of real runs, and measure how well.
+# Teach the tiny model to end at a given last frame, or to continue a video, on a CPU, with the launchers of real runs,
+# and measure how well.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-DEMO_DIR="${DEMO_DIR:-last-frame-demo}"
+DEMO_FRAMES="${DEMO_FRAMES:-first,last}" # given, as with --condition_frames: first,last or first:K
+DEMO_DIR="${DEMO_DIR:-condition-frames-demo}"
 DEMO_STEPS="${DEMO_STEPS:-600}"                  # of training
 DEMO_SAMPLING_STEPS="${DEMO_SAMPLING_STEPS:-20}" # of each video
 DEMO_VIDEOS="${DEMO_VIDEOS:-12}"                 # to measure, of clips that were not trained on
@@ -12,23 +14,31 @@ export MODEL_PATH="$model" PREPARED="$DEMO_DIR/prepared"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TQDM_DELAY=2 # seconds before a progress bar appears
 
+from_frame=-1 start_frames=0
+if [[ "$DEMO_FRAMES" == first:* ]]; then
+  start_frames=$((4 * ${DEMO_FRAMES#first:} - 3)) from_frame=$start_frames
+fi
+
 # Only what an earlier demo wrote is replaced.
 rm -rf "$DEMO_DIR"/{clips,held-out,prepared,outputs,generated}
 python assets/scripts/make_control_clips.py --output_dir "$DEMO_DIR/clips"
-python assets/scripts/make_control_clips.py --output_dir "$DEMO_DIR/held-out" --count "$DEMO_VIDEOS" --seed 1
+python assets/scripts/make_control_clips.py --output_dir "$DEMO_DIR/held-out" --count "$DEMO_VIDEOS" --seed 1 \
+  --start_frames "$start_frames"
 
 CLIPS="$DEMO_DIR/clips" DTYPE=fp32 HEIGHT_BUCKETS=64 WIDTH_BUCKETS=96 FRAME_BUCKETS=17 MAX_NUM_FRAMES=17 \
-  bash prepare_dataset.sh --save_image_latents --condition_frames first,last
+  bash prepare_dataset.sh --save_image_latents --condition_frames "$DEMO_FRAMES"
 
 OUTPUT_ROOT="$DEMO_DIR/outputs" ACCELERATE_CONFIG=accelerate_configs/cpu.yaml MIXED_PRECISION=no \
   CPU_THREADS="${CPU_THREADS:-2}" HEIGHT=64 WIDTH=96 NUM_FRAMES=17 LEARNING_RATES=1e-3 LR_SCHEDULES=constant \
   MAX_TRAIN_STEPS="$DEMO_STEPS" TRAIN_BATCH_SIZE=4 CHECKPOINTING_STEPS="$DEMO_STEPS" \
-  bash train_image_to_video_sft.sh --condition_frames first,last
+  bash train_image_to_video_sft.sh --condition_frames "$DEMO_FRAMES"
 
-ends="$DEMO_DIR/held-out/ends"
+held_out="$DEMO_DIR/held-out"
+given=(--image "$held_out"/ends/*-first.png --last_image "$held_out"/ends/*-last.png)
+if ((start_frames)); then given=(--video "$held_out"/starts/*.mp4); fi
 python training/generate.py --pretrained_model_name_or_path "$model" \
-  --transformer "$(echo "$DEMO_DIR"/outputs/cogvideox-i2v-sft__*)" --prompts_file "$DEMO_DIR/held-out/prompts.txt" \
-  --image "$ends"/*-first.png --last_image "$ends"/*-last.png --compare \
+  --transformer "$(echo "$DEMO_DIR"/outputs/cogvideox-i2v-sft__*)" --prompts_file "$held_out/prompts.txt" \
+  "${given[@]}" --compare \
   --num_inference_steps "$DEMO_SAMPLING_STEPS" --guidance_scale 2 --output_dir "$DEMO_DIR/generated"
-python assets/scripts/measure_control.py --videos "$DEMO_DIR/generated" --controls "$DEMO_DIR/held-out/videos" \
-  --last_frame --output_file "$DEMO_DIR/last-frame.json"
+python assets/scripts/measure_control.py --videos "$DEMO_DIR/generated" --controls "$held_out/videos" \
+  --from_frame "$from_frame" --output_file "$DEMO_DIR/measured.json"

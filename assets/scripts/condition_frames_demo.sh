@@ -14,16 +14,16 @@ export MODEL_PATH="$model" PREPARED="$DEMO_DIR/prepared"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TQDM_DELAY=2 # seconds before a progress bar appears
 
-from_frame=-1 start_frames=0
+drawn=() start_frames=0 from_frame=-1
 if [[ "$DEMO_FRAMES" == first:* ]]; then
-  start_frames=$((4 * ${DEMO_FRAMES#first:} - 3)) from_frame=$start_frames
+  drawn=(--straight) start_frames=$((4 * ${DEMO_FRAMES#first:} - 3)) from_frame=$start_frames
 fi
 
 # Only what an earlier demo wrote is replaced.
 rm -rf "$DEMO_DIR"/{clips,held-out,prepared,outputs,generated}
-python assets/scripts/make_control_clips.py --output_dir "$DEMO_DIR/clips"
+python assets/scripts/make_control_clips.py --output_dir "$DEMO_DIR/clips" "${drawn[@]}"
 python assets/scripts/make_control_clips.py --output_dir "$DEMO_DIR/held-out" --count "$DEMO_VIDEOS" --seed 1 \
-  --start_frames "$start_frames"
+  --start_frames "$start_frames" "${drawn[@]}"
 
 CLIPS="$DEMO_DIR/clips" DTYPE=fp32 HEIGHT_BUCKETS=64 WIDTH_BUCKETS=96 FRAME_BUCKETS=17 MAX_NUM_FRAMES=17 \
   bash prepare_dataset.sh --save_image_latents --condition_frames "$DEMO_FRAMES"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Teach the tiny model to follow controls, on a CPU, with the launchers of real runs, and measure by how much it does.
+# Teach the tiny model to follow controls, or to fill in masked parts (DEMO_CONTROL=inpaint), on a CPU, with the launchers
+# of real runs, and measure by how much it does.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -1,5 +1,7 @@
 """The overlap of a drawn video with its control is 1, and falls when the shape is elsewhere."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -53,17 +55,18 @@ def test_masked_and_given_pixels_are_compared_separately(tmp_path):
     assert overlap(video, clip) == pytest.approx(1 / 3, abs=0.05)
 
 
-def test_a_mask_hides_one_end_of_the_way(tmp_path):
-    draw_controlled_clips(tmp_path / "clips", count=4, seed=0)
-    for number, clip in enumerate(sorted((tmp_path / "clips/videos").glob("*.mp4"))):
-        with Image.open(clip.with_suffix(".mask.png")) as image:
-            mask = np.asarray(image) == 255
-        first, *_, last = silhouettes(clip)
-        shares = [(shape & mask).sum() / shape.sum() for shape in (first, last)]
-        hidden, shown = shares if number % 2 else reversed(shares)
-        assert hidden > 0.5 > shown
+def test_a_mask_hides_the_middle_of_a_straight_way(tmp_path):
+    draw_controlled_clips(tmp_path / "clips", count=6, seed=0, straight=True)
     masks = (tmp_path / "clips/masks.txt").read_text().split()
-    assert len(masks) == 4 and all((tmp_path / "clips" / mask).is_file() for mask in masks)
+    clips = [silhouettes(tmp_path / "clips/videos" / Path(mask).name.replace(".mask.png", ".mp4")) for mask in masks]
+    for mask, clip in zip(masks, clips, strict=True):
+        with Image.open(tmp_path / "clips" / mask) as image:
+            hidden = (clip & (np.asarray(image) == 255)).sum(axis=(1, 2)) / clip.sum(axis=(1, 2))
+        assert hidden[8] > 0.7 and max(hidden[0], hidden[-1]) < 0.3
+    moves = {
+        tuple(np.sign(np.subtract(*(np.argwhere(clip[at]).mean(axis=0).round() for at in (-1, 0))))) for clip in clips
+    }
+    assert len(moves) > 2 and all(0 in move for move in moves)
 
 
 def test_the_ends_and_the_start_of_a_clip_are_its_frames(tmp_path):

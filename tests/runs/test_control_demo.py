@@ -16,5 +16,5 @@ def test_the_shapes_of_the_trained_model_are_where_the_controls_say(tmp_path):
 def test_the_trained_model_keeps_what_is_given_and_fills_in_what_is_masked(tmp_path):
     given, masked = run_demo("control_demo.sh", tmp_path, DEMO_CONTROL="inpaint").values()
     assert given["videos"] == masked["videos"] == 8
-    assert given["base"] < 0.3 and given["trained"] > 0.5
-    assert masked["base"] < 0.3 and masked["trained"] > 0.35
+    assert given["base"] < 0.2 and given["trained"] > 0.4
+    assert masked["base"] < 0.25 and masked["trained"] > 0.35

@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 DEMO_FRAMES="${DEMO_FRAMES:-first,last}" # given, as with --condition_frames: first,last or first:K
 DEMO_DIR="${DEMO_DIR:-condition-frames-demo}"
-DEMO_STEPS="${DEMO_STEPS:-600}"                  # of training
+DEMO_STEPS="${DEMO_STEPS:-}"                     # of training; default: 600, to continue a video 700
 DEMO_SAMPLING_STEPS="${DEMO_SAMPLING_STEPS:-20}" # of each video
 DEMO_VIDEOS="${DEMO_VIDEOS:-12}"                 # to measure, of clips that were not trained on
 model=assets/models/tiny-cogvideox-i2v
@@ -14,10 +14,13 @@ export MODEL_PATH="$model" PREPARED="$DEMO_DIR/prepared"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TQDM_DELAY=2 # seconds before a progress bar appears
 
-drawn=() start_frames=0 from_frame=-1
+drawn=() start_frames=0 from_frame=-1 steps=600 schedule=constant flags=()
 if [[ "$DEMO_FRAMES" == first:* ]]; then
-  drawn=(--straight) start_frames=$((4 * ${DEMO_FRAMES#first:} - 3)) from_frame=$start_frames
+  drawn=(--straight) start_frames=$((4 * ${DEMO_FRAMES#first:} - 3)) from_frame=$start_frames steps=700 schedule=linear
+  # Where a shape goes is decided at high noise; at low noise, the noisy frames show it.
+  flags=(--timestep_sampling logit_normal --logit_mean 1.5 --noised_image_dropout 0)
 fi
+steps="${DEMO_STEPS:-$steps}"
 
 # Only what an earlier demo wrote is replaced.
 rm -rf "$DEMO_DIR"/{clips,held-out,prepared,outputs,generated}
@@ -29,9 +32,9 @@ CLIPS="$DEMO_DIR/clips" DTYPE=fp32 HEIGHT_BUCKETS=64 WIDTH_BUCKETS=96 FRAME_BUCK
   bash prepare_dataset.sh --save_image_latents --condition_frames "$DEMO_FRAMES"
 
 OUTPUT_ROOT="$DEMO_DIR/outputs" ACCELERATE_CONFIG=accelerate_configs/cpu.yaml MIXED_PRECISION=no \
-  CPU_THREADS="${CPU_THREADS:-2}" HEIGHT=64 WIDTH=96 NUM_FRAMES=17 LEARNING_RATES=1e-3 LR_SCHEDULES=constant \
-  MAX_TRAIN_STEPS="$DEMO_STEPS" TRAIN_BATCH_SIZE=4 CHECKPOINTING_STEPS="$DEMO_STEPS" \
-  bash train_image_to_video_sft.sh --condition_frames "$DEMO_FRAMES"
+  CPU_THREADS="${CPU_THREADS:-2}" HEIGHT=64 WIDTH=96 NUM_FRAMES=17 LEARNING_RATES=1e-3 LR_SCHEDULES=$schedule \
+  LR_WARMUP_STEPS=20 MAX_TRAIN_STEPS="$steps" TRAIN_BATCH_SIZE=4 CHECKPOINTING_STEPS="$steps" \
+  bash train_image_to_video_sft.sh --condition_frames "$DEMO_FRAMES" "${flags[@]}"
 
 held_out="$DEMO_DIR/held-out"
 given=(--image "$held_out"/ends/*-first.png --last_image "$held_out"/ends/*-last.png)

@@ -235,9 +235,7 @@ def test_generate_samples_with_a_control_and_loras_of_its_base_as_with_the_merge
     merged = convert("--lora", control, style, "--model_path", model, to="merged")
     clip = f"--prompt a --control {demo_clips}/videos/clip-000.mp4 --compute_control canny --num_frames 9"
     expected = controlled(model, control, style)
-    for number, flags in enumerate(
-        (f"{model} --lora {control} {style}", f"{merged}", f"{model} --transformer {merged}")
-    ):
+    for number, flags in enumerate((f"{model} --lora {control} {style}", f"{merged}")):
         settings = parse_generate_args(f"--model_path {flags} {clip} --output_dir {tmp_path / str(number)}".split())
         assert_close(load_pipeline(settle(settings), tuned=True).transformer, expected, 1e-4)
     assert not [warning for warning in recwarn if "peft_config" in str(warning.message)]

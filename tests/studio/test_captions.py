@@ -32,13 +32,13 @@ def folder(tmp_path):
 def change(folder, source, text='new; "te\nxt"', number=1):
     clips, bad = read_captions(source, folder / ".cache")
     assert bad == []
-    saved = save_caption(clips[number], text, folder, folder / ".kept")
+    saved = save_caption(clips[number], text, folder)
     assert saved.text == read_captions(source, folder / ".cache")[0][number].text
     return clips[number]
 
 
 def backups(folder):
-    return [file.read_bytes() for file in sorted((folder / ".kept").rglob("*.*"))]
+    return [file.read_bytes() for file in sorted((folder / ".cogvideox-app/captions").rglob("*.*"))]
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -85,6 +85,25 @@ def test_a_table_without_the_column_of_captions_says_which_it_has(folder, name):
     assert [clip.text for clip in clips] == ["first"]
 
 
+def test_a_data_set_given_by_name_needs_the_column_of_captions_too(folder):
+    (folder / "data").mkdir()
+    (folder / "data/train.csv").write_text("video,text\n../a.mp4,first\n")
+    with pytest.raises(UserError, match="no column 'caption', but video, text; pass --caption_column text"):
+        read_captions(DataSource(folder, dataset_name=str(folder / "data")), folder / ".cache")
+
+
+def test_the_former_file_is_not_kept_behind_a_link(folder):
+    (folder / "lists").mkdir()
+    (folder / "lists/table.csv").write_text("video,caption\na.mp4,first\n")
+    (folder / ".cogvideox-app/captions").mkdir(parents=True)
+    (folder / ".cogvideox-app/captions/lists").symlink_to(folder)
+    source = DataSource(folder, folder / "lists/table.csv")
+    clips, _ = read_captions(source, folder / ".cache")
+    with pytest.raises(UserError, match="captions/lists is a link or a file in the way of the app's"):
+        save_caption(clips[0], "new", folder)
+    assert (folder / "lists/table.csv").read_text().endswith("first\n")
+
+
 @pytest.mark.parametrize("other", [b"a.mp4,other\n", b"", b"video,caption\nx.mp4,x\na.mp4,first\n"])
 def test_a_file_that_changed_since_it_was_read_is_left_alone(folder, other):
     table = folder / "table.csv"
@@ -92,7 +111,7 @@ def test_a_file_that_changed_since_it_was_read_is_left_alone(folder, other):
     clips, _ = read_captions(DataSource(None, table), folder / ".cache")
     table.write_bytes(other)
     with pytest.raises(UserError, match="read the clips again"):
-        save_caption(clips[1], "new", folder, folder / ".kept")
+        save_caption(clips[1], "new", folder)
     assert table.read_bytes() == other
 
 
@@ -109,5 +128,5 @@ def test_a_table_behind_a_link_out_of_the_root_and_parquet_are_not_changed(folde
     for file, within, message in cases:
         source = DataSource(folder, file)
         with pytest.raises(UserError, match=message):
-            save_caption(read_captions(source, folder / ".cache")[0][0], "new", within, folder / ".kept")
+            save_caption(read_captions(source, folder / ".cache")[0][0], "new", within)
     assert backups(folder) == []

@@ -71,6 +71,7 @@ def test_prompts_are_lines_and_no_shell_reads_them(form, tmp_path):
         ("--logging_dir /tmp", "--logging_dir: /tmp is not inside"),
         ("--dataset_name /etc", "--dataset_name: /etc is not inside"),
         ("--cache_dir ~", "is not inside"),
+        ("--variant ../../x", "--variant: '../../x' would be another folder"),
         ("--validation_images a.png:::../b.png", "--validation_images: "),
         ("--validation_prompt_separator / --output_dir /tmp/x", "--output_dir: /tmp/x is not inside"),
         ("--hub_token=hf_secret", "log in with `hf auth login`"),

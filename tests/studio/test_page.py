@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 
+import httpx
 import pytest
 
 from make_demo_clips import make_demo_clips
@@ -148,8 +149,10 @@ def test_a_running_job_is_found_and_stopped(endless_job, page):
     page.get_by_text("train: stopped").wait_for()
 
 
-def test_closing_the_app_says_that_a_job_continues(app, endless_job):
-    said, process = app.close(), endless_job.latest().process
-    assert f"train continues as process {process}" in said
+def test_closing_the_app_says_that_a_job_continues_and_nothing_of_pages_that_are_open(app, endless_job):
+    with httpx.stream("GET", f"{app.url}/gradio_api/heartbeat/of-a-page"):
+        said, process = app.close(), endless_job.latest().process
+    assert re.sub(r"\s+", " ", said).startswith(f" train continues as process {process}, log: ")
+    assert said.count("\n") == 3
     assert f"kill -TERM -- -{process}" in said
     assert endless_job.latest().is_running

@@ -24,7 +24,7 @@ from studio.commands import (
     train_command,
 )
 from studio.jobs import Job, Jobs
-from studio.places import STATE_FOLDER, inside, list_data, list_models, list_runs, list_videos
+from studio.places import inside, list_data, list_models, list_runs, list_videos
 
 
 HUB_MODELS = ["THUDM/CogVideoX-2b", "THUDM/CogVideoX-5b", "THUDM/CogVideoX-5b-I2V"]
@@ -86,8 +86,7 @@ class Actions:
         if chosen is None:
             raise UserError("choose a clip first")
         if _is_edited(clips, chosen, caption):
-            backups = self.root / STATE_FOLDER / "captions"
-            clips[chosen - 1] = save_caption(clips[chosen - 1], caption, self.root, backups)
+            clips[chosen - 1] = save_caption(clips[chosen - 1], caption, self.root)
             gr.Info("Saved; the former file is kept.", duration=3)
         return self._rows(clips), clips
 

@@ -20,7 +20,7 @@ from data.clips import BadClip
 from data.rows import DataSource, Table
 from data.sources import read_clips
 from data.tables import csv_reader, find_delimiter, read_table, text_file
-from studio.places import inside
+from studio.places import inside, own_path
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ def read_captions(source: DataSource, media_cache: Path) -> tuple[list[Captioned
     """
     if source.dataset_file is not None:
         _check_column(read_table(source.dataset_file, source), source.caption_column)
+    elif source.dataset_name is not None:
+        from data.arrow import read_dataset
+
+        details = source.dataset_config_name, source.dataset_split, source.dataset_streaming
+        _check_column(read_dataset(source.dataset_name, *details), source.caption_column)
     plain = replace(source, id_token=None, caption_per_line=False, shuffle_tags=None)  # as the file has them
     clips, bad = read_clips(plain, media_cache, captions_file=media_cache / "none")
     return [Captioned(clip.video, clip.caption, *_place(plain, clip.source, clip.video)) for clip in clips], bad
@@ -71,8 +76,8 @@ def _place(source: DataSource, listed: str, video: Path) -> tuple[Path, int | No
     return beside, None, None
 
 
-def save_caption(clip: Captioned, text: str, root: Path, backups: Path) -> Captioned:
-    """Write a caption, and return the clip with it. The former file is kept in `backups`, with the time in its name.
+def save_caption(clip: Captioned, text: str, root: Path) -> Captioned:
+    """Write a caption, and return the clip with it. The former file is kept, with the time in its name.
 
     Raises UserError if the caption is not what it was when `clip` was read, the file is outside `root` or it is of a
     format that cannot be changed.
@@ -90,9 +95,8 @@ def save_caption(clip: Captioned, text: str, root: Path, backups: Path) -> Capti
         if _plain(found) != _plain(clip.text):
             raise UserError(f"{clip.file} has another caption there since it was read; read the clips again")
         if former is not None:
-            kept = backups / file.relative_to(root.resolve())
-            kept = kept.with_name(f"{kept.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
-            with atomic_write(kept) as partial:
+            name = f"captions/{file.relative_to(root.resolve())}.{datetime.now():%Y%m%d-%H%M%S-%f}"
+            with atomic_write(own_path(root, name)) as partial:
                 partial.write_bytes(former)
         mark = b"\xef\xbb\xbf" if former and former.startswith(b"\xef\xbb\xbf") else b""
         with atomic_write(file) as partial:

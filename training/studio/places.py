@@ -33,6 +33,15 @@ def inside(root: Path, path: str | Path) -> Path:
     return resolved
 
 
+def own_path(root: Path, name: str | Path) -> Path:
+    """Return a path in the app's own folder; a UserError if a link, which could lead away, or a file is in its way."""
+    path = root / STATE_FOLDER / name
+    for part in [path, *path.parents][: len(path.relative_to(root).parts)]:
+        if part.is_symlink() or (part.is_file() and part != path):
+            raise UserError(f"{part} is a link or a file in the way of the app's own files; move it away")
+    return path
+
+
 def list_data(root: Path) -> list[str]:
     """Return the folders and tables below `root` that may be data sets, as paths from there, sorted."""
     found, closed = [], set()

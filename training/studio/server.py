@@ -1,8 +1,10 @@
 """The server of the app: its page behind the gate, and what happens when it is closed."""
 
+import logging
+import signal
 import socket
 import sys
-from contextlib import suppress
+import threading
 from pathlib import Path
 
 import gradio as gr
@@ -44,8 +46,17 @@ def serve(root: Path, host: str, port: int) -> None:
     name = f"[{host}]" if ":" in host else host
     print(f"open http://{name}:{listener.getsockname()[1]} (Ctrl-C closes the app; a run continues)", flush=True)
     config = uvicorn.Config(server, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-    with suppress(KeyboardInterrupt):  # uvicorn sends it again when it has shut down
-        uvicorn.Server(config).run(sockets=[listener])
+    running = uvicorn.Server(config)
+
+    def close(*_: object) -> None:
+        logging.disable()  # uvicorn would report each open page as an error
+        running.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent again, they change nothing
+        signal.signal(number, close)
+    thread = threading.Thread(target=running.run, args=([listener],))  # in the main thread, uvicorn takes the signals
+    thread.start()
+    thread.join()
     job = jobs.latest()
     if job is not None and job.is_running:
         print(f"\n{job.kind} continues as process {job.process}, log: {job.folder}/log.txt", file=sys.stderr)

@@ -1,8 +1,8 @@
 """What the buttons of the page do; each method takes and returns the values of components."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,20 +15,18 @@ from common.remote import default_cache_folder
 from common.run_folder import LORA_FILE, PICTURE_FILE, REPORT_FILE
 from planning.plan import data_sources
 from studio.captions import Captioned, read_captions, save_caption
-from studio.commands import (
-    Form,
-    check_command,
-    prepare_command,
-    sample_command,
-    shown,
-    train_command,
-)
+from studio.commands import Form, check_command, prepare_command, sample_command, shown, train_command
+from studio.given import BEGINNING, CONTROL, FILES, TEXT, Given, find_run, given_of
 from studio.jobs import Job, Jobs
-from studio.places import inside, list_data, list_models, list_runs, list_videos
+from studio.places import inside, list_data, list_media, list_models, list_runs, list_videos
 
 
 HUB_MODELS = ["THUDM/CogVideoX-2b", "THUDM/CogVideoX-5b", "THUDM/CogVideoX-5b-I2V"]
 HUB_MODELS += ["THUDM/CogVideoX1.5-5B", "THUDM/CogVideoX1.5-5B-I2V"]
+_STATE = Markup(
+    "<p><b>{}</b>: {}</p><p>Result in <code>{}</code>, log in <code>{}/log.txt</code>. A job continues when this page "
+    "or the app is closed.</p>"
+)
 _PLAYED = {".mp4", ".m4v", ".mov", ".webm"}  # by browsers, mostly
 
 
@@ -60,7 +58,8 @@ class Actions:
         """Read the clips: the rows of the table, the clips, none chosen, the bad rows, no video, no caption."""
         settings = check_command(prepare_command(_form(form)), self.root)
         clips, bad = [], []
-        for source in data_sources(settings.sources):
+        control = settings.control if settings.preparation.save_control_latents else None
+        for source in data_sources(settings.sources, control, settings.masks):
             more, unusable = read_captions(source, default_cache_folder() / "media")
             clips, bad = clips + more, bad + unusable
         note = f"{len(clips)} clips"
@@ -76,7 +75,8 @@ class Actions:
         saved = self.save(clips, chosen, caption) if _is_edited(clips, chosen, caption) else (gr.skip(), gr.skip())
         number = int(event.row_value[0])
         clip = clips[number - 1]
-        return *saved, number, _media(self.root, clip.video), clip.text
+        media = Markup().join(_media(self.root, file) for file in (clip.video, *clip.beside) if file)
+        return *saved, number, media, clip.text
 
     @_told
     def save(
@@ -95,66 +95,65 @@ class Actions:
 
     # Runs
 
-    def preview(self, *form: Any) -> str:
-        """Return the commands of a training, or why there are none."""
+    def preview(self, kind: str, *values: Any) -> str:
+        """Return the commands of a job, or why there are none."""
         try:
-            return shown(self._commands("train", _form(form)), self.root)
+            return shown(self._commands(kind, values), self.root)
         except UserError as error:
             return f"# {error}"
 
     @_told
     def start(self, kind: str, *values: Any) -> gr.Tabs:
         """Start a job: plan shows what the model would see of the clips, try trains two steps, train trains."""
-        form = _form(values)
-        prepare, *others = self._commands(kind, form)
+        prepare, *others = self._commands(kind, values)
         result = check_command(prepare, self.root).preparation.output_dir
-        inside(self.root, form.prepared).mkdir(parents=True, exist_ok=True)  # training requires that it exists
+        inside(self.root, result).mkdir(parents=True, exist_ok=True)  # training requires that it exists
         for command in others:
             result = check_command(command, self.root).training.output_dir
         self.jobs.start(kind, [prepare, *others], result, values)
         return gr.Tabs(selected="run")
 
-    def _commands(self, kind: str, form: Form) -> list[list[str]]:
+    def _commands(self, kind: str, values: Sequence[Any]) -> list[list[str]]:
+        if kind == "sample":
+            model, lora, prompts, given, latents, control, *others = values
+            return [sample_command(model, lora, prompts, Given(given, latents, control), *others)]
+        form = _form(values)
         if kind == "plan":
             return [prepare_command(form, "--dry_run")]
         return [prepare_command(form), train_command(form, *["--dry_run"] * (kind == "try"))]
 
     # Samples
 
-    def preview_sample(self, *values: Any) -> str:
-        """Return the command that samples, or why there is none."""
-        try:
-            return shown([sample_command(*values)], self.root)
-        except UserError as error:
-            return f"# {error}"
+    def ask_files(self, kind: str) -> gr.Dropdown:
+        """Ask for the files that a choice of `Given` needs."""
+        choices = list_media(self.root, are_videos=kind in (BEGINNING, CONTROL))
+        return gr.Dropdown(choices=choices, label=FILES.get(kind), visible=kind != TEXT)
+
+    def fit_given(self, lora: str | None) -> list[Any]:
+        """Return the choice of Given that a LoRA was trained with, if it is known."""
+        run = find_run(self.root, lora)
+        return list(astuple(given_of(self.root, run))) if run else [gr.skip()] * len(fields(Given))
 
     @_told
-    def sample(self, model: str, run: str | None, *values: Any) -> gr.Tabs:
+    def sample(self, *values: Any) -> gr.Tabs:
         """Sample videos."""
-        command, before = sample_command(model, run, *values), self.jobs.latest()
-        settings = check_command(command, self.root)
+        commands, before = self._commands("sample", values), self.jobs.latest()
+        settings = check_command(commands[0], self.root)
         if not settings.videos:
             raise UserError(f"all videos of {settings.output.output_dir} are there already")
-        self.jobs.start("sample", [command], str(settings.videos[0].file.parent), before.form if before else ())
+        self.jobs.start("sample", commands, str(settings.videos[0].file.parent), before.form if before else ())
         return gr.Tabs(selected="run")
 
     # The job
 
     def look(self, seen: list[Any]) -> list[Any]:
         """Return state, log, result and stop button of the latest job, as far as they changed, and all of them."""
-        job = self.jobs.latest()
-        state = Markup("<p>Nothing was started yet.</p>")
+        job, current = self.jobs.latest(), ["<p>Nothing was started yet.</p>", "", "", False]
         if job is not None:
-            place = job.folder.relative_to(self.root)
-            state = Markup(
-                "<p><b>{}</b>: {}</p><p>Result in <code>{}</code>, log in <code>{}/log.txt</code>. A job continues "
-                "when this page or the app is closed.</p>"
-            ).format(job.kind, job.state, job.result, place)
-        result, is_running = self._result(job) if job else Markup(), bool(job and job.is_running)
-        log = Markup('<div class="log"><pre>{}</pre></div>').format(job.log()) if job else Markup()
-        current = [str(state), str(log), str(result), is_running]
-        stop = gr.Button(interactive=is_running)
-        values, before = [*current[:3], stop], seen or [None] * 4
+            state = _STATE.format(job.kind, job.state, job.result, job.folder.relative_to(self.root))
+            log = Markup('<div class="log"><pre>{}</pre></div>').format(job.log())
+            current = [str(state), str(log), str(self._result(job)), job.is_running]
+        values, before = [*current[:3], gr.Button(visible=current[3])], seen or [None] * 4
         changed = [gr.skip() if old == new else value for value, new, old in zip(values, current, before, strict=True)]
         return [*changed, current]
 
@@ -191,17 +190,20 @@ class Actions:
         for index, choices in enumerate(([*list_models(self.root), *HUB_MODELS], list_data(self.root))):
             value = {} if isinstance(form[index], dict) else {"value": form[index]}
             form[index] = gr.Dropdown(choices=choices, **value)
-        return [tab, self.runs(), *form]
+        return [tab, *form]
 
-    def runs(self) -> gr.Dropdown:
-        """Return the runs to sample from."""
-        return gr.Dropdown(choices=list_runs(self.root))
+    def runs(self, chosen: str | None) -> gr.Dropdown:
+        """Return the LoRAs to sample from; the newest is chosen if nothing was."""
+        found = list_runs(self.root)
+        value = chosen if chosen is not None else next(iter(found), "")
+        return gr.Dropdown(choices=[("none: the base model", ""), *found], value=value)
 
 
-def _form(values: tuple[Any, ...]) -> Form:
+def _form(values: Sequence[Any]) -> Form:
     for item, value in zip(fields(Form), values, strict=True):
         if value in (None, "") and item.name not in ("id_token", "prepare_flags", "train_flags"):
-            raise UserError(f"{item.name.replace('_', ' ')} is empty; choose or type one")
+            tab = "Clips" if item.name == "clips" else "Train"
+            raise UserError(f"{item.name.replace('_', ' ')}: nothing is chosen; choose or type it in the tab {tab}")
     return Form(*values)
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ class Captioned:
     file: Path  # with the caption; it need not exist
     row: int | None = None  # number of the caption in `file`: line, or value of a JSON array; None: all of it
     column: str | None = None  # of a table
+    beside: Sequence[Path | None] = ()  # its control and its mask, as far as they are read
 
 
 _saving = threading.Lock()
@@ -51,7 +53,8 @@ def read_captions(source: DataSource, media_cache: Path) -> tuple[list[Captioned
         _check_column(read_dataset(source.dataset_name, *details), source.caption_column)
     plain = replace(source, id_token=None, caption_per_line=False, shuffle_tags=None)  # as the file has them
     clips, bad = read_clips(plain, media_cache, captions_file=media_cache / "none")
-    return [Captioned(clip.video, clip.caption, *_place(plain, clip.source, clip.video)) for clip in clips], bad
+    found = ((clip, _place(plain, clip.source, clip.video)) for clip in clips)
+    return [Captioned(one.video, one.caption, *place, (one.control, one.mask)) for one, place in found], bad
 
 
 def _check_column(table: Table, column: str) -> None:

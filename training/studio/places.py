@@ -9,13 +9,14 @@ from pathlib import Path
 from cli.types import TABLE_SUFFIXES
 from common.errors import UserError
 from common.run_folder import LORA_FILE, list_results
-from data.media_cache import VIDEO_SUFFIXES
+from data.media_cache import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from flags.scores import SCORES_FILE
 from planning.describe import SKIPPED_FILE
 
 
 STATE_FOLDER = ".cogvideox-app"  # in the root: logs of jobs, and former versions of captions
 _MOST_FOLDERS = 5000  # that are searched, as a root may be a home folder
+_MOST_FILES = 1000  # to choose from; others are typed
 _NO_CLIPS = {SCORES_FILE, "plan.csv", SKIPPED_FILE, "manifest.json", "model_index.json", "config.json"}
 
 
@@ -69,6 +70,14 @@ def list_runs(root: Path) -> list[str]:
     """Return the folders of finished runs and of checkpoints below `root`, as paths from there, the newest first."""
     found = (folder for folder, names in _folders(root) if LORA_FILE in names)
     return [str(folder.relative_to(root)) for folder in _newest_first(found)]
+
+
+def list_media(root: Path, *, are_videos: bool) -> list[str]:
+    """Return the videos or the pictures below `root` that sampling can start from, as paths from there, sorted."""
+    suffixes = VIDEO_SUFFIXES if are_videos else IMAGE_SUFFIXES
+    files = (folder / name for folder, names in _folders(root) for name in names)
+    found = (str(file.relative_to(root)) for file in files if file.suffix.lower() in suffixes)
+    return sorted(islice(found, _MOST_FILES))
 
 
 def list_videos(folder: Path, most: int = 24) -> list[Path]:

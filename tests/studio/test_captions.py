@@ -79,7 +79,7 @@ def test_a_caption_beside_its_clip_is_written_even_if_there_was_none(folder):
 def test_a_table_without_the_column_of_captions_says_which_it_has(folder, name):
     row = json.dumps({"video": "a.mp4", "text": "first"})
     (folder / name).write_text({"table.csv": "video,text\na.mp4,first\n", "table.json": f"[{row}]"}.get(name, row))
-    with pytest.raises(UserError, match="no column 'caption', but video, text; pass --caption_column text"):
+    with pytest.raises(UserError, match="no column 'caption'; it has video, text: set --caption_column"):
         read_captions(DataSource(None, folder / name), folder / ".cache")
     clips, _ = read_captions(DataSource(None, folder / name, caption_column="text"), folder / ".cache")
     assert [clip.text for clip in clips] == ["first"]
@@ -88,7 +88,7 @@ def test_a_table_without_the_column_of_captions_says_which_it_has(folder, name):
 def test_a_data_set_given_by_name_needs_the_column_of_captions_too(folder):
     (folder / "data").mkdir()
     (folder / "data/train.csv").write_text("video,text\n../a.mp4,first\n")
-    with pytest.raises(UserError, match="no column 'caption', but video, text; pass --caption_column text"):
+    with pytest.raises(UserError, match="no column 'caption'; it has video, text: set --caption_column"):
         read_captions(DataSource(folder, dataset_name=str(folder / "data")), folder / ".cache")
 
 

@@ -54,19 +54,11 @@ def write_run(root, task, **flags):
             ["a.mp4", "b.mp4"],
             {"control": ("a.mp4", "b.mp4"), "compute_control": "blur"},
         ),
-        (
-            "control-to-video",
-            {"data_root": "prepared"},
-            ["a.mp4", "b.mp4"],
-            {"control": ("a.mp4", "b.mp4"), "compute_control": "tile"},
-        ),
     ],
 )
 def test_a_lora_is_sampled_with_the_files_model_and_size_that_it_was_trained_with(root, task, flags, files, wanted):
-    (root / "prepared").mkdir()
-    (root / "prepared/prepared.json").write_text(json.dumps({"flags": {"compute_control": "tile"}}))
     write_run(root, task, **flags)
-    given = given_of(root, find_run(root, "run/checkpoint-5"))
+    given = given_of(find_run(root, "run/checkpoint-5"))
     command = sample_command("other", "run/checkpoint-5", "one\ntwo", given, files, 5, 6.0, 1, "")
     settings = check_command(command, root)
     nothing = {"image": (), "last_image": (), "video": (), "condition_frames": None, "control": ()}
@@ -83,5 +75,5 @@ def test_nothing_is_known_of_a_lora_from_elsewhere_or_whose_facts_are_damaged(ro
     (root.parent / "run_facts.json").write_text("{}")
     for name in (None, "", "a.mp4", "owner/name", "..", "/etc"):
         assert find_run(root, name) is None
-    write_run(root, "control-to-video", compute_control="x", condition_frames=3, data_root="/etc")
-    assert given_of(root, find_run(root, "run")) == Given("control video", control="own clips")
+    write_run(root, "control-to-video", compute_control="x", condition_frames=3)
+    assert given_of(find_run(root, "run")) == Given("control video", control="own clips")

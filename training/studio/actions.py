@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from common.errors import UserError, listing
 from common.remote import default_cache_folder
-from common.run_folder import LORA_FILE, PICTURE_FILE, REPORT_FILE
+from common.run_folder import LORA_FILE, REPORT_FILE
 from planning.plan import data_sources
 from studio.captions import Captioned, read_captions, save_caption
 from studio.commands import Form, check_command, prepare_command, sample_command, shown, train_command
@@ -27,6 +27,13 @@ _STATE = Markup(
     "<p><b>{}</b>: {}</p><p>Result in <code>{}</code>, log in <code>{}/log.txt</code>. A job continues when this page "
     "or the app is closed.</p>"
 )
+_RESULTS = {
+    LORA_FILE: Markup('<p><a href="{}" download>Download the LoRA</a></p>'),
+    REPORT_FILE: Markup(
+        '<p><a href="{0}" target="_blank">Open the report</a></p>'
+        '<iframe class="report" sandbox title="Report" src="{0}"></iframe>'
+    ),
+}
 _PLAYED = {".mp4", ".m4v", ".mov", ".webm"}  # by browsers, mostly
 
 
@@ -56,21 +63,17 @@ class Actions:
     @_told
     def show_clips(self, *form: Any) -> tuple[list[Any], list[Captioned], None, Markup, Markup, str]:
         """Read the clips: the rows of the table, the clips, none chosen, the bad rows, no video, no caption."""
-        settings = check_command(prepare_command(_form(form)), self.root)
+        settings = check_command(*self._commands("plan", form), self.root)
         clips, bad = [], []
         control = settings.control if settings.preparation.save_control_latents else None
         for source in data_sources(settings.sources, control, settings.masks):
             more, unusable = read_captions(source, default_cache_folder() / "media")
             clips, bad = clips + more, bad + unusable
-        note = f"{len(clips)} clips"
-        if bad:
-            note = listing(f"{note}, and {len(bad)} rows that cannot be changed here:", bad)
+        note = listing(f"{len(clips)} clips; cannot be changed here:", bad) if bad else f"{len(clips)} clips"
         return self._rows(clips), clips, None, Markup('<p class="lines">{}</p>').format(note), Markup(), ""
 
     @_told
-    def choose_clip(
-        self, clips: list[Captioned], chosen: int | None, caption: str, event: gr.SelectData
-    ) -> tuple[Any, Any, int, Markup, str]:
+    def choose_clip(self, clips: list[Captioned], chosen: int | None, caption: str, event: gr.SelectData) -> tuple:
         """Save the caption that was edited, if it was, and show another clip."""
         saved = self.save(clips, chosen, caption) if _is_edited(clips, chosen, caption) else (gr.skip(), gr.skip())
         number = int(event.row_value[0])
@@ -79,9 +82,7 @@ class Actions:
         return *saved, number, media, clip.text
 
     @_told
-    def save(
-        self, clips: list[Captioned], chosen: int | None, caption: str
-    ) -> tuple[list[list[Any]], list[Captioned]]:
+    def save(self, clips: list[Captioned], chosen: int | None, caption: str) -> tuple[list[Any], list[Captioned]]:
         """Save the caption of the chosen clip, and return the rows of the table and the clips."""
         if chosen is None:
             raise UserError("choose a clip first")
@@ -114,6 +115,7 @@ class Actions:
         return gr.Tabs(selected="run")
 
     def _commands(self, kind: str, values: Sequence[Any]) -> list[list[str]]:
+        values = ["" if value is None else value for value in values]
         if kind == "sample":
             model, lora, prompts, given, latents, control, *others = values
             return [sample_command(model, lora, prompts, Given(given, latents, control), *others)]
@@ -130,9 +132,9 @@ class Actions:
         return gr.Dropdown(choices=choices, label=FILES.get(kind), visible=kind != TEXT)
 
     def fit_given(self, lora: str | None) -> list[Any]:
-        """Return the choice of Given that a LoRA was trained with, if it is known."""
+        """Return the choice of `Given` that a LoRA was trained with; text only if it is unknown."""
         run = find_run(self.root, lora)
-        return list(astuple(given_of(self.root, run))) if run else [gr.skip()] * len(fields(Given))
+        return list(astuple(given_of(run) if run else Given()))
 
     @_told
     def sample(self, *values: Any) -> gr.Tabs:
@@ -164,16 +166,8 @@ class Actions:
 
     def _result(self, job: Job) -> Markup:
         folder = self.root / job.result
-        parts = []
-        if (folder / LORA_FILE).is_file():
-            link = '<p><a href="{}" download>Download the LoRA</a></p>'
-            parts.append(Markup(link).format(_address(self.root, folder / LORA_FILE)))
-        if (folder / REPORT_FILE).is_file():
-            link = Markup('<p><a href="{0}" target="_blank">Open the report</a></p>')
-            frame = Markup('<iframe class="report" sandbox title="Report" src="{0}"></iframe>')
-            parts.append((link + frame).format(_address(self.root, folder / REPORT_FILE)))
-        elif (folder / PICTURE_FILE).is_file():
-            parts.append(_media(self.root, folder / PICTURE_FILE))
+        there = [(folder / name, html) for name, html in _RESULTS.items() if (folder / name).is_file()]
+        parts = [html.format(_address(self.root, file)) for file, html in there]
         figures = [
             Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(_media(self.root, video), video.name)
             for video in list_videos(folder)
@@ -201,7 +195,7 @@ class Actions:
 
 def _form(values: Sequence[Any]) -> Form:
     for item, value in zip(fields(Form), values, strict=True):
-        if value in (None, "") and item.name not in ("id_token", "prepare_flags", "train_flags"):
+        if value == "" and item.name not in ("id_token", "prepare_flags", "train_flags"):
             tab = "Clips" if item.name == "clips" else "Train"
             raise UserError(f"{item.name.replace('_', ' ')}: nothing is chosen; choose or type it in the tab {tab}")
     return Form(*values)

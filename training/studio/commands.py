@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
@@ -119,12 +119,14 @@ def sample_command(
     flags |= {"height": trained.get("height"), "width": trained.get("width")}
     flags |= {"num_frames": trained.get("max_num_frames"), "num_inference_steps": steps, "guidance_scale": scale}
     flags |= {"seed": seed, "output_dir": f"samples/{slug(lora or model)}"}
-    lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
+    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    if not lines and "--prompts_file" not in more:
+        raise UserError("prompts: nothing is typed; type one a line")
     # A space before a hyphen makes it no flag; generate.py removes it.
     words = [f" {line}" if line.startswith("-") else line for line in lines]
-    words = [*(["--prompt", *words] if words else []), *given.sampled(files)]
+    words = ["--prompt", *words] if words else []
     switches = [f"--{switch}"] if trained.get(switch) else []
-    return [*_script("generate.py"), *_words(flags), *words, *switches, *_split(more)]
+    return [*_script("generate.py"), *_words(flags), *words, *given.sampled(files), *switches, *_split(more)]
 
 
 def shown(commands: Sequence[Command], root: Path) -> str:
@@ -144,7 +146,12 @@ def check_command(command: Command, root: Path) -> Any:
     script = Path(command[1]).stem
     task = script.removeprefix("cogvideox_").removesuffix("_lora").replace("_", "-")
     own = {"prepare_dataset": parse_prepare_args, "generate": parse_generate_args}
-    settings = _parse(own.get(script) or partial(parse_args, task=task, method="lora"), command[2:])
+    with _parsing, redirect_stderr(io.StringIO()) as said:
+        try:
+            settings = (own.get(script) or partial(parse_args, task=task, method="lora"))(command[2:])
+        except SystemExit:
+            lines = said.getvalue().strip().splitlines() or ["--help: not in the app; run the command in a shell"]
+            raise UserError(lines[-1].removeprefix("error: ")) from None
     for name, path in _paths(settings):
         try:
             inside(root, path)
@@ -163,15 +170,6 @@ def _paths(settings: Any) -> Iterator[tuple[str, str]]:
     flags = flag_values(settings)
     columns = {name: value for name, value in flags.items() if name.endswith("_column") and value}
     yield from ((name, os.path.join(flags["data_root"] or "", value)) for name, value in columns.items())
-
-
-def _parse(parser: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:
-    with _parsing, redirect_stderr(io.StringIO()) as said:
-        try:
-            return parser(flags)
-        except SystemExit:
-            lines = said.getvalue().strip().splitlines() or ["--help: not in the app; run the command in a shell"]
-            raise UserError(lines[-1].removeprefix("error: ")) from None
 
 
 def _script(name: str) -> Command:

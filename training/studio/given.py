@@ -8,10 +8,9 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import slug
-from prepared.folder import read_prepared_settings
 from results.run_record import RunRecord, read_run
 from studio.places import inside
-from video.condition_frames import ENDS, FIRST
+from video.condition_frames import ENDS
 from video.controls import KINDS
 
 
@@ -34,7 +33,7 @@ class Given:
 
     kind: str = TEXT  # of CHOICES
     latents: int = 3  # BEGINNING: the latent frames that the first frames fill
-    control: str = CONTROLS[0]  # CONTROL: computed from the clips, or OWN
+    control: str = OWN  # CONTROL: computed from the clips, or OWN
 
     @property
     def task(self) -> str:
@@ -82,16 +81,12 @@ def find_run(root: Path, lora: str | None) -> RunRecord | None:
     return None
 
 
-def given_of(root: Path, run: RunRecord) -> Given:
+def given_of(run: RunRecord) -> Given:
     """Return what a run was trained with."""
-    task, flags = run.facts.get("task"), {"condition_frames": FIRST, "compute_control": None} | run.flags
-    frames, control = str(flags["condition_frames"]), flags["compute_control"]
-    if task == "control-to-video":
-        with suppress(UserError):  # prepared data has the controls
-            prepared = read_prepared_settings(inside(root, str(flags.get("data_root"))))
-            control = control or prepared.get("flags", {}).get("compute_control")
-        return Given(CONTROL, control=control if control in CONTROLS else OWN)
+    task, control = run.facts.get("task"), run.flags.get("compute_control")
     if task != "image-to-video":
-        return Given()
+        kind = CONTROL if task == "control-to-video" else TEXT
+        return Given(kind, control=control if control in CONTROLS else OWN)
+    frames = str(run.flags.get("condition_frames"))
     context = re.fullmatch(r"first:(\d+)", frames)
     return Given(BEGINNING, int(context[1])) if context else Given(BOTH if frames == ENDS else IMAGE)

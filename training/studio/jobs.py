@@ -26,7 +26,6 @@ from studio.runner import EXIT_FILE, JOB_FILE, LOG_FILE, PROCESS_FILE
 
 
 _LOG_BYTES = 200_000  # that the page shows, from the end
-_RUNNER = Path(__file__).with_name("runner.py")
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Jobs:
                 partial.write_text(json.dumps(facts), encoding="utf-8")
             with open(folder / LOG_FILE, "wb") as log:
                 subprocess.Popen(
-                    [sys.executable, str(_RUNNER), str(folder)],
+                    [sys.executable, str(Path(__file__).with_name("runner.py")), str(folder)],
                     cwd=self.root,
                     stdin=subprocess.DEVNULL,
                     stdout=log,

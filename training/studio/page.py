@@ -15,8 +15,10 @@ from studio.jobs import Jobs
 
 # Fonts of the system: Gradio's own themes fetch theirs from elsewhere.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+THEME.set(block_info_text_color="*neutral_500")  # theirs is too pale to read
 CSS = """
 video { width: 100% }
+video + video { margin-top: .6rem }
 video, img.picture { max-width: 100%; max-height: 24rem; border-radius: 6px; background: #0002 }
 iframe.report { width: 100%; height: 75vh; border: 1px solid #8886; border-radius: 6px }
 .log { display: flex; flex-direction: column-reverse; max-height: 20rem; overflow: auto } /* opens at its end */
@@ -42,36 +44,33 @@ def build_page(root: Path, jobs: Jobs) -> gr.Blocks:
             with gr.Tab("Clips"):
                 data = gr.Dropdown(label="Clips: a folder or a table", allow_custom_value=True)
                 show = gr.Button("Show clips")
-                clips = _captions(actions, data, show)
+                clips = _captions(actions)
             with gr.Tab("Train", id="train"):
                 form = _settings(data)
                 command = gr.Code(**_CODE)
                 with gr.Row():
-                    plan = gr.Button("Plan")
-                    trial = gr.Button("Try two steps")
-                    train = gr.Button("Train", variant="primary")
+                    buttons = {"plan": gr.Button("Plan"), "try": gr.Button("Try two steps")}
+                    buttons["train"] = gr.Button("Train", variant="primary")
             with gr.Tab("Run", id="run"):
                 look = _job(actions)
             with gr.Tab("Sample") as tab:
                 _sampling(actions, form[0], tab, tabs, look)
         gr.on([show.click, data.input], actions.show_clips, form, clips, **_EVENT)
         gr.on([page.load, *(one.change for one in form)], partial(actions.preview, "train"), form, command, **_PREVIEW)
-        for button, kind in ((plan, "plan"), (trial, "try"), (train, "train")):
+        for kind, button in buttons.items():
             button.click(partial(actions.start, kind), form, tabs, **_EVENT).success(**look)
         page.load(actions.restore, None, [tabs, *form], **_QUIET).then(**look)
         gr.Timer(_SECONDS).tick(**look)
     return page
 
 
-def _captions(actions: Actions, data: gr.Dropdown, show: gr.Button) -> list[Any]:
+def _captions(actions: Actions) -> list[Any]:
     """Add the table of clips and the editor, and return what `Actions.show_clips` changes."""
     note, clips, chosen = gr.HTML(), gr.State([]), gr.State(None)
     with gr.Row():
         with gr.Column(scale=3):
             table = gr.Dataframe(
                 headers=["#", "clip", "caption"],
-                datatype="str",
-                type="array",
                 column_widths=["10%", "35%", "55%"],
                 interactive=False,
                 wrap=True,
@@ -93,7 +92,8 @@ def _given() -> list[Any]:
     """Add the choice of what is given, and what shows with it; return the components of a `Given`, in its order."""
     info = "Besides the prompt. Frames need an image-to-video model, the others a text-to-video model"
     kind = gr.Radio(CHOICES, value=TEXT, label="What is given", info=info)
-    latents = gr.Number(3, label="K", info="The first 4K-3 frames", precision=0, minimum=2, visible=False)
+    info_k = "Latent frames: 3 are the first 9 frames (4K-3)"
+    latents = gr.Number(3, label="K", info=info_k, precision=0, minimum=2, visible=False)
     info = "Computed from the clips (inpaint: with their masks), or your own, as a.control.mp4 beside a.mp4"
     control = gr.Dropdown(CONTROLS, label="Control", info=info, visible=False)
     shown = {latents: BEGINNING, control: CONTROL}

@@ -5,12 +5,12 @@ import signal
 import socket
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from starlette.responses import Response
 
 from common.errors import UserError
 from studio.gate import Gate, choose_token, file_response, is_loopback
@@ -22,10 +22,7 @@ def make_server(root: Path, jobs: Jobs, token: str | None, *, is_local: bool) ->
     """Return the app: the page, and the files below `root` that it shows."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.get("/file/{path:path}")
-    def send_file(path: str) -> Response:
-        return file_response(root, path)
-
+    app.get("/file/{path:path}")(partial(file_response, root))
     page = build_page(root, jobs)
     gr.mount_gradio_app(
         app, page, path="/", theme=THEME, css=CSS, footer_links=[], max_file_size=1, ssr_mode=False, pwa=False

@@ -85,6 +85,19 @@ def test_a_table_without_the_column_of_captions_says_which_it_has(folder, name):
     assert [clip.text for clip in clips] == ["first"]
 
 
+def test_the_control_and_the_mask_of_a_clip_are_beside_it_where_they_are_trained_on(folder):
+    for name in ("a.control.mp4", "a.mask.png", "c.control.mp4"):
+        (folder / name).touch()
+    source = DataSource(folder, control_column="control", mask_column="mask")
+    clips, bad = read_captions(source, folder / ".cache")
+    assert [clip.beside for clip in clips] == [
+        (folder / "a.control.mp4", folder / "a.mask.png"),
+        (folder / "c.control.mp4", None),
+    ]
+    assert [(one.what, one.reason) for one in bad] == [("b.mp4", "has no control clip")]
+    assert [clip.beside for clip in read_captions(DataSource(folder), folder / ".cache")[0]] == [(None, None)] * 3
+
+
 def test_a_data_set_given_by_name_needs_the_column_of_captions_too(folder):
     (folder / "data").mkdir()
     (folder / "data/train.csv").write_text("video,text\n../a.mp4,first\n")

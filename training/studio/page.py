@@ -151,5 +151,6 @@ def _sampling(actions: Actions, model: gr.Dropdown, tab: gr.Tab, tabs: gr.Tabs, 
     tab.select(actions.runs, run, run, **_QUIET)
     run.change(actions.fit_given, run, given, **_QUIET)
     gr.on([given[0].change, files.focus], actions.ask_files, given[0], files, **_QUIET)
+    given[0].change(lambda: [], None, files, **_QUIET)
     button = gr.Button("Sample", variant="primary")
     button.click(actions.sample, inputs, tabs, **_EVENT).success(**look)

@@ -68,22 +68,20 @@ def main() -> None:
     parser.add_argument("--masked", action="store_true", help="measure the given and the masked pixels separately")
     parser.add_argument("--output_file", type=Path, help="where to write the numbers, as JSON")
     args = parser.parse_args()
-    what = "with the control"
-    if args.from_frame:
-        what = (
-            "of the last frame with the given one" if args.from_frame < 0 else f"after {args.from_frame} given frames"
-        )
-    parts = {"given": False, "masked": True} if args.masked else {what: None}
+    if args.masked:
+        parts = {"with the clip where it is given": False, "with the clip where it is masked": True}
+    elif args.from_frame < 0:
+        parts = {"of the last frame with the given one": None}
+    else:
+        parts = {f"after {args.from_frame} given frames" if args.from_frame else "with the control": None}
     measured = {}
     for part, masked in parts.items():
         found = measured[part] = measure(args.videos, args.controls, first=args.from_frame, masked=masked)
-        shown = part if masked is None else f"with the clip where it is {part}"
-        print(f"overlap {shown} (IoU) of {found['videos']} videos, 0 to 1:")
+        print(f"overlap {part} (IoU) of {found['videos']} videos, 0 to 1:")
         print(f"  base model  {found['base']:.3f}")
         print(f"  trained     {found['trained']:.3f}")
     if args.output_file:
-        numbers = measured if args.masked else measured[what]
-        args.output_file.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        args.output_file.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -216,15 +216,20 @@ def validation_data_flags(settings: TrainingSettings) -> tuple[SourceFlags, Clip
     sources = replace(settings.sources, **places, dataset_file=settings.validation.validation_dataset_file)
     clips = settings.clips
     if settings.prepared.load_tensors:
-        folders = _prepared_folders(data_sources(settings.sources))
-        first, *others = [read_prepared_settings(folder).get("flags", {}) for folder in folders]
-        known = {name: first[name] for name in PREPARED_FLAGS if name in first}
-        agreed = {name: one for name, one in known.items() if all(other.get(name) == one for other in others)}
+        agreed = prepared_flags(settings)
         sources = replace(sources, **{name: value for name, value in agreed.items() if hasattr(sources, name)})
         clips = replace(clips, **{name: value for name, value in agreed.items() if hasattr(clips, name)})
     sources = replace(sources, keep=None)  # a held-out clip is a choice already
     mode = "center" if clips.video_reshape_mode == "random" else clips.video_reshape_mode
     return sources, replace(clips, random_flip=None, video_reshape_mode=mode)
+
+
+def prepared_flags(settings: TrainingSettings) -> dict[str, object]:
+    """Return the flags of the preparation on which all prepared folders to train on agree."""
+    folders = _prepared_folders(data_sources(settings.sources))
+    first, *others = [read_prepared_settings(folder).get("flags", {}) for folder in folders]
+    known = {name: first[name] for name in PREPARED_FLAGS if name in first}
+    return {name: one for name, one in known.items() if all(other.get(name) == one for other in others)}
 
 
 def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[ClipSample]]) -> list[ClipSample]:

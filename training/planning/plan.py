@@ -37,6 +37,8 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
         data = _read_prepared([*data_sources(sources), *extra], extra)
         if with_images:
             _check_condition_frames(settings.image.condition_frames, data.folders)
+        if control is not None:
+            _check_control_kinds(settings, data.folders)
     else:
         data = plan_raw_clips(
             sources,
@@ -73,6 +75,17 @@ def _check_condition_frames(wanted: str, folders: Iterable[Path]) -> None:
                 f"--condition_frames: {folder} was prepared with {made_with}, not {wanted}; pass --condition_frames "
                 f"{made_with}, or prepare the clips with --save_image_latents --condition_frames {wanted}"
             )
+
+
+def _check_control_kinds(settings: TrainingSettings, folders: Sequence[Path]) -> None:
+    """Refuse folders that were prepared with controls of several kinds, or of another kind than the one passed."""
+    kinds = {folder: read_prepared_settings(folder).get("flags", {}).get("compute_control") for folder in folders}
+    kinds = {folder: f"--compute_control {kind}" if kind else "control clips" for folder, kind in kinds.items()}
+    passed, (first, wanted) = settings.control.compute_control, next(iter(kinds.items()))
+    wanted, why = (f"--compute_control {passed}", ", or omit the flag") if passed else (wanted, f", as {first} was")
+    for folder, kind in kinds.items():
+        if kind != wanted:
+            raise UserError(f"--load_tensors: {folder} was prepared with {kind}; prepare it with {wanted}{why}")
 
 
 def control_flags(settings: TrainingSettings) -> ControlFlags | None:

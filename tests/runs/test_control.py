@@ -156,6 +156,7 @@ def test_a_full_result_is_a_control_model_that_is_sampled_and_trained_as_it_is(
 
     again = train(cogvideox_control_to_video_lora, run / "pipeline", prepared, tmp_path / "lora", *tensors)
     assert not [name for name in weights_of(again) if "patch_embed" in name]
+    assert json.loads((again / "run_facts.json").read_text())["flags"]["compute_control"] == "tile"
     for model in ([run / "pipeline"], [tiny_models("5b"), "--transformer", run]):
         with pytest.raises(SystemExit):
             generate.main(["--model_path", *map(str, model), *SAMPLED, "--output_file", str(tmp_path / "x.mp4")])

@@ -208,9 +208,9 @@ def choose_control_kind(settings: GenerationSettings) -> str | None:
     None if the clips are controls.
     """
     passed, (trained, result) = settings.content.compute_control, find_trained(settings)
-    of_training = (trained.control if trained else None) or AS_IT_IS
-    kind = passed or of_training
-    if trained and trained.takes_control and kind != of_training:
+    of_training = trained.control if trained else None
+    kind = passed or of_training or AS_IT_IS
+    if of_training and kind != of_training:  # clips that are controls may have been computed, too
         logger.warning("warning: --compute_control %s: '%s' was trained with %s", kind, result, of_training)
     logger.info("controls: %s", "the clips of --control" if kind == AS_IT_IS else f"{kind} of the clips of --control")
     return None if kind == AS_IT_IS else kind

@@ -274,3 +274,5 @@ def test_what_is_calculated_is_what_the_flags_say(make_run):
 def test_raw_clips_that_are_encoded_by_tiles_take_less(make_run):
     _, _, tiles, *_ = training_memory_advice(make_run("lora", "--mixed_precision", "bf16"))
     assert tiles.startswith("--enable_slicing --enable_tiling: ")
+    with pytest.raises(UserError, match="encode raw clips with --enable_tiling"):
+        choose_by_budget(make_run("lora", "--memory_budget_gb", "0.1"))

@@ -191,10 +191,11 @@ def choose_by_budget(recipe: Recipe) -> MemorySettings:
     choice = choose(budget_gb * GB, run.rungs_of_run, run.needed)
     if choice.needed > budget_gb * GB:
         flags = describe_change(choice.settings, run.current) or "what the flags say"
+        tiles = ", encode raw clips with --enable_tiling" if _can_tile(recipe) else ""
         raise UserError(
             f"--memory_budget_gb {budget_gb:g}: nothing fits; the smallest is {flags}, which takes "
             f"{in_bytes(choice.needed, 1024)} ({choice.how}); train at a smaller --height, --width or "
-            "--max_num_frames, or omit flags that cost memory"
+            f"--max_num_frames{tiles}, or omit flags that cost memory"
         )
     logger.info("%s", describe_settings(choice, run.current, budget_gb))
     return choice.settings
@@ -223,7 +224,7 @@ def training_memory_advice(recipe: Recipe) -> list[str]:
         steps = training.gradient_accumulation_steps * training.train_batch_size
         flags = f"--train_batch_size 1 --gradient_accumulation_steps {steps} (the same steps)"
         lines.append(_saving(flags, RunMemory(alone).needed(run.current), now))
-    if not isinstance(recipe.data, PreparedData) and not training.enable_tiling:
+    if _can_tile(recipe):
         by_tiles = replace(recipe, settings=replace_flags(recipe.settings, enable_slicing=True, enable_tiling=True))
         tiled = RunMemory(by_tiles).needed(run.current)
         if tiled.needed < now.needed:
@@ -237,6 +238,11 @@ def training_memory_advice(recipe: Recipe) -> list[str]:
             lines.append(_saving(describe_change(choice.settings, typed_memory(recipe.settings)), choice, now))
             smallest = choice
     return [*lines, "smaller --height and --width, or fewer frames in --frame_buckets and --max_num_frames"]
+
+
+def _can_tile(recipe: Recipe) -> bool:
+    """Return whether tiles would make the encoding of clips in the training smaller."""
+    return not (isinstance(recipe.data, PreparedData) or recipe.settings.training.enable_tiling)
 
 
 def _saving(flags: str, choice: Choice, now: Choice) -> str:

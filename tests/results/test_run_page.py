@@ -65,14 +65,15 @@ def test_skipped_steps_and_warnings_are_listed_with_their_clips_and_the_reason_o
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ("running", "40 of 100 steps, about 3 min left without validations"),
+        ("running", "40 of 100 steps at {news}, about 3 min left without validations"),
         ("stopped", "stopped after 40 of 100 steps; it can be continued"),
         ("finished", "finished: 40 of 100 steps"),
     ],
 )
 def test_progress_and_time_left(tmp_path, state, said):
-    page = page_of(write_run(tmp_path, notes=[noted(state="running"), noted(state=state)], facts={}))
-    assert f'<progress max="1" value="0.4" aria-label="{said}">' in page
+    folder = write_run(tmp_path, notes=[noted(state="running"), noted(state=state)], facts={})
+    said = said.format(news=f"{read_run(folder).updated:%Y-%m-%d %H:%M}")
+    assert f'<progress max="1" value="0.4" aria-label="{said}">' in page_of(folder)
 
 
 @pytest.mark.parametrize("minutes", [19, 21])  # the longest interval between logged steps is 2

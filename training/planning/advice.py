@@ -56,8 +56,9 @@ def recommend(
     """
     clips = _Clips.of(infos, skip_start, skip_end, native_fps(config))
     better = replace(flags, **_better_timing(clips, flags, is_fixed=is_fixed))
-    for _ in range(0 if is_fixed else _MOST_SIZES):  # until the next recommendation would be none
-        better = replace(better, **_better_sizes(clips.shapes, better, config))
+    # More clips fit after each round; with the sizes of the last one, the next recommendation is none.
+    while not is_fixed and (sizes := _better_sizes(clips.shapes, better, config)):
+        better = replace(better, **sizes)
     words = _changed_flags(flags, better, given)
     return f"{_outcome(clips, flags, better)}, add: {' '.join(words)}" if words and clips.score(better) else None
 

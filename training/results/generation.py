@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.training_utils import free_memory
 from PIL import Image
@@ -18,7 +17,6 @@ from common.errors import UserError, first_line
 from common.files import atomic_write
 from common.logs import start_logging
 from common.ranks import local_rank
-from common.run_folder import CONFIG_FILE, CONFIG_TITLE
 from data.buckets import Bucket
 from diffusion.control_to_video import ControlToVideo
 from diffusion.image_to_video import ImageToVideo
@@ -26,15 +24,15 @@ from diffusion.task import SizeFlags, Task, choose_scheduler
 from diffusion.text_to_video import TextToVideo
 from flags.generation import BASE, COMPARED, DEFAULT_FOLDER, SHEET, ContentFlags, PlannedVideo
 from flags.settings import GenerationSettings
-from methods.lora import PATCHES
-from methods.lora_file import read_lora
+from methods.lora_file import PATCHES, read_lora
 from methods.lora_mounting import check_loras, mount_loras
 from models.configs import CPU, DTYPES, ModelConfigs, precision_warning
 from models.encoding import encode_prompts
 from models.quantization import check_quantization
 from models.sampling import Pipeline, cached, sample_video
 from models.source import ModelSource
-from video.condition_frames import ENDS, FIRST, parse_condition_frames
+from results.trained_frames import find_trained_frames
+from video.condition_frames import ENDS, FIRST
 from video.contact_sheet import SheetRow, draw_contact_sheet, shown_condition, shown_indices
 from video.images import load_controls, load_given_frames
 from video.io import read_frames, write_video
@@ -159,7 +157,8 @@ def choose_condition_frames(settings: GenerationSettings) -> str:
 
     Raises a UserError if other files were passed.
     """
-    content, trained = settings.content, find_trained_frames(settings)
+    content, results = settings.content, [*(lora for lora, _ in settings.loras), settings.result.transformer]
+    trained = find_trained_frames(results, settings.model.pretrained_model_name_or_path)
     condition = content.condition_frames or (trained[0] if trained else ENDS if content.last_image else FIRST)
     if content.video and not (content.condition_frames or trained):
         raise UserError("--video: pass as many of its frames as in training: --condition_frames first:K")
@@ -175,24 +174,6 @@ def choose_condition_frames(settings: GenerationSettings) -> str:
     for name in sorted(passed.difference(needed)):
         raise UserError(f"--{name}: {what}, which needs none; omit it, or pass other --condition_frames")
     return condition
-
-
-def find_trained_frames(settings: GenerationSettings) -> tuple[str, str] | None:
-    """Return the condition frames of a result's training, and the result; None for one outside of its run's folder.
-
-    They are in the `config.yaml` of a run, whose checkpoints and validations are folders in it. A LoRA trained
-    on first frames goes together with one for others.
-    """
-    results, found = [*(lora for lora, _ in settings.loras), settings.result.transformer], []
-    for result in (Path(one) for one in results if one and Path(one).exists()):  # not a hub id
-        for folder in (result, *list(result.parents)[:3]):
-            with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # the user may have changed the file
-                text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
-                if text.startswith(f"# {CONFIG_TITLE}"):
-                    value = (yaml.safe_load(text) or {}).get("condition_frames", FIRST)
-                    found.append((parse_condition_frames(value), str(result)))
-                    break
-    return next((one for one in found if one[0] != FIRST), found[0] if found else None)
 
 
 def choose_control(settings: GenerationSettings, configs: ModelConfigs) -> ControlToVideo:

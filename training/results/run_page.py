@@ -99,7 +99,7 @@ def _result(record: RunRecord) -> list[Markup]:
     total, shown = record.total_steps or record.step, f"{record.step:,} of {record.total_steps or record.step:,} steps"
     left = record.seconds_left
     how = {
-        RUNNING: f"{shown}" + (f", about {in_words(left)} left without validations" if left else ""),
+        RUNNING: f"{shown} at {news}" + (f", about {in_words(left)} left without validations" if left else ""),
         _KILLED: f"{shown}; no news since {news}: it was probably killed; the command below continues it",
         FINISHED: f"finished: {shown}",
         STOPPED: f"stopped after {shown}; it can be continued",

@@ -204,8 +204,13 @@ def choose_by_budget(recipe: Recipe) -> MemorySettings:
 def step_down(recipe: Recipe) -> MemorySettings | None:
     """Return the next stronger savings for `--auto_fit` after the recipe ran out of memory; None if there are none."""
     run = RunMemory(recipe)
-    # Whether training or validation ran out is unknown: less memory for either is worth a try.
-    rung = next_rung(run.rungs, run.current, lambda rung: run.account(rung).training + run.account(rung).validation)
+
+    def taken(memory: MemorySettings) -> int:
+        # What ran out is unknown: less for a step or a validation is worth a try. None takes less for encoding clips.
+        result = run.account(memory)
+        return replace(result, encoding=0).training + result.validation
+
+    rung = next_rung(run.rungs, run.current, taken)
     if rung is not None:
         logger.warning("out of GPU memory; --auto_fit starts again with %s", describe_change(rung, run.current))
     return rung

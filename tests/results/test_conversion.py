@@ -24,7 +24,7 @@ from diffusion.control_to_video import ControlToVideo
 from forward_pass import load
 from models.source import ModelSource
 from results.generation import load_pipeline, settle
-from results.trained_frames import find_trained_frames
+from results.trained_conditions import TrainedConditions, find_trained_conditions
 from tuned_models import make_lora, output, write_lora
 
 
@@ -279,7 +279,8 @@ def test_a_merge_reads_the_variant_and_remembers_the_frames_of_the_training(tiny
     (lora.parent / "config.yaml").write_text(f"# {CONFIG_TITLE}\ncondition_frames: first,last\n")
     merged = convert("--lora", lora, "--model_path", model, "--variant", "fp16", to="merged")
     assert_close(load(merged), expected)
-    assert find_trained_frames([str(merged)], str(model)) == ("first,last", str(merged))
+    trained = (TrainedConditions("first,last"), str(merged))
+    assert find_trained_conditions([str(merged)], str(model)) == trained
     convert("--lora", lora)
     assert "with generate.py --condition_frames first,last" in capsys.readouterr().err
 

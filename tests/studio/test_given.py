@@ -47,7 +47,12 @@ def write_run(root, task, **flags):
             ["a.mp4", "b.mp4"],
             {"video": ("a.mp4", "b.mp4"), "condition_frames": "first:4"},
         ),
-        ("control-to-video", {}, ["a.mp4", "b.mp4"], {"control": ("a.mp4", "b.mp4")}),
+        (
+            "control-to-video",
+            {},
+            ["a.mp4", "b.mp4"],
+            {"control": ("a.mp4", "b.mp4"), "compute_control": "none"},
+        ),
         (
             "control-to-video",
             {"compute_control": "blur"},

@@ -29,7 +29,7 @@ from methods.pipeline_folder import copy_components, find_components
 from models.configs import CPU, DTYPES
 from models.fingerprints import weight_files
 from models.source import ModelSource
-from results.trained_frames import find_trained_frames, note_trained_frames
+from results.trained_conditions import TrainedConditions, find_trained_conditions, note_trained_conditions
 from video.condition_frames import FIRST
 
 
@@ -82,11 +82,10 @@ def _convert(settings: ConversionSettings) -> None:
     scales = [scale for _, scale in settings.loras]
     dtype = output.dtype and DTYPES[output.dtype]
     results = [*(file for file, _ in settings.loras), settings.source.transformer]
-    trained = find_trained_frames(results, settings.model.pretrained_model_name_or_path)
-    frames = trained[0] if trained else FIRST
+    trained, _ = find_trained_conditions(results, settings.model.pretrained_model_name_or_path)
     if output.output_dir is not None:
         base = _open_base(settings.model, _patch_inputs(files))
-        _merge(files, scales, base, Path(output.output_dir), dtype, device, frames)
+        _merge(files, scales, base, Path(output.output_dir), dtype, device, trained)
         return
     if settings.source.transformer is not None:
         tuned = _find_weights(Path(settings.source.transformer, TRANSFORMER_FOLDER))
@@ -114,8 +113,10 @@ def _convert(settings: ConversionSettings) -> None:
             "to a base model; merge the LoRA with --output_dir",
             file,
         )
-    if frames != FIRST:
-        logger.info("sample it with generate.py --condition_frames %s, as it was trained", frames)
+    if trained and trained.frames != FIRST:
+        logger.info("sample it with generate.py --condition_frames %s, as it was trained", trained.frames)
+    if trained and trained.control:
+        logger.info("sample it with generate.py --compute_control %s, as it was trained", trained.control)
 
 
 def _summary(file: Path, layers: Iterable[Factors], share: float) -> str:
@@ -197,7 +198,7 @@ def _merge(
     folder: Path,
     dtype: torch.dtype | None,
     device: torch.device,
-    frames: str,
+    trained: TrainedConditions | None,
 ) -> None:
     """Write the base model's transformer with the adapters in its weights, one block after another.
 
@@ -215,8 +216,8 @@ def _merge(
     try:
         size = _write_merged(partial / TRANSFORMER_FOLDER, base, shards, files, scales, dtype, device)
         copy_components(components, base.source.variant, partial, pipeline_index(ControlToVideo()))
-        if frames != FIRST:
-            note_trained_frames(partial, frames)
+        if trained not in (None, TrainedConditions()):
+            note_trained_conditions(partial, trained)
         replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -153,7 +153,7 @@ class Recipe:
     @property
     def video_fps(self) -> int:
         """The frame rate of validation videos."""
-        return round(self.settings.clips.fps or 8)
+        return max(round(self.settings.clips.fps or 8), 1)
 
     def usage(self, where: Path | str, model: str | None = None) -> str:
         """Return the code that loads the result from the run's folder or its repository on the hub.

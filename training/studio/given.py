@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import slug
+from flags.generation import AS_IT_IS
 from results.run_record import RunRecord, read_run
 from studio.places import inside
 from video.condition_frames import ENDS
@@ -68,7 +69,9 @@ class Given:
             raise UserError(f"{FILES[self.kind]}: choose or type them")
         if self.kind == BOTH:
             return ["--image", *files[::2], *(["--last_image", *files[1::2]] if files[1:] else [])]
-        return [{CONTROL: "--control", BEGINNING: "--video"}.get(self.kind, "--image"), *files, *self.detail]
+        if self.kind == CONTROL:
+            return ["--control", *files, *(self.detail or ["--compute_control", AS_IT_IS])]
+        return ["--video" if self.kind == BEGINNING else "--image", *files, *self.detail]
 
 
 def find_run(root: Path, lora: str | None) -> RunRecord | None:

@@ -181,6 +181,15 @@ def test_a_model_with_merged_adapters_samples_as_they_were_trained(model, tmp_pa
         assert_close(mounted(model, convert("--lora", file)), trained, 1e-4)
 
 
+@pytest.mark.parametrize("order", ["style dora lokr", "dora style", "lokr style dora"])
+def test_a_model_with_several_kinds_merged_is_that_of_generate(model, tmp_path, convert, order):
+    files = [write_lora(model, tmp_path / kind, **KINDS.get(kind, {"rank": 3})) for kind in order.split()]
+    merged = convert("--lora", *files, "--model_path", model, to="merged")
+    flags = f"--model_path {model} --prompt a --num_frames 9 --output_dir {tmp_path / 'videos'} --lora".split()
+    generated = load_pipeline(settle(parse_generate_args([*flags, *map(str, files)])), tuned=True)
+    assert_close(load(merged), generated.transformer, 1e-4)
+
+
 CONTROLLED = {
     "5b": {"new_inputs": 64},  # a convolution embeds the patches
     "1.5-5b": {"new_inputs": 128},  # a linear layer, which other LoRAs can change too

@@ -28,12 +28,18 @@ class Factors:
         """The rank of the factors."""
         return self.down.shape[0]
 
-    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return a layer's weight with the change, computed in float32, in the dtype of the weight."""
+    def added_to(self, weight: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+        """Return a layer's weight with the change, computed in float32, in the dtype of the weight.
+
+        Args:
+            weight: the base weight, maybe with the changes of other adapters.
+            base: without these; peft's DoRA scales by its norms, whatever else is mounted. The weight itself if None.
+        """
         change = self.strength * (self.up.flatten(1).float() @ self.down.flatten(1).float())
         changed = weight.flatten(1).float() + change
         if self.magnitude is not None:
-            changed *= (self.magnitude.float() / changed.norm(dim=1))[:, None]
+            norms = changed.norm(dim=1) if base is None else (base.flatten(1).float() + change).norm(dim=1)
+            changed *= (self.magnitude.float() / norms)[:, None]
         return changed.to(weight.dtype).reshape(weight.shape)
 
 

@@ -254,20 +254,23 @@ def _write_merged(
 def _changed(
     base: BaseModel, name: str, files: Sequence[AdapterFile], scales: Sequence[float], device: torch.device
 ) -> torch.Tensor:
-    """Return a weight with the changes of all adapters, one after another."""
+    """Return a weight with the changes of all adapters, in the order in which `mount_loras` mounts them."""
     weight, layer = base.read(name, device), name.removesuffix(".weight")
-    for file, scale in zip(files, scales, strict=True):
+    changed = unmounted = weight.float()  # rounded only once
+    # It adds LoKrs and LoHas to the base weight, so that a DoRA takes the norms of both.
+    for file, scale in sorted(zip(files, scales, strict=True), key=lambda one: one[0].kind == "lora"):
         if layer != name and layer in file.names:
             factors = file.read(layer, device)
             if layer == PATCHES and base.takes_control:
                 factors = _with_control(factors, weight.shape[1])
             try:
-                weight = replace(factors, strength=factors.strength * scale).added_to(weight)
+                changed = replace(factors, strength=factors.strength * scale).added_to(changed, unmounted)
             except RuntimeError as error:
                 raise UserError(
                     f"--lora: {file.file} was trained on another model: its {layer} does not fit {list(weight.shape)}"
                 ) from error
-    return weight
+            unmounted = unmounted if file.kind == "lora" else changed
+    return changed.to(weight.dtype)
 
 
 def _with_control(factors: Factors, inputs: int) -> Factors:

@@ -251,7 +251,9 @@ def test_generate_samples_with_a_control_and_loras_of_its_base_as_with_the_merge
 
 
 @pytest.mark.parametrize("kind", CONTROLLED)
-def test_full_fine_tuning_with_a_control_becomes_its_lora(tiny_models, tmp_path, convert, kind):
+def test_full_fine_tuning_with_a_control_becomes_its_lora_and_that_of_a_control_model_too(
+    tiny_models, tmp_path, convert, kind
+):
     model = tiny_models(kind)
     folder = tuned(model, tmp_path / "tuned")
     transformer = load(folder)
@@ -261,6 +263,15 @@ def test_full_fine_tuning_with_a_control_becomes_its_lora(tiny_models, tmp_path,
     transformer.save_pretrained(folder / "transformer")
     lora = convert("--transformer", folder, "--model_path", model, "--rank", 3)
     assert_close(controlled(model, lora), transformer, 1e-4)
+
+    control_model = convert("--lora", lora, "--model_path", model, to="control")
+    with torch.no_grad():
+        transformer.patch_embed.proj.weight.mul_(1.1)
+    transformer.save_pretrained(folder / "transformer")
+    again = convert("--transformer", folder, "--model_path", control_model, "--rank", 3, to="again.safetensors")
+    pipeline = CogVideoXFunControlPipeline.from_pretrained(control_model)
+    pipeline.load_lora_weights(str(again.parent), weight_name=again.name)
+    assert_close(pipeline.transformer, transformer, 1e-4)
 
 
 def test_a_base_of_another_task_and_one_without_all_parts_are_refused(tiny_models, model, tmp_path, convert, capsys):

@@ -183,7 +183,7 @@ def _extract(
         change, layer = after.float() - before.float(), name.removesuffix(".weight")
         if not change.isfinite().all():
             raise UserError(f"--transformer: {name} has NaN or infinite weights; pass an earlier checkpoint")
-        is_of_control = base.is_widened and name == _PATCH_WEIGHT
+        is_of_control = base.takes_control and name == _PATCH_WEIGHT
         if layer != name and (change.ndim == 2 or is_of_control):
             yield layer, *decompose(change, None if is_of_control else reduction.rank, reduction.energy)
         else:

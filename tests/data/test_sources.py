@@ -158,9 +158,13 @@ def test_no_source_a_missing_one_and_two_are_errors(source, message):
     assert error_of(**{"data_root": None} | source).startswith(message)
 
 
-def test_an_image_column_has_no_meaning_in_a_folder(tmp_path):
-    touch(tmp_path, "a.mp4", "a.txt")
-    assert error_of(tmp_path, image_column="image").startswith("--image_column image names a column or a text file")
+@pytest.mark.parametrize("kind", ["image", "control", "mask"])
+def test_a_column_has_no_meaning_in_a_folder(tmp_path, kind):
+    write(tmp_path / "a.txt", "A cat.")
+    touch(tmp_path, "a.mp4", "a.png", "a.control.mp4", "a.mask.mp4")
+    column = {f"{kind}_column": "depth"}
+    assert error_of(tmp_path, **column).startswith(f"--{kind}_column depth names a column or a text file, but")
+    assert getattr(good(tmp_path, **{f"{kind}_column": kind})[0], kind) is not None
 
 
 @pytest.mark.parametrize("name", ["data.csv", "data.jsonl", "data.json", "data.parquet"])

@@ -28,8 +28,8 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
     Raises UserError if a file is missing, not UTF-8, or of another length.
 
     Args:
-        source: its columns may name other files in its `data_root`; columns that are neither a .txt nor a file are a
-            table's and are ignored.
+        source: its columns may name other files in its `data_root`. Columns of videos and captions that are neither
+            a .txt nor a file are a table's and are ignored.
         captions_needed: require prompts.txt, with a line for each video.
 
     Returns:
@@ -38,9 +38,9 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
     """
     videos_file = text_file(source.data_root, source.video_column, "videos.txt")
     prompts_file = text_file(source.data_root, source.caption_column, "prompts.txt")
-    images_file = text_file(source.data_root, source.image_column or "images.txt", "images.txt")
-    controls_file = text_file(source.data_root, source.control_column or "controls.txt", "controls.txt")
-    masks_file = text_file(source.data_root, source.mask_column or "masks.txt", "masks.txt")
+    images_file = _optional_file(source.data_root, source.image_column, "image")
+    controls_file = _optional_file(source.data_root, source.control_column, "control")
+    masks_file = _optional_file(source.data_root, source.mask_column, "mask")
     is_named = source.video_column.endswith(".txt") or source.caption_column.endswith(".txt")
     if not is_named and not any(map(is_file, (videos_file, prompts_file))):
         return None
@@ -86,6 +86,12 @@ def text_file(data_root: Path, column: str, default: str) -> Path:
     """Return the file that a column flag names, or the default one if the flag holds a table's column name."""
     named = data_root / column
     return named if column.endswith(".txt") or is_file(named) else data_root / default
+
+
+def _optional_file(data_root: Path, column: str | None, kind: str) -> Path:
+    """Return the file of images, controls or masks. A name of the user's is a file, even if that does not exist."""
+    usual = f"{kind}s.txt"
+    return text_file(data_root, column or usual, usual if column in (None, kind, f"{kind}s") else column)
 
 
 def read_table(file: Path, source: DataSource) -> Table:

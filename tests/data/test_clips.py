@@ -219,9 +219,13 @@ def test_similar_clips_share_their_frame_numbers_and_their_bucket():
     assert pickle.loads(pickle.dumps(one)) == one  # it can be sent to another process
 
 
-def test_a_folder_of_frames_that_is_listed_as_a_clip_is_explained(tmp_path):
+def test_a_folder_of_frames_that_is_listed_as_a_clip_a_control_or_a_mask_is_explained(tmp_path):
     for number in range(6):
         (tmp_path / f"{number}.png").touch()
     clip = Clip(tmp_path, "A cat.", "videos.txt:1")
-    _, (unusable,) = plan_clips([clip], {tmp_path: "is not a file"}, BUCKETS)
-    assert unusable.reason.startswith("6 numbered pictures are not a clip")
+    others = [Clip(Path("a.mp4"), "A cat.", "a:1", **{kind: tmp_path}) for kind in ("control", "mask")]
+    infos = {tmp_path: "is not a file", Path("a.mp4"): VideoInfo(30, 64, 64, 25.0)}
+    _, unusable = plan_clips([clip, *others], infos, BUCKETS)
+    starts = ["", f"its control {tmp_path}: ", f"its mask {tmp_path}: "]
+    for one, start in zip(unusable, starts, strict=True):
+        assert one.reason.startswith(f"{start}6 numbered pictures are not a clip; make one")

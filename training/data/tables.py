@@ -13,8 +13,8 @@ from cli.types import TABLE_SUFFIXES
 from common.errors import UserError, described
 from common.remote import is_file
 from common.text_files import read_json, read_lines, read_utf8
-from data.media_cache import media_suffixes
 from data.rows import DataSource, Row, Table
+from video.media import media_suffixes
 
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}

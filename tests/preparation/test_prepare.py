@@ -469,6 +469,22 @@ def test_samples_keep_their_names_unless_their_pictures_are_corrected(tmp_path):
     assert len({name(), name(corrections=("mirrored",)), name(corrections=("deinterlaced",))}) == 3
 
 
+def test_samples_with_and_without_a_mask_of_their_own_have_different_names(tmp_path):
+    """The first three are the names of earlier versions, whose latents are still found."""
+    info = VideoInfo(9, 64, 64, 8.0, sha256="ab" * 32)
+    planned = ClipSample(
+        Clip(Path("clip.mp4"), "A cat.", "list:1"), info, Bucket(9, 64, 64), tuple(range(9)), mask=info
+    )
+    places = ["--model_id", "a/b", "--data_root", str(tmp_path), "--output_dir", "out"]
+    fills = ["--save_control_latents", "--compute_control", "inpaint"]
+    names = []
+    for flags in ([], ["--use_masks"], fills, [*fills, "--use_masks"]):
+        settings = parse_prepare_args([*places, "--save_latents_and_embeddings", *flags])
+        names.append(name_sample(planned, settings).name)
+    assert names[:3] == ["clip-58f8c20be23a3565", "clip-56bf4949ed1e2be8", "clip-3c9279ef60ad79c7"]
+    assert names[3] not in names[:3]
+
+
 def test_a_clip_removed_from_the_list_is_removed_from_the_index(model, small, prepared_small):
     data, folder = prepared_small
     _, kept = rows_of(folder)

@@ -104,6 +104,18 @@ def test_clips_without_a_mask_are_counted_unless_none_has_one(tiny_models, data,
         planned(tiny_models("5b"), bare)
 
 
+def test_clips_with_masks_that_cannot_be_used_are_listed_if_no_other_clip_has_a_mask(tiny_models, data, tmp_path):
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    Image.new("L", (32, 32)).save(other / "a.mask.png")
+    (other / "b.txt").unlink()
+    _, found = planned(tiny_models("5b"), other)
+    assert [sample.clip.video.name for sample in found.clips] == ["c.mp4"]
+    caption, size = sorted(clip.reason for clip in found.bad)
+    assert caption.startswith("has no caption file") and "its mask" in size and "has 32x32 pixels" in size
+    with pytest.raises(UserError, match=r"none of the 1 samples has a mask; .*; skipped are:\n(.*\n)*.*32x32 pixels"):
+        planned(tiny_models("5b"), other, "--on_bad_clip", "skip")
+
+
 def test_the_training_loss_is_weighted_and_the_validation_loss_is_not(tiny_models, prepared, tmp_path):
     flags = ("--use_masks", "--mask_background_weight", "0.25", "--max_train_steps", "1")
     flags += ("--validation_fraction", "0.34")

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -155,13 +156,20 @@ def plan_raw_clips(
         planned.append(usable)
         bad += [*unreadable, *unscored, *unusable, *short]
         dropped += dropped_here
-    uses_masks = masks is not None and masks.use_masks
-    if uses_masks and any(planned) and not any(sample.mask for of_source in planned for sample in of_source):
-        raise UserError(
-            f"--use_masks: none of the {sum(map(len, planned))} samples has a mask; add a.mask.mp4 or a.mask.png "
-            "beside a.mp4, name them in the list (--mask_column), or omit the flag"
-        )
+    # Clips that cannot be used may be those with masks, and are an error of their own unless they are skipped.
+    if masks is not None and masks.use_masks and (not bad or flags.on_bad_clip == "skip"):
+        _check_masks(list(chain.from_iterable(planned)), bad)
     return RawData(_weighted(sources, planned), bad, dropped)
+
+
+def _check_masks(samples: Sequence[ClipSample], skipped: Sequence[BadClip]) -> None:
+    """Refuse samples of which none has a mask."""
+    if samples and not any(sample.mask for sample in samples):
+        what = (
+            f"--use_masks: none of the {len(samples)} samples has a mask; add a.mask.mp4 or a.mask.png beside a.mp4, "
+            "name them in the list (--mask_column), or omit the flag"
+        )
+        raise UserError(listing(f"{what}; skipped are:", skipped) if skipped else what)
 
 
 def _refuse_images(clips: Sequence[Clip], condition: str) -> None:

@@ -189,6 +189,7 @@ class ClipDataset(_Clips):
         images, mask = None, None
         if (self.with_masks or self.control == INPAINT) and planned.mask is not None:
             mask = self._companion(clip.mask, planned.mask, planned, draw.epoch)
+        loss_mask = None if clip.regularization else mask  # that counts everywhere, also if its control needs the mask
         if self.with_images:
             images = video[given_frames(self.condition_frames, len(video))]
             # The image of a split clip belongs to its first part.
@@ -201,7 +202,7 @@ class ClipDataset(_Clips):
             videos=video[None],
             images=None if images is None else images[None],
             controls=None if self.control is None else self._control(video, mask, planned, draw.epoch)[None],
-            masks=_latent_mask(mask, planned.bucket)[None] if self.with_masks else None,
+            masks=_latent_mask(loss_mask, planned.bucket)[None] if self.with_masks else None,
             prompt_embeds=None if self.prompts is None else self.prompts.load(clip.caption)[None],
         )
 

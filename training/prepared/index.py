@@ -146,7 +146,8 @@ class IndexedFolder:
             None if image is None else stored(image, f"{name}.image_latents", *images, None, None, *shape[1:]),
             self.fixed if self.fixed is not None else facts["repeats"] * self.times,
             None if control is None else stored(control, f"{name}.control_latents", None, *shape),
-            None if mask is None else stored(mask, f"{name}.mask", *shape),
+            # The loss of regularization counts everywhere.
+            None if mask is None or self.regularization else stored(mask, f"{name}.mask", *shape),
         )
 
 

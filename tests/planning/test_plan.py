@@ -22,10 +22,12 @@ from common.errors import UserError
 from data.buckets import Bucket
 from data.clips import BadClip, Clip, ClipSample
 from encoded_clips import encode
+from flags.data import ControlFlags, MaskFlags
 from flags.settings import TrainingSettings
 from planning.describe import describe_plan, report_skipped
 from planning.plan import (
     check_bad_clips,
+    data_sources,
     plan_raw_clips,
     plan_training_data,
     plan_validation_clips,
@@ -303,6 +305,15 @@ def test_the_data_sets_of_a_mix_are_joined_and_bad_clips_named_with_their_folder
     found = plan_flags(tmp_path / "out", "--dataset_mix", mix, "--allow_outside_paths")
     assert found.repeats == [2] * 16 + [1] * 3
     assert {clip.source for clip in found.bad} == {f"{data}/table.jsonl:{line}" for line in (4, 5, 6)}
+
+
+def test_masks_of_regularization_are_read_only_to_compute_controls(data):
+    entries = [{"data_root": "."}, {"data_root": ".", "regularization": True}]
+    sources = training(data, "--dataset_mix", write_mix(data, *entries), *SIZE).sources
+    masks = MaskFlags(use_masks=True)
+    fills = ControlFlags(compute_control="inpaint")
+    assert [one.mask_column for one in data_sources(sources, masks=masks)] == ["mask", None]
+    assert [one.mask_column for one in data_sources(sources, fills, masks)] == ["mask", "mask"]
 
 
 def test_weights_count_the_samples_that_can_be_used(data, tmp_path):

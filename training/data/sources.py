@@ -119,13 +119,16 @@ def _find_dataset_file(source: DataSource) -> Path:
 
 
 def _with_columns(source: DataSource, table: Table, caption_needed: bool) -> DataSource:
-    """Return the source with the image column that its table has, and check that the others exist."""
+    """Return the source with the image column that its table has, and check that the others exist.
+
+    A table without the usual column of masks has none, as others of a mix may have them.
+    """
     wanted = {source.video_column: "--video_column", source.caption_column: "--caption_column"}
     if source.image_column is not None:
         wanted[source.image_column] = "--image_column"
     if source.control_column is not None:
         wanted[source.control_column] = "--control_column, or compute controls with --compute_control"
-    if source.mask_column is not None:
+    if source.mask_column is not None and (source.mask_column != "mask" or "mask" in table.names):
         wanted[source.mask_column] = "--mask_column"
     if not caption_needed and source.caption_column == DataSource.caption_column:  # a column that was named must exist
         wanted.pop(source.caption_column)

@@ -21,7 +21,7 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | None:
-    """Read videos.txt, prompts.txt, images.txt if it exists, and controls.txt and masks.txt if these are read.
+    """Read videos.txt, prompts.txt, images.txt if it exists, and controls.txt and masks.txt if they are wanted.
 
     Line n of one belongs to line n of the others.
 
@@ -49,7 +49,7 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
         (prompts_file, "--caption_column", captions_needed or source.caption_column.endswith(".txt")),
         (images_file, "--image_column", source.image_column is not None),
         (controls_file, "--control_column", source.control_column is not None),
-        (masks_file, "--mask_column", source.mask_column is not None),
+        (masks_file, "--mask_column", source.mask_column not in (None, "mask")),
     ):
         if is_needed and not is_file(file):
             scripts = {prompts_file: "caption_dataset.py writes captions"}
@@ -65,7 +65,7 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
             (prompts_file, captions_needed, is_file(prompts_file)),
             (images_file, False, is_file(images_file)),
             (controls_file, False, source.control_column is not None),
-            (masks_file, False, source.mask_column is not None),
+            (masks_file, False, source.mask_column is not None and is_file(masks_file)),
         )
     )
     for file, lines in zip((prompts_file, images_file, controls_file, masks_file), (prompts, *others), strict=True):

@@ -167,7 +167,7 @@ def _check_masks(samples: Sequence[ClipSample], skipped: Sequence[BadClip]) -> N
     if samples and not any(sample.mask for sample in samples):
         what = (
             f"--use_masks: none of the {len(samples)} samples has a mask; add a.mask.mp4 or a.mask.png beside a.mp4, "
-            "name them in the list (--mask_column), or omit the flag"
+            "name them in masks.txt or the table (--mask_column), or omit the flag"
         )
         raise UserError(listing(f"{what}; skipped are:", skipped) if skipped else what)
 
@@ -302,7 +302,9 @@ def data_sources(
         scores=to_path(flags.scores) if flags.scores else None,
         allow_outside_paths=flags.allow_outside_paths,
     )
-    return read_mix(Path(flags.dataset_mix), source) if flags.dataset_mix else [source]
+    sources = read_mix(Path(flags.dataset_mix), source) if flags.dataset_mix else [source]
+    needs_all = _fills_masks(control)  # otherwise masks are for the loss only, and that of regularization has none
+    return [replace(one, mask_column=None) if one.regularization and not needs_all else one for one in sources]
 
 
 def regularization_sources(settings: TrainingSettings, control: ControlFlags | None = None) -> list[DataSource]:

@@ -189,6 +189,10 @@ def test_inpainting_controls_are_grey_where_the_mask_beside_the_clip_is_white(tm
     with pytest.raises(UserError, match=r"has no mask beside it; add a\.mask\.mp4 or a\.mask\.png$"):
         load_controls([file], (9, 32, 32), INPAINT)
     mask = np.zeros((48, 80), np.uint8)
+    mask[:, :40] = 1
+    Image.fromarray(mask).save(tmp_path / "a.mask.png")
+    with pytest.raises(UserError, match=r"nothing to fill, because its mask .*a\.mask\.png is nowhere white"):
+        load_controls([file], (9, 48, 48), INPAINT)
     mask[:, :40] = 255
     Image.fromarray(mask).save(tmp_path / "a.mask.png")
     (plain,), (control,) = (load_controls([file], (9, 48, 48), kind) for kind in (None, INPAINT))

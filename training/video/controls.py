@@ -3,7 +3,7 @@
 Heavy libraries are imported when they are used, so that flags can name KINDS.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ TILES = 12  # on the shorter side
 BLUR = 40  # the shorter side in standard deviations
 INPAINT = "inpaint"  # the kind that needs masks
 HIDDEN = 128  # grey value of what a model is to fill in
+NOWHERE_WHITE = "is nowhere white (255) in these frames; labels of 0 and 1 must become 0 and 255"
 
 
 def compute_control(frames: "np.ndarray", kind: str, masks: "np.ndarray | None" = None) -> "np.ndarray":
@@ -47,6 +48,11 @@ def check_companion(own: "VideoInfo", clip: "VideoInfo", where: str, *, may_be_s
     for what, (one, wanted) in (("frames", counts), ("pixels", sizes)):
         if one != wanted:
             raise ValueError(f"{where}has {one} {what}, its clip {wanted}; export it again with those of the clip")
+
+
+def has_white(masks: "Iterable[np.ndarray]") -> bool:
+    """Return whether uint8 masks `[H, W, 3]` are at least half white anywhere, where INPAINT hides the frame."""
+    return any((mask.mean(axis=2) >= HIDDEN).any() for mask in masks)
 
 
 def find_mask(video: Path) -> Path:

@@ -35,13 +35,14 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
 from apart import first_line, run_apart
-from materials import folders, make_materials
+from materials import CONTROL, folders, make_materials
 from memory_rows import ROWS, Row
 
 from args import parse_args
 from common.files import atomic_write
 from common.startup import configure_allocator
 from data.buckets import Bucket, count_tokens
+from diffusion.control_to_video import ControlToVideo
 from make_full_size_model import full_size_configs
 from memory.accounting import account
 from memory.facts import Workload, model_facts
@@ -170,6 +171,7 @@ def row_flags(row: Row, model: Path | str, data: Path, output: Path, size: tuple
         flags += ["--rank", str(row.rank), "--lora_alpha", str(row.rank)]
     if row.is_sampled:
         flags += ["--validation_prompt", "a red circle moves from left to right", "--num_inference_steps", "2"]
+        flags += ["--validation_controls", str(data / CONTROL)] if row.task == "control-to-video" else []
     return flags
 
 
@@ -182,7 +184,7 @@ def measure_row(row: Row, work: Path, tiny: bool, source: ModelSource | None = N
     model, prepared, size = folders(row, work, tiny)
     failed = {}
     with tempfile.TemporaryDirectory(dir=work) as output:
-        args = parse_args(row_flags(row, model, prepared, Path(output), size), task="text-to-video", method=row.method)
+        args = parse_args(row_flags(row, model, prepared, Path(output), size), task=row.task, method=row.method)
         recipe = Recipe(args, plan_training_data(args))
         if args.memory.memory_budget_gb:
             recipe = recipe.with_memory(choose_by_budget(recipe))
@@ -212,9 +214,10 @@ def measure_row(row: Row, work: Path, tiny: bool, source: ModelSource | None = N
 
 def time_steps(run: Run, steps: int) -> list[float]:
     """Train; return the seconds of each step."""
-    seconds = []
+    seconds, batches = [], run.batches
     for step in range(steps):
         run.state, run.total_steps = replace(run.state, step=step), step + 1
+        run.batches = (batch for batch in batches)  # the training closes it, and not the others
         wait_for_device()
         began = time.perf_counter()
         train(run)
@@ -241,12 +244,15 @@ def speed_figures(seconds: list[float], run: Run) -> dict[str, float]:
 def calculate_row(row: Row) -> dict[str, int]:
     """Return the calculated bytes of a row."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = row_flags(row, "THUDM/CogVideoX-5b", Path(folder), Path(folder), row.size)
-        args = parse_args(flags, task="text-to-video", method=row.method)
-    configs, size = full_size_configs(row.model), Bucket(*row.size)
+        # There is no clip to sample from.
+        flags = row_flags(replace(row, is_sampled=False), "THUDM/CogVideoX-5b", Path(folder), Path(folder), row.size)
+        args = parse_args(flags, task=row.task, method=row.method)
+    base, size = full_size_configs(row.model), Bucket(*row.size)
+    configs = ControlToVideo().model_configs(base) if row.task == "control-to-video" else base
     workload = Workload(size, row.batch_size, "bf16", size if row.is_sampled else None)
     if row.method == "lora":
         method = Lora.from_flags(args.lora, args.memory.quantize_base)
+        method = replace(method, new_inputs=configs.patch_inputs - base.patch_inputs)
     else:
         method = FullFinetune(weights_dtype=args.memory.weights_dtype)
     result = account(model_facts(configs, method), memory_settings_of(args), workload)

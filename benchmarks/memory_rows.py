@@ -17,6 +17,7 @@ class Row:
     model: str  # a kind for make_full_size_model
     method: str  # lora, sft
     flags: tuple[str, ...] = ()  # besides those of all rows
+    task: str = "text-to-video"
     rank: int = 64
     size: tuple[int, int, int] = SIZE
     batch_size: int = 1
@@ -137,6 +138,15 @@ ROWS = (
     Row("5b full, fp8 states", "5b", "sft", (*CHECKPOINTED, "--use_fp8", "--use_torchao")),
     Row(
         "5b full, 8-bit of bitsandbytes", "5b", "sft", (*CHECKPOINTED, "--use_8bit"), published={FACTORY: (52.8, 58.6)}
+    ),
+    *(
+        Row(f"{model} control {name}", model, method, (*CHECKPOINTED, *flags), task="control-to-video")
+        for model, name, method, flags in (
+            ("5b", "LoRA", "lora", ()),
+            ("2b", "LoRA", "lora", ()),
+            ("5b", "full, bf16 weights, 8-bit", "sft", (*LOW_BIT, "--weights_dtype", "bf16")),
+            ("2b", "full, 8-bit", "sft", LOW_BIT),
+        )
     ),
     # The other rows of the original factory's tables for one GPU.
     *(

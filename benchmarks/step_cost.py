@@ -328,9 +328,9 @@ def norm_by_parameter(parameters: list[torch.nn.Parameter]) -> float:
 
 @contextmanager
 def gpu_like() -> Iterator[None]:
-    """A GPU's autocast and attention for fake tensors on the CPU: autograd does not run on those of a missing GPU."""
+    """A GPU's autocast, attention and dropout for fake tensors on the CPU: autograd runs on none of a missing GPU."""
     functional = torch.nn.functional
-    attend, norm = functional.scaled_dot_product_attention, functional.layer_norm
+    attend, norm, drop = functional.scaled_dot_product_attention, functional.layer_norm, functional.dropout
 
     def attend_on_gpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
         half = [tensor.to(torch.bfloat16) for tensor in (query, key, value)]
@@ -342,12 +342,16 @@ def gpu_like() -> Iterator[None]:
             weights = tuple(value.float() if isinstance(value, torch.Tensor) else value for value in weights)
         return norm(states, shape, *weights, **options)
 
+    def drop_on_gpu(inputs: torch.Tensor, p: float, training: bool, inplace: bool) -> torch.Tensor:
+        return torch.ops.aten.native_dropout(inputs, p, True)[0] if p and training else inputs
+
     functional.scaled_dot_product_attention, functional.layer_norm = attend_on_gpu, norm_on_gpu
+    functional.dropout = drop_on_gpu
     try:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             yield
     finally:
-        functional.scaled_dot_product_attention, functional.layer_norm = attend, norm
+        functional.scaled_dot_product_attention, functional.layer_norm, functional.dropout = attend, norm, drop
 
 
 def on_meta(configs: ModelConfigs, method: Lora | FullFinetune, base: str = "none") -> CogVideoXTransformer3DModel:
@@ -391,7 +395,7 @@ def fake_inputs(configs: ModelConfigs, size: Bucket, batch: int, dtype: torch.dt
     head = config["attention_head_dim"]
     positions = [torch.empty(video, head) for _ in range(2)]
     return {
-        "hidden_states": torch.empty(batch, frames, 16, height, width, dtype=dtype),
+        "hidden_states": torch.empty(batch, frames, config["in_channels"], height, width, dtype=dtype),
         "encoder_hidden_states": torch.empty(batch, 226, config["text_embed_dim"], dtype=dtype),
         "timestep": torch.empty(batch, dtype=torch.int64),
         "image_rotary_emb": positions if config["use_rotary_positional_embeddings"] else None,

@@ -157,7 +157,6 @@ BAD_TRAINING_FLAGS = [
     ("--adapter loha --lora_dropout 0.1", "--lora_dropout", "not available for --adapter loha"),
     ("--adapter loha --lokr_factor 4", "--lokr_factor", "add --adapter lokr"),
     ("--adapter loha --quantize_base int8", "--quantize_base int8", "not available for --adapter loha"),
-    ("--adapter lokr --memory_budget_gb 24", "--memory_budget_gb", "pass --gradient_checkpointing instead"),
     ("--lora_weights nowhere", "--lora_weights", "no file 'nowhere'"),
     ("--lora_weights clips", "--lora_weights", "no file 'clips/pytorch_lora_weights.safetensors'"),
     ("--lora_weights first.png", "--lora_weights", "'first.png' is not a .safetensors file"),

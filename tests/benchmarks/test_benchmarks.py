@@ -13,8 +13,8 @@ import pytest
 import torch
 from apart import run_apart, start_method
 from gpu_speed import SharedModel
-from materials import draw_prepared_clips
-from measure_memory import calculate_row, find_rows, measure_rows, row_flags
+from materials import CONTROL, draw_prepared_clips
+from measure_memory import calculate_row, find_rows, measure_rows, row_flags, time_steps
 from memory_rows import CHECKPOINTED, ROWS, Row
 from report import PAGE, draw_charts, fill_page, measured_cell, peak_parts, read_rows, speed_table
 
@@ -29,6 +29,7 @@ from models.attention import set_attention
 from models.compilation import compile_blocks
 from prepared.folder import read_tensor
 from prepared.read_index import read_index
+from tiny_runs import SIZE, set_up_run
 
 
 GB = 2**30
@@ -47,16 +48,19 @@ def test_the_committed_page_has_the_committed_figures():
     assert page == committed_page(), "run `make tables`"
 
 
-@pytest.mark.parametrize("name", ["2b LoRA", "2b LoRA, batch 4", "2b full, bf16 weights, 8-bit, step in backward"])
+@pytest.mark.parametrize(
+    "name", ["2b control LoRA", "2b LoRA, batch 4", "2b full, bf16 weights, 8-bit, step in backward"]
+)
 def test_the_committed_calculation_is_up_to_date(name):
     row = next(row for row in ROWS if row.name == name)
     assert calculate_row(row) == read_rows("memory_calculated.json")[name], "run `make tables`"
 
 
 def test_the_flags_of_every_row_are_accepted(tmp_path):
+    (tmp_path / CONTROL).touch()
     for row in [row for row in (*ROWS, *gpu_speed.ROWS) if row.method != gpu_speed.PREPARE]:
         flags = row_flags(row, "THUDM/CogVideoX-5b", tmp_path, tmp_path / "out", row.size)
-        settings = parse_args(flags, task="text-to-video", method=row.method)
+        settings = parse_args(flags, task=row.task, method=row.method)
         assert settings.prepared.load_tensors and settings.training.train_batch_size == row.batch_size
 
 
@@ -127,7 +131,7 @@ def test_charts_are_drawn_of_the_existing_figures(tmp_path):
 
 
 def test_rows_run_one_after_another_and_failures_are_recorded(tmp_path):
-    good = Row("good", "5b", "lora", CHECKPOINTED, is_sampled=False, steps=(1, 1))
+    good = Row("good", "5b", "lora", CHECKPOINTED, "control-to-video", is_sampled=False, steps=(1, 1))
     rows = [Row("refused", "5b", "lora", ("--rank", "0")), good]
     output = tmp_path / "out" / "memory.json"
     measure_rows(rows, tmp_path, output, tiny=True, limits=(None, 600))
@@ -142,6 +146,13 @@ def test_rows_run_one_after_another_and_failures_are_recorded(tmp_path):
     # A failure does not replace it either.
     measure_rows([replace(good, flags=("--rank", "0"))], tmp_path, output, tiny=True, limits=(None, 600))
     assert json.loads(output.read_text())["rows"] == results
+
+
+def test_every_timed_step_trains(tiny_models, prepared_demo, fresh_accelerator, tmp_path):
+    data = prepared_demo(*SIZE, "--max_samples", "2")
+    run = set_up_run("text-to-video", tiny_models("5b"), data, tmp_path / "out", "--max_train_steps", "2")
+    assert len(time_steps(run, 2)) == 2
+    assert run.throughput.latest.tflops > 0  # of the last step
 
 
 def test_runs_share_a_loaded_model_in_its_state_after_loading(tiny_models, monkeypatch):

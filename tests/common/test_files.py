@@ -66,7 +66,11 @@ def test_a_file_has_the_usual_permissions_whatever_the_writer_does(tmp_path):
     with atomic_write(tmp_path / "file") as path:
         path.unlink()
         path.touch(mode=0o600)
-    assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial/weights").touch(mode=0o600)
+    replace_folder(tmp_path / ".partial", tmp_path / "folder")
+    for written in ("file", "folder/weights"):
+        assert (tmp_path / written).stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,8 +38,11 @@ class RunningApp:
         return set(self.noted.read_text().split()) if self.noted.exists() else set()
 
     def close(self) -> str:
-        """Press Ctrl-C, and return what the app says then."""
-        self.process.send_signal(signal.SIGINT)
+        """Press Ctrl-C until the app is closed, and return what it says then."""
+        while self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=0.1)
         return self.process.communicate()[0]
 
 

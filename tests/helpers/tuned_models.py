@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
 
+from diffusion.control_to_video import ControlToVideo
 from forward_pass import load, predict
 from methods.full import FullFinetune
 from methods.lora import Lora
@@ -29,7 +30,10 @@ def randomize(transformer: CogVideoXTransformer3DModel) -> None:
 
 
 def write_lora(model: Path, folder: Path, dtype: torch.dtype = torch.float32, **options) -> Path:
+    """Write a LoRA of random weights; with `new_inputs`, one of a control on the widened model."""
     transformer, lora = load(model), make_lora(**options)
+    if lora.new_inputs:
+        ControlToVideo().prepare_model(transformer)
     lora.attach(transformer)
     randomize(transformer)
     return lora.save(transformer, folder, dtype)

@@ -3,19 +3,28 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from diffusers.configuration_utils import FrozenDict
 from step_cost import StepCounter, fake_inputs, fake_model, gpu_like, on_meta
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from data.buckets import Bucket
+from dataset import Batch
+from diffusion.control_to_video import ControlToVideo
+from diffusion.image_to_video import ImageToVideo
+from diffusion.objective import Objective
+from diffusion.task import Task
+from diffusion.text_to_video import TextToVideo
 from flags.optimizer import LOW_BITS, OptimizerFlags
 from make_full_size_model import full_size_configs
 from memory.accounting import MemoryAccount, account, state_bytes
-from memory.activation_bytes import block_tensors, decoding_bytes, encoding_bytes, sampling_bytes
+from memory.activation_bytes import batch_bytes, block_tensors, decoding_bytes, encoding_bytes, sampling_bytes
 from memory.activations import checkpoint_activations
 from memory.facts import ModelFacts, Workload, model_facts
 from memory.settings import GB, MemorySettings
@@ -198,6 +207,104 @@ def test_the_peak_of_a_step_is_what_allocations_add_up_to(name, kind, scope):
     assert result.training - result.resident - result.batch == pytest.approx(counter.cost.peak, rel=0.05)
 
 
+def with_control(configs: ModelConfigs) -> ModelConfigs:
+    return ControlToVideo().model_configs(configs)
+
+
+ALL = ("all-linear",)
+OTHERS = {
+    "LoKr, all layers": Lora(64, 64, ALL, adapter="lokr"),
+    "LoHa": Lora(64, 64, adapter="loha"),
+    "DoRA": Lora(64, 64, use_dora=True),
+    "dropout, all layers": Lora(64, 64, ALL, dropout=0.1),
+    "control": Lora(64, 64, new_inputs=64),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_peak_of_a_step_with_other_adapters_is_what_allocations_add_up_to(name):
+    configs, method = with_layers(full_size_configs("5b"), 1), OTHERS[name]
+    configs = with_control(configs) if method.new_inputs else configs
+    transformer = on_meta(configs, method)
+    checkpoint_activations(transformer)
+    with FakeTensorMode(allow_non_fake_inputs=True), gpu_like():
+        fake_model(transformer, torch.bfloat16)
+        inputs = fake_inputs(configs, NATIVE, 1, torch.bfloat16)
+        with StepCounter(list(transformer.parameters())) as counter:
+            transformer(**inputs)[0].float().square().mean().backward()
+    settings = MemorySettings("lora", gradient_checkpointing=True)
+    result = account(model_facts(configs, method), settings, Workload(NATIVE, 1))
+    assert result.training - result.resident - result.batch == pytest.approx(counter.cost.peak, rel=0.05)
+
+
+def objective_of(task: Task, configs: ModelConfigs, vae: AutoencoderKLCogVideoX | None = None) -> Objective:
+    """Return an objective whose transformer takes no memory but that of its result."""
+
+    def predict(hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
+        return (hidden_states[:, :, :16].clone(),)
+
+    config = FrozenDict(configs.transformer | {"use_rotary_positional_embeddings": False})
+    scheduler = CogVideoXDDIMScheduler(prediction_type="v_prediction")
+    return Objective(task, predict, SimpleNamespace(config=config), scheduler, configs, vae, torch.bfloat16)
+
+
+BATCHES = {  # task, kind, latent frames that are given, given frames, masks
+    "plain": (TextToVideo(), "5b", 0, 1, False),
+    "masks": (TextToVideo(), "5b", 0, 1, True),
+    "control": (ControlToVideo(), "5b", 5, 1, False),
+    "image": (ImageToVideo(0.05, True), "5b-i2v", 1, 1, False),
+    "ends": (ImageToVideo(0.05, True, "first,last"), "5b-i2v", 2, 2, False),
+    "beginning": (ImageToVideo(0.05, True, "first:3"), "5b-i2v", 3, 9, False),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_bytes_of_a_batch_are_those_of_its_tensors_and_of_what_is_computed_from_them(name, tiny_models):
+    task, kind, given, given_frames, has_masks = BATCHES[name]
+    configs = task.model_configs(ModelSource(str(tiny_models(kind))).configs())
+    size, count = SMALL.latent_shape, 2
+    moments = {"image_moments" if task.condition == "image" else "control_moments": given} if given else {}
+    batch = Batch(
+        ["clip"] * count,
+        SMALL,
+        masks=torch.ones(count, *size).half() if has_masks else None,
+        prompt_embeds=torch.zeros(count, 226, 64, dtype=torch.bfloat16),
+        **{
+            field: torch.zeros(count, 32, frames, *size[1:], dtype=torch.bfloat16)
+            for field, frames in {"video_moments": size[0], **moments}.items()
+        },
+    )
+    generators = [torch.Generator() for _ in range(count)]
+    with StepCounter(list(batch.tensors.values())) as counter:
+        objective_of(task, configs).losses(batch, torch.tensor([500] * count), generators)
+    facts = model_facts(configs, LORA)
+    workload = Workload(SMALL, count, given_frames=given_frames, has_masks=has_masks)
+    positions = 2 * 4 * (facts.dim // facts.heads) * (facts.count_tokens(SMALL) - 226)
+    expected = counter.cost.peak + sum(tensor.nbytes for tensor in batch.tensors.values())
+    assert batch_bytes(facts, workload) - positions == pytest.approx(expected, rel=0.06)
+
+
+def test_the_peak_of_encoding_raw_clips_and_controls_is_what_allocations_add_up_to():
+    size, configs = Bucket(9, 40, 96), with_control(with_layers(full_size_configs("5b"), 1))
+    with torch.device("meta"):
+        vae = AutoencoderKLCogVideoX.from_config(configs.vae).requires_grad_(False).eval()
+    vae.enable_slicing()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake_model(vae, torch.bfloat16)
+        pixels = [torch.empty(2, size.num_frames, 3, size.height, size.width, dtype=torch.uint8) for _ in range(2)]
+        embeds = torch.empty(2, 226, 4096, dtype=torch.bfloat16)
+        batch = Batch(["clip"] * 2, size, videos=pixels[0], controls=pixels[1], prompt_embeds=embeds)
+        with StepCounter([*vae.parameters(), *batch.tensors.values()]) as counter:
+            generators = [torch.Generator() for _ in range(2)]
+            objective_of(ControlToVideo(), configs, vae).losses(batch, torch.tensor([500, 500]), generators)
+    workload = Workload(size, 2, is_raw=True, slicing=True)
+    result = account(model_facts(configs, LORA), MemorySettings("lora"), workload)
+    encoding = result.batch + result.encoding - sum(tensor.nbytes for tensor in batch.tensors.values())
+    assert encoding == pytest.approx(counter.cost.peak, rel=0.05)
+    assert result.vae_weights == sum(parameter.nbytes for parameter in vae.parameters())
+    assert result.training >= result.resident + result.vae_weights + result.batch + result.encoding
+
+
 def test_the_peak_of_a_denoising_step_is_what_allocations_add_up_to():
     configs = with_layers(full_size_configs("5b"), 1)
     transformer = on_meta(configs, LORA).requires_grad_(False)
@@ -227,18 +334,20 @@ def test_the_peak_of_decoding_is_what_allocations_add_up_to():
 
 
 @pytest.mark.parametrize(
-    "batch, size", [(1, NATIVE), (1, Bucket(9, 256, 384)), (4, NATIVE), (1, Bucket(85, 256, 256))]
+    ("batch", "size", "tiling"),
+    [(1, NATIVE, False), (1, Bucket(9, 240, 648), True), (4, NATIVE, False), (1, Bucket(85, 256, 256), False)],
 )
-def test_the_peak_of_encoding_is_what_allocations_add_up_to(batch, size):
+def test_the_peak_of_encoding_is_what_allocations_add_up_to(batch, size, tiling):
     config = full_size_configs("5b").vae
     with torch.device("meta"):
         vae = AutoencoderKLCogVideoX.from_config(config).requires_grad_(False).eval()
+    vae.use_tiling = tiling
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake_model(vae, torch.bfloat16)
         videos = torch.empty(batch, size.num_frames, 3, size.height, size.width, dtype=torch.uint8)
         with StepCounter(list(vae.parameters())) as counter:
             encode_videos(vae, videos)
-    assert encoding_bytes(config, size, batch, 2) == pytest.approx(counter.cost.peak, rel=0.03)
+    assert encoding_bytes(config, size, batch, 2, tiling=tiling) == pytest.approx(counter.cost.peak, rel=0.03)
 
 
 def account_5b(name: str, **settings) -> MemoryAccount:

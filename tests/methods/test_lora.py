@@ -108,6 +108,25 @@ def test_a_lora_of_a_control_is_one_on_the_widened_base_and_expresses_any_weight
     replace(lora, start_from=file).check_model(configs, source)
 
 
+@pytest.mark.parametrize("kind", ["2b", "1.5-5b"])
+def test_a_control_is_trained_from_a_lora_of_its_base(tiny_models, tmp_path, kind):
+    model, task = tiny_models(kind), ControlToVideo()
+    source = ModelSource(str(model))
+    configs, inputs = task.model_configs(source.configs()), source.configs().patch_inputs
+    file = write_lora(model, tmp_path)
+    expected = sampled_with(model, tmp_path, "2b")
+    task.prepare_model(expected)
+    lora, transformer = make_lora(new_inputs=inputs, start_from=file), load(model)
+    lora.check_model(configs, source)
+    task.prepare_model(transformer)
+    lora.attach(transformer)
+    torch.testing.assert_close(output(transformer), output(expected), atol=1e-5, rtol=1e-5)
+    down = transformer.patch_embed.proj.lora_A["default"].weight
+    assert down.flatten(1)[:, inputs:].equal(torch.eye(inputs))
+    with pytest.raises(UserError, match=r"trained with other flags; pass --rank 4$"):
+        replace(lora, rank=8).check_model(configs, source)
+
+
 @pytest.mark.parametrize(("options", "flag"), [({"use_dora": True}, "--use_dora"), ({"adapter": "loha"}, "--adapter")])
 def test_new_inputs_are_learned_only_by_a_plain_lora(tiny_models, options, flag):
     source = ModelSource(str(tiny_models("2b")))

@@ -5,21 +5,25 @@ from functools import partial
 import pytest
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel, FirstBlockCacheConfig
+from PIL import Image
+from step_cost import StepCounter
 
 from data.buckets import Bucket
-from memory.activation_bytes import sampling_bytes
+from diffusion.control_to_video import ControlToVideo
+from diffusion.text_to_video import TextToVideo
+from memory.activation_bytes import decoding_bytes, sampling_bytes
 from memory.activations import checkpoint_activations
 from memory.facts import Workload, model_facts
 from methods.lora import Lora
 from models import sampling
 from models.attention import set_attention
 from models.compilation import compile_blocks
-from models.sampling import cached
+from models.sampling import cached, sample_video
 from models.source import ModelSource
 from tiny_steps import assert_same, train_step, with_adapters
 
 
-SIZE = Bucket(9, 32, 48)
+SIZE, LORA = Bucket(9, 32, 48), Lora(rank=4, alpha=4)
 TIMESTEPS = [999, 832, 666, 499, 332, 166]
 # Calls of a block's attention in six guided steps, of one sample each. PAB computes every second time below 800;
 # FasterCache omits the sample without the prompt at two of the last three, and at one of these the attention too.
@@ -142,8 +146,30 @@ def test_the_memory_of_a_cache_is_what_is_counted(source, kind, is_guided):
 
     with cached(pipeline, kind, is_guided=is_guided):
         latents_of(pipeline, guidance_scale=6.0 if is_guided else 1.0, callback=measure)
-    facts = model_facts(source.configs(), Lora(rank=4, alpha=4))
+    facts = model_facts(source.configs(), LORA)
     without, expected = (
         sampling_bytes(facts, Workload(SIZE, 1, "no", SIZE, is_guided, cache)) for cache in ("none", kind)
     )
     assert max(held) == expected - without
+
+
+def test_the_pixels_of_a_control_stay_until_its_video_is_decoded(source):
+    def held(task: TextToVideo | ControlToVideo, control: list[Image.Image] | None) -> list[int]:
+        """Return the bytes of tensors when the second step begins, and when the VAE starts to decode."""
+        transformer, vae = as_in_generate(source), source.load_vae(torch.float32, slicing=True, tiling=True)
+        task.prepare_model(transformer)
+        pipeline = task.pipeline_class(None, None, vae, transformer, source.load_scheduler("ddim"))
+        moments = []
+        for module in (transformer, vae.decoder):
+            module.register_forward_pre_hook(lambda *_: moments.append(counter._now))
+        steps = {"num_inference_steps": 2, "guidance_scale": 6.0, "use_dynamic_cfg": False, "seed": 0}
+        with StepCounter([*transformer.parameters(), *vae.parameters()]) as counter:
+            sample_video(pipeline, torch.zeros(226, 64), torch.zeros(226, 64), control, size=SIZE, **steps)
+        return moments[1:3]
+
+    task, workload = ControlToVideo(), Workload(SIZE, 1, "no", SIZE)
+    plain, controlled = (model_facts(one, LORA) for one in (source.configs(), task.model_configs(source.configs())))
+    gray = [Image.new("RGB", (SIZE.width, SIZE.height), "gray")] * SIZE.num_frames
+    more = [after - before for before, after in zip(held(TextToVideo(), None), held(task, gray), strict=True)]
+    counted = [count(controlled, workload) - count(plain, workload) for count in (sampling_bytes, decoding_bytes)]
+    assert more == pytest.approx(counted, rel=0.15)  # and latents, 64 times smaller

@@ -249,6 +249,28 @@ def write_scores(table: Path, *scores: float) -> Path:
     return write_table(table, [{"video": v, "motion": str(s)} for v, s in zip(videos, scores, strict=False)])
 
 
+def test_prepared_folders_have_controls_of_one_kind_which_is_the_one_passed(tmp_path):
+    for name, kind in (("a", "canny"), ("b", None)):
+        write_prepared(tmp_path / name, {name: {"prompt_embeds": torch.ones(1)}}, Bucket(17, 64, 96))
+        (tmp_path / name / "prepared.json").write_text(json.dumps({"flags": {"compute_control": kind}}))
+    mixes = {"both.json": ["a", "b"], "one.json": ["a"]}
+    for name, folders in mixes.items():
+        (tmp_path / name).write_text(json.dumps([{"data_root": folder} for folder in folders]))
+
+    def plan(mix: str, *flags: str) -> None:
+        argv = ["--pretrained_model_name_or_path", "a/b", "--dataset_mix", str(tmp_path / mix), "--load_tensors"]
+        plan_training_data(parse_args([*argv, *flags], task="control-to-video", method="lora"))
+
+    plan("one.json", "--compute_control", "canny")
+    for flags, message in (
+        (["both.json"], "b was prepared with control clips; prepare it with --compute_control canny, as .*a was"),
+        (["one.json", "--regularization_data_root", str(tmp_path / "b")], "b was prepared with control clips"),
+        (["one.json", "--compute_control", "grey"], "a was prepared with --compute_control canny; .*or omit the flag"),
+    ):
+        with pytest.raises(UserError, match=f"--load_tensors: .*{message}"):
+            plan(*flags)
+
+
 def test_dropped_clips_are_counted_and_listed_but_stop_nothing(data, tmp_path):
     write_scores(data / "scores.csv", 0.1, 2, 3)
     found = plan(data, "--keep", "motion > 1", "--on_bad_clip", "skip")

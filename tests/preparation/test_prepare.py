@@ -622,10 +622,19 @@ def test_the_size_on_disk_is_known_before_anything_is_encoded(model, request, la
     assert sizes == {"latents": sum(one.nbytes for one in latents), "captions": sum(one.nbytes for one in captions)}
 
 
-def test_sizes_that_the_model_cannot_be_trained_at_are_a_warning_in_the_plan(tiny_models, small, tmp_path, capsys):
-    prepare(tiny_models("1.5-5b"), write_data(tmp_path / "data", small), tmp_path / "out", "--dry_run")
-    said = capsys.readouterr().err
-    assert "warning: training will refuse these sizes: --height_buckets, --width_buckets: this CogVideoX 1.5" in said
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        ([], "text-to-video training will refuse this: --height_buckets, --width_buckets: this CogVideoX 1.5"),
+        (
+            ["--save_image_latents"],
+            "image-to-video training will refuse this: --pretrained_model_name_or_path: this is a text-to-video model",
+        ),
+    ],
+)
+def test_what_training_will_refuse_is_a_warning_in_the_plan(tiny_models, small, tmp_path, capsys, flags, refused):
+    prepare(tiny_models("1.5-5b"), write_data(tmp_path / "data", small), tmp_path / "out", "--dry_run", *flags)
+    assert f"warning: {refused}" in capsys.readouterr().err
 
 
 def test_clips_are_chosen_by_their_scores_in_a_dry_run_and_in_the_preparation(model, small, tmp_path, capsys):

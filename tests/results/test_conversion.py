@@ -1,18 +1,30 @@
 """Converted LoRAs have the effect of what they were made of."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXFunControlPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DiffusionPipeline,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import convert_lora
+from args import parse_generate_args
+from common.run_folder import CONFIG_TITLE
+from diffusion.control_to_video import ControlToVideo
 from forward_pass import load
 from models.source import ModelSource
+from results.generation import load_pipeline, settle
+from results.trained_conditions import TrainedConditions, find_trained_conditions
 from tuned_models import make_lora, output, write_lora
 
 
@@ -167,6 +179,110 @@ def test_a_model_with_merged_adapters_samples_as_they_were_trained(model, tmp_pa
         assert "trained with --use_dora" in capsys.readouterr().err
     else:
         assert_close(mounted(model, convert("--lora", file)), trained, 1e-4)
+
+
+CONTROLLED = {
+    "5b": {"new_inputs": 64},  # a convolution embeds the patches
+    "1.5-5b": {"new_inputs": 128},  # a linear layer, which other LoRAs can change too
+}
+
+
+def controlled(model: Path, control: Path, style: Path | None = None) -> CogVideoXTransformer3DModel:
+    """A base with a text-to-video LoRA in its weights, widened, and the LoRA of a control on it, by diffusers."""
+    pipeline = CogVideoXPipeline.from_pretrained(model, vae=None, text_encoder=None, tokenizer=None)
+    if style is not None:
+        pipeline.load_lora_weights(str(style.parent), weight_name=style.name)
+        pipeline.fuse_lora(components=["transformer"])
+        pipeline.unload_lora_weights()
+    ControlToVideo().prepare_model(pipeline.transformer)
+    pipeline.load_lora_weights(str(control.parent), weight_name=control.name)
+    return pipeline.transformer
+
+
+@pytest.mark.parametrize("kind", CONTROLLED)
+def test_the_lora_of_a_control_becomes_a_control_model_and_is_joined_with_loras_of_its_base(
+    tiny_models, tmp_path, convert, kind, capsys
+):
+    model = tiny_models(kind)
+    control = write_lora(model, tmp_path / "control", **CONTROLLED[kind])
+    targets = ["to_k", "patch_embed.proj"] if kind == "1.5-5b" else ["to_k"]
+    style = write_lora(model, tmp_path / "style", target_modules=targets)
+    expected = controlled(model, control, style)
+
+    joined = convert("--lora", style, control)
+    assert_close(controlled(model, joined), expected)
+    merged = convert("--lora", control, style, "--model_path", model, to="merged")
+    pipeline = DiffusionPipeline.from_pretrained(merged)
+    assert isinstance(pipeline, CogVideoXFunControlPipeline)
+    assert isinstance(pipeline.scheduler, CogVideoXDDIMScheduler)
+    assert_close(pipeline.transformer, expected, 1e-4)
+    again = convert("--lora", style, "--model_path", convert("--lora", control, "--model_path", model, to="c"), to="a")
+    assert_close(load(again), expected, 1e-4)
+
+    small = convert("--lora", control, "--rank", 2, to="small.safetensors")
+    ranks = {name.split(".lora_")[0]: len(one) for name, one in load_file(small).items() if "lora_A" in name}
+    assert ranks.pop("transformer.patch_embed.proj") == CONTROLLED[kind]["new_inputs"] and {*ranks.values()} == {2}
+    capsys.readouterr()
+    foreign = convert("--lora", control, "--format", "comfyui", to="foreign.safetensors")
+    assert "do not add its inputs to a base model; merge" in capsys.readouterr().err
+    assert_close(controlled(model, convert("--lora", foreign, to="back.safetensors")), controlled(model, control))
+
+
+def test_generate_samples_with_a_control_and_loras_of_its_base_as_with_the_merged_model(
+    model, demo_clips, tmp_path, convert, recwarn
+):
+    control, style = (write_lora(model, tmp_path / str(inputs), new_inputs=inputs) for inputs in (64, 0))
+    merged = convert("--lora", control, style, "--model_path", model, to="merged")
+    clip = f"--prompt a --control {demo_clips}/videos/clip-000.mp4 --compute_control canny --num_frames 9"
+    expected = controlled(model, control, style)
+    for number, flags in enumerate((f"{model} --lora {control} {style}", f"{merged}")):
+        settings = parse_generate_args(f"--model_path {flags} {clip} --output_dir {tmp_path / str(number)}".split())
+        assert_close(load_pipeline(settle(settings), tuned=True).transformer, expected, 1e-4)
+    assert not [warning for warning in recwarn if "peft_config" in str(warning.message)]
+
+
+@pytest.mark.parametrize("kind", CONTROLLED)
+def test_full_fine_tuning_with_a_control_becomes_its_lora(tiny_models, tmp_path, convert, kind):
+    model = tiny_models(kind)
+    folder = tuned(model, tmp_path / "tuned")
+    transformer = load(folder)
+    ControlToVideo().prepare_model(transformer)
+    with torch.no_grad():
+        transformer.patch_embed.proj.weight.add_(torch.randn_like(transformer.patch_embed.proj.weight) / 10)
+    transformer.save_pretrained(folder / "transformer")
+    lora = convert("--transformer", folder, "--model_path", model, "--rank", 3)
+    assert_close(controlled(model, lora), transformer, 1e-4)
+
+
+def test_a_base_of_another_task_and_one_without_all_parts_are_refused(tiny_models, model, tmp_path, convert, capsys):
+    control, incomplete = write_lora(model, tmp_path / "control", new_inputs=64), tmp_path / "incomplete"
+    shutil.copytree(model, incomplete, ignore=shutil.ignore_patterns("text_encoder"))
+    for flags, to, expected in (
+        (
+            ("--transformer", tiny_models("5b-i2v"), "--model_path", model, "--rank", 2),
+            "o.safetensors",
+            "another model",
+        ),
+        (("--lora", control, "--model_path", incomplete), "merged", "--output_dir: the model has no files in"),
+    ):
+        with pytest.raises(SystemExit):
+            convert(*flags, to=to)
+        assert expected in capsys.readouterr().err and not [*tmp_path.glob(f"*{to}*")]
+
+
+def test_a_merge_reads_the_variant_and_remembers_the_frames_of_the_training(tiny_models, tmp_path, convert, capsys):
+    model = Path(shutil.copytree(tiny_models("5b-i2v"), tmp_path / "model"))
+    weights = model / "transformer/diffusion_pytorch_model.safetensors"
+    lora = write_lora(model, tmp_path / "lora")
+    expected = mounted(model, lora)
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    (lora.parent / "config.yaml").write_text(f"# {CONFIG_TITLE}\ncondition_frames: first,last\n")
+    merged = convert("--lora", lora, "--model_path", model, "--variant", "fp16", to="merged")
+    assert_close(load(merged), expected)
+    trained = (TrainedConditions("first,last"), str(merged))
+    assert find_trained_conditions([str(merged)], str(model)) == trained
+    convert("--lora", lora)
+    assert "with generate.py --condition_frames first,last" in capsys.readouterr().err
 
 
 BROKEN = {

@@ -12,13 +12,16 @@ import cogvideox_image_to_video_lora
 import cogvideox_text_to_video_lora
 import cogvideox_text_to_video_sft
 import prepare_dataset
+from args import parse_args
 from common.folder_lock import locked_folder
 from data.buckets import Bucket
 from data.token_budget import BatchSize
 from planning.samples import PreparedData
 from prepared.index import IndexedFolder, PreparedIndex
 from prepared_folders import index_of
-from run.dry_run import largest_batch, trial_folder
+from run.dry_run import largest_batch, trial_folder, trial_settings
+from run.encoded_inputs import load_conditions
+from run.recipe import Recipe
 from tiny_runs import SIZE, run_flags
 
 
@@ -100,6 +103,18 @@ def test_a_dry_run_lists_unreadable_samples(tiny_models, demo_clips, tmp_path, c
     told = capsys.readouterr().err
     assert "2 of 4 samples cannot be read" in told
     assert all(file.name in told for file in damaged)
+
+
+@pytest.mark.parametrize("fps", ["7.5", "29.97", "0.4", "5"])
+@pytest.mark.parametrize("task", ["control-to-video", "image-to-video"])
+def test_a_trial_writes_as_many_frames_at_any_rate_as_its_video_needs(tiny_models, tmp_path, task, fps):
+    model, condition = tiny_models("5b-i2v"), ["--condition_frames", "first:3"]
+    if task == "control-to-video":
+        model, condition = tiny_models("5b"), ["--skip_frames_start", "3", "--compute_control", "inpaint"]
+    argv = run_flags(model, tmp_path, tmp_path, *condition, "--fps", fps)
+    settings = trial_settings(parse_args(argv, task=task, method="lora"), tmp_path, Bucket(17, 64, 96))
+    (frames,) = load_conditions(Recipe(settings, PreparedData([], [])))
+    assert len(frames) == (17 if task == "control-to-video" else 9)
 
 
 def samples(count: int, *size: int, repeats: float = 1.0) -> IndexedFolder:

@@ -1,6 +1,7 @@
 """The time of a run follows from the operations that it does and the speed of a trial."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from args import parse_args
 from forward_pass import COGVIDEOX_5B
 from planning.plan import plan_training_data
-from run.estimate import Measured, Plan, estimate_bytes, estimate_seconds
+from run.estimate import Measured, Plan, describe_cache, estimate_bytes, estimate_seconds
 from run.recipe import Recipe
 from tiny_runs import run_flags
 from tracking.throughput import Speed, Throughput
@@ -45,17 +46,31 @@ def measured() -> Measured:
     )
 
 
+@pytest.fixture
+def make_recipe(tiny_models, demo_clips, tmp_path):
+    def make(*flags: str) -> Recipe:
+        argv = run_flags(tiny_models("5b"), demo_clips, tmp_path / "out", "--validation_prompt", "a", *flags)
+        argv += ["--height", "480", "--width", "720", "--max_num_frames", "49"]
+        settings = parse_args(argv, task="text-to-video", method="lora")
+        return Recipe(settings, plan_training_data(settings))
+
+    return make
+
+
 @pytest.mark.parametrize(("guidance", "passes"), [("1", 1), ("6", 2)])
-def test_seconds(measured, tiny_models, demo_clips, tmp_path, guidance, passes):
-    flags = ("--validation_prompt", "a", "--num_inference_steps", "12", "--guidance_scale", guidance)
-    argv = run_flags(tiny_models("5b"), demo_clips, tmp_path / "out", *flags)
-    argv += ["--height", "480", "--width", "720", "--max_num_frames", "49"]
-    settings = parse_args(argv, task="text-to-video", method="lora")
-    seconds = estimate_seconds(PLAN, Recipe(settings, plan_training_data(settings)), measured, num_processes=2)
+def test_seconds(measured, make_recipe, guidance, passes):
+    recipe = make_recipe("--num_inference_steps", "12", "--guidance_scale", guidance)
+    seconds = estimate_seconds(PLAN, recipe, measured, num_processes=2)
     assert (seconds["steps"], seconds["checkpoints"]) == (500 * 2 / 10, 4 * 3)
     assert seconds["held-out loss"] == 15 * 2 / 10
     # A forward pass of CogVideoX-5b: 332.2 TFLOP. Of five videos, the first process samples three.
     assert seconds["validations"] == pytest.approx(3 * 3 * (7 + 10 * passes * 332.2 * 2 / 10), rel=1e-3)
+
+
+def test_the_seconds_say_that_they_are_without_a_cache(make_recipe):
+    recipe = make_recipe("--sampling_cache", "pab")
+    assert describe_cache(PLAN, recipe) == "; what --sampling_cache pab skips is not subtracted"
+    assert describe_cache(replace(PLAN, validations=0), recipe) == describe_cache(PLAN, make_recipe()) == ""
 
 
 def test_bytes(measured):

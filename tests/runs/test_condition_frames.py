@@ -14,13 +14,17 @@ import cogvideox_image_to_video_sft
 import tiny_runs
 from args import parse_generate_args
 from common.errors import UserError
+from common.run_folder import LORA_FILE
 from data.buckets import Bucket
 from prepared.folder import read_tensor
 from prepared.read_index import read_index
 from results.generation import embed_prompts, sample_all, settle
 from results.model_card import CardFacts, example
+from results.trained_conditions import TrainedConditions, note_trained_conditions
 from run.dry_run import write_given_frames
 from tiny_runs import SIZE
+from video.frames import Cut
+from video.images import load_given_frames
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -164,6 +168,16 @@ def test_a_result_is_sampled_with_what_it_was_trained_with(tiny_models, ends_run
         settle(parse_generate_args(["--model_path", str(later), *SAMPLED, *map(str, flags)]))
     with pytest.raises(UserError, match="--video: this is a text-to-video model"):
         settle(parse_generate_args(["--model_path", str(tiny_models("5b")), *SAMPLED, *map(str, video)]))
+
+
+def test_a_video_is_continued_at_the_rate_that_the_result_was_trained_at(tiny_models, place, tmp_path):
+    (tmp_path / LORA_FILE).touch()
+    note_trained_conditions(tmp_path, TrainedConditions("first:2", cut=Cut(fps=4)))
+    clip = str(place / "clip.mp4")  # of 8 frames a second
+    argv = ["--model_path", str(tiny_models("5b-i2v")), "--lora", str(tmp_path), "--video", clip, *SAMPLED, *SIZE[:4]]
+    (frames,) = settle(parse_generate_args(argv)).conditions
+    (every,) = load_given_frames([(clip,)], "first:3", 64, 96, flag="--video")
+    assert frames == every[::2]
 
 
 def test_a_dry_run_needs_no_given_frames_for_its_video(tiny_models, demo_clips, tmp_path, capfd):

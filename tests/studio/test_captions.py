@@ -32,13 +32,13 @@ def folder(tmp_path):
 def change(folder, source, text='new; "te\nxt"', number=1):
     clips, bad = read_captions(source, folder / ".cache")
     assert bad == []
-    saved = save_caption(clips[number], text, folder, folder / ".kept")
+    saved = save_caption(clips[number], text, folder)
     assert saved.text == read_captions(source, folder / ".cache")[0][number].text
     return clips[number]
 
 
 def backups(folder):
-    return [file.read_bytes() for file in sorted((folder / ".kept").rglob("*.*"))]
+    return [file.read_bytes() for file in sorted((folder / ".cogvideox-app/captions").rglob("*.*"))]
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -79,10 +79,42 @@ def test_a_caption_beside_its_clip_is_written_even_if_there_was_none(folder):
 def test_a_table_without_the_column_of_captions_says_which_it_has(folder, name):
     row = json.dumps({"video": "a.mp4", "text": "first"})
     (folder / name).write_text({"table.csv": "video,text\na.mp4,first\n", "table.json": f"[{row}]"}.get(name, row))
-    with pytest.raises(UserError, match="no column 'caption', but video, text; pass --caption_column text"):
+    with pytest.raises(UserError, match="no column 'caption'; it has video, text: set --caption_column"):
         read_captions(DataSource(None, folder / name), folder / ".cache")
     clips, _ = read_captions(DataSource(None, folder / name, caption_column="text"), folder / ".cache")
     assert [clip.text for clip in clips] == ["first"]
+
+
+def test_the_control_and_the_mask_of_a_clip_are_beside_it_where_they_are_trained_on(folder):
+    for name in ("a.control.mp4", "a.mask.png", "c.control.mp4"):
+        (folder / name).touch()
+    source = DataSource(folder, control_column="control", mask_column="mask")
+    clips, bad = read_captions(source, folder / ".cache")
+    assert [clip.beside for clip in clips] == [
+        (folder / "a.control.mp4", folder / "a.mask.png"),
+        (folder / "c.control.mp4", None),
+    ]
+    assert [(one.what, one.reason) for one in bad] == [("b.mp4", "has no control clip")]
+    assert [clip.beside for clip in read_captions(DataSource(folder), folder / ".cache")[0]] == [(None, None)] * 3
+
+
+def test_a_data_set_given_by_name_needs_the_column_of_captions_too(folder):
+    (folder / "data").mkdir()
+    (folder / "data/train.csv").write_text("video,text\n../a.mp4,first\n")
+    with pytest.raises(UserError, match="no column 'caption'; it has video, text: set --caption_column"):
+        read_captions(DataSource(folder, dataset_name=str(folder / "data")), folder / ".cache")
+
+
+def test_the_former_file_is_not_kept_behind_a_link(folder):
+    (folder / "lists").mkdir()
+    (folder / "lists/table.csv").write_text("video,caption\na.mp4,first\n")
+    (folder / ".cogvideox-app/captions").mkdir(parents=True)
+    (folder / ".cogvideox-app/captions/lists").symlink_to(folder)
+    source = DataSource(folder, folder / "lists/table.csv")
+    clips, _ = read_captions(source, folder / ".cache")
+    with pytest.raises(UserError, match="captions/lists is a link or a file in the way of the app's"):
+        save_caption(clips[0], "new", folder)
+    assert (folder / "lists/table.csv").read_text().endswith("first\n")
 
 
 @pytest.mark.parametrize("other", [b"a.mp4,other\n", b"", b"video,caption\nx.mp4,x\na.mp4,first\n"])
@@ -92,7 +124,7 @@ def test_a_file_that_changed_since_it_was_read_is_left_alone(folder, other):
     clips, _ = read_captions(DataSource(None, table), folder / ".cache")
     table.write_bytes(other)
     with pytest.raises(UserError, match="read the clips again"):
-        save_caption(clips[1], "new", folder, folder / ".kept")
+        save_caption(clips[1], "new", folder)
     assert table.read_bytes() == other
 
 
@@ -109,5 +141,5 @@ def test_a_table_behind_a_link_out_of_the_root_and_parquet_are_not_changed(folde
     for file, within, message in cases:
         source = DataSource(folder, file)
         with pytest.raises(UserError, match=message):
-            save_caption(read_captions(source, folder / ".cache")[0][0], "new", within, folder / ".kept")
+            save_caption(read_captions(source, folder / ".cache")[0][0], "new", within)
     assert backups(folder) == []

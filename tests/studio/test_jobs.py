@@ -104,9 +104,30 @@ def test_a_runner_that_is_killed_leaves_the_job_running_as_long_as_its_command(j
     assert json.loads((jobs.latest().folder / "job.json").read_text())["kind"] == "train"
 
 
-@pytest.mark.parametrize("target", ["..", ".cogvideox-app", None])
-def test_a_state_folder_that_is_a_link_out_of_the_root_or_a_file_is_refused(tmp_path, target):
-    state = tmp_path / ".cogvideox-app"
-    state.symlink_to(target) if target else state.touch()
-    with pytest.raises(UserError, match="app is not a folder inside the root; move it away"):
-        Jobs(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        (".cogvideox-app", ".."),
+        (".cogvideox-app", ".cogvideox-app"),
+        (".cogvideox-app", None),
+        (".cogvideox-app/jobs", "../.."),
+        (".cogvideox-app/lock", "../../new"),
+    ],
+)
+def test_links_and_files_in_the_way_of_the_apps_own_folder_are_refused(tmp_path, name, target):
+    (root := tmp_path / "root").mkdir()
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).symlink_to(target) if target else (root / name).touch()
+    with pytest.raises(UserError, match=f"{name} is a link or a file in the way of the app's own files; move it away"):
+        Jobs(root)
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+
+
+def test_a_job_whose_files_are_links_is_not_shown(jobs, tmp_path):
+    for name in ("1-plan", "2-train"):
+        folder = tmp_path / ".cogvideox-app/jobs" / name
+        folder.mkdir(parents=True)
+        facts = {"kind": name, "commands": [], "result": "out", "form": []}
+        (folder / "job.json").write_text(json.dumps(facts))
+    (folder / "log.txt").symlink_to("/etc/passwd")
+    assert jobs.latest().kind == "1-plan"

@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 
+import httpx
 import pytest
 
 from make_demo_clips import make_demo_clips
@@ -71,7 +72,9 @@ def fill_settings(page, clips="clips"):
     choose(page, "Clips: a folder or a table", clips)
     open_tab(page, "Train")
     choose(page, "Model", "model")
-    choose(page, "Precision", "no")
+    page.get_by_label("control video").locator("visible=true").click()
+    choose(page, "Control", "tile")
+    choose(page, "Precision", "fp32")
     for label, value in (("Frames", "17"), ("Height", "64"), ("Width", "96"), ("Steps", "2")):
         page.get_by_label(label, exact=True).fill(value)
     page.get_by_label("Id token").fill("TOK")
@@ -84,9 +87,8 @@ def finish_job(page, kind):
 
 def test_captions_are_shown_and_changed_as_text_and_mistakes_are_said_as_in_a_shell(root, page):
     fill_settings(page, "listed")
-    page.get_by_text("prepared/listed-model-17x64x96-no --mixed_precision no --max_train_steps 2").wait_for()
+    page.get_by_text("prepared/listed-model-17x64x96-fp32-tile --mixed_precision no --max_train_steps 2").wait_for()
     open_tab(page, "Clips")
-    press(page, "Show clips")
     page.get_by_text(HOSTILE.replace("/", "")).locator("visible=true").first.wait_for()  # a row that cannot be used
     page.get_by_text("clip-001.mp4").click()
     page.wait_for_function("document.querySelector('video')?.readyState >= 1")
@@ -120,8 +122,10 @@ def test_from_clips_to_a_lora_and_a_video(root, page):
         page.get_by_text("Download the LoRA").click()
     assert download.value.path().read_bytes() == lora.read_bytes()
     open_tab(page, "Sample")
-    choose(page, "LoRA", "outputs/my-lora")
     page.get_by_label("Prompts, one").fill(f"TOK {HOSTILE}")
+    choose(page, "Videos to follow", "clips/videos/clip-001.mp4")  # asked for, as the newest LoRA was trained so
+    page.get_by_text("--lora outputs/my-lora --height 64 --width 96 --num_frames 17").wait_for()
+    page.get_by_text("--control clips/videos/clip-001.mp4 --compute_control tile").wait_for()
     page.get_by_label("Denoising steps").fill("2")
     press(page, "Sample")
     finish_job(page, "sample")
@@ -148,8 +152,10 @@ def test_a_running_job_is_found_and_stopped(endless_job, page):
     page.get_by_text("train: stopped").wait_for()
 
 
-def test_closing_the_app_says_that_a_job_continues(app, endless_job):
-    said, process = app.close(), endless_job.latest().process
-    assert f"train continues as process {process}" in said
+def test_closing_the_app_says_that_a_job_continues_and_nothing_of_pages_that_are_open(app, endless_job):
+    with httpx.stream("GET", f"{app.url}/gradio_api/heartbeat/of-a-page"):
+        said, process = app.close(), endless_job.latest().process
+    assert re.sub(r"\s+", " ", said).startswith(f" train continues as process {process}, log: ")
+    assert said.count("\n") == 3
     assert f"kill -TERM -- -{process}" in said
     assert endless_job.latest().is_running

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from common.errors import UserError
-from studio.places import inside, list_data, list_runs, list_videos
+from studio.places import inside, list_data, list_media, list_runs, list_videos
 
 
 @pytest.fixture
@@ -42,6 +42,9 @@ def test_data_sets_and_runs_are_listed_without_results_and_hidden_or_linked_fold
         (root / file).touch()
     assert list_data(root) == ["clips", "lists", "table.csv"]
     assert list_runs(root) == ["run"]
+    (root / "clips/b.PNG").touch()
+    assert list_media(root, are_videos=False) == ["clips/b.PNG"]
+    assert list_media(root, are_videos=True) == ["clips/a.mp4", "clips/sub/b.mp4", "prepared/d.mp4", "run/e.mp4"]
 
 
 def test_files_that_vanish_while_they_are_listed_are_left_out(root, monkeypatch):

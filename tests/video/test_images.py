@@ -3,6 +3,7 @@
 import gzip
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
@@ -14,6 +15,7 @@ from common.errors import UserError
 from encoded_clips import encode, numbers_of
 from video import images as validation_images
 from video.controls import HIDDEN, INPAINT
+from video.frames import Cut
 from video.images import load_controls, load_validation_images
 
 
@@ -173,14 +175,22 @@ def test_controls_are_cut_cropped_and_computed_like_those_of_clips(tmp_path):
     file = str(encode(tmp_path / "a.mp4", 33))
     (control,) = load_controls([file], (9, 48, 80), None)
     assert numbers_of(np.stack([np.asarray(one) for one in control])) == list(range(0, 33, 4))
-    (first,) = load_controls([file], (9, 48, 80), None, fps=25.0, long_clips="first")
+    (first,) = load_controls([file], (9, 48, 80), None, cut=Cut(fps=25.0))
     assert numbers_of(np.stack([np.asarray(one) for one in first])) == list(range(9))
     (smaller,) = load_controls([file], (9, 32, 32), "canny")
     assert smaller[0].size == (32, 32) and set(np.unique(smaller[0])) <= {0, 255}
     short, missing = str(encode(tmp_path / "b.mp4", 40)), str(tmp_path / "c.mp4")
     with pytest.raises(UserError, match="--control: 3 of 3 cannot be used for videos of 49 frames") as caught:
         load_controls([file, short, missing], (49, 32, 32), None, "--control")
-    assert all(words in str(caught.value) for words in ("33 usable frames", "40 usable frames", "does not exist"))
+    assert all(words in str(caught.value) for words in ("has 33 usable frames; pass", "has 40", "does not exist"))
+    still, skipped = tmp_path / "d.png", Cut(fps=12.5, skip_frames_end=8)
+    picture().save(still)
+    short = r"has 13 usable frames at 12\.5 fps \(of 33 at 25 fps\)"
+    for wrong, reason in ((still, "is a still image, not a video"), (file, short)):
+        with pytest.raises(UserError, match=f"{reason}(; pass a longer one)?$"):
+            load_controls([str(wrong)], (17, 32, 32), None, cut=skipped)
+    (held,) = load_controls([file], (17, 48, 80), None, cut=replace(skipped, hold_last_frame=True))
+    assert numbers_of(np.stack([np.asarray(one) for one in held])) == [*range(0, 25, 2), 24, 24, 24, 24]
 
 
 def test_inpainting_controls_are_grey_where_the_mask_beside_the_clip_is_white(tmp_path):

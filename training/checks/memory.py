@@ -121,11 +121,6 @@ def check_memory(settings: TrainingSettings) -> None:
         _check_streaming(settings)
     if settings.lora.adapter != "lora":
         _check_launcher(f"--adapter {settings.lora.adapter}", "weights that peft multiplies outside their layers")
-    if memory.memory_budget_gb and settings.lora.adapter != "lora":
-        raise UserError(
-            f"--memory_budget_gb: the memory of --adapter {settings.lora.adapter} is not calculated; pass "
-            "--gradient_checkpointing instead"
-        )
     if memory.auto_fit and launch_size() > 1:
         raise UserError(
             "--auto_fit: a process out of memory would leave the others waiting; find the settings with one process "

@@ -74,6 +74,8 @@ def path_of_script(name: str) -> str:
 def replace_folder(partial: Path, folder: Path) -> None:
     """Flush the finished folder `partial` to disk and replace `folder` with it."""
     for path in (*sorted(partial.rglob("*")), partial):
+        if path.stat().st_mode & 0o777 == 0o600:  # as safetensors makes files, for whatever umask
+            path.chmod(partial.stat().st_mode & 0o666)
         flush(path)
     if folder.is_symlink() or folder.is_file():
         folder.unlink()

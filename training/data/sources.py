@@ -48,7 +48,7 @@ def read_clips(
 
     Raises UserError if the list is missing, malformed, empty, or lacks a column that was named.
     """
-    table, source = _open(source, captions_file)
+    table, source = open_list(source, captions_file)
     folder = source.data_root or table.folder
     # Listed files may be in the folders that the user named, and in those of downloads. The table of
     # `make_first_frames.py` lists clips of the cache, and images beside itself.
@@ -69,8 +69,8 @@ def read_clips(
     return clips, bad_clips
 
 
-def _open(source: DataSource, captions_file: Path | None) -> tuple[Table, DataSource]:
-    """Return a source's list, and the source with the columns that the list has."""
+def open_list(source: DataSource, captions_file: Path | None) -> tuple[Table, DataSource]:
+    """Return a source's list, and the source with the columns that the list has; see `read_clips`."""
     root = source.data_root
     if root is not None and not isinstance(root, RemotePath) and not os.path.isdir(root):
         raise UserError(f"--data_root {root} is not a folder")

@@ -73,11 +73,10 @@ class ControlToVideo:
         if transformer.config.in_channels > transformer.config.out_channels:  # takes a control already
             return
         projection = transformer.patch_embed.proj  # a convolution, or in CogVideoX 1.5 a linear layer
-        weight = projection.weight  # channels come first among the inputs
-        widened = torch.cat([weight, torch.zeros_like(weight)], dim=1)
-        projection.weight = torch.nn.Parameter(widened, requires_grad=weight.requires_grad)
+        weight = widen(projection.weight.detach())
+        projection.weight = torch.nn.Parameter(weight, requires_grad=projection.weight.requires_grad)
         name = "in_channels" if hasattr(projection, "in_channels") else "in_features"
-        setattr(projection, name, widened.shape[1])
+        setattr(projection, name, weight.shape[1])
         transformer.register_to_config(in_channels=2 * transformer.config.in_channels)
 
     def transformer_inputs(
@@ -111,6 +110,11 @@ class ControlToVideo:
             'setattr(projection, "in_channels" if weight.ndim == 4 else "in_features", weight.shape[1])',
             "pipe.transformer.register_to_config(in_channels=2 * pipe.transformer.config.in_channels)",
         ]
+
+
+def widen(weight: torch.Tensor) -> torch.Tensor:
+    """Return weights of the patch embedding, `[out, in, ...]`, with zeros for as many inputs again, of the control."""
+    return torch.cat([weight, torch.zeros_like(weight)], dim=1)  # channels come first among the inputs
 
 
 def _nearest(count: int, rests: Sequence[int]) -> list[int]:

@@ -83,6 +83,11 @@ def choose_scheduler(task: Task, kind: str) -> str:
     return "ddim"
 
 
+def pipeline_index(task: Task) -> dict[str, object]:
+    """Return what the `model_index.json` of a task's result says, if another pipeline samples it than its base."""
+    return {"_class_name": task.pipeline_class.__name__, "scheduler": ["diffusers", task.scheduler_class.__name__]}
+
+
 def other_task_message(configs: ModelConfigs, fact: str, wanted: str, model: str) -> str:
     """Return the message on a model of another task, with the scripts that train it."""
     task = "control" if configs.is_control else "image" if configs.is_image_to_video else "text"

@@ -42,7 +42,11 @@ class BaseModelFlags(DownloadFlags):
 class ReductionFlags:
     """How much of a change is kept."""
 
-    rank: PositiveInt | None = flag(None, "Reduce each layer to this rank, by SVD.", shown="the exact rank")
+    rank: PositiveInt | None = flag(
+        None,
+        "Reduce each layer to this rank, by SVD; only the patch embedding keeps all that it learned of a control.",
+        shown="the exact rank",
+    )
     energy: Share | None = flag(
         None, "Keep the lowest rank of each layer that has this share of the change (squared singular values): 0.9."
     )

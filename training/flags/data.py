@@ -6,7 +6,7 @@ from cli.schema import flag
 from cli.types import Condition, FilePath, FolderPath, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Probability
 from common.remote import DEFAULT_LIMIT_GB
 from video.controls import KINDS
-from video.frames import LONG_CLIPS
+from video.frames import LONG_CLIPS, RESHAPE_MODES
 
 
 DEFAULT_BUCKETS = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
@@ -142,7 +142,7 @@ class ClipFlags:
         "center",
         "How a clip gets its bucket's size: center and random keep the aspect ratio and crop the middle or a random "
         "part; none stretches the clip.",
-        choices=("center", "random", "none"),
+        choices=RESHAPE_MODES,
     )
     frame_buckets: tuple[PositiveInt, ...] = flag(
         (49,), "Lengths in frames to cut clips to: 1, 4k or 4k+1. The models were trained on 49 (CogVideoX 1.5: 81)."

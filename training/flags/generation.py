@@ -11,6 +11,7 @@ from video.controls import KINDS
 
 
 DEFAULT_FOLDER = "generated"
+AS_IT_IS = "none"  # of --compute_control
 BASE, COMPARED, SHEET = "-base.mp4", "-compare.mp4", "-compare.png"  # what --compare writes next to each video
 
 
@@ -85,9 +86,9 @@ class ContentFlags:
     compute_control: str | None = flag(
         None,
         "Compute the control from the clips of --control, as the model was trained; inpaint takes a.mask.mp4 or "
-        "a.mask.png beside a.mp4.",
-        choices=tuple(KINDS),
-        shown="they are controls",
+        "a.mask.png beside a.mp4. none: the clips are controls already.",
+        choices=(*KINDS, AS_IT_IS),
+        shown="that of training, if the result is in its run's folder; else none",
     )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cli.schema import flag
-from cli.types import FolderPath, ModelPath
+from cli.types import FileName, FolderPath, ModelPath
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class DownloadFlags:
     revision: str | None = flag(
         None, "Branch, tag or commit on the hub; a commit is repeatable.", shown="the main branch"
     )
-    variant: str | None = flag(None, "Variant of weights, such as fp16 (*.fp16.safetensors).", shown="plain files")
+    variant: FileName | None = flag(None, "Variant of weights, as fp16 of *.fp16.safetensors.", shown="plain files")
     cache_dir: FolderPath | None = flag(None, "Folder of downloaded models.", shown="the hub's own cache")
 
 

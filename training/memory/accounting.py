@@ -7,9 +7,9 @@ work space of libraries, and what torch's allocator reserves beyond the tensors 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
-from memory.activation_bytes import batch_bytes, decoding_bytes, kept_memory, sampling_bytes
+from memory.activation_bytes import batch_bytes, decoding_bytes, encoding_bytes, kept_memory, sampling_bytes
 from memory.facts import ModelFacts, ParameterFacts, Workload
 from memory.pinned import power_above
 from memory.settings import MemorySettings
@@ -35,9 +35,10 @@ class MemoryAccount:
     last_input: int  # of the checkpoint that the backward pass reaches last
     kept_activations: int  # of blocks that are not computed again
     working_set: int  # of one block, or segment, that is computed again, with its backward pass
-    batch: int  # latents, embeddings, positions
+    batch: int  # latents, embeddings, positions, pixels
+    encoding: int  # of raw clips, without weights; 0 for prepared ones
     sampling: int  # a denoising step of the validation, without weights
-    vae_weights: int
+    vae_weights: int  # of the part that is used, in validation and to encode raw clips
     decoding: int  # of the validation video, without weights
     weights_while_decoding: int  # of the transformer
     host: int  # in host memory
@@ -57,7 +58,8 @@ class MemoryAccount:
         """
         start, end = self.kept_inputs + self.kept_activations, self.last_input + self.earlier_gradients
         backward = self.working_set + self.largest_gradient + max(start, end)
-        return self.resident + self.batch + max(backward, self.gradients)
+        vae = self.vae_weights if self.encoding else 0
+        return self.resident + vae + self.batch + max(backward, self.gradients, self.encoding)
 
     @property
     def validation(self) -> int:
@@ -82,7 +84,8 @@ def account(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> 
     states, states_on_host = _place_states(facts, settings, weights)
     gradients, earlier_gradients = (0, 0) if workload.is_replicated else _gradients(facts, settings, weights)
     kept, kept_on_host = kept_memory(facts, settings, workload)
-    sampled = workload.sampled
+    sampled, raw = workload.sampled, workload.is_raw
+    vae_numel = facts.vae_numel if raw or facts.configs.takes_condition else facts.decoder_numel
     return MemoryAccount(
         frozen_weights=frozen,
         trained_weights=sum(weights),
@@ -95,11 +98,19 @@ def account(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> 
         **kept,
         batch=batch_bytes(facts, workload),
         sampling=sampling_bytes(facts, workload) if sampled else 0,
-        vae_weights=facts.vae_numel * workload.compute_bytes if sampled else 0,
+        encoding=_encoding(facts, workload) if raw else 0,
+        vae_weights=vae_numel * workload.compute_bytes if sampled or raw else 0,
         decoding=decoding_bytes(facts, workload) if sampled else 0,
         weights_while_decoding=0 if settings.enable_model_cpu_offload else frozen + sum(weights),
         host=on_host + states_on_host + kept_on_host,
     )
+
+
+def _encoding(facts: ModelFacts, workload: Workload) -> int:
+    """Return the peak of encoding a batch's clips, and its controls after them: no given frames take more."""
+    how = {"slicing": workload.slicing, "tiling": workload.tiling}
+    batch_size = ceil(workload.batch_size)
+    return encoding_bytes(facts.configs.vae, workload.size, batch_size, workload.compute_bytes, **how)
 
 
 def _frozen_weights(facts: ModelFacts, settings: MemorySettings, workload: Workload) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from math import prod
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from data.buckets import Bucket, count_tokens
@@ -33,16 +34,27 @@ class ParameterFacts:
 
 
 @dataclass(frozen=True)
+class AdapterFacts:
+    """Facts of the adapter on a linear layer."""
+
+    rank: int
+    inputs: int  # of the layer
+    outputs: int
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """A model with the trainable parameters of a method."""
 
     configs: ModelConfigs
+    method: Lora | FullFinetune
     parameters: tuple[ParameterFacts, ...]
-    vae_numel: int  # of the VAE, or only of its decoder if validation encodes nothing
+    vae_numel: int
+    decoder_numel: int  # of the VAE's decoder
     num_blocks: int
     dim: int
     heads: int
-    adapters: dict[str, int]  # linear layer of a block, by the end of its name -> rank of its adapter
+    adapters: dict[str, AdapterFacts]  # linear layer of a block, by the end of its name -> its adapter
 
     @cached_property
     def trainable(self) -> list[ParameterFacts]:
@@ -70,6 +82,11 @@ class Workload:
     is_guided: bool = True  # validation computes with and without the prompt
     sampling_cache: str = "none"  # of validation
     is_replicated: bool = False  # DistributedDataParallel keeps all gradients in the buckets that it exchanges
+    is_raw: bool = False  # clips are encoded in each step, by a VAE that stays loaded
+    slicing: bool = False  # of that encoding
+    tiling: bool = False  # of that encoding
+    given_frames: int = 1  # of each clip, for image-to-video
+    has_masks: bool = False
 
     @property
     def compute_bytes(self) -> int:
@@ -84,18 +101,19 @@ def model_facts(configs: ModelConfigs, method: Lora | FullFinetune) -> ModelFact
         vae = AutoencoderKLCogVideoX.from_config(configs.vae)
         (replace(method, start_from=None) if isinstance(method, Lora) else method).attach(transformer)
     config = transformer.config
-    sampling_vae = vae if configs.takes_condition else vae.decoder  # the part that validation loads
     return ModelFacts(
         configs=configs,
+        method=method,
         parameters=tuple(_parameter_facts(transformer)),
-        vae_numel=sum(parameter.numel() for parameter in sampling_vae.parameters()),
+        vae_numel=sum(parameter.numel() for parameter in vae.parameters()),
+        decoder_numel=sum(parameter.numel() for parameter in vae.decoder.parameters()),
         num_blocks=config.num_layers,
         dim=config.num_attention_heads * config.attention_head_dim,
         heads=config.num_attention_heads,
         adapters={
-            name.split(".lora_A")[0]: weight.shape[0]
-            for name, weight in transformer.transformer_blocks[0].named_parameters()
-            if ".lora_A." in name
+            name: AdapterFacts(layer.r["default"], base.in_features, base.out_features)
+            for name, layer in transformer.transformer_blocks[0].named_modules()
+            if isinstance(layer, BaseTunerLayer) and (base := layer.get_base_layer())
         },
     )
 

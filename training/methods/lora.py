@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.files import atomic_write
 from common.run_folder import LORA_FILE
 from flags.training import ALL_LINEAR, LOKR_FACTOR, LORA_TARGET_MODULES, LoraFlags
-from methods.lora_file import check_starting_lora, inside_block, load_lora, read_lora
+from methods.lora_file import PATCHES, check_starting_lora, complete_inputs, inside_block, load_lora, read_lora
 from methods.lora_layers import use_layers
 from models.configs import ModelConfigs
 from models.quantization import check_quantization
@@ -26,8 +26,6 @@ from models.source import ModelSource
 
 
 logger = logging.getLogger(__name__)
-
-PATCHES = "patch_embed.proj"
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class Lora:
         _keep_frozen_from_ddp(transformer)
         use_layers(transformer)
         if self.start_from is not None:
-            file = read_lora(self.start_from)
+            file = complete_inputs(read_lora(self.start_from), transformer)
             load_lora(transformer, file)
             logger.info("starting from %s", file.path)
             if not file.config:

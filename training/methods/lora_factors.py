@@ -108,22 +108,31 @@ def reduce_rank(factors: Factors, rank: int | None, energy: float | None) -> tup
     columns, of_columns = torch.linalg.qr(down.T)
     left, values, right = torch.linalg.svd(factors.strength * of_rows @ of_columns.T, full_matrices=False)
     kept, energy_kept = _first_values(left, values, right, rank, energy)
-    up, down = rows @ kept.up, kept.down @ columns.T
-    if factors.down.ndim == 4:
-        up, down = up[:, :, None, None], down.unflatten(1, factors.down.shape[1:])
-    return Factors(up, down), energy_kept, values.square().sum().item()
+    reduced = _in_shape(Factors(rows @ kept.up, kept.down @ columns.T), factors.down.shape)
+    return reduced, energy_kept, values.square().sum().item()
 
 
 def decompose(change: torch.Tensor, rank: int | None, energy: float | None) -> tuple[Factors, float, float]:
-    """Find the nearest factors of a change, [out, in], in float32; arguments and results as of `reduce_rank`."""
-    change = change.float()
+    """Find the nearest factors of a change, [out, in] or [out, in, height, width], in float32.
+
+    Arguments and results are those of `reduce_rank`.
+    """
+    shape, change = change.shape, change.flatten(1).float()
     if energy is None and rank is not None and 4 * rank < min(change.shape):
         # Several times faster than all singular values; the iterations separate the first ones from the rest.
         left, values, right = torch.svd_lowrank(change, q=rank + 8, niter=6)
         right = right.T
     else:
         left, values, right = torch.linalg.svd(change, full_matrices=False)
-    return *_first_values(left, values, right, rank, energy), change.square().sum().item()
+    kept, energy_kept = _first_values(left, values, right, rank, energy)
+    return _in_shape(kept, shape), energy_kept, change.square().sum().item()
+
+
+def _in_shape(factors: Factors, shape: torch.Size) -> Factors:
+    """Return factors, given as matrices, of a layer's change of this shape."""
+    if len(shape) == 2:
+        return factors
+    return Factors(factors.up[:, :, None, None], factors.down.unflatten(1, shape[1:]))
 
 
 def _first_values(

@@ -20,6 +20,7 @@ from methods.lora_factors import Factors, exact_factors
 from parallel.fsdp import shard_like
 
 
+PATCHES = "patch_embed.proj"  # the layer whose inputs a control widens
 _PREFIX = "transformer."  # of the names in a diffusers file
 PART = re.compile(r"\.(?=lora_|lokr_|hada_)")  # between the name of a layer and that of a weight of its adapter
 KINDS = {"lora": "lora", "lokr": "lokr", "hada": "loha"}  # the beginning of the weights' names -> the adapter
@@ -105,9 +106,22 @@ def load_lora(transformer: CogVideoXTransformer3DModel, file: LoraFile) -> None:
     set_peft_model_state_dict(transformer, weights)
 
 
+def complete_inputs(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> LoraFile:
+    """Return a LoRA to start from with the transformer's own adapter of a control's inputs, if the file has none."""
+    own = transformer.peft_config["default"]
+    if PATCHES not in own.rank_pattern or PATCHES in _modules(file.weights):
+        return file
+    adapters = get_peft_model_state_dict(transformer).items()
+    weights = {name: weight for name, weight in adapters if PART.split(name)[0] == PATCHES}
+    config = file.config
+    for pattern in ("rank_pattern", "alpha_pattern") if config else ():
+        config = config | {pattern: {**(config.get(pattern) or {}), PATCHES: getattr(own, pattern)[PATCHES]}}
+    return replace(file, weights=file.weights | weights, config=config)
+
+
 def check_starting_lora(path: Path, transformer: CogVideoXTransformer3DModel) -> None:
     """Check that a LoRA to start from fits a transformer, with the flags' adapters and maybe on the meta device."""
-    file = read_fitting_lora(path, transformer, "--lora_weights")
+    file = complete_inputs(read_fitting_lora(path, transformer, "--lora_weights"), transformer)
     if needed := _flags_needed(file, transformer):
         raise UserError(f"--lora_weights: '{path}' was trained with other flags; pass {', '.join(needed)}")
     expected = get_peft_model_state_dict(transformer)

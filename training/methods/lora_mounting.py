@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -76,8 +77,10 @@ def mount_loras(pipeline: Pipeline, loras: Sequence[tuple[str, float]], cache_di
             _add_to_weights(pipeline.transformer, file, scale)
     loras = [lora for lora, file in zip(loras, files, strict=True) if file.kind == "lora"]
     names = [f"lora_{number}" for number in range(len(loras))]
-    for name, (reference, _) in zip(names, loras, strict=True):
-        pipeline.load_lora_weights(**location(reference, cache_dir), adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are wanted
+        for name, (reference, _) in zip(names, loras, strict=True):
+            pipeline.load_lora_weights(**location(reference, cache_dir), adapter_name=name)
     if loras:
         pipeline.set_adapters(names, [scale for _, scale in loras])
 

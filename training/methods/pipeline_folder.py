@@ -19,19 +19,19 @@ _INDEX = "model_index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".h5", ".msgpack", ".onnx")
 
 
-def find_components(source: ModelSource) -> dict[Path, str]:
+def find_components(source: ModelSource, flag: str = "--save_pipeline") -> dict[Path, str]:
     """Find the files of a pipeline without its transformer; download those of a model on the hub.
 
-    Returns file -> its path in the pipeline's folder, without the name of a variant. Raises UserError if a component
-    that `model_index.json` names is missing.
+    Returns file -> its path in the pipeline's folder, without the name of a variant. Raises UserError, which begins
+    with the flag, if a component that `model_index.json` names is missing.
     """
-    model = _local_folder(source)
+    model = _local_folder(source, flag)
     index = json.loads((model / _INDEX).read_text(encoding="utf-8"))
     files = {model / _INDEX: _INDEX}
     for name, value in index.items():
         # A component is [library, class]; [null, null] is an omitted one, other values are settings.
         if isinstance(value, list) and all(value) and name != "transformer":
-            found = _component_files(model / name, source.variant)
+            found = _component_files(model / name, source.variant, flag)
             files |= {file: f"{name}/{target}" for file, target in found.items()}
     return files
 
@@ -51,20 +51,7 @@ def write_pipeline(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         shutil.copytree(transformer, partial / "transformer", copy_function=_link_or_copy)
-        for file, target in files.items():
-            (partial / target).parent.mkdir(exist_ok=True)
-            if _is_index(file):
-                listed = json.loads(file.read_text(encoding="utf-8"))
-                shards = {
-                    name: _without_variant(shard, source.variant) for name, shard in listed["weight_map"].items()
-                }
-                text = json.dumps(listed | {"weight_map": shards}, indent=2) + "\n"
-                (partial / target).write_text(text, encoding="utf-8")
-            elif target == _INDEX and index:
-                changed = json.loads(file.read_text(encoding="utf-8")) | dict(index)
-                (partial / target).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
-            else:
-                shutil.copyfile(file, partial / target)  # follows the symbolic links of a hub cache
+        copy_components(files, source.variant, partial, index)
         replace_folder(partial, folder)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -74,7 +61,23 @@ def write_pipeline(
     return folder
 
 
-def _local_folder(source: ModelSource) -> Path:
+def copy_components(files: Mapping[Path, str], variant: str | None, folder: Path, index: Mapping[str, object]) -> None:
+    """Copy what `find_components` found to a folder; `index` is what changes in its `model_index.json`."""
+    for file, target in files.items():
+        (folder / target).parent.mkdir(exist_ok=True)
+        if _is_index(file):
+            listed = json.loads(file.read_text(encoding="utf-8"))
+            shards = {name: _without_variant(shard, variant) for name, shard in listed["weight_map"].items()}
+            text = json.dumps(listed | {"weight_map": shards}, indent=2) + "\n"
+            (folder / target).write_text(text, encoding="utf-8")
+        elif target == _INDEX and index:
+            changed = json.loads(file.read_text(encoding="utf-8")) | dict(index)
+            (folder / target).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(file, folder / target)  # follows the symbolic links of a hub cache
+
+
+def _local_folder(source: ModelSource, flag: str) -> Path:
     if Path(source.path).is_dir():
         return Path(source.path)
     try:
@@ -83,10 +86,10 @@ def _local_folder(source: ModelSource) -> Path:
         return Path(CogVideoXPipeline.download(source.path, transformer=None, **options))
     except (OSError, ValueError) as error:
         reason = first_line(error)
-        raise UserError(f"--save_pipeline: the model '{source.path}' cannot be downloaded: {reason}") from error
+        raise UserError(f"{flag}: the model '{source.path}' cannot be downloaded: {reason}") from error
 
 
-def _component_files(folder: Path, variant: str | None) -> dict[Path, str]:
+def _component_files(folder: Path, variant: str | None, flag: str) -> dict[Path, str]:
     """Map each file to its name without the variant; only the weights that `from_pretrained` would read."""
     weights = weight_files(folder, variant)
     if not weights and variant:  # which not every component has
@@ -96,8 +99,8 @@ def _component_files(folder: Path, variant: str | None) -> dict[Path, str]:
     is_network = any(file.name == "config.json" for file in others)
     if not others or (is_network and not weights):
         raise UserError(
-            f"--save_pipeline: the model has no {'weights in' if others else 'files in'} '{folder}', which its "
-            f"{_INDEX} names; complete it or omit the flag"
+            f"{flag}: the model has no {'weights in' if others else 'files in'} '{folder}', which its {_INDEX} names; "
+            "complete the model, or omit the flag"
         )
     names = {file: _without_variant(file.name, variant) for file in weights}
     if len(weights) > 1:

@@ -37,6 +37,8 @@ def plan_training_data(settings: TrainingSettings) -> TrainingData:
         data = _read_prepared([*data_sources(sources), *extra], extra)
         if with_images:
             _check_condition_frames(settings.image.condition_frames, data.folders)
+        if control is not None:
+            _check_control_kinds(settings, data.folders)
     else:
         data = plan_raw_clips(
             sources,
@@ -73,6 +75,17 @@ def _check_condition_frames(wanted: str, folders: Iterable[Path]) -> None:
                 f"--condition_frames: {folder} was prepared with {made_with}, not {wanted}; pass --condition_frames "
                 f"{made_with}, or prepare the clips with --save_image_latents --condition_frames {wanted}"
             )
+
+
+def _check_control_kinds(settings: TrainingSettings, folders: Sequence[Path]) -> None:
+    """Refuse folders that were prepared with controls of several kinds, or of another kind than the one passed."""
+    kinds = {folder: read_prepared_settings(folder).get("flags", {}).get("compute_control") for folder in folders}
+    kinds = {folder: f"--compute_control {kind}" if kind else "control clips" for folder, kind in kinds.items()}
+    passed, (first, wanted) = settings.control.compute_control, next(iter(kinds.items()))
+    wanted, why = (f"--compute_control {passed}", ", or omit the flag") if passed else (wanted, f", as {first} was")
+    for folder, kind in kinds.items():
+        if kind != wanted:
+            raise UserError(f"--load_tensors: {folder} was prepared with {kind}; prepare it with {wanted}{why}")
 
 
 def control_flags(settings: TrainingSettings) -> ControlFlags | None:
@@ -215,15 +228,20 @@ def validation_data_flags(settings: TrainingSettings) -> tuple[SourceFlags, Clip
     sources = replace(settings.sources, **places, dataset_file=settings.validation.validation_dataset_file)
     clips = settings.clips
     if settings.prepared.load_tensors:
-        folders = _prepared_folders(data_sources(settings.sources))
-        first, *others = [read_prepared_settings(folder).get("flags", {}) for folder in folders]
-        known = {name: first[name] for name in PREPARED_FLAGS if name in first}
-        agreed = {name: one for name, one in known.items() if all(other.get(name) == one for other in others)}
+        agreed = prepared_flags(settings)
         sources = replace(sources, **{name: value for name, value in agreed.items() if hasattr(sources, name)})
         clips = replace(clips, **{name: value for name, value in agreed.items() if hasattr(clips, name)})
     sources = replace(sources, keep=None)  # a held-out clip is a choice already
     mode = "center" if clips.video_reshape_mode == "random" else clips.video_reshape_mode
     return sources, replace(clips, random_flip=None, video_reshape_mode=mode)
+
+
+def prepared_flags(settings: TrainingSettings) -> dict[str, object]:
+    """Return the flags of the preparation on which all prepared folders to train on agree."""
+    folders = _prepared_folders(data_sources(settings.sources))
+    first, *others = [read_prepared_settings(folder).get("flags", {}) for folder in folders]
+    known = {name: first[name] for name in PREPARED_FLAGS if name in first}
+    return {name: one for name, one in known.items() if all(other.get(name) == one for other in others)}
 
 
 def _weighted(sources: Sequence[DataSource], planned: Sequence[Sequence[ClipSample]]) -> list[ClipSample]:

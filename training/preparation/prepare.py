@@ -165,12 +165,12 @@ def warn_of_overflow(dtype: torch.dtype, source: ModelSource) -> None:
 
 
 def log_plan(settings: PreparationSettings, data: RawData, source: ModelSource, num_ranks: int = 1) -> None:
-    """Log the buckets of the clips, with warnings, one of them if the model cannot be trained at their sizes."""
+    """Log the buckets of the clips, with warnings, one of them if training will refuse the model or their sizes."""
     sizes = {"batch_size": settings.encoding.batch_size, "num_ranks": num_ranks}
     configs = source.configs()
     logger.info("%s", describe_plan(data, settings, source, configs, **sizes))
     task = TextToVideo()
-    if configs.is_image_to_video:
+    if configs.is_image_to_video or settings.preparation.save_image_latents:
         task = ImageToVideo(0, False, settings.preparation.condition_frames)
     if settings.preparation.save_control_latents:
         task = ControlToVideo()
@@ -178,7 +178,7 @@ def log_plan(settings: PreparationSettings, data: RawData, source: ModelSource, 
         configs = task.model_configs(configs)
         task.check_model(configs, {sample.bucket for sample in data.clips}, BUCKET_FLAGS)
     except UserError as error:
-        logger.warning("warning: training will refuse these sizes: %s", error)
+        logger.warning("warning: %s training will refuse this: %s", task.name, error)
 
 
 def settings_of(settings: PreparationSettings, source: ModelSource) -> PreparedSettings:

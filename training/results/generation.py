@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.training_utils import free_memory
 from PIL import Image
@@ -18,24 +17,24 @@ from common.errors import UserError, first_line
 from common.files import atomic_write
 from common.logs import start_logging
 from common.ranks import local_rank
-from common.run_folder import CONFIG_FILE, CONFIG_TITLE
 from data.buckets import Bucket
 from diffusion.control_to_video import ControlToVideo
 from diffusion.image_to_video import ImageToVideo
 from diffusion.task import SizeFlags, Task, choose_scheduler
 from diffusion.text_to_video import TextToVideo
-from flags.generation import BASE, COMPARED, DEFAULT_FOLDER, SHEET, ContentFlags, PlannedVideo
+from flags.generation import AS_IT_IS, BASE, COMPARED, DEFAULT_FOLDER, SHEET, ContentFlags, PlannedVideo
 from flags.settings import GenerationSettings
-from methods.lora import PATCHES
-from methods.lora_file import read_lora
+from methods.lora_file import PATCHES, read_lora
 from methods.lora_mounting import check_loras, mount_loras
 from models.configs import CPU, DTYPES, ModelConfigs, precision_warning
 from models.encoding import encode_prompts
 from models.quantization import check_quantization
 from models.sampling import Pipeline, cached, sample_video
 from models.source import ModelSource
-from video.condition_frames import ENDS, FIRST, parse_condition_frames
+from results.trained_conditions import TrainedConditions, find_trained_conditions
+from video.condition_frames import ENDS, FIRST
 from video.contact_sheet import SheetRow, draw_contact_sheet, shown_condition, shown_indices
+from video.frames import UNCUT
 from video.images import load_controls, load_given_frames
 from video.io import read_frames, write_video
 
@@ -107,14 +106,15 @@ def settle(settings: GenerationSettings) -> Generation:
     task.check_model(configs, [size], SizeFlags("--height, --width", "--num_frames"))
     choose_scheduler(task, settings.guidance.sampling_scheduler)
     check_quantization(memory.quantize_base)
-    conditions = None
+    conditions, (trained, _) = None, find_trained(settings)
+    cut = trained.cut if trained else UNCUT
     if task.condition == "image":
         names = _GIVEN.get(task.condition_frames, ("video",))
         files = list(zip(*(getattr(settings.content, name) for name in names), strict=True))
         flag = ", ".join(f"--{name}" for name in names)
-        conditions = load_given_frames(files, task.condition_frames, size.height, size.width, flag=flag)
+        conditions = load_given_frames(files, task.condition_frames, size.height, size.width, flag=flag, cut=cut)
     elif task.condition == "control":
-        conditions = load_controls(settings.content.control, size, settings.content.compute_control, "--control")
+        conditions = load_controls(settings.content.control, size, task.kind, "--control", cut)
     device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else CPU
     if device == CPU and (memory.enable_model_cpu_offload or memory.enable_sequential_cpu_offload):
         logger.warning("warning: there is no GPU, nothing is offloaded from it")
@@ -154,13 +154,19 @@ def given_frames_flags(content: ContentFlags) -> list[str]:
     return [name for name in ("image", "last_image", "video", "condition_frames") if getattr(content, name)]
 
 
+def find_trained(settings: GenerationSettings) -> tuple[TrainedConditions, str] | tuple[None, None]:
+    """Return what a result of the flags was given in training, and which result."""
+    results = [*(lora for lora, _ in settings.loras), settings.result.transformer]
+    return find_trained_conditions(results, settings.model.pretrained_model_name_or_path)
+
+
 def choose_condition_frames(settings: GenerationSettings) -> str:
     """Return the frames to sample from: those of the flag, of the training, or of the files that were passed.
 
     Raises a UserError if other files were passed.
     """
-    content, trained = settings.content, find_trained_frames(settings)
-    condition = content.condition_frames or (trained[0] if trained else ENDS if content.last_image else FIRST)
+    content, (trained, result) = settings.content, find_trained(settings)
+    condition = content.condition_frames or (trained.frames if trained else ENDS if content.last_image else FIRST)
     if content.video and not (content.condition_frames or trained):
         raise UserError("--video: pass as many of its frames as in training: --condition_frames first:K")
     needed, passed = _GIVEN.get(condition, ("video",)), set(given_frames_flags(content)) - {"condition_frames"}
@@ -168,7 +174,7 @@ def choose_condition_frames(settings: GenerationSettings) -> str:
     if content.condition_frames:
         what = f"--condition_frames {condition} was passed"
     elif trained:
-        what = f"'{trained[1]}' was trained with --condition_frames {condition}"
+        what = f"'{result}' was trained with --condition_frames {condition}"
     for name in needed:
         if name not in passed:
             raise UserError(f"--{name}: {what}; pass {_A_FILE[name]} for each prompt")
@@ -177,27 +183,15 @@ def choose_condition_frames(settings: GenerationSettings) -> str:
     return condition
 
 
-def find_trained_frames(settings: GenerationSettings) -> tuple[str, str] | None:
-    """Return the condition frames of a result's training, and the result; None for one outside of its run's folder.
-
-    They are in the `config.yaml` of a run, whose checkpoints and validations are folders in it. A LoRA trained
-    on first frames goes together with one for others.
-    """
-    results, found = [*(lora for lora, _ in settings.loras), settings.result.transformer], []
-    for result in (Path(one) for one in results if one and Path(one).exists()):  # not a hub id
-        for folder in (result, *list(result.parents)[:3]):
-            with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # the user may have changed the file
-                text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
-                if text.startswith(f"# {CONFIG_TITLE}"):
-                    value = (yaml.safe_load(text) or {}).get("condition_frames", FIRST)
-                    found.append((parse_condition_frames(value), str(result)))
-                    break
-    return next((one for one in found if one[0] != FIRST), found[0] if found else None)
-
-
 def choose_control(settings: GenerationSettings, configs: ModelConfigs) -> ControlToVideo:
     """Return the task of a model or a result of training that takes a control; raise a UserError if there is none."""
-    task, transformer = ControlToVideo(widens=not configs.takes_condition), settings.result.transformer
+    if configs.is_image_to_video:
+        raise UserError(
+            "--control: this is an image-to-video model, which takes none; omit it, or pass a text-to-video model and "
+            "a result with controls"
+        )
+    task = ControlToVideo(choose_control_kind(settings), widens=not configs.takes_condition)
+    transformer = settings.result.transformer
     if task.widens and not find_control_result(settings, configs):
         raise UserError(
             "--control: nothing here takes a control: neither the model nor a --lora or --transformer; omit it, or "
@@ -206,6 +200,20 @@ def choose_control(settings: GenerationSettings, configs: ModelConfigs) -> Contr
     if transformer is not None:
         read_tuned_config(transformer, settings.model.cache_dir, task.model_configs(configs))
     return task
+
+
+def choose_control_kind(settings: GenerationSettings) -> str | None:
+    """Return how controls are computed from the clips of --control: as the flag says, or else as in training.
+
+    None if the clips are controls.
+    """
+    passed, (trained, result) = settings.content.compute_control, find_trained(settings)
+    of_training = trained.control if trained else None
+    kind = passed or of_training or AS_IT_IS
+    if of_training and kind != of_training:  # clips that are controls may have been computed, too
+        logger.warning("warning: --compute_control %s: '%s' was trained with %s", kind, result, of_training)
+    logger.info("controls: %s", "the clips of --control" if kind == AS_IT_IS else f"{kind} of the clips of --control")
+    return None if kind == AS_IT_IS else kind
 
 
 def find_control_result(settings: GenerationSettings, configs: ModelConfigs) -> str | None:

@@ -105,6 +105,8 @@ def example(facts: CardFacts, base: str, repo_id: str) -> str:
     elif is_context(frames):
         loader, num_given = "load_video", len(given_frames(frames, 0))
         condition = [f'image = load_video("clip.mp4")[-{num_given}:]  # the end of the video to continue']
+    if kind := facts.settings.get("compute_control"):
+        condition = [f"{line}, which show {kind} of a clip" for line in condition]
     names = [pipeline]
     names += [] if facts.adapter else ["CogVideoXTransformer3DModel"]
     prompt = facts.prompts[0] if facts.prompts else "A panda plays a guitar"

@@ -5,6 +5,7 @@ import platform
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,7 @@ from methods.lora import Lora
 from results.model_card import CardFacts
 from results.run_record import read_flags
 from run.spec import RunSpec
+from video.frames import UNCUT
 
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,8 @@ def split_flags(settings: TrainingSettings, seed: int) -> tuple[dict[str, object
     """Return the flags that repeat a run, and the values of all others.
 
     The first are the flags that were passed, those chosen to fit into memory, the seed, and the precision, which the
-    launcher may have set. The others have their defaults: passing them too could contradict the first.
+    launcher may have set. Prepared data adds how its clips were cut and controls computed, for `generate.py`. The
+    others have their defaults: passing them too could contradict the first.
     """
     chosen = differences(memory_settings_of(settings), MemorySettings(settings.method))
     names, flags = flag_names(settings.task, settings.method), flag_values(settings).items()
@@ -82,6 +85,9 @@ def split_flags(settings: TrainingSettings, seed: int) -> tuple[dict[str, object
     }
     values = {name: value for name, value in values.items() if name in names}
     given = {*settings.given, *chosen, "seed", "mixed_precision"}.difference(_NEVER_REPEATED)
+    if settings.prepared.load_tensors:
+        made_with = asdict(UNCUT) | {"compute_control": None}  # defaults
+        given |= {name for name, default in made_with.items() if values.get(name, default) != default}
     return (
         {name: value for name, value in values.items() if name in given},
         {name: value for name, value in values.items() if name not in given and name != "hub_token"},

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from math import prod
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from PIL import Image
 
 from checkpoints.folder import load_checkpoint
 from checkpoints.manifest import size_of
-from cli.schema import replace_flags
+from cli.schema import flag_values, replace_flags
 from common.bars import tqdm
 from common.errors import UserError, listing
 from common.files import atomic_write, nearest_folder
@@ -36,6 +37,7 @@ from run.setup import make_dataset, set_up
 from run.spec import RunSpec, check_spec
 from tracking.peak_memory import PeakMemory
 from video.condition_frames import ENDS, given_frames, is_context
+from video.frames import Cut
 from video.io import write_video
 
 
@@ -149,14 +151,12 @@ def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | N
         prompts = ("a trial",)
         size_flags = {"max_num_frames": sampled.num_frames, "height": sampled.height, "width": sampled.width}
         if settings.task == "image-to-video":
-            images = (write_given_frames(settings.image.condition_frames, folder, sampled),)
+            images = (write_given_frames(settings.image.condition_frames, folder, sampled, settings.clips.fps),)
         elif settings.task == "control-to-video":
             controls = (str(folder / "control.mp4"),)
-            with atomic_write(Path(controls[0])) as partial:
-                gray = Image.new("RGB", (sampled.width, sampled.height), "gray")
-                write_video(partial, [gray] * sampled.num_frames, round(settings.clips.fps or 8))
+            write_gray(Path(controls[0]), sampled, sampled.num_frames, Cut.of(flag_values(settings)))
             with atomic_write(folder / "control.mask.png") as partial:  # for --compute_control inpaint
-                gray.save(partial)
+                Image.new("RGB", (sampled.width, sampled.height), "white").save(partial)
     trial = replace_flags(
         settings,
         **size_flags,
@@ -174,16 +174,23 @@ def trial_settings(settings: TrainingSettings, folder: Path, sampled: Bucket | N
     return replace(trial, validation=replace(trial.validation, prompts=prompts, images=images, controls=controls))
 
 
-def write_given_frames(condition: str, folder: Path, size: Bucket) -> str:
+def write_given_frames(condition: str, folder: Path, size: Bucket, fps: float | None = None) -> str:
     """Write what a video is sampled from, in gray, and return its value for --validation_images."""
-    gray = Image.new("RGB", (size.width, size.height), "gray")
-    file = folder / ("start.mp4" if is_context(condition) else "start.png")
+    if is_context(condition):
+        write_gray(folder / "start.mp4", size, len(given_frames(condition, size.num_frames)), Cut(fps))
+        return str(folder / "start.mp4")
+    file = folder / "start.png"
     with atomic_write(file) as partial:  # by every rank, while others read it
-        if is_context(condition):
-            write_video(partial, [gray] * len(given_frames(condition, size.num_frames)), 8)
-        else:
-            gray.save(partial)
+        Image.new("RGB", (size.width, size.height), "gray").save(partial)
     return f"{file},{file}" if condition == ENDS else str(file)
+
+
+def write_gray(file: Path, size: Bucket, num_frames: int, cut: Cut) -> None:
+    """Write a gray video of which this cut leaves a number of frames."""
+    gray = Image.new("RGB", (size.width, size.height), "gray")
+    rate = Fraction(cut.fps or 8).limit_denominator(10_000)
+    with atomic_write(file) as partial:
+        write_video(partial, [gray] * (cut.skip_frames_start + num_frames + cut.skip_frames_end), rate)
 
 
 def largest_batch(

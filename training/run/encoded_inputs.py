@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from diffusers.training_utils import free_memory
 
+from cli.schema import flag_values
 from common.errors import UserError
 from dataset import Batch
 from models.configs import ModelConfigs
@@ -14,10 +15,12 @@ from models.prompts import PromptCache
 from planning.plan import validation_data_flags
 from planning.samples import PreparedData, TrainingData, caption_dropouts
 from prepared.folder import read_prompt
+from run.recipe import Recipe
 from run.spec import RunSpec
 from validation.loss import encode_validation_set, read_validation_set
 from validation.videos import Conditions
 from video.condition_frames import split_files
+from video.frames import Cut
 from video.images import load_controls, load_given_frames
 
 
@@ -88,18 +91,16 @@ def _encode_held_out(
     return batches
 
 
-def load_conditions(spec: RunSpec) -> Conditions | None:
+def load_conditions(spec: Recipe) -> Conditions | None:
     """Load the first frames or controls of the validation videos, cropped like clips."""
-    clips, flags = spec.settings.clips, spec.settings.validation
+    clips, flags, cut = spec.settings.clips, spec.settings.validation, Cut.of(flag_values(spec.settings))
     if spec.task.condition == "control" and flags.controls:
-        how = {"reshape_mode": clips.video_reshape_mode, "fps": clips.fps, "long_clips": clips.long_clips}
-        return load_controls(flags.controls, spec.sampled_size, spec.task.kind, **how)
+        return load_controls(flags.controls, spec.sampled_size, spec.task.kind, cut=cut)
     if spec.task.condition != "image":
         return None
     condition = spec.settings.image.condition_frames
     files = [split_files(condition, one) for one in flags.images]
-    where = {"flag": "--validation_images", "reshape_mode": clips.video_reshape_mode, "fps": clips.fps}
-    return load_given_frames(files, condition, clips.height, clips.width, **where)
+    return load_given_frames(files, condition, clips.height, clips.width, flag="--validation_images", cut=cut)
 
 
 def find_prompt(data: TrainingData, configs: ModelConfigs, prompt: str) -> torch.Tensor | None:

@@ -106,7 +106,10 @@ def count_validations(recipe: Recipe, schedule: StepSchedule, done: int, last: i
 
 
 def estimate_seconds(plan: Plan, recipe: Recipe, measured: Measured, num_processes: int) -> dict[str, float]:
-    """Return the seconds that the run takes, by what it does; all processes sample videos."""
+    """Return the seconds that the run takes, by what it does; all processes sample videos.
+
+    What a `--sampling_cache` skips depends on the video: denoising steps count in full.
+    """
     seconds_per_tflop = measured.step.seconds / measured.step.tflops
     video = measured.video_seconds
     if recipe.sampled_size is not None:
@@ -134,6 +137,14 @@ def estimate_bytes(plan: Plan, measured: Measured) -> dict[str, int]:
     }
 
 
+def describe_cache(plan: Plan, recipe: Recipe) -> str:
+    """Return what the seconds omit of a cache of the validations, for the end of their line; empty without one."""
+    cache = recipe.settings.guidance.sampling_cache
+    if cache == "none" or not plan.validations:
+        return ""
+    return f"; what --sampling_cache {cache} skips is not subtracted"
+
+
 def describe_run(trial: RunSpec, recipe: Recipe, measured: Measured) -> str:
     """Return the plan of the real run and its estimate, a line for each subject."""
     plan = plan_run(trial, recipe, measured.throughput)
@@ -147,7 +158,7 @@ def describe_run(trial: RunSpec, recipe: Recipe, measured: Measured) -> str:
         "checkpoints": f"{plan.checkpoints}, {plan.kept_checkpoints} of them kept",
         "validations": f"{plan.validations}, of {plan.videos} videos" if plan.validations else "none",
         **({"held-out loss": f"measured {plan.losses} times"} if plan.losses else {}),
-        "time": f"about {in_words(sum(seconds.values()))}: {parts}",
+        "time": f"about {in_words(sum(seconds.values()))}: {parts}{describe_cache(plan, recipe)}",
         "disk": f"about {in_bytes(needed)}: {files}; {in_bytes(free)} are free",
     }
     if needed > free:

@@ -38,8 +38,10 @@ from memory.ladder import (
 from memory.settings import GB, NAMES, MemorySettings, describe_change, memory_settings_of
 from methods.lora import Lora
 from parallel.coordinator import Coordinator
+from planning.samples import PreparedData
 from run.launch import start_accelerator
 from run.recipe import Recipe
+from video.condition_frames import given_frames
 
 
 logger = logging.getLogger(__name__)
@@ -53,18 +55,9 @@ class RunMemory:
     def __init__(self, recipe: Recipe, kept: Collection[str] = ()):
         settings = recipe.settings
         self.current, self.given = memory_settings_of(settings), settings.given.union(kept)
-        facts, guidance = run_facts(recipe), settings.guidance
-        self.facts, self.measured = facts, read_measured() if guidance.sampling_cache == "none" else []
-        is_replicated = launch_size() > 1 and not (uses_deepspeed() or uses_fsdp())
-        workload = Workload(
-            facts.size,
-            facts.batch_size,
-            facts.mixed_precision,
-            facts.sampled,
-            guidance.guidance_scale > 1,
-            guidance.sampling_cache,
-            is_replicated,
-        )
+        self.facts, workload = run_facts(recipe), workload_of(recipe)
+        plain = Workload(*(getattr(workload, name) for name in ("size", "batch_size", "mixed_precision", "sampled")))
+        self.measured = read_measured() if workload == replace(plain, is_guided=workload.is_guided) else []
         self.account = cache(partial(account, recipe.model_facts, workload=workload))
         self.is_usable = usable_filter(settings, mixed_precision=recipe.precision, has_gpu=torch.cuda.is_available())
 
@@ -83,6 +76,26 @@ class RunMemory:
         return measure_or_calculate(memory, self.facts, lambda memory: self.account(memory).peak, self.measured)
 
 
+def workload_of(recipe: Recipe) -> Workload:
+    """Return the input of a run's largest step, and what it samples."""
+    facts, settings = run_facts(recipe), recipe.settings
+    training, guidance = settings.training, settings.guidance
+    return Workload(
+        facts.size,
+        facts.batch_size,
+        facts.mixed_precision,
+        facts.sampled,
+        is_guided=guidance.guidance_scale > 1,
+        sampling_cache=guidance.sampling_cache,
+        is_replicated=launch_size() > 1 and not (uses_deepspeed() or uses_fsdp()),
+        is_raw=not isinstance(recipe.data, PreparedData),
+        slicing=training.enable_slicing,
+        tiling=training.enable_tiling,
+        given_frames=len(given_frames(settings.image.condition_frames, facts.size.num_frames)),
+        has_masks=settings.masks.use_masks,
+    )
+
+
 def run_facts(recipe: Recipe) -> RunFacts:
     """Return the facts that memory depends on besides the memory settings."""
     method, configs = recipe.method, recipe.configs
@@ -90,8 +103,10 @@ def run_facts(recipe: Recipe) -> RunFacts:
     adapters = adapter_key(method.rank, method.target_modules, use_dora=method.use_dora) if is_lora else ""
     if is_lora and method.adapter != "lora":
         adapters = f"{method.adapter} {adapters}"
+    if is_lora and method.dropout:
+        adapters += " dropout"
     return RunFacts(
-        model=model_key(configs.transformer),
+        model=f"{model_key(configs.transformer)}{' control' if configs.is_control else ''}",
         method=recipe.settings.method,
         size=largest,
         batch_size=recipe.batch_limit.worth_of(largest),
@@ -146,7 +161,7 @@ def choose_by_card(recipe: Recipe) -> MemorySettings:
     """
     settings = recipe.settings
     is_divided = uses_deepspeed() or uses_fsdp() or settings.speed.context_parallel_size > 1
-    if is_divided or settings.lora.adapter != "lora":  # what a rank, or a LoKr's product, takes is not calculated
+    if is_divided:  # what a rank takes is not calculated
         return replace(memory_settings_of(settings), gradient_checkpointing=True)
     run = RunMemory(recipe, LASTING if _resumed(settings) else ())
     free, host = usable_memory(settings)
@@ -176,10 +191,11 @@ def choose_by_budget(recipe: Recipe) -> MemorySettings:
     choice = choose(budget_gb * GB, run.rungs_of_run, run.needed)
     if choice.needed > budget_gb * GB:
         flags = describe_change(choice.settings, run.current) or "what the flags say"
+        tiles = ", encode raw clips with --enable_tiling" if _can_tile(recipe) else ""
         raise UserError(
             f"--memory_budget_gb {budget_gb:g}: nothing fits; the smallest is {flags}, which takes "
             f"{in_bytes(choice.needed, 1024)} ({choice.how}); train at a smaller --height, --width or "
-            "--max_num_frames, or omit flags that cost memory"
+            f"--max_num_frames{tiles}, or omit flags that cost memory"
         )
     logger.info("%s", describe_settings(choice, run.current, budget_gb))
     return choice.settings
@@ -188,8 +204,13 @@ def choose_by_budget(recipe: Recipe) -> MemorySettings:
 def step_down(recipe: Recipe) -> MemorySettings | None:
     """Return the next stronger savings for `--auto_fit` after the recipe ran out of memory; None if there are none."""
     run = RunMemory(recipe)
-    # Whether training or validation ran out is unknown: less memory for either is worth a try.
-    rung = next_rung(run.rungs, run.current, lambda rung: run.account(rung).training + run.account(rung).validation)
+
+    def taken(memory: MemorySettings) -> int:
+        # What ran out is unknown: less for a step or a validation is worth a try. None takes less for encoding clips.
+        result = run.account(memory)
+        return replace(result, encoding=0).training + result.validation
+
+    rung = next_rung(run.rungs, run.current, taken)
     if rung is not None:
         logger.warning("out of GPU memory; --auto_fit starts again with %s", describe_change(rung, run.current))
     return rung
@@ -208,6 +229,11 @@ def training_memory_advice(recipe: Recipe) -> list[str]:
         steps = training.gradient_accumulation_steps * training.train_batch_size
         flags = f"--train_batch_size 1 --gradient_accumulation_steps {steps} (the same steps)"
         lines.append(_saving(flags, RunMemory(alone).needed(run.current), now))
+    if _can_tile(recipe):
+        by_tiles = replace(recipe, settings=replace_flags(recipe.settings, enable_slicing=True, enable_tiling=True))
+        tiled = RunMemory(by_tiles).needed(run.current)
+        if tiled.needed < now.needed:
+            lines.append(_saving("--enable_slicing --enable_tiling", tiled, now))
     rungs = run.rungs[1:]
     offloaded = replace(run.current, enable_model_cpu_offload=True)
     if recipe.sampled_size is not None and run.is_usable(offloaded):
@@ -217,6 +243,11 @@ def training_memory_advice(recipe: Recipe) -> list[str]:
             lines.append(_saving(describe_change(choice.settings, typed_memory(recipe.settings)), choice, now))
             smallest = choice
     return [*lines, "smaller --height and --width, or fewer frames in --frame_buckets and --max_num_frames"]
+
+
+def _can_tile(recipe: Recipe) -> bool:
+    """Return whether tiles would make the encoding of clips in the training smaller."""
+    return not (isinstance(recipe.data, PreparedData) or recipe.settings.training.enable_tiling)
 
 
 def _saving(flags: str, choice: Choice, now: Choice) -> str:

@@ -13,7 +13,7 @@ from data.token_budget import BatchSize, TokenBudget
 from dataset import LISTED
 from diffusion.control_to_video import ControlToVideo
 from diffusion.image_to_video import ImageToVideo
-from diffusion.task import Task
+from diffusion.task import Task, pipeline_index
 from diffusion.text_to_video import TextToVideo
 from flags.settings import TrainingSettings
 from memory.accounting import checkpoint_bytes
@@ -53,8 +53,7 @@ class Recipe:
             return replace(lora, new_inputs=self.configs.patch_inputs - self.base_configs.patch_inputs)
         index = {}
         if self.configs is not self.base_configs:  # the result is sampled by another pipeline than the base model
-            scheduler = ["diffusers", self.task.scheduler_class.__name__]
-            index = {"_class_name": self.task.pipeline_class.__name__, "scheduler": scheduler}
+            index = pipeline_index(self.task)
         return FullFinetune(self.settings.full.save_pipeline, self.settings.memory.weights_dtype, index=index)
 
     @cached_property
@@ -154,7 +153,7 @@ class Recipe:
     @property
     def video_fps(self) -> int:
         """The frame rate of validation videos."""
-        return round(self.settings.clips.fps or 8)
+        return max(round(self.settings.clips.fps or 8), 1)
 
     def usage(self, where: Path | str, model: str | None = None) -> str:
         """Return the code that loads the result from the run's folder or its repository on the hub.

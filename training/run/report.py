@@ -169,7 +169,8 @@ def describe_run(spec: RunSpec, total_steps: int, summary: Mapping[str, str]) ->
         "total_steps": total_steps,
         "summary": dict(summary),
         "flags": {name: value for name, value in flag_values(settings).items() if name != "hub_token"}
-        | {"seed": spec.state.seed},
+        | {"seed": spec.state.seed}
+        | ({"compute_control": spec.task.kind} if spec.task.name == "control-to-video" else {}),  # of prepared data
         "given": sorted(settings.given),
         "revision": read_revision(),
         "versions": {"Python": platform.python_version()} | recorded_versions(),

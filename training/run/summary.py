@@ -55,6 +55,7 @@ def start_rows(
         "training": f"{describe_method(spec.method)}{describe_products(transformer)}: {trainable:,} of {total:,} "
         "parameters",
         "data": describe_samples(spec),
+        **({"controls": describe_controls(spec.task.kind)} if spec.task.condition == "control" else {}),
         "steps": describe_steps(spec, schedule, total_steps, padding),
         "optimizer": describe_optimizer(spec),
         "devices": devices,
@@ -93,6 +94,11 @@ def describe_method(method: Lora | FullFinetune) -> str:
         return f"full fine-tuning, weights in {method.weights_dtype}"
     base = "" if method.quantize_base == "none" else f" on a base in {method.quantize_base}"
     return f"{method.title} of rank {method.rank}, alpha {method.alpha:g}{base}"
+
+
+def describe_controls(kind: str | None) -> str:
+    """Describe what the videos follow."""
+    return f"{kind}, computed from the clips" if kind else "clips of their own"
 
 
 def describe_samples(spec: RunSpec) -> str:

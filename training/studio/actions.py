@@ -1,8 +1,8 @@
 """What the buttons of the page do; each method takes and returns the values of components."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,23 +12,28 @@ from markupsafe import Markup, escape
 
 from common.errors import UserError, listing
 from common.remote import default_cache_folder
-from common.run_folder import LORA_FILE, PICTURE_FILE, REPORT_FILE
+from common.run_folder import LORA_FILE, REPORT_FILE
 from planning.plan import data_sources
 from studio.captions import Captioned, read_captions, save_caption
-from studio.commands import (
-    Form,
-    check_command,
-    prepare_command,
-    sample_command,
-    shown,
-    train_command,
-)
+from studio.commands import Form, check_command, prepare_command, sample_command, shown, train_command
+from studio.given import BEGINNING, CONTROL, FILES, TEXT, Given, find_run, given_of
 from studio.jobs import Job, Jobs
-from studio.places import STATE_FOLDER, inside, list_data, list_models, list_runs, list_videos
+from studio.places import inside, list_data, list_media, list_models, list_runs, list_videos
 
 
 HUB_MODELS = ["THUDM/CogVideoX-2b", "THUDM/CogVideoX-5b", "THUDM/CogVideoX-5b-I2V"]
 HUB_MODELS += ["THUDM/CogVideoX1.5-5B", "THUDM/CogVideoX1.5-5B-I2V"]
+_STATE = Markup(
+    "<p><b>{}</b>: {}</p><p>Result in <code>{}</code>, log in <code>{}/log.txt</code>. A job continues when this page "
+    "or the app is closed.</p>"
+)
+_RESULTS = {
+    LORA_FILE: Markup('<p><a href="{}" download>Download the LoRA</a></p>'),
+    REPORT_FILE: Markup(
+        '<p><a href="{0}" target="_blank">Open the report</a></p>'
+        '<iframe class="report" sandbox title="Report" src="{0}"></iframe>'
+    ),
+}
 _PLAYED = {".mp4", ".m4v", ".mov", ".webm"}  # by browsers, mostly
 
 
@@ -58,36 +63,31 @@ class Actions:
     @_told
     def show_clips(self, *form: Any) -> tuple[list[Any], list[Captioned], None, Markup, Markup, str]:
         """Read the clips: the rows of the table, the clips, none chosen, the bad rows, no video, no caption."""
-        settings = check_command(prepare_command(_form(form)), self.root)
+        settings = check_command(*self._commands("plan", form), self.root)
         clips, bad = [], []
-        for source in data_sources(settings.sources):
+        control = settings.control if settings.preparation.save_control_latents else None
+        for source in data_sources(settings.sources, control, settings.masks):
             more, unusable = read_captions(source, default_cache_folder() / "media")
             clips, bad = clips + more, bad + unusable
-        note = f"{len(clips)} clips"
-        if bad:
-            note = listing(f"{note}, and {len(bad)} rows that cannot be changed here:", bad)
+        note = listing(f"{len(clips)} clips; cannot be changed here:", bad) if bad else f"{len(clips)} clips"
         return self._rows(clips), clips, None, Markup('<p class="lines">{}</p>').format(note), Markup(), ""
 
     @_told
-    def choose_clip(
-        self, clips: list[Captioned], chosen: int | None, caption: str, event: gr.SelectData
-    ) -> tuple[Any, Any, int, Markup, str]:
+    def choose_clip(self, clips: list[Captioned], chosen: int | None, caption: str, event: gr.SelectData) -> tuple:
         """Save the caption that was edited, if it was, and show another clip."""
         saved = self.save(clips, chosen, caption) if _is_edited(clips, chosen, caption) else (gr.skip(), gr.skip())
         number = int(event.row_value[0])
         clip = clips[number - 1]
-        return *saved, number, _media(self.root, clip.video), clip.text
+        media = Markup().join(_media(self.root, file) for file in (clip.video, *clip.beside) if file)
+        return *saved, number, media, clip.text
 
     @_told
-    def save(
-        self, clips: list[Captioned], chosen: int | None, caption: str
-    ) -> tuple[list[list[Any]], list[Captioned]]:
+    def save(self, clips: list[Captioned], chosen: int | None, caption: str) -> tuple[list[Any], list[Captioned]]:
         """Save the caption of the chosen clip, and return the rows of the table and the clips."""
         if chosen is None:
             raise UserError("choose a clip first")
         if _is_edited(clips, chosen, caption):
-            backups = self.root / STATE_FOLDER / "captions"
-            clips[chosen - 1] = save_caption(clips[chosen - 1], caption, self.root, backups)
+            clips[chosen - 1] = save_caption(clips[chosen - 1], caption, self.root)
             gr.Info("Saved; the former file is kept.", duration=3)
         return self._rows(clips), clips
 
@@ -96,66 +96,66 @@ class Actions:
 
     # Runs
 
-    def preview(self, *form: Any) -> str:
-        """Return the commands of a training, or why there are none."""
+    def preview(self, kind: str, *values: Any) -> str:
+        """Return the commands of a job, or why there are none."""
         try:
-            return shown(self._commands("train", _form(form)), self.root)
+            return shown(self._commands(kind, values), self.root)
         except UserError as error:
             return f"# {error}"
 
     @_told
     def start(self, kind: str, *values: Any) -> gr.Tabs:
         """Start a job: plan shows what the model would see of the clips, try trains two steps, train trains."""
-        form = _form(values)
-        prepare, *others = self._commands(kind, form)
+        prepare, *others = self._commands(kind, values)
         result = check_command(prepare, self.root).preparation.output_dir
-        inside(self.root, form.prepared).mkdir(parents=True, exist_ok=True)  # training requires that it exists
+        inside(self.root, result).mkdir(parents=True, exist_ok=True)  # training requires that it exists
         for command in others:
             result = check_command(command, self.root).training.output_dir
         self.jobs.start(kind, [prepare, *others], result, values)
         return gr.Tabs(selected="run")
 
-    def _commands(self, kind: str, form: Form) -> list[list[str]]:
+    def _commands(self, kind: str, values: Sequence[Any]) -> list[list[str]]:
+        values = ["" if value is None else value for value in values]
+        if kind == "sample":
+            model, lora, prompts, given, latents, control, *others = values
+            return [sample_command(model, lora, prompts, Given(given, latents, control), *others)]
+        form = _form(values)
         if kind == "plan":
             return [prepare_command(form, "--dry_run")]
         return [prepare_command(form), train_command(form, *["--dry_run"] * (kind == "try"))]
 
     # Samples
 
-    def preview_sample(self, *values: Any) -> str:
-        """Return the command that samples, or why there is none."""
-        try:
-            return shown([sample_command(*values)], self.root)
-        except UserError as error:
-            return f"# {error}"
+    def ask_files(self, kind: str) -> gr.Dropdown:
+        """Ask for the files that a choice of `Given` needs."""
+        choices = list_media(self.root, are_videos=kind in (BEGINNING, CONTROL))
+        return gr.Dropdown(choices=choices, label=FILES.get(kind), visible=kind != TEXT)
+
+    def fit_given(self, lora: str | None) -> list[Any]:
+        """Return the choice of `Given` that a LoRA was trained with; text only if it is unknown."""
+        run = find_run(self.root, lora)
+        return list(astuple(given_of(run) if run else Given()))
 
     @_told
-    def sample(self, model: str, run: str | None, *values: Any) -> gr.Tabs:
+    def sample(self, *values: Any) -> gr.Tabs:
         """Sample videos."""
-        command, before = sample_command(model, run, *values), self.jobs.latest()
-        settings = check_command(command, self.root)
+        commands, before = self._commands("sample", values), self.jobs.latest()
+        settings = check_command(commands[0], self.root)
         if not settings.videos:
             raise UserError(f"all videos of {settings.output.output_dir} are there already")
-        self.jobs.start("sample", [command], str(settings.videos[0].file.parent), before.form if before else ())
+        self.jobs.start("sample", commands, str(settings.videos[0].file.parent), before.form if before else ())
         return gr.Tabs(selected="run")
 
     # The job
 
     def look(self, seen: list[Any]) -> list[Any]:
         """Return state, log, result and stop button of the latest job, as far as they changed, and all of them."""
-        job = self.jobs.latest()
-        state = Markup("<p>Nothing was started yet.</p>")
+        job, current = self.jobs.latest(), ["<p>Nothing was started yet.</p>", "", "", False]
         if job is not None:
-            place = job.folder.relative_to(self.root)
-            state = Markup(
-                "<p><b>{}</b>: {}</p><p>Result in <code>{}</code>, log in <code>{}/log.txt</code>. A job continues "
-                "when this page or the app is closed.</p>"
-            ).format(job.kind, job.state, job.result, place)
-        result, is_running = self._result(job) if job else Markup(), bool(job and job.is_running)
-        log = Markup('<div class="log"><pre>{}</pre></div>').format(job.log()) if job else Markup()
-        current = [str(state), str(log), str(result), is_running]
-        stop = gr.Button(interactive=is_running)
-        values, before = [*current[:3], stop], seen or [None] * 4
+            state = _STATE.format(job.kind, job.state, job.result, job.folder.relative_to(self.root))
+            log = Markup('<div class="log"><pre>{}</pre></div>').format(job.log())
+            current = [str(state), str(log), str(self._result(job)), job.is_running]
+        values, before = [*current[:3], gr.Button(visible=current[3])], seen or [None] * 4
         changed = [gr.skip() if old == new else value for value, new, old in zip(values, current, before, strict=True)]
         return [*changed, current]
 
@@ -166,16 +166,8 @@ class Actions:
 
     def _result(self, job: Job) -> Markup:
         folder = self.root / job.result
-        parts = []
-        if (folder / LORA_FILE).is_file():
-            link = '<p><a href="{}" download>Download the LoRA</a></p>'
-            parts.append(Markup(link).format(_address(self.root, folder / LORA_FILE)))
-        if (folder / REPORT_FILE).is_file():
-            link = Markup('<p><a href="{0}" target="_blank">Open the report</a></p>')
-            frame = Markup('<iframe class="report" sandbox title="Report" src="{0}"></iframe>')
-            parts.append((link + frame).format(_address(self.root, folder / REPORT_FILE)))
-        elif (folder / PICTURE_FILE).is_file():
-            parts.append(_media(self.root, folder / PICTURE_FILE))
+        there = [(folder / name, html) for name, html in _RESULTS.items() if (folder / name).is_file()]
+        parts = [html.format(_address(self.root, file)) for file, html in there]
         figures = [
             Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(_media(self.root, video), video.name)
             for video in list_videos(folder)
@@ -192,17 +184,20 @@ class Actions:
         for index, choices in enumerate(([*list_models(self.root), *HUB_MODELS], list_data(self.root))):
             value = {} if isinstance(form[index], dict) else {"value": form[index]}
             form[index] = gr.Dropdown(choices=choices, **value)
-        return [tab, self.runs(), *form]
+        return [tab, *form]
 
-    def runs(self) -> gr.Dropdown:
-        """Return the runs to sample from."""
-        return gr.Dropdown(choices=list_runs(self.root))
+    def runs(self, chosen: str | None) -> gr.Dropdown:
+        """Return the LoRAs to sample from; the newest is chosen if nothing was."""
+        found = list_runs(self.root)
+        value = chosen if chosen is not None else next(iter(found), "")
+        return gr.Dropdown(choices=[("none: the base model", ""), *found], value=value)
 
 
-def _form(values: tuple[Any, ...]) -> Form:
+def _form(values: Sequence[Any]) -> Form:
     for item, value in zip(fields(Form), values, strict=True):
-        if value in (None, "") and item.name not in ("id_token", "prepare_flags", "train_flags"):
-            raise UserError(f"{item.name.replace('_', ' ')} is empty; choose or type one")
+        if value == "" and item.name not in ("id_token", "prepare_flags", "train_flags"):
+            tab = "Clips" if item.name == "clips" else "Train"
+            raise UserError(f"{item.name.replace('_', ' ')}: nothing is chosen; choose or type it in the tab {tab}")
     return Form(*values)
 
 

@@ -8,19 +8,20 @@ import io
 import json
 import re
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 from captions.table import AUTHOR_COLUMN, USER
-from common.errors import UserError, one_line
+from common.errors import UserError
 from common.files import atomic_write
 from common.text_files import read_utf8
 from data.clips import BadClip
-from data.rows import DataSource, Table
-from data.sources import read_clips
-from data.tables import csv_reader, find_delimiter, read_table, text_file
-from studio.places import inside
+from data.rows import DataSource
+from data.sources import open_list, read_clips
+from data.tables import csv_reader, find_delimiter, text_file
+from studio.places import inside, own_path
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Captioned:
     file: Path  # with the caption; it need not exist
     row: int | None = None  # number of the caption in `file`: line, or value of a JSON array; None: all of it
     column: str | None = None  # of a table
+    beside: Sequence[Path | None] = ()  # its control and its mask, as far as they are read
 
 
 _saving = threading.Lock()
@@ -42,20 +44,12 @@ def read_captions(source: DataSource, media_cache: Path) -> tuple[list[Captioned
 
     Raises UserError for a table without the column of captions: they may be in another one.
     """
-    if source.dataset_file is not None:
-        _check_column(read_table(source.dataset_file, source), source.caption_column)
+    if source.dataset_file is not None or source.dataset_name is not None:
+        open_list(source, None)
     plain = replace(source, id_token=None, caption_per_line=False, shuffle_tags=None)  # as the file has them
     clips, bad = read_clips(plain, media_cache, captions_file=media_cache / "none")
-    return [Captioned(clip.video, clip.caption, *_place(plain, clip.source, clip.video)) for clip in clips], bad
-
-
-def _check_column(table: Table, column: str) -> None:
-    if table.names and column not in table.names:
-        there = ", ".join(map(one_line, table.names))
-        likely = next((name for name in ("text", "caption", "prompt") if name in table.names), None)
-        flag = f"pass --caption_column {likely or 'NAME'} among the flags of prepare_dataset.py"
-        advice = flag if likely else f"add it to the table, or {flag}"
-        raise UserError(f"{table.where} has no column {column!r}, but {there}; {advice}")
+    found = ((clip, _place(plain, clip.source, clip.video)) for clip in clips)
+    return [Captioned(one.video, one.caption, *place, (one.control, one.mask)) for one, place in found], bad
 
 
 def _place(source: DataSource, listed: str, video: Path) -> tuple[Path, int | None, str | None]:
@@ -71,8 +65,8 @@ def _place(source: DataSource, listed: str, video: Path) -> tuple[Path, int | No
     return beside, None, None
 
 
-def save_caption(clip: Captioned, text: str, root: Path, backups: Path) -> Captioned:
-    """Write a caption, and return the clip with it. The former file is kept in `backups`, with the time in its name.
+def save_caption(clip: Captioned, text: str, root: Path) -> Captioned:
+    """Write a caption, and return the clip with it. The former file is kept, with the time in its name.
 
     Raises UserError if the caption is not what it was when `clip` was read, the file is outside `root` or it is of a
     format that cannot be changed.
@@ -90,9 +84,8 @@ def save_caption(clip: Captioned, text: str, root: Path, backups: Path) -> Capti
         if _plain(found) != _plain(clip.text):
             raise UserError(f"{clip.file} has another caption there since it was read; read the clips again")
         if former is not None:
-            kept = backups / file.relative_to(root.resolve())
-            kept = kept.with_name(f"{kept.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
-            with atomic_write(kept) as partial:
+            name = f"captions/{file.relative_to(root.resolve())}.{datetime.now():%Y%m%d-%H%M%S-%f}"
+            with atomic_write(own_path(root, name)) as partial:
                 partial.write_bytes(former)
         mark = b"\xef\xbb\xbf" if former and former.startswith(b"\xef\xbb\xbf") else b""
         with atomic_write(file) as partial:
@@ -107,13 +100,11 @@ def _plain(caption: object) -> str:
 
 def _changed(clip: Captioned, before: str, text: str) -> tuple[str, object]:
     """Return the text of a file with the new caption, and the caption that was there."""
-    suffix = clip.file.suffix.lower()
-    if clip.column is not None and suffix in (".csv", ".tsv"):
-        return _changed_csv(clip, before, text)
-    if clip.column is not None and suffix in (".jsonl", ".json"):
-        return _changed_json(clip, before, text)
+    ways = {".csv": _changed_csv, ".tsv": _changed_csv, ".jsonl": _changed_json, ".json": _changed_json}
+    if clip.column is not None and clip.file.suffix.lower() not in ways:
+        raise UserError(f"{clip.file}: captions can be changed here in .txt, {', '.join(ways)} files only")
     if clip.column is not None:
-        raise UserError(f"{clip.file}: captions can be changed here in .txt, .csv, .tsv, .jsonl and .json files only")
+        return ways[clip.file.suffix.lower()](clip, before, text)
     if clip.row is None:
         return text + ("\n" if before.endswith("\n") else ""), before
     lines = re.split(r"(\r\n|\r|\n)", before)  # lines and their ends in turn

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from args import parse_args, parse_generate_args, parse_prepare_args
+from checks.files import is_hub_id
 from cli.schema import flag_values, path_values
 from common.errors import UserError
 from common.files import path_of_script, slug
 from common.run_folder import LORA_FILE, list_checkpoints
 from flags.settings import TrainingSettings, training_script
+from studio.given import Given, find_run
 from studio.places import inside
 from video.condition_frames import split_files
 
 
-TASKS = ("text-to-video", "image-to-video")
 BY_CARD = "fit the card"
 MEMORY = (BY_CARD, "12 GB", "16 GB", "24 GB", "40 GB", "80 GB")
-PRECISIONS = {"bf16": "bf16", "fp16": "fp16", "no": "fp32"}  # of training; of the prepared data
+PRECISIONS = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}  # of the prepared data; of training
 USUAL_FLAGS = "--train_batch_size 1 --seed 42"
 # They would lead out of the root or show a secret.
 REFUSED = {
@@ -45,7 +46,9 @@ class Form:
 
     model: str  # folder or hub id
     clips: str  # folder or table, below the root
-    task: str
+    given: str  # this and the next two: of Given
+    latents: int
+    control: str
     id_token: str
     height: int
     width: int
@@ -62,8 +65,13 @@ class Form:
     def prepared(self) -> str:
         """The folder of the prepared data, which runs with the same clips, model and sizes share."""
         clips, model = (slug(Path(one).name) or "all" for one in (self.clips, self.model))
-        images = "-images" if self.task == "image-to-video" else ""
-        return f"prepared/{clips}-{model}-{self.frames}x{self.height}x{self.width}-{self.precision}{images}"
+        size = f"{self.frames}x{self.height}x{self.width}"
+        return f"prepared/{clips}-{model}-{size}-{self.precision}{self.condition.name}"
+
+    @property
+    def condition(self) -> Given:
+        """What videos are made from."""
+        return Given(self.given, self.latents, self.control)
 
 
 def prepare_command(form: Form, *more: str) -> Command:
@@ -72,9 +80,8 @@ def prepare_command(form: Form, *more: str) -> Command:
     sizes = {"height_buckets": form.height, "width_buckets": form.width}
     sizes |= {"frame_buckets": form.frames, "max_num_frames": form.frames}
     flags = {"model_id": form.model, "dataset_file" if is_table else "data_root": form.clips}
-    flags |= {"id_token": form.id_token, "output_dir": form.prepared, **sizes, "dtype": PRECISIONS[form.precision]}
-    images = ["--save_image_latents"] if form.task == "image-to-video" else []
-    fixed = ["--use_slicing", "--save_latents_and_embeddings", *images]
+    flags |= {"id_token": form.id_token, "output_dir": form.prepared, **sizes, "dtype": form.precision}
+    fixed = ["--use_slicing", "--save_latents_and_embeddings", *form.condition.prepared]
     return [*_script("prepare_dataset.py"), *_words(flags), *fixed, *_split(form.prepare_flags), *more]
 
 
@@ -85,25 +92,41 @@ def train_command(form: Form, *more: str) -> Command:
     flags = {
         "pretrained_model_name_or_path": form.model,
         "data_root": form.prepared,
-        "mixed_precision": form.precision,
+        "mixed_precision": PRECISIONS[form.precision],
         "memory_budget_gb": "" if form.memory == BY_CARD else form.memory.removesuffix(" GB"),
         "max_train_steps": form.steps,
         "learning_rate": form.learning_rate,
         "output_dir": form.output,
         "resume_from_checkpoint": "latest" if resumes else "",
     }
-    script = _script(training_script(form.task, "lora"))
-    return [*script, *_words(flags), "--load_tensors", *_split(form.train_flags), *more]
+    script = _script(training_script(form.condition.task, "lora"))
+    frames = form.condition.detail if form.condition.task == "image-to-video" else []
+    return [*script, *_words(flags), "--load_tensors", *frames, *_split(form.train_flags), *more]
 
 
-def sample_command(model: str, run: str, prompts: str, steps: int, guidance: float, seed: int, more: str) -> Command:
-    """Return the command that samples a video for each line of `prompts`, of the base model if `run` is empty."""
-    flags = {"pretrained_model_name_or_path": model, "lora": run, "num_inference_steps": steps}
-    flags |= {"guidance_scale": guidance, "seed": seed, "output_dir": f"samples/{slug(run or model)}"}
-    lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
+def sample_command(
+    model: str, lora: str, prompts: str, given: Given, files: list[str], steps: int, scale: float, seed: int, more: str
+) -> Command:
+    """Return the command that samples a video for each line of `prompts`.
+
+    A LoRA is sampled with the base model and at the size of its run, if they are known; without one, `model` is.
+    """
+    run = find_run(Path.cwd(), lora)
+    trained = run.flags if run else {}
+    base, switch = str(trained.get("pretrained_model_name_or_path")), "ignore_learned_positional_embeddings"
+    is_here = is_hub_id(base) or (os.path.isdir(base) and not os.path.isabs(base))
+    flags = {"pretrained_model_name_or_path": base if is_here else model, "lora": lora}
+    flags |= {"height": trained.get("height"), "width": trained.get("width")}
+    flags |= {"num_frames": trained.get("max_num_frames"), "num_inference_steps": steps, "guidance_scale": scale}
+    flags |= {"seed": seed, "output_dir": f"samples/{slug(lora or model)}"}
+    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    if not lines and "--prompts_file" not in more:
+        raise UserError("prompts: nothing is typed; type one a line")
     # A space before a hyphen makes it no flag; generate.py removes it.
     words = [f" {line}" if line.startswith("-") else line for line in lines]
-    return [*_script("generate.py"), *_words(flags), *(["--prompt", *words] if words else []), *_split(more)]
+    words = ["--prompt", *words] if words else []
+    switches = [f"--{switch}"] if trained.get(switch) else []
+    return [*_script("generate.py"), *_words(flags), *words, *given.sampled(files), *switches, *_split(more)]
 
 
 def shown(commands: Sequence[Command], root: Path) -> str:
@@ -121,7 +144,14 @@ def check_command(command: Command, root: Path) -> Any:
         if name in REFUSED:
             raise UserError(f"{name}: not in the app: {REFUSED[name]}")
     script = Path(command[1]).stem
-    settings = _parse(_parser_of(script), command[2:])
+    task = script.removeprefix("cogvideox_").removesuffix("_lora").replace("_", "-")
+    own = {"prepare_dataset": parse_prepare_args, "generate": parse_generate_args}
+    with _parsing, redirect_stderr(io.StringIO()) as said:
+        try:
+            settings = (own.get(script) or partial(parse_args, task=task, method="lora"))(command[2:])
+        except SystemExit:
+            lines = said.getvalue().strip().splitlines() or ["--help: not in the app; run the command in a shell"]
+            raise UserError(lines[-1].removeprefix("error: ")) from None
     for name, path in _paths(settings):
         try:
             inside(root, path)
@@ -140,24 +170,6 @@ def _paths(settings: Any) -> Iterator[tuple[str, str]]:
     flags = flag_values(settings)
     columns = {name: value for name, value in flags.items() if name.endswith("_column") and value}
     yield from ((name, os.path.join(flags["data_root"] or "", value)) for name, value in columns.items())
-
-
-def _parser_of(script: str) -> Callable[[Sequence[str]], Any]:
-    if script == "prepare_dataset":
-        return parse_prepare_args
-    if script == "generate":
-        return parse_generate_args
-    task = script.removeprefix("cogvideox_").removesuffix("_lora").replace("_", "-")
-    return partial(parse_args, task=task, method="lora")
-
-
-def _parse(parser: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:
-    with _parsing, redirect_stderr(io.StringIO()) as said:
-        try:
-            return parser(flags)
-        except SystemExit:
-            lines = said.getvalue().strip().splitlines() or ["--help: not in the app; run the command in a shell"]
-            raise UserError(lines[-1].removeprefix("error: ")) from None
 
 
 def _script(name: str) -> Command:

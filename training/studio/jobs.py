@@ -21,12 +21,11 @@ from typing import Any, TextIO
 from common.errors import UserError
 from common.files import atomic_write
 from common.signals import STOPPED_EXIT_CODE
-from studio.places import STATE_FOLDER
+from studio.places import own_path
 from studio.runner import EXIT_FILE, JOB_FILE, LOG_FILE, PROCESS_FILE
 
 
 _LOG_BYTES = 200_000  # that the page shows, from the end
-_RUNNER = Path(__file__).with_name("runner.py")
 
 
 @dataclass(frozen=True)
@@ -71,28 +70,25 @@ class Job:
 class Jobs:
     """The jobs of a root, of this app and of earlier ones.
 
-    Raises UserError if their folder is a file, or a link that leads out of the root.
+    Raises UserError if a link or a file is in the way of their folder.
     """
 
     def __init__(self, root: Path):
         self.root = root
-        self.folder = root / STATE_FOLDER
-        is_fit = self.folder.is_dir() and self.folder.resolve().is_relative_to(root.resolve())
-        if os.path.lexists(self.folder) and not is_fit:
-            raise UserError(f"{self.folder} is not a folder inside the root; move it away")
+        for name in ("jobs/any", "lock"):
+            own_path(root, name)
         self._lock = threading.Lock()
 
     def latest(self) -> Job | None:
         """Return the job that was started last, running or not."""
-        folders = sorted(self.folder.glob(f"jobs/*/{JOB_FILE}"))
-        if not folders:
-            return None
-        facts = json.loads(folders[-1].read_text(encoding="utf-8"))
-        return Job(folders[-1].parent, **facts, is_running=self._is_locked())
+        for file in sorted(own_path(self.root, "jobs").glob(f"*/{JOB_FILE}"), reverse=True):
+            if not any(path.is_symlink() for path in (file.parent, *file.parent.iterdir())):
+                return Job(file.parent, **json.loads(file.read_text(encoding="utf-8")), is_running=self._is_locked())
+        return None
 
     def start(self, kind: str, commands: Sequence[Sequence[str]], result: str, form: Sequence[Any] = ()) -> None:
         """Start commands that run one after another; a UserError if a job of this root is running."""
-        folder = self.folder / "jobs" / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{kind}"
+        folder = own_path(self.root, f"jobs/{datetime.now():%Y%m%d-%H%M%S-%f}-{kind}")
         with self._lock, self._open_lock() as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,7 +100,7 @@ class Jobs:
                 partial.write_text(json.dumps(facts), encoding="utf-8")
             with open(folder / LOG_FILE, "wb") as log:
                 subprocess.Popen(
-                    [sys.executable, str(_RUNNER), str(folder)],
+                    [sys.executable, str(Path(__file__).with_name("runner.py")), str(folder)],
                     cwd=self.root,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -130,5 +126,6 @@ class Jobs:
         return False
 
     def _open_lock(self) -> TextIO:
-        self.folder.mkdir(exist_ok=True)
-        return open(self.folder / "lock", "a")
+        lock = own_path(self.root, "lock")
+        lock.parent.mkdir(exist_ok=True)
+        return open(lock, "a")

@@ -8,14 +8,17 @@ import gradio as gr
 from markupsafe import Markup
 
 from studio.actions import HUB_MODELS, Actions
-from studio.commands import BY_CARD, MEMORY, PRECISIONS, TASKS, USUAL_FLAGS
+from studio.commands import BY_CARD, MEMORY, PRECISIONS, USUAL_FLAGS
+from studio.given import BEGINNING, CHOICES, CONTROL, CONTROLS, TEXT
 from studio.jobs import Jobs
 
 
 # Fonts of the system: Gradio's own themes fetch theirs from elsewhere.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+THEME.set(block_info_text_color="*neutral_500")  # theirs is too pale to read
 CSS = """
 video { width: 100% }
+video + video { margin-top: .6rem }
 video, img.picture { max-width: 100%; max-height: 24rem; border-radius: 6px; background: #0002 }
 iframe.report { width: 100%; height: 75vh; border: 1px solid #8886; border-radius: 6px }
 .log { display: flex; flex-direction: column-reverse; max-height: 20rem; overflow: auto } /* opens at its end */
@@ -25,6 +28,7 @@ iframe.report { width: 100%; height: 75vh; border: 1px solid #8886; border-radiu
 .videos figure { margin: 0 }
 .videos figcaption, .lines, code { overflow-wrap: anywhere; white-space: pre-wrap }
 """
+_CODE = {"label": "The same in a shell", "language": "shell", "lines": 2, "wrap_lines": True, "interactive": False}
 _SECONDS = 2.0  # between two looks at the job
 _EVENT = {"api_visibility": "private"}
 _QUIET = _EVENT | {"show_progress": "hidden"}
@@ -40,36 +44,33 @@ def build_page(root: Path, jobs: Jobs) -> gr.Blocks:
             with gr.Tab("Clips"):
                 data = gr.Dropdown(label="Clips: a folder or a table", allow_custom_value=True)
                 show = gr.Button("Show clips")
-                clips = _captions(actions, data, show)
+                clips = _captions(actions)
             with gr.Tab("Train", id="train"):
                 form = _settings(data)
-                command = gr.Code(label="The same in a shell", language="shell", wrap_lines=True, interactive=False)
+                command = gr.Code(**_CODE)
                 with gr.Row():
-                    plan = gr.Button("Plan")
-                    trial = gr.Button("Try two steps")
-                    train = gr.Button("Train", variant="primary")
+                    buttons = {"plan": gr.Button("Plan"), "try": gr.Button("Try two steps")}
+                    buttons["train"] = gr.Button("Train", variant="primary")
             with gr.Tab("Run", id="run"):
                 look = _job(actions)
-            with gr.Tab("Sample"):
-                run = _sampling(actions, form[0], tabs, look)
-        show.click(actions.show_clips, form, clips, **_EVENT)
-        gr.on([page.load, *(one.change for one in form)], actions.preview, form, command, **_PREVIEW)
-        for button, kind in ((plan, "plan"), (trial, "try"), (train, "train")):
+            with gr.Tab("Sample") as tab:
+                _sampling(actions, form[0], tab, tabs, look)
+        gr.on([show.click, data.input], actions.show_clips, form, clips, **_EVENT)
+        gr.on([page.load, *(one.change for one in form)], partial(actions.preview, "train"), form, command, **_PREVIEW)
+        for kind, button in buttons.items():
             button.click(partial(actions.start, kind), form, tabs, **_EVENT).success(**look)
-        page.load(actions.restore, None, [tabs, run, *form], **_QUIET).then(**look)
+        page.load(actions.restore, None, [tabs, *form], **_QUIET).then(**look)
         gr.Timer(_SECONDS).tick(**look)
     return page
 
 
-def _captions(actions: Actions, data: gr.Dropdown, show: gr.Button) -> list[Any]:
+def _captions(actions: Actions) -> list[Any]:
     """Add the table of clips and the editor, and return what `Actions.show_clips` changes."""
     note, clips, chosen = gr.HTML(), gr.State([]), gr.State(None)
     with gr.Row():
         with gr.Column(scale=3):
             table = gr.Dataframe(
                 headers=["#", "clip", "caption"],
-                datatype="str",
-                type="array",
                 column_widths=["10%", "35%", "55%"],
                 interactive=False,
                 wrap=True,
@@ -87,14 +88,26 @@ def _captions(actions: Actions, data: gr.Dropdown, show: gr.Button) -> list[Any]
     return [table, clips, chosen, note, player, caption]
 
 
+def _given() -> list[Any]:
+    """Add the choice of what is given, and what shows with it; return the components of a `Given`, in its order."""
+    info = "Besides the prompt. Frames need an image-to-video model, the others a text-to-video model"
+    kind = gr.Radio(CHOICES, value=TEXT, label="What is given", info=info)
+    info_k = "Latent frames: 3 are the first 9 frames (4K-3)"
+    latents = gr.Number(3, label="K", info=info_k, precision=0, minimum=2, visible=False)
+    info = "Computed from the clips (inpaint: with their masks), or your own, as a.control.mp4 beside a.mp4"
+    control = gr.Dropdown(CONTROLS, label="Control", info=info, visible=False)
+    shown = {latents: BEGINNING, control: CONTROL}
+    kind.change(lambda kind: [gr.update(visible=kind == its) for its in shown.values()], kind, [*shown], **_QUIET)
+    return [kind, latents, control]
+
+
 def _settings(data: gr.Dropdown) -> list[Any]:
     """Add the settings of a run, and return the components of a `Form`, in its order."""
     with gr.Row():
-        model = gr.Dropdown(HUB_MODELS, value=HUB_MODELS[1], label="Model", allow_custom_value=True)
-        task = gr.Radio(TASKS, value=TASKS[0], label="Task")
-    with gr.Row():
-        token = gr.Textbox(label="Id token", info="A rare word before every caption; begin prompts with it")
-        output = gr.Textbox("outputs/my-lora", label="Output folder")
+        model = gr.Dropdown(HUB_MODELS, value=HUB_MODELS[1], label="Model", allow_custom_value=True, min_width=280)
+        output = gr.Textbox("outputs/my-lora", label="Output folder", min_width=280)
+    given = _given()
+    token = gr.Textbox(label="Id token", info="A rare word before every caption; begin prompts with it")
     with gr.Row():
         frames = gr.Number(49, label="Frames", precision=0, minimum=1)
         height = gr.Number(480, label="Height", precision=0, minimum=16)
@@ -108,31 +121,36 @@ def _settings(data: gr.Dropdown) -> list[Any]:
         prepare_flags = gr.Textbox(label="of prepare_dataset.py", placeholder="--caption_column text --fps 8")
         train_flags = gr.Textbox(USUAL_FLAGS, label="of training")
     sizes, training = [height, width, frames], [precision, memory, steps, rate, output]
-    return [model, data, task, token, *sizes, *training, prepare_flags, train_flags]
+    return [model, data, *given, token, *sizes, *training, prepare_flags, train_flags]
 
 
 def _job(actions: Actions) -> dict[str, Any]:
     """Add what is shown of the latest job, and return the event that updates it."""
     state = gr.HTML()
-    stop = gr.Button("Stop: save and end", variant="stop", interactive=False)
+    stop = gr.Button("Stop: save and end", variant="stop", visible=False)
     log, result, seen = gr.HTML(), gr.HTML(), gr.State([])
     stop.click(actions.stop, **_QUIET)
     return {"fn": actions.look, "inputs": seen, "outputs": [state, log, result, stop, seen], **_QUIET}
 
 
-def _sampling(actions: Actions, model: gr.Dropdown, tabs: gr.Tabs, look: dict[str, Any]) -> gr.Dropdown:
-    """Add the settings of sampling, and return the choice of a run."""
-    run = gr.Dropdown(label="LoRA: a run or a checkpoint; empty for the base model", allow_custom_value=True)
+def _sampling(actions: Actions, model: gr.Dropdown, tab: gr.Tab, tabs: gr.Tabs, look: dict[str, Any]) -> None:
+    """Add the settings of sampling."""
+    info = "Sampled with the base model and at the size of its run; without one, with the model of Train"
+    run = gr.Dropdown(label="LoRA: a run or a checkpoint", info=info, allow_custom_value=True)
     prompts = gr.Textbox(label="Prompts, one a line", lines=3, placeholder="ID_TOKEN a rabbit yawns")
+    given = _given()
+    files = gr.Dropdown([], multiselect=True, allow_custom_value=True, visible=False)
     with gr.Row():
         steps = gr.Number(50, label="Denoising steps", precision=0, minimum=1)
         guidance = gr.Number(6.0, label="Guidance scale", minimum=0)
         seed = gr.Number(42, label="Seed", precision=0, minimum=0)
     more = gr.Textbox(label="More flags of generate.py", placeholder="--compare --num_frames 49")
-    command = gr.Code(label="The same in a shell", language="shell", wrap_lines=True, interactive=False)
-    inputs = [model, run, prompts, steps, guidance, seed, more]
-    gr.on([one.change for one in inputs], actions.preview_sample, inputs, command, **_PREVIEW)
-    run.focus(actions.runs, None, run, **_QUIET)
+    command = gr.Code(**_CODE)
+    inputs = [model, run, prompts, *given, files, steps, guidance, seed, more]
+    gr.on([one.change for one in inputs], partial(actions.preview, "sample"), inputs, command, **_PREVIEW)
+    tab.select(actions.runs, run, run, **_QUIET)
+    run.change(actions.fit_given, run, given, **_QUIET)
+    gr.on([given[0].change, files.focus], actions.ask_files, given[0], files, **_QUIET)
+    given[0].change(lambda: [], None, files, **_QUIET)
     button = gr.Button("Sample", variant="primary")
     button.click(actions.sample, inputs, tabs, **_EVENT).success(**look)
-    return run

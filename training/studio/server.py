@@ -1,14 +1,16 @@
 """The server of the app: its page behind the gate, and what happens when it is closed."""
 
+import logging
+import signal
 import socket
 import sys
-from contextlib import suppress
+import threading
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from starlette.responses import Response
 
 from common.errors import UserError
 from studio.gate import Gate, choose_token, file_response, is_loopback
@@ -20,10 +22,7 @@ def make_server(root: Path, jobs: Jobs, token: str | None, *, is_local: bool) ->
     """Return the app: the page, and the files below `root` that it shows."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.get("/file/{path:path}")
-    def send_file(path: str) -> Response:
-        return file_response(root, path)
-
+    app.get("/file/{path:path}")(partial(file_response, root))
     page = build_page(root, jobs)
     gr.mount_gradio_app(
         app, page, path="/", theme=THEME, css=CSS, footer_links=[], max_file_size=1, ssr_mode=False, pwa=False
@@ -44,8 +43,17 @@ def serve(root: Path, host: str, port: int) -> None:
     name = f"[{host}]" if ":" in host else host
     print(f"open http://{name}:{listener.getsockname()[1]} (Ctrl-C closes the app; a run continues)", flush=True)
     config = uvicorn.Config(server, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-    with suppress(KeyboardInterrupt):  # uvicorn sends it again when it has shut down
-        uvicorn.Server(config).run(sockets=[listener])
+    running = uvicorn.Server(config)
+
+    def close(*_: object) -> None:
+        logging.disable()  # uvicorn would report each open page as an error
+        running.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent again, they change nothing
+        signal.signal(number, close)
+    thread = threading.Thread(target=running.run, args=([listener],))  # in the main thread, uvicorn takes the signals
+    thread.start()
+    thread.join()
     job = jobs.latest()
     if job is not None and job.is_running:
         print(f"\n{job.kind} continues as process {job.process}, log: {job.folder}/log.txt", file=sys.stderr)

@@ -1,18 +1,28 @@
-"""What follows from the training data for the validation videos: their prompts, their size, and the id token."""
+"""What follows from the training data for the validation videos: prompts, size and cut, and the id token."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from cli.schema import replace_flags
 from common.errors import UserError
 from data.buckets import Bucket
 from flags.settings import TrainingSettings
-from planning.plan import data_sources
+from planning.plan import data_sources, prepared_flags
 from planning.samples import PreparedData, TrainingData
 from prepared.folder import read_prepared_settings
+from video.frames import Cut
 
 
 def with_data_defaults(settings: TrainingSettings, data: TrainingData) -> TrainingSettings:
-    """Return the settings with the size and, if the flags want captions, the prompts of the validation videos."""
+    """Return the settings with what follows from the data for the validation videos.
+
+    That is their size and, if the flags want captions, their prompts. Prepared clips also tell how they were cut and
+    controls computed: what the videos follow must be made like it.
+    """
+    if isinstance(data, PreparedData):
+        names = {one.name for one in fields(Cut)}
+        names |= {"compute_control"} if settings.task == "control-to-video" else set()
+        made_with = {name: value for name, value in prepared_flags(settings).items() if name in names}
+        settings = replace_flags(settings, **made_with)
     data = data.trained
     size = choose_size(settings, data)
     settings = replace_flags(settings, max_num_frames=size.num_frames, height=size.height, width=size.width)

@@ -1,10 +1,11 @@
 """Choose the frames of a clip's samples, with exact arithmetic on the probe's result; opens no file."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -14,8 +15,52 @@ if TYPE_CHECKING:
 # How to use a clip with more frames than a sample takes: frames spread over the clip, its first part, or consecutive
 # parts, each a sample.
 LONG_CLIPS = ("spread", "first", "split")
+RESHAPE_MODES = ("center", "random", "none")  # see --video_reshape_mode
 # A slide show may repeat every frame a few dozen times; more means damaged time stamps and endless repeats.
 _MOST_REPEATS = 100
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How training clips are cut and cropped, and like them what sampled videos follow; named as the flags."""
+
+    fps: float | None = None
+    long_clips: str = "spread"  # with `fps`, the same as "first"
+    hold_last_frame: bool = False
+    skip_frames_start: int = 0
+    skip_frames_end: int = 0
+    video_reshape_mode: str = "center"
+
+    def __post_init__(self):
+        is_rate = self.fps is None or self.fps > 0
+        if not is_rate or self.long_clips not in LONG_CLIPS or self.video_reshape_mode not in RESHAPE_MODES:
+            raise ValueError(f"no such cut: {self}")
+
+    @classmethod
+    def of(cls, flags: Mapping[str, Any]) -> "Cut":
+        """Return the cut that flags set by name; raises ValueError or TypeError for other values than theirs."""
+        return cls(**{one.name: flags[one.name] for one in fields(cls) if one.name in flags})
+
+    def choose(self, info: "VideoInfo", num_frames: int) -> tuple[int, ...]:
+        """Return the frames of a sample of this length, the first of several; raises ValueError without one."""
+        if info.is_image and num_frames > 1:
+            raise ValueError("is a still image, not a video")
+        skipped = self.skip_frames_start, self.skip_frames_end
+        usable = () if info.is_image else usable_frames(info, *skipped, self.fps)
+        if not info.is_image and len(usable) < num_frames and not (self.hold_last_frame and usable):
+            raise ValueError(f"has {count_usable(info, len(usable), *skipped, self.fps)}; pass a longer one")
+        return choose_samples(
+            info,
+            [num_frames],
+            skip_start=self.skip_frames_start,
+            skip_end=self.skip_frames_end,
+            fps=self.fps,
+            long_clips="first" if self.fps and self.long_clips == "spread" else self.long_clips,
+            hold_last_frame=self.hold_last_frame,
+        )[0]
+
+
+UNCUT = Cut()  # by default
 
 
 def choose_samples(
@@ -114,11 +159,7 @@ def _as_meant(rate: float) -> Fraction:
 def _too_short(
     info: "VideoInfo", num_usable: int, smallest: int, skip_start: int, skip_end: int, fps: float | None
 ) -> str:
-    frames = "1 usable frame" if num_usable == 1 else f"{num_usable} usable frames"
-    if fps is not None:
-        frames += f" at {fps:g} fps (of {info.num_frames} at {info.fps:g} fps)"
-    elif skip_start or skip_end:
-        frames += f" (of {info.num_frames})"
+    frames = count_usable(info, num_usable, skip_start, skip_end, fps)
     ways = []
     if num_usable == 0 or len(usable_frames(info, 0, 0, fps)) >= smallest:
         ways.append("lower --skip_frames_start or --skip_frames_end")
@@ -130,6 +171,14 @@ def _too_short(
         ways.append("pass --hold_last_frame")
     advice = f": {', or '.join(ways)}" if ways else ""
     return f"{frames}; the smallest frame bucket for videos has {smallest}{advice}"
+
+
+def count_usable(info: "VideoInfo", num_usable: int, skip_start: int, skip_end: int, fps: float | None) -> str:
+    """Return the number of usable frames in words, with what it is less than."""
+    frames = "1 usable frame" if num_usable == 1 else f"{num_usable} usable frames"
+    if fps is not None:
+        return f"{frames} at {fps:g} fps (of {info.num_frames} at {info.fps:g} fps)"
+    return f"{frames} (of {info.num_frames})" if skip_start or skip_end else frames
 
 
 def round_half_up(value: Fraction) -> int:

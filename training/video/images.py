@@ -3,7 +3,6 @@
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from PIL import Image, ImageOps
 from common.errors import UserError, listing
 from video.condition_frames import FIRST, given_frames, is_context
 from video.controls import INPAINT, check_companion, compute_control, find_mask
-from video.frames import choose_samples, usable_frames
+from video.frames import UNCUT, Cut, count_usable, usable_frames
 from video.io import read_frames, reshape_frames
 from video.media import decode_still_image, read_still_image, reason_of
 from video.probe import VideoInfo, probe_video
@@ -66,8 +65,7 @@ def load_given_frames(
     width: int,
     *,
     flag: str,
-    reshape_mode: str = "center",
-    fps: float | None = None,
+    cut: Cut = UNCUT,
 ) -> list[Image.Image] | list[list[Image.Image]]:
     """Read what videos are sampled from: images, pairs of images, or the ends of videos that they continue.
 
@@ -76,24 +74,25 @@ def load_given_frames(
     Args:
         files: those of each video to sample: one or two images, or a video.
         condition: as in `condition_frames`.
-        reshape_mode: images are cropped to the size in the middle, or with "none" left alone.
-        fps: frames per second of the videos' frames; None for the videos' own.
+        cut: that of clips. Images are cropped to the size in the middle, or with the mode "none" left alone. Of a
+            video, the last frames at its rate are taken; none are skipped.
     """
     if not is_context(condition):
         # The pipeline would distort images of another aspect ratio.
         loaded = iter(load_validation_images([one for group in files for one in group], flag))
-        fitted = [image if reshape_mode == "none" else ImageOps.fit(image, (width, height)) for image in loaded]
+        is_cropped = cut.video_reshape_mode != "none"
+        fitted = [ImageOps.fit(image, (width, height)) if is_cropped else image for image in loaded]
         return fitted if condition == FIRST else list(map(list, zip(fitted[::2], fitted[1::2], strict=True)))
     num_frames = len(given_frames(condition, 0))
 
     def choose(info: VideoInfo) -> Sequence[int]:
-        usable = usable_frames(info, 0, 0, fps)
+        usable = usable_frames(info, 0, 0, cut.fps)
         if len(usable) < num_frames:
-            raise ValueError(f"has {len(usable)} frames")
+            raise ValueError(f"has {count_usable(info, len(usable), 0, 0, cut.fps)}; pass a longer one")
         return usable[-num_frames:]
 
     title = f"{flag}: %s cannot be continued, for which --condition_frames {condition} takes {num_frames} frames:"
-    videos = _load_videos([one for (one,) in files], choose, height, width, reshape_mode, title)
+    videos = _load_videos([one for (one,) in files], choose, height, width, cut.video_reshape_mode, title)
     return [list(map(Image.fromarray, frames)) for frames in videos]
 
 
@@ -102,10 +101,7 @@ def load_controls(
     size: tuple[int, int, int],
     kind: str | None,
     flag: str = "--validation_controls",
-    *,
-    reshape_mode: str = "center",
-    fps: float | None = None,
-    long_clips: str = "spread",
+    cut: Cut = UNCUT,
 ) -> list[list[Image.Image]]:
     """Read a control for each video to sample, cut and cropped like the control of a clip.
 
@@ -115,12 +111,12 @@ def load_controls(
         size: frames, height and width of the videos.
         kind: compute the controls from the clips, as `compute_control` does; None if these are controls. INPAINT
             takes the mask beside each clip.
-        reshape_mode, fps, long_clips: as of clips; a random crop is the middle.
+        cut: that of clips; a random crop is the middle.
     """
     num_frames, height, width = size
-    choose = partial(choose_samples, frame_counts=[num_frames], fps=fps, long_clips=long_clips)
     title = f"{flag}: %s cannot be used for videos of {num_frames} frames:"
-    videos = _load_videos(files, lambda info: choose(info)[0], height, width, reshape_mode, title, kind)
+    choose, mode = (lambda info: cut.choose(info, num_frames)), cut.video_reshape_mode
+    videos = _load_videos(files, choose, height, width, mode, title, kind)
     return [list(map(Image.fromarray, one)) for one in videos]
 
 

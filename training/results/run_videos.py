@@ -66,7 +66,7 @@ def link_to(file: Path | None, page_folder: Path) -> str:
 
 
 def describe_video(record: RunRecord, name: str) -> tuple[str, Mapping[str, Any]]:
-    """Return the title of a validation video, by its name NUMBER-VIDEO-SLUG, and the fact that the run has on it."""
+    """Return the title of a validation video, by its name NUMBER-VIDEO-SLUG, and what the run noted of its prompt."""
     match, videos = re.fullmatch(r"(\d+)-(\d+)-?(.*)", name), record.facts.get("videos", [])
     if match is None or int(match[1]) >= len(videos) or slug(videos[int(match[1])]["prompt"]) != match[3]:
         return name, {}  # of an earlier prompt

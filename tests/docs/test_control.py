@@ -59,7 +59,8 @@ def test_the_code_is_what_a_run_prints():
 
 
 def test_the_demo_of_the_page_exists_and_all_kinds_of_controls_are_described():
-    assert (ROOT / BLOCKS["try"].split()[1]).is_file()
+    demo, inpainting = (BLOCKS[block].split() for block in ("try", "try inpainting"))
+    assert (ROOT / demo[1]).is_file() and inpainting == [f"DEMO_CONTROL={INPAINT}", *demo]
     described = {cells[0].strip("`"): cells[1] for cells in table_rows(PAGE.split("## Controls")[1].split("## ")[0])}
     assert set(KINDS) == set(described) - {"`--compute_control`".strip("`"), "none"}
     assert f"1/{BLUR} " in described["blur"] and f"{TILES} tiles" in described["tile"]
@@ -74,4 +75,4 @@ def test_the_messages_of_the_page_are_in_the_code():
 
 
 def test_every_block_of_the_page_is_tested_here():
-    assert BLOCKS.keys() == {"way", "inpaint", "code", "more", "try"}
+    assert BLOCKS.keys() == {"way", "inpaint", "code", "more", "try", "try inpainting"}

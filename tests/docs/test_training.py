@@ -101,7 +101,8 @@ def test_the_frames_that_the_page_prepares_are_those_that_it_trains_on(folder):
     assert prepare.condition_frames == train.condition_frames == "first,last"
     assert (train.data_root, train.load_tensors, prepare.save_image_latents) == (prepare.output_dir, True, True)
     assert train.settings.validation.images == ("rabbit.png,yawn.png",)
-    assert (ROOT / BLOCKS["last frame"].split()[1]).is_file()
+    demo, continued = (BLOCKS[block].split() for block in ("last frame", "continued"))
+    assert (ROOT / demo[1]).is_file() and continued == ["DEMO_FRAMES=first:3", *demo]
     rows = table_rows(PAGE.split("### Last frames")[1].split("##")[0])
     shortest = {
         row[0].split("`")[1]: int(row[3].replace("4K+1", "13").split()[0]) for row in rows if "`first" in row[0]
@@ -232,6 +233,7 @@ def test_every_block_of_the_page_is_tested():
         "docker",
         "given frames",
         "last frame",
+        "continued",
     }  # the last: test_dockerfile.py
     assert BLOCKS.keys() == tested
 

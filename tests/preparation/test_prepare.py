@@ -4,6 +4,7 @@ Every clip gets a bucket of its size, so that nothing is resized and the expecte
 """
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -197,6 +198,7 @@ def test_the_index_lists_the_origin_of_each_sample_in_order(prepared, rows):
         assert (row["clip"], row["caption"], row["source"]) == (str(video), caption, f"videos.txt:{number}")
         assert (row["num_frames"], row["height"], row["width"]) == (FRAMES, height, width)
         assert (row["first_frame"], row["last_frame"]) == (0, num_frames - 1)
+        assert row["content"] == hashlib.sha256(video.read_bytes()).hexdigest()[:16]
 
 
 def test_the_latents_are_the_moments_of_the_clips(prepared, vae, rows):

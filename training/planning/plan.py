@@ -110,10 +110,9 @@ def _check_kinds(data: TrainingData, sources: Sequence[DataSource]) -> None:
         kind = "for regularization (--regularization_data_root)" if is_missing else "to train on"
         raise UserError(f"no clip {kind} can be used; add some, or fix those that are skipped")
     if data.regularization is not None:
-        contents = contents_of(data)
-        trained = {contents[sample] for sample in np.flatnonzero(~data.regularization)}
-        both = {contents[sample]: int(sample) for sample in np.flatnonzero(data.regularization)}
-        both = [sample for content, sample in both.items() if content in trained]
+        contents, samples = contents_of(data), np.flatnonzero(data.regularization)
+        kept, first = np.unique(contents[samples], return_index=True)
+        both = sorted(samples[first[np.isin(kept, contents[~data.regularization])]].tolist())
         if both:
             names = names_of(data.take(both[:20]))
             what = "are also those to train on; remove them from one of the two"

@@ -24,7 +24,7 @@ from diffusion.control_to_video import ControlToVideo
 from forward_pass import load
 from models.source import ModelSource
 from results.generation import load_pipeline, settle
-from results.trained_conditions import TrainedConditions, find_trained_conditions
+from results.trained_conditions import TrainedConditions, find_trained_conditions, note_trained_conditions
 from tuned_models import make_lora, output, write_lora
 
 
@@ -303,6 +303,15 @@ def test_a_merge_reads_the_variant_and_remembers_the_frames_of_the_training(tiny
     assert find_trained_conditions([str(merged)], str(model)) == trained
     convert("--lora", lora)
     assert "with generate.py --condition_frames first,last" in capsys.readouterr().err
+
+
+def test_loras_of_other_kinds_of_controls_are_joined_with_a_warning(model, tmp_path, convert, capsys):
+    edges, grey = (write_lora(model, tmp_path / kind, new_inputs=64).parent for kind in ("canny", "grey"))
+    for folder in (edges, grey):
+        note_trained_conditions(folder, TrainedConditions(takes_control=True, control=folder.name))
+    convert("--lora", edges, grey)
+    warning = "was trained with --compute_control grey, not with --compute_control canny as"
+    assert warning in (shown := capsys.readouterr().err) and shown.count("warning:") == 1
 
 
 BROKEN = {

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from common.run_folder import CONFIG_TITLE
+from args import parse_generate_args
+from common.run_folder import CONFIG_TITLE, LORA_FILE
+from results.generation import settle
 from results.trained_conditions import TrainedConditions, find_trained_conditions, note_trained_conditions
 from video.frames import Cut
 
@@ -57,3 +60,22 @@ def test_other_frames_than_the_first_override_and_a_file_of_the_user_says_nothin
     assert find_trained_conditions([str(first)], None) == (TrainedConditions(), str(first))
     assert find_trained_conditions([str(first), str(run)], None) == (ENDS, str(run))
     assert find_trained_conditions([str(foreign)], None) == (None, None)
+
+
+def test_generate_warns_of_results_that_were_trained_on_other_frames_until_the_flag_chooses(
+    run, tiny_models, tmp_path, caplog
+):
+    other, style = tmp_path / "other", tmp_path / "style"
+    for folder, conditions in ((other, TrainedConditions("first:2")), (style, TrainedConditions()), (run, ENDS)):
+        folder.mkdir(exist_ok=True)
+        note_trained_conditions(folder, conditions)
+        (folder / LORA_FILE).touch()
+    Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
+    flags = f"--prompt a --height 64 --width 96 --num_frames 17 --image {tmp_path}/a.png --last_image {tmp_path}/a.png"
+    argv = [*flags.split(), "--model_path", str(tiny_models("5b-i2v")), "--lora", *map(str, (style, run, other))]
+    settle(parse_generate_args(argv))
+    (message,) = caplog.messages
+    assert message.startswith(f"warning: '{other / LORA_FILE}' was trained with --condition_frames first:2, not with")
+    caplog.clear()
+    settle(parse_generate_args([*argv, "--condition_frames", "first,last"]))
+    assert not caplog.messages

@@ -29,7 +29,12 @@ from methods.pipeline_folder import copy_components, find_components
 from models.configs import CPU, DTYPES
 from models.fingerprints import weight_files
 from models.source import ModelSource
-from results.trained_conditions import TrainedConditions, find_trained_conditions, note_trained_conditions
+from results.trained_conditions import (
+    TrainedConditions,
+    find_trained_conditions,
+    note_trained_conditions,
+    warn_of_conflicts,
+)
 from video.condition_frames import FIRST
 
 
@@ -83,6 +88,7 @@ def _convert(settings: ConversionSettings) -> None:
     dtype = output.dtype and DTYPES[output.dtype]
     results = [*(file for file, _ in settings.loras), settings.source.transformer]
     trained, _ = find_trained_conditions(results, settings.model.pretrained_model_name_or_path)
+    warn_of_conflicts(results, settings.model.pretrained_model_name_or_path)
     if output.output_dir is not None:
         base = _open_base(settings.model, _patch_inputs(files))
         _merge(files, scales, base, Path(output.output_dir), dtype, device, trained)

@@ -31,7 +31,7 @@ from models.encoding import encode_prompts
 from models.quantization import check_quantization
 from models.sampling import Pipeline, cached, sample_video
 from models.source import ModelSource
-from results.trained_conditions import TrainedConditions, find_trained_conditions
+from results.trained_conditions import TrainedConditions, find_trained_conditions, warn_of_conflicts
 from video.condition_frames import ENDS, FIRST
 from video.contact_sheet import SheetRow, draw_contact_sheet, shown_condition, shown_indices
 from video.frames import UNCUT
@@ -106,6 +106,8 @@ def settle(settings: GenerationSettings) -> Generation:
     task.check_model(configs, [size], SizeFlags("--height, --width", "--num_frames"))
     choose_scheduler(task, settings.guidance.sampling_scheduler)
     check_quantization(memory.quantize_base)
+    is_chosen = bool(settings.content.condition_frames or settings.content.compute_control)
+    warn_of_conflicts(*trained_models(settings), is_chosen=is_chosen)
     conditions, (trained, _) = None, find_trained(settings)
     cut = trained.cut if trained else UNCUT
     if task.condition == "image":
@@ -156,8 +158,13 @@ def given_frames_flags(content: ContentFlags) -> list[str]:
 
 def find_trained(settings: GenerationSettings) -> tuple[TrainedConditions, str] | tuple[None, None]:
     """Return what a result of the flags was given in training, and which result."""
+    return find_trained_conditions(*trained_models(settings))
+
+
+def trained_models(settings: GenerationSettings) -> tuple[list[str | None], str]:
+    """Return the results of training, paths or hub ids, and the base model."""
     results = [*(lora for lora, _ in settings.loras), settings.result.transformer]
-    return find_trained_conditions(results, settings.model.pretrained_model_name_or_path)
+    return results, settings.model.pretrained_model_name_or_path
 
 
 def choose_condition_frames(settings: GenerationSettings) -> str:

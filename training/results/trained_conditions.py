@@ -1,5 +1,6 @@
 """What the results of training are given besides prompts, from the files of their runs: frames, or a control."""
 
+import logging
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -9,9 +10,13 @@ from pathlib import Path
 import yaml
 
 from common.run_folder import CONFIG_FILE, CONFIG_TITLE, PIPELINE_FOLDER
+from flags.generation import AS_IT_IS
 from video.condition_frames import FIRST, parse_condition_frames
 from video.controls import KINDS
 from video.frames import UNCUT, Cut
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,13 @@ class TrainedConditions:
     takes_control: bool = False
     control: str | None = None  # how controls were computed from clips; None for clips that are controls
     cut: Cut = UNCUT
+
+    @property
+    def flag(self) -> str:
+        """The flag of generate.py that says it."""
+        if self.takes_control:
+            return f"--compute_control {self.control or AS_IT_IS}"
+        return f"--condition_frames {self.frames}"
 
 
 def find_trained_conditions(
@@ -36,13 +48,36 @@ def find_trained_conditions(
         results: LoRAs and transformers, paths or hub ids.
         base: the base model, which may be the pipeline of a run, or a merged one.
     """
+    return next(iter(_find_all(results, base)), (None, None))
+
+
+def warn_of_conflicts(results: Iterable[str | None], base: str | None, *, is_chosen: bool = False) -> None:
+    """Warn of results that do not go together.
+
+    Args:
+        results, base: as for `find_trained_conditions`.
+        is_chosen: whether flags say what samples are given, whatever the results were trained with.
+    """
+    found = _find_all(results, base)
+    for conditions, one in [] if is_chosen else found:
+        if conditions.flag not in (found[0][0].flag, TrainedConditions().flag):
+            logger.warning(
+                "warning: '%s' was trained with %s, not with %s as '%s', which samples follow; omit one of them",
+                one,
+                conditions.flag,
+                found[0][0].flag,
+                found[0][1],
+            )
+
+
+def _find_all(results: Iterable[str | None], base: str | None) -> list[tuple[TrainedConditions, str]]:
+    """Return the conditions of each result and of the base, if known; those on more than first frames precede."""
     places = {one: (Path(one), *list(Path(one).parents)[:3]) for one in results if one and Path(one).exists()}
     if base and Path(base).exists():
         folder = Path(base).resolve()
         places[base] = (folder, *([folder.parent] if folder.name == PIPELINE_FOLDER else []))
     found = [(noted, one) for one, folders in places.items() if (noted := _first_noted(folders))]
-    special = (one for one in found if one[0].frames != FIRST or one[0].takes_control)
-    return next(special, found[0] if found else (None, None))
+    return sorted(found, key=lambda one: one[0].flag == TrainedConditions().flag)
 
 
 def _first_noted(folders: Iterable[Path]) -> TrainedConditions | None:

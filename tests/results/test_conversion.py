@@ -299,7 +299,7 @@ def test_a_merge_reads_the_variant_and_remembers_the_frames_of_the_training(tiny
     (lora.parent / "config.yaml").write_text(f"# {CONFIG_TITLE}\ncondition_frames: first,last\n")
     merged = convert("--lora", lora, "--model_path", model, "--variant", "fp16", to="merged")
     assert_close(load(merged), expected)
-    trained = (TrainedConditions("first,last"), str(merged))
+    trained = (TrainedConditions("first,last", loras=(str(lora),)), str(merged))
     assert find_trained_conditions([str(merged)], str(model)) == trained
     convert("--lora", lora)
     assert "with generate.py --condition_frames first,last" in capsys.readouterr().err
@@ -312,6 +312,23 @@ def test_loras_of_other_kinds_of_controls_are_joined_with_a_warning(model, tmp_p
     convert("--lora", edges, grey)
     warning = "was trained with --compute_control grey, not with --compute_control canny as"
     assert warning in (shown := capsys.readouterr().err) and shown.count("warning:") == 1
+
+
+def test_a_lora_that_is_added_to_a_model_or_a_lora_with_it_draws_a_warning(model, tmp_path, convert, capsys):
+    style, control = (write_lora(model, tmp_path / str(inputs), new_inputs=inputs) for inputs in (0, 64))
+    text = f"# {CONFIG_TITLE}\nlora_weights: {style}\n# compute_control: null\n"
+    (control.parent / "config.yaml").write_text(text)
+    merged = convert("--lora", control, "--model_path", model, to="merged")
+    capsys.readouterr()
+    for number, (flags, twice, within) in enumerate(
+        (
+            (("--lora", control, style, "--model_path", model), style, control),
+            (("--lora", control, "--model_path", merged), control, merged),
+            (("--lora", style, "--model_path", merged), style, merged),
+        )
+    ):
+        convert(*flags, to=f"again-{number}")
+        assert f"warning: '{twice}' is in '{within}' already" in capsys.readouterr().err
 
 
 BROKEN = {

@@ -222,8 +222,9 @@ def _merge(
     try:
         size = _write_merged(partial / TRANSFORMER_FOLDER, base, shards, files, scales, dtype, device)
         copy_components(components, base.source.variant, partial, pipeline_index(ControlToVideo()))
-        if trained not in (None, TrainedConditions()):
-            note_trained_conditions(partial, trained)
+        if trained:
+            loras = (*trained.loras, *(str(file.file) for file in files))
+            note_trained_conditions(partial, replace(trained, loras=loras))
         replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ class TrainedConditions:
     takes_control: bool = False
     control: str | None = None  # how controls were computed from clips; None for clips that are controls
     cut: Cut = UNCUT
+    loras: tuple[str, ...] = ()  # files that it was merged of, or that its training started from
 
     @property
     def flag(self) -> str:
@@ -51,8 +52,8 @@ def find_trained_conditions(
     return next(iter(_find_all(results, base)), (None, None))
 
 
-def warn_of_conflicts(results: Iterable[str | None], base: str | None, *, is_chosen: bool = False) -> None:
-    """Warn of results that do not go together.
+def warn_of_conflicts(results: Sequence[str | None], base: str | None, *, is_chosen: bool = False) -> None:
+    """Warn of results that do not go together, and of LoRAs that others or the base contain.
 
     Args:
         results, base: as for `find_trained_conditions`.
@@ -68,6 +69,11 @@ def warn_of_conflicts(results: Iterable[str | None], base: str | None, *, is_cho
                 found[0][0].flag,
                 found[0][1],
             )
+    held = {Path(file).resolve(): one for conditions, one in found for file in conditions.loras}
+    for one in results:
+        if one and Path(one).resolve() in held:
+            within = held[Path(one).resolve()]
+            logger.warning("warning: '%s' is in '%s' already, and would count twice; omit it", one, within)
 
 
 def _find_all(results: Iterable[str | None], base: str | None) -> list[tuple[TrainedConditions, str]]:
@@ -97,12 +103,15 @@ def _parse(text: str) -> TrainedConditions:
         raise ValueError(f"no such control: {control}")
     # Runs of other tasks do not have the flag, not even among the comments.
     takes_control = re.search(r"^(# )?compute_control:", text, re.MULTILINE) is not None
-    return TrainedConditions(frames, takes_control, control, Cut.of(flags))
+    started_from = flags.get("lora_weights")
+    loras = (*([started_from] if started_from else []), *flags.get("merged_loras", []))
+    return TrainedConditions(frames, takes_control, control, Cut.of(flags), loras)
 
 
 def note_trained_conditions(folder: Path, conditions: TrainedConditions) -> None:
     """Write the conditions of a merged result where `find_trained_conditions` finds them."""
     flags = {"condition_frames": conditions.frames} | asdict(conditions.cut)
     flags |= {"compute_control": conditions.control} if conditions.takes_control else {}
+    flags |= {"merged_loras": [str(Path(file).resolve()) for file in conditions.loras]}
     text = f"# {CONFIG_TITLE}, as far as samples depend on them\n{yaml.safe_dump(flags, sort_keys=False)}"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")

@@ -31,6 +31,15 @@ def test_they_are_those_of_the_run_of_a_result_or_of_a_base_that_is_the_pipeline
     assert find_trained_conditions([], ".") == (ENDS, ".")
 
 
+def test_they_are_found_through_a_link_and_from_inside_the_run(run, tmp_path, monkeypatch):
+    (tmp_path / "best").symlink_to(run / "pipeline")
+    (run / "elsewhere").symlink_to(tmp_path)
+    for result in (tmp_path / "best", run / "elsewhere"):
+        assert find_trained_conditions([str(result)], None) == (ENDS, str(result))
+    monkeypatch.chdir(run / "pipeline")
+    assert find_trained_conditions(["."], None) == (ENDS, ".")
+
+
 def test_the_control_and_the_cut_of_a_run_are_read_and_of_a_merged_result_too(run, tmp_path):
     style, control, merged = (tmp_path / name for name in ("style", "control", "merged"))
     for folder, text in ((style, "fps: 16\n"), (control, "fps: 8\nskip_frames_end: 2\n# compute_control: null\n")):

@@ -132,17 +132,22 @@ def check_starting_lora(path: Path, transformer: CogVideoXTransformer3DModel) ->
         )
 
 
-def read_fitting_lora(
-    reference: Path | str, transformer: CogVideoXTransformer3DModel, flag: str, cache_dir: str | None = None
-) -> LoraFile:
-    """Read a LoRA that `flag` set, and check that the model, maybe on the meta device, has its layers in its sizes."""
+def read_passed_lora(reference: Path | str, flag: str, cache_dir: str | None = None) -> LoraFile:
+    """Read a LoRA that `flag` set; raise a UserError for one that cannot be read."""
     try:
-        file = read_lora(reference, cache_dir)
+        return read_lora(reference, cache_dir)
     except (OSError, SafetensorError, ValueError, IndexError) as error:
         where = "" if Path(reference).exists() else "is not a file or folder here, and "
         raise UserError(
             f"{flag}: '{reference}' {where}cannot be used ({first_line(error)}); pass a LoRA that diffusers wrote"
         ) from error
+
+
+def read_fitting_lora(
+    reference: Path | str, transformer: CogVideoXTransformer3DModel, flag: str, cache_dir: str | None = None
+) -> LoraFile:
+    """Read a LoRA that `flag` set, and check that the model, maybe on the meta device, has its layers in its sizes."""
+    file = read_passed_lora(reference, flag, cache_dir)
     # Of a linear layer [out, in], of a convolution [out, in, height, width].
     layers = ((name, getattr(layer, "weight", None)) for name, layer in transformer.named_modules())
     shapes = {name: weight.shape for name, weight in layers if weight is not None}

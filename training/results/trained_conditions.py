@@ -45,6 +45,12 @@ def find_trained_conditions(
     return next(special, found[0] if found else (None, None))
 
 
+def takes_control(result: str) -> bool | None:
+    """Return whether a result was trained with controls; None for one outside of its run's folder."""
+    noted = _first_noted(_places(result))
+    return None if noted is None else noted.takes_control
+
+
 def _places(result: str) -> list[Path]:
     """Return the folders whose run may have trained a result, which may be a link or a path from inside the run."""
     return [place for path in (Path(result).resolve(), Path(result).absolute()) for place in (path, *path.parents[:3])]

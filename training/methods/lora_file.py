@@ -121,7 +121,9 @@ def complete_inputs(file: LoraFile, transformer: CogVideoXTransformer3DModel) ->
 
 def check_starting_lora(path: Path, transformer: CogVideoXTransformer3DModel) -> None:
     """Check that a LoRA to start from fits a transformer, with the flags' adapters and maybe on the meta device."""
-    file = complete_inputs(read_fitting_lora(path, transformer, "--lora_weights"), transformer)
+    file = read_fitting_lora(path, transformer, "--lora_weights")
+    _check_kind_for_control(file, transformer)
+    file = complete_inputs(file, transformer)
     if needed := _flags_needed(file, transformer):
         raise UserError(f"--lora_weights: '{path}' was trained with other flags; pass {', '.join(needed)}")
     expected = get_peft_model_state_dict(transformer)
@@ -130,6 +132,25 @@ def check_starting_lora(path: Path, transformer: CogVideoXTransformer3DModel) ->
         raise UserError(
             f"--lora_weights: '{path}' holds adapters that no flags describe ({differing[0][0]}); omit the flag"
         )
+
+
+def _check_kind_for_control(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> None:
+    if PATCHES not in transformer.peft_config["default"].rank_pattern:
+        return
+    rule = "a control starts only from a plain LoRA"
+    if file.kind != "lora":
+        raise UserError(
+            f"--lora_weights: '{file.path}' is a {file.kind}, and {rule}; make one of it with convert_lora.py --rank"
+        )
+    if _has_dora(file):
+        raise UserError(
+            f"--lora_weights: '{file.path}' was trained with --use_dora, and {rule}; merge it with convert_lora.py "
+            "--output_dir, and make one of the result with convert_lora.py --transformer"
+        )
+
+
+def _has_dora(file: LoraFile) -> bool:
+    return any(".lora_magnitude_vector" in name for name in file.weights)
 
 
 def read_passed_lora(reference: Path | str, flag: str, cache_dir: str | None = None) -> LoraFile:
@@ -201,10 +222,9 @@ def _flags_needed(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> l
     alpha = our_alpha if file.alpha is None else file.alpha
     our_switches = {name: getattr(ours, name, False) for name in ("use_rslora", "use_dora")}
     has_rslora = file.config.get("use_rslora", our_switches["use_rslora"] and file.kind == "lora")
-    has_dora = any(".lora_magnitude_vector" in name for name in file.weights)
     if alpha != our_alpha:
         needed.append(f"--lora_alpha {alpha:g}")
-    for flag, theirs in (("use_rslora", has_rslora), ("use_dora", has_dora)):
+    for flag, theirs in (("use_rslora", has_rslora), ("use_dora", _has_dora(file))):
         if theirs != our_switches[flag]:
             needed.append(f"--{flag}" if theirs else f"no --{flag}")
     factor = file.config.get("decompose_factor", LOKR_FACTOR)
@@ -214,7 +234,7 @@ def _flags_needed(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> l
     if modules != _modules(get_peft_model_state_dict(transformer)):
         # The names inside a block if all blocks have them, the full names otherwise.
         blocks, count = Counter(map(inside_block, modules)), len(transformer.transformer_blocks)
-        names = {short if blocks[short := inside_block(name)] == count else name for name in modules}
+        names = {short if blocks[short := inside_block(name)] == count else name for name in modules - own.keys()}
         needed.append(f"--lora_target_modules {' '.join(sorted(names))}")
     return needed
 

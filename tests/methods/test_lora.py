@@ -159,6 +159,22 @@ def test_the_advice_on_a_lora_to_start_a_control_from_can_be_followed(tiny_model
     make_lora(new_inputs=64, start_from=extracted, alpha=4).check_model(configs, source)
 
 
+def test_a_lora_of_the_patch_embedding_without_a_control_is_told_from_one_of_another_model(tiny_models, tmp_path):
+    source = ModelSource(str(tiny_models("1.5-5b")))
+    style = write_lora(tiny_models("1.5-5b"), tmp_path / "style", target_modules=["to_k", "patch_embed.proj"])
+    control = write_lora(tiny_models("1.5-5b"), tmp_path / "control", new_inputs=128)
+    configs, expected = ControlToVideo().model_configs(source.configs()), "not for the control that this model takes"
+    with pytest.raises(UserError, match=f"--lora: .*{expected}; join it with the LoRA of the control"):
+        check_loras([(str(style), 1.0)], configs)
+    with pytest.raises(UserError, match=f"--lora_weights: .*{expected}"):
+        make_lora(new_inputs=128, start_from=style).check_model(configs, source)
+    with pytest.raises(UserError, match="trained on another model"):
+        check_loras([(str(style), 1.0)], ModelSource(str(tiny_models("1.5-5b-i2v"))).configs())
+    joined = str(tmp_path / "joined.safetensors")
+    convert_lora.main(["--lora", str(control), str(style), "--output_file", joined])
+    check_loras([(joined, 1.0)], configs)
+
+
 @pytest.mark.parametrize(("options", "flag"), [({"use_dora": True}, "--use_dora"), ({"adapter": "loha"}, "--adapter")])
 def test_new_inputs_are_learned_only_by_a_plain_lora(tiny_models, options, flag):
     source = ModelSource(str(tiny_models("2b")))

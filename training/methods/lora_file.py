@@ -178,12 +178,24 @@ def read_fitting_lora(
     for name, weight in file.weights.items():
         shape = shapes.get(name.split(".lora_")[0])
         side = slice(1, 2) if ".lora_A." in name else slice(1)  # lora_B is [out, rank], a magnitude of DoRA [out]
+        if f"{PATCHES}.lora_A." in name and _lacks_control(weight, transformer):
+            raise UserError(
+                f"{flag}: '{file.path}' changes the patch embedding, but not for the control that this model takes; "
+                "join it with the LoRA of the control, or merge it into the model, by convert_lora.py, or omit it"
+            )
         if shape is None or weight.shape[side] != shape[side]:
             raise UserError(
                 f"{flag}: '{file.path}' was trained on another model than --pretrained_model_name_or_path: "
                 f"its {name} {list(weight.shape)} fits no layer; pass that model, or a LoRA of this one"
             )
     return file
+
+
+def _lacks_control(down: torch.Tensor, transformer: CogVideoXTransformer3DModel) -> bool:
+    """Return whether the weights were trained on the text-to-video model that a control has widened."""
+    weight, config = transformer.patch_embed.proj.weight, transformer.config
+    is_control = config.in_channels > config.out_channels and config.ofs_embed_dim is None
+    return is_control and 2 * down.shape[1] == weight.shape[1]
 
 
 def _check_products(file: LoraFile, shapes: dict[str, torch.Size], flag: str) -> None:

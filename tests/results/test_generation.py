@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,6 +99,16 @@ def test_a_lora_that_cannot_be_read_or_is_of_a_control_model_says_so(tiny_models
         message = refused(tiny_models("5b"), "--lora", of_model, *flags)
         assert f"'{of_model}' was trained on a control model; pass that model" in message
     assert settle(parse(tiny_models("5b"), "--lora", of_model, lora, *clip)).task.condition == "control"
+
+
+def test_a_repository_with_a_lora_only_in_a_folder_is_refused(tiny_models, monkeypatch):
+    monkeypatch.setattr("methods.lora_file.is_offline_mode", lambda: False)
+    monkeypatch.setattr("diffusers.loaders.lora_base.HF_HUB_OFFLINE", False)
+    listed = SimpleNamespace(siblings=[SimpleNamespace(rfilename=f"checkpoint-5/{LORA_FILE}")])
+    monkeypatch.setattr("diffusers.loaders.lora_base.model_info", lambda *_, **__: listed)
+    assert "--lora: 'owner/lora' is not a file or folder here, and" in refused(
+        tiny_models("5b"), "--lora", "owner/lora"
+    )
 
 
 def test_full_fine_tuning_of_the_base_is_widened_for_the_lora_of_a_control(tiny_models, lora, clip, tmp_path):

@@ -202,7 +202,8 @@ def choose_control(settings: GenerationSettings, configs: ModelConfigs) -> Contr
     if task.widens and not find_control_result(settings, configs):
         raise UserError(
             "--control: nothing here takes a control: neither the model nor a --lora or --transformer; omit it, or "
-            "pass the result of cogvideox_control_to_video_lora.py or cogvideox_control_to_video_sft.py"
+            "pass the result of cogvideox_control_to_video_lora.py or cogvideox_control_to_video_sft.py, or a control "
+            "model as --pretrained_model_name_or_path"
         )
     return task
 

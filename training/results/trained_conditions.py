@@ -36,7 +36,7 @@ def find_trained_conditions(
         results: LoRAs and transformers, paths or hub ids.
         base: the base model, which may be the pipeline of a run, or a merged one.
     """
-    places = {one: _places(one) for one in results if one and Path(one).exists()}
+    places = {one: _places(one) for one in results if one}
     if base and Path(base).exists():
         folder = Path(base).resolve()
         places[base] = (folder, *([folder.parent] if folder.name == PIPELINE_FOLDER else []))
@@ -53,7 +53,8 @@ def takes_control(result: str) -> bool | None:
 
 def _places(result: str) -> list[Path]:
     """Return the folders whose run may have trained a result, which may be a link or a path from inside the run."""
-    return [place for path in (Path(result).resolve(), Path(result).absolute()) for place in (path, *path.parents[:3])]
+    paths = (Path(result).resolve(), Path(result).absolute()) if Path(result).exists() else ()
+    return [place for path in paths for place in (path, *path.parents[:3])]
 
 
 def _first_noted(folders: Iterable[Path]) -> TrainedConditions | None:

@@ -24,8 +24,14 @@ from diffusion.control_to_video import ControlToVideo
 from forward_pass import load
 from models.source import ModelSource
 from results.generation import load_pipeline, settle
-from results.trained_conditions import TrainedConditions, find_trained_conditions, note_trained_conditions
+from results.trained_conditions import (
+    TrainedConditions,
+    find_trained_conditions,
+    note_trained_conditions,
+    takes_control,
+)
 from tuned_models import make_lora, output, write_lora
+from video.frames import Cut
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -289,7 +295,12 @@ def test_a_result_with_a_control_is_refused_on_a_base_that_it_was_not_trained_on
         assert "image-to-video model, and" in refused(convert, capsys, *flags, "--model_path", i2v, to=to)
     message = refused(convert, capsys, "--lora", of_model, "--model_path", model, to="m")
     assert "was trained on a control model; pass that model" in message
-    convert("--lora", of_model, control, "--model_path", model, to="both")
+    both = convert("--lora", of_model, control, "--model_path", model, to="both")
+
+    style = write_lora(model, tmp_path / "style")
+    note_trained_conditions(style.parent, TrainedConditions(cut=Cut(fps=8)))
+    (both / "config.yaml").unlink()  # as of a control model from the hub
+    assert takes_control(str(convert("--lora", style, "--model_path", both, to="again")))
 
 
 def test_a_result_of_an_image_to_video_run_is_not_one_of_a_control(tiny_models, tmp_path, convert, capsys):

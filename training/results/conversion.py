@@ -221,8 +221,10 @@ def _merge(
     try:
         size = _write_merged(partial / TRANSFORMER_FOLDER, base, shards, files, scales, dtype, device)
         copy_components(components, base.source.variant, partial, pipeline_index(ControlToVideo()))
-        if trained not in (None, TrainedConditions()):
-            note_trained_conditions(partial, trained)
+        # Of a LoRA without a control, the run does not say that the base takes one.
+        noted = replace(trained or TrainedConditions(), takes_control=base.takes_control)
+        if noted != TrainedConditions():
+            note_trained_conditions(partial, noted)
         replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -8,7 +8,13 @@ from PIL import Image
 from args import parse_generate_args
 from common.run_folder import CONFIG_TITLE, LORA_FILE
 from results.generation import settle
-from results.trained_conditions import TrainedConditions, find_trained_conditions, note_trained_conditions
+from results.trained_conditions import (
+    TrainedConditions,
+    find_trained_conditions,
+    note_trained_conditions,
+    takes_control,
+)
+from tuned_models import write_lora
 from video.frames import Cut
 
 
@@ -32,6 +38,16 @@ def test_they_are_those_of_the_run_of_a_result_or_of_a_base_that_is_the_pipeline
         assert find_trained_conditions(results, base) == (None, None)
     monkeypatch.chdir(run / "pipeline")
     assert find_trained_conditions([], ".") == (ENDS, ".")
+
+
+def test_they_are_found_through_a_link_and_from_inside_the_run(run, tmp_path, monkeypatch):
+    (tmp_path / "best").symlink_to(run / "pipeline")
+    (run / "elsewhere").symlink_to(tmp_path)
+    for result in (tmp_path / "best", run / "elsewhere"):
+        assert find_trained_conditions([str(result)], None) == (ENDS, str(result))
+    monkeypatch.chdir(run / "pipeline")
+    assert find_trained_conditions(["."], None) == (ENDS, ".")
+    assert takes_control(".") is False and takes_control("owner/lora") is None  # not in the working folder
 
 
 def test_the_control_and_the_cut_of_a_run_are_read_and_of_a_merged_result_too(run, tmp_path):
@@ -69,7 +85,7 @@ def test_generate_warns_of_results_that_were_trained_on_other_frames_until_the_f
     for folder, conditions in ((other, TrainedConditions("first:2")), (style, TrainedConditions()), (run, ENDS)):
         folder.mkdir(exist_ok=True)
         note_trained_conditions(folder, conditions)
-        (folder / LORA_FILE).touch()
+        write_lora(tiny_models("5b-i2v"), folder)
     Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
     flags = f"--prompt a --height 64 --width 96 --num_frames 17 --image {tmp_path}/a.png --last_image {tmp_path}/a.png"
     argv = [*flags.split(), "--model_path", str(tiny_models("5b-i2v")), "--lora", *map(str, (style, run, other))]

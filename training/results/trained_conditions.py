@@ -78,12 +78,24 @@ def warn_of_conflicts(results: Sequence[str | None], base: str | None, *, is_cho
 
 def _find_all(results: Iterable[str | None], base: str | None) -> list[tuple[TrainedConditions, str]]:
     """Return the conditions of each result and of the base, if known; those on more than first frames precede."""
-    places = {one: (Path(one), *list(Path(one).parents)[:3]) for one in results if one and Path(one).exists()}
+    places = {one: _places(one) for one in results if one}
     if base and Path(base).exists():
         folder = Path(base).resolve()
         places[base] = (folder, *([folder.parent] if folder.name == PIPELINE_FOLDER else []))
     found = [(noted, one) for one, folders in places.items() if (noted := _first_noted(folders))]
     return sorted(found, key=lambda one: one[0].flag == TrainedConditions().flag)
+
+
+def takes_control(result: str) -> bool | None:
+    """Return whether a result was trained with controls; None for one outside of its run's folder."""
+    noted = _first_noted(_places(result))
+    return None if noted is None else noted.takes_control
+
+
+def _places(result: str) -> list[Path]:
+    """Return the folders whose run may have trained a result, which may be a link or a path from inside the run."""
+    paths = (Path(result).resolve(), Path(result).absolute()) if Path(result).exists() else ()
+    return [place for path in paths for place in (path, *path.parents[:3])]
 
 
 def _first_noted(folders: Iterable[Path]) -> TrainedConditions | None:

@@ -95,6 +95,7 @@ SEQUENTIAL = "--enable_sequential_cpu_offload"
         ("--height 100", "--height", "not divisible by 16; nearest valid sizes are 96 and 112"),
         ("--num_frames 50", "--num_frames", "not 4k or 4k+1; nearest valid counts are 49 and 52"),
         ("--seed 1 1", "--seed", "given twice"),
+        ("--seed 1 --seed 2", "--seed", "passed twice; pass all values after one --seed"),
         (f"--seed {2**64}", "--seed", f"goes beyond the largest, {2**64 - 1}"),
         (f"--seed {2**64 - 1} --num_videos 2", "--seed", f"goes beyond the largest, {2**64 - 1}"),
         ("--num_inference_steps 1001", "--num_inference_steps", "1001 is too large; pass a whole number up to 1000"),

@@ -7,10 +7,11 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from studio.actions import HUB_MODELS, Actions
+from studio.actions import Actions
 from studio.commands import BY_CARD, MEMORY, PRECISIONS, USUAL_FLAGS
 from studio.given import BEGINNING, CHOICES, CONTROL, CONTROLS, TEXT
 from studio.jobs import Jobs
+from studio.models import HUB_MODELS
 
 
 # Fonts of the system: Gradio's own themes fetch theirs from elsewhere.

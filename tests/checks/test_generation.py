@@ -129,6 +129,11 @@ SEQUENTIAL = "--enable_sequential_cpu_offload"
         ("--output_file rabbit.png/a.mp4", "--output_file", "not a folder"),
         ("--output_file folder.mp4 --overwrite", "--output_file", "folder.mp4 is a folder"),
         ("--model_path nowhere", "--pretrained_model_name_or_path", "no folder 'nowhere'"),
+        (
+            "--model_path full",
+            "--pretrained_model_name_or_path",
+            "a transformer: pass its base model, and this to generate",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_flag(flags, flag, reason, capsys):

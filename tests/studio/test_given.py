@@ -76,6 +76,12 @@ def test_a_lora_is_sampled_with_the_files_model_and_size_that_it_was_trained_wit
             given.sampled([])
 
 
+def test_a_file_whose_name_begins_with_a_hyphen_is_no_flag(root):
+    (root / "-a.mp4").touch()
+    command = sample_command("base", "", "one", Given("control video"), ["-a.mp4"], 5, 6.0, 1, "")
+    assert check_command(command, root).content.control == ("./-a.mp4",)
+
+
 def test_the_base_is_that_of_the_run_or_its_place_is_asked_for(root):
     def sampled_from(base, more="", **flags):
         (root / "run/run_facts.json").write_text(

@@ -196,11 +196,15 @@ class Actions:
 
 
 def _form(values: Sequence[Any]) -> Form:
-    for item, value in zip(fields(Form), values, strict=True):
-        if value == "" and item.name not in ("id_token", "prepare_flags", "train_flags"):
+    form = Form(*values)
+    unused = {"latents": form.given != BEGINNING, "control": form.given != CONTROL}  # and hidden
+    for item in fields(Form):
+        is_needed = item.name not in ("id_token", "prepare_flags", "train_flags") and not unused.get(item.name)
+        if is_needed and getattr(form, item.name) == "":
             tab = "Clips" if item.name == "clips" else "Train"
-            raise UserError(f"{item.name.replace('_', ' ')}: nothing is chosen; choose or type it in the tab {tab}")
-    return Form(*values)
+            name = "K" if item.name == "latents" else item.name.replace("_", " ")
+            raise UserError(f"{name}: nothing is chosen; choose or type it in the tab {tab}")
+    return form
 
 
 def _is_edited(clips: list[Captioned], chosen: int | None, caption: str) -> bool:

@@ -32,7 +32,7 @@ from original_folders import write_original_folder
 from prepared.read_index import read_index
 from prepared_folders import write_prepared
 from video.controls import HIDDEN, INPAINT, KINDS, compute_control
-from video.probe import probe_files
+from video.probe import probe_files, probe_video
 
 
 BUCKET = Bucket(9, 64, 96)
@@ -89,6 +89,28 @@ def test_a_mask_has_the_frames_the_crop_and_the_flip_of_its_clip(tmp_path):
         assert torch.equal(batch.controls, torch.where(is_white, HIDDEN, batch.videos))
         seen.add(bytes(batch.masks.numpy()))
     assert len(seen) > 2
+
+
+def test_a_mask_that_is_nowhere_white_is_a_warning_for_the_loss_and_an_error_for_inpainting(tmp_path, caplog):
+    video, mask = encode(tmp_path / "a.mp4"), tmp_path / "a.mask.png"
+    info = probe_video(video)
+
+    def read(value: int, **options: str) -> list[tuple[Draw, str]]:
+        pixels = np.zeros((info.height, info.width), np.uint8)
+        pixels[:, : info.width // 4] = value  # outside of the crop, which may be another one in every epoch
+        Image.fromarray(pixels).save(mask)
+        samples, _ = plan_clips(
+            [Clip(video, "a cat", "a:1", mask=mask)], probe_files([video, mask]), [Bucket(9, 32, 32)]
+        )
+        dataset = make_dataset(samples * 2, with_masks=True, **options)
+        return [failure for index in (0, 1) for failure in dataset[Draw(index, 0)].failed]
+
+    message = f"mask {mask} is nowhere white (255)"
+    assert read(1) == [] and [message in record.message for record in caplog.records] == [True]  # once
+    assert [f"nothing to fill, because the {message}" in reason for _, reason in read(1, control=INPAINT)] == [
+        True
+    ] * 2
+    assert read(255, control=INPAINT) == read(255) == [] and len(caplog.records) == 1
 
 
 def test_a_still_masks_every_frame_and_a_clip_without_a_mask_counts_everywhere(tmp_path):

@@ -24,7 +24,7 @@ from models.encoding import encode_mask
 from models.prompts import PromptCache
 from prepared.folder import read_tensor
 from video.condition_frames import FIRST, given_frames
-from video.controls import INPAINT, compute_control
+from video.controls import INPAINT, NOWHERE_WHITE, compute_control, has_white
 from video.io import read_frames, reshape_frames
 from video.probe import VideoInfo
 
@@ -151,6 +151,7 @@ class ClipDataset(_Clips):
     with_masks: bool = False  # fill `masks`
     replace_failed: bool = False  # replace an undecodable clip, so that batches keep their size on every rank
     decode_threads: int = 1  # for each clip; 0 lets the decoder choose
+    has_warned: bool = field(default=False, init=False)  # of a black mask, as there may be many
 
     def __getitem__(self, draw: Draw) -> Batch:
         """Read a clip as a batch of one; with `replace_failed`, the next readable one of its bucket if it fails."""
@@ -189,6 +190,7 @@ class ClipDataset(_Clips):
         images, mask = None, None
         if (self.with_masks or self.control == INPAINT) and planned.mask is not None:
             mask = self._companion(clip.mask, planned.mask, planned, draw.epoch)
+        loss_mask = None if clip.regularization else mask  # that counts everywhere, also if its control needs the mask
         if self.with_images:
             images = video[given_frames(self.condition_frames, len(video))]
             # The image of a split clip belongs to its first part.
@@ -201,7 +203,7 @@ class ClipDataset(_Clips):
             videos=video[None],
             images=None if images is None else images[None],
             controls=None if self.control is None else self._control(video, mask, planned, draw.epoch)[None],
-            masks=_latent_mask(mask, planned.bucket)[None] if self.with_masks else None,
+            masks=_latent_mask(loss_mask, planned.bucket)[None] if self.with_masks else None,
             prompt_embeds=None if self.prompts is None else self.prompts.load(clip.caption)[None],
         )
 
@@ -219,6 +221,12 @@ class ClipDataset(_Clips):
         """Return the frames of a control or a mask that belong to those of a clip, `[F, 3, H, W]`; a still to all."""
         indices = planned.frame_indices if info.num_frames > 1 else [0]
         frames = read_frames(file, indices, self.decode_threads, seekable=info.seekable)
+        if file == planned.clip.mask and not has_white(frames):  # wherever it is cropped
+            if self.control == INPAINT:
+                raise ValueError(f"nothing to fill, because the mask {file} {NOWHERE_WHITE}")
+            if not self.has_warned:
+                logger.warning("warning: a sample may teach nothing, because its mask %s %s", file, NOWHERE_WHITE)
+            self.has_warned = True
         return self._shape(frames, planned, epoch).expand(len(planned.frame_indices), -1, -1, -1)
 
     def _shape(self, frames: np.ndarray, planned: ClipSample, epoch: int) -> torch.Tensor:

@@ -25,7 +25,6 @@ from common.startup import announce
 from data.buckets import Bucket
 from data.clips import BadClip, Clip, plan_clips
 from data.folder import visible_files
-from data.media_cache import IMAGE_SUFFIXES, is_clip
 from flags.footage import CLIPS_TABLE
 from flags.settings import SplittingSettings
 from footage.output import SKIPPED_FILE, OutputFolder
@@ -35,6 +34,7 @@ from planning.describe import report_skipped
 from planning.plan import check_bad_clips
 from planning.samples import RawData
 from video.cache import FileCache
+from video.media import IMAGE_SUFFIXES, is_clip
 from video.probe import probe_files
 
 

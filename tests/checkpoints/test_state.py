@@ -84,9 +84,27 @@ def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path, content):
 @pytest.mark.parametrize(
     ("before", "now", "words"), [(1.0, None, "was on, is now off"), (None, 2.0, "was off, is now on")]
 )
-def test_regularization_that_comes_or_goes_names_the_flag_of_its_clips(before, now, words):
-    state = TrainerState(1, 0, {"--regularization_weight": before})
-    with pytest.raises(UserError, match=rf"settings: regularization \(--regularization_data_root\) {words};"):
-        state.check_settings({"--regularization_weight": now})
-    with pytest.raises(UserError, match=r"--regularization_weight was 1\.0, is now 2\.0"):
-        TrainerState(1, 0, {"--regularization_weight": 1.0}).check_settings({"--regularization_weight": 2.0})
+@pytest.mark.parametrize(
+    ("flag", "what"),
+    [
+        ("--regularization_weight", r"regularization \(--regularization_data_root\)"),
+        ("--mask_background_weight", "--use_masks"),
+    ],
+)
+def test_what_comes_or_goes_is_named_instead_of_its_weight(flag, what, before, now, words):
+    with pytest.raises(UserError, match=rf"settings: {what} {words};"):
+        TrainerState(1, 0, {flag: before}).check_settings({flag: now})
+    with pytest.raises(UserError, match=rf"{flag} was 1\.0, is now 2\.0"):
+        TrainerState(1, 0, {flag: 1.0}).check_settings({flag: 2.0})
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        ({"--condition_frames": "first,last"}, False, "was first,last, is now first"),
+        ({}, "first:2", "was first, is now first:2"),  # of an older version
+    ],
+)
+def test_a_run_with_first_frames_is_not_one_without_given_frames(before, now, words):
+    with pytest.raises(UserError, match=f"settings: --condition_frames {words};"):
+        TrainerState(1, 0, before).check_settings({"--condition_frames": now})

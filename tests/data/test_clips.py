@@ -79,11 +79,11 @@ def test_a_clip_without_a_sample_is_a_bad_clip_with_the_reason():
         ({"num_frames": 29}, r"has 29 frames, its clip 30"),
         ({"num_frames": 31}, r"has 31 frames, its clip 30"),
         ({"height": 32}, r"has 32x64 pixels, its clip 64x64"),
-        ({"fps": 24.0}, r"has 24 frames per second, its clip 25"),
+        ({"fps": 24.0}, None),  # a clip of a variable rate, whose control has a constant one
         (None, "does not exist"),
     ],
 )
-def test_a_control_has_the_frames_the_size_and_the_rate_of_its_clip(change, reason):
+def test_a_control_has_the_frames_and_the_size_of_its_clip(change, reason):
     info = VideoInfo(30, 64, 64, 25.0, sha256="a")
     control = "does not exist" if change is None else replace(info, **change, sha256="b")
     clip = Clip(Path("a.mp4"), "A cat.", "list.csv:2", control=Path("c.mp4"), start_frame=3)
@@ -219,9 +219,13 @@ def test_similar_clips_share_their_frame_numbers_and_their_bucket():
     assert pickle.loads(pickle.dumps(one)) == one  # it can be sent to another process
 
 
-def test_a_folder_of_frames_that_is_listed_as_a_clip_is_explained(tmp_path):
+def test_a_folder_of_frames_that_is_listed_as_a_clip_a_control_or_a_mask_is_explained(tmp_path):
     for number in range(6):
         (tmp_path / f"{number}.png").touch()
     clip = Clip(tmp_path, "A cat.", "videos.txt:1")
-    _, (unusable,) = plan_clips([clip], {tmp_path: "is not a file"}, BUCKETS)
-    assert unusable.reason.startswith("6 numbered pictures are not a clip")
+    others = [Clip(Path("a.mp4"), "A cat.", "a:1", **{kind: tmp_path}) for kind in ("control", "mask")]
+    infos = {tmp_path: "is not a file", Path("a.mp4"): VideoInfo(30, 64, 64, 25.0)}
+    _, unusable = plan_clips([clip, *others], infos, BUCKETS)
+    starts = ["", f"its control {tmp_path}: ", f"its mask {tmp_path}: "]
+    for one, start in zip(unusable, starts, strict=True):
+        assert one.reason.startswith(f"{start}6 numbered pictures are not a clip; make one")

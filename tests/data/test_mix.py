@@ -141,6 +141,18 @@ def test_weights_are_the_shares_of_an_epoch_and_every_sample_comes_at_least_once
         assert count * times / total == pytest.approx(weight / sum(weights))
 
 
+def test_a_mix_reads_only_the_controls_and_masks_that_the_run_reads(tmp_path):
+    entries = [{"data_root": "a", "control_column": "edges", "mask_column": "cut"}]
+    entries += [{"data_root": "b"}, {"data_root": "c", "mask_column": None}]
+
+    def columns(**defaults: str) -> list[tuple]:
+        return [(one.control_column, one.mask_column) for one in mix(tmp_path, entries, replace(DEFAULTS, **defaults))]
+
+    assert columns() == [(None, None)] * 3
+    assert columns(mask_column="mask") == [(None, "cut"), (None, "mask"), (None, None)]
+    assert columns(control_column="control") == [("edges", None), ("control", None), ("control", None)]
+
+
 def test_entries_for_regularization_come_last_without_the_id_token(tmp_path):
     entries = [{"data_root": "kept", "regularization": True, "weight": 2}, {"data_root": "a"}]
     entries.append({"data_root": "b", "regularization": False})

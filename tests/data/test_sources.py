@@ -92,8 +92,15 @@ def test_every_list_may_name_masks_of_some_clips_which_are_read_on_request(tmp_p
     clips = good(tmp_path, **source, mask_column="mask")
     assert [(clip.mask, dict(clip.metadata)) for clip in clips] == [(tmp_path / "cut/a.png", {}), (None, {})]
     with pytest.raises(UserError, match="--mask_column"):
-        (tmp_path / "masks.txt").unlink(missing_ok=True)
         read(tmp_path, **source, mask_column="cut")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt"])
+def test_a_list_without_the_usual_masks_has_none_beside_others_that_have_them(tmp_path, suffix):
+    write_lists(tmp_path, videos="a.mp4", prompts="A cat.")
+    table = tmp_path / f"data{suffix}"
+    source = {} if suffix == ".txt" else {"dataset_file": write_table(table, [{"video": "a.mp4", "text": "A cat."}])}
+    assert [clip.mask for clip in good(tmp_path, **source, mask_column="mask")] == [None]
 
 
 def test_a_folder_of_clips_may_hold_links_to_elsewhere(tmp_path):
@@ -158,9 +165,13 @@ def test_no_source_a_missing_one_and_two_are_errors(source, message):
     assert error_of(**{"data_root": None} | source).startswith(message)
 
 
-def test_an_image_column_has_no_meaning_in_a_folder(tmp_path):
-    touch(tmp_path, "a.mp4", "a.txt")
-    assert error_of(tmp_path, image_column="image").startswith("--image_column image names a column or a text file")
+@pytest.mark.parametrize("kind", ["image", "control", "mask"])
+def test_a_column_has_no_meaning_in_a_folder(tmp_path, kind):
+    write(tmp_path / "a.txt", "A cat.")
+    touch(tmp_path, "a.mp4", "a.png", "a.control.mp4", "a.mask.mp4")
+    column = {f"{kind}_column": "depth"}
+    assert error_of(tmp_path, **column).startswith(f"--{kind}_column depth names a column or a text file, but")
+    assert getattr(good(tmp_path, **{f"{kind}_column": kind})[0], kind) is not None
 
 
 @pytest.mark.parametrize("name", ["data.csv", "data.jsonl", "data.json", "data.parquet"])

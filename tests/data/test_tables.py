@@ -42,6 +42,14 @@ def test_a_missing_text_file_is_named_with_its_flag(tmp_path, file, column):
     assert error_of(tmp_path, **{f"{column}_column": name}).startswith(message)
 
 
+@pytest.mark.parametrize("kind", ["image", "control", "mask"])
+def test_the_usual_file_is_not_read_instead_of_a_missing_one(tmp_path, kind):
+    write_lists(tmp_path, videos="a.mp4", prompts="A cat.", **{f"{kind}s": "b.mp4"})
+    message = f"{tmp_path / 'depth'} does not exist; --{kind}_column names the file"
+    assert error_of(tmp_path, **{f"{kind}_column": "depth"}).startswith(message)
+    assert getattr(good(tmp_path, **{f"{kind}_column": kind})[0], kind) == tmp_path / "b.mp4"
+
+
 def test_blank_lines_in_the_middle_make_bad_clips(tmp_path):
     write_lists(tmp_path, videos="a.mp4\n\nc.mp4\nd.mp4\n", prompts="A cat.\nA dog.\n \nA cow.\n")
     assert bad(tmp_path) == ["unnamed clip (videos.txt:2): has no path", "c.mp4 (videos.txt:3): has no caption"]

@@ -4,11 +4,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from args import parse_prepare_args
+from args import parse_args, parse_prepare_args
 from data.buckets import cropped_share, is_upscaled, make_buckets
-from data.clips import Clip, plan_clips
+from data.clips import BadClip, Clip, plan_clips
 from flags.data import ClipFlags
 from planning.advice import recommend
+from planning.describe import advise
+from planning.samples import RawData
 from video.probe import VideoInfo
 
 
@@ -113,6 +115,39 @@ def test_flags_that_keep_the_clips_are_recommended_once(read, infos, line, confi
     assert all(cropped_share(one.info.height, one.info.width, one.bucket) <= 0.2 for one in samples)
     assert not any(is_upscaled(one.info.height, one.info.width, one.bucket) for one in samples)
     assert recommended(read, infos, better, config) is None
+
+
+@pytest.mark.parametrize(
+    ("infos", "line", "expected"),
+    [
+        ([clip(0.6, 16), clip(1.2, 16)], "--frame_buckets 16", "--fps 16 --frame_buckets 8 16"),
+        ([clip(2, 24)], "--frame_buckets 81 --max_num_frames 81", "--fps 16 --frame_buckets 32"),
+        ([clip(6, 24), VideoInfo(1, 1080, 1920, 0.0, is_image=True)], "--frame_buckets 80", None),
+        ([clip(0.9, 16)], "--frame_buckets 49 --fps 16", "--frame_buckets 8"),
+        ([clip(5, 16)], "--frame_buckets 81 --fps 16", "--frame_buckets 80"),
+        ([clip(0.2, 16)], "--frame_buckets 5", None),
+    ],
+)
+def test_a_model_that_is_sampled_only_at_8k_frames_gets_no_others(read, infos, line, expected):
+    line = f"--height_buckets 768 --width_buckets 1360 --max_num_frames 81 {line}"
+    advice = recommended(read, infos, line, COGVIDEOX_1_5, frames_rest=0)
+    assert (advice and flags_in(advice)) == expected
+    assert expected is None or recommended(read, infos, f"{line} {expected}", COGVIDEOX_1_5, frames_rest=0) is None
+
+
+@pytest.mark.parametrize(
+    ("controls", "config", "length"),
+    [(True, COGVIDEOX_1_5, 16), (False, COGVIDEOX_1_5, 17), (True, COGVIDEOX, 9)],
+)
+def test_training_takes_the_recommended_lengths_with_and_without_controls(folder, controls, config, length):
+    places = ["--data_root", str(folder), "--output_dir", str(folder / "out"), "--frame_buckets", "24"]
+    extra = ["--save_latents_and_embeddings", "--save_control_latents"] if controls else []
+    preparation = parse_prepare_args(["--model_id", "org/name", *places, *extra])
+    task = "control-to-video" if controls else "text-to-video"
+    training = parse_args(["--pretrained_model_name_or_path", "org/name", *places], task=task, method="lora")
+    data = RawData([], [BadClip("a.mp4", "t:1", "too short", clip(1.2, 16, 480, 720))])
+    for settings in (preparation, training):
+        assert f"--frame_buckets {length}" in advise(data, settings, config)
 
 
 @pytest.mark.parametrize(

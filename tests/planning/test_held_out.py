@@ -161,6 +161,19 @@ def test_prepared_samples_of_one_clip_leave_together(demo_clips, tmp_path):
     assert data.blocks is None
 
 
+def test_prepared_samples_of_one_file_leave_together_whatever_else_their_tensors_depend_on():
+    """Each clip has two rows, with another control or image."""
+    files = [f"{number // 2:016x}" for number in range(6)]
+    names = [f"stem-{number:016x}" for number in range(100, 106)]
+    places = {"source": [f"t:{number}" for number in range(6)], "clip": ["a.mp4"] * 6}
+    clips, ranks = clips_of_prepared(index_of([Bucket(17, 64, 96)] * 6, names=names, **places, content=files))
+    older = clips_of_prepared(index_of([Bucket(17, 64, 96)] * 6, names=names, **places))
+    assert clips.tolist() == [0, 0, 1, 1, 2, 2] and older[0].tolist() == [*range(6)]
+    assert ranks.tolist() == older[1].tolist()  # of the clips that are held out, the first stay the same
+    both = index_of([Bucket(17, 64, 96)] * 2, names=[names[0], names[5]], content=[None, files[0]])
+    assert clips_of_prepared(both)[0].tolist() == [0, 1]
+
+
 def test_clips_for_regularization_stay():
     assert find_candidates(np.array([0, 0, 1, 2, 2]), np.array([False, False, False, False, True])).tolist() == [0, 1]
     assert find_candidates(np.array([0, 0, 1]), None).tolist() == [0, 1]

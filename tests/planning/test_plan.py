@@ -22,10 +22,12 @@ from common.errors import UserError
 from data.buckets import Bucket
 from data.clips import BadClip, Clip, ClipSample
 from encoded_clips import encode
+from flags.data import ControlFlags, MaskFlags
 from flags.settings import TrainingSettings
 from planning.describe import describe_plan, report_skipped
 from planning.plan import (
     check_bad_clips,
+    data_sources,
     plan_raw_clips,
     plan_training_data,
     plan_validation_clips,
@@ -34,6 +36,7 @@ from planning.plan import (
 from planning.report import plan_table
 from planning.samples import PreparedData, RawData, caption_dropouts
 from preparation.prepare import name_sample
+from prepared.folder import content_digest
 from prepared_folders import index_of, write_prepared
 from video.probe import VideoInfo
 
@@ -327,6 +330,15 @@ def test_the_data_sets_of_a_mix_are_joined_and_bad_clips_named_with_their_folder
     assert {clip.source for clip in found.bad} == {f"{data}/table.jsonl:{line}" for line in (4, 5, 6)}
 
 
+def test_masks_of_regularization_are_read_only_to_compute_controls(data):
+    entries = [{"data_root": "."}, {"data_root": ".", "regularization": True}]
+    sources = training(data, "--dataset_mix", write_mix(data, *entries), *SIZE).sources
+    masks = MaskFlags(use_masks=True)
+    fills = ControlFlags(compute_control="inpaint")
+    assert [one.mask_column for one in data_sources(sources, masks=masks)] == ["mask", None]
+    assert [one.mask_column for one in data_sources(sources, fills, masks)] == ["mask", "mask"]
+
+
 def test_weights_count_the_samples_that_can_be_used(data, tmp_path):
     (data / "one.jsonl").write_text((data / "table.jsonl").read_text().splitlines()[0] + "\n")
     files = [str(data / name) for name in ("table.jsonl", "one.jsonl")]
@@ -403,16 +415,17 @@ def test_clips_that_are_trained_on_too_are_not_held_out(held_out, demo_clips):
 
 
 @pytest.mark.parametrize(
-    ("name", "clip", "frames", "is_refused"),
+    ("name", "clip", "frames", "has_content", "is_refused"),
     [
-        ("renamed", "held-out/videos/1.mp4", [0, 64], True),
-        ("renamed", "held-out/videos/1.mp4", [900, 916], False),  # another scene of the file
-        (None, "moved.mp4", [0, 64], True),  # the same content
-        ("renamed", "elsewhere/1.mp4", [0, 64], False),
+        ("renamed", "held-out/videos/1.mp4", [0, 64], False, True),
+        ("renamed", "held-out/videos/1.mp4", [900, 916], False, False),  # another scene of the file
+        (None, "moved.mp4", [0, 64], False, True),  # with the same digest in its name
+        ("renamed", "moved.mp4", [0, 64], True, True),
+        ("renamed", "elsewhere/1.mp4", [0, 64], False, False),
     ],
 )
 def test_clips_that_prepared_samples_were_made_of_are_not_held_out(
-    held_out, monkeypatch, name, clip, frames, is_refused
+    held_out, monkeypatch, name, clip, frames, has_content, is_refused
 ):
     monkeypatch.chdir(held_out.parent.parent)
     _, planned = hold_out(held_out, held_out.parent, *SIZE, *COLUMNS).clips
@@ -420,7 +433,8 @@ def test_clips_that_prepared_samples_were_made_of_are_not_held_out(
     prepare = parse_prepare_args([*places, *SIZE, "--save_latents_and_embeddings"])
     tensors = {"video_latents": torch.zeros(1), "prompt_embeds": torch.zeros(1)}
     names = {name or name_sample(planned, prepare).name: tensors}
-    write_prepared(Path("prepared"), names, planned.bucket, clip=clip, frames=frames)
+    content = {"content": content_digest(planned.info.sha256)} if has_content else {}
+    write_prepared(Path("prepared"), names, planned.bucket, clip=clip, frames=frames, **content)
     flags = ["--load_tensors", "--data_root", "prepared", *SIZE, *COLUMNS, "--validation_dataset_file", held_out]
     refusal = pytest.raises(UserError, match=r"1 of its clips are trained on too.*\n  .*1\.mp4$")
     with refusal if is_refused else nullcontext():
@@ -574,9 +588,11 @@ def test_clips_to_train_on_are_not_for_regularization_too(data, kept, tmp_path):
     tensors = {"video_latents": torch.zeros(1), "prompt_embeds": torch.zeros(1)}
     for folder, names in (("a", ["cat-0123456789abcdef", "dog"]), ("b", ["0-0123456789abcdef", "dog"])):
         write_prepared(tmp_path / folder, dict.fromkeys(names, tensors), Bucket(17, 64, 96))
-    for other, count in (("b", 1), ("a", 2)):
-        flags = ["--data_root", tmp_path / "a", "--regularization_data_root", tmp_path / other, "--load_tensors"]
-        with pytest.raises(UserError, match=rf"^{count} of the clips(.|\n)*\n  (cat|0)-0123456789abcdef"):
+    write_prepared(tmp_path / "c", {"cat-fedcba9876543210": tensors}, Bucket(17, 64, 96), content="01" * 8)
+    write_prepared(tmp_path / "d", {"0-0123456789abcdee": tensors}, Bucket(17, 64, 96), content="01" * 8)
+    for root, other, count in (("a", "b", 1), ("a", "a", 2), ("c", "d", 1)):
+        flags = ["--data_root", tmp_path / root, "--regularization_data_root", tmp_path / other, "--load_tensors"]
+        with pytest.raises(UserError, match=rf"^{count} of the clips(.|\n)*\n  (cat|0)-0123456789abcde"):
             plan_training_data(training(tmp_path / "out", *flags))
 
 

@@ -4,6 +4,7 @@ Every clip gets a bucket of its size, so that nothing is resized and the expecte
 """
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -197,6 +198,7 @@ def test_the_index_lists_the_origin_of_each_sample_in_order(prepared, rows):
         assert (row["clip"], row["caption"], row["source"]) == (str(video), caption, f"videos.txt:{number}")
         assert (row["num_frames"], row["height"], row["width"]) == (FRAMES, height, width)
         assert (row["first_frame"], row["last_frame"]) == (0, num_frames - 1)
+        assert row["content"] == hashlib.sha256(video.read_bytes()).hexdigest()[:16]
 
 
 def test_the_latents_are_the_moments_of_the_clips(prepared, vae, rows):
@@ -467,6 +469,22 @@ def test_samples_keep_their_names_unless_their_pictures_are_corrected(tmp_path):
     # As versions before corrections named it: their latents are still found.
     assert name() == name(rotation=90, seekable=True) == "clip-5f7242fe5083f3b4"
     assert len({name(), name(corrections=("mirrored",)), name(corrections=("deinterlaced",))}) == 3
+
+
+def test_samples_with_and_without_a_mask_of_their_own_have_different_names(tmp_path):
+    """The first three are the names of earlier versions, whose latents are still found."""
+    info = VideoInfo(9, 64, 64, 8.0, sha256="ab" * 32)
+    planned = ClipSample(
+        Clip(Path("clip.mp4"), "A cat.", "list:1"), info, Bucket(9, 64, 64), tuple(range(9)), mask=info
+    )
+    places = ["--model_id", "a/b", "--data_root", str(tmp_path), "--output_dir", "out"]
+    fills = ["--save_control_latents", "--compute_control", "inpaint"]
+    names = []
+    for flags in ([], ["--use_masks"], fills, [*fills, "--use_masks"]):
+        settings = parse_prepare_args([*places, "--save_latents_and_embeddings", *flags])
+        names.append(name_sample(planned, settings).name)
+    assert names[:3] == ["clip-58f8c20be23a3565", "clip-56bf4949ed1e2be8", "clip-3c9279ef60ad79c7"]
+    assert names[3] not in names[:3]
 
 
 def test_a_clip_removed_from_the_list_is_removed_from_the_index(model, small, prepared_small):

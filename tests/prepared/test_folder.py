@@ -3,6 +3,7 @@
 import os
 import pickle
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import save
@@ -16,6 +17,8 @@ from prepared.folder import (
     read_empty_prompt,
     read_prepared_settings,
     read_tensor,
+    sample_digest,
+    sample_digests,
     write_empty_prompt,
     write_settings,
 )
@@ -94,3 +97,17 @@ def test_an_empty_prompt_that_cannot_be_used_is_named(tmp_path, name, shape, cut
     (tmp_path / "empty_prompt.safetensors").write_bytes(content[: len(content) - cut])
     with pytest.raises(UserError, match=r"empty_prompt\.safetensors .*; remove it and prepare the data again"):
         read_empty_prompt(tmp_path)
+
+
+def test_the_digest_that_ends_a_name_is_found_whatever_is_before_it():
+    one, other = sample_digest(["a", 1]), sample_digest(["a", 2])
+    names = [f"a-b-{one}", f"-{other}", one, f"a-{one}-", f"é-{other}", f"a-{one}0", "a-0123456789abcdeF"]
+    assert sample_digests(pa.array(names, pa.large_string())).to_pylist() == [
+        one,
+        other,
+        None,
+        None,
+        other,
+        None,
+        None,
+    ]

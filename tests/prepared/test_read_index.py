@@ -13,7 +13,7 @@ from common.text_files import index_lines
 from data.buckets import Bucket
 from original_folders import write_original_folder
 from prepared.folder import PreparedSettings, claim_folder, read_tensor
-from prepared.index import make_table, write_index
+from prepared.index import IDENTITY, make_table, map_table, write_index
 from prepared.read_index import read_index, row_in_shards, sample_in_files, sample_in_shards
 from prepared_folders import rows_of, write_prepared
 
@@ -49,12 +49,13 @@ def test_samples_in_shards_are_read_back(tmp_path, images, older):
         assert torch.equal(read_tensor(getattr(clips[1], kind)), tensor)
 
 
-def test_an_index_from_before_there_were_controls_and_masks_is_read(tmp_path):
+def test_an_index_from_before_there_were_controls_masks_and_contents_is_read(tmp_path):
     write_prepared(tmp_path, dict.fromkeys("ab", TENSORS | IMAGES), BUCKET)
-    table = pa.ipc.open_file(str(tmp_path / "index.arrow")).read_all().drop_columns(list(CONTROLS))
+    table = pa.ipc.open_file(str(tmp_path / "index.arrow")).read_all().drop_columns([*CONTROLS, "content"])
     with pa.ipc.new_file(str(tmp_path / "index.arrow"), table.schema) as writer:
         writer.write_table(table)
     clips = read_index(tmp_path)
+    assert map_table(tmp_path / "index.arrow", IDENTITY)["content"].null_count == 2
     assert clips[1].control_latents is clips[1].mask is None and clips[1].image_latents is not None
     assert [clips.without(kind) for kind in (*CONTROLS, "image_latents")] == [["a", "b"], ["a", "b"], []]
 

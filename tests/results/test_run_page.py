@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from browser import PLAYS, visit
-from common.run_folder import STRENGTHS_FOLDER
+from common.run_folder import STRENGTHS_FOLDER, TARGETS_FOLDER
 from doc_pages import noted_calls, value_of
 from drawn_runs import CAPTION, PROMPT, noted, write_run
 from results import run_videos
@@ -134,6 +134,21 @@ def test_large_videos_are_embedded_small_up_to_a_limit_and_all_are_linked(tmp_pa
     assert re.findall(r'aria-label="([^:"]*)', page[page.index("<video") :])[0] == "step 40"  # the most important one
     assert page.count("<video") == 1
     assert page.count('href="validation/step-') == 3
+
+
+def test_controls_are_beside_their_videos_also_if_a_prompt_has_several(tmp_path):
+    write_run(tmp_path, facts={}, video_steps=(0, 40))
+    for step in (0, 40):
+        file = tmp_path / f"validation/step-{step}/00-00-script-alert-x-script-a-red-circle.mp4"
+        copy(file, file.with_name(file.name.replace("00-00", "01-00")))
+    copy(file, tmp_path / TARGETS_FOLDER / "00-control.mp4")
+    controls = [{"file": f"{TARGETS_FOLDER}/00-control.mp4"}, {"missing": "the disk was full"}]
+    videos = [{"prompt": PROMPT, "target": {}, "control": control} for control in controls]
+    first, second = page_of(write_run(tmp_path, facts={"videos": videos})).split("</h3>")[-2:]
+    names = ["control", "before training", "step 40"]
+    assert all(re.findall(r"<figcaption><strong>(.*?)</strong>", row)[:3] == names for row in (first, second))
+    assert first.count("<video") == 3 and second.count("<video") == 2 and "the disk was full" in second
+    assert "a red circle (prompt 2)" in first  # the title of the second row
 
 
 def test_the_page_is_plain_and_its_videos_play_in_a_browser(browser, tmp_path):

@@ -26,6 +26,8 @@ from run.encoded_inputs import load_conditions
 from run.recipe import Recipe
 from tiny_runs import SIZE, assert_same_weights, weights_of
 from validation.defaults import with_data_defaults
+from video.images import load_controls
+from video.io import read_frames
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -102,9 +104,14 @@ def test_the_summary_and_the_card_name_the_kind_of_control(lora_run):
     assert "as many frames as the video, which show canny of a clip" in example(facts, "model", "me/it")
 
 
-def test_the_contact_sheet_shows_the_control_above_its_video_and_the_loss_of_held_out_clips_is_measured(lora_run):
+def test_contact_sheet_and_page_show_the_control_and_the_loss_of_held_out_clips_is_measured(lora_run, clip):
     with Image.open(lora_run / "validation/step-4/contact_sheet.png") as sheet:
         assert sheet.height == 44 + 2 * 172
+    page = (lora_run / "report.html").read_text()
+    assert page.index("<strong>control</strong>") < page.index("<strong>training clip</strong>")
+    shown = read_frames(lora_run / "validation/targets/00-control.mp4", range(17))
+    control = np.stack(list(map(np.asarray, load_controls([clip], (17, 64, 96), "canny")[0])))
+    assert np.abs(control.astype(int) - shown).mean() < 8 < np.mean(read_frames(clip, [0]))  # it has no edges
     assert "validation_loss" in (lora_run / "metrics.jsonl").read_text()
 
 

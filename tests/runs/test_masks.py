@@ -97,11 +97,41 @@ def test_clips_without_a_mask_are_counted_unless_none_has_one(tiny_models, data,
     assert "1 of 3 samples have no mask: they count fully everywhere" in text
     titles = [row.title for row in sheet_rows(settings, found.clips)]
     assert titles.count("its loss counts where it is not black") == 3
-    with pytest.raises(UserError, match="--mask_column names the file"):
+    with pytest.raises(UserError, match=r"--use_masks: none of the \d+ samples has a mask; .* masks\.txt"):
         planned(tiny_models("5b"), demo_clips)
     shutil.copytree(data, (bare := data.parent / "bare"), ignore=shutil.ignore_patterns("*.mask.*"))
     with pytest.raises(UserError, match=r"--use_masks: none of the 3 samples has a mask; add a\.mask\.mp4"):
         planned(tiny_models("5b"), bare)
+
+
+def test_the_loss_of_regularization_counts_everywhere_even_if_its_controls_need_masks(
+    tiny_models, data, prepared, tmp_path
+):
+    places = kept, trained = [Path(shutil.copytree(data, tmp_path / name)) for name in ("kept", "trained")]
+    for folder, other in zip(places, "ab", strict=True):
+        for file in (file for name in (other, "c") for file in folder.glob(f"{name}.*")):
+            file.unlink()
+    flags = ["--compute_control", "inpaint", "--use_masks", "--regularization_data_root", str(kept)]
+    argv = [*short_run_flags(tiny_models("5b"), trained), *SIZE, *flags, "--validation_fraction", "0"]
+    settings = parse_args(argv, task="control-to-video", method="lora")
+    dataset = make_dataset(Recipe(settings, plan_training_data(settings)), 42, replace_failed=False)
+    weighted, everywhere = (dataset[Draw(number, 0)].masks.float().mean() for number in range(2))
+    assert weighted < 1 == everywhere
+    index = read_index(prepared)
+    assert {clip.mask is None for clip in index} == {False}
+    assert {clip.mask is None for clip in index.with_facts(regularization=True)} == {True}
+
+
+def test_clips_with_masks_that_cannot_be_used_are_listed_if_no_other_clip_has_a_mask(tiny_models, data, tmp_path):
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    Image.new("L", (32, 32)).save(other / "a.mask.png")
+    (other / "b.txt").unlink()
+    _, found = planned(tiny_models("5b"), other)
+    assert [sample.clip.video.name for sample in found.clips] == ["c.mp4"]
+    caption, size = sorted(clip.reason for clip in found.bad)
+    assert caption.startswith("has no caption file") and "its mask" in size and "has 32x32 pixels" in size
+    with pytest.raises(UserError, match=r"none of the 1 samples has a mask; .*; skipped are:\n(.*\n)*.*32x32 pixels"):
+        planned(tiny_models("5b"), other, "--on_bad_clip", "skip")
 
 
 def test_the_training_loss_is_weighted_and_the_validation_loss_is_not(tiny_models, prepared, tmp_path):

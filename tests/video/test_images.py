@@ -195,9 +195,14 @@ def test_controls_are_cut_cropped_and_computed_like_those_of_clips(tmp_path):
 
 def test_inpainting_controls_are_grey_where_the_mask_beside_the_clip_is_white(tmp_path):
     file = str(encode(tmp_path / "a.mp4", 33))
-    with pytest.raises(UserError, match=r"has no mask beside it; add a\.mask\.mp4 or a\.mask\.png, or omit"):
+    (tmp_path / "a.mask.txt").write_text("a note")
+    with pytest.raises(UserError, match=r"has no mask beside it; add a\.mask\.mp4 or a\.mask\.png$"):
         load_controls([file], (9, 32, 32), INPAINT)
     mask = np.zeros((48, 80), np.uint8)
+    mask[:, :40] = 1
+    Image.fromarray(mask).save(tmp_path / "a.mask.png")
+    with pytest.raises(UserError, match=r"nothing to fill, because its mask .*a\.mask\.png is nowhere white"):
+        load_controls([file], (9, 48, 48), INPAINT)
     mask[:, :40] = 255
     Image.fromarray(mask).save(tmp_path / "a.mask.png")
     (plain,), (control,) = (load_controls([file], (9, 48, 48), kind) for kind in (None, INPAINT))
@@ -205,6 +210,8 @@ def test_inpainting_controls_are_grey_where_the_mask_beside_the_clip_is_white(tm
         assert (np.asarray(frame)[:, :24] == HIDDEN).all()  # the middle of the clip is kept, where the mask's edge is
         assert np.array_equal(np.asarray(frame)[:, 24:], np.asarray(before)[:, 24:])
     encode(tmp_path / "a.mask.mp4", 32)
+    with pytest.raises(UserError, match=r"has several masks beside it, a\.mask\.mp4, a\.mask\.png; keep one$"):
+        load_controls([file], (9, 48, 48), INPAINT)
     (tmp_path / "a.mask.png").unlink()
     with pytest.raises(UserError, match=r"its mask .*a\.mask\.mp4: has 32 frames, its clip 33"):
         load_controls([file], (9, 48, 48), INPAINT)

@@ -10,6 +10,14 @@ from checkpoints.schedule import ScheduleStart
 from common.errors import UserError
 from common.run_folder import STATE_FILE
 from planning.held_out import FRACTION_FLAG
+from video.condition_frames import FIRST
+
+
+# Settings that are None for a run without what they weight, and what that is.
+_WITH = {
+    "--regularization_weight": "regularization (--regularization_data_root)",
+    "--mask_background_weight": "--use_masks",
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,10 @@ class TrainerState:
 
 
 def _difference(name: str, before: object, value: object) -> str:
-    if name == "--regularization_weight" and None in (before, value):  # there are no such clips
-        name, before, value = "regularization (--regularization_data_root)", before is not None, value is not None
+    if name in _WITH and None in (before, value):
+        name, before, value = _WITH[name], before is not None, value is not None
+    if name == "--condition_frames":  # off in checkpoints, because older ones do not have it
+        before, value = before or FIRST, value or FIRST
     return f"{name} was {_in_words(before)}, is now {_in_words(value)}"
 
 

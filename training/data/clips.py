@@ -126,9 +126,9 @@ def plan_clips(
     for clip in clips:
         readable = None
         try:
-            info = _found(infos[clip.video])
+            info = _found(infos, clip.video)
             has_image = with_images and clip.image is not None
-            first_frame = _found(infos[clip.image], f"its image {clip.image}: ") if has_image else None
+            first_frame = _found(infos, clip.image, f"its image {clip.image}: ") if has_image else None
             control = _companion("control", clip.control, infos, info)
             mask = _companion("mask", clip.mask, infos, info)
             if needs_masks and mask is None:
@@ -140,8 +140,7 @@ def plan_clips(
             timing = replace(info, height=0, width=0, rotation=0, seekable=False, sha256="", corrections=())
             samples, num_held = samples_of(timing)
         except ValueError as reason:
-            reason = describe_folder(clip.video) or str(reason)
-            bad.append(BadClip(str(clip.video), clip.source, reason, readable))
+            bad.append(BadClip(str(clip.video), clip.source, str(reason), readable))
             continue
         for part, indices in enumerate(samples):
             bucket = bucket_of(len(indices), info.height, info.width)
@@ -173,12 +172,13 @@ def _companion(
     if file is None:
         return None
     where = f"its {kind} {file}: "
-    own = _found(infos[file], where)
+    own = _found(infos, file, where)
     check_companion(own, clip, where, may_be_still=kind == "mask")
     return own
 
 
-def _found(info: VideoInfo | str, where: str = "") -> VideoInfo:
+def _found(infos: Mapping[Path, VideoInfo | str], file: Path, where: str = "") -> VideoInfo:
+    info = infos[file]
     if isinstance(info, str):
-        raise ValueError(f"{where}{info}")
+        raise ValueError(f"{where}{describe_folder(file) or info}")
     return info

@@ -17,9 +17,9 @@ from common.errors import UserError, one_line
 from common.ranks import launch_rank
 from common.remote import RemotePath, fetch_all
 from common.text_files import read_utf8
-from data.media_cache import IMAGE_SUFFIXES, is_clip
 from data.rows import Row, Table
 from flags.scores import SCORES_FILE
+from video.media import IMAGE_SUFFIXES, is_clip
 
 
 logger = logging.getLogger(__name__)

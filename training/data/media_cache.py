@@ -9,7 +9,6 @@ import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from time import monotonic
 
@@ -22,11 +21,8 @@ from common.files import atomic_write
 from common.remote import listed_below
 from data.paths import expand_home, is_absolute_on_windows, spelled_on_disk, stays_inside
 from data.rows import UnusableRow
-from video.media import decode_still_image, open_video, reason_of, video_stream
+from video.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, decode_still_image, reason_of
 
-
-VIDEO_SUFFIXES = frozenset([".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"])
-IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
 
 FETCH_LIMIT = 4 * 2**30  # bytes per clip
 FETCH_TIMEOUT = 1800.0  # seconds per clip
@@ -34,26 +30,6 @@ FETCH_TIMEOUT = 1800.0  # seconds per clip
 _DECODED_FPS = 8  # rate of decoded videos without an fps column: what CogVideoX 1.0 was trained at
 _URL_REFUSED = "is a URL; download the file and list its path, or pass the URL of its folder as --data_root"
 _ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # that fsspec can open
-
-
-@lru_cache(maxsize=1)
-def media_suffixes() -> frozenset[str]:
-    """Return the suffixes of all files that FFmpeg or Pillow may open; many are of sound, subtitles or text."""
-    formats = map(av.ContainerFormat, av.formats_available)
-    return VIDEO_SUFFIXES | IMAGE_SUFFIXES | {f".{name}" for one in formats for name in one.extensions}
-
-
-def is_clip(file: Path) -> bool:
-    """Return whether a file is a clip or still image: by its suffix, or by its content if the suffix is a rare one."""
-    suffix = file.suffix.lower()
-    if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES or suffix not in media_suffixes():
-        return suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES
-    try:
-        with open_video(file) as container:
-            video_stream(container)
-    except (av.FFmpegError, OSError, ValueError):
-        return False
-    return True
 
 
 def media_file(

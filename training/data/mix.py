@@ -12,11 +12,13 @@ from common.errors import UserError, described, listing
 from common.remote import to_path
 from common.stores import check_url, is_url
 from common.text_files import read_json
+from data.folder import COMPANIONS
 from data.paths import expand_home, stays_inside
 from data.sources import DataSource
 
 
 _DATA_KEYS = ("data_root", "dataset_file", "dataset_name")  # they say which data an entry reads
+_COMPANION_COLUMNS = tuple(f"{kind}_column" for kind in COMPANIONS)
 _PATH_KEYS = (*_DATA_KEYS, "scores")
 
 
@@ -30,6 +32,7 @@ def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
             folder, ~/ is the home folder. A `dataset_file` may also be in its `data_root`. Paths must stay below the
             file's folder, unless `defaults` allow others.
         defaults: the flags, for fields that an entry omits, except which data it reads, its repeats and weight.
+            Columns of controls and masks that are None are not read, whatever an entry names.
     """
     entries = [entry for _, entry in read_json(file)]
     if not entries:
@@ -51,8 +54,10 @@ def read_mix(file: Path, defaults: DataSource) -> list[DataSource]:
     no_data = {"data_root": None, "dataset_file": None, "dataset_name": None, "dataset_config_name": None}
     blank = replace(defaults, **no_data, repeats=1.0, weight=None)
     folder = file.parent.absolute()
-    sources = [replace(blank, **_with_paths(entry, folder)) for entry in training]
-    return sources + [replace(blank, id_token=None, **_with_paths(entry, folder)) for entry in regularization]
+    # What the run does not read, because it has another task, or computes its controls.
+    unread = {column: None for column in _COMPANION_COLUMNS if getattr(defaults, column) is None}
+    sources = [replace(blank, **_with_paths(entry, folder) | unread) for entry in training]
+    return sources + [replace(blank, id_token=None, **_with_paths(entry, folder) | unread) for entry in regularization]
 
 
 def partition(entries: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
@@ -90,6 +95,8 @@ def _check_value(where: str, key: str, value: object) -> None:
         fits, expected = is_number and 0 <= value <= 1, "a number from 0 to 1"
     elif key in ("repeats", "weight"):
         fits, expected = is_number and 1e-6 <= value <= 1e6, "a number from 0.000001 to 1000000"
+    elif key == "mask_column" and value is None:  # reads no masks
+        return
     else:
         fits, expected = isinstance(value, str) and value.strip(), "text"
     if not fits:

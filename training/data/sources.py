@@ -29,6 +29,13 @@ from data.tables import read_table, read_text_files
 # Unicode categories of control and format characters, spaces, and marks that need a letter before them.
 _INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs", "Mn"}
 
+# What a folder of clips has instead of columns.
+_BESIDE_CLIPS = {
+    "image": "b.png beside b.mp4 is its first frame",
+    "control": "b.control.mp4 beside b.mp4 is its control",
+    "mask": "b.mask.mp4 or b.mask.png beside b.mp4 is its mask",
+}
+
 
 def read_clips(
     source: DataSource, media_cache: Path, *, name_folder: bool = False, captions_file: Path | None = None
@@ -89,11 +96,13 @@ def open_list(source: DataSource, captions_file: Path | None) -> tuple[Table, Da
     if root is None:
         raise UserError("there are no clips to read: set --data_root, --dataset_file, --dataset_name or --dataset_mix")
     table = read_text_files(source, captions_needed=captions_file is None)
-    if table is None and source.image_column is not None:
-        raise UserError(
-            f"--image_column {source.image_column} names a column or a text file, but {root} has neither; in a "
-            "folder of clips, b.png beside b.mp4 is its first frame"
-        )
+    for kind, beside in _BESIDE_CLIPS.items() if table is None else ():
+        column = getattr(source, f"{kind}_column")
+        if column not in (None, kind):
+            raise UserError(
+                f"--{kind}_column {column} names a column or a text file, but {root} has neither; in a folder of "
+                f"clips, {beside}"
+            )
     columns = {"video_column": "video", "caption_column": "caption", "image_column": "image"}
     columns |= {f"{kind}_column": kind for kind in COMPANIONS if getattr(source, f"{kind}_column")}
     return table or read_folder(root, captions_file), replace(source, **columns)
@@ -110,13 +119,16 @@ def _find_dataset_file(source: DataSource) -> Path:
 
 
 def _with_columns(source: DataSource, table: Table, caption_needed: bool) -> DataSource:
-    """Return the source with the image column that its table has, and check that the others exist."""
+    """Return the source with the image column that its table has, and check that the others exist.
+
+    A table without the usual column of masks has none, as others of a mix may have them.
+    """
     wanted = {source.video_column: "--video_column", source.caption_column: "--caption_column"}
     if source.image_column is not None:
         wanted[source.image_column] = "--image_column"
     if source.control_column is not None:
         wanted[source.control_column] = "--control_column, or compute controls with --compute_control"
-    if source.mask_column is not None:
+    if source.mask_column is not None and (source.mask_column != "mask" or "mask" in table.names):
         wanted[source.mask_column] = "--mask_column"
     if not caption_needed and source.caption_column == DataSource.caption_column:  # a column that was named must exist
         wanted.pop(source.caption_column)

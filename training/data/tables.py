@@ -13,23 +13,23 @@ from cli.types import TABLE_SUFFIXES
 from common.errors import UserError, described
 from common.remote import is_file
 from common.text_files import read_json, read_lines, read_utf8
-from data.media_cache import media_suffixes
 from data.rows import DataSource, Row, Table
+from video.media import media_suffixes
 
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | None:
-    """Read videos.txt, prompts.txt, images.txt if it exists, and controls.txt and masks.txt if these are read.
+    """Read videos.txt, prompts.txt, images.txt if it exists, and controls.txt and masks.txt if they are wanted.
 
     Line n of one belongs to line n of the others.
 
     Raises UserError if a file is missing, not UTF-8, or of another length.
 
     Args:
-        source: its columns may name other files in its `data_root`; columns that are neither a .txt nor a file are a
-            table's and are ignored.
+        source: its columns may name other files in its `data_root`. Columns of videos and captions that are neither
+            a .txt nor a file are a table's and are ignored.
         captions_needed: require prompts.txt, with a line for each video.
 
     Returns:
@@ -38,9 +38,9 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
     """
     videos_file = text_file(source.data_root, source.video_column, "videos.txt")
     prompts_file = text_file(source.data_root, source.caption_column, "prompts.txt")
-    images_file = text_file(source.data_root, source.image_column or "images.txt", "images.txt")
-    controls_file = text_file(source.data_root, source.control_column or "controls.txt", "controls.txt")
-    masks_file = text_file(source.data_root, source.mask_column or "masks.txt", "masks.txt")
+    images_file = _optional_file(source.data_root, source.image_column, "image")
+    controls_file = _optional_file(source.data_root, source.control_column, "control")
+    masks_file = _optional_file(source.data_root, source.mask_column, "mask")
     is_named = source.video_column.endswith(".txt") or source.caption_column.endswith(".txt")
     if not is_named and not any(map(is_file, (videos_file, prompts_file))):
         return None
@@ -49,7 +49,7 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
         (prompts_file, "--caption_column", captions_needed or source.caption_column.endswith(".txt")),
         (images_file, "--image_column", source.image_column is not None),
         (controls_file, "--control_column", source.control_column is not None),
-        (masks_file, "--mask_column", source.mask_column is not None),
+        (masks_file, "--mask_column", source.mask_column not in (None, "mask")),
     ):
         if is_needed and not is_file(file):
             scripts = {prompts_file: "caption_dataset.py writes captions"}
@@ -65,7 +65,7 @@ def read_text_files(source: DataSource, *, captions_needed: bool) -> Table | Non
             (prompts_file, captions_needed, is_file(prompts_file)),
             (images_file, False, is_file(images_file)),
             (controls_file, False, source.control_column is not None),
-            (masks_file, False, source.mask_column is not None),
+            (masks_file, False, source.mask_column is not None and is_file(masks_file)),
         )
     )
     for file, lines in zip((prompts_file, images_file, controls_file, masks_file), (prompts, *others), strict=True):
@@ -86,6 +86,12 @@ def text_file(data_root: Path, column: str, default: str) -> Path:
     """Return the file that a column flag names, or the default one if the flag holds a table's column name."""
     named = data_root / column
     return named if column.endswith(".txt") or is_file(named) else data_root / default
+
+
+def _optional_file(data_root: Path, column: str | None, kind: str) -> Path:
+    """Return the file of images, controls or masks. A name of the user's is a file, even if that does not exist."""
+    usual = f"{kind}s.txt"
+    return text_file(data_root, column or usual, usual if column in (None, kind, f"{kind}s") else column)
 
 
 def read_table(file: Path, source: DataSource) -> Table:

@@ -178,8 +178,8 @@ class ControlFlags:
 
     control_column: str | None = flag(
         None,
-        "Column or text file of control clips (edges, depth, poses, another video): each has the frames, the size and "
-        "the rate of its clip, and is cut, cropped and flipped like it.",
+        "Column or text file of control clips (edges, depth, poses, another video): each has the frames and the size "
+        "of its clip, and is cut, cropped and flipped like it.",
         shown="control, or controls.txt; in a folder of clips, a.control.mp4 beside a.mp4",
     )
     compute_control: str | None = flag(
@@ -204,7 +204,7 @@ class MaskFlags:
     mask_column: str | None = flag(
         None,
         "With --use_masks or --compute_control inpaint: column or text file of masks. A mask is a video with the "
-        "frames, the size and the rate of its clip, or a still image of its size.",
+        "frames and the size of its clip, or a still image of its size.",
         shown="mask, or masks.txt; in a folder of clips, a.mask.mp4 or a.mask.png beside a.mp4",
     )
 

@@ -22,7 +22,7 @@ from video.frames import usable_frames
 from video.probe import VideoInfo
 
 
-_FRAME_STEP = 8  # lengths of 8k + 1 frames, at which every model is sampled as it was trained
+_FRAME_STEP = 8  # lengths of 8k + 1 frames, at which models are sampled as they were trained, or of 8k
 _MOST_OFF_RATE = 1.25  # factor between the rates of sample and model
 _MOST_CROPPED = 0.2  # share of the picture; 16:9 in the 3:2 of most models is 16%
 _MOST_SIZES = 3
@@ -39,6 +39,7 @@ def recommend(
     skip_start: int = 0,
     skip_end: int = 0,
     is_fixed: bool = False,
+    frames_rest: int = 1,
     given: Iterable[str] = ("long_clips",),
 ) -> str | None:
     """Return a line with the flags that keep more clips, at the model's rate and in their shape; None if none do.
@@ -52,9 +53,10 @@ def recommend(
         flags: the present ones.
         config: of the model's transformer.
         is_fixed: the model takes only its own size.
+        frames_rest: 0 for a model that is sampled only at 8k frames, otherwise 1.
         given: names of the flags that the user passed.
     """
-    clips = _Clips.of(infos, skip_start, skip_end, native_fps(config))
+    clips = _Clips.of(infos, skip_start, skip_end, native_fps(config), frames_rest)
     better = replace(flags, **_better_timing(clips, flags, is_fixed=is_fixed))
     # More clips fit after each round; with the sizes of the last one, the next recommendation is none.
     while not is_fixed and (sizes := _better_sizes(clips.shapes, better, config)):
@@ -71,13 +73,14 @@ class _Clips:
     skip_start: int
     skip_end: int
     model_fps: int
+    frames_rest: int  # of the lengths that the model is sampled at
 
     @classmethod
-    def of(cls, infos: Iterable[VideoInfo], skip_start: int, skip_end: int, model_fps: int) -> "_Clips":
+    def of(cls, infos: Iterable[VideoInfo], *facts: int) -> "_Clips":
         infos = list(infos)
         keys = [(one.num_frames, one.fps, one.frame_times, one.is_image, one.height, one.width) for one in infos]
         examples, counts = dict(zip(keys, infos, strict=True)), Counter(keys)
-        return cls([(examples[key], count) for key, count in counts.items()], skip_start, skip_end, model_fps)
+        return cls([(examples[key], count) for key, count in counts.items()], *facts)
 
     @property
     def num_clips(self) -> int:
@@ -135,7 +138,12 @@ def _better_timing(clips: _Clips, flags: ClipFlags, *, is_fixed: bool) -> dict[s
 def _timings(clips: _Clips, flags: ClipFlags, *, is_fixed: bool) -> Iterator[dict[str, Any]]:
     long_clips = "first" if flags.long_clips == "spread" else flags.long_clips
     stills = {1} if any(info.is_image for info, _ in clips.groups) or 1 in flags.frame_buckets else set()
-    present = tuple(sorted({*flags.frame_buckets, *stills}))
+    present = {*flags.frame_buckets, *stills}
+    if clips.frames_rest == 0:  # training refuses other lengths, stills too
+        stills, present = set(), {count // _FRAME_STEP * _FRAME_STEP for count in present} - {0}
+        if not present:
+            return
+    present = tuple(sorted(present))
     yield {"frame_buckets": present}
     yield {"fps": clips.model_fps, "long_clips": long_clips, "frame_buckets": present}
     if is_fixed:
@@ -143,8 +151,7 @@ def _timings(clips: _Clips, flags: ClipFlags, *, is_fixed: bool) -> Iterator[dic
         for fps in range(clips.model_fps + 1, 2 * clips.model_fps + 1):
             yield {"fps": fps, "long_clips": long_clips, "frame_buckets": present}
         return
-    lengths = _lengths(_counts_at_model_rate(clips), max(flags.frame_buckets))
-    if lengths:
+    if lengths := _lengths(_counts_at_model_rate(clips), present[-1], clips.frames_rest):
         frames = tuple(sorted({*lengths, *stills}))
         yield {"fps": clips.model_fps, "long_clips": long_clips, "frame_buckets": frames}
 
@@ -159,12 +166,12 @@ def _counts_at_model_rate(clips: _Clips) -> Iterator[int]:
                 continue
 
 
-def _lengths(counts: Iterable[int], longest: int) -> list[int]:
-    """Return a few lengths up to the longest, of 8k + 1 frames, so that each clip loses at most a third to its own."""
+def _lengths(counts: Iterable[int], longest: int, rest: int) -> list[int]:
+    """Return a few lengths up to the longest, of 8k + `rest`, so that each clip loses at most a third to its own."""
     lengths = []
-    for count in sorted(min(count, longest) for count in counts if count >= min(_FRAME_STEP + 1, longest)):
+    for count in sorted(min(count, longest) for count in counts if count >= min(_FRAME_STEP + rest, longest)):
         if not lengths or count > 1.5 * lengths[-1] or count == longest > lengths[-1]:
-            lengths.append(longest if count == longest else (count - 1) // _FRAME_STEP * _FRAME_STEP + 1)
+            lengths.append(longest if count == longest else (count - rest) // _FRAME_STEP * _FRAME_STEP + rest)
     return lengths
 
 

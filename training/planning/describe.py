@@ -28,7 +28,9 @@ HELD_OUT_FILE = "held_out_clips.csv"
 
 def advise(data: RawData, settings: TrainingSettings | PreparationSettings, config: Mapping[str, Any]) -> str | None:
     """Return a line with the flags that keep more clips of the data, for a transformer of this config."""
-    ignores = isinstance(settings, TrainingSettings) and settings.image.ignore_learned_positional_embeddings
+    is_training = isinstance(settings, TrainingSettings)
+    ignores = is_training and settings.image.ignore_learned_positional_embeddings
+    controls = settings.task == "control-to-video" if is_training else settings.preparation.save_control_latents
     infos = [sample.info for sample in data.clips if sample.part == sample.caption_number == 0]
     return recommend(
         [*infos, *(clip.info for clip in data.bad if clip.info)],
@@ -37,6 +39,7 @@ def advise(data: RawData, settings: TrainingSettings | PreparationSettings, conf
         skip_start=settings.sources.skip_frames_start,
         skip_end=settings.sources.skip_frames_end,
         is_fixed=bool(config.get("use_learned_positional_embeddings")) and not ignores,
+        frames_rest=0 if controls and config.get("patch_size_t") is not None else 1,  # as in `ControlToVideo`
         given=settings.given,
     )
 

@@ -4,10 +4,9 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from data.token_budget import TokenBudget
 from flags.settings import TrainingSettings
 from planning.describe import read_config
 from planning.samples import RawData, TrainingData
-from prepared.folder import sample_digest
+from prepared.folder import content_digest, sample_digest, sample_digests
 
 
 if TYPE_CHECKING:
@@ -68,21 +67,29 @@ def hold_out(data: TrainingData, settings: TrainingSettings) -> TrainingData:
     return replace(data, clips=clips, held_out=held_out, held_out_fraction=fraction, held_out_note=note)
 
 
-def contents_of(data: TrainingData) -> list[str]:
-    """Return what each sample is made of: the digest of its file, or that in its name if that has one."""
+def contents_of(data: TrainingData) -> np.ndarray:
+    """Return a number for the content of each sample, from 0, `[N]`, which copies of a clip share."""
     if isinstance(data, RawData):
-        return [planned.info.sha256 or str(planned.clip.video) for planned in data.clips]
-    contents = []
+        return _clips_of(data)[0]
+    import pyarrow as pa
+    from pyarrow import compute
+
+    from prepared.index import IDENTITY
+
+    text, tables, places = pa.large_string(), [], {}
     for folder in data.clips.folders:
-        place, names = os.path.realpath(folder.folder), folder.column("name").to_pylist()
-        contents += [name[-17:] if re.search(r"-[0-9a-f]{16}$", name) else f"{place}/{name}" for name in names]
-    return contents
+        table = folder.mapped_again(IDENTITY)
+        place = places.setdefault(os.path.realpath(folder.folder), f"/{len(places)}")
+        own = compute.binary_join_element_wise(table["name"], pa.scalar(place, text), pa.scalar("", text))
+        digests = compute.coalesce(sample_digests(table["name"]), own)
+        tables.append(pa.table({"digest": digests, "content": compute.coalesce(table["content"], digests)}))
+    return join_copies(*(_codes(column)[0] for column in pa.concat_tables(tables).columns))
 
 
 def _clips_of(data: TrainingData) -> tuple[np.ndarray, np.ndarray]:
     """Return the clip of each sample, from 0, and a number for its content, each `[N]`."""
     if isinstance(data, RawData):
-        return clips_of_contents(contents_of(data))
+        return clips_of_contents([planned.info.sha256 or str(planned.clip.video) for planned in data.clips])
     return clips_of_prepared(data.clips)
 
 
@@ -178,12 +185,16 @@ def choose_clips(clips: np.ndarray, ranks: np.ndarray, candidates: np.ndarray, f
     return [np.flatnonzero(clips == clip) for clip in chosen]
 
 
-def join_copies(clips: np.ndarray, contents: np.ndarray) -> np.ndarray:
-    """Return the clip of each sample, from 0, `[N]`, with all clips that share any content as one."""
-    labels = clips
+def join_copies(*identities: np.ndarray) -> np.ndarray:
+    """Return the clip of each sample, from 0, `[N]`: samples that share a number in any array are of one clip.
+
+    Args:
+        identities: numbers from 0, `[N]` each.
+    """
+    labels = identities[0]
     while True:
         before = labels
-        for codes in (contents, clips):
+        for codes in identities:
             lowest = np.full(codes.max() + 1, len(labels))
             np.minimum.at(lowest, codes, labels)
             labels = lowest[codes]
@@ -208,8 +219,8 @@ def clips_of_contents(contents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 def clips_of_prepared(index: "PreparedIndex") -> tuple[np.ndarray, np.ndarray]:
     """Return the clip of each prepared sample, from 0, and a number for its content, each `[N]`.
 
-    Samples are of one clip if they were listed in one place, or if their tensors are of the same frames: preparation
-    ends a name with a digest of these.
+    Samples are of one clip if they were listed in one place, if their tensors are equal (preparation ends a name with
+    a digest of what these depend on), or if their files are, which indexes of earlier versions do not tell.
     """
     import pyarrow as pa
     from pyarrow import compute
@@ -218,26 +229,27 @@ def clips_of_prepared(index: "PreparedIndex") -> tuple[np.ndarray, np.ndarray]:
 
     table = pa.concat_tables([folder.mapped_again(IDENTITY).select(IDENTITY.names) for folder in index.folders])
     listed = compute.binary_join_element_wise(table["clip"], table["source"], pa.scalar("\n", pa.large_string()))
-    digests = compute.replace_substring_regex(table["name"], r"^.*-([0-9a-f]{16})$", r"\1")
-    (clips, _), (contents, names) = (
-        (np.from_dlpack(encoded.indices).astype(np.int64), encoded.dictionary)
-        for encoded in map(_encoded, (compute.coalesce(listed, table["name"]), digests))
-    )
+    digests = compute.coalesce(sample_digests(table["name"]), table["name"])
+    clips, _ = _codes(compute.coalesce(listed, table["name"]))
+    tensors, names = _codes(digests)
+    files, _ = _codes(compute.coalesce(table["content"], digests))
     ranks = np.concatenate(
         [rank_contents(names[start : start + 2**14].to_pylist()) for start in range(0, len(names), 2**14)]
     )
-    return join_copies(clips, contents), ranks[contents]
+    return join_copies(clips, tensors, files), ranks[tensors]
 
 
-def _encoded(column: "pa.ChunkedArray") -> "pa.DictionaryArray":
+def _codes(column: "pa.ChunkedArray") -> tuple[np.ndarray, "pa.Array"]:
+    """Return a number for each value, from 0, `[N]`, and the values by number."""
     encoded = column.combine_chunks().dictionary_encode()
-    return encoded.combine_chunks() if hasattr(encoded, "chunks") else encoded
+    encoded = encoded.combine_chunks() if hasattr(encoded, "chunks") else encoded
+    return np.from_dlpack(encoded.indices).astype(np.int64), encoded.dictionary
 
 
 def find_prepared(samples: Sequence[ClipSample], index: "PreparedIndex", reshape_mode: str) -> list[str]:
     """Return the clips of samples that prepared ones were made of: of common frames of a file, or of the same content.
 
-    Only names of samples without random crops, images or controls tell that the content is the same.
+    In indexes of earlier versions, only names of samples without random crops, images or controls tell the content.
     """
     import pyarrow as pa
     from pyarrow import compute
@@ -246,17 +258,22 @@ def find_prepared(samples: Sequence[ClipSample], index: "PreparedIndex", reshape
 
     text = pa.large_string()
     digests = [sample_digest((one.info.content, one.bucket, one.frame_indices, reshape_mode)) for one in samples]
-    stems, found = pa.array([one.clip.video.name for one in samples], text), []
+    contents = [content_digest(one.info.sha256) for one in samples]
+    wanted = {"digest": digests, "content": contents, "file": [one.clip.video.name for one in samples]}
+    found = []
     for table in (folder.mapped_again(ORIGIN) for folder in index.folders):
-        has_digest = compute.is_in(compute.utf8_slice_codeunits(table["name"], -16), pa.array(digests, text))
-        has_name = compute.is_in(compute.replace_substring_regex(table["clip"], r"^.*/", ""), stems)
-        found += table.filter(compute.or_(has_digest, has_name)).to_pylist()
-    known = {row["name"][-16:] for row in found}
+        table = table.append_column("digest", sample_digests(table["name"]))
+        table = table.append_column("file", compute.replace_substring_regex(table["clip"], r"^.*/", ""))
+        matches = (compute.is_in(table[name], pa.array(values, text).drop_null()) for name, values in wanted.items())
+        found += table.filter(reduce(compute.or_, matches)).to_pylist()
+    known = {row[name] for row in found for name in ("digest", "content")} - {None}
     parts = [(os.path.realpath(row["clip"]), row["first_frame"], row["last_frame"]) for row in found if row["clip"]]
 
-    def is_known(one: ClipSample, digest: str) -> bool:
+    def is_known(one: ClipSample, digest: str, content: str | None) -> bool:
         place, first, last = os.path.realpath(one.clip.video), one.frame_indices[0], one.frame_indices[-1]
         of_file = [part for path, *part in parts if path == place]
-        return digest in known or any(None in part or (part[0] <= last and first <= part[1]) for part in of_file)
+        return not known.isdisjoint((digest, content)) or any(
+            None in part or (part[0] <= last and first <= part[1]) for part in of_file
+        )
 
-    return [str(one.clip.video) for one, digest in zip(samples, digests, strict=True) if is_known(one, digest)]
+    return [str(one[0].clip.video) for one in zip(samples, digests, contents, strict=True) if is_known(*one)]

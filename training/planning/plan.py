@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +110,9 @@ def _check_kinds(data: TrainingData, sources: Sequence[DataSource]) -> None:
         kind = "for regularization (--regularization_data_root)" if is_missing else "to train on"
         raise UserError(f"no clip {kind} can be used; add some, or fix those that are skipped")
     if data.regularization is not None:
-        contents = contents_of(data)
-        trained = {contents[sample] for sample in np.flatnonzero(~data.regularization)}
-        both = {contents[sample]: int(sample) for sample in np.flatnonzero(data.regularization)}
-        both = [sample for content, sample in both.items() if content in trained]
+        contents, samples = contents_of(data), np.flatnonzero(data.regularization)
+        kept, first = np.unique(contents[samples], return_index=True)
+        both = sorted(samples[first[np.isin(kept, contents[~data.regularization])]].tolist())
         if both:
             names = names_of(data.take(both[:20]))
             what = "are also those to train on; remove them from one of the two"
@@ -168,13 +168,20 @@ def plan_raw_clips(
         planned.append(usable)
         bad += [*unreadable, *unscored, *unusable, *short]
         dropped += dropped_here
-    uses_masks = masks is not None and masks.use_masks
-    if uses_masks and any(planned) and not any(sample.mask for of_source in planned for sample in of_source):
-        raise UserError(
-            f"--use_masks: none of the {sum(map(len, planned))} samples has a mask; add a.mask.mp4 or a.mask.png "
-            "beside a.mp4, name them in the list (--mask_column), or omit the flag"
-        )
+    # Clips that cannot be used may be those with masks, and are an error of their own unless they are skipped.
+    if masks is not None and masks.use_masks and (not bad or flags.on_bad_clip == "skip"):
+        _check_masks(list(chain.from_iterable(planned)), bad)
     return RawData(_weighted(sources, planned), bad, dropped)
+
+
+def _check_masks(samples: Sequence[ClipSample], skipped: Sequence[BadClip]) -> None:
+    """Refuse samples of which none has a mask."""
+    if samples and not any(sample.mask for sample in samples):
+        what = (
+            f"--use_masks: none of the {len(samples)} samples has a mask; add a.mask.mp4 or a.mask.png beside a.mp4, "
+            "name them in masks.txt or the table (--mask_column), or omit the flag"
+        )
+        raise UserError(listing(f"{what}; skipped are:", skipped) if skipped else what)
 
 
 def _refuse_images(clips: Sequence[Clip], condition: str) -> None:
@@ -312,7 +319,9 @@ def data_sources(
         scores=to_path(flags.scores) if flags.scores else None,
         allow_outside_paths=flags.allow_outside_paths,
     )
-    return read_mix(Path(flags.dataset_mix), source) if flags.dataset_mix else [source]
+    sources = read_mix(Path(flags.dataset_mix), source) if flags.dataset_mix else [source]
+    needs_all = _fills_masks(control)  # otherwise masks are for the loss only, and that of regularization has none
+    return [replace(one, mask_column=None) if one.regularization and not needs_all else one for one in sources]
 
 
 def regularization_sources(settings: TrainingSettings, control: ControlFlags | None = None) -> list[DataSource]:

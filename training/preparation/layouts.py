@@ -18,7 +18,7 @@ from common.files import atomic_write
 from common.text_files import index_lines
 from data.buckets import Bucket
 from data.clips import ClipSample
-from prepared.folder import FILES_INDEX, LISTS, STAGING
+from prepared.folder import FILES_INDEX, LISTS, STAGING, content_digest
 from prepared.index import write_index
 from prepared.read_index import row_in_shards, sample_in_files, sample_in_shards
 from prepared.tensor_files import ShardWriter, cut_into_parts, finished_names, samples_per_shard
@@ -50,6 +50,7 @@ class Sample:
             "clip": str(clip.video),
             "frames": [indices[0], indices[-1]],
             "extra": dict(clip.metadata),
+            "content": content_digest(self.planned.info.sha256),
         }
 
 

@@ -260,8 +260,10 @@ def name_sample(planned: ClipSample, settings: PreparationSettings) -> Sample:
         facts += [] if frames == FIRST else [frames]
     if settings.preparation.save_control_latents:
         facts.append(settings.control.compute_control or planned.control.content)
-    if settings.masks.use_masks or settings.control.compute_control == INPAINT:
-        facts.append(("mask", planned.mask and planned.mask.content))
+    fills, has_mask = settings.control.compute_control == INPAINT, settings.masks.use_masks
+    if fills or has_mask:
+        # With both, the mask is also a tensor of its own.
+        facts.append(("control and mask" if fills and has_mask else "mask", planned.mask and planned.mask.content))
     if settings.preparation.layout == "files":
         facts.append(caption_key(clip.caption))
     # For file names and lists: not hidden, on one line, and within 255 bytes.

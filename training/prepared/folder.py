@@ -42,6 +42,7 @@ from prepared.tensor_files import find_shard, save_tensors
 
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import torch
 
 SETTINGS_FILE = "prepared.json"
@@ -144,6 +145,18 @@ def _open_shard(file: Path) -> Any:
 def sample_digest(facts: Sequence[object]) -> str:
     """Return the end of a sample's name, from all that its latents depend on."""
     return hashlib.sha256(repr(list(facts)).encode()).hexdigest()[:16]
+
+
+def sample_digests(names: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    """Return the `sample_digest` that ends each sample's name; null for a name that has none."""
+    from pyarrow import compute
+
+    return compute.struct_field(compute.extract_regex(names, r"-(?P<digest>[0-9a-f]{16})$"), "digest")
+
+
+def content_digest(sha256: str) -> str | None:
+    """Return what an index keeps of the SHA-256 of a clip, by which its copies are found; None if it is unknown."""
+    return sha256[:16] or None
 
 
 def caption_key(caption: str) -> str:

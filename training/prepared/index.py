@@ -13,6 +13,7 @@ A sample becomes an object when it is read; buckets and repeats are arrays. `pre
 | caption, source, clip | its caption, where it was listed, and the file |
 | first_frame, last_frame | frame numbers in the file, from 0 |
 | extra | the other columns of its list, as JSON |
+| content | `content_digest` of its file; older indexes lack it |
 """
 
 import json
@@ -54,12 +55,12 @@ TRAINED = pa.schema(  # the columns that training reads
     ]
 )
 _ORIGIN = [("caption", _TEXT), ("source", _TEXT), ("clip", _TEXT)]
-_ORIGIN += [("first_frame", pa.int32()), ("last_frame", pa.int32()), ("extra", _TEXT)]
+_ORIGIN += [("first_frame", pa.int32()), ("last_frame", pa.int32()), ("extra", _TEXT), ("content", _TEXT)]
 _SCHEMA = pa.schema([*TRAINED, *_ORIGIN])
 _CAPTIONS = pa.schema([_SCHEMA.field("caption")])
 _CAPTIONED = pa.schema([_SCHEMA.field(name) for name in ("caption", "clip", "first_frame", "last_frame")])
-IDENTITY = pa.schema([_SCHEMA.field(name) for name in ("name", "source", "clip")])
-ORIGIN = pa.schema([_SCHEMA.field(name) for name in ("name", "clip", "first_frame", "last_frame")])
+IDENTITY = pa.schema([_SCHEMA.field(name) for name in ("name", "source", "clip", "content")])
+ORIGIN = pa.schema([_SCHEMA.field(name) for name in ("name", "clip", "first_frame", "last_frame", "content")])
 _DESCRIBED = pa.schema([_SCHEMA.field("name"), _SCHEMA.field("caption_key")])
 OPTIONAL = ("image_latents", "control_latents", "mask")
 _ROWS_AT_ONCE = 2**14
@@ -146,7 +147,8 @@ class IndexedFolder:
             None if image is None else stored(image, f"{name}.image_latents", *images, None, None, *shape[1:]),
             self.fixed if self.fixed is not None else facts["repeats"] * self.times,
             None if control is None else stored(control, f"{name}.control_latents", None, *shape),
-            None if mask is None else stored(mask, f"{name}.mask", *shape),
+            # The loss of regularization counts everywhere.
+            None if mask is None or self.regularization else stored(mask, f"{name}.mask", *shape),
         )
 
 
@@ -322,8 +324,8 @@ def write_table(table: pa.Table, file: Path, notes: Mapping[str, Any], staging: 
 def _open_table(file: Path, names: Sequence[str]) -> pa.Table:
     with at_hand(file) as local:  # what is mapped stays, even if the cache removes the file
         table = pa.ipc.open_file(pa.memory_map(str(local))).read_all()
-    for name in [one for one in OPTIONAL[1:] if one not in table.column_names]:  # of an older version
-        table = table.append_column(TRAINED.field(name), pa.nulls(table.num_rows, TRAINED.field(name).type))
+    for name in {*OPTIONAL[1:], "content"}.difference(table.column_names):  # of an older version
+        table = table.append_column(_SCHEMA.field(name), pa.nulls(table.num_rows, _SCHEMA.field(name).type))
     return table.select(names)
 
 

@@ -120,7 +120,7 @@ def _facts(entry: Entry) -> Row:
     repeats, (first, last) = float(entry.get("repeats", 1.0)), entry.get("frames", (None, None))
     if not all(1 <= size <= LARGEST_SIZE for size in sizes.values()) or not 0 < repeats < math.inf:
         raise ValueError(_range_problem(Bucket(**sizes), repeats))
-    texts = {name: _readable(entry.get(name)) for name in ("caption", "source", "clip")}
+    texts = {name: _readable(entry.get(name)) for name in ("caption", "source", "clip", "content")}
     extra = json.dumps(entry["extra"], ensure_ascii=False) if entry.get("extra") else None
     return {
         **sizes,

@@ -17,7 +17,7 @@ from pages.page import Section, render_page
 from pages.parts import grid, paragraph, table, verdict, warnings
 from results.run_page import STEPS, as_text, describe_verdict, loss_curves
 from results.run_record import RunRecord
-from results.run_videos import ShownVideo, describe_video, link_to, target_video, video_rows
+from results.run_videos import ShownVideo, beside_video, describe_video, link_to, video_rows
 
 
 _OWN = {"output_dir", "resume_from_checkpoint", "logging_dir", "tracker_name", "report_to"}  # of each run
@@ -122,6 +122,6 @@ def _videos(records: Sequence[RunRecord], names: Sequence[str], page_folder: Pat
     for record, name in zip(records, names, strict=True):
         for video, files in record.videos.items():
             prompt, step = describe_video(record, video)[0], max(files)
-            row = rows.setdefault(prompt, target_video(record, video))
+            row = rows.setdefault(prompt, beside_video(record, video))
             row.append(ShownVideo(f"{name}, step {step:,}", files[step]))
     return video_rows(rows, page_folder)

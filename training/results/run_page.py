@@ -25,7 +25,7 @@ from pages.parts import (
     warnings,
 )
 from results.run_record import FAILED, FINISHED, RUNNING, STOPPED, RunRecord, has_lora, read_run
-from results.run_videos import ShownVideo, describe_video, target_video, video_rows
+from results.run_videos import ShownVideo, beside_video, describe_video, video_rows
 from tracking.verdict import Points, smoothed
 
 
@@ -189,7 +189,7 @@ def choose_steps(steps: Sequence[int], best: int | None) -> list[int]:
 def _videos(record: RunRecord, page_folder: Path) -> list[Markup]:
     best, rows = record.best[0] if record.best else None, {}
     for name, files in record.videos.items():
-        rows[describe_video(record, name)[0]] = target_video(record, name) + [
+        rows[describe_video(record, name)[0]] = beside_video(record, name) + [
             ShownVideo(
                 f"step {step:,}" if step else "before training", files[step], "best validation loss" * (step == best)
             )

@@ -160,7 +160,10 @@ def _is_fact(name: str, value: object) -> bool:
     """Return whether a fact has the type that pages need: a run may be newer, or its file was edited."""
     if name == "videos":
         return isinstance(value, list) and all(
-            isinstance(video, dict) and isinstance(video.get("prompt"), str) and _is_target(video.get("target"))
+            isinstance(video, dict)
+            and isinstance(video.get("prompt"), str)
+            and _is_target(video.get("target"))
+            and _is_texts(video.get("control", {}))
             for video in value
         )
     if name in ("summary", "versions"):

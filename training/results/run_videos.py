@@ -33,7 +33,7 @@ class ShownVideo:
 
 
 def video_rows(rows: Mapping[str, Sequence[ShownVideo]], page_folder: Path) -> list[Markup]:
-    """Return a row for each title; its last video comes first into the page, then its first two, then later ones."""
+    """Return a row for each title; its last video comes first into the page, then its first ones, then later ones."""
     orders = map(_by_importance, rows.values())
     embedded = embed(one.file for one in chain(*zip_longest(*orders)) if one and one.file)
 
@@ -44,7 +44,7 @@ def video_rows(rows: Mapping[str, Sequence[ShownVideo]], page_folder: Path) -> l
 
 
 def _by_importance(row: Sequence[ShownVideo]) -> list[ShownVideo]:
-    return [row[-1], *row[:2], *row[-2:1:-1]]
+    return [row[-1], *row[:3], *row[-2:2:-1]]
 
 
 def embed(files: Iterable[Path]) -> dict[Path, bytes]:
@@ -66,19 +66,25 @@ def link_to(file: Path | None, page_folder: Path) -> str:
 
 
 def describe_video(record: RunRecord, name: str) -> tuple[str, Mapping[str, Any]]:
-    """Return the prompt of a validation video, by its name NUMBER-VIDEO-SLUG, and the clip that it aims at."""
+    """Return the title of a validation video, by its name NUMBER-VIDEO-SLUG, and what the run noted of its prompt."""
     match, videos = re.fullmatch(r"(\d+)-(\d+)-?(.*)", name), record.facts.get("videos", [])
     if match is None or int(match[1]) >= len(videos) or slug(videos[int(match[1])]["prompt"]) != match[3]:
         return name, {}  # of an earlier prompt
     video = videos[int(match[1])]
-    return video["prompt"] + (f" (video {int(match[2]) + 1})" if int(match[2]) else ""), video["target"]
+    again = [one["prompt"] for one in videos[: int(match[1])]].count(video["prompt"])  # with another control or image
+    title = video["prompt"] + (f" (prompt {int(match[1]) + 1})" if again else "")
+    return title + (f" (video {int(match[2]) + 1})" if int(match[2]) else ""), video
 
 
-def target_video(record: RunRecord, name: str) -> list[ShownVideo]:
-    """Return the training clip that a validation video aims at, if there is any."""
-    prompt, target = describe_video(record, name)
-    if not target:
-        return []
-    note = "same caption" if target["caption"] == prompt else target["caption"][:_MOST_CAPTION]
-    file = record.folder / target["file"] if "file" in target else None
-    return [ShownVideo("training clip", file, note, target.get("missing", ""))]
+def beside_video(record: RunRecord, name: str) -> list[ShownVideo]:
+    """Return the control that a validation video follows and the training clip that it aims at, as far as known."""
+    _, video = describe_video(record, name)
+
+    def shown(title: str, facts: Mapping[str, str], note: str = "") -> list[ShownVideo]:
+        file = record.folder / facts["file"] if "file" in facts else None
+        return [ShownVideo(title, file, note, facts.get("missing", ""))] if facts else []
+
+    target = video.get("target", {})
+    note = target.get("caption", "")[:_MOST_CAPTION]
+    note = "same caption" if target.get("caption") == video.get("prompt") else note
+    return shown("control", video.get("control", {})) + shown("training clip", target, note)

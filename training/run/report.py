@@ -5,14 +5,16 @@ import logging
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate.tracking import GeneralTracker
+from PIL import Image
 
 from cli.schema import flag_values
 from common.errors import first_line, one_line
@@ -30,6 +32,7 @@ from run.config import recorded_versions
 from run.spec import RunSpec
 from run.summary import sample_command
 from validation.schedule import QUANTILES, LossSchedule, share_pairs
+from validation.videos import Conditions
 from video.io import read_frames
 from video.preview import LONGER_SIDE, write_preview
 
@@ -101,14 +104,14 @@ class RunReport(GeneralTracker):
         kept = [note for note in kept if note.get("step", 0) <= self.started or "state" in note]
         news = last_news(self.folder).isoformat(timespec="seconds")
         kept += [{"time": news, "step": self.started}] if kept else []  # tells when a killed run ended
-        with atomic_write(self.folder / NOTES_FILE) as partial:
-            partial.write_text("".join(f"{json.dumps(note)}\n" for note in kept), encoding="utf-8")
+        with atomic_write(self.folder / NOTES_FILE) as unfinished:
+            unfinished.write_text("".join(f"{json.dumps(note)}\n" for note in kept), encoding="utf-8")
         self.notes.write({"state": RUNNING})
         logging.getLogger().addHandler(self.notes)
         self.trackers.append(self)
         facts = json.dumps(self.describe(), ensure_ascii=False, default=str)
-        with atomic_write(self.folder / FACTS_FILE) as partial:
-            partial.write_text(f"{without_tokens(facts)}\n", encoding="utf-8", errors="backslashreplace")
+        with atomic_write(self.folder / FACTS_FILE) as unfinished:
+            unfinished.write_text(f"{without_tokens(facts)}\n", encoding="utf-8", errors="backslashreplace")
 
     def _attempt(self, function: Callable[[], object]) -> None:
         """Call a function; its first failure is a warning, because a page must not end a run."""
@@ -144,23 +147,37 @@ class NoteHandler(logging.Handler):
             file.write(f"{line}\n")
 
 
-def make_report(spec: RunSpec, total_steps: int, summary: Mapping[str, str], losses: LossSchedule | None) -> RunReport:
+def make_report(
+    spec: RunSpec,
+    total_steps: int,
+    summary: Mapping[str, str],
+    losses: LossSchedule | None,
+    conditions: Conditions | None,
+) -> RunReport:
     """Return the report of a run.
 
     Args:
         summary: what the run trains on what, as from `start_rows`.
         losses: when and on what the validation loss is measured; None if no clip is held out.
+        conditions: of the validation videos, one for each prompt; controls are shown on the page.
     """
 
     def describe() -> dict[str, Any]:
-        return describe_run(spec, total_steps, summary) | {"measured": describe_measured(spec, losses)}
+        controls = conditions if conditions and spec.task.condition == "control" else ()
+        facts = describe_run(spec, total_steps, summary, controls)
+        return facts | {"measured": describe_measured(spec, losses)}
 
     is_main = spec.accelerator.is_main_process
     return RunReport(spec.output_dir, describe, spec.accelerator.trackers, spec.state.step, is_main=is_main)
 
 
-def describe_run(spec: RunSpec, total_steps: int, summary: Mapping[str, str]) -> dict[str, Any]:
-    """Return the facts of a run that its page needs, as JSON takes them; write the clips that its videos aim at."""
+def describe_run(
+    spec: RunSpec, total_steps: int, summary: Mapping[str, str], controls: Sequence[Sequence[Image.Image]]
+) -> dict[str, Any]:
+    """Return the facts of a run that its page needs, as JSON takes them.
+
+    The clips that its videos aim at, and the controls that they follow, are written into its folder.
+    """
     settings = spec.settings
     launch = ["accelerate", "launch", "--config_file", "CONFIG"] if spec.accelerator.num_processes > 1 else ["python"]
     return {
@@ -175,7 +192,7 @@ def describe_run(spec: RunSpec, total_steps: int, summary: Mapping[str, str]) ->
         "revision": read_revision(),
         "versions": {"Python": platform.python_version()} | recorded_versions(),
         "output_dir": str(spec.output_dir),
-        "videos": describe_videos(spec),
+        "videos": describe_videos(spec, controls),
         "start": [*launch, path_of_script(training_script(spec.task.name, settings.method))],
         "sample": sample_command(spec, spec.output_dir),
         "publish": upload_command(spec.output_dir.resolve().name, spec.output_dir),
@@ -196,8 +213,8 @@ def describe_measured(spec: RunSpec, losses: LossSchedule | None) -> dict[str, A
     }
 
 
-def describe_videos(spec: RunSpec) -> list[dict[str, Any]]:
-    """Return each prompt, and the training clip with the nearest caption."""
+def describe_videos(spec: RunSpec, controls: Sequence[Sequence[Image.Image]]) -> list[dict[str, Any]]:
+    """Return each prompt, its control if it has one, and the training clip with the nearest caption."""
     data = spec.data.trained
     captions = data.clips.captions if isinstance(data, PreparedData) else data.captions
     captions = list(dict.fromkeys(map(str, captions)))
@@ -206,6 +223,8 @@ def describe_videos(spec: RunSpec) -> list[dict[str, Any]]:
         nearest = prompt if prompt in captions else nearest_caption(prompt, few)
         target = {} if nearest is None else {"caption": nearest} | write_target(spec, data, nearest, number)
         videos.append({"prompt": prompt, "target": target})
+        if controls:
+            videos[-1]["control"] = write_copy(spec, f"{number:02d}-control.mp4", partial(_shrink, controls[number]))
     return videos
 
 
@@ -223,14 +242,27 @@ def write_target(spec: RunSpec, data: TrainingData, caption: str, number: int) -
     else:
         sample = next(one for one in data.clips if one.clip.caption == caption)
         clip, indices = sample.clip.video, sample.frame_indices
-    file = Path(TARGETS_FOLDER, f"{number:02d}.mp4")
+    read = partial(read_frames, clip, indices, longer_side=LONGER_SIDE)
+    return {"clip": str(clip)} | write_copy(spec, f"{number:02d}.mp4", read)
+
+
+def write_copy(spec: RunSpec, name: str, read: Callable[[], Sequence[np.ndarray]]) -> dict[str, str]:
+    """Write a small video of the frames that `read` returns; return its file, or why it is missing."""
+    file = Path(TARGETS_FOLDER, name)
     try:
-        frames = read_frames(clip, indices, longer_side=LONGER_SIDE)
-        with atomic_write(spec.output_dir / file) as partial:
-            write_preview(partial, frames, spec.video_fps)
+        frames = read()
+        with atomic_write(spec.output_dir / file) as unfinished:
+            write_preview(unfinished, frames, spec.video_fps)
     except (ValueError, OSError) as error:
-        return {"clip": str(clip), "missing": first_line(error)}
-    return {"clip": str(clip), "file": file.as_posix()}
+        return {"missing": first_line(error)}
+    return {"file": file.as_posix()}
+
+
+def _shrink(frames: Sequence[Image.Image]) -> list[np.ndarray]:
+    copies = [frame.copy() for frame in frames]
+    for copy in copies:
+        copy.thumbnail((LONGER_SIDE, LONGER_SIDE))
+    return list(map(np.asarray, copies))
 
 
 def read_revision() -> str | None:

@@ -274,7 +274,7 @@ def set_up(spec: RunSpec) -> Run:
         result_dtype=spec.method.result_dtype(spec.dtype, spec.source),
         signals=StopSignals(),
         memory=memory,
-        report=make_report(spec, total_steps, summary, losses),
+        report=make_report(spec, total_steps, summary, losses, inputs.conditions),
     )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from cli.types import TABLE_SUFFIXES
 from common.errors import UserError
 from common.run_folder import LORA_FILE, list_results
-from data.media_cache import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from flags.scores import SCORES_FILE
 from planning.describe import SKIPPED_FILE
+from video.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 
 STATE_FOLDER = ".cogvideox-app"  # in the root: logs of jobs, and former versions of captions

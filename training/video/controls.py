@@ -1,10 +1,9 @@
 """Compute the control of a video from its frames, and check what belongs to it frame by frame.
 
-opencv is imported when it is used, so that flags can name KINDS.
+Heavy libraries are imported when they are used, so that flags can name KINDS.
 """
 
-from collections.abc import Callable
-from math import isclose
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ TILES = 12  # on the shorter side
 BLUR = 40  # the shorter side in standard deviations
 INPAINT = "inpaint"  # the kind that needs masks
 HIDDEN = 128  # grey value of what a model is to fill in
+NOWHERE_WHITE = "is nowhere white (255) in these frames; labels of 0 and 1 must become 0 and 255"
 
 
 def compute_control(frames: "np.ndarray", kind: str, masks: "np.ndarray | None" = None) -> "np.ndarray":
@@ -39,28 +39,31 @@ def compute_control(frames: "np.ndarray", kind: str, masks: "np.ndarray | None" 
 
 
 def check_companion(own: "VideoInfo", clip: "VideoInfo", where: str, *, may_be_still: bool = False) -> None:
-    """Check that a control or a mask has the frames, the size and the rate of its clip; raises ValueError."""
-    is_still = may_be_still and own.num_frames == 1
+    """Check that a control or a mask has the frames and the size of its clip; raises ValueError.
+
+    Frames belong together by their number, so that the rates may differ, as they do for clips of a variable rate.
+    """
+    counts = [own.num_frames, own.num_frames if may_be_still and own.num_frames == 1 else clip.num_frames]
     sizes = [f"{one.height}x{one.width}" for one in (own, clip)]
-    has_rate = is_still or isclose(own.fps, clip.fps, rel_tol=0.01)
-    for what, one, wanted, fits in (
-        ("frames", own.num_frames, clip.num_frames, is_still or own.num_frames == clip.num_frames),
-        ("pixels", *sizes, sizes[0] == sizes[1]),
-        ("frames per second", f"{own.fps:g}", f"{clip.fps:g}", has_rate),
-    ):
-        if not fits:
+    for what, (one, wanted) in (("frames", counts), ("pixels", sizes)):
+        if one != wanted:
             raise ValueError(f"{where}has {one} {what}, its clip {wanted}; export it again with those of the clip")
+
+
+def has_white(masks: "Iterable[np.ndarray]") -> bool:
+    """Return whether uint8 masks `[H, W, 3]` are at least half white anywhere, where INPAINT hides the frame."""
+    return any((mask.mean(axis=2) >= HIDDEN).any() for mask in masks)
 
 
 def find_mask(video: Path) -> Path:
     """Return the mask beside a video, a.mask.mp4 or a.mask.png of a.mp4; raises ValueError unless there is one."""
-    found = sorted(file for file in video.parent.iterdir() if file.stem == f"{video.stem}.mask")
-    if len(found) != 1:
-        what = f"several masks ({', '.join(file.name for file in found)})" if found else "no mask"
-        raise ValueError(
-            f"has {what} beside it; add {video.stem}.mask.mp4 or {video.stem}.mask.png, or omit "
-            f"--compute_control {INPAINT} for a clip that is grey where it is to be filled"
-        )
+    from video.media import is_clip
+
+    found = sorted(file for file in video.parent.iterdir() if file.stem == f"{video.stem}.mask" and is_clip(file))
+    if not found:
+        raise ValueError(f"has no mask beside it; add {video.stem}.mask.mp4 or {video.stem}.mask.png")
+    if len(found) > 1:
+        raise ValueError(f"has several masks beside it, {', '.join(file.name for file in found)}; keep one")
     return found[0]
 
 

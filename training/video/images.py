@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from common.errors import UserError, listing
 from video.condition_frames import FIRST, given_frames, is_context
-from video.controls import INPAINT, check_companion, compute_control, find_mask
+from video.controls import INPAINT, NOWHERE_WHITE, check_companion, compute_control, find_mask, has_white
 from video.frames import UNCUT, Cut, count_usable, usable_frames
 from video.io import read_frames, reshape_frames
 from video.media import decode_still_image, read_still_image, reason_of
@@ -148,6 +148,8 @@ def _load_videos(
                 masks = _shaped(
                     mask, own, indices if own.num_frames > 1 else [0] * len(indices), (height, width), mode
                 )
+                if not has_white(masks):
+                    raise ValueError(f"nothing to fill, because its mask {mask} {NOWHERE_WHITE}")
             videos[file] = compute_control(shaped, kind, masks) if kind else shaped.copy()
         except ValueError as error:
             problems.append(f"'{file}': {reason_of(error).removeprefix(f'{file}: ')}")

@@ -6,6 +6,7 @@ because FFmpeg does not decode it.
 
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -13,6 +14,9 @@ import av
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+
+VIDEO_SUFFIXES = frozenset([".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"])
+IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
 
 # Our messages name the file and the reason; FFmpeg's only add noise. FFmpeg's own log callback is used because PyAV's
 # takes the GIL in decoder threads, which deadlocks when a multi-threaded decoder is closed.
@@ -31,6 +35,26 @@ _IMAGE_BRANDS = {"heic", "heix", "heim", "heis", "mif1", "avif"}  # in the conta
 _EXIF_TURNS = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}
 # FFmpeg's own decoders of these codecs drop the alpha channel.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
+@lru_cache(maxsize=1)
+def media_suffixes() -> frozenset[str]:
+    """Return the suffixes of all files that FFmpeg or Pillow may open; many are of sound, subtitles or text."""
+    formats = map(av.ContainerFormat, av.formats_available)
+    return VIDEO_SUFFIXES | IMAGE_SUFFIXES | {f".{name}" for one in formats for name in one.extensions}
+
+
+def is_clip(file: Path) -> bool:
+    """Return whether a file is a clip or still image: by its suffix, or by its content if the suffix is a rare one."""
+    suffix = file.suffix.lower()
+    if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES or suffix not in media_suffixes():
+        return suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES
+    try:
+        with open_video(file) as container:
+            video_stream(container)
+    except (av.FFmpegError, OSError, ValueError):
+        return False
+    return True
 
 
 class StillImage(NamedTuple):

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import convert_lora
 from common.errors import UserError
 from diffusion.control_to_video import ControlToVideo
 from forward_pass import load
@@ -125,6 +126,53 @@ def test_a_control_is_trained_from_a_lora_of_its_base(tiny_models, tmp_path, kin
     assert down.flatten(1)[:, inputs:].equal(torch.eye(inputs))
     with pytest.raises(UserError, match=r"trained with other flags; pass --rank 4$"):
         replace(lora, rank=8).check_model(configs, source)
+
+
+def test_the_advice_on_a_lora_to_start_a_control_from_can_be_followed(tiny_models, tmp_path):
+    model = tiny_models("5b")
+    source = ModelSource(str(model))
+    configs = ControlToVideo().model_configs(source.configs())
+
+    def refused(file: Path) -> str:
+        with pytest.raises(UserError, match=r"^--lora_weights: ") as caught:
+            make_lora(new_inputs=64, start_from=file).check_model(configs, source)
+        return str(caught.value)
+
+    file = write_lora(model, tmp_path / "style", target_modules=["to_k", "proj_out"])
+    modules = refused(file).split("pass --lora_target_modules ")[1].split()
+    make_lora(new_inputs=64, start_from=file, target_modules=modules).check_model(configs, source)
+
+    lokr, converted = write_lora(model, tmp_path / "lokr", adapter="lokr"), tmp_path / "converted.safetensors"
+    assert "is a lokr, and a control starts only from a plain LoRA; make one of it with convert" in refused(lokr)
+    convert_lora.main(["--lora", str(lokr), "--rank", "4", "--output_file", str(converted)])
+    make_lora(new_inputs=64, start_from=converted, alpha=4).check_model(configs, source)
+
+    merged, extracted, base = (
+        str(tmp_path / "merged"),
+        tmp_path / "extracted.safetensors",
+        ["--model_path", str(model)],
+    )
+    dora = write_lora(model, tmp_path / "dora", use_dora=True)
+    assert "was trained with --use_dora, and a control starts only from a plain LoRA; merge it" in refused(dora)
+    convert_lora.main(["--lora", str(dora), *base, "--output_dir", merged])
+    convert_lora.main(["--transformer", merged, *base, "--rank", "4", "--output_file", str(extracted)])
+    make_lora(new_inputs=64, start_from=extracted, alpha=4).check_model(configs, source)
+
+
+def test_a_lora_of_the_patch_embedding_without_a_control_is_told_from_one_of_another_model(tiny_models, tmp_path):
+    source = ModelSource(str(tiny_models("1.5-5b")))
+    style = write_lora(tiny_models("1.5-5b"), tmp_path / "style", target_modules=["to_k", "patch_embed.proj"])
+    control = write_lora(tiny_models("1.5-5b"), tmp_path / "control", new_inputs=128)
+    configs, expected = ControlToVideo().model_configs(source.configs()), "not for the control that this model takes"
+    with pytest.raises(UserError, match=f"--lora: .*{expected}; join it with the LoRA of the control"):
+        check_loras([(str(style), 1.0)], configs)
+    with pytest.raises(UserError, match=f"--lora_weights: .*{expected}"):
+        make_lora(new_inputs=128, start_from=style).check_model(configs, source)
+    with pytest.raises(UserError, match="trained on another model"):
+        check_loras([(str(style), 1.0)], ModelSource(str(tiny_models("1.5-5b-i2v"))).configs())
+    joined = str(tmp_path / "joined.safetensors")
+    convert_lora.main(["--lora", str(control), str(style), "--output_file", joined])
+    check_loras([(joined, 1.0)], configs)
 
 
 @pytest.mark.parametrize(("options", "flag"), [({"use_dora": True}, "--use_dora"), ({"adapter": "loha"}, "--adapter")])

@@ -24,8 +24,14 @@ from diffusion.control_to_video import ControlToVideo
 from forward_pass import load
 from models.source import ModelSource
 from results.generation import load_pipeline, settle
-from results.trained_conditions import TrainedConditions, find_trained_conditions
+from results.trained_conditions import (
+    TrainedConditions,
+    find_trained_conditions,
+    note_trained_conditions,
+    takes_control,
+)
 from tuned_models import make_lora, output, write_lora
+from video.frames import Cut
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -268,6 +274,45 @@ def test_a_base_of_another_task_and_one_without_all_parts_are_refused(tiny_model
         with pytest.raises(SystemExit):
             convert(*flags, to=to)
         assert expected in capsys.readouterr().err and not [*tmp_path.glob(f"*{to}*")]
+
+
+def refused(convert, capsys, *flags: object, to: str = "out.safetensors") -> str:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        convert(*flags, to=to)
+    return capsys.readouterr().err
+
+
+def test_a_result_with_a_control_is_refused_on_a_base_that_it_was_not_trained_on(
+    tiny_models, model, tmp_path, convert, capsys
+):
+    i2v, control = tiny_models("5b-i2v"), write_lora(model, tmp_path / "control", new_inputs=64)
+    of_model = write_lora(model, tmp_path / "run")  # of a control model, by the config of its run
+    transformer = tuned(i2v, tmp_path / "tuned")
+    for run in (of_model.parent, transformer):
+        note_trained_conditions(run, TrainedConditions(takes_control=True))
+    extracted = ("--transformer", transformer, "--model_path", i2v, "--rank", 2)
+    for to, flags in (("m", ("--lora", control)), ("m", ("--lora", of_model)), ("o.safetensors", extracted)):
+        assert "image-to-video model, and" in refused(convert, capsys, *flags, "--model_path", i2v, to=to)
+    message = refused(convert, capsys, "--lora", of_model, "--model_path", model, to="m")
+    assert "was trained on a control model; pass that model" in message
+    both = convert("--lora", of_model, control, "--model_path", model, to="both")
+
+    style = write_lora(model, tmp_path / "style")
+    note_trained_conditions(style.parent, TrainedConditions(cut=Cut(fps=8)))
+    (both / "config.yaml").unlink()  # as of a control model from the hub
+    assert takes_control(str(convert("--lora", style, "--model_path", both, to="again")))
+
+
+def test_a_result_of_an_image_to_video_run_is_not_one_of_a_control(tiny_models, tmp_path, convert, capsys):
+    lora = write_lora(tiny_models("1.5-5b-i2v"), tmp_path / "run", target_modules=["to_k", "patch_embed.proj"])
+    note_trained_conditions(lora.parent, TrainedConditions())
+    message = refused(convert, capsys, "--lora", lora, "--model_path", tiny_models("1.5-5b"), to="m")
+    assert "was trained on another model: its patch_embed.proj does not fit" in message
+    transformer = load(tiny_models("5b"))
+    ControlToVideo().prepare_model(transformer)  # as image-to-video without learned positions leaves it, too
+    transformer.save_pretrained(tmp_path / "run/transformer")
+    flags = ("--transformer", tmp_path / "run", "--model_path", tiny_models("5b"), "--rank", 4)
+    assert "tuned from another model: patch_embed.proj.weight is" in refused(convert, capsys, *flags)
 
 
 def test_a_merge_reads_the_variant_and_remembers_the_frames_of_the_training(tiny_models, tmp_path, convert, capsys):

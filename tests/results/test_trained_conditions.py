@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 
 from common.run_folder import CONFIG_TITLE
-from results.trained_conditions import TrainedConditions, find_trained_conditions, note_trained_conditions
+from results.trained_conditions import (
+    TrainedConditions,
+    find_trained_conditions,
+    note_trained_conditions,
+    takes_control,
+)
 from video.frames import Cut
 
 
@@ -29,6 +34,16 @@ def test_they_are_those_of_the_run_of_a_result_or_of_a_base_that_is_the_pipeline
         assert find_trained_conditions(results, base) == (None, None)
     monkeypatch.chdir(run / "pipeline")
     assert find_trained_conditions([], ".") == (ENDS, ".")
+
+
+def test_they_are_found_through_a_link_and_from_inside_the_run(run, tmp_path, monkeypatch):
+    (tmp_path / "best").symlink_to(run / "pipeline")
+    (run / "elsewhere").symlink_to(tmp_path)
+    for result in (tmp_path / "best", run / "elsewhere"):
+        assert find_trained_conditions([str(result)], None) == (ENDS, str(result))
+    monkeypatch.chdir(run / "pipeline")
+    assert find_trained_conditions(["."], None) == (ENDS, ".")
+    assert takes_control(".") is False and takes_control("owner/lora") is None  # not in the working folder
 
 
 def test_the_control_and_the_cut_of_a_run_are_read_and_of_a_merged_result_too(run, tmp_path):

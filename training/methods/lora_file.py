@@ -121,7 +121,9 @@ def complete_inputs(file: LoraFile, transformer: CogVideoXTransformer3DModel) ->
 
 def check_starting_lora(path: Path, transformer: CogVideoXTransformer3DModel) -> None:
     """Check that a LoRA to start from fits a transformer, with the flags' adapters and maybe on the meta device."""
-    file = complete_inputs(read_fitting_lora(path, transformer, "--lora_weights"), transformer)
+    file = read_fitting_lora(path, transformer, "--lora_weights")
+    _check_kind_for_control(file, transformer)
+    file = complete_inputs(file, transformer)
     if needed := _flags_needed(file, transformer):
         raise UserError(f"--lora_weights: '{path}' was trained with other flags; pass {', '.join(needed)}")
     expected = get_peft_model_state_dict(transformer)
@@ -132,17 +134,41 @@ def check_starting_lora(path: Path, transformer: CogVideoXTransformer3DModel) ->
         )
 
 
-def read_fitting_lora(
-    reference: Path | str, transformer: CogVideoXTransformer3DModel, flag: str, cache_dir: str | None = None
-) -> LoraFile:
-    """Read a LoRA that `flag` set, and check that the model, maybe on the meta device, has its layers in its sizes."""
+def _check_kind_for_control(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> None:
+    if PATCHES not in transformer.peft_config["default"].rank_pattern:
+        return
+    rule = "a control starts only from a plain LoRA"
+    if file.kind != "lora":
+        raise UserError(
+            f"--lora_weights: '{file.path}' is a {file.kind}, and {rule}; make one of it with convert_lora.py --rank"
+        )
+    if _has_dora(file):
+        raise UserError(
+            f"--lora_weights: '{file.path}' was trained with --use_dora, and {rule}; merge it with convert_lora.py "
+            "--output_dir, and make one of the result with convert_lora.py --transformer"
+        )
+
+
+def _has_dora(file: LoraFile) -> bool:
+    return any(".lora_magnitude_vector" in name for name in file.weights)
+
+
+def read_passed_lora(reference: Path | str, flag: str, cache_dir: str | None = None) -> LoraFile:
+    """Read a LoRA that `flag` set; raise a UserError for one that cannot be read."""
     try:
-        file = read_lora(reference, cache_dir)
+        return read_lora(reference, cache_dir)
     except (OSError, SafetensorError, ValueError, IndexError) as error:
         where = "" if Path(reference).exists() else "is not a file or folder here, and "
         raise UserError(
             f"{flag}: '{reference}' {where}cannot be used ({first_line(error)}); pass a LoRA that diffusers wrote"
         ) from error
+
+
+def read_fitting_lora(
+    reference: Path | str, transformer: CogVideoXTransformer3DModel, flag: str, cache_dir: str | None = None
+) -> LoraFile:
+    """Read a LoRA that `flag` set, and check that the model, maybe on the meta device, has its layers in its sizes."""
+    file = read_passed_lora(reference, flag, cache_dir)
     # Of a linear layer [out, in], of a convolution [out, in, height, width].
     layers = ((name, getattr(layer, "weight", None)) for name, layer in transformer.named_modules())
     shapes = {name: weight.shape for name, weight in layers if weight is not None}
@@ -152,12 +178,24 @@ def read_fitting_lora(
     for name, weight in file.weights.items():
         shape = shapes.get(name.split(".lora_")[0])
         side = slice(1, 2) if ".lora_A." in name else slice(1)  # lora_B is [out, rank], a magnitude of DoRA [out]
+        if f"{PATCHES}.lora_A." in name and _lacks_control(weight, transformer):
+            raise UserError(
+                f"{flag}: '{file.path}' changes the patch embedding, but not for the control that this model takes; "
+                "join it with the LoRA of the control, or merge it into the model, by convert_lora.py, or omit it"
+            )
         if shape is None or weight.shape[side] != shape[side]:
             raise UserError(
                 f"{flag}: '{file.path}' was trained on another model than --pretrained_model_name_or_path: "
                 f"its {name} {list(weight.shape)} fits no layer; pass that model, or a LoRA of this one"
             )
     return file
+
+
+def _lacks_control(down: torch.Tensor, transformer: CogVideoXTransformer3DModel) -> bool:
+    """Return whether the weights were trained on the text-to-video model that a control has widened."""
+    weight, config = transformer.patch_embed.proj.weight, transformer.config
+    is_control = config.in_channels > config.out_channels and config.ofs_embed_dim is None
+    return is_control and 2 * down.shape[1] == weight.shape[1]
 
 
 def _check_products(file: LoraFile, shapes: dict[str, torch.Size], flag: str) -> None:
@@ -196,10 +234,9 @@ def _flags_needed(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> l
     alpha = our_alpha if file.alpha is None else file.alpha
     our_switches = {name: getattr(ours, name, False) for name in ("use_rslora", "use_dora")}
     has_rslora = file.config.get("use_rslora", our_switches["use_rslora"] and file.kind == "lora")
-    has_dora = any(".lora_magnitude_vector" in name for name in file.weights)
     if alpha != our_alpha:
         needed.append(f"--lora_alpha {alpha:g}")
-    for flag, theirs in (("use_rslora", has_rslora), ("use_dora", has_dora)):
+    for flag, theirs in (("use_rslora", has_rslora), ("use_dora", _has_dora(file))):
         if theirs != our_switches[flag]:
             needed.append(f"--{flag}" if theirs else f"no --{flag}")
     factor = file.config.get("decompose_factor", LOKR_FACTOR)
@@ -209,7 +246,7 @@ def _flags_needed(file: LoraFile, transformer: CogVideoXTransformer3DModel) -> l
     if modules != _modules(get_peft_model_state_dict(transformer)):
         # The names inside a block if all blocks have them, the full names otherwise.
         blocks, count = Counter(map(inside_block, modules)), len(transformer.transformer_blocks)
-        names = {short if blocks[short := inside_block(name)] == count else name for name in modules}
+        names = {short if blocks[short := inside_block(name)] == count else name for name in modules - own.keys()}
         needed.append(f"--lora_target_modules {' '.join(sorted(names))}")
     return needed
 

@@ -29,7 +29,12 @@ from methods.pipeline_folder import copy_components, find_components
 from models.configs import CPU, DTYPES
 from models.fingerprints import weight_files
 from models.source import ModelSource
-from results.trained_conditions import TrainedConditions, find_trained_conditions, note_trained_conditions
+from results.trained_conditions import (
+    TrainedConditions,
+    find_trained_conditions,
+    note_trained_conditions,
+    takes_control,
+)
 from video.condition_frames import FIRST
 
 
@@ -84,13 +89,13 @@ def _convert(settings: ConversionSettings) -> None:
     results = [*(file for file, _ in settings.loras), settings.source.transformer]
     trained, _ = find_trained_conditions(results, settings.model.pretrained_model_name_or_path)
     if output.output_dir is not None:
-        base = _open_base(settings.model, _patch_inputs(files))
+        base = _open_base(settings.model, {str(file.file): _patch_inputs(file) for file in files})
         _merge(files, scales, base, Path(output.output_dir), dtype, device, trained)
         return
     if settings.source.transformer is not None:
         tuned = _find_weights(Path(settings.source.transformer, TRANSFORMER_FOLDER))
-        inputs = _read(tuned, _PATCH_WEIGHT)[0].numel() if _PATCH_WEIGHT in tuned else 0
-        base = _open_base(settings.model, inputs)
+        inputs = _read(tuned, _PATCH_WEIGHT)[0].flatten().shape if _PATCH_WEIGHT in tuned else torch.Size()
+        base = _open_base(settings.model, {settings.source.transformer: inputs})
         dtype = dtype or _read(tuned, next(iter(tuned))).dtype
         reduced = _extract(base, tuned, settings.reduction, device)
     else:
@@ -216,8 +221,10 @@ def _merge(
     try:
         size = _write_merged(partial / TRANSFORMER_FOLDER, base, shards, files, scales, dtype, device)
         copy_components(components, base.source.variant, partial, pipeline_index(ControlToVideo()))
-        if trained not in (None, TrainedConditions()):
-            note_trained_conditions(partial, trained)
+        # Of a LoRA without a control, the run does not say that the base takes one.
+        noted = replace(trained or TrainedConditions(), takes_control=base.takes_control)
+        if noted != TrainedConditions():
+            note_trained_conditions(partial, noted)
         replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -275,18 +282,36 @@ def _with_control(factors: Factors, inputs: int) -> Factors:
     return replace(factors, down=widen(factors.down)) if 2 * factors.down.shape[1] == inputs else factors
 
 
-def _patch_inputs(files: Sequence[AdapterFile]) -> int:
-    """Return the inputs of the patch embedding that the adapters change; 0 if they change none."""
-    return max((file.read(PATCHES, CPU).down[0].numel() for file in files if PATCHES in file.names), default=0)
+def _patch_inputs(file: AdapterFile) -> torch.Size:
+    """Return the shape of the inputs of the patch embedding that adapters change; an empty one if they change none."""
+    return file.read(PATCHES, CPU).down.shape[1:] if PATCHES in file.names else torch.Size()
 
 
-def _open_base(model: BaseModelFlags, inputs: int) -> BaseModel:
-    """Open the base model, which is downloaded from the hub, for results whose patch embedding has so many inputs."""
+def _open_base(model: BaseModelFlags, results: Mapping[str, torch.Size]) -> BaseModel:
+    """Open the base model, which is downloaded from the hub, for results and the inputs of their patch embeddings.
+
+    Raises a UserError for a result with a control that was trained on a model of another task.
+    """
     source = ModelSource(model.pretrained_model_name_or_path, model.revision, model.variant, model.cache_dir)
     configs = source.configs()
+    of_control = {result: takes_control(result) for result in results}
+    for result, inputs in results.items():
+        # --lora_target_modules takes no convolutions.
+        if configs.is_image_to_video and (of_control[result] or len(inputs) > 1):
+            raise UserError(
+                f"--pretrained_model_name_or_path: this is an image-to-video model, and '{result}' was trained with "
+                "controls; pass the text-to-video model that it was trained on"
+            )
     source.download(TRANSFORMER_FOLDER)
     weights = _find_weights(source.local_folder() / TRANSFORMER_FOLDER, model.variant)
-    is_widened = not configs.takes_condition and inputs == 2 * configs.patch_inputs
+    # Image-to-video models have as many inputs.
+    widening = [result for result, inputs in results.items() if inputs.numel() == 2 * configs.patch_inputs]
+    is_widened = not configs.takes_condition and any(of_control[result] is not False for result in widening)
+    for result, inputs in results.items():
+        if of_control[result] and not (inputs or is_widened or configs.takes_condition):
+            raise UserError(
+                f"--pretrained_model_name_or_path: '{result}' was trained on a control model; pass that model"
+            )
     return BaseModel(source, weights, is_widened or configs.is_control, is_widened)
 
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.training_utils import free_memory
 from PIL import Image
-from safetensors import SafetensorError
 
 from common.errors import UserError, first_line
 from common.files import atomic_write
@@ -24,14 +22,14 @@ from diffusion.task import SizeFlags, Task, choose_scheduler
 from diffusion.text_to_video import TextToVideo
 from flags.generation import AS_IT_IS, BASE, COMPARED, DEFAULT_FOLDER, SHEET, ContentFlags, PlannedVideo
 from flags.settings import GenerationSettings
-from methods.lora_file import PATCHES, read_lora
+from methods.lora_file import PATCHES, read_passed_lora
 from methods.lora_mounting import check_loras, mount_loras
 from models.configs import CPU, DTYPES, ModelConfigs, precision_warning
 from models.encoding import encode_prompts
 from models.quantization import check_quantization
 from models.sampling import Pipeline, cached, sample_video
 from models.source import ModelSource
-from results.trained_conditions import TrainedConditions, find_trained_conditions
+from results.trained_conditions import TrainedConditions, find_trained_conditions, takes_control
 from video.condition_frames import ENDS, FIRST
 from video.contact_sheet import SheetRow, draw_contact_sheet, shown_condition, shown_indices
 from video.frames import UNCUT
@@ -132,7 +130,13 @@ def choose_task(settings: GenerationSettings, configs: ModelConfigs) -> Task:
                 f"--{given[0]}: not together with --control, which no released model takes too; omit one of them"
             )
         return choose_control(settings, configs)
-    if trained := (configs.is_control and "the base model") or find_control_result(settings, configs):
+    trained = "the base model" if configs.is_control else find_control_result(settings, configs)
+    if trained and configs.is_image_to_video:
+        raise UserError(
+            f"--pretrained_model_name_or_path: this is an image-to-video model, and {trained} was trained with "
+            "controls; pass the text-to-video model that it was trained on, and --control"
+        )
+    if trained:
         raise UserError(f"--control: {trained} was trained with controls; pass a control clip for each prompt")
     if settings.result.transformer is not None:
         tuned = read_tuned_config(settings.result.transformer, settings.model.cache_dir, configs)
@@ -191,14 +195,16 @@ def choose_control(settings: GenerationSettings, configs: ModelConfigs) -> Contr
             "a result with controls"
         )
     task = ControlToVideo(choose_control_kind(settings), widens=not configs.takes_condition)
-    transformer = settings.result.transformer
+    transformer, cache_dir = settings.result.transformer, settings.model.cache_dir
+    if transformer is not None:
+        is_control = not task.widens or is_control_transformer(transformer, cache_dir, configs)
+        read_tuned_config(transformer, cache_dir, task.model_configs(configs) if is_control else configs)
     if task.widens and not find_control_result(settings, configs):
         raise UserError(
             "--control: nothing here takes a control: neither the model nor a --lora or --transformer; omit it, or "
-            "pass the result of cogvideox_control_to_video_lora.py or cogvideox_control_to_video_sft.py"
+            "pass the result of cogvideox_control_to_video_lora.py or cogvideox_control_to_video_sft.py, or a control "
+            "model as --pretrained_model_name_or_path"
         )
-    if transformer is not None:
-        read_tuned_config(transformer, settings.model.cache_dir, task.model_configs(configs))
     return task
 
 
@@ -217,28 +223,56 @@ def choose_control_kind(settings: GenerationSettings) -> str | None:
 
 
 def find_control_result(settings: GenerationSettings, configs: ModelConfigs) -> str | None:
-    """Return the result, for a text-to-video model, that has weights for the inputs of a control; None without one."""
-    cache_dir, transformer, channels = settings.model.cache_dir, settings.result.transformer, "in_channels"
-    if configs.takes_condition:
-        return None
-    with suppress(OSError, SafetensorError, ValueError):  # reported when results are checked
-        for lora, _ in settings.loras:
-            down = read_lora(lora, cache_dir).weights.get(f"{PATCHES}.lora_A.weight")
-            if down is not None and down[0].numel() == 2 * configs.patch_inputs:
-                return f"'{lora}'"
-        if transformer is not None:
-            where = {"subfolder": "transformer", "cache_dir": cache_dir}
-            config = CogVideoXTransformer3DModel.load_config(transformer, **where)
-            return f"'{transformer}'" if config.get(channels) == 2 * configs.transformer[channels] else None
+    """Return the result, for a model that takes no control, that was trained with one; None without one.
+
+    Raises a UserError for one that cannot be read, and for the LoRA of a control model.
+    """
+    cache_dir, transformer, of_control_models = settings.model.cache_dir, settings.result.transformer, []
+    for lora, _ in settings.loras:
+        of_run = takes_control(lora)
+        down = read_passed_lora(lora, "--lora", cache_dir).weights.get(f"{PATCHES}.lora_A.weight")
+        if configs.is_image_to_video:
+            # --lora_target_modules takes no convolutions.
+            is_control = of_run or (down is not None and down.ndim == 4)
+        else:
+            is_control = down is not None and (
+                of_run or (of_run is None and down[0].numel() == 2 * configs.patch_inputs)
+            )
+        if is_control:
+            return f"'{lora}'"
+        of_control_models += [lora] if of_run else []
+    if transformer is not None and is_control_transformer(transformer, cache_dir, configs):
+        return f"'{transformer}'"
+    for lora in of_control_models:
+        raise UserError(
+            f"--pretrained_model_name_or_path: '{lora}' was trained on a control model; pass that model, and --control"
+        )
     return None
+
+
+def is_control_transformer(transformer: str, cache_dir: str | None, base: ModelConfigs) -> bool:
+    """Return whether a tuned transformer was trained with a control, by its run or else by its config's difference."""
+    of_run, config = takes_control(transformer), load_tuned_config(transformer, cache_dir)
+    if of_run is not None or base.takes_condition:
+        return bool(of_run)
+    is_image_to_video = any(
+        config.get(name) and not base.transformer[name]
+        for name in ("ofs_embed_dim", "use_learned_positional_embeddings")
+    )
+    return config.get("in_channels") == 2 * base.transformer["in_channels"] and not is_image_to_video
+
+
+def load_tuned_config(transformer: str, cache_dir: str | None) -> dict[str, object]:
+    """Return a tuned transformer's config; raise a UserError if it cannot be read."""
+    try:
+        return CogVideoXTransformer3DModel.load_config(transformer, subfolder="transformer", cache_dir=cache_dir)
+    except OSError as error:
+        raise UserError(f"--transformer: '{transformer}' cannot be read: {first_line(error)}") from error
 
 
 def read_tuned_config(transformer: str, cache_dir: str | None, base: ModelConfigs) -> dict[str, object]:
     """Return a tuned transformer's config; raise a UserError if more than its positions differs from the base's."""
-    try:
-        config = CogVideoXTransformer3DModel.load_config(transformer, subfolder="transformer", cache_dir=cache_dir)
-    except OSError as error:
-        raise UserError(f"--transformer: '{transformer}' cannot be read: {first_line(error)}") from error
+    config = load_tuned_config(transformer, cache_dir)
     differing = sorted(
         name
         for name, value in base.transformer.items()
@@ -246,9 +280,11 @@ def read_tuned_config(transformer: str, cache_dir: str | None, base: ModelConfig
     )
     if differing:
         name = differing[0]
+        is_wider = config.get("in_channels") == 2 * base.transformer["in_channels"]
+        kind = ", an image-to-video one" if is_wider else ""
         raise UserError(
-            f"--transformer: '{transformer}' was tuned from another model than --pretrained_model_name_or_path: its "
-            f"{name} is {config[name]}, not {base.transformer[name]}; pass that model"
+            f"--transformer: '{transformer}' was tuned from another model than --pretrained_model_name_or_path{kind}: "
+            f"its {name} is {config[name]}, not {base.transformer[name]}; pass that model"
         )
     return base.transformer | config
 

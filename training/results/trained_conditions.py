@@ -36,13 +36,25 @@ def find_trained_conditions(
         results: LoRAs and transformers, paths or hub ids.
         base: the base model, which may be the pipeline of a run, or a merged one.
     """
-    places = {one: (Path(one), *list(Path(one).parents)[:3]) for one in results if one and Path(one).exists()}
+    places = {one: _places(one) for one in results if one}
     if base and Path(base).exists():
         folder = Path(base).resolve()
         places[base] = (folder, *([folder.parent] if folder.name == PIPELINE_FOLDER else []))
     found = [(noted, one) for one, folders in places.items() if (noted := _first_noted(folders))]
     special = (one for one in found if one[0].frames != FIRST or one[0].takes_control)
     return next(special, found[0] if found else (None, None))
+
+
+def takes_control(result: str) -> bool | None:
+    """Return whether a result was trained with controls; None for one outside of its run's folder."""
+    noted = _first_noted(_places(result))
+    return None if noted is None else noted.takes_control
+
+
+def _places(result: str) -> list[Path]:
+    """Return the folders whose run may have trained a result, which may be a link or a path from inside the run."""
+    paths = (Path(result).resolve(), Path(result).absolute()) if Path(result).exists() else ()
+    return [place for path in paths for place in (path, *path.parents[:3])]
 
 
 def _first_noted(folders: Iterable[Path]) -> TrainedConditions | None:

@@ -249,6 +249,7 @@ def parse_generate_args(argv: Sequence[str] | None = None) -> GenerationSettings
         GenerationSettings,
         required=(("pretrained_model_name_or_path",), ("prompt", "prompts_file")),
         has_config=False,
+        may_repeat=False,
         usage="%(prog)s --pretrained_model_name_or_path MODEL --prompt TEXT [flags]",
         description="Sample videos from a CogVideoX model: as it is, with LoRAs, or fully fine-tuned.",
     )
@@ -263,6 +264,7 @@ def parse_convert_args(argv: Sequence[str] | None = None) -> ConversionSettings:
         ConversionSettings,
         required=(("lora", "transformer"), ("output_file", "output_dir")),
         has_config=False,
+        may_repeat=False,
         usage="%(prog)s (--lora FILE ... | --transformer FOLDER) (--output_file FILE | --output_dir FOLDER) [flags]",
         description="Convert LoRAs: to the names of other tools, to another rank or precision, several into one, from "
         "LoKr and LoHa, from full fine-tuning, or into the weights of the base model.",

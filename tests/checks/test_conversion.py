@@ -26,6 +26,7 @@ WRONG = {
     f"--lora nowhere {TO_FILE}": "--lora: nowhere does not exist",
     f"--lora mine.bin {TO_FILE}": "--lora: 'mine.bin' is not a .safetensors file",
     f"--lora full {TO_FILE}": "--lora: no pytorch_lora_weights.safetensors in 'full'; pass it as --transformer",
+    f"--lora lora --lora mine.safetensors {TO_FILE}": "--lora: passed twice; pass all values after one --lora",
     f"--lora lora --lora_scale 1 2 {TO_FILE}": "--lora_scale: 2 for 1 in --lora",
     f"--lora lora {EXTRACT}": "--transformer: not together with --lora",
     f"--model_path model {EXTRACT}": "--transformer: how large is its LoRA to be? Pass --rank 64",

@@ -95,6 +95,7 @@ SEQUENTIAL = "--enable_sequential_cpu_offload"
         ("--height 100", "--height", "not divisible by 16; nearest valid sizes are 96 and 112"),
         ("--num_frames 50", "--num_frames", "not 4k or 4k+1; nearest valid counts are 49 and 52"),
         ("--seed 1 1", "--seed", "given twice"),
+        ("--seed 1 --seed 2", "--seed", "passed twice; pass all values after one --seed"),
         (f"--seed {2**64}", "--seed", f"goes beyond the largest, {2**64 - 1}"),
         (f"--seed {2**64 - 1} --num_videos 2", "--seed", f"goes beyond the largest, {2**64 - 1}"),
         ("--num_inference_steps 1001", "--num_inference_steps", "1001 is too large; pass a whole number up to 1000"),
@@ -128,6 +129,11 @@ SEQUENTIAL = "--enable_sequential_cpu_offload"
         ("--output_file rabbit.png/a.mp4", "--output_file", "not a folder"),
         ("--output_file folder.mp4 --overwrite", "--output_file", "folder.mp4 is a folder"),
         ("--model_path nowhere", "--pretrained_model_name_or_path", "no folder 'nowhere'"),
+        (
+            "--model_path full",
+            "--pretrained_model_name_or_path",
+            "a transformer: pass its base model, and this to generate",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_flag(flags, flag, reason, capsys):

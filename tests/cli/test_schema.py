@@ -73,6 +73,16 @@ def test_the_last_of_several_switches_counts(argv, is_loud, is_clean):
     assert (names.is_loud, names.is_clean) == (is_loud, is_clean)
 
 
+def test_values_are_given_once_unless_later_ones_may_override_those_of_a_launcher(capsys):
+    argv = ["--lengths", "3", "4", "--width", "5", "--width", "6", "--lengths", "7"]
+    assert read(*argv)[0].sizes == SizeFlags(6, (7,))
+    with pytest.raises(SystemExit, match="2"):
+        read(*argv, may_repeat=False)
+    said = capsys.readouterr().err
+    assert said == "error: --lengths: passed twice; pass all values after one --lengths (see --help)\n"
+    assert read(*argv[:-2], may_repeat=False)[0].sizes == SizeFlags(6, (3, 4))
+
+
 def test_the_values_of_all_groups_are_listed_and_replaced_by_name():
     settings = Settings(SizeFlags(), NameFlags())
     assert list(flag_values(settings)) == ["width", "lengths", "scales", "kind", "name", "file", "is_loud", "is_clean"]

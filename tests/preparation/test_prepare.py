@@ -653,6 +653,16 @@ def test_what_training_will_refuse_is_a_warning_in_the_plan(tiny_models, small, 
     assert f"warning: {refused}" in capsys.readouterr().err
 
 
+def test_controls_of_as_many_frames_as_no_model_takes_are_not_encoded(model, small, tmp_path, capsys):
+    data, flags = write_data(tmp_path / "data", small), ("--save_control_latents", "--compute_control", "grey")
+    flags = (*flags, "--frame_buckets", "4")
+    refused = "control-to-video training will refuse this: --frame_buckets, --max_num_frames: with a control"
+    assert f"error: {refused}" in refuse(capsys, model, data, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+    prepare(model, data, tmp_path / "plan", "--dry_run", *flags)
+    assert f"warning: {refused}" in capsys.readouterr().err
+
+
 def test_clips_are_chosen_by_their_scores_in_a_dry_run_and_in_the_preparation(model, small, tmp_path, capsys):
     data = write_data(tmp_path / "data", small)
     write_table(data / "scores.csv", [{"video": str(video), "motion": str(n)} for n, (video, _) in enumerate(small)])

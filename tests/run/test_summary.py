@@ -25,9 +25,10 @@ from run.summary import (
     describe_expected_memory,
     describe_method,
     describe_model,
+    sample_command,
     start_rows,
 )
-from tiny_runs import run_flags
+from tiny_runs import recipe_of, run_flags
 
 
 KEPT = "; each keeps its weights in validation/step-N"
@@ -147,6 +148,35 @@ def test_the_settings_chosen_for_the_card_are_named(tiny_models, demo_clips, tmp
     assert describe_chosen(settings) == "; this card needs no savings"
     chosen = with_memory(settings, replace(memory_settings_of(settings), gradient_checkpointing=True))
     assert describe_chosen(chosen) == "; for this card: --gradient_checkpointing"
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "flags", "files"),
+    [
+        ("5b-i2v", "image-to-video", "", {"--image": "IMAGE.png"}),
+        (
+            "5b-i2v",
+            "image-to-video",
+            "--condition_frames first,last",
+            {"--image": "IMAGE.png", "--last_image": "LAST_IMAGE.png"},
+        ),
+        ("5b-i2v", "image-to-video", "--condition_frames first:2", {"--video": "CLIP.mp4"}),
+        (
+            "5b",
+            "control-to-video",
+            "--compute_control grey",
+            {"--control": "CLIP.mp4", "--compute_control": "grey"},
+        ),
+    ],
+)
+def test_the_command_that_samples_names_the_files_that_are_needed(
+    tiny_models, demo_clips, tmp_path, monkeypatch, fresh_accelerator, kind, task, flags, files
+):
+    monkeypatch.chdir(tmp_path)
+    steps = ("--max_train_steps", "1", "--allow_outside_paths")
+    spec = check_spec(recipe_of(task, tiny_models(kind), demo_clips, *steps, *flags.split()))
+    command = sample_command(spec, tmp_path)
+    assert list(files.items()) == list(zip(command[8::2], command[9::2], strict=True))
 
 
 @pytest.mark.gpu

@@ -76,6 +76,30 @@ def test_a_lora_is_sampled_with_the_files_model_and_size_that_it_was_trained_wit
             given.sampled([])
 
 
+def test_a_file_whose_name_begins_with_a_hyphen_is_no_flag(root):
+    (root / "-a.mp4").touch()
+    command = sample_command("base", "", "one", Given("control video"), ["-a.mp4"], 5, 6.0, 1, "")
+    assert check_command(command, root).content.control == ("./-a.mp4",)
+
+
+def test_the_base_is_that_of_the_run_or_its_place_is_asked_for(root):
+    def sampled_from(base, more="", **flags):
+        (root / "run/run_facts.json").write_text(
+            json.dumps({"flags": FLAGS | {"pretrained_model_name_or_path": base} | flags}) + "\n"
+        )
+        command = sample_command("other", "run", "one", Given(), [], 5, 6.0, 1, more)
+        model = check_command(command, root).model
+        return model.pretrained_model_name_or_path, model.revision, model.variant
+
+    write_run(root, "text-to-video")
+    assert sampled_from(str(root / "base")) == ("base", None, None)
+    assert sampled_from("owner/name", revision="v2", variant="fp16") == ("owner/name", "v2", "fp16")
+    for gone in ("/etc", "../base", "a/b/base", str(root / "base/gone")):
+        with pytest.raises(UserError, match=f"base model {gone} is not in .* by --model_path in More flags"):
+            sampled_from(gone)
+        assert sampled_from(gone, "--model_path base", revision="v2") == ("base", None, None)
+
+
 def test_nothing_is_known_of_a_lora_from_elsewhere_or_whose_facts_are_damaged(root):
     (root.parent / "run_facts.json").write_text("{}")
     for name in (None, "", "a.mp4", "owner/name", "..", "/etc"):

@@ -108,6 +108,18 @@ def test_captions_are_shown_and_changed_as_text_and_mistakes_are_said_as_in_a_sh
     page.get_by_text("--<b>x</b>: unknown flag").wait_for()
 
 
+def test_the_command_is_that_of_a_stopped_run_once_there_is_one(root, page):
+    choose(page, "Clips: a folder or a table", "clips")
+    open_tab(page, "Train")
+    page.get_by_label("Output folder").fill("outputs/stopped")
+    page.get_by_text("--output_dir outputs/stopped").wait_for()
+    (root / "outputs/stopped/checkpoint-5").mkdir(parents=True)
+    (root / "outputs/stopped/checkpoint-5/manifest.json").touch()
+    open_tab(page, "Run")
+    open_tab(page, "Train")
+    page.get_by_text("--output_dir outputs/stopped --resume_from_checkpoint latest").wait_for()
+
+
 @pytest.mark.slow
 def test_from_clips_to_a_lora_and_a_video(root, page):
     fill_settings(page)

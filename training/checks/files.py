@@ -60,7 +60,10 @@ def check_model(model: str, flag: str) -> None:
     """Check that a model is the folder of a pipeline, or may be on the hub."""
     if os.path.isdir(model):
         if not os.path.isfile(os.path.join(model, "model_index.json")):
-            raise UserError(f"{flag}: no model_index.json in '{model}'; pass the folder of a full diffusers pipeline")
+            advice = "pass the folder of a full diffusers pipeline"
+            if os.path.isdir(os.path.join(model, "transformer")):
+                advice = "it holds only a transformer: pass its base model, and this to generate.py as --transformer"
+            raise UserError(f"{flag}: no model_index.json in '{model}'; {advice}")
     elif not is_hub_id(model):
         raise UserError(f"{flag}: no folder '{model}'; pass a diffusers folder or a hub id such as THUDM/CogVideoX-5b")
 

@@ -99,6 +99,8 @@ class FlagParser(argparse.ArgumentParser):
         defaults: by name, where this script's differ.
         titles: headings by group, where this script's differ.
         has_config: whether `--config` is a flag.
+        may_repeat: whether the last of a repeated flag counts, so that flags after a launcher's name override its own;
+            otherwise repeating one that takes several values is a mistake, because the earlier ones would be lost.
     """
 
     def __init__(
@@ -110,11 +112,13 @@ class FlagParser(argparse.ArgumentParser):
         defaults: Mapping[str, Any] | None = None,
         titles: Mapping[str, str] | None = None,
         has_config: bool = True,
+        may_repeat: bool = True,
         **options: Any,
     ):
         # Without defaults argparse returns only what was given; `_fill` adds them.
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False, **options)
         self.required = required
+        self.may_repeat = may_repeat
         self.groups = _groups_of(settings)
         self.defaults = dict(defaults or {})
         self.place = ""  # of the setting of a file that is being parsed
@@ -170,9 +174,9 @@ class FlagParser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(argv)
         if unknown:
             self.error(self._explain(unknown, argv))
-        if "config" in parsed:
-            parsed, _ = self.parse_known_args(argv, self._read_file(parsed.config))
         given = vars(parsed)
+        if "config" in given:
+            given = vars(self._read_file(given["config"])) | given
         missing = [" or ".join(f"--{name}" for name in names) for names in self.required if not given.keys() & names]
         if missing:
             self.error(f"{', '.join(missing)}: required, but not given")
@@ -247,6 +251,15 @@ class _Help(argparse.Action):
         parser.exit()
 
 
+class _Values(argparse.Action):
+    """Store the values of a flag that takes several."""
+
+    def __call__(self, parser: FlagParser, namespace: argparse.Namespace, values: list[Any], option: str) -> None:
+        if self.dest in namespace and not parser.may_repeat:
+            parser.error(f"{option}: passed twice; pass all values after one {option}")
+        setattr(namespace, self.dest, values)
+
+
 _CONFIG_HELP = (
     "YAML file of flags: names without dashes, and values; true or false for a flag without a value. The command line "
     "overrides it, and --no-NAME turns off a flag that the file turns on."
@@ -296,7 +309,7 @@ def _value_options(item: Field) -> dict[str, Any]:
     if choices := item.metadata["choices"]:
         options = {"type": one_of(choices), "choices": choices}
     if any(get_origin(part) is tuple for part in parts):
-        options["nargs"] = "+"
+        options |= {"nargs": "+", "action": _Values}
     return options
 
 

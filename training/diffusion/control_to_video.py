@@ -23,6 +23,9 @@ from models.configs import ModelConfigs
 from models.encoding import encode_videos
 
 
+RESTS = (0, 1, 5)  # of frames divided by 8 that the pipeline samples, of a model other than 1.5
+
+
 @dataclass(frozen=True)
 class ControlToVideo:
     """Videos that follow another video: its latents are concatenated to the noisy ones, as in the pipeline."""
@@ -59,7 +62,7 @@ class ControlToVideo:
         # The pipeline refuses latent frames that 1.5's patches in time divide unevenly, and the VAE of the others
         # decodes 4, 12, 20, ... frames to three fewer than the control has.
         is_later = configs.transformer["patch_size_t"] is not None
-        taken, rests = ("8k", (0,)) if is_later else ("1, 8k, 8k+1 or 8k+5", (0, 1, 5))
+        taken, rests = ("8k", (0,)) if is_later else ("1, 8k, 8k+1 or 8k+5", RESTS)
         wrong = sorted({size.num_frames for size in sizes if size.num_frames % 8 not in rests})
         if wrong:
             nearest = sorted({n for count in wrong for n in _nearest(count, rests)})

@@ -31,7 +31,7 @@ from common.text_files import digest_lines
 from common.units import in_bytes
 from data.buckets import Bucket
 from data.clips import ClipSample
-from diffusion.control_to_video import ControlToVideo
+from diffusion.control_to_video import RESTS, ControlToVideo
 from diffusion.image_to_video import ImageToVideo
 from diffusion.task import SizeFlags
 from diffusion.text_to_video import TextToVideo
@@ -80,6 +80,7 @@ def prepare(settings: PreparationSettings, data: RawData) -> None:
     log_without_tokens(logging.INFO if launch_rank() == 0 else logging.ERROR)
     source = model_source(settings.model)
     configs = source.configs()
+    check_frames(settings, data, configs)
     if launch_rank() == 0:
         log_plan(settings, data, source, launch_size())
     folder = to_path(flags.output_dir)
@@ -169,6 +170,19 @@ def log_plan(settings: PreparationSettings, data: RawData, source: ModelSource, 
     sizes = {"batch_size": settings.encoding.batch_size, "num_ranks": num_ranks}
     configs = source.configs()
     logger.info("%s", describe_plan(data, settings, source, configs, **sizes))
+    if refusal := refusal_of_training(settings, data, configs):
+        logger.warning("warning: %s", refusal)
+
+
+def check_frames(settings: PreparationSettings, data: RawData, configs: ModelConfigs) -> None:
+    """Raise a UserError, before anything is encoded, if no model samples as many frames with a control."""
+    counts = {sample.bucket.num_frames for sample in data.clips}
+    if settings.preparation.save_control_latents and any(count % 8 not in RESTS for count in counts):
+        raise UserError(refusal_of_training(settings, data, configs))
+
+
+def refusal_of_training(settings: PreparationSettings, data: RawData, configs: ModelConfigs) -> str:
+    """Return why training will refuse the model or the sizes of the clips; "" if it will not."""
     task = TextToVideo()
     if configs.is_image_to_video or settings.preparation.save_image_latents:
         task = ImageToVideo(0, False, settings.preparation.condition_frames)
@@ -178,7 +192,8 @@ def log_plan(settings: PreparationSettings, data: RawData, source: ModelSource, 
         configs = task.model_configs(configs)
         task.check_model(configs, {sample.bucket for sample in data.clips}, BUCKET_FLAGS)
     except UserError as error:
-        logger.warning("warning: %s training will refuse this: %s", task.name, error)
+        return f"{task.name} training will refuse this: {error}"
+    return ""
 
 
 def settings_of(settings: PreparationSettings, source: ModelSource) -> PreparedSettings:

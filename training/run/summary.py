@@ -26,7 +26,7 @@ from run.spec import RunSpec
 from tracking.loss_curve import LossCurve
 from tracking.verdict import Points, best_point
 from validation.schedule import LossSchedule
-from video.condition_frames import is_context, split_files
+from video.condition_frames import ENDS, is_context, split_files
 
 
 _MOST_SIZES = 4  # that are listed
@@ -222,17 +222,26 @@ def describe_kept_weights(spec: RunSpec, best: int | None = None) -> str | None:
 
 
 def sample_command(spec: RunSpec, folder: Path) -> list[str]:
-    """Return the words of a command that samples the first validation video with the weights in a folder."""
+    """Return the words of a command that samples the first validation video with the weights in a folder.
+
+    What a run without validation videos does not say is in capitals, for the user to replace.
+    """
     settings, size = spec.settings, spec.sampled_size
     flags: dict[str, object] = {"--model_path": settings.model.pretrained_model_name_or_path}
     flags |= {"--lora" if settings.method == "lora" else "--transformer": folder}
     flags |= {"--prompt": settings.validation.prompts[0] if size else "YOUR PROMPT"}
-    condition = settings.image.condition_frames
-    names = ["--video"] if is_context(condition) else ["--image", "--last_image"]
-    for images in settings.validation.images[:1]:
-        flags |= zip(names, split_files(condition, images), strict=False)
-    flags |= {"--control": settings.validation.controls[0]} if settings.validation.controls else {}
-    flags |= {"--compute_control": spec.task.kind} if settings.validation.controls and spec.task.kind else {}
+    condition, images, controls = (
+        settings.image.condition_frames,
+        settings.validation.images,
+        settings.validation.controls,
+    )
+    if spec.task.condition == "image":
+        files = {"--image": "IMAGE.png"} | ({"--last_image": "LAST_IMAGE.png"} if condition == ENDS else {})
+        files = {"--video": "CLIP.mp4"} if is_context(condition) else files
+        flags |= zip(files, split_files(condition, images[0]) if images else files.values(), strict=False)
+    if spec.task.condition == "control":
+        flags |= {"--control": controls[0] if controls else "CLIP.mp4"}
+        flags |= {"--compute_control": spec.task.kind} if spec.task.kind else {}
     if size:
         flags |= {"--height": size.height, "--width": size.width, "--num_frames": size.num_frames}
         guidance = settings.guidance

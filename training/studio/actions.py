@@ -18,11 +18,10 @@ from studio.captions import Captioned, read_captions, save_caption
 from studio.commands import Form, check_command, prepare_command, sample_command, shown, train_command
 from studio.given import BEGINNING, CONTROL, FILES, TEXT, Given, find_run, given_of
 from studio.jobs import Job, Jobs
+from studio.models import HUB_MODELS, check_model
 from studio.places import inside, list_data, list_media, list_models, list_runs, list_videos
 
 
-HUB_MODELS = ["THUDM/CogVideoX-2b", "THUDM/CogVideoX-5b", "THUDM/CogVideoX-5b-I2V"]
-HUB_MODELS += ["THUDM/CogVideoX1.5-5B", "THUDM/CogVideoX1.5-5B-I2V"]
 _STATE = Markup(
     "<p><b>{}</b>: {}</p><p>Result in <code>{}</code>, log in <code>{}/log.txt</code>. A job continues when this page "
     "or the app is closed.</p>"
@@ -107,10 +106,13 @@ class Actions:
     def start(self, kind: str, *values: Any) -> gr.Tabs:
         """Start a job: plan shows what the model would see of the clips, try trains two steps, train trains."""
         prepare, *others = self._commands(kind, values)
-        result = check_command(prepare, self.root).preparation.output_dir
+        prepared = check_command(prepare, self.root)
+        result = prepared.preparation.output_dir
         inside(self.root, result).mkdir(parents=True, exist_ok=True)  # training requires that it exists
         for command in others:
-            result = check_command(command, self.root).training.output_dir
+            trained = check_command(command, self.root)
+            result = trained.training.output_dir
+            check_model(_form(values).given, prepared, trained)
         self.jobs.start(kind, [prepare, *others], result, values)
         return gr.Tabs(selected="run")
 
@@ -194,11 +196,15 @@ class Actions:
 
 
 def _form(values: Sequence[Any]) -> Form:
-    for item, value in zip(fields(Form), values, strict=True):
-        if value == "" and item.name not in ("id_token", "prepare_flags", "train_flags"):
+    form = Form(*values)
+    unused = {"latents": form.given != BEGINNING, "control": form.given != CONTROL}  # and hidden
+    for item in fields(Form):
+        is_needed = item.name not in ("id_token", "prepare_flags", "train_flags") and not unused.get(item.name)
+        if is_needed and getattr(form, item.name) == "":
             tab = "Clips" if item.name == "clips" else "Train"
-            raise UserError(f"{item.name.replace('_', ' ')}: nothing is chosen; choose or type it in the tab {tab}")
-    return Form(*values)
+            name = "K" if item.name == "latents" else item.name.replace("_", " ")
+            raise UserError(f"{name}: nothing is chosen; choose or type it in the tab {tab}")
+    return form
 
 
 def _is_edited(clips: list[Captioned], chosen: int | None, caption: str) -> bool:

@@ -5,8 +5,8 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ REFUSED = {
     "--allow_outside_paths": "use this flag in a shell",
     "--hub_token": "every user of the machine can read it there; log in with `hf auth login`",
 }
+_MODEL_FLAGS = ("--model_path", "--pretrained_model_name_or_path")
 _LISTS = ("validation_images", "validation_controls")
 
 Command = list[str]
@@ -112,10 +113,10 @@ def sample_command(
     A LoRA is sampled with the base model and at the size of its run, if they are known; without one, `model` is.
     """
     run = find_run(Path.cwd(), lora)
-    trained = run.flags if run else {}
-    base, switch = str(trained.get("pretrained_model_name_or_path")), "ignore_learned_positional_embeddings"
-    is_here = is_hub_id(base) or (os.path.isdir(base) and not os.path.isabs(base))
-    flags = {"pretrained_model_name_or_path": base if is_here else model, "lora": lora}
+    trained, switch = run.flags if run else {}, "ignore_learned_positional_embeddings"
+    names_model = any(word.split("=")[0] in _MODEL_FLAGS for word in _split(more))
+    base = {} if names_model else _base_of(trained, Path.cwd())
+    flags = {"pretrained_model_name_or_path": model} | base | {"lora": lora}
     flags |= {"height": trained.get("height"), "width": trained.get("width")}
     flags |= {"num_frames": trained.get("max_num_frames"), "num_inference_steps": steps, "guidance_scale": scale}
     flags |= {"seed": seed, "output_dir": f"samples/{slug(lora or model)}"}
@@ -127,6 +128,22 @@ def sample_command(
     words = ["--prompt", *words] if words else []
     switches = [f"--{switch}"] if trained.get(switch) else []
     return [*_script("generate.py"), *_words(flags), *words, *given.sampled(files), *switches, *_split(more)]
+
+
+def _base_of(trained: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Return the flags of the base model that a run with these flags had; a UserError if it is not in `root`."""
+    flags = {name: trained.get(name) for name in ("pretrained_model_name_or_path", "revision", "variant")}
+    base = str(flags["pretrained_model_name_or_path"] or "")
+    if not base:
+        return {}
+    if is_hub_id(base):
+        return flags
+    with suppress(UserError):
+        if (folder := inside(root, base)).is_dir():
+            return flags | {"pretrained_model_name_or_path": os.path.relpath(folder, root)}
+    raise UserError(
+        f"the LoRA's base model {base} is not in {root}; name its folder there by --model_path in More flags"
+    )
 
 
 def shown(commands: Sequence[Command], root: Path) -> str:

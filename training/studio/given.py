@@ -67,6 +67,7 @@ class Given:
             return []
         if not files:
             raise UserError(f"{FILES[self.kind]}: choose or type them")
+        files = [f"./{file}" if file.startswith("-") else file for file in files]  # otherwise it would be a flag
         if self.kind == BOTH:
             return ["--image", *files[::2], *(["--last_image", *files[1::2]] if files[1:] else [])]
         if self.kind == CONTROL:

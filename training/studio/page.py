@@ -7,10 +7,11 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from studio.actions import HUB_MODELS, Actions
+from studio.actions import Actions
 from studio.commands import BY_CARD, MEMORY, PRECISIONS, USUAL_FLAGS
 from studio.given import BEGINNING, CHOICES, CONTROL, CONTROLS, TEXT
 from studio.jobs import Jobs
+from studio.models import HUB_MODELS
 
 
 # Fonts of the system: Gradio's own themes fetch theirs from elsewhere.
@@ -45,7 +46,7 @@ def build_page(root: Path, jobs: Jobs) -> gr.Blocks:
                 data = gr.Dropdown(label="Clips: a folder or a table", allow_custom_value=True)
                 show = gr.Button("Show clips")
                 clips = _captions(actions)
-            with gr.Tab("Train", id="train"):
+            with gr.Tab("Train", id="train") as train:
                 form = _settings(data)
                 command = gr.Code(**_CODE)
                 with gr.Row():
@@ -56,7 +57,9 @@ def build_page(root: Path, jobs: Jobs) -> gr.Blocks:
             with gr.Tab("Sample") as tab:
                 _sampling(actions, form[0], tab, tabs, look)
         gr.on([show.click, data.input], actions.show_clips, form, clips, **_EVENT)
-        gr.on([page.load, *(one.change for one in form)], partial(actions.preview, "train"), form, command, **_PREVIEW)
+        # At each look at the tab, too: a run that was stopped in the meantime is resumed.
+        shown = [page.load, train.select, *(one.change for one in form)]
+        gr.on(shown, partial(actions.preview, "train"), form, command, **_PREVIEW)
         for kind, button in buttons.items():
             button.click(partial(actions.start, kind), form, tabs, **_EVENT).success(**look)
         page.load(actions.restore, None, [tabs, *form], **_QUIET).then(**look)

@@ -14,7 +14,6 @@ import cogvideox_image_to_video_sft
 import tiny_runs
 from args import parse_generate_args
 from common.errors import UserError
-from common.run_folder import LORA_FILE
 from data.buckets import Bucket
 from prepared.folder import read_tensor
 from prepared.read_index import read_index
@@ -23,6 +22,7 @@ from results.model_card import CardFacts, example
 from results.trained_conditions import TrainedConditions, note_trained_conditions
 from run.dry_run import write_given_frames
 from tiny_runs import SIZE
+from tuned_models import write_lora
 from video.frames import Cut
 from video.images import load_given_frames
 
@@ -171,7 +171,7 @@ def test_a_result_is_sampled_with_what_it_was_trained_with(tiny_models, ends_run
 
 
 def test_a_video_is_continued_at_the_rate_that_the_result_was_trained_at(tiny_models, place, tmp_path):
-    (tmp_path / LORA_FILE).touch()
+    write_lora(tiny_models("5b-i2v"), tmp_path)
     note_trained_conditions(tmp_path, TrainedConditions("first:2", cut=Cut(fps=4)))
     clip = str(place / "clip.mp4")  # of 8 frames a second
     argv = ["--model_path", str(tiny_models("5b-i2v")), "--lora", str(tmp_path), "--video", clip, *SAMPLED, *SIZE[:4]]

@@ -182,7 +182,7 @@ def test_the_page_works_in_a_browser(browser, render, tmp_path):
             papers.add(opened.value("getComputedStyle(document.body).backgroundColor"))
             opened.page.keyboard.press("Tab")
             opened.page.keyboard.press("Enter")
-            assert opened.page.url.endswith("#section-1")
+            opened.page.wait_for_url("**#section-1")
             opened.page.locator("summary").first.press("Enter")
             assert opened.page.get_by_role("cell", name="document.title").count() == 30
     assert len(papers) == 2

@@ -18,9 +18,8 @@ IMAGE_MODEL, TEXT_MODEL = "THUDM/CogVideoX-5b-I2V", "THUDM/CogVideoX1.5-5B"
 def start(tmp_path, monkeypatch):
     """Press Train for a model, a choice of what is given, a size and flags of training."""
     no_weights = shutil.ignore_patterns("*.safetensors")
-    shutil.copytree(
-        ROOT / "assets/models/tiny-cogvideox", tmp_path / "tiny", ignore=no_weights
-    )  # learned positions for 17x64x96
+    # It has learned positions for 17x64x96.
+    shutil.copytree(ROOT / "assets/models/tiny-cogvideox", tmp_path / "tiny", ignore=no_weights)
     (tmp_path / "clips").mkdir()
     monkeypatch.chdir(tmp_path)
     jobs = Jobs(tmp_path)
@@ -64,7 +63,7 @@ def test_a_model_of_another_kind_is_refused_before_clips_are_encoded(start, mode
     ],
 )
 def test_a_model_that_fits_or_is_unknown_is_accepted(start, model, given):
-    start(model, given)
+    assert start(model, given).selected == "run"
 
 
 def test_a_size_without_learned_positions_is_refused(start):

@@ -17,9 +17,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDER = "transformer"
 PIPELINE_FOLDER = "pipeline"
 VALIDATION_FOLDER = "validation"  # with a folder step-N for each validation
-TARGETS_FOLDER = (
-    f"{VALIDATION_FOLDER}/targets"  # for each prompt the training clip with the nearest caption, and its control
-)
+# For each prompt the training clip with the nearest caption, and its control.
+TARGETS_FOLDER = f"{VALIDATION_FOLDER}/targets"
 STRENGTHS_FOLDER = f"{VALIDATION_FOLDER}/strengths"  # videos that the user samples with the LoRA, named by its scale
 RESULTS = (LORA_FILE, TRANSFORMER_FOLDER, PIPELINE_FOLDER, "checkpoint-[0-9]*")
 

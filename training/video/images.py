@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -115,8 +116,8 @@ def load_controls(
     """
     num_frames, height, width = size
     title = f"{flag}: %s cannot be used for videos of {num_frames} frames:"
-    choose, mode = (lambda info: cut.choose(info, num_frames)), cut.video_reshape_mode
-    videos = _load_videos(files, choose, height, width, mode, title, kind)
+    choose = partial(cut.choose, num_frames=num_frames)
+    videos = _load_videos(files, choose, height, width, cut.video_reshape_mode, title, kind)
     return [list(map(Image.fromarray, one)) for one in videos]
 
 
@@ -145,9 +146,8 @@ def _load_videos(
                 mask = find_mask(Path(file))
                 own = probe_video(mask)
                 check_companion(own, info, f"its mask {mask}: ", may_be_still=True)
-                masks = _shaped(
-                    mask, own, indices if own.num_frames > 1 else [0] * len(indices), (height, width), mode
-                )
+                shown = indices if own.num_frames > 1 else [0] * len(indices)
+                masks = _shaped(mask, own, shown, (height, width), mode)
                 if not has_white(masks):
                     raise ValueError(f"nothing to fill, because its mask {mask} {NOWHERE_WHITE}")
             videos[file] = compute_control(shaped, kind, masks) if kind else shaped.copy()
